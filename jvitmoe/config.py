@@ -1,0 +1,258 @@
+"""The whole configuration of a run: typed, defaulted here, validated once.
+
+An experiment is a small file in `configs/` whose `get_config()` returns a `Config`. Commands read it through
+`ml_collections.config_flags`, so any field can be overridden with `--config.a.b=value`.
+"""
+
+import dataclasses
+import difflib
+import json
+from typing import Any
+
+
+class UserError(Exception):
+    """A mistake the user can mend: commands print it as one line and exit with code 2."""
+
+
+class ConfigError(UserError):
+    """A field holds a value that breaks its rule; the message names value, rule and remedy."""
+
+
+@dataclasses.dataclass
+class DataConfig:
+    name: str = "digits"  # "digits", "folder", or the name of a TFDS image classification set
+    dir: str = ""  # where TFDS sets or the image folder lie; "" is the library's own default
+    validation: int = 0  # training images held out, class by class, to choose checkpoints on
+    crop_padding: int = 0  # zero pixels added on each side before the random crop; 0 crops nothing
+    flip: bool = False  # horizontal flip with probability 1/2
+
+
+@dataclasses.dataclass
+class ModelConfig:
+    image_size: int = 8
+    channels: int = 1
+    classes: int = 10
+    patch: int = 2
+    width: int = 64  # D
+    hidden: int = 128  # F
+    depth: int = 4  # L
+    heads: int = 4  # H
+    norm: str = "pre"  # pre | post
+    pool: str = "cls"  # cls | mean
+    positions: str = "learned"  # learned | sincos2d
+    position_rows: int = 0  # rows of the learned table; 0 is one per patch (the original holds 300 and uses 64)
+    head_hidden: int = 0  # width of the head's hidden layer; 0 is a one-layer head
+    dropout: float = 0.0  # after attention weights, GELU and both residual branches
+    dtype: str = "auto"  # compute: float32 | bfloat16 | auto (bfloat16 on GPU and TPU); parameters stay float32
+    unroll: int = 1  # layers unrolled per iteration of the scan over depth
+
+
+@dataclasses.dataclass
+class RoutingConfig:
+    experts: int = 1  # E; 1 is the dense model
+    granularity: str = "batch"  # what shares a route: batch
+    scope: str = "shared"  # shared: one route for all layers; layer: a fresh one per layer
+    init: str = "independent"  # independent | shared: whether experts start different or equal
+
+
+@dataclasses.dataclass
+class OptimConfig:
+    name: str = "adamw"  # adam (weight decay is L2 in the gradient, the original) | adamw (decoupled)
+    learning_rate: float = 1e-3  # the peak
+    weight_decay: float = 0.05
+    schedule: str = "step"  # cosine to 0, moving every step | every epoch (the original)
+    warmup_epochs: float = 0.0  # linear from 0; only with schedule="step"
+    clip_norm: float = 0.0  # global gradient norm; 0 never clips
+    b1: float = 0.9
+    b2: float = 0.999
+    eps: float = 1e-8
+
+
+@dataclasses.dataclass
+class TrainConfig:
+    epochs: int = 10
+    batch_size: int = 128  # B, over all devices
+    seed: int = 0
+    label_smoothing: float = 0.0
+    devices: int = 0  # 0 is all local devices
+    platform: str = ""  # cpu | gpu | tpu; "" takes what JAX finds
+    log_every: int = 20  # steps
+    eval_every: int = 1  # epochs
+    checkpoint_every: int = 0  # steps; 0 saves after each evaluation only
+    keep: int = 2  # newest checkpoints kept (the best on validation is kept besides)
+
+
+@dataclasses.dataclass
+class Config:
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+    routing: RoutingConfig = dataclasses.field(default_factory=RoutingConfig)
+    optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
+    train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
+
+    def validate(self) -> "Config":
+        """Returns itself if every field obeys its rule. Raises ConfigError naming the first that does not."""
+        for section in dataclasses.fields(self):
+            _check_types(getattr(self, section.name), section.name)
+        for path, options in CHOICES.items():
+            _check_choice(path, _get(self, path), options)
+        for path in POSITIVE:
+            _require(_get(self, path) > 0, path, _get(self, path), "must be greater than 0")
+        for path in NOT_NEGATIVE:
+            _require(_get(self, path) >= 0, path, _get(self, path), "must not be negative")
+        for path in FRACTIONS:
+            _require(0 <= _get(self, path) < 1, path, _get(self, path), "must be at least 0 and below 1")
+        model, optim = self.model, self.optim
+        _require(
+            model.width % model.heads == 0,
+            "model.width",
+            model.width,
+            f"must be a multiple of model.heads, which is {model.heads}",
+        )
+        _require(
+            model.image_size % model.patch == 0,
+            "model.patch",
+            model.patch,
+            f"must divide model.image_size, which is {model.image_size}",
+        )
+        _require(
+            model.position_rows == 0 or model.position_rows >= self.patches,
+            "model.position_rows",
+            model.position_rows,
+            f"must be 0 or at least the number of patches, which is {self.patches}",
+        )
+        _require(
+            model.positions != "sincos2d" or model.width % 4 == 0,
+            "model.width",
+            model.width,
+            "must be a multiple of 4 for model.positions=sincos2d",
+        )
+        _require(
+            optim.schedule == "step" or optim.warmup_epochs == 0,
+            "optim.warmup_epochs",
+            optim.warmup_epochs,
+            "must be 0 for optim.schedule=epoch; warm-up needs optim.schedule=step",
+        )
+        _require(
+            optim.warmup_epochs < self.train.epochs,
+            "optim.warmup_epochs",
+            optim.warmup_epochs,
+            f"must be below train.epochs, which is {self.train.epochs}",
+        )
+        _require(
+            self.train.devices == 0 or self.train.batch_size % self.train.devices == 0,
+            "train.batch_size",
+            self.train.batch_size,
+            f"must be a multiple of train.devices, which is {self.train.devices}",
+        )
+        return self
+
+    @property
+    def patches(self) -> int:
+        """T without the CLS token: image patches of one image."""
+        return (self.model.image_size // self.model.patch) ** 2
+
+
+CHOICES = {
+    "model.norm": ("pre", "post"),
+    "model.pool": ("cls", "mean"),
+    "model.positions": ("learned", "sincos2d"),
+    "model.dtype": ("auto", "float32", "bfloat16"),
+    "routing.granularity": ("batch",),
+    "routing.scope": ("shared", "layer"),
+    "routing.init": ("independent", "shared"),
+    "optim.name": ("adam", "adamw"),
+    "optim.schedule": ("step", "epoch"),
+    "train.platform": ("", "cpu", "gpu", "tpu"),
+}
+POSITIVE = (
+    *(f"model.{name}" for name in ("image_size", "channels", "classes", "patch", "width", "hidden", "depth")),
+    *("model.heads", "model.unroll", "routing.experts", "optim.learning_rate", "optim.eps"),
+    *(f"train.{name}" for name in ("epochs", "batch_size", "log_every", "eval_every", "keep")),
+)
+NOT_NEGATIVE = (
+    *("data.validation", "data.crop_padding", "model.position_rows", "model.head_hidden"),
+    *("optim.weight_decay", "optim.warmup_epochs", "optim.clip_norm"),
+    *("train.seed", "train.devices", "train.checkpoint_every"),
+)
+FRACTIONS = ("model.dropout", "optim.b1", "optim.b2", "train.label_smoothing")
+
+# A run may be continued with other values of these: they move files, devices or printing, never a number.
+FREE_ON_RESUME = frozenset(
+    f"{section}.{name}"
+    for section, names in {
+        "data": ("dir",),
+        "train": ("devices", "platform", "log_every", "eval_every", "checkpoint_every", "keep"),
+    }.items()
+    for name in names
+)
+
+
+def to_dict(config: Config) -> dict[str, dict[str, Any]]:
+    """Returns plain nested dicts, ready for JSON."""
+    return dataclasses.asdict(config)
+
+
+def from_dict(values: dict[str, dict[str, Any]]) -> Config:
+    """Returns the Config that `to_dict` came from. Raises ConfigError for a section or field that does not exist."""
+    config = Config()
+    for section_name, section_values in values.items():
+        section = getattr(config, section_name, None)
+        if section is None:
+            raise ConfigError(unknown_field(section_name))
+        for name, value in section_values.items():
+            if not hasattr(section, name):
+                raise ConfigError(unknown_field(f"{section_name}.{name}"))
+            setattr(section, name, value)
+    return config
+
+
+def flatten(config: Config) -> dict[str, Any]:
+    """Returns {"section.field": value}."""
+    return {f"{s}.{name}": value for s, fields in to_dict(config).items() for name, value in fields.items()}
+
+
+def differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
+    """Returns {"section.field": (old, new)} for the fields that would change a run's numbers."""
+    olds, news = flatten(old), flatten(new)
+    return {k: (olds[k], news[k]) for k in olds if olds[k] != news[k] and k not in FREE_ON_RESUME}
+
+
+def unknown_field(path: str) -> str:
+    """Returns the one-line message for a field that does not exist, with the nearest that does."""
+    names = list(flatten(Config()))
+    last = path.rpartition(".")[2]
+    near = difflib.get_close_matches(path, names, n=1, cutoff=0.6) or [
+        name for name in names if difflib.get_close_matches(last, [name.rpartition(".")[2]], cutoff=0.6)
+    ]
+    hint = f"; did you mean config.{near[0]}?" if near else f"; the sections are {', '.join(to_dict(Config()))}"
+    return f"config.{path} is not a field{hint}"
+
+
+def dumps(config: Config) -> str:
+    """Returns the JSON text kept in a run folder."""
+    return json.dumps(to_dict(config), indent=2) + "\n"
+
+
+def _get(config: Config, path: str) -> Any:
+    section, name = path.split(".")
+    return getattr(getattr(config, section), name)
+
+
+def _check_types(section: Any, name: str) -> None:
+    for field in dataclasses.fields(section):
+        value, wanted = getattr(section, field.name), field.type
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        fits = number and value == value if wanted is float else type(value) is wanted
+        _require(fits, f"{name}.{field.name}", value, f"must be of type {getattr(wanted, '__name__', wanted)}")
+
+
+def _check_choice(path: str, value: str, options: tuple[str, ...]) -> None:
+    near = difflib.get_close_matches(value, options, n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    _require(value in options, path, value, f"must be one of {', '.join(map(repr, options))}{hint}")
+
+
+def _require(holds: bool, path: str, value: Any, rule: str) -> None:
+    if not holds:
+        raise ConfigError(f"config.{path} is {value!r}; it {rule}")
