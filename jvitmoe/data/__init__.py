@@ -1,0 +1,1 @@
+"""Where images come from, how they are batched, and how they are augmented."""

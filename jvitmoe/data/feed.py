@@ -1,0 +1,72 @@
+"""Where a batch comes from: a split that lives on the devices, and an order of its images that epoch and seed fix.
+
+N images · S steps of one epoch · B global batch
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jvitmoe.config import ConfigError
+from jvitmoe.data.sources import Split
+
+
+class Images(NamedTuple):
+    """A split on the devices, whole on each of them."""
+
+    images_NHWC: jax.Array  # uint8
+    labels_N: jax.Array  # int32
+
+
+class Batches(NamedTuple):
+    """Padded batches that visit every image exactly once; padding is masked out. Columns lie along the mesh."""
+
+    index_SB: jax.Array  # int32
+    mask_SB: jax.Array  # bool
+
+
+def put(split: Split, mesh: Mesh) -> Images:
+    """Returns the split on every device of the mesh."""
+    return jax.device_put(Images(split.images_NHWC, split.labels_N), NamedSharding(mesh, PartitionSpec()))
+
+
+class TrainOrder:
+    """Order of the training images. Every epoch is a fresh permutation; what does not fill a batch waits for the next.
+
+    Raises ConfigError where the batch does not divide over the devices or is larger than the split.
+    """
+
+    def __init__(self, count: int, batch_size: int, key: jax.Array, mesh: Mesh) -> None:
+        if batch_size % mesh.size:
+            raise ConfigError(
+                f"config.train.batch_size is {batch_size}; it must be a multiple of the number of devices, {mesh.size}; "
+                "change it or set --config.train.devices"
+            )
+        if batch_size > count:
+            raise ConfigError(f"config.train.batch_size is {batch_size}; it must be at most the {count} training images")
+        self.steps_per_epoch = steps = count // batch_size
+
+        def order(epoch: jax.Array) -> jax.Array:
+            permutation_N = jax.random.permutation(jax.random.fold_in(key, epoch), count)
+            return permutation_N[: steps * batch_size].reshape(steps, batch_size)
+
+        self._order = jax.jit(order, out_shardings=NamedSharding(mesh, PartitionSpec(None, mesh.axis_names)))
+
+    def epoch(self, number: int) -> jax.Array:
+        """Returns index_SB of this epoch: a pure function of (seed, epoch), drawn on the devices."""
+        return self._order(jnp.int32(number))
+
+
+def eval_batches(count: int, batch_size: int, mesh: Mesh) -> Batches:
+    """Returns batches over `count` images in their order, on any number of devices.
+
+    The batch is rounded up to a multiple of the devices.
+    """
+    size = -(-batch_size // mesh.size) * mesh.size
+    place = np.arange(-(-count // size) * size).reshape(-1, size)
+    sharding = NamedSharding(mesh, PartitionSpec(None, mesh.axis_names))
+    mask = place < count
+    return jax.device_put(Batches(np.where(mask, place, 0).astype(np.int32), mask), sharding)

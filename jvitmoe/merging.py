@@ -1,0 +1,60 @@
+"""From expert-stacked trees to dense ones and back: every function here reduces, selects or fills the expert axis.
+
+A leaf is stacked when it has one axis more than the same leaf of the dense model: [L, E, ...] against [L, ...].
+
+L layers · E experts
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+Tree = Any
+
+# Rank of each MLP leaf in the dense tree, its leading L axis included (models/mlp.py).
+DENSE_RANK = {"up": 3, "up_bias": 2, "down": 3, "down_bias": 2}
+EXPERT_AXIS = 1
+
+
+def stacked(params: Tree) -> Tree:
+    """Returns the tree of bools that says which leaves have an expert axis."""
+    return jax.tree.map_with_path(lambda path, x: x.ndim == DENSE_RANK.get(path[-1].key, x.ndim) + 1, params)
+
+
+def average_experts(params: Tree) -> Tree:
+    """Returns the dense tree: every stacked leaf averaged over its E axis. Source: AdaMix, arXiv 2205.12410, eq. 5."""
+    return _map_stacked(lambda leaf: leaf.mean(EXPERT_AXIS), params)
+
+
+def take_path(params: Tree, route_L: jax.Array) -> Tree:
+    """Returns the dense tree of one path: from every stacked leaf, expert route_L[l] of layer l."""
+    return _map_stacked(lambda leaf: take(leaf, route_L), params)
+
+
+def split(tree: Tree, stacked: Tree) -> tuple[Tree, Tree]:
+    """Returns (trunk, experts): the tree twice, each with None where the other has its leaves."""
+    trunk = jax.tree.map(lambda x, is_stacked: None if is_stacked else x, tree, stacked)
+    experts = jax.tree.map(lambda x, is_stacked: x if is_stacked else None, tree, stacked)
+    return trunk, experts
+
+
+def join(trunk: Tree, experts: Tree) -> Tree:
+    """Returns the tree that `split` took apart."""
+    return jax.tree.map(lambda a, b: b if a is None else a, trunk, experts, is_leaf=lambda x: x is None)
+
+
+def take(leaf: jax.Array, route_L: jax.Array) -> jax.Array:
+    """Returns [L, ...] from [L, E, ...]: expert route_L[l] of layer l."""
+    return leaf[jnp.arange(leaf.shape[0]), route_L]
+
+
+def put(leaf: jax.Array, part: jax.Array, route_L: jax.Array) -> jax.Array:
+    """Returns the [L, E, ...] leaf with expert route_L[l] of layer l replaced by part[l]; in place when donated."""
+    index_L = jnp.arange(leaf.shape[0])
+    return leaf.at[index_L, route_L].set(part, unique_indices=True, indices_are_sorted=True)
+
+
+def _map_stacked(reduce: Callable[[jax.Array], jax.Array], params: Tree) -> Tree:
+    return jax.tree.map(lambda x, is_stacked: reduce(x) if is_stacked else x, params, stacked(params))

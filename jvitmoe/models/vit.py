@@ -1,0 +1,181 @@
+"""The Vision Transformer: patches, positions, blocks, head. Dense, or with expert-stacked MLPs that a route selects.
+
+B batch · T tokens · D width · H heads · K head width · L layers · C classes · P patch side · c channels
+"""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jvitmoe.config import ModelConfig
+from jvitmoe.models.mlp import Mlp, dropout, gelu, torch_uniform
+
+LAYER_NORM_EPSILON = 1e-5
+
+
+def linear(features: int | tuple[int, ...], fan_in: int, dtype: Any, name: str, axis: Any = -1) -> nn.DenseGeneral:
+    """Returns a linear layer with PyTorch's default initialisation; kernel [*in, *features], bias [*features]."""
+    init = torch_uniform(fan_in)
+    return nn.DenseGeneral(features, axis=axis, kernel_init=init, bias_init=init, dtype=dtype, name=name)
+
+
+def sincos2d(grid: int, width: int) -> np.ndarray:
+    """Returns fixed positions_TD for a grid x grid image of patches: a quarter of D each for sin and cos of row and
+    column, frequencies 10000^(-i / (D/4 - 1)) (Beyer et al., arXiv 2205.01580)."""
+    omega = 10000.0 ** -(np.arange(width // 4) / max(width // 4 - 1, 1))
+    row_T, column_T = np.indices((grid, grid)).reshape(2, -1)
+    angles = [np.outer(place_T, omega) for place_T in (column_T, row_T)]
+    return np.concatenate([f(angle) for angle in angles for f in (np.sin, np.cos)], axis=1).astype(np.float32)
+
+
+class PatchEmbedding(nn.Module):
+    """images_BHWc -> tokens_BTD: a P x P convolution of stride P, written as the matrix product it is."""
+
+    patch: int
+    width: int
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, images_BHWc: jax.Array) -> jax.Array:
+        b, side, _, c = images_BHWc.shape
+        p, grid = self.patch, side // self.patch
+        init = torch_uniform(p * p * c)
+        kernel_PPcD = self.param("kernel", init, (p, p, c, self.width))
+        bias_D = self.param("bias", init, (self.width,))
+        patches = images_BHWc.reshape(b, grid, p, grid, p, c).transpose(0, 1, 3, 2, 4, 5)
+        tokens_BTD = patches.reshape(b, grid * grid, p * p * c).astype(self.dtype) @ kernel_PPcD.reshape(
+            p * p * c, self.width
+        ).astype(self.dtype)
+        return tokens_BTD + bias_D[None, None].astype(self.dtype)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention with biases; kernels query, key, value [D, H, K] and out [H, K, D]."""
+
+    heads: int
+    dropout: float
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x_BTD: jax.Array, key_B: jax.Array | None) -> jax.Array:
+        width = x_BTD.shape[-1]
+        head_width = width // self.heads
+        query_BTHK, key_BTHK, value_BTHK = (
+            linear((self.heads, head_width), width, self.dtype, name)(x_BTD) for name in ("query", "key", "value")
+        )
+        scores_BHTT = jnp.einsum("bqhk,bthk->bhqt", query_BTHK * head_width**-0.5, key_BTHK)
+        # Softmax in float32: bfloat16 has too few bits for sums of exponentials.
+        weights_BHTT = jax.nn.softmax(scores_BHTT.astype(jnp.float32)).astype(self.dtype)
+        weights_BHTT = dropout(weights_BHTT, key_B, site=1, rate=self.dropout)
+        mixed_BTHK = jnp.einsum("bhqt,bthk->bqhk", weights_BHTT, value_BTHK)
+        return linear(width, width, self.dtype, "out", axis=(-2, -1))(mixed_BTHK)
+
+
+class Block(nn.Module):
+    """One transformer layer, in the shape `nn.scan` wants: (carry, per-layer inputs, broadcast) -> (carry, None)."""
+
+    config: ModelConfig
+    experts: int
+    expert_init: str
+    dtype: Any
+
+    @nn.compact
+    def __call__(
+        self, x_BTD: jax.Array, layer: tuple[jax.Array, jax.Array | None], key_B: jax.Array | None
+    ) -> tuple[jax.Array, None]:
+        index, route = layer
+        if key_B is not None:
+            key_B = jax.vmap(jax.random.fold_in, in_axes=(0, None))(key_B, index)
+        config, rate = self.config, self.config.dropout
+        norm1 = nn.LayerNorm(LAYER_NORM_EPSILON, dtype=self.dtype, name="norm1")
+        norm2 = nn.LayerNorm(LAYER_NORM_EPSILON, dtype=self.dtype, name="norm2")
+        attention = Attention(config.heads, rate, self.dtype, name="attention")
+        mlp = Mlp(config.hidden, self.experts, self.expert_init, rate, self.dtype, name="mlp")
+        if config.norm == "pre":
+            x_BTD = x_BTD + dropout(attention(norm1(x_BTD), key_B), key_B, site=2, rate=rate)
+            x_BTD = x_BTD + dropout(mlp(norm2(x_BTD), route, key_B), key_B, site=3, rate=rate)
+        else:
+            x_BTD = norm1(x_BTD + dropout(attention(x_BTD, key_B), key_B, site=2, rate=rate))
+            x_BTD = norm2(x_BTD + dropout(mlp(x_BTD, route, key_B), key_B, site=3, rate=rate))
+        return x_BTD, None
+
+
+class Head(nn.Module):
+    """x_BD -> logits_BC: one linear layer, or two with an exact GELU between."""
+
+    classes: int
+    hidden: int
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x_BD: jax.Array) -> jax.Array:
+        if self.hidden:
+            x_BD = linear(self.hidden, x_BD.shape[-1], self.dtype, "hidden")(x_BD)
+            x_BD = gelu(x_BD)
+        return linear(self.classes, x_BD.shape[-1], self.dtype, "logits")(x_BD)
+
+
+class ViT(nn.Module):
+    """The original's ViT and its options (`ModelConfig`); block parameters carry a leading L axis.
+
+    With experts = 1 this is the dense model. With more, MLP parameters are stacked [L, E, ...] and `route_L` says
+    which expert each layer runs.
+    """
+
+    config: ModelConfig
+    experts: int = 1
+    expert_init: str = "independent"
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, images_BHWc: jax.Array, route_L: jax.Array | None = None, key_B: jax.Array | None = None
+    ) -> jax.Array:
+        """Returns float32 logits_BC.
+
+        Args:
+            images_BHWc: normalised images, image_size x image_size x channels.
+            route_L: integer expert of each layer; needed when experts > 1.
+            key_B: one dropout key per image; None is deterministic.
+        """
+        config = self.config
+        x_BTD = PatchEmbedding(config.patch, config.width, self.dtype, name="patches")(images_BHWc)
+        b, t, d = x_BTD.shape
+        if config.positions == "learned":
+            table_RD = self.param("positions", nn.initializers.zeros, (config.position_rows or t, d))
+            positions_TD = table_RD[:t]
+        else:
+            positions_TD = jnp.asarray(sincos2d(config.image_size // config.patch, d))
+        x_BTD = x_BTD + positions_TD[None].astype(self.dtype)
+        if config.pool == "cls":  # prepended after the positions, as in the original: it has none
+            cls_D = self.param("cls", nn.initializers.normal(1.0), (d,)).astype(self.dtype)
+            x_BTD = jnp.concatenate([jnp.broadcast_to(cls_D, (b, 1, d)), x_BTD], axis=1)
+        blocks = nn.scan(
+            Block,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=(0, nn.broadcast),
+            length=config.depth,
+            unroll=min(config.unroll, config.depth),
+        )(config, self.experts, self.expert_init, self.dtype, name="blocks")
+        x_BTD, _ = blocks(x_BTD, (jnp.arange(config.depth), route_L), key_B)
+        pooled_BD = x_BTD[:, 0] if config.pool == "cls" else x_BTD.mean(axis=1)
+        pooled_BD = nn.LayerNorm(LAYER_NORM_EPSILON, dtype=self.dtype, name="norm")(pooled_BD)
+        return Head(config.classes, config.head_hidden, self.dtype, name="head")(pooled_BD).astype(jnp.float32)
+
+
+def build(config: ModelConfig, experts: int = 1, expert_init: str = "independent", platform: str = "cpu") -> ViT:
+    """Returns the model in its compute dtype; "auto" is bfloat16 on a GPU or TPU and float32 on a CPU."""
+    name = config.dtype if config.dtype != "auto" else "float32" if platform == "cpu" else "bfloat16"
+    return ViT(config, experts, expert_init, jnp.dtype(name))
+
+
+def init(model: ViT, key: jax.Array) -> dict[str, Any]:
+    """Returns the parameter tree, float32, nested plain dicts."""
+    config = model.config
+    image = jnp.zeros((1, config.image_size, config.image_size, config.channels))
+    route_L = jnp.zeros((config.depth,), jnp.int32)
+    return model.init(key, image, route_L)["params"]

@@ -1,0 +1,41 @@
+"""Learning-rate schedules and the optimiser: Adam with L2 in the gradient (the original) or AdamW."""
+
+from typing import Any
+
+import jax
+import optax
+
+from jvitmoe.config import Config, OptimConfig
+
+DECAYED = ("kernel", "up", "down")  # matrices; biases, norms, positions and CLS are left alone by AdamW
+
+
+def schedule(config: Config, steps_per_epoch: int) -> optax.Schedule:
+    """Returns step -> learning rate: cosine to 0 over train.epochs.
+
+    "step": linear warm-up from 0, then moving every step. "epoch": moving at each epoch's start only, as PyTorch's
+    CosineAnnealingLR stepped once per epoch does; the original's recipe.
+    """
+    optim, epochs = config.optim, config.train.epochs
+    if optim.schedule == "epoch":
+        by_epoch = optax.cosine_decay_schedule(optim.learning_rate, epochs)
+        return lambda step: by_epoch(step // steps_per_epoch)
+    warmup = round(optim.warmup_epochs * steps_per_epoch)
+    start = 0.0 if warmup else optim.learning_rate
+    return optax.warmup_cosine_decay_schedule(start, optim.learning_rate, warmup, epochs * steps_per_epoch)
+
+
+def direction(optim: OptimConfig) -> optax.GradientTransformation:
+    """Returns the transformation from gradients to the direction that the learning rate multiplies.
+
+    "adam" adds weight_decay * parameter to the gradient of every parameter before Adam sees it (PyTorch's Adam).
+    "adamw" adds it after, to matrices only (Loshchilov and Hutter, arXiv 1711.05101).
+    """
+    adam = optax.scale_by_adam(optim.b1, optim.b2, optim.eps)
+    if optim.name == "adam":
+        return optax.chain(optax.add_decayed_weights(optim.weight_decay), adam)
+    return optax.chain(adam, optax.add_decayed_weights(optim.weight_decay, mask=_decay_mask))
+
+
+def _decay_mask(params: Any) -> Any:
+    return jax.tree.map_with_path(lambda path, _: path[-1].key in DECAYED, params)

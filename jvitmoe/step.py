@@ -1,0 +1,112 @@
+"""The compiled training step: draw the route, take its dense model, step it, put it back.
+
+B global batch, b the share of one device · S steps of one epoch · N images · L layers
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from jvitmoe import merging, optim, routing, state
+from jvitmoe.config import Config, ConfigError, TrainConfig
+from jvitmoe.data import augment
+from jvitmoe.data.feed import Images
+from jvitmoe.models import vit
+from jvitmoe.routing import Purpose
+from jvitmoe.state import TrainState
+
+AXIS = "data"
+REPLICATED = PartitionSpec()
+BY_COLUMN = PartitionSpec(None, AXIS)
+
+
+class Metrics(NamedTuple):
+    """What one step says of itself, over the global batch; float32 scalars."""
+
+    loss: jax.Array  # what was minimised: cross-entropy, nats, smoothed labels if asked
+    accuracy: jax.Array  # of the path that ran, before its update
+    grad_norm: jax.Array  # global L2 norm before clipping
+    learning_rate: jax.Array
+
+
+TrainStep = Callable[[TrainState, Images, jax.Array], tuple[TrainState, Metrics]]
+
+
+def make_mesh(train: TrainConfig) -> Mesh:
+    """Returns the mesh over local devices. Raises ConfigError for a platform or a number of devices that is not there."""
+    try:
+        devices = jax.local_devices(backend=train.platform or None)
+    except RuntimeError as error:
+        raise ConfigError(
+            f"config.train.platform is {train.platform!r}; JAX finds {jax.default_backend()} devices only; "
+            "install jvitmoe[cuda12] or jvitmoe[cuda13], or set --config.train.platform=''"
+        ) from error
+    wanted = train.devices or len(devices)
+    if wanted > len(devices):
+        raise ConfigError(f"config.train.devices is {wanted}; it must be at most {len(devices)}, the devices that are there")
+    return jax.make_mesh((wanted,), (AXIS,), axis_types=(AxisType.Auto,), devices=devices[:wanted])
+
+
+def make_state(config: Config, model: vit.ViT, mesh: Mesh) -> TrainState:
+    """Returns the state at step 0, whole on every device of the mesh: a pure function of the config."""
+    key = routing.address(jax.random.key(config.train.seed), Purpose.INIT)
+    tx = optim.direction(config.optim)
+    return jax.jit(lambda: state.create(vit.init(model, key), tx), out_shardings=NamedSharding(mesh, REPLICATED))()
+
+
+def make_train_step(config: Config, model: vit.ViT, mesh: Mesh, steps_per_epoch: int) -> TrainStep:
+    """Returns the compiled step: (state, images, index_SB of the epoch) -> (state, Metrics). The state is donated.
+
+    Routes, augmentation and dropout are addressed by (seed, step, place in the global batch), so the result does not
+    depend on the number of devices beyond the order of floating-point sums. Only the active dense model is
+    differentiated, reduced over devices and updated.
+    """
+    root = jax.random.key(config.train.seed)
+    learning_rate = optim.schedule(config, steps_per_epoch)
+    tx = optim.direction(config.optim)
+    dense = vit.ViT(config.model, dtype=model.dtype)
+    data, depth, smoothing = config.data, config.model.depth, config.train.label_smoothing
+
+    def keys_b(purpose: Purpose, step: jax.Array, slot_b: jax.Array) -> jax.Array:
+        return jax.vmap(jax.random.fold_in, (None, 0))(routing.address(root, purpose, step), slot_b)
+
+    def train_step(before: TrainState, split: Images, index_Sb: jax.Array) -> tuple[TrainState, Metrics]:
+        step = before.step
+        index_b = index_Sb[step % steps_per_epoch]
+        slot_b = jax.lax.axis_index(AXIS) * index_b.shape[0] + jnp.arange(index_b.shape[0])
+        images = augment.augment(
+            keys_b(Purpose.AUGMENT, step, slot_b), split.images_NHWC[index_b], data.crop_padding, data.flip
+        )
+        labels_b = split.labels_N[index_b]
+        dropout_key_b = keys_b(Purpose.DROPOUT, step, slot_b) if config.model.dropout else None
+        route_L = routing.draw_route(routing.address(root, Purpose.ROUTE, step), config.routing, depth)
+        params, opt_state = state.take_active(before, route_L)
+
+        def loss_fn(params: Any) -> tuple[jax.Array, jax.Array]:
+            logits_bC = dense.apply({"params": params}, augment.normalize(images), None, dropout_key_b)
+            targets_bC = optax.smooth_labels(jax.nn.one_hot(labels_b, logits_bC.shape[-1]), smoothing)
+            loss = optax.softmax_cross_entropy(logits_bC, targets_bC).mean()
+            accuracy = (logits_bC.argmax(-1) == labels_b).mean()
+            # The mean over devices belongs inside: shard_map then returns reduced gradients, and a pmean of
+            # gradients after the fact would be wrong by a factor of the device count.
+            return jax.lax.pmean(loss, AXIS), jax.lax.pmean(accuracy, AXIS)
+
+        (loss, accuracy), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)
+        norm = optax.tree.norm(grads)
+        if config.optim.clip_norm:
+            scale = jnp.minimum(1.0, config.optim.clip_norm / norm)
+            grads = jax.tree.map(lambda g: g * scale, grads)
+        step_direction, opt_state = state.update_active(tx, grads, opt_state, params, merging.stacked(before.params))
+        rate = learning_rate(step)
+        params = jax.tree.map(lambda p, d: p - rate * d, params, step_direction)
+        metrics = Metrics(loss, accuracy, norm, jnp.asarray(rate, jnp.float32))
+        return state.put_active(before, route_L, params, opt_state), metrics
+
+    sharded = jax.shard_map(
+        train_step, mesh=mesh, in_specs=(REPLICATED, REPLICATED, BY_COLUMN), out_specs=(REPLICATED, REPLICATED)
+    )
+    return jax.jit(sharded, donate_argnums=0)

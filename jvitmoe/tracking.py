@@ -1,0 +1,166 @@
+"""What a run writes for people and programs: the console, `metrics.jsonl`, TensorBoard, the tables.
+
+Lines of `metrics.jsonl` carry `step` (updates done) and `kind` (train, validation or test). A resumed run drops the
+lines past the step it restored, so each step stands there once.
+"""
+
+import json
+import os
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from tensorboardX import SummaryWriter
+
+METRICS = "metrics.jsonl"
+RESULT = "result.json"
+PLAIN_SECONDS = 2.0  # least time between two progress lines in a file
+
+console = Console(highlight=False, soft_wrap=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a file whole or not at all."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(text)
+    os.replace(part, path)
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Returns the lines of a metrics file; a torn last line is left out."""
+    lines = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            lines.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return lines
+
+
+class Tracker:
+    """The open log of one run; a context manager.
+
+    Args:
+        workdir: the run folder, which exists.
+        start, total: steps done and steps to do.
+        batch_size: images per step, for images/s.
+    """
+
+    def __init__(self, workdir: Path, start: int, total: int, batch_size: int) -> None:
+        path = workdir / METRICS
+        kept = [line for line in read_metrics(path) if line["step"] <= start]
+        write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
+        self._file = path.open("a", buffering=1)
+        self._tensorboard = SummaryWriter(str(workdir / "tb"), purge_step=start + 1)
+        self._total, self._batch = total, batch_size
+        self._clock: tuple[int, float] | None = None  # step and time that the rate counts from
+        self._printed = 0.0
+        columns = (BarColumn(), TaskProgressColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+        self._bar = Progress(*columns, console=console, disable=not console.is_terminal)
+        self._task = self._bar.add_task("compiling", total=total, completed=start)
+
+    def __enter__(self) -> "Tracker":
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+        self._file.close()
+        self._tensorboard.close()
+
+    def started(self, step: int) -> None:
+        """Starts the clock of images/s and time left: called when a step has ended, so that compiling is left out."""
+        self._clock = (step, time.monotonic())
+
+    def paused(self, seconds: float) -> None:
+        """Takes time that was not training (evaluation, saving) out of the clock."""
+        if self._clock:
+            self._clock = (self._clock[0], self._clock[1] + seconds)
+
+    def images_per_second(self, step: int) -> float:
+        """Returns the mean training rate since the clock started; 0 before there is one."""
+        if self._clock is None or step <= self._clock[0]:
+            return 0.0
+        return (step - self._clock[0]) * self._batch / max(time.monotonic() - self._clock[1], 1e-9)
+
+    def train(self, step: int, values: Mapping[str, float]) -> None:
+        """Records one training step and shows progress."""
+        rate = self.images_per_second(step)
+        self._record(step, "train", {**values, "images_per_second": rate})
+        left = _duration((self._total - step) * self._batch / rate) if rate else "?"
+        text = (
+            f"step {step}/{self._total}  loss {values['loss']:.4f}  accuracy {values['accuracy']:.1%}  "
+            f"{rate:,.0f} images/s  {left} left"
+        )
+        self._bar.update(self._task, completed=step, description=text)
+        now = time.monotonic()
+        if not console.is_terminal and (now - self._printed > PLAIN_SECONDS or step == self._total):
+            self._printed = now
+            console.print(text)
+
+    def evaluation(self, step: int, split: str, values: Mapping[str, float]) -> None:
+        """Records and prints metrics of a whole split."""
+        self._record(step, split, values)
+        console.print(f"step {step}/{self._total}  {split}: accuracy {values['accuracy']:.2%}  nll {values['nll']:.4f}")
+
+    def _record(self, step: int, kind: str, values: Mapping[str, float]) -> None:
+        self._file.write(json.dumps({"step": step, "kind": kind, **values}) + "\n")
+        for name, value in values.items():
+            self._tensorboard.add_scalar(f"{kind}/{name}", value, step)
+
+
+def show(rows: Sequence[Mapping[str, Any]], title: str) -> None:
+    """Prints rows of text cells as a table; columns are the first row's keys."""
+    table = Table(title=title, title_justify="left")
+    for name in rows[0]:
+        table.add_column(name, justify="left" if name in ("run", "model") else "right")
+    for row in rows:
+        table.add_row(*(str(cell) for cell in row.values()))
+    console.print(table)
+
+
+def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Returns rows of text cells as a Markdown table."""
+    names = list(rows[0])
+    rules = [":--" if name in ("run", "model") else "--:" for name in names]
+    lines = [names, rules, *([str(cell) for cell in row.values()] for row in rows)]
+    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
+
+
+def result_rows(result: Mapping[str, Any]) -> list[dict[str, str]]:
+    """Returns the rows of a run's result.json as text cells."""
+    return [
+        {
+            "model": row["model"],
+            "accuracy": f"{row['accuracy']:.2%}",
+            "nll": f"{row['nll']:.4f}",
+            "images": f"{row['images']:,}",
+            "parameters": f"{result['active_parameters']:,}",
+        }
+        for row in result["rows"]
+    ]
+
+
+def write_result(workdir: Path, result: Mapping[str, Any]) -> None:
+    """Writes result.json and report.md and prints the table."""
+    write_text(workdir / RESULT, json.dumps(result, indent=2) + "\n")
+    rows = result_rows(result)
+    about = (
+        f"Test split of {result['data']}, checkpoint at step {result['step']}, seed {result['seed']}. "
+        f"Parameters: {result['active_parameters']:,} active, {result['total_parameters']:,} total. "
+        f"Hardware: {result['hardware']}. Versions: "
+        + ", ".join(f"{name} {version}" for name, version in result["versions"].items())
+        + "."
+    )
+    write_text(workdir / "report.md", f"# {workdir.name}\n\n{markdown(rows)}\n{about}\n")
+    show(rows, f"{workdir.name}: {result['data']} test split, step {result['step']}")
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

@@ -1,0 +1,440 @@
+import contextlib
+import functools
+import hashlib
+import http.server
+import importlib.util
+import io
+import os
+import socket
+import subprocess
+import sys
+import tarfile
+import threading
+import time
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from jvitmoe.config import DataConfig, ModelConfig
+from jvitmoe.data import sources
+from jvitmoe.data.sources import DataError, Split, hold_out, load
+
+SHARED = Path(__file__).resolve().parents[3] / "shared" / "data" / "tfds"
+TFDS_DIR = Path(os.environ.get("JVITMOE_TFDS_DIR", SHARED))
+CIFAR_MODEL = ModelConfig(image_size=32, channels=3)
+ARCHIVE = "cifar-10-binary.tar.gz"
+needs_tensorflow = pytest.mark.skipif(
+    importlib.util.find_spec("tensorflow") is None, reason="preparing a set needs TensorFlow: jvitmoe[prepare]"
+)
+
+
+def one_line(error: pytest.ExceptionInfo[DataError]) -> str:
+    assert len(str(error.value).splitlines()) == 1
+    return str(error.value)
+
+
+def test_importing_sources_imports_neither_jax_nor_any_reader():
+    heavy = ("jax", "tensorflow_datasets", "tensorflow", "PIL", "sklearn")
+    code = f"import sys, jvitmoe.data.sources; print([name for name in {heavy} if name in sys.modules])"
+    assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"
+
+
+# digits and validation images
+
+
+def test_digits_are_split_once_and_for_all_into_1437_and_360():
+    from sklearn.datasets import load_digits
+
+    one, two = load(DataConfig(), ModelConfig()), load(DataConfig(), ModelConfig())
+    assert (len(one.train), len(one.test), one.class_names) == (1437, 360, tuple("0123456789"))
+    for split, again in ((one.train, two.train), (one.test, two.test)):
+        assert split.images_NHWC.shape == (len(split), 8, 8, 1)
+        assert split.images_NHWC.dtype == np.uint8
+        assert split.labels_N.dtype == np.int32
+        assert split.images_NHWC.flags.c_contiguous
+        np.testing.assert_array_equal(split.images_NHWC, again.images_NHWC)
+    values, labels = load_digits(return_X_y=True)
+    images = np.concatenate([one.train.images_NHWC, one.test.images_NHWC]).reshape(1797, 64)
+    assert sorted(map(bytes, images)) == sorted(bytes(np.rint(v * 255 / 16).astype(np.uint8)) for v in values)
+    share = np.bincount(labels) * 360 / 1797
+    assert np.all(np.abs(np.bincount(one.test.labels_N) - share) < 1)
+
+
+def numbered(labels: np.ndarray) -> Split:
+    """Returns images that carry their own number, so that each can be told from the others."""
+    images = np.arange(len(labels), dtype=np.uint32).view(np.uint8).reshape(-1, 2, 2, 1)
+    return Split(images, labels.astype(np.int32))
+
+
+@pytest.mark.parametrize("count", [0, 1, 7, 50, 99])
+def test_held_out_images_leave_the_rest_and_every_class_gives_its_share(count):
+    split = numbered(np.repeat([0, 1, 2, 5], [50, 30, 19, 1]))
+    train, held = hold_out(split, count)
+    np.random.seed(1)
+    _, again = hold_out(split, count)
+    np.testing.assert_array_equal(held.images_NHWC, again.images_NHWC)
+    assert (len(train), len(held)) == (100 - count, count)
+    numbers = [part.images_NHWC.reshape(-1, 4).view(np.uint32).ravel() for part in (train, held)]
+    assert sorted(np.concatenate(numbers)) == list(range(100))
+    for part, kept in zip((train, held), numbers, strict=True):
+        np.testing.assert_array_equal(part.labels_N, split.labels_N[kept])
+        assert np.all(np.diff(kept.astype(int)) > 0)
+        assert part.images_NHWC.flags.c_contiguous
+    for label, size in ((0, 50), (1, 30), (2, 19), (5, 1)):
+        assert abs(np.sum(held.labels_N == label) - size * count / 100) < 1
+
+
+@pytest.mark.parametrize("count", [-1, 100, 101])
+def test_holding_out_all_images_or_fewer_than_none_is_an_error(count):
+    with pytest.raises(DataError) as error:
+        hold_out(numbered(np.zeros(100)), count)
+    assert f"config.data.validation is {count}" in one_line(error)
+
+
+@pytest.mark.parametrize(
+    ("model", "remedy"),
+    [
+        (ModelConfig(image_size=28), "set --config.model.image_size=8"),
+        (ModelConfig(channels=3), "set --config.model.channels=1"),
+        (ModelConfig(classes=7), "set --config.model.classes=10"),
+    ],
+)
+def test_a_model_of_another_shape_is_told_what_to_set(model, remedy):
+    with pytest.raises(DataError) as error:
+        load(DataConfig(), model)
+    assert one_line(error).endswith(remedy)
+
+
+# image folders
+
+
+def write_folder(root: Path, parts=("train", "test"), names=("cat", "dog"), mode="RGB", per_class=3) -> np.ndarray:
+    """Writes PNG images of 8x8; returns their pixels, which differ from image to image, in the order of the paths."""
+    shape = (len(parts), len(names) * per_class, 8, 8, 1 if mode == "L" else 3)
+    pixels = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+    for part, images in zip(parts, pixels, strict=True):
+        for i, image in enumerate(images):
+            path = root / part / names[i // per_class] / f"{i:03}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image.squeeze() if mode == "L" else image).save(path)
+    return pixels
+
+
+def folder(root: Path, **model) -> sources.Dataset:
+    return load(DataConfig(name="folder", dir=str(root)), ModelConfig(**({"channels": 3, "classes": 2} | model)))
+
+
+@pytest.mark.parametrize("test", ["test", "val", "validation"])
+@pytest.mark.parametrize(("mode", "channels"), [("L", 1), ("RGB", 3)])
+def test_a_folder_gives_back_the_pixels_and_sorted_classes_written_into_it(tmp_path, test, mode, channels):
+    pixels = write_folder(tmp_path, ("train", test), mode=mode)
+    (tmp_path / "train" / "cat" / "notes.txt").write_text("not an image")
+    (tmp_path / "train" / "cat" / "._000.png").write_text("left by a file manager")
+    dataset = folder(tmp_path, channels=channels)
+    assert dataset.class_names == ("cat", "dog")
+    for split, images in ((dataset.train, pixels[0]), (dataset.test, pixels[1])):
+        np.testing.assert_array_equal(split.images_NHWC, images)
+        np.testing.assert_array_equal(split.labels_N, [0, 0, 0, 1, 1, 1])
+        assert (split.images_NHWC.dtype, split.labels_N.dtype) == (np.uint8, np.int32)
+
+
+def test_a_folder_keeps_its_order_when_threads_share_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "GROUP", 3)
+    pixels = write_folder(tmp_path, per_class=15)
+    np.testing.assert_array_equal(folder(tmp_path).train.images_NHWC, pixels[0])
+
+
+def test_grey_palette_and_transparent_files_become_rgb_and_colours_become_grey(tmp_path):
+    write_folder(tmp_path)
+    red = Image.new("RGB", (8, 8), (255, 0, 0))
+    red.convert("P").save(tmp_path / "train" / "cat" / "000.png", transparency=bytes([255, 0, 128]))
+    Image.new("L", (8, 8), 7).save(tmp_path / "train" / "cat" / "001.png")
+    red.convert("RGBA").save(tmp_path / "train" / "cat" / "002.png")
+    images = folder(tmp_path).train.images_NHWC
+    assert [tuple(image[0, 0]) for image in images[:3]] == [(255, 0, 0), (7, 7, 7), (255, 0, 0)]
+    assert folder(tmp_path, channels=1).train.images_NHWC[2, 0, 0] == np.asarray(red.convert("L"))[0, 0]
+
+
+def bomb(path: Path) -> None:
+    """Writes a PNG of 12000x12000: beyond Pillow's warning, 144 MB of pixels in a small file."""
+    Image.new("1", (12000, 12000)).save(path)
+
+
+def png(path: Path) -> Path:
+    return path / "train" / "dog" / "004.png"
+
+
+FOLDER_MISTAKES = {
+    "no test": (lambda p: (p / "test").rename(p / "other"), "test is not a folder"),
+    "no train": (lambda p: (p / "train").rename(p / "other"), "train is not a folder"),
+    "no classes": (lambda p: [f.rename(p / f.name) for f in (p / "train").iterdir()], "train holds no class folders"),
+    "an empty class": (lambda p: (p / "train" / "bird").mkdir(), "bird holds no images"),
+    "another test class": (lambda p: (p / "test" / "dog").rename(p / "test" / "cow"), "only one of them has cow, dog"),
+    "another size": (lambda p: Image.new("RGB", (10, 12)).save(png(p)), "004.png is 12x10 pixels but config.model.im"),
+    "a bomb": (lambda p: bomb(png(p)), "004.png cannot be read as an image (DecompressionBombWarning"),
+    "not an image": (lambda p: png(p).write_bytes(b"hello"), "004.png cannot be read as an image"),
+    "empty": (lambda p: png(p).write_bytes(b""), "004.png cannot be read as an image"),
+    "truncated": (lambda p: os.truncate(png(p), 120), "004.png cannot be read as an image"),
+    "16 bits": (lambda p: Image.new("I;16", (8, 8)).save(png(p)), "004.png has pixels of mode I;16"),
+}
+
+
+@pytest.mark.parametrize("mistake", FOLDER_MISTAKES)
+def test_a_mistake_in_a_folder_is_one_line_that_names_the_place(tmp_path, mistake):
+    write_folder(tmp_path)
+    make, message = FOLDER_MISTAKES[mistake]
+    make(tmp_path)
+    with pytest.raises(DataError) as error:
+        folder(tmp_path)
+    assert message in one_line(error)
+    assert str(tmp_path) in one_line(error)
+
+
+@pytest.mark.parametrize(
+    ("data", "model", "message"),
+    [
+        (DataConfig(name="folder"), {}, "set --config.data.dir"),
+        (DataConfig(name="folder", dir="nowhere"), {}, "nowhere/train is not a folder"),
+        (DataConfig(name="folder", dir="nowhere"), {"channels": 2}, "must be 1 or 3"),
+    ],
+)
+def test_a_folder_that_was_not_given_is_one_line_with_the_remedy(data, model, message):
+    with pytest.raises(DataError) as error:
+        load(data, ModelConfig(**model))
+    assert message in one_line(error)
+
+
+def test_a_folder_of_more_classes_than_the_model_says_so(tmp_path):
+    write_folder(tmp_path)
+    with pytest.raises(DataError) as error:
+        folder(tmp_path, classes=10)
+    assert one_line(error).endswith("set --config.model.classes=2")
+
+
+# TFDS: sets that are prepared
+
+
+@pytest.mark.skipif(not (TFDS_DIR / "cifar10").is_dir(), reason=f"needs a prepared CIFAR-10 in {TFDS_DIR}")
+def test_a_prepared_set_is_read_whole_without_tensorflow_or_jax():
+    code = (
+        "import sys; from jvitmoe.data.sources import load; from jvitmoe.config import DataConfig, ModelConfig\n"
+        f"d = load(DataConfig(name='cifar10', dir={str(TFDS_DIR)!r}), ModelConfig(image_size=32, channels=3))\n"
+        "print(d.train.images_NHWC.shape, d.test.images_NHWC.shape, d.train.images_NHWC.dtype, d.class_names[3])\n"
+        "print(set(map(int, __import__('numpy').bincount(d.train.labels_N))), d.train.images_NHWC.mean() // 1)\n"
+        "print([name for name in ('tensorflow', 'jax') if name in sys.modules])"
+    )
+    lines = subprocess.check_output([sys.executable, "-c", code], text=True).splitlines()
+    assert lines == ["(50000, 32, 32, 3) (10000, 32, 32, 3) uint8 cat", "{5000} 120.0", "[]"]
+
+
+# TFDS: sets that are not
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("cifra10", "did you mean 'cifar10'?"),
+        ("digit", "did you mean 'digits'?"),
+        ("CIFAR-10", "config.data.name is 'CIFAR-10'"),
+        ("huggingface:mnist", "config.data.name is 'huggingface:mnist'; it must be digits, folder or the name"),
+        ("cifar10:1.0.0", "cannot be loaded at version 1.0.0"),
+        ("tf_flowers", "vary in size"),
+        ("ag_news_subset", "must pair one image with one class label"),
+        (
+            "mnist",
+            "28x28x1 but config.model expects 32x32x3; set --config.model.image_size=28 --config.model.channels=1",
+        ),
+        ("cifar100", "set --config.model.classes=100"),
+    ],
+)
+def test_a_set_that_cannot_serve_is_refused_at_once_and_without_a_download(tmp_path, name, message):
+    start = time.monotonic()
+    with pytest.raises(DataError) as error:
+        load(DataConfig(name=name, dir=str(tmp_path)), CIFAR_MODEL)
+    assert message in one_line(error)
+    assert time.monotonic() - start < 10
+    assert not list(tmp_path.iterdir())
+
+
+def closed_port() -> int:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        return taken.getsockname()[1]
+
+
+def cifar_archive(path: Path) -> dict[bytes, int]:
+    """Writes CIFAR-10's official layout with 10 images per file; returns the label of each image's pixels."""
+    random, labels = np.random.default_rng(0), {}
+    with tarfile.open(path, "w:gz") as archive:
+
+        def add(name: str, content: bytes) -> None:
+            entry = tarfile.TarInfo(f"cifar-10-batches-bin/{name}")
+            entry.size = len(content)
+            archive.addfile(entry, io.BytesIO(content))
+
+        for name in (*(f"data_batch_{i}.bin" for i in range(1, 6)), "test_batch.bin"):
+            planes_NCHW = random.integers(0, 256, (10, 3, 32, 32), dtype=np.uint8)
+            add(name, b"".join(bytes([label]) + planes.tobytes() for label, planes in enumerate(planes_NCHW)))
+            labels |= {planes.transpose(1, 2, 0).tobytes(): label for label, planes in enumerate(planes_NCHW)}
+        add("batches.meta.txt", b"\n".join(b"class%d" % i for i in range(10)) + b"\n")
+    return labels
+
+
+def point_cifar10_at(monkeypatch: pytest.MonkeyPatch, url: str, archive: Path | None = None) -> None:
+    """Replaces the address and the checksum that TFDS has registered for CIFAR-10's archive."""
+    from tensorflow_datasets.core.download.checksums import UrlInfo
+    from tensorflow_datasets.image_classification.cifar import Cifar10
+
+    content = archive.read_bytes() if archive else b""
+    registered = UrlInfo(size=len(content), checksum=hashlib.sha256(content).hexdigest(), filename=ARCHIVE)
+    info = Cifar10._cifar_info.fget
+    monkeypatch.setattr(Cifar10, "_cifar_info", property(lambda self: info(self)._replace(url=url)))
+    monkeypatch.setattr(Cifar10, "url_infos", {url: registered})
+    for variable in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.delenv(variable, raising=False)
+
+
+def cifar10(data_dir: Path) -> sources.Dataset:
+    return load(DataConfig(name="cifar10", dir=str(data_dir)), CIFAR_MODEL)
+
+
+@contextlib.contextmanager
+def server(folder: Path):
+    """Serves `folder` on the loopback; yields its address and the list of paths that were asked for."""
+    asked = []
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *_):
+            asked.append(self.path)
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Handler, directory=folder)) as httpd:
+        thread = threading.Thread(target=httpd.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{httpd.server_address[1]}", asked
+        httpd.shutdown()
+        thread.join()
+
+
+def assert_holds(dataset: sources.Dataset, labels: dict[bytes, int]) -> None:
+    assert (len(dataset.train), len(dataset.test)) == (50, 10)
+    assert dataset.class_names == tuple(f"class{i}" for i in range(10))
+    seen = {}
+    for split in (dataset.train, dataset.test):
+        seen |= dict(zip(map(bytes, split.images_NHWC), split.labels_N.tolist(), strict=True))
+    assert seen == labels
+    assert set(map(bytes, dataset.test.images_NHWC)) == set(list(labels)[50:])
+
+
+@needs_tensorflow
+def test_a_set_is_downloaded_and_prepared_once_and_read_back_exactly(tmp_path, monkeypatch):
+    (tmp_path / "web").mkdir()
+    labels = cifar_archive(tmp_path / "web" / ARCHIVE)
+    killed = tmp_path / "data" / "cifar10" / "incomplete.ABC123_3.0.2"  # what a killed preparation leaves
+    killed.mkdir(parents=True)
+    (killed / "cifar10-train.array_record-00000-of-00001").write_bytes(b"half")
+    with server(tmp_path / "web") as (address, asked):
+        point_cifar10_at(monkeypatch, f"{address}/{ARCHIVE}", tmp_path / "web" / ARCHIVE)
+        assert_holds(cifar10(tmp_path / "data"), labels)
+    assert_holds(cifar10(tmp_path / "data"), labels)
+    assert asked == [f"/{ARCHIVE}"]
+
+    shard = tmp_path / "data" / "cifar10" / "3.0.2" / "cifar10-train.array_record-00000-of-00001"
+    os.truncate(shard, shard.stat().st_size // 2)
+    with pytest.raises(DataError) as error:
+        cifar10(tmp_path / "data")
+    assert str(shard.parent) in one_line(error)
+
+
+@needs_tensorflow
+def test_an_archive_in_the_manual_folder_needs_no_network_and_its_set_obeys_the_rules_on_splits_and_format(
+    tmp_path, monkeypatch
+):
+    manual = tmp_path / "downloads" / "manual"
+    manual.mkdir(parents=True)
+    labels = cifar_archive(manual / ARCHIVE)
+    point_cifar10_at(monkeypatch, f"http://127.0.0.1:{closed_port()}/{ARCHIVE}", manual / ARCHIVE)
+    monkeypatch.setattr(sources, "CHUNK", 7)  # reading in pieces must lose nothing either
+    assert_holds(cifar10(tmp_path), labels)
+
+    info = tmp_path / "cifar10" / "3.0.2" / "dataset_info.json"
+    info.with_name("cifar10-test.array_record-00000-of-00001").rename(
+        info.with_name("cifar10-validation.array_record-00000-of-00001")
+    )
+    info.write_text(info.read_text().replace('"name": "test"', '"name": "validation"'))
+    assert_holds(cifar10(tmp_path), labels)  # a set without a test split is tested on its validation split
+
+    info.write_text(info.read_text().replace('"name": "validation"', '"name": "extra"'))
+    with pytest.raises(DataError) as error:
+        cifar10(tmp_path)
+    assert "cifar10 has the splits" in one_line(error)
+
+    info.write_text(info.read_text().replace('"name": "extra"', '"name": "test"').replace("array_record", "tfrecord"))
+    with pytest.raises(DataError) as error:
+        cifar10(tmp_path)
+    assert "is stored as tfrecord" in one_line(error)
+
+
+@needs_tensorflow
+@pytest.mark.parametrize("fault", ["checksum", "missing"])
+def test_a_preparation_that_fails_is_one_line_and_leaves_nothing_to_be_taken_for_a_set(tmp_path, monkeypatch, fault):
+    (tmp_path / "web").mkdir()
+    if fault == "checksum":
+        cifar_archive(tmp_path / "web" / ARCHIVE)
+    with server(tmp_path / "web") as (address, _):
+        point_cifar10_at(monkeypatch, f"{address}/{ARCHIVE}")
+        for _ in range(2):
+            with pytest.raises(DataError) as error:
+                cifar10(tmp_path / "data")
+            assert one_line(error).startswith("cannot prepare cifar10")
+            assert {"checksum": "wrong checksum", "missing": "HTTP code: 404"}[fault] in one_line(error)
+            assert not list((tmp_path / "data" / "cifar10").glob("*"))
+
+
+def with_tensorflow(monkeypatch: pytest.MonkeyPatch, installed: bool) -> None:
+    spec = types.SimpleNamespace(find_spec=lambda name: object() if installed else None)
+    monkeypatch.setattr(sources, "importlib", types.SimpleNamespace(util=spec))
+
+
+def test_offline_an_absent_set_fails_within_10_seconds_and_names_three_remedies(tmp_path, monkeypatch):
+    with_tensorflow(monkeypatch, True)
+    point_cifar10_at(monkeypatch, f"http://127.0.0.1:{closed_port()}/{ARCHIVE}")
+    start = time.monotonic()
+    with pytest.raises(DataError) as error:
+        cifar10(tmp_path)
+    assert time.monotonic() - start < 10
+    for remedy in ("--config.data.dir", f"{ARCHIVE} into {tmp_path}/downloads/manual", "configs/digits_random.py"):
+        assert remedy in one_line(error)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_name_server_that_never_answers_does_not_hold_up_the_error(monkeypatch):
+    monkeypatch.setattr(sources, "PROBE_SECONDS", 0.2)
+    monkeypatch.setattr(socket, "create_connection", lambda *_, **__: time.sleep(2))
+    start = time.monotonic()
+    assert not sources._any_reachable(["https://a.invalid/x", "https://b.invalid/y"])
+    assert time.monotonic() - start < 1
+
+
+def test_behind_a_proxy_the_proxy_is_what_must_be_reachable(monkeypatch):
+    monkeypatch.setenv("no_proxy", "inside.invalid")
+    monkeypatch.setenv("https_proxy", "http://proxy.invalid:3128")
+    assert sources._endpoint("https://a.invalid/x") == ("proxy.invalid", 3128)
+    assert sources._endpoint("https://inside.invalid/x") == ("inside.invalid", 443)
+
+
+def test_without_tensorflow_preparing_names_the_extra(tmp_path, monkeypatch):
+    with_tensorflow(monkeypatch, False)
+    with pytest.raises(DataError) as error:
+        cifar10(tmp_path)
+    assert "pip install 'jvitmoe[prepare]'" in one_line(error)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_without_its_description_is_not_taken_for_a_set(tmp_path):
+    (tmp_path / "cifar10" / "3.0.2").mkdir(parents=True)
+    with pytest.raises(DataError) as error:
+        cifar10(tmp_path)
+    assert f"{tmp_path}/cifar10/3.0.2 lacks dataset_info.json" in one_line(error)
