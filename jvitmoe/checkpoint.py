@@ -41,19 +41,20 @@ class Checkpoints:
     Args:
         directory: made if absent, unless read_only.
         keep: newest checkpoints kept; the one of least validation NLL is kept besides.
+        best: whether saves carry a validation NLL to choose by.
         read_only: never writes or deletes, so several readers may share a folder.
     """
 
-    def __init__(self, directory: Path, keep: int = 1, read_only: bool = False) -> None:
+    def __init__(self, directory: Path, keep: int = 1, best: bool = True, read_only: bool = False) -> None:
         self.directory = Path(directory).absolute()
         latest = checkpoint_managers.LatestN(keep)
-        best = checkpoint_managers.BestN(_nll, reverse=True, n=1, keep_checkpoints_without_metrics=False)
+        least_nll = checkpoint_managers.BestN(get_metric_fn=_nll, reverse=True, n=1, keep_checkpoints_without_metrics=False)
         self._manager = ocp.CheckpointManager(
             self.directory,
             options=ocp.CheckpointManagerOptions(
-                best_fn=_nll,
+                best_fn=_nll if best else None,
                 best_mode="min",
-                preservation_policy=checkpoint_managers.AnyPreservationPolicy([latest, best]),
+                preservation_policy=checkpoint_managers.AnyPreservationPolicy([latest, least_nll]),
                 read_only=read_only,
                 create=not read_only,
             ),

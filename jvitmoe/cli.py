@@ -9,7 +9,10 @@ from typing import Any, NoReturn
 from absl import flags
 from ml_collections import config_flags
 
-from jvitmoe.config import Config, UserError, unknown_field
+from jvitmoe.config import Config, UserError, flatten, unknown_field
+
+
+MISSING = "--config is missing; give an experiment file, such as --config=configs/digits_random.py"
 
 
 def parse(argv: list[str], define: Callable[[flags.FlagValues], None], config: bool = False) -> flags.FlagValues:
@@ -24,8 +27,12 @@ def parse(argv: list[str], define: Callable[[flags.FlagValues], None], config: b
     """
     values = flags.FlagValues()
     define(values)
+    path = config_path(argv) if config else ""
+    if config and path and not Path(path).is_file():
+        raise UserError(f"config file {path!r} does not exist; give one such as configs/digits_random.py")
     if config:
         config_flags.DEFINE_config_file("config", None, "Experiment file.", flag_values=values, sys_argv=argv)
+        sys.path.insert(0, str(Path(path).parent))  # so that experiments may import their neighbours
     flags.DEFINE_bool("help", False, "Shows this help.", short_name="h", flag_values=values)
     try:
         rest = values(argv)[1:]
@@ -35,22 +42,33 @@ def parse(argv: list[str], define: Callable[[flags.FlagValues], None], config: b
         if rest:
             raise UserError(f"{rest[0]!r} is not a flag; write --name=value")
         if config:
-            _ = values.config  # a missing file fails only when it is first read
+            _ = values.config  # a file that fails to load says so only when it is first read
+    except UserError:
+        raise
     except flags.Error as error:
-        raise UserError(str(error).splitlines()[0]) from error
-    except (KeyError, AttributeError) as error:
-        raise UserError(_explain_field(argv, error)) from error
-    except OSError as error:
-        path = next((a.partition("=")[2] or "?" for a in argv if a.startswith("--config=")), "?")
-        raise UserError(f"config file {path!r} cannot be read; give the path of a file such as configs/digits_random.py") from error
+        raise UserError(MISSING if config and not path else str(error).splitlines()[0]) from error
+    except Exception as error:  # a config file is Python: anything may come out of it
+        raise UserError(_unknown_override(argv) or f"config file {path!r} fails: {error!r}") from error
+    finally:
+        if config:
+            sys.path.pop(0)
     return values
+
+
+def config_path(argv: list[str]) -> str:
+    """Returns what `--config=FILE` or `--config FILE` says, or ""."""
+    for argument, following in zip(argv, [*argv[1:], ""], strict=True):
+        name, equals, value = argument.lstrip("-").partition("=")
+        if name == "config" and argument.startswith("-"):
+            return value if equals else following
+    return ""
 
 
 def experiment(values: flags.FlagValues) -> Config:
     """Returns the validated Config behind `--config`. Raises UserError where it is missing or is no Config."""
     config = values.config
     if config is None:
-        raise UserError("--config is missing; give an experiment file, such as --config=configs/digits_random.py")
+        raise UserError(MISSING)
     if not isinstance(config, Config):
         raise UserError(f"get_config() of the config file returns {type(config).__name__}; it must return jvitmoe.config.Config")
     return config.validate()
@@ -68,12 +86,10 @@ def run(main: Callable[[list[str]], Any]) -> NoReturn:
     sys.exit(0)
 
 
-def _explain_field(argv: list[str], error: Exception) -> str:
-    """config_flags names only the last part of a field that is missing; the command line has all of it."""
+def _unknown_override(argv: list[str]) -> str | None:
+    """Returns the message for the first override of a field that does not exist; config_flags names only its last part."""
     for argument in argv:
         match = re.match(r"--(?:no)?config\.([\w.]+)", argument)
-        if match:
-            section, _, name = match.group(1).partition(".")
-            if not hasattr(getattr(Config(), section, None), name or "?"):
-                return unknown_field(match.group(1))
-    return f"the config file cannot be used: {error}"
+        if match and match.group(1) not in flatten(Config()):
+            return unknown_field(match.group(1))
+    return None

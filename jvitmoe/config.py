@@ -198,7 +198,7 @@ def from_dict(values: dict[str, dict[str, Any]]) -> Config:
     config = Config()
     for section_name, section_values in values.items():
         section = getattr(config, section_name, None)
-        if section is None:
+        if not dataclasses.is_dataclass(section):
             raise ConfigError(unknown_field(section_name))
         for name, value in section_values.items():
             if not hasattr(section, name):
@@ -232,6 +232,15 @@ def unknown_field(path: str) -> str:
 def dumps(config: Config) -> str:
     """Returns the JSON text kept in a run folder."""
     return json.dumps(to_dict(config), indent=2) + "\n"
+
+
+def loads(text: str, name: str) -> Config:
+    """Returns the Config of `dumps`. Raises ConfigError naming the file where the text is none."""
+    try:
+        values = json.loads(text)
+        return from_dict(values)
+    except (ValueError, AttributeError) as error:
+        raise ConfigError(f"{name} is not the config of a run: {error}; restore it from a copy") from error
 
 
 def _get(config: Config, path: str) -> Any:

@@ -17,7 +17,7 @@ from jvitmoe.data import augment
 from jvitmoe.data.feed import Batches, Images
 from jvitmoe.models import vit
 from jvitmoe.routing import Purpose
-from jvitmoe.step import AXIS, BY_COLUMN, REPLICATED
+from jvitmoe.step import AXIS, BY_COLUMN, REPLICATED, settle
 
 
 class Sums(NamedTuple):
@@ -66,10 +66,16 @@ def make_evaluate(model: vit.ViT, mesh: Mesh) -> Evaluate:
         sums = Sums(jnp.int32(0), jnp.float32(0), jnp.int32(0))
         for s in range(len(batches.index_SB)):
             sums = step(params, sums, split, batches, jnp.int32(s))
+            settle(mesh, sums)
         correct, nll, seen = jax.device_get(sums)
         return Result(int(correct) / int(seen), float(nll) / int(seen), int(seen))
 
     return evaluate
+
+
+def evaluate_run(config: Config, params: Any, test: Callable[[Any], Result]) -> list[dict[str, Any]]:
+    """Returns one row {"model", "accuracy", "nll", "images"} per dense tree that the run is tested as."""
+    return [{"model": name, **test(make())._asdict()} for name, make in dense_trees(config, params).items()]
 
 
 def dense_trees(config: Config, params: Any) -> dict[str, Callable[[], Any]]:

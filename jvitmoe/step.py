@@ -3,7 +3,12 @@
 B global batch, b the share of one device · S steps of one epoch · N images · L layers
 """
 
+import os
+import platform
+import re
+import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -45,10 +50,30 @@ def make_mesh(train: TrainConfig) -> Mesh:
             f"config.train.platform is {train.platform!r}; JAX finds {jax.default_backend()} devices only; "
             "install jvitmoe[cuda12] or jvitmoe[cuda13], or set --config.train.platform=''"
         ) from error
+    if not train.platform and devices[0].platform == "cpu" and Path("/dev/nvidia0").exists():
+        warnings.warn("an NVIDIA GPU is here but JAX finds only the CPU; install jvitmoe[cuda12]", RuntimeWarning, 2)
     wanted = train.devices or len(devices)
     if wanted > len(devices):
         raise ConfigError(f"config.train.devices is {wanted}; it must be at most {len(devices)}, the devices that are there")
     return jax.make_mesh((wanted,), (AXIS,), axis_types=(AxisType.Auto,), devices=devices[:wanted])
+
+
+def describe(mesh: Mesh) -> str:
+    """Returns the devices in words: number, kind, and for a CPU its model."""
+    first = mesh.devices.flat[0]
+    kind = first.device_kind
+    if first.platform == "cpu":
+        cpuinfo = Path("/proc/cpuinfo")
+        found = re.search(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else None
+        kind = f"cpu ({found.group(1) if found else platform.machine()}, {os.cpu_count()} cores)"
+    return f"{mesh.size} x {kind}"
+
+
+def settle(mesh: Mesh, outputs: Any) -> None:
+    """Waits for `outputs` where the mesh is several CPU devices, and only there: XLA runs their collectives on one
+    thread pool, which can deadlock with two programs in flight (seen on JAX 0.10)."""
+    if mesh.size > 1 and mesh.devices.flat[0].platform == "cpu":
+        jax.block_until_ready(outputs)
 
 
 def make_state(config: Config, model: vit.ViT, mesh: Mesh) -> TrainState:
@@ -56,6 +81,13 @@ def make_state(config: Config, model: vit.ViT, mesh: Mesh) -> TrainState:
     key = routing.address(jax.random.key(config.train.seed), Purpose.INIT)
     tx = optim.direction(config.optim)
     return jax.jit(lambda: state.create(vit.init(model, key), tx), out_shardings=NamedSharding(mesh, REPLICATED))()
+
+
+def abstract_state(config: Config, model: vit.ViT, mesh: Mesh) -> TrainState:
+    """Returns the shapes, dtypes and shardings of `make_state`, with nothing computed: what a checkpoint restores to."""
+    sharding = NamedSharding(mesh, REPLICATED)
+    shapes = jax.eval_shape(lambda: make_state(config, model, mesh))
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes)
 
 
 def make_train_step(config: Config, model: vit.ViT, mesh: Mesh, steps_per_epoch: int) -> TrainStep:
