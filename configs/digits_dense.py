@@ -1,6 +1,6 @@
 """A small dense ViT on scikit-learn's 1,797 real 8x8 digits: no download, under a minute on two CPU cores.
 
-    python -m jvitmoe.train --config configs/digits_dense.py
+python -m jvitmoe.train --config configs/digits_dense.py
 """
 
 from jvitmoe.config import Config, DataConfig, ModelConfig, OptimConfig, TrainConfig

@@ -1,6 +1,6 @@
 """digits_dense with four experts per MLP, one drawn at random per step for all layers, averaged before testing.
 
-    python -m jvitmoe.train --config configs/digits_random.py
+python -m jvitmoe.train --config configs/digits_random.py
 """
 
 import digits_dense

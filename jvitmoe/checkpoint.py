@@ -48,7 +48,9 @@ class Checkpoints:
     def __init__(self, directory: Path, keep: int = 1, best: bool = True, read_only: bool = False) -> None:
         self.directory = Path(directory).absolute()
         latest = checkpoint_managers.LatestN(keep)
-        least_nll = checkpoint_managers.BestN(get_metric_fn=_nll, reverse=True, n=1, keep_checkpoints_without_metrics=False)
+        least_nll = checkpoint_managers.BestN(
+            get_metric_fn=_nll, reverse=True, n=1, keep_checkpoints_without_metrics=False
+        )
         self._manager = ocp.CheckpointManager(
             self.directory,
             options=ocp.CheckpointManagerOptions(
@@ -181,7 +183,9 @@ class Checkpoints:
             found, expected = _checksums(restored[name]), meta["checksums"][name]
             wrong = [leaf for leaf in expected if found.get(leaf) != expected[leaf]]
             if wrong:
-                raise ValueError(f"{name}{wrong[0]} does not match its checksum ({len(wrong)} of {len(expected)} leaves)")
+                raise ValueError(
+                    f"{name}{wrong[0]} does not match its checksum ({len(wrong)} of {len(expected)} leaves)"
+                )
         return {name: restored[name] for name in items}, meta
 
     def _set_aside(self, step: int) -> None:

@@ -11,40 +11,47 @@ from ml_collections import config_flags
 
 from jvitmoe.config import Config, UserError, flatten, unknown_field
 
-
 MISSING = "--config is missing; give an experiment file, such as --config=configs/digits_random.py"
 
 
 def parse(argv: list[str], define: Callable[[flags.FlagValues], None], config: bool = False) -> flags.FlagValues:
-    """Returns the parsed flags of one command.
+    """Returns the parsed flags of a command that takes nothing but flags; otherwise as `parse_with_arguments`."""
+    values, arguments = parse_with_arguments(argv, define, config)
+    if arguments:
+        raise UserError(f"{arguments[0]!r} is not a flag; write --name=value")
+    return values
+
+
+def parse_with_arguments(
+    argv: list[str], define: Callable[[flags.FlagValues], None], config: bool = False
+) -> tuple[flags.FlagValues, list[str]]:
+    """Returns the parsed flags of one command, and its other arguments.
 
     Args:
         argv: the command line, program name first.
         define: adds the command's own flags.
         config: whether the command takes `--config=FILE.py` and `--config.a.b=value`.
 
-    Raises UserError for a flag, field or value that does not exist or does not parse, and for a missing config file.
+    Raises UserError for a flag, field or value that does not exist or does not parse, and for a config file that is
+    missing or fails.
     """
     values = flags.FlagValues()
     define(values)
     path = config_path(argv) if config else ""
-    if config and path and not Path(path).is_file():
+    if path and not Path(path).is_file():
         raise UserError(f"config file {path!r} does not exist; give one such as configs/digits_random.py")
     if config:
         config_flags.DEFINE_config_file("config", None, "Experiment file.", flag_values=values, sys_argv=argv)
         sys.path.insert(0, str(Path(path).parent))  # so that experiments may import their neighbours
     flags.DEFINE_bool("help", False, "Shows this help.", short_name="h", flag_values=values)
     try:
-        rest = values(argv)[1:]
+        arguments = values(argv)[1:]
         if values.help:
-            print(f"usage: python -m jvitmoe.{Path(argv[0]).stem} [flags]\n{values.main_module_help()}")
+            fields = [f"  --config.{name}={value!r}" for name, value in flatten(Config()).items()] if config else []
+            print(f"usage: python -m jvitmoe.{Path(argv[0]).stem} [flags]\n{values.get_help()}", *fields, sep="\n")
             sys.exit(0)
-        if rest:
-            raise UserError(f"{rest[0]!r} is not a flag; write --name=value")
         if config:
             _ = values.config  # a file that fails to load says so only when it is first read
-    except UserError:
-        raise
     except flags.Error as error:
         raise UserError(MISSING if config and not path else str(error).splitlines()[0]) from error
     except Exception as error:  # a config file is Python: anything may come out of it
@@ -52,7 +59,7 @@ def parse(argv: list[str], define: Callable[[flags.FlagValues], None], config: b
     finally:
         if config:
             sys.path.pop(0)
-    return values
+    return values, arguments
 
 
 def config_path(argv: list[str]) -> str:
@@ -70,12 +77,14 @@ def experiment(values: flags.FlagValues) -> Config:
     if config is None:
         raise UserError(MISSING)
     if not isinstance(config, Config):
-        raise UserError(f"get_config() of the config file returns {type(config).__name__}; it must return jvitmoe.config.Config")
+        raise UserError(
+            f"get_config() of the config file returns {type(config).__name__}; it must return jvitmoe.config.Config"
+        )
     return config.validate()
 
 
 def run(main: Callable[[list[str]], Any]) -> NoReturn:
-    """Runs a command on sys.argv and exits: 0, or 2 with one line on standard error when the user can mend the cause."""
+    """Runs a command on sys.argv and exits: 0, or 2 and one line on standard error where the user can mend it."""
     try:
         main(sys.argv)
     except UserError as error:
@@ -87,7 +96,7 @@ def run(main: Callable[[list[str]], Any]) -> NoReturn:
 
 
 def _unknown_override(argv: list[str]) -> str | None:
-    """Returns the message for the first override of a field that does not exist; config_flags names only its last part."""
+    """Returns the message for an override of a field that does not exist; config_flags names only its last part."""
     for argument in argv:
         match = re.match(r"--(?:no)?config\.([\w.]+)", argument)
         if match and match.group(1) not in flatten(Config()):

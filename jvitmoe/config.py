@@ -7,6 +7,7 @@ An experiment is a small file in `configs/` whose `get_config()` returns a `Conf
 import dataclasses
 import difflib
 import json
+import math
 from typing import Any
 
 
@@ -252,8 +253,9 @@ def _check_types(section: Any, name: str) -> None:
     for field in dataclasses.fields(section):
         value, wanted = getattr(section, field.name), field.type
         number = isinstance(value, int | float) and not isinstance(value, bool)
-        fits = number and value == value if wanted is float else type(value) is wanted
+        fits = number if wanted is float else type(value) is wanted
         _require(fits, f"{name}.{field.name}", value, f"must be of type {getattr(wanted, '__name__', wanted)}")
+        _require(not number or math.isfinite(value), f"{name}.{field.name}", value, "must be finite")
 
 
 def _check_choice(path: str, value: str, options: tuple[str, ...]) -> None:

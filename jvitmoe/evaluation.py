@@ -3,6 +3,7 @@
 B batch, b the share of one device · S batches · N images · E experts · L layers
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -38,13 +39,13 @@ Evaluate = Callable[[Any, Images, Batches], Result]
 
 
 def make_evaluate(model: vit.ViT, mesh: Mesh) -> Evaluate:
-    """Returns (dense params, images, batches) -> Result. One program serves every dense tree: merged, expert or path."""
+    """Returns (dense params, images, batches) -> Result; one program serves every dense tree."""
     dense = vit.ViT(model.config, dtype=model.dtype)
 
     def batch_sums(params: Any, sums: Sums, split: Images, batches: Batches, s: jax.Array) -> Sums:
         index_b, mask_b = batches.index_SB[s], batches.mask_SB[s]
         labels_b = split.labels_N[index_b]
-        logits_bC = dense.apply({"params": params}, augment.normalize(split.images_NHWC[index_b]))
+        logits_bC = vit.logits(dense, params, augment.normalize(split.images_NHWC[index_b]))
         nll_b = optax.softmax_cross_entropy_with_integer_labels(logits_bC, labels_b)
         here = Sums(
             jnp.sum((logits_bC.argmax(-1) == labels_b) & mask_b),
@@ -87,11 +88,10 @@ def dense_trees(config: Config, params: Any) -> dict[str, Callable[[], Any]]:
     take = jax.jit(merging.take_path)
     key = routing.address(jax.random.key(config.train.seed), Purpose.PATH, 0)
     random_L = jax.random.randint(key, (depth,), 0, experts)
-    trees: dict[str, Callable[[], Any]] = {"merged": lambda: jax.jit(merging.average_experts)(params)}
-    for e in range(experts):
-        trees[f"expert {e}"] = lambda e=e: take(params, routing.constant_route(e, depth))
-    trees["random path"] = lambda: take(params, random_L)
-    return trees
+    paths = {f"expert {e}": routing.constant_route(e, depth) for e in range(experts)} | {"random path": random_L}
+    return {"merged": lambda: jax.jit(merging.average_experts)(params)} | {
+        name: functools.partial(take, params, route_L) for name, route_L in paths.items()
+    }
 
 
 def dense_tree(config: Config, params: Any) -> Any:
@@ -104,5 +104,8 @@ def count_parameters(config: Config) -> tuple[int, int]:
     routing_config = config.routing
     model = vit.build(config.model, routing_config.experts, routing_config.init)
     params = jax.eval_shape(lambda: vit.init(model, jax.random.key(0)))
-    size = lambda tree: sum(leaf.size for leaf in jax.tree.leaves(tree))  # noqa: E731
-    return size(jax.eval_shape(merging.average_experts, params)), size(params)
+    return _size(jax.eval_shape(merging.average_experts, params)), _size(params)
+
+
+def _size(tree: Any) -> int:
+    return sum(leaf.size for leaf in jax.tree.leaves(tree))

@@ -42,7 +42,7 @@ TrainStep = Callable[[TrainState, Images, jax.Array], tuple[TrainState, Metrics]
 
 
 def make_mesh(train: TrainConfig) -> Mesh:
-    """Returns the mesh over local devices. Raises ConfigError for a platform or a number of devices that is not there."""
+    """Returns the mesh over local devices. Raises ConfigError for a platform or a number of devices not there."""
     try:
         devices = jax.local_devices(backend=train.platform or None)
     except RuntimeError as error:
@@ -54,7 +54,9 @@ def make_mesh(train: TrainConfig) -> Mesh:
         warnings.warn("an NVIDIA GPU is here but JAX finds only the CPU; install jvitmoe[cuda12]", RuntimeWarning, 2)
     wanted = train.devices or len(devices)
     if wanted > len(devices):
-        raise ConfigError(f"config.train.devices is {wanted}; it must be at most {len(devices)}, the devices that are there")
+        raise ConfigError(
+            f"config.train.devices is {wanted}; it must be at most {len(devices)}, the devices that are there"
+        )
     return jax.make_mesh((wanted,), (AXIS,), axis_types=(AxisType.Auto,), devices=devices[:wanted])
 
 
@@ -84,7 +86,7 @@ def make_state(config: Config, model: vit.ViT, mesh: Mesh) -> TrainState:
 
 
 def abstract_state(config: Config, model: vit.ViT, mesh: Mesh) -> TrainState:
-    """Returns the shapes, dtypes and shardings of `make_state`, with nothing computed: what a checkpoint restores to."""
+    """Returns shapes, dtypes and shardings of `make_state`, with nothing computed: what a checkpoint restores to."""
     sharding = NamedSharding(mesh, REPLICATED)
     shapes = jax.eval_shape(lambda: make_state(config, model, mesh))
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes)
@@ -119,7 +121,7 @@ def make_train_step(config: Config, model: vit.ViT, mesh: Mesh, steps_per_epoch:
         params, opt_state = state.take_active(before, route_L)
 
         def loss_fn(params: Any) -> tuple[jax.Array, jax.Array]:
-            logits_bC = dense.apply({"params": params}, augment.normalize(images), None, dropout_key_b)
+            logits_bC = vit.logits(dense, params, augment.normalize(images), key_B=dropout_key_b)
             targets_bC = optax.smooth_labels(jax.nn.one_hot(labels_b, logits_bC.shape[-1]), smoothing)
             loss = optax.softmax_cross_entropy(logits_bC, targets_bC).mean()
             accuracy = (logits_bC.argmax(-1) == labels_b).mean()

@@ -13,7 +13,6 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 import jax
 from absl import flags
@@ -122,7 +121,9 @@ def train(config: Config, workdir: Path, stop: Stop) -> None:
 
     with Tracker(workdir, start, total, config.train.batch_size) as tracker:
         try:
-            state = run.loop(state, images, step.make_train_step(config, model, mesh, order.steps_per_epoch), tracker, watch, watched)
+            state = run.loop(
+                state, images, step.make_train_step(config, model, mesh, order.steps_per_epoch), tracker, watch, watched
+            )
         finally:
             checkpoints.close()
         rate = tracker.images_per_second(total)
@@ -158,7 +159,9 @@ def _resume(checkpoints: Checkpoints, config: Config, model: vit.ViT, mesh: Mesh
 class _Run:
     """The loop and what it needs between steps."""
 
-    def __init__(self, config: Config, checkpoints: Checkpoints, stop: Stop, mesh: Mesh, order: feed.TrainOrder) -> None:
+    def __init__(
+        self, config: Config, checkpoints: Checkpoints, stop: Stop, mesh: Mesh, order: feed.TrainOrder
+    ) -> None:
         self._config, self._checkpoints, self._stop, self._mesh, self._order = config, checkpoints, stop, mesh, order
         self._unread: list[tuple[int, Metrics]] = []  # still on the device
         self._saved: int | None = None
@@ -201,7 +204,9 @@ class _Run:
                 tracker.paused(time.monotonic() - paused)
             if self._stop.signal is not None and done < total:
                 self._checkpoints.close()
-                console.print(f"stopped at step {done} by {signal.Signals(self._stop.signal).name}; the same command goes on from here")
+                console.print(
+                    f"stopped at step {done} by {signal.Signals(self._stop.signal).name}; the same command goes on"
+                )
                 sys.exit(128 + self._stop.signal)
         return state
 
@@ -214,7 +219,11 @@ class _Run:
                 value = float(getattr(values, name))
                 if not math.isfinite(value):
                     self._checkpoints.close()
-                    good = f"the last good checkpoint is step {self._saved}" if self._saved else "no checkpoint was saved yet"
+                    good = (
+                        f"the last good checkpoint is step {self._saved}"
+                        if self._saved
+                        else "no checkpoint was saved yet"
+                    )
                     raise TrainingError(
                         f"{name} is {value} at step {done}; it must be finite; {good}; "
                         "try a lower --config.optim.learning_rate or --config.optim.clip_norm=1 in a new --workdir"

@@ -30,7 +30,8 @@ class Batches(NamedTuple):
 
 def put(split: Split, mesh: Mesh) -> Images:
     """Returns the split on every device of the mesh."""
-    return jax.device_put(Images(split.images_NHWC, split.labels_N), NamedSharding(mesh, PartitionSpec()))
+    sharding = NamedSharding(mesh, PartitionSpec())
+    return Images(jax.device_put(split.images_NHWC, sharding), jax.device_put(split.labels_N, sharding))
 
 
 class TrainOrder:
@@ -42,11 +43,13 @@ class TrainOrder:
     def __init__(self, count: int, batch_size: int, key: jax.Array, mesh: Mesh) -> None:
         if batch_size % mesh.size:
             raise ConfigError(
-                f"config.train.batch_size is {batch_size}; it must be a multiple of the number of devices, {mesh.size}; "
+                f"config.train.batch_size is {batch_size}; it must be a multiple of the {mesh.size} devices; "
                 "change it or set --config.train.devices"
             )
         if batch_size > count:
-            raise ConfigError(f"config.train.batch_size is {batch_size}; it must be at most the {count} training images")
+            raise ConfigError(
+                f"config.train.batch_size is {batch_size}; it must be at most the {count} training images"
+            )
         self.steps_per_epoch = steps = count // batch_size
 
         def order(epoch: jax.Array) -> jax.Array:
@@ -69,4 +72,5 @@ def eval_batches(count: int, batch_size: int, mesh: Mesh) -> Batches:
     place = np.arange(-(-count // size) * size).reshape(-1, size)
     sharding = NamedSharding(mesh, PartitionSpec(None, mesh.axis_names))
     mask = place < count
-    return jax.device_put(Batches(np.where(mask, place, 0).astype(np.int32), mask), sharding)
+    index = np.where(mask, place, 0).astype(np.int32)
+    return Batches(jax.device_put(index, sharding), jax.device_put(mask, sharding))

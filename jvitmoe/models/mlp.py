@@ -12,7 +12,7 @@ from flax.linen.initializers import Initializer
 
 
 def torch_uniform(fan_in: int) -> Initializer:
-    """Returns an initializer drawing from U(-1/sqrt(fan_in), 1/sqrt(fan_in)), PyTorch's default for Linear weight and bias."""
+    """Returns an initializer drawing from U(-1/sqrt(fan_in), 1/sqrt(fan_in)): PyTorch's default for Linear and bias."""
     bound = fan_in**-0.5
     return lambda key, shape, dtype=jnp.float32: jax.random.uniform(key, shape, dtype, -bound, bound)
 

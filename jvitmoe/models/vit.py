@@ -3,7 +3,7 @@
 B batch · T tokens · D width · H heads · K head width · L layers · C classes · P patch side · c channels
 """
 
-from typing import Any
+from typing import Any, cast
 
 import flax.linen as nn
 import jax
@@ -171,6 +171,17 @@ def build(config: ModelConfig, experts: int = 1, expert_init: str = "independent
     """Returns the model in its compute dtype; "auto" is bfloat16 on a GPU or TPU and float32 on a CPU."""
     name = config.dtype if config.dtype != "auto" else "float32" if platform == "cpu" else "bfloat16"
     return ViT(config, experts, expert_init, jnp.dtype(name))
+
+
+def logits(
+    model: ViT,
+    params: Any,
+    images_BHWc: jax.Array,
+    route_L: jax.Array | None = None,
+    key_B: jax.Array | None = None,
+) -> jax.Array:
+    """Returns float32 logits_BC of the model with these parameters; arguments as `ViT.__call__`."""
+    return cast(jax.Array, model.apply({"params": params}, images_BHWc, route_L, key_B))
 
 
 def init(model: ViT, key: jax.Array) -> dict[str, Any]:

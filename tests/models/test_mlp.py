@@ -1,0 +1,151 @@
+"""The MLP, its GELU, its initialisation and dropout, against plain float64 formulas.
+
+B batch · T tokens · D width · F hidden width · E experts
+"""
+
+import math
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from jvitmoe.models.mlp import Mlp, dropout, gelu, torch_uniform
+
+GRID = np.concatenate([np.linspace(-12, 12, 481), [-40.0, -1e-3, 1e-3, 40.0]])
+
+
+def cdf(x: np.ndarray) -> np.ndarray:
+    return 0.5 * np.vectorize(math.erfc)(-np.asarray(x, np.float64) / math.sqrt(2))
+
+
+def gelu_slope(x: np.ndarray) -> np.ndarray:
+    return cdf(x) + x * np.exp(-0.5 * x**2) / math.sqrt(2 * math.pi)
+
+
+def images_keys(count: int, seed: int = 0) -> jax.Array:
+    return jax.random.split(jax.random.key(seed), count)
+
+
+def test_gelu_is_x_times_the_normal_distribution_function():
+    x = GRID.astype(np.float32)
+    np.testing.assert_allclose(gelu(jnp.asarray(x)), x * cdf(x), rtol=2e-6, atol=1e-6)
+
+
+def test_gelu_has_the_slope_of_the_formula_forward_and_backward():
+    x = jnp.asarray(GRID, jnp.float32)
+    expected = gelu_slope(np.asarray(x, np.float64))
+    value, forward = jax.jvp(gelu, (x,), (jnp.ones_like(x),))
+    backward = jax.vmap(jax.grad(gelu))(x)
+    np.testing.assert_allclose(value, gelu(x), rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(forward, expected, atol=1e-6)
+    np.testing.assert_allclose(backward, expected, atol=1e-6)
+
+
+def test_gelu_and_its_gradient_stay_in_bfloat16():
+    x = jnp.asarray(1.5, jnp.bfloat16)
+    chex.assert_type([gelu(x), jax.grad(gelu)(x)], jnp.bfloat16)
+
+
+def test_gelu_differentiates_over_devices_as_on_one():
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    x_BD = jnp.asarray(np.random.default_rng(0).normal(size=(8, 3)), jnp.float32)
+    scale_D = jnp.asarray([0.5, -1.0, 2.0])
+
+    def loss(scale_D: jax.Array, x_BD: jax.Array) -> jax.Array:
+        return gelu(x_BD * scale_D[None]).mean()
+
+    def sharded_loss(scale_D: jax.Array, x_bD: jax.Array) -> jax.Array:
+        return jax.lax.pmean(loss(scale_D, x_bD), "data")
+
+    gradient = jax.jit(jax.shard_map(jax.grad(sharded_loss), mesh=mesh, in_specs=(P(), P("data")), out_specs=P()))
+    x, scale = np.asarray(x_BD, np.float64), np.asarray(scale_D, np.float64)
+    expected = (gelu_slope(x * scale) * x).mean(0) / 3
+    np.testing.assert_allclose(gradient(scale_D, x_BD), expected, atol=1e-6)
+    np.testing.assert_allclose(jax.grad(loss)(scale_D, x_BD), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("expert", [None, 0, 2])
+def test_mlp_is_the_plain_formula_of_the_expert_that_runs(expert):
+    experts = 1 if expert is None else 3
+    mlp = Mlp(hidden=7, experts=experts)
+    x_BTD = np.random.default_rng(1).normal(size=(2, 3, 5)).astype(np.float32)
+    route = None if expert is None else jnp.int32(expert)
+    params = mlp.init(jax.random.key(0), x_BTD, route, None)["params"]
+    y_BTD = jax.jit(mlp.apply)({"params": params}, x_BTD, route, None)
+
+    chosen = {name: np.asarray(x if expert is None else x[expert], np.float64) for name, x in params.items()}
+    h_BTF = x_BTD.astype(np.float64) @ chosen["up"] + chosen["up_bias"]
+    expected = (h_BTF * cdf(h_BTF)) @ chosen["down"] + chosen["down_bias"]
+    chex.assert_shape(y_BTD, (2, 3, 5))
+    np.testing.assert_allclose(y_BTD, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize(("experts", "lead"), [(1, ()), (2, (2,)), (4, (4,))])
+def test_the_expert_axis_leads_and_is_absent_for_one_expert(experts, lead):
+    mlp = Mlp(hidden=7, experts=experts)
+    params = jax.eval_shape(lambda: mlp.init(jax.random.key(0), jnp.zeros((1, 1, 5)), jnp.int32(0), None))["params"]
+    expected = {"up": (5, 7), "up_bias": (7,), "down": (7, 5), "down_bias": (5,)}
+    assert {name: x.shape for name, x in params.items()} == {name: (*lead, *s) for name, s in expected.items()}
+    chex.assert_type(jax.tree.leaves(params), jnp.float32)
+
+
+@pytest.mark.parametrize("fan_in", [1, 16, 300])
+def test_torch_uniform_fills_its_bounds_evenly(fan_in):
+    bound, count = fan_in**-0.5, 20_000
+    draws = np.asarray(torch_uniform(fan_in)(jax.random.key(fan_in), (count,)), np.float64) / bound
+    assert draws.min() >= -1
+    assert draws.max() <= 1
+    quarters, _ = np.histogram(draws, bins=4, range=(-1, 1))
+    # Five standard deviations of a binomial count.
+    np.testing.assert_allclose(quarters / count, 0.25, atol=5 * math.sqrt(0.25 * 0.75 / count))
+    assert np.abs(draws).max() > 1 - 20 / count
+
+
+def test_each_bias_is_drawn_for_the_fan_in_of_its_layer():
+    mlp = Mlp(hidden=400, experts=2)
+    params = mlp.init(jax.random.key(0), jnp.zeros((1, 1, 100)), jnp.int32(0), None)["params"]
+    for name, fan_in in {"up": 100, "up_bias": 100, "down": 400, "down_bias": 400}.items():
+        largest_E = np.abs(params[name]).max(axis=tuple(range(1, params[name].ndim))) * math.sqrt(fan_in)
+        assert (largest_E <= 1).all(), name
+        assert (largest_E > 0.9).all(), name
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.5])
+def test_dropout_zeroes_its_rate_and_keeps_the_mean(rate):
+    x_B = jnp.ones((8, 50, 40))
+    y_B = np.asarray(jax.jit(dropout, static_argnums=(2, 3))(x_B, images_keys(8), 0, rate))
+    dropped = y_B == 0
+    sigma = math.sqrt(rate * (1 - rate) / y_B.size)
+    assert abs(dropped.mean() - rate) < 5 * sigma
+    np.testing.assert_allclose(y_B[~dropped], 1 / (1 - rate), rtol=1e-6)
+    assert abs(y_B.mean() - 1) < 5 * sigma / (1 - rate)
+
+
+def test_dropout_masks_differ_between_images_and_between_sites():
+    x_B = jnp.ones((2, 200))
+    first_B, second_B = (np.asarray(dropout(x_B, images_keys(2), site, 0.5)) for site in (0, 1))
+    for one, other in [(first_B[0], first_B[1]), (first_B, second_B)]:
+        assert 0.3 < (one != other).mean() < 0.7
+
+
+def test_dropout_without_keys_or_without_rate_is_the_identity():
+    x_B = jnp.arange(6.0).reshape(2, 3)
+    assert dropout(x_B, None, 0, 0.5) is x_B
+    assert dropout(x_B, images_keys(2), 0, 0.0) is x_B
+
+
+def test_dropout_keeps_bfloat16():
+    chex.assert_type(dropout(jnp.ones((2, 3), jnp.bfloat16), images_keys(2), 0, 0.5), jnp.bfloat16)
+
+
+def test_gradients_reach_only_the_expert_that_runs():
+    mlp = Mlp(hidden=7, experts=3)
+    x_BTD = jnp.asarray(np.random.default_rng(2).normal(size=(2, 3, 5)), jnp.float32)
+    params = mlp.init(jax.random.key(0), x_BTD, jnp.int32(0), None)["params"]
+    gradient = jax.grad(lambda p: jnp.square(mlp.apply({"params": p}, x_BTD, jnp.int32(1), None)).sum())(params)
+    for name, leaf in gradient.items():
+        reached = [bool(np.any(leaf[e])) for e in range(3)]
+        assert reached == [False, True, False], name

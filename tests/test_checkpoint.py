@@ -1,0 +1,231 @@
+"""Checkpoints restore bit for bit, on any number of devices, and damage is noticed, named and walked around."""
+
+import contextlib
+import functools
+import shutil
+import warnings
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jvitmoe import step
+from jvitmoe.checkpoint import CheckpointError, Checkpoints
+from jvitmoe.config import Config, ModelConfig, RoutingConfig, TrainConfig
+from jvitmoe.models import vit
+from jvitmoe.state import TrainState
+
+
+# Orbax abandons coroutines when a read fails, and Python then complains from inside them.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
+
+def make_config(devices: int = 1) -> Config:
+    # Hidden layers wide enough for leaves that Orbax stores as chunks of their own, not inside its index.
+    model = ModelConfig(width=8, hidden=1024, depth=2, heads=2)
+    return Config(model=model, routing=RoutingConfig(experts=2), train=TrainConfig(devices=devices, seed=3)).validate()
+
+
+@functools.cache
+def make(devices: int = 1):
+    config = make_config(devices)
+    model = vit.build(config.model, config.routing.experts, config.routing.init)
+    mesh = step.make_mesh(config.train)
+    return step.make_state(config, model, mesh), step.abstract_state(config, model, mesh)
+
+
+@contextlib.contextmanager
+def opened(folder, **kwargs):
+    checkpoints = Checkpoints(folder, **kwargs)
+    try:
+        yield checkpoints
+    finally:
+        checkpoints.close()
+
+
+def restore(folder, abstract):
+    with opened(folder) as checkpoints:
+        return checkpoints.restore(abstract)
+
+
+def at(state: TrainState, number: int) -> TrainState:
+    return TrainState(jnp.int32(number), jax.tree.map(lambda x: x + number, state.params), state.opt_state)
+
+
+def save_all(folder, state, numbers, nlls=None, keep=10):
+    with opened(folder, keep=keep, best=nlls is not None) as checkpoints:
+        for index, number in enumerate(numbers):
+            checkpoints.save(at(state, number), make_config(), nlls[index] if nlls else None)
+
+
+def test_what_is_restored_is_what_was_saved_bit_for_bit(tmp_path):
+    state, abstract = make()
+    save_all(tmp_path / "c", state, [1, 2])
+    restored, meta = restore(tmp_path / "c", abstract)
+    chex.assert_trees_all_equal(restored, at(state, 2))
+    assert meta["step"] == 2
+    assert meta["config"]["train"]["seed"] == 3
+    assert {"jax", "flax", "orbax-checkpoint"} <= meta["versions"].keys()
+
+
+def test_later_changes_to_the_saved_arrays_do_not_reach_the_checkpoint(tmp_path):
+    state, abstract = make()
+    saved = jax.tree.map(jnp.copy, at(state, 1))
+    expected = jax.tree.map(np.array, saved)
+    with opened(tmp_path / "c", best=False) as checkpoints:
+        checkpoints.save(saved, make_config(), None)
+        overwrite = jax.jit(lambda tree: jax.tree.map(lambda x: x * 0, tree), donate_argnums=0)
+        jax.block_until_ready(overwrite(saved))
+    chex.assert_trees_all_equal(restore(tmp_path / "c", abstract)[0], expected)
+
+
+@pytest.mark.parametrize(("saved_on", "read_on"), [(4, 1), (1, 4), (2, 4)])
+def test_any_number_of_devices_reads_any_checkpoint(tmp_path, saved_on, read_on):
+    state, _ = make(saved_on)
+    save_all(tmp_path / "c", state, [1])
+    _, abstract = make(read_on)
+    restored, _ = restore(tmp_path / "c", abstract)
+    chex.assert_trees_all_equal(jax.device_get(restored), jax.device_get(at(state, 1)))
+    assert all(len(leaf.devices()) == read_on for leaf in jax.tree.leaves(restored))
+
+
+def test_no_checkpoint_at_all_is_none(tmp_path):
+    _, abstract = make()
+    assert restore(tmp_path / "c", abstract) is None
+
+
+def test_the_best_is_kept_besides_the_newest(tmp_path):
+    state, _ = make()
+    save_all(tmp_path / "c", state, [1, 2, 3, 4], nlls=[0.5, 0.1, 0.4, 0.3], keep=1)
+    with opened(tmp_path / "c", read_only=True) as checkpoints:
+        assert checkpoints.steps() == [2, 4]
+        assert (checkpoints.find("best"), checkpoints.find("latest"), checkpoints.find("2")) == (2, 4, 2)
+
+
+def data_files(folder):
+    return sorted((p for p in folder.rglob("*") if p.is_file() and "/d/" in str(p)), key=lambda p: -p.stat().st_size)
+
+
+def flip_byte(folder):
+    path = data_files(folder / "params")[0]
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def empty(folder):
+    shutil.rmtree(folder)
+    folder.mkdir()
+
+
+def truncate_data(folder):
+    path = data_files(folder / "params")[0]
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def truncate_metadata(folder):
+    path = folder / "params" / "_METADATA"
+    path.write_bytes(path.read_bytes()[:20])
+
+
+def lose_manifest(folder):
+    (folder / "params" / "manifest.ocdbt").unlink()
+
+
+def lose_item(folder):
+    shutil.rmtree(folder / "opt_state")
+
+
+def edit_meta(folder):
+    path = next(p for p in (folder / "meta").iterdir() if p.is_file() and "seed" in p.read_text())
+    path.write_text(path.read_text().replace('"seed": 3', '"seed": 4'))
+
+
+DAMAGES = [flip_byte, empty, truncate_data, truncate_metadata, lose_manifest, lose_item, edit_meta]
+
+
+@pytest.mark.parametrize("damage", DAMAGES, ids=lambda f: f.__name__)
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(tmp_path, damage):
+    state, abstract = make()
+    save_all(tmp_path / "c", state, [1, 2])
+    damage(tmp_path / "c" / "2")
+    with pytest.warns(RuntimeWarning, match="checkpoint 2 skipped: ") as caught:
+        restored, meta = restore(tmp_path / "c", abstract)
+    assert len(caught) == 1
+    assert "\n" not in str(caught[0].message)
+    assert meta["step"] == 1
+    chex.assert_trees_all_equal(restored, at(state, 1))
+
+
+@pytest.mark.parametrize("damage", DAMAGES, ids=lambda f: f.__name__)
+def test_a_run_never_starts_afresh_by_accident(tmp_path, damage):
+    state, abstract = make()
+    save_all(tmp_path / "c", state, [1])
+    damage(tmp_path / "c" / "1")
+    with pytest.warns(RuntimeWarning), pytest.raises(CheckpointError, match="none of the checkpoints"):
+        restore(tmp_path / "c", abstract)
+
+
+def test_a_flipped_byte_anywhere_never_gives_other_values(tmp_path):
+    state, abstract = make()
+    save_all(tmp_path / "sound", state, [1, 2])
+    expected = {number: jax.device_get(at(state, number)) for number in (1, 2)}
+    random = np.random.default_rng(0)
+    files = sorted(p for p in (tmp_path / "sound" / "2").rglob("*") if p.is_file() and p.stat().st_size)
+    noticed = 0
+    for trial in range(2 * len(files)):
+        folder = tmp_path / f"trial{trial}"
+        shutil.copytree(tmp_path / "sound", folder)
+        path = folder / files[trial % len(files)].relative_to(tmp_path / "sound")
+        content = bytearray(path.read_bytes())
+        content[random.integers(len(content))] ^= 1 << random.integers(8)
+        path.write_bytes(content)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            restored, meta = restore(folder, abstract)
+        skipped = any("checkpoint 2 skipped" in str(warning.message) for warning in caught)
+        assert meta["step"] == (1 if skipped else 2)
+        chex.assert_trees_all_equal(jax.device_get(restored), expected[meta["step"]])
+        noticed += skipped
+    assert noticed > 0
+
+
+def test_a_damaged_step_can_be_saved_again_and_the_damaged_folder_is_kept_aside(tmp_path):
+    state, abstract = make()
+    save_all(tmp_path / "c", state, [1, 2])
+    flip_byte(tmp_path / "c" / "2")
+    with opened(tmp_path / "c", best=False) as checkpoints:
+        with pytest.warns(RuntimeWarning, match="checkpoint 2 skipped"):
+            checkpoints.restore(abstract)
+        checkpoints.save(at(state, 2), make_config(), None)
+    restored, meta = restore(tmp_path / "c", abstract)
+    assert meta["step"] == 2
+    chex.assert_trees_all_equal(restored, at(state, 2))
+    assert len(list(tmp_path.glob("damaged-checkpoint-2-*"))) == 1
+
+
+def test_parameters_alone_are_verified_too(tmp_path):
+    state, abstract = make()
+    save_all(tmp_path / "c", state, [1])
+    with opened(tmp_path / "c", read_only=True) as checkpoints:
+        chex.assert_trees_all_equal(checkpoints.read_params(1, abstract.params), at(state, 1).params)
+    flip_byte(tmp_path / "c" / "1")
+    with (
+        opened(tmp_path / "c", read_only=True) as checkpoints,
+        pytest.raises(CheckpointError, match=r"checkpoint 1 in .* cannot be read") as caught,
+    ):
+        checkpoints.read_params(1, abstract.params)
+    assert "\n" not in str(caught.value)
+
+
+def test_what_is_not_there_is_one_clear_line(tmp_path):
+    with opened(tmp_path / "c") as checkpoints, pytest.raises(CheckpointError, match="holds no checkpoint"):
+        checkpoints.find("latest")
+    save_all(tmp_path / "c", make()[0], [5])
+    with opened(tmp_path / "c", read_only=True) as checkpoints:
+        with pytest.raises(CheckpointError, match=r"'7' does not exist; there are latest, best and \[5\]"):
+            checkpoints.find("7")
+        with pytest.raises(CheckpointError, match="no best checkpoint without a validation split"):
+            checkpoints.find("best")

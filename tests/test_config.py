@@ -1,0 +1,115 @@
+"""The configuration: every rule is checked, every message is one line that names value, rule and remedy."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+
+from jvitmoe import config as config_lib
+from jvitmoe.config import Config, ConfigError
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+
+
+def set_field(config: Config, path: str, value: object) -> Config:
+    section, name = path.split(".")
+    setattr(getattr(config, section), name, value)
+    return config
+
+
+def test_defaults_obey_their_own_rules():
+    Config().validate()
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "rule"),
+    [
+        ("routing.experts", 0, "must be greater than 0"),
+        ("model.depth", -1, "must be greater than 0"),
+        ("model.image_size", 0, "must be greater than 0"),
+        ("train.batch_size", 0, "must be greater than 0"),
+        ("data.crop_padding", -2, "must not be negative"),
+        ("train.devices", -1, "must not be negative"),
+        ("optim.learning_rate", 0.0, "must be greater than 0"),
+        ("optim.learning_rate", float("nan"), "must be finite"),
+        ("optim.learning_rate", float("inf"), "must be finite"),
+        ("model.dropout", 1.0, "must be at least 0 and below 1"),
+        ("train.label_smoothing", -0.1, "must be at least 0 and below 1"),
+        ("model.width", 63, "must be a multiple of model.heads, which is 4"),
+        ("model.patch", 3, "must divide model.image_size, which is 8"),
+        ("model.position_rows", 5, "must be 0 or at least the number of patches, which is 16"),
+        ("model.depth", 2.0, "must be of type int"),
+        ("data.flip", 1, "must be of type bool"),
+        ("train.devices", 3, "must be a multiple of train.devices, which is 3"),
+        ("optim.warmup_epochs", 10, "must be below train.epochs, which is 10"),
+        ("routing.init", "sharde", "did you mean 'shared'?"),
+        ("routing.scope", "token", "must be one of 'shared', 'layer'"),
+        ("model.norm", "rms", "must be one of 'pre', 'post'"),
+        ("optim.name", "sgd", "must be one of 'adam', 'adamw'"),
+    ],
+)
+def test_a_value_that_breaks_its_rule_is_named_with_the_rule(path, value, rule):
+    with pytest.raises(ConfigError) as caught:
+        set_field(Config(), path, value).validate()
+    message = str(caught.value)
+    assert rule in message
+    assert "\n" not in message
+    assert repr(value) in message or path == "train.devices"
+
+
+def test_rules_across_fields_hold():
+    config = Config()
+    config.optim.schedule, config.optim.warmup_epochs = "epoch", 1.0
+    with pytest.raises(ConfigError, match="warm-up needs optim.schedule=step"):
+        config.validate()
+    config = Config()
+    config.model.positions, config.model.width, config.model.heads = "sincos2d", 6, 3
+    with pytest.raises(ConfigError, match="multiple of 4"):
+        config.validate()
+
+
+def test_json_round_trip_is_exact():
+    config = Config()
+    config.routing.experts, config.optim.learning_rate = 7, 1.2345678901234567e-4
+    assert config_lib.loads(config_lib.dumps(config), "x") == config
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "is not the config of a run"),
+        ("[]", "is not the config of a run"),
+        ('{"train": {"epoch": 3}}', "did you mean config.train.epochs"),
+        ('{"trian": {}}', "config.trian is not a field"),
+        ('{"validate": {"x": 1}}', "config.validate is not a field"),
+    ],
+)
+def test_a_damaged_saved_config_is_one_clear_line(text, message):
+    with pytest.raises(ConfigError, match=message) as caught:
+        config_lib.loads(text, "runs/x/config.json")
+    assert "\n" not in str(caught.value)
+
+
+def test_only_what_changes_numbers_counts_as_a_difference():
+    old, new = Config(), Config()
+    new.train.log_every, new.train.devices, new.data.dir = 99, 4, "elsewhere"
+    assert config_lib.differences(old, new) == {}
+    new.train.seed = 1
+    assert config_lib.differences(old, new) == {"train.seed": (0, 1)}
+
+
+def test_fields_free_on_resume_exist():
+    assert set(config_lib.flatten(Config())) >= config_lib.FREE_ON_RESUME
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.py")), ids=lambda path: path.stem)
+def test_every_experiment_is_valid_and_opens_with_its_command(path, monkeypatch):
+    monkeypatch.syspath_prepend(str(CONFIGS))
+    spec = importlib.util.spec_from_file_location(f"experiment_{path.stem}", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    config = module.get_config().validate()
+    json.loads(config_lib.dumps(config))
+    assert f"python -m jvitmoe.train --config configs/{path.name}" in module.__doc__
+    assert (config.routing.experts == 1) == path.stem.endswith("dense")

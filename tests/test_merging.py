@@ -1,0 +1,118 @@
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jvitmoe import merging, routing
+from jvitmoe.models import vit
+
+E = 3
+EXPERT_LEAVES = {"up", "up_bias", "down", "down_bias"}
+
+
+@pytest.fixture(scope="module")
+def trees(tiny_config):
+    """Returns (stacked, dense) parameters, as `init` draws them."""
+    config = tiny_config(model={"head_hidden": 4}).model
+    return tuple(
+        jax.jit(lambda experts=experts: vit.init(vit.build(config, experts), jax.random.key(0)))() for experts in (E, 1)
+    )
+
+
+@pytest.fixture
+def params(trees):
+    return trees[0]
+
+
+@pytest.fixture
+def dense(trees):
+    return trees[1]
+
+
+def by_name(tree):
+    """Returns {path: leaf as NumPy}."""
+    return {jax.tree_util.keystr(path): np.asarray(x) for path, x in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def is_expert(path: str) -> bool:
+    return path.split("'")[-2] in EXPERT_LEAVES
+
+
+def test_averaged_tree_is_the_dense_tree(params, dense):
+    chex.assert_trees_all_equal_shapes_and_dtypes(merging.average_experts(params), dense)
+    chex.assert_trees_all_equal_shapes_and_dtypes(merging.take_path(params, jnp.array([0, 2])), dense)
+
+
+def test_only_the_four_mlp_leaves_have_an_expert_axis(params, dense):
+    marks, dense_marks = by_name(merging.stacked(params)), by_name(merging.stacked(dense))
+    assert {path for path, mark in marks.items() if mark} == {path for path in marks if is_expert(path)}
+    assert sum(marks.values()) == 4
+    assert not any(dense_marks.values())
+
+
+def test_averaging_is_the_mean_over_experts_and_leaves_the_trunk_alone(params):
+    before, after = by_name(params), by_name(merging.average_experts(params))
+    for path, leaf in before.items():
+        if is_expert(path):
+            mean = sum(leaf[:, e].astype(np.float64) for e in range(E)) / E
+            np.testing.assert_allclose(after[path], mean, rtol=1e-6, atol=1e-7)
+        else:
+            np.testing.assert_array_equal(after[path], leaf)
+
+
+def test_a_dense_tree_passes_through_unchanged(dense):
+    chex.assert_trees_all_equal(merging.average_experts(dense), dense)
+    chex.assert_trees_all_equal(merging.take_path(dense, jnp.zeros(2, jnp.int32)), dense)
+
+
+def test_the_average_of_equal_experts_is_that_expert(params, dense):
+    equal = jax.tree.map(
+        lambda x, is_stacked: jnp.repeat(x[:, :1], E, axis=1) if is_stacked else x, params, merging.stacked(params)
+    )
+    expert = merging.take_path(params, routing.constant_route(0, 2))
+    chex.assert_trees_all_close(merging.average_experts(equal), expert, rtol=1e-6)
+
+
+def test_experts_of_shared_initialisation_average_to_the_dense_initialisation(tiny_config, dense):
+    model = vit.build(tiny_config(model={"head_hidden": 4}).model, E, "shared")
+    params = jax.jit(lambda: vit.init(model, jax.random.key(0)))()
+    chex.assert_trees_all_close(merging.average_experts(params), dense, rtol=1e-6)
+
+
+@pytest.mark.parametrize("expert", range(E))
+def test_a_constant_route_slices_out_that_expert(params, expert):
+    before = by_name(params)
+    path_tree = by_name(merging.take_path(params, routing.constant_route(expert, 2)))
+    for path, leaf in path_tree.items():
+        np.testing.assert_array_equal(leaf, before[path][:, expert] if is_expert(path) else before[path])
+
+
+def test_a_path_takes_each_layer_from_its_own_expert(params):
+    before, after = by_name(params), by_name(merging.take_path(params, jnp.array([2, 1])))
+    for path in filter(is_expert, before):
+        np.testing.assert_array_equal(after[path], np.stack([before[path][0, 2], before[path][1, 1]]))
+
+
+@pytest.mark.parametrize("route", [[0, 0, 0, 0], [2, 0, 1, 0], [1, 1, 2, 2]])
+def test_put_writes_what_take_reads_and_nothing_else(route):
+    rng = np.random.default_rng(0)
+    leaf = rng.normal(size=(4, E, 5)).astype(np.float32)
+    part = rng.normal(size=(4, 5)).astype(np.float32)
+    route_L = jnp.array(route)
+    after = merging.put(jnp.asarray(leaf), jnp.asarray(part), route_L)
+    np.testing.assert_array_equal(merging.take(after, route_L), part)
+    wanted = leaf.copy()
+    for layer, expert in enumerate(route):
+        wanted[layer, expert] = part[layer]
+    np.testing.assert_array_equal(np.asarray(after).view(np.uint32), wanted.view(np.uint32))
+
+
+@pytest.mark.parametrize("which", ["params", "dense"])
+def test_join_undoes_split(request, which):
+    tree = request.getfixturevalue(which)
+    trunk, experts = merging.split(tree, merging.stacked(tree))
+    assert len(jax.tree.leaves(experts)) == (4 if which == "params" else 0)
+    assert not any(is_expert(path) for path in by_name(trunk)) or which == "dense"
+    assert len(jax.tree.leaves(trunk)) + len(jax.tree.leaves(experts)) == len(jax.tree.leaves(tree))
+    chex.assert_trees_all_equal(merging.join(trunk, experts), tree)

@@ -1,0 +1,88 @@
+import itertools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jvitmoe import routing
+from jvitmoe.config import RoutingConfig
+from jvitmoe.routing import Purpose, address, draw_route
+
+
+def bits(key: jax.Array) -> tuple[int, ...]:
+    return tuple(np.asarray(jax.random.key_data(key)).tolist())
+
+
+def many_routes(count: int, experts: int, scope: str, depth: int) -> np.ndarray:
+    """Returns routes_NL of `count` steps."""
+    config = RoutingConfig(experts=experts, scope=scope)
+    root = jax.random.key(3)
+    return np.asarray(
+        jax.jit(jax.vmap(lambda step: draw_route(address(root, Purpose.ROUTE, step), config, depth)))(jnp.arange(count))
+    )
+
+
+def test_purposes_are_pinned():
+    assert {purpose.name: purpose.value for purpose in Purpose} == {
+        "INIT": 0,
+        "ORDER": 1,
+        "AUGMENT": 2,
+        "DROPOUT": 3,
+        "ROUTE": 4,
+        "PATH": 5,
+    }
+
+
+def test_an_address_is_pure():
+    one = bits(address(jax.random.key(7), Purpose.ROUTE, 5, 2))
+    assert one == bits(address(jax.random.key(7), Purpose.ROUTE, jnp.int32(5), jnp.int32(2)))
+    assert one == bits(jax.jit(lambda step: address(jax.random.key(7), Purpose.ROUTE, step, 2))(5))
+
+
+def test_addresses_differ_across_seeds_purposes_and_numbers():
+    numbers = [(), *((i,) for i in range(5)), *itertools.product(range(5), range(3))]
+    keys = [
+        bits(address(jax.random.key(seed), purpose, *n)) for seed in (0, 1) for purpose in Purpose for n in numbers
+    ]
+    assert len(set(keys)) == len(keys)
+
+
+@pytest.mark.parametrize("scope", ["shared", "layer"])
+def test_a_route_is_one_integer_per_layer_in_range(scope):
+    routes_NL = many_routes(200, 3, scope, depth=5)
+    chex.assert_shape(routes_NL, (200, 5))
+    assert routes_NL.dtype == np.int32
+    assert set(routes_NL.ravel().tolist()) == {0, 1, 2}
+
+
+@pytest.mark.parametrize("scope", ["shared", "layer"])
+def test_every_expert_of_every_layer_is_drawn_equally_often(scope):
+    experts, count = 6, 6000
+    for column_N in many_routes(count, experts, scope, depth=3).T:
+        seen_E = np.bincount(column_N, minlength=experts)
+        chi_square = ((seen_E - count / experts) ** 2 / (count / experts)).sum()
+        assert chi_square < 20.5  # 5 degrees of freedom: exceeded once in 1,000
+
+
+def test_scope_shared_gives_every_layer_the_same_expert():
+    routes_NL = many_routes(200, 4, "shared", depth=6)
+    np.testing.assert_array_equal(routes_NL, np.broadcast_to(routes_NL[:, :1], routes_NL.shape))
+
+
+def test_scope_layer_draws_layers_independently():
+    routes_NL = many_routes(4000, 4, "layer", depth=3)
+    for i, j in itertools.combinations(range(3), 2):
+        assert 0.22 < (routes_NL[:, i] == routes_NL[:, j]).mean() < 0.28  # 1/4, give or take four deviations
+
+
+def test_routes_differ_from_step_to_step():
+    repeats = (np.diff(many_routes(4000, 4, "shared", depth=1)[:, 0]) == 0).mean()
+    assert 0.22 < repeats < 0.28
+
+
+def test_a_constant_route_is_the_expert_in_every_layer():
+    route_L = routing.constant_route(2, 4)
+    assert route_L.dtype == jnp.int32
+    np.testing.assert_array_equal(route_L, [2, 2, 2, 2])

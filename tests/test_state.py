@@ -1,0 +1,166 @@
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from jvitmoe import merging, optim, routing, state
+from jvitmoe.config import OptimConfig
+from jvitmoe.data import augment
+from jvitmoe.models import vit
+from jvitmoe.routing import Purpose
+from jvitmoe.state import OptState, TrainState
+
+E, L = 4, 2
+
+
+def route_of(run, step):
+    """Returns route_L of this step."""
+    key = routing.address(jax.random.key(run.config.train.seed), Purpose.ROUTE, step)
+    return np.asarray(routing.draw_route(key, run.config.routing, L))
+
+
+def expert_leaves(tree: TrainState):
+    """Returns {name: leaf [L, E, ...]} of expert parameters and their optimiser state."""
+    _, experts = merging.split(tree.params, merging.stacked(tree.params))
+    leaves = jax.tree_util.tree_leaves_with_path((experts, tree.opt_state.experts))
+    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
+
+
+@pytest.mark.parametrize("scope", ["shared", "layer"])
+def test_idle_experts_stay_bit_identical(full_run, scope):
+    run = full_run(scope, 2)
+    assert run.config.optim.weight_decay > 0
+    ran = set()
+    for step, (before, after) in enumerate(zip(run.history[:-1], run.history[1:], strict=True)):
+        route_L = route_of(run, step)
+        before, after = expert_leaves(before), expert_leaves(after)
+        assert len(before) == 4 + 4 + 4 + 1  # parameters, two moments, a count
+        for name, leaf in after.items():
+            assert leaf.shape[:2] == (L, E)
+            for layer in range(L):
+                for expert in range(E):
+                    same = leaf[layer, expert].tobytes() == before[name][layer, expert].tobytes()
+                    assert same == (expert != route_L[layer]), (name, layer, expert)
+        ran.add(tuple(route_L.tolist()))
+    assert len(ran) > 1
+
+
+@pytest.mark.parametrize("scope", ["shared", "layer"])
+def test_every_expert_counts_its_own_steps_and_the_trunk_all(full_run, scope):
+    run = full_run(scope, 1)
+    counts_LE = np.zeros((L, E), np.int32)
+    for step in range(5):
+        counts_LE[np.arange(L), route_of(run, step)] += 1
+    last = run.history[-1]
+    np.testing.assert_array_equal(optax.tree.get(last.opt_state.experts, "count"), counts_LE)
+    assert optax.tree.get(last.opt_state.trunk, "count") == last.step == 5
+
+
+@pytest.fixture(scope="module")
+def params(tiny_config):
+    model = vit.build(tiny_config(routing={"experts": E}).model, E)
+    return jax.jit(lambda: vit.init(model, jax.random.key(0)))()
+
+
+@pytest.mark.parametrize("name", ["adam", "adamw"])
+def test_an_experts_state_is_that_of_a_dense_adam_that_saw_only_its_steps(params, name):
+    tx = optim.direction(OptimConfig(name=name, weight_decay=0.1, eps=1e-3))
+    marks = merging.stacked(params)
+    now = state.create(params, tx)
+    rng = np.random.default_rng(0)
+    routes_SL = [[0, 1], [0, 3], [2, 1], [0, 0], [2, 1], [1, 1]]  # layers differ; expert 3 of layer 0 never runs
+
+    @jax.jit
+    def step(now, grads, route_L):
+        active, opt_state = state.take_active(now, route_L)
+        direction, opt_state = state.update_active(tx, grads, opt_state, active, marks)
+        active = jax.tree.map(lambda p, d: p - 0.1 * d, active, direction)
+        return state.put_active(now, route_L, active, opt_state)
+
+    def experts_of(tree):
+        return merging.split(tree, marks)[1]
+
+    dense_step = jax.jit(tx.update)
+    slices = {
+        (layer, e): jax.tree.map(lambda x, at=(layer, e): x[at], experts_of(params)) for layer in range(L) for e in range(E)
+    }
+    dense = {place: (p, tx.init(p)) for place, p in slices.items()}
+    for route in routes_SL:
+        grads = jax.tree.map(
+            lambda x: jnp.asarray(rng.normal(size=x.shape), jnp.float32), merging.take_path(params, jnp.array(route))
+        )
+        now = step(now, grads, jnp.array(route))
+        for layer, e in enumerate(route):
+            p, opt_state = dense[layer, e]
+            grads_here = jax.tree.map(lambda g, at=layer: g[at], experts_of(grads))
+            direction, opt_state = dense_step(grads_here, opt_state, p)
+            dense[layer, e] = jax.tree.map(lambda x, d: x - 0.1 * d, p, direction), opt_state
+    for place, (p, opt_state) in dense.items():
+        here = jax.tree.map(lambda x, at=place: x[at], (experts_of(now.params), now.opt_state.experts))
+        chex.assert_trees_all_close(here, (p, opt_state), rtol=1e-5, atol=1e-7)
+    assert now.step == len(routes_SL)
+
+
+def test_what_is_taken_and_put_back_unchanged_changes_only_the_step(params):
+    before = state.create(params, optim.direction(OptimConfig()))
+    route_L = jnp.array([3, 1])
+    active, opt_state = state.take_active(before, route_L)
+    after = state.put_active(before, route_L, active, opt_state)
+    chex.assert_trees_all_equal(after._replace(step=before.step), before)
+    assert after.step == 1
+
+
+def test_the_active_slice_is_the_dense_models_tree(params, tiny_config):
+    tx = optim.direction(OptimConfig())
+    dense = jax.eval_shape(lambda: vit.init(vit.build(tiny_config().model), jax.random.key(0)))
+    active, opt_state = state.take_active(state.create(params, tx), jnp.array([3, 1]))
+    chex.assert_trees_all_equal_shapes_and_dtypes(active, dense)
+    _, experts = merging.split(dense, merging.stacked(params))
+    wanted = jax.eval_shape(jax.vmap(tx.init), experts)  # one state per layer
+    chex.assert_trees_all_equal_shapes_and_dtypes(opt_state.experts, wanted)
+
+
+def test_a_dense_model_has_no_expert_state(tiny_config):
+    dense = jax.tree.map(
+        lambda x: jnp.zeros(x.shape),
+        jax.eval_shape(lambda: vit.init(vit.build(tiny_config().model), jax.random.key(0))),
+    )
+    assert state.create(dense, optim.direction(OptimConfig())).opt_state.experts is None
+
+
+@pytest.mark.parametrize("name", ["adam", "adamw"])
+def test_one_expert_trains_as_plain_optax_on_the_dense_model(tiny_config, training, name):
+    config = tiny_config(optim={"name": name, "weight_decay": 0.1, "eps": 1e-3, "learning_rate": 1e-2})
+    run = training(config).run(4)
+    optax_schedule = optim.schedule(config, run.order.steps_per_epoch)
+    if name == "adam":
+        tx = optax.chain(optax.add_decayed_weights(0.1), optax.adam(optax_schedule, eps=1e-3))
+    else:
+        mask = lambda tree: jax.tree.map_with_path(lambda path, _: path[-1].key in ("kernel", "up", "down"), tree)  # noqa: E731
+        tx = optax.adamw(optax_schedule, eps=1e-3, weight_decay=0.1, mask=mask)
+    params = run.history[0].params
+    opt_state = tx.init(params)
+
+    @jax.jit
+    def plain_step(params, opt_state, images, labels):
+        def loss_fn(params):
+            logits = run.model.apply({"params": params}, augment.normalize(images))
+            return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+        updates, opt_state = tx.update(jax.grad(loss_fn)(params), opt_state, params)
+        return optax.apply_updates(params, updates), opt_state
+
+    per_epoch = run.order.steps_per_epoch
+    for step in range(4):
+        index_B = np.asarray(run.order.epoch(step // per_epoch))[step % per_epoch]
+        params, opt_state = plain_step(
+            params, opt_state, np.asarray(run.images.images_NHWC)[index_B], np.asarray(run.images.labels_N)[index_B]
+        )
+        after = run.history[step + 1]
+        chex.assert_trees_all_close(after.params, params, rtol=1e-5, atol=1e-6)
+        assert isinstance(after.opt_state, OptState)
+        for moment in ("mu", "nu"):
+            ours = optax.tree.get(after.opt_state.trunk, moment)
+            chex.assert_trees_all_close(ours, optax.tree.get(opt_state, moment), rtol=1e-5, atol=1e-6)

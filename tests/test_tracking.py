@@ -1,0 +1,61 @@
+"""The log of a run: each step once, torn lines repaired, files whole or absent."""
+
+import json
+
+from jvitmoe import tracking
+from jvitmoe.tracking import Tracker
+
+VALUES = {"loss": 1.0, "accuracy": 0.5, "grad_norm": 2.0, "learning_rate": 0.1}
+
+
+def steps(workdir):
+    return [json.loads(line)["step"] for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_lines_past_the_restored_step_and_a_torn_last_line_are_dropped(tmp_path):
+    with Tracker(tmp_path, start=0, total=10, batch_size=4) as tracker:
+        for step in range(1, 7):
+            tracker.train(step, VALUES)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 7, "ki')
+    assert [line["step"] for line in tracking.read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4, 5, 6]
+    with Tracker(tmp_path, start=4, total=10, batch_size=4) as tracker:
+        tracker.train(5, VALUES)
+    assert steps(tmp_path) == [1, 2, 3, 4, 5]
+
+
+def test_pauses_do_not_count_as_training_time(tmp_path, monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(tracking.time, "monotonic", lambda: now[0])
+    with Tracker(tmp_path, start=0, total=10, batch_size=4) as tracker:
+        assert tracker.images_per_second(1) == 0.0
+        tracker.started(1)
+        now[0] += 2.0
+        assert tracker.images_per_second(6) == 5 * 4 / 2.0
+        now[0] += 50.0
+        tracker.paused(50.0)
+        assert tracker.images_per_second(6) == 5 * 4 / 2.0
+
+
+def test_tensorboard_gets_the_same_numbers(tmp_path):
+    with Tracker(tmp_path, start=0, total=10, batch_size=4) as tracker:
+        tracker.train(1, VALUES)
+        tracker.evaluation(1, "test", {"accuracy": 0.25, "nll": 1.5})
+    events = b"".join(path.read_bytes() for path in (tmp_path / "tb").iterdir())
+    for tag in (b"train/loss", b"train/learning_rate", b"test/accuracy", b"test/nll"):
+        assert tag in events
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path):
+    tracking.write_text(tmp_path / "a", "one")
+    tracking.write_text(tmp_path / "a", "two")
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("a", "two")]
+
+
+def test_markdown_has_a_row_for_each_model():
+    result = {
+        "active_parameters": 1234,
+        "rows": [{"model": "merged", "accuracy": 0.5, "nll": 1.0, "images": 10}],
+    }
+    text = tracking.markdown(tracking.result_rows(result))
+    assert text.splitlines()[2] == "| merged | 50.00% | 1.0000 | 10 | 1,234 |"

@@ -1,0 +1,315 @@
+"""Whole runs, in this process and in real ones that are really killed: resuming, stopping, refusing."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import chex
+import jax
+import pytest
+
+from jvitmoe import cli, evaluate, report, step, train
+from jvitmoe.checkpoint import Checkpoints
+from jvitmoe.config import Config
+from jvitmoe.models import vit
+
+EXPERIMENT = """
+from jvitmoe.config import Config, DataConfig, ModelConfig, RoutingConfig, TrainConfig
+
+def get_config():
+    return Config(
+        data=DataConfig(crop_padding=1, flip=True, validation=100),
+        model=ModelConfig(width=8, hidden=12, depth=2, heads=2, patch=4, dropout=0.1),
+        routing=RoutingConfig(experts=3, scope="layer", init="shared"),
+        train=TrainConfig(epochs=3, batch_size=256, log_every=2, eval_every=2, checkpoint_every=2, devices=1),
+    )
+"""
+STEPS = 3 * (1337 // 256)
+
+
+@pytest.fixture(autouse=True)
+def _signals_stay_as_they_are():
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture(scope="session")
+def experiment(tmp_path_factory):
+    path = tmp_path_factory.mktemp("experiment") / "tiny.py"
+    path.write_text(EXPERIMENT)
+    return path
+
+
+@pytest.fixture(scope="session")
+def undisturbed(experiment):
+    """A run nobody disturbed, made by a real process."""
+    workdir = experiment.parent / "undisturbed"
+    subprocess.run(command(experiment, workdir), env=environment(), check=True, capture_output=True, timeout=300)
+    return workdir
+
+
+def command(experiment: Path, workdir: Path, *arguments: str) -> list[str]:
+    return [sys.executable, "-m", "jvitmoe.train", f"--config={experiment}", f"--workdir={workdir}", *arguments]
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "COLUMNS": "200"}
+
+
+def run(main, monkeypatch, capsys, *arguments: object) -> tuple[int, str, str]:
+    """Returns (exit code, stdout, stderr) of a command run in this process."""
+    monkeypatch.setattr(sys, "argv", ["command.py", *map(str, arguments)])
+    with pytest.raises(SystemExit) as caught:
+        cli.run(main)
+    captured = capsys.readouterr()
+    return int(caught.value.code), captured.out, captured.err
+
+
+def final_state(workdir: Path):
+    config = Config()
+    config = train.config_lib.loads((workdir / "config.json").read_text(), "config.json")
+    model = vit.build(config.model, config.routing.experts, config.routing.init)
+    checkpoints = Checkpoints(workdir / "checkpoints", read_only=True)
+    try:
+        return jax.device_get(checkpoints.restore(step.abstract_state(config, model, step.make_mesh(config.train)))[0])
+    finally:
+        checkpoints.close()
+
+
+def history(workdir: Path) -> list[dict]:
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name != "images_per_second"} for line in lines]
+
+
+def wait_for_step(workdir: Path, number: int, process: subprocess.Popen) -> None:
+    deadline = time.monotonic() + 120
+    while process.poll() is None and time.monotonic() < deadline:
+        path = workdir / "metrics.jsonl"
+        if path.exists() and any(f'"step": {n},' in path.read_text() for n in range(number, STEPS + 1)):
+            return
+        time.sleep(0.002)
+
+
+def assert_same_run(workdir: Path, undisturbed: Path) -> None:
+    chex.assert_trees_all_equal(final_state(workdir), final_state(undisturbed))
+    assert history(workdir) == history(undisturbed)
+    rows = [json.loads((folder / "result.json").read_text())["rows"] for folder in (workdir, undisturbed)]
+    assert rows[0] == rows[1]
+
+
+def test_killed_and_resumed_equals_uninterrupted(experiment, undisturbed, tmp_path):
+    workdir = tmp_path / "killed"
+    for reach in (4, 9):
+        process = subprocess.Popen(command(experiment, workdir), env=environment(), stdout=subprocess.DEVNULL)
+        wait_for_step(workdir, reach, process)
+        process.kill()
+        assert process.wait() == -signal.SIGKILL
+    done = subprocess.run(command(experiment, workdir), env=environment(), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "resuming    from step" in done.stdout
+    assert_same_run(workdir, undisturbed)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_asked_to_stop_it_saves_exits_and_goes_on_to_the_same_bits(experiment, undisturbed, tmp_path, number):
+    workdir = tmp_path / "stopped"
+    process = subprocess.Popen(
+        command(experiment, workdir, "--config.train.checkpoint_every=0"),
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    wait_for_step(workdir, 2, process)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + number, err
+    assert f"by {number.name}" in out
+    stopped_at = int(final_state(workdir).step)
+    assert 0 < stopped_at < STEPS
+    subprocess.run(command(experiment, workdir), env=environment(), check=True, capture_output=True, timeout=300)
+    assert_same_run(workdir, undisturbed)
+
+
+def test_a_finished_run_started_again_only_tests_again(experiment, undisturbed, monkeypatch, capsys):
+    before = history(undisturbed), (undisturbed / "result.json").read_text()
+    code, out, _ = run(train.main, monkeypatch, capsys, f"--config={experiment}", f"--workdir={undisturbed}")
+    assert code == 0
+    assert f"resuming    from step {STEPS}" in out
+    assert history(undisturbed) == before[0]
+    rows = [json.loads(text)["rows"] for text in ((undisturbed / "result.json").read_text(), before[1])]
+    for again, first in zip(*rows, strict=True):  # this process has other threads, so sums may round otherwise
+        assert again == first | {"nll": pytest.approx(first["nll"], rel=1e-6)}
+
+
+def test_the_first_lines_and_the_table_tell_what_one_needs(experiment, undisturbed, monkeypatch, capsys):
+    _, out, _ = run(train.main, monkeypatch, capsys, f"--config={experiment}", f"--workdir={undisturbed}")
+    for wanted in (
+        "devices     1 x cpu",
+        "active",
+        "total",
+        "1,337 train, 100 validation, 360 test",
+        f"steps       {STEPS}",
+    ):
+        assert wanted in out
+    for row in ("merged", "expert 0", "expert 1", "expert 2", "random path"):
+        assert row in out
+    assert {path.name for path in undisturbed.iterdir()} >= {
+        "config.json",
+        "metrics.jsonl",
+        "checkpoints",
+        "tb",
+        "report.md",
+        "result.json",
+    }
+
+
+def test_each_step_stands_once_in_the_history(undisturbed):
+    lines = [(line["step"], line["kind"]) for line in history(undisturbed)]
+    assert len(lines) == len(set(lines))
+    assert [number for number, kind in lines if kind == "train"] == list(range(2, STEPS + 1, 2))
+
+
+@pytest.mark.parametrize("devices", [1, 4])
+def test_evaluate_needs_only_the_folder_and_any_number_of_devices(undisturbed, monkeypatch, capsys, devices):
+    expected = json.loads((undisturbed / "result.json").read_text())
+    code, out, err = run(evaluate.main, monkeypatch, capsys, f"--workdir={undisturbed}", f"--devices={devices}")
+    assert code == 0, err
+    result = json.loads((undisturbed / "result.json").read_text())
+    assert [row["accuracy"] for row in result["rows"]] == [row["accuracy"] for row in expected["rows"]]
+    assert [row["nll"] for row in result["rows"]] == pytest.approx([row["nll"] for row in expected["rows"]], rel=1e-6)
+    assert "merged" in out
+
+
+def test_evaluate_tests_any_checkpoint(undisturbed, monkeypatch, capsys):
+    for which in ("best", "latest", f"{STEPS - 1}"):
+        code, out, err = run(evaluate.main, monkeypatch, capsys, f"--workdir={undisturbed}", f"--checkpoint={which}")
+        assert code == 0, err
+        assert which != f"{STEPS - 1}" or f"checkpoint at step {STEPS - 1}" in out
+
+
+def test_report_puts_runs_side_by_side(undisturbed, tmp_path, monkeypatch, capsys):
+    code, out, err = run(report.main, monkeypatch, capsys, undisturbed, f"--out={tmp_path / 'r'}")
+    assert code == 0, err
+    assert "undisturbed" in out
+    assert (tmp_path / "r" / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert "| merged |" in (tmp_path / "r" / "report.md").read_text()
+
+
+def snapshot(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("--config.optim.learning_rate=0.5", "optim.learning_rate was 0.001 and is 0.5 now"),
+        ("--config.routing.experts=2", "routing.experts was 3 and is 2 now"),
+        ("--config.train.batch_size=255", "train.batch_size was 256 and is 255 now"),
+    ],
+)
+def test_a_folder_with_another_experiment_is_left_as_it_is(
+    experiment, undisturbed, monkeypatch, capsys, override, message
+):
+    before = snapshot(undisturbed)
+    code, _, err = run(train.main, monkeypatch, capsys, f"--config={experiment}", f"--workdir={undisturbed}", override)
+    assert code == 2
+    assert message in err
+    assert err.count("\n") == 1
+    assert snapshot(undisturbed) == before
+
+
+def test_a_folder_with_other_things_and_a_file_are_refused(experiment, tmp_path, monkeypatch, capsys):
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "cat.jpg").write_text("cat")
+    (tmp_path / "file").write_text("file")
+    for name, message in (("photos", "holds other things than a run"), ("file", "is a file")):
+        code, _, err = run(train.main, monkeypatch, capsys, f"--config={experiment}", f"--workdir={tmp_path / name}")
+        assert (code, err.count("\n")) == (2, 1)
+        assert message in err
+    assert snapshot(tmp_path) == {"photos/cat.jpg": b"cat", "file": b"file"}
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("--config.train.epoch=3", "did you mean config.train.epochs?"),
+        ("--config.model.width=9", "must be a multiple of model.heads"),
+        ("--config.model.patch=3", "must divide model.image_size"),
+        ("--config.train.batch_size=-1", "must be greater than 0"),
+        ("--config.train.batch_size=2000", "must be at most the 1337 training images"),
+        ("--config.routing.experts=0", "must be greater than 0"),
+        ("--config.data.name=no_such_set", "must be digits, folder or the name of a TFDS set"),
+        ("--config.data.validation=5000", "below the number of training images"),
+        ("--config.model.image_size=12", "images of digits are 8x8x1 but config.model expects 12x12x1"),
+        ("--config.model.classes=9", "digits has 10 classes but config.model.classes is 9"),
+        ("--config.train.devices=64 --config.train.batch_size=128", "must be at most 4"),
+        ("--config.train.devices=3 --config.train.batch_size=128", "must be a multiple of train.devices"),
+        ("--config.train.platform=gpu", "config.train.platform is 'gpu'; JAX finds cpu devices only"),
+        ("--config.data.name=folder --config.data.dir=no/such/folder", "no/such/folder"),
+    ],
+)
+def test_bad_input_is_one_line_exit_code_2_and_no_folder(experiment, tmp_path, monkeypatch, capsys, override, message):
+    workdir = tmp_path / "new"
+    code, _, err = run(
+        train.main, monkeypatch, capsys, f"--config={experiment}", f"--workdir={workdir}", *override.split()
+    )
+    assert code == 2
+    assert err.startswith("error: ")
+    assert message in err
+    assert err.count("\n") == 1
+    assert not workdir.exists()
+
+
+def test_a_batch_that_does_not_divide_over_all_devices_is_named(experiment, tmp_path, monkeypatch, capsys):
+    arguments = ("--config.train.devices=0", "--config.train.batch_size=255", f"--workdir={tmp_path / 'new'}")
+    code, _, err = run(train.main, monkeypatch, capsys, f"--config={experiment}", *arguments)
+    assert code == 2
+    assert "config.train.batch_size is 255; it must be a multiple of the 4 devices" in err
+
+
+def test_a_real_process_shows_no_traceback(tmp_path):
+    done = subprocess.run(
+        command(Path("no/such.py"), tmp_path / "x"), env=environment(), capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 2
+    assert done.stderr == "error: config file 'no/such.py' does not exist; give one such as configs/digits_random.py\n"
+
+
+def test_a_run_that_blows_up_stops_and_names_step_value_and_last_good_checkpoint(
+    experiment, tmp_path, monkeypatch, capsys
+):
+    arguments = ("--config.optim.learning_rate=1e30", f"--workdir={tmp_path / 'x'}")
+    code, _, err = run(train.main, monkeypatch, capsys, f"--config={experiment}", *arguments)
+    assert code == 2
+    assert "is nan at step" in err or "is inf at step" in err
+    assert "checkpoint" in err
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "--workdir is missing"),
+        (("--workdir=no/such/run",), "holds no checkpoints"),
+        (("--workdir={run}", "--checkpoint=999"), "checkpoint '999' does not exist"),
+        (("--workdir={run}", "--devices=64"), "config.train.devices is 64; it must be at most 4"),
+    ],
+)
+def test_evaluate_refuses_in_one_line(undisturbed, monkeypatch, capsys, arguments, message):
+    code, _, err = run(evaluate.main, monkeypatch, capsys, *(a.format(run=undisturbed) for a in arguments))
+    assert (code, err.count("\n")) == (2, 1)
+    assert message in err
+
+
+def test_report_refuses_what_has_no_result(tmp_path, monkeypatch, capsys):
+    for arguments, message in (((), "no run folder was given"), ((tmp_path,), "holds no result.json")):
+        code, _, err = run(report.main, monkeypatch, capsys, *arguments)
+        assert (code, err.count("\n")) == (2, 1)
+        assert message in err
