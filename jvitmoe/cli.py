@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
-from absl import flags
+from absl import flags, logging
 from ml_collections import config_flags
 
 from jvitmoe.config import Config, UserError, flatten, unknown_field
@@ -85,6 +85,7 @@ def experiment(values: flags.FlagValues) -> Config:
 
 def run(main: Callable[[list[str]], Any]) -> NoReturn:
     """Runs a command on sys.argv and exits: 0, or 2 and one line on standard error where the user can mend it."""
+    logging.set_verbosity(logging.ERROR)  # Orbax tells of its habits; what matters, commands say themselves
     try:
         main(sys.argv)
     except UserError as error:

@@ -1,5 +1,6 @@
 """JAX set strict before anything imports it, and the few fixtures that several files share."""
 
+# ruff: noqa: E402
 import os
 
 # Tests of tiny models are nearly all compilation; without LLVM's optimisation it takes half the time.

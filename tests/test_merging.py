@@ -13,10 +13,14 @@ EXPERT_LEAVES = {"up", "up_bias", "down", "down_bias"}
 
 @pytest.fixture(scope="module")
 def trees(tiny_config):
-    """Returns (stacked, dense) parameters, as `init` draws them."""
-    config = tiny_config(model={"head_hidden": 4}).model
+    """Returns (stacked, dense) trees as `init` shapes them, filled with noise."""
+    config, rng = tiny_config(model={"head_hidden": 4}).model, np.random.default_rng(0)
     return tuple(
-        jax.jit(lambda experts=experts: vit.init(vit.build(config, experts), jax.random.key(0)))() for experts in (E, 1)
+        jax.tree.map(
+            lambda x: jnp.asarray(rng.normal(size=x.shape), x.dtype),
+            jax.eval_shape(lambda experts=experts: vit.init(vit.build(config, experts), jax.random.key(0))),
+        )
+        for experts in (E, 1)
     )
 
 
@@ -74,9 +78,12 @@ def test_the_average_of_equal_experts_is_that_expert(params, dense):
     chex.assert_trees_all_close(merging.average_experts(equal), expert, rtol=1e-6)
 
 
-def test_experts_of_shared_initialisation_average_to_the_dense_initialisation(tiny_config, dense):
-    model = vit.build(tiny_config(model={"head_hidden": 4}).model, E, "shared")
-    params = jax.jit(lambda: vit.init(model, jax.random.key(0)))()
+def test_experts_of_shared_initialisation_average_to_the_dense_initialisation(tiny_config):
+    config = tiny_config().model
+    params, dense = (
+        jax.jit(lambda experts=experts: vit.init(vit.build(config, experts, "shared"), jax.random.key(0)))()
+        for experts in (E, 1)
+    )
     chex.assert_trees_all_close(merging.average_experts(params), dense, rtol=1e-6)
 
 

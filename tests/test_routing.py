@@ -43,9 +43,7 @@ def test_an_address_is_pure():
 
 def test_addresses_differ_across_seeds_purposes_and_numbers():
     numbers = [(), *((i,) for i in range(5)), *itertools.product(range(5), range(3))]
-    keys = [
-        bits(address(jax.random.key(seed), purpose, *n)) for seed in (0, 1) for purpose in Purpose for n in numbers
-    ]
+    keys = [bits(address(jax.random.key(seed), purpose, *n)) for seed in (0, 1) for purpose in Purpose for n in numbers]
     assert len(set(keys)) == len(keys)
 
 

@@ -60,8 +60,11 @@ def test_every_expert_counts_its_own_steps_and_the_trunk_all(full_run, scope):
 
 @pytest.fixture(scope="module")
 def params(tiny_config):
+    """Returns the stacked tree, filled with noise."""
+    rng = np.random.default_rng(1)
     model = vit.build(tiny_config(routing={"experts": E}).model, E)
-    return jax.jit(lambda: vit.init(model, jax.random.key(0)))()
+    shapes = jax.eval_shape(lambda: vit.init(model, jax.random.key(0)))
+    return jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), x.dtype), shapes)
 
 
 @pytest.mark.parametrize("name", ["adam", "adamw"])
@@ -83,10 +86,10 @@ def test_an_experts_state_is_that_of_a_dense_adam_that_saw_only_its_steps(params
         return merging.split(tree, marks)[1]
 
     dense_step = jax.jit(tx.update)
-    slices = {
-        (layer, e): jax.tree.map(lambda x, at=(layer, e): x[at], experts_of(params)) for layer in range(L) for e in range(E)
-    }
-    dense = {place: (p, tx.init(p)) for place, p in slices.items()}
+    dense = {}
+    for place in np.ndindex(L, E):
+        p = jax.tree.map(lambda x, at=place: x[at], experts_of(params))
+        dense[place] = p, tx.init(p)
     for route in routes_SL:
         grads = jax.tree.map(
             lambda x: jnp.asarray(rng.normal(size=x.shape), jnp.float32), merging.take_path(params, jnp.array(route))
