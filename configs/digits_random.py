@@ -1,6 +1,9 @@
 """digits_dense with four experts per MLP, one drawn at random per step for all layers, averaged before testing.
 
-python -m jvitmoe.train --config configs/digits_random.py
+    python -m jvitmoe.train --config configs/digits_random.py
+
+Expect about 98 % test accuracy after merging, as digits_dense has it. The experts start equal: those that start
+different do not average well.
 """
 
 import digits_dense

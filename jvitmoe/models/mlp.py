@@ -27,7 +27,8 @@ def dropout(x_B: jax.Array, key_B: jax.Array | None, site: int, rate: float) -> 
     if key_B is None or rate == 0.0:
         return x_B
     bits_B = jax.vmap(lambda key: jax.random.bits(jax.random.fold_in(key, site), x_B.shape[1:], jnp.uint16))(key_B)
-    return jnp.where(bits_B >= round(rate * 65536), x_B * (1.0 / (1.0 - rate)), 0.0).astype(x_B.dtype)
+    threshold = min(round(rate * 65536), 65535)  # a sixteen-bit number, also for rates next to 1
+    return jnp.where(bits_B >= threshold, x_B * (1.0 / (1.0 - rate)), 0.0).astype(x_B.dtype)
 
 
 @jax.custom_jvp
