@@ -50,7 +50,8 @@ def make_mesh(train: TrainConfig) -> Mesh:
             f"config.train.platform is {train.platform!r}; JAX finds {jax.default_backend()} devices only; "
             "install jvitmoe[cuda12] or jvitmoe[cuda13], or set --config.train.platform=''"
         ) from error
-    if not train.platform and devices[0].platform == "cpu" and Path("/dev/nvidia0").exists():
+    chosen = train.platform or jax.config.jax_platforms
+    if not chosen and devices[0].platform == "cpu" and Path("/dev/nvidia0").exists():
         warnings.warn("an NVIDIA GPU is here but JAX finds only the CPU; install jvitmoe[cuda12]", RuntimeWarning, 2)
     wanted = train.devices or len(devices)
     if wanted > len(devices):
@@ -121,6 +122,9 @@ def make_train_step(config: Config, model: vit.ViT, mesh: Mesh, steps_per_epoch:
         params, opt_state = state.take_active(before, route_L)
 
         def loss_fn(params: Any) -> tuple[jax.Array, jax.Array]:
+            # Each device differentiates its own copy, so gradients are reduced once, at the end, and not where a
+            # parameter first meets the images: inside the scan over layers, and the CLS token once per image.
+            params = jax.lax.pcast(params, (AXIS,), to="varying")
             logits_bC = vit.logits(dense, params, augment.normalize(images), key_B=dropout_key_b)
             targets_bC = optax.smooth_labels(jax.nn.one_hot(labels_b, logits_bC.shape[-1]), smoothing)
             loss = optax.softmax_cross_entropy(logits_bC, targets_bC).mean()

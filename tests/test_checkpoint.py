@@ -17,7 +17,6 @@ from jvitmoe.config import Config, ModelConfig, RoutingConfig, TrainConfig
 from jvitmoe.models import vit
 from jvitmoe.state import TrainState
 
-
 # Orbax abandons coroutines when a read fails, and Python then complains from inside them.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 

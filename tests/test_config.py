@@ -61,7 +61,7 @@ def test_a_value_that_breaks_its_rule_is_named_with_the_rule(path, value, rule):
 def test_rules_across_fields_hold():
     config = Config()
     config.optim.schedule, config.optim.warmup_epochs = "epoch", 1.0
-    with pytest.raises(ConfigError, match="warm-up needs optim.schedule=step"):
+    with pytest.raises(ConfigError, match=r"warm-up needs optim\.schedule=step"):
         config.validate()
     config = Config()
     config.model.positions, config.model.width, config.model.heads = "sincos2d", 6, 3
