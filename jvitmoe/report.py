@@ -73,7 +73,8 @@ def plot_curves(runs: Sequence[Path], path: Path) -> None:
     for axes in (loss_axes, accuracy_axes):
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(frameon=False)
+    loss_axes.legend(frameon=False, loc="upper right")
+    accuracy_axes.legend(frameon=False, loc="lower right")
     figure.savefig(path, dpi=140)
     plt.close(figure)
 

@@ -50,7 +50,7 @@ def make_mesh(train: TrainConfig) -> Mesh:
             f"config.train.platform is {train.platform!r}; JAX finds {jax.default_backend()} devices only; "
             "install jvitmoe[cuda12] or jvitmoe[cuda13], or set --config.train.platform=''"
         ) from error
-    chosen = train.platform or jax.config.jax_platforms
+    chosen = train.platform or os.environ.get("JAX_PLATFORMS")
     if not chosen and devices[0].platform == "cpu" and Path("/dev/nvidia0").exists():
         warnings.warn("an NVIDIA GPU is here but JAX finds only the CPU; install jvitmoe[cuda12]", RuntimeWarning, 2)
     wanted = train.devices or len(devices)

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from jvitmoe import config as config_lib
+from jvitmoe import evaluation
 from jvitmoe.config import Config, ConfigError
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -103,12 +104,26 @@ def test_fields_free_on_resume_exist():
     assert set(config_lib.flatten(Config())) >= config_lib.FREE_ON_RESUME
 
 
-@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.py")), ids=lambda path: path.stem)
-def test_every_experiment_is_valid_and_opens_with_its_command(path, monkeypatch):
+def load_experiment(path, monkeypatch):
     monkeypatch.syspath_prepend(str(CONFIGS))
     spec = importlib.util.spec_from_file_location(f"experiment_{path.stem}", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize(
+    ("name", "active", "total"),
+    [("cifar10_dense", 12_798_490, 12_798_490), ("cifar10_random", 12_798_490, 34_964_554)],
+)
+def test_the_original_has_exactly_its_parameters(name, active, total, monkeypatch):
+    config = load_experiment(CONFIGS / f"{name}.py", monkeypatch).get_config()
+    assert evaluation.count_parameters(config) == (active, total)
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.py")), ids=lambda path: path.stem)
+def test_every_experiment_is_valid_and_opens_with_its_command(path, monkeypatch):
+    module = load_experiment(path, monkeypatch)
     config = module.get_config().validate()
     json.loads(config_lib.dumps(config))
     assert f"python -m jvitmoe.train --config configs/{path.name}" in module.__doc__
