@@ -36,7 +36,7 @@ def versions() -> dict[str, str]:
 
 
 class Checkpoints:
-    """The `checkpoints/` folder of a run: items params, opt_state and meta (JSON) for each step saved.
+    """The `checkpoints/` folder of a run: items params, opt_state, ema (if kept) and meta (JSON).
 
     Args:
         directory: made if absent, unless read_only.
@@ -78,10 +78,7 @@ class Checkpoints:
         """
         step = int(state.step)
         # True copies: on a CPU an asynchronous writer would otherwise read buffers that the next step overwrites.
-        items = {
-            name: jax.tree.map(np.array, jax.device_get(tree))
-            for name, tree in (("params", state.params), ("opt_state", state.opt_state))
-        }
+        items = {name: jax.tree.map(np.array, jax.device_get(tree)) for name, tree in _items(state).items()}
         meta = {
             "step": step,
             "config": config_lib.to_dict(config),
@@ -94,9 +91,8 @@ class Checkpoints:
             saved = self._manager.save(
                 step,
                 args=ocp.args.Composite(
-                    params=ocp.args.StandardSave(items["params"]),
-                    opt_state=ocp.args.StandardSave(items["opt_state"]),
                     meta=ocp.args.JsonSave(meta | {"checksum": _json_checksum(meta)}),
+                    **{name: ocp.args.StandardSave(tree) for name, tree in items.items()},
                 ),
                 metrics=None if nll is None else {"nll": nll},
             )
@@ -114,8 +110,7 @@ class Checkpoints:
         Args:
             abstract: shapes, dtypes and shardings to restore to, on any number of devices.
         """
-        items = {"params": abstract.params, "opt_state": abstract.opt_state}
-        steps = self.steps()
+        items, steps = _items(abstract), self.steps()
         for step in reversed(steps):
             try:
                 trees, meta = self._read(step, items)
@@ -123,7 +118,7 @@ class Checkpoints:
                 warnings.warn(f"checkpoint {step} skipped: {_one_line(error)}", RuntimeWarning, stacklevel=2)
                 continue
             count = jax.device_put(np.int32(step), abstract.step.sharding)
-            return TrainState(count, trees["params"], trees["opt_state"]), meta
+            return TrainState(count, **trees), meta
         if steps:
             raise CheckpointError(
                 f"none of the checkpoints {steps} in {self.directory} can be read; "
@@ -151,9 +146,12 @@ class Checkpoints:
         """Returns the verified meta of one checkpoint. Raises CheckpointError."""
         return self._read_or_fail(step, {})[1]
 
-    def read_params(self, step: int, abstract_params: Any) -> Any:
-        """Returns the verified parameters of one checkpoint, shaped and sharded as asked. Raises CheckpointError."""
-        return self._read_or_fail(step, {"params": abstract_params})[0]["params"]
+    def read_params(self, step: int, abstract: TrainState) -> tuple[Any, Any]:
+        """Returns the verified (params, ema) of one checkpoint, shaped and sharded as asked; ema is None where none is
+        kept. Raises CheckpointError."""
+        items = {name: tree for name, tree in _items(abstract).items() if name != "opt_state"}
+        trees = self._read_or_fail(step, items)[0]
+        return trees["params"], trees.get("ema")
 
     def close(self) -> None:
         """Waits for the last write. Raises CheckpointError when it failed: Orbax tells of that only here."""
@@ -195,6 +193,11 @@ class Checkpoints:
             self._manager.wait_until_finished()
             folder.rename(self.directory.parent / f"damaged-checkpoint-{step}-{time.time_ns()}")
             self._manager.reload()
+
+
+def _items(state: TrainState) -> dict[str, Any]:
+    """Returns name -> tree of what a checkpoint holds: everything but the step, which is its name."""
+    return {name: tree for name, tree in state._asdict().items() if name != "step" and tree is not None}
 
 
 def _nll(metrics: Mapping[str, float]) -> float:

@@ -51,9 +51,16 @@ class ModelConfig:
 @dataclasses.dataclass
 class RoutingConfig:
     experts: int = 1  # E; 1 is the dense model
-    granularity: str = "batch"  # what shares a route: batch
+    granularity: str = "batch"  # what shares a route: batch | sample | token
     scope: str = "shared"  # shared: one route for all layers; layer: a fresh one per layer
-    init: str = "independent"  # independent | shared: whether experts start different or equal
+    init: str = "independent"  # independent | shared: experts start different or equal; upcycled: as a dense run's MLPs
+    upcycle_from: str = ""  # run folder of the dense model, for init="upcycled"
+    shared_layer: str = "none"  # none | up | down: the layer of the MLP that all experts share (AdaMix)
+    learning_rate: float = 1.0  # of experts, as a multiple of the trunk's: each sees 1/E of the images
+    pull: float = 0.0  # share of the way to their mean that experts move after a step (EWA, PAPA); 0 is off
+    pull_every: int = 1  # steps
+    pull_schedule: str = "constant"  # constant | rising: linearly from 0 to `pull` over training
+    tie_last: float = 0.0  # last fraction of training that runs with all experts equal to their mean
 
 
 @dataclasses.dataclass
@@ -75,6 +82,7 @@ class TrainConfig:
     batch_size: int = 128  # B, over all devices
     seed: int = 0
     label_smoothing: float = 0.0
+    ema: float = 0.0  # decay per step of a running mean of the merged (or dense) tree, tested beside it; 0 keeps none
     devices: int = 0  # 0 is all local devices
     platform: str = ""  # cpu | gpu | tpu; "" takes what JAX finds
     log_every: int = 20  # steps
@@ -146,7 +154,32 @@ class Config:
             self.train.batch_size,
             f"must be a multiple of train.devices, which is {self.train.devices}",
         )
+        _require(
+            self.train.batch_size % self.slots == 0,
+            "train.batch_size",
+            self.train.batch_size,
+            f"must be a multiple of routing.experts, {self.slots}, for routing.granularity={self.routing.granularity}",
+        )
+        _require(self.routing.pull <= 1, "routing.pull", self.routing.pull, "must be at most 1")
+        upcycled = self.routing.init == "upcycled"
+        _require(
+            upcycled == bool(self.routing.upcycle_from),
+            "routing.upcycle_from",
+            self.routing.upcycle_from,
+            f"must {'name the run folder of a dense model' if upcycled else 'be empty'} for "
+            f"routing.init={self.routing.init}",
+        )
         return self
+
+    @property
+    def slots(self) -> int:
+        """Equal parts of a batch that run at once, each through an expert of its own."""
+        return 1 if self.routing.granularity == "batch" else self.routing.experts
+
+    @property
+    def tokens(self) -> int:
+        """T: patches of one image and the CLS token, if there is one."""
+        return self.patches + (self.model.pool == "cls")
 
     @property
     def patches(self) -> int:
@@ -159,24 +192,34 @@ CHOICES = {
     "model.pool": ("cls", "mean"),
     "model.positions": ("learned", "sincos2d"),
     "model.dtype": ("auto", "float32", "bfloat16"),
-    "routing.granularity": ("batch",),
+    "routing.granularity": ("batch", "sample", "token"),
+    "routing.shared_layer": ("none", "up", "down"),
+    "routing.pull_schedule": ("constant", "rising"),
     "routing.scope": ("shared", "layer"),
-    "routing.init": ("independent", "shared"),
+    "routing.init": ("independent", "shared", "upcycled"),
     "optim.name": ("adam", "adamw"),
     "optim.schedule": ("step", "epoch"),
     "train.platform": ("", "cpu", "gpu", "tpu"),
 }
 POSITIVE = (
     *(f"model.{name}" for name in ("image_size", "channels", "classes", "patch", "width", "hidden", "depth")),
-    *("model.heads", "model.unroll", "routing.experts", "optim.learning_rate", "optim.eps"),
+    *(
+        "model.heads",
+        "model.unroll",
+        "routing.experts",
+        "routing.learning_rate",
+        "routing.pull_every",
+        "optim.learning_rate",
+        "optim.eps",
+    ),
     *(f"train.{name}" for name in ("epochs", "batch_size", "log_every", "eval_every", "keep")),
 )
 NOT_NEGATIVE = (
-    *("data.validation", "data.crop_padding", "model.position_rows", "model.head_hidden"),
+    *("routing.pull", "data.validation", "data.crop_padding", "model.position_rows", "model.head_hidden"),
     *("optim.weight_decay", "optim.warmup_epochs", "optim.clip_norm"),
     *("train.seed", "train.devices", "train.checkpoint_every"),
 )
-FRACTIONS = ("model.dropout", "optim.b1", "optim.b2", "train.label_smoothing")
+FRACTIONS = ("routing.tie_last", "train.ema", "model.dropout", "optim.b1", "optim.b2", "train.label_smoothing")
 
 # A run may be continued with other values of these: they move files, devices or printing, never a number.
 FREE_ON_RESUME = frozenset(

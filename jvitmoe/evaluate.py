@@ -13,7 +13,6 @@ from jvitmoe import config as config_lib
 from jvitmoe.checkpoint import Checkpoints
 from jvitmoe.config import UserError
 from jvitmoe.data import feed, sources
-from jvitmoe.models import vit
 from jvitmoe.tracking import console
 
 
@@ -36,13 +35,13 @@ def main(argv: list[str]) -> None:
 
     mesh = step.make_mesh(config.train)
     test = sources.load(config.data, config.model).test
-    model = vit.build(config.model, config.routing.experts, config.routing.init, mesh.devices.flat[0].platform)
+    model = step.make_model(config, mesh.devices.flat[0].platform)
     active, total = evaluation.count_parameters(config)
     hardware = step.describe(mesh)
     console.print(f"run         {workdir}, checkpoint at step {number:,}")
     console.print(f"devices     {hardware}")
     console.print(f"parameters  {active:,} active, {total:,} total ({model.dtype.name} compute)")
-    params = checkpoints.read_params(number, step.abstract_state(config, model, mesh).params)
+    params, ema = checkpoints.read_params(number, step.abstract_state(config, model, mesh))
     checkpoints.close()
 
     evaluate = evaluation.make_evaluate(model, mesh)
@@ -50,7 +49,7 @@ def main(argv: list[str]) -> None:
     tracking.write_result(
         workdir,
         {
-            "rows": evaluation.evaluate_run(config, params, lambda tree: evaluate(tree, images, batches)),
+            "rows": evaluation.evaluate_run(config, params, ema, lambda tree: evaluate(tree, images, batches)),
             "data": config.data.name,
             "step": number,
             "seed": config.train.seed,

@@ -18,7 +18,7 @@ from jvitmoe.data import augment
 from jvitmoe.data.feed import Batches, Images
 from jvitmoe.models import vit
 from jvitmoe.routing import Purpose
-from jvitmoe.step import AXIS, BY_COLUMN, REPLICATED, settle
+from jvitmoe.step import AXIS, BY_COLUMN, REPLICATED, make_model, settle
 
 
 class Sums(NamedTuple):
@@ -74,24 +74,25 @@ def make_evaluate(model: vit.ViT, mesh: Mesh) -> Evaluate:
     return evaluate
 
 
-def evaluate_run(config: Config, params: Any, test: Callable[[Any], Result]) -> list[dict[str, Any]]:
+def evaluate_run(config: Config, params: Any, ema: Any, test: Callable[[Any], Result]) -> list[dict[str, Any]]:
     """Returns one row {"model", "accuracy", "nll", "images"} per dense tree that the run is tested as."""
-    return [{"model": name, **test(make())._asdict()} for name, make in dense_trees(config, params).items()]
+    return [{"model": name, **test(make())._asdict()} for name, make in dense_trees(config, params, ema).items()]
 
 
-def dense_trees(config: Config, params: Any) -> dict[str, Callable[[], Any]]:
+def dense_trees(config: Config, params: Any, ema: Any = None) -> dict[str, Callable[[], Any]]:
     """Returns name -> maker of each dense tree a run is tested as: "dense" alone, or "merged", every "expert e" path
-    and one "random path" (a fresh expert per layer, fixed by the seed). Makers keep one tree in memory at a time."""
+    and one "random path" (a fresh expert per layer, fixed by the seed); and "EMA" of the first of them, if one was
+    kept. Makers keep one tree in memory at a time."""
+    average: dict[str, Callable[[], Any]] = {} if ema is None else {"EMA": lambda: ema}
     if config.routing.experts == 1:
-        return {"dense": lambda: params}
+        return {"dense": lambda: params} | average
     depth, experts = config.model.depth, config.routing.experts
     take = jax.jit(merging.take_path)
     key = routing.address(jax.random.key(config.train.seed), Purpose.PATH, 0)
     random_L = jax.random.randint(key, (depth,), 0, experts)
     paths = {f"expert {e}": routing.constant_route(e, depth) for e in range(experts)} | {"random path": random_L}
-    return {"merged": lambda: jax.jit(merging.average_experts)(params)} | {
-        name: functools.partial(take, params, route_L) for name, route_L in paths.items()
-    }
+    merged: dict[str, Callable[[], Any]] = {"merged": lambda: jax.jit(merging.average_experts)(params)}
+    return merged | average | {name: functools.partial(take, params, route_L) for name, route_L in paths.items()}
 
 
 def dense_tree(config: Config, params: Any) -> Any:
@@ -101,8 +102,7 @@ def dense_tree(config: Config, params: Any) -> Any:
 
 def count_parameters(config: Config) -> tuple[int, int]:
     """Returns (active, total): what one image passes through, and all experts together. Nothing is allocated."""
-    routing_config = config.routing
-    model = vit.build(config.model, routing_config.experts, routing_config.init)
+    model = make_model(config, "cpu")
     params = jax.eval_shape(lambda: vit.init(model, jax.random.key(0)))
     return _size(jax.eval_shape(merging.average_experts, params)), _size(params)
 

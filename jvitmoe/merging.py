@@ -33,6 +33,25 @@ def take_path(params: Tree, route_L: jax.Array) -> Tree:
     return _map_stacked(lambda leaf: take(leaf, route_L), params)
 
 
+def pull(params: Tree, rate: jax.Array | float) -> Tree:
+    """Returns the tree with every expert moved the share `rate` of the way to the mean of experts, which stays put.
+
+    Sources: EWA, arXiv 2308.06093; PAPA, arXiv 2304.03094 (there 0.01 every 10 steps).
+    """
+    return _map_stacked(lambda leaf: leaf + rate * (leaf.mean(EXPERT_AXIS, keepdims=True) - leaf), params)
+
+
+def upcycle(dense: Tree, like: Tree) -> Tree:
+    """Returns the stacked tree shaped as `like` whose experts are all copies of the dense MLP (arXiv 2212.05055)."""
+    return jax.tree.map(
+        lambda x, wanted: (
+            jnp.broadcast_to(jnp.expand_dims(x, EXPERT_AXIS), wanted.shape) if x.ndim < wanted.ndim else x
+        ),
+        dense,
+        like,
+    )
+
+
 def split(tree: Tree, stacked: Tree) -> tuple[Tree, Tree]:
     """Returns (trunk, experts): the tree twice, each with None where the other has its leaves."""
     trunk = jax.tree.map(lambda x, is_stacked: None if is_stacked else x, tree, stacked)

@@ -1,6 +1,6 @@
 """Addresses of randomness, and random routes. Every draw of a run is `address(root, purpose, number, …)`.
 
-L layers · E experts
+L layers · E experts · T tokens of one image, CLS included
 """
 
 import enum
@@ -30,11 +30,24 @@ def address(root: jax.Array, purpose: Purpose, *numbers: int | jax.Array) -> jax
     return key
 
 
-def draw_route(key: jax.Array, routing: RoutingConfig, depth: int) -> jax.Array:
-    """Returns route_L, int32 in [0, E): uniform, one draw for all layers (scope "shared", the original) or one for
-    each ("layer", AdaMix, arXiv 2205.12410)."""
-    shape = () if routing.scope == "shared" else (depth,)
-    return jnp.broadcast_to(jax.random.randint(key, shape, 0, routing.experts), (depth,))
+def draw_route(key: jax.Array, routing: RoutingConfig, depth: int, tokens: int) -> jax.Array:
+    """Returns which expert runs where in one step, int32 in [0, E).
+
+    granularity "batch" (the original, AdaMix, THOR): [L], uniform, one expert for the whole batch.
+    granularity "sample": [L, E], expert of each slot of images, a uniform permutation: every expert runs on an even
+        share of the images, nothing is dropped.
+    granularity "token" (the random uniform partition of EWA, arXiv 2308.06093): [L, T, E], one such permutation for
+        each place in the image.
+
+    scope "shared" repeats one draw in all layers (the original); "layer" draws for each (AdaMix, arXiv 2205.12410).
+    """
+    layers, experts = (1 if routing.scope == "shared" else depth), routing.experts
+    if routing.granularity == "batch":
+        route = jax.random.randint(key, (layers,), 0, experts)
+    else:
+        shape = (layers, experts) if routing.granularity == "sample" else (layers, tokens, experts)
+        route = jnp.argsort(jax.random.uniform(key, shape), axis=-1)
+    return jnp.broadcast_to(route, (depth, *route.shape[1:])).astype(jnp.int32)
 
 
 def constant_route(expert: int, depth: int) -> jax.Array:

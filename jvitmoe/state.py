@@ -17,30 +17,34 @@ from jvitmoe import merging
 
 class OptState(NamedTuple):
     trunk: Any  # state of everything that every step touches
-    experts: Any  # leaves [L, E, ...] (active: [L, ...]); None in a dense model
+    experts: Any  # leaves [L, E, ...] (one path: [L, ...]); None in a dense model
 
 
 class TrainState(NamedTuple):
     step: jax.Array  # int32, updates done
     params: Any
     opt_state: OptState
+    ema: Any = None  # running mean of the merged tree, dense; None where none is kept
 
 
-def create(params: Any, tx: optax.GradientTransformation) -> TrainState:
+def create(params: Any, tx: optax.GradientTransformation, ema: bool = False) -> TrainState:
     """Returns the state of a run at step 0."""
     trunk, experts = merging.split(params, merging.stacked(params))
     expert_state = jax.vmap(jax.vmap(tx.init))(experts) if jax.tree.leaves(experts) else None
-    return TrainState(jnp.zeros((), jnp.int32), params, OptState(tx.init(trunk), expert_state))
+    average = merging.average_experts(params) if ema else None
+    return TrainState(jnp.zeros((), jnp.int32), params, OptState(tx.init(trunk), expert_state), average)
 
 
-def take_active(state: TrainState, route_L: jax.Array) -> tuple[Any, OptState]:
-    """Returns (params, opt_state) of the dense model that the route picks out of the state."""
-    experts = jax.tree.map(lambda leaf: merging.take(leaf, route_L), state.opt_state.experts)
-    return merging.take_path(state.params, route_L), OptState(state.opt_state.trunk, experts)
+def take_path(params: Any, opt_state: OptState, route_L: jax.Array) -> tuple[Any, OptState]:
+    """Returns (params, opt_state) of the dense model that the route picks."""
+    experts = jax.tree.map(lambda leaf: merging.take(leaf, route_L), opt_state.experts)
+    return merging.take_path(params, route_L), OptState(opt_state.trunk, experts)
 
 
-def put_active(state: TrainState, route_L: jax.Array, params: Any, opt_state: OptState) -> TrainState:
-    """Returns the state after the step, with the dense model written back where `take_active` found it.
+def put_path(
+    params: Any, opt_state: OptState, route_L: jax.Array, path: Any, path_opt_state: OptState
+) -> tuple[Any, OptState]:
+    """Returns (params, opt_state) with the dense model written back where `take_path` found it.
 
     Nothing else is written: idle experts, their moments and counts keep their bits.
     """
@@ -48,25 +52,37 @@ def put_active(state: TrainState, route_L: jax.Array, params: Any, opt_state: Op
     def put(leaf: jax.Array, part: jax.Array) -> jax.Array:
         return merging.put(leaf, part, route_L)
 
-    params = jax.tree.map(
-        lambda leaf, part, is_stacked: put(leaf, part) if is_stacked else part,
-        state.params,
-        params,
-        merging.stacked(state.params),
+    written = jax.tree.map(
+        lambda leaf, part, is_stacked: put(leaf, part) if is_stacked else part, params, path, merging.stacked(params)
     )
-    experts = jax.tree.map(put, state.opt_state.experts, opt_state.experts)
-    return TrainState(state.step + 1, params, OptState(opt_state.trunk, experts))
+    return written, OptState(path_opt_state.trunk, jax.tree.map(put, opt_state.experts, path_opt_state.experts))
 
 
-def update_active(
-    tx: optax.GradientTransformation, grads: Any, opt_state: OptState, params: Any, stacked: Any
+def update(
+    tx: optax.GradientTransformation,
+    grads: Any,
+    opt_state: OptState,
+    params: Any,
+    stacked: Any,
+    all_run: bool = False,
+    expert_scale: jax.Array | float = 1.0,
 ) -> tuple[Any, OptState]:
-    """Returns (direction, opt_state) of the active dense model; `stacked` marks the leaves that came from experts."""
+    """Returns (direction, opt_state) for the whole stacked tree or for one path of it.
+
+    Args:
+        tx: from gradients to direction.
+        grads, opt_state, params: of the tree that ran.
+        stacked: marks the leaves that experts own, in the whole tree or after `take_path`.
+        all_run: whether the experts come as [L, E, ...], all of them, or as [L, ...], one path.
+        expert_scale: what the direction of experts is multiplied by.
+    """
     grads_trunk, grads_experts = merging.split(grads, stacked)
     params_trunk, params_experts = merging.split(params, stacked)
     trunk, trunk_state = tx.update(grads_trunk, opt_state.trunk, params_trunk)
     if opt_state.experts is None:
         return trunk, OptState(trunk_state, None)
-    # One Adam per layer: with scope "layer", experts of different layers have run different numbers of steps.
-    experts, expert_state = jax.vmap(tx.update)(grads_experts, opt_state.experts, params_experts)
+    # One Adam per layer, and per expert where all run: each has run its own number of steps.
+    update_experts = jax.vmap(jax.vmap(tx.update)) if all_run else jax.vmap(tx.update)
+    experts, expert_state = update_experts(grads_experts, opt_state.experts, params_experts)
+    experts = jax.tree.map(lambda x: x * expert_scale, experts)
     return merging.join(trunk, experts), OptState(trunk_state, expert_state)

@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import jax
 from absl import flags
@@ -87,9 +88,10 @@ def train(config: Config, workdir: Path, stop: Stop) -> None:
     dataset = sources.load(config.data, config.model)
     train_split, validation = sources.hold_out(dataset.train, config.data.validation)
     order_key = routing.address(jax.random.key(config.train.seed), Purpose.ORDER)
-    order = feed.TrainOrder(len(train_split), config.train.batch_size, order_key, mesh)
+    order = feed.TrainOrder(len(train_split), config.train.batch_size, order_key, mesh, config.slots)
     total = config.train.epochs * order.steps_per_epoch
-    model = vit.build(config.model, config.routing.experts, config.routing.init, mesh.devices.flat[0].platform)
+    model = step.make_model(config, mesh.devices.flat[0].platform)
+    dense = _read_dense(config, mesh) if config.routing.init == "upcycled" else None
     active, everything = evaluation.count_parameters(config)
 
     workdir.mkdir(parents=True, exist_ok=True)
@@ -110,7 +112,7 @@ def train(config: Config, workdir: Path, stop: Stop) -> None:
     watch_batches = feed.eval_batches(len(validation) or len(dataset.test), config.train.batch_size, mesh)
 
     checkpoints = Checkpoints(workdir / "checkpoints", config.train.keep, best=len(validation) > 0)
-    state = _resume(checkpoints, config, model, mesh)
+    state = _resume(checkpoints, config, model, mesh, dense)
     start = int(state.step)
     if start:
         console.print(f"resuming    from step {start:,}")
@@ -127,7 +129,9 @@ def train(config: Config, workdir: Path, stop: Stop) -> None:
         finally:
             checkpoints.close()
         rate = tracker.images_per_second(total)
-    rows = evaluation.evaluate_run(config, state.params, lambda tree: evaluate(tree, test_images, test_batches))
+    rows = evaluation.evaluate_run(
+        config, state.params, state.ema, lambda tree: evaluate(tree, test_images, test_batches)
+    )
     tracking.write_result(
         workdir,
         {
@@ -145,7 +149,26 @@ def train(config: Config, workdir: Path, stop: Stop) -> None:
     )
 
 
-def _resume(checkpoints: Checkpoints, config: Config, model: vit.ViT, mesh: Mesh) -> TrainState:
+def _read_dense(config: Config, mesh: Mesh) -> Any:
+    """Returns the dense tree that experts are copied from: the newest checkpoint of another run, merged if need be."""
+    folder = Path(config.routing.upcycle_from)
+    if not (folder / "checkpoints").is_dir():
+        raise ConfigError(f"config.routing.upcycle_from is {str(folder)!r}; it must be a run folder with checkpoints")
+    checkpoints = Checkpoints(folder / "checkpoints", read_only=True)
+    number = checkpoints.find("latest")
+    source = config_lib.from_dict(checkpoints.read_meta(number)["config"])
+    changed = [name for name, (old, new) in config_lib.differences(source, config).items() if name.startswith("model.")]
+    if changed:
+        raise ConfigError(
+            f"config.routing.upcycle_from is {str(folder)!r}; its {', '.join(changed)} must be this run's"
+        )
+    abstract = step.abstract_state(source, step.make_model(source, mesh.devices.flat[0].platform), mesh)
+    params, _ = checkpoints.read_params(number, abstract)
+    checkpoints.close()
+    return evaluation.dense_tree(source, params)
+
+
+def _resume(checkpoints: Checkpoints, config: Config, model: vit.ViT, mesh: Mesh, dense: Any) -> TrainState:
     abstract = step.abstract_state(config, model, mesh)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", RuntimeWarning)
@@ -153,7 +176,7 @@ def _resume(checkpoints: Checkpoints, config: Config, model: vit.ViT, mesh: Mesh
     for warning in caught:
         if issubclass(warning.category, RuntimeWarning):
             console.print(f"warning: {warning.message}")
-    return found[0] if found else step.make_state(config, model, mesh)
+    return found[0] if found else step.make_state(config, model, mesh, dense)
 
 
 class _Run:

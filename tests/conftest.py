@@ -99,8 +99,8 @@ def training(tiny_split: Split) -> Callable[[Config], Training]:
     def make(config: Config) -> Training:
         mesh = step.make_mesh(config.train)
         key = routing.address(jax.random.key(config.train.seed), Purpose.ORDER)
-        order = feed.TrainOrder(len(tiny_split), config.train.batch_size, key, mesh)
-        model = vit.build(config.model, config.routing.experts, config.routing.init)
+        order = feed.TrainOrder(len(tiny_split), config.train.batch_size, key, mesh, config.slots)
+        model = step.make_model(config, "cpu")
         train_step = step.make_train_step(config, model, mesh, order.steps_per_epoch)
         state = step.make_state(config, model, mesh)
         return Training(config, mesh, model, feed.put(tiny_split, mesh), order, train_step, state)

@@ -45,6 +45,11 @@ def test_defaults_obey_their_own_rules():
         ("train.devices", 3, "must be a multiple of train.devices, which is 3"),
         ("optim.warmup_epochs", 10, "must be below train.epochs, which is 10"),
         ("routing.init", "sharde", "did you mean 'shared'?"),
+        ("routing.pull", 1.5, "must be at most 1"),
+        ("routing.tie_last", 1.0, "must be at least 0 and below 1"),
+        ("routing.learning_rate", 0.0, "must be greater than 0"),
+        ("routing.init", "upcycled", "must name the run folder of a dense model"),
+        ("routing.upcycle_from", "runs/x", "must be empty for routing.init=independent"),
         ("routing.scope", "token", "must be one of 'shared', 'layer'"),
         ("model.norm", "rms", "must be one of 'pre', 'post'"),
         ("optim.name", "sgd", "must be one of 'adam', 'adamw'"),
@@ -56,10 +61,14 @@ def test_a_value_that_breaks_its_rule_is_named_with_the_rule(path, value, rule):
     message = str(caught.value)
     assert rule in message
     assert "\n" not in message
-    assert repr(value) in message or path == "train.devices"
+    assert repr(value) in message or path == "train.devices" or value == "upcycled"
 
 
 def test_rules_across_fields_hold():
+    config = Config()
+    config.routing.experts, config.routing.granularity = 3, "sample"
+    with pytest.raises(ConfigError, match=r"train\.batch_size is 128; it must be a multiple of routing\.experts, 3"):
+        config.validate()
     config = Config()
     config.optim.schedule, config.optim.warmup_epochs = "epoch", 1.0
     with pytest.raises(ConfigError, match=r"warm-up needs optim\.schedule=step"):

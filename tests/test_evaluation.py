@@ -91,7 +91,7 @@ def test_a_run_of_experts_is_tested_merged_per_expert_and_on_a_random_path(tiny_
         seen.append(tree)
         return Result(0.5, 1.0 * len(seen), 26)
 
-    rows = evaluation.evaluate_run(config, params, test)
+    rows = evaluation.evaluate_run(config, params, None, test)
     names = ["merged", "expert 0", "expert 1", "expert 2", "random path"]
     assert rows == [{"model": name, "accuracy": 0.5, "nll": i + 1.0, "images": 26} for i, name in enumerate(names)]
     up_LEDF = np.asarray(params["blocks"]["mlp"]["up"])
@@ -124,7 +124,7 @@ def test_the_random_path_is_fixed_by_the_seed_and_fresh_per_layer(tiny_config):
 
 def test_a_dense_run_has_one_row(tiny_config, params_of):
     params = params_of(1)
-    rows = evaluation.evaluate_run(tiny_config(), params, lambda tree: Result(float(tree is params), 2.0, 26))
+    rows = evaluation.evaluate_run(tiny_config(), params, None, lambda tree: Result(float(tree is params), 2.0, 26))
     assert rows == [{"model": "dense", "accuracy": 1.0, "nll": 2.0, "images": 26}]
 
 

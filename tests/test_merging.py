@@ -123,3 +123,24 @@ def test_join_undoes_split(request, which):
     assert not any(is_expert(path) for path in by_name(trunk)) or which == "dense"
     assert len(jax.tree.leaves(trunk)) + len(jax.tree.leaves(experts)) == len(jax.tree.leaves(tree))
     chex.assert_trees_all_equal(merging.join(trunk, experts), tree)
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.1, 1.0])
+def test_pull_keeps_the_mean_and_shrinks_the_distance_to_it(params, rate):
+    pulled = merging.pull(params, rate)
+    chex.assert_trees_all_close(merging.average_experts(pulled), merging.average_experts(params), rtol=1e-5, atol=1e-6)
+    marks = merging.stacked(params)
+    for before, after, is_stacked in zip(*map(jax.tree.leaves, (params, pulled, marks)), strict=True):
+        if is_stacked:
+            mean = before.mean(1, keepdims=True)
+            np.testing.assert_allclose(after - mean, (1 - rate) * (before - mean), rtol=1e-4, atol=1e-6)
+        else:
+            np.testing.assert_array_equal(before, after)
+
+
+def test_upcycled_experts_are_the_dense_model_on_every_path_and_on_average(params):
+    dense = merging.take_path(params, jnp.array([2, 0]))
+    upcycled = merging.upcycle(dense, params)
+    chex.assert_trees_all_equal_shapes_and_dtypes(upcycled, params)
+    chex.assert_trees_all_close(merging.average_experts(upcycled), dense, rtol=2e-7)  # a mean of three rounds
+    chex.assert_trees_all_equal(merging.take_path(upcycled, jnp.array([3, 1])), dense)

@@ -20,7 +20,9 @@ def many_routes(count: int, experts: int, scope: str, depth: int) -> np.ndarray:
     config = RoutingConfig(experts=experts, scope=scope)
     root = jax.random.key(3)
     return np.asarray(
-        jax.jit(jax.vmap(lambda step: draw_route(address(root, Purpose.ROUTE, step), config, depth)))(jnp.arange(count))
+        jax.jit(jax.vmap(lambda step: draw_route(address(root, Purpose.ROUTE, step), config, depth, 1)))(
+            jnp.arange(count)
+        )
     )
 
 
@@ -84,3 +86,21 @@ def test_a_constant_route_is_the_expert_in_every_layer():
     route_L = routing.constant_route(2, 4)
     assert route_L.dtype == jnp.int32
     np.testing.assert_array_equal(route_L, [2, 2, 2, 2])
+
+
+@pytest.mark.parametrize("scope", ["shared", "layer"])
+@pytest.mark.parametrize(("granularity", "shape"), [("sample", (5, 4)), ("token", (5, 7, 4))])
+def test_a_route_over_slots_is_a_uniform_permutation(granularity, shape, scope):
+    config = RoutingConfig(experts=4, granularity=granularity, scope=scope)
+    keys = jax.random.split(jax.random.key(0), 2000)
+    routes = np.asarray(jax.jit(jax.vmap(lambda key: draw_route(key, config, 5, 7)))(keys))
+    chex.assert_shape(routes, (2000, *shape))
+    assert routes.dtype == np.int32
+    assert (np.sort(routes, axis=-1) == np.arange(4)).all()  # balanced: every expert serves exactly one slot
+    assert (routes == routes[:, :1]).all() == (scope == "shared")
+    last = routes[:, -1] if granularity == "sample" else routes[:, -1, 3]
+    _, counts = np.unique(last, axis=0, return_counts=True)
+    assert len(counts) == 24
+    assert ((counts - 2000 / 24) ** 2 / (2000 / 24)).sum() < 58  # chi-square, 23 degrees of freedom, p = 1e-4
+    if granularity == "token":
+        assert (routes[:, 0, 0] != routes[:, 0, 1]).any()

@@ -18,7 +18,7 @@ E, L = 4, 2
 def route_of(run, step):
     """Returns route_L of this step."""
     key = routing.address(jax.random.key(run.config.train.seed), Purpose.ROUTE, step)
-    return np.asarray(routing.draw_route(key, run.config.routing, L))
+    return np.asarray(routing.draw_route(key, run.config.routing, L, run.config.tokens))
 
 
 def expert_leaves(tree: TrainState):
@@ -77,10 +77,11 @@ def test_an_experts_state_is_that_of_a_dense_adam_that_saw_only_its_steps(params
 
     @jax.jit
     def step(now, grads, route_L):
-        active, opt_state = state.take_active(now, route_L)
-        direction, opt_state = state.update_active(tx, grads, opt_state, active, marks)
+        active, opt_state = state.take_path(now.params, now.opt_state, route_L)
+        direction, opt_state = state.update(tx, grads, opt_state, active, marks)
         active = jax.tree.map(lambda p, d: p - 0.1 * d, active, direction)
-        return state.put_active(now, route_L, active, opt_state)
+        written = state.put_path(now.params, now.opt_state, route_L, active, opt_state)
+        return TrainState(now.step + 1, *written)
 
     def experts_of(tree):
         return merging.split(tree, marks)[1]
@@ -106,19 +107,18 @@ def test_an_experts_state_is_that_of_a_dense_adam_that_saw_only_its_steps(params
     assert now.step == len(routes_SL)
 
 
-def test_what_is_taken_and_put_back_unchanged_changes_only_the_step(params):
+def test_what_is_taken_and_put_back_unchanged_changes_nothing(params):
     before = state.create(params, optim.direction(OptimConfig()))
     route_L = jnp.array([3, 1])
-    active, opt_state = state.take_active(before, route_L)
-    after = state.put_active(before, route_L, active, opt_state)
-    chex.assert_trees_all_equal(after._replace(step=before.step), before)
-    assert after.step == 1
+    path = state.take_path(before.params, before.opt_state, route_L)
+    after = state.put_path(before.params, before.opt_state, route_L, *path)
+    chex.assert_trees_all_equal(after, (before.params, before.opt_state))
 
 
 def test_the_active_slice_is_the_dense_models_tree(params, tiny_config):
     tx = optim.direction(OptimConfig())
     dense = jax.eval_shape(lambda: vit.init(vit.build(tiny_config().model), jax.random.key(0)))
-    active, opt_state = state.take_active(state.create(params, tx), jnp.array([3, 1]))
+    active, opt_state = state.take_path(*state.create(params, tx)[1:3], jnp.array([3, 1]))
     chex.assert_trees_all_equal_shapes_and_dtypes(active, dense)
     _, experts = merging.split(dense, merging.stacked(params))
     wanted = jax.eval_shape(jax.vmap(tx.init), experts)  # one state per layer

@@ -1,3 +1,4 @@
+import functools
 import re
 
 import chex
@@ -9,7 +10,7 @@ import pytest
 from jax.sharding import NamedSharding
 
 from jvitmoe import merging, optim, routing, state, step
-from jvitmoe.config import ConfigError, TrainConfig
+from jvitmoe.config import Config, ConfigError, RoutingConfig, TrainConfig
 from jvitmoe.data import augment, feed
 from jvitmoe.models import vit
 from jvitmoe.routing import Purpose
@@ -47,7 +48,9 @@ def test_gradients_on_4_devices_are_those_of_plain_grad_over_the_whole_batch(ful
     index_B = np.asarray(run.order.epoch(0))[0]
     images = np.asarray(run.images.images_NHWC)[index_B]
     labels = np.asarray(run.images.labels_N)[index_B]
-    route_L = routing.draw_route(routing.address(root, Purpose.ROUTE, 0), config.routing, config.model.depth)
+    route_L = routing.draw_route(
+        routing.address(root, Purpose.ROUTE, 0), config.routing, config.model.depth, config.tokens
+    )
 
     @jax.jit
     def loss_and_grads(params, route_L):
@@ -65,7 +68,7 @@ def test_gradients_on_4_devices_are_those_of_plain_grad_over_the_whole_batch(ful
     np.testing.assert_allclose(run.metrics[0].loss, loss, rtol=1e-6)
     np.testing.assert_allclose(run.metrics[0].grad_norm, norm, rtol=1e-5)
     assert norm > config.optim.clip_norm
-    _, moments = state.take_active(after, route_L)
+    _, moments = state.take_path(after.params, after.opt_state, route_L)
     mu = merging.join(optax.tree.get(moments.trunk, "mu"), optax.tree.get(moments.experts, "mu"))
     scale = (1 - config.optim.b1) * config.optim.clip_norm / norm
     wanted = jax.tree.map(lambda g: g * scale, merging.take_path(grads, route_L))
@@ -232,3 +235,109 @@ def test_devices_that_are_not_there_are_an_error_of_one_line(train, says):
         step.make_mesh(train)
     assert says in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.fixture(scope="module")
+def slot_run(tiny_config, training):
+    """Returns five steps where all experts run, once for each setting: slot_run(granularity, scope, devices)."""
+
+    @functools.cache
+    def run(granularity, scope, devices):
+        config = tiny_config(
+            data={"crop_padding": 1, "flip": True},
+            model={"dropout": 0.2},
+            routing={"experts": 2, "granularity": granularity, "scope": scope, "pull": 0.1, "learning_rate": 2.0},
+            optim={"eps": 1e-3},
+            train={"devices": devices, "ema": 0.5},
+        )
+        return training(config).run(5)
+
+    return run
+
+
+@pytest.mark.parametrize(("granularity", "scope"), [("sample", "layer"), ("token", "shared")])
+@pytest.mark.parametrize("devices", [2, 4])
+def test_training_over_slots_is_the_same_on_1_2_and_4_devices(slot_run, granularity, scope, devices):
+    one, many = slot_run(granularity, scope, 1), slot_run(granularity, scope, devices)
+    chex.assert_trees_all_close(many.metrics, one.metrics, rtol=1e-6, atol=1e-6)
+    chex.assert_trees_all_close(many.history[-1], one.history[-1], rtol=1e-6, atol=3e-7)
+
+
+def test_over_slots_every_expert_runs_every_step(slot_run):
+    run = slot_run("sample", "layer", 1)
+    counts_LE = optax.tree.get(run.history[-1].opt_state.experts, "count")
+    np.testing.assert_array_equal(counts_LE, np.full((2, 2), 5))
+
+
+def test_ema_is_the_running_mean_of_the_merged_tree(slot_run):
+    run = slot_run("sample", "layer", 1)
+    expected = merging.average_experts(run.history[0].params)
+    for after in run.history[1:]:
+        merged = merging.average_experts(after.params)
+        expected = jax.tree.map(lambda mean, new: 0.5 * mean + 0.5 * new, expected, merged)
+        chex.assert_trees_all_close(after.ema, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("granularity", ["sample", "token"])
+def test_routing_over_slots_costs_what_dense_costs(tiny_config, training, granularity):
+    flops = []
+    for experts in (1, 4):
+        # Wide against the optimiser's work, which E experts do E times; unrolled, as XLA counts a loop's body once.
+        run = training(
+            tiny_config(
+                model={"width": 32, "hidden": 128, "unroll": 2, "patch": 2},
+                routing={"experts": experts, "granularity": granularity if experts > 1 else "batch"},
+                train={"batch_size": 24},
+            )
+        )
+        model, params = run.model, run.state.params
+        route = routing.draw_route(jax.random.key(0), run.config.routing, 2, run.config.tokens)
+        images = jnp.zeros((24, 8, 8, 1))
+        loss = jax.jit(jax.grad(lambda p, m=model, i=images, r=route: vit.logits(m, p, i, r).sum()))
+        flops.append(loss.lower(params).compile().cost_analysis()["flops"])
+    assert flops[1] == pytest.approx(flops[0], rel=0.01)
+
+
+@pytest.mark.parametrize("granularity", ["batch", "sample"])
+def test_equal_experts_with_pull_1_stay_equal_and_tie_last_makes_them_so(tiny_config, training, granularity):
+    routed = {"experts": 2, "granularity": granularity, "init": "independent", "tie_last": 0.5}
+    run = training(tiny_config(routing=routed, train={"epochs": 2})).run(6)  # 6 steps, tied from step 3 on
+
+    def spread(state):
+        _, experts = merging.split(state.params, merging.stacked(state.params))
+        return max(float(np.ptp(leaf, axis=1).max()) for leaf in jax.tree.leaves(experts))
+
+    spreads = [spread(state) for state in run.history]
+    assert min(spreads[:3]) > 1e-3
+    assert max(spreads[3:]) < 1e-6
+
+
+def test_tied_batch_routing_takes_the_dense_step(tiny_config, training):
+    """With equal experts, one expert's step counts for all: the merged tree moves as the dense model does."""
+    dense = training(tiny_config(train={"epochs": 2})).run(1)
+    routed = {"experts": 2, "init": "shared", "tie_last": 0.99}
+    tied = training(tiny_config(routing=routed, train={"epochs": 2})).run(1)
+    merged = merging.average_experts(tied.history[1].params)
+    chex.assert_trees_all_close(merged, dense.history[1].params, rtol=1e-5, atol=1e-7)
+
+
+def test_experts_move_by_their_own_learning_rate(tiny_config, training):
+    moved = []
+    for times in (1.0, 3.0):
+        routed = {"experts": 2, "granularity": "sample", "learning_rate": times}
+        run = training(tiny_config(routing=routed)).run(1)
+        before, after = run.history[:2]
+        moved.append(jax.tree.map(lambda a, b: b - a, before.params, after.params))
+    for once, thrice, is_stacked in zip(
+        *map(jax.tree.leaves, (moved[0], moved[1], merging.stacked(before.params))), strict=True
+    ):
+        np.testing.assert_allclose(thrice, (3 if is_stacked else 1) * once, rtol=1e-3, atol=1e-7)
+
+
+def test_pull_follows_its_schedule():
+    config = Config()
+    config.routing = RoutingConfig(experts=4, pull=0.2, pull_every=2, pull_schedule="rising", tie_last=0.2)
+    at = step.expert_schedule(config, steps_per_epoch=1)  # 10 epochs: 10 steps
+    pulls = [float(at(jnp.int32(s))[1]) for s in range(10)]
+    np.testing.assert_allclose(pulls, [0, 0.04, 0, 0.08, 0, 0.12, 0, 1, 1, 1], rtol=1e-6)
+    assert [float(at(jnp.int32(s))[0]) for s in range(10)] == [1.0] * 8 + [4.0] * 2

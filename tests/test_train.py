@@ -74,7 +74,7 @@ def run(main, monkeypatch, capsys, *arguments: object) -> tuple[int, str, str]:
 def final_state(workdir: Path):
     config = Config()
     config = train.config_lib.loads((workdir / "config.json").read_text(), "config.json")
-    model = vit.build(config.model, config.routing.experts, config.routing.init)
+    model = step.make_model(config, "cpu")
     checkpoints = Checkpoints(workdir / "checkpoints", read_only=True)
     try:
         return jax.device_get(checkpoints.restore(step.abstract_state(config, model, step.make_mesh(config.train)))[0])
@@ -306,6 +306,52 @@ def test_evaluate_refuses_in_one_line(undisturbed, monkeypatch, capsys, argument
     code, _, err = run(evaluate.main, monkeypatch, capsys, *(a.format(run=undisturbed) for a in arguments))
     assert (code, err.count("\n")) == (2, 1)
     assert message in err
+
+
+def test_upcycling_starts_from_the_dense_models_own_predictions(experiment, undisturbed, tmp_path, monkeypatch, capsys):
+    config = train.config_lib.loads((undisturbed / "config.json").read_text(), "config.json")
+    config.routing.init, config.routing.upcycle_from, config.routing.experts = "upcycled", str(undisturbed), 4
+    mesh = step.make_mesh(config.train)
+    dense = train._read_dense(config.validate(), mesh)
+    model = step.make_model(config, "cpu")
+    state = step.make_state(config, model, mesh, dense)
+    images = jax.random.normal(jax.random.key(0), (5, 8, 8, 1))
+    wanted = vit.logits(vit.build(config.model), dense, images)
+    chex.assert_trees_all_close(
+        vit.logits(model, state.params, images, jax.numpy.array([3, 1])), wanted, rtol=1e-6, atol=1e-6
+    )
+    arguments = ("--config.routing.init=upcycled", f"--config.routing.upcycle_from={undisturbed}")
+    code, _, err = run(
+        train.main,
+        monkeypatch,
+        capsys,
+        f"--config={experiment}",
+        *arguments,
+        "--config.train.epochs=1",
+        f"--workdir={tmp_path / 'up'}",
+    )
+    assert code == 0, err
+    for folder, override, message in (
+        ("no/such", "--config.train.seed=0", "must be a run folder with checkpoints"),
+        (undisturbed, "--config.model.depth=3", "its model.depth must be this run's"),
+    ):
+        arguments = ("--config.routing.init=upcycled", f"--config.routing.upcycle_from={folder}", override)
+        code, _, err = run(train.main, monkeypatch, capsys, f"--config={experiment}", *arguments, "--workdir=no/where")
+        assert (code, err.count("\n")) == (2, 1)
+        assert message in err
+
+
+def test_routing_over_slots_with_ema_trains_resumes_and_is_tested(experiment, tmp_path, monkeypatch, capsys):
+    arguments = ("--config.routing.granularity=token", "--config.train.batch_size=255", "--config.train.ema=0.9")
+    for evaluated in (train.main, train.main):
+        code, out, err = run(
+            evaluated, monkeypatch, capsys, f"--config={experiment}", *arguments, f"--workdir={tmp_path / 'slots'}"
+        )
+        assert code == 0, err
+    assert "resuming" in out
+    code, out, err = run(evaluate.main, monkeypatch, capsys, f"--workdir={tmp_path / 'slots'}")
+    assert code == 0, err
+    assert "EMA" in out
 
 
 def test_report_refuses_what_has_no_result(tmp_path, monkeypatch, capsys):

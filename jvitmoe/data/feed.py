@@ -37,13 +37,15 @@ def put(split: Split, mesh: Mesh) -> Images:
 class TrainOrder:
     """Order of the training images. Every epoch is a fresh permutation; what does not fill a batch waits for the next.
 
-    Raises ConfigError where the batch does not divide over the devices or is larger than the split.
+    `slots` are the equal parts of each device's share: one per expert where all run.
+    Raises ConfigError where the batch does not divide over devices and slots, or is larger than the split.
     """
 
-    def __init__(self, count: int, batch_size: int, key: jax.Array, mesh: Mesh) -> None:
-        if batch_size % mesh.size:
+    def __init__(self, count: int, batch_size: int, key: jax.Array, mesh: Mesh, slots: int = 1) -> None:
+        if batch_size % (mesh.size * slots):
+            times = f" x {slots} experts" if slots > 1 else ""
             raise ConfigError(
-                f"config.train.batch_size is {batch_size}; it must be a multiple of the {mesh.size} devices; "
+                f"config.train.batch_size is {batch_size}; it must be a multiple of the {mesh.size} devices{times}; "
                 "change it or set --config.train.devices"
             )
         if batch_size > count:

@@ -46,8 +46,15 @@ def _gelu_jvp(primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> tuple[ja
     return x * cdf, dx * (cdf + x * density)
 
 
+def two_layers(x_BTD: jax.Array, key_B: jax.Array | None, weights: tuple[jax.Array, ...], rate: float) -> jax.Array:
+    """Returns down(dropout(gelu(up(x)))), [B, T, D]: what one expert, or the dense model, computes."""
+    up_DF, up_bias_F, down_FD, down_bias_D = weights
+    h_BTF = dropout(gelu(x_BTD @ up_DF + up_bias_F[None, None]), key_B, site=0, rate=rate)
+    return h_BTF @ down_FD + down_bias_D[None, None]
+
+
 class Mlp(nn.Module):
-    """x -> down(dropout(gelu(up(x)))), exact GELU. With experts > 1 every parameter gains a leading E axis.
+    """The MLP of a block. With experts > 1 every parameter gains a leading E axis, but for the layer that is shared.
 
     Parameters: up [E,] D F · up_bias [E,] F · down [E,] F D · down_bias [E,] D.
     """
@@ -55,6 +62,7 @@ class Mlp(nn.Module):
     hidden: int  # F
     experts: int = 1  # E
     expert_init: str = "independent"  # independent | shared
+    shared_layer: str = "none"  # none | up | down: one for all experts
     dropout: float = 0.0
     dtype: Any = jnp.float32
 
@@ -63,27 +71,53 @@ class Mlp(nn.Module):
         """Returns y_BTD in the compute dtype.
 
         Args:
-            x_BTD: input tokens.
-            route: scalar integer, the expert that runs; ignored when there is one expert.
+            x_BTD: input tokens. For a route over slots, images are sorted by slot: B is E times B/E.
+            route: the expert that runs; ignored when there is one expert.
+                scalar: one for the whole batch.
+                [E]: of each slot of images, a permutation; one batched product, each slot with its own expert.
+                [T, E]: of each slot at each place in the image, a permutation; tokens travel between the images that
+                    share a place in their slots, so this also costs two gathers of the activations.
             key_B: one dropout key per image; None is deterministic.
         """
         width = x_BTD.shape[-1]
-        up_DF = self._expert("up", (width, self.hidden), width, route)
-        up_bias_F = self._expert("up_bias", (self.hidden,), width, route)
-        down_FD = self._expert("down", (self.hidden, width), self.hidden, route)
-        down_bias_D = self._expert("down_bias", (width,), self.hidden, route)
-        h_BTF = gelu(x_BTD.astype(self.dtype) @ up_DF + up_bias_F[None, None])
-        h_BTF = dropout(h_BTF, key_B, site=0, rate=self.dropout)
-        return h_BTF @ down_FD + down_bias_D[None, None]
-
-    def _expert(self, name: str, shape: tuple[int, ...], fan_in: int, route: jax.Array | None) -> jax.Array:
-        draw = torch_uniform(fan_in)
+        weights: tuple[jax.Array, ...] = (
+            self._param("up", (width, self.hidden), width),
+            self._param("up_bias", (self.hidden,), width),
+            self._param("down", (self.hidden, width), self.hidden),
+            self._param("down_bias", (width,), self.hidden),
+        )
+        stacked = [self.experts > 1 and name != self.shared_layer for name in ("up", "up", "down", "down")]
+        x_BTD = x_BTD.astype(self.dtype)
         if self.experts == 1:
+            return two_layers(x_BTD, key_B, weights, self.dropout)
+        assert route is not None, "a model with experts needs a route"
+        if route.ndim < 2:  # pick weights, never move activations
+            weights = tuple(w[route] if e else w for w, e in zip(weights, stacked, strict=True))
+        if route.ndim == 0:
+            return two_layers(x_BTD, key_B, weights, self.dropout)
+        x_EBTD = x_BTD.reshape(self.experts, -1, *x_BTD.shape[1:])
+        if route.ndim == 2:
+            x_EBTD = _exchange(x_EBTD, jnp.argsort(route, axis=1))
+        key_EB = None if key_B is None else key_B.reshape(self.experts, -1)
+        axes = (0, None if key_B is None else 0, tuple(0 if e else None for e in stacked), None)
+        y_EBTD = jax.vmap(two_layers, axes)(x_EBTD, key_EB, weights, self.dropout)
+        if route.ndim == 2:
+            y_EBTD = _exchange(y_EBTD, route)
+        return y_EBTD.reshape(x_BTD.shape)
+
+    def _param(self, name: str, shape: tuple[int, ...], fan_in: int) -> jax.Array:
+        draw = torch_uniform(fan_in)
+        if self.experts == 1 or name.removesuffix("_bias") == self.shared_layer:
             return self.param(name, draw, shape).astype(self.dtype)
 
         def draw_stack(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-            if self.expert_init == "shared":  # the very draw of the dense model, repeated
+            if self.expert_init != "independent":  # the very draw of the dense model, repeated
                 return jnp.broadcast_to(draw(key, shape, jnp.float32), (self.experts, *shape))
             return jax.vmap(lambda k: draw(k, shape, jnp.float32))(jax.random.split(key, self.experts))
 
-        return self.param(name, draw_stack, shape)[route].astype(self.dtype)
+        return self.param(name, draw_stack, shape).astype(self.dtype)
+
+
+def _exchange(x_EBTD: jax.Array, source_TE: jax.Array) -> jax.Array:
+    """Returns y with y[e, b, t] = x[source[t, e], b, t]."""
+    return jnp.take_along_axis(x_EBTD, source_TE.T[:, None, :, None], axis=0)

@@ -80,6 +80,7 @@ class Block(nn.Module):
     config: ModelConfig
     experts: int
     expert_init: str
+    shared_layer: str
     dtype: Any
 
     @nn.compact
@@ -93,7 +94,7 @@ class Block(nn.Module):
         norm1 = nn.LayerNorm(LAYER_NORM_EPSILON, dtype=self.dtype, name="norm1")
         norm2 = nn.LayerNorm(LAYER_NORM_EPSILON, dtype=self.dtype, name="norm2")
         attention = Attention(config.heads, rate, self.dtype, name="attention")
-        mlp = Mlp(config.hidden, self.experts, self.expert_init, rate, self.dtype, name="mlp")
+        mlp = Mlp(config.hidden, self.experts, self.expert_init, self.shared_layer, rate, self.dtype, name="mlp")
         if config.norm == "pre":
             x_BTD = x_BTD + dropout(attention(norm1(x_BTD), key_B), key_B, site=2, rate=rate)
             x_BTD = x_BTD + dropout(mlp(norm2(x_BTD), route, key_B), key_B, site=3, rate=rate)
@@ -121,24 +122,25 @@ class Head(nn.Module):
 class ViT(nn.Module):
     """The original's ViT and its options (`ModelConfig`); block parameters carry a leading L axis.
 
-    With experts = 1 this is the dense model. With more, MLP parameters are stacked [L, E, ...] and `route_L` says
-    which expert each layer runs.
+    With experts = 1 this is the dense model. With more, MLP parameters are stacked [L, E, ...] and `route` says which
+    expert runs where (`routing.draw_route`).
     """
 
     config: ModelConfig
     experts: int = 1
     expert_init: str = "independent"
+    shared_layer: str = "none"
     dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(
-        self, images_BHWc: jax.Array, route_L: jax.Array | None = None, key_B: jax.Array | None = None
+        self, images_BHWc: jax.Array, route: jax.Array | None = None, key_B: jax.Array | None = None
     ) -> jax.Array:
         """Returns float32 logits_BC.
 
         Args:
-            images_BHWc: normalised images, image_size x image_size x channels.
-            route_L: integer expert of each layer; needed when experts > 1.
+            images_BHWc: normalised images, image_size x image_size x channels; sorted by slot for a route over slots.
+            route: integer experts, [L], [L, E] or [L, T, E] (`Mlp`); needed when experts > 1.
             key_B: one dropout key per image; None is deterministic.
         """
         config = self.config
@@ -160,28 +162,34 @@ class ViT(nn.Module):
             in_axes=(0, nn.broadcast),
             length=config.depth,
             unroll=min(config.unroll, config.depth),
-        )(config, self.experts, self.expert_init, self.dtype, name="blocks")
-        x_BTD, _ = blocks(x_BTD, (jnp.arange(config.depth), route_L), key_B)
+        )(config, self.experts, self.expert_init, self.shared_layer, self.dtype, name="blocks")
+        x_BTD, _ = blocks(x_BTD, (jnp.arange(config.depth), route), key_B)
         pooled_BD = x_BTD[:, 0] if config.pool == "cls" else x_BTD.mean(axis=1)
         pooled_BD = nn.LayerNorm(LAYER_NORM_EPSILON, dtype=self.dtype, name="norm")(pooled_BD)
         return Head(config.classes, config.head_hidden, self.dtype, name="head")(pooled_BD).astype(jnp.float32)
 
 
-def build(config: ModelConfig, experts: int = 1, expert_init: str = "independent", platform: str = "cpu") -> ViT:
+def build(
+    config: ModelConfig,
+    experts: int = 1,
+    expert_init: str = "independent",
+    shared_layer: str = "none",
+    platform: str = "cpu",
+) -> ViT:
     """Returns the model in its compute dtype; "auto" is bfloat16 on a GPU or TPU and float32 on a CPU."""
     name = config.dtype if config.dtype != "auto" else "float32" if platform == "cpu" else "bfloat16"
-    return ViT(config, experts, expert_init, jnp.dtype(name))
+    return ViT(config, experts, expert_init, shared_layer, jnp.dtype(name))
 
 
 def logits(
     model: ViT,
     params: Any,
     images_BHWc: jax.Array,
-    route_L: jax.Array | None = None,
+    route: jax.Array | None = None,
     key_B: jax.Array | None = None,
 ) -> jax.Array:
     """Returns float32 logits_BC of the model with these parameters; arguments as `ViT.__call__`."""
-    return cast(jax.Array, model.apply({"params": params}, images_BHWc, route_L, key_B))
+    return cast(jax.Array, model.apply({"params": params}, images_BHWc, route, key_B))
 
 
 def init(model: ViT, key: jax.Array) -> dict[str, Any]:

@@ -160,3 +160,56 @@ def test_gradients_reach_only_the_expert_that_runs():
     for name, leaf in gradient.items():
         reached = [bool(np.any(leaf[e])) for e in range(3)]
         assert reached == [False, True, False], name
+
+
+def noise(shapes, seed=0):
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), x.dtype), shapes)
+
+
+def mlp_and_params(**settings):
+    mlp = Mlp(hidden=6, experts=3, **settings)
+    x_BTD = jnp.zeros((6, 4, 5))
+    return mlp, noise(jax.eval_shape(lambda: mlp.init(jax.random.key(0), x_BTD, jnp.int32(0), None)))
+
+
+@pytest.mark.parametrize("shared_layer", ["none", "up", "down"])
+def test_slots_run_the_experts_their_route_names(shared_layer):
+    mlp, params = mlp_and_params(shared_layer=shared_layer)
+    x_BTD = noise(jax.ShapeDtypeStruct((6, 4, 5), jnp.float32), seed=1)
+    each = [mlp.apply(params, x_BTD, jnp.int32(e), None) for e in range(3)]  # one expert for all
+    route_E = jnp.array([2, 0, 1])
+    y_BTD = mlp.apply(params, x_BTD, route_E, None)
+    for image in range(6):
+        np.testing.assert_allclose(y_BTD[image], each[route_E[image // 2]][image], rtol=1e-5, atol=1e-6)
+    route_TE = jnp.array([[2, 0, 1], [0, 1, 2], [1, 2, 0], [1, 0, 2]])
+    y_BTD = mlp.apply(params, x_BTD, route_TE, None)
+    for image in range(6):
+        for token in range(4):
+            wanted = each[route_TE[token, image // 2]][image, token]
+            np.testing.assert_allclose(y_BTD[image, token], wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_with_up_shared_the_average_is_exactly_the_mean_of_the_experts():
+    mlp, params = mlp_and_params(shared_layer="up")
+    x_BTD = noise(jax.ShapeDtypeStruct((6, 4, 5), jnp.float32), seed=1)
+    mean = sum(mlp.apply(params, x_BTD, jnp.int32(e), None) for e in range(3)) / 3
+    merged = jax.tree.map(lambda x: x, params)
+    merged["params"] |= {name: params["params"][name].mean(0) for name in ("down", "down_bias")}
+    dense = Mlp(hidden=6).apply(merged, x_BTD, None, None)
+    np.testing.assert_allclose(dense, mean, rtol=1e-5, atol=1e-6)  # the MLP is linear in its second layer
+    mlp, params = mlp_and_params(shared_layer="down")
+    mean = sum(mlp.apply(params, x_BTD, jnp.int32(e), None) for e in range(3)) / 3
+    merged["params"] = params["params"] | {name: params["params"][name].mean(0) for name in ("up", "up_bias")}
+    dense = Mlp(hidden=6).apply(merged, x_BTD, None, None)
+    assert np.abs(dense - mean).max() > 0.01  # and not in its first
+
+
+def test_a_shared_layer_has_no_expert_axis():
+    _, params = mlp_and_params(shared_layer="up")
+    assert {name: x.shape for name, x in params["params"].items()} == {
+        "up": (5, 6),
+        "up_bias": (6,),
+        "down": (3, 6, 5),
+        "down_bias": (3, 5),
+    }

@@ -254,7 +254,7 @@ def test_dropout_acts_at_the_four_places_of_the_original(monkeypatch):
 
 
 def test_layers_drop_different_entries():
-    block = vit.Block(small(dropout=0.5), experts=1, expert_init="independent", dtype=jnp.float32)
+    block = vit.Block(small(dropout=0.5), experts=1, expert_init="independent", shared_layer="none", dtype=jnp.float32)
     x_BTD = jnp.asarray(np.random.default_rng(1).normal(size=(2, 5, 12)), jnp.float32)
     params = jax.tree.map(lambda leaf_L: leaf_L[0], drawn(vit.ViT(SMALL))["blocks"])
 
