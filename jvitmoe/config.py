@@ -60,6 +60,8 @@ class RoutingConfig:
     pull: float = 0.0  # share of the way to their mean that experts move after a step (EWA, PAPA); 0 is off
     pull_every: int = 1  # steps
     pull_schedule: str = "constant"  # constant | rising: linearly from 0 to `pull` over training
+    consistency: float = 0.0  # weight of the divergence between two passes on distinct routes; 0 makes one pass
+    consistency_loss: str = "adamix"  # adamix: cross-entropy on one pass, gradients stopped; thor: on both, and through
     tie_last: float = 0.0  # last fraction of training that runs with all experts equal to their mean
 
 
@@ -161,6 +163,12 @@ class Config:
             f"must be a multiple of routing.experts, {self.slots}, for routing.granularity={self.routing.granularity}",
         )
         _require(self.routing.pull <= 1, "routing.pull", self.routing.pull, "must be at most 1")
+        _require(
+            self.routing.consistency == 0 or self.routing.experts > 1,
+            "routing.consistency",
+            self.routing.consistency,
+            "must be 0 with one expert: two passes need two routes",
+        )
         upcycled = self.routing.init == "upcycled"
         _require(
             upcycled == bool(self.routing.upcycle_from),
@@ -195,6 +203,7 @@ CHOICES = {
     "routing.granularity": ("batch", "sample", "token"),
     "routing.shared_layer": ("none", "up", "down"),
     "routing.pull_schedule": ("constant", "rising"),
+    "routing.consistency_loss": ("adamix", "thor"),
     "routing.scope": ("shared", "layer"),
     "routing.init": ("independent", "shared", "upcycled"),
     "optim.name": ("adam", "adamw"),
@@ -215,7 +224,8 @@ POSITIVE = (
     *(f"train.{name}" for name in ("epochs", "batch_size", "log_every", "eval_every", "keep")),
 )
 NOT_NEGATIVE = (
-    *("routing.pull", "data.validation", "data.crop_padding", "model.position_rows", "model.head_hidden"),
+    *("routing.pull", "routing.consistency"),
+    *("data.validation", "data.crop_padding", "model.position_rows", "model.head_hidden"),
     *("optim.weight_decay", "optim.warmup_epochs", "optim.clip_norm"),
     *("train.seed", "train.devices", "train.checkpoint_every"),
 )

@@ -28,9 +28,10 @@ def average_experts(params: Tree) -> Tree:
     return _map_stacked(lambda leaf: leaf.mean(EXPERT_AXIS), params)
 
 
-def take_path(params: Tree, route_L: jax.Array) -> Tree:
-    """Returns the dense tree of one path: from every stacked leaf, expert route_L[l] of layer l."""
-    return _map_stacked(lambda leaf: take(leaf, route_L), params)
+def take_path(params: Tree, route: jax.Array) -> Tree:
+    """Returns the dense tree of one path: from every stacked leaf, expert route[l] of layer l. A route [L, P] gives
+    the tree of P experts instead."""
+    return _map_stacked(lambda leaf: take(leaf, route), params)
 
 
 def pull(params: Tree, rate: jax.Array | float) -> Tree:
@@ -64,15 +65,21 @@ def join(trunk: Tree, experts: Tree) -> Tree:
     return jax.tree.map(lambda a, b: b if a is None else a, trunk, experts, is_leaf=lambda x: x is None)
 
 
-def take(leaf: jax.Array, route_L: jax.Array) -> jax.Array:
-    """Returns [L, ...] from [L, E, ...]: expert route_L[l] of layer l."""
-    return leaf[jnp.arange(leaf.shape[0]), route_L]
+def take(leaf: jax.Array, route: jax.Array) -> jax.Array:
+    """Returns expert route[l] of each layer l: [L, ...] from [L, E, ...]; with a route [L, P], a stack [L, P, ...]."""
+    return leaf[_layers(leaf, route), route]
 
 
-def put(leaf: jax.Array, part: jax.Array, route_L: jax.Array) -> jax.Array:
-    """Returns the [L, E, ...] leaf with expert route_L[l] of layer l replaced by part[l]; in place when donated."""
-    index_L = jnp.arange(leaf.shape[0])
-    return leaf.at[index_L, route_L].set(part, unique_indices=True, indices_are_sorted=True)
+def put(leaf: jax.Array, part: jax.Array, route: jax.Array) -> jax.Array:
+    """Returns the [L, E, ...] leaf with the experts that `take` picks replaced by `part`; in place when donated.
+
+    The experts of one layer's route must differ.
+    """
+    return leaf.at[_layers(leaf, route), route].set(part, unique_indices=True)
+
+
+def _layers(leaf: jax.Array, route: jax.Array) -> jax.Array:
+    return jnp.arange(leaf.shape[0]).reshape(-1, *[1] * (route.ndim - 1))
 
 
 def _map_stacked(reduce: Callable[[jax.Array], jax.Array], params: Tree) -> Tree:

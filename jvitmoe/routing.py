@@ -20,6 +20,7 @@ class Purpose(enum.IntEnum):
     DROPOUT = 3  # numbered by step, then by place in the global batch
     ROUTE = 4  # numbered by step
     PATH = 5  # random paths at evaluation; numbered by path
+    SECOND_ROUTE = 6  # of the second forward pass; numbered by step
 
 
 def address(root: jax.Array, purpose: Purpose, *numbers: int | jax.Array) -> jax.Array:
@@ -48,6 +49,17 @@ def draw_route(key: jax.Array, routing: RoutingConfig, depth: int, tokens: int) 
         shape = (layers, experts) if routing.granularity == "sample" else (layers, tokens, experts)
         route = jnp.argsort(jax.random.uniform(key, shape), axis=-1)
     return jnp.broadcast_to(route, (depth, *route.shape[1:])).astype(jnp.int32)
+
+
+def distinct_route(key: jax.Array, route: jax.Array, routing: RoutingConfig) -> jax.Array:
+    """Returns a second route of the same shape that differs from the first everywhere: in every layer, slot and place.
+
+    The experts of a layer are shifted by a uniform draw from 1 .. E - 1, so a permutation stays one, and every other
+    expert is as likely. Scope "shared" shifts all layers alike.
+    """
+    layers = 1 if routing.scope == "shared" else route.shape[0]
+    shift = jax.random.randint(key, (layers, *[1] * (route.ndim - 1)), 1, routing.experts)
+    return (route + shift) % routing.experts
 
 
 def constant_route(expert: int, depth: int) -> jax.Array:

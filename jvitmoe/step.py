@@ -114,8 +114,8 @@ def expert_schedule(config: Config, steps_per_epoch: int) -> Callable[[jax.Array
     mean that experts move after the step.
 
     In the last `tie_last` of training experts go all the way, so that from its first step on they are equal. Where
-    one expert runs per batch, its step then counts E times: the mean of E equal experts of which one moved has moved
-    1/E as far, and so the whole MLP takes the dense step.
+    one expert runs per batch, its step then counts E times (two: E/2 times each): the mean of E equal experts of which
+    one moved has moved 1/E as far, and so the whole MLP takes the dense step.
     """
     routed = config.routing
     total = config.train.epochs * steps_per_epoch
@@ -124,11 +124,26 @@ def expert_schedule(config: Config, steps_per_epoch: int) -> Callable[[jax.Array
     def at(step: jax.Array) -> tuple[jax.Array, jax.Array]:
         rise = (step + 1) / total if routed.pull_schedule == "rising" else 1.0
         pull = jnp.where((step + 1) % routed.pull_every == 0, routed.pull * rise, 0.0)
-        times = routed.experts if routed.granularity == "batch" else 1
+        times = routed.experts / (2 if routed.consistency else 1) if routed.granularity == "batch" else 1
         scale = jnp.where(step >= first_tied, times * routed.learning_rate, routed.learning_rate)
         return scale, jnp.where(step + 1 >= first_tied, 1.0, pull)
 
     return at
+
+
+def consistency(logits_p_BC: jax.Array, logits_q_BC: jax.Array, stop_gradients: bool) -> jax.Array:
+    """Returns the mean over the batch of (KL(q || p) + KL(p || q)) / 2, nats; 0 for equal logits.
+
+    With stop_gradients each term is differentiated through its second argument only (AdaMix, arXiv 2205.12410);
+    without, through both (THOR, arXiv 2110.04260).
+    """
+    p_BC, q_BC = jax.nn.log_softmax(logits_p_BC), jax.nn.log_softmax(logits_q_BC)
+
+    def divergence(a_BC: jax.Array, b_BC: jax.Array) -> jax.Array:
+        a_BC = jax.lax.stop_gradient(a_BC) if stop_gradients else a_BC
+        return jnp.sum(jnp.exp(a_BC) * (a_BC - b_BC), axis=-1)
+
+    return 0.5 * jnp.mean(divergence(q_BC, p_BC) + divergence(p_BC, q_BC))
 
 
 def make_train_step(config: Config, model: vit.ViT, mesh: Mesh, steps_per_epoch: int) -> TrainStep:
@@ -137,48 +152,63 @@ def make_train_step(config: Config, model: vit.ViT, mesh: Mesh, steps_per_epoch:
     Routes, augmentation and dropout are addressed by (seed, step, place in the global batch), so the result does not
     depend on the number of devices beyond the order of floating-point sums. With granularity "batch" only the dense
     model on the route is differentiated, reduced over devices and updated; otherwise every expert runs on its slot,
-    which an image has by its place in the batch modulo E.
+    which an image has by its place in the batch modulo E. The consistency loss makes two passes, on two distinct
+    routes, at twice the cost.
     """
     root = jax.random.key(config.train.seed)
     learning_rate = optim.schedule(config, steps_per_epoch)
     tx = optim.direction(config.optim)
-    data, routed, smoothing = config.data, config.routing, config.train.label_smoothing
-    one_path = routed.granularity == "batch" or routed.experts == 1
-    net = vit.ViT(config.model, dtype=model.dtype) if one_path else model
+    data, routed, depth, batch_size = config.data, config.routing, config.model.depth, config.train.batch_size
+    over_slots = config.slots > 1
+    passes = 2 if routed.consistency else 1
+    # Over slots the whole stack runs. Otherwise the step runs on what its routes pick: one dense model, or two experts.
+    net = model if over_slots else model.clone(experts=passes)
     moves_experts = routed.experts > 1 and (routed.pull > 0 or routed.tie_last > 0)
     experts_at = expert_schedule(config, steps_per_epoch)
 
-    def keys_b(purpose: Purpose, step: jax.Array, slot_b: jax.Array) -> jax.Array:
-        return jax.vmap(jax.random.fold_in, (None, 0))(routing.address(root, purpose, step), slot_b)
+    def keys_b(purpose: Purpose, step: jax.Array, place_b: jax.Array) -> jax.Array:
+        return jax.vmap(jax.random.fold_in, (None, 0))(routing.address(root, purpose, step), place_b)
+
+    def draw_routes(step: jax.Array) -> list[jax.Array]:
+        route = routing.draw_route(routing.address(root, Purpose.ROUTE, step), routed, depth, config.tokens)
+        if passes == 1:
+            return [route]
+        key = routing.address(root, Purpose.SECOND_ROUTE, step)
+        return [route, routing.distinct_route(key, route, routed)]
 
     def train_step(before: TrainState, split: Images, index_Sb: jax.Array) -> tuple[TrainState, Metrics]:
         step = before.step
         index_b = index_Sb[step % steps_per_epoch]
         place_b = jax.lax.axis_index(AXIS) * index_b.shape[0] + jnp.arange(index_b.shape[0])
-        if not one_path:  # sorted by slot, so that the network sees [E, b / E]
+        if over_slots:  # sorted by slot, so that the network sees [E, b / E]
             by_slot = jnp.arange(index_b.shape[0]).reshape(-1, routed.experts).T.reshape(-1)
             index_b, place_b = index_b[by_slot], place_b[by_slot]
         images = augment.augment(
             keys_b(Purpose.AUGMENT, step, place_b), split.images_NHWC[index_b], data.crop_padding, data.flip
         )
         labels_b = split.labels_N[index_b]
-        dropout_key_b = keys_b(Purpose.DROPOUT, step, place_b) if config.model.dropout else None
-        route = routing.draw_route(
-            routing.address(root, Purpose.ROUTE, step), routed, config.model.depth, config.tokens
-        )
-        stacked = merging.stacked(before.params)
+        targets_bC = optax.smooth_labels(jax.nn.one_hot(labels_b, config.model.classes), config.train.label_smoothing)
+        routes = draw_routes(step)
+        picked = routes[0] if passes == 1 else jnp.stack(routes, axis=1)  # [L] or [L, 2]; used where not over slots
         params, opt_state = before.params, before.opt_state
-        if one_path:
-            params, opt_state = state.take_path(params, opt_state, route)
+        if not over_slots:
+            params, opt_state = state.take_path(params, opt_state, picked)
+            routes = [jnp.full((depth,), number) for number in range(passes)]
 
         def loss_fn(params: Any) -> tuple[jax.Array, jax.Array]:
             # Each device differentiates its own copy, so gradients are reduced once, at the end, and not where a
             # parameter first meets the images: inside the scan over layers, and the CLS token once per image.
             params = jax.lax.pcast(params, (AXIS,), to="varying")
-            logits_bC = vit.logits(net, params, augment.normalize(images), None if one_path else route, dropout_key_b)
-            targets_bC = optax.smooth_labels(jax.nn.one_hot(labels_b, logits_bC.shape[-1]), smoothing)
-            loss = optax.softmax_cross_entropy(logits_bC, targets_bC).mean()
-            accuracy = (logits_bC.argmax(-1) == labels_b).mean()
+            logits = []
+            for number, route in enumerate(routes):
+                dropout = keys_b(Purpose.DROPOUT, step, place_b + number * batch_size) if config.model.dropout else None
+                logits.append(vit.logits(net, params, augment.normalize(images), route, dropout))
+            loss = optax.softmax_cross_entropy(logits[0], targets_bC).mean()
+            if passes == 2:
+                if routed.consistency_loss == "thor":
+                    loss += optax.softmax_cross_entropy(logits[1], targets_bC).mean()
+                loss += routed.consistency * consistency(logits[0], logits[1], routed.consistency_loss == "adamix")
+            accuracy = (logits[0].argmax(-1) == labels_b).mean()
             # The mean over devices belongs inside: shard_map then returns reduced gradients, and a pmean of
             # gradients after the fact would be wrong by a factor of the device count.
             return jax.lax.pmean(loss, AXIS), jax.lax.pmean(accuracy, AXIS)
@@ -189,20 +219,21 @@ def make_train_step(config: Config, model: vit.ViT, mesh: Mesh, steps_per_epoch:
             scale = jnp.minimum(1.0, config.optim.clip_norm / norm)
             grads = jax.tree.map(lambda g: g * scale, grads)
         expert_scale, pull = experts_at(step)
-        direction, opt_state = state.update(tx, grads, opt_state, params, stacked, not one_path, expert_scale)
+        stacked = merging.stacked(before.params)
+        all_run = over_slots or passes == 2
+        direction, opt_state = state.update(tx, grads, opt_state, params, stacked, all_run, expert_scale)
         rate = learning_rate(step)
         params = jax.tree.map(lambda p, d: p - rate * d, params, direction)
-        if one_path:
-            params, opt_state = state.put_path(before.params, before.opt_state, route, params, opt_state)
+        if not over_slots:
+            params, opt_state = state.put_path(before.params, before.opt_state, picked, params, opt_state)
         if moves_experts:
             params = jax.lax.cond(pull > 0, lambda tree: merging.pull(tree, pull), lambda tree: tree, params)
         ema, decay = before.ema, config.train.ema
         if decay:
             merged = merging.average_experts(params)
             ema = jax.tree.map(lambda mean, new: decay * mean + (1.0 - decay) * new, ema, merged)
-        return TrainState(step + 1, params, opt_state, ema), Metrics(
-            loss, accuracy, norm, jnp.asarray(rate, jnp.float32)
-        )
+        metrics = Metrics(loss, accuracy, norm, jnp.asarray(rate, jnp.float32))
+        return TrainState(step + 1, params, opt_state, ema), metrics
 
     sharded = jax.shard_map(
         train_step, mesh=mesh, in_specs=(REPLICATED, REPLICATED, BY_COLUMN), out_specs=(REPLICATED, REPLICATED)

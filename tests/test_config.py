@@ -45,6 +45,8 @@ def test_defaults_obey_their_own_rules():
         ("train.devices", 3, "must be a multiple of train.devices, which is 3"),
         ("optim.warmup_epochs", 10, "must be below train.epochs, which is 10"),
         ("routing.init", "sharde", "did you mean 'shared'?"),
+        ("routing.consistency", 1.0, "must be 0 with one expert"),
+        ("routing.consistency_loss", "kl", "must be one of 'adamix', 'thor'"),
         ("routing.pull", 1.5, "must be at most 1"),
         ("routing.tie_last", 1.0, "must be at least 0 and below 1"),
         ("routing.learning_rate", 0.0, "must be greater than 0"),

@@ -34,6 +34,7 @@ def test_purposes_are_pinned():
         "DROPOUT": 3,
         "ROUTE": 4,
         "PATH": 5,
+        "SECOND_ROUTE": 6,
     }
 
 
@@ -104,3 +105,22 @@ def test_a_route_over_slots_is_a_uniform_permutation(granularity, shape, scope):
     assert ((counts - 2000 / 24) ** 2 / (2000 / 24)).sum() < 58  # chi-square, 23 degrees of freedom, p = 1e-4
     if granularity == "token":
         assert (routes[:, 0, 0] != routes[:, 0, 1]).any()
+
+
+@pytest.mark.parametrize("scope", ["shared", "layer"])
+@pytest.mark.parametrize("granularity", ["batch", "sample", "token"])
+def test_a_second_route_differs_everywhere_and_is_as_good(granularity, scope):
+    config = RoutingConfig(experts=3, granularity=granularity, scope=scope)
+    shifts = set()
+    for seed in range(20):
+        first_key, second_key = jax.random.split(jax.random.key(seed))
+        first = draw_route(first_key, config, 4, 5)
+        second = routing.distinct_route(second_key, first, config)
+        assert second.shape == first.shape
+        assert (np.asarray(first) != np.asarray(second)).all()
+        if granularity != "batch":
+            assert (np.sort(second, axis=-1) == np.arange(3)).all()
+        if scope == "shared":
+            assert (second == second[:1]).all()
+        shifts |= set(np.unique((second - first) % 3).tolist())
+    assert shifts == {1, 2}

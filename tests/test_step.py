@@ -341,3 +341,70 @@ def test_pull_follows_its_schedule():
     pulls = [float(at(jnp.int32(s))[1]) for s in range(10)]
     np.testing.assert_allclose(pulls, [0, 0.04, 0, 0.08, 0, 0.12, 0, 1, 1, 1], rtol=1e-6)
     assert [float(at(jnp.int32(s))[0]) for s in range(10)] == [1.0] * 8 + [4.0] * 2
+
+
+def test_consistency_of_equal_logits_costs_nothing_and_equals_the_formula_otherwise():
+    rng = np.random.default_rng(0)
+    p, q = rng.normal(size=(2, 5, 4))
+    assert step.consistency(p, p, True) == 0
+
+    def log_softmax(x):
+        return x - np.log(np.exp(x).sum(-1, keepdims=True))
+
+    log_p, log_q = log_softmax(p), log_softmax(q)
+    wanted = 0.5 * ((np.exp(log_q) * (log_q - log_p)).sum(-1) + (np.exp(log_p) * (log_p - log_q)).sum(-1)).mean()
+    for stop in (True, False):
+        np.testing.assert_allclose(step.consistency(p, q, stop), wanted, rtol=1e-5)
+    # AdaMix's form moves p toward q only as far as KL(q || p) asks: its slope is (p - q) / 2 per image.
+    slope = jax.grad(lambda x: step.consistency(x, jnp.asarray(q), True))(jnp.asarray(p))
+    np.testing.assert_allclose(slope, 0.5 * (np.exp(log_p) - np.exp(log_q)) / 5, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("granularity", ["batch", "sample"])
+@pytest.mark.parametrize("form", ["adamix", "thor"])
+def test_with_equal_experts_consistency_adds_nothing(tiny_config, training, granularity, form):
+    losses = []
+    for weight in (0.0, 5.0):
+        routed = {"experts": 4, "granularity": granularity, "init": "shared", "scope": "layer"}
+        run = training(tiny_config(routing={**routed, "consistency": weight, "consistency_loss": form})).run(1)
+        losses.append(run.metrics[0].loss)
+    np.testing.assert_allclose(losses[1], losses[0] * (2 if form == "thor" else 1), rtol=1e-5)
+
+
+def test_two_passes_over_batch_routes_touch_exactly_their_two_experts(tiny_config, training):
+    routed = {"experts": 4, "scope": "layer", "consistency": 1.0, "consistency_loss": "thor"}
+    run = training(tiny_config(routing=routed)).run(3)
+    root = jax.random.key(run.config.train.seed)
+    for number, (before, after) in enumerate(zip(run.history[:-1], run.history[1:], strict=True)):
+        first = routing.draw_route(
+            routing.address(root, Purpose.ROUTE, number), run.config.routing, 2, run.config.tokens
+        )
+        key = routing.address(root, Purpose.SECOND_ROUTE, number)
+        ran = np.stack([first, routing.distinct_route(key, first, run.config.routing)], axis=1)
+        up_before, up_after = before.params["blocks"]["mlp"]["up"], after.params["blocks"]["mlp"]["up"]
+        for layer in range(2):
+            for expert in range(4):
+                same = up_before[layer, expert].tobytes() == up_after[layer, expert].tobytes()
+                assert same == (expert not in ran[layer])
+
+
+def test_two_passes_give_the_gradients_of_the_whole_stack(tiny_config, training):
+    """The step on two picked experts moves the trunk as plain differentiation through all experts says."""
+    routed = {"experts": 3, "consistency": 2.0, "consistency_loss": "thor"}
+    run = training(tiny_config(routing=routed, train={"devices": 2})).run(1)
+    before, config = run.history[0], run.config
+    root = jax.random.key(config.train.seed)
+    first = routing.draw_route(routing.address(root, Purpose.ROUTE, 0), config.routing, 2, config.tokens)
+    second = routing.distinct_route(routing.address(root, Purpose.SECOND_ROUTE, 0), first, config.routing)
+    index_B = np.asarray(run.order.epoch(0))[0]
+    x = augment.normalize(np.asarray(run.images.images_NHWC)[index_B])
+    labels_B = np.asarray(run.images.labels_N)[index_B]
+
+    def loss_fn(params):
+        p, q = (vit.logits(run.model, params, x, route) for route in (first, second))
+        ce = sum(optax.softmax_cross_entropy_with_integer_labels(logits, labels_B).mean() for logits in (p, q))
+        return ce + 2.0 * step.consistency(p, q, False)
+
+    loss, grads = jax.jit(jax.value_and_grad(loss_fn))(before.params)
+    np.testing.assert_allclose(run.metrics[0].loss, loss, rtol=1e-6)
+    np.testing.assert_allclose(run.metrics[0].grad_norm, optax.tree.norm(grads), rtol=1e-5)
