@@ -51,6 +51,7 @@ class ModelConfig:
 @dataclasses.dataclass
 class RoutingConfig:
     experts: int = 1  # E; 1 is the dense model
+    router: str = "random"  # random: routes from the step's key; or switch | topk | expert_choice | soft | hash
     granularity: str = "batch"  # what shares a route: batch | sample | token
     scope: str = "shared"  # shared: one route for all layers; layer: a fresh one per layer
     init: str = "independent"  # independent | shared: experts start different or equal; upcycled: as a dense run's MLPs
@@ -60,6 +61,11 @@ class RoutingConfig:
     pull: float = 0.0  # share of the way to their mean that experts move after a step (EWA, PAPA); 0 is off
     pull_every: int = 1  # steps
     pull_schedule: str = "constant"  # constant | rising: linearly from 0 to `pull` over training
+    top_k: int = 2  # experts of a token, for router="topk"
+    capacity: float = 1.25  # of an expert, as a multiple of its even share: switch, topk and expert_choice
+    eval_capacity: float = 2.0  # the same at evaluation, for switch and topk
+    balance_loss: float = 0.01  # coefficient of the router's load-balancing loss, averaged over layers
+    z_loss: float = 0.0  # coefficient of the mean of logsumexp(router logits)^2 (ST-MoE has 1e-3)
     consistency: float = 0.0  # weight of the divergence between two passes on distinct routes; 0 makes one pass
     consistency_loss: str = "adamix"  # adamix: cross-entropy on one pass, gradients stopped; thor: on both, and through
     tie_last: float = 0.0  # last fraction of training that runs with all experts equal to their mean
@@ -169,6 +175,20 @@ class Config:
             self.routing.consistency,
             "must be 0 with one expert: two passes need two routes",
         )
+        routed = self.routing
+        plain = routed.experts > 1 and routed.granularity == "batch" and not routed.consistency
+        _require(
+            routed.router == "random" or plain,
+            "routing.router",
+            routed.router,
+            "must be 'random' with one expert, with granularity sample or token, and with consistency",
+        )
+        _require(
+            routed.router != "topk" or routed.top_k <= routed.experts,
+            "routing.top_k",
+            routed.top_k,
+            f"must be at most routing.experts, which is {routed.experts}",
+        )
         upcycled = self.routing.init == "upcycled"
         _require(
             upcycled == bool(self.routing.upcycle_from),
@@ -178,6 +198,11 @@ class Config:
             f"routing.init={self.routing.init}",
         )
         return self
+
+    @property
+    def learned(self) -> bool:
+        """Whether the model routes its own tokens, by what it learned or by a hash, and takes no route."""
+        return self.routing.router != "random"
 
     @property
     def slots(self) -> int:
@@ -200,6 +225,7 @@ CHOICES = {
     "model.pool": ("cls", "mean"),
     "model.positions": ("learned", "sincos2d"),
     "model.dtype": ("auto", "float32", "bfloat16"),
+    "routing.router": ("random", "switch", "topk", "expert_choice", "soft", "hash"),
     "routing.granularity": ("batch", "sample", "token"),
     "routing.shared_layer": ("none", "up", "down"),
     "routing.pull_schedule": ("constant", "rising"),
@@ -211,6 +237,7 @@ CHOICES = {
     "train.platform": ("", "cpu", "gpu", "tpu"),
 }
 POSITIVE = (
+    *("routing.top_k", "routing.capacity", "routing.eval_capacity"),
     *(f"model.{name}" for name in ("image_size", "channels", "classes", "patch", "width", "hidden", "depth")),
     *(
         "model.heads",
@@ -224,7 +251,7 @@ POSITIVE = (
     *(f"train.{name}" for name in ("epochs", "batch_size", "log_every", "eval_every", "keep")),
 )
 NOT_NEGATIVE = (
-    *("routing.pull", "routing.consistency"),
+    *("routing.pull", "routing.consistency", "routing.balance_loss", "routing.z_loss"),
     *("data.validation", "data.crop_padding", "model.position_rows", "model.head_hidden"),
     *("optim.weight_decay", "optim.warmup_epochs", "optim.clip_norm"),
     *("train.seed", "train.devices", "train.checkpoint_every"),

@@ -25,13 +25,13 @@ def stacked(params: Tree) -> Tree:
 
 def average_experts(params: Tree) -> Tree:
     """Returns the dense tree: every stacked leaf averaged over its E axis. Source: AdaMix, arXiv 2205.12410, eq. 5."""
-    return _map_stacked(lambda leaf: leaf.mean(EXPERT_AXIS), params)
+    return _to_dense(lambda leaf: leaf.mean(EXPERT_AXIS), params)
 
 
 def take_path(params: Tree, route: jax.Array) -> Tree:
     """Returns the dense tree of one path: from every stacked leaf, expert route[l] of layer l. A route [L, P] gives
     the tree of P experts instead."""
-    return _map_stacked(lambda leaf: take(leaf, route), params)
+    return _to_dense(lambda leaf: take(leaf, route), params)
 
 
 def pull(params: Tree, rate: jax.Array | float) -> Tree:
@@ -39,7 +39,11 @@ def pull(params: Tree, rate: jax.Array | float) -> Tree:
 
     Sources: EWA, arXiv 2308.06093; PAPA, arXiv 2304.03094 (there 0.01 every 10 steps).
     """
-    return _map_stacked(lambda leaf: leaf + rate * (leaf.mean(EXPERT_AXIS, keepdims=True) - leaf), params)
+
+    def move(leaf: jax.Array, is_stacked: bool) -> jax.Array:
+        return leaf + rate * (leaf.mean(EXPERT_AXIS, keepdims=True) - leaf) if is_stacked else leaf
+
+    return jax.tree.map(move, params, stacked(params))
 
 
 def upcycle(dense: Tree, like: Tree) -> Tree:
@@ -82,5 +86,12 @@ def _layers(leaf: jax.Array, route: jax.Array) -> jax.Array:
     return jnp.arange(leaf.shape[0]).reshape(-1, *[1] * (route.ndim - 1))
 
 
-def _map_stacked(reduce: Callable[[jax.Array], jax.Array], params: Tree) -> Tree:
-    return jax.tree.map(lambda x, is_stacked: reduce(x) if is_stacked else x, params, stacked(params))
+def _to_dense(reduce: Callable[[jax.Array], jax.Array], params: Tree) -> Tree:
+    """Returns the tree with every stacked leaf reduced, and without a learned router: one expert needs none."""
+    return _without_router(jax.tree.map(lambda x, is_stacked: reduce(x) if is_stacked else x, params, stacked(params)))
+
+
+def _without_router(tree: Tree) -> Tree:
+    if not isinstance(tree, dict):
+        return tree
+    return {name: _without_router(branch) for name, branch in tree.items() if name != "router"}

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -20,7 +21,8 @@ from jvitmoe import merging, optim, routing, state
 from jvitmoe.config import Config, ConfigError, TrainConfig
 from jvitmoe.data import augment
 from jvitmoe.data.feed import Images
-from jvitmoe.models import vit
+from jvitmoe.models import moe, vit
+from jvitmoe.models.moe import RouterSettings, Statistics
 from jvitmoe.routing import Purpose
 from jvitmoe.state import TrainState
 
@@ -36,6 +38,17 @@ class Metrics(NamedTuple):
     accuracy: jax.Array  # of the path that ran, before its update
     grad_norm: jax.Array  # global L2 norm before clipping
     learning_rate: jax.Array
+    router: Statistics | None = None  # leaves [L, ...], means over the batch; None without a learned router
+
+
+def as_floats(metrics: Metrics) -> dict[str, float]:
+    """Returns name -> value of metrics on the host; a router's as router/<name>/layer<l>[/expert<e>]."""
+    scalars = {name: float(value) for name, value in metrics._asdict().items() if name != "router"}
+    for name, leaf in metrics.router._asdict().items() if metrics.router else ():
+        for place in np.ndindex(leaf.shape):
+            parts = [f"{axis}{at}" for axis, at in zip(("layer", "expert"), place, strict=False)]
+            scalars["/".join(("router", name.removesuffix("_E"), *parts))] = float(leaf[place])
+    return scalars
 
 
 TrainStep = Callable[[TrainState, Images, jax.Array], tuple[TrainState, Metrics]]
@@ -82,7 +95,10 @@ def settle(mesh: Mesh, outputs: Any) -> None:
 def make_model(config: Config, platform_name: str) -> vit.ViT:
     """Returns the model that training initialises, stacked where there are experts, for "cpu", "gpu" or "tpu"."""
     routed = config.routing
-    return vit.build(config.model, routed.experts, routed.init, routed.shared_layer, platform_name)
+    router = None
+    if config.learned:
+        router = RouterSettings(routed.router, routed.top_k, routed.capacity, routed.eval_capacity)
+    return vit.build(config.model, routed.experts, routed.init, routed.shared_layer, router, platform_name)
 
 
 def make_state(config: Config, model: vit.ViT, mesh: Mesh, dense: Any = None) -> TrainState:
@@ -124,7 +140,8 @@ def expert_schedule(config: Config, steps_per_epoch: int) -> Callable[[jax.Array
     def at(step: jax.Array) -> tuple[jax.Array, jax.Array]:
         rise = (step + 1) / total if routed.pull_schedule == "rising" else 1.0
         pull = jnp.where((step + 1) % routed.pull_every == 0, routed.pull * rise, 0.0)
-        times = routed.experts / (2 if routed.consistency else 1) if routed.granularity == "batch" else 1
+        one_runs = routed.granularity == "batch" and not config.learned
+        times = routed.experts / (2 if routed.consistency else 1) if one_runs else 1
         scale = jnp.where(step >= first_tied, times * routed.learning_rate, routed.learning_rate)
         return scale, jnp.where(step + 1 >= first_tied, 1.0, pull)
 
@@ -152,8 +169,8 @@ def make_train_step(config: Config, model: vit.ViT, mesh: Mesh, steps_per_epoch:
     Routes, augmentation and dropout are addressed by (seed, step, place in the global batch), so the result does not
     depend on the number of devices beyond the order of floating-point sums. With granularity "batch" only the dense
     model on the route is differentiated, reduced over devices and updated; otherwise every expert runs on its slot,
-    which an image has by its place in the batch modulo E. The consistency loss makes two passes, on two distinct
-    routes, at twice the cost.
+    which an image has by its place in the batch modulo E, or on what a learned router sends it. The consistency loss
+    makes two passes, on two distinct routes, at twice the cost.
     """
     root = jax.random.key(config.train.seed)
     learning_rate = optim.schedule(config, steps_per_epoch)
@@ -161,8 +178,11 @@ def make_train_step(config: Config, model: vit.ViT, mesh: Mesh, steps_per_epoch:
     data, routed, depth, batch_size = config.data, config.routing, config.model.depth, config.train.batch_size
     over_slots = config.slots > 1
     passes = 2 if routed.consistency else 1
-    # Over slots the whole stack runs. Otherwise the step runs on what its routes pick: one dense model, or two experts.
-    net = model if over_slots else model.clone(experts=passes)
+    # Over slots and with a learned router the whole stack runs. Otherwise the step runs on what its routes pick: one
+    # dense model, or two experts.
+    whole = over_slots or config.learned
+    net = model if whole else model.clone(experts=passes)
+    needs_keys = config.model.dropout > 0 or config.learned  # to a learned router, no keys mean evaluation
     moves_experts = routed.experts > 1 and (routed.pull > 0 or routed.tie_last > 0)
     experts_at = expert_schedule(config, steps_per_epoch)
 
@@ -191,18 +211,26 @@ def make_train_step(config: Config, model: vit.ViT, mesh: Mesh, steps_per_epoch:
         routes = draw_routes(step)
         picked = routes[0] if passes == 1 else jnp.stack(routes, axis=1)  # [L] or [L, 2]; used where not over slots
         params, opt_state = before.params, before.opt_state
-        if not over_slots:
+        if not whole:
             params, opt_state = state.take_path(params, opt_state, picked)
             routes = [jnp.full((depth,), number) for number in range(passes)]
 
-        def loss_fn(params: Any) -> tuple[jax.Array, jax.Array]:
+        def loss_fn(params: Any) -> tuple[jax.Array, tuple[jax.Array, Statistics | None]]:
             # Each device differentiates its own copy, so gradients are reduced once, at the end, and not where a
             # parameter first meets the images: inside the scan over layers, and the CLS token once per image.
             params = jax.lax.pcast(params, (AXIS,), to="varying")
-            logits = []
+            logits, auxiliary, statistics = [], jnp.float32(0), None
             for number, route in enumerate(routes):
-                dropout = keys_b(Purpose.DROPOUT, step, place_b + number * batch_size) if config.model.dropout else None
-                logits.append(vit.logits(net, params, augment.normalize(images), route, dropout))
+                dropout = keys_b(Purpose.DROPOUT, step, place_b + number * batch_size) if needs_keys else None
+                if config.learned:
+                    found, statistics = vit.logits_and_statistics(net, params, augment.normalize(images), dropout)
+                    # Over the global batch before anything is multiplied: the loss of means is no mean of losses.
+                    statistics = jax.lax.pmean(statistics, AXIS)
+                    auxiliary += routed.balance_loss * moe.balance_loss(routed.router, statistics)
+                    auxiliary += routed.z_loss * moe.z_loss(statistics)
+                    logits.append(found)
+                else:
+                    logits.append(vit.logits(net, params, augment.normalize(images), route, dropout))
             loss = optax.softmax_cross_entropy(logits[0], targets_bC).mean()
             if passes == 2:
                 if routed.consistency_loss == "thor":
@@ -211,20 +239,20 @@ def make_train_step(config: Config, model: vit.ViT, mesh: Mesh, steps_per_epoch:
             accuracy = (logits[0].argmax(-1) == labels_b).mean()
             # The mean over devices belongs inside: shard_map then returns reduced gradients, and a pmean of
             # gradients after the fact would be wrong by a factor of the device count.
-            return jax.lax.pmean(loss, AXIS), jax.lax.pmean(accuracy, AXIS)
+            return jax.lax.pmean(loss, AXIS) + auxiliary, (jax.lax.pmean(accuracy, AXIS), statistics)
 
-        (loss, accuracy), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)
+        (loss, (accuracy, statistics)), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)
         norm = optax.tree.norm(grads)
         if config.optim.clip_norm:
             scale = jnp.minimum(1.0, config.optim.clip_norm / norm)
             grads = jax.tree.map(lambda g: g * scale, grads)
         expert_scale, pull = experts_at(step)
         stacked = merging.stacked(before.params)
-        all_run = over_slots or passes == 2
+        all_run = whole or passes == 2
         direction, opt_state = state.update(tx, grads, opt_state, params, stacked, all_run, expert_scale)
         rate = learning_rate(step)
         params = jax.tree.map(lambda p, d: p - rate * d, params, direction)
-        if not over_slots:
+        if not whole:
             params, opt_state = state.put_path(before.params, before.opt_state, picked, params, opt_state)
         if moves_experts:
             params = jax.lax.cond(pull > 0, lambda tree: merging.pull(tree, pull), lambda tree: tree, params)
@@ -232,7 +260,7 @@ def make_train_step(config: Config, model: vit.ViT, mesh: Mesh, steps_per_epoch:
         if decay:
             merged = merging.average_experts(params)
             ema = jax.tree.map(lambda mean, new: decay * mean + (1.0 - decay) * new, ema, merged)
-        metrics = Metrics(loss, accuracy, norm, jnp.asarray(rate, jnp.float32))
+        metrics = Metrics(loss, accuracy, norm, jnp.asarray(rate, jnp.float32), statistics)
         return TrainState(step + 1, params, opt_state, ema), metrics
 
     sharded = jax.shard_map(

@@ -45,6 +45,9 @@ def test_defaults_obey_their_own_rules():
         ("train.devices", 3, "must be a multiple of train.devices, which is 3"),
         ("optim.warmup_epochs", 10, "must be below train.epochs, which is 10"),
         ("routing.init", "sharde", "did you mean 'shared'?"),
+        ("routing.router", "switch", "must be 'random' with one expert"),
+        ("routing.router", "swich", "did you mean 'switch'?"),
+        ("routing.capacity", 0.0, "must be greater than 0"),
         ("routing.consistency", 1.0, "must be 0 with one expert"),
         ("routing.consistency_loss", "kl", "must be one of 'adamix', 'thor'"),
         ("routing.pull", 1.5, "must be at most 1"),
@@ -125,7 +128,11 @@ def load_experiment(path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("name", "active", "total"),
-    [("cifar10_dense", 12_798_490, 12_798_490), ("cifar10_random", 12_798_490, 34_964_554)],
+    [
+        ("cifar10_dense", 12_798_490, 12_798_490),
+        ("cifar10_random", 12_798_490, 34_964_554),
+        ("cifar10_switch", 12_812_938, 34_979_002),
+    ],
 )
 def test_the_original_has_exactly_its_parameters(name, active, total, monkeypatch):
     config = load_experiment(CONFIGS / f"{name}.py", monkeypatch).get_config()
@@ -138,4 +145,4 @@ def test_every_experiment_is_valid_and_opens_with_its_command(path, monkeypatch)
     config = module.get_config().validate()
     json.loads(config_lib.dumps(config))
     assert f"python -m jvitmoe.train --config configs/{path.name}" in module.__doc__
-    assert (config.routing.experts == 1) == path.stem.endswith("dense")
+    assert (config.routing.experts > 1) == path.stem.endswith(("random", "switch"))

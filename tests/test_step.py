@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding
 from jvitmoe import merging, optim, routing, state, step
 from jvitmoe.config import Config, ConfigError, RoutingConfig, TrainConfig
 from jvitmoe.data import augment, feed
-from jvitmoe.models import vit
+from jvitmoe.models import moe, vit
 from jvitmoe.routing import Purpose
 
 SCOPES = pytest.mark.parametrize("scope", ["shared", "layer"])
@@ -408,3 +408,59 @@ def test_two_passes_give_the_gradients_of_the_whole_stack(tiny_config, training)
     loss, grads = jax.jit(jax.value_and_grad(loss_fn))(before.params)
     np.testing.assert_allclose(run.metrics[0].loss, loss, rtol=1e-6)
     np.testing.assert_allclose(run.metrics[0].grad_norm, optax.tree.norm(grads), rtol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def routed_run(tiny_config, training):
+    """Returns three steps with a learned router: routed_run(router, devices)."""
+
+    @functools.cache
+    def run(router, devices):
+        config = tiny_config(
+            routing={"experts": 2, "router": router, "capacity": 0.75, "balance_loss": 0.1, "z_loss": 0.01},
+            optim={"eps": 1e-3},
+            model={"dropout": 0.1},
+            train={"devices": devices},
+        )
+        return training(config).run(3)
+
+    return run
+
+
+@pytest.mark.parametrize("router", ["switch", "topk", "expert_choice", "soft", "hash"])
+def test_training_with_a_learned_router_is_the_same_on_1_and_4_devices(routed_run, router):
+    one, many = routed_run(router, 1), routed_run(router, 4)
+    chex.assert_trees_all_close(many.metrics, one.metrics, rtol=1e-5, atol=1e-6)
+    chex.assert_trees_all_close(many.history[-1], one.history[-1], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("router", ["switch", "topk"])
+def test_the_loss_holds_the_routers_losses_over_the_global_batch(tiny_config, training, router):
+    plain, routed = ({"balance_loss": 0.0}, {"balance_loss": 0.1, "z_loss": 0.01})
+    runs = [
+        training(tiny_config(routing={"experts": 2, "router": router, **extra}, train={"devices": 2})).run(1)
+        for extra in (plain, routed)
+    ]
+    statistics = runs[1].metrics[0].router
+    extra = 0.1 * moe.balance_loss(router, statistics) + 0.01 * moe.z_loss(statistics)
+    assert extra > 0.001
+    np.testing.assert_allclose(runs[1].metrics[0].loss, runs[0].metrics[0].loss + extra, rtol=1e-6)
+
+
+def test_a_routers_metrics_are_named_by_layer_and_expert(routed_run):
+    floats = step.as_floats(routed_run("switch", 1).metrics[0])
+    assert {"loss", "accuracy", "router/dropped/layer1", "router/entropy/layer0", "router/load/layer1/expert0"} <= set(
+        floats
+    )
+    np.testing.assert_allclose(
+        floats["router/load/layer0/expert0"] + floats["router/load/layer0/expert1"], 1, rtol=1e-6
+    )
+    assert "router/z/layer0" in floats
+    assert 0 <= floats["router/dropped/layer0"] < 1
+
+
+@pytest.mark.parametrize("router", ["switch", "soft"])
+def test_experts_of_a_learned_router_average_to_the_dense_models_tree(routed_run, router, tiny_config):
+    merged = merging.average_experts(routed_run(router, 1).state.params)
+    dense = jax.eval_shape(lambda: vit.init(vit.build(tiny_config().model), jax.random.key(0)))
+    chex.assert_trees_all_equal_shapes_and_dtypes(merged, dense)

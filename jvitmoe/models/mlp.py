@@ -79,14 +79,7 @@ class Mlp(nn.Module):
                     share a place in their slots, so this also costs two gathers of the activations.
             key_B: one dropout key per image; None is deterministic.
         """
-        width = x_BTD.shape[-1]
-        weights: tuple[jax.Array, ...] = (
-            self._param("up", (width, self.hidden), width),
-            self._param("up_bias", (self.hidden,), width),
-            self._param("down", (self.hidden, width), self.hidden),
-            self._param("down_bias", (width,), self.hidden),
-        )
-        stacked = [self.experts > 1 and name != self.shared_layer for name in ("up", "up", "down", "down")]
+        weights, stacked = self._weights(x_BTD.shape[-1])
         x_BTD = x_BTD.astype(self.dtype)
         if self.experts == 1:
             return two_layers(x_BTD, key_B, weights, self.dropout)
@@ -104,6 +97,16 @@ class Mlp(nn.Module):
         if route.ndim == 2:
             y_EBTD = _exchange(y_EBTD, route)
         return y_EBTD.reshape(x_BTD.shape)
+
+    def _weights(self, width: int) -> tuple[tuple[jax.Array, ...], tuple[bool, ...]]:
+        """Returns (up, up_bias, down, down_bias) in the compute dtype, and which of them have an E axis."""
+        weights = (
+            self._param("up", (width, self.hidden), width),
+            self._param("up_bias", (self.hidden,), width),
+            self._param("down", (self.hidden, width), self.hidden),
+            self._param("down_bias", (width,), self.hidden),
+        )
+        return weights, tuple(self.experts > 1 and name != self.shared_layer for name in ("up", "up", "down", "down"))
 
     def _param(self, name: str, shape: tuple[int, ...], fan_in: int) -> jax.Array:
         draw = torch_uniform(fan_in)

@@ -12,6 +12,7 @@ import numpy as np
 
 from jvitmoe.config import ModelConfig
 from jvitmoe.models.mlp import Mlp, dropout, gelu, torch_uniform
+from jvitmoe.models.moe import RoutedMlp, RouterSettings, Statistics
 
 LAYER_NORM_EPSILON = 1e-5
 
@@ -82,6 +83,7 @@ class Block(nn.Module):
     expert_init: str
     shared_layer: str
     dtype: Any
+    router: RouterSettings | None = None
 
     @nn.compact
     def __call__(
@@ -94,13 +96,19 @@ class Block(nn.Module):
         norm1 = nn.LayerNorm(LAYER_NORM_EPSILON, dtype=self.dtype, name="norm1")
         norm2 = nn.LayerNorm(LAYER_NORM_EPSILON, dtype=self.dtype, name="norm2")
         attention = Attention(config.heads, rate, self.dtype, name="attention")
-        mlp = Mlp(config.hidden, self.experts, self.expert_init, self.shared_layer, rate, self.dtype, name="mlp")
+        mlp_settings = (config.hidden, self.experts, self.expert_init, self.shared_layer, rate, self.dtype)
+
+        def mlp(x_BTD: jax.Array) -> jax.Array:
+            if self.router is None:
+                return Mlp(*mlp_settings, name="mlp")(x_BTD, route, key_B)
+            return RoutedMlp(*mlp_settings, self.router, name="mlp")(x_BTD, key_B)
+
         if config.norm == "pre":
             x_BTD = x_BTD + dropout(attention(norm1(x_BTD), key_B), key_B, site=2, rate=rate)
-            x_BTD = x_BTD + dropout(mlp(norm2(x_BTD), route, key_B), key_B, site=3, rate=rate)
+            x_BTD = x_BTD + dropout(mlp(norm2(x_BTD)), key_B, site=3, rate=rate)
         else:
             x_BTD = norm1(x_BTD + dropout(attention(x_BTD, key_B), key_B, site=2, rate=rate))
-            x_BTD = norm2(x_BTD + dropout(mlp(x_BTD, route, key_B), key_B, site=3, rate=rate))
+            x_BTD = norm2(x_BTD + dropout(mlp(x_BTD), key_B, site=3, rate=rate))
         return x_BTD, None
 
 
@@ -123,7 +131,7 @@ class ViT(nn.Module):
     """The original's ViT and its options (`ModelConfig`); block parameters carry a leading L axis.
 
     With experts = 1 this is the dense model. With more, MLP parameters are stacked [L, E, ...] and `route` says which
-    expert runs where (`routing.draw_route`).
+    expert runs where (`routing.draw_route`), or with `router` the model sends its tokens itself.
     """
 
     config: ModelConfig
@@ -131,6 +139,7 @@ class ViT(nn.Module):
     expert_init: str = "independent"
     shared_layer: str = "none"
     dtype: Any = jnp.float32
+    router: RouterSettings | None = None
 
     @nn.compact
     def __call__(
@@ -157,12 +166,12 @@ class ViT(nn.Module):
             x_BTD = jnp.concatenate([jnp.broadcast_to(cls_D, (b, 1, d)), x_BTD], axis=1)
         blocks = nn.scan(
             Block,
-            variable_axes={"params": 0},
+            variable_axes={"params": 0, "statistics": 0},
             split_rngs={"params": True},
             in_axes=(0, nn.broadcast),
             length=config.depth,
             unroll=min(config.unroll, config.depth),
-        )(config, self.experts, self.expert_init, self.shared_layer, self.dtype, name="blocks")
+        )(config, self.experts, self.expert_init, self.shared_layer, self.dtype, self.router, name="blocks")
         x_BTD, _ = blocks(x_BTD, (jnp.arange(config.depth), route), key_B)
         pooled_BD = x_BTD[:, 0] if config.pool == "cls" else x_BTD.mean(axis=1)
         pooled_BD = nn.LayerNorm(LAYER_NORM_EPSILON, dtype=self.dtype, name="norm")(pooled_BD)
@@ -174,11 +183,12 @@ def build(
     experts: int = 1,
     expert_init: str = "independent",
     shared_layer: str = "none",
+    router: RouterSettings | None = None,
     platform: str = "cpu",
 ) -> ViT:
     """Returns the model in its compute dtype; "auto" is bfloat16 on a GPU or TPU and float32 on a CPU."""
     name = config.dtype if config.dtype != "auto" else "float32" if platform == "cpu" else "bfloat16"
-    return ViT(config, experts, expert_init, shared_layer, jnp.dtype(name))
+    return ViT(config, experts, expert_init, shared_layer, jnp.dtype(name), router)
 
 
 def logits(
@@ -190,6 +200,14 @@ def logits(
 ) -> jax.Array:
     """Returns float32 logits_BC of the model with these parameters; arguments as `ViT.__call__`."""
     return cast(jax.Array, model.apply({"params": params}, images_BHWc, route, key_B))
+
+
+def logits_and_statistics(
+    model: ViT, params: Any, images_BHWc: jax.Array, key_B: jax.Array | None = None
+) -> tuple[jax.Array, Statistics]:
+    """Returns (logits_BC, Statistics with leaves [L, ...]) of a model with a router."""
+    logits_BC, sown = model.apply({"params": params}, images_BHWc, None, key_B, mutable=["statistics"])
+    return cast(jax.Array, logits_BC), sown["statistics"]["blocks"]["mlp"]["routing"]
 
 
 def init(model: ViT, key: jax.Array) -> dict[str, Any]:

@@ -1,0 +1,434 @@
+"""Learned routers against loops over tokens, and the laws that their outputs, statistics and losses obey.
+
+B batch · T tokens of an image · D width · F hidden width · E experts · K choices of a token · C slots · L layers
+"""
+
+import dataclasses
+import functools
+import math
+
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from jvitmoe.models.mlp import Mlp
+from jvitmoe.models.moe import NOISE, RoutedMlp, RouterSettings, Statistics, balance_loss, upper_tail, z_loss
+
+BATCH, TOKENS, WIDTH, HIDDEN, EXPERTS = 4, 9, 5, 6, 4
+KINDS = ("switch", "topk", "expert_choice", "soft", "hash")
+MLP = ("up", "up_bias", "down", "down_bias")
+TRAINING = {"dropout": 0.5, "capacity": 0.5, "eval_capacity": float(EXPERTS)}  # with drops, in training only
+
+
+def drawn(shapes, seed=0):
+    """Returns NumPy arrays, here as everywhere below: each operation of JAX outside of jit is a compilation."""
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda x: rng.normal(size=x.shape).astype(x.dtype), shapes)
+
+
+def images(batch=BATCH, tokens=TOKENS, seed=1):
+    return drawn(jax.ShapeDtypeStruct((batch, tokens, WIDTH), jnp.float32), seed)
+
+
+def keys(count=BATCH):
+    return jax.random.split(jax.random.key(7), count)
+
+
+def routed(kind, experts=EXPERTS, dropout=0.0, dtype=jnp.float32, **settings):
+    return RoutedMlp(HIDDEN, experts, dropout=dropout, dtype=dtype, settings=RouterSettings(kind, **settings))
+
+
+def make(kind, tokens=TOKENS, **options):
+    """Returns (mlp, params), the parameters drawn by NumPy: initialising would cost a compilation."""
+    mlp = routed(kind, **options)
+    return mlp, drawn(jax.eval_shape(lambda: mlp.init(jax.random.key(0), images(1, tokens), None))["params"])
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def apply(mlp, params, x_BTD, key_B=None):
+    """Returns (y_BTD, Statistics)."""
+    y_BTD, published = mlp.apply({"params": params}, x_BTD, key_B, mutable=["statistics"])
+    return y_BTD, published["statistics"]["routing"]
+
+
+def equal_experts(params):
+    """Returns (params with every expert as the first, the dense MLP's params)."""
+    dense = {name: params[name][0] for name in MLP}
+    copies = {name: np.broadcast_to(params[name][:1], params[name].shape) for name in MLP}
+    return params | copies, dense
+
+
+def run_dense(dense, x_BTD):
+    return jax.jit(Mlp(HIDDEN).apply)({"params": dense}, x_BTD, None, None)
+
+
+def normal_tail(x):
+    return 0.5 * np.vectorize(math.erfc)(x / math.sqrt(2))
+
+
+def softmax(logits_BTE):
+    weight_BTE = np.exp(np.asarray(logits_BTE, np.float64))
+    return weight_BTE / weight_BTE.sum(-1, keepdims=True)
+
+
+def slots(factor, tokens=TOKENS):
+    return min(math.ceil(factor * tokens / EXPERTS), tokens)
+
+
+def slow_mask(kind, probability_TE, capacity):
+    """Returns mask_TE of the tokens that get into an expert of one image, one by one; capacity in tokens."""
+    tokens, experts = probability_TE.shape
+    mask_TE, used_E = np.zeros((tokens, experts)), np.zeros(experts)
+    choices = []
+    if kind == "switch":
+        choices = [(t, probability_TE[t].argmax()) for t in range(tokens)]
+    elif kind == "topk":
+        surest_first = sorted(range(tokens), key=lambda t: -probability_TE[t].max())
+        choices = [(t, np.argsort(-probability_TE[t])[k]) for k in range(2) for t in surest_first]
+    elif kind == "expert_choice":
+        choices = [(t, e) for e in range(experts) for t in np.argsort(-probability_TE[:, e])]
+    elif kind == "hash":
+        by_hash = sorted(range(tokens), key=lambda t: t * 2654435761 % 2**32)
+        choices = [(t, i % experts) for i, t in enumerate(by_hash)]
+    for t, e in choices:
+        if used_E[e] < capacity:
+            mask_TE[t, e] = 1
+            used_E[e] += 1
+    return mask_TE
+
+
+def logits_of(params, x_BTD):
+    return x_BTD @ params["router"]["kernel"] + params["router"]["bias"][None, None]
+
+
+def masked_sum(params, x_BTD, noise_BTE, mask_BTE):
+    """Returns y_BTD with every expert run on every token, and weighted."""
+    weight_BTE = mask_BTE
+    if "router" in params:
+        weight_BTE = mask_BTE * jax.nn.softmax(logits_of(params, x_BTD) + noise_BTE)
+    each = [Mlp(HIDDEN).apply({"params": {n: params[n][e] for n in MLP}}, x_BTD, None, None) for e in range(EXPERTS)]
+    return sum(weight_BTE[..., e, None] * each[e] for e in range(EXPERTS))
+
+
+@jax.jit
+def masked_sum_and_gradients(params, x_BTD, direction_BTD, noise_BTE, mask_BTE):
+    y_BTD, pull_back = jax.vjp(lambda p, x: masked_sum(p, x, noise_BTE, mask_BTE), params, x_BTD)
+    return y_BTD, pull_back(direction_BTD)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def apply_and_gradients(mlp, params, x_BTD, direction_BTD, key_B):
+    """Returns (y_BTD, gradients by params and x, Statistics)."""
+    y_BTD, pull_back, statistics = jax.vjp(lambda p, x: apply(mlp, p, x, key_B), params, x_BTD, has_aux=True)
+    return y_BTD, pull_back(direction_BTD), statistics
+
+
+@pytest.mark.parametrize(
+    ("kind", "train"),
+    [("switch", True), ("switch", False), ("topk", True), ("topk", False), ("expert_choice", True), ("hash", False)],
+)
+def test_outputs_and_gradients_are_those_of_a_loop_over_tokens(kind, train):
+    mlp, params = make(kind, capacity=0.75, eval_capacity=1.25)
+    x_BTD, key_B = images(), keys() if train else None
+    noise_BTE = np.zeros((BATCH, TOKENS, EXPERTS), np.float32)
+    if kind == "topk" and train:
+        noise_BTE = jax.vmap(lambda k: jax.random.normal(jax.random.fold_in(k, NOISE), noise_BTE.shape[1:]))(key_B)
+        noise_BTE = np.asarray(noise_BTE) / EXPERTS
+    factor = {"topk": 2 * (0.75 if train else 1.25), "hash": EXPERTS, "expert_choice": 0.75}.get(
+        kind, 0.75 if train else 1.25
+    )
+    probability_BTE = np.full(noise_BTE.shape, 1 / EXPERTS)
+    if kind != "hash":
+        probability_BTE = softmax(logits_of(params, x_BTD) + noise_BTE)
+    mask_BTE = np.asarray([slow_mask(kind, p_TE, slots(factor)) for p_TE in probability_BTE], np.float32)
+    direction_BTD = images(seed=3)
+    y_BTD, gradients, statistics = apply_and_gradients(mlp, params, x_BTD, direction_BTD, key_B)
+    wanted_BTD, wanted = masked_sum_and_gradients(params, x_BTD, direction_BTD, noise_BTE, mask_BTE)
+    np.testing.assert_allclose(y_BTD, wanted_BTD, rtol=1e-4, atol=1e-5)
+    chex.assert_trees_all_close(gradients, wanted, rtol=1e-4, atol=1e-4)
+
+    chosen_BT = mask_BTE.sum(-1)
+    if kind == "expert_choice":
+        np.testing.assert_allclose(statistics.dropped, (chosen_BT == 0).mean(), atol=1e-6)
+    else:
+        np.testing.assert_allclose(statistics.dropped, 1 - chosen_BT.mean() / (1 + (kind == "topk")), atol=1e-6)
+    assert (statistics.dropped > 0) == (kind != "hash")  # else the case would show nothing
+
+
+def test_soft_moe_is_the_formula_written_as_loops():
+    mlp, params = make("soft")
+    x_BTD = images(2)
+    y_BTD, statistics = apply(mlp, params, x_BTD)
+    kernel, scale = np.asarray(params["router"]["kernel"], np.float64), float(params["router"]["scale"])
+    count = math.ceil(TOKENS / EXPERTS)
+    assert kernel.shape == (WIDTH, EXPERTS, count)
+    entropies = []
+    for x_TD, y_TD in zip(np.asarray(x_BTD, np.float64), y_BTD, strict=True):
+        weight = np.zeros((TOKENS, EXPERTS, count))
+        for t in range(TOKENS):
+            for e in range(EXPERTS):
+                for c in range(count):
+                    slot = kernel[:, e, c]
+                    cosine = x_TD[t] @ slot / np.linalg.norm(x_TD[t]) / np.linalg.norm(slot)
+                    weight[t, e, c] = np.exp(scale * cosine)
+        expected = np.zeros((TOKENS, WIDTH))
+        for e in range(EXPERTS):
+            for c in range(count):
+                dispatch_T = weight[:, e, c] / weight[:, e, c].sum()
+                up, up_bias, down, down_bias = (np.asarray(params[name][e], np.float64) for name in MLP)
+                h_F = dispatch_T @ x_TD @ up + up_bias
+                out_D = (h_F * (1 - normal_tail(h_F))) @ down + down_bias
+                expected += np.outer(weight[:, e, c] / weight.sum((1, 2)), out_D)
+        np.testing.assert_allclose(y_TD, expected, rtol=1e-4, atol=1e-5)
+        share_TE = weight.sum(2) / weight.sum((1, 2))[:, None]
+        entropies.append(-(share_TE * np.log(share_TE)).sum(1).mean())
+    np.testing.assert_allclose(statistics.entropy, np.mean(entropies), rtol=1e-5)
+
+
+def test_with_equal_experts_and_no_drops_the_router_leaves_only_its_weights():
+    x_BTD = images()
+    for kind, options in {
+        "hash": {},
+        "topk": {"top_k": EXPERTS},  # all of the softmax, which sums to one
+        "expert_choice": {"capacity": EXPERTS},
+        "switch": {"eval_capacity": EXPERTS},
+    }.items():
+        mlp, params = make(kind, **options)
+        params, dense = equal_experts(params)
+        y_BTD, statistics = apply(mlp, params, x_BTD)
+        weight_BT1 = 1.0
+        if kind == "switch":
+            weight_BT1 = softmax(logits_of(params, x_BTD)).max(-1, keepdims=True)
+        np.testing.assert_allclose(y_BTD, weight_BT1 * run_dense(dense, x_BTD), rtol=1e-4, atol=1e-5, err_msg=kind)
+        np.testing.assert_allclose(statistics.dropped, 0, atol=1e-6, err_msg=kind)
+
+
+def test_soft_moe_of_equal_experts_and_equal_tokens_is_dense():
+    mlp, params = make("soft")
+    params, dense = equal_experts(params)
+    x_BTD = np.broadcast_to(images()[:, :1], (BATCH, TOKENS, WIDTH))
+    np.testing.assert_allclose(apply(mlp, params, x_BTD)[0], run_dense(dense, x_BTD), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["topk", "expert_choice", "soft"])
+def test_shuffling_the_tokens_of_an_image_shuffles_its_outputs(kind):
+    mlp, params = make(kind, capacity=0.5, eval_capacity=0.5)
+    x_BTD, order_T = images(), np.random.default_rng(0).permutation(TOKENS)
+    y_BTD, shuffled_BTD = (apply(mlp, params, x)[0] for x in (x_BTD, x_BTD[:, order_T]))
+    np.testing.assert_allclose(shuffled_BTD, y_BTD[:, order_T], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["switch", "hash", "expert_choice"])
+def test_one_expert_is_the_dense_mlp(kind):
+    mlp, params = make(kind, experts=1)
+    assert {name: params[name].ndim for name in MLP} == {"up": 2, "up_bias": 1, "down": 2, "down_bias": 1}
+    y_BTD, statistics = apply(mlp, params, images())
+    dense = {name: params[name] for name in MLP}
+    np.testing.assert_allclose(y_BTD, run_dense(dense, images()), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(statistics.entropy, 0, atol=1e-6)
+
+
+def test_parameters_are_the_mlps_and_a_pytorch_linear():
+    mlp = RoutedMlp(HIDDEN, EXPERTS, expert_init="shared")
+    params = jax.jit(mlp.init)(jax.random.key(0), images(1), None)["params"]
+    shapes = {"up": (EXPERTS, WIDTH, HIDDEN), "up_bias": (EXPERTS, HIDDEN)}
+    shapes |= {"down": (EXPERTS, HIDDEN, WIDTH), "down_bias": (EXPERTS, WIDTH)}
+    assert {name: params[name].shape for name in MLP} == shapes
+    assert {name: x.shape for name, x in params["router"].items()} == {"kernel": (WIDTH, EXPERTS), "bias": (EXPERTS,)}
+    chex.assert_trees_all_equal({n: params[n][0] for n in MLP}, {n: params[n][3] for n in MLP})
+    for x in params["router"].values():
+        assert 0 < np.abs(x).max() <= WIDTH**-0.5
+        assert len(np.unique(x)) == x.size
+    assert "router" not in make("hash")[1]
+
+
+@pytest.mark.parametrize("tokens", [8, 9, 17])
+def test_the_hash_is_balanced_and_gives_every_place_one_expert(tokens):
+    mlp, params = make("hash", tokens=tokens)
+    _, statistics = apply(mlp, params, images(tokens=tokens))
+    counts_E = np.asarray(statistics.load_E) * tokens
+    np.testing.assert_allclose(counts_E.sum(), tokens, rtol=1e-6)
+    assert counts_E.max() - counts_E.min() < 1.001
+
+
+def test_statistics_and_losses_of_constant_logits_are_those_worked_out_by_hand():
+    mlp, params = make("switch", tokens=8, eval_capacity=1.0)
+    bias_E = np.log([0.5, 0.25, 0.125, 0.125]).astype(np.float32) + 3
+    params["router"] = {"kernel": np.zeros((WIDTH, EXPERTS), np.float32), "bias": bias_E}
+    _, statistics = apply(mlp, params, images(tokens=8))
+    expected = Statistics(
+        load_E=np.array([1.0, 0, 0, 0]),
+        probability_E=np.array([0.5, 0.25, 0.125, 0.125]),
+        smooth_load_E=np.array([1.0, 0, 0, 0]),
+        dropped=np.array(0.75),  # two slots for eight tokens
+        entropy=np.array(1.75 * math.log(2)),
+        z=np.array(9.0),  # the logits are 3 above those of a normalised softmax
+    )
+    chex.assert_trees_all_close(statistics, expected, rtol=1e-5)
+    two_layers = jax.tree.map(lambda x: np.stack([x, x]), statistics)
+    np.testing.assert_allclose(balance_loss("switch", two_layers), 4 * 0.5, rtol=1e-5)
+    np.testing.assert_allclose(z_loss(two_layers), 9, rtol=1e-5)
+
+
+def hand(load_LE, probability_LE, smooth_load_LE):
+    zero = np.zeros(len(load_LE), np.float32)
+    leaves = (np.asarray(x, np.float32) for x in (load_LE, probability_LE, smooth_load_LE))
+    return Statistics(*leaves, zero, zero, zero)
+
+
+def test_balance_losses_are_those_worked_out_by_hand():
+    statistics = hand([[0.5, 0.5, 0], [1, 0, 0]], [[0.5, 0.3, 0.2], [1 / 3] * 3], [[0.9, 0.6, 0.6], [0.7] * 3])
+    # switch: 3 (0.25 + 0.15) and 3 / 3, averaged over the two layers.
+    np.testing.assert_allclose(balance_loss("switch", statistics), (1.2 + 1.0) / 2, rtol=1e-5)
+    # topk: variance over squared mean is 0.14 / 9 over 1 / 9, and 0.02 over 0.49; both 0 in the second layer.
+    np.testing.assert_allclose(balance_loss("topk", statistics), (0.14 + 0.02 / 0.49) / 2 / 2, rtol=1e-5)
+    for kind in ("expert_choice", "soft", "hash"):
+        assert balance_loss(kind, statistics) == 0.0
+
+
+def test_balanced_routing_gives_switch_loss_one_and_topk_loss_zero():
+    even = [[1 / 4] * 4] * 3
+    assert balance_loss("switch", hand(even, even, even)) == 1.0
+    assert balance_loss("topk", hand(even, even, even)) == 0.0
+    one_sided = [[1.0, 0, 0, 0]]
+    assert balance_loss("switch", hand(one_sided, one_sided, one_sided)) == 4.0
+
+
+def test_smooth_load_is_the_chance_that_new_noise_puts_the_expert_in_the_top_k():
+    mlp, params = make("topk")
+    x_BTD = images()
+    _, statistics = apply(mlp, params, x_BTD)
+    logits_BTE = np.asarray(logits_of(params, x_BTD), np.float64)
+    threshold_BT1 = np.sort(logits_BTE, axis=-1)[..., -2:-1]
+    expected = normal_tail((threshold_BT1 - logits_BTE) * EXPERTS)
+    np.testing.assert_allclose(statistics.smooth_load_E, expected.mean((0, 1)), rtol=1e-4)
+
+
+def test_the_upper_tail_and_its_slope_are_the_normal_distributions():
+    x = np.linspace(-5, 5, 41)
+    got, slope = jax.jvp(upper_tail, (x.astype(np.float32),), (np.ones(41, np.float32),))
+    np.testing.assert_allclose(got, normal_tail(x), rtol=1e-4, atol=1e-7)
+    np.testing.assert_allclose(slope, -np.exp(-0.5 * x**2) / math.sqrt(2 * math.pi), rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["topk", "expert_choice", "soft"])
+def test_half_a_batch_is_routed_as_in_the_whole_and_statistics_average(kind):
+    mlp, params = make(kind, **TRAINING)
+    x_BTD, key_B = images(), keys()
+    whole, statistics = apply(mlp, params, x_BTD, key_B)
+    halves = [apply(mlp, params, x_BTD[half], key_B[half]) for half in (slice(0, 2), slice(2, 4))]
+    np.testing.assert_allclose(whole, np.concatenate([y for y, _ in halves]), rtol=1e-5, atol=1e-5)
+    mean = jax.tree.map(lambda a, b: (np.asarray(a) + np.asarray(b)) / 2, halves[0][1], halves[1][1])
+    chex.assert_trees_all_close(statistics, mean, rtol=1e-5, atol=1e-6)
+
+
+class Layer(nn.Module):
+    mlp: RoutedMlp
+
+    @nn.compact
+    def __call__(self, x_BTD, key_B):
+        return x_BTD + self.mlp(x_BTD, key_B), None
+
+
+def scanned_gradients(kind):
+    """Returns (params, value and gradient of a loss of two scanned layers, the same over four devices)."""
+    axes = {"params": 0, "statistics": 0}
+    scanned = nn.scan(Layer, variable_axes=axes, split_rngs={"params": True}, in_axes=nn.broadcast, length=2)
+    net = scanned(routed(kind, capacity=0.75))
+
+    def loss(params, x_BTD, key_B, sharded):
+        if sharded:
+            params = jax.lax.pcast(params, ("data",), to="varying")
+        (y_BTD, _), published = net.apply({"params": params}, x_BTD, key_B, mutable=["statistics"])
+        value, statistics = jnp.square(y_BTD).mean(), published["statistics"]["mlp"]["routing"]
+        if sharded:
+            value, statistics = jax.lax.pmean((value, statistics), "data")
+        return value + balance_loss(kind, statistics) + z_loss(statistics), statistics
+
+    one, four = (jax.value_and_grad(functools.partial(loss, sharded=s), has_aux=True) for s in (False, True))
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    four = jax.shard_map(four, mesh=mesh, in_specs=(P(), P("data"), P("data")), out_specs=P())
+    params = jax.eval_shape(lambda: net.init(jax.random.key(0), images(), None))["params"]
+    return drawn(params), jax.jit(one), jax.jit(four)
+
+
+@pytest.mark.parametrize("kind", ["topk", "soft", "hash"])
+def test_gradients_of_scanned_layers_are_the_same_on_one_device_and_four(kind):
+    params, one, four = scanned_gradients(kind)
+    expected = one(params, images(), keys())
+    chex.assert_trees_all_close(four(params, images(), keys()), expected, rtol=1e-4, atol=1e-5)
+    chex.assert_shape(expected[0][1].load_E, (2, EXPERTS))
+    if kind != "hash":
+        for leaf in jax.tree.leaves(expected[1]["mlp"]["router"]):
+            assert np.abs(leaf).max() > 1e-3
+
+
+@pytest.mark.parametrize("kind", ["switch", "expert_choice"])
+def test_the_other_kinds_too_are_accepted_over_devices(kind):
+    params, one, four = scanned_gradients(kind)  # shard_map refuses while tracing, so compiling would add nothing
+    arguments = params, images(), keys()
+    chex.assert_trees_all_equal_shapes_and_dtypes(jax.eval_shape(four, *arguments), jax.eval_shape(one, *arguments))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_evaluation_is_deterministic(kind):
+    mlp, params = make(kind, **TRAINING)
+    draws = [
+        "random" in str(jax.make_jaxpr(functools.partial(apply, mlp))(params, images(), key_B))
+        for key_B in (None, keys())
+    ]
+    assert draws == [False, True]
+
+
+@pytest.mark.parametrize("kind", ["switch", "topk"])
+def test_evaluation_uses_its_own_capacity(kind):
+    mlp, params = make(kind, **TRAINING)
+    assert apply(mlp, params, images())[1].dropped == 0
+    assert apply(mlp, params, images(), keys())[1].dropped > 0.25
+
+
+@pytest.mark.parametrize("kind", ["topk", "soft"])
+def test_bfloat16_leaves_the_router_in_float32(kind):
+    mlp, params = make(kind, dtype=jnp.bfloat16)
+    chex.assert_type(jax.tree.leaves(params), jnp.float32)
+    x_BTD = images().astype(jnp.bfloat16)  # NumPy knows it through JAX
+    y_BTD, statistics = apply(mlp, params, x_BTD)
+    chex.assert_type(y_BTD, jnp.bfloat16)
+    full, exact = apply(mlp.clone(dtype=jnp.float32), params, x_BTD.astype(np.float32))
+    chex.assert_trees_all_close(statistics, exact, rtol=1e-6, atol=1e-7)
+    np.testing.assert_allclose(np.asarray(y_BTD, np.float32), full, rtol=0.1, atol=0.1)
+
+
+def largest(jaxpr):
+    """Returns the most elements of any array that a jaxpr computes."""
+    sizes = [math.prod(v.aval.shape) for eqn in jaxpr.eqns for v in eqn.outvars]
+    for eqn in jaxpr.eqns:
+        for value in jax.tree.leaves(list(eqn.params.values()), is_leaf=lambda x: hasattr(x, "eqns")):
+            inner = getattr(value, "jaxpr", value)
+            if hasattr(inner, "eqns"):
+                sizes.append(largest(inner))
+    return max(sizes, default=0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_array_holds_tokens_times_experts_times_slots_but_in_soft_moe(kind):
+    tokens, experts = 64, 16
+    mlp, params = make(kind, tokens=tokens, experts=experts, dropout=0.1)
+    gradient = jax.grad(lambda p, x, key_B: apply(mlp, p, x, key_B)[0].sum(), (0, 1))
+    jaxpr = jax.make_jaxpr(gradient)(params, images(1, tokens), keys(1)).jaxpr
+    count = tokens // experts  # the fewest slots of any kind
+    assert (largest(jaxpr) >= tokens * experts * count) == (kind == "soft")
+
+
+def test_an_unknown_kind_is_refused():
+    with pytest.raises(ValueError, match="kind is 'swich'; it must be switch"):
+        make("swich")
+
+
+def test_settings_cannot_change_under_a_compiled_model():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        RouterSettings().kind = "soft"
