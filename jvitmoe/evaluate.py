@@ -1,18 +1,23 @@
 """Tests a run from its own folder: `python -m jvitmoe.evaluate --workdir runs/X [--checkpoint latest|best|STEP]`.
 
-Needs no training flags, and any number of devices will do.
+Needs no training flags, and any number of devices will do. For a run of experts it also measures why averaging them
+works or fails, and draws it as mergeability.png.
 """
 
 import time
 from pathlib import Path
+from typing import Any
 
 from absl import flags
+from jax.sharding import Mesh
 
-from jvitmoe import checkpoint, cli, evaluation, step, tracking
+from jvitmoe import checkpoint, cli, evaluation, mergeability, plots, step, tracking
 from jvitmoe import config as config_lib
 from jvitmoe.checkpoint import Checkpoints
-from jvitmoe.config import UserError
+from jvitmoe.config import Config, UserError
 from jvitmoe.data import feed, sources
+from jvitmoe.data.sources import Split
+from jvitmoe.evaluation import Evaluator
 from jvitmoe.tracking import console
 
 
@@ -21,6 +26,8 @@ def main(argv: list[str]) -> None:
     values = cli.parse(argv, _define_flags)
     if not values.workdir:
         raise UserError("--workdir is missing; give a run folder, such as --workdir=runs/digits_random")
+    if values.paths < 0:
+        raise UserError(f"--paths is {values.paths}; it must be the number of random paths, 0 or more")
     workdir = Path(values.workdir)
     if not (workdir / "checkpoints").is_dir():
         raise UserError(f"workdir {str(workdir)!r} holds no checkpoints; give the folder that training wrote")
@@ -46,26 +53,52 @@ def main(argv: list[str]) -> None:
 
     evaluate = evaluation.make_evaluate(model, mesh)
     images, batches = feed.put(test, mesh), feed.eval_batches(len(test), config.train.batch_size, mesh)
-    tracking.write_result(
-        workdir,
-        {
-            "rows": evaluation.evaluate_run(config, params, ema, lambda tree: evaluate(tree, images, batches)),
-            "data": config.data.name,
-            "step": number,
-            "seed": config.train.seed,
-            "active_parameters": active,
-            "total_parameters": total,
-            "images_per_second": None,
-            "seconds": time.monotonic() - began,
-            "hardware": hardware,
-            "versions": checkpoint.versions(),
-        },
-    )
+    before = tracking.read_result(workdir)  # what only training can measure is kept
+    result = {
+        "rows": evaluation.evaluate_run(config, params, ema, evaluate, images, batches, values.paths),
+        **_mergeability(config, params, evaluate, test, mesh),
+        "data": config.data.name,
+        "step": number,
+        "seed": config.train.seed,
+        "active_parameters": active,
+        "total_parameters": total,
+        "images_per_second": before.get("images_per_second"),
+        "trained_on": before.get("trained_on") or before.get("hardware"),
+        "seconds": time.monotonic() - began,
+        "hardware": hardware,
+        "versions": checkpoint.versions(),
+    }
+    if "mergeability" in result:
+        plots.mergeability(result, workdir / tracking.MERGEABILITY)
+    tracking.write_result(workdir, result)
+
+
+def _mergeability(config: Config, params: Any, evaluate: Evaluator, test: Split, mesh: Mesh) -> dict[str, Any]:
+    """Returns {"mergeability": its numbers}, measured on a fixed part of the test split; {} for a dense run."""
+    experts = config.routing.experts
+    if experts == 1:
+        return {}
+    part = mergeability.subset(test)
+    images, batches = feed.put(part, mesh), feed.eval_batches(len(part), config.train.batch_size, mesh)
+    route_PL = evaluation.path_routes(config, 0)
+
+    def losses(params: Any) -> list[float]:
+        return [result.nll for result in evaluate.paths(params, route_PL, experts, images, batches)[0]]
+
+    return {
+        "mergeability": {
+            "images": len(part),
+            **mergeability.weight_geometry(params),
+            "gap": mergeability.layer_gap(step.make_model(config, "cpu"), params, images, batches),
+            "barrier": mergeability.barrier(params, losses),
+        }
+    }
 
 
 def _define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_string("workdir", "", "Run folder that training wrote.", flag_values=values)
     flags.DEFINE_string("checkpoint", "latest", "latest, best (on validation) or a step.", flag_values=values)
+    flags.DEFINE_integer("paths", 8, "Random paths to test: a fresh expert per layer.", flag_values=values)
     flags.DEFINE_string("data_dir", "", "Where the data lie, if not where training found them.", flag_values=values)
     flags.DEFINE_integer("devices", 0, "Devices to use; 0 is all local ones.", flag_values=values)
     flags.DEFINE_string("platform", "", "cpu, gpu or tpu; '' takes what JAX finds.", flag_values=values)

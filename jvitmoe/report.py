@@ -1,42 +1,56 @@
-"""Puts runs side by side: `python -m jvitmoe.report runs/a runs/b … [--out runs/report]`.
+"""Puts runs side by side: `python -m jvitmoe.report runs/* [--out runs/report]`.
 
-Prints one table and writes it as report.md, with the curves of all runs in curves.png.
+Runs that differ in nothing but their seed become one row: mean ± deviation. `name=runs/a,runs/b` names such a group,
+and is refused where it is none. Prints one table and writes it as report.md, with the curves of all runs in curves.png.
 """
 
-import json
-from collections.abc import Sequence
+import itertools
+import os
+import re
+import statistics
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import matplotlib
 from absl import flags
 
-from jvitmoe import cli, tracking
-from jvitmoe.config import UserError
+from jvitmoe import cli, plots, tracking
+from jvitmoe import config as config_lib
+from jvitmoe.config import Config, UserError
 from jvitmoe.tracking import console
 
-matplotlib.use("Agg")  # files only: no display is needed
+NOTE = (
+    "± is the sample deviation over seeds; in a row of one seed it is over random paths. Each dense run stands before "
+    "the runs that differ from it in `routing` alone."
+)
 
-import matplotlib.pyplot as plt
+
+class Run(NamedTuple):
+    folder: Path
+    config: Config
+    result: dict[str, Any]
 
 
 def main(argv: list[str]) -> None:
     """Writes report.md and curves.png and prints the table."""
-    values, folders = cli.parse_with_arguments(argv, _define_flags)
-    if not folders:
-        raise UserError("no run folder was given; name one or more, such as runs/digits_dense runs/digits_random")
-    runs = [Path(folder) for folder in folders]
-    results = [_read_result(run) for run in runs]
-    rows = [
-        {"run": run.name, **row}
-        for run, result in zip(runs, results, strict=True)
-        for row in tracking.result_rows(result)
-    ]
+    values, arguments = cli.parse_with_arguments(argv, _define_flags)
     out = Path(values.out)
+    named, folders = _split_names(arguments)
+    runs = [read_run(folder) for folder in folders if folder.resolve() != out.resolve()]  # as in runs/*
+    groups = {name: check_group(name, [read_run(folder) for folder in members]) for name, members in named.items()}
+    for name, group in group_runs(runs).items():
+        if name in groups:
+            raise UserError(f"two groups are called {name!r}; give one another name, such as other={group[0].folder}")
+        groups[name] = group
+    if not groups:
+        raise UserError("no run folder was given; name one or more, such as runs/digits_dense runs/digits_random")
+    rows = [row for name in in_order(groups) for row in group_rows(name, groups[name])]
     out.mkdir(parents=True, exist_ok=True)
-    plot_curves(runs, out / "curves.png")
-    tracking.write_text(out / "report.md", f"# Runs\n\n{tracking.markdown(rows)}\n![curves](curves.png)\n")
-    tracking.show(rows, "test split")
+    plots.curves([run.folder for group in groups.values() for run in group], out / "curves.png")
+    tracking.write_text(out / "report.md", f"# Runs\n\n{tracking.markdown(rows)}\n{NOTE}\n\n![curves](curves.png)\n")
+    tracking.show([{name: cell for name, cell in row.items() if name != "hardware"} for row in rows], "test split")
+    for hardware in dict.fromkeys(row["hardware"] for row in rows):
+        console.print(f"hardware    {hardware}")
     console.print(f"curves      {out / 'curves.png'}")
 
 
@@ -44,39 +58,124 @@ def _define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_string("out", "runs/report", "Folder for report.md and curves.png.", flag_values=values)
 
 
-def _read_result(run: Path) -> dict[str, Any]:
-    path = run / tracking.RESULT
-    if not path.is_file():
-        raise UserError(f"{str(run)!r} holds no {tracking.RESULT}; give a folder whose training has ended")
-    try:
-        return json.loads(path.read_text())
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON: {error}; write it anew with jvitmoe.evaluate") from error
+def _split_names(arguments: Iterable[str]) -> tuple[dict[str, list[Path]], list[Path]]:
+    """Returns the groups named as NAME=DIR,DIR and the other folders."""
+    named, folders = {}, []
+    for argument in arguments:
+        name, equals, members = argument.partition("=")
+        if not equals or Path(argument).exists():
+            folders.append(Path(argument))
+        elif name in named:
+            raise UserError(f"two groups are called {name!r}; give one another name")
+        else:
+            named[name] = [Path(member) for member in members.split(",")]
+    return named, folders
 
 
-def plot_curves(runs: Sequence[Path], path: Path) -> None:
-    """Writes one PNG: training loss, and accuracy on the watched split, against the step, one colour per run."""
-    figure, (loss_axes, accuracy_axes) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+def read_run(folder: Path) -> Run:
+    """Returns a run whose training has ended. Raises UserError where the folder holds none."""
+    result, config = tracking.read_result(folder), folder / "config.json"
+    if not result:
+        raise UserError(f"{str(folder)!r} holds no {tracking.RESULT}; give a folder whose training has ended")
+    if not config.is_file():
+        raise UserError(f"{str(folder)!r} holds no config.json; give the folder that training wrote")
+    return Run(folder, config_lib.loads(config.read_text(), str(config)), result)
+
+
+def group_runs(runs: Sequence[Run]) -> dict[str, list[Run]]:
+    """Returns name -> runs that differ in nothing but their seed, in the order given. The name is what their folders'
+    names share. Raises UserError for a seed that a group holds twice, and for two groups of one name."""
+    by_config: dict[str, list[Run]] = {}
     for run in runs:
-        lines = tracking.read_metrics(run / tracking.METRICS)
-        train = [(line["step"], line["loss"]) for line in lines if line["kind"] == "train"]
-        watched = [(line["step"], line["accuracy"]) for line in lines if line["kind"] != "train"]
-        (curve,) = loss_axes.plot(*zip(*train, strict=True), label=run.name, linewidth=1.2)
-        accuracy_axes.plot(
-            *zip(*watched, strict=True), label=run.name, color=curve.get_color(), marker="o", markersize=3
+        by_config.setdefault(_key(run, ("train.seed",)), []).append(run)
+    groups: dict[str, list[Run]] = {}
+    for group in by_config.values():
+        name = _shared_name([run.folder.resolve().name for run in group])
+        if name in groups:
+            raise UserError(
+                f"{groups[name][0].folder} and {group[0].folder} are two experiments of one name, {name!r}; "
+                f"name them, such as other={','.join(str(run.folder) for run in group)}"
+            )
+        groups[name] = check_group(name, group)
+    return groups
+
+
+def check_group(name: str, group: list[Run]) -> list[Run]:
+    """Returns the group, sorted by seed. Raises UserError where its runs may not be averaged."""
+    group = sorted(group, key=lambda run: run.config.train.seed)
+    for run, other in itertools.pairwise(group):
+        changed = config_lib.differences(run.config, other.config)
+        changed.pop("train.seed", None)
+        if changed:
+            listed = ", ".join(f"{field} ({a!r} and {b!r})" for field, (a, b) in changed.items())
+            raise UserError(
+                f"group {name!r}: {run.folder} and {other.folder} differ in {listed}; only seeds may differ"
+            )
+        if (seed := run.config.train.seed) == other.config.train.seed:
+            raise UserError(f"group {name!r}: {run.folder} and {other.folder} are both of seed {seed}; leave one out")
+        if _models(run) != _models(other):
+            raise UserError(
+                f"group {name!r}: {run.folder} and {other.folder} were tested as different models; "
+                "run jvitmoe.evaluate on each with the same --paths"
+            )
+    return group
+
+
+def in_order(groups: dict[str, list[Run]]) -> list[str]:
+    """Returns the names with matched groups (equal but for `routing`) together, the dense one first."""
+    names = list(groups)
+    matched = {name: _key(groups[name][0], ("train.seed", "routing.")) for name in names}
+    first = {key: place for place, key in reversed(list(enumerate(matched.values())))}
+    return sorted(names, key=lambda name: (first[matched[name]], groups[name][0].config.routing.experts > 1))
+
+
+def group_rows(name: str, group: Sequence[Run]) -> list[dict[str, str]]:
+    """Returns the text cells of a group, one row per model; mean ± sample deviation where there are several seeds."""
+    rates = [run.result["images_per_second"] for run in group if run.result.get("images_per_second")]
+    shared = {
+        "images/s": f"{statistics.fmean(rates):,.0f}" if rates else "-",
+        "hardware": "; ".join(dict.fromkeys(run.result.get("trained_on") or run.result["hardware"] for run in group)),
+    }
+    rows = []
+    for model, several in zip(_models(group[0]), zip(*(run.result["rows"] for run in group), strict=True), strict=True):
+        numbers = dict(several[0])
+        for metric in ("accuracy", "nll", "ece"):
+            values = [row[metric] for row in several if metric in row]
+            if len(group) > 1 and len(values) == len(group):
+                numbers |= {metric: statistics.fmean(values), f"{metric}_std": statistics.stdev(values)}
+        result = group[0].result
+        total = result["total_parameters"]
+        rows.append(
+            {
+                "run": name,
+                "model": model,
+                "seeds": str(len(group)),
+                **{"accuracy": "-", "nll": "-", "ece": "-", **tracking.metric_cells(numbers)},
+                "parameters": f"{numbers.get('parameters', result['active_parameters']):,}",
+                "total": f"{total:,}",
+                "FLOPs/image": tracking.quantity(numbers["flops_per_image"]) if "flops_per_image" in numbers else "-",
+                **shared,
+            }
         )
-    loss_axes.set(
-        title="Training loss of the path that ran", xlabel="step", ylabel="cross-entropy (nats)", yscale="log"
-    )
-    accuracy_axes.set(title="Accuracy of the dense or merged model", xlabel="step", ylabel="accuracy")
-    accuracy_axes.yaxis.set_major_formatter("{x:.0%}")
-    for axes in (loss_axes, accuracy_axes):
-        axes.grid(alpha=0.3)
-        axes.spines[["top", "right"]].set_visible(False)
-    loss_axes.legend(frameon=False, loc="upper right")
-    accuracy_axes.legend(frameon=False, loc="lower right")
-    figure.savefig(path, dpi=140)
-    plt.close(figure)
+    return rows
+
+
+def _models(run: Run) -> list[str]:
+    return [row["model"] for row in run.result["rows"]]
+
+
+def _key(run: Run, free: tuple[str, ...]) -> str:
+    """Returns the config as text, but for fields that move no number and those that start with one of `free`."""
+    fields = config_lib.flatten(run.config).items()
+    return repr([(k, v) for k, v in fields if k not in config_lib.FREE_ON_RESUME and not k.startswith(free)])
+
+
+def _shared_name(names: Sequence[str]) -> str:
+    """Returns what the names of a group share, without a trailing "_seed" or "-s"; the name itself where it is one."""
+    if len(names) == 1:
+        return names[0]
+    shared = os.path.commonprefix(names)  # noqa: RUF071 (names, not paths)
+    return re.sub(r"[-_. ]+(seed|s)?[-_. ]*\d*$", "", shared) or names[0]
 
 
 if __name__ == "__main__":

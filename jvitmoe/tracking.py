@@ -16,8 +16,12 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from rich.table import Table
 from tensorboardX import SummaryWriter
 
+from jvitmoe.config import UserError
+
 METRICS = "metrics.jsonl"
 RESULT = "result.json"
+MERGEABILITY = "mergeability.png"
+LEFT = ("run", "model", "hardware")  # columns of words
 PLAIN_SECONDS = 2.0  # least time between two progress lines in a file
 
 console = Console(highlight=False, soft_wrap=True)
@@ -117,36 +121,63 @@ def show(rows: Sequence[Mapping[str, Any]], title: str) -> None:
     """Prints rows of text cells as a table; columns are the first row's keys."""
     table = Table(title=title, title_justify="left")
     for name in rows[0]:
-        table.add_column(name, justify="left" if name in ("run", "model") else "right")
+        table.add_column(name, justify="left" if name in LEFT else "right")
     for row in rows:
         table.add_row(*(str(cell) for cell in row.values()))
-    console.print(table)
+    wide = Console(width=200, highlight=False)  # for a file, which has no edge to fold cells at
+    (console if console.is_terminal else wide).print(table)
 
 
 def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
     """Returns rows of text cells as a Markdown table."""
     names = list(rows[0])
-    rules = [":--" if name in ("run", "model") else "--:" for name in names]
+    rules = [":--" if name in LEFT else "--:" for name in names]
     lines = [names, rules, *([str(cell) for cell in row.values()] for row in rows)]
     return "".join("| " + " | ".join(line) + " |\n" for line in lines)
 
 
+def read_result(workdir: Path) -> dict[str, Any]:
+    """Returns the run's result.json; {} where there is none. Raises UserError where it is damaged."""
+    path = workdir / RESULT
+    try:
+        return json.loads(path.read_text()) if path.is_file() else {}
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON: {error}; delete it and write it anew with jvitmoe.evaluate") from error
+
+
 def result_rows(result: Mapping[str, Any]) -> list[dict[str, str]]:
-    """Returns the rows of a run's result.json as text cells."""
+    """Returns the rows of a run's result.json as text cells; mean ± deviation where a row is of several paths."""
     return [
         {
             "model": row["model"],
-            "accuracy": f"{row['accuracy']:.2%}",
-            "nll": f"{row['nll']:.4f}",
+            **metric_cells(row),
             "images": f"{row['images']:,}",
-            "parameters": f"{result['active_parameters']:,}",
+            "parameters": f"{row.get('parameters', result['active_parameters']):,}",
+            **({"FLOPs/image": quantity(row["flops_per_image"])} if "flops_per_image" in row else {}),
         }
         for row in result["rows"]
     ]
 
 
+def metric_cells(row: Mapping[str, Any]) -> dict[str, str]:
+    """Returns the cells of accuracy, nll and ece, each with its `*_std` if it has one; ece only if it was measured."""
+    formats = {name: form for name, form in (("accuracy", ".2%"), ("nll", ".4f"), ("ece", ".4f")) if name in row}
+    return {
+        name: f"{row[name]:{form}}" + (f" ± {row[f'{name}_std']:{form}}" if f"{name}_std" in row else "")
+        for name, form in formats.items()
+    }
+
+
+def quantity(number: float) -> str:
+    """Returns a large number in three digits: 5.46 M."""
+    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= size:
+            return f"{number / size:.3g} {unit}"
+    return f"{number:.3g}"
+
+
 def write_result(workdir: Path, result: Mapping[str, Any]) -> None:
-    """Writes result.json and report.md and prints the table."""
+    """Writes result.json and report.md and prints the tables."""
     write_text(workdir / RESULT, json.dumps(result, indent=2) + "\n")
     rows = result_rows(result)
     about = (
@@ -156,8 +187,33 @@ def write_result(workdir: Path, result: Mapping[str, Any]) -> None:
         + ", ".join(f"{name} {version}" for name, version in result["versions"].items())
         + "."
     )
-    write_text(workdir / "report.md", f"# {workdir.name}\n\n{markdown(rows)}\n{about}\n")
+    text = f"# {workdir.name}\n\n{markdown(rows)}\n{about}\n"
     show(rows, f"{workdir.name}: {result['data']} test split, step {result['step']}")
+    if why := result.get("mergeability"):
+        layers = _layer_rows(why)
+        barrier = (
+            f"Highest rise of the loss on the way from an expert to the mean: {why['barrier']['height']:.4f} nats."
+        )
+        text += f"\n## Why averaging works or fails\n\n![mergeability]({MERGEABILITY})\n\n{markdown(layers)}\n"
+        text += f"{barrier} {LEGEND} Measured on {why['images']:,} test images.\n"
+        show(layers, "experts of each layer")
+        console.print(barrier)
+    write_text(workdir / "report.md", text)
+
+
+LEGEND = (
+    "Spread: how far experts are from their mean, relative to it. Cosine: of two experts' weights, mean of pairs. "
+    "Closest pair: largest cosine of two experts' differences from the mean, which average to about -1 / (E - 1). "
+    "Layer gap: how far the output of the mean expert is from the mean of the experts' outputs, relative to it."
+)
+
+
+def _layer_rows(why: Mapping[str, Any]) -> list[dict[str, str]]:
+    columns = {"spread": "spread", "cosine": "cosine", "closest pair": "difference_cosine", "layer gap": "gap"}
+    return [
+        {"layer": str(layer), **{title: f"{why[name][layer]:.4f}" for title, name in columns.items()}}
+        for layer in range(len(why["spread"]))
+    ]
 
 
 def _duration(seconds: float) -> str:

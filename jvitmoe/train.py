@@ -119,7 +119,7 @@ def train(config: Config, workdir: Path, stop: Stop) -> None:
     run = _Run(config, checkpoints, stop, mesh, order)
 
     def watch(state: TrainState) -> Result:
-        return evaluate(evaluation.dense_tree(config, state.params), watch_images, watch_batches)
+        return evaluation.evaluate_main(config, state.params, evaluate, watch_images, watch_batches)
 
     with Tracker(workdir, start, total, config.train.batch_size) as tracker:
         try:
@@ -129,9 +129,7 @@ def train(config: Config, workdir: Path, stop: Stop) -> None:
         finally:
             checkpoints.close()
         rate = tracker.images_per_second(total)
-    rows = evaluation.evaluate_run(
-        config, state.params, state.ema, lambda tree: evaluate(tree, test_images, test_batches)
-    )
+    rows = evaluation.evaluate_run(config, state.params, state.ema, evaluate, test_images, test_batches)
     tracking.write_result(
         workdir,
         {
@@ -141,7 +139,8 @@ def train(config: Config, workdir: Path, stop: Stop) -> None:
             "seed": config.train.seed,
             "active_parameters": active,
             "total_parameters": everything,
-            "images_per_second": rate,
+            # A finished run that is started again trains nothing, and keeps the rate it had.
+            "images_per_second": rate or tracking.read_result(workdir).get("images_per_second"),
             "seconds": time.monotonic() - began,
             "hardware": hardware,
             "versions": checkpoint.versions(),
@@ -252,7 +251,7 @@ class _Run:
                         "try a lower --config.optim.learning_rate or --config.optim.clip_norm=1 in a new --workdir"
                     )
             if done % self._config.train.log_every == 0:
-                tracker.train(done, {name: float(value) for name, value in values._asdict().items()})
+                tracker.train(done, step.as_floats(values))
 
 
 if __name__ == "__main__":

@@ -1,10 +1,9 @@
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jvitmoe import evaluation, routing
+from jvitmoe import evaluation, merging, routing
 from jvitmoe.data import feed
 from jvitmoe.data.sources import Split
 from jvitmoe.evaluation import Result, make_evaluate
@@ -28,46 +27,75 @@ def params_of(tiny_config):
     return make
 
 
+def slowly(p_NC, labels_N):
+    """Returns the Result of probabilities in plain Python, one image at a time."""
+    correct, nll, bins = 0, 0.0, [[] for _ in range(15)]
+    for p_C, label in zip(p_NC, labels_N, strict=True):
+        right, confidence = int(np.argmax(p_C) == label), float(max(p_C))
+        correct += right
+        nll -= np.log(p_C[label])
+        (m,) = [m for m in range(15) if m / 15 < confidence <= (m + 1) / 15]
+        bins[m].append((right, confidence))
+    ece = sum(len(held) / len(p_NC) * abs(np.subtract(*np.mean(held, axis=0))) for held in bins if held)
+    return Result(correct / len(p_NC), nll / len(p_NC), float(ece), len(p_NC))
+
+
+def near(result):
+    return result._replace(nll=pytest.approx(result.nll, rel=1e-5), ece=pytest.approx(result.ece, rel=1e-5))
+
+
 @pytest.fixture(scope="module")
-def logits(tiny_config, tiny_split, params_of):
-    """Returns the logits of one image at a time, float64."""
-    forward, params = jax.jit(vit.build(tiny_config().model).apply), params_of(1)
+def probabilities(tiny_config, tiny_split):
+    """Returns a function from a dense tree to its probabilities, one image at a time, float64."""
+    forward = jax.jit(vit.build(tiny_config().model).apply)
     images_NHWC = (tiny_split.images_NHWC / 127.5 - 1).astype(np.float32)
-    return np.concatenate([forward({"params": params}, image_HWC[None]) for image_HWC in images_NHWC]).astype(float)
+
+    def of(tree):
+        logits_NC = np.concatenate([forward({"params": tree}, image[None]) for image in images_NHWC]).astype(float)
+        return np.exp(logits_NC) / np.exp(logits_NC).sum(1, keepdims=True)
+
+    return of
 
 
 @pytest.fixture(scope="module")
-def split(tiny_split, logits):
+def split(tiny_split, probabilities, params_of):
     """Returns the tiny split, its first image classified right: padding repeats it, and would be seen if it counted."""
     labels_N = tiny_split.labels_N.copy()
-    labels_N[0] = logits[0].argmax()
+    labels_N[0] = probabilities(params_of(1))[0].argmax()
     return Split(tiny_split.images_NHWC, labels_N)
-
-
-@pytest.fixture(scope="module")
-def slow(split, logits):
-    """Returns the Result in plain NumPy, one image at a time."""
-    correct, nlls = 0, []
-    for logits_C, label in zip(logits, split.labels_N, strict=True):
-        correct += int(np.argmax(logits_C) == label)
-        nlls.append(np.log(np.exp(logits_C).sum()) - logits_C[label])
-    return Result(correct / len(nlls), float(np.mean(nlls)), len(nlls))
 
 
 @pytest.mark.parametrize("devices", [1, 2, 4])
 def test_metrics_are_those_of_one_image_at_a_time_on_any_number_of_devices(
-    tiny_config, split, params_of, slow, devices
+    tiny_config, split, params_of, probabilities, devices
 ):
-    config = tiny_config(train={"devices": devices})
+    config = tiny_config(train={"devices": devices}, routing={"experts": E})
     mesh = make_mesh(config.train)
     evaluate = make_evaluate(vit.build(config.model), mesh)
-    images, params = feed.put(split, mesh), params_of(1)
+    images, dense, params = feed.put(split, mesh), params_of(1), params_of(E)
+    route_PL = evaluation.path_routes(config, 1)
+    p_PNC = [probabilities(merging.take_path(params, route_L)) for route_L in route_PL]
+    slow = slowly(probabilities(dense), split.labels_N)
+    slow_paths = [slowly(p_NC, split.labels_N) for p_NC in p_PNC]
     assert 0 < slow.accuracy < 1
+    assert 0 < slow.ece < 1
     for batch_size in (8, 26):  # 26 images: three batches and two images, and one batch
-        result = evaluate(params, images, feed.eval_batches(26, batch_size, mesh))
-        assert result.images == slow.images == 26
-        assert result.accuracy == slow.accuracy
-        assert result.nll == pytest.approx(slow.nll, rel=1e-6)
+        batches = feed.eval_batches(26, batch_size, mesh)
+        assert evaluate(dense, images, batches) == near(slow)
+        results, ensemble = evaluate.paths(params, route_PL, E, images, batches)
+        assert results == [near(result) for result in slow_paths]
+        assert ensemble == near(slowly(np.mean(p_PNC[:E], axis=0), split.labels_N))
+        assert ensemble != near(slowly(np.mean(p_PNC, axis=0), split.labels_N))
+
+
+def test_an_ensemble_of_one_path_is_that_path(tiny_config, split, params_of):
+    config = tiny_config(routing={"experts": E})
+    mesh = make_mesh(config.train)
+    images, batches = feed.put(split, mesh), feed.eval_batches(26, 8, mesh)
+    evaluate = make_evaluate(vit.build(config.model), mesh)
+    (first, second, _), ensemble = evaluate.paths(params_of(E), evaluation.path_routes(config, 0), 1, images, batches)
+    assert ensemble == near(first)
+    assert first != second
 
 
 @pytest.mark.parametrize("count", [1, 5])
@@ -84,48 +112,83 @@ def test_images_outside_the_batches_do_not_count(tiny_config, split, params_of, 
     assert few.images == count
 
 
-def test_a_run_of_experts_is_tested_merged_per_expert_and_on_a_random_path(tiny_config, params_of):
-    config, params, seen = tiny_config(routing={"experts": E}, train={"seed": 5}), params_of(E), []
+@pytest.mark.parametrize("paths", [0, 1, 4])
+def test_a_run_of_experts_is_tested_merged_per_expert_on_random_paths_and_as_an_ensemble(
+    tiny_config, split, params_of, paths
+):
+    config, params = tiny_config(routing={"experts": E}, train={"seed": 5}), params_of(E)
+    mesh = make_mesh(config.train)
+    images, batches = feed.put(split, mesh), feed.eval_batches(26, 26, mesh)
+    evaluate = make_evaluate(vit.build(config.model), mesh)
+    rows = evaluation.evaluate_run(config, params, params_of(1), evaluate, images, batches, paths)
+    random = {0: [], 1: ["random path"], 4: ["4 random paths"]}[paths]
+    assert [row["model"] for row in rows] == ["merged", "EMA", *[f"expert {e}" for e in range(E)], *random, "ensemble"]
 
-    def test(tree):
-        seen.append(tree)
-        return Result(0.5, 1.0 * len(seen), 26)
+    def metrics(tree):
+        return near(evaluate(tree, images, batches))._asdict()
 
-    rows = evaluation.evaluate_run(config, params, None, test)
-    names = ["merged", "expert 0", "expert 1", "expert 2", "random path"]
-    assert rows == [{"model": name, "accuracy": 0.5, "nll": i + 1.0, "images": 26} for i, name in enumerate(names)]
-    up_LEDF = np.asarray(params["blocks"]["mlp"]["up"])
-    ups = [np.asarray(tree["blocks"]["mlp"]["up"]) for tree in seen]
-    np.testing.assert_allclose(ups[0], up_LEDF.mean(1), rtol=1e-5, atol=1e-6)
+    route_PL = evaluation.path_routes(config, paths)
+    assert rows[0].items() >= metrics(merging.average_experts(params)).items()
+    assert rows[1].items() >= metrics(params_of(1)).items()
     for e in range(E):
-        np.testing.assert_array_equal(ups[1 + e], up_LEDF[:, e])
-    for layer in range(L):
-        assert any(np.array_equal(ups[-1][layer], up_LEDF[layer, e]) for e in range(E))
-    for tree in seen:
-        chex.assert_trees_all_equal_shapes_and_dtypes(tree, params_of(1))
-    chex.assert_trees_all_equal(evaluation.dense_tree(config, params), seen[0])
+        assert rows[2 + e].items() >= metrics(merging.take_path(params, jnp.array([e, e]))).items()
+    if paths:
+        drawn = [evaluate(merging.take_path(params, route_L), images, batches) for route_L in route_PL[E:]]
+        for name in ("accuracy", "nll", "ece"):
+            values = [getattr(result, name) for result in drawn]
+            assert rows[-2][name] == pytest.approx(np.mean(values), rel=1e-5)
+            assert (f"{name}_std" in rows[-2]) == (paths > 1)
+            if paths > 1:
+                assert rows[-2][f"{name}_std"] == pytest.approx(np.std(values, ddof=1), rel=1e-3, abs=1e-6)
+    active, total = evaluation.count_parameters(config)
+    flops = rows[0]["flops_per_image"]
+    assert {(row["parameters"], row["flops_per_image"]) for row in rows[:-1]} == {(active, flops)}
+    assert (rows[-1]["parameters"], rows[-1]["flops_per_image"]) == (total, E * flops)
 
 
-def test_the_random_path_is_fixed_by_the_seed_and_fresh_per_layer(tiny_config):
-    depth, experts = 12, 4
-    take_up = {"blocks": {"mlp": {"up": jnp.arange(experts)[None, :, None, None] + jnp.zeros((depth, 1, 1, 1))}}}
-
-    def path(seed):
-        config = tiny_config(model={"depth": depth}, routing={"experts": experts}, train={"seed": seed})
-        tree = evaluation.dense_trees(config, take_up)["random path"]()
-        return np.asarray(tree["blocks"]["mlp"]["up"]).ravel().astype(int).tolist()
-
-    assert path(0) == path(0)
-    assert path(0) != path(1)
-    assert len(set(path(0))) > 1
-    key = routing.address(jax.random.key(0), Purpose.PATH, 0)
-    assert path(0) == jax.random.randint(key, (depth,), 0, experts).tolist()
+def test_equal_experts_make_every_path_and_the_ensemble_the_merged_model(tiny_config, split, params_of):
+    config, dense = tiny_config(routing={"experts": E}), params_of(1)
+    mesh = make_mesh(config.train)
+    images, batches = feed.put(split, mesh), feed.eval_batches(26, 26, mesh)
+    evaluate = make_evaluate(vit.build(config.model), mesh)
+    rows = evaluation.evaluate_run(config, merging.upcycle(dense, params_of(E)), None, evaluate, images, batches, 3)
+    merged = evaluate(dense, images, batches)
+    assert len(rows) == E + 3
+    for row in rows:
+        assert [row[name] for name in Result._fields] == pytest.approx(list(merged), rel=1e-5)
 
 
-def test_a_dense_run_has_one_row(tiny_config, params_of):
-    params = params_of(1)
-    rows = evaluation.evaluate_run(tiny_config(), params, None, lambda tree: Result(float(tree is params), 2.0, 26))
-    assert rows == [{"model": "dense", "accuracy": 1.0, "nll": 2.0, "images": 26}]
+def test_random_paths_are_fixed_by_the_seed_and_fresh_per_layer_and_number(tiny_config):
+    def routes(seed, paths=3):
+        config = tiny_config(model={"depth": 12}, routing={"experts": 4}, train={"seed": seed})
+        return np.asarray(evaluation.path_routes(config, paths)).tolist()
+
+    assert routes(0)[:4] == [[e] * 12 for e in range(4)]
+    assert routes(0) == routes(0, 5)[:7] != routes(1)
+    assert all(len(set(route)) > 1 for route in routes(0)[4:])
+    assert len(set(map(tuple, routes(0)))) == 7
+    key = routing.address(jax.random.key(0), Purpose.PATH, 2)
+    assert routes(0)[6] == jax.random.randint(key, (12,), 0, 4).tolist()
+
+
+def test_a_dense_run_has_one_row(tiny_config, split, params_of):
+    config = tiny_config()
+    mesh = make_mesh(config.train)
+    evaluate = make_evaluate(vit.build(config.model), mesh)
+    (row,) = evaluation.evaluate_run(
+        config, params_of(1), None, evaluate, feed.put(split, mesh), feed.eval_batches(26, 26, mesh), 8
+    )
+    assert (row["model"], row["images"]) == ("dense", 26)
+
+
+def test_flops_count_every_layer_and_every_product(tiny_config):
+    def flops(depth):
+        return evaluation.flops_per_image(vit.build(tiny_config(model={"depth": depth, "width": 32}).model), 4)
+
+    tokens, width, hidden = 5, 32, 12
+    products = 2 * (tokens * (4 * width**2 + 2 * width * hidden) + 2 * tokens**2 * width)  # of one layer
+    one, three = flops(1), flops(3)
+    assert products < (three - one) / 2 < 1.4 * products  # and norms, softmax, GELU
 
 
 def test_active_parameters_are_those_of_the_dense_model_and_total_counts_every_expert(tiny_config, params_of):

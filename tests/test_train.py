@@ -145,7 +145,7 @@ def test_a_finished_run_started_again_only_tests_again(experiment, undisturbed, 
     assert history(undisturbed) == before[0]
     rows = [json.loads(text)["rows"] for text in ((undisturbed / "result.json").read_text(), before[1])]
     for again, first in zip(*rows, strict=True):  # this process has other threads, so sums may round otherwise
-        assert again == first | {"nll": pytest.approx(first["nll"], rel=1e-6)}
+        assert again == first | {name: pytest.approx(first[name], rel=1e-5) for name in ("nll", "ece")}
 
 
 def test_the_first_lines_and_the_table_tell_what_one_needs(experiment, undisturbed, monkeypatch, capsys):
@@ -177,13 +177,32 @@ def test_each_step_stands_once_in_the_history(undisturbed):
 
 
 @pytest.mark.parametrize("devices", [1, 4])
-def test_evaluate_needs_only_the_folder_and_any_number_of_devices(undisturbed, monkeypatch, capsys, devices):
-    expected = json.loads((undisturbed / "result.json").read_text())
-    code, out, err = run(evaluate.main, monkeypatch, capsys, f"--workdir={undisturbed}", f"--devices={devices}")
+def test_evaluate_needs_only_the_folder_and_any_number_of_devices(
+    experiment, undisturbed, monkeypatch, capsys, devices
+):
+    run(train.main, monkeypatch, capsys, f"--config={experiment}", f"--workdir={undisturbed}")
+    trained = json.loads((undisturbed / "result.json").read_text())
+    arguments = (f"--workdir={undisturbed}", f"--devices={devices}", "--paths=3")
+    code, out, err = run(evaluate.main, monkeypatch, capsys, *arguments)
     assert code == 0, err
     result = json.loads((undisturbed / "result.json").read_text())
-    assert [row["accuracy"] for row in result["rows"]] == [row["accuracy"] for row in expected["rows"]]
-    assert [row["nll"] for row in result["rows"]] == pytest.approx([row["nll"] for row in expected["rows"]], rel=1e-6)
+    expected = {row["model"]: row for row in trained["rows"]}
+    rows = {row["model"]: row for row in result["rows"]}
+    assert list(rows) == ["merged", "expert 0", "expert 1", "expert 2", "3 random paths", "ensemble"]
+    assert "random path" in expected
+    for name in rows.keys() & expected.keys():
+        near = {metric: pytest.approx(expected[name][metric], rel=1e-5) for metric in ("nll", "ece")}
+        assert rows[name] == expected[name] | near
+    assert result["images_per_second"] == trained["images_per_second"]
+    assert result["trained_on"] == trained["hardware"] != result["hardware"] or devices == 1
+    why, text = result["mergeability"], (undisturbed / "report.md").read_text()
+    assert [len(why[name]) for name in ("spread", "cosine", "difference_cosine", "gap")] == [2] * 4
+    # 360 test images are fewer than a thousand, so the line starts and ends at rows of the table.
+    for expert, losses in enumerate(why["barrier"]["losses"]):
+        assert losses[0] == pytest.approx(rows[f"expert {expert}"]["nll"], rel=1e-5)
+        assert losses[-1] == pytest.approx(rows["merged"]["nll"], rel=1e-5)
+    assert (undisturbed / "mergeability.png").read_bytes().startswith(b"\x89PNG")
+    assert "(mergeability.png)" in text
     assert "merged" in out
 
 
@@ -297,6 +316,7 @@ def test_a_run_that_blows_up_stops_and_names_step_value_and_last_good_checkpoint
     ("arguments", "message"),
     [
         ((), "--workdir is missing"),
+        (("--workdir={run}", "--paths=-1"), "--paths is -1"),
         (("--workdir=no/such/run",), "holds no checkpoints"),
         (("--workdir={run}", "--checkpoint=999"), "checkpoint '999' does not exist"),
         (("--workdir={run}", "--devices=64"), "config.train.devices is 64; it must be at most 4"),
@@ -352,6 +372,30 @@ def test_routing_over_slots_with_ema_trains_resumes_and_is_tested(experiment, tm
     code, out, err = run(evaluate.main, monkeypatch, capsys, f"--workdir={tmp_path / 'slots'}")
     assert code == 0, err
     assert "EMA" in out
+
+
+@pytest.mark.parametrize("router", ["switch", "soft"])
+def test_a_learned_router_trains_resumes_and_is_tested_routed_and_merged(
+    experiment, tmp_path, monkeypatch, capsys, router
+):
+    workdir = tmp_path / router
+    arguments = (f"--config.routing.router={router}", "--config.train.epochs=1", f"--workdir={workdir}")
+    for _ in range(2):
+        code, out, err = run(train.main, monkeypatch, capsys, f"--config={experiment}", *arguments)
+        assert code == 0, err
+    assert "resuming" in out
+    code, _, err = run(evaluate.main, monkeypatch, capsys, f"--workdir={workdir}")
+    assert code == 0, err
+    result = json.loads((workdir / "result.json").read_text())
+    rows = {row["model"]: row for row in result["rows"]}
+    assert {"routed", "merged", "expert 0", "8 random paths", "ensemble"} <= rows.keys()
+    assert rows["routed"]["flops_per_image"] > rows["merged"]["flops_per_image"]
+    assert rows["routed"]["parameters"] > rows["merged"]["parameters"]
+    assert result["images_per_second"] > 0
+    first = next(line for line in history(workdir) if line["kind"] == "train")
+    assert "router/entropy/layer1" in first
+    watched = next(line for line in history(workdir) if line["kind"] == "validation")
+    assert 0 <= watched["accuracy"] <= 1
 
 
 def test_report_refuses_what_has_no_result(tmp_path, monkeypatch, capsys):

@@ -1,0 +1,159 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jvitmoe import evaluation, mergeability, merging
+from jvitmoe.data import augment, feed
+from jvitmoe.data.sources import Split
+from jvitmoe.models import mlp, vit
+from jvitmoe.step import make_mesh
+
+E, L = 3, 2
+
+
+@pytest.fixture(scope="module")
+def setup(tiny_config, tiny_split):
+    """Returns a maker of (model, noise in the shape of its parameters, images, batches)."""
+
+    def make(devices=1, shared_layer="none", **model):
+        config = tiny_config(train={"devices": devices}, model=model, routing={"experts": E})
+        mesh = make_mesh(config.train)
+        net = vit.build(config.model, E, shared_layer=shared_layer)
+        shapes = jax.eval_shape(lambda: vit.init(net, jax.random.key(0)))
+        rng = np.random.default_rng(0)
+        params = jax.tree.map(lambda x: jnp.asarray(0.5 * rng.normal(size=x.shape), x.dtype), shapes)
+        return net, params, feed.put(tiny_split, mesh), feed.eval_batches(26, 8, mesh)
+
+    return make
+
+
+def equal(net, params):
+    return merging.upcycle(merging.take_path(params, jnp.zeros((L,), int)), params)
+
+
+def layer_vectors(params, layer):
+    """Returns one float64 vector per expert: all its weights in this layer."""
+    leaves = [np.asarray(leaf, float)[layer] for _, leaf in sorted(params["blocks"]["mlp"].items())]
+    return [np.concatenate([leaf[e].ravel() for leaf in leaves]) for e in range(E)]
+
+
+def test_spread_and_cosines_are_those_of_plain_loops(setup):
+    _, params, _, _ = setup()
+    geometry = mergeability.weight_geometry(params)
+
+    def cosines(vectors):
+        pairs = [(e, f) for e in range(E) for f in range(e)]
+        return [vectors[e] @ vectors[f] / np.linalg.norm(vectors[e]) / np.linalg.norm(vectors[f]) for e, f in pairs]
+
+    for layer in range(L):
+        vectors = layer_vectors(params, layer)
+        mean = sum(vectors) / E
+        spreads = [np.linalg.norm(vector - mean) / np.linalg.norm(mean) for vector in vectors]
+        assert geometry["spread"][layer] == pytest.approx(np.mean(spreads), rel=1e-5)
+        assert geometry["cosine"][layer] == pytest.approx(np.mean(cosines(vectors)), rel=1e-4, abs=1e-6)
+        apart = cosines([vector - mean for vector in vectors])
+        assert geometry["difference_cosine"][layer] == pytest.approx(max(apart), rel=1e-4)
+        assert np.mean(apart) == pytest.approx(-1 / (E - 1), abs=0.02)  # which is why the largest is told
+
+
+@pytest.mark.parametrize(
+    ("devices", "model"),
+    [(1, {}), (4, {"norm": "post", "pool": "mean", "positions": "sincos2d"}), (2, {"position_rows": 9})],
+)
+def test_the_layer_gap_is_that_of_one_image_at_a_time(setup, tiny_split, devices, model):
+    net, params, images, batches = setup(devices, **model)
+    gap = mergeability.layer_gap(net, params, images, batches)
+    dense, merged = net.clone(experts=1), jax.jit(merging.average_experts)(params)
+    inputs = jax.jit(lambda x: mergeability.mlp_inputs(dense, merged, x))
+
+    def f(layer, x_TD, weights):
+        up_DF, up_bias_F, down_FD, down_bias_D = (np.asarray(w, float) for w in weights)
+        h_TF = x_TD @ up_DF + up_bias_F[None]
+        cdf_TF = 0.5 * np.asarray(jax.scipy.special.erfc(-h_TF / 2**0.5))
+        return (h_TF * cdf_TF) @ down_FD + down_bias_D[None]
+
+    above, below = np.zeros(L), np.zeros(L)
+    for image in tiny_split.images_NHWC:
+        for layer, x_BTD in enumerate(inputs(augment.normalize(image[None]))):
+            x_TD = np.asarray(x_BTD[0], float)
+            stacks = [params["blocks"]["mlp"][name][layer] for name in ("up", "up_bias", "down", "down_bias")]
+            mean_TD = sum(f(layer, x_TD, [w[e] for w in stacks]) for e in range(E)) / E
+            merged_TD = f(layer, x_TD, [np.asarray(w, float).mean(0) for w in stacks])
+            above[layer] += np.linalg.norm(mean_TD - merged_TD, axis=-1).sum()
+            below[layer] += np.linalg.norm(mean_TD, axis=-1).sum()
+    assert min(gap) > 0.01
+    assert gap == pytest.approx((above / below).tolist(), rel=1e-4)
+
+
+@pytest.mark.parametrize("model", [{}, {"norm": "post", "pool": "mean", "positions": "sincos2d"}, {"position_rows": 9}])
+def test_the_mlp_inputs_are_what_the_whole_model_hands_its_mlps(setup, tiny_split, monkeypatch, model):
+    net, params, _, _ = setup(**model)
+    dense, merged = net.clone(experts=1), merging.average_experts(params)
+    images = augment.normalize(tiny_split.images_NHWC[:2])
+    inputs = mergeability.mlp_inputs(dense, merged, images)
+    seen, two_layers = [], mlp.two_layers
+
+    def spy(x_BTD, *rest):
+        if not isinstance(x_BTD, jax.core.Tracer):
+            seen.append(x_BTD)
+        return two_layers(x_BTD, *rest)
+
+    monkeypatch.setattr(mlp, "two_layers", spy)
+    with jax.disable_jit():
+        vit.logits(dense, merged, images)
+    assert len(seen) == L
+    for x_BTD, wanted_BTD in zip(inputs, seen, strict=True):
+        np.testing.assert_allclose(x_BTD, wanted_BTD, rtol=1e-4, atol=1e-5)
+
+
+def test_equal_experts_have_no_spread_no_gap_and_no_barrier(setup):
+    net, params, images, batches = setup()
+    params = equal(net, params)
+    geometry = mergeability.weight_geometry(params)
+    assert geometry["spread"] == pytest.approx([0.0] * L, abs=1e-6)
+    assert geometry["cosine"] == pytest.approx([1.0] * L, rel=1e-6)
+    assert mergeability.layer_gap(net, params, images, batches) == pytest.approx([0.0] * L, abs=1e-6)
+
+
+def test_one_shared_layer_and_the_gap(setup):
+    """The MLP is linear in `down`, so that a mean over `down` alone is the mean of outputs; `up` sits in the GELU."""
+    gaps = [mergeability.layer_gap(*setup(shared_layer=name)) for name in ("up", "down")]
+    assert gaps[0] == pytest.approx([0.0] * L, abs=1e-5)
+    assert min(gaps[1]) > 0.01
+
+
+def test_the_line_starts_at_the_experts_and_ends_at_the_merged_model(tiny_config, setup):
+    net, params, images, batches = setup()
+    config = tiny_config(routing={"experts": E})
+    evaluate = evaluation.make_evaluate(net, make_mesh(config.train))
+    route_PL = evaluation.path_routes(config, 0)
+
+    def losses(tree):
+        return [result.nll for result in evaluate.paths(tree, route_PL, E, images, batches)[0]]
+
+    def loss(tree):
+        return evaluate(tree, images, batches).nll
+
+    line = mergeability.barrier(params, losses)
+    experts = [merging.take_path(params, route_L) for route_L in route_PL]
+    mean = merging.average_experts(params)
+    assert line["share"] == pytest.approx(np.linspace(0, 1, 9))
+    for expert, values in zip(experts, line["losses"], strict=True):
+        assert values[0] == pytest.approx(loss(expert), rel=1e-5)
+        assert values[-1] == pytest.approx(loss(mean), rel=1e-5)
+        halfway = jax.tree.map(lambda a, b: (a + b) / 2, expert, mean)
+        assert values[4] == pytest.approx(loss(halfway), rel=1e-5)
+    assert line["height"] == pytest.approx(np.mean([max(v) - v[0] for v in line["losses"]]))
+    flat = mergeability.barrier(equal(net, params), losses)
+    assert np.ptp(flat["losses"]) == pytest.approx(0.0, abs=1e-5)
+    assert flat["height"] == pytest.approx(0.0, abs=1e-5)
+
+
+@pytest.mark.parametrize("count", [1, 26, 1000, 3001])
+def test_the_subset_is_fixed_even_and_at_most_a_thousand(count):
+    part = mergeability.subset(Split(np.arange(count).reshape(-1, 1, 1, 1), np.arange(count)))
+    assert len(part) == len(set(part.labels_N)) == min(count, 1000)
+    np.testing.assert_array_equal(part.images_NHWC.ravel(), part.labels_N)
+    assert np.ptp(np.diff(part.labels_N)) <= 1 if count > 1 else True
+    assert {0, count - 1} <= set(part.labels_N.tolist())

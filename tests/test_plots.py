@@ -1,0 +1,138 @@
+"""The figures, and the table of many runs that they stand beside."""
+
+import json
+import statistics
+
+import pytest
+
+from jvitmoe import config as config_lib
+from jvitmoe import plots, report, tracking
+from jvitmoe.config import Config, UserError
+
+MODELS = ("merged", "expert 0", "2 random paths", "ensemble")
+
+
+@pytest.fixture
+def make_run(tmp_path):
+    """Returns a maker of run folders: config.json, result.json, metrics.jsonl."""
+
+    def make(name, accuracy=0.5, rate=None, models=MODELS, **fields):
+        folder, config = tmp_path / name, Config()
+        for path, value in fields.items():
+            section, field = path.split("__")
+            setattr(getattr(config, section), field, value)
+        folder.mkdir()
+        (folder / "config.json").write_text(config_lib.dumps(config))
+        rows = [
+            {"model": model, "accuracy": accuracy, "nll": 2 * accuracy, "ece": 0.1, "images": 10, "parameters": 5}
+            for model in models
+        ]
+        if "2 random paths" in models:
+            rows[2] |= {"accuracy_std": 0.25, "flops_per_image": 2.5e6}
+        result = {"rows": rows, "active_parameters": 5, "total_parameters": 9, "data": "digits", "hardware": "1 x cpu"}
+        (folder / "result.json").write_text(json.dumps(result | {"images_per_second": rate}))
+        lines = [{"step": s, "kind": k, "loss": 2.0 / s, "accuracy": s / 9} for s in (1, 2) for k in ("train", "test")]
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        return folder
+
+    return make
+
+
+def read(*folders):
+    return report.group_runs([report.read_run(folder) for folder in folders])
+
+
+def test_runs_that_differ_in_the_seed_become_one_group_with_mean_and_deviation(make_run):
+    values = (0.5, 0.6, 0.8)
+    runs = [
+        make_run(f"random_s{s}", v, 100.0 * (s + 1), routing__experts=4, train__seed=s, train__devices=s)
+        for s, v in enumerate(values)
+    ]
+    ((name, group),) = read(*reversed(runs)).items()
+    assert name == "random"
+    assert [run.folder for run in group] == runs
+    rows = report.group_rows(name, group)
+    assert [row["model"] for row in rows] == list(MODELS)
+    assert rows[0] == {
+        "run": "random",
+        "model": "merged",
+        "seeds": "3",
+        "accuracy": "63.33% ± 15.28%",
+        "nll": "1.2667 ± 0.3055",
+        "ece": "0.1000 ± 0.0000",
+        "parameters": "5",
+        "total": "9",
+        "FLOPs/image": "-",
+        "images/s": "200",
+        "hardware": "1 x cpu",
+    }
+    assert statistics.stdev(values) == pytest.approx(0.15275, abs=1e-5)
+    assert rows[2]["FLOPs/image"] == "2.5 M"
+    assert rows[2]["accuracy"] == "63.33% ± 15.28%"  # over seeds
+    (one,) = read(runs[0]).values()
+    assert report.group_rows("one", one)[2]["accuracy"] == "50.00% ± 25.00%"  # over paths
+
+
+def test_the_dense_run_of_the_same_config_stands_first(make_run):
+    other = make_run("other", routing__experts=4, optim__learning_rate=0.5)
+    many = make_run("many", routing__experts=8, routing__pull=0.1)
+    dense = make_run("dense", models=("dense",))
+    few = make_run("few", routing__experts=4)
+    assert report.in_order(read(other, many, dense, few)) == ["other", "dense", "many", "few"]
+
+
+def test_what_may_not_be_averaged_is_refused(make_run):
+    first, again = make_run("a_0"), make_run("a_1", train__keep=7)
+    with pytest.raises(UserError, match=r"a_0 and \S+a_1 are both of seed 0; leave one out"):
+        read(first, again)
+    with pytest.raises(UserError, match="tested as different models"):
+        read(first, make_run("a_2", models=("merged",), train__seed=1))
+    faster = report.read_run(make_run("a_3", optim__learning_rate=0.5, train__seed=1))
+    with pytest.raises(UserError, match=r"differ in optim.learning_rate \(0.001 and 0.5\); only seeds may differ"):
+        report.check_group("mine", [report.read_run(first), faster])
+    (first.parent / "more").mkdir()
+    with pytest.raises(UserError, match="two experiments of one name"):
+        read(first, make_run("more/a_0", optim__learning_rate=0.5))
+    (first / "config.json").unlink()
+    with pytest.raises(UserError, match=r"holds no config.json"):
+        read(first)
+
+
+def test_the_command_names_groups_skips_its_own_folder_and_writes_both_files(make_run, tmp_path):
+    a, b, dense = make_run("x", train__seed=1), make_run("y", train__seed=2), make_run("z=1", optim__eps=1.0)
+    out = tmp_path / "report"
+    for _ in range(2):  # the second time the folder is there
+        report.main(["report", f"mine={a},{b}", str(dense), str(out), f"--out={out}"])
+    text = (out / "report.md").read_text()
+    assert text.count("| mine |") == text.count("| z=1 |") == len(MODELS)
+    assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(UserError, match="two groups are called 'mine'"):
+        report.main(["report", f"mine={a}", f"mine={b}", f"--out={out}"])
+    with pytest.raises(UserError, match="both of seed 1"):
+        report.main(["report", f"mine={a},{a}", f"--out={out}"])
+
+
+@pytest.mark.parametrize("names", [["r_seed10", "r_seed11"], ["r-1", "r-2"], ["r_s0", "r_s1"], ["r"], ["r", "r_2"]])
+def test_a_group_is_called_what_its_folders_share(names):
+    assert report._shared_name(names) == "r"
+
+
+def test_numbers_in_three_digits():
+    wanted = {999: "999", 5_462_046: "5.46 M", 17.6e9: "17.6 G", 1234: "1.23 k"}
+    assert {number: tracking.quantity(number) for number in wanted} == wanted
+
+
+@pytest.mark.parametrize("experts", [2, 9])
+def test_the_mergeability_figure_and_report(make_run, capsys, experts):
+    folder = make_run("run", routing__experts=experts)
+    result = tracking.read_result(folder) | {"step": 3, "seed": 0, "versions": {"jax": "1"}}
+    why = {name: [0.1, 0.2] for name in ("spread", "cosine", "difference_cosine", "gap")}
+    barrier = {"share": [0.0, 0.5, 1.0], "losses": [[1.0 + e, 3.0, 2.0] for e in range(experts)], "height": 0.5}
+    result["mergeability"] = {"images": 10, **why, "barrier": barrier}
+    plots.mergeability(result, folder / tracking.MERGEABILITY)
+    assert (folder / "mergeability.png").read_bytes().startswith(b"\x89PNG")
+    tracking.write_result(folder, result)
+    text = (folder / "report.md").read_text()
+    assert "![mergeability](mergeability.png)" in text
+    assert "| 1 | 0.2000 | 0.2000 | 0.2000 | 0.2000 |" in text
+    assert "0.5000 nats" in capsys.readouterr().out
