@@ -8,6 +8,7 @@ import dataclasses
 import difflib
 import json
 import math
+import typing
 from typing import Any
 
 
@@ -51,7 +52,8 @@ class ModelConfig:
 @dataclasses.dataclass
 class RoutingConfig:
     experts: int = 1  # E; 1 is the dense model
-    router: str = "random"  # random: routes from the step's key; or switch | topk | expert_choice | soft | hash
+    router: str = "random"  # random (from the step's key) | switch | topk | expert_choice | soft | hash | frozen
+    pattern: tuple[str, ...] = ("experts",)  # which layers hold experts, repeated over depth: experts | dense
     granularity: str = "batch"  # what shares a route: batch | sample | token
     scope: str = "shared"  # shared: one route for all layers; layer: a fresh one per layer
     init: str = "independent"  # independent | shared: experts start different or equal; upcycled: as a dense run's MLPs
@@ -61,7 +63,7 @@ class RoutingConfig:
     pull: float = 0.0  # share of the way to their mean that experts move after a step (EWA, PAPA); 0 is off
     pull_every: int = 1  # steps
     pull_schedule: str = "constant"  # constant | rising: linearly from 0 to `pull` over training
-    top_k: int = 2  # experts of a token, for router="topk"
+    top_k: int = 2  # experts of a token, for router="topk"; for "frozen" at the start, growing to all of them
     capacity: float = 1.25  # of an expert, as a multiple of its even share: switch, topk and expert_choice
     eval_capacity: float = 2.0  # the same at evaluation, for switch and topk
     balance_loss: float = 0.01  # coefficient of the router's load-balancing loss, averaged over layers
@@ -119,90 +121,100 @@ class Config:
             _require(_get(self, path) >= 0, path, _get(self, path), "must not be negative")
         for path in FRACTIONS:
             _require(0 <= _get(self, path) < 1, path, _get(self, path), "must be at least 0 and below 1")
-        model, optim = self.model, self.optim
-        _require(
-            model.width % model.heads == 0,
-            "model.width",
-            model.width,
-            f"must be a multiple of model.heads, which is {model.heads}",
-        )
-        _require(
-            model.image_size % model.patch == 0,
-            "model.patch",
-            model.patch,
-            f"must divide model.image_size, which is {model.image_size}",
-        )
-        _require(
-            model.position_rows == 0 or model.position_rows >= self.patches,
-            "model.position_rows",
-            model.position_rows,
-            f"must be 0 or at least the number of patches, which is {self.patches}",
-        )
-        _require(
-            model.positions != "sincos2d" or model.width % 4 == 0,
-            "model.width",
-            model.width,
-            "must be a multiple of 4 for model.positions=sincos2d",
-        )
-        _require(
-            optim.schedule == "step" or optim.warmup_epochs == 0,
-            "optim.warmup_epochs",
-            optim.warmup_epochs,
-            "must be 0 for optim.schedule=epoch; warm-up needs optim.schedule=step",
-        )
-        _require(
-            optim.warmup_epochs < self.train.epochs,
-            "optim.warmup_epochs",
-            optim.warmup_epochs,
-            f"must be below train.epochs, which is {self.train.epochs}",
-        )
-        _require(
-            self.train.devices == 0 or self.train.batch_size % self.train.devices == 0,
-            "train.batch_size",
-            self.train.batch_size,
-            f"must be a multiple of train.devices, which is {self.train.devices}",
-        )
-        _require(
-            self.train.batch_size % self.slots == 0,
-            "train.batch_size",
-            self.train.batch_size,
-            f"must be a multiple of routing.experts, {self.slots}, for routing.granularity={self.routing.granularity}",
-        )
-        _require(self.routing.pull <= 1, "routing.pull", self.routing.pull, "must be at most 1")
-        _require(
-            self.routing.consistency == 0 or self.routing.experts > 1,
-            "routing.consistency",
-            self.routing.consistency,
-            "must be 0 with one expert: two passes need two routes",
-        )
-        routed = self.routing
-        plain = routed.experts > 1 and routed.granularity == "batch" and not routed.consistency
-        _require(
-            routed.router == "random" or plain,
-            "routing.router",
-            routed.router,
-            "must be 'random' with one expert, with granularity sample or token, and with consistency",
-        )
-        _require(
-            routed.router != "topk" or routed.top_k <= routed.experts,
-            "routing.top_k",
-            routed.top_k,
-            f"must be at most routing.experts, which is {routed.experts}",
-        )
-        upcycled = self.routing.init == "upcycled"
-        _require(
-            upcycled == bool(self.routing.upcycle_from),
-            "routing.upcycle_from",
-            self.routing.upcycle_from,
-            f"must {'name the run folder of a dense model' if upcycled else 'be empty'} for "
-            f"routing.init={self.routing.init}",
-        )
+        for holds, path, rule in self._rules():
+            _require(holds, path, _get(self, path), rule)
         return self
+
+    def _rules(self) -> tuple[tuple[bool, str, str], ...]:
+        """Returns (whether it holds, field, rule) of each rule that joins several fields."""
+        model, routing, optim, train = self.model, self.routing, self.optim, self.train
+        turn, upcycled = len(routing.pattern), routing.init == "upcycled"
+        plain = routing.experts > 1 and routing.granularity == "batch" and not routing.consistency
+        return (
+            (
+                model.width % model.heads == 0,
+                "model.width",
+                f"must be a multiple of model.heads, which is {model.heads}",
+            ),
+            (
+                model.positions != "sincos2d" or model.width % 4 == 0,
+                "model.width",
+                "must be a multiple of 4 for model.positions=sincos2d",
+            ),
+            (
+                model.image_size % model.patch == 0,
+                "model.patch",
+                f"must divide model.image_size, which is {model.image_size}",
+            ),
+            (
+                model.position_rows == 0 or model.position_rows >= self.patches,
+                "model.position_rows",
+                f"must be 0 or at least the number of patches, which is {self.patches}",
+            ),
+            (
+                "experts" in routing.pattern and {*routing.pattern} <= {"experts", "dense"},
+                "routing.pattern",
+                "must be a tuple of 'experts' and 'dense', with 'experts' in it",
+            ),
+            (
+                turn > 0 and model.depth % turn == 0,
+                "routing.pattern",
+                f"must have a length that divides model.depth, which is {model.depth}",
+            ),
+            (
+                train.batch_size % self.slots == 0,
+                "train.batch_size",
+                f"must be a multiple of routing.experts, {self.slots}, for routing.granularity={routing.granularity}",
+            ),
+            (
+                train.devices == 0 or train.batch_size % train.devices == 0,
+                "train.batch_size",
+                f"must be a multiple of train.devices, which is {train.devices}",
+            ),
+            (routing.pull <= 1, "routing.pull", "must be at most 1"),
+            (
+                routing.consistency == 0 or routing.experts > 1,
+                "routing.consistency",
+                "must be 0 with one expert: two passes need two routes",
+            ),
+            (
+                routing.router == "random" or plain,
+                "routing.router",
+                "must be 'random' with one expert, with granularity sample or token, and with consistency",
+            ),
+            (
+                routing.router not in ("topk", "frozen") or routing.top_k <= routing.experts,
+                "routing.top_k",
+                f"must be at most routing.experts, which is {routing.experts}",
+            ),
+            (
+                upcycled == bool(routing.upcycle_from),
+                "routing.upcycle_from",
+                f"must {'name the run folder of a dense model' if upcycled else 'be empty'} for "
+                f"routing.init={routing.init}",
+            ),
+            (
+                optim.schedule == "step" or optim.warmup_epochs == 0,
+                "optim.warmup_epochs",
+                "must be 0 for optim.schedule=epoch; warm-up needs optim.schedule=step",
+            ),
+            (
+                optim.warmup_epochs < train.epochs,
+                "optim.warmup_epochs",
+                f"must be below train.epochs, which is {train.epochs}",
+            ),
+        )
 
     @property
     def learned(self) -> bool:
         """Whether the model routes its own tokens, by what it learned or by a hash, and takes no route."""
         return self.routing.router != "random"
+
+    @property
+    def expert_layers(self) -> tuple[int, ...]:
+        """Numbers of the layers that hold experts, where there are any."""
+        pattern = self.routing.pattern
+        return tuple(layer for layer in range(self.model.depth) if pattern[layer % len(pattern)] == "experts")
 
     @property
     def slots(self) -> int:
@@ -225,7 +237,7 @@ CHOICES = {
     "model.pool": ("cls", "mean"),
     "model.positions": ("learned", "sincos2d"),
     "model.dtype": ("auto", "float32", "bfloat16"),
-    "routing.router": ("random", "switch", "topk", "expert_choice", "soft", "hash"),
+    "routing.router": ("random", "switch", "topk", "expert_choice", "soft", "hash", "frozen"),
     "routing.granularity": ("batch", "sample", "token"),
     "routing.shared_layer": ("none", "up", "down"),
     "routing.pull_schedule": ("constant", "rising"),
@@ -284,7 +296,7 @@ def from_dict(values: dict[str, dict[str, Any]]) -> Config:
         for name, value in section_values.items():
             if not hasattr(section, name):
                 raise ConfigError(unknown_field(f"{section_name}.{name}"))
-            setattr(section, name, value)
+            setattr(section, name, tuple(value) if isinstance(value, list) else value)  # JSON has no tuples
     return config
 
 
@@ -333,7 +345,7 @@ def _check_types(section: Any, name: str) -> None:
     for field in dataclasses.fields(section):
         value, wanted = getattr(section, field.name), field.type
         number = isinstance(value, int | float) and not isinstance(value, bool)
-        fits = number if wanted is float else type(value) is wanted
+        fits = number if wanted is float else type(value) is (typing.get_origin(wanted) or wanted)
         _require(fits, f"{name}.{field.name}", value, f"must be of type {getattr(wanted, '__name__', wanted)}")
         _require(not number or math.isfinite(value), f"{name}.{field.name}", value, "must be finite")
 

@@ -88,8 +88,11 @@ def _mergeability(config: Config, params: Any, evaluate: Evaluator, test: Split,
     return {
         "mergeability": {
             "images": len(part),
+            "layers": list(config.expert_layers),
             **mergeability.weight_geometry(params),
-            "gap": mergeability.layer_gap(step.make_model(config, "cpu"), params, images, batches),
+            "gap": mergeability.layer_gap(
+                step.make_model(config, "cpu"), params, images, batches, config.expert_layers
+            ),
             "barrier": mergeability.barrier(params, losses),
         }
     }

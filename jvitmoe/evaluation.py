@@ -107,7 +107,7 @@ class Evaluator:
 def make_evaluate(model: vit.ViT, mesh: Mesh) -> Evaluator:
     """Returns the evaluation of every tree of a run: (dense params, images, batches) -> Result, and its `paths`."""
     routed = Evaluator(model, mesh) if model.router else None
-    return Evaluator(model.clone(experts=1, router=None), mesh, routed)
+    return Evaluator(model.plain(), mesh, routed)
 
 
 def evaluate_main(config: Config, params: Any, evaluate: Evaluator, split: Images, batches: Batches) -> Result:
@@ -192,12 +192,13 @@ def flops_per_image(net: vit.ViT, batch: int) -> float:
 def count_parameters(config: Config) -> tuple[int, int]:
     """Returns (active, total): what one token passes through, its router included, and all experts together.
 
-    With top-k a token passes through K experts, otherwise through one, or on average one. Nothing is allocated.
+    With top-k a token passes through K experts, with a frozen router, as tested, through all, otherwise through one, or
+    on average one. Nothing is allocated.
     """
     model, routed = make_model(config, "cpu"), config.routing
     params = jax.eval_shape(lambda: vit.init(model, jax.random.key(0)))
     trunk, experts = merging.split(params, merging.stacked(params))
-    chosen = routed.top_k if routed.router == "topk" else 1
+    chosen = {"topk": routed.top_k, "frozen": routed.experts}.get(routed.router, 1)
     return _size(trunk) + chosen * _size(experts) // routed.experts, _size(params)
 
 

@@ -28,7 +28,7 @@ def subset(split: Split) -> Split:
 
 
 def weight_geometry(params: Any) -> dict[str, list[float]]:
-    """Returns, per layer, over all stacked weights of its MLP as one vector w_e per expert, m their mean:
+    """Returns, per layer with experts, over all stacked weights of its MLP as one vector w_e per expert, m their mean:
 
     spread: ||w_e - m|| / ||m||, averaged over experts.
     cosine: of w_e and w_f, averaged over pairs.
@@ -45,9 +45,8 @@ def weight_geometry(params: Any) -> dict[str, list[float]]:
         apart = jax.tree.map(lambda leaf: leaf - leaf.mean(merging.EXPERT_AXIS, keepdims=True), experts)
         return gram(experts), gram(apart)
 
-    experts = merging.split(params, merging.stacked(params))[1]
     with jax.default_matmul_precision("highest"):
-        whole_LEE, apart_LEE = (np.asarray(x, float) for x in jax.device_get(grams(experts)))
+        whole_LEE, apart_LEE = (np.asarray(x, float) for x in jax.device_get(grams(merging.expert_layers(params))))
     mean_norm_L = np.sqrt(whole_LEE.mean((1, 2)))
     spread_L = _norms(apart_LEE).mean(1) / mean_norm_L
     return {
@@ -68,27 +67,30 @@ def _cosines(gram_LEE: np.ndarray) -> np.ndarray:
     return cosine_LEE[:, *np.triu_indices(gram_LEE.shape[1], 1)]
 
 
-def layer_gap(model: vit.ViT, params: Any, split: Images, batches: Batches) -> list[float]:
-    """Returns, per layer, the mean of ||mean_e f_e(x) - f_mean(x)|| over the mean of ||mean_e f_e(x)||, both over all
-    tokens; f_e is the layer's MLP with expert e, x its input in the merged model on these images.
+def layer_gap(
+    model: vit.ViT, params: Any, split: Images, batches: Batches, expert_layers: Sequence[int]
+) -> list[float]:
+    """Returns, per layer with experts, the mean of ||mean_e f_e(x) - f_mean(x)|| over the mean of ||mean_e f_e(x)||,
+    both over all tokens; f_e is the layer's MLP with expert e, x its input in the merged model on these images.
 
     How far averaging weights is from averaging outputs. In float32 throughout.
     """
-    dense, depth = model.clone(experts=1, router=None, dtype=jnp.dtype("float32")), model.config.depth
+    dense, depth = model.plain().clone(dtype=jnp.dtype("float32")), model.config.depth
 
     @jax.jit
     def batch_sums(params: Any, index_B: jax.Array, mask_B: jax.Array) -> jax.Array:
         merged = merging.average_experts(params)
         images = augment.normalize(split.images_NHWC[index_B])
-        sums = []
-        for layer, x_BTD in enumerate(mlp_inputs(dense, merged, images)):
+        sums, inputs = [], mlp_inputs(dense, merged, images)
+        for layer in expert_layers:
+            x_BTD = inputs[layer]
             outputs = [
                 _mlp(merging.take_path(params, jnp.full((depth,), e)), layer, x_BTD) for e in range(model.experts)
             ]
             wanted_BTD = sum(outputs) / len(outputs)
             for y_BTD in (wanted_BTD - _mlp(merged, layer, x_BTD), wanted_BTD):
                 sums.append(jnp.where(mask_B[:, None], jnp.linalg.norm(y_BTD, axis=-1), 0.0).sum())
-        return jnp.stack(sums).reshape(depth, 2)
+        return jnp.stack(sums).reshape(-1, 2)
 
     with jax.default_matmul_precision("highest"):
         parts = [np.asarray(batch_sums(params, *batch), float) for batch in zip(*batches, strict=True)]

@@ -1,15 +1,20 @@
 """From expert-stacked trees to dense ones and back: every function here reduces, selects or fills the expert axis.
 
-A leaf is stacked when it has one axis more than the same leaf of the dense model: [L, E, ...] against [L, ...].
+A leaf is stacked when it has one axis more than the same leaf of the dense model: [L, E, ...] against [L, ...]. With
+a pattern of n layers the tree holds each of its positions apart, with leaves [L / n, ...] (`vit.ViT`).
 
 L layers · E experts
 """
 
+import functools
+import operator
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+
+from jvitmoe.models import vit
 
 Tree = Any
 
@@ -25,13 +30,18 @@ def stacked(params: Tree) -> Tree:
 
 def average_experts(params: Tree) -> Tree:
     """Returns the dense tree: every stacked leaf averaged over its E axis. Source: AdaMix, arXiv 2205.12410, eq. 5."""
-    return _to_dense(lambda leaf: leaf.mean(EXPERT_AXIS), params)
+    return _to_dense(params, lambda experts: jax.tree.map(lambda leaf: leaf.mean(EXPERT_AXIS), experts))
 
 
-def take_path(params: Tree, route: jax.Array) -> Tree:
-    """Returns the dense tree of one path: from every stacked leaf, expert route[l] of layer l. A route [L, P] gives
-    the tree of P experts instead."""
-    return _to_dense(lambda leaf: take(leaf, route), params)
+def take_path(params: Tree, route_L: jax.Array) -> Tree:
+    """Returns the dense tree of one path: from every stacked leaf, expert route[l] of layer l."""
+    return _to_dense(params, lambda experts: take(experts, route_L))
+
+
+def expert_layers(params: Tree) -> Tree:
+    """Returns the experts alone, {"mlp": …}: stacked leaves [X, E, ...] over the X layers that have experts, in order;
+    None in place of other leaves."""
+    return vit.in_layers(split(params, stacked(params))[1]["blocks"])
 
 
 def pull(params: Tree, rate: jax.Array | float) -> Tree:
@@ -47,14 +57,24 @@ def pull(params: Tree, rate: jax.Array | float) -> Tree:
 
 
 def upcycle(dense: Tree, like: Tree) -> Tree:
-    """Returns the stacked tree shaped as `like` whose experts are all copies of the dense MLP (arXiv 2212.05055)."""
-    return jax.tree.map(
-        lambda x, wanted: (
-            jnp.broadcast_to(jnp.expand_dims(x, EXPERT_AXIS), wanted.shape) if x.ndim < wanted.ndim else x
-        ),
-        dense,
-        like,
-    )
+    """Returns the stacked tree shaped as `like` whose experts are all copies of the dense MLP (arXiv 2212.05055).
+
+    A learned router, which the dense tree has none of, is that of `like`.
+    """
+
+    def fill(path: tuple[Any, ...], wanted: jax.Array) -> jax.Array:
+        names = [entry.key for entry in path]
+        if "router" in names:
+            return wanted
+        leaf = functools.reduce(operator.getitem, (name for name in names if name not in turns), dense)
+        if names[0] == "blocks":
+            leaf = _of_turn(path, leaf, wanted.shape[0])
+        if leaf.ndim < wanted.ndim:
+            leaf = jnp.broadcast_to(jnp.expand_dims(leaf, EXPERT_AXIS), wanted.shape)
+        return leaf
+
+    turns = like["blocks"].keys() - dense["blocks"].keys()
+    return jax.tree.map_with_path(fill, like)
 
 
 def split(tree: Tree, stacked: Tree) -> tuple[Tree, Tree]:
@@ -69,26 +89,39 @@ def join(trunk: Tree, experts: Tree) -> Tree:
     return jax.tree.map(lambda a, b: b if a is None else a, trunk, experts, is_leaf=lambda x: x is None)
 
 
-def take(leaf: jax.Array, route: jax.Array) -> jax.Array:
-    """Returns expert route[l] of each layer l: [L, ...] from [L, E, ...]; with a route [L, P], a stack [L, P, ...]."""
-    return leaf[_layers(leaf, route), route]
+def take(experts: Tree, route: jax.Array) -> Tree:
+    """Returns expert route[l] of each layer l: leaves [L, ...] from [L, E, ...]; with a route [L, P], [L, P, ...]."""
+    return jax.tree.map_with_path(lambda path, leaf: leaf[_place(path, leaf, route)], experts)
 
 
-def put(leaf: jax.Array, part: jax.Array, route: jax.Array) -> jax.Array:
-    """Returns the [L, E, ...] leaf with the experts that `take` picks replaced by `part`; in place when donated.
+def put(experts: Tree, parts: Tree, route: jax.Array) -> Tree:
+    """Returns the experts with those that `take` picks replaced by `parts`; in place when donated.
 
     The experts of one layer's route must differ.
     """
-    return leaf.at[_layers(leaf, route), route].set(part, unique_indices=True)
+
+    def write(path: tuple[Any, ...], leaf: jax.Array, part: jax.Array) -> jax.Array:
+        return leaf.at[_place(path, leaf, route)].set(part, unique_indices=True)
+
+    return jax.tree.map_with_path(write, experts, parts)
 
 
-def _layers(leaf: jax.Array, route: jax.Array) -> jax.Array:
-    return jnp.arange(leaf.shape[0]).reshape(-1, *[1] * (route.ndim - 1))
+def _place(path: tuple[Any, ...], leaf: jax.Array, route: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns (layer, expert) that index the leaf, each broadcast to its part of the route."""
+    route = _of_turn(path, route, leaf.shape[0])
+    return jnp.arange(leaf.shape[0]).reshape(-1, *[1] * (route.ndim - 1)), route
 
 
-def _to_dense(reduce: Callable[[jax.Array], jax.Array], params: Tree) -> Tree:
-    """Returns the tree with every stacked leaf reduced, and without a learned router: one expert needs none."""
-    return _without_router(jax.tree.map(lambda x, is_stacked: reduce(x) if is_stacked else x, params, stacked(params)))
+def _of_turn(path: tuple[Any, ...], x_L: jax.Array, turns: int) -> jax.Array:
+    """Returns the layers of x_L that the leaf at this path of a pattern's tree holds; all where there is none."""
+    return x_L[vit.place_in_turn(path) :: x_L.shape[0] // turns]
+
+
+def _to_dense(params: Tree, reduce: Callable[[Tree], Tree]) -> Tree:
+    """Returns the dense tree with the experts reduced, and without a learned router: one expert needs none."""
+    trunk, experts = split(params, stacked(params))
+    tree = _without_router(join(trunk, reduce(experts)))
+    return tree | {"blocks": vit.in_layers(tree["blocks"])}
 
 
 def _without_router(tree: Tree) -> Tree:

@@ -25,16 +25,24 @@ def schedule(config: Config, steps_per_epoch: int) -> optax.Schedule:
     return optax.warmup_cosine_decay_schedule(start, optim.learning_rate, warmup, epochs * steps_per_epoch)
 
 
-def direction(optim: OptimConfig) -> optax.GradientTransformation:
+def direction(optim: OptimConfig, frozen: str = "") -> optax.GradientTransformation:
     """Returns the transformation from gradients to the direction that the learning rate multiplies.
+
+    Parameters under the name `frozen` have no direction, no decay and no moments.
 
     "adam" adds weight_decay * parameter to the gradient of every parameter before Adam sees it (PyTorch's Adam).
     "adamw" adds it after, to matrices only (Loshchilov and Hutter, arXiv 1711.05101).
     """
     adam = optax.scale_by_adam(optim.b1, optim.b2, optim.eps)
     if optim.name == "adam":
-        return optax.chain(optax.add_decayed_weights(optim.weight_decay), adam)
-    return optax.chain(adam, optax.add_decayed_weights(optim.weight_decay, mask=_decay_mask))
+        tx = optax.chain(optax.add_decayed_weights(optim.weight_decay), adam)
+    else:
+        tx = optax.chain(adam, optax.add_decayed_weights(optim.weight_decay, mask=_decay_mask))
+    return optax.selective_transform(tx, freeze_mask=lambda params: _under(frozen, params)) if frozen else tx
+
+
+def _under(name: str, params: Any) -> Any:
+    return jax.tree.map_with_path(lambda path, _: any(entry.key == name for entry in path), params)
 
 
 def _decay_mask(params: Any) -> Any:

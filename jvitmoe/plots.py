@@ -12,37 +12,70 @@ matplotlib.use("Agg")  # files only: no display is needed
 
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import MaxNLocator, NullFormatter, PercentFormatter
 
 COLOURS = {"merged": "tab:orange", "ensemble": "tab:green", "EMA": "tab:olive"}  # of the bars; experts are blue
+LEAST_ERROR = 1e-3  # what a log scale shows for none
+MARKS = {
+    **{"dense": ("D", "black"), "merged": ("o", COLOURS["merged"]), "routed": ("s", "tab:purple")},
+    **{"expert (mean)": ("x", "tab:blue"), "ensemble": ("^", COLOURS["ensemble"]), "EMA": ("v", COLOURS["EMA"])},
+}
 
 
-def curves(runs: Sequence[Path], path: Path) -> None:
-    """Writes one PNG: training loss, and accuracy on the watched split, against the step, one colour per run."""
+def curves(groups: Mapping[str, Sequence[Path]], path: Path) -> None:
+    """Writes one PNG: training loss, and accuracy on the watched split, against the step. One colour per group of runs,
+    and one legend beside the two where there are many."""
+    few = len(groups) <= 10
     figure, (loss_axes, accuracy_axes) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
-    for run in runs:
-        lines = tracking.read_metrics(run / tracking.METRICS)
-        train = [line for line in lines if line["kind"] == "train"]
-        watched = [line for line in lines if line["kind"] != "train"]
-        (curve,) = loss_axes.plot(
-            [line["step"] for line in train], [line["loss"] for line in train], label=run.name, linewidth=1.2
-        )
-        accuracy_axes.plot(
-            [line["step"] for line in watched],
-            [line["accuracy"] for line in watched],
-            label=run.name,
-            color=curve.get_color(),
-            marker="o",
-            markersize=3,
-        )
+    colours = plt.get_cmap("tab10" if few else "turbo")
+    for number, (name, runs) in enumerate(groups.items()):
+        colour = colours(number if few else number / (len(groups) - 1))
+        for place, run in enumerate(runs):
+            lines = tracking.read_metrics(run / tracking.METRICS)
+            train = [line for line in lines if line["kind"] == "train"]
+            watched = [line for line in lines if line["kind"] != "train"]
+            style = {"color": colour, "linewidth": 1.2, "label": "_" if place else name}
+            loss_axes.plot([line["step"] for line in train], [line["loss"] for line in train], **style)
+            steps, accuracies = [line["step"] for line in watched], [line["accuracy"] for line in watched]
+            accuracy_axes.plot(steps, accuracies, marker="o", markersize=3, **style)
     loss_axes.set(
         title="Training loss of the path that ran", xlabel="step", ylabel="cross-entropy (nats)", yscale="log"
     )
-    accuracy_axes.set(title="Accuracy of the dense or merged model", xlabel="step", ylabel="accuracy")
-    accuracy_axes.yaxis.set_major_formatter("{x:.0%}")
+    accuracy_axes.set(title="Accuracy of the dense, merged or routed model", xlabel="step", ylabel="accuracy")
+    accuracy_axes.yaxis.set_major_formatter(PercentFormatter(1.0))
     _plain(loss_axes, accuracy_axes)
-    loss_axes.legend(frameon=False, loc="upper right")
-    accuracy_axes.legend(frameon=False, loc="lower right")
+    if few:
+        loss_axes.legend(frameon=False, loc="upper right")
+        accuracy_axes.legend(frameon=False, loc="lower right")
+    else:
+        figure.legend(*loss_axes.get_legend_handles_labels(), loc="outside right upper", frameon=False, fontsize=7)
+    _save(figure, path)
+
+
+def comparison(table: Mapping[str, Mapping[str, tuple[float, float]]], path: Path) -> None:
+    """Writes one PNG of {run: {model: (accuracy, deviation)}}: a line per run with a mark per model at its error;
+    experts are one mark, at their mean."""
+    figure, axes = plt.subplots(figsize=(9, 1.2 + 0.3 * len(table)), layout="constrained")
+    marks: dict[str, list[tuple[float, float, int]]] = {}
+    for place, models in enumerate(table.values()):
+        experts = [accuracy for model, (accuracy, _) in models.items() if model.startswith("expert ")]
+        shown = {name: models[name] for name in models if name in MARKS}
+        if experts:
+            shown["expert (mean)"] = (sum(experts) / len(experts), 0.0)
+        for model, (accuracy, deviation) in shown.items():
+            marks.setdefault(model, []).append((accuracy, deviation, place))
+    for model, (marker, colour) in MARKS.items():
+        if model in marks:
+            accuracies, deviations, places = zip(*marks[model], strict=True)
+            errors = [max(1 - accuracy, LEAST_ERROR) for accuracy in accuracies]
+            axes.errorbar(errors, places, xerr=deviations, fmt=marker, color=colour, markersize=6, label=model)
+    axes.set_yticks(range(len(table)), table)
+    axes.invert_yaxis()
+    axes.set(title="Test error, mean and deviation over seeds", xlabel="error (left is better)", xscale="log")
+    axes.xaxis.set_major_formatter(PercentFormatter(1.0))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    _plain(axes)
+    axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
     _save(figure, path)
 
 
@@ -51,7 +84,7 @@ def mergeability(result: Mapping[str, Any], path: Path) -> None:
     experts, and the accuracy of every model tested."""
     why = result["mergeability"]
     figure, (layer_axes, loss_axes, bar_axes) = plt.subplots(1, 3, figsize=(14, 4.2), layout="constrained")
-    layers = range(len(why["spread"]))
+    layers = why["layers"]
     layer_axes.plot(layers, why["spread"], marker="o", label="spread of experts' weights")
     layer_axes.plot(layers, why["gap"], marker="s", label="gap of the layer's output")
     layer_axes.set(title="How far experts are from their mean", xlabel="layer", ylabel="relative to the mean")

@@ -1,10 +1,12 @@
 """Puts runs side by side: `python -m jvitmoe.report runs/* [--out runs/report]`.
 
 Runs that differ in nothing but their seed become one row: mean ± deviation. `name=runs/a,runs/b` names such a group,
-and is refused where it is none. Prints one table and writes it as report.md, with the curves of all runs in curves.png.
+and is refused where it is none. Prints one table and writes it as report.md, with its picture in comparison.png, the
+curves of all runs in curves.png, and each group's config and versions, and result per seed, in runs.json.
 """
 
 import itertools
+import json
 import os
 import re
 import statistics
@@ -21,8 +23,16 @@ from jvitmoe.tracking import console
 
 NOTE = (
     "± is the sample deviation over seeds; in a row of one seed it is over random paths. Each dense run stands before "
-    "the runs that differ from it in `routing` alone."
+    "the runs that differ from it in `routing` and EMA alone."
 )
+
+
+GLANCE = (
+    "Accuracy on the test split. Experts: mean of the expert paths. Barrier: highest rise of the loss on the straight "
+    "line from an expert to the mean, nats. Gap: how far the output of the mean expert is from the mean of outputs, "
+    "relative, in the worst layer."
+)
+MANY = 4  # groups whose every model fits on a screen
 
 
 class Run(NamedTuple):
@@ -32,7 +42,7 @@ class Run(NamedTuple):
 
 
 def main(argv: list[str]) -> None:
-    """Writes report.md and curves.png and prints the table."""
+    """Writes report.md, runs.json and the pictures and prints the table."""
     values, arguments = cli.parse_with_arguments(argv, _define_flags)
     out = Path(values.out)
     named, folders = _split_names(arguments)
@@ -46,16 +56,26 @@ def main(argv: list[str]) -> None:
         raise UserError("no run folder was given; name one or more, such as runs/digits_dense runs/digits_random")
     rows = [row for name in in_order(groups) for row in group_rows(name, groups[name])]
     out.mkdir(parents=True, exist_ok=True)
-    plots.curves([run.folder for group in groups.values() for run in group], out / "curves.png")
-    tracking.write_text(out / "report.md", f"# Runs\n\n{tracking.markdown(rows)}\n{NOTE}\n\n![curves](curves.png)\n")
-    tracking.show([{name: cell for name, cell in row.items() if name != "hardware"} for row in rows], "test split")
+    plots.curves({name: [run.folder for run in groups[name]] for name in in_order(groups)}, out / "curves.png")
+    plots.comparison({name: accuracies(groups[name]) for name in in_order(groups)}, out / "comparison.png")
+    pictures = "![comparison](comparison.png)\n\n![curves](curves.png)\n"
+    glance = [glance_row(name, groups[name]) for name in in_order(groups)]
+    tables = (
+        f"{tracking.markdown(glance)}\n{GLANCE}\n\n{pictures}\n## Every model\n\n{tracking.markdown(rows)}\n{NOTE}\n"
+    )
+    tracking.write_text(out / "report.md", f"# Runs\n\n{tables}")
+    tracking.write_text(
+        out / "runs.json", json.dumps({n: record(groups[n]) for n in in_order(groups)}, indent=1) + "\n"
+    )
+    short = [{name: cell for name, cell in row.items() if name != "hardware"} for row in rows]
+    tracking.show(short if len(groups) <= MANY else glance, "test split")
     for hardware in dict.fromkeys(row["hardware"] for row in rows):
         console.print(f"hardware    {hardware}")
-    console.print(f"curves      {out / 'curves.png'}")
+    console.print(f"pictures    {out / 'comparison.png'}, {out / 'curves.png'}")
 
 
 def _define_flags(values: flags.FlagValues) -> None:
-    flags.DEFINE_string("out", "runs/report", "Folder for report.md and curves.png.", flag_values=values)
+    flags.DEFINE_string("out", "runs/report", "Folder for report.md, runs.json and the pictures.", flag_values=values)
 
 
 def _split_names(arguments: Iterable[str]) -> tuple[dict[str, list[Path]], list[Path]]:
@@ -113,6 +133,11 @@ def check_group(name: str, group: list[Run]) -> list[Run]:
             )
         if (seed := run.config.train.seed) == other.config.train.seed:
             raise UserError(f"group {name!r}: {run.folder} and {other.folder} are both of seed {seed}; leave one out")
+        if run.result["step"] != other.result["step"]:
+            raise UserError(
+                f"group {name!r}: {run.folder} was tested at step {run.result['step']} and {other.folder} at "
+                f"{other.result['step']}; run jvitmoe.evaluate on each with the same --checkpoint"
+            )
         if _models(run) != _models(other):
             raise UserError(
                 f"group {name!r}: {run.folder} and {other.folder} were tested as different models; "
@@ -122,9 +147,9 @@ def check_group(name: str, group: list[Run]) -> list[Run]:
 
 
 def in_order(groups: dict[str, list[Run]]) -> list[str]:
-    """Returns the names with matched groups (equal but for `routing`) together, the dense one first."""
+    """Returns the names with matched groups (equal but for `routing` and the EMA) together, dense ones first."""
     names = list(groups)
-    matched = {name: _key(groups[name][0], ("train.seed", "routing.")) for name in names}
+    matched = {name: _key(groups[name][0], ("train.seed", "train.ema", "routing.")) for name in names}
     first = {key: place for place, key in reversed(list(enumerate(matched.values())))}
     return sorted(names, key=lambda name: (first[matched[name]], groups[name][0].config.routing.experts > 1))
 
@@ -158,6 +183,38 @@ def group_rows(name: str, group: Sequence[Run]) -> list[dict[str, str]]:
             }
         )
     return rows
+
+
+def accuracies(group: Sequence[Run]) -> dict[str, tuple[float, float]]:
+    """Returns model -> (mean accuracy, sample deviation over seeds; 0 for one seed)."""
+    seeds = [[row["accuracy"] for row in run.result["rows"]] for run in group]
+    several = zip(_models(group[0]), zip(*seeds, strict=True), strict=True)
+    return {model: (statistics.fmean(x), statistics.stdev(x) if len(x) > 1 else 0.0) for model, x in several}
+
+
+def record(group: Sequence[Run]) -> dict[str, Any]:
+    """Returns what a group's numbers came from: its config, versions, and the whole result of each seed."""
+    config = {field: value for field, value in config_lib.flatten(group[0].config).items() if field != "train.seed"}
+    return {"config": config, "seeds": {run.config.train.seed: run.result for run in group}}
+
+
+def glance_row(name: str, group: Sequence[Run]) -> dict[str, str]:
+    """Returns the text cells of a group in one row: the accuracy of each kind of model, and how mergeable it was."""
+
+    def cell(model: str, form: str = ".2%") -> str:
+        found = accuracies(group).get(model)
+        return "-" if found is None else f"{found[0]:{form}}" + (f" ± {found[1]:{form}}" if len(group) > 1 else "")
+
+    experts = [mean for model, (mean, _) in accuracies(group).items() if model.startswith("expert ")]
+    why = [run.result["mergeability"] for run in group if "mergeability" in run.result]
+    return {
+        "run": name,
+        "seeds": str(len(group)),
+        **{model: cell(model) for model in ("dense", "merged", "EMA", "routed", "ensemble")},
+        "experts": f"{statistics.fmean(experts):.2%}" if experts else "-",
+        "barrier": f"{statistics.fmean(part['barrier']['height'] for part in why):.4f}" if why else "-",
+        "gap": f"{statistics.fmean(max(part['gap']) for part in why):.3f}" if why else "-",
+    }
 
 
 def _models(run: Run) -> list[str]:

@@ -35,27 +35,26 @@ def create(params: Any, tx: optax.GradientTransformation, ema: bool = False) -> 
     return TrainState(jnp.zeros((), jnp.int32), params, OptState(tx.init(trunk), expert_state), average)
 
 
-def take_path(params: Any, opt_state: OptState, route_L: jax.Array) -> tuple[Any, OptState]:
-    """Returns (params, opt_state) of the dense model that the route picks."""
-    experts = jax.tree.map(lambda leaf: merging.take(leaf, route_L), opt_state.experts)
-    return merging.take_path(params, route_L), OptState(opt_state.trunk, experts)
+def take_path(params: Any, opt_state: OptState, route: jax.Array) -> tuple[Any, OptState]:
+    """Returns (params, opt_state) of what the route picks: with [L], the tree that `ViT` has with one expert; with
+    [L, P], with P of them."""
+    trunk, experts = merging.split(params, merging.stacked(params))
+    path_state = OptState(opt_state.trunk, merging.take(opt_state.experts, route))
+    return merging.join(trunk, merging.take(experts, route)), path_state
 
 
 def put_path(
-    params: Any, opt_state: OptState, route_L: jax.Array, path: Any, path_opt_state: OptState
+    params: Any, opt_state: OptState, route: jax.Array, path: Any, path_opt_state: OptState
 ) -> tuple[Any, OptState]:
-    """Returns (params, opt_state) with the dense model written back where `take_path` found it.
+    """Returns (params, opt_state) with the path written back where `take_path` found it.
 
     Nothing else is written: idle experts, their moments and counts keep their bits.
     """
-
-    def put(leaf: jax.Array, part: jax.Array) -> jax.Array:
-        return merging.put(leaf, part, route_L)
-
-    written = jax.tree.map(
-        lambda leaf, part, is_stacked: put(leaf, part) if is_stacked else part, params, path, merging.stacked(params)
-    )
-    return written, OptState(path_opt_state.trunk, jax.tree.map(put, opt_state.experts, path_opt_state.experts))
+    marks = merging.stacked(params)
+    _, experts = merging.split(params, marks)
+    trunk, parts = merging.split(path, marks)
+    expert_state = merging.put(opt_state.experts, path_opt_state.experts, route)
+    return merging.join(trunk, merging.put(experts, parts, route)), OptState(path_opt_state.trunk, expert_state)
 
 
 def update(

@@ -3,11 +3,13 @@
 B global batch, b the share of one device · S steps of one epoch · N images · L layers
 """
 
+import dataclasses
+import functools
 import os
 import platform
 import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,16 +40,16 @@ class Metrics(NamedTuple):
     accuracy: jax.Array  # of the path that ran, before its update
     grad_norm: jax.Array  # global L2 norm before clipping
     learning_rate: jax.Array
-    router: Statistics | None = None  # leaves [L, ...], means over the batch; None without a learned router
+    router: Statistics | None = None  # leaves [layers with experts, ...], means over the batch; None: no router
 
 
-def as_floats(metrics: Metrics) -> dict[str, float]:
+def as_floats(metrics: Metrics, expert_layers: Sequence[int]) -> dict[str, float]:
     """Returns name -> value of metrics on the host; a router's as router/<name>/layer<l>[/expert<e>]."""
     scalars = {name: float(value) for name, value in metrics._asdict().items() if name != "router"}
     for name, leaf in metrics.router._asdict().items() if metrics.router else ():
-        for place in np.ndindex(leaf.shape):
-            parts = [f"{axis}{at}" for axis, at in zip(("layer", "expert"), place, strict=False)]
-            scalars["/".join(("router", name.removesuffix("_E"), *parts))] = float(leaf[place])
+        for x, *expert in np.ndindex(leaf.shape):
+            parts = [f"layer{expert_layers[x]}", *(f"expert{e}" for e in expert)]
+            scalars["/".join(("router", name.removesuffix("_E"), *parts))] = float(leaf[x, *expert])
     return scalars
 
 
@@ -97,8 +99,15 @@ def make_model(config: Config, platform_name: str) -> vit.ViT:
     routed = config.routing
     router = None
     if config.learned:
-        router = RouterSettings(routed.router, routed.top_k, routed.capacity, routed.eval_capacity)
-    return vit.build(config.model, routed.experts, routed.init, routed.shared_layer, router, platform_name)
+        top_k = routed.experts if routed.router == "frozen" else routed.top_k  # when it is tested, all of them
+        router = RouterSettings(routed.router, top_k, routed.capacity, routed.eval_capacity)
+    pattern = routed.pattern if routed.experts > 1 else ("experts",)
+    return vit.build(config.model, routed.experts, routed.init, routed.shared_layer, router, platform_name, pattern)
+
+
+def make_direction(config: Config) -> optax.GradientTransformation:
+    """Returns the transformation from gradients to the direction that the learning rate multiplies."""
+    return optim.direction(config.optim, frozen="router" if config.routing.router == "frozen" else "")
 
 
 def make_state(config: Config, model: vit.ViT, mesh: Mesh, dense: Any = None) -> TrainState:
@@ -107,7 +116,7 @@ def make_state(config: Config, model: vit.ViT, mesh: Mesh, dense: Any = None) ->
     With a trained dense tree, experts are copies of its MLPs and the trunk is its trunk: sparse upcycling.
     """
     key = routing.address(jax.random.key(config.train.seed), Purpose.INIT)
-    tx = optim.direction(config.optim)
+    tx = make_direction(config)
 
     def create() -> TrainState:
         params = vit.init(model, key)
@@ -174,7 +183,7 @@ def make_train_step(config: Config, model: vit.ViT, mesh: Mesh, steps_per_epoch:
     """
     root = jax.random.key(config.train.seed)
     learning_rate = optim.schedule(config, steps_per_epoch)
-    tx = optim.direction(config.optim)
+    tx = make_direction(config)
     data, routed, depth, batch_size = config.data, config.routing, config.model.depth, config.train.batch_size
     over_slots = config.slots > 1
     passes = 2 if routed.consistency else 1
@@ -182,9 +191,14 @@ def make_train_step(config: Config, model: vit.ViT, mesh: Mesh, steps_per_epoch:
     # dense model, or two experts.
     whole = over_slots or config.learned
     net = model if whole else model.clone(experts=passes)
+    nets = [net]
+    if model.router and routed.router == "frozen":  # its K grows, and shapes with it: one program holds them all
+        growing = range(routed.top_k, routed.experts + 1)
+        nets = [net.clone(router=dataclasses.replace(model.router, top_k=top_k)) for top_k in growing]
     needs_keys = config.model.dropout > 0 or config.learned  # to a learned router, no keys mean evaluation
     moves_experts = routed.experts > 1 and (routed.pull > 0 or routed.tie_last > 0)
     experts_at = expert_schedule(config, steps_per_epoch)
+    total = config.train.epochs * steps_per_epoch
 
     def keys_b(purpose: Purpose, step: jax.Array, place_b: jax.Array) -> jax.Array:
         return jax.vmap(jax.random.fold_in, (None, 0))(routing.address(root, purpose, step), place_b)
@@ -203,8 +217,10 @@ def make_train_step(config: Config, model: vit.ViT, mesh: Mesh, steps_per_epoch:
         if over_slots:  # sorted by slot, so that the network sees [E, b / E]
             by_slot = jnp.arange(index_b.shape[0]).reshape(-1, routed.experts).T.reshape(-1)
             index_b, place_b = index_b[by_slot], place_b[by_slot]
-        images = augment.augment(
-            keys_b(Purpose.AUGMENT, step, place_b), split.images_NHWC[index_b], data.crop_padding, data.flip
+        images = augment.normalize(
+            augment.augment(
+                keys_b(Purpose.AUGMENT, step, place_b), split.images_NHWC[index_b], data.crop_padding, data.flip
+            )
         )
         labels_b = split.labels_N[index_b]
         targets_bC = optax.smooth_labels(jax.nn.one_hot(labels_b, config.model.classes), config.train.label_smoothing)
@@ -215,7 +231,7 @@ def make_train_step(config: Config, model: vit.ViT, mesh: Mesh, steps_per_epoch:
             params, opt_state = state.take_path(params, opt_state, picked)
             routes = [jnp.full((depth,), number) for number in range(passes)]
 
-        def loss_fn(params: Any) -> tuple[jax.Array, tuple[jax.Array, Statistics | None]]:
+        def loss_fn(net: vit.ViT, params: Any) -> tuple[jax.Array, tuple[jax.Array, Statistics | None]]:
             # Each device differentiates its own copy, so gradients are reduced once, at the end, and not where a
             # parameter first meets the images: inside the scan over layers, and the CLS token once per image.
             params = jax.lax.pcast(params, (AXIS,), to="varying")
@@ -223,14 +239,14 @@ def make_train_step(config: Config, model: vit.ViT, mesh: Mesh, steps_per_epoch:
             for number, route in enumerate(routes):
                 dropout = keys_b(Purpose.DROPOUT, step, place_b + number * batch_size) if needs_keys else None
                 if config.learned:
-                    found, statistics = vit.logits_and_statistics(net, params, augment.normalize(images), dropout)
+                    found, statistics = vit.logits_and_statistics(net, params, images, dropout)
                     # Over the global batch before anything is multiplied: the loss of means is no mean of losses.
                     statistics = jax.lax.pmean(statistics, AXIS)
                     auxiliary += routed.balance_loss * moe.balance_loss(routed.router, statistics)
                     auxiliary += routed.z_loss * moe.z_loss(statistics)
                     logits.append(found)
                 else:
-                    logits.append(vit.logits(net, params, augment.normalize(images), route, dropout))
+                    logits.append(vit.logits(net, params, images, route, dropout))
             loss = optax.softmax_cross_entropy(logits[0], targets_bC).mean()
             if passes == 2:
                 if routed.consistency_loss == "thor":
@@ -241,7 +257,9 @@ def make_train_step(config: Config, model: vit.ViT, mesh: Mesh, steps_per_epoch:
             # gradients after the fact would be wrong by a factor of the device count.
             return jax.lax.pmean(loss, AXIS) + auxiliary, (jax.lax.pmean(accuracy, AXIS), statistics)
 
-        (loss, (accuracy, statistics)), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)
+        steps = [functools.partial(jax.value_and_grad(loss_fn, argnums=1, has_aux=True), net) for net in nets]
+        chosen = moe.top_k_at(step / total, routed.top_k, routed.experts) - routed.top_k
+        (loss, (accuracy, statistics)), grads = jax.lax.switch(chosen, steps, params)
         norm = optax.tree.norm(grads)
         if config.optim.clip_norm:
             scale = jnp.minimum(1.0, config.optim.clip_norm / norm)

@@ -211,8 +211,8 @@ LEGEND = (
 def _layer_rows(why: Mapping[str, Any]) -> list[dict[str, str]]:
     columns = {"spread": "spread", "cosine": "cosine", "closest pair": "difference_cosine", "layer gap": "gap"}
     return [
-        {"layer": str(layer), **{title: f"{why[name][layer]:.4f}" for title, name in columns.items()}}
-        for layer in range(len(why["spread"]))
+        {"layer": str(layer), **{title: f"{why[name][x]:.4f}" for title, name in columns.items()}}
+        for x, layer in enumerate(why["layers"])
     ]
 
 

@@ -251,7 +251,7 @@ class _Run:
                         "try a lower --config.optim.learning_rate or --config.optim.clip_norm=1 in a new --workdir"
                     )
             if done % self._config.train.log_every == 0:
-                tracker.train(done, step.as_floats(values))
+                tracker.train(done, step.as_floats(values, self._config.expert_layers))
 
 
 if __name__ == "__main__":

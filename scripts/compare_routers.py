@@ -1,4 +1,4 @@
-"""Trains every router beside dense at equal active FLOPs, several seeds each, and writes one table.
+"""Trains every router beside dense, several seeds each, and writes one table, its pictures, configs and versions.
 
     python scripts/compare_routers.py --config configs/digits_dense.py --runs runs/routers --out results/digits
     python scripts/compare_routers.py --config configs/cifar10_small.py --seeds 1 --only dense switch … \
@@ -8,6 +8,8 @@ What follows `--` goes to every `jvitmoe.train`. Started again it goes on: finis
 """
 
 import argparse
+import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -15,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 EMA = {"train.ema": 0.99}
+FIGURES = ("sample_shared_independent", "sample_shared_shared")  # what averaging breaks, and what it does not
 STACK = {"routing.experts": 4}
 
 
@@ -81,6 +84,14 @@ def main() -> None:
             failed += [name] if code else []
     folders = [str(options.runs / name) for name, _ in todo if name not in failed]
     subprocess.run([sys.executable, "-m", "jvitmoe.report", *folders, f"--out={options.out}"], check=True)
+    for name in FIGURES:
+        if (figure := options.runs / f"{name}-seed0" / "mergeability.png").exists():
+            shutil.copy(figure, options.out / f"mergeability_{name}.png")
+    with (options.out / "report.md").open("a") as report:
+        report.write(
+            f"\nWritten by `python {shlex.join(sys.argv)}`, {options.jobs} runs at a time: images/s are those of "
+            "a shared machine.\n"
+        )
     if failed:
         sys.exit(f"{len(failed)} runs failed: {', '.join(failed)}; see their logs in {options.runs}")
 

@@ -55,6 +55,10 @@ def test_defaults_obey_their_own_rules():
         ("routing.learning_rate", 0.0, "must be greater than 0"),
         ("routing.init", "upcycled", "must name the run folder of a dense model"),
         ("routing.upcycle_from", "runs/x", "must be empty for routing.init=independent"),
+        ("routing.pattern", ("dense",), "with 'experts' in it"),
+        ("routing.pattern", ("experts", "mlp"), "must be a tuple of 'experts' and 'dense'"),
+        ("routing.pattern", ("dense", "dense", "experts"), "must have a length that divides model.depth, which is 4"),
+        ("routing.pattern", "experts", "must be of type tuple"),
         ("routing.scope", "token", "must be one of 'shared', 'layer'"),
         ("model.norm", "rms", "must be one of 'pre', 'post'"),
         ("optim.name", "sgd", "must be one of 'adam', 'adamw'"),
@@ -87,6 +91,7 @@ def test_rules_across_fields_hold():
 def test_json_round_trip_is_exact():
     config = Config()
     config.routing.experts, config.optim.learning_rate = 7, 1.2345678901234567e-4
+    config.routing.pattern = ("dense", "experts")
     assert config_lib.loads(config_lib.dumps(config), "x") == config
 
 

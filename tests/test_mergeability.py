@@ -63,7 +63,7 @@ def test_spread_and_cosines_are_those_of_plain_loops(setup):
 )
 def test_the_layer_gap_is_that_of_one_image_at_a_time(setup, tiny_split, devices, model):
     net, params, images, batches = setup(devices, **model)
-    gap = mergeability.layer_gap(net, params, images, batches)
+    gap = mergeability.layer_gap(net, params, images, batches, range(L))
     dense, merged = net.clone(experts=1), jax.jit(merging.average_experts)(params)
     inputs = jax.jit(lambda x: mergeability.mlp_inputs(dense, merged, x))
 
@@ -113,12 +113,12 @@ def test_equal_experts_have_no_spread_no_gap_and_no_barrier(setup):
     geometry = mergeability.weight_geometry(params)
     assert geometry["spread"] == pytest.approx([0.0] * L, abs=1e-6)
     assert geometry["cosine"] == pytest.approx([1.0] * L, rel=1e-6)
-    assert mergeability.layer_gap(net, params, images, batches) == pytest.approx([0.0] * L, abs=1e-6)
+    assert mergeability.layer_gap(net, params, images, batches, range(L)) == pytest.approx([0.0] * L, abs=1e-6)
 
 
 def test_one_shared_layer_and_the_gap(setup):
     """The MLP is linear in `down`, so that a mean over `down` alone is the mean of outputs; `up` sits in the GELU."""
-    gaps = [mergeability.layer_gap(*setup(shared_layer=name)) for name in ("up", "down")]
+    gaps = [mergeability.layer_gap(*setup(shared_layer=name), range(L)) for name in ("up", "down")]
     assert gaps[0] == pytest.approx([0.0] * L, abs=1e-5)
     assert min(gaps[1]) > 0.01
 

@@ -6,6 +6,7 @@ import pytest
 
 from jvitmoe import merging, routing
 from jvitmoe.models import vit
+from jvitmoe.models.moe import RouterSettings
 
 E = 3
 EXPERT_LEAVES = {"up", "up_bias", "down", "down_bias"}
@@ -107,12 +108,12 @@ def test_put_writes_what_take_reads_and_nothing_else(route):
     leaf = rng.normal(size=(4, E, 5)).astype(np.float32)
     part = rng.normal(size=(4, 5)).astype(np.float32)
     route_L = jnp.array(route)
-    after = merging.put(jnp.asarray(leaf), jnp.asarray(part), route_L)
-    np.testing.assert_array_equal(merging.take(after, route_L), part)
+    after = merging.put({"up": jnp.asarray(leaf)}, {"up": jnp.asarray(part)}, route_L)
+    np.testing.assert_array_equal(merging.take(after, route_L)["up"], part)
     wanted = leaf.copy()
     for layer, expert in enumerate(route):
         wanted[layer, expert] = part[layer]
-    np.testing.assert_array_equal(np.asarray(after).view(np.uint32), wanted.view(np.uint32))
+    np.testing.assert_array_equal(np.asarray(after["up"]).view(np.uint32), wanted.view(np.uint32))
 
 
 @pytest.mark.parametrize("which", ["params", "dense"])
@@ -144,3 +145,45 @@ def test_upcycled_experts_are_the_dense_model_on_every_path_and_on_average(param
     chex.assert_trees_all_equal_shapes_and_dtypes(upcycled, params)
     chex.assert_trees_all_close(merging.average_experts(upcycled), dense, rtol=2e-7)  # a mean of three rounds
     chex.assert_trees_all_equal(merging.take_path(upcycled, jnp.array([3, 1])), dense)
+
+
+@pytest.mark.parametrize("router", [None, RouterSettings("switch")], ids=["random", "switch"])
+@pytest.mark.parametrize("pattern", [("dense", "experts"), ("experts", "experts", "dense"), ("experts",)])
+def test_a_pattern_of_layers_merges_to_the_dense_tree_and_back(tiny_config, pattern, router):
+    config = tiny_config(model={"depth": 6}).model
+    model = vit.build(config, E, router=router, pattern=pattern)
+    rng = np.random.default_rng(0)
+    params, dense = (
+        jax.tree.map(
+            lambda x: rng.normal(size=x.shape).astype(x.dtype),
+            jax.eval_shape(lambda net=net: vit.init(net, jax.random.key(0))),
+        )
+        for net in (model, model.plain())
+    )
+    chex.assert_trees_all_equal_shapes_and_dtypes(merging.average_experts(params), dense)
+    upcycled = merging.upcycle(dense, params)
+    chex.assert_trees_all_equal_shapes_and_dtypes(upcycled, params)
+    chex.assert_trees_all_equal(merging.take_path(upcycled, jnp.array([0, 1, 2, 2, 1, 0])), dense)
+    if router:
+        last = f"block{pattern.index('experts')}"
+        kept = [tree["blocks"].get(last, tree["blocks"])["mlp"]["router"] for tree in (upcycled, params)]
+        chex.assert_trees_all_equal(*kept)
+    # Every layer's MLP is that of the expert that the route names there.
+    path = merging.take_path(params, jnp.array([0, 1, 2, 2, 1, 0]))["blocks"]["mlp"]["up"]
+    for layer, expert in enumerate([0, 1, 2, 2, 1, 0]):
+        turn, place = divmod(layer, len(pattern))
+        blocks = params["blocks"] if len(pattern) == 1 else params["blocks"][f"block{place}"]
+        leaf = blocks["mlp"]["up"][turn]
+        np.testing.assert_array_equal(path[layer], leaf[expert] if pattern[place] == "experts" else leaf)
+    layers = merging.expert_layers(params)["mlp"]["up"]
+    assert layers.shape[:2] == (6 // len(pattern) * pattern.count("experts"), E)
+
+
+def test_a_model_with_a_pattern_on_a_route_is_the_dense_model_on_its_path(tiny_config):
+    config = tiny_config(model={"depth": 4}).model
+    model = vit.build(config, E, pattern=("experts", "dense"))
+    params = jax.jit(lambda: vit.init(model, jax.random.key(0)))()
+    images, route_L = np.random.default_rng(0).normal(size=(5, 8, 8, 1)), jnp.array([2, 0, 1, 1])
+    expected = jax.jit(lambda p: vit.logits(model.plain(), merging.take_path(p, route_L), images))(params)
+    logits = jax.jit(lambda p: vit.logits(model, p, images, route_L))(params)
+    chex.assert_trees_all_close(logits, expected, rtol=1e-6, atol=1e-6)

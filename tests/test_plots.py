@@ -29,7 +29,14 @@ def make_run(tmp_path):
         ]
         if "2 random paths" in models:
             rows[2] |= {"accuracy_std": 0.25, "flops_per_image": 2.5e6}
-        result = {"rows": rows, "active_parameters": 5, "total_parameters": 9, "data": "digits", "hardware": "1 x cpu"}
+        result = {
+            "rows": rows,
+            "step": 2,
+            "active_parameters": 5,
+            "total_parameters": 9,
+            "data": "digits",
+            "hardware": "1 x cpu",
+        }
         (folder / "result.json").write_text(json.dumps(result | {"images_per_second": rate}))
         lines = [{"step": s, "kind": k, "loss": 2.0 / s, "accuracy": s / 9} for s in (1, 2) for k in ("train", "test")]
         (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -87,6 +94,9 @@ def test_what_may_not_be_averaged_is_refused(make_run):
         read(first, again)
     with pytest.raises(UserError, match="tested as different models"):
         read(first, make_run("a_2", models=("merged",), train__seed=1))
+    early = report.read_run(make_run("a_4", train__seed=1))
+    with pytest.raises(UserError, match=r"tested at step 2 and \S+ at 1; run jvitmoe.evaluate"):
+        report.check_group("mine", [report.read_run(first), early._replace(result=early.result | {"step": 1})])
     faster = report.read_run(make_run("a_3", optim__learning_rate=0.5, train__seed=1))
     with pytest.raises(UserError, match=r"differ in optim.learning_rate \(0.001 and 0.5\); only seeds may differ"):
         report.check_group("mine", [report.read_run(first), faster])
@@ -104,8 +114,13 @@ def test_the_command_names_groups_skips_its_own_folder_and_writes_both_files(mak
     for _ in range(2):  # the second time the folder is there
         report.main(["report", f"mine={a},{b}", str(dense), str(out), f"--out={out}"])
     text = (out / "report.md").read_text()
-    assert text.count("| mine |") == text.count("| z=1 |") == len(MODELS)
-    assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert text.count("| mine |") == text.count("| z=1 |") == 1 + len(MODELS)
+    for picture in ("curves.png", "comparison.png"):
+        assert (out / picture).read_bytes().startswith(b"\x89PNG")
+    assert "| mine | 2 | - | 50.00% ± 0.00% | - | - | 50.00% ± 0.00% | 50.00% | - | - |" in text
+    record = json.loads((out / "runs.json").read_text())["mine"]
+    assert record["seeds"]["2"] == report.read_run(b).result
+    assert record["config"]["train.batch_size"] == 128
     with pytest.raises(UserError, match="two groups are called 'mine'"):
         report.main(["report", f"mine={a}", f"mine={b}", f"--out={out}"])
     with pytest.raises(UserError, match="both of seed 1"):
@@ -128,11 +143,11 @@ def test_the_mergeability_figure_and_report(make_run, capsys, experts):
     result = tracking.read_result(folder) | {"step": 3, "seed": 0, "versions": {"jax": "1"}}
     why = {name: [0.1, 0.2] for name in ("spread", "cosine", "difference_cosine", "gap")}
     barrier = {"share": [0.0, 0.5, 1.0], "losses": [[1.0 + e, 3.0, 2.0] for e in range(experts)], "height": 0.5}
-    result["mergeability"] = {"images": 10, **why, "barrier": barrier}
+    result["mergeability"] = {"images": 10, "layers": [1, 3], **why, "barrier": barrier}
     plots.mergeability(result, folder / tracking.MERGEABILITY)
     assert (folder / "mergeability.png").read_bytes().startswith(b"\x89PNG")
     tracking.write_result(folder, result)
     text = (folder / "report.md").read_text()
     assert "![mergeability](mergeability.png)" in text
-    assert "| 1 | 0.2000 | 0.2000 | 0.2000 | 0.2000 |" in text
+    assert "| 3 | 0.2000 | 0.2000 | 0.2000 | 0.2000 |" in text
     assert "0.5000 nats" in capsys.readouterr().out

@@ -19,8 +19,8 @@ SCOPES = pytest.mark.parametrize("scope", ["shared", "layer"])
 
 
 @SCOPES
-@pytest.mark.parametrize("devices", [2, 4])
-def test_training_is_the_same_on_1_2_and_4_devices(full_run, scope, devices):
+@pytest.mark.parametrize("devices", [2, 4, 8])
+def test_training_is_the_same_on_1_2_4_and_8_devices(full_run, scope, devices):
     one, many = full_run(scope, 1), full_run(scope, devices)
     chex.assert_trees_all_equal(many.history[0], one.history[0])
     chex.assert_trees_all_close(many.metrics, one.metrics, rtol=1e-6, atol=1e-6)
@@ -220,14 +220,14 @@ def test_the_abstract_state_is_the_state(full_run):
 
 
 def test_0_devices_are_all_of_them():
-    assert step.make_mesh(TrainConfig(platform="cpu")).size == 4
+    assert step.make_mesh(TrainConfig(platform="cpu")).size == 8
     assert step.describe(step.make_mesh(TrainConfig(platform="cpu", devices=3))).startswith("3 x cpu (")
 
 
 @pytest.mark.parametrize(
     ("train", "says"),
     [
-        (TrainConfig(devices=5, platform="cpu"), "config.train.devices is 5; it must be at most 4"),
+        (TrainConfig(devices=9, platform="cpu"), "config.train.devices is 9; it must be at most 8"),
         (TrainConfig(platform="gpu"), "config.train.platform is 'gpu'; JAX finds cpu devices only; "),
     ],
 )
@@ -249,7 +249,7 @@ def slot_run(tiny_config, training):
             model={"dropout": 0.2},
             routing={"experts": 2, "granularity": granularity, "scope": scope, "pull": 0.1, "learning_rate": 2.0},
             optim={"eps": 1e-3},
-            train={"devices": devices, "ema": 0.5},
+            train={"devices": devices, "ema": 0.5, "batch_size": 16, "epochs": 8},
         )
         return training(config).run(5)
 
@@ -257,8 +257,8 @@ def slot_run(tiny_config, training):
 
 
 @pytest.mark.parametrize(("granularity", "scope"), [("sample", "layer"), ("token", "shared")])
-@pytest.mark.parametrize("devices", [2, 4])
-def test_training_over_slots_is_the_same_on_1_2_and_4_devices(slot_run, granularity, scope, devices):
+@pytest.mark.parametrize("devices", [2, 4, 8])
+def test_training_over_slots_is_the_same_on_1_2_4_and_8_devices(slot_run, granularity, scope, devices):
     one, many = slot_run(granularity, scope, 1), slot_run(granularity, scope, devices)
     chex.assert_trees_all_close(many.metrics, one.metrics, rtol=1e-6, atol=1e-6)
     chex.assert_trees_all_close(many.history[-1], one.history[-1], rtol=1e-6, atol=3e-7)
@@ -418,7 +418,7 @@ def routed_run(tiny_config, training):
     @functools.cache
     def run(router, devices):
         config = tiny_config(
-            routing={"experts": 2, "router": router, "capacity": 0.75, "balance_loss": 0.1, "z_loss": 0.01},
+            routing={"experts": 2, "router": router, "capacity": 0.75, "balance_loss": 0.1, "z_loss": 0.01, "top_k": 1},
             optim={"eps": 1e-3},
             model={"dropout": 0.1},
             train={"devices": devices},
@@ -428,7 +428,7 @@ def routed_run(tiny_config, training):
     return run
 
 
-@pytest.mark.parametrize("router", ["switch", "topk", "expert_choice", "soft", "hash"])
+@pytest.mark.parametrize("router", ["switch", "topk", "expert_choice", "soft", "hash", "frozen"])
 def test_training_with_a_learned_router_is_the_same_on_1_and_4_devices(routed_run, router):
     one, many = routed_run(router, 1), routed_run(router, 4)
     chex.assert_trees_all_close(many.metrics, one.metrics, rtol=1e-5, atol=1e-6)
@@ -449,7 +449,7 @@ def test_the_loss_holds_the_routers_losses_over_the_global_batch(tiny_config, tr
 
 
 def test_a_routers_metrics_are_named_by_layer_and_expert(routed_run):
-    floats = step.as_floats(routed_run("switch", 1).metrics[0])
+    floats = step.as_floats(routed_run("switch", 1).metrics[0], expert_layers=(0, 1))
     assert {"loss", "accuracy", "router/dropped/layer1", "router/entropy/layer0", "router/load/layer1/expert0"} <= set(
         floats
     )
@@ -465,3 +465,42 @@ def test_experts_of_a_learned_router_average_to_the_dense_models_tree(routed_run
     merged = merging.average_experts(routed_run(router, 1).state.params)
     dense = jax.eval_shape(lambda: vit.init(vit.build(tiny_config().model), jax.random.key(0)))
     chex.assert_trees_all_equal_shapes_and_dtypes(merged, dense)
+
+
+def test_a_frozen_router_keeps_its_bits_and_sends_tokens_to_ever_more_experts(tiny_config, training):
+    config = tiny_config(
+        routing={"experts": 4, "router": "frozen", "top_k": 2, "capacity": 4.0},
+        optim={"name": "adam", "weight_decay": 0.1},
+        train={"epochs": 2},
+    )
+    run = training(config).run(6)
+    before, after = (state.params["blocks"]["mlp"] for state in (run.history[0], run.history[-1]))
+    chex.assert_trees_all_equal(after["router"], before["router"])
+    assert not np.array_equal(after["up"], before["up"])
+    frozen = [x for x in jax.tree.leaves(run.state.opt_state.trunk) if x.shape == before["router"]["kernel"].shape]
+    assert not frozen  # no moments are kept
+    # A share of choices is 1 / (K tokens) times an integer: over 6 steps K is 2, 2, 3, 3, 4, 4.
+    choices = config.train.batch_size * config.tokens
+    for top_k, metrics in zip([2, 2, 3, 3, 4, 4], run.metrics, strict=True):
+        count_LE = metrics.router.load_E * choices * top_k
+        np.testing.assert_allclose(count_LE, np.round(count_LE), atol=1e-3)
+        assert count_LE.max() <= choices * (1 + 1e-6)
+        np.testing.assert_allclose(metrics.router.load_E.sum(-1), 1, rtol=1e-6)
+    np.testing.assert_allclose(run.metrics[-1].router.load_E, 0.25, rtol=1e-6)  # all run on all
+
+
+@pytest.mark.parametrize("granularity", ["batch", "sample"])
+def test_layers_without_experts_train_as_the_trunk_does(tiny_config, training, granularity):
+    routed = {"experts": 2, "pattern": ("dense", "experts"), "granularity": granularity, "scope": "layer"}
+    settings = {"model": {"depth": 4}, "routing": routed, "optim": {"eps": 1e-3}}
+    one, many = (training(tiny_config(**settings, train={"devices": devices})).run(4) for devices in (1, 4))
+    chex.assert_trees_all_close(many.metrics, one.metrics, rtol=1e-6, atol=1e-6)
+    chex.assert_trees_all_close(many.history[-1], one.history[-1], rtol=1e-6, atol=3e-7)
+    for before, after in zip(one.history[:-1], one.history[1:], strict=True):
+        old, new = (
+            [state.params["blocks"][block]["mlp"]["up"] for block in ("block0", "block1")] for state in (before, after)
+        )
+        dense_moved_L, moved_LE = ((a != b).any((-2, -1)) for a, b in zip(old, new, strict=True))
+        assert (dense_moved_L.shape, moved_LE.shape) == ((2,), (2, 2))
+        assert dense_moved_L.all()
+        assert (moved_LE.sum(1) == (1 if granularity == "batch" else 2)).all()

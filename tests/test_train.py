@@ -319,7 +319,7 @@ def test_a_run_that_blows_up_stops_and_names_step_value_and_last_good_checkpoint
         (("--workdir={run}", "--paths=-1"), "--paths is -1"),
         (("--workdir=no/such/run",), "holds no checkpoints"),
         (("--workdir={run}", "--checkpoint=999"), "checkpoint '999' does not exist"),
-        (("--workdir={run}", "--devices=64"), "config.train.devices is 64; it must be at most 4"),
+        (("--workdir={run}", "--devices=64"), "config.train.devices is 64; it must be at most 8"),
     ],
 )
 def test_evaluate_refuses_in_one_line(undisturbed, monkeypatch, capsys, arguments, message):

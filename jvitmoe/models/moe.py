@@ -1,4 +1,4 @@
-"""MLPs whose router picks the expert of each token: Switch, noisy top-k, expert choice, Soft MoE, a fixed hash.
+"""MLPs whose router picks the expert of each token: Switch, noisy top-k, expert choice, Soft MoE; or a fixed one.
 
 Every image is a routing group of its own: capacity, sorting and softmax over tokens stay within it, so a result never
 depends on how the batch is spread over devices.
@@ -27,10 +27,10 @@ NOISE, EXPERT_DROPOUT = 4, 5
 class RouterSettings:
     """Which router, and how many tokens an expert takes."""
 
-    kind: str = "switch"  # switch | topk | expert_choice | soft | hash
-    top_k: int = 2  # K of topk, at most E
-    capacity: float = 1.25  # C = ceil(capacity K T / E), at most T: switch, topk; expert_choice with K = 1
-    eval_capacity: float = 2.0  # the same without keys, for switch and topk; from E / K on nothing is dropped
+    kind: str = "switch"  # switch | topk | expert_choice | soft | hash | frozen
+    top_k: int = 2  # K of topk and frozen, at most E
+    capacity: float = 1.25  # C = ceil(capacity K T / E), at most T: switch, topk, frozen; expert_choice with K = 1
+    eval_capacity: float = 2.0  # the same without keys, not for expert_choice; from E / K on nothing is dropped
 
 
 class Statistics(NamedTuple):
@@ -67,6 +67,9 @@ class RoutedMlp(Mlp):
         softmax over them.
     hash (arXiv 2106.04426): the place in the image says which expert, in all layers the same; an expert has T/E places,
         rounded up or down. A token gets f(x).
+    frozen (SMoE-Dropout, arXiv 2303.01610): the router stays as it was drawn. A token goes to its K experts of highest
+        logit and gets the sum of p f(x), p the softmax over these K, which grow to all E in training (`top_k_at`).
+        An expert takes C at most, first choices before second ones. Testing runs all E.
 
     A token in no slot gets 0: the residual carries it past. Expert choice and soft look at all tokens of the image.
 
@@ -114,17 +117,17 @@ class RoutedMlp(Mlp):
         return y_BTD
 
     def _route(self, x_BTD: jax.Array, key_B: jax.Array | None) -> tuple[Slots, Statistics]:
-        batch, tokens, width = x_BTD.shape
+        batch, tokens, _ = x_BTD.shape
         settings, experts = self.settings, self.experts
         if settings.kind == "hash":
             return _hash(batch, tokens, experts)
-        init = torch_uniform(width)
-        # The highest precision, because float32 products are rounded on their way in on a GPU (TF32) or TPU.
-        router = nn.Dense(
-            experts, True, jnp.float32, precision="highest", kernel_init=init, bias_init=init, name="router"
-        )
-        logits_BTE = router(x_BTD.astype(jnp.float32))
+        logits_BTE = Router(experts, settings.kind == "frozen", name="router")(x_BTD.astype(jnp.float32))
         factor = settings.eval_capacity if key_B is None else settings.capacity
+        if settings.kind == "frozen":
+            top_BTK, choice_BTK = jax.lax.top_k(logits_BTE, settings.top_k)
+            count = _capacity(factor * settings.top_k, tokens, experts)
+            slots, load_E, dropped = _by_token(choice_BTK, jax.nn.softmax(top_BTK), experts, count)
+            return slots, _statistics(logits_BTE, load_E, load_E, dropped)
         if settings.kind == "switch":
             probability_BTE = jax.nn.softmax(logits_BTE)
             choice_BTK = logits_BTE.argmax(-1, keepdims=True)
@@ -150,7 +153,7 @@ class RoutedMlp(Mlp):
             load_E = jnp.full((experts,), 1.0 / experts)
             statistics = _statistics(logits_BTE, load_E, load_E, 1.0 - taken_BT.mean())
             return Slots(token_EBC, weight_EBC, once=False), statistics
-        raise ValueError(f"kind is {settings.kind!r}; it must be switch, topk, expert_choice, soft or hash")
+        raise ValueError(f"kind is {settings.kind!r}; it must be switch, topk, expert_choice, soft, hash or frozen")
 
     def _soft(self, x_BTD: jax.Array, run: Callable[[jax.Array], jax.Array]) -> tuple[jax.Array, Statistics]:
         tokens = x_BTD.shape[1]
@@ -166,6 +169,24 @@ class RoutedMlp(Mlp):
         return jnp.einsum("btec,ebcd->btd", combine_BTEC, y_EBCD), statistics
 
 
+class Router(nn.Module):
+    """x_BTD -> logits_BTE: a linear layer with PyTorch's default initialisation; a frozen one has no gradient."""
+
+    experts: int
+    frozen: bool
+
+    @nn.compact
+    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        width = x_BTD.shape[-1]
+        init = torch_uniform(width)
+        kernel_DE = self.param("kernel", init, (width, self.experts))
+        bias_E = self.param("bias", init, (self.experts,))
+        if self.frozen:
+            kernel_DE, bias_E = jax.lax.stop_gradient((kernel_DE, bias_E))
+        # The highest precision, because float32 products are rounded on their way in on a GPU (TF32) or TPU.
+        return jnp.matmul(x_BTD, kernel_DE, precision="highest") + bias_E[None, None]
+
+
 class SoftRouter(nn.Module):
     """x_BTD -> logits_BTEC: cosine of token and slot, times a learned scale (Soft MoE, arXiv 2308.00951, sec. 2.3)."""
 
@@ -179,6 +200,12 @@ class SoftRouter(nn.Module):
         kernel_DEC = self.param("kernel", init, (width, self.experts, self.slots))
         scale = self.param("scale", nn.initializers.ones, ())
         return jnp.einsum("btd,dec->btec", _unit(x_BTD, -1), scale * _unit(kernel_DEC, 0), precision="highest")
+
+
+def top_k_at(progress: jax.Array, top_k: int, experts: int) -> jax.Array:
+    """Returns K of a frozen router at this share of training, in [0, 1): each from `top_k` to E for an equal part of it
+    (SMoE-Dropout, arXiv 2303.01610, sec. 3.2: linear in the step)."""
+    return top_k + jnp.floor((experts - top_k + 1) * progress).astype(jnp.int32)
 
 
 def balance_loss(kind: str, statistics: Statistics) -> jax.Array:

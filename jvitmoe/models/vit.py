@@ -3,6 +3,8 @@
 B batch · T tokens · D width · H heads · K head width · L layers · C classes · P patch side · c channels
 """
 
+import re
+from collections.abc import Sequence
 from typing import Any, cast
 
 import flax.linen as nn
@@ -15,6 +17,7 @@ from jvitmoe.models.mlp import Mlp, dropout, gelu, torch_uniform
 from jvitmoe.models.moe import RoutedMlp, RouterSettings, Statistics
 
 LAYER_NORM_EPSILON = 1e-5
+TURN = "block"  # in a pattern of several layers, the key of one is this and its position
 
 
 def linear(features: int | tuple[int, ...], fan_in: int, dtype: Any, name: str, axis: Any = -1) -> nn.DenseGeneral:
@@ -112,6 +115,54 @@ class Block(nn.Module):
         return x_BTD, None
 
 
+class Turn(nn.Module):
+    """One turn of a pattern of layers, for `nn.scan` as `Block` is: "block0", "block1", … with experts or without."""
+
+    config: ModelConfig
+    experts: int
+    expert_init: str
+    shared_layer: str
+    dtype: Any
+    router: RouterSettings | None
+    pattern: tuple[str, ...]
+
+    @nn.compact
+    def __call__(
+        self, x_BTD: jax.Array, layers: tuple[jax.Array, jax.Array | None], key_B: jax.Array | None
+    ) -> tuple[jax.Array, None]:
+        for place, kind in enumerate(self.pattern):
+            experts, router = (self.experts, self.router) if kind == "experts" else (1, None)
+            block = Block(
+                self.config, experts, self.expert_init, self.shared_layer, self.dtype, router, name=f"{TURN}{place}"
+            )
+            x_BTD, _ = block(x_BTD, jax.tree.map(lambda x: x[place], layers), key_B)  # noqa: B023
+        return x_BTD, None
+
+
+def in_layers(blocks: Any) -> Any:
+    """Returns the blocks' tree with leaves [L, ...]: those of a pattern interleaved, any other as it is.
+
+    Positions of the pattern without a leaf (what is None) are left out.
+    """
+    places = sorted((_place(name), name) for name in blocks if _place(name) is not None)
+    if not places:
+        return blocks
+    turns = [blocks[name] for _, name in places if jax.tree.leaves(blocks[name])]
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves, 1).reshape(-1, *leaves[0].shape[1:]), *turns)
+
+
+def place_in_turn(path: Sequence[Any]) -> int:
+    """Returns the position in the pattern of a leaf of a model's tree, or of its optimiser's, by its key path; 0 where
+    there is no pattern."""
+    places = (_place(str(getattr(entry, "key", ""))) for entry in path)
+    return next((place for place in places if place is not None), 0)
+
+
+def _place(name: str) -> int | None:
+    match = re.fullmatch(rf"{TURN}(\d+)", name)
+    return int(match[1]) if match else None
+
+
 class Head(nn.Module):
     """x_BD -> logits_BC: one linear layer, or two with an exact GELU between."""
 
@@ -132,6 +183,9 @@ class ViT(nn.Module):
 
     With experts = 1 this is the dense model. With more, MLP parameters are stacked [L, E, ...] and `route` says which
     expert runs where (`routing.draw_route`), or with `router` the model sends its tokens itself.
+
+    A pattern of n > 1 layers repeats L / n times; "experts" marks those that have experts. The parameters of each of
+    its positions are a tree of their own with leaves [L / n, ...], which `in_layers` interleaves.
     """
 
     config: ModelConfig
@@ -140,6 +194,7 @@ class ViT(nn.Module):
     shared_layer: str = "none"
     dtype: Any = jnp.float32
     router: RouterSettings | None = None
+    pattern: tuple[str, ...] = ("experts",)
 
     @nn.compact
     def __call__(
@@ -149,7 +204,8 @@ class ViT(nn.Module):
 
         Args:
             images_BHWc: normalised images, image_size x image_size x channels; sorted by slot for a route over slots.
-            route: integer experts, [L], [L, E] or [L, T, E] (`Mlp`); needed when experts > 1.
+            route: integer experts, [L], [L, E] or [L, T, E] (`Mlp`); needed when experts > 1. A layer without experts
+                ignores its part.
             key_B: one dropout key per image; None is deterministic.
         """
         config = self.config
@@ -164,18 +220,29 @@ class ViT(nn.Module):
         if config.pool == "cls":  # prepended after the positions, as in the original: it has none
             cls_D = self.param("cls", nn.initializers.normal(1.0), (d,)).astype(self.dtype)
             x_BTD = jnp.concatenate([jnp.broadcast_to(cls_D, (b, 1, d)), x_BTD], axis=1)
+        settings: tuple[Any, ...] = (config, self.experts, self.expert_init, self.shared_layer, self.dtype, self.router)
+        body: type[nn.Module] = Block
+        layers = jnp.arange(config.depth), route
+        if len(self.pattern) > 1:
+            layers = jax.tree.map(lambda x: x.reshape(-1, len(self.pattern), *x.shape[1:]), layers)
+            settings, body = (*settings, self.pattern), Turn
+        turns = config.depth // len(self.pattern)
         blocks = nn.scan(
-            Block,
+            body,
             variable_axes={"params": 0, "statistics": 0},
             split_rngs={"params": True},
             in_axes=(0, nn.broadcast),
-            length=config.depth,
-            unroll=min(config.unroll, config.depth),
-        )(config, self.experts, self.expert_init, self.shared_layer, self.dtype, self.router, name="blocks")
-        x_BTD, _ = blocks(x_BTD, (jnp.arange(config.depth), route), key_B)
+            length=turns,
+            unroll=min(config.unroll, turns),
+        )(*settings, name="blocks")
+        x_BTD, _ = blocks(x_BTD, layers, key_B)
         pooled_BD = x_BTD[:, 0] if config.pool == "cls" else x_BTD.mean(axis=1)
         pooled_BD = nn.LayerNorm(LAYER_NORM_EPSILON, dtype=self.dtype, name="norm")(pooled_BD)
         return Head(config.classes, config.head_hidden, self.dtype, name="head")(pooled_BD).astype(jnp.float32)
+
+    def plain(self) -> "ViT":
+        """Returns the dense ViT that merging gives parameters for."""
+        return self.clone(experts=1, router=None, pattern=("experts",))
 
 
 def build(
@@ -185,10 +252,11 @@ def build(
     shared_layer: str = "none",
     router: RouterSettings | None = None,
     platform: str = "cpu",
+    pattern: tuple[str, ...] = ("experts",),
 ) -> ViT:
     """Returns the model in its compute dtype; "auto" is bfloat16 on a GPU or TPU and float32 on a CPU."""
     name = config.dtype if config.dtype != "auto" else "float32" if platform == "cpu" else "bfloat16"
-    return ViT(config, experts, expert_init, shared_layer, jnp.dtype(name), router)
+    return ViT(config, experts, expert_init, shared_layer, jnp.dtype(name), router, pattern)
 
 
 def logits(
@@ -205,9 +273,9 @@ def logits(
 def logits_and_statistics(
     model: ViT, params: Any, images_BHWc: jax.Array, key_B: jax.Array | None = None
 ) -> tuple[jax.Array, Statistics]:
-    """Returns (logits_BC, Statistics with leaves [L, ...]) of a model with a router."""
+    """Returns (logits_BC, Statistics) of a model with a router; leaves [L, ...] over the layers with experts."""
     logits_BC, sown = model.apply({"params": params}, images_BHWc, None, key_B, mutable=["statistics"])
-    return cast(jax.Array, logits_BC), sown["statistics"]["blocks"]["mlp"]["routing"]
+    return cast(jax.Array, logits_BC), in_layers(sown["statistics"]["blocks"])["mlp"]["routing"]
 
 
 def init(model: ViT, key: jax.Array) -> dict[str, Any]:
