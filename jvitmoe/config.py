@@ -93,7 +93,12 @@ class TrainConfig:
     seed: int = 0
     label_smoothing: float = 0.0
     ema: float = 0.0  # decay per step of a running mean of the merged (or dense) tree, tested beside it; 0 keeps none
-    devices: int = 0  # 0 is all local devices
+    devices: int = 0  # 0 is all of them
+    expert_devices: int = 1  # of these, along the expert axis: each holds its share of experts and their images
+    shard: str = (
+        "none"  # none | optimizer | parameters: what is split over the data axis (ZeRO, FSDP); with its moments
+    )
+    accumulate: int = 1  # parts of a batch that run one after the other, for batches that do not fit
     platform: str = ""  # cpu | gpu | tpu; "" takes what JAX finds
     log_every: int = 20  # steps
     eval_every: int = 1  # epochs
@@ -171,6 +176,25 @@ class Config:
                 "train.batch_size",
                 f"must be a multiple of train.devices, which is {train.devices}",
             ),
+            (
+                train.expert_devices == 1
+                or (
+                    self.slots % train.expert_devices == 0
+                    and (routing.granularity, routing.scope, routing.consistency) == ("sample", "shared", 0)
+                ),
+                "train.expert_devices",
+                "must be 1, or divide routing.experts for granularity sample, scope shared and no consistency",
+            ),
+            (
+                train.devices % train.expert_devices == 0,
+                "train.expert_devices",
+                f"must divide train.devices, which is {train.devices}",
+            ),
+            (
+                train.accumulate == 1 or not (routing.balance_loss and routing.router in ("switch", "topk")),
+                "train.accumulate",
+                "must be 1 for a router with a balance loss, which is of the whole batch",
+            ),
             (routing.pull <= 1, "routing.pull", "must be at most 1"),
             (
                 routing.consistency == 0 or routing.experts > 1,
@@ -247,6 +271,7 @@ CHOICES = {
     "optim.name": ("adam", "adamw"),
     "optim.schedule": ("step", "epoch"),
     "train.platform": ("", "cpu", "gpu", "tpu"),
+    "train.shard": ("none", "optimizer", "parameters"),
 }
 POSITIVE = (
     *("routing.top_k", "routing.capacity", "routing.eval_capacity"),
@@ -261,6 +286,7 @@ POSITIVE = (
         "optim.eps",
     ),
     *(f"train.{name}" for name in ("epochs", "batch_size", "log_every", "eval_every", "keep")),
+    *("train.expert_devices", "train.accumulate"),
 )
 NOT_NEGATIVE = (
     *("routing.pull", "routing.consistency", "routing.balance_loss", "routing.z_loss"),
@@ -275,7 +301,17 @@ FREE_ON_RESUME = frozenset(
     f"{section}.{name}"
     for section, names in {
         "data": ("dir",),
-        "train": ("devices", "platform", "log_every", "eval_every", "checkpoint_every", "keep"),
+        "train": (
+            "devices",
+            "expert_devices",
+            "shard",
+            "accumulate",
+            "platform",
+            "log_every",
+            "eval_every",
+            "checkpoint_every",
+            "keep",
+        ),
     }.items()
     for name in names
 )

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jvitmoe import merging, routing
 from jvitmoe.config import Config
@@ -18,7 +18,7 @@ from jvitmoe.data import augment
 from jvitmoe.data.feed import Batches, Images
 from jvitmoe.models import vit
 from jvitmoe.routing import Purpose
-from jvitmoe.step import AXIS, BY_COLUMN, REPLICATED, make_model, settle
+from jvitmoe.step import AXES, REPLICATED, make_model, settle
 
 BINS = 15  # M, as Guo et al., arXiv 1706.04599
 
@@ -54,7 +54,10 @@ class Evaluator:
         self.net, self.routed, self._mesh, self._replicated = net, routed, mesh, NamedSharding(mesh, REPLICATED)
         self._step = jax.jit(
             jax.shard_map(
-                self._batch_sums, mesh=mesh, in_specs=(*[REPLICATED] * 5, BY_COLUMN, REPLICATED), out_specs=REPLICATED
+                self._batch_sums,
+                mesh=mesh,
+                in_specs=(*[REPLICATED] * 5, PartitionSpec(None, AXES), REPLICATED),
+                out_specs=REPLICATED,
             )
         )
 
@@ -101,7 +104,7 @@ class Evaluator:
         ensemble_bC = jax.nn.logsumexp(log_p_PbC + log_weight_P[:, None, None], axis=0)
         log_p_PbC = jnp.concatenate([log_p_PbC, ensemble_bC[None]])
         here = jax.vmap(_sums, (0, None, None))(log_p_PbC, labels_b, mask_b)
-        return jax.tree.map(lambda total, part: total + jax.lax.psum(part, AXIS), sums, here)
+        return jax.tree.map(lambda total, part: total + jax.lax.psum(part, AXES), sums, here)
 
 
 def make_evaluate(model: vit.ViT, mesh: Mesh) -> Evaluator:

@@ -38,11 +38,15 @@ def direction(optim: OptimConfig, frozen: str = "") -> optax.GradientTransformat
         tx = optax.chain(optax.add_decayed_weights(optim.weight_decay), adam)
     else:
         tx = optax.chain(adam, optax.add_decayed_weights(optim.weight_decay, mask=_decay_mask))
-    return optax.selective_transform(tx, freeze_mask=lambda params: _under(frozen, params)) if frozen else tx
+    if not frozen:
+        return tx
 
+    def labels(params: Any) -> Any:
+        return jax.tree.map_with_path(
+            lambda path, _: "frozen" if any(entry.key == frozen for entry in path) else "trained", params
+        )
 
-def _under(name: str, params: Any) -> Any:
-    return jax.tree.map_with_path(lambda path, _: any(entry.key == name for entry in path), params)
+    return optax.partition({"trained": tx, "frozen": optax.set_to_zero()}, labels)
 
 
 def _decay_mask(params: Any) -> Any:

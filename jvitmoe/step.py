@@ -1,6 +1,9 @@
 """The compiled training step: draw the route, take its dense model, step it, put it back.
 
-B global batch, b the share of one device · S steps of one epoch · N images · L layers
+Devices form a mesh ("data", "expert"). Loss and gradients are computed per device under `shard_map`; everything else
+is plain code over whole arrays, which XLA partitions as the state is sharded.
+
+B global batch, b the share of one device · S steps of one epoch · N images · L layers · E experts
 """
 
 import dataclasses
@@ -28,9 +31,10 @@ from jvitmoe.models.moe import RouterSettings, Statistics
 from jvitmoe.routing import Purpose
 from jvitmoe.state import TrainState
 
-AXIS = "data"
+DATA, EXPERT = "data", "expert"
+AXES = (DATA, EXPERT)
 REPLICATED = PartitionSpec()
-BY_COLUMN = PartitionSpec(None, AXIS)
+BY_EXPERT = PartitionSpec(None, EXPERT)  # of leaves [L, E, ...]
 
 
 class Metrics(NamedTuple):
@@ -57,9 +61,12 @@ TrainStep = Callable[[TrainState, Images, jax.Array], tuple[TrainState, Metrics]
 
 
 def make_mesh(train: TrainConfig) -> Mesh:
-    """Returns the mesh over local devices. Raises ConfigError for a platform or a number of devices not there."""
+    """Returns the mesh ("data", "expert") over the devices of all processes.
+
+    Raises ConfigError for a platform or a number of devices not there.
+    """
     try:
-        devices = jax.local_devices(backend=train.platform or None)
+        devices = jax.devices(train.platform or None)
     except RuntimeError as error:
         raise ConfigError(
             f"config.train.platform is {train.platform!r}; JAX finds {jax.default_backend()} devices only; "
@@ -73,7 +80,14 @@ def make_mesh(train: TrainConfig) -> Mesh:
         raise ConfigError(
             f"config.train.devices is {wanted}; it must be at most {len(devices)}, the devices that are there"
         )
-    return jax.make_mesh((wanted,), (AXIS,), axis_types=(AxisType.Auto,), devices=devices[:wanted])
+    if wanted < len(devices) and jax.process_count() > 1:
+        raise ConfigError(
+            f"config.train.devices is {wanted}; it must be 0 or {len(devices)}, the devices of all processes"
+        )
+    if wanted % train.expert_devices:
+        raise ConfigError(f"config.train.expert_devices is {train.expert_devices}; it must divide the {wanted} devices")
+    shape = wanted // train.expert_devices, train.expert_devices
+    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 2, devices=devices[:wanted])
 
 
 def describe(mesh: Mesh) -> str:
@@ -84,7 +98,8 @@ def describe(mesh: Mesh) -> str:
         cpuinfo = Path("/proc/cpuinfo")
         found = re.search(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else None
         kind = f"cpu ({found.group(1) if found else platform.machine()}, {os.cpu_count()} cores)"
-    return f"{mesh.size} x {kind}"
+    processes = jax.process_count()
+    return f"{mesh.size} x {kind}" + (f", {processes} processes" if processes > 1 else "")
 
 
 def settle(mesh: Mesh, outputs: Any) -> None:
@@ -111,27 +126,51 @@ def make_direction(config: Config) -> optax.GradientTransformation:
 
 
 def make_state(config: Config, model: vit.ViT, mesh: Mesh, dense: Any = None) -> TrainState:
-    """Returns the state at step 0, whole on every device of the mesh: a pure function of config and `dense`.
+    """Returns the state at step 0, sharded as the config says: a pure function of config and `dense`.
 
     With a trained dense tree, experts are copies of its MLPs and the trunk is its trunk: sparse upcycling.
     """
-    key = routing.address(jax.random.key(config.train.seed), Purpose.INIT)
-    tx = make_direction(config)
-
-    def create() -> TrainState:
-        params = vit.init(model, key)
-        if dense is not None:
-            params = merging.upcycle(dense, params)
-        return state.create(params, tx, ema=config.train.ema > 0)
-
-    return jax.jit(create, out_shardings=NamedSharding(mesh, REPLICATED))()
+    shardings = jax.tree.map(lambda x: x.sharding, abstract_state(config, model, mesh))
+    return jax.jit(lambda: _create(config, model, dense), out_shardings=shardings)()
 
 
 def abstract_state(config: Config, model: vit.ViT, mesh: Mesh) -> TrainState:
-    """Returns shapes, dtypes and shardings of `make_state`, with nothing computed: what a checkpoint restores to."""
-    sharding = NamedSharding(mesh, REPLICATED)
-    shapes = jax.eval_shape(lambda: make_state(config, model, mesh))
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes)
+    """Returns shapes, dtypes and shardings of `make_state`, with nothing computed: what a checkpoint restores to.
+
+    Experts and their moments lie along the expert axis, if it has several devices. `train.shard` splits moments, and
+    parameters too, over the data axis, each leaf along its longest axis that divides.
+    """
+    shapes = jax.eval_shape(lambda: _create(config, model))
+    marks, shard = merging.stacked(shapes.params), config.train.shard
+
+    def place(x: jax.ShapeDtypeStruct, is_stacked: bool, split: bool) -> jax.ShapeDtypeStruct:
+        along: list[str | None] = [None] * x.ndim
+        if is_stacked and mesh.shape[EXPERT] > 1:
+            along[merging.EXPERT_AXIS] = EXPERT
+        free = [n for n, axis in enumerate(along) if axis is None and x.shape[n] % mesh.shape[DATA] == 0]
+        if split and free:
+            along[max(free, key=lambda n: x.shape[n])] = DATA
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, PartitionSpec(*along)))
+
+    def place_all(tree: Any, is_stacked: bool, split: bool) -> Any:
+        return jax.tree.map(lambda x: place(x, is_stacked, split), tree)
+
+    return TrainState(
+        place_all(shapes.step, False, False),
+        jax.tree.map(lambda x, is_stacked: place(x, is_stacked, shard == "parameters"), shapes.params, marks),
+        state.OptState(
+            place_all(shapes.opt_state.trunk, False, shard != "none"),
+            place_all(shapes.opt_state.experts, True, shard != "none"),
+        ),
+        place_all(shapes.ema, False, shard != "none"),
+    )
+
+
+def _create(config: Config, model: vit.ViT, dense: Any = None) -> TrainState:
+    params = vit.init(model, routing.address(jax.random.key(config.train.seed), Purpose.INIT))
+    if dense is not None:
+        params = merging.upcycle(dense, params)
+    return state.create(params, make_direction(config), ema=config.train.ema > 0)
 
 
 def expert_schedule(config: Config, steps_per_epoch: int) -> Callable[[jax.Array], tuple[jax.Array, jax.Array]]:
@@ -184,24 +223,15 @@ def make_train_step(config: Config, model: vit.ViT, mesh: Mesh, steps_per_epoch:
     root = jax.random.key(config.train.seed)
     learning_rate = optim.schedule(config, steps_per_epoch)
     tx = make_direction(config)
-    data, routed, depth, batch_size = config.data, config.routing, config.model.depth, config.train.batch_size
-    over_slots = config.slots > 1
+    routed, depth = config.routing, config.model.depth
     passes = 2 if routed.consistency else 1
     # Over slots and with a learned router the whole stack runs. Otherwise the step runs on what its routes pick: one
     # dense model, or two experts.
-    whole = over_slots or config.learned
+    whole = config.slots > 1 or config.learned
     net = model if whole else model.clone(experts=passes)
-    nets = [net]
-    if model.router and routed.router == "frozen":  # its K grows, and shapes with it: one program holds them all
-        growing = range(routed.top_k, routed.experts + 1)
-        nets = [net.clone(router=dataclasses.replace(model.router, top_k=top_k)) for top_k in growing]
-    needs_keys = config.model.dropout > 0 or config.learned  # to a learned router, no keys mean evaluation
+    gradients = _make_gradients(config, net, mesh, config.train.epochs * steps_per_epoch)
     moves_experts = routed.experts > 1 and (routed.pull > 0 or routed.tie_last > 0)
     experts_at = expert_schedule(config, steps_per_epoch)
-    total = config.train.epochs * steps_per_epoch
-
-    def keys_b(purpose: Purpose, step: jax.Array, place_b: jax.Array) -> jax.Array:
-        return jax.vmap(jax.random.fold_in, (None, 0))(routing.address(root, purpose, step), place_b)
 
     def draw_routes(step: jax.Array) -> list[jax.Array]:
         route = routing.draw_route(routing.address(root, Purpose.ROUTE, step), routed, depth, config.tokens)
@@ -210,56 +240,14 @@ def make_train_step(config: Config, model: vit.ViT, mesh: Mesh, steps_per_epoch:
         key = routing.address(root, Purpose.SECOND_ROUTE, step)
         return [route, routing.distinct_route(key, route, routed)]
 
-    def train_step(before: TrainState, split: Images, index_Sb: jax.Array) -> tuple[TrainState, Metrics]:
-        step = before.step
-        index_b = index_Sb[step % steps_per_epoch]
-        place_b = jax.lax.axis_index(AXIS) * index_b.shape[0] + jnp.arange(index_b.shape[0])
-        if over_slots:  # sorted by slot, so that the network sees [E, b / E]
-            by_slot = jnp.arange(index_b.shape[0]).reshape(-1, routed.experts).T.reshape(-1)
-            index_b, place_b = index_b[by_slot], place_b[by_slot]
-        images = augment.normalize(
-            augment.augment(
-                keys_b(Purpose.AUGMENT, step, place_b), split.images_NHWC[index_b], data.crop_padding, data.flip
-            )
-        )
-        labels_b = split.labels_N[index_b]
-        targets_bC = optax.smooth_labels(jax.nn.one_hot(labels_b, config.model.classes), config.train.label_smoothing)
+    def train_step(before: TrainState, split: Images, index_SB: jax.Array) -> tuple[TrainState, Metrics]:
+        step, params, opt_state = before.step, before.params, before.opt_state
         routes = draw_routes(step)
-        picked = routes[0] if passes == 1 else jnp.stack(routes, axis=1)  # [L] or [L, 2]; used where not over slots
-        params, opt_state = before.params, before.opt_state
         if not whole:
+            picked = routes[0] if passes == 1 else jnp.stack(routes, axis=1)  # [L] or [L, 2]
             params, opt_state = state.take_path(params, opt_state, picked)
             routes = [jnp.full((depth,), number) for number in range(passes)]
-
-        def loss_fn(net: vit.ViT, params: Any) -> tuple[jax.Array, tuple[jax.Array, Statistics | None]]:
-            # Each device differentiates its own copy, so gradients are reduced once, at the end, and not where a
-            # parameter first meets the images: inside the scan over layers, and the CLS token once per image.
-            params = jax.lax.pcast(params, (AXIS,), to="varying")
-            logits, auxiliary, statistics = [], jnp.float32(0), None
-            for number, route in enumerate(routes):
-                dropout = keys_b(Purpose.DROPOUT, step, place_b + number * batch_size) if needs_keys else None
-                if config.learned:
-                    found, statistics = vit.logits_and_statistics(net, params, images, dropout)
-                    # Over the global batch before anything is multiplied: the loss of means is no mean of losses.
-                    statistics = jax.lax.pmean(statistics, AXIS)
-                    auxiliary += routed.balance_loss * moe.balance_loss(routed.router, statistics)
-                    auxiliary += routed.z_loss * moe.z_loss(statistics)
-                    logits.append(found)
-                else:
-                    logits.append(vit.logits(net, params, images, route, dropout))
-            loss = optax.softmax_cross_entropy(logits[0], targets_bC).mean()
-            if passes == 2:
-                if routed.consistency_loss == "thor":
-                    loss += optax.softmax_cross_entropy(logits[1], targets_bC).mean()
-                loss += routed.consistency * consistency(logits[0], logits[1], routed.consistency_loss == "adamix")
-            accuracy = (logits[0].argmax(-1) == labels_b).mean()
-            # The mean over devices belongs inside: shard_map then returns reduced gradients, and a pmean of
-            # gradients after the fact would be wrong by a factor of the device count.
-            return jax.lax.pmean(loss, AXIS) + auxiliary, (jax.lax.pmean(accuracy, AXIS), statistics)
-
-        steps = [functools.partial(jax.value_and_grad(loss_fn, argnums=1, has_aux=True), net) for net in nets]
-        chosen = moe.top_k_at(step / total, routed.top_k, routed.experts) - routed.top_k
-        (loss, (accuracy, statistics)), grads = jax.lax.switch(chosen, steps, params)
+        loss, accuracy, statistics, grads = gradients(params, split, index_SB[step % steps_per_epoch], step, routes)
         norm = optax.tree.norm(grads)
         if config.optim.clip_norm:
             scale = jnp.minimum(1.0, config.optim.clip_norm / norm)
@@ -281,7 +269,134 @@ def make_train_step(config: Config, model: vit.ViT, mesh: Mesh, steps_per_epoch:
         metrics = Metrics(loss, accuracy, norm, jnp.asarray(rate, jnp.float32), statistics)
         return TrainState(step + 1, params, opt_state, ema), metrics
 
-    sharded = jax.shard_map(
-        train_step, mesh=mesh, in_specs=(REPLICATED, REPLICATED, BY_COLUMN), out_specs=(REPLICATED, REPLICATED)
-    )
-    return jax.jit(sharded, donate_argnums=0)
+    shardings = jax.tree.map(lambda x: x.sharding, abstract_state(config, model, mesh))
+    return jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, NamedSharding(mesh, REPLICATED)))
+
+
+def _make_gradients(config: Config, net: vit.ViT, mesh: Mesh, total: int) -> Callable[..., Any]:
+    """Returns (params of `net`, images, index_B, step, routes) -> (loss, accuracy, statistics, grads), all of them over
+    the global batch: the part of the step that each device computes on its images.
+
+    `total` is the number of steps of the run.
+    """
+    root = jax.random.key(config.train.seed)
+    data, routed, depth = config.data, config.routing, config.model.depth
+    batch, parts, slots = config.train.batch_size, config.train.accumulate, config.slots
+    data_devices, expert_devices = mesh.shape[DATA], mesh.shape[EXPERT]
+    needs_keys = config.model.dropout > 0 or config.learned  # to a learned router, no keys mean evaluation
+    # With one route for all layers, images are put where their expert is, once, instead of weights in each layer.
+    images_move = (routed.granularity, routed.scope) == ("sample", "shared") and not routed.consistency
+    if expert_devices > 1:
+        net = net.clone(experts=net.experts // expert_devices)
+    nets = [net]
+    if net.router and routed.router == "frozen":  # its K grows, and shapes with it: one program holds them all
+        growing = range(routed.top_k, routed.experts + 1)
+        nets = [net.clone(router=dataclasses.replace(net.router, top_k=top_k)) for top_k in growing]
+
+    def keys_b(purpose: Purpose, step: jax.Array, place_b: jax.Array) -> jax.Array:
+        return jax.vmap(jax.random.fold_in, (None, 0))(routing.address(root, purpose, step), place_b)
+
+    def places(route: jax.Array) -> jax.Array:
+        """Returns place_b in the global batch of this device's images; sorted by slot, or by expert if images move."""
+        if slots == 1:
+            share = batch // mesh.size
+            return jax.lax.axis_index(AXES) * share + jnp.arange(share)
+        share = batch // data_devices
+        slot_E = jnp.argsort(route[0]) if images_move else jnp.arange(slots)
+        here = slots // expert_devices
+        slot_e = jax.lax.dynamic_slice(slot_E, (jax.lax.axis_index(EXPERT) * here,), (here,))
+        place_eb = slot_e[:, None] + slots * jnp.arange(share // slots)[None]
+        return jax.lax.axis_index(DATA) * share + place_eb.reshape(-1)
+
+    def loss_fn(
+        net: vit.ViT,
+        params: Any,
+        images: jax.Array,
+        labels_b: jax.Array,
+        place_b: jax.Array,
+        step: jax.Array,
+        routes: Any,
+    ) -> tuple[jax.Array, tuple[jax.Array, Statistics | None]]:
+        if expert_devices > 1 and net.experts == 1:  # the one expert here is a dense model
+            trunk, experts = merging.split(params, merging.stacked(params))
+            params = merging.join(trunk, merging.take(experts, jnp.zeros((depth,), jnp.int32)))
+        targets_bC = optax.smooth_labels(jax.nn.one_hot(labels_b, config.model.classes), config.train.label_smoothing)
+        logits, auxiliary, statistics = [], jnp.float32(0), None
+        for number, route in enumerate(routes):
+            dropout = keys_b(Purpose.DROPOUT, step, place_b + number * batch) if needs_keys else None
+            if config.learned:
+                found, statistics = vit.logits_and_statistics(net, params, images, dropout)
+                # Over the global batch before anything is multiplied: the loss of means is no mean of losses.
+                statistics = jax.lax.pmean(statistics, AXES)
+                auxiliary += routed.balance_loss * moe.balance_loss(routed.router, statistics)
+                auxiliary += routed.z_loss * moe.z_loss(statistics)
+                logits.append(found)
+            else:
+                logits.append(vit.logits(net, params, images, None if images_move else route, dropout))
+        loss = optax.softmax_cross_entropy(logits[0], targets_bC).mean()
+        if len(routes) == 2:
+            if routed.consistency_loss == "thor":
+                loss += optax.softmax_cross_entropy(logits[1], targets_bC).mean()
+            loss += routed.consistency * consistency(logits[0], logits[1], routed.consistency_loss == "adamix")
+        accuracy = (logits[0].argmax(-1) == labels_b).mean()
+        # The mean over devices belongs inside: auxiliary losses are of the global batch.
+        return jax.lax.pmean(loss, AXES) + auxiliary, (jax.lax.pmean(accuracy, AXES), statistics)
+
+    def on_device(params: Any, split: Images, index_B: jax.Array, step: jax.Array, routes: list[jax.Array]) -> Any:
+        place_b = places(routes[0])
+        index_b = index_B[place_b]
+        images = augment.normalize(
+            augment.augment(
+                keys_b(Purpose.AUGMENT, step, place_b), split.images_NHWC[index_b], data.crop_padding, data.flip
+            )
+        )
+        # Each device differentiates its own copy, so gradients are reduced once, at the end, and not where a
+        # parameter first meets the images: inside the scan over layers, and the CLS token once per image.
+        axes = jax.tree.map(lambda spec: (DATA,) if spec == BY_EXPERT else AXES, specs(params))
+        mine = jax.tree.map(lambda x, over: jax.lax.pcast(x, over, to="varying"), params, axes)
+        chosen = moe.top_k_at(step / total, routed.top_k, routed.experts) - routed.top_k
+
+        def part(given: tuple[jax.Array, ...]) -> Any:
+            steps = [
+                lambda p, net=net: jax.value_and_grad(functools.partial(loss_fn, net), has_aux=True)(
+                    p, *given, step, routes
+                )
+                for net in nets
+            ]
+            return jax.lax.switch(chosen, steps, mine)
+
+        given = images, split.labels_N[index_b], place_b
+        found = part(given) if parts == 1 else _mean_of_parts(part, given, parts, slots // expert_devices)
+        (loss, (accuracy, statistics)), grads = found
+        return loss, accuracy, statistics, jax.tree.map(jax.lax.psum, grads, axes)
+
+    def specs(params: Any) -> Any:
+        return jax.tree.map(
+            lambda is_stacked: BY_EXPERT if is_stacked and expert_devices > 1 else REPLICATED, merging.stacked(params)
+        )
+
+    def gradients(params: Any, split: Images, index_B: jax.Array, step: jax.Array, routes: list[jax.Array]) -> Any:
+        return jax.shard_map(
+            on_device,
+            mesh=mesh,
+            in_specs=(specs(params), REPLICATED, REPLICATED, REPLICATED, REPLICATED),
+            out_specs=(REPLICATED, REPLICATED, REPLICATED, specs(params)),
+        )(params, split, index_B, step, routes)
+
+    return gradients
+
+
+def _mean_of_parts(part: Callable[[Any], Any], given: Any, parts: int, slots: int) -> Any:
+    """Returns the mean over `parts` equal parts of a device's images, run one after the other; each part has its share
+    of every slot."""
+
+    def cut(x_b: jax.Array) -> jax.Array:
+        rest = x_b.shape[1:]
+        return x_b.reshape(slots, parts, -1, *rest).swapaxes(0, 1).reshape(parts, -1, *rest)
+
+    def add(total: Any, piece: Any) -> tuple[Any, None]:
+        return jax.tree.map(lambda a, b: a + b / parts, total, part(piece)), None
+
+    pieces = jax.tree.map(cut, given)
+    first = jax.tree.map(lambda x: x / parts, part(jax.tree.map(lambda x: x[0], pieces)))
+    return jax.lax.scan(add, first, jax.tree.map(lambda x: x[1:], pieces))[0]

@@ -35,17 +35,20 @@ def put(split: Split, mesh: Mesh) -> Images:
 
 
 class TrainOrder:
-    """Order of the training images. Every epoch is a fresh permutation; what does not fill a batch waits for the next.
+    """Order of the training images, whole on every device.
 
-    `slots` are the equal parts of each device's share: one per expert where all run.
+    Every epoch is a fresh permutation; what does not fill a batch waits for the next.
+
+    `slots` are the equal parts of each data device's share: one per expert where all run.
     Raises ConfigError where the batch does not divide over devices and slots, or is larger than the split.
     """
 
     def __init__(self, count: int, batch_size: int, key: jax.Array, mesh: Mesh, slots: int = 1) -> None:
-        if batch_size % (mesh.size * slots):
-            times = f" x {slots} experts" if slots > 1 else ""
+        parts = mesh.shape["data"] * slots if slots > 1 else mesh.size
+        if batch_size % parts:
+            which = f"{mesh.shape['data']} data devices x {slots} experts" if slots > 1 else f"{mesh.size} devices"
             raise ConfigError(
-                f"config.train.batch_size is {batch_size}; it must be a multiple of the {mesh.size} devices{times}; "
+                f"config.train.batch_size is {batch_size}; it must be a multiple of the {which}; "
                 "change it or set --config.train.devices"
             )
         if batch_size > count:
@@ -58,7 +61,7 @@ class TrainOrder:
             permutation_N = jax.random.permutation(jax.random.fold_in(key, epoch), count)
             return permutation_N[: steps * batch_size].reshape(steps, batch_size)
 
-        self._order = jax.jit(order, out_shardings=NamedSharding(mesh, PartitionSpec(None, mesh.axis_names)))
+        self._order = jax.jit(order, out_shardings=NamedSharding(mesh, PartitionSpec()))
 
     def epoch(self, number: int) -> jax.Array:
         """Returns index_SB of this epoch: a pure function of (seed, epoch), drawn on the devices."""

@@ -74,6 +74,7 @@ class Mlp(nn.Module):
             x_BTD: input tokens. For a route over slots, images are sorted by slot: B is E times B/E.
             route: the expert that runs; ignored when there is one expert.
                 scalar: one for the whole batch.
+                None: slot e of images runs expert e.
                 [E]: of each slot of images, a permutation; one batched product, each slot with its own expert.
                 [T, E]: of each slot at each place in the image, a permutation; tokens travel between the images that
                     share a place in their slots, so this also costs two gathers of the activations.
@@ -83,18 +84,17 @@ class Mlp(nn.Module):
         x_BTD = x_BTD.astype(self.dtype)
         if self.experts == 1:
             return two_layers(x_BTD, key_B, weights, self.dropout)
-        assert route is not None, "a model with experts needs a route"
-        if route.ndim < 2:  # pick weights, never move activations
+        if route is not None and route.ndim < 2:  # pick weights, never move activations
             weights = tuple(w[route] if e else w for w, e in zip(weights, stacked, strict=True))
-        if route.ndim == 0:
-            return two_layers(x_BTD, key_B, weights, self.dropout)
+            if route.ndim == 0:
+                return two_layers(x_BTD, key_B, weights, self.dropout)
         x_EBTD = x_BTD.reshape(self.experts, -1, *x_BTD.shape[1:])
-        if route.ndim == 2:
+        if route is not None and route.ndim == 2:
             x_EBTD = _exchange(x_EBTD, jnp.argsort(route, axis=1))
         key_EB = None if key_B is None else key_B.reshape(self.experts, -1)
         axes = (0, None if key_B is None else 0, tuple(0 if e else None for e in stacked), None)
         y_EBTD = jax.vmap(two_layers, axes)(x_EBTD, key_EB, weights, self.dropout)
-        if route.ndim == 2:
+        if route is not None and route.ndim == 2:
             y_EBTD = _exchange(y_EBTD, route)
         return y_EBTD.reshape(x_BTD.shape)
 

@@ -204,7 +204,7 @@ class ViT(nn.Module):
 
         Args:
             images_BHWc: normalised images, image_size x image_size x channels; sorted by slot for a route over slots.
-            route: integer experts, [L], [L, E] or [L, T, E] (`Mlp`); needed when experts > 1. A layer without experts
+            route: integer experts, [L], [L, E] or [L, T, E], or None (`Mlp`). A layer without experts
                 ignores its part.
             key_B: one dropout key per image; None is deterministic.
         """

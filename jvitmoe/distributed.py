@@ -1,0 +1,117 @@
+"""Several processes as one run, through JAX's own runtime: joining, and leaving without hanging anybody.
+
+Every process runs the same program on the same batch addresses; process 0 alone prints and writes files.
+"""
+
+import os
+import socket
+import sys
+import threading
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from absl import flags
+
+from jvitmoe.config import UserError
+
+HEARTBEAT_SECONDS = 12  # without a sign of life, until a process counts as lost and the others end
+SHUTDOWN_SECONDS = 15
+
+
+def define_flags(values: flags.FlagValues) -> None:
+    """Adds the flags that join several processes into one run."""
+    flags.DEFINE_bool("distributed", False, "Join what Slurm, Open MPI or Kubernetes started.", flag_values=values)
+    flags.DEFINE_string("coordinator", "", "HOST:PORT of process 0, to join processes by hand.", flag_values=values)
+    flags.DEFINE_integer("processes", 1, "Number of processes, with --coordinator.", flag_values=values)
+    flags.DEFINE_integer("process", 0, "Number of this one, from 0, with --coordinator.", flag_values=values)
+    flags.DEFINE_integer("join_seconds", 25, "How long to wait for the other processes.", flag_values=values)
+
+
+def join(values: flags.FlagValues) -> None:
+    """Joins the other processes as the flags say; nothing where they say nothing. Raises UserError.
+
+    Ends the process with one line and exit code 2 where the others are not all there in time: JAX itself would abort.
+    """
+    by_hand = bool(values.coordinator)
+    if not by_hand and not values.distributed:
+        if values.processes != 1 or values.process != 0:
+            raise UserError(f"--processes is {values.processes} without --coordinator; give --coordinator=HOST:PORT")
+        return
+    if values.join_seconds < 1:
+        raise UserError(f"--join_seconds is {values.join_seconds}; it must be at least 1")
+    if by_hand and not 0 <= values.process < values.processes:
+        raise UserError(f"--process is {values.process}; it must be from 0 to {values.processes - 1}, by --processes")
+    if by_hand:
+        _check_address(values.coordinator)
+    where = f"--coordinator={values.coordinator}" if by_hand else "what --distributed found"
+    who = f"process {values.process} of {values.processes}" if by_hand else "this process"
+    late = (
+        f"error: {who} waited {values.join_seconds} s for the others at {where}, and they are not all there; "
+        "check the address and that as many processes were started as --processes says\n"
+    )
+    timer = threading.Timer(values.join_seconds, _leave, (late, 2))
+    timer.daemon = True
+    timer.start()
+    chosen = (values.coordinator, values.processes, values.process) if by_hand else (None, None, None)
+    try:
+        jax.distributed.initialize(
+            *chosen,
+            cluster_detection_method="deactivate" if by_hand else None,
+            initialization_timeout=10 * values.join_seconds,  # the timer comes first: on time-out JAX aborts
+            heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+            shutdown_timeout_seconds=SHUTDOWN_SECONDS,
+        )
+    except (ValueError, RuntimeError) as error:
+        found = " ".join(str(error).split())[:200]
+        raise UserError(f"{who} cannot join at {where}: {found}; check --coordinator, or start it in a job") from error
+    finally:
+        timer.cancel()
+
+
+def alone() -> bool:
+    """Whether this process is the only one."""
+    return jax.process_count() == 1
+
+
+def first() -> bool:
+    """Whether this process is the one that prints and writes."""
+    return jax.process_index() == 0
+
+
+def guard(main: Callable[[], Any]) -> None:
+    """Runs `main`; of several processes, one that fails says so and ends at once, so that no other waits for it.
+
+    Without this, a failed process would wait for the others to shut down together, and they for its part of a sum.
+    """
+    try:
+        main()
+    except BaseException as error:
+        if alone():
+            raise
+        code: Any = error.code if isinstance(error, SystemExit) else 2 if isinstance(error, UserError) else 1
+        text = "" if isinstance(error, SystemExit) else f"error: {error}\n"
+        if not isinstance(error, SystemExit | UserError | KeyboardInterrupt):
+            text = traceback.format_exc()
+        of = f"process {jax.process_index()} of {jax.process_count()}"
+        if code in (0, None) or (isinstance(error, SystemExit) and code > 128):  # all stop together: a clean end
+            raise
+        _leave(f"{text}{of} ends with code {code}, and the others with it\n", code)
+
+
+def _check_address(address: str) -> None:
+    host, colon, port = address.rpartition(":")
+    if not colon or not port.isdigit() or not 0 < int(port) < 65536:
+        raise UserError(f"--coordinator is {address!r}; it must be HOST:PORT, such as node0:1234")
+    try:
+        socket.getaddrinfo(host.strip("[]"), int(port))
+    except OSError as error:
+        raise UserError(f"--coordinator is {address!r}; its host is not known here: {error}") from error
+
+
+def _leave(text: str, code: int) -> None:
+    sys.stdout.flush()
+    sys.stderr.write(text)
+    sys.stderr.flush()
+    os._exit(code)

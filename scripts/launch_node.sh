@@ -1,0 +1,32 @@
+#!/usr/bin/env bash
+# Starts one command as N processes on this node, each with one GPU where there are GPUs, and joins them into one run.
+#
+#   scripts/launch_node.sh 4 python -m jvitmoe.train --config configs/cifar10_random.py
+#
+# SIGTERM and SIGINT go to all of them. When one fails, so do the others; the first failure's code is returned.
+set -uo pipefail
+if [[ $# -lt 2 || ! $1 =~ ^[1-9][0-9]*$ ]]; then
+    echo "usage: $0 PROCESSES COMMAND [FLAGS]" >&2
+    exit 2
+fi
+processes=$1
+shift
+port=$(python3 -c 'import socket; s = socket.socket(); s.bind(("localhost", 0)); print(s.getsockname()[1])')
+children=()
+for ((i = 0; i < processes; i++)); do
+    JAX_LOCAL_DEVICE_IDS=$i "$@" --coordinator="localhost:$port" --processes="$processes" --process="$i" &
+    children+=($!)
+done
+trap 'kill -TERM "${children[@]}" 2>/dev/null' TERM
+trap 'kill -INT "${children[@]}" 2>/dev/null' INT
+code=0
+for child in "${children[@]}"; do
+    wait "$child"
+    found=$?
+    while kill -0 "$child" 2>/dev/null; do # a trapped signal ends the waiting, not the child
+        wait "$child"
+        found=$?
+    done
+    if ((code == 0)); then code=$found; fi
+done
+exit "$code"
