@@ -15,6 +15,8 @@ from typing import Any
 class UserError(Exception):
     """A mistake the user can mend: commands print it as one line and exit with code 2."""
 
+    everywhere = False  # whether all processes of a run raise it alike, so that one of them saying it is enough
+
 
 class ConfigError(UserError):
     """A field holds a value that breaks its rule; the message names value, rule and remedy."""

@@ -14,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jvitmoe import merging, routing
 from jvitmoe.config import Config
-from jvitmoe.data import augment
+from jvitmoe.data import augment, feed
 from jvitmoe.data.feed import Batches, Images
 from jvitmoe.models import vit
 from jvitmoe.routing import Purpose
@@ -76,7 +76,7 @@ class Evaluator:
         rows = len(route_PL) + 1
         number, bins = jnp.zeros((rows,), jnp.int32), jnp.zeros((rows, BINS), jnp.int32)
         sums = Sums(number, number.astype(float), number, bins, bins, bins.astype(float))
-        sums = jax.device_put(sums, self._replicated)
+        sums = jax.tree.map(lambda x: feed.place(np.asarray(x), self._replicated), sums)
         for s in range(len(batches.index_SB)):
             sums = self._step(params, route_PL, log_weight_P, sums, split, batches, jnp.int32(s))
             settle(self._mesh, sums)

@@ -131,7 +131,7 @@ def make_state(config: Config, model: vit.ViT, mesh: Mesh, dense: Any = None) ->
     With a trained dense tree, experts are copies of its MLPs and the trunk is its trunk: sparse upcycling.
     """
     shardings = jax.tree.map(lambda x: x.sharding, abstract_state(config, model, mesh))
-    return jax.jit(lambda: _create(config, model, dense), out_shardings=shardings)()
+    return jax.jit(functools.partial(_create, config, model), out_shardings=shardings)(dense)
 
 
 def abstract_state(config: Config, model: vit.ViT, mesh: Mesh) -> TrainState:

@@ -18,9 +18,10 @@ WITHOUT_JAX = ["config", "cli", "tracking", "plots", "report", "data.sources"]
 RANK = {
     **{"config": 0, "data": 1, "models": 1, "routing": 1, "optim": 1, "merging": 2, "state": 3, "step": 4},
     **{"evaluation": 5, "mergeability": 5, "checkpoint": 5, "cli": 5, "tracking": 5, "plots": 6},
+    **{"distributed": 5},
     **dict.fromkeys(COMMANDS, 7),
 }
-ONLY = {"checkpoint": {"state", "config"}, "tracking": {"config"}, "cli": {"config"}}
+ONLY = {"checkpoint": {"state", "config"}, "tracking": {"config"}, "cli": {"config"}, "distributed": {"config"}}
 ONLY_IN = {"flax": "models.", "orbax": "checkpoint", "tensorflow_datasets": "data.sources"}
 
 

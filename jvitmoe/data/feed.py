@@ -31,7 +31,12 @@ class Batches(NamedTuple):
 def put(split: Split, mesh: Mesh) -> Images:
     """Returns the split on every device of the mesh."""
     sharding = NamedSharding(mesh, PartitionSpec())
-    return Images(jax.device_put(split.images_NHWC, sharding), jax.device_put(split.labels_N, sharding))
+    return Images(place(split.images_NHWC, sharding), place(split.labels_N, sharding))
+
+
+def place(array: np.ndarray, sharding: NamedSharding) -> jax.Array:
+    """Returns the array on the devices; of several processes, each holds it whole and puts the parts of its devices."""
+    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
 
 class TrainOrder:
@@ -74,8 +79,8 @@ def eval_batches(count: int, batch_size: int, mesh: Mesh) -> Batches:
     The batch is rounded up to a multiple of the devices.
     """
     size = -(-batch_size // mesh.size) * mesh.size
-    place = np.arange(-(-count // size) * size).reshape(-1, size)
+    number = np.arange(-(-count // size) * size).reshape(-1, size)
     sharding = NamedSharding(mesh, PartitionSpec(None, mesh.axis_names))
-    mask = place < count
-    index = np.where(mask, place, 0).astype(np.int32)
-    return Batches(jax.device_put(index, sharding), jax.device_put(mask, sharding))
+    mask = number < count
+    index = np.where(mask, number, 0).astype(np.int32)
+    return Batches(place(index, sharding), place(mask, sharding))
