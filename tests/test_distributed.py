@@ -70,7 +70,7 @@ def test_four_processes_stop_together_at_one_signal_and_one_process_takes_their_
     command = processes.train(experiment, workdir, "--config.train.expert_devices=2", "--config.train.shard=parameters")
     joined = processes.start_joined(4, command)
     wait_for_step(workdir, 2)
-    joined[2].send_signal(signal.SIGTERM)
+    joined[2].process.send_signal(signal.SIGTERM)
     ended = processes.collect(joined)
     assert [e.code for e in ended] == [128 + signal.SIGTERM] * 4, ended
     assert "4 processes" in ended[0].out
@@ -111,16 +111,14 @@ def test_two_processes_of_the_node_launcher_take_up_the_run_of_one(experiment, o
         (2, [1], ("--join_seconds=3",), "process 1 of 2 waited 3 s for the others"),
         (2, [0, 1], ("--config.train.batch_size=127",), "batch_size is 127; it must be a multiple of the 2 d"),
         (2, [0, 1], ("--config.train.devices=4",), "config.train.devices is 4; it must be at most 2"),
-        (2, [0, 1], ("--config.train.devices=1",), "config.train.devices is 1; it must be 0 or 2"),
     ],
-    ids=["too few", "unreachable", "batch", "devices", "fewer devices"],
+    ids=["too few", "unreachable", "batch", "devices"],
 )
 def test_a_bad_launch_ends_in_one_line_within_30_seconds(experiment, tmp_path, count, started, arguments, says):
     command = [*processes.train(experiment, tmp_path / "x", *arguments), f"--processes={count}"]
     command.append(f"--coordinator=127.0.0.1:{processes.free_port()}")
-    began = time.monotonic()
     ended = processes.collect([processes.start([*command, f"--process={n}"]) for n in started])
-    assert time.monotonic() - began < 30
+    assert max(e.seconds for e in ended) < 30
     assert [e.code for e in ended] == [2] * len(started), ended
     lines = [line for e in ended for line in e.err.splitlines()]
     assert len(lines) == 1, lines
@@ -171,6 +169,7 @@ def main():
     distributed.join(values)
     if distributed.first():
         distributed.wait()  # for one that never comes
+    time.sleep(1)
     {fails}
 
 values = flags.FlagValues()
@@ -183,10 +182,8 @@ distributed.guard(main)
 @pytest.mark.parametrize("fails", ["raise RuntimeError('a bug')", "import os; os.kill(os.getpid(), 9)"])
 def test_a_process_that_fails_ends_the_others_within_30_seconds(fails):
     joined = processes.start_joined(2, [sys.executable, "-c", FAILS.format(fails=fails)])
-    joined[1].wait(timeout=60)
-    began = time.monotonic()
-    ended = processes.collect(joined, 60)
-    assert time.monotonic() - began < 30
+    ended = processes.collect(joined, 120)
+    assert ended[0].seconds - ended[1].seconds < 30
     assert ended[0].code not in (0, None)
     assert ended[1].code in (1, -signal.SIGKILL)
     assert ended[1].code != 1 or "RuntimeError: a bug" in ended[1].err
