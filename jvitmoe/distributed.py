@@ -54,10 +54,11 @@ def join(values: flags.FlagValues) -> None:
     timer = threading.Timer(values.join_seconds, _leave, (late, 2))
     timer.daemon = True
     timer.start()
-    chosen = (values.coordinator, values.processes, values.process) if by_hand else (None, None, None)
     try:
         jax.distributed.initialize(
-            *chosen,
+            coordinator_address=values.coordinator if by_hand else None,
+            num_processes=values.processes if by_hand else None,
+            process_id=values.process if by_hand else None,
             cluster_detection_method="deactivate" if by_hand else None,
             initialization_timeout=10 * values.join_seconds,  # the timer comes first: on time-out JAX aborts
             heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
