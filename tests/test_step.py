@@ -140,6 +140,15 @@ def compiled(tiny_config, tiny_split):
     return programs
 
 
+def group_size(groups):
+    """Returns the devices that reduce together, from any of HLO's ways to write groups of them."""
+    if sizes := dict(re.findall(r"'(\w+)'=(\d+)", groups)):  # mesh['data'=1,'expert'=4] {'data'}
+        return np.prod([int(sizes[name]) for name in re.findall(r"'(\w+)'[,}]", groups)], dtype=int)
+    if listed := re.match(r"\[\d+,(\d+)\]<=", groups):  # [4,1]<=[4]
+        return int(listed[1])
+    return len(re.match(r"\{\{([\d,]+)\}", groups)[1].split(","))  # {{0,1},{2,3}}
+
+
 def reduced_bytes(text):
     """Returns the bytes that the all-reduces of an HLO text take in; asserts that there is no other collective.
 
@@ -147,8 +156,8 @@ def reduced_bytes(text):
     """
     assert not re.search(r" (all-gather|all-to-all|reduce-scatter|collective-permute)(-start)?\(", text)
     total = 0
-    for shape, groups in re.findall(r"= (.+?) all-reduce(?:-start)?\(.*replica_groups=(\S+)", text):
-        if re.fullmatch(r"\[\d+,1\]<=\[\d+\],|\{(\{\d+\},?)*\},", groups):
+    for shape, groups in re.findall(r"= (.+?) all-reduce(?:-start)?\(.*replica_groups=(mesh.*?\}|\S+),", text):
+        if group_size(groups) == 1:
             continue
         for kind, bits, sizes in re.findall(r"\b(f|bf|s|u|pred)(\d*)\[([\d,]*)\]", shape):
             elements = np.prod([int(n) for n in sizes.split(",") if n], dtype=int)
