@@ -150,6 +150,8 @@ def abstract_state(config: Config, model: vit.ViT, mesh: Mesh) -> TrainState:
         free = [n for n, axis in enumerate(along) if axis is None and x.shape[n] % mesh.shape[DATA] == 0]
         if split and free:
             along[max(free, key=lambda n: x.shape[n])] = DATA
+        while along and along[-1] is None:  # P() and P(None) mean one thing, but are two programs to jit
+            along.pop()
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, PartitionSpec(*along)))
 
     def place_all(tree: Any, is_stacked: bool, split: bool) -> Any:

@@ -16,7 +16,17 @@ WITHOUT_JAX = ["config", "cli", "tracking", "plots", "report", "data.sources"]
 
 # Imports point to lower ranks, or to a neighbour in the same folder.
 RANK = {
-    **{"config": 0, "data": 1, "models": 1, "routing": 1, "optim": 1, "merging": 2, "state": 3, "step": 4},
+    **{
+        "config": 0,
+        "data": 1,
+        "distributed": 1,
+        "models": 1,
+        "routing": 1,
+        "optim": 1,
+        "merging": 2,
+        "state": 3,
+        "step": 4,
+    },
     **{"evaluation": 5, "mergeability": 5, "checkpoint": 5, "cli": 5, "tracking": 5, "plots": 6},
     **{"distributed": 5},
     **dict.fromkeys(COMMANDS, 7),

@@ -140,11 +140,25 @@ def compiled(tiny_config, tiny_split):
     return programs
 
 
+def group_size(groups):
+    """Returns the devices that reduce together, from any of HLO's ways to write groups of them."""
+    if sizes := dict(re.findall(r"'(\w+)'=(\d+)", groups)):  # mesh['data'=1,'expert'=4] {'data'}
+        return np.prod([int(sizes[name]) for name in re.findall(r"'(\w+)'[,}]", groups)], dtype=int)
+    if listed := re.match(r"\[\d+,(\d+)\]<=", groups):  # [4,1]<=[4]
+        return int(listed[1])
+    return len(re.match(r"\{\{([\d,]+)\}", groups)[1].split(","))  # {{0,1},{2,3}}
+
+
 def reduced_bytes(text):
-    """Returns the bytes that the all-reduces of an HLO text take in; asserts that there is no other collective."""
+    """Returns the bytes that the all-reduces of an HLO text take in; asserts that there is no other collective.
+
+    A sum over an axis of one device, whose groups hold a device each, moves nothing.
+    """
     assert not re.search(r" (all-gather|all-to-all|reduce-scatter|collective-permute)(-start)?\(", text)
     total = 0
-    for shape in re.findall(r"= (.+?) all-reduce(?:-start)?\(", text):
+    for shape, groups in re.findall(r"= (.+?) all-reduce(?:-start)?\(.*replica_groups=(mesh.*?\}|\S+),", text):
+        if group_size(groups) == 1:
+            continue
         for kind, bits, sizes in re.findall(r"\b(f|bf|s|u|pred)(\d*)\[([\d,]*)\]", shape):
             elements = np.prod([int(n) for n in sizes.split(",") if n], dtype=int)
             total += int(elements) * (1 if kind == "pred" else int(bits) // 8)
