@@ -29,6 +29,8 @@ class DataConfig:
     validation: int = 0  # training images held out, class by class, to choose checkpoints on
     crop_padding: int = 0  # zero pixels added on each side before the random crop; 0 crops nothing
     flip: bool = False  # horizontal flip with probability 1/2
+    stream: bool = False  # read each batch from disk, for sets larger than a device's memory
+    crop: str = "pad"  # pad (crop_padding, images of one size) | resized (random parts resized; images of any size)
 
 
 @dataclasses.dataclass
@@ -138,6 +140,11 @@ class Config:
         turn, upcycled = len(routing.pattern), routing.init == "upcycled"
         plain = routing.experts > 1 and routing.granularity == "batch" and not routing.consistency
         return (
+            (
+                self.data.crop == "pad" or self.data.stream,
+                "data.crop",
+                "must be 'pad' for sets that live on the device; 'resized' needs data.stream=True",
+            ),
             (
                 model.width % model.heads == 0,
                 "model.width",
@@ -259,6 +266,7 @@ class Config:
 
 
 CHOICES = {
+    "data.crop": ("pad", "resized"),
     "model.norm": ("pre", "post"),
     "model.pool": ("cls", "mean"),
     "model.positions": ("learned", "sincos2d"),
@@ -302,7 +310,7 @@ FRACTIONS = ("routing.tie_last", "train.ema", "model.dropout", "optim.b1", "opti
 FREE_ON_RESUME = frozenset(
     f"{section}.{name}"
     for section, names in {
-        "data": ("dir",),
+        "data": ("dir", "stream"),
         "train": (
             "devices",
             "expert_devices",

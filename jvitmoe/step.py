@@ -34,6 +34,7 @@ from jvitmoe.state import TrainState
 DATA, EXPERT = "data", "expert"
 AXES = (DATA, EXPERT)
 REPLICATED = PartitionSpec()
+BY_DATA = PartitionSpec(DATA)  # of the rows of a streamed batch
 BY_EXPERT = PartitionSpec(None, EXPERT)  # of leaves [L, E, ...]
 
 
@@ -57,7 +58,7 @@ def as_floats(metrics: Metrics, expert_layers: Sequence[int]) -> dict[str, float
     return scalars
 
 
-TrainStep = Callable[[TrainState, Images, jax.Array], tuple[TrainState, Metrics]]
+TrainStep = Callable[[TrainState, Images, jax.Array | None], tuple[TrainState, Metrics]]
 
 
 def make_mesh(train: TrainConfig) -> Mesh:
@@ -216,6 +217,8 @@ def consistency(logits_p_BC: jax.Array, logits_q_BC: jax.Array, stop_gradients: 
 def make_train_step(config: Config, model: vit.ViT, mesh: Mesh, steps_per_epoch: int) -> TrainStep:
     """Returns the compiled step: (state, images, index_SB of the epoch) -> (state, Metrics). The state is donated.
 
+    With `data.stream` the images are those of the batch, and index_SB is None.
+
     Routes, augmentation and dropout are addressed by (seed, step, place in the global batch), so the result does not
     depend on the number of devices beyond the order of floating-point sums. With granularity "batch" only the dense
     model on the route is differentiated, reduced over devices and updated; otherwise every expert runs on its slot,
@@ -242,14 +245,15 @@ def make_train_step(config: Config, model: vit.ViT, mesh: Mesh, steps_per_epoch:
         key = routing.address(root, Purpose.SECOND_ROUTE, step)
         return [route, routing.distinct_route(key, route, routed)]
 
-    def train_step(before: TrainState, split: Images, index_SB: jax.Array) -> tuple[TrainState, Metrics]:
+    def train_step(before: TrainState, split: Images, index_SB: jax.Array | None) -> tuple[TrainState, Metrics]:
         step, params, opt_state = before.step, before.params, before.opt_state
         routes = draw_routes(step)
         if not whole:
             picked = routes[0] if passes == 1 else jnp.stack(routes, axis=1)  # [L] or [L, 2]
             params, opt_state = state.take_path(params, opt_state, picked)
             routes = [jnp.full((depth,), number) for number in range(passes)]
-        loss, accuracy, statistics, grads = gradients(params, split, index_SB[step % steps_per_epoch], step, routes)
+        index_B = None if index_SB is None else index_SB[step % steps_per_epoch]
+        loss, accuracy, statistics, grads = gradients(params, split, index_B, step, routes)
         norm = optax.tree.norm(grads)
         if config.optim.clip_norm:
             scale = jnp.minimum(1.0, config.optim.clip_norm / norm)
@@ -276,8 +280,8 @@ def make_train_step(config: Config, model: vit.ViT, mesh: Mesh, steps_per_epoch:
 
 
 def _make_gradients(config: Config, net: vit.ViT, mesh: Mesh, total: int) -> Callable[..., Any]:
-    """Returns (params of `net`, images, index_B, step, routes) -> (loss, accuracy, statistics, grads), all of them over
-    the global batch: the part of the step that each device computes on its images.
+    """Returns (params of `net`, images, index_B or None, step, routes) -> (loss, accuracy, statistics, grads), all of
+    them over the global batch: the part of the step that each device computes on its images.
 
     `total` is the number of steps of the run.
     """
@@ -344,9 +348,13 @@ def _make_gradients(config: Config, net: vit.ViT, mesh: Mesh, total: int) -> Cal
         # The mean over devices belongs inside: auxiliary losses are of the global batch.
         return jax.lax.pmean(loss, AXES) + auxiliary, (jax.lax.pmean(accuracy, AXES), statistics)
 
-    def on_device(params: Any, split: Images, index_B: jax.Array, step: jax.Array, routes: list[jax.Array]) -> Any:
+    def on_device(
+        params: Any, split: Images, index_B: jax.Array | None, step: jax.Array, routes: list[jax.Array]
+    ) -> Any:
         place_b = places(routes[0])
-        index_b = index_B[place_b]
+        # Of a streamed batch, a device is given the images of its part of the data axis.
+        first = jax.lax.axis_index(DATA) * (batch // data_devices)
+        index_b = place_b - first if index_B is None else index_B[place_b]
         images = augment.normalize(
             augment.augment(
                 keys_b(Purpose.AUGMENT, step, place_b), split.images_NHWC[index_b], data.crop_padding, data.flip
@@ -377,11 +385,13 @@ def _make_gradients(config: Config, net: vit.ViT, mesh: Mesh, total: int) -> Cal
             lambda is_stacked: BY_EXPERT if is_stacked and expert_devices > 1 else REPLICATED, merging.stacked(params)
         )
 
-    def gradients(params: Any, split: Images, index_B: jax.Array, step: jax.Array, routes: list[jax.Array]) -> Any:
+    def gradients(
+        params: Any, split: Images, index_B: jax.Array | None, step: jax.Array, routes: list[jax.Array]
+    ) -> Any:
         return jax.shard_map(
             on_device,
             mesh=mesh,
-            in_specs=(specs(params), REPLICATED, REPLICATED, REPLICATED, REPLICATED),
+            in_specs=(specs(params), BY_DATA if data.stream else REPLICATED, REPLICATED, REPLICATED, REPLICATED),
             out_specs=(REPLICATED, REPLICATED, REPLICATED, specs(params)),
         )(params, split, index_B, step, routes)
 

@@ -13,7 +13,7 @@ import signal
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -26,8 +26,8 @@ from jvitmoe import checkpoint, cli, distributed, evaluation, routing, step, tra
 from jvitmoe import config as config_lib
 from jvitmoe.checkpoint import Checkpoints
 from jvitmoe.config import Config, ConfigError, UserError
-from jvitmoe.data import feed, sources
-from jvitmoe.data.sources import Split
+from jvitmoe.data import feed, sources, stream
+from jvitmoe.data.sources import Dataset, Records, Split
 from jvitmoe.evaluation import Result
 from jvitmoe.models import vit
 from jvitmoe.routing import Purpose
@@ -36,6 +36,8 @@ from jvitmoe.step import Metrics
 from jvitmoe.tracking import Tracker, console
 
 SHARED_SECONDS = 8.0
+
+Batch = tuple[feed.Images, jax.Array | None]  # what a step takes
 
 
 class TrainingError(UserError):
@@ -113,10 +115,11 @@ def train(config: Config, workdir: Path, stop: Stop) -> None:
     began = time.monotonic()
     mesh = distributed.together(lambda: step.make_mesh(config.train))
     hardware = step.describe(mesh)
-    dataset = distributed.one_first(lambda: sources.load(config.data, config.model))
+    find = sources.browse if config.data.stream else sources.load
+    dataset: Dataset[Any] = distributed.one_first(lambda: find(config.data, config.model))
     order_key = routing.address(jax.random.key(config.train.seed), Purpose.ORDER)
 
-    def arrange() -> tuple[Split, Split, feed.TrainOrder]:
+    def arrange() -> tuple[Any, Any, feed.TrainOrder]:
         train_split, validation = sources.hold_out(dataset.train, config.data.validation)
         order = feed.TrainOrder(len(train_split), config.train.batch_size, order_key, mesh, config.slots)
         return train_split, validation, order
@@ -134,14 +137,17 @@ def train(config: Config, workdir: Path, stop: Stop) -> None:
     console.print(f"images      {len(train_split):,} train, {len(validation):,} validation, {len(dataset.test):,} test")
     console.print(f"steps       {total:,} ({config.train.epochs} epochs of {order.steps_per_epoch})")
 
-    images = feed.put(train_split, mesh)
+    def show(split: Split | Records) -> tuple[evaluation.Shown, feed.Batches]:
+        batches = feed.eval_batches(len(split), config.train.batch_size, mesh)
+        if isinstance(split, Split):
+            return feed.put(split, mesh), batches
+        return stream.EvalImages(split, batches, config, mesh), batches
+
     # Watching the test split chooses nothing: without a validation split the last checkpoint is the result.
     watched = "validation" if len(validation) else "test"
     evaluate = evaluation.make_evaluate(model, mesh)
-    test_images = feed.put(dataset.test, mesh)
-    test_batches = feed.eval_batches(len(dataset.test), config.train.batch_size, mesh)
-    watch_images = feed.put(validation, mesh) if len(validation) else test_images
-    watch_batches = feed.eval_batches(len(validation) or len(dataset.test), config.train.batch_size, mesh)
+    test = show(dataset.test)
+    watch_on = show(validation) if len(validation) else test
 
     checkpoints = Checkpoints(workdir / "checkpoints", config.train.keep, best=len(validation) > 0)
     state = _resume(checkpoints, config, model, mesh, dense)
@@ -150,18 +156,26 @@ def train(config: Config, workdir: Path, stop: Stop) -> None:
         console.print(f"resuming    from step {start:,}")
     run = _Run(config, checkpoints, stop, mesh, order)
 
-    def watch(state: TrainState) -> Result:
-        return evaluation.evaluate_main(config, state.params, evaluate, watch_images, watch_batches)
+    if isinstance(train_split, Records):
+        streamed = stream.train_batches(train_split, order, config, mesh, start, total)
+        batches: Iterator[Batch] = ((images, None) for images in streamed)
+    else:
+        batches = feed.resident_batches(feed.put(train_split, mesh), order, start, total)
 
+    def watch(state: TrainState) -> Result:
+        return evaluation.evaluate_main(config, state.params, evaluate, *watch_on)
+
+    train_step = step.make_train_step(config, model, mesh, order.steps_per_epoch)
     with Tracker(workdir if distributed.first() else None, start, total, config.train.batch_size) as tracker:
         try:
-            state = run.loop(
-                state, images, step.make_train_step(config, model, mesh, order.steps_per_epoch), tracker, watch, watched
-            )
-        finally:
-            checkpoints.close()
+            state = run.loop(state, batches, train_step, tracker, watch, watched)
+        except BaseException:
+            if distributed.alone():  # otherwise it would wait for the others, and they for this one's part of a step
+                checkpoints.close()
+            raise
+        checkpoints.close()
         rate = tracker.images_per_second(total)
-    rows = evaluation.evaluate_run(config, state.params, state.ema, evaluate, test_images, test_batches)
+    rows = evaluation.evaluate_run(config, state.params, state.ema, evaluate, *test)
     if not distributed.first():
         return
     tracking.write_result(
@@ -239,7 +253,7 @@ class _Run:
     def loop(
         self,
         state: TrainState,
-        images: feed.Images,
+        batches: Iterator[Batch],
         train_step: step.TrainStep,
         tracker: Tracker,
         watch: Callable[[TrainState], Result],
@@ -249,10 +263,8 @@ class _Run:
         train, steps_per_epoch = self._config.train, self._order.steps_per_epoch
         total, start = train.epochs * steps_per_epoch, int(state.step)
         self._saved = start or None
-        for done in range(start + 1, total + 1):  # updates done once this step has ended
-            epoch, place = divmod(done - 1, steps_per_epoch)
-            if place == 0 or done == start + 1:
-                index_SB = self._order.epoch(epoch)
+        # Updates done once this step has ended, and what it takes.
+        for done, (images, index_SB) in zip(range(start + 1, total + 1), batches, strict=True):
             state, metrics = train_step(state, images, index_SB)
             step.settle(self._mesh, metrics)
             if (done - 1) % train.log_every == 0 and self._unread:

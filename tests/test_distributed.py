@@ -109,7 +109,7 @@ def test_two_processes_of_the_node_launcher_take_up_the_run_of_one(experiment, o
     [
         (2, [0], ("--join_seconds=3",), "process 0 of 2 waited 3 s for the others"),
         (2, [1], ("--join_seconds=3",), "process 1 of 2 waited 3 s for the others"),
-        (2, [0, 1], ("--config.train.batch_size=127",), "batch_size is 127; it must be a multiple of the 2 d"),
+        (2, [0, 1], ("--config.train.batch_size=130",), "130; it must be a multiple of the 2 data devices x 2 e"),
         (2, [0, 1], ("--config.train.devices=4",), "config.train.devices is 4; it must be at most 2"),
     ],
     ids=["too few", "unreachable", "batch", "devices"],

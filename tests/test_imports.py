@@ -12,7 +12,7 @@ FILES = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path i
 MODULES = [name for name in FILES if name.split(".")[-1] != "__init__"]
 COMMANDS = {"train", "evaluate", "predict", "export", "report", "benchmark"}
 IN_JAX = {"jax", "jaxlib", "flax", "optax", "orbax", "chex"}
-WITHOUT_JAX = ["config", "cli", "tracking", "plots", "report", "data.sources"]
+WITHOUT_JAX = ["config", "cli", "tracking", "plots", "report", "data.sources", "data.decode"]
 
 # Imports point to lower ranks, or to a neighbour in the same folder.
 RANK = {
@@ -32,7 +32,7 @@ RANK = {
     **dict.fromkeys(COMMANDS, 7),
 }
 ONLY = {"checkpoint": {"state", "config"}, "tracking": {"config"}, "cli": {"config"}, "distributed": {"config"}}
-ONLY_IN = {"flax": "models.", "orbax": "checkpoint", "tensorflow_datasets": "data.sources"}
+ONLY_IN = {"flax": "models.", "orbax": "checkpoint", "tensorflow_datasets": "data.sources", "grain": "data.stream"}
 
 
 def imports(name: str) -> tuple[set[str], set[str]]:
