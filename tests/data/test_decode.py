@@ -1,0 +1,79 @@
+"""What is cut out of a picture: its bounds, its middle, its colours. Pixels of the test picture tell where they lie."""
+
+import numpy as np
+import pytest
+
+from jvitmoe.data.decode import AREA, RATIO, DataError, Picture, centre_crop, exact, random_crop
+
+HEIGHT, WIDTH = 160, 240
+
+
+@pytest.fixture(scope="module")
+def ramp():
+    """A picture whose red grows by one per column and whose green grows by one per row."""
+    y_HW, x_HW = np.mgrid[:HEIGHT, :WIDTH]
+    return Picture("ramp", np.stack([x_HW, y_HW, 0 * x_HW], -1).astype(np.uint8))
+
+
+def cut_from(pixels):
+    """Returns (left, top, width, height) that a resized part of the ramp was cut from."""
+    side = len(pixels)
+    across, down = pixels[side // 2, :, 0].astype(float), pixels[:, side // 2, 1].astype(float)
+    found = []
+    for line in (across, down):
+        slope = (line[-3] - line[2]) / (side - 5)  # away from the edges, where the filter sees one side only
+        found.append((line[2] - 2.5 * slope + 0.5, slope * side))
+    return found[0][0], found[1][0], found[0][1], found[1][1]
+
+
+def test_random_parts_lie_inside_and_obey_the_bounds_on_area_and_ratio(ramp):
+    parts = [cut_from(random_crop(ramp, 24, 3, np.random.RandomState(seed))) for seed in range(300)]
+    left, top, width, height = np.array(parts).T
+    assert (left > -2).all() and (top > -2).all()  # noqa: PT018
+    assert (left + width < WIDTH + 2).all()
+    assert (top + height < HEIGHT + 2).all()
+    share, ratio = width * height / (WIDTH * HEIGHT), width / height
+    assert AREA[0] - 0.02 < share.min() < 0.13
+    assert 0.85 < share.max() < AREA[1] + 0.03
+    assert RATIO[0] - 0.05 < ratio.min() < 0.8
+    assert 1.25 < ratio.max() < RATIO[1] + 0.06
+    assert abs(np.log(ratio).mean()) < 0.05  # as often wide as high
+    assert np.ptp(left) > WIDTH / 3
+    assert np.ptp(top) > HEIGHT / 3
+
+
+def test_a_random_part_is_a_function_of_what_it_is_drawn_from(ramp):
+    one, same, other = (random_crop(ramp, 24, 3, np.random.RandomState(seed)) for seed in (1, 1, 2))
+    np.testing.assert_array_equal(one, same)
+    assert (one != other).any()
+
+
+def test_a_strip_that_no_part_fits_in_gives_its_middle():
+    strip = Picture("strip", np.tile(np.arange(250, dtype=np.uint8)[None, :, None], (2, 1, 3)))
+    pixels = random_crop(strip, 8, 3, np.random.RandomState(0))
+    assert pixels.shape == (8, 8, 3)
+    assert abs(pixels.mean() - 124.5) < 2
+
+
+def test_the_centre_crop_is_the_middle_seven_eighths_of_the_shorter_side(ramp):
+    left, top, width, height = cut_from(centre_crop(ramp, 70, 3))
+    np.testing.assert_allclose([width, height], 140, atol=3)
+    np.testing.assert_allclose([left, top], [(WIDTH - 140) / 2, (HEIGHT - 140) / 2], atol=2)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_grey_and_colour_are_what_the_model_takes(ramp, channels):
+    grey = Picture("grey", np.full((20, 30, 1), 77, np.uint8))
+    for picture in (ramp, grey):
+        assert centre_crop(picture, 8, channels).shape == (8, 8, channels)
+        assert random_crop(picture, 8, channels, np.random.RandomState(0)).shape == (8, 8, channels)
+    assert (centre_crop(grey, 8, channels) == 77).all()
+
+
+def test_what_is_no_picture_is_an_error_that_names_it(ramp):
+    for cut in (lambda p: centre_crop(p, 8, 3), lambda p: random_crop(p, 8, 3, np.random.RandomState(0))):
+        with pytest.raises(DataError, match="seven cannot be read as an image"):
+            cut(Picture("seven", b"no picture"))
+    with pytest.raises(DataError, match="ramp is 160x240 pixels but all are square"):
+        exact(ramp, (8, 8, 3), "all are square")
+    np.testing.assert_array_equal(exact(ramp, (HEIGHT, WIDTH, 3), ""), ramp.encoded)
