@@ -20,6 +20,7 @@ from PIL import Image
 
 from jvitmoe.config import DataConfig, ModelConfig
 from jvitmoe.data import sources
+from jvitmoe.data.decode import exact
 from jvitmoe.data.sources import DataError, Split, hold_out, load
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data" / "tfds"
@@ -212,6 +213,35 @@ def test_a_folder_of_more_classes_than_the_model_says_so(tmp_path):
     with pytest.raises(DataError) as error:
         folder(tmp_path, classes=10)
     assert one_line(error).endswith("set --config.model.classes=2")
+
+
+# sets that are read picture by picture
+
+
+@pytest.mark.parametrize("count", [0, 2])
+def test_browsing_gives_the_splits_of_loading_in_their_order(tmp_path, count):
+    write_folder(tmp_path)
+    settings = DataConfig(name="folder", dir=str(tmp_path)), ModelConfig(channels=3, classes=2)
+    for chosen, shape in (((DataConfig(), ModelConfig()), (8, 8, 1)), (settings, (8, 8, 3))):
+        loaded, found = load(*chosen), sources.browse(*chosen)
+        assert found.class_names == loaded.class_names
+        pairs = zip(hold_out(loaded.train, count), hold_out(found.train, count), strict=True)
+        for split, records in (*pairs, (loaded.test, found.test)):
+            assert len(records) == len(split)
+            for number in range(len(split)):
+                picture, label = records[number]
+                np.testing.assert_array_equal(exact(picture, shape, ""), split.images_NHWC[number])
+                assert label == split.labels_N[number]
+
+
+def test_held_out_pictures_whose_labels_are_not_known_are_drawn_from_all():
+    def read(number):
+        raise AssertionError("a label was read")
+
+    train, held = hold_out(sources.Records(read, np.arange(1000), None), 100)
+    assert (len(train), len(held)) == (900, 100)
+    assert sorted([*train.number_N, *held.number_N]) == list(range(1000))
+    assert 300 < held.number_N.mean() < 700
 
 
 # TFDS: sets that are prepared
