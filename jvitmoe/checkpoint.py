@@ -17,6 +17,7 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers
 
 from jvitmoe import config as config_lib
@@ -78,7 +79,8 @@ class Checkpoints:
         """
         step = int(state.step)
         # True copies: on a CPU an asynchronous writer would otherwise read buffers that the next step overwrites.
-        items = {name: jax.tree.map(np.array, jax.device_get(tree)) for name, tree in _items(state).items()}
+        # Of several processes each gathers them whole, so that the checksums are of the same bytes on any mesh.
+        items = {name: jax.tree.map(_gather, tree) for name, tree in _items(state).items()}
         meta = {
             "step": step,
             "config": config_lib.to_dict(config),
@@ -117,8 +119,7 @@ class Checkpoints:
             except Exception as error:  # Orbax raises anything at all here, a bare Exception included
                 warnings.warn(f"checkpoint {step} skipped: {_one_line(error)}", RuntimeWarning, stacklevel=2)
                 continue
-            count = jax.device_put(np.int32(step), abstract.step.sharding)
-            return TrainState(count, **trees), meta
+            return TrainState(_scalar(step, abstract.step.sharding), **trees), meta
         if steps:
             raise CheckpointError(
                 f"none of the checkpoints {steps} in {self.directory} can be read; "
@@ -191,7 +192,10 @@ class Checkpoints:
         folder = self.directory / str(step)
         if folder.exists():
             self._manager.wait_until_finished()
-            folder.rename(self.directory.parent / f"damaged-checkpoint-{step}-{time.time_ns()}")
+            multihost_utils.sync_global_devices("all processes have seen the damaged folder")
+            if jax.process_index() == 0:
+                folder.rename(self.directory.parent / f"damaged-checkpoint-{step}-{time.time_ns()}")
+            multihost_utils.sync_global_devices("the damaged folder is away")
             self._manager.reload()
 
 
@@ -207,9 +211,20 @@ def _nll(metrics: Mapping[str, float]) -> float:
 def _checksums(tree: Any) -> dict[str, str]:
     leaves, _ = jax.tree.flatten_with_path(tree)
     return {
-        jax.tree_util.keystr(path): f"{zlib.crc32(np.ascontiguousarray(jax.device_get(leaf)).tobytes()):08x}"
+        jax.tree_util.keystr(path): f"{zlib.crc32(np.ascontiguousarray(_gather(leaf)).tobytes()):08x}"
         for path, leaf in leaves
     }
+
+
+def _scalar(number: int, sharding: jax.sharding.Sharding) -> jax.Array:
+    return jax.make_array_from_callback((), sharding, lambda _: np.int32(number))
+
+
+def _gather(leaf: jax.Array | np.ndarray) -> np.ndarray:
+    """Returns a copy of the whole leaf on the host, wherever its parts lie."""
+    if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable and not leaf.is_fully_replicated:
+        leaf = multihost_utils.process_allgather(leaf, tiled=True)
+    return np.array(leaf)
 
 
 def _json_checksum(meta: Mapping[str, Any]) -> str:

@@ -15,6 +15,8 @@ from typing import Any
 class UserError(Exception):
     """A mistake the user can mend: commands print it as one line and exit with code 2."""
 
+    everywhere = False  # whether all processes of a run raise it alike, so that one of them saying it is enough
+
 
 class ConfigError(UserError):
     """A field holds a value that breaks its rule; the message names value, rule and remedy."""
@@ -27,6 +29,8 @@ class DataConfig:
     validation: int = 0  # training images held out, class by class, to choose checkpoints on
     crop_padding: int = 0  # zero pixels added on each side before the random crop; 0 crops nothing
     flip: bool = False  # horizontal flip with probability 1/2
+    stream: bool = False  # read each batch from disk, for sets larger than a device's memory
+    crop: str = "pad"  # pad (crop_padding, images of one size) | resized (random parts resized; images of any size)
 
 
 @dataclasses.dataclass
@@ -155,6 +159,11 @@ class Config:
         plain = routing.experts > 1 and routing.granularity == "batch" and not routing.consistency
         return (
             (
+                self.data.crop == "pad" or self.data.stream,
+                "data.crop",
+                "must be 'pad' for sets that live on the device; 'resized' needs data.stream=True",
+            ),
+            (
                 model.width % model.heads == 0,
                 "model.width",
                 f"must be a multiple of model.heads, which is {model.heads}",
@@ -270,6 +279,7 @@ class Config:
 
 
 CHOICES = {
+    "data.crop": ("pad", "resized"),
     "model.norm": ("pre", "post"),
     "model.pool": ("cls", "mean"),
     "model.positions": ("learned", "sincos2d"),
@@ -314,7 +324,7 @@ FRACTIONS = ("routing.tie_last", "train.ema", "model.dropout", "optim.b1", "opti
 FREE_ON_RESUME = frozenset(
     f"{section}.{name}"
     for section, names in {
-        "data": ("dir",),
+        "data": ("dir", "stream"),
         "train": (
             "devices",
             "expert_devices",

@@ -4,17 +4,23 @@ Every process runs the same program on the same batch addresses; process 0 alone
 """
 
 import os
+import signal
 import socket
 import sys
 import threading
 import traceback
+import zlib
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
+import numpy as np
 from absl import flags
+from jax.experimental import multihost_utils
 
 from jvitmoe.config import UserError
+
+T = TypeVar("T")
 
 HEARTBEAT_SECONDS = 12  # without a sign of life, until a process counts as lost and the others end
 SHUTDOWN_SECONDS = 15
@@ -26,7 +32,7 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_string("coordinator", "", "HOST:PORT of process 0, to join processes by hand.", flag_values=values)
     flags.DEFINE_integer("processes", 1, "Number of processes, with --coordinator.", flag_values=values)
     flags.DEFINE_integer("process", 0, "Number of this one, from 0, with --coordinator.", flag_values=values)
-    flags.DEFINE_integer("join_seconds", 25, "How long to wait for the other processes.", flag_values=values)
+    flags.DEFINE_integer("join_seconds", 20, "How long to wait for the other processes.", flag_values=values)
 
 
 def join(values: flags.FlagValues) -> None:
@@ -64,6 +70,7 @@ def join(values: flags.FlagValues) -> None:
             heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
             shutdown_timeout_seconds=SHUTDOWN_SECONDS,
         )
+        jax.process_count()  # the devices of all: waits for ever where processes were told different numbers of them
     except (ValueError, RuntimeError) as error:
         found = " ".join(str(error).split())[:200]
         raise UserError(f"{who} cannot join at {where}: {found}; check --coordinator, or start it in a job") from error
@@ -73,12 +80,69 @@ def join(values: flags.FlagValues) -> None:
 
 def alone() -> bool:
     """Whether this process is the only one."""
-    return jax.process_count() == 1
+    return not jax.distributed.is_initialized() or jax.process_count() == 1
 
 
 def first() -> bool:
     """Whether this process is the one that prints and writes."""
-    return jax.process_index() == 0
+    return alone() or jax.process_index() == 0
+
+
+def wait() -> None:
+    """Returns once all processes are here."""
+    if not alone():
+        multihost_utils.sync_global_devices("jvitmoe")
+
+
+def together(work: Callable[[], T], what: str = "") -> T:
+    """Returns what `work` returns once all processes have done it; where one of them raises UserError, all end.
+
+    One that failed raises its own error, the others one that says nothing. `work` must not wait for other processes
+    unless they all fail alike. A barrier, too: what process 0 wrote before it is there after it.
+
+    Args:
+        work: done by every process.
+        what: must be the same in all of them, such as the config; otherwise UserError.
+    """
+    if alone():
+        return work()
+    error, result = None, None
+    try:
+        result = work()
+    except UserError as raised:
+        error = raised
+    said = np.array([zlib.crc32(str(error).encode()) or 1 if error else 0, zlib.crc32(what.encode())], np.uint32)
+    said_P2 = multihost_utils.process_allgather(said)
+    if error:
+        error.everywhere = bool((said_P2[:, 0] == said[0]).all())
+        raise error
+    if said_P2[:, 0].any():
+        _leave("", 2)
+    if (said_P2[:, 1] != said_P2[0, 1]).any():
+        differs = UserError("processes were given different settings; start them all with the same flags")
+        differs.everywhere = True
+        raise differs
+    return result  # type: ignore[return-value]
+
+
+def one_first(work: Callable[[], T]) -> T:
+    """As `together`, but process 0 does it before the others: for work that writes what they then only read."""
+    found = together(lambda: work() if first() else None)
+    again = together(lambda: None if first() else work())
+    return found if first() else again  # type: ignore[return-value]
+
+
+def stops_at(step: int) -> bool:
+    """Whether SIGTERM, sent to any one process, ends the run with this step: the same answer in all processes.
+
+    Each must ask after every step. JAX catches SIGTERM itself, and its coordinator names a step that none has passed.
+    """
+    return not alone() and multihost_utils.reached_preemption_sync_point(step)
+
+
+def interrupt_as_terminate() -> None:
+    """Makes SIGINT do what SIGTERM does: ask all processes to end together."""
+    signal.signal(signal.SIGINT, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
 
 
 def guard(main: Callable[[], Any]) -> None:
@@ -88,17 +152,18 @@ def guard(main: Callable[[], Any]) -> None:
     """
     try:
         main()
+        wait()  # for process 0, which writes: one that leaves long before the others counts as lost
     except BaseException as error:
         if alone():
             raise
         code: Any = error.code if isinstance(error, SystemExit) else 2 if isinstance(error, UserError) else 1
-        text = "" if isinstance(error, SystemExit) else f"error: {error}\n"
-        if not isinstance(error, SystemExit | UserError | KeyboardInterrupt):
-            text = traceback.format_exc()
-        of = f"process {jax.process_index()} of {jax.process_count()}"
         if code in (0, None) or (isinstance(error, SystemExit) and code > 128):  # all stop together: a clean end
             raise
-        _leave(f"{text}{of} ends with code {code}, and the others with it\n", code)
+        who = "" if first() else f" (process {jax.process_index()} of {jax.process_count()})"
+        if isinstance(error, UserError):
+            _leave("" if error.everywhere and not first() else f"error: {error}{who}\n", code)
+        text = "" if isinstance(error, SystemExit) else traceback.format_exc()
+        _leave(f"{text}process {jax.process_index()} of {jax.process_count()} ends, and the others with it\n", code)
 
 
 def _check_address(address: str) -> None:

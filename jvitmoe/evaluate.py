@@ -15,8 +15,8 @@ from jvitmoe import checkpoint, cli, evaluation, mergeability, plots, step, trac
 from jvitmoe import config as config_lib
 from jvitmoe.checkpoint import Checkpoints
 from jvitmoe.config import Config, UserError
-from jvitmoe.data import feed, sources
-from jvitmoe.data.sources import Split
+from jvitmoe.data import feed, sources, stream
+from jvitmoe.data.sources import Records, Split
 from jvitmoe.evaluation import Evaluator
 from jvitmoe.tracking import console
 
@@ -41,7 +41,8 @@ def main(argv: list[str]) -> None:
     config.validate()
 
     mesh = step.make_mesh(config.train)
-    test = sources.load(config.data, config.model).test
+    find = sources.browse if config.data.stream else sources.load
+    test: Split | Records = find(config.data, config.model).test
     model = step.make_model(config, mesh.devices.flat[0].platform)
     active, total = evaluation.count_parameters(config)
     hardware = step.describe(mesh)
@@ -52,7 +53,9 @@ def main(argv: list[str]) -> None:
     checkpoints.close()
 
     evaluate = evaluation.make_evaluate(model, mesh)
-    images, batches = feed.put(test, mesh), feed.eval_batches(len(test), config.train.batch_size, mesh)
+    batches = feed.eval_batches(len(test), config.train.batch_size, mesh)
+    images: evaluation.Shown
+    images = feed.put(test, mesh) if isinstance(test, Split) else stream.EvalImages(test, batches, config, mesh)
     before = tracking.read_result(workdir)  # what only training can measure is kept
     result = {
         "rows": evaluation.evaluate_run(config, params, ema, evaluate, images, batches, values.paths),
@@ -73,12 +76,14 @@ def main(argv: list[str]) -> None:
     tracking.write_result(workdir, result)
 
 
-def _mergeability(config: Config, params: Any, evaluate: Evaluator, test: Split, mesh: Mesh) -> dict[str, Any]:
+def _mergeability(
+    config: Config, params: Any, evaluate: Evaluator, test: Split | Records, mesh: Mesh
+) -> dict[str, Any]:
     """Returns {"mergeability": its numbers}, measured on a fixed part of the test split; {} for a dense run."""
     experts = config.routing.experts
     if experts == 1:
         return {}
-    part = mergeability.subset(test)
+    part = mergeability.subset(test) if isinstance(test, Split) else stream.read(mergeability.subset(test), config)
     images, batches = feed.put(part, mesh), feed.eval_batches(len(part), config.train.batch_size, mesh)
     route_PL = evaluation.path_routes(config, 0)
 

@@ -4,7 +4,9 @@ B batch, b the share of one device · S batches · N images · E experts · L la
 """
 
 import dataclasses
+import functools
 import statistics
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -14,12 +16,13 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jvitmoe import merging, routing
 from jvitmoe.config import Config
-from jvitmoe.data import augment
+from jvitmoe.data import augment, feed
 from jvitmoe.data.feed import Batches, Images
 from jvitmoe.models import vit
 from jvitmoe.routing import Purpose
 from jvitmoe.step import AXES, REPLICATED, make_model, settle
 
+Shown = Images | Iterable[Images]  # a split on the devices, or its batches one after the other
 BINS = 15  # M, as Guo et al., arXiv 1706.04599
 
 
@@ -52,22 +55,27 @@ class Evaluator:
 
     def __init__(self, net: vit.ViT, mesh: Mesh, routed: "Evaluator | None" = None) -> None:
         self.net, self.routed, self._mesh, self._replicated = net, routed, mesh, NamedSharding(mesh, REPLICATED)
-        self._step = jax.jit(
-            jax.shard_map(
-                self._batch_sums,
-                mesh=mesh,
-                in_specs=(*[REPLICATED] * 5, PartitionSpec(None, AXES), REPLICATED),
-                out_specs=REPLICATED,
-            )
-        )
 
-    def __call__(self, params: Any, split: Images, batches: Batches) -> Result:
+        def compiled(streamed: bool) -> Any:
+            images = PartitionSpec(AXES) if streamed else REPLICATED
+            return jax.jit(
+                jax.shard_map(
+                    functools.partial(self._batch_sums, streamed),
+                    mesh=mesh,
+                    in_specs=(*[REPLICATED] * 4, images, PartitionSpec(None, AXES), REPLICATED),
+                    out_specs=REPLICATED,
+                )
+            )
+
+        self._step, self._streamed_step = compiled(False), compiled(True)
+
+    def __call__(self, params: Any, split: Shown, batches: Batches) -> Result:
         """Returns the Result of a tree of the net; one program serves them all."""
         nowhere_PL = jnp.zeros((1, self.net.config.depth), jnp.int32)  # such a tree has no expert to pick
         return self.paths(params, nowhere_PL, 1, split, batches)[0][0]
 
     def paths(
-        self, params: Any, route_PL: jax.Array, members: int, split: Images, batches: Batches
+        self, params: Any, route_PL: jax.Array, members: int, split: Shown, batches: Batches
     ) -> tuple[list[Result], Result]:
         """Returns the Result of each path, and of the ensemble of the first `members`: the mean of their probabilities
         (Lakshminarayanan et al., arXiv 1612.01474). Images are read once; one path at a time is in memory."""
@@ -76,15 +84,18 @@ class Evaluator:
         rows = len(route_PL) + 1
         number, bins = jnp.zeros((rows,), jnp.int32), jnp.zeros((rows, BINS), jnp.int32)
         sums = Sums(number, number.astype(float), number, bins, bins, bins.astype(float))
-        sums = jax.device_put(sums, self._replicated)
-        for s in range(len(batches.index_SB)):
-            sums = self._step(params, route_PL, log_weight_P, sums, split, batches, jnp.int32(s))
+        sums = jax.tree.map(lambda x: feed.place(np.asarray(x), self._replicated), sums)
+        whole = isinstance(split, Images)
+        step = self._step if whole else self._streamed_step
+        for s, images in enumerate([split] * len(batches.index_SB) if whole else split):
+            sums = step(params, route_PL, log_weight_P, sums, images, batches, jnp.int32(s))
             settle(self._mesh, sums)
         *results, ensemble = (_result(Sums(*row)) for row in zip(*jax.device_get(sums), strict=True))
         return results, ensemble
 
     def _batch_sums(
         self,
+        streamed: bool,
         params: Any,
         route_PL: jax.Array,
         log_weight_P: jax.Array,
@@ -93,7 +104,8 @@ class Evaluator:
         batches: Batches,
         s: jax.Array,
     ) -> Sums:
-        index_b, mask_b = batches.index_SB[s], batches.mask_SB[s]
+        mask_b = batches.mask_SB[s]
+        index_b = jnp.arange(len(mask_b)) if streamed else batches.index_SB[s]
         labels_b, images = split.labels_N[index_b], augment.normalize(split.images_NHWC[index_b])
 
         def log_p(route_L: jax.Array) -> jax.Array:
@@ -113,7 +125,7 @@ def make_evaluate(model: vit.ViT, mesh: Mesh) -> Evaluator:
     return Evaluator(model.plain(), mesh, routed)
 
 
-def evaluate_main(config: Config, params: Any, evaluate: Evaluator, split: Images, batches: Batches) -> Result:
+def evaluate_main(config: Config, params: Any, evaluate: Evaluator, split: Shown, batches: Batches) -> Result:
     """Returns the Result of the model that a run is about: with its learned router, or else dense or merged."""
     if evaluate.routed:
         return evaluate.routed(params, split, batches)
@@ -121,7 +133,7 @@ def evaluate_main(config: Config, params: Any, evaluate: Evaluator, split: Image
 
 
 def evaluate_run(
-    config: Config, params: Any, ema: Any, evaluate: Evaluator, split: Images, batches: Batches, paths: int = 1
+    config: Config, params: Any, ema: Any, evaluate: Evaluator, split: Shown, batches: Batches, paths: int = 1
 ) -> list[dict[str, Any]]:
     """Returns one row per model that the run is tested as: the fields of `Result`, parameters and FLOPs per image.
 

@@ -13,7 +13,7 @@ import numpy as np
 from jvitmoe import merging
 from jvitmoe.data import augment
 from jvitmoe.data.feed import Batches, Images
-from jvitmoe.data.sources import Split
+from jvitmoe.data.sources import S
 from jvitmoe.models import mlp, vit
 
 SHARES = tuple(i / 8 for i in range(9))
@@ -21,10 +21,9 @@ IMAGES = 1000  # at most: what the layer gap and the losses are measured on
 TINY = 1e-30
 
 
-def subset(split: Split) -> Split:
+def subset(split: S) -> S:
     """Returns at most 1,000 images, evenly spaced over the split: always the same."""
-    index = np.linspace(0, len(split) - 1, min(len(split), IMAGES)).astype(int)
-    return Split(split.images_NHWC[index], split.labels_N[index])
+    return split.part(np.linspace(0, len(split) - 1, min(len(split), IMAGES)).astype(int))
 
 
 def weight_geometry(params: Any) -> dict[str, list[float]]:

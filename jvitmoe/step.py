@@ -34,6 +34,7 @@ from jvitmoe.state import TrainState
 DATA, EXPERT = "data", "expert"
 AXES = (DATA, EXPERT)
 REPLICATED = PartitionSpec()
+BY_DATA = PartitionSpec(DATA)  # of the rows of a streamed batch
 BY_EXPERT = PartitionSpec(None, EXPERT)  # of leaves [L, E, ...]
 
 
@@ -60,11 +61,11 @@ def as_floats(metrics: Metrics, expert_layers: Sequence[int]) -> dict[str, float
 class TrainStep(Protocol):
     """What `jax.jit` makes of (state, images, index_SB of the epoch) -> (state, Metrics)."""
 
-    def __call__(self, before: TrainState, split: Images, index_SB: jax.Array) -> tuple[TrainState, Metrics]: ...
+    def __call__(self, before: TrainState, split: Images, index_SB: jax.Array | None) -> tuple[TrainState, Metrics]: ...
 
-    def lower(self, before: TrainState, split: Images, index_SB: jax.Array) -> Any: ...
+    def lower(self, before: TrainState, split: Images, index_SB: jax.Array | None) -> Any: ...
 
-    def trace(self, before: TrainState, split: Images, index_SB: jax.Array) -> Any: ...
+    def trace(self, before: TrainState, split: Images, index_SB: jax.Array | None) -> Any: ...
 
 
 def make_mesh(train: TrainConfig) -> Mesh:
@@ -146,7 +147,7 @@ def make_state(config: Config, model: vit.ViT, mesh: Mesh, dense: Any = None) ->
     With a trained dense tree, experts are copies of its MLPs and the trunk is its trunk: sparse upcycling.
     """
     shardings = jax.tree.map(lambda x: x.sharding, abstract_state(config, model, mesh))
-    return jax.jit(lambda: _create(config, model, dense), out_shardings=shardings)()
+    return jax.jit(functools.partial(_create, config, model), out_shardings=shardings)(dense)
 
 
 def abstract_state(config: Config, model: vit.ViT, mesh: Mesh) -> TrainState:
@@ -231,6 +232,8 @@ def consistency(logits_p_BC: jax.Array, logits_q_BC: jax.Array, stop_gradients: 
 def make_train_step(config: Config, model: vit.ViT, mesh: Mesh, steps_per_epoch: int) -> TrainStep:
     """Returns the compiled step: (state, images, index_SB of the epoch) -> (state, Metrics). The state is donated.
 
+    With `data.stream` the images are those of the batch, and index_SB is None.
+
     Routes, augmentation and dropout are addressed by (seed, step, place in the global batch), so the result does not
     depend on the number of devices beyond the order of floating-point sums. With granularity "batch" only the dense
     model on the route is differentiated, reduced over devices and updated; otherwise every expert runs on its slot,
@@ -252,14 +255,15 @@ def make_train_step(config: Config, model: vit.ViT, mesh: Mesh, steps_per_epoch:
         key = routing.address(root, Purpose.SECOND_ROUTE, step)
         return [route, routing.distinct_route(key, route, routed)]
 
-    def train_step(before: TrainState, split: Images, index_SB: jax.Array) -> tuple[TrainState, Metrics]:
+    def train_step(before: TrainState, split: Images, index_SB: jax.Array | None) -> tuple[TrainState, Metrics]:
         step, params = before.step, before.params
         routes = draw_routes(step)
         picked = routes[0] if passes == 1 else jnp.stack(routes, axis=1)  # [L] or [L, 2]
         if not whole:
             params, _ = state.take_path(params, before.opt_state, picked)
             routes = [jnp.full((depth,), number) for number in range(passes)]
-        loss, accuracy, statistics, grads = gradients(params, split, index_SB[step % steps_per_epoch], step, routes)
+        index_B = None if index_SB is None else index_SB[step % steps_per_epoch]
+        loss, accuracy, statistics, grads = gradients(params, split, index_B, step, routes)
         after, norm, rate = update(before, grads, picked)
         return after, Metrics(loss, accuracy, norm, rate, statistics)
 
@@ -319,8 +323,8 @@ def make_update(
 
 
 def _make_gradients(config: Config, net: vit.ViT, mesh: Mesh, total: int) -> Callable[..., Any]:
-    """Returns (params of `net`, images, index_B, step, routes) -> (loss, accuracy, statistics, grads), all of them over
-    the global batch: the part of the step that each device computes on its images.
+    """Returns (params of `net`, images, index_B or None, step, routes) -> (loss, accuracy, statistics, grads), all of
+    them over the global batch: the part of the step that each device computes on its images.
 
     `total` is the number of steps of the run.
     """
@@ -387,9 +391,13 @@ def _make_gradients(config: Config, net: vit.ViT, mesh: Mesh, total: int) -> Cal
         # The mean over devices belongs inside: auxiliary losses are of the global batch.
         return jax.lax.pmean(loss, AXES) + auxiliary, (jax.lax.pmean(accuracy, AXES), statistics)
 
-    def on_device(params: Any, split: Images, index_B: jax.Array, step: jax.Array, routes: list[jax.Array]) -> Any:
+    def on_device(
+        params: Any, split: Images, index_B: jax.Array | None, step: jax.Array, routes: list[jax.Array]
+    ) -> Any:
         place_b = places(routes[0])
-        index_b = index_B[place_b]
+        # Of a streamed batch, a device is given the images of its part of the data axis.
+        first = jax.lax.axis_index(DATA) * (batch // data_devices)
+        index_b = place_b - first if index_B is None else index_B[place_b]
         images = augment.normalize(
             augment.augment(
                 keys_b(Purpose.AUGMENT, step, place_b), split.images_NHWC[index_b], data.crop_padding, data.flip
@@ -420,11 +428,13 @@ def _make_gradients(config: Config, net: vit.ViT, mesh: Mesh, total: int) -> Cal
             lambda is_stacked: BY_EXPERT if is_stacked and expert_devices > 1 else REPLICATED, merging.stacked(params)
         )
 
-    def gradients(params: Any, split: Images, index_B: jax.Array, step: jax.Array, routes: list[jax.Array]) -> Any:
+    def gradients(
+        params: Any, split: Images, index_B: jax.Array | None, step: jax.Array, routes: list[jax.Array]
+    ) -> Any:
         return jax.shard_map(
             on_device,
             mesh=mesh,
-            in_specs=(specs(params), REPLICATED, REPLICATED, REPLICATED, REPLICATED),
+            in_specs=(specs(params), BY_DATA if data.stream else REPLICATED, REPLICATED, REPLICATED, REPLICATED),
             out_specs=(REPLICATED, REPLICATED, REPLICATED, specs(params)),
         )(params, split, index_B, step, routes)
 

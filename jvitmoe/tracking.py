@@ -49,17 +49,19 @@ class Tracker:
     """The open log of one run; a context manager.
 
     Args:
-        workdir: the run folder, which exists.
+        workdir: the run folder, which exists; None writes nothing, for processes beside the first.
         start, total: steps done and steps to do.
         batch_size: images per step, for images/s.
     """
 
-    def __init__(self, workdir: Path, start: int, total: int, batch_size: int) -> None:
-        path = workdir / METRICS
-        kept = [line for line in read_metrics(path) if line["step"] <= start]
-        write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
-        self._file = path.open("a", buffering=1)
-        self._tensorboard = SummaryWriter(str(workdir / "tb"), purge_step=start + 1)
+    def __init__(self, workdir: Path | None, start: int, total: int, batch_size: int) -> None:
+        self._file, self._tensorboard = None, None
+        if workdir:
+            path = workdir / METRICS
+            kept = [line for line in read_metrics(path) if line["step"] <= start]
+            write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
+            self._file = path.open("a", buffering=1)
+            self._tensorboard = SummaryWriter(str(workdir / "tb"), purge_step=start + 1)
         self._total, self._batch = total, batch_size
         self._clock: tuple[int, float] | None = None  # step and time that the rate counts from
         self._printed = 0.0
@@ -73,8 +75,9 @@ class Tracker:
 
     def __exit__(self, *_: object) -> None:
         self._bar.stop()
-        self._file.close()
-        self._tensorboard.close()
+        if self._file and self._tensorboard:
+            self._file.close()
+            self._tensorboard.close()
 
     def started(self, step: int) -> None:
         """Starts the clock of images/s and time left: called when a step has ended, so that compiling is left out."""
@@ -112,6 +115,8 @@ class Tracker:
         console.print(f"step {step}/{self._total}  {split}: accuracy {values['accuracy']:.2%}  nll {values['nll']:.4f}")
 
     def _record(self, step: int, kind: str, values: Mapping[str, float]) -> None:
+        if not self._file or not self._tensorboard:
+            return
         self._file.write(json.dumps({"step": step, "kind": kind, **values}) + "\n")
         for name, value in values.items():
             self._tensorboard.add_scalar(f"{kind}/{name}", value, step)

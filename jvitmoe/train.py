@@ -2,6 +2,9 @@
 
 Run again with the same folder it goes on from the newest sound checkpoint, to the same bits as a run that was never
 interrupted. SIGTERM and SIGINT finish the step, save and exit; a second signal exits at once.
+
+Several processes, joined by --distributed or --coordinator, are one run: the first prints and writes, any one that is
+asked to stop stops all after the same step, and one that fails ends all.
 """
 
 import math
@@ -10,7 +13,7 @@ import signal
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -19,11 +22,12 @@ import jax
 from absl import flags
 from jax.sharding import Mesh
 
-from jvitmoe import checkpoint, cli, evaluation, routing, step, tracking
+from jvitmoe import checkpoint, cli, distributed, evaluation, routing, step, tracking
 from jvitmoe import config as config_lib
 from jvitmoe.checkpoint import Checkpoints
 from jvitmoe.config import Config, ConfigError, UserError
-from jvitmoe.data import feed, sources
+from jvitmoe.data import feed, sources, stream
+from jvitmoe.data.sources import Dataset, Records, Split
 from jvitmoe.evaluation import Result
 from jvitmoe.models import vit
 from jvitmoe.routing import Purpose
@@ -31,18 +35,36 @@ from jvitmoe.state import TrainState
 from jvitmoe.step import Metrics
 from jvitmoe.tracking import Tracker, console
 
+SHARED_SECONDS = 8.0
+
+Batch = tuple[feed.Images, jax.Array | None]  # what a step takes
+
 
 class TrainingError(UserError):
     """The run cannot go on; the message names the step, the value and the last good checkpoint."""
 
+    everywhere = True
+
 
 class Stop:
-    """Whether a signal has asked the run to end. The first one asks; a second one ends the process at once."""
+    """Whether a signal has asked the run to end. The first one asks; a second one ends the process at once.
+
+    Of several processes any one may be asked, and all are told so after the same step.
+    """
 
     def __init__(self) -> None:
         self.signal: int | None = None
+        if not distributed.alone():
+            distributed.interrupt_as_terminate()
+            return
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._ask)
+
+    def asked(self, step: int) -> int | None:
+        """Returns the signal that makes this step the last, or None. Called after every step, in all processes."""
+        if distributed.stops_at(step):
+            self.signal = signal.SIGTERM
+        return self.signal
 
     def _ask(self, number: int, _: FrameType | None) -> None:
         if self.signal is not None:
@@ -53,14 +75,22 @@ class Stop:
 def main(argv: list[str]) -> None:
     """Trains to the end, tests, and leaves result.json and report.md in the run folder."""
     values = cli.parse(argv, _define_flags, config=True)
-    config = cli.experiment(values)
+    distributed.join(values)
+    tracking.console.quiet = not distributed.first()
+    stop = Stop()
     workdir = Path(values.workdir or Path("runs") / Path(cli.config_path(argv)).stem)
-    claim(workdir, config)
-    train(config, workdir, Stop())
+
+    def prepare() -> Config:
+        config = cli.experiment(values)
+        claim(workdir, config)
+        return config
+
+    train(distributed.together(prepare, f"{workdir} {values.config}"), workdir, stop)
 
 
 def _define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_string("workdir", "", "Run folder; by default runs/<name of the config file>.", flag_values=values)
+    distributed.define_flags(values)
 
 
 def claim(workdir: Path, config: Config) -> None:
@@ -83,33 +113,41 @@ def claim(workdir: Path, config: Config) -> None:
 def train(config: Config, workdir: Path, stop: Stop) -> None:
     """Trains from the newest sound checkpoint or from scratch to the end, and tests. Raises UserError."""
     began = time.monotonic()
-    mesh = step.make_mesh(config.train)
+    mesh = distributed.together(lambda: step.make_mesh(config.train))
     hardware = step.describe(mesh)
-    dataset = sources.load(config.data, config.model)
-    train_split, validation = sources.hold_out(dataset.train, config.data.validation)
+    find = sources.browse if config.data.stream else sources.load
+    dataset: Dataset[Any] = distributed.one_first(lambda: find(config.data, config.model))
     order_key = routing.address(jax.random.key(config.train.seed), Purpose.ORDER)
-    order = feed.TrainOrder(len(train_split), config.train.batch_size, order_key, mesh, config.slots)
+
+    def arrange() -> tuple[Any, Any, feed.TrainOrder]:
+        train_split, validation = sources.hold_out(dataset.train, config.data.validation)
+        order = feed.TrainOrder(len(train_split), config.train.batch_size, order_key, mesh, config.slots)
+        return train_split, validation, order
+
+    train_split, validation, order = distributed.together(arrange)
     total = config.train.epochs * order.steps_per_epoch
     model = step.make_model(config, mesh.devices.flat[0].platform)
-    dense = _read_dense(config, mesh) if config.routing.init == "upcycled" else None
+    dense = distributed.together(lambda: _read_dense(config, mesh)) if config.routing.init == "upcycled" else None
     active, everything = evaluation.count_parameters(config)
 
-    workdir.mkdir(parents=True, exist_ok=True)
-    tracking.write_text(workdir / "config.json", config_lib.dumps(config))
+    distributed.together(lambda: _open(workdir, config))
     console.print(f"run         {workdir}")
     console.print(f"devices     {hardware}")
     console.print(f"parameters  {active:,} active, {everything:,} total ({model.dtype.name} compute)")
     console.print(f"images      {len(train_split):,} train, {len(validation):,} validation, {len(dataset.test):,} test")
     console.print(f"steps       {total:,} ({config.train.epochs} epochs of {order.steps_per_epoch})")
 
-    images = feed.put(train_split, mesh)
+    def show(split: Split | Records) -> tuple[evaluation.Shown, feed.Batches]:
+        batches = feed.eval_batches(len(split), config.train.batch_size, mesh)
+        if isinstance(split, Split):
+            return feed.put(split, mesh), batches
+        return stream.EvalImages(split, batches, config, mesh), batches
+
     # Watching the test split chooses nothing: without a validation split the last checkpoint is the result.
     watched = "validation" if len(validation) else "test"
     evaluate = evaluation.make_evaluate(model, mesh)
-    test_images = feed.put(dataset.test, mesh)
-    test_batches = feed.eval_batches(len(dataset.test), config.train.batch_size, mesh)
-    watch_images = feed.put(validation, mesh) if len(validation) else test_images
-    watch_batches = feed.eval_batches(len(validation) or len(dataset.test), config.train.batch_size, mesh)
+    test = show(dataset.test)
+    watch_on = show(validation) if len(validation) else test
 
     checkpoints = Checkpoints(workdir / "checkpoints", config.train.keep, best=len(validation) > 0)
     state = _resume(checkpoints, config, model, mesh, dense)
@@ -118,18 +156,28 @@ def train(config: Config, workdir: Path, stop: Stop) -> None:
         console.print(f"resuming    from step {start:,}")
     run = _Run(config, checkpoints, stop, mesh, order)
 
-    def watch(state: TrainState) -> Result:
-        return evaluation.evaluate_main(config, state.params, evaluate, watch_images, watch_batches)
+    if isinstance(train_split, Records):
+        streamed = stream.train_batches(train_split, order, config, mesh, start, total)
+        batches: Iterator[Batch] = ((images, None) for images in streamed)
+    else:
+        batches = feed.resident_batches(feed.put(train_split, mesh), order, start, total)
 
-    with Tracker(workdir, start, total, config.train.batch_size) as tracker:
+    def watch(state: TrainState) -> Result:
+        return evaluation.evaluate_main(config, state.params, evaluate, *watch_on)
+
+    train_step = step.make_train_step(config, model, mesh, order.steps_per_epoch)
+    with Tracker(workdir if distributed.first() else None, start, total, config.train.batch_size) as tracker:
         try:
-            state = run.loop(
-                state, images, step.make_train_step(config, model, mesh, order.steps_per_epoch), tracker, watch, watched
-            )
-        finally:
-            checkpoints.close()
+            state = run.loop(state, batches, train_step, tracker, watch, watched)
+        except BaseException:
+            if distributed.alone():  # otherwise it would wait for the others, and they for this one's part of a step
+                checkpoints.close()
+            raise
+        checkpoints.close()
         rate = tracker.images_per_second(total)
-    rows = evaluation.evaluate_run(config, state.params, state.ema, evaluate, test_images, test_batches)
+    rows = evaluation.evaluate_run(config, state.params, state.ema, evaluate, *test)
+    if not distributed.first():
+        return
     tracking.write_result(
         workdir,
         {
@@ -146,6 +194,20 @@ def train(config: Config, workdir: Path, stop: Stop) -> None:
             "versions": checkpoint.versions(),
         },
     )
+
+
+def _open(workdir: Path, config: Config) -> None:
+    """Makes the run folder with its config, by process 0. Raises UserError where another process cannot see it."""
+    saved = workdir / "config.json"
+    if distributed.first():
+        workdir.mkdir(parents=True, exist_ok=True)
+        tracking.write_text(saved, config_lib.dumps(config))
+    distributed.wait()
+    deadline = time.monotonic() + SHARED_SECONDS  # a shared disk may take a moment to show a new file
+    while not saved.exists() and time.monotonic() < deadline:
+        time.sleep(0.2)
+    if not saved.exists():
+        raise UserError(f"workdir {str(workdir)!r} is not on a disk that all processes see; set --workdir to one")
 
 
 def _read_dense(config: Config, mesh: Mesh) -> Any:
@@ -191,7 +253,7 @@ class _Run:
     def loop(
         self,
         state: TrainState,
-        images: feed.Images,
+        batches: Iterator[Batch],
         train_step: step.TrainStep,
         tracker: Tracker,
         watch: Callable[[TrainState], Result],
@@ -201,10 +263,8 @@ class _Run:
         train, steps_per_epoch = self._config.train, self._order.steps_per_epoch
         total, start = train.epochs * steps_per_epoch, int(state.step)
         self._saved = start or None
-        for done in range(start + 1, total + 1):  # updates done once this step has ended
-            epoch, place = divmod(done - 1, steps_per_epoch)
-            if place == 0 or done == start + 1:
-                index_SB = self._order.epoch(epoch)
+        # Updates done once this step has ended, and what it takes.
+        for done, (images, index_SB) in zip(range(start + 1, total + 1), batches, strict=True):
             state, metrics = train_step(state, images, index_SB)
             step.settle(self._mesh, metrics)
             if (done - 1) % train.log_every == 0 and self._unread:
@@ -213,9 +273,10 @@ class _Run:
             if done == start + 1:
                 jax.block_until_ready(metrics)
                 tracker.started(done)
+            stop = self._stop.asked(done)
             evaluates = done == total or done % (train.eval_every * steps_per_epoch) == 0
             saves = evaluates or (train.checkpoint_every and done % train.checkpoint_every == 0)
-            if saves or self._stop.signal is not None:
+            if saves or stop:
                 self._read(tracker)
                 paused = time.monotonic()
                 result = watch(state) if evaluates else None
@@ -224,12 +285,10 @@ class _Run:
                 self._checkpoints.save(state, self._config, result.nll if result and watched == "validation" else None)
                 self._saved = done
                 tracker.paused(time.monotonic() - paused)
-            if self._stop.signal is not None and done < total:
+            if stop and done < total:
                 self._checkpoints.close()
-                console.print(
-                    f"stopped at step {done} by {signal.Signals(self._stop.signal).name}; the same command goes on"
-                )
-                sys.exit(128 + self._stop.signal)
+                console.print(f"stopped at step {done} by {signal.Signals(stop).name}; the same command goes on")
+                sys.exit(128 + stop)
         return state
 
     def _read(self, tracker: Tracker) -> None:
@@ -255,4 +314,4 @@ class _Run:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(lambda argv: distributed.guard(lambda: main(argv)))

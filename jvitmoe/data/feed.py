@@ -3,6 +3,9 @@
 N images · S steps of one epoch · B global batch
 """
 
+import functools
+import threading
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import jax
@@ -15,7 +18,7 @@ from jvitmoe.data.sources import Split
 
 
 class Images(NamedTuple):
-    """A split on the devices, whole on each of them."""
+    """A split on the devices, whole on each of them; or one batch of a stream, its rows along the mesh."""
 
     images_NHWC: jax.Array  # uint8
     labels_N: jax.Array  # int32
@@ -31,7 +34,12 @@ class Batches(NamedTuple):
 def put(split: Split, mesh: Mesh) -> Images:
     """Returns the split on every device of the mesh."""
     sharding = NamedSharding(mesh, PartitionSpec())
-    return Images(jax.device_put(split.images_NHWC, sharding), jax.device_put(split.labels_N, sharding))
+    return Images(place(split.images_NHWC, sharding), place(split.labels_N, sharding))
+
+
+def place(array: np.ndarray, sharding: NamedSharding) -> jax.Array:
+    """Returns the array on the devices; of several processes, each holds it whole and puts the parts of its devices."""
+    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
 
 class TrainOrder:
@@ -61,11 +69,34 @@ class TrainOrder:
             permutation_N = jax.random.permutation(jax.random.fold_in(key, epoch), count)
             return permutation_N[: steps * batch_size].reshape(steps, batch_size)
 
+        self._drawing, self._on_host = threading.Lock(), functools.lru_cache(maxsize=2)(self._draw_on_host)
+        self._mesh, self._draw = mesh, jax.jit(order)
         self._order = jax.jit(order, out_shardings=NamedSharding(mesh, PartitionSpec()))
 
     def epoch(self, number: int) -> jax.Array:
         """Returns index_SB of this epoch: a pure function of (seed, epoch), drawn on the devices."""
         return self._order(jnp.int32(number))
+
+    def on_host(self, number: int) -> np.ndarray:
+        """Returns the same index_SB on the host; from any thread, and without the other processes."""
+        with self._drawing:
+            return self._on_host(number)
+
+    def _draw_on_host(self, number: int) -> np.ndarray:
+        with jax.default_device(self._mesh.local_devices[0]):
+            return np.asarray(self._draw(jnp.int32(number)))
+
+
+def resident_batches(
+    images: Images, order: TrainOrder, start: int, total: int
+) -> Iterator[tuple[Images, jax.Array | None]]:
+    """Yields (images, index_SB of its epoch) for every step from `start` to before `total`."""
+    epoch, index_SB = -1, None
+    for step in range(start, total):
+        if epoch != step // order.steps_per_epoch:
+            epoch = step // order.steps_per_epoch
+            index_SB = order.epoch(epoch)
+        yield images, index_SB
 
 
 def eval_batches(count: int, batch_size: int, mesh: Mesh) -> Batches:
@@ -74,8 +105,8 @@ def eval_batches(count: int, batch_size: int, mesh: Mesh) -> Batches:
     The batch is rounded up to a multiple of the devices.
     """
     size = -(-batch_size // mesh.size) * mesh.size
-    place = np.arange(-(-count // size) * size).reshape(-1, size)
+    number = np.arange(-(-count // size) * size).reshape(-1, size)
     sharding = NamedSharding(mesh, PartitionSpec(None, mesh.axis_names))
-    mask = place < count
-    index = np.where(mask, place, 0).astype(np.int32)
-    return Batches(jax.device_put(index, sharding), jax.device_put(mask, sharding))
+    mask = number < count
+    index = np.where(mask, number, 0).astype(np.int32)
+    return Batches(place(index, sharding), place(mask, sharding))

@@ -1,12 +1,13 @@
-"""Images and labels in memory, from scikit-learn's digits, a TensorFlow Datasets (TFDS) set or an image folder.
+"""Images and labels, from scikit-learn's digits, a TensorFlow Datasets (TFDS) set or an image folder: a whole set in
+memory (`load`), or read picture by picture (`browse`).
 
 Axes: N images, H rows, W columns, C channels.
 """
 
+import contextlib
 import dataclasses
 import difflib
 import importlib.util
-import io
 import os
 import queue
 import socket
@@ -15,24 +16,20 @@ import time
 import urllib.parse
 import urllib.request
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 
-from jvitmoe.config import DataConfig, ModelConfig, UserError
+from jvitmoe.config import DataConfig, ModelConfig
+from jvitmoe.data.decode import MODES, DataError, Picture, cause, exact
 
 IMAGE_SUFFIXES = frozenset((".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"))
-MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # Pillow's name for 8-bit pixels of that many channels
 CHUNK = 1024  # records of a TFDS set held at once
 GROUP = 64  # images per thread task: one by one, hand-over costs more than decoding
 PROBE_SECONDS = 6.0
-
-
-class DataError(UserError):
-    """The data are absent, damaged, or do not fit the model; the message is one line and names the remedy."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -43,15 +40,42 @@ class Split:
     def __len__(self) -> int:
         return len(self.labels_N)
 
+    def part(self, chosen_N: np.ndarray) -> "Split":
+        """Returns the images that a mask or numbers choose."""
+        return Split(self.images_NHWC[chosen_N], self.labels_N[chosen_N])
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Dataset:
-    train: Split
-    test: Split
+class Records:
+    """A split that stays where it is: pictures are read by number, in any order, from any thread."""
+
+    read: Callable[[int], tuple[Picture, int]]  # number in the source -> (picture, label)
+    number_N: np.ndarray
+    labels_N: np.ndarray | None  # None where a label is known only once its picture is read
+
+    def __len__(self) -> int:
+        return len(self.number_N)
+
+    def __getitem__(self, index: int) -> tuple[Picture, int]:
+        return self.read(int(self.number_N[index]))
+
+    def part(self, chosen_N: np.ndarray) -> "Records":
+        """Returns the pictures that a mask or numbers choose."""
+        labels_N = None if self.labels_N is None else self.labels_N[chosen_N]
+        return Records(self.read, self.number_N[chosen_N], labels_N)
+
+
+S = TypeVar("S", Split, Records)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Dataset(Generic[S]):
+    train: S
+    test: S
     class_names: tuple[str, ...]
 
 
-def load(data: DataConfig, model: ModelConfig) -> Dataset:
+def load(data: DataConfig, model: ModelConfig) -> Dataset[Split]:
     """Returns all images of `data.name`, each image_size x image_size x channels, with labels below `model.classes`.
 
     A TFDS set that is not yet in `data.dir` is downloaded and prepared there. Raises DataError if the data are absent,
@@ -60,14 +84,28 @@ def load(data: DataConfig, model: ModelConfig) -> Dataset:
     if data.name == "digits":
         return _load_digits(model)
     if data.name == "folder":
-        return _load_folder(data, model)
+        train, test = _folder_files(data, model)
+        return Dataset(_read_files(train, model), _read_files(test, model), tuple(train))
     return _load_tfds(data, model)
 
 
-def hold_out(split: Split, count: int) -> tuple[Split, Split]:
+def browse(data: DataConfig, model: ModelConfig) -> Dataset[Records]:
+    """Returns the same splits as `load`, in the same order, with no picture read yet. Raises DataError as `load` does,
+    but for what only reading shows."""
+    if data.name == "digits":
+        digits = _load_digits(model)
+        return Dataset(_in_memory(digits.train), _in_memory(digits.test), digits.class_names)
+    if data.name == "folder":
+        train, test = _folder_files(data, model)
+        return Dataset(_on_disk_files(train), _on_disk_files(test), tuple(train))
+    return _browse_tfds(data, model)
+
+
+def hold_out(split: S, count: int) -> tuple[S, S]:
     """Returns (train, validation): `count` images, every class in proportion, moved to validation; order is kept.
 
-    The choice depends on nothing but the labels and `count`. Raises DataError unless 0 <= count < len(split).
+    The choice depends on nothing but the labels and `count`; where labels are not known yet, on `count` alone. Raises
+    DataError unless 0 <= count < len(split).
     """
     if not 0 <= count < len(split):
         raise DataError(
@@ -75,16 +113,16 @@ def hold_out(split: Split, count: int) -> tuple[Split, Split]:
             f"which is {len(split)}"
         )
     if count == 0:
-        return split, Split(split.images_NHWC[:0], split.labels_N[:0])
-    classes, sizes = np.unique(split.labels_N, return_counts=True)
+        return split, split.part(np.zeros(len(split), bool))
+    labels_N = np.zeros(len(split), np.int32) if split.labels_N is None else split.labels_N
+    classes, sizes = np.unique(labels_N, return_counts=True)
     shares, remainders = np.divmod(sizes * count, len(split))
     shares[np.argsort(-remainders, kind="stable")[: count - shares.sum()]] += 1
     random = np.random.RandomState(0)  # unlike Generator's, its stream is frozen: every NumPy holds out the same images
     held_N = np.zeros(len(split), bool)
     for label, share in zip(classes, shares, strict=True):
-        held_N[random.permutation(np.flatnonzero(split.labels_N == label))[:share]] = True
-    train, held = (Split(split.images_NHWC[mask_N], split.labels_N[mask_N]) for mask_N in (~held_N, held_N))
-    return train, held
+        held_N[random.permutation(np.flatnonzero(labels_N == label))[:share]] = True
+    return split.part(~held_N), split.part(held_N)
 
 
 def _check_fit(name: str, shape_HWC: Sequence[int], classes: int, model: ModelConfig) -> None:
@@ -102,7 +140,7 @@ def _check_fit(name: str, shape_HWC: Sequence[int], classes: int, model: ModelCo
         )
 
 
-def _load_digits(model: ModelConfig) -> Dataset:
+def _load_digits(model: ModelConfig) -> Dataset[Split]:
     _check_fit("digits", (8, 8, 1), 10, model)
     from sklearn.datasets import load_digits
 
@@ -112,7 +150,15 @@ def _load_digits(model: ModelConfig) -> Dataset:
     return Dataset(train, test, tuple("0123456789"))
 
 
-def _load_folder(data: DataConfig, model: ModelConfig) -> Dataset:
+def _in_memory(split: Split) -> Records:
+    def read(number: int) -> tuple[Picture, int]:
+        return Picture(f"image {number}", split.images_NHWC[number]), int(split.labels_N[number])
+
+    return Records(read, np.arange(len(split)), split.labels_N)
+
+
+def _folder_files(data: DataConfig, model: ModelConfig) -> tuple[dict[str, list[Path]], dict[str, list[Path]]]:
+    """Returns the (train, test) files of each class."""
     if not data.dir:
         raise DataError("config.data.dir is ''; data.name=folder needs the folder: set --config.data.dir=...")
     if model.channels not in (1, 3):
@@ -132,7 +178,7 @@ def _load_folder(data: DataConfig, model: ModelConfig) -> Dataset:
             f"the classes of {tests[0]} must be those of {root / 'train'}; only one of them has {', '.join(odd[:5])}"
         )
     _check_fit(str(root), (model.image_size, model.image_size, model.channels), len(train_files), model)
-    return Dataset(_read_files(train_files, model), _read_files(test_files, model), tuple(train_files))
+    return train_files, test_files
 
 
 def _class_files(folder: Path) -> dict[str, list[Path]]:
@@ -143,7 +189,7 @@ def _class_files(folder: Path) -> dict[str, list[Path]]:
         classes = sorted(entry for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
         files = {entry.name: images(entry) for entry in classes}
     except OSError as error:
-        raise DataError(f"cannot list {folder} ({_cause(error)}); let it be read") from error
+        raise DataError(f"cannot list {folder} ({cause(error)}); let it be read") from error
     if not files:
         raise DataError(f"{folder} holds no class folders; it must hold one folder of images for each class")
     for name, paths in files.items():
@@ -152,91 +198,168 @@ def _class_files(folder: Path) -> dict[str, list[Path]]:
     return files
 
 
-def _read_files(files: dict[str, list[Path]], model: ModelConfig) -> Split:
+def _in_order(files: dict[str, list[Path]]) -> tuple[list[Path], np.ndarray]:
+    """Returns (paths, labels_N), class by class."""
+    sizes = [len(class_paths) for class_paths in files.values()]
     paths = [path for class_paths in files.values() for path in class_paths]
-    labels_N = np.repeat(np.arange(len(files), dtype=np.int32), [len(class_paths) for class_paths in files.values()])
+    return paths, np.repeat(np.arange(len(files), dtype=np.int32), sizes)
+
+
+def _on_disk_files(files: dict[str, list[Path]]) -> Records:
+    paths, labels_N = _in_order(files)
+    return Records(lambda n: (Picture(str(paths[n]), paths[n]), int(labels_N[n])), np.arange(len(paths)), labels_N)
+
+
+def _read_files(files: dict[str, list[Path]], model: ModelConfig) -> Split:
+    paths, labels_N = _in_order(files)
     images_NHWC = np.empty((len(paths), model.image_size, model.image_size, model.channels), np.uint8)
-    rule = f"config.model.image_size is {model.image_size}; resize the image or set --config.model.image_size"
-    _decode_into(images_NHWC, [(str(path), path) for path in paths], rule)
+    _decode_into(images_NHWC, [Picture(str(path), path) for path in paths], size_rule(model))
     return Split(images_NHWC, labels_N)
 
 
-def _decode_into(images_NHWC: np.ndarray, named: Sequence[tuple[str, Path | bytes]], rule: str) -> None:
-    """Decodes the n-th (name, encoded) into the n-th image. Raises DataError with the name and, on size, `rule`."""
+def size_rule(model: ModelConfig) -> str:
+    """Returns the rule on the size of a picture, with its remedies, for messages."""
+    return (
+        f"config.model.image_size is {model.image_size}; resize the image, set --config.model.image_size, "
+        "or set --config.data.stream --config.data.crop=resized"
+    )
+
+
+def _decode_into(images_NHWC: np.ndarray, pictures: Sequence[Picture], rule: str) -> None:
+    """Decodes the n-th picture into the n-th image. Raises DataError with its name and, on size, `rule`."""
     from PIL import Image
 
-    height, width, channels = images_NHWC.shape[1:]
-
     def decode(start: int) -> None:
-        for index, (name, encoded) in enumerate(named[start : start + GROUP], start):
-            try:
-                with Image.open(io.BytesIO(encoded) if isinstance(encoded, bytes) else encoded) as image:
-                    # Only the header is read so far, so an image that claims a huge size never takes its memory.
-                    if image.size != (width, height):
-                        raise DataError(f"{name} is {image.height}x{image.width} pixels but {rule}")
-                    if image.mode[0] in "IF":
-                        raise DataError(f"{name} has pixels of mode {image.mode}; images must have 8 bits per channel")
-                    pixels = image.convert("RGBA") if "transparency" in image.info else image
-                    images_NHWC[index] = np.asarray(pixels.convert(MODES[channels])).reshape(height, width, channels)
-            except DataError:
-                raise
-            except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError and more on damaged files
-                raise DataError(f"{name} cannot be read as an image ({_cause(error)}); replace or remove it") from error
+        for index, picture in enumerate(pictures[start : start + GROUP], start):
+            images_NHWC[index] = exact(picture, images_NHWC.shape[1:], rule)
 
     with warnings.catch_warnings(), ThreadPoolExecutor() as pool:
         warnings.simplefilter("error", Image.DecompressionBombWarning)
-        for _ in pool.map(decode, range(0, len(named), GROUP)):
+        for _ in pool.map(decode, range(0, len(pictures), GROUP)):
             pass
 
 
-def _load_tfds(data: DataConfig, model: ModelConfig) -> Dataset:
-    import tensorflow_datasets as tfds
+@dataclasses.dataclass(frozen=True)
+class _Set:
+    """A TFDS set that is prepared and fits the model."""
 
-    builder = _builder(data)
-    image_key, label_key = _supervised_keys(data.name, builder)
-    image, label = builder.info.features[image_key], builder.info.features[label_key]
-    if None in image.shape:
-        raise DataError(
-            f"images of {data.name} vary in size; all must have one size: "
-            "resize them into an image folder and set --config.data.name=folder"
-        )
-    if image.np_dtype != np.uint8 or image.shape[-1] not in MODES:
-        raise DataError(f"images of {data.name} are {image.np_dtype} {image.shape}; they must have 8 bits per channel")
-    _check_fit(data.name, image.shape, label.num_classes or model.classes, model)  # before a download of hours
-    _prepare(data.name, builder)
-    names = builder.info.features[label_key].names
-    _check_fit(data.name, image.shape, len(names), model)
-    tests = [name for name in ("test", "validation") if name in builder.info.splits]
-    if "train" not in builder.info.splits or not tests:
-        raise DataError(
-            f"{data.name} has the splits {', '.join(builder.info.splits)}; it must have train and test or validation"
-        )
+    name: str
+    builder: Any
+    image_key: str
+    label_key: str
+    class_names: tuple[str, ...]
 
-    def read(split: str) -> Split:
-        where = f"the {split} split of {data.name} in {builder.data_dir}"
+    @property
+    def shape(self) -> Any:
+        """Returns (height, width, channels) of its images, None where they vary."""
+        return self.builder.info.features[self.image_key].shape
+
+    def where(self, split: str) -> str:
+        return f"the {split} split of {self.name} in {self.builder.data_dir}"
+
+    def open(self, split: str) -> Any:
+        """Returns the random access reader of a split, its images still encoded."""
+        import tensorflow_datasets as tfds
+
+        return self.builder.as_data_source(split, decoders={self.image_key: tfds.decode.SkipDecoding()})
+
+    def tests(self) -> list[str]:
+        """Returns the splits to test on, the first choice first."""
+        splits = self.builder.info.splits
+        tests = [name for name in ("test", "validation") if name in splits]
+        if "train" not in splits or not tests:
+            raise DataError(
+                f"{self.name} has the splits {', '.join(splits)}; it must have train and test or validation"
+            )
+        return tests
+
+    @contextlib.contextmanager
+    def reading(self, split: str) -> Iterator[None]:
+        """Turns what goes wrong in it into a DataError."""
+        where = self.where(split)
         try:
-            source = builder.as_data_source(split, decoders={image_key: tfds.decode.SkipDecoding()})
-            labels_N = np.empty(len(source), np.int32)
-            images_NHWC = np.empty((len(source), *image.shape), np.uint8)
-            for start in range(0, len(source), CHUNK):
-                examples = source.__getitems__(list(range(start, min(start + CHUNK, len(source)))))
-                labels_N[start : start + len(examples)] = [example[label_key] for example in examples]
-                encoded = [(f"image {start + i} of {where}", e[image_key]) for i, e in enumerate(examples)]
-                _decode_into(images_NHWC[start:], encoded, f"the set says {image.shape[0]}x{image.shape[1]}")
+            yield
         except DataError:
             raise
         except NotImplementedError as error:
+            found = self.builder.info.file_format.value
             raise DataError(
-                f"{where} is stored as {builder.info.file_format.value}, and only array_record can be read at random; "
+                f"{where} is stored as {found}, and only array_record can be read at random; "
                 "set --config.data.dir to another folder to prepare it anew"
             ) from error
         except Exception as error:
-            raise DataError(f"cannot read {where} ({_cause(error)}); if it is damaged, remove that folder") from error
-        if not len(labels_N) or np.any((labels_N < 0) | (labels_N >= len(names))):
-            raise DataError(f"{where} is empty or holds images without a label; use another set")
+            raise DataError(f"cannot read {where} ({cause(error)}); if it is damaged, remove that folder") from error
+
+
+def _open_tfds(data: DataConfig, model: ModelConfig) -> _Set:
+    builder = _builder(data)
+    image_key, label_key = _supervised_keys(data.name, builder)
+    image, label = builder.info.features[image_key], builder.info.features[label_key]
+    any_size = data.stream and data.crop == "resized"
+    if None in image.shape[:2] and not any_size:
+        raise DataError(
+            f"images of {data.name} vary in size; set --config.data.stream --config.data.crop=resized, "
+            "or resize them into an image folder and set --config.data.name=folder"
+        )
+    if image.np_dtype != np.uint8 or image.shape[-1] not in MODES:
+        raise DataError(f"images of {data.name} are {image.np_dtype} {image.shape}; they must have 8 bits per channel")
+    shape_HWC = (model.image_size, model.image_size, image.shape[-1]) if any_size else image.shape
+    _check_fit(data.name, shape_HWC, label.num_classes or model.classes, model)  # before a download of hours
+    _prepare(data.name, builder)
+    names = tuple(builder.info.features[label_key].names)
+    _check_fit(data.name, shape_HWC, len(names), model)
+    return _Set(data.name, builder, image_key, label_key, names)
+
+
+def _load_tfds(data: DataConfig, model: ModelConfig) -> Dataset[Split]:
+    found = _open_tfds(data, model)
+
+    def read(split: str) -> Split:
+        height, width, _ = found.shape
+        with found.reading(split):
+            source = found.open(split)
+            labels_N = np.empty(len(source), np.int32)
+            images_NHWC = np.empty((len(source), *found.shape), np.uint8)
+            for start in range(0, len(source), CHUNK):
+                examples = source.__getitems__(list(range(start, min(start + CHUNK, len(source)))))
+                labels_N[start : start + len(examples)] = [example[found.label_key] for example in examples]
+                named = enumerate((example[found.image_key] for example in examples), start)
+                pictures = [Picture(f"image {n} of {found.where(split)}", encoded) for n, encoded in named]
+                _decode_into(images_NHWC[start:], pictures, f"the set says {height}x{width}")
+        if not len(labels_N) or np.any((labels_N < 0) | (labels_N >= len(found.class_names))):
+            raise DataError(f"{found.where(split)} is empty or holds images without a label; use another set")
         return Split(images_NHWC, labels_N)
 
-    return Dataset(read("train"), read(tests[0]), tuple(names))
+    test, *_ = found.tests()
+    return Dataset(read("train"), read(test), found.class_names)
+
+
+def _browse_tfds(data: DataConfig, model: ModelConfig) -> Dataset[Records]:
+    found = _open_tfds(data, model)
+
+    def records(split: str) -> Records:
+        with found.reading(split):
+            source = found.open(split)
+
+        def read(number: int) -> tuple[Picture, int]:
+            with found.reading(split):
+                example = source[number]
+            name, label = f"image {number} of {found.where(split)}", int(example[found.label_key])
+            if not 0 <= label < len(found.class_names):
+                raise DataError(f"{name} has no label; use another set")
+            return Picture(name, example[found.image_key]), label
+
+        return Records(read, np.arange(len(source)), None)
+
+    def labelled(split: str) -> bool:
+        with found.reading(split):
+            source = found.open(split)
+            return len(source) > 0 and source[0][found.label_key] >= 0
+
+    tests = [split for split in found.tests() if labelled(split)]  # ImageNet's test images come without labels
+    if not tests or not labelled("train"):
+        raise DataError(f"{found.where('train' if tests else 'test')} is empty or holds no labels; use another set")
+    return Dataset(records("train"), records(tests[0]), found.class_names)
 
 
 def _builder(data: DataConfig) -> Any:
@@ -257,7 +380,7 @@ def _builder(data: DataConfig) -> Any:
         ) from error
     except Exception as error:
         raise DataError(
-            f"config.data.name is {data.name!r} with config.data.dir {data.dir!r}; TFDS cannot open it: {_cause(error)}"
+            f"config.data.name is {data.name!r} with config.data.dir {data.dir!r}; TFDS cannot open it: {cause(error)}"
         ) from error
 
 
@@ -302,7 +425,7 @@ def _prepare(name: str, builder: Any) -> None:
             file_format="array_record", download_config=tfds.download.DownloadConfig(try_download_gcs=False)
         )
     except Exception as error:
-        raise DataError(f"cannot prepare {name} in {root}: {_cause(error)}; or {remedies}") from error
+        raise DataError(f"cannot prepare {name} in {root}: {cause(error)}; or {remedies}") from error
 
 
 def _on_disk(builder: Any, url: str, info: Any) -> bool:
@@ -348,9 +471,3 @@ def _endpoint(url: str) -> tuple[str, int] | None:
     if proxy and not urllib.request.proxy_bypass(parts.hostname):
         parts = urllib.parse.urlsplit(proxy if "//" in proxy else f"//{proxy}")
     return parts.hostname or "", parts.port or {"https": 443, "ftp": 21}.get(parts.scheme, 80)
-
-
-def _cause(error: BaseException) -> str:
-    """Returns the kind and the first line of `error`."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

@@ -1,0 +1,115 @@
+"""One picture from its file: as it is, or cut and resized to the model's size.
+
+H rows · W columns · C channels
+"""
+
+import contextlib
+import io
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jvitmoe.config import UserError
+
+MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # Pillow's name for 8-bit pixels of that many channels
+AREA = (0.08, 1.0)  # share of a picture that a random crop takes, and its ratio of width to height, both as in
+RATIO = (3 / 4, 4 / 3)  # Szegedy et al., arXiv 1409.4842, log-uniform as the field has it
+TRIES = 10
+MARGIN = 256 / 224  # at evaluation, the shorter side over what the centre crop takes of it
+
+
+class DataError(UserError):
+    """The data are absent, damaged, or do not fit the model; the message is one line and names the remedy."""
+
+
+class Picture(NamedTuple):
+    name: str  # for messages
+    encoded: Path | bytes | np.ndarray  # a file, its contents, or uint8 pixels [H, W, C]
+
+
+def exact(picture: Picture, size: tuple[int, int, int], rule: str) -> np.ndarray:
+    """Returns uint8 [H, W, C] of exactly `size`. Raises DataError with the name and, on another size, `rule`."""
+    height, width, channels = size
+    with _opened(picture) as image:
+        # Only the header is read so far, so an image that claims a huge size never takes its memory.
+        if image.size != (width, height):
+            raise DataError(f"{picture.name} is {image.height}x{image.width} pixels but {rule}")
+        return np.asarray(_colours(image, channels, picture.name)).reshape(size)
+
+
+def random_crop(picture: Picture, side: int, channels: int, random: np.random.RandomState) -> np.ndarray:
+    """Returns uint8 [side, side, C]: a random part of the picture, of 8 % to 100 % of its area and a width of 3/4 to
+    4/3 of its height, resized bilinearly; the largest part in its middle where ten draws do not fit in.
+
+    Source: Szegedy et al., arXiv 1409.4842. Raises DataError.
+    """
+    with _opened(picture) as image:
+        width, height = image.size
+        box = None
+        for _ in range(TRIES):
+            area, ratio = random.uniform(*AREA) * width * height, math.exp(random.uniform(*np.log(RATIO)))
+            w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+            if 0 < w <= width and 0 < h <= height:
+                left, top = random.randint(0, width - w + 1), random.randint(0, height - h + 1)
+                box = (left, top, left + w, top + h)
+                break
+        return _resized(_colours(image, channels, picture.name), box or _middle(width, height), side)
+
+
+def centre_crop(picture: Picture, side: int, channels: int) -> np.ndarray:
+    """Returns uint8 [side, side, C]: the middle 224/256 of the picture's shorter side, resized bilinearly. Raises
+    DataError."""
+    with _opened(picture) as image:
+        width, height = image.size
+        half = min(width, height) / MARGIN / 2
+        box = (width / 2 - half, height / 2 - half, width / 2 + half, height / 2 + half)
+        return _resized(_colours(image, channels, picture.name), box, side)
+
+
+def _middle(width: int, height: int) -> tuple[float, float, float, float]:
+    """Returns the largest box in the middle whose ratio is allowed."""
+    w, h = min(width, height * RATIO[1]), min(height, width / RATIO[0])
+    return (width - w) / 2, (height - h) / 2, (width + w) / 2, (height + h) / 2
+
+
+def _resized(image: Any, box: tuple[float, float, float, float], side: int) -> np.ndarray:
+    from PIL import Image
+
+    pixels = np.asarray(image.resize((side, side), Image.Resampling.BILINEAR, box=box))
+    return pixels.reshape(side, side, -1)
+
+
+@contextlib.contextmanager
+def _opened(picture: Picture) -> Iterator[Any]:
+    """Gives the picture with its header read; whatever goes wrong in it is a DataError that names the picture."""
+    from PIL import Image
+
+    encoded = picture.encoded
+    try:
+        if isinstance(encoded, np.ndarray):
+            yield Image.fromarray(encoded.squeeze(-1) if encoded.shape[-1] == 1 else encoded)
+            return
+        with Image.open(io.BytesIO(encoded) if isinstance(encoded, bytes) else encoded) as image:
+            if image.width * image.height > (Image.MAX_IMAGE_PIXELS or math.inf):
+                raise ValueError(f"{image.width}x{image.height} pixels are more than any photograph has")
+            yield image
+    except DataError:
+        raise
+    except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError and more on damaged files
+        raise DataError(f"{picture.name} cannot be read as an image ({cause(error)}); replace or remove it") from error
+
+
+def _colours(image: Any, channels: int, name: str) -> Any:
+    if image.mode[0] in "IF":
+        raise DataError(f"{name} has pixels of mode {image.mode}; images must have 8 bits per channel")
+    pixels = image.convert("RGBA") if "transparency" in image.info else image
+    return pixels.convert(MODES[channels])
+
+
+def cause(error: BaseException) -> str:
+    """Returns the kind and the first line of `error`."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

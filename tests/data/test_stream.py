@@ -1,0 +1,278 @@
+"""Streamed batches are the batches of the set on the device: same images, same order, same bits after training."""
+
+import json
+import math
+import sys
+import types
+from pathlib import Path
+
+import chex
+import jax
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+from PIL import Image
+
+from jvitmoe import cli, evaluate, evaluation, routing, step, train
+from jvitmoe.data import feed, sources, stream
+from jvitmoe.data.decode import DataError
+from jvitmoe.routing import Purpose
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+
+
+@pytest.fixture
+def streamed(tiny_split, training):
+    """Returns a maker of runs that read the tiny split through Grain: streamed(config).run(steps, start)."""
+
+    class Streamed:
+        def __init__(self, config):
+            config.data.stream = True
+            self.run_of = training(config)  # set up alike; its images on the device are not used
+            self.records = sources._in_memory(tiny_split)
+
+        def batches(self, start, total):
+            run = self.run_of
+            return stream.train_batches(self.records, run.order, run.config, run.mesh, start, total)
+
+        def run(self, steps):
+            state = self.run_of.state
+            for images in self.batches(0, steps):
+                state, metrics = jax.block_until_ready(self.run_of.step(state, images, None))
+            return jax.device_get((state, metrics))
+
+    return Streamed
+
+
+@pytest.mark.parametrize(
+    ("routed", "meshes"),
+    [
+        ({"experts": 4}, {"devices": 1}),
+        ({"experts": 2, "granularity": "sample"}, {"devices": 4, "expert_devices": 2, "accumulate": 2}),
+        ({"experts": 2, "granularity": "token"}, {"devices": 2}),
+    ],
+    ids=["batch", "sample on both axes in parts", "token"],
+)
+def test_a_streamed_run_equals_a_run_on_the_device_to_the_bits(tiny_config, training, streamed, routed, meshes):
+    def config():
+        return tiny_config(data={"crop_padding": 1, "flip": True}, model={"dropout": 0.2}, routing=routed, train=meshes)
+
+    resident = training(config()).run(4)  # over the end of an epoch of three steps
+    state, metrics = streamed(config()).run(4)
+    chex.assert_trees_all_equal(state, resident.history[-1])
+    chex.assert_trees_all_equal(metrics, resident.metrics[-1])
+
+
+def test_a_stream_taken_up_at_any_step_gives_the_rest_and_reads_no_row_before_it(tiny_config, streamed):
+    run = streamed(tiny_config())
+    whole = [jax.device_get(images) for images in run.batches(0, 8)]
+    assert len(whole) == 8
+    assert len({images.images_NHWC.tobytes() for images in whole}) == 8
+    order, seen, read = run.run_of.order, [], run.records.read
+    run.records = sources.Records(lambda n: seen.append(n) or read(n), run.records.number_N, None)
+    for start in (1, 3, 5, 8):
+        seen.clear()
+        rest = [jax.device_get(images) for images in run.batches(start, 8)]
+        chex.assert_trees_all_equal(rest, whole[start:])
+        wanted = [order.on_host(s // 3)[s % 3] for s in range(start, 8)]
+        assert sorted(seen) == sorted(np.concatenate([*wanted, []]).tolist())
+
+
+@pytest.mark.parametrize("devices", [1, 4])
+def test_the_order_on_the_host_is_the_order_on_the_devices(tiny_config, training, devices):
+    order = training(tiny_config(train={"devices": devices})).order
+    for epoch in (0, 5, 1):
+        np.testing.assert_array_equal(order.on_host(epoch), order.epoch(epoch))
+
+
+def test_a_process_reads_the_rows_of_its_own_devices_only(tiny_config):
+    mesh = step.make_mesh(tiny_config(train={"devices": 4}).train)
+    sharding = NamedSharding(mesh, PartitionSpec("data"))
+    assert stream._rows_here(8, sharding).tolist() == list(range(8))
+    of_devices = sharding.devices_indices_map((8,))
+    mine = {device: of_devices[device] for device in list(mesh.devices.flat)[1:3]}
+    elsewhere = types.SimpleNamespace(addressable_devices_indices_map=lambda shape: mine)
+    assert stream._rows_here(8, elsewhere).tolist() == [2, 3, 4, 5]
+
+
+@pytest.mark.parametrize("devices", [1, 4])
+def test_a_streamed_split_is_evaluated_exactly_with_padding_masked(tiny_config, training, tiny_split, devices):
+    config = tiny_config(
+        data={"stream": True},
+        routing={"experts": 2, "init": "independent"},
+        train={"devices": devices, "batch_size": 8},
+    )
+    run = training(config)
+    found = evaluation.make_evaluate(run.model, run.mesh)
+    batches = feed.eval_batches(len(tiny_split), 8, run.mesh)
+    assert len(tiny_split) % 8 != 0
+    records = sources._in_memory(tiny_split)
+    shown = stream.EvalImages(records, batches, config, run.mesh)
+    resident = evaluation.evaluate_run(config, run.state.params, None, found, run.images, batches)
+    for _ in range(2):  # and once more: a stream can be gone through again
+        assert evaluation.evaluate_run(config, run.state.params, None, found, shown, batches) == resident
+    assert resident[0]["images"] == len(tiny_split)
+    chex.assert_trees_all_equal(vars(stream.read(records, config)), vars(tiny_split))
+
+
+# pictures of many sizes
+
+
+def write_pictures(root: Path, per_class: int = 12) -> None:
+    """Writes JPEG files of all sizes and two classes, bright and dark."""
+    random = np.random.default_rng(0)
+    for part, count in (("train", per_class), ("val", 5)):
+        for label, name in enumerate(("bright", "dark")):
+            (root / part / name).mkdir(parents=True)
+            for i in range(count):
+                height, width = random.integers(9, 40, 2)
+                pixels = random.integers(0, 100, (height, width, 3)) + (150 if label == 0 else 0)
+                Image.fromarray(pixels.astype(np.uint8)).save(root / part / name / f"{i:02}.jpg")
+
+
+SIZES = ("model.image_size=8", "model.channels=3", "model.patch=4", "model.width=8", "model.hidden=12")
+TINY = (*SIZES, "model.depth=2", "model.heads=2", "train.batch_size=8", "train.devices=1", "train.platform=cpu")
+
+
+def flags(*settings: str) -> list[str]:
+    return [f"--config.{setting}" for setting in settings]
+
+
+def run(main, monkeypatch, capsys, *arguments: str) -> tuple[int, str, str]:
+    monkeypatch.setattr(sys, "argv", ["command.py", *arguments])
+    with pytest.raises(SystemExit) as caught:
+        cli.run(main)
+    return (int(caught.value.code), *capsys.readouterr())
+
+
+def test_an_image_folder_of_all_sizes_trains_resumes_and_is_tested_by_the_commands(tmp_path, monkeypatch, capsys):
+    write_pictures(tmp_path / "set")
+    settings = (*TINY, "model.classes=2", "data.name=folder", f"data.dir={tmp_path / 'set'}", "data.stream=True")
+    more = ("data.crop=resized", "data.validation=4", "train.epochs=6", "train.checkpoint_every=1", "train.log_every=1")
+    command = ["--config=configs/digits_random.py", *flags(*settings, *more), f"--workdir={tmp_path / 'run'}"]
+    monkeypatch.chdir(CONFIGS.parent)
+    code, out, err = run(train.main, monkeypatch, capsys, *command)
+    assert code == 0, err
+    assert "20 train, 4 validation, 10 test" in out
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    whole = {line["step"]: line["loss"] for line in map(json.loads, lines) if line["kind"] == "train"}
+    last = max(whole)
+    (tmp_path / "run" / "checkpoints" / str(last)).rename(tmp_path / "last")
+    code, out, err = run(train.main, monkeypatch, capsys, *command)
+    assert code == 0, err
+    assert f"resuming    from step {last - 1}" in out
+    again = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert {line["step"]: line["loss"] for line in again if line["kind"] == "train"} == whole
+    trained = json.loads((tmp_path / "run" / "result.json").read_text())["rows"]
+    code, _, err = run(evaluate.main, monkeypatch, capsys, f"--workdir={tmp_path / 'run'}", "--paths=1")
+    assert code == 0, err
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert result["rows"][0] == trained[0] | {"nll": pytest.approx(trained[0]["nll"], rel=1e-5)} | {
+        "ece": pytest.approx(trained[0]["ece"], rel=1e-5)
+    }
+    assert result["mergeability"]["images"] == 10
+
+
+def test_a_damaged_picture_ends_the_run_in_one_line_that_names_it(tmp_path, monkeypatch, capsys):
+    write_pictures(tmp_path / "set", per_class=4)
+    damaged = tmp_path / "set" / "train" / "dark" / "02.jpg"
+    damaged.write_bytes(damaged.read_bytes()[:200])
+    settings = (*TINY, "model.classes=2", "data.name=folder", f"data.dir={tmp_path / 'set'}", "data.stream=True")
+    command = ["--config=configs/digits_dense.py", *flags(*settings, "data.crop=resized")]
+    monkeypatch.chdir(CONFIGS.parent)
+    code, _, err = run(train.main, monkeypatch, capsys, *command, f"--workdir={tmp_path / 'run'}")
+    assert code == 2
+    assert err.count("\n") == 1
+    assert f"{damaged} cannot be read as an image" in err
+
+
+def test_without_resizing_a_picture_of_another_size_is_refused_with_the_remedy(tmp_path, tiny_config):
+    write_pictures(tmp_path, per_class=1)
+    config = tiny_config(
+        data={"name": "folder", "dir": str(tmp_path), "stream": True}, model={"channels": 3, "classes": 2}
+    )
+    records = sources.browse(config.data, config.model).train
+    with pytest.raises(DataError, match=r"config.model.image_size is 8; .*--config.data.crop=resized"):
+        stream.read(records, config)
+
+
+def test_random_parts_are_a_function_of_seed_step_and_place(tmp_path, tiny_config):
+    write_pictures(tmp_path)
+
+    def batches(seed=0, start=0, devices=1):
+        config = tiny_config(
+            data={"name": "folder", "dir": str(tmp_path), "stream": True, "crop": "resized"},
+            model={"channels": 3, "classes": 2},
+            train={"seed": seed, "devices": devices},
+        )
+        records, mesh = sources.browse(config.data, config.model).train, step.make_mesh(config.train)
+        # The same order for all seeds, so that only the parts can differ.
+        order = feed.TrainOrder(len(records), 8, routing.address(jax.random.key(0), Purpose.ORDER), mesh)
+        return [jax.device_get(images) for images in stream.train_batches(records, order, config, mesh, start, 4)]
+
+    first = batches()
+    chex.assert_trees_all_equal(batches(devices=4), first)
+    chex.assert_trees_all_equal(batches(start=2), first[2:])
+    for one, other in zip(batches(seed=1), first, strict=True):
+        np.testing.assert_array_equal(one.labels_N, other.labels_N)
+        assert (one.images_NHWC != other.images_NHWC).any((1, 2, 3)).all()
+    for images in first:
+        means = images.images_NHWC.mean((1, 2, 3))
+        np.testing.assert_array_equal(means < 125, images.labels_N == 1)
+
+
+# ImageNet as TFDS has it
+
+
+def write_imagenet(root: Path) -> None:
+    """Writes a prepared imagenet2012 of 12 training, 6 validation and 2 unlabelled test images, of all sizes."""
+    import io
+
+    import tensorflow_datasets as tfds
+    from array_record.python.array_record_module import ArrayRecordWriter
+    from tensorflow_datasets.core import splits, utils
+    from tensorflow_datasets.proto import tf_example_pb2, tf_feature_pb2
+
+    def feature(value):
+        if isinstance(value, int):
+            return tf_feature_pb2.Feature(int64_list=tf_feature_pb2.Int64List(value=[value]))
+        return tf_feature_pb2.Feature(bytes_list=tf_feature_pb2.BytesList(value=[value]))
+
+    builder = tfds.builder("imagenet2012", data_dir=root)
+    folder, random, infos = Path(builder.data_path), np.random.default_rng(0), []
+    folder.mkdir(parents=True)
+    for split, count in (("train", 12), ("validation", 6), ("test", 2)):
+        template = utils.ShardedFileTemplate(
+            data_dir=builder.data_path, dataset_name=builder.name, split=split, filetype_suffix="array_record"
+        )
+        infos.append(splits.SplitInfo(name=split, shard_lengths=[count], num_bytes=0, filename_template=template))
+        writer = ArrayRecordWriter(str(folder / f"imagenet2012-{split}.array_record-00000-of-00001"), "group_size:1")
+        for i in range(count):
+            height, width = random.integers(20, 50, 2)
+            content = io.BytesIO()
+            Image.new("RGB", (width, height), (10 * i, 20, 30)).save(content, "JPEG")
+            label = -1 if split == "test" else 80 * i
+            fields = {"image": content.getvalue(), "label": label, "file_name": b"%d.JPEG" % i}
+            features = tf_feature_pb2.Features(feature={name: feature(value) for name, value in fields.items()})
+            writer.write(tf_example_pb2.Example(features=features).SerializeToString())
+        writer.close()
+    builder.info.set_file_format("array_record")
+    builder.info.set_splits(splits.SplitDict(infos))
+    builder.info.write_to_directory(builder.data_path)
+
+
+def test_the_imagenet_config_streams_a_tfds_set_and_tests_on_its_labelled_split(tmp_path, monkeypatch, capsys):
+    write_imagenet(tmp_path)
+    small = ("model.depth=2", "model.width=8", "model.hidden=12", "model.heads=2", "model.image_size=32")
+    settings = (*small, f"data.dir={tmp_path}", "train.batch_size=4", "train.epochs=6", "train.devices=1")
+    command = ["--config=configs/imagenet_random.py", *flags(*settings, "train.platform=cpu", "train.log_every=1")]
+    monkeypatch.chdir(CONFIGS.parent)
+    code, out, err = run(train.main, monkeypatch, capsys, *command, f"--workdir={tmp_path / 'run'}")
+    assert code == 0, err
+    assert "12 train, 0 validation, 6 test" in out
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert all(math.isfinite(json.loads(line)["loss"]) for line in lines if "loss" in line)
+    config = train.config_lib.loads((tmp_path / "run" / "config.json").read_text(), "config.json")
+    test = stream.read(sources.browse(config.data, config.model).test, config)
+    np.testing.assert_array_equal(test.labels_N, [0, 80, 160, 240, 320, 400])
+    np.testing.assert_allclose(test.images_NHWC[:, 16, 16, 0], [0, 10, 20, 30, 40, 50], atol=2)  # of JPEG

@@ -1,0 +1,189 @@
+"""Several real processes on loopback, joined by JAX's own runtime: one run, one result, and no one waits for the dead.
+
+Results are compared within 1e-6 and not bit for bit, because a sum over processes adds the same numbers in another
+order.
+"""
+
+import json
+import shutil
+import signal
+import sys
+import time
+from pathlib import Path
+
+import processes
+import pytest
+
+EXPERIMENT = """
+from jvitmoe.config import Config, DataConfig, ModelConfig, OptimConfig, RoutingConfig, TrainConfig
+
+def get_config():
+    return Config(
+        data=DataConfig(crop_padding=1, flip=True),
+        model=ModelConfig(width=8, hidden=12, depth=2, heads=2, patch=4, dropout=0.1),
+        routing=RoutingConfig(experts=2, granularity="sample", init="shared"),
+        optim=OptimConfig(learning_rate=1e-4, eps=1e-3),
+        train=TrainConfig(epochs=12, batch_size=128, log_every=1, eval_every=12, checkpoint_every=122),
+    )
+"""
+STEPS = 12 * (1437 // 128)
+CUT = STEPS - 10  # the step that a run of one process is taken up at by two
+
+
+@pytest.fixture(scope="module")
+def experiment(tmp_path_factory):
+    path = tmp_path_factory.mktemp("distributed") / "tiny.py"
+    path.write_text(EXPERIMENT)
+    return path
+
+
+@pytest.fixture(scope="module")
+def one(experiment):
+    """The run of one process with one device, which the others must equal."""
+    workdir = experiment.parent / "one"
+    (ended,) = processes.collect([processes.start(processes.train(experiment, workdir))])
+    assert ended.code == 0, ended.err
+    return workdir
+
+
+def losses(workdir: Path) -> dict[int, float]:
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return {line["step"]: line["loss"] for line in lines if line["kind"] == "train"}
+
+
+def steps_saved(workdir: Path) -> list[int]:
+    return sorted(int(path.name) for path in (workdir / "checkpoints").iterdir())
+
+
+def wait_for_step(workdir: Path, number: int) -> None:
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        path = workdir / "metrics.jsonl"
+        if path.exists() and path.read_text().count("\n") >= number:
+            return
+        time.sleep(0.02)
+    pytest.fail(f"no step {number} within two minutes")
+
+
+def test_four_processes_stop_together_at_one_signal_and_one_process_takes_their_run_up(experiment, one):
+    workdir = experiment.parent / "four"
+    command = processes.train(experiment, workdir, "--config.train.expert_devices=2", "--config.train.shard=parameters")
+    joined = processes.start_joined(4, command)
+    wait_for_step(workdir, 2)
+    joined[2].process.send_signal(signal.SIGTERM)
+    ended = processes.collect(joined)
+    assert [e.code for e in ended] == [128 + signal.SIGTERM] * 4, ended
+    assert "4 processes" in ended[0].out
+    assert "by SIGTERM" in ended[0].out
+    for other in ended[1:]:
+        assert [line for line in other.out.splitlines() if not line.startswith("[Gloo]")] == []
+    (stopped_at,) = steps_saved(workdir)
+    assert stopped_at == len(losses(workdir)) < STEPS
+    assert losses(workdir) == pytest.approx({n: losses(one)[n] for n in range(1, stopped_at + 1)}, abs=1e-6)
+
+    (ended,) = processes.collect([processes.start(processes.train(experiment, workdir))])
+    assert ended.code == 0, ended.err
+    assert f"resuming    from step {stopped_at}" in ended.out
+    assert losses(workdir) == pytest.approx(losses(one), abs=1e-6)
+    assert sorted(losses(workdir)) == list(range(1, STEPS + 1))
+
+
+def test_two_processes_of_the_node_launcher_take_up_the_run_of_one(experiment, one):
+    workdir = experiment.parent / "two"
+    shutil.copytree(one, workdir)
+    shutil.rmtree(workdir / "checkpoints" / str(STEPS))
+    command = ["scripts/launch_node.sh", "2", *processes.train(experiment, workdir)]
+    (ended,) = processes.collect([processes.start(command)])
+    assert ended.code == 0, ended.err
+    assert f"resuming    from step {CUT}" in ended.out
+    assert "devices     2 x cpu" in ended.out
+    assert losses(workdir) == pytest.approx(losses(one), abs=1e-6)
+    assert losses(workdir) != losses(one)  # the last ones are sums of two parts
+    merged, other = (json.loads((folder / "result.json").read_text())["rows"][0] for folder in (workdir, one))
+    assert merged["images"] == other["images"] == 360
+    assert merged["nll"] == pytest.approx(other["nll"], abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("count", "started", "arguments", "says"),
+    [
+        (2, [0], ("--join_seconds=3",), "process 0 of 2 waited 3 s for the others"),
+        (2, [1], ("--join_seconds=3",), "process 1 of 2 waited 3 s for the others"),
+        (2, [0, 1], ("--config.train.batch_size=130",), "130; it must be a multiple of the 2 data devices x 2 e"),
+        (2, [0, 1], ("--config.train.devices=4",), "config.train.devices is 4; it must be at most 2"),
+    ],
+    ids=["too few", "unreachable", "batch", "devices"],
+)
+def test_a_bad_launch_ends_in_one_line_within_30_seconds(experiment, tmp_path, count, started, arguments, says):
+    command = [*processes.train(experiment, tmp_path / "x", *arguments), f"--processes={count}"]
+    command.append(f"--coordinator=127.0.0.1:{processes.free_port()}")
+    ended = processes.collect([processes.start([*command, f"--process={n}"]) for n in started])
+    assert max(e.seconds for e in ended) < 30
+    assert [e.code for e in ended] == [2] * len(started), ended
+    lines = [line for e in ended for line in e.err.splitlines()]
+    assert len(lines) == 1, lines
+    assert lines[0].startswith("error: ")
+    assert says in lines[0]
+    assert not (tmp_path / "x").exists()
+
+
+def test_processes_given_different_settings_are_refused(experiment, tmp_path):
+    command = [*processes.train(experiment, tmp_path / "x"), f"--coordinator=127.0.0.1:{processes.free_port()}"]
+    seeds = [["--processes=2", f"--process={n}", f"--config.train.seed={n}"] for n in range(2)]
+    ended = processes.collect([processes.start([*command, *seed]) for seed in seeds])
+    assert [e.code for e in ended] == [2, 2]
+    assert ended[0].err == "error: processes were given different settings; start them all with the same flags\n"
+    assert ended[1].err == ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--processes=2"], "--processes is 2 without --coordinator"),
+        (["--coordinator=here"], "--coordinator is 'here'; it must be HOST:PORT"),
+        (["--coordinator=no.such.host.invalid:1", "--processes=2"], "its host is not known here"),
+        (["--coordinator=localhost:1", "--processes=2", "--process=2"], "--process is 2; it must be from 0 to 1"),
+        (["--coordinator=localhost:1", "--join_seconds=0"], "--join_seconds is 0; it must be at least 1"),
+        (["--distributed"], "cannot join at what --distributed found"),
+    ],
+)
+def test_flags_that_cannot_be_meant_are_refused_before_anybody_is_waited_for(arguments, says):
+    from absl import flags
+
+    from jvitmoe import distributed
+    from jvitmoe.config import UserError
+
+    values = flags.FlagValues()
+    distributed.define_flags(values)
+    values(["train.py", *arguments])
+    with pytest.raises(UserError, match=says):
+        distributed.join(values)
+
+
+FAILS = """
+import sys, time
+from absl import flags
+from jvitmoe import distributed
+
+def main():
+    distributed.join(values)
+    if distributed.first():
+        distributed.wait()  # for one that never comes
+    time.sleep(1)
+    {fails}
+
+values = flags.FlagValues()
+distributed.define_flags(values)
+values(sys.argv)
+distributed.guard(main)
+"""
+
+
+@pytest.mark.parametrize("fails", ["raise RuntimeError('a bug')", "import os; os.kill(os.getpid(), 9)"])
+def test_a_process_that_fails_ends_the_others_within_30_seconds(fails):
+    joined = processes.start_joined(2, [sys.executable, "-c", FAILS.format(fails=fails)])
+    ended = processes.collect(joined, 120)
+    assert ended[0].seconds - ended[1].seconds < 30
+    assert ended[0].code not in (0, None)
+    assert ended[1].code in (1, -signal.SIGKILL)
+    assert ended[1].code != 1 or "RuntimeError: a bug" in ended[1].err
