@@ -22,7 +22,7 @@ import jax
 from absl import flags
 from jax.sharding import Mesh
 
-from jvitmoe import checkpoint, cli, distributed, evaluation, routing, step, tracking
+from jvitmoe import checkpoint, cli, compilation, distributed, evaluation, routing, step, tracking
 from jvitmoe import config as config_lib
 from jvitmoe.checkpoint import Checkpoints
 from jvitmoe.config import Config, ConfigError, UserError
@@ -75,6 +75,7 @@ class Stop:
 def main(argv: list[str]) -> None:
     """Trains to the end, tests, and leaves result.json and report.md in the run folder."""
     values = cli.parse(argv, _define_flags, config=True)
+    compilation.use_cache()
     distributed.join(values)
     tracking.console.quiet = not distributed.first()
     stop = Stop()

@@ -2,6 +2,12 @@
 
 # ruff: noqa: E402
 import os
+import tempfile
+
+# Programs that several tests compile are compiled once, and nothing is left in the user's own cache.
+COMPILED = tempfile.TemporaryDirectory(prefix="jvitmoe-compiled-")
+os.environ["JAX_COMPILATION_CACHE_DIR"] = COMPILED.name
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
 
 # Tests of tiny models are nearly all compilation; without LLVM's optimisation it takes half the time.
 FLAGS = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"

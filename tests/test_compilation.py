@@ -61,8 +61,9 @@ print(jax.config.jax_compilation_cache_dir, len(hits))
 
 
 def start(**environment):
+    others = {name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"}
     done = subprocess.run(
-        [sys.executable, "-c", SCRIPT], env=os.environ | environment, capture_output=True, text=True, check=True
+        [sys.executable, "-c", SCRIPT], env=others | environment, capture_output=True, text=True, check=True
     )
     folder, hits = done.stdout.split()
     return folder, int(hits)
