@@ -99,7 +99,7 @@ def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def write(ours: Arrays, style: str, cls_row: bool) -> Dict:
-    """Returns the arrays of a dense pre-norm ViT with a one-layer head, float32 and C-contiguous, as `style` names them.
+    """Returns the arrays of a dense pre-norm ViT with a one-layer head as `style` names them, float32, C-contiguous.
 
     Args:
         ours: the flat dense tree, with "positions" [T, D] of the patches.

@@ -12,13 +12,14 @@ FILES = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path i
 MODULES = [name for name in FILES if name.split(".")[-1] != "__init__"]
 COMMANDS = {"train", "evaluate", "predict", "export", "report", "benchmark"}
 IN_JAX = {"jax", "jaxlib", "flax", "optax", "orbax", "chex"}
-WITHOUT_JAX = ["config", "cli", "tracking", "plots", "report", "data.sources"]
+WITHOUT_JAX = ["config", "cli", "tracking", "plots", "report", "formats", "data.sources", "data.pictures"]
 
 # Imports point to lower ranks, or to a neighbour in the same folder.
 RANK = {
     **{"config": 0, "data": 1, "models": 1, "routing": 1, "optim": 1, "merging": 2, "state": 3, "step": 4},
     **{"evaluation": 5, "mergeability": 5, "checkpoint": 5, "cli": 5, "tracking": 5, "plots": 6},
-    **dict.fromkeys(COMMANDS, 7),
+    **{"formats": 1, "pretrained": 6, "classifier": 7, "sheet": 7, "cards": 7},
+    **dict.fromkeys(COMMANDS, 8),
 }
 ONLY = {"checkpoint": {"state", "config"}, "tracking": {"config"}, "cli": {"config"}}
 ONLY_IN = {"flax": "models.", "orbax": "checkpoint", "tensorflow_datasets": "data.sources"}

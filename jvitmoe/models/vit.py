@@ -254,7 +254,7 @@ class ViT(nn.Module):
 
     def _written_out(self, x_BTD: jax.Array) -> jax.Array:
         block = Block(self.config, self.experts, self.expert_init, self.shared_layer, self.dtype, parent=None)
-        params = self.get_variable("params", "blocks")
+        params: Any = self.get_variable("params", "blocks")
         for index in range(self.config.depth):
             layer = jax.tree.map(lambda leaf: leaf[index], params)  # noqa: B023
             x_BTD, _ = block.apply({"params": layer}, x_BTD, (index, None), None)
