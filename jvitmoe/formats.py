@@ -1,18 +1,20 @@
-"""Names and shapes of the same ViT elsewhere: timm, Hugging Face transformers, google-research's .npz. NumPy only.
+"""Names and shapes of the same ViT elsewhere: timm, Hugging Face transformers, google-research's .npz; and the config
+files that they load from. NumPy only.
 
-Every function is a pure map of dicts of arrays. Ours are flat here: "blocks.mlp.up" is the leaf up of mlp of blocks,
+Every function is a pure map of dicts. Ours are flat here: "blocks.mlp.up" is the leaf up of mlp of blocks,
 [L, D, F].
 
 L layers · D width · H heads · K head width · F hidden width · T patches of an image · P patch side · c channels
 """
 
+import dataclasses
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from jvitmoe.config import UserError
+from jvitmoe.config import ModelConfig, UserError
 
 Arrays = Mapping[str, np.ndarray]
 Dict = dict[str, np.ndarray]
@@ -69,6 +71,10 @@ POSITIONS = {
 }
 # What may be left over in a file: heads of other tasks. Anything else left over would change what the model computes.
 SPARE = re.compile(r"(head|fc|pre_logits|head_dist|pooler|classifier|decoder|dist_token|mask_token)\b.*")
+
+
+# timm's models whose LayerNorm has this epsilon, and nothing else that its arguments cannot undo.
+TIMM_NORMS = {1e-5: "vit_base_patch16_clip_224", 1e-6: "vit_base_patch16_224"}
 
 
 class FormatError(UserError):
@@ -180,6 +186,63 @@ def style_of(names: Any) -> str | None:
         if patches in names or f"vit.{patches}" in names:
             return style
     return None
+
+
+def timm_config(model: ModelConfig, classes: Sequence[str]) -> dict[str, Any]:
+    """Returns timm's config.json: the architecture it begins with, and every argument that makes it ours."""
+    cls = model.pool == "cls"
+    args = {
+        **{"img_size": model.image_size, "patch_size": model.patch, "in_chans": model.channels},
+        **{"embed_dim": model.width, "depth": model.depth, "num_heads": model.heads},
+        **{"mlp_ratio": _ratio(model.hidden, model.width), "pre_norm": False, "class_token": cls},
+        **{"no_embed_class": not model.cls_position, "global_pool": "token" if cls else "avg"},
+    }
+    pixels = {"mean": [0.5] * model.channels, "std": [0.5] * model.channels}
+    cfg = {
+        **{"num_classes": model.classes, "input_size": [model.channels, model.image_size, model.image_size], **pixels},
+        **{"interpolation": "bicubic", "crop_pct": 1.0, "fixed_input_size": True, "pool_size": None},
+        **{"first_conv": "patch_embed.proj", "classifier": "head"},
+    }
+    return {
+        "architecture": TIMM_NORMS.get(model.norm_epsilon, TIMM_NORMS[1e-6]),
+        **{"num_classes": model.classes, "num_features": model.width, "global_pool": args["global_pool"]},
+        **{"model_args": args, "pretrained_cfg": cfg, **({"label_names": list(classes)} if classes else {})},
+    }
+
+
+def hf_config(model: ModelConfig, classes: Sequence[str]) -> dict[str, Any]:
+    """Returns Hugging Face's config.json of a ViTForImageClassification."""
+    names = list(classes) or [str(label) for label in range(model.classes)]
+    return {
+        **{"architectures": ["ViTForImageClassification"], "model_type": "vit", "dtype": "float32"},
+        **{"image_size": model.image_size, "patch_size": model.patch, "num_channels": model.channels},
+        **{"hidden_size": model.width, "intermediate_size": model.hidden, "num_hidden_layers": model.depth},
+        **{"num_attention_heads": model.heads, "hidden_act": "gelu", "layer_norm_eps": model.norm_epsilon},
+        **{"qkv_bias": True, "attention_probs_dropout_prob": 0.0, "hidden_dropout_prob": 0.0},
+        "id2label": {str(label): name for label, name in enumerate(names)},
+        "label2id": {name: label for label, name in enumerate(names)},
+    }
+
+
+def hf_preprocessor(model: ModelConfig) -> dict[str, Any]:
+    """Returns Hugging Face's preprocessor_config.json: pixels to [-1, 1] at the model's size."""
+    return {
+        **{"image_processor_type": "ViTImageProcessor", "do_resize": True, "resample": 3},
+        "size": {"height": model.image_size, "width": model.image_size},
+        **{"do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True},
+        **{"image_mean": [0.5] * model.channels, "image_std": [0.5] * model.channels},
+    }
+
+
+def our_config(model: ModelConfig, classes: Sequence[str]) -> dict[str, Any]:
+    """Returns the config.json of our own export."""
+    return {"format": "jvitmoe", "model": dataclasses.asdict(model), "classes": list(classes)}
+
+
+def _ratio(hidden: int, width: int) -> float:
+    """Returns the ratio r with int(width * r) = hidden, which is how timm counts."""
+    ratio = hidden / width
+    return ratio if int(width * ratio) == hidden else (hidden + 0.5) / width
 
 
 def _names(style: str, depth: int) -> Iterator[tuple[str, tuple[str, int | None], str]]:

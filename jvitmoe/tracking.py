@@ -22,7 +22,7 @@ METRICS = "metrics.jsonl"
 RESULT = "result.json"
 CLASSES = "classes.json"
 MERGEABILITY = "mergeability.png"
-LEFT = ("run", "model", "hardware")  # columns of words
+LEFT = ("run", "model", "hardware", "image")  # columns of words
 PLAIN_SECONDS = 2.0  # least time between two progress lines in a file
 
 console = Console(highlight=False, soft_wrap=True)

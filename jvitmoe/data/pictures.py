@@ -6,6 +6,7 @@ N pictures · H, W rows and columns · C channels
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -65,7 +66,7 @@ def read(path: str | Path, size: int, channels: int) -> np.ndarray:
     return np.asarray(fitted, np.uint8).reshape(size, size, channels)
 
 
-def _to_mode(image, mode: str):  # type: ignore[no-untyped-def]
+def _to_mode(image: Any, mode: str) -> Any:
     """Returns the image in 8 bits per channel; 16 bits keep their upper ones."""
     from PIL import Image
 
