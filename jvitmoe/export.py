@@ -19,7 +19,7 @@ import jax.export
 import jax.numpy as jnp
 import numpy as np
 from absl import flags
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from jvitmoe import cards, classifier, cli, formats, pretrained, tracking
 from jvitmoe.checkpoint import Checkpoints
@@ -158,7 +158,7 @@ def _write_hf(out: Path, source: pretrained.Source, model: ModelConfig) -> Run:
 
 def _save(out: Path, source: pretrained.Source, arrays: formats.Dict, about: dict[str, Any]) -> Run:
     """Writes model.safetensors and config.json, and returns the model that reading them back gives."""
-    save_file(arrays, out / pretrained.WEIGHTS, metadata={"format": "pt"})
+    (out / pretrained.WEIGHTS).write_bytes(save(arrays, metadata={"format": "pt"}))
     tracking.write_text(out / pretrained.CONFIG, json.dumps(about, indent=2) + "\n")
     again = pretrained.read(out)
     if again.kind == formats.TIMM:  # whose config cannot always say it
@@ -183,11 +183,13 @@ def _forward(source: pretrained.Source, model: ModelConfig) -> Callable[[jax.Arr
 
 
 def _write_onnx(out: Path, source: pretrained.Source, model: ModelConfig) -> Run:
+    # Shapes that are not written down, by the dozen, and tracebacks of parts that this JAX is too new for.
+    for name in ("onnx_ir", "jax2onnx"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     import jax2onnx
     import onnx
     import onnxruntime
 
-    logging.getLogger("onnx_ir").setLevel(logging.ERROR)  # shapes it does not write down, by the dozen
     shape = ("B", model.image_size, model.image_size, model.channels)
     with jax.default_matmul_precision("highest"):
         proto = jax2onnx.to_onnx(_forward(source, model), [shape], model_name="vit")
