@@ -144,7 +144,8 @@ def make_direction(config: Config) -> optax.GradientTransformation:
 def make_state(config: Config, model: vit.ViT, mesh: Mesh, dense: Any = None) -> TrainState:
     """Returns the state at step 0, sharded as the config says: a pure function of config and `dense`.
 
-    With a trained dense tree, experts are copies of its MLPs and the trunk is its trunk: sparse upcycling.
+    With a trained dense tree, experts are copies of its MLPs, `init.noise` apart, and the trunk is its trunk: sparse
+    upcycling.
     """
     shardings = jax.tree.map(lambda x: x.sharding, abstract_state(config, model, mesh))
     return jax.jit(functools.partial(_create, config, model), out_shardings=shardings)(dense)
@@ -188,6 +189,9 @@ def _create(config: Config, model: vit.ViT, dense: Any = None) -> TrainState:
     params = vit.init(model, routing.address(jax.random.key(config.train.seed), Purpose.INIT))
     if dense is not None:
         params = merging.upcycle(dense, params)
+        if config.init.noise:
+            key = routing.address(jax.random.key(config.train.seed), Purpose.NOISE)
+            params = merging.disturb(params, key, config.init.noise)
     return state.create(params, make_direction(config), ema=config.train.ema > 0)
 
 

@@ -17,7 +17,6 @@ from jvitmoe.config import ModelConfig
 from jvitmoe.models.mlp import Mlp, add_bias, dropout, gelu, torch_uniform
 from jvitmoe.models.moe import RoutedMlp, RouterSettings, Statistics
 
-LAYER_NORM_EPSILON = 1e-5
 TURN = "block"  # in a pattern of several layers, the key of one is this and its position
 
 
@@ -118,8 +117,8 @@ class Block(nn.Module):
         if key_B is not None:
             key_B = jax.vmap(jax.random.fold_in, in_axes=(0, None))(key_B, index)
         config, rate = self.config, self.config.dropout
-        norm1 = nn.LayerNorm(LAYER_NORM_EPSILON, dtype=self.dtype, name="norm1")
-        norm2 = nn.LayerNorm(LAYER_NORM_EPSILON, dtype=self.dtype, name="norm2")
+        norm1 = nn.LayerNorm(config.norm_epsilon, dtype=self.dtype, name="norm1")
+        norm2 = nn.LayerNorm(config.norm_epsilon, dtype=self.dtype, name="norm2")
         attention = Attention(config.heads, rate, self.dtype, self.attention, name="attention")
         mlp_settings = (config.hidden, self.experts, self.expert_init, self.shared_layer, rate, self.dtype)
 
@@ -217,6 +216,7 @@ class ViT(nn.Module):
     router: RouterSettings | None = None
     pattern: tuple[str, ...] = ("experts",)
     attention: str = "xla"  # xla | cudnn: what computes it
+    loops: bool = True  # over depth; without, the layers of a dense model stand one after the other
 
     @nn.compact
     def __call__(
@@ -241,27 +241,40 @@ class ViT(nn.Module):
         x_BTD = x_BTD + positions_TD[None].astype(self.dtype)
         if config.pool == "cls":  # prepended after the positions, as in the original: it has none
             cls_D = self.param("cls", nn.initializers.normal(1.0), (d,)).astype(self.dtype)
+            if config.cls_position:
+                cls_D = cls_D + self.param("cls_position", nn.initializers.zeros, (d,)).astype(self.dtype)
             x_BTD = jnp.concatenate([jnp.broadcast_to(cls_D, (b, 1, d)), x_BTD], axis=1)
+        x_BTD = self._in_loop(x_BTD, route, key_B) if self.loops else self._written_out(x_BTD)
+        pooled_BD = x_BTD[:, 0] if config.pool == "cls" else x_BTD.mean(axis=1)
+        pooled_BD = nn.LayerNorm(config.norm_epsilon, dtype=self.dtype, name="norm")(pooled_BD)
+        return Head(config.classes, config.head_hidden, self.dtype, name="head")(pooled_BD).astype(jnp.float32)
+
+    def _in_loop(self, x_BTD: jax.Array, route: jax.Array | None, key_B: jax.Array | None) -> jax.Array:
         experts = self.experts, self.expert_init, self.shared_layer
-        settings: tuple[Any, ...] = (config, *experts, self.dtype, self.attention, self.router)
+        settings: tuple[Any, ...] = (self.config, *experts, self.dtype, self.attention, self.router)
         body: type[nn.Module] = Block
-        layers = jnp.arange(config.depth), route
+        layers = jnp.arange(self.config.depth), route
         if len(self.pattern) > 1:
             layers = jax.tree.map(lambda x: x.reshape(-1, len(self.pattern), *x.shape[1:]), layers)
             settings, body = (*settings, self.pattern), Turn
-        turns = config.depth // len(self.pattern)
+        turns = self.config.depth // len(self.pattern)
         blocks = nn.scan(
             body,
             variable_axes={"params": 0, "statistics": 0},
             split_rngs={"params": True},
             in_axes=(0, nn.broadcast),
             length=turns,
-            unroll=min(config.unroll, turns),
+            unroll=min(self.config.unroll, turns),
         )(*settings, name="blocks")
-        x_BTD, _ = blocks(x_BTD, layers, key_B)
-        pooled_BD = x_BTD[:, 0] if config.pool == "cls" else x_BTD.mean(axis=1)
-        pooled_BD = nn.LayerNorm(LAYER_NORM_EPSILON, dtype=self.dtype, name="norm")(pooled_BD)
-        return Head(config.classes, config.head_hidden, self.dtype, name="head")(pooled_BD).astype(jnp.float32)
+        return blocks(x_BTD, layers, key_B)[0]
+
+    def _written_out(self, x_BTD: jax.Array) -> jax.Array:
+        block = Block(self.config, self.experts, self.expert_init, self.shared_layer, self.dtype, parent=None)
+        params: Any = self.get_variable("params", "blocks")
+        for index in range(self.config.depth):
+            layer = jax.tree.map(lambda leaf: leaf[index], params)  # noqa: B023
+            x_BTD, _ = block.apply({"params": layer}, x_BTD, (index, None), None)
+        return x_BTD
 
     def plain(self) -> "ViT":
         """Returns the dense ViT that merging gives parameters for."""
