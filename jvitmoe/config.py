@@ -46,11 +46,31 @@ class ModelConfig:
     norm: str = "pre"  # pre | post
     pool: str = "cls"  # cls | mean
     positions: str = "learned"  # learned | sincos2d
+    cls_position: bool = False  # whether CLS has a learned position too, as timm's and Hugging Face's ViTs have
     position_rows: int = 0  # rows of the learned table; 0 is one per patch (the original holds 300 and uses 64)
     head_hidden: int = 0  # width of the head's hidden layer; 0 is a one-layer head
+    norm_epsilon: float = 1e-5  # of every LayerNorm, PyTorch's; timm's ViTs have 1e-6, Hugging Face's 1e-12
     dropout: float = 0.0  # after attention weights, GELU and both residual branches
     dtype: str = "auto"  # compute: float32 | bfloat16 | auto (bfloat16 on GPU and TPU); parameters stay float32
+    attention: str = "auto"  # xla | cudnn | auto (cudnn on a GPU that has it, where it takes the shapes)
     unroll: int = 1  # layers unrolled per iteration of the scan over depth
+
+    @property
+    def patches(self) -> int:
+        """T without the CLS token: image patches of one image."""
+        return (self.image_size // self.patch) ** 2
+
+    @property
+    def tokens(self) -> int:
+        """T: patches of one image and the CLS token, if there is one."""
+        return self.patches + (self.pool == "cls")
+
+    @property
+    def fits_cudnn(self) -> bool:
+        """Whether cuDNN's fused attention, as JAX differentiates it, takes these shapes: heads of a multiple of 8 up to
+        128, and an even number of tokens."""
+        head_width = self.width // self.heads
+        return head_width % 8 == 0 and head_width <= 128 and self.tokens % 2 == 0
 
 
 @dataclasses.dataclass
@@ -60,8 +80,7 @@ class RoutingConfig:
     pattern: tuple[str, ...] = ("experts",)  # which layers hold experts, repeated over depth: experts | dense
     granularity: str = "batch"  # what shares a route: batch | sample | token
     scope: str = "shared"  # shared: one route for all layers; layer: a fresh one per layer
-    init: str = "independent"  # independent | shared: experts start different or equal; upcycled: as a dense run's MLPs
-    upcycle_from: str = ""  # run folder of the dense model, for init="upcycled"
+    init: str = "independent"  # independent | shared: experts start different or equal; from a source, as its MLPs
     shared_layer: str = "none"  # none | up | down: the layer of the MLP that all experts share (AdaMix)
     learning_rate: float = 1.0  # of experts, as a multiple of the trunk's: each sees 1/E of the images
     pull: float = 0.0  # share of the way to their mean that experts move after a step (EWA, PAPA); 0 is off
@@ -75,6 +94,14 @@ class RoutingConfig:
     consistency: float = 0.0  # weight of the divergence between two passes on distinct routes; 0 makes one pass
     consistency_loss: str = "adamix"  # adamix: cross-entropy on one pass, gradients stopped; thor: on both, and through
     tie_last: float = 0.0  # last fraction of training that runs with all experts equal to their mean
+
+
+@dataclasses.dataclass
+class InitConfig:
+    """A trained ViT to start from; with experts, each starts as a copy of its MLP. Read once, never to resume."""
+
+    source: str = ""  # run folder, exported folder, .safetensors of timm or Hugging Face, or .npz; "" starts anew
+    noise: float = 0.0  # deviation of normal noise on each copy, as a multiple of the deviation of its array
 
 
 @dataclasses.dataclass
@@ -115,6 +142,7 @@ class Config:
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     routing: RoutingConfig = dataclasses.field(default_factory=RoutingConfig)
+    init: InitConfig = dataclasses.field(default_factory=InitConfig)
     optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
     train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
 
@@ -137,7 +165,7 @@ class Config:
     def _rules(self) -> tuple[tuple[bool, str, str], ...]:
         """Returns (whether it holds, field, rule) of each rule that joins several fields."""
         model, routing, optim, train = self.model, self.routing, self.optim, self.train
-        turn, upcycled = len(routing.pattern), routing.init == "upcycled"
+        turn = len(routing.pattern)
         plain = routing.experts > 1 and routing.granularity == "batch" and not routing.consistency
         return (
             (
@@ -161,9 +189,14 @@ class Config:
                 f"must divide model.image_size, which is {model.image_size}",
             ),
             (
-                model.position_rows == 0 or model.position_rows >= self.patches,
+                model.position_rows == 0 or model.position_rows >= model.patches,
                 "model.position_rows",
-                f"must be 0 or at least the number of patches, which is {self.patches}",
+                f"must be 0 or at least the number of patches, which is {model.patches}",
+            ),
+            (
+                model.attention != "cudnn" or (model.fits_cudnn and model.dtype != "float32"),
+                "model.attention",
+                "must be auto or xla but for bfloat16, heads of a multiple of 8 up to 128 and an even number of tokens",
             ),
             (
                 "experts" in routing.pattern and {*routing.pattern} <= {"experts", "dense"},
@@ -221,10 +254,14 @@ class Config:
                 f"must be at most routing.experts, which is {routing.experts}",
             ),
             (
-                upcycled == bool(routing.upcycle_from),
-                "routing.upcycle_from",
-                f"must {'name the run folder of a dense model' if upcycled else 'be empty'} for "
-                f"routing.init={routing.init}",
+                not model.cls_position or model.pool == "cls",
+                "model.cls_position",
+                f"must be False for model.pool={model.pool}, which has no CLS token",
+            ),
+            (
+                self.init.noise == 0 or (routing.experts > 1 and self.init.source != ""),
+                "init.noise",
+                "must be 0 without an init.source and with one expert: it sets copies apart",
             ),
             (
                 optim.schedule == "step" or optim.warmup_epochs == 0,
@@ -254,16 +291,6 @@ class Config:
         """Equal parts of a batch that run at once, each through an expert of its own."""
         return 1 if self.routing.granularity == "batch" else self.routing.experts
 
-    @property
-    def tokens(self) -> int:
-        """T: patches of one image and the CLS token, if there is one."""
-        return self.patches + (self.model.pool == "cls")
-
-    @property
-    def patches(self) -> int:
-        """T without the CLS token: image patches of one image."""
-        return (self.model.image_size // self.model.patch) ** 2
-
 
 CHOICES = {
     "data.crop": ("pad", "resized"),
@@ -271,13 +298,14 @@ CHOICES = {
     "model.pool": ("cls", "mean"),
     "model.positions": ("learned", "sincos2d"),
     "model.dtype": ("auto", "float32", "bfloat16"),
+    "model.attention": ("auto", "xla", "cudnn"),
     "routing.router": ("random", "switch", "topk", "expert_choice", "soft", "hash", "frozen"),
     "routing.granularity": ("batch", "sample", "token"),
     "routing.shared_layer": ("none", "up", "down"),
     "routing.pull_schedule": ("constant", "rising"),
     "routing.consistency_loss": ("adamix", "thor"),
     "routing.scope": ("shared", "layer"),
-    "routing.init": ("independent", "shared", "upcycled"),
+    "routing.init": ("independent", "shared"),
     "optim.name": ("adam", "adamw"),
     "optim.schedule": ("step", "epoch"),
     "train.platform": ("", "cpu", "gpu", "tpu"),
@@ -289,6 +317,7 @@ POSITIVE = (
     *(
         "model.heads",
         "model.unroll",
+        "model.norm_epsilon",
         "routing.experts",
         "routing.learning_rate",
         "routing.pull_every",
@@ -299,7 +328,7 @@ POSITIVE = (
     *("train.expert_devices", "train.accumulate"),
 )
 NOT_NEGATIVE = (
-    *("routing.pull", "routing.consistency", "routing.balance_loss", "routing.z_loss"),
+    *("routing.pull", "routing.consistency", "routing.balance_loss", "routing.z_loss", "init.noise"),
     *("data.validation", "data.crop_padding", "model.position_rows", "model.head_hidden"),
     *("optim.weight_decay", "optim.warmup_epochs", "optim.clip_norm"),
     *("train.seed", "train.devices", "train.checkpoint_every"),

@@ -11,7 +11,7 @@ from typing import Any
 from absl import flags
 from jax.sharding import Mesh
 
-from jvitmoe import checkpoint, cli, evaluation, mergeability, plots, step, tracking
+from jvitmoe import checkpoint, cli, compilation, evaluation, mergeability, plots, step, tracking
 from jvitmoe import config as config_lib
 from jvitmoe.checkpoint import Checkpoints
 from jvitmoe.config import Config, UserError
@@ -24,6 +24,7 @@ from jvitmoe.tracking import console
 def main(argv: list[str]) -> None:
     """Prints the table of every dense tree the run is tested as, and writes result.json and report.md."""
     values = cli.parse(argv, _define_flags)
+    compilation.use_cache()
     if not values.workdir:
         raise UserError("--workdir is missing; give a run folder, such as --workdir=runs/digits_random")
     if values.paths < 0:

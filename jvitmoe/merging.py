@@ -77,6 +77,19 @@ def upcycle(dense: Tree, like: Tree) -> Tree:
     return jax.tree.map_with_path(fill, like)
 
 
+def disturb(params: Tree, key: jax.Array, noise: float) -> Tree:
+    """Returns the tree with normal noise on every stacked leaf, its deviation `noise` times that of the leaf: what sets
+    copies of one MLP apart."""
+    leaves, structure = jax.tree.flatten(params)
+    marks = jax.tree.leaves(stacked(params))
+
+    def draw(number: int, leaf: jax.Array) -> jax.Array:
+        return noise * leaf.std() * jax.random.normal(jax.random.fold_in(key, number), leaf.shape, leaf.dtype)
+
+    found = [leaf + draw(n, leaf) if mark else leaf for n, (leaf, mark) in enumerate(zip(leaves, marks, strict=True))]
+    return jax.tree.unflatten(structure, found)
+
+
 def split(tree: Tree, stacked: Tree) -> tuple[Tree, Tree]:
     """Returns (trunk, experts): the tree twice, each with None where the other has its leaves."""
     trunk = jax.tree.map(lambda x, is_stacked: None if is_stacked else x, tree, stacked)

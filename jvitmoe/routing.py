@@ -21,6 +21,7 @@ class Purpose(enum.IntEnum):
     ROUTE = 4  # numbered by step
     PATH = 5  # random paths at evaluation; numbered by path
     SECOND_ROUTE = 6  # of the second forward pass; numbered by step
+    NOISE = 7  # on copies of a source's MLPs
 
 
 def address(root: jax.Array, purpose: Purpose, *numbers: int | jax.Array) -> jax.Array:

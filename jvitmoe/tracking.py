@@ -20,8 +20,9 @@ from jvitmoe.config import UserError
 
 METRICS = "metrics.jsonl"
 RESULT = "result.json"
+CLASSES = "classes.json"
 MERGEABILITY = "mergeability.png"
-LEFT = ("run", "model", "hardware")  # columns of words
+LEFT = ("run", "model", "hardware", "image")  # columns of words
 PLAIN_SECONDS = 2.0  # least time between two progress lines in a file
 
 console = Console(highlight=False, soft_wrap=True)
@@ -148,6 +149,20 @@ def read_result(workdir: Path) -> dict[str, Any]:
         return json.loads(path.read_text()) if path.is_file() else {}
     except ValueError as error:
         raise UserError(f"{path} is not JSON: {error}; delete it and write it anew with jvitmoe.evaluate") from error
+
+
+def write_classes(workdir: Path, names: Sequence[str]) -> None:
+    """Keeps the names of the classes, in the order of their labels."""
+    write_text(workdir / CLASSES, json.dumps(list(names), indent=1) + "\n")
+
+
+def read_classes(workdir: Path) -> tuple[str, ...]:
+    """Returns the names of the classes; () where the run kept none. Raises UserError where the file is damaged."""
+    path = workdir / CLASSES
+    try:
+        return tuple(map(str, json.loads(path.read_text()))) if path.is_file() else ()
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{path} is not a list of names: {error}; delete it, and classes go by number") from error
 
 
 def result_rows(result: Mapping[str, Any]) -> list[dict[str, str]]:

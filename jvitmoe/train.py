@@ -13,7 +13,7 @@ import signal
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -22,7 +22,7 @@ import jax
 from absl import flags
 from jax.sharding import Mesh
 
-from jvitmoe import checkpoint, cli, distributed, evaluation, routing, step, tracking
+from jvitmoe import checkpoint, cli, compilation, distributed, evaluation, pretrained, routing, step, tracking
 from jvitmoe import config as config_lib
 from jvitmoe.checkpoint import Checkpoints
 from jvitmoe.config import Config, ConfigError, UserError
@@ -75,6 +75,7 @@ class Stop:
 def main(argv: list[str]) -> None:
     """Trains to the end, tests, and leaves result.json and report.md in the run folder."""
     values = cli.parse(argv, _define_flags, config=True)
+    compilation.use_cache()
     distributed.join(values)
     tracking.console.quiet = not distributed.first()
     stop = Stop()
@@ -110,6 +111,12 @@ def claim(workdir: Path, config: Config) -> None:
         raise ConfigError(f"workdir {str(workdir)!r} holds another experiment: {listed}; set --workdir to a new folder")
 
 
+def has_checkpoints(workdir: Path) -> bool:
+    """Returns whether the folder holds a checkpoint, sound or not."""
+    folder = workdir / "checkpoints"
+    return folder.is_dir() and any(entry.name.isdigit() for entry in folder.iterdir())
+
+
 def train(config: Config, workdir: Path, stop: Stop) -> None:
     """Trains from the newest sound checkpoint or from scratch to the end, and tests. Raises UserError."""
     began = time.monotonic()
@@ -127,13 +134,16 @@ def train(config: Config, workdir: Path, stop: Stop) -> None:
     train_split, validation, order = distributed.together(arrange)
     total = config.train.epochs * order.steps_per_epoch
     model = step.make_model(config, mesh.devices.flat[0].platform)
-    dense = distributed.together(lambda: _read_dense(config, mesh)) if config.routing.init == "upcycled" else None
+    starts = config.init.source and not has_checkpoints(workdir)  # a checkpoint holds all that the source gave
+    dense, told = distributed.together(lambda: pretrained.start(config, mesh)) if starts else (None, [])
     active, everything = evaluation.count_parameters(config)
 
-    distributed.together(lambda: _open(workdir, config))
+    distributed.together(lambda: _open(workdir, config, dataset.class_names))
     console.print(f"run         {workdir}")
     console.print(f"devices     {hardware}")
     console.print(f"parameters  {active:,} active, {everything:,} total ({model.dtype.name} compute)")
+    for line in told:
+        console.print(f"source      {line}")
     console.print(f"images      {len(train_split):,} train, {len(validation):,} validation, {len(dataset.test):,} test")
     console.print(f"steps       {total:,} ({config.train.epochs} epochs of {order.steps_per_epoch})")
 
@@ -196,37 +206,19 @@ def train(config: Config, workdir: Path, stop: Stop) -> None:
     )
 
 
-def _open(workdir: Path, config: Config) -> None:
+def _open(workdir: Path, config: Config, class_names: Sequence[str]) -> None:
     """Makes the run folder with its config, by process 0. Raises UserError where another process cannot see it."""
     saved = workdir / "config.json"
     if distributed.first():
         workdir.mkdir(parents=True, exist_ok=True)
         tracking.write_text(saved, config_lib.dumps(config))
+        tracking.write_classes(workdir, class_names)
     distributed.wait()
     deadline = time.monotonic() + SHARED_SECONDS  # a shared disk may take a moment to show a new file
     while not saved.exists() and time.monotonic() < deadline:
         time.sleep(0.2)
     if not saved.exists():
         raise UserError(f"workdir {str(workdir)!r} is not on a disk that all processes see; set --workdir to one")
-
-
-def _read_dense(config: Config, mesh: Mesh) -> Any:
-    """Returns the dense tree that experts are copied from: the newest checkpoint of another run, merged if need be."""
-    folder = Path(config.routing.upcycle_from)
-    if not (folder / "checkpoints").is_dir():
-        raise ConfigError(f"config.routing.upcycle_from is {str(folder)!r}; it must be a run folder with checkpoints")
-    checkpoints = Checkpoints(folder / "checkpoints", read_only=True)
-    number = checkpoints.find("latest")
-    source = config_lib.from_dict(checkpoints.read_meta(number)["config"])
-    changed = [name for name, (old, new) in config_lib.differences(source, config).items() if name.startswith("model.")]
-    if changed:
-        raise ConfigError(
-            f"config.routing.upcycle_from is {str(folder)!r}; its {', '.join(changed)} must be this run's"
-        )
-    abstract = step.abstract_state(source, step.make_model(source, mesh.devices.flat[0].platform), mesh)
-    params, _ = checkpoints.read_params(number, abstract)
-    checkpoints.close()
-    return evaluation.dense_tree(source, params)
 
 
 def _resume(checkpoints: Checkpoints, config: Config, model: vit.ViT, mesh: Mesh, dense: Any) -> TrainState:

@@ -2,6 +2,12 @@
 
 # ruff: noqa: E402
 import os
+import tempfile
+
+# Programs that several tests compile are compiled once, and nothing is left in the user's own cache.
+COMPILED = tempfile.TemporaryDirectory(prefix="jvitmoe-compiled-")
+os.environ["JAX_COMPILATION_CACHE_DIR"] = COMPILED.name
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
 
 # Tests of tiny models are nearly all compilation; without LLVM's optimisation it takes half the time.
 FLAGS = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
@@ -10,7 +16,9 @@ os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FLAGS}".strip()
 
 import dataclasses
 import functools
+import signal
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -19,7 +27,7 @@ import pytest
 from jax.sharding import Mesh
 
 from jvitmoe import config as config_lib
-from jvitmoe import routing, step
+from jvitmoe import routing, step, train
 from jvitmoe.config import Config
 from jvitmoe.data import feed
 from jvitmoe.data.feed import Images
@@ -126,3 +134,22 @@ def full_run(tiny_config: Callable[..., Config], training: Callable[[Config], Tr
         return training(config).run(5)
 
     return run
+
+
+@pytest.fixture(scope="session")
+def experiment_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Returns the folder of a finished run of four experts on digits, tiny: what exports and predictions start from."""
+    workdir = tmp_path_factory.mktemp("exported") / "run"
+    config = config_lib.from_dict(
+        {
+            "model": {**TINY["model"], "classes": 10},
+            "routing": {"experts": 4, "init": "shared"},
+            "optim": {"learning_rate": 1e-2},
+            "train": {**TINY["train"], "batch_size": 64, "epochs": 2, "eval_every": 2},
+        }
+    )
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    train.train(config.validate(), workdir, train.Stop())
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    return workdir

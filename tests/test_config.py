@@ -53,8 +53,9 @@ def test_defaults_obey_their_own_rules():
         ("routing.pull", 1.5, "must be at most 1"),
         ("routing.tie_last", 1.0, "must be at least 0 and below 1"),
         ("routing.learning_rate", 0.0, "must be greater than 0"),
-        ("routing.init", "upcycled", "must name the run folder of a dense model"),
-        ("routing.upcycle_from", "runs/x", "must be empty for routing.init=independent"),
+        ("init.noise", 0.1, "must be 0 without an init.source"),
+        ("init.noise", -0.1, "must not be negative"),
+        ("model.norm_epsilon", 0.0, "must be greater than 0"),
         ("routing.pattern", ("dense",), "with 'experts' in it"),
         ("routing.pattern", ("experts", "mlp"), "must be a tuple of 'experts' and 'dense'"),
         ("routing.pattern", ("dense", "dense", "experts"), "must have a length that divides model.depth, which is 4"),
@@ -70,7 +71,7 @@ def test_a_value_that_breaks_its_rule_is_named_with_the_rule(path, value, rule):
     message = str(caught.value)
     assert rule in message
     assert "\n" not in message
-    assert repr(value) in message or path == "train.devices" or value == "upcycled"
+    assert repr(value) in message or path == "train.devices"
 
 
 def test_rules_across_fields_hold():

@@ -12,27 +12,26 @@ FILES = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path i
 MODULES = [name for name in FILES if name.split(".")[-1] != "__init__"]
 COMMANDS = {"train", "evaluate", "predict", "export", "report", "benchmark"}
 IN_JAX = {"jax", "jaxlib", "flax", "optax", "orbax", "chex"}
-WITHOUT_JAX = ["config", "cli", "tracking", "plots", "report", "data.sources", "data.decode"]
+WITHOUT_JAX = [
+    *("config", "cli", "tracking", "plots", "report", "formats"),
+    *("data.sources", "data.decode", "data.pictures"),
+]
 
 # Imports point to lower ranks, or to a neighbour in the same folder.
 RANK = {
-    **{
-        "config": 0,
-        "data": 1,
-        "distributed": 1,
-        "models": 1,
-        "routing": 1,
-        "optim": 1,
-        "merging": 2,
-        "state": 3,
-        "step": 4,
-    },
-    **{"evaluation": 5, "mergeability": 5, "checkpoint": 5, "cli": 5, "tracking": 5, "plots": 6},
-    **{"distributed": 5},
-    **dict.fromkeys(COMMANDS, 7),
+    **dict.fromkeys(("config", "peer"), 0),
+    **dict.fromkeys(("data", "compilation", "formats", "models", "routing", "optim"), 1),
+    **{"merging": 2, "state": 3, "step": 4},
+    **dict.fromkeys(("evaluation", "mergeability", "checkpoint", "cli", "tracking", "distributed"), 5),
+    **dict.fromkeys(("plots", "pretrained"), 6),
+    **dict.fromkeys(("classifier", "sheet", "cards"), 7),
+    **dict.fromkeys(COMMANDS, 8),
 }
 ONLY = {"checkpoint": {"state", "config"}, "tracking": {"config"}, "cli": {"config"}, "distributed": {"config"}}
-ONLY_IN = {"flax": "models.", "orbax": "checkpoint", "tensorflow_datasets": "data.sources", "grain": "data.stream"}
+ONLY_IN = {
+    **{"flax": "models.", "orbax": "checkpoint", "tensorflow_datasets": "data.sources"},
+    **{"grain": "data.stream", "torch": "peer"},
+}
 
 
 def imports(name: str) -> tuple[set[str], set[str]]:

@@ -1,0 +1,149 @@
+"""The model card of an export: what the model is, what it was trained on and how, what it scores, how to use and check
+it. Plain text out of what the run folder holds; nothing is measured here."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from jvitmoe import checkpoint, formats, tracking
+from jvitmoe import config as config_lib
+from jvitmoe.config import Config, ModelConfig
+
+# What is known of the data's licence; the names are those of `data.name`.
+LICENCES = {
+    "digits": "UCI's hand-written digits as scikit-learn carries them, under CC BY 4.0: name the source.",
+    "cifar10": "CIFAR-10 comes with no licence; its authors ask to be cited (Krizhevsky, 2009).",
+    "cifar100": "CIFAR-100 comes with no licence; its authors ask to be cited (Krizhevsky, 2009).",
+}
+UNKNOWN = (
+    "Not known to jvitmoe. Look up what the licence of the data says of models trained on them before you pass this on."
+)
+
+USE = {
+    "safetensors": """```python
+import jvitmoe
+
+model = jvitmoe.load("{out}")
+print(model(["picture.png"]))
+```""",
+    "timm": """```python
+{imports}import timm
+
+model = timm.create_model("local-dir:{out}", pretrained=True{norm}).eval()
+```
+
+or, with the arguments in sight:
+
+```python
+import functools, json, timm, torch
+from safetensors.torch import load_file
+
+about = json.load(open("{out}/config.json"))
+norm = functools.partial(torch.nn.LayerNorm, eps={epsilon})
+arguments = {{**about["model_args"], "norm_layer": norm}}
+model = timm.create_model(about["architecture"], num_classes=about["num_classes"], **arguments).eval()
+model.load_state_dict(load_file("{out}/model.safetensors"), strict=True)
+```""",
+    "hf": """```python
+from transformers import ViTForImageClassification
+
+model = ViTForImageClassification.from_pretrained("{out}").eval()
+```""",
+    "onnx": """```python
+import onnxruntime
+
+model = onnxruntime.InferenceSession("{out}/model.onnx")
+run = lambda inputs: model.run(None, {{model.get_inputs()[0].name: inputs}})[0]
+```""",
+    "stablehlo": """```python
+from jax import export
+
+model = export.deserialize(bytearray(open("{out}/model.stablehlo", "rb").read()))
+run = model.call
+```
+
+The program runs on cpu and cuda; JAX reads it for at least six months after the version that wrote it.""",
+}
+CHECK = {
+    "safetensors": 'model.logits(sample["images"])',
+    "timm": 'model(torch.from_numpy(sample["inputs"])).detach().numpy()',
+    "hf": 'model(torch.from_numpy(sample["inputs"])).logits.detach().numpy()',
+    "onnx": 'run(sample["inputs"])',
+    "stablehlo": 'run(sample["inputs"])',
+}
+
+
+def write(
+    config: Config,
+    model: ModelConfig,
+    result: Mapping[str, Any],
+    classes: Sequence[str],
+    target: str,
+    out: str,
+    step: int,
+    remarks: Sequence[str],
+) -> str:
+    """Returns the card as Markdown.
+
+    Args:
+        config, step: of the run and its checkpoint.
+        model: the architecture that was exported.
+        result: the run's result.json, {} where it was not tested.
+        classes: names of the classes, () where unknown.
+        target: safetensors | timm | hf | onnx | stablehlo.
+        out: the folder, as the reader will call it.
+        remarks: what differs in this export.
+    """
+    layout = "[N, channels, rows, columns]" if target in ("timm", "hf") else "[N, rows, columns, channels]"
+    size = f"{model.image_size} x {model.image_size} x {model.channels}"
+    experts = config.routing.experts
+    kind = f"{experts} experts per MLP, averaged into one" if experts > 1 else "trained dense"
+    torch = "import torch\n" if target in ("timm", "hf") else ""
+    norm = imports = ""
+    if target == "timm" and model.norm_epsilon not in formats.TIMM_NORMS:
+        imports = "import functools, torch\n"
+        norm = f", norm_layer=functools.partial(torch.nn.LayerNorm, eps={model.norm_epsilon})"
+    sections = [
+        f"# {config.data.name} ViT\n\nA plain Vision Transformer for images of {size} and {model.classes} classes, "
+        f"trained with jvitmoe: {kind}. It is dense: no router, no experts, the cost of one ViT.",
+        *(f"- {remark}" for remark in remarks),
+        "## Use\n\n" + USE[target].format(out=out, epsilon=model.norm_epsilon, norm=norm, imports=imports),
+        f"Inputs are float32 {layout}, `pixels / 127.5 - 1` of 8-bit pixels, at exactly {size}. Outputs are logits."
+        + (f" Classes in order: {', '.join(classes)}." if 0 < len(classes) <= 100 else ""),
+        "## Check\n\n`sample.npz` holds test images (`images`, 8 bits), what the model takes (`inputs`), their "
+        "`labels` and the `logits` that JAX computed in float32.\n\n"
+        f'```python\nimport numpy as np\n{torch}\nsample = np.load("{out}/sample.npz")\n'
+        f'assert np.abs({CHECK[target]} - sample["logits"]).max() < 1e-4\n```',
+        f"## Accuracy\n\n{_accuracy(result, step)}",
+        f"## Data\n\n`{config.data.name}`, trained on its training split"
+        + (f" without {config.data.validation:,} images held out to choose on" if config.data.validation else "")
+        + f". Licence of the data: {LICENCES.get(config.data.name.partition(':')[0], UNKNOWN)}",
+        f"## Recipe\n\nSeed {config.train.seed}, checkpoint at step {step:,}. Fields that differ from the defaults:\n\n"
+        + _recipe(config),
+        f"## Made with\n\n{_made_with(result)}",
+    ]
+    return "\n\n".join(sections) + "\n"
+
+
+def _accuracy(result: Mapping[str, Any], step: int) -> str:
+    if not result.get("rows"):
+        return "Not tested. `python -m jvitmoe.evaluate --workdir …` measures it; export again to have it here."
+    text = tracking.markdown(tracking.result_rows(result))
+    text += f"\nTest split, checkpoint at step {result['step']:,}, seed {result['seed']}: one run, no deviation known."
+    if result["step"] != step:
+        text += f" **The exported checkpoint is another one, at step {step:,}.**"
+    return text + " This export is the row `merged`, or `dense`."
+
+
+def _recipe(config: Config) -> str:
+    default, own = config_lib.flatten(Config()), config_lib.flatten(config)
+    hidden = ("data.dir", "init.source")  # paths of the machine it was trained on
+    rows = [f"| `{k}` | `{v}` |" for k, v in own.items() if v != default[k] and k not in hidden]
+    began = ["It started from another trained ViT (`init.source`)."] if config.init.source else []
+    return "\n".join([*began, "", "| field | value |", "|---|---|", *rows]).lstrip("\n")
+
+
+def _made_with(result: Mapping[str, Any]) -> str:
+    trained = result.get("trained_on") or result.get("hardware") or "hardware that was not recorded"
+    then = ", ".join(f"{name} {version}" for name, version in result.get("versions", {}).items())
+    now = ", ".join(f"{name} {version}" for name, version in checkpoint.versions().items())
+    return f"Trained on {trained}. Tested with {then or 'nothing yet'}. Exported with {now}."

@@ -1,0 +1,230 @@
+"""Takes a run's dense model elsewhere:
+`python -m jvitmoe.export --workdir runs/X --to {safetensors,timm,hf,onnx,stablehlo} --out DIR`.
+
+Writes the model, a model card and sample.npz, test images with the logits they must give; then reads the model back and
+compares. What the other library has no place for is refused before anything is written.
+"""
+
+import dataclasses
+import importlib.util
+import json
+import logging
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.export
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+from safetensors.numpy import save
+
+from jvitmoe import cards, classifier, cli, formats, pretrained, tracking
+from jvitmoe.checkpoint import Checkpoints
+from jvitmoe.config import Config, ModelConfig, UserError
+from jvitmoe.data import augment, sources
+from jvitmoe.models import vit
+from jvitmoe.tracking import console
+
+TARGETS = ("safetensors", "timm", "hf", "onnx", "stablehlo")
+SAMPLE = 16  # test images in sample.npz
+CLOSE = 1e-4  # largest difference of logits that passes
+
+
+def main(argv: list[str]) -> None:
+    """Writes one export. Raises UserError where the run, the target or the folder does not allow it."""
+    values = cli.parse(argv, _define_flags)
+    if not values.workdir:
+        raise UserError("--workdir is missing; give a run folder, such as --workdir=runs/digits_random")
+    if values.to not in TARGETS:
+        raise UserError(f"--to is {values.to!r}; it must be one of {', '.join(TARGETS)}")
+    if not values.out:
+        raise UserError("--out is missing; give a new folder, such as --out=exports/digits_timm")
+    out, workdir = Path(values.out), Path(values.workdir)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"--out is {values.out!r}, which holds something; give a new folder")
+    if not (workdir / "checkpoints").is_dir():
+        raise UserError(f"workdir {str(workdir)!r} holds no checkpoints; give the folder that training wrote")
+    checkpoints = Checkpoints(workdir / "checkpoints", read_only=True)
+    number = checkpoints.find(values.checkpoint)
+    checkpoints.close()
+    source = pretrained.read(workdir, checkpoint=str(number))
+    assert source.config is not None, "a run has a config"
+    config = source.config
+    config.data.dir = values.data_dir or config.data.dir
+    remarks = examine(values.to, config)
+    for remark in remarks:
+        console.print(f"note        {remark}")
+    sample = make_sample(source, config, values.to)
+
+    part = out.with_name(out.name + ".part")  # so that what is there under its name is whole
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    model = dataclasses.replace(source.model, position_rows=0, dtype="float32", dropout=0.0, unroll=1)
+    write = {"safetensors": _write_ours, "timm": _write_timm, "hf": _write_hf}
+    write |= {"onnx": _write_onnx, "stablehlo": _write_stablehlo}
+    run = write[values.to](part, source, model)
+    np.savez(part / "sample.npz", allow_pickle=False, **sample)
+    result = tracking.read_result(workdir)
+    card = cards.write(config, model, result, source.classes, values.to, str(out), number, remarks)
+    tracking.write_text(part / "README.md", card)
+    apart = max(
+        float(np.abs(run(sample["inputs"][:n]) - sample["logits"][:n]).max()) for n in (1, len(sample["labels"]))
+    )
+    if not apart < CLOSE:
+        raise UserError(f"the exported model's logits are {apart:.2g} from ours, more than {CLOSE}; look at {part}")
+    if out.exists():
+        out.rmdir()
+    part.rename(out)
+    console.print(f"exported    {out}, checkpoint at step {number:,}, as {values.to}")
+    console.print(f"checked     read back, logits of {len(sample['labels'])} test images within {apart:.2g} of ours")
+
+
+def examine(target: str, config: Config) -> list[str]:
+    """Returns what should be known of this export. Raises UserError, with the config that would do, where the target
+    has no such ViT."""
+    model = config.model
+    obstacles: list[tuple[bool, str, str]] = []
+    if target in ("timm", "hf"):
+        whose = "timm" if target == "timm" else "Hugging Face's ViT"
+        obstacles = [
+            (model.head_hidden > 0, f"{whose} has no two-layer head (model.head_hidden={model.head_hidden})", "0"),
+            (model.norm != "pre", f"{whose} has no such blocks (model.norm={model.norm})", "pre"),
+            (
+                target == "hf" and model.pool != "cls",
+                f"{whose} classifies by CLS and has no mean pooling (model.pool={model.pool})",
+                "cls",
+            ),
+        ]
+        fields = ("model.head_hidden", "model.norm", "model.pool")
+        found = [(why, f"--config.{f}={v}") for f, (holds, why, v) in zip(fields, obstacles, strict=True) if holds]
+        if found:
+            raise UserError(
+                f"{'; '.join(why for why, _ in found)}; nothing was written: train with "
+                f"{' '.join(flag for _, flag in found)}, or export --to=onnx, stablehlo or safetensors"
+            )
+    if target == "onnx" and importlib.util.find_spec("jax2onnx") is None:
+        raise UserError("--to=onnx needs jax2onnx, which is not installed: pip install 'jvitmoe[export]'")
+    remarks = []
+    if config.routing.router != "random":
+        remarks.append(f"the router ({config.routing.router}) is left behind: this is the mean of the experts")
+    if target == "hf" and not model.cls_position:
+        remarks.append("CLS has no position here and must have one there: it is zeros, which computes the same")
+    if target == "timm" and not model.cls_position and model.pool == "cls":
+        remarks.append(
+            "CLS has no position: timm's argument no_embed_class=True says so (model.cls_position=True has one)"
+        )
+    if target == "timm" and model.norm_epsilon not in formats.TIMM_NORMS:
+        remarks.append(
+            f"timm's config.json cannot say model.norm_epsilon={model.norm_epsilon:g}: give norm_layer as the card "
+            f"shows (it can say {' and '.join(f'{epsilon:g}' for epsilon in formats.TIMM_NORMS)})"
+        )
+    if target in ("timm", "hf") and model.positions == "sincos2d":
+        remarks.append("positions are computed here and a table there: the same numbers, but there they would train")
+    return remarks
+
+
+def make_sample(source: pretrained.Source, config: Config, target: str) -> dict[str, np.ndarray]:
+    """Returns the arrays of sample.npz: images of the test split, as the target takes them too, and their logits."""
+    test = sources.load(config.data, config.model).test
+    images_NHWc, labels_N = np.asarray(test.images_NHWC[:SAMPLE]), np.asarray(test.labels_N[:SAMPLE])
+    inputs = np.asarray(augment.normalize(jnp.asarray(images_NHWc)))
+    if target in ("timm", "hf"):
+        inputs = np.ascontiguousarray(inputs.transpose(0, 3, 1, 2))
+    logits_NC = classifier.from_source(source).logits(images_NHWc)
+    return {"images": images_NHWc, "inputs": inputs, "labels": labels_N, "logits": logits_NC}
+
+
+Run = Callable[[np.ndarray], np.ndarray]  # inputs as the target takes them -> logits
+
+
+def _write_ours(out: Path, source: pretrained.Source, model: ModelConfig) -> Run:
+    arrays = {name: np.ascontiguousarray(leaf) for name, leaf in classifier.dense_arrays(source).items()}
+    return _save(out, source, arrays, formats.our_config(model, source.classes))
+
+
+def _write_timm(out: Path, source: pretrained.Source, model: ModelConfig) -> Run:
+    arrays = formats.write(source.params, formats.TIMM, cls_row=model.cls_position)
+    return _save(out, source, arrays, formats.timm_config(model, source.classes))
+
+
+def _write_hf(out: Path, source: pretrained.Source, model: ModelConfig) -> Run:
+    arrays = formats.write(source.params, formats.HF, cls_row=True)
+    tracking.write_text(out / "preprocessor_config.json", json.dumps(formats.hf_preprocessor(model), indent=2) + "\n")
+    return _save(out, source, arrays, formats.hf_config(model, source.classes))
+
+
+def _save(out: Path, source: pretrained.Source, arrays: formats.Dict, about: dict[str, Any]) -> Run:
+    """Writes model.safetensors and config.json, and returns the model that reading them back gives."""
+    (out / pretrained.WEIGHTS).write_bytes(save(arrays, metadata={"format": "pt"}))
+    tracking.write_text(out / pretrained.CONFIG, json.dumps(about, indent=2) + "\n")
+    again = pretrained.read(out)
+    if again.kind == formats.TIMM:  # whose config cannot always say it
+        again = dataclasses.replace(
+            again, model=dataclasses.replace(again.model, norm_epsilon=source.model.norm_epsilon)
+        )
+    read_back = classifier.from_source(again)
+
+    def run(inputs: np.ndarray) -> np.ndarray:
+        images = inputs if again.kind == pretrained.OURS else inputs.transpose(0, 2, 3, 1)
+        return read_back.logits(np.rint((images + 1.0) * 127.5).astype(np.uint8))
+
+    return run
+
+
+def _forward(source: pretrained.Source, model: ModelConfig) -> Callable[[jax.Array], jax.Array]:
+    """Returns the model as a function of normalised images, its parameters in it and its layers written out: a loop
+    over layers takes no batch of unknown size."""
+    net = vit.build(model).clone(loops=False)
+    params = jax.tree.map(jnp.asarray, formats.unflatten(classifier.dense_arrays(source)))
+    return lambda images_BHWc: vit.logits(net, params, images_BHWc)
+
+
+def _write_onnx(out: Path, source: pretrained.Source, model: ModelConfig) -> Run:
+    # Shapes that are not written down, by the dozen, and tracebacks of parts that this JAX is too new for.
+    for name in ("onnx_ir", "jax2onnx"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    import jax2onnx
+    import onnx
+    import onnxruntime
+
+    shape = ("B", model.image_size, model.image_size, model.channels)
+    with jax.default_matmul_precision("highest"):
+        proto = jax2onnx.to_onnx(_forward(source, model), [shape], model_name="vit")
+    for value, name in ((proto.graph.input[0], "images"), (proto.graph.output[0], "logits")):
+        for node in proto.graph.node:
+            for places in (node.input, node.output):
+                for place, used in enumerate(places):
+                    if used == value.name:
+                        places[place] = name
+        value.name = name
+    onnx.checker.check_model(proto)
+    onnx.save(proto, str(out / "model.onnx"))
+    session = onnxruntime.InferenceSession(str(out / "model.onnx"), providers=["CPUExecutionProvider"])
+    return lambda inputs: np.asarray(session.run(None, {"images": inputs})[0])
+
+
+def _write_stablehlo(out: Path, source: pretrained.Source, model: ModelConfig) -> Run:
+    (batch,) = jax.export.symbolic_shape("B")
+    shape = (batch, model.image_size, model.image_size, model.channels)
+    with jax.default_matmul_precision("highest"):
+        exported = jax.export.export(jax.jit(_forward(source, model)), platforms=("cpu", "cuda"))(
+            jax.ShapeDtypeStruct(shape, jnp.float32)
+        )
+    (out / "model.stablehlo").write_bytes(exported.serialize())
+    again = jax.export.deserialize(bytearray((out / "model.stablehlo").read_bytes()))
+    return lambda inputs: np.asarray(again.call(inputs))
+
+
+def _define_flags(values: flags.FlagValues) -> None:
+    flags.DEFINE_string("workdir", "", "Run folder that training wrote.", flag_values=values)
+    flags.DEFINE_string("checkpoint", "latest", "latest, best (on validation) or a step.", flag_values=values)
+    flags.DEFINE_string("to", "", f"What to write: {', '.join(TARGETS)}.", flag_values=values)
+    flags.DEFINE_string("out", "", "New folder to write to.", flag_values=values)
+    flags.DEFINE_string("data_dir", "", "Where the data lie, if not where training found them.", flag_values=values)
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,61 @@
+"""A contact sheet: pictures in a grid, what the model says under each. Pillow only."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+
+CELL, LINE, GAP = 180, 18, 12  # pixels: side of a picture, height of a line of text, space between cells
+LINES = 4  # of text under a picture: its name and three guesses
+WHITE, INK, FAINT, BAR = "#ffffff", "#1a1a1a", "#6b6b6b", "#c9dcf2"
+
+
+def draw(path: Path, cells: Sequence[tuple[Path, Sequence[tuple[str, float]]]]) -> None:
+    """Writes the sheet as a PNG.
+
+    Args:
+        path: the file to write.
+        cells: (file of the picture, (name, probability) of each guess, best first); the files were read once already.
+    """
+    columns = min(len(cells), max(1, round(math.sqrt(len(cells) * 1.4))))
+    rows = math.ceil(len(cells) / columns)
+    high = CELL + LINES * LINE
+    sheet = Image.new("RGB", (columns * (CELL + GAP) + GAP, rows * (high + GAP) + GAP), WHITE)
+    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=13)
+    for number, (file, guesses) in enumerate(cells):
+        left = GAP + number % columns * (CELL + GAP)
+        top = GAP + number // columns * (high + GAP)
+        with Image.open(file) as image:
+            thumbnail = _thumbnail(image)
+        sheet.paste(thumbnail, (left + (CELL - thumbnail.width) // 2, top + (CELL - thumbnail.height) // 2))
+        top += CELL + 2
+        pen.text((left, top), _fit(pen, font, file.name, CELL), FAINT, font)
+        for place, (name, probability) in enumerate(guesses[: LINES - 1], 1):
+            line = top + place * LINE
+            pen.rectangle((left, line, left + max(1, round(CELL * probability)), line + LINE - 3), BAR)
+            share = f"{probability:.1%}"
+            width = pen.textlength(share, font)
+            pen.text((left + 3, line), _fit(pen, font, name, CELL - width - 12), INK, font)
+            pen.text((left + CELL - width - 2, line), share, INK, font)
+    sheet.save(path, "PNG")
+
+
+def _thumbnail(image: Image.Image) -> Image.Image:
+    """Returns the picture within a cell; tiny ones are enlarged with their pixels in sight."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        image = ImageOps.autocontrast(image.convert("F").point(lambda v: v / 257).convert("L"))
+    if image.mode != "RGB":
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, WHITE), image).convert("RGB")
+    small = max(image.size) * 2 <= CELL
+    return ImageOps.contain(image, (CELL, CELL), Image.Resampling.NEAREST if small else Image.Resampling.BICUBIC)
+
+
+def _fit(pen: ImageDraw.ImageDraw, font: ImageFont.ImageFont | ImageFont.FreeTypeFont, text: str, width: float) -> str:
+    """Returns the text, cut with an ellipsis where it is wider."""
+    text = text if pen.textlength(text, font) <= width else text + "…"
+    while pen.textlength(text, font) > width and len(text) > 1:
+        text = text[:-2] + "…"
+    return text

@@ -1,0 +1,123 @@
+"""Answers questions about ViTs with the real libraries: PyTorch, timm, transformers. Run by the Python that has them.
+
+One JSON request per line on standard input, one answer per line on standard output; arrays travel in .npz files.
+"""
+
+import functools
+import json
+import os
+import sys
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import numpy as np
+import timm
+import torch
+import transformers
+from safetensors.torch import load_file
+from timm.layers import resample_abs_pos_embed
+from timm.layers.patch_embed import resample_patch_embed
+
+
+def shaken(model: torch.nn.Module) -> torch.nn.Module:
+    """Returns the model with every parameter, also those that start as zeros or ones, moved at random."""
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    return model.eval()
+
+
+@torch.no_grad()
+def logits_of(model: torch.nn.Module, inputs: np.ndarray) -> np.ndarray:
+    out = model(torch.from_numpy(inputs))
+    return getattr(out, "logits", out).numpy()
+
+
+def make_timm(folder: str, inputs: str, **arguments: object) -> dict:
+    """Saves a model as timm saves them, and what it says of the inputs."""
+    model = shaken(timm.create_model("vit_tiny_patch16_224", **arguments))
+    timm.models.save_for_hf(model, folder, safe_serialization=True)
+    np.savez(Path(folder) / "expected.npz", logits=logits_of(model, np.load(inputs)["inputs"]))
+    return {"files": sorted(p.name for p in Path(folder).iterdir())}
+
+
+def make_hf(folder: str, inputs: str, **arguments: object) -> dict:
+    """Saves a model as transformers saves them, and what it says of the inputs."""
+    model = shaken(transformers.ViTForImageClassification(transformers.ViTConfig(**arguments)))
+    model.save_pretrained(folder)
+    np.savez(Path(folder) / "expected.npz", logits=logits_of(model, np.load(inputs)["inputs"]))
+    return {}
+
+
+def timm_logits(folder: str, inputs: str, out: str, epsilon: float) -> dict:
+    """Loads an export both ways: by its config alone, and argument by argument with strict=True."""
+    images = np.load(inputs)["inputs"]
+    by_config = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    about = json.loads((Path(folder) / "config.json").read_text())
+    norm = functools.partial(torch.nn.LayerNorm, eps=epsilon)
+    strict = timm.create_model(
+        about["architecture"], num_classes=about["num_classes"], **{**about["model_args"], "norm_layer": norm}
+    ).eval()
+    strict.load_state_dict(load_file(str(Path(folder) / "model.safetensors")), strict=True)
+    np.savez(out, by_config=logits_of(by_config, images), strict=logits_of(strict, images))
+    return {}
+
+
+def hf_logits(folder: str, inputs: str, out: str) -> dict:
+    model, info = transformers.ViTForImageClassification.from_pretrained(folder, output_loading_info=True)
+    np.savez(out, logits=logits_of(model.eval(), np.load(inputs)["inputs"]))
+    processor = transformers.AutoImageProcessor.from_pretrained(folder)
+    return {
+        "labels": [model.config.id2label[label] for label in sorted(model.config.id2label)],
+        "odd": [str(name) for key in ("missing_keys", "unexpected_keys", "mismatched_keys") for name in info[key]],
+        "mean": processor.image_mean,
+    }
+
+
+def timm_npz(path: str, inputs: str, out: str, **arguments: object) -> dict:
+    """Reads google-research's .npz with timm's own reader."""
+    model = timm.create_model("vit_tiny_patch16_224", **arguments).eval()
+    model.load_pretrained(path)
+    np.savez(out, logits=logits_of(model, np.load(inputs)["inputs"]))
+    return {}
+
+
+def resample(arrays: str, out: str, grid: int, patch: int) -> dict:
+    """Resizes positions [T, D] and kernels [D, c, P, P] as timm does."""
+    with np.load(arrays) as file:
+        positions, kernel = torch.from_numpy(file["positions"])[None], torch.from_numpy(file["kernel"])
+    moved = resample_abs_pos_embed(positions, [grid, grid], num_prefix_tokens=0)[0]
+    np.savez(out, positions=moved.numpy(), kernel=resample_patch_embed(kernel, [patch, patch]).numpy())
+    return {}
+
+
+def run_code(code: str) -> dict:
+    """Runs the code of a model card."""
+    exec(code, {})
+    return {}
+
+
+def versions() -> dict:
+    return {"torch": torch.__version__, "timm": timm.__version__, "transformers": transformers.__version__}
+
+
+ACTIONS = {f.__name__: f for f in (make_timm, make_hf, timm_logits, hf_logits, timm_npz, resample, run_code, versions)}
+
+
+def main() -> None:
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what libraries print is no answer
+    transformers.utils.logging.disable_progress_bar()
+    for line in sys.stdin:
+        request = json.loads(line)
+        try:
+            answer = {"ok": ACTIONS[request.pop("action")](**request)}
+        except Exception as error:
+            answer = {"error": f"{type(error).__name__}: {error}"}
+        print(json.dumps(answer), file=answers, flush=True)
+
+
+if __name__ == "__main__":
+    main()
