@@ -36,6 +36,7 @@ from jvitmoe.routing import Purpose
 
 COUNTS, EXPERTS, IMAGES, STEPS = (1, 2, 4, 8), 8, 16, 25
 MODEL = ModelConfig(patch=1, width=64, hidden=256, depth=2, heads=4, pool="mean")
+TIMED = ("dense", "random, batch", "random, sample, expert axis")
 RESULT = "SCALING "  # what the line of a worker's result starts with
 
 
@@ -96,7 +97,7 @@ def check_bytes() -> list[dict]:
 def worker(values: flags.FlagValues) -> None:
     """Times every variant in this process, one of several."""
     distributed.join(values)
-    for name in scaling_model.VARIANTS:
+    for name in TIMED:
         train_step, state, images, order = build(config(name, jax.device_count())[0])
         index_SB, seconds = order.epoch(0), []
         for _ in range(STEPS):
@@ -144,7 +145,7 @@ def markdown(byte_rows: list[dict], time_rows: list[dict]) -> str:
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     head = " | ".join(f"{count} ms (ratio)" for count in COUNTS)
     lines += ["", f"| variant, processes: | {head} |", "| :-- |" + " --: |" * len(COUNTS)]
-    for name in scaling_model.VARIANTS:
+    for name in TIMED:
         mine = {row["processes"]: row["best"] for row in time_rows if row["variant"] == name}
         lines.append(
             f"| {name} | " + " | ".join(f"{1e3 * mine[n]:.1f} ({mine[n] / mine[1]:.2f})" for n in COUNTS) + " |"
@@ -160,8 +161,8 @@ def main() -> None:
     if values.worker:
         distributed.guard(lambda: worker(values))
         return
-    time_rows = check_times()
     byte_rows = check_bytes()
+    time_rows = check_times()
     scaling_model.OUT.mkdir(parents=True, exist_ok=True)
     about = {
         "hardware": step.describe(step.make_mesh(TrainConfig(devices=1, platform="cpu"))),

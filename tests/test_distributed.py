@@ -160,6 +160,23 @@ def test_flags_that_cannot_be_meant_are_refused_before_anybody_is_waited_for(arg
         distributed.join(values)
 
 
+def test_the_launchers_use_flags_and_fields_that_exist(monkeypatch):
+    import yaml
+
+    from jvitmoe import cli, train
+
+    monkeypatch.chdir(processes.ROOT)
+    *_, job = yaml.safe_load_all(Path("scripts/kubernetes.yaml").read_text())
+    (container,) = job["spec"]["template"]["spec"]["containers"]
+    line = Path("scripts/slurm.sbatch").read_text().splitlines()[-1]
+    slurm = line.replace('"$@"', "--config configs/cifar10_random.py").split()
+    for command in (container["command"] + container["args"], slurm[slurm.index("python") :]):
+        assert command[:3] == ["python", "-m", "jvitmoe.train"]
+        values = cli.parse(["train.py", *command[3:]], train._define_flags, config=True)
+        assert values.distributed
+        cli.experiment(values)
+
+
 FAILS = """
 import sys, time
 from absl import flags
