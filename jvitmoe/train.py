@@ -7,13 +7,14 @@ Several processes, joined by --distributed or --coordinator, are one run: the fi
 asked to stop stops all after the same step, and one that fails ends all.
 """
 
+import contextlib
 import math
 import os
 import signal
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -167,8 +168,7 @@ def train(config: Config, workdir: Path, stop: Stop) -> None:
     run = _Run(config, checkpoints, stop, mesh, order)
 
     if isinstance(train_split, Records):
-        streamed = stream.train_batches(train_split, order, config, mesh, start, total)
-        batches: Iterator[Batch] = ((images, None) for images in streamed)
+        batches = _streamed(stream.train_batches(train_split, order, config, mesh, start, total))
     else:
         batches = feed.resident_batches(feed.put(train_split, mesh), order, start, total)
 
@@ -176,7 +176,10 @@ def train(config: Config, workdir: Path, stop: Stop) -> None:
         return evaluation.evaluate_main(config, state.params, evaluate, *watch_on)
 
     train_step = step.make_train_step(config, model, mesh, order.steps_per_epoch)
-    with Tracker(workdir if distributed.first() else None, start, total, config.train.batch_size) as tracker:
+    with (
+        contextlib.closing(batches),
+        Tracker(workdir if distributed.first() else None, start, total, config.train.batch_size) as tracker,
+    ):
         try:
             state = run.loop(state, batches, train_step, tracker, watch, watched)
         except BaseException:
@@ -219,6 +222,12 @@ def _open(workdir: Path, config: Config, class_names: Sequence[str]) -> None:
         time.sleep(0.2)
     if not saved.exists():
         raise UserError(f"workdir {str(workdir)!r} is not on a disk that all processes see; set --workdir to one")
+
+
+def _streamed(batches: Generator[feed.Images, None, None]) -> Generator[Batch, None, None]:
+    with contextlib.closing(batches):
+        for images in batches:
+            yield images, None
 
 
 def _resume(checkpoints: Checkpoints, config: Config, model: vit.ViT, mesh: Mesh, dense: Any) -> TrainState:

@@ -5,7 +5,7 @@ N images · S steps of one epoch · B global batch
 
 import functools
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import NamedTuple
 
 import jax
@@ -89,7 +89,7 @@ class TrainOrder:
 
 def resident_batches(
     images: Images, order: TrainOrder, start: int, total: int
-) -> Iterator[tuple[Images, jax.Array | None]]:
+) -> Generator[tuple[Images, jax.Array | None], None, None]:
     """Yields (images, index_SB of its epoch) for every step from `start` to before `total`."""
     epoch, index_SB = -1, None
     for step in range(start, total):

@@ -7,8 +7,9 @@ reads the rows of its own devices. Pictures are decoded in threads, and batches 
 B global batch · N images · S steps · H rows · W columns · C channels
 """
 
+import contextlib
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from typing import Any
 
 import grain
@@ -42,7 +43,7 @@ class Rows:
 
 def train_batches(
     records: Records, order: TrainOrder, config: Config, mesh: Mesh, start: int, total: int
-) -> Iterator[Images]:
+) -> Generator[Images, None, None]:
     """Yields the batch of every step from `start` to before `total`, its rows along the data axis. Raises DataError."""
     model, side = config.model, config.model.image_size
     sharding = NamedSharding(mesh, PartitionSpec("data"))
@@ -116,7 +117,7 @@ def _read_ahead(rows: Rows, buffered: int) -> grain.IterDataset:
     return grain.MapDataset.source(rows).to_iter_dataset(options)
 
 
-def _batches(rows: Rows, place_b: np.ndarray, batch: int, sharding: NamedSharding) -> Iterator[Images]:
+def _batches(rows: Rows, place_b: np.ndarray, batch: int, sharding: NamedSharding) -> Generator[Images, None, None]:
     def put(here: tuple[np.ndarray, np.ndarray]) -> Images:
         def part(array_b: np.ndarray) -> jax.Array:
             def of_device(index: tuple[slice, ...] | None) -> np.ndarray:
@@ -129,4 +130,8 @@ def _batches(rows: Rows, place_b: np.ndarray, batch: int, sharding: NamedShardin
         return Images(*map(part, here))
 
     dataset = _read_ahead(rows, AHEAD * len(place_b)).batch(len(place_b)).map(put)
-    return iter(grain.experimental.ThreadPrefetchIterDataset(dataset, prefetch_buffer_size=AHEAD))
+    # Closed and not left to the end of the process, which its threads might otherwise find half gone.
+    with contextlib.closing(
+        iter(grain.experimental.ThreadPrefetchIterDataset(dataset, prefetch_buffer_size=AHEAD))
+    ) as iterator:
+        yield from iterator
