@@ -88,11 +88,11 @@ def test_four_processes_stop_together_at_one_signal_and_one_process_takes_their_
     assert sorted(losses(workdir)) == list(range(1, STEPS + 1))
 
 
-def test_two_processes_of_the_node_launcher_take_up_the_run_of_one(experiment, one):
+def test_two_processes_of_the_node_launcher_take_up_the_run_of_one_and_stream_what_it_held(experiment, one):
     workdir = experiment.parent / "two"
     shutil.copytree(one, workdir)
     shutil.rmtree(workdir / "checkpoints" / str(STEPS))
-    command = ["scripts/launch_node.sh", "2", *processes.train(experiment, workdir)]
+    command = ["scripts/launch_node.sh", "2", *processes.train(experiment, workdir, "--config.data.stream")]
     (ended,) = processes.collect([processes.start(command)])
     assert ended.code == 0, ended.err
     assert f"resuming    from step {CUT}" in ended.out
