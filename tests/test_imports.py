@@ -16,7 +16,7 @@ WITHOUT_JAX = ["config", "cli", "tracking", "plots", "report", "formats", "data.
 
 # Imports point to lower ranks, or to a neighbour in the same folder.
 RANK = {
-    **{"config": 0, "data": 1, "models": 1, "routing": 1, "optim": 1, "merging": 2, "state": 3, "step": 4},
+    **{"config": 0, "data": 1, "models": 1, "routing": 1, "optim": 2, "merging": 2, "state": 3, "step": 4},
     **{"evaluation": 5, "mergeability": 5, "checkpoint": 5, "cli": 5, "tracking": 5, "plots": 6},
     **{"formats": 1, "pretrained": 6, "classifier": 7, "sheet": 7, "cards": 7},
     **dict.fromkeys(COMMANDS, 8),
