@@ -4,6 +4,9 @@
 PYTHON ?= python3
 VENV ?= .venv
 RUN := $(VENV)/bin/python
+# PyTorch, timm and transformers, which exports are tested against, live apart and run in a process of their own.
+PEERS ?= .venv-peers
+PEERS_PYTHON ?= $(shell python3.11 -c 'import sys; print(sys.executable)' 2>/dev/null || command -v $(PYTHON))
 CONSTRAINTS := $(shell $(PYTHON) -c 'import sys; print("constraints-py311.txt" if sys.version_info < (3, 12) else "constraints.txt")')
 
 .PHONY: demo test check format install clean
@@ -25,12 +28,17 @@ check: install
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
 
-test: check
-	$(RUN) -m pytest
+test: check $(PEERS)/installed
+	JVITMOE_PEERS=$(abspath $(PEERS)/bin/python) $(RUN) -m pytest
+
+$(PEERS)/installed: requirements-peers.txt
+	$(PEERS_PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-peers.txt
+	touch $@
 
 format: install
 	$(RUN) -m ruff check --fix .
 	$(RUN) -m ruff format .
 
 clean:
-	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(PEERS) build *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -51,6 +51,8 @@ class ModelConfig:
     head_hidden: int = 0  # width of the head's hidden layer; 0 is a one-layer head
     norm_epsilon: float = 1e-5  # of every LayerNorm, PyTorch's; timm's ViTs have 1e-6, Hugging Face's 1e-12
     dropout: float = 0.0  # after attention weights, GELU and both residual branches
+    lora: int = 0  # rank of a LoRA on the MLP, one per expert; then only it and the head are trained; 0 is none
+    adapter: int = 0  # hidden units of an adapter beside the MLP, one per expert; trained as lora is; 0 is none
     dtype: str = "auto"  # compute: float32 | bfloat16 | auto (bfloat16 on GPU and TPU); parameters stay float32
     attention: str = "auto"  # xla | cudnn | auto (cudnn on a GPU that has it, where it takes the shapes)
     unroll: int = 1  # layers unrolled per iteration of the scan over depth
@@ -71,6 +73,10 @@ class ModelConfig:
         128, and an even number of tokens."""
         head_width = self.width // self.heads
         return head_width % 8 == 0 and head_width <= 128 and self.tokens % 2 == 0
+
+    def plain(self) -> "ModelConfig":
+        """Returns what is left once LoRA and adapters are folded into the MLP: an adapter is hidden units more."""
+        return dataclasses.replace(self, hidden=self.hidden + self.adapter, lora=0, adapter=0)
 
 
 @dataclasses.dataclass
@@ -259,6 +265,17 @@ class Config:
                 f"must be False for model.pool={model.pool}, which has no CLS token",
             ),
             (
+                not self.tuned or self.init.source != "",
+                "init.source",
+                "must name a trained ViT for model.lora and model.adapter, which train nothing else but the head",
+            ),
+            (
+                not self.tuned
+                or (routing.router, routing.pattern, routing.shared_layer) == ("random", ("experts",), "none"),
+                "routing.router",
+                "must be 'random', with pattern ('experts',) and shared_layer 'none', for model.lora and model.adapter",
+            ),
+            (
                 self.init.noise == 0 or (routing.experts > 1 and self.init.source != ""),
                 "init.noise",
                 "must be 0 without an init.source and with one expert: it sets copies apart",
@@ -279,6 +296,11 @@ class Config:
     def learned(self) -> bool:
         """Whether the model routes its own tokens, by what it learned or by a hash, and takes no route."""
         return self.routing.router != "random"
+
+    @property
+    def tuned(self) -> bool:
+        """Whether only LoRA or adapters, and the head, are trained."""
+        return self.model.lora > 0 or self.model.adapter > 0
 
     @property
     def expert_layers(self) -> tuple[int, ...]:
@@ -330,6 +352,7 @@ POSITIVE = (
 NOT_NEGATIVE = (
     *("routing.pull", "routing.consistency", "routing.balance_loss", "routing.z_loss", "init.noise"),
     *("data.validation", "data.crop_padding", "model.position_rows", "model.head_hidden"),
+    *("model.lora", "model.adapter"),
     *("optim.weight_decay", "optim.warmup_epochs", "optim.clip_norm"),
     *("train.seed", "train.devices", "train.checkpoint_every"),
 )

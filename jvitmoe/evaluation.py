@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jvitmoe import merging, routing
+from jvitmoe import merging, optim, routing
 from jvitmoe.config import Config
 from jvitmoe.data import augment, feed
 from jvitmoe.data.feed import Batches, Images
@@ -179,7 +179,8 @@ def path_routes(config: Config, paths: int) -> jax.Array:
 
 def dense_tree(config: Config, params: Any) -> Any:
     """Returns the tree that ships: the merged model, or the dense one as it is."""
-    return params if config.routing.experts == 1 else jax.jit(merging.average_experts)(params)
+    plain = config.routing.experts == 1 and not config.tuned
+    return params if plain else jax.jit(merging.average_experts)(params)
 
 
 def flops_per_image(net: vit.ViT, batch: int) -> float:
@@ -215,6 +216,13 @@ def count_parameters(config: Config) -> tuple[int, int]:
     trunk, experts = merging.split(params, merging.stacked(params))
     chosen = {"topk": routed.top_k, "frozen": routed.experts}.get(routed.router, 1)
     return _size(trunk) + chosen * _size(experts) // routed.experts, _size(params)
+
+
+def count_trained(config: Config) -> int:
+    """Returns the number of parameters that training may change, all experts together. Nothing is allocated."""
+    model, frozen = make_model(config, "cpu"), optim.frozen(config)
+    leaves = jax.tree.leaves_with_path(jax.eval_shape(lambda: vit.init(model, jax.random.key(0))))
+    return sum(leaf.size for path, leaf in leaves if frozen is None or not frozen(path))
 
 
 def _sums(log_p_bC: jax.Array, labels_b: jax.Array, mask_b: jax.Array) -> Sums:

@@ -113,7 +113,8 @@ def mlp_inputs(dense: vit.ViT, params: Any, images_BHWc: jax.Array) -> list[jax.
     )
     x_BTD = x_BTD + positions_TD[None]
     if config.pool == "cls":
-        x_BTD = jnp.concatenate([jnp.broadcast_to(params["cls"], (len(x_BTD), 1, config.width)), x_BTD], axis=1)
+        cls_D = params["cls"] + params["cls_position"] if config.cls_position else params["cls"]
+        x_BTD = jnp.concatenate([jnp.broadcast_to(cls_D, (len(x_BTD), 1, config.width)), x_BTD], axis=1)
     block = vit.Block(config, dense.experts, dense.expert_init, dense.shared_layer, dense.dtype)
     norm, inputs = "norm2" if config.norm == "pre" else "norm1", []
     for layer in range(config.depth):

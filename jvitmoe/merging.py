@@ -14,12 +14,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jvitmoe.models import vit
+from jvitmoe.models import mlp, vit
 
 Tree = Any
 
 # Rank of each MLP leaf in the dense tree, its leading L axis included (models/mlp.py).
-DENSE_RANK = {"up": 3, "up_bias": 2, "down": 3, "down_bias": 2}
+DENSE_RANK = {
+    **{"up": 3, "up_bias": 2, "down": 3, "down_bias": 2},
+    **{name: 2 if name.endswith("bias") else 3 for name in (*mlp.LORA, *mlp.ADAPTER)},
+}
 EXPERT_AXIS = 1
 
 
@@ -29,7 +32,10 @@ def stacked(params: Tree) -> Tree:
 
 
 def average_experts(params: Tree) -> Tree:
-    """Returns the dense tree: every stacked leaf averaged over its E axis. Source: AdaMix, arXiv 2205.12410, eq. 5."""
+    """Returns the dense tree: every stacked leaf averaged over its E axis. Source: AdaMix, arXiv 2205.12410, eq. 5.
+
+    LoRA and adapters are averaged, matrix by matrix as AdaMix has it, and then folded into the MLP.
+    """
     return _to_dense(params, lambda experts: jax.tree.map(lambda leaf: leaf.mean(EXPERT_AXIS), experts))
 
 
@@ -59,12 +65,12 @@ def pull(params: Tree, rate: jax.Array | float) -> Tree:
 def upcycle(dense: Tree, like: Tree) -> Tree:
     """Returns the stacked tree shaped as `like` whose experts are all copies of the dense MLP (arXiv 2212.05055).
 
-    A learned router, which the dense tree has none of, is that of `like`.
+    What the dense tree has none of, a learned router, LoRA and adapters, is that of `like`.
     """
 
     def fill(path: tuple[Any, ...], wanted: jax.Array) -> jax.Array:
         names = [entry.key for entry in path]
-        if "router" in names:
+        if "router" in names or names[-1] in (*mlp.LORA, *mlp.ADAPTER):
             return wanted
         leaf = functools.reduce(operator.getitem, (name for name in names if name not in turns), dense)
         if names[0] == "blocks":
@@ -134,7 +140,10 @@ def _to_dense(params: Tree, reduce: Callable[[Tree], Tree]) -> Tree:
     """Returns the dense tree with the experts reduced, and without a learned router: one expert needs none."""
     trunk, experts = split(params, stacked(params))
     tree = _without_router(join(trunk, reduce(experts)))
-    return tree | {"blocks": vit.in_layers(tree["blocks"])}
+    blocks = vit.in_layers(tree["blocks"])
+    if any(name in blocks["mlp"] for name in (*mlp.LORA, *mlp.ADAPTER)):
+        blocks = blocks | {"mlp": mlp.fold(blocks["mlp"])}
+    return tree | {"blocks": blocks}
 
 
 def _without_router(tree: Tree) -> Tree:

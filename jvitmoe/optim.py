@@ -1,11 +1,13 @@
 """Learning-rate schedules and the optimiser: Adam with L2 in the gradient (the original) or AdamW."""
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import optax
 
 from jvitmoe.config import Config, OptimConfig
+from jvitmoe.models import mlp
 
 DECAYED = ("kernel", "up", "down")  # matrices; biases, norms, positions and CLS are left alone by AdamW
 
@@ -25,10 +27,22 @@ def schedule(config: Config, steps_per_epoch: int) -> optax.Schedule:
     return optax.warmup_cosine_decay_schedule(start, optim.learning_rate, warmup, epochs * steps_per_epoch)
 
 
-def direction(optim: OptimConfig, frozen: str = "") -> optax.GradientTransformation:
+def frozen(config: Config) -> Callable[[Sequence[Any]], bool] | None:
+    """Returns whether the parameter at a path stays as it is, or None where all are trained: a frozen router; with LoRA
+    or adapters, everything but these and the head."""
+    if config.tuned:
+        return lambda path: path[0].key != "head" and path[-1].key not in (*mlp.LORA, *mlp.ADAPTER)
+    if config.routing.router == "frozen":
+        return lambda path: any(entry.key == "router" for entry in path)
+    return None
+
+
+def direction(
+    optim: OptimConfig, frozen: Callable[[Sequence[Any]], bool] | None = None
+) -> optax.GradientTransformation:
     """Returns the transformation from gradients to the direction that the learning rate multiplies.
 
-    Parameters under the name `frozen` have no direction, no decay and no moments.
+    Parameters whose path is `frozen` have no direction, no decay and no moments.
 
     "adam" adds weight_decay * parameter to the gradient of every parameter before Adam sees it (PyTorch's Adam).
     "adamw" adds it after, to matrices only (Loshchilov and Hutter, arXiv 1711.05101).
@@ -38,13 +52,11 @@ def direction(optim: OptimConfig, frozen: str = "") -> optax.GradientTransformat
         tx = optax.chain(optax.add_decayed_weights(optim.weight_decay), adam)
     else:
         tx = optax.chain(adam, optax.add_decayed_weights(optim.weight_decay, mask=_decay_mask))
-    if not frozen:
+    if frozen is None:
         return tx
 
     def labels(params: Any) -> Any:
-        return jax.tree.map_with_path(
-            lambda path, _: "frozen" if any(entry.key == frozen for entry in path) else "trained", params
-        )
+        return jax.tree.map_with_path(lambda path, _: "frozen" if frozen(path) else "trained", params)
 
     return optax.partition({"trained": tx, "frozen": optax.set_to_zero()}, labels)
 

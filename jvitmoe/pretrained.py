@@ -92,10 +92,11 @@ def start(config: Config, mesh: Mesh | None = None) -> tuple[dict[str, Any], lis
         source = read(config.init.source, config.model.heads, mesh=mesh)
     except UserError as error:
         raise ConfigError(f"config.init.source cannot be read: {error}") from error
-    model = vit.build(config.model)
+    wanted = dataclasses.replace(config.model, lora=0, adapter=0)
+    model = vit.build(wanted)
     key = routing.address(jax.random.key(config.train.seed), Purpose.INIT)  # what is re-made, as a new run makes it
     fresh = formats.flatten(jax.device_get(jax.jit(lambda: vit.init(model, key))()))
-    params, lines = adapt(source, config.model, fresh)
+    params, lines = adapt(source, wanted, fresh)
     return formats.unflatten(params), lines
 
 
@@ -201,8 +202,9 @@ def _read_run(path: Path, checkpoint: str, mesh: Mesh | None) -> Source:
     flat = formats.flatten(jax.device_get(evaluation.dense_tree(config, params)))
     flat["positions"] = _table(config.model, flat)
     names = tracking.read_classes(path)
-    notes = ("averaged the experts",) if config.routing.experts > 1 else ()
-    return Source(path, "run", flat, config.model, names, notes, config)
+    notes: tuple[str, ...] = ("averaged the experts",) if config.routing.experts > 1 else ()
+    notes += ("folded LoRA and adapters into the MLP",) if config.tuned else ()
+    return Source(path, "run", flat, config.model.plain(), names, notes, config)
 
 
 def _table(model: ModelConfig, flat: Dict) -> np.ndarray:

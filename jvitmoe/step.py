@@ -138,7 +138,7 @@ def _fuses_attention() -> bool:
 
 def make_direction(config: Config) -> optax.GradientTransformation:
     """Returns the transformation from gradients to the direction that the learning rate multiplies."""
-    return optim.direction(config.optim, frozen="router" if config.routing.router == "frozen" else "")
+    return optim.direction(config.optim, optim.frozen(config))
 
 
 def make_state(config: Config, model: vit.ViT, mesh: Mesh, dense: Any = None) -> TrainState:
@@ -336,6 +336,7 @@ def _make_gradients(config: Config, net: vit.ViT, mesh: Mesh, total: int) -> Cal
     data, routed, depth = config.data, config.routing, config.model.depth
     batch, parts, slots = config.train.batch_size, config.train.accumulate, config.slots
     data_devices, expert_devices = mesh.shape[DATA], mesh.shape[EXPERT]
+    frozen = optim.frozen(config)
     needs_keys = config.model.dropout > 0 or config.learned  # to a learned router, no keys mean evaluation
     # With one route for all layers, images are put where their expert is, once, instead of weights in each layer.
     images_move = (routed.granularity, routed.scope) == ("sample", "shared") and not routed.consistency
@@ -370,6 +371,10 @@ def _make_gradients(config: Config, net: vit.ViT, mesh: Mesh, total: int) -> Cal
         step: jax.Array,
         routes: Any,
     ) -> tuple[jax.Array, tuple[jax.Array, Statistics | None]]:
+        if config.tuned and frozen:  # what is not trained costs no gradient and counts in no norm
+            params = jax.tree.map_with_path(
+                lambda path, leaf: jax.lax.stop_gradient(leaf) if frozen(path) else leaf, params
+            )
         if expert_devices > 1 and net.experts == 1:  # the one expert here is a dense model
             trunk, experts = merging.split(params, merging.stacked(params))
             params = merging.join(trunk, merging.take(experts, jnp.zeros((depth,), jnp.int32)))

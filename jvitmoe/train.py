@@ -143,6 +143,8 @@ def train(config: Config, workdir: Path, stop: Stop) -> None:
     console.print(f"run         {workdir}")
     console.print(f"devices     {hardware}")
     console.print(f"parameters  {active:,} active, {everything:,} total ({model.dtype.name} compute)")
+    if (trained := evaluation.count_trained(config)) < everything:
+        console.print(f"trained     {trained:,} of {everything:,} parameters")
     for line in told:
         console.print(f"source      {line}")
     console.print(f"images      {len(train_split):,} train, {len(validation):,} validation, {len(dataset.test):,} test")

@@ -16,8 +16,12 @@ os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FLAGS}".strip()
 
 import dataclasses
 import functools
+import importlib.util
+import json
 import signal
-from collections.abc import Callable
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -153,3 +157,43 @@ def experiment_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for number, handler in handlers.items():
         signal.signal(number, handler)
     return workdir
+
+
+class Peers:
+    """The real libraries, asked by name: peers("make_timm", folder=…)."""
+
+    def __init__(self, python: str) -> None:
+        self._process = subprocess.Popen(
+            [python, str(Path(__file__).with_name("peers.py"))],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            env={**os.environ, "PYTHONPATH": "", "PYTHONWARNINGS": "ignore"},
+        )
+
+    def __call__(self, action: str, **arguments: object) -> dict:
+        arguments = {name: str(value) if isinstance(value, Path) else value for name, value in arguments.items()}
+        self._process.stdin.write(json.dumps({"action": action, **arguments}) + "\n")
+        self._process.stdin.flush()
+        answer = json.loads(self._process.stdout.readline() or '{"error": "the process of the peers has died"}')
+        assert "error" not in answer, answer["error"]
+        return answer["ok"]
+
+    def close(self) -> None:
+        self._process.stdin.close()
+        self._process.wait(timeout=60)
+        self._process.stdout.close()
+
+
+@pytest.fixture(scope="session")
+def peers() -> Iterator[Peers]:
+    """Returns the real libraries, in the Python that JVITMOE_PEERS names or in this one."""
+    python = os.environ.get("JVITMOE_PEERS")
+    if not python:
+        if any(importlib.util.find_spec(name) is None for name in ("torch", "timm", "transformers")):
+            pytest.skip("needs torch, timm and transformers: `make test` installs them, or set JVITMOE_PEERS")
+        python = sys.executable
+    peers = Peers(python)
+    yield peers
+    peers.close()

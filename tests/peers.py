@@ -93,6 +93,11 @@ def resample(arrays: str, out: str, grid: int, patch: int) -> dict:
     return {}
 
 
+def change_folder(folder: str) -> dict:
+    os.chdir(folder)
+    return {}
+
+
 def run_code(code: str) -> dict:
     """Runs the code of a model card."""
     exec(code, {})
@@ -103,7 +108,10 @@ def versions() -> dict:
     return {"torch": torch.__version__, "timm": timm.__version__, "transformers": transformers.__version__}
 
 
-ACTIONS = {f.__name__: f for f in (make_timm, make_hf, timm_logits, hf_logits, timm_npz, resample, run_code, versions)}
+ACTIONS = {
+    f.__name__: f
+    for f in (make_timm, make_hf, timm_logits, hf_logits, timm_npz, resample, run_code, change_folder, versions)
+}
 
 
 def main() -> None:

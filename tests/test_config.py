@@ -55,6 +55,8 @@ def test_defaults_obey_their_own_rules():
         ("routing.learning_rate", 0.0, "must be greater than 0"),
         ("init.noise", 0.1, "must be 0 without an init.source"),
         ("init.noise", -0.1, "must not be negative"),
+        ("model.lora", 4, "must name a trained ViT for model.lora"),
+        ("model.adapter", -1, "must not be negative"),
         ("model.norm_epsilon", 0.0, "must be greater than 0"),
         ("routing.pattern", ("dense",), "with 'experts' in it"),
         ("routing.pattern", ("experts", "mlp"), "must be a tuple of 'experts' and 'dense'"),
@@ -71,7 +73,7 @@ def test_a_value_that_breaks_its_rule_is_named_with_the_rule(path, value, rule):
     message = str(caught.value)
     assert rule in message
     assert "\n" not in message
-    assert repr(value) in message or path == "train.devices"
+    assert repr(value) in message or path in ("train.devices", "model.lora")
 
 
 def test_rules_across_fields_hold():
@@ -87,6 +89,24 @@ def test_rules_across_fields_hold():
     config.model.positions, config.model.width, config.model.heads = "sincos2d", 6, 3
     with pytest.raises(ConfigError, match="multiple of 4"):
         config.validate()
+
+
+def test_lora_and_adapters_go_with_random_routing_over_whole_mlps():
+    for field, value in (("router", "switch"), ("pattern", ("dense", "experts")), ("shared_layer", "up")):
+        config = Config()
+        config.model.lora, config.init.source, config.routing.experts = 2, "x", 4
+        config.validate()
+        setattr(config.routing, field, value)
+        with pytest.raises(ConfigError, match=r"for model\.lora and model\.adapter"):
+            config.validate()
+
+
+def test_what_is_left_of_lora_and_adapters_is_a_plain_vit():
+    config = Config()
+    assert config.model.plain() == config.model
+    config.model.lora, config.model.adapter = 4, 3
+    plain = config.model.plain()
+    assert (plain.lora, plain.adapter, plain.hidden) == (0, 0, config.model.hidden + 3)
 
 
 def test_json_round_trip_is_exact():

@@ -20,8 +20,8 @@ WITHOUT_JAX = [
 # Imports point to lower ranks, or to a neighbour in the same folder.
 RANK = {
     **dict.fromkeys(("config", "peer"), 0),
-    **dict.fromkeys(("data", "compilation", "formats", "models", "routing", "optim"), 1),
-    **{"merging": 2, "state": 3, "step": 4},
+    **dict.fromkeys(("data", "compilation", "formats", "models", "routing"), 1),
+    **{"optim": 2, "merging": 2, "state": 3, "step": 4},
     **dict.fromkeys(("evaluation", "mergeability", "checkpoint", "cli", "tracking", "distributed"), 5),
     **dict.fromkeys(("plots", "pretrained"), 6),
     **dict.fromkeys(("classifier", "sheet", "cards"), 7),

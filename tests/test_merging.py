@@ -187,3 +187,17 @@ def test_a_model_with_a_pattern_on_a_route_is_the_dense_model_on_its_path(tiny_c
     expected = jax.jit(lambda p: vit.logits(model.plain(), merging.take_path(p, route_L), images))(params)
     logits = jax.jit(lambda p: vit.logits(model, p, images, route_L))(params)
     chex.assert_trees_all_close(logits, expected, rtol=1e-6, atol=1e-6)
+
+
+def test_noise_sets_copies_apart_by_its_deviation_and_leaves_the_trunk_alone(params):
+    equal = merging.upcycle(merging.take_path(params, jnp.zeros((2,), int)), params)
+    apart = merging.disturb(equal, jax.random.key(0), 0.1)
+    marks = merging.stacked(params)
+    trunks = [merging.split(tree, marks)[0] for tree in (apart, equal)]
+    chex.assert_trees_all_equal(*trunks)
+    before, after = (merging.split(tree, marks)[1]["blocks"]["mlp"]["up"] for tree in (equal, apart))
+    noise = np.asarray(after - before)
+    assert noise.std() == pytest.approx(0.1 * float(before.std()), rel=0.2)
+    assert abs(noise.mean()) < noise.std()
+    assert len({expert.tobytes() for expert in noise.swapaxes(0, 1)}) == noise.shape[1]
+    chex.assert_trees_all_equal(merging.disturb(equal, jax.random.key(0), 0.1), apart)

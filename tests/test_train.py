@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import chex
 import jax
 import pytest
 
-from jvitmoe import cli, evaluate, report, step, train
+from jvitmoe import cli, evaluate, pretrained, report, step, train
 from jvitmoe.checkpoint import Checkpoints
 from jvitmoe.config import Config
 from jvitmoe.models import vit
@@ -328,11 +329,14 @@ def test_evaluate_refuses_in_one_line(undisturbed, monkeypatch, capsys, argument
     assert message in err
 
 
-def test_upcycling_starts_from_the_dense_models_own_predictions(experiment, undisturbed, tmp_path, monkeypatch, capsys):
+def test_upcycling_starts_from_the_dense_models_own_predictions_and_resumes_without_it(
+    experiment, undisturbed, tmp_path, monkeypatch, capsys
+):
     config = train.config_lib.loads((undisturbed / "config.json").read_text(), "config.json")
-    config.routing.init, config.routing.upcycle_from, config.routing.experts = "upcycled", str(undisturbed), 4
-    mesh = step.make_mesh(config.train)
-    dense = train._read_dense(config.validate(), mesh)
+    config.init.source, config.routing.experts = str(undisturbed), 4
+    mesh = step.make_mesh(config.validate().train)
+    dense, told = pretrained.start(config, mesh)
+    assert "(run): " in told[0]
     model = step.make_model(config, "cpu")
     state = step.make_state(config, model, mesh, dense)
     images = jax.random.normal(jax.random.key(0), (5, 8, 8, 1))
@@ -340,25 +344,36 @@ def test_upcycling_starts_from_the_dense_models_own_predictions(experiment, undi
     chex.assert_trees_all_close(
         vit.logits(model, state.params, images, jax.numpy.array([3, 1])), wanted, rtol=1e-6, atol=1e-6
     )
-    arguments = ("--config.routing.init=upcycled", f"--config.routing.upcycle_from={undisturbed}")
-    code, _, err = run(
-        train.main,
-        monkeypatch,
-        capsys,
-        f"--config={experiment}",
-        *arguments,
-        "--config.train.epochs=1",
-        f"--workdir={tmp_path / 'up'}",
-    )
+    source = tmp_path / "source"
+    shutil.copytree(undisturbed, source)
+    arguments = (f"--config={experiment}", f"--config.init.source={source}", "--config.init.noise=0.01")
+    arguments += ("--config.train.epochs=1", f"--workdir={tmp_path / 'up'}")
+    code, out, err = run(train.main, monkeypatch, capsys, *arguments)
     assert code == 0, err
-    for folder, override, message in (
-        ("no/such", "--config.train.seed=0", "must be a run folder with checkpoints"),
-        (undisturbed, "--config.model.depth=3", "its model.depth must be this run's"),
-    ):
-        arguments = ("--config.routing.init=upcycled", f"--config.routing.upcycle_from={folder}", override)
-        code, _, err = run(train.main, monkeypatch, capsys, f"--config={experiment}", *arguments, "--workdir=no/where")
-        assert (code, err.count("\n")) == (2, 1)
-        assert message in err
+    assert f"source      {source} (run): " in out
+    assert "source      averaged the experts" in out
+    shutil.rmtree(source)  # from here on the checkpoint has all
+    code, out, err = run(train.main, monkeypatch, capsys, *arguments)
+    assert code == 0, err
+    assert "resuming" in out
+    assert "source  " not in out
+
+
+@pytest.mark.parametrize(
+    ("source", "override", "message"),
+    [
+        ("no/such", "--config.train.seed=0", "config.init.source cannot be read: 'no/such' is not a file"),
+        ("{run}", "--config.model.depth=3", "set --config.model.depth=2"),
+    ],
+)
+def test_a_source_that_does_not_fit_is_refused_before_a_folder_is_made(
+    experiment, undisturbed, tmp_path, monkeypatch, capsys, source, override, message
+):
+    arguments = (f"--config.init.source={source.format(run=undisturbed)}", override, f"--workdir={tmp_path / 'x'}")
+    code, _, err = run(train.main, monkeypatch, capsys, f"--config={experiment}", *arguments)
+    assert (code, err.count("\n")) == (2, 1)
+    assert message in err
+    assert not (tmp_path / "x").exists()
 
 
 def test_routing_over_slots_with_ema_trains_resumes_and_is_tested(experiment, tmp_path, monkeypatch, capsys):

@@ -1,6 +1,6 @@
 """The two-layer MLP of a block, dense or stacked over experts.
 
-B batch · T tokens · D width · F hidden width · E experts
+B batch · T tokens · D width · F hidden width · E experts · R rank of LoRA, or width of an adapter
 """
 
 from typing import Any
@@ -76,10 +76,44 @@ def two_layers(x_BTD: jax.Array, key_B: jax.Array | None, weights: tuple[jax.Arr
     return add_bias(h_BTF @ down_FD, down_bias_D)
 
 
+LORA = ("up_a", "up_b", "down_a", "down_b")
+ADAPTER = ("adapter_up", "adapter_up_bias", "adapter_down", "adapter_down_bias")
+
+
+def fold(weights: dict[str, Any]) -> dict[str, Any]:
+    """Returns {up, up_bias, down, down_bias} of the plain MLP that computes what this one does with its LoRA and its
+    adapter; exact. Leading axes (L, E) may be there or not: those of `weights` broadcast to those of what is folded in.
+
+    LoRA (arXiv 2106.09685) adds the product of its two matrices to a weight. An adapter beside the MLP (AdaptFormer,
+    arXiv 2205.13535; here with the MLP's own GELU) is R hidden units more.
+    """
+    plain = {name: weights[name] for name in ("up", "up_bias", "down", "down_bias")}
+    for name in ("up", "down"):
+        if f"{name}_a" in weights:
+            plain[name] = plain[name] + weights[f"{name}_a"] @ weights[f"{name}_b"]
+    if "adapter_up" in weights:
+        lead = weights["adapter_up"].shape[:-2]
+        wide = {
+            name: jnp.broadcast_to(plain[name], (*lead, *leaf.shape[leaf.ndim - 2 + name.endswith("bias") :]))
+            for name, leaf in plain.items()
+        }
+        plain = {
+            "up": jnp.concatenate([wide["up"], weights["adapter_up"]], axis=-1),
+            "up_bias": jnp.concatenate([wide["up_bias"], weights["adapter_up_bias"]], axis=-1),
+            "down": jnp.concatenate([wide["down"], weights["adapter_down"]], axis=-2),
+            "down_bias": wide["down_bias"] + weights["adapter_down_bias"],
+        }
+    return plain
+
+
 class Mlp(nn.Module):
     """The MLP of a block. With experts > 1 every parameter gains a leading E axis, but for the layer that is shared.
 
     Parameters: up [E,] D F · up_bias [E,] F · down [E,] F D · down_bias [E,] D.
+
+    With LoRA or an adapter these are one for all experts, and an expert is what is folded into them: up_a [E,] D R ·
+    up_b [E,] R F · down_a [E,] F R · down_b [E,] R D; adapter_up [E,] D R · adapter_up_bias [E,] R · adapter_down
+    [E,] R D · adapter_down_bias [E,] D. Their second halves start at zero, so every expert starts as the MLP.
     """
 
     hidden: int  # F
@@ -88,6 +122,8 @@ class Mlp(nn.Module):
     shared_layer: str = "none"  # none | up | down: one for all experts
     dropout: float = 0.0
     dtype: Any = jnp.float32
+    lora: int = 0  # rank; 0 is none
+    adapter: int = 0  # width; 0 is none
 
     @nn.compact
     def __call__(self, x_BTD: jax.Array, route: jax.Array | None, key_B: jax.Array | None) -> jax.Array:
@@ -123,25 +159,42 @@ class Mlp(nn.Module):
 
     def _weights(self, width: int) -> tuple[tuple[jax.Array, ...], tuple[bool, ...]]:
         """Returns (up, up_bias, down, down_bias) in the compute dtype, and which of them have an E axis."""
-        weights = (
-            self._param("up", (width, self.hidden), width),
-            self._param("up_bias", (self.hidden,), width),
-            self._param("down", (self.hidden, width), self.hidden),
-            self._param("down_bias", (width,), self.hidden),
-        )
-        return weights, tuple(self.experts > 1 and name != self.shared_layer for name in ("up", "up", "down", "down"))
+        hidden, tuned = self.hidden, self.lora > 0 or self.adapter > 0
+        alone = {name: self.experts == 1 or tuned or self.shared_layer == name for name in ("up", "down")}
+        weights = {
+            "up": self._param("up", (width, hidden), width, alone["up"]),
+            "up_bias": self._param("up_bias", (hidden,), width, alone["up"]),
+            "down": self._param("down", (hidden, width), hidden, alone["down"]),
+            "down_bias": self._param("down_bias", (width,), hidden, alone["down"]),
+        }
+        ranks = {name: weights[name].ndim for name in weights if alone[name.removesuffix("_bias")]}
+        one, rank, wide = self.experts == 1, self.lora, self.adapter
+        if rank:
+            weights["up_a"] = self._param("up_a", (width, rank), width, one)
+            weights["up_b"] = self._param("up_b", (rank, hidden), None, one)
+            weights["down_a"] = self._param("down_a", (hidden, rank), hidden, one)
+            weights["down_b"] = self._param("down_b", (rank, width), None, one)
+        if wide:
+            weights["adapter_up"] = self._param("adapter_up", (width, wide), width, one)
+            weights["adapter_up_bias"] = self._param("adapter_up_bias", (wide,), width, one)
+            weights["adapter_down"] = self._param("adapter_down", (wide, width), None, one)
+            weights["adapter_down_bias"] = self._param("adapter_down_bias", (width,), None, one)
+        plain = fold(weights) if tuned else weights
+        stacked = tuple(leaf.ndim > ranks.get(name, 0) for name, leaf in plain.items())
+        return tuple(leaf.astype(self.dtype) for leaf in plain.values()), stacked
 
-    def _param(self, name: str, shape: tuple[int, ...], fan_in: int) -> jax.Array:
-        draw = torch_uniform(fan_in)
-        if self.experts == 1 or name.removesuffix("_bias") == self.shared_layer:
-            return self.param(name, draw, shape).astype(self.dtype)
+    def _param(self, name: str, shape: tuple[int, ...], fan_in: int | None, alone: bool) -> jax.Array:
+        """Returns the float32 parameter, with an E axis unless it is alone; zeros at first where there is no fan_in."""
+        draw = torch_uniform(fan_in) if fan_in else nn.initializers.zeros
+        if alone:
+            return self.param(name, draw, shape)
 
         def draw_stack(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
             if self.expert_init != "independent":  # the very draw of the dense model, repeated
                 return jnp.broadcast_to(draw(key, shape, jnp.float32), (self.experts, *shape))
             return jax.vmap(lambda k: draw(k, shape, jnp.float32))(jax.random.split(key, self.experts))
 
-        return self.param(name, draw_stack, shape).astype(self.dtype)
+        return self.param(name, draw_stack, shape)
 
 
 def _exchange(x_EBTD: jax.Array, source_TE: jax.Array) -> jax.Array:

@@ -120,7 +120,10 @@ class Block(nn.Module):
         norm1 = nn.LayerNorm(config.norm_epsilon, dtype=self.dtype, name="norm1")
         norm2 = nn.LayerNorm(config.norm_epsilon, dtype=self.dtype, name="norm2")
         attention = Attention(config.heads, rate, self.dtype, self.attention, name="attention")
-        mlp_settings = (config.hidden, self.experts, self.expert_init, self.shared_layer, rate, self.dtype)
+        mlp_settings = (
+            *(config.hidden, self.experts, self.expert_init, self.shared_layer, rate, self.dtype),
+            *(config.lora, config.adapter),
+        )
 
         def mlp(x_BTD: jax.Array) -> jax.Array:
             if self.router is None:
@@ -278,7 +281,7 @@ class ViT(nn.Module):
 
     def plain(self) -> "ViT":
         """Returns the dense ViT that merging gives parameters for."""
-        return self.clone(experts=1, router=None, pattern=("experts",))
+        return self.clone(config=self.config.plain(), experts=1, router=None, pattern=("experts",))
 
 
 def build(

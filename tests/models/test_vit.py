@@ -318,3 +318,39 @@ def test_a_batch_is_compiled_once_for_every_route():
 
     for expert in range(4):
         run(params, jnp.full((3,), expert, jnp.int32))
+
+
+@pytest.mark.parametrize("norm", ["pre", "post"])
+def test_layers_written_out_compute_what_the_loop_computes(norm):
+    model = vit.build(ModelConfig(width=8, hidden=12, depth=3, heads=2, patch=4, norm=norm))
+    params = vit.init(model, jax.random.key(0))
+    images = jax.random.normal(jax.random.key(1), (3, 8, 8, 1))
+    wanted = vit.logits(model, params, images)
+    chex.assert_trees_all_close(vit.logits(model.clone(loops=False), params, images), wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_a_position_of_cls_is_added_to_cls():
+    plain = ModelConfig(width=8, hidden=12, depth=1, heads=2, patch=4)
+    model = vit.build(dataclasses.replace(plain, cls_position=True))
+    params = vit.init(model, jax.random.key(0))
+    assert not params["cls_position"].any()
+    position_D = jax.random.normal(jax.random.key(2), (8,))
+    images = jax.random.normal(jax.random.key(1), (3, 8, 8, 1))
+    moved = {name: leaf for name, leaf in params.items() if name != "cls_position"}
+    wanted = vit.logits(vit.build(plain), moved | {"cls": params["cls"] + position_D}, images)
+    found = vit.logits(model, params | {"cls_position": position_D}, images)
+    chex.assert_trees_all_close(found, wanted, rtol=1e-6)
+    assert not np.allclose(found, vit.logits(model, params, images), atol=1e-4)
+
+
+def test_the_last_layer_norm_has_the_epsilon_of_the_config():
+    for norm in ("pre", "post"):
+        logits = []
+        for epsilon in (1e-5, 1e9):  # so large that what is normalised vanishes: only the head's biases are left
+            model = vit.build(
+                ModelConfig(width=8, hidden=12, depth=1, heads=2, patch=4, norm=norm, norm_epsilon=epsilon)
+            )
+            params = vit.init(model, jax.random.key(0))
+            logits.append(vit.logits(model, params, jax.random.normal(jax.random.key(1), (2, 8, 8, 1))))
+        chex.assert_trees_all_close(logits[1], jnp.broadcast_to(params["head"]["logits"]["bias"], (2, 10)), atol=1e-3)
+        assert not np.allclose(logits[0], logits[1], atol=1e-2)

@@ -1,0 +1,65 @@
+"""docs/deploy.md is run: every block, in its order, in a folder of its own."""
+
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from jvitmoe import cli, evaluate, export, predict, train
+from jvitmoe.config import Config
+from jvitmoe.data import sources
+
+ROOT = Path(__file__).parents[1]
+BLOCKS = re.findall(r"```(bash|python)\n(.*?)```", (ROOT / "docs" / "deploy.md").read_text(), re.DOTALL)
+MAINS = {"train": train.main, "export": export.main, "predict": predict.main, "evaluate": evaluate.main}
+THEIRS = re.compile(r"\b(timm|torch|transformers)\b")
+SHORT = ("--config.train.epochs=1", "--config.optim.warmup_epochs=0", "--config.train.eval_every=1")
+
+
+def run(line: str, monkeypatch) -> None:
+    python, m, module, *arguments = shlex.split(line)
+    assert (python, m) == ("python", "-m")
+    command = module.removeprefix("jvitmoe.")
+    monkeypatch.setattr(sys, "argv", [f"{command}.py", *arguments, *(SHORT if command == "train" else ())])
+    with pytest.raises(SystemExit) as caught:
+        cli.run(MAINS[command])
+    assert caught.value.code == 0, line
+
+
+def test_every_block_of_the_page_runs(peers, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    (tmp_path / "pictures").mkdir()
+    test = sources.load(Config().data, Config().model).test
+    for number in range(4):
+        Image.fromarray(test.images_NHWC[number, ..., 0]).save(tmp_path / "pictures" / f"{number}.png")
+    peers("change_folder", folder=tmp_path)
+    for language, block in BLOCKS:
+        if language == "bash":
+            for line in block.strip().splitlines():
+                run(line, monkeypatch)
+        elif THEIRS.search(block):
+            peers("run_code", code=block)
+        else:
+            exec(block, {})
+    out = capsys.readouterr().out
+    assert (tmp_path / "sheet.png").read_bytes().startswith(b"\x89PNG")
+    assert "resized positions from 2x2 to 4x4" in out
+    assert "resized the kernel of patches from 4 to 2 pixels" in out
+
+
+def test_the_page_shows_every_target_and_every_command():
+    text = "\n".join(block for _, block in BLOCKS)
+    for word in (
+        "--to timm",
+        "--to hf",
+        "--to onnx",
+        "--to stablehlo",
+        "jvitmoe.predict",
+        "init.source",
+        "jvitmoe.load",
+    ):
+        assert word in text

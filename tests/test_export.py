@@ -1,0 +1,241 @@
+"""Exports: what is written gives our logits where it goes; what has no counterpart is refused and nothing written."""
+
+import dataclasses
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import jvitmoe
+from jvitmoe import cli, export, formats, pretrained
+from jvitmoe.config import Config, ConfigError, UserError
+
+WITH_ONNX = pytest.mark.skipif(importlib.util.find_spec("jax2onnx") is None, reason="needs jvitmoe[export]")
+
+
+def run(monkeypatch, capsys, *arguments: object) -> tuple[int, str, str]:
+    monkeypatch.setattr(sys, "argv", ["export.py", *map(str, arguments)])
+    with pytest.raises(SystemExit) as caught:
+        cli.run(export.main)
+    captured = capsys.readouterr()
+    return int(caught.value.code), captured.out, captured.err
+
+
+@pytest.fixture(scope="module")
+def exported(experiment_run, tmp_path_factory):
+    """Returns a maker of exports of the run, by the command itself, each once."""
+    root, done = tmp_path_factory.mktemp("exports"), {}
+
+    def make(target: str) -> Path:
+        if target not in done:
+            export.main(["export", f"--workdir={experiment_run}", f"--to={target}", f"--out={root / target}"])
+            done[target] = root / target
+        return done[target]
+
+    return make
+
+
+def outside(code: str, folder: Path) -> subprocess.CompletedProcess:
+    """Runs code in a fresh process that cannot import jvitmoe."""
+    block = "import sys\nsys.modules['jvitmoe'] = None\n"
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "PYTHONPATH": ""}
+    return subprocess.run(
+        [sys.executable, "-c", block + code], env=environment, cwd=folder, capture_output=True, text=True, timeout=200
+    )
+
+
+def code_of(card: Path) -> str:
+    return "\n".join(re.findall(r"```python\n(.*?)```", card.read_text(), re.DOTALL))
+
+
+def test_our_own_export_loads_to_the_same_logits(exported, experiment_run):
+    out = exported("safetensors")
+    sample = np.load(out / "sample.npz")
+    again, first = jvitmoe.load(out), jvitmoe.load(experiment_run)
+    np.testing.assert_array_equal(again.logits(sample["images"]), sample["logits"])
+    np.testing.assert_array_equal(first.logits(sample["images"]), sample["logits"])
+    assert again.names == first.names == tuple("0123456789")
+    exec(code_of(out / "README.md").replace('print(model(["picture.png"]))', ""), {})
+
+
+def test_the_sample_holds_real_test_images_and_what_the_model_takes(exported):
+    from jvitmoe.data import sources
+
+    test = sources.load(Config().data, Config().model).test
+    for target in ("safetensors", "timm"):
+        sample = np.load(exported(target) / "sample.npz")
+        np.testing.assert_array_equal(sample["images"], test.images_NHWC[:16])
+        np.testing.assert_array_equal(sample["labels"], test.labels_N[:16])
+        inputs = sample["inputs"] if target == "safetensors" else sample["inputs"].transpose(0, 2, 3, 1)
+        np.testing.assert_allclose(inputs, sample["images"] / 127.5 - 1, atol=1e-6)
+
+
+@pytest.mark.parametrize("target", ["stablehlo", pytest.param("onnx", marks=WITH_ONNX)])
+def test_in_a_fresh_process_without_jvitmoe_the_code_of_the_card_runs_at_any_batch(exported, target):
+    out = exported(target)
+    code = code_of(out / "README.md")
+    code += "\nfor n in (1, 2, 7):\n    assert np.abs(run(sample['inputs'][:n]) - sample['logits'][:n]).max() < 1e-4\n"
+    done = outside(code, out)
+    assert done.returncode == 0, done.stderr
+    wrong = outside(code.replace('sample["logits"]', 'sample["logits"] + 0.01'), out)
+    assert "AssertionError" in wrong.stderr
+
+
+def test_stablehlo_is_for_cpu_and_cuda(exported):
+    code = (
+        "from jax import export\nprint(export.deserialize(bytearray(open('model.stablehlo', 'rb').read())).platforms)"
+    )
+    assert outside(code, exported("stablehlo")).stdout.strip() == "('cpu', 'cuda')"
+
+
+@pytest.mark.parametrize("target", ["timm", "hf"])
+def test_what_they_would_load_reads_back_to_our_logits(exported, target):
+    out = exported(target)
+    sample = np.load(out / "sample.npz")
+    np.testing.assert_allclose(jvitmoe.load(out).logits(sample["images"]), sample["logits"], atol=1e-4)
+    assert jvitmoe.load(out).names == tuple("0123456789")
+
+
+def test_the_card_tells_data_recipe_seed_accuracy_hardware_versions_and_licence(exported, experiment_run):
+    result = json.loads((experiment_run / "result.json").read_text())
+    for target in ("safetensors", "timm", "hf"):
+        card = (exported(target) / "README.md").read_text()
+        for row in result["rows"]:
+            assert f"| {row['model']} | {row['accuracy']:.2%} |" in card
+        for wanted in (
+            "`digits`, trained on its training split",
+            "| `routing.experts` | `4` |",
+            "Seed 0, checkpoint at step 44",
+            result["hardware"],
+            f"jax {result['versions']['jax']}",
+            "CC BY 4.0",
+            "4 experts per MLP, averaged into one",
+        ):
+            assert wanted in card, wanted
+        assert "data.dir" not in card
+    assert "Not known to jvitmoe" not in card
+
+
+def test_a_run_that_was_not_tested_says_so(exported, experiment_run):
+    from jvitmoe import cards
+
+    config = pretrained.read(experiment_run).config
+    config.data.name = "my_set"
+    card = cards.write(config, config.model, {}, (), "onnx", "x", 3, ["a remark"])
+    assert "Not tested." in card
+    assert "Not known to jvitmoe" in card
+    assert "- a remark" in card
+    result = {"rows": [{"model": "merged", "accuracy": 0.5, "nll": 1.0, "images": 2}], "step": 9, "seed": 0}
+    card = cards.write(config, config.model, {**result, "active_parameters": 1}, (), "onnx", "x", 3, [])
+    assert "The exported checkpoint is another one, at step 3" in card
+
+
+def config_of(**model: object) -> Config:
+    config = Config()
+    config.model = dataclasses.replace(config.model, **model)
+    return config
+
+
+@pytest.mark.parametrize(
+    ("target", "model", "flags"),
+    [
+        ("timm", {"head_hidden": 8}, "--config.model.head_hidden=0"),
+        ("timm", {"norm": "post"}, "--config.model.norm=pre"),
+        ("hf", {"pool": "mean"}, "--config.model.pool=cls"),
+        ("hf", {"pool": "mean", "head_hidden": 8}, "--config.model.head_hidden=0 --config.model.pool=cls"),
+    ],
+)
+def test_what_has_no_counterpart_is_refused_with_the_config_that_has(target, model, flags):
+    with pytest.raises(UserError, match="nothing was written") as caught:
+        export.examine(target, config_of(**model))
+    assert flags in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert export.examine("stablehlo", config_of(**model)) == []
+
+
+@pytest.mark.parametrize(
+    ("target", "model", "remark"),
+    [
+        ("timm", {}, "no_embed_class"),
+        ("hf", {}, "it is zeros"),
+        ("timm", {"norm_epsilon": 1e-3}, "give norm_layer"),
+        ("timm", {"positions": "sincos2d"}, "positions are computed here"),
+    ],
+)
+def test_what_differs_there_is_said(target, model, remark):
+    assert any(remark in line for line in export.examine(target, config_of(**model)))
+
+
+def test_the_original_is_refused_by_timm_and_nothing_is_written(experiment_run, tmp_path, monkeypatch, capsys):
+    real = pretrained.read
+
+    def read(path, **rest):
+        found = real(path, **rest)
+        found.config.model.head_hidden = 8
+        return found
+
+    monkeypatch.setattr(pretrained, "read", read)
+    code, out, err = run(monkeypatch, capsys, f"--workdir={experiment_run}", "--to=timm", f"--out={tmp_path / 'x'}")
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert "has no two-layer head" in err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--to=timm", "--out={new}"), "--workdir is missing"),
+        (("--workdir={run}", "--to=tim", "--out={new}"), "it must be one of safetensors, timm"),
+        (("--workdir={run}", "--to=timm"), "--out is missing"),
+        (("--workdir={run}", "--to=timm", "--out={run}"), "which holds something"),
+        (("--workdir=no/where", "--to=timm", "--out={new}"), "holds no checkpoints"),
+        (("--workdir={run}", "--to=timm", "--out={new}", "--checkpoint=9"), "checkpoint '9' does not exist"),
+    ],
+)
+def test_export_refuses_in_one_line(experiment_run, tmp_path, monkeypatch, capsys, arguments, message):
+    places = {"run": experiment_run, "new": tmp_path / "new"}
+    code, _, err = run(monkeypatch, capsys, *(a.format(**places) for a in arguments))
+    assert (code, err.count("\n")) == (2, 1)
+    assert message in err
+    assert not (tmp_path / "new").exists()
+
+
+def test_an_export_that_computes_something_else_is_not_finished(experiment_run, tmp_path, monkeypatch):
+    real = formats.write
+
+    def wrong(*arguments, **rest):
+        arrays = real(*arguments, **rest)
+        arrays["head.bias"] = arrays["head.bias"] + 0.01
+        return arrays
+
+    monkeypatch.setattr(formats, "write", wrong)
+    with pytest.raises(UserError, match="from ours, more than"):
+        export.main(["export", f"--workdir={experiment_run}", "--to=timm", f"--out={tmp_path / 'x'}"])
+    assert not (tmp_path / "x").exists()
+
+
+def test_without_jax2onnx_one_line_says_what_to_install(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"pip install 'jvitmoe\[export\]'"):
+        export.examine("onnx", Config())
+
+
+def test_a_safetensors_file_that_does_not_fit_its_config_is_refused(exported, tmp_path):
+    out = exported("safetensors")
+    for name in ("model.safetensors", "config.json"):
+        (tmp_path / name).write_bytes((out / name).read_bytes())
+    about = json.loads((tmp_path / "config.json").read_text())
+    about["model"]["hidden"] = 99
+    (tmp_path / "config.json").write_text(json.dumps(about))
+    with pytest.raises(UserError, match=r"its config\.json says \(2, 8, 99\)"):
+        jvitmoe.load(tmp_path)
+    about["model"]["no_such"] = 1
+    (tmp_path / "config.json").write_text(json.dumps(about))
+    with pytest.raises((ConfigError, UserError), match="is not a field"):
+        jvitmoe.load(tmp_path)

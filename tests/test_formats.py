@@ -1,0 +1,111 @@
+"""Names elsewhere: what `write` gives, `read` takes back to the bit; what is no ViT of ours is named."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from jvitmoe import formats
+from jvitmoe.config import ModelConfig
+from jvitmoe.models import vit
+
+MODEL = ModelConfig(channels=3, classes=5, patch=4, width=12, hidden=20, depth=3, heads=2)
+
+
+def tree(model: ModelConfig) -> dict[str, np.ndarray]:
+    """Returns a flat dense tree whose every number is another."""
+    shapes = jax.eval_shape(lambda: vit.init(vit.build(model), jax.random.key(0)))
+    leaves, structure = jax.tree.flatten(shapes)
+    rng = np.random.default_rng(0)
+    return formats.flatten(jax.tree.unflatten(structure, [rng.normal(size=x.shape).astype("f") for x in leaves]))
+
+
+@pytest.mark.parametrize("style", ["timm", "hf", "google"])
+@pytest.mark.parametrize("cls_position", [False, True])
+def test_reading_takes_back_what_writing_gave(style, cls_position):
+    ours = tree(dataclasses.replace(MODEL, cls_position=cls_position))
+    theirs = formats.write(ours, style, cls_row=cls_position)
+    assert formats.style_of(theirs) == style
+    again, left = formats.read(theirs, style, MODEL.heads, cls_row=cls_position)
+    assert left == []
+    assert again.keys() == ours.keys()
+    for name in ours:
+        np.testing.assert_array_equal(again[name], ours[name], err_msg=name)
+    assert all(leaf.flags.c_contiguous and leaf.dtype == np.float32 for leaf in (*theirs.values(), *again.values()))
+
+
+def test_a_mean_pooled_vit_has_timms_other_name_for_its_last_norm():
+    ours = tree(dataclasses.replace(MODEL, pool="mean"))
+    theirs = formats.write(ours, "timm", cls_row=False)
+    assert "fc_norm.weight" in theirs
+    assert "norm.weight" not in theirs
+    assert "cls_token" not in theirs
+    again, _ = formats.read(theirs, "timm", MODEL.heads, cls_row=False)
+    np.testing.assert_array_equal(again["norm.scale"], ours["norm.scale"])
+
+
+def test_cls_without_a_position_gets_one_of_zeros_where_it_must_have_one():
+    theirs = formats.write(tree(MODEL), "hf", cls_row=True)
+    positions = theirs["vit.embeddings.position_embeddings"]
+    assert positions.shape == (1, 5, 12)
+    assert not positions[0, 0].any()
+    assert positions[0, 1:].any()
+
+
+def test_a_flat_tree_unflattens_to_itself():
+    flat = tree(MODEL)
+    again = formats.flatten(formats.unflatten(flat))
+    assert list(again) == list(flat)
+    assert all(np.array_equal(again[name], flat[name]) for name in flat)
+
+
+def test_query_key_and_value_lie_in_this_order_and_head_by_head():
+    ours = tree(MODEL)
+    qkv = formats.write(ours, "timm", cls_row=False)["blocks.1.attn.qkv.weight"]
+    kernel_DHK = ours["blocks.attention.key.kernel"][1]
+    np.testing.assert_array_equal(qkv[12:24].reshape(2, 6, 12), kernel_DHK.transpose(1, 2, 0))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda a: a.pop("blocks.1.mlp.fc1.weight"), "'blocks.1.mlp.fc1.weight' is missing"),
+        (lambda a: a.pop("pos_embed"), "'pos_embed' is missing"),
+        (lambda a: a.update({"blocks.0.ls1.gamma": np.ones(12)}), "'blocks.0.ls1.gamma' has no place"),
+        (lambda a: a.update({"norm_pre.weight": np.ones(12)}), "'norm_pre.weight' has no place"),
+        (lambda a: a.update({"blocks.0.mlp.fc1.weight": np.ones((7, 12))}), "differ in shape"),
+    ],
+)
+def test_arrays_that_are_no_vit_of_ours_are_named(change, message):
+    arrays = formats.write(tree(MODEL), "timm", cls_row=False)
+    change(arrays)
+    with pytest.raises(formats.FormatError, match=message) as caught:
+        formats.read(arrays, "timm", MODEL.heads, cls_row=False)
+    assert "\n" not in str(caught.value)
+
+
+def test_heads_that_do_not_divide_are_named():
+    arrays = formats.write(tree(MODEL), "timm", cls_row=False)
+    with pytest.raises(formats.FormatError, match="multiple of the 5 heads"):
+        formats.read(arrays, "timm", 5, cls_row=False)
+
+
+def test_heads_of_other_tasks_are_left_over_and_told():
+    arrays = formats.write(tree(MODEL), "hf", cls_row=True)
+    arrays |= {"vit.pooler.dense.weight": np.ones((12, 12), np.float32)}
+    assert formats.read(arrays, "hf", MODEL.heads, cls_row=True)[1] == ["pooler.dense.weight"]
+
+
+def test_a_vit_without_a_head_is_read_without_one():
+    arrays = formats.write(tree(MODEL), "timm", cls_row=False)
+    del arrays["head.weight"], arrays["head.bias"]
+    ours, left = formats.read(arrays, "timm", MODEL.heads, cls_row=False)
+    assert not any(name.startswith("head") for name in ours)
+    assert left == []
+
+
+@pytest.mark.parametrize(("width", "hidden"), [(64, 128), (300, 1000), (7, 23), (320, 1279)])
+def test_timm_counts_the_hidden_width_as_we_have_it(width, hidden):
+    ratio = formats.timm_config(ModelConfig(width=width, hidden=hidden), ())["model_args"]["mlp_ratio"]
+    assert int(width * ratio) == hidden

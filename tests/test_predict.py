@@ -1,0 +1,177 @@
+"""Pictures in, classes out: by command and by object, also where some of the pictures are none."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import jvitmoe
+from jvitmoe import cli, predict, sheet
+from jvitmoe.config import Config, UserError
+from jvitmoe.data import pictures, sources
+
+
+@pytest.fixture(scope="module")
+def model(experiment_run):
+    return jvitmoe.load(experiment_run)
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return sources.load(Config().data, Config().model).test
+
+
+@pytest.fixture
+def folder(digits, tmp_path):
+    for number in range(3):
+        Image.fromarray(digits.images_NHWC[number, ..., 0]).save(tmp_path / f"digit{number}.png")
+    return tmp_path
+
+
+def run(monkeypatch, capsys, *arguments: object) -> tuple[int, str, str]:
+    monkeypatch.setattr(sys, "argv", ["predict.py", *map(str, arguments)])
+    with pytest.raises(SystemExit) as caught:
+        cli.run(predict.main)
+    captured = capsys.readouterr()
+    return int(caught.value.code), captured.out, captured.err
+
+
+def test_files_and_arrays_get_the_same_classes(model, digits, folder):
+    by_array = model(digits.images_NHWC[:3])
+    assert model(sorted(folder.iterdir())) == by_array == model(folder)
+    assert model(str(folder / "digit1.png")) == [by_array[1]]
+    assert model(digits.images_NHWC[2]) == [by_array[2]]
+
+
+def test_predictions_are_sorted_named_and_sum_to_one(model, digits):
+    (guesses,) = model(digits.images_NHWC[0], top=10)
+    assert sorted(guess.label for guess in guesses) == list(range(10))
+    assert all(guess.name == str(guess.label) for guess in guesses)
+    shares = [guess.probability for guess in guesses]
+    assert shares == sorted(shares, reverse=True)
+    assert sum(shares) == pytest.approx(1, abs=1e-6)
+    assert len(model(digits.images_NHWC[0])[0]) == 5
+
+
+def test_it_knows_most_digits_in_any_number_of_images(model, digits):
+    """Above chance by far: what is loaded is what was trained. Also more images than one batch holds, and none."""
+    top = model.logits(digits.images_NHWC).argmax(1)
+    assert (top == digits.labels_N).mean() > 0.3
+    np.testing.assert_allclose(model.logits(digits.images_NHWC[:5]), model.logits(digits.images_NHWC)[:5], atol=1e-6)
+    assert model(digits.images_NHWC[:0]) == []
+
+
+@pytest.mark.parametrize(
+    "array", [np.zeros((2, 8, 8, 1), np.float32), np.zeros((2, 9, 9, 1), np.uint8), np.zeros((8, 8), np.uint8)]
+)
+def test_arrays_of_another_shape_or_type_are_refused(model, array):
+    with pytest.raises(UserError, match=r"they must be uint8 \(N, 8, 8, 1\)"):
+        model(array)
+
+
+def test_the_table_and_the_json_tell_the_same(experiment_run, folder, monkeypatch, capsys):
+    code, table, err = run(monkeypatch, capsys, f"--workdir={experiment_run}", folder, "--top=2")
+    assert (code, err) == (0, "")
+    code, out, err = run(monkeypatch, capsys, f"--workdir={experiment_run}", folder, "--json", "--top=2")
+    assert (code, err) == (0, "")
+    found = json.loads(out)
+    assert [entry["file"] for entry in found] == [str(folder / f"digit{n}.png") for n in range(3)]
+    for entry in found:
+        assert len(entry["classes"]) == 2
+        for guess in entry["classes"]:
+            assert f"{guess['name']} {guess['probability']:.1%}" in table
+
+
+def test_unreadable_files_are_reported_skipped_and_the_rest_is_done(experiment_run, folder, monkeypatch, capsys):
+    (folder / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\nbroken")
+    huge = Image.new("1", (20_000, 6_000))
+    huge.save(folder / "huge.png")
+    (folder / "empty").mkdir()
+    code, out, err = run(
+        monkeypatch, capsys, "--json", f"--workdir={experiment_run}", folder, folder / "none.png", folder / "empty"
+    )
+    assert code == 1
+    assert len(json.loads(out)) == 3
+    lines = err.splitlines()
+    assert len(lines) == 4
+    for name, reason in (
+        ("broken.png", "cannot be read as an image"),
+        ("huge.png", "has 20000 x 6000 pixels"),
+        ("none.png", "does not exist"),
+        ("empty", "holds no images"),
+    ):
+        assert any(line.startswith("skipped: ") and name in line and reason in line for line in lines), name
+    code, out, err = run(monkeypatch, capsys, f"--workdir={experiment_run}", folder / "broken.png")
+    assert (code, out) == (1, "")
+
+
+def test_the_contact_sheet_shows_every_picture_and_its_classes(experiment_run, folder, monkeypatch, capsys):
+    out = folder / "sheet.png"
+    code, _, err = run(monkeypatch, capsys, f"--workdir={experiment_run}", folder, f"--sheet={out}")
+    assert code == 0, err
+    pixels = np.asarray(Image.open(out).convert("L"))
+    high = sheet.CELL + sheet.LINES * sheet.LINE
+    assert pixels.shape == tuple(2 * (side + sheet.GAP) + sheet.GAP for side in (high, sheet.CELL))
+    for row, column in ((0, 0), (0, 1), (1, 0)):
+        top = sheet.GAP + row * (high + sheet.GAP)
+        left = sheet.GAP + column * (sheet.CELL + sheet.GAP)
+        below = pixels[top + sheet.CELL :][: sheet.LINES * sheet.LINE, left : left + sheet.CELL]
+        assert (below < 60).sum() > 100  # ink
+        assert pixels[top : top + sheet.CELL, left : left + sheet.CELL].std() > 30
+    assert (pixels[-sheet.CELL :, -sheet.CELL :] == 255).all()  # the place that is left
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("x.png",), "--workdir is missing"),
+        (("--workdir={run}",), "no picture was given"),
+        (("--workdir={run}", "--top=0", "x.png"), "--top is 0"),
+        (("--workdir={run}", "--sheet=x.jpg", "x.png"), "it must be a .png"),
+        (("--workdir={run}", "--checkpoint=9", "x.png"), "checkpoint '9' does not exist"),
+        (("--workdir=no/where", "x.png"), "'no/where"),
+    ],
+)
+def test_predict_refuses_in_one_line(experiment_run, monkeypatch, capsys, arguments, message):
+    code, _, err = run(monkeypatch, capsys, *(a.format(run=experiment_run) for a in arguments))
+    assert (code, err.count("\n")) == (2, 1)
+    assert message in err
+
+
+def test_any_mode_size_and_turn_becomes_what_the_model_takes(tmp_path):
+    rows = np.repeat(np.arange(0, 240, 10, dtype=np.uint8)[:, None], 36, 1)  # dark above, light below; 24 x 36
+    ways = {
+        "L": Image.fromarray(rows),
+        "RGB": Image.fromarray(rows).convert("RGB"),
+        "P": Image.fromarray(rows).convert("P"),
+        "16": Image.fromarray(rows.astype(np.uint16) * 257),
+        "RGBA": Image.fromarray(np.dstack([rows, rows, rows, np.full_like(rows, 255)])),
+    }
+    wanted = None
+    for name, image in ways.items():
+        image.save(tmp_path / f"{name}.png")
+        found = pictures.read(tmp_path / f"{name}.png", 8, 1)
+        assert (found.shape, found.dtype) == ((8, 8, 1), np.uint8)
+        assert (np.diff(found[:, 4, 0].astype(int)) > 0).all(), name
+        wanted = found if wanted is None else wanted
+        np.testing.assert_allclose(found.astype(int), wanted, atol=2, err_msg=name)
+        assert pictures.read(tmp_path / f"{name}.png", 5, 3).shape == (5, 5, 3)
+    turned = Image.fromarray(rows).transpose(Image.Transpose.ROTATE_90)
+    exif = turned.getexif()
+    exif[0x0112] = 6  # "turn by 90 degrees clockwise to see it upright"
+    turned.save(tmp_path / "turned.png", exif=exif)
+    np.testing.assert_array_equal(pictures.read(tmp_path / "turned.png", 8, 1), wanted)
+    Image.new("RGBA", (8, 8), (0, 0, 0, 0)).save(tmp_path / "clear.png")
+    assert (pictures.read(tmp_path / "clear.png", 8, 3) == 255).all()
+    with pytest.raises(pictures.PictureError, match="takes 2 channels"):
+        pictures.read(tmp_path / "L.png", 8, 2)
+
+
+def test_importing_the_package_starts_no_jax():
+    code = "import sys, jvitmoe; assert 'jax' not in sys.modules; jvitmoe.load; assert 'jax' in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = jvitmoe.nothing

@@ -1,0 +1,209 @@
+"""Starting from a trained ViT: what is kept, resized, folded, re-made and told; and what is refused in one line."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from jvitmoe import classifier, formats, pretrained
+from jvitmoe.config import Config, ConfigError, ModelConfig, UserError
+from jvitmoe.models import vit
+
+MODEL = ModelConfig(channels=3, classes=5, patch=4, width=12, hidden=20, depth=2, heads=2, cls_position=True)
+
+
+def dense(model: ModelConfig, seed: int = 0) -> formats.Dict:
+    """Returns a flat dense tree with no zeros or ones left in it."""
+    tree = jax.device_get(vit.init(vit.build(model), jax.random.key(seed)))
+    rng = np.random.default_rng(seed)
+    return {n: (x + 0.1 * rng.normal(size=x.shape)).astype("f") for n, x in formats.flatten(tree).items()}
+
+
+def logits(model: ModelConfig, flat: formats.Dict, images: np.ndarray) -> np.ndarray:
+    return np.asarray(vit.logits(vit.build(model), formats.unflatten(flat), images))
+
+
+def source(model: ModelConfig, flat: formats.Dict) -> pretrained.Source:
+    return pretrained.Source(pretrained.Path("there"), "timm", dict(flat), model)
+
+
+def adapted(model: ModelConfig, **changes: object) -> tuple[ModelConfig, formats.Dict, formats.Dict, str]:
+    """Returns (the other config, its fresh tree, what a ViT of MODEL becomes there, what was told)."""
+    other = dataclasses.replace(model, **changes)
+    fresh = dense(other, 1)
+    params, lines = pretrained.adapt(source(model, dense(model)), other, fresh)
+    assert {n: x.shape for n, x in params.items()} == {n: x.shape for n, x in fresh.items()}
+    return other, fresh, params, "\n".join(lines)
+
+
+IMAGES = np.random.default_rng(0).normal(size=(4, 8, 8, 3)).astype("f")
+
+
+def test_the_same_vit_is_taken_as_it_is():
+    _, _, params, told = adapted(MODEL)
+    for name, leaf in dense(MODEL).items():
+        np.testing.assert_array_equal(params[name], leaf)
+    assert "1,997 of 1,997 parameters loaded" in told or told.count("\n") == 0
+
+
+def test_the_position_of_cls_is_folded_where_there_is_none_and_zeros_where_there_was_none():
+    other, _, params, told = adapted(MODEL, cls_position=False)
+    np.testing.assert_allclose(logits(other, params, IMAGES), logits(MODEL, dense(MODEL), IMAGES), atol=1e-6)
+    assert "folded the position of CLS" in told
+    other, _, params, _ = adapted(dataclasses.replace(MODEL, cls_position=False), cls_position=True)
+    assert not params["cls_position"].any()
+
+
+def test_another_number_of_classes_gets_a_fresh_head_and_keeps_the_rest():
+    _, fresh, params, told = adapted(MODEL, classes=3)
+    old = dense(MODEL)
+    for name in params:
+        kept = fresh if name.startswith("head.") else old
+        np.testing.assert_array_equal(params[name], kept[name])
+    assert "re-made the head for 3 classes (the source has 5)" in told
+
+
+def test_a_larger_image_gets_positions_resized_and_says_so():
+    old = dense(MODEL)
+    old["positions"][:] = old["positions"].mean(0)  # alike everywhere: they must stay so
+    other = dataclasses.replace(MODEL, image_size=20, position_rows=30)
+    fresh = dense(other, 1)
+    params, lines = pretrained.adapt(source(MODEL, old), other, fresh)
+    assert params["positions"].shape == (30, 12)
+    np.testing.assert_allclose(params["positions"][:25], np.repeat(old["positions"][:1], 25, 0), atol=1e-6)
+    np.testing.assert_array_equal(params["positions"][25:], fresh["positions"][25:])
+    assert "resized positions from 2x2 to 5x5" in "\n".join(lines)
+
+
+def test_a_kernel_of_smaller_patches_gives_on_enlarged_images_what_it_gave():
+    kernel = np.random.default_rng(0).normal(size=(4, 4, 3, 6)).astype("f")
+    larger = pretrained.resize_patches(kernel, 8)
+    patch = np.random.default_rng(1).normal(size=(4, 4, 3)).astype("f")
+    enlarged = np.asarray(jax.image.resize(patch, (8, 8, 3), "cubic"))
+    before, after = np.einsum("pqc,pqcd->d", patch, kernel), np.einsum("pqc,pqcd->d", enlarged, larger)
+    np.testing.assert_allclose(after, before, rtol=1e-3, atol=1e-3)
+
+
+def test_grey_images_give_through_one_channel_what_they_gave_through_three():
+    other, _, params, told = adapted(MODEL, channels=1)
+    grey = IMAGES[..., :1]
+    np.testing.assert_allclose(
+        logits(other, params, grey), logits(MODEL, dense(MODEL), np.repeat(grey, 3, -1)), atol=1e-5
+    )
+    assert "3 channels out over 1" in told
+
+
+def test_what_cannot_be_kept_is_told():
+    assert "model.norm_epsilon=0.01, where the source has 1e-05" in adapted(MODEL, norm_epsilon=0.01)[3]
+    assert "skipped the positions" in adapted(MODEL, positions="sincos2d")[3]
+
+
+@pytest.mark.parametrize("change", [{"width": 24}, {"depth": 3}, {"hidden": 8}, {"heads": 3}, {"pool": "mean"}])
+def test_blocks_of_another_shape_are_refused_with_the_flags_that_fit(change):
+    other = dataclasses.replace(MODEL, cls_position=False, **change)
+    with pytest.raises(ConfigError) as caught:
+        pretrained.adapt(source(MODEL, dense(MODEL)), other, dense(other, 1))
+    (name,) = change
+    assert f"--config.model.{name}={getattr(MODEL, name)}" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def write_hf(folder, model=MODEL, **about):
+    flat = dense(model)
+    arrays = formats.write(flat, formats.HF, cls_row=True)
+    save_file(arrays, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(formats.hf_config(model, list("abcde")) | about))
+    return flat
+
+
+def test_a_folder_tells_everything_and_a_bare_file_needs_the_heads(tmp_path):
+    flat = write_hf(tmp_path)
+    found = pretrained.read(tmp_path)
+    assert (found.model, found.classes, found.kind) == (MODEL, tuple("abcde"), "hf")
+    np.testing.assert_array_equal(found.params["blocks.attention.out.kernel"], flat["blocks.attention.out.kernel"])
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(UserError, match="nothing tells its number of heads"):
+        pretrained.read(tmp_path)
+    assert pretrained.read(tmp_path / "model.safetensors", heads=2).model.heads == 2
+
+
+def test_another_mean_and_deviation_of_pixels_are_folded(tmp_path):
+    write_hf(tmp_path)
+    plain = pretrained.read(tmp_path)
+    mean, std = [0.4, 0.5, 0.6], [0.2, 0.25, 0.3]
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps({"image_mean": mean, "image_std": std}))
+    folded = pretrained.read(tmp_path)
+    pixels = np.random.default_rng(0).integers(0, 256, (3, 8, 8, 3), dtype=np.uint8)
+    theirs = ((pixels / 255 - mean) / std).astype("f")
+    np.testing.assert_allclose(
+        classifier.from_source(folded).logits(pixels), logits(MODEL, plain.params, theirs), atol=1e-4
+    )
+    assert "folded" in folded.notes[0]
+
+
+def test_npz_is_read_and_tells_its_heads(tmp_path):
+    flat = dense(MODEL)
+    np.savez(tmp_path / "vit.npz", **formats.write(flat, formats.GOOGLE, cls_row=True))
+    found = pretrained.read(tmp_path / "vit.npz")
+    assert found.model == dataclasses.replace(MODEL, norm_epsilon=1e-6)
+    np.testing.assert_array_equal(found.params["cls_position"], flat["cls_position"])
+
+
+def damaged(tmp_path):
+    """Yields (path, what the message says) of sources that are none."""
+
+    def put(name: str, content: bytes):
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(content)
+        return path
+
+    yield tmp_path / "nowhere", "is not a file"
+    yield put("vit.bin", b"x"), "neither .safetensors nor .npz"
+    yield put("torn.safetensors", b"\xff" * 30), "cannot be read as safetensors"
+    yield put("torn.npz", b"PK\x03\x04torn"), "cannot be read as .npz"
+    np.savez(tmp_path / "other.npz", x=np.ones(3))
+    yield tmp_path / "other.npz", "not those of a google-research ViT"
+    np.savez(tmp_path / "pickled.npz", x=np.array([{}], dtype=object))
+    yield tmp_path / "pickled.npz", "allow_pickle=False"
+    save_file({"x": np.ones(3, "f")}, tmp_path / "other.safetensors")
+    yield tmp_path / "other.safetensors", "neither timm's names nor Hugging Face's"
+    (tmp_path / "json").mkdir()
+    write_hf(tmp_path / "json")
+    put("json/config.json", b"{")
+    yield tmp_path / "json", "config.json or its arrays"
+    (tmp_path / "act").mkdir()
+    write_hf(tmp_path / "act", hidden_act="relu")
+    yield tmp_path / "act", "hidden_act 'relu'"
+    (tmp_path / "pool").mkdir()
+    arrays = formats.write(dense(MODEL), formats.TIMM, cls_row=True)
+    save_file(arrays | {"fc_norm.weight": arrays["norm.weight"]}, tmp_path / "pool" / "model.safetensors")
+    yield tmp_path / "pool", "pools otherwise"
+
+
+def test_damaged_and_foreign_sources_are_one_line_with_the_path(tmp_path):
+    for path, message in damaged(tmp_path):
+        with pytest.raises(UserError) as caught:
+            pretrained.read(path, heads=2)
+        assert message in str(caught.value), path
+        assert str(path) in str(caught.value)
+        assert "\n" not in str(caught.value)
+
+
+def test_a_source_that_fails_names_the_field():
+    config = Config()
+    config.init.source = "no/where"
+    with pytest.raises(ConfigError, match=r"config\.init\.source cannot be read: 'no/where'"):
+        pretrained.start(config)
+
+
+def test_a_finished_run_is_read_merged_with_its_names(experiment_run):
+    found = pretrained.read(experiment_run)
+    assert (found.kind, found.classes) == ("run", tuple("0123456789"))
+    assert found.params["blocks.mlp.up"].ndim == 3
+    assert "averaged the experts" in found.notes
+    with pytest.raises(UserError, match="checkpoint '7' does not exist"):
+        pretrained.read(experiment_run, checkpoint="7")

@@ -1,0 +1,180 @@
+"""LoRA and adapters as experts (AdaMix): only they and the head are trained, and they fold into a plain ViT exactly."""
+
+import dataclasses
+import shutil
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jvitmoe
+from jvitmoe import config as config_lib
+from jvitmoe import evaluation, merging, optim, pretrained, step, train
+from jvitmoe.models import mlp, vit
+
+KINDS = {"lora": {"lora": 2}, "adapter": {"adapter": 3}, "both": {"lora": 2, "adapter": 3}}
+E = 3
+
+
+@pytest.fixture(params=KINDS)
+def config(request, tiny_config):
+    return tiny_config(
+        model=KINDS[request.param], routing={"experts": E, "scope": "layer"}, init={"source": "somewhere"}
+    )
+
+
+def shaken(tree):
+    """Returns the tree with every leaf moved at random, also those that start at zero."""
+    leaves, structure = jax.tree.flatten(tree)
+    rng = np.random.default_rng(0)
+    return jax.tree.unflatten(structure, [leaf + 0.3 * rng.normal(size=leaf.shape).astype("f") for leaf in leaves])
+
+
+def images(config):
+    size = config.model.image_size
+    return jax.random.normal(jax.random.key(5), (4, size, size, config.model.channels))
+
+
+def start(config):
+    """Returns (the source's dense tree, the model, its state at step 0 from this source)."""
+    source = vit.init(vit.build(dataclasses.replace(config.model, lora=0, adapter=0)), jax.random.key(7))
+    model = step.make_model(config, "cpu")
+    return source, model, step.make_state(config, model, step.make_mesh(config.train), source)
+
+
+def test_every_expert_starts_as_the_source(config):
+    source, model, state = start(config)
+    wanted = vit.logits(vit.build(dataclasses.replace(config.model, lora=0, adapter=0)), source, images(config))
+    for route_L in ([0, 0], [2, 1]):
+        found = vit.logits(model, state.params, images(config), jnp.array(route_L))
+        chex.assert_trees_all_close(found, wanted, atol=1e-6)
+    merged = merging.average_experts(state.params)
+    chex.assert_trees_all_close(vit.logits(model.plain(), merged, images(config)), wanted, atol=1e-6)
+
+
+def test_one_expert_and_the_plain_vit_it_folds_into_compute_the_same(config):
+    _, model, state = start(config)
+    params, route_L = shaken(state.params), jnp.array([2, 1])
+    folded = merging.take_path(params, route_L)
+    shapes = jax.eval_shape(lambda: vit.init(model.plain(), jax.random.key(0)))
+    chex.assert_trees_all_equal_shapes_and_dtypes(folded, shapes)
+    wanted = vit.logits(model, params, images(config), route_L)
+    chex.assert_trees_all_close(vit.logits(model.plain(), folded, images(config)), wanted, atol=1e-5)
+    assert not np.allclose(vit.logits(model, params, images(config), jnp.array([0, 1])), wanted, atol=1e-3)
+
+
+def test_over_slots_each_expert_runs_on_its_images(config):
+    _, model, state = start(config)
+    params, pictures = shaken(state.params), jnp.concatenate([images(config)[:E], images(config)[:E]])
+    by_slot = vit.logits(
+        model, params, pictures.reshape(2, E, *pictures.shape[1:]).swapaxes(0, 1).reshape(pictures.shape)
+    )
+    for e in range(E):
+        alone = vit.logits(model, params, pictures[e : e + 1], jnp.array([e, e]))
+        chex.assert_trees_all_close(by_slot[2 * e : 2 * e + 1], alone, atol=1e-5)
+
+
+def test_merging_averages_matrices_and_then_folds():
+    """AdaMix averages A and B apart, so the product is of the means and not the mean of products."""
+    rng = np.random.default_rng(0)
+    a_EDR, b_ERF = rng.normal(size=(E, 4, 2)), rng.normal(size=(E, 2, 5))
+    plain = {"up": rng.normal(size=(4, 5)), "up_bias": np.zeros(5), "down": np.ones((5, 4)), "down_bias": np.zeros(4)}
+    zeros = {"down_a": np.zeros((5, 2)), "down_b": np.zeros((2, 4))}
+    blocks = {name: jnp.asarray(leaf)[None] for name, leaf in (plain | zeros).items()}
+    blocks |= {"up_a": jnp.asarray(a_EDR)[None], "up_b": jnp.asarray(b_ERF)[None]}
+    blocks |= {name: jnp.broadcast_to(blocks[name][:, None], (1, E, *zeros[name].shape)) for name in zeros}
+    merged = merging.average_experts({"blocks": {"mlp": blocks}})["blocks"]["mlp"]
+    assert set(merged) == set(plain)
+    wanted = plain["up"] + a_EDR.mean(0) @ b_ERF.mean(0)
+    np.testing.assert_allclose(merged["up"][0], wanted, rtol=1e-5)
+    assert not np.allclose(wanted, plain["up"] + (a_EDR @ b_ERF).mean(0), atol=1e-2)
+
+
+@pytest.mark.parametrize("experts", [1, E])
+@pytest.mark.parametrize("granularity", ["batch", "sample"])
+def test_training_moves_what_is_tuned_and_the_head_and_not_one_bit_more(tiny_config, training, experts, granularity):
+    config = tiny_config(
+        model={"lora": 2, "adapter": 3},
+        routing={"experts": experts, "granularity": granularity, "pull": 0.1 if experts > 1 else 0.0},
+        init={"source": "somewhere"},
+        optim={"weight_decay": 0.5, "learning_rate": 0.05},
+        train={"batch_size": 9, "ema": 0.5},
+    )
+    run = training(config).run(4)
+    before, after = run.history[0], run.history[-1]
+    moved = set()
+    for (path, old), new in zip(jax.tree.leaves_with_path(before.params), jax.tree.leaves(after.params), strict=True):
+        if not np.array_equal(old, new):
+            moved.add((path[0].key, path[-1].key))
+    tuned = {("blocks", name) for name in (*mlp.LORA, *mlp.ADAPTER)}
+    assert moved == tuned | {("head", "kernel"), ("head", "bias")}
+    wanted = jax.eval_shape(lambda: vit.init(run.model.plain(), jax.random.key(0)))
+    chex.assert_trees_all_equal_shapes(after.ema, wanted)
+    chex.assert_trees_all_equal_shapes(evaluation.dense_tree(config, after.params), wanted)
+
+
+def test_the_trained_parameters_are_counted_and_only_they_have_moments(config):
+    d, f, layers, classes = 8, 12, 2, 3
+    lora = 2 * (d + f) * 2 if config.model.lora else 0
+    adapter = (3 * (2 * d + 1) + d) if config.model.adapter else 0
+    trained = E * layers * (lora + adapter) + classes * (d + 1)
+    assert evaluation.count_trained(config) == trained
+    _, _, state = start(config)
+    floats = [leaf for leaf in jax.tree.leaves(state.opt_state) if leaf.dtype == jnp.float32]
+    assert sum(leaf.size for leaf in floats) == 2 * trained
+    assert optim.frozen(dataclasses.replace(config, model=config.model.plain())) is None
+
+
+def test_the_gradient_norm_is_of_what_is_trained(tiny_config, training):
+    config = tiny_config(model={"lora": 2}, routing={"experts": 2}, init={"source": "x"})
+    run = training(config).run(1)
+    _, head = run.history[0].params, run.history[0].params["head"]
+    images = run.images.images_NHWC[run.order.epoch(0)[0]] / 127.5 - 1.0
+    labels = run.images.labels_N[run.order.epoch(0)[0]]
+    dense = merging.average_experts(run.history[0].params)
+
+    def loss(part):
+        tree = dense | {"head": part}
+        log_p = jax.nn.log_softmax(vit.logits(run.model.plain(), tree, images))
+        return -jnp.take_along_axis(log_p, labels[:, None], 1).mean()
+
+    # At step 0 the second halves are zero, so the first halves have no gradient; the head's is a part of the whole.
+    head_norm = float(jnp.sqrt(sum(jnp.square(g).sum() for g in jax.tree.leaves(jax.grad(loss)(head)))))
+    whole = jax.grad(
+        lambda tree: (
+            -jnp.take_along_axis(
+                jax.nn.log_softmax(vit.logits(run.model.plain(), tree, images)), labels[:, None], 1
+            ).mean()
+        )
+    )(dense)
+    whole_norm = float(jnp.sqrt(sum(jnp.square(g).sum() for g in jax.tree.leaves(whole))))
+    assert head_norm - 1e-6 <= float(run.metrics[0].grad_norm) < whole_norm
+
+
+@pytest.mark.parametrize("kind", ["lora", "adapter"])
+def test_a_run_tunes_prints_resumes_without_its_source_and_ships_a_plain_vit(
+    experiment_run, tmp_path, capsys, monkeypatch, kind
+):
+    source = tmp_path / "source"
+    shutil.copytree(experiment_run, source)
+    config = config_lib.loads((experiment_run / "config.json").read_text(), "config.json")
+    config.model.lora, config.model.adapter = (2, 0) if kind == "lora" else (0, 3)
+    config.init.source, config.routing.granularity, config.routing.consistency = str(source), "batch", 0.1
+    config.train.epochs = 1
+    config.validate()
+    monkeypatch.setattr("signal.signal", lambda *_: None)
+    train.train(config, tmp_path / "run", train.Stop())
+    out = capsys.readouterr().out
+    assert f"trained     {evaluation.count_trained(config):,} of" in out
+    assert "(run): " in out
+    shutil.rmtree(source)
+    train.train(config, tmp_path / "run", train.Stop())
+    assert "resuming" in capsys.readouterr().out
+    found = pretrained.read(tmp_path / "run")
+    assert found.model == dataclasses.replace(config.model.plain(), position_rows=found.model.position_rows)
+    assert found.params["blocks.mlp.up"].shape == (2, 8, 12 + (3 if kind == "adapter" else 0))
+    assert "folded LoRA and adapters into the MLP" in found.notes
+    digits = np.zeros((2, 8, 8, 1), np.uint8)
+    assert jvitmoe.load(tmp_path / "run").logits(digits).shape == (2, 10)
