@@ -50,7 +50,25 @@ class ModelConfig:
     head_hidden: int = 0  # width of the head's hidden layer; 0 is a one-layer head
     dropout: float = 0.0  # after attention weights, GELU and both residual branches
     dtype: str = "auto"  # compute: float32 | bfloat16 | auto (bfloat16 on GPU and TPU); parameters stay float32
+    attention: str = "auto"  # xla | cudnn | auto (cudnn on a GPU that has it, where it takes the shapes)
     unroll: int = 1  # layers unrolled per iteration of the scan over depth
+
+    @property
+    def patches(self) -> int:
+        """T without the CLS token: image patches of one image."""
+        return (self.image_size // self.patch) ** 2
+
+    @property
+    def tokens(self) -> int:
+        """T: patches of one image and the CLS token, if there is one."""
+        return self.patches + (self.pool == "cls")
+
+    @property
+    def fits_cudnn(self) -> bool:
+        """Whether cuDNN's fused attention, as JAX differentiates it, takes these shapes: heads of a multiple of 8 up to
+        128, and an even number of tokens."""
+        head_width = self.width // self.heads
+        return head_width % 8 == 0 and head_width <= 128 and self.tokens % 2 == 0
 
 
 @dataclasses.dataclass
@@ -161,9 +179,14 @@ class Config:
                 f"must divide model.image_size, which is {model.image_size}",
             ),
             (
-                model.position_rows == 0 or model.position_rows >= self.patches,
+                model.position_rows == 0 or model.position_rows >= model.patches,
                 "model.position_rows",
-                f"must be 0 or at least the number of patches, which is {self.patches}",
+                f"must be 0 or at least the number of patches, which is {model.patches}",
+            ),
+            (
+                model.attention != "cudnn" or (model.fits_cudnn and model.dtype != "float32"),
+                "model.attention",
+                "must be auto or xla but for bfloat16, heads of a multiple of 8 up to 128 and an even number of tokens",
             ),
             (
                 "experts" in routing.pattern and {*routing.pattern} <= {"experts", "dense"},
@@ -254,16 +277,6 @@ class Config:
         """Equal parts of a batch that run at once, each through an expert of its own."""
         return 1 if self.routing.granularity == "batch" else self.routing.experts
 
-    @property
-    def tokens(self) -> int:
-        """T: patches of one image and the CLS token, if there is one."""
-        return self.patches + (self.model.pool == "cls")
-
-    @property
-    def patches(self) -> int:
-        """T without the CLS token: image patches of one image."""
-        return (self.model.image_size // self.model.patch) ** 2
-
 
 CHOICES = {
     "data.crop": ("pad", "resized"),
@@ -271,6 +284,7 @@ CHOICES = {
     "model.pool": ("cls", "mean"),
     "model.positions": ("learned", "sincos2d"),
     "model.dtype": ("auto", "float32", "bfloat16"),
+    "model.attention": ("auto", "xla", "cudnn"),
     "routing.router": ("random", "switch", "topk", "expert_choice", "soft", "hash", "frozen"),
     "routing.granularity": ("batch", "sample", "token"),
     "routing.shared_layer": ("none", "up", "down"),

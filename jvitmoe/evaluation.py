@@ -190,7 +190,7 @@ def flops_per_image(net: vit.ViT, batch: int) -> float:
     has one here, because elsewhere products become library calls that XLA does not look into.
     """
     config = dataclasses.replace(net.config, unroll=net.config.depth)
-    model = net.clone(config=config)
+    model = net.clone(config=config, attention="xla")
     params = jax.eval_shape(lambda: vit.init(model, jax.random.key(0)))
     images = jax.ShapeDtypeStruct((batch, config.image_size, config.image_size, config.channels), jnp.float32)
     try:

@@ -121,6 +121,29 @@ def mergeability(result: Mapping[str, Any], path: Path) -> None:
     _save(figure, path)
 
 
+def throughput(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Writes one PNG of a benchmark's rows: a bar of images per second for each model and dtype."""
+    dtypes, models = (list(dict.fromkeys(row[name] for row in rows)) for name in ("dtype", "model"))
+    figure, axes = plt.subplots(figsize=(9, 1.2 + 0.3 * len(models) * len(dtypes)), layout="constrained")
+    height = 0.8 / len(dtypes)
+    for number, dtype in enumerate(dtypes):
+        shown = [row for row in rows if row["dtype"] == dtype]
+        places = [models.index(row["model"]) + (number - (len(dtypes) - 1) / 2) * height for row in shown]
+        rates = [row["images_per_second"] for row in shown]
+        errors = [row["images_per_second"] * row["spread"] / 2 for row in shown]
+        axes.barh(places, rates, height, xerr=errors, label=dtype, error_kw={"elinewidth": 0.8})
+        for row, place, rate, error in zip(shown, places, rates, errors, strict=True):
+            text = f"{rate:,.0f}" + (f"  ({row['times_dense']:.2f} of dense)" if "times_dense" in row else "")
+            axes.annotate(text, (rate + error, place), (4, 0), textcoords="offset points", va="center", fontsize=8)
+    axes.set_yticks(range(len(models)), models)
+    axes.invert_yaxis()
+    axes.margins(x=0.25)
+    axes.set(title="Training, images per second", xlabel="images/s (right is better); in brackets the time of a step")
+    axes.legend(frameon=False, loc="lower right")
+    _plain(axes)
+    _save(figure, path)
+
+
 def _plain(*every: Axes) -> None:
     for axes in every:
         axes.grid(alpha=0.3)

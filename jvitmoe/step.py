@@ -14,7 +14,7 @@ import re
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, cast
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,7 @@ import numpy as np
 import optax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from jvitmoe import merging, optim, routing, state
+from jvitmoe import compilation, merging, optim, routing, state
 from jvitmoe.config import Config, ConfigError, TrainConfig
 from jvitmoe.data import augment
 from jvitmoe.data.feed import Images
@@ -58,7 +58,14 @@ def as_floats(metrics: Metrics, expert_layers: Sequence[int]) -> dict[str, float
     return scalars
 
 
-TrainStep = Callable[[TrainState, Images, jax.Array | None], tuple[TrainState, Metrics]]
+class TrainStep(Protocol):
+    """What `jax.jit` makes of (state, images, index_SB of the epoch) -> (state, Metrics)."""
+
+    def __call__(self, before: TrainState, split: Images, index_SB: jax.Array | None) -> tuple[TrainState, Metrics]: ...
+
+    def lower(self, before: TrainState, split: Images, index_SB: jax.Array | None) -> Any: ...
+
+    def trace(self, before: TrainState, split: Images, index_SB: jax.Array | None) -> Any: ...
 
 
 def make_mesh(train: TrainConfig) -> Mesh:
@@ -118,7 +125,15 @@ def make_model(config: Config, platform_name: str) -> vit.ViT:
         top_k = routed.experts if routed.router == "frozen" else routed.top_k  # when it is tested, all of them
         router = RouterSettings(routed.router, top_k, routed.capacity, routed.eval_capacity)
     pattern = routed.pattern if routed.experts > 1 else ("experts",)
-    return vit.build(config.model, routed.experts, routed.init, routed.shared_layer, router, platform_name, pattern)
+    experts = routed.experts, routed.init, routed.shared_layer
+    fused = platform_name == "gpu" and _fuses_attention()
+    return vit.build(config.model, *experts, router, platform_name, pattern, fused)
+
+
+def _fuses_attention() -> bool:
+    """Whether the GPUs here have what cuDNN's fused attention needs: NVIDIA's compute capability 8.0 (A100) or more."""
+    capability = str(getattr(jax.local_devices(backend="gpu")[0], "compute_capability", ""))
+    return re.fullmatch(r"\d+\.\d+", capability) is not None and float(capability) >= 8.0
 
 
 def make_direction(config: Config) -> optax.GradientTransformation:
@@ -226,43 +241,73 @@ def make_train_step(config: Config, model: vit.ViT, mesh: Mesh, steps_per_epoch:
     makes two passes, on two distinct routes, at twice the cost.
     """
     root = jax.random.key(config.train.seed)
-    learning_rate = optim.schedule(config, steps_per_epoch)
-    tx = make_direction(config)
     routed, depth = config.routing, config.model.depth
     passes = 2 if routed.consistency else 1
-    # Over slots and with a learned router the whole stack runs. Otherwise the step runs on what its routes pick: one
-    # dense model, or two experts.
-    whole = config.slots > 1 or config.learned
+    whole = _runs_whole(config)
     net = model if whole else model.clone(experts=passes)
     gradients = _make_gradients(config, net, mesh, config.train.epochs * steps_per_epoch)
-    moves_experts = routed.experts > 1 and (routed.pull > 0 or routed.tie_last > 0)
-    experts_at = expert_schedule(config, steps_per_epoch)
+    update = make_update(config, steps_per_epoch)
 
     def draw_routes(step: jax.Array) -> list[jax.Array]:
-        route = routing.draw_route(routing.address(root, Purpose.ROUTE, step), routed, depth, config.tokens)
+        route = routing.draw_route(routing.address(root, Purpose.ROUTE, step), routed, depth, config.model.tokens)
         if passes == 1:
             return [route]
         key = routing.address(root, Purpose.SECOND_ROUTE, step)
         return [route, routing.distinct_route(key, route, routed)]
 
     def train_step(before: TrainState, split: Images, index_SB: jax.Array | None) -> tuple[TrainState, Metrics]:
-        step, params, opt_state = before.step, before.params, before.opt_state
+        step, params = before.step, before.params
         routes = draw_routes(step)
+        picked = routes[0] if passes == 1 else jnp.stack(routes, axis=1)  # [L] or [L, 2]
         if not whole:
-            picked = routes[0] if passes == 1 else jnp.stack(routes, axis=1)  # [L] or [L, 2]
-            params, opt_state = state.take_path(params, opt_state, picked)
+            params, _ = state.take_path(params, before.opt_state, picked)
             routes = [jnp.full((depth,), number) for number in range(passes)]
         index_B = None if index_SB is None else index_SB[step % steps_per_epoch]
         loss, accuracy, statistics, grads = gradients(params, split, index_B, step, routes)
+        after, norm, rate = update(before, grads, picked)
+        return after, Metrics(loss, accuracy, norm, rate, statistics)
+
+    shardings = jax.tree.map(lambda x: x.sharding, abstract_state(config, model, mesh))
+    jitted = jax.jit(
+        train_step,
+        donate_argnums=0,
+        out_shardings=(shardings, NamedSharding(mesh, REPLICATED)),
+        compiler_options=compilation.options(model.dtype, mesh.devices.flat[0].platform),
+    )
+    return cast(TrainStep, jitted)
+
+
+def _runs_whole(config: Config) -> bool:
+    """Whether the whole stack runs in a step: over slots and with a learned router. Otherwise the step runs on what its
+    routes pick: one dense model, or two experts."""
+    return config.slots > 1 or config.learned
+
+
+def make_update(
+    config: Config, steps_per_epoch: int
+) -> Callable[[TrainState, Any, jax.Array], tuple[TrainState, jax.Array, jax.Array]]:
+    """Returns (state, grads, picked) -> (state, norm of the gradients, learning rate): all of a step that follows its
+    gradients. They are those of the experts that the route `picked` picks, or of the whole stack where all of it runs.
+    """
+    learning_rate = optim.schedule(config, steps_per_epoch)
+    tx = make_direction(config)
+    whole = _runs_whole(config)
+    all_run = whole or config.routing.consistency > 0
+    moves_experts = config.routing.experts > 1 and (config.routing.pull > 0 or config.routing.tie_last > 0)
+    experts_at = expert_schedule(config, steps_per_epoch)
+
+    def update(before: TrainState, grads: Any, picked: jax.Array) -> tuple[TrainState, jax.Array, jax.Array]:
+        params, opt_state = before.params, before.opt_state
+        if not whole:
+            params, opt_state = state.take_path(params, opt_state, picked)
         norm = optax.tree.norm(grads)
         if config.optim.clip_norm:
             scale = jnp.minimum(1.0, config.optim.clip_norm / norm)
             grads = jax.tree.map(lambda g: g * scale, grads)
-        expert_scale, pull = experts_at(step)
+        expert_scale, pull = experts_at(before.step)
         stacked = merging.stacked(before.params)
-        all_run = whole or passes == 2
         direction, opt_state = state.update(tx, grads, opt_state, params, stacked, all_run, expert_scale)
-        rate = learning_rate(step)
+        rate = jnp.asarray(learning_rate(before.step), jnp.float32)
         params = jax.tree.map(lambda p, d: p - rate * d, params, direction)
         if not whole:
             params, opt_state = state.put_path(before.params, before.opt_state, picked, params, opt_state)
@@ -272,11 +317,9 @@ def make_train_step(config: Config, model: vit.ViT, mesh: Mesh, steps_per_epoch:
         if decay:
             merged = merging.average_experts(params)
             ema = jax.tree.map(lambda mean, new: decay * mean + (1.0 - decay) * new, ema, merged)
-        metrics = Metrics(loss, accuracy, norm, jnp.asarray(rate, jnp.float32), statistics)
-        return TrainState(step + 1, params, opt_state, ema), metrics
+        return TrainState(before.step + 1, params, opt_state, ema), norm, rate
 
-    shardings = jax.tree.map(lambda x: x.sharding, abstract_state(config, model, mesh))
-    return jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, NamedSharding(mesh, REPLICATED)))
+    return update
 
 
 def _make_gradients(config: Config, net: vit.ViT, mesh: Mesh, total: int) -> Callable[..., Any]:

@@ -1,6 +1,6 @@
-"""Writes tests/models/torch_vit_golden.npz: what the original's ViT, written here in PyTorch, computes at a small size.
+"""Writes tests/models/torch_vit_golden.npz: what the original's ViT, in PyTorch, computes at a small size.
 
-Needs PyTorch and NumPy only (no JAX, no jvitmoe). Run it from anywhere; the same arrays come out every time:
+Needs PyTorch and NumPy; of jvitmoe only `peer.py`, no JAX. The same arrays come out every time:
 
     python scripts/make_torch_golden.py
 
@@ -20,6 +20,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from jvitmoe.peer import Layer, ViT
+
 TARGET = Path(__file__).parents[1] / "tests" / "models" / "torch_vit_golden.npz"
 ORIGINAL = {
     **{"image_size": 8, "channels": 3, "classes": 5, "patch": 2, "width": 12, "hidden": 14, "depth": 3, "heads": 3},
@@ -31,72 +33,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "mean": {"pool": "mean", "head_hidden": 0, "position_rows": 16},
     "experts": {"experts": 2, "route": (0, 1, 1)},
 }
-
-
-class Attention(nn.Module):
-    def __init__(self, width: int, heads: int):
-        super().__init__()
-        self.heads = heads
-        self.query, self.key, self.value, self.out = (nn.Linear(width, width) for _ in range(4))
-
-    def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
-        b, t, d = x_BTD.shape
-        query, key, value = (
-            layer(x_BTD).view(b, t, self.heads, d // self.heads).transpose(1, 2)
-            for layer in (self.query, self.key, self.value)
-        )
-        weights = torch.softmax(query @ key.transpose(-2, -1) / (d // self.heads) ** 0.5, dim=-1)
-        return self.out((weights @ value).transpose(1, 2).reshape(b, t, d))
-
-
-class Layer(nn.Module):
-    """The original's TransformerLayer (pre-norm) and Block (post-norm), with one MLP or several."""
-
-    def __init__(self, width: int, hidden: int, heads: int, norm: str, experts: int):
-        super().__init__()
-        self.norm = norm
-        self.norm1, self.norm2 = nn.LayerNorm(width, eps=1e-5), nn.LayerNorm(width, eps=1e-5)
-        self.attention = Attention(width, heads)
-        self.experts = nn.ModuleList(
-            nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width)) for _ in range(experts)
-        )
-
-    def forward(self, x_BTD: torch.Tensor, expert: int) -> torch.Tensor:
-        mlp = self.experts[expert]
-        if self.norm == "pre":
-            x_BTD = x_BTD + self.attention(self.norm1(x_BTD))
-            return x_BTD + mlp(self.norm2(x_BTD))
-        x_BTD = self.norm1(x_BTD + self.attention(x_BTD))
-        return self.norm2(x_BTD + mlp(x_BTD))
-
-
-class ViT(nn.Module):
-    def __init__(self, settings: dict[str, Any], experts: int):
-        super().__init__()
-        width, head_hidden, classes = settings["width"], settings["head_hidden"], settings["classes"]
-        self.pool = settings["pool"]
-        self.patches = nn.Conv2d(settings["channels"], width, settings["patch"], stride=settings["patch"])
-        self.positions = nn.Parameter(torch.zeros(settings["position_rows"], width))
-        self.cls = nn.Parameter(torch.zeros(width)) if self.pool == "cls" else None
-        self.layers = nn.ModuleList(
-            Layer(width, settings["hidden"], settings["heads"], settings["norm"], experts)
-            for _ in range(settings["depth"])
-        )
-        self.norm = nn.LayerNorm(width, eps=1e-5)
-        self.hidden = nn.Linear(width, head_hidden) if head_hidden else None
-        self.logits = nn.Linear(head_hidden or width, classes)
-
-    def forward(self, images_BcHW: torch.Tensor, route: tuple[int, ...]) -> torch.Tensor:
-        x_BTD = self.patches(images_BcHW).flatten(2).transpose(1, 2)
-        x_BTD = x_BTD + self.positions[: x_BTD.shape[1]]
-        if self.cls is not None:  # after the positions: it has none
-            x_BTD = torch.cat([self.cls.expand(len(x_BTD), 1, -1), x_BTD], dim=1)
-        for layer, expert in zip(self.layers, route, strict=True):
-            x_BTD = layer(x_BTD, expert)
-        x_BD = self.norm(x_BTD[:, 0] if self.cls is not None else x_BTD.mean(dim=1))
-        if self.hidden is not None:
-            x_BD = nn.functional.gelu(self.hidden(x_BD))
-        return self.logits(x_BD)
 
 
 def fill(model: nn.Module, rng: np.random.Generator) -> None:
@@ -147,7 +83,7 @@ def convert_layer(layer: Layer) -> dict[str, np.ndarray]:
             "mlp/down": array(down.weight).T,
             "mlp/down_bias": array(down.bias),
         }
-        for up, _, down in layer.experts
+        for up, _, _, down in layer.experts
     ]
     if len(experts) == 1:
         return ours | experts[0]

@@ -16,23 +16,18 @@ WITHOUT_JAX = ["config", "cli", "tracking", "plots", "report", "data.sources", "
 
 # Imports point to lower ranks, or to a neighbour in the same folder.
 RANK = {
-    **{
-        "config": 0,
-        "data": 1,
-        "distributed": 1,
-        "models": 1,
-        "routing": 1,
-        "optim": 1,
-        "merging": 2,
-        "state": 3,
-        "step": 4,
-    },
-    **{"evaluation": 5, "mergeability": 5, "checkpoint": 5, "cli": 5, "tracking": 5, "plots": 6},
-    **{"distributed": 5},
+    **dict.fromkeys(("config", "peer"), 0),
+    **dict.fromkeys(("data", "compilation", "models", "routing", "optim"), 1),
+    **{"merging": 2, "state": 3, "step": 4},
+    **dict.fromkeys(("evaluation", "mergeability", "checkpoint", "cli", "tracking", "distributed"), 5),
+    "plots": 6,
     **dict.fromkeys(COMMANDS, 7),
 }
 ONLY = {"checkpoint": {"state", "config"}, "tracking": {"config"}, "cli": {"config"}, "distributed": {"config"}}
-ONLY_IN = {"flax": "models.", "orbax": "checkpoint", "tensorflow_datasets": "data.sources", "grain": "data.stream"}
+ONLY_IN = {
+    **{"flax": "models.", "orbax": "checkpoint", "torch": "peer"},
+    **{"tensorflow_datasets": "data.sources", "grain": "data.stream"},
+}
 
 
 def imports(name: str) -> tuple[set[str], set[str]]:

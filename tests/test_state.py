@@ -18,7 +18,7 @@ E, L = 4, 2
 def route_of(run, step):
     """Returns route_L of this step."""
     key = routing.address(jax.random.key(run.config.train.seed), Purpose.ROUTE, step)
-    return np.asarray(routing.draw_route(key, run.config.routing, L, run.config.tokens))
+    return np.asarray(routing.draw_route(key, run.config.routing, L, run.config.model.tokens))
 
 
 def expert_leaves(tree: TrainState):

@@ -7,10 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax._src.cudnn import fused_attention_stablehlo
 from jax.sharding import NamedSharding
 
 from jvitmoe import merging, optim, routing, state, step
-from jvitmoe.config import Config, ConfigError, RoutingConfig, TrainConfig
+from jvitmoe.compilation import reduced_bytes
+from jvitmoe.config import Config, ConfigError, ModelConfig, RoutingConfig, TrainConfig
 from jvitmoe.data import augment, feed
 from jvitmoe.models import moe, vit
 from jvitmoe.routing import Purpose
@@ -49,7 +51,7 @@ def test_gradients_on_4_devices_are_those_of_plain_grad_over_the_whole_batch(ful
     images = np.asarray(run.images.images_NHWC)[index_B]
     labels = np.asarray(run.images.labels_N)[index_B]
     route_L = routing.draw_route(
-        routing.address(root, Purpose.ROUTE, 0), config.routing, config.model.depth, config.tokens
+        routing.address(root, Purpose.ROUTE, 0), config.routing, config.model.depth, config.model.tokens
     )
 
     @jax.jit
@@ -138,31 +140,6 @@ def compiled(tiny_config, tiny_split):
             x.size for x in jax.tree.leaves(jax.eval_shape(merging.average_experts, given.params))
         )
     return programs
-
-
-def group_size(groups):
-    """Returns the devices that reduce together, from any of HLO's ways to write groups of them."""
-    if sizes := dict(re.findall(r"'(\w+)'=(\d+)", groups)):  # mesh['data'=1,'expert'=4] {'data'}
-        return np.prod([int(sizes[name]) for name in re.findall(r"'(\w+)'[,}]", groups)], dtype=int)
-    if listed := re.match(r"\[\d+,(\d+)\]<=", groups):  # [4,1]<=[4]
-        return int(listed[1])
-    return len(re.match(r"\{\{([\d,]+)\}", groups)[1].split(","))  # {{0,1},{2,3}}
-
-
-def reduced_bytes(text):
-    """Returns the bytes that the all-reduces of an HLO text take in; asserts that there is no other collective.
-
-    A sum over an axis of one device, whose groups hold a device each, moves nothing.
-    """
-    assert not re.search(r" (all-gather|all-to-all|reduce-scatter|collective-permute)(-start)?\(", text)
-    total = 0
-    for shape, groups in re.findall(r"= (.+?) all-reduce(?:-start)?\(.*replica_groups=(mesh.*?\}|\S+),", text):
-        if group_size(groups) == 1:
-            continue
-        for kind, bits, sizes in re.findall(r"\b(f|bf|s|u|pred)(\d*)\[([\d,]*)\]", shape):
-            elements = np.prod([int(n) for n in sizes.split(",") if n], dtype=int)
-            total += int(elements) * (1 if kind == "pred" else int(bits) // 8)
-    return total
 
 
 def test_random_routing_reduces_as_many_bytes_as_dense(compiled):
@@ -306,7 +283,7 @@ def test_routing_over_slots_costs_what_dense_costs(tiny_config, training, granul
             )
         )
         model, params = run.model, run.state.params
-        route = routing.draw_route(jax.random.key(0), run.config.routing, 2, run.config.tokens)
+        route = routing.draw_route(jax.random.key(0), run.config.routing, 2, run.config.model.tokens)
         images = jnp.zeros((24, 8, 8, 1))
         loss = jax.jit(jax.grad(lambda p, m=model, i=images, r=route: vit.logits(m, p, i, r).sum()))
         flops.append(loss.lower(params).compile().cost_analysis()["flops"])
@@ -392,7 +369,7 @@ def test_two_passes_over_batch_routes_touch_exactly_their_two_experts(tiny_confi
     root = jax.random.key(run.config.train.seed)
     for number, (before, after) in enumerate(zip(run.history[:-1], run.history[1:], strict=True)):
         first = routing.draw_route(
-            routing.address(root, Purpose.ROUTE, number), run.config.routing, 2, run.config.tokens
+            routing.address(root, Purpose.ROUTE, number), run.config.routing, 2, run.config.model.tokens
         )
         key = routing.address(root, Purpose.SECOND_ROUTE, number)
         ran = np.stack([first, routing.distinct_route(key, first, run.config.routing)], axis=1)
@@ -409,7 +386,7 @@ def test_two_passes_give_the_gradients_of_the_whole_stack(tiny_config, training)
     run = training(tiny_config(routing=routed, train={"devices": 2})).run(1)
     before, config = run.history[0], run.config
     root = jax.random.key(config.train.seed)
-    first = routing.draw_route(routing.address(root, Purpose.ROUTE, 0), config.routing, 2, config.tokens)
+    first = routing.draw_route(routing.address(root, Purpose.ROUTE, 0), config.routing, 2, config.model.tokens)
     second = routing.distinct_route(routing.address(root, Purpose.SECOND_ROUTE, 0), first, config.routing)
     index_B = np.asarray(run.order.epoch(0))[0]
     x = augment.normalize(np.asarray(run.images.images_NHWC)[index_B])
@@ -494,7 +471,7 @@ def test_a_frozen_router_keeps_its_bits_and_sends_tokens_to_ever_more_experts(ti
     frozen = [x for x in jax.tree.leaves(run.state.opt_state.trunk) if x.shape == before["router"]["kernel"].shape]
     assert not frozen  # no moments are kept
     # A share of choices is 1 / (K tokens) times an integer: over 6 steps K is 2, 2, 3, 3, 4, 4.
-    choices = config.train.batch_size * config.tokens
+    choices = config.train.batch_size * config.model.tokens
     for top_k, metrics in zip([2, 2, 3, 3, 4, 4], run.metrics, strict=True):
         count_LE = metrics.router.load_E * choices * top_k
         np.testing.assert_allclose(count_LE, np.round(count_LE), atol=1e-3)
@@ -606,3 +583,48 @@ def test_an_expert_axis_reduces_the_trunk_alone_and_moves_no_image(tiny_config, 
 def test_meshes_and_parts_that_cannot_be_are_refused(tiny_config, sections, says):
     with pytest.raises(ConfigError, match=says):
         tiny_config(**sections)
+
+
+@pytest.mark.parametrize("attention", ["xla", "cudnn"])
+def test_the_step_lowers_for_cuda_where_there_is_no_gpu(tiny_config, tiny_split, monkeypatch, attention):
+    # JAX asks the driver what it has before it writes cuDNN's call; here there is none to ask.
+    monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91000)
+    monkeypatch.setattr(fused_attention_stablehlo, "check_compute_capability", lambda _: True)
+    config = tiny_config(
+        model={"width": 32, "hidden": 64, "heads": 4, "pool": "mean", "dtype": "bfloat16", "attention": attention},
+        routing={"experts": 4},
+        train={"devices": 2, "batch_size": 8},
+    )
+    mesh = step.make_mesh(config.train)
+    order = feed.TrainOrder(len(tiny_split), 8, jax.random.key(0), mesh)
+    model = step.make_model(config, "cpu")
+    given = step.abstract_state(config, model, mesh), feed.put(tiny_split, mesh), order.epoch(0)
+    program = step.make_train_step(config, model, mesh, order.steps_per_epoch)
+    text = program.trace(*given).lower(lowering_platforms=("cuda",)).as_text()
+    products = re.findall(r"stablehlo.dot_general.*-> tensor<\S*x(\w+)>", text)
+    assert products.count("bf16") > 20
+    calls = set(re.findall(r"custom_call @([\w$]+)", text))
+    fused = {"__cudnn$fmhaSoftmax", "__cudnn$fmhaSoftmaxBackward"}
+    assert calls & fused == (fused if attention == "cudnn" else set())
+
+
+@pytest.mark.parametrize(
+    ("model", "fits"),
+    [
+        ({"width": 384, "heads": 6, "pool": "mean"}, True),
+        ({"width": 384, "heads": 6, "pool": "cls"}, False),  # an odd number of tokens
+        ({"width": 300, "heads": 12, "pool": "mean"}, False),  # heads of 25
+        ({"width": 384, "heads": 2, "pool": "mean"}, False),  # heads of 192
+        ({"width": 384, "heads": 6, "pool": "mean", "dtype": "float32"}, False),
+    ],
+)
+def test_attention_is_cudnns_where_a_gpu_has_it_and_it_takes_the_shapes(model, fits):
+    config = ModelConfig(**{"image_size": 32, "patch": 4, "dtype": "bfloat16"} | model)
+    assert vit.build(config, platform="gpu", fused=True).attention == ("cudnn" if fits else "xla")
+    assert vit.build(config, platform="gpu", fused=False).attention == "xla"
+    config.attention = "cudnn"
+    if fits:
+        assert vit.build(Config(model=config).validate().model, platform="gpu").attention == "cudnn"
+    else:
+        with pytest.raises(ConfigError, match=r"model\.attention"):
+            Config(model=config).validate()

@@ -3,6 +3,7 @@
 B batch · T tokens · D width · H heads · K head width · L layers · C classes · P patch side · c channels
 """
 
+import math
 import re
 from collections.abc import Sequence
 from typing import Any, cast
@@ -13,17 +14,30 @@ import jax.numpy as jnp
 import numpy as np
 
 from jvitmoe.config import ModelConfig
-from jvitmoe.models.mlp import Mlp, dropout, gelu, torch_uniform
+from jvitmoe.models.mlp import Mlp, add_bias, dropout, gelu, torch_uniform
 from jvitmoe.models.moe import RoutedMlp, RouterSettings, Statistics
 
 LAYER_NORM_EPSILON = 1e-5
 TURN = "block"  # in a pattern of several layers, the key of one is this and its position
 
 
-def linear(features: int | tuple[int, ...], fan_in: int, dtype: Any, name: str, axis: Any = -1) -> nn.DenseGeneral:
-    """Returns a linear layer with PyTorch's default initialisation; kernel [*in, *features], bias [*features]."""
-    init = torch_uniform(fan_in)
-    return nn.DenseGeneral(features, axis=axis, kernel_init=init, bias_init=init, dtype=dtype, name=name)
+class Linear(nn.Module):
+    """x [..., *in] -> [..., *features] over the last `axes` axes, as one matrix product; kernel [*in, *features], bias
+    [*features], both with PyTorch's default initialisation."""
+
+    features: tuple[int, ...]
+    dtype: Any
+    axes: int = 1
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        kept, taken = x.shape[: -self.axes], x.shape[-self.axes :]
+        fan_in, fan_out = math.prod(taken), math.prod(self.features)
+        init = torch_uniform(fan_in)
+        kernel = self.param("kernel", init, (*taken, *self.features)).astype(self.dtype)
+        bias = self.param("bias", init, self.features).astype(self.dtype)
+        product = x.astype(self.dtype).reshape(*kept, fan_in) @ kernel.reshape(fan_in, fan_out)
+        return add_bias(product, bias.reshape(fan_out)).reshape(*kept, *self.features)
 
 
 def sincos2d(grid: int, width: int) -> np.ndarray:
@@ -53,29 +67,36 @@ class PatchEmbedding(nn.Module):
         tokens_BTD = patches.reshape(b, grid * grid, p * p * c).astype(self.dtype) @ kernel_PPcD.reshape(
             p * p * c, self.width
         ).astype(self.dtype)
-        return tokens_BTD + bias_D[None, None].astype(self.dtype)
+        return add_bias(tokens_BTD, bias_D.astype(self.dtype))
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention with biases; kernels query, key, value [D, H, K] and out [H, K, D]."""
+    """Multi-head self-attention with biases; kernels query, key, value [D, H, K] and out [H, K, D].
+
+    cuDNN's fused attention has no dropout after the weights: with dropout, training takes XLA's.
+    """
 
     heads: int
     dropout: float
     dtype: Any
+    implementation: str = "xla"  # xla | cudnn
 
     @nn.compact
     def __call__(self, x_BTD: jax.Array, key_B: jax.Array | None) -> jax.Array:
         width = x_BTD.shape[-1]
         head_width = width // self.heads
         query_BTHK, key_BTHK, value_BTHK = (
-            linear((self.heads, head_width), width, self.dtype, name)(x_BTD) for name in ("query", "key", "value")
+            Linear((self.heads, head_width), self.dtype, name=name)(x_BTD) for name in ("query", "key", "value")
         )
+        out = Linear((width,), self.dtype, axes=2, name="out")
+        if self.implementation == "cudnn" and (key_B is None or self.dropout == 0):
+            return out(jax.nn.dot_product_attention(query_BTHK, key_BTHK, value_BTHK, implementation="cudnn"))
         scores_BHTT = jnp.einsum("bqhk,bthk->bhqt", query_BTHK * head_width**-0.5, key_BTHK)
         # Softmax in float32: bfloat16 has too few bits for sums of exponentials.
         weights_BHTT = jax.nn.softmax(scores_BHTT.astype(jnp.float32)).astype(self.dtype)
         weights_BHTT = dropout(weights_BHTT, key_B, site=1, rate=self.dropout)
         mixed_BTHK = jnp.einsum("bhqt,bthk->bqhk", weights_BHTT, value_BTHK)
-        return linear(width, width, self.dtype, "out", axis=(-2, -1))(mixed_BTHK)
+        return out(mixed_BTHK)
 
 
 class Block(nn.Module):
@@ -86,6 +107,7 @@ class Block(nn.Module):
     expert_init: str
     shared_layer: str
     dtype: Any
+    attention: str = "xla"
     router: RouterSettings | None = None
 
     @nn.compact
@@ -98,7 +120,7 @@ class Block(nn.Module):
         config, rate = self.config, self.config.dropout
         norm1 = nn.LayerNorm(LAYER_NORM_EPSILON, dtype=self.dtype, name="norm1")
         norm2 = nn.LayerNorm(LAYER_NORM_EPSILON, dtype=self.dtype, name="norm2")
-        attention = Attention(config.heads, rate, self.dtype, name="attention")
+        attention = Attention(config.heads, rate, self.dtype, self.attention, name="attention")
         mlp_settings = (config.hidden, self.experts, self.expert_init, self.shared_layer, rate, self.dtype)
 
         def mlp(x_BTD: jax.Array) -> jax.Array:
@@ -123,6 +145,7 @@ class Turn(nn.Module):
     expert_init: str
     shared_layer: str
     dtype: Any
+    attention: str
     router: RouterSettings | None
     pattern: tuple[str, ...]
 
@@ -132,9 +155,8 @@ class Turn(nn.Module):
     ) -> tuple[jax.Array, None]:
         for place, kind in enumerate(self.pattern):
             experts, router = (self.experts, self.router) if kind == "experts" else (1, None)
-            block = Block(
-                self.config, experts, self.expert_init, self.shared_layer, self.dtype, router, name=f"{TURN}{place}"
-            )
+            settings = self.config, experts, self.expert_init, self.shared_layer, self.dtype, self.attention, router
+            block = Block(*settings, name=f"{TURN}{place}")
             x_BTD, _ = block(x_BTD, jax.tree.map(lambda x: x[place], layers), key_B)  # noqa: B023
         return x_BTD, None
 
@@ -173,9 +195,8 @@ class Head(nn.Module):
     @nn.compact
     def __call__(self, x_BD: jax.Array) -> jax.Array:
         if self.hidden:
-            x_BD = linear(self.hidden, x_BD.shape[-1], self.dtype, "hidden")(x_BD)
-            x_BD = gelu(x_BD)
-        return linear(self.classes, x_BD.shape[-1], self.dtype, "logits")(x_BD)
+            x_BD = gelu(Linear((self.hidden,), self.dtype, name="hidden")(x_BD))
+        return Linear((self.classes,), self.dtype, name="logits")(x_BD)
 
 
 class ViT(nn.Module):
@@ -195,6 +216,7 @@ class ViT(nn.Module):
     dtype: Any = jnp.float32
     router: RouterSettings | None = None
     pattern: tuple[str, ...] = ("experts",)
+    attention: str = "xla"  # xla | cudnn: what computes it
 
     @nn.compact
     def __call__(
@@ -220,7 +242,8 @@ class ViT(nn.Module):
         if config.pool == "cls":  # prepended after the positions, as in the original: it has none
             cls_D = self.param("cls", nn.initializers.normal(1.0), (d,)).astype(self.dtype)
             x_BTD = jnp.concatenate([jnp.broadcast_to(cls_D, (b, 1, d)), x_BTD], axis=1)
-        settings: tuple[Any, ...] = (config, self.experts, self.expert_init, self.shared_layer, self.dtype, self.router)
+        experts = self.experts, self.expert_init, self.shared_layer
+        settings: tuple[Any, ...] = (config, *experts, self.dtype, self.attention, self.router)
         body: type[nn.Module] = Block
         layers = jnp.arange(config.depth), route
         if len(self.pattern) > 1:
@@ -253,10 +276,17 @@ def build(
     router: RouterSettings | None = None,
     platform: str = "cpu",
     pattern: tuple[str, ...] = ("experts",),
+    fused: bool = False,
 ) -> ViT:
-    """Returns the model in its compute dtype; "auto" is bfloat16 on a GPU or TPU and float32 on a CPU."""
+    """Returns the model in its compute dtype; "auto" is bfloat16 on a GPU or TPU and float32 on a CPU.
+
+    Attention is cuDNN's where the config says so, or leaves it open, the platform has it (`fused`), and it takes the
+    shapes: bfloat16, and `ModelConfig.fits_cudnn`.
+    """
     name = config.dtype if config.dtype != "auto" else "float32" if platform == "cpu" else "bfloat16"
-    return ViT(config, experts, expert_init, shared_layer, jnp.dtype(name), router, pattern)
+    takes_cudnn = fused and name == "bfloat16" and config.fits_cudnn
+    attention = config.attention if config.attention != "auto" else "cudnn" if takes_cudnn else "xla"
+    return ViT(config, experts, expert_init, shared_layer, jnp.dtype(name), router, pattern, attention)
 
 
 def logits(

@@ -271,7 +271,9 @@ def test_the_imagenet_config_streams_a_tfds_set_and_tests_on_its_labelled_split(
     assert code == 0, err
     assert "12 train, 0 validation, 6 test" in out
     assert all(
-        math.isfinite(json.loads(line)["loss"]) for line in open(tmp_path / "run" / "metrics.jsonl") if "loss" in line
+        math.isfinite(json.loads(line)["loss"])
+        for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+        if "loss" in line
     )
     config = train.config_lib.loads((tmp_path / "run" / "config.json").read_text(), "config.json")
     test = stream.read(sources.browse(config.data, config.model).test, config)

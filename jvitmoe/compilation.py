@@ -1,0 +1,82 @@
+"""How programs are compiled, where compiled ones are kept, and what they say of themselves."""
+
+import functools
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+ONEDNN = "xla_cpu_experimental_onednn_custom_call"
+
+
+def options(dtype: Any, platform: str) -> dict[str, bool]:
+    """Returns XLA's options for programs that compute in `dtype` on "cpu", "gpu" or "tpu".
+
+    On a CPU, bfloat16 products with a transposed operand, as gradients of weights are, reach the matrix units (AMX)
+    through oneDNN alone: without it, JAX 0.12's XLA takes several times as long. What XLA_FLAGS says stands.
+    """
+    if platform != "cpu" or dtype != jnp.bfloat16 or ONEDNN in os.environ.get("XLA_FLAGS", "") or not _known(ONEDNN):
+        return {}
+    return {ONEDNN: True}
+
+
+@functools.cache
+def _known(option: str) -> bool:
+    """Whether the installed jaxlib has this option: one that it has not ends every compilation with an error."""
+    try:
+        jax.jit(lambda: 0, compiler_options={option: True}).lower().compile()
+    except jax.errors.JaxRuntimeError:
+        return False
+    return True
+
+
+def use_cache() -> None:
+    """Keeps compiled programs on disk for the next start, in JAX_COMPILATION_CACHE_DIR or the user's cache folder.
+
+    The folder is the user's alone: JAX runs what it finds in it.
+    """
+    if jax.config.jax_compilation_cache_dir is not None:
+        return
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jvitmoe" / "compiled"
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError:  # a home that cannot be written to costs a compilation, no run
+        return
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+
+
+def reduced_bytes(text: str) -> int:
+    """Returns the bytes that the all-reduces of a compiled program's HLO text take in on one device, over groups of
+    several devices. Raises ValueError where there is any other collective."""
+    if other := re.search(r" (all-gather|all-to-all|reduce-scatter|collective-permute)(-start)?\(", text):
+        raise ValueError(f"the program holds an {other[1]}")
+    total = 0
+    for shape, groups in re.findall(r"= (.+?) all-reduce(?:-start)?\(.*replica_groups=(mesh.*?\}|\S+),", text):
+        if _group_size(groups) == 1:
+            continue
+        for kind, bits, sizes in re.findall(r"\b(f|bf|s|u|pred)(\d*)\[([\d,]*)\]", shape):
+            elements = int(np.prod([int(n) for n in sizes.split(",") if n], dtype=int))
+            total += elements * (1 if kind == "pred" else int(bits) // 8)
+    return total
+
+
+def _group_size(groups: str) -> int:
+    """Returns the devices that reduce together, from any of HLO's ways to write groups of them."""
+    if sizes := dict(re.findall(r"'(\w+)'=(\d+)", groups)):  # mesh['data'=1,'expert'=4] {'data'}
+        return int(np.prod([int(sizes[name]) for name in re.findall(r"'(\w+)'[,}]", groups)], dtype=int))
+    if listed := re.match(r"\[\d+,(\d+)\]<=", groups):  # [4,1]<=[4]
+        return int(listed[1])
+    first = re.match(r"\{\{([\d,]+)\}", groups)  # {{0,1},{2,3}}
+    return len(first[1].split(",")) if first else 2
+
+
+def planned_bytes(compiled: Any) -> int:
+    """Returns the memory that XLA plans for a compiled program on one device: arguments, results not written over
+    them, and temporaries."""
+    plan = compiled.memory_analysis()
+    kept = plan.argument_size_in_bytes + plan.output_size_in_bytes - plan.alias_size_in_bytes
+    return int(kept + plan.temp_size_in_bytes)

@@ -1,0 +1,104 @@
+import json
+import sys
+
+import pytest
+
+from jvitmoe import benchmark, cli
+from jvitmoe.config import Config, ModelConfig, TrainConfig, UserError
+
+SMALL = """
+from jvitmoe.config import Config, ModelConfig, TrainConfig
+def get_config():
+    return Config(
+        model=ModelConfig(width=16, hidden=32, depth=2, heads=2, patch=4), train=TrainConfig(batch_size=8, devices=1)
+    )
+"""
+
+
+def arguments(tmp_path, *flags):
+    path = tmp_path / "small.py"
+    path.write_text(SMALL)
+    return ["benchmark.py", f"--config={path}", f"--out={tmp_path / 'out'}", "--images=32", *flags]
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("benchmark")
+    benchmark.main(arguments(folder, "--only=dense,batch,sample", "--dtypes=float32", "--rounds=2"))
+    return json.loads((folder / "out" / "benchmark.json").read_text()), folder / "out"
+
+
+def test_learned_routers_are_measured_at_the_flops_of_dense_and_what_routing_adds():
+    config = Config(
+        model=ModelConfig(width=64, hidden=512, depth=2, patch=1), train=TrainConfig(batch_size=8)
+    ).validate()
+    found = benchmark.cases(config)
+    flops = {name: benchmark.forward_flops(case) for name, case in found.items()}
+    for name in ("switch", "top2"):
+        assert flops["dense"] <= flops[name] <= 1.1 * flops["dense"]
+
+
+def test_every_case_is_measured_in_every_round_and_beside_dense(measured):
+    result, _ = measured
+    rows = {row["model"]: row for row in result["rows"]}
+    assert list(rows) == ["dense", "batch", "sample"]
+    assert rows["dense"]["times_dense"] == 1.0
+    for row in rows.values():
+        assert len(row["seconds_per_round"]) == 2
+        assert min(row["seconds_per_round"]) <= row["seconds"] <= max(row["seconds_per_round"])
+        assert row["images_per_second"] == pytest.approx(8 / row["seconds"])
+        assert row["share_of_peak"] == pytest.approx(
+            row["flops"] / row["seconds"] / result["peak_flops_per_second"]["float32"]
+        )
+        assert row["update_share"] > 0
+        assert row["input_share"] > 0
+        assert row["planned_bytes"] > 4 * row["total_parameters"]
+
+
+def test_the_benchmark_reads_what_is_reduced_from_the_program_for_two_devices(measured):
+    rows = {row["model"]: row for row in measured[0]["rows"]}
+    assert rows["dense"]["reduced_bytes"] == 4 * (rows["dense"]["parameters"] + 2)
+    assert rows["batch"]["reduced_bytes"] == rows["dense"]["reduced_bytes"]
+    assert rows["sample"]["reduced_bytes"] > rows["dense"]["reduced_bytes"]
+
+
+def test_evaluating_the_merged_model_costs_exactly_what_dense_costs(measured):
+    costs = measured[0]["merged_evaluation"]
+    assert costs["dense"]["flops"] > 0
+    assert costs["batch"] == costs["sample"] == costs["dense"]
+
+
+def test_the_report_names_command_hardware_and_versions(measured):
+    result, out = measured
+    text = (out / "report.md").read_text()
+    assert all(part in text for part in (result["command"], result["hardware"], f"jax {result['versions']['jax']}"))
+    assert (out / "benchmark.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("flag", "says"),
+    [
+        ("--only=dense,sparse", "--only is sparse; it must name some of dense, batch"),
+        ("--rounds=0", "--rounds is 0; it must be at least 1"),
+        ("--dtypes=float64", "model.dtype"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(tmp_path, flag, says):
+    with pytest.raises(UserError, match=says):
+        benchmark.main(arguments(tmp_path, flag))
+
+
+def test_a_python_without_pytorch_is_refused_in_one_line(tmp_path):
+    python = tmp_path / "python"
+    python.write_text(f"#!/bin/sh\nexec {sys.executable} -S -c 'import torch'\n")
+    python.chmod(0o755)
+    with pytest.raises(UserError, match="install torch, or name a Python that has it"):
+        benchmark.Torch(str(python), Config())
+    with pytest.raises(UserError, match="install torch, or name a Python that has it"):
+        benchmark.Torch(str(tmp_path / "nowhere"), Config())
+
+
+def test_the_command_explains_itself(capsys):
+    with pytest.raises(SystemExit):
+        cli.parse(["benchmark.py", "--help"], benchmark.define_flags, config=True)
+    assert "--peer_python" in capsys.readouterr().out

@@ -1,0 +1,82 @@
+import os
+import subprocess
+import sys
+
+import jax.numpy as jnp
+import pytest
+
+from jvitmoe import compilation
+
+ALL_REDUCE = (
+    "%a = (f32[2,3]{1,0}, bf16[5]{0}, pred[]) all-reduce(%b, %c, %d), channel_id=1, replica_groups=GROUPS, to_apply=%e"
+)
+
+
+@pytest.mark.parametrize(
+    ("groups", "total"),
+    [
+        ("mesh['data'=2,'expert'=4] {'data'}", 24 + 10 + 1),
+        ("mesh['data'=1,'expert'=4] {'data'}", 0),
+        ("mesh['data'=1,'expert'=4] {'data','expert'}", 35),
+        ("[2,4]<=[8]", 35),
+        ("[4,1]<=[4]", 0),
+        ("{{0,1},{2,3}}", 35),
+        ("{{0},{1}}", 0),
+    ],
+)
+def test_bytes_are_counted_where_several_devices_reduce(groups, total):
+    assert compilation.reduced_bytes(f"ROOT {ALL_REDUCE.replace('GROUPS', groups)}\n") == total
+
+
+def test_a_program_with_another_collective_has_no_such_count():
+    with pytest.raises(ValueError, match="all-gather"):
+        compilation.reduced_bytes("%a = f32[2]{0} all-gather(%b), replica_groups=[1,2]<=[2]")
+
+
+def test_options_are_for_bfloat16_on_a_cpu_and_never_against_the_users_own(monkeypatch):
+    monkeypatch.delenv("XLA_FLAGS", raising=False)
+    assert compilation.options(jnp.dtype("bfloat16"), "cpu") == {compilation.ONEDNN: True}
+    assert compilation.options(jnp.dtype("float32"), "cpu") == {}
+    assert compilation.options(jnp.dtype("bfloat16"), "gpu") == {}
+    monkeypatch.setenv("XLA_FLAGS", f"--{compilation.ONEDNN}=false")
+    assert compilation.options(jnp.dtype("bfloat16"), "cpu") == {}
+
+
+def test_an_option_that_the_installed_jaxlib_has_not_is_left_out(monkeypatch):
+    monkeypatch.delenv("XLA_FLAGS", raising=False)
+    monkeypatch.setattr(compilation, "ONEDNN", "xla_option_that_never_was")
+    assert compilation.options(jnp.dtype("bfloat16"), "cpu") == {}
+
+
+SCRIPT = """
+import jax
+from jvitmoe import compilation
+compilation.use_cache()
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+hits = []
+jax.monitoring.register_event_listener(lambda event, **_: hits.append(event) if event.endswith("cache_hits") else None)
+jax.jit(lambda x: (x @ x).sum())(jax.numpy.ones((8, 8)))
+print(jax.config.jax_compilation_cache_dir, len(hits))
+"""
+
+
+def start(**environment):
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT], env=os.environ | environment, capture_output=True, text=True, check=True
+    )
+    folder, hits = done.stdout.split()
+    return folder, int(hits)
+
+
+def test_a_second_start_finds_the_programs_of_the_first(tmp_path):
+    folder, first = start(XDG_CACHE_HOME=str(tmp_path))
+    assert folder == str(tmp_path / "jvitmoe" / "compiled")
+    assert (tmp_path / "jvitmoe" / "compiled").stat().st_mode & 0o077 == 0
+    assert first == 0
+    assert start(XDG_CACHE_HOME=str(tmp_path))[1] > 0
+
+
+def test_the_users_own_cache_folder_stands(tmp_path):
+    folder, _ = start(XDG_CACHE_HOME=str(tmp_path / "ours"), JAX_COMPILATION_CACHE_DIR=str(tmp_path / "theirs"))
+    assert folder == str(tmp_path / "theirs")
+    assert not (tmp_path / "ours").exists()
