@@ -149,7 +149,7 @@ def train(config: Config, workdir: Path, stop: Stop) -> None:
     test = show(dataset.test)
     watch_on = show(validation) if len(validation) else test
 
-    checkpoints = Checkpoints(workdir / "checkpoints", config.train.keep, best=len(validation) > 0)
+    checkpoints = Checkpoints(workdir / "checkpoints", config.train.keep)
     state = _resume(checkpoints, config, model, mesh, dense)
     start = int(state.step)
     if start:
