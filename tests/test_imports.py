@@ -12,18 +12,25 @@ FILES = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path i
 MODULES = [name for name in FILES if name.split(".")[-1] != "__init__"]
 COMMANDS = {"train", "evaluate", "predict", "export", "report", "benchmark"}
 IN_JAX = {"jax", "jaxlib", "flax", "optax", "orbax", "chex"}
-WITHOUT_JAX = ["config", "cli", "tracking", "plots", "report", "data.sources", "data.decode"]
+WITHOUT_JAX = ["config", "lock", "watchdog", "cli", "tracking", "plots", "report", "data.sources", "data.decode"]
 
 # Imports point to lower ranks, or to a neighbour in the same folder.
 RANK = {
     **dict.fromkeys(("config", "peer"), 0),
+    **dict.fromkeys(("lock", "watchdog"), 1),
     **dict.fromkeys(("data", "compilation", "models", "routing", "optim"), 1),
     **{"merging": 2, "state": 3, "step": 4},
     **dict.fromkeys(("evaluation", "mergeability", "checkpoint", "cli", "tracking", "distributed"), 5),
-    "plots": 6,
+    **dict.fromkeys(("plots", "stop", "verify"), 6),
     **dict.fromkeys(COMMANDS, 7),
 }
-ONLY = {"checkpoint": {"state", "config"}, "tracking": {"config"}, "cli": {"config"}, "distributed": {"config"}}
+ONLY = {
+    "checkpoint": {"state", "config"},
+    "tracking": {"config"},
+    "cli": {"config"},
+    "distributed": {"config"},
+    "stop": {"distributed"},
+}
 ONLY_IN = {
     **{"flax": "models.", "orbax": "checkpoint", "torch": "peer"},
     **{"tensorflow_datasets": "data.sources", "grain": "data.stream"},
