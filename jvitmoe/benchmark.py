@@ -119,7 +119,7 @@ class Case:
         runs_whole = config.slots > 1 or config.learned
         tree = self._state.params if runs_whole else merging.take_path(self._state.params, route)
         grads = jax.block_until_ready(jax.tree.map(lambda x: x * 1e-3, tree))
-        program = jax.jit(lambda state, grads: update(state, grads, route)[0], donate_argnums=0)
+        program = jax.jit(lambda state, grads: update(state, grads, route, jnp.float32(0))[0], donate_argnums=0)
         times = []
         for _ in range(repeats + 1):
             began = time.perf_counter()

@@ -1,15 +1,19 @@
 """Checkpoints of a run; the only file that knows Orbax.
 
 Orbax writes asynchronously and renames when done, so a killed write leaves nothing that counts. It does not notice a
-flipped byte, names damaged folders as the latest step, and with `best_fn` alone deletes the newest. So every leaf's
-CRC-32 is kept in `meta` and verified, and restoring walks back to the newest checkpoint that verifies.
+flipped byte, names damaged folders as the latest step, and deletes old checkpoints by what it remembers of them. So
+every leaf's CRC-32 is kept in `meta` and verified, restoring walks back to the newest checkpoint that verifies, and
+what is kept is decided here: nothing is deleted before the new checkpoint has been read back from the disk.
 """
 
 import json
+import os
+import re
+import shutil
 import time
 import warnings
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -18,12 +22,12 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
-from orbax.checkpoint import checkpoint_managers
 
 from jvitmoe import config as config_lib
 from jvitmoe.config import Config, UserError
 from jvitmoe.state import TrainState
 
+DELETED = ".deleted"
 PACKAGES = ("jvitmoe", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
@@ -37,46 +41,60 @@ def versions() -> dict[str, str]:
 
 
 class Checkpoints:
-    """The `checkpoints/` folder of a run: items params, opt_state, ema (if kept) and meta (JSON).
+    """The `checkpoints/` folder of a run: items params, opt_state, ema, skipped (if kept) and meta (JSON).
+
+    Of several processes all must call the same methods, and process 0 alone deletes.
 
     Args:
         directory: made if absent, unless read_only.
-        keep: newest checkpoints kept; the one of least validation NLL is kept besides.
-        best: whether saves carry a validation NLL to choose by.
+        keep: newest sound checkpoints kept; the sound one of least validation NLL is kept besides.
         read_only: never writes or deletes, so several readers may share a folder.
+
+    Raises CheckpointError where the folder cannot be made or listed.
     """
 
-    def __init__(self, directory: Path, keep: int = 1, best: bool = True, read_only: bool = False) -> None:
+    def __init__(self, directory: Path, keep: int = 1, read_only: bool = False) -> None:
         self.directory = Path(directory).absolute()
-        latest = checkpoint_managers.LatestN(keep)
-        least_nll = checkpoint_managers.BestN(
-            get_metric_fn=_nll, reverse=True, n=1, keep_checkpoints_without_metrics=False
-        )
-        self._manager = ocp.CheckpointManager(
-            self.directory,
-            options=ocp.CheckpointManagerOptions(
-                best_fn=_nll if best else None,
-                best_mode="min",
-                preservation_policy=checkpoint_managers.AnyPreservationPolicy([latest, least_nll]),
-                read_only=read_only,
-                create=not read_only,
-            ),
-        )
+        self._keep = keep
+        self._writing: int | None = None  # the step whose write nobody has waited for yet
+        self._found: dict[int, dict[str, Any] | str] = {}  # by step: meta of a sound checkpoint, or what is wrong
+        try:
+            if not read_only:
+                self.directory.mkdir(parents=True, exist_ok=True)
+                if jax.process_index() == 0:
+                    self._clear()
+            options = ocp.CheckpointManagerOptions(read_only=read_only, create=False)
+            self._manager = ocp.CheckpointManager(self.directory, options=options)
+        except OSError as error:
+            raise CheckpointError(f"{self.directory} cannot be used: {_one_line(error)}; let it be read") from error
 
     def steps(self) -> list[int]:
-        """Returns the steps that have a folder, ascending, sound or not."""
-        return sorted(self._manager.all_steps())
+        """Returns the steps that have a folder, ascending, sound or not; the same in all processes."""
+        try:
+            steps = sorted(int(path.name) for path in self.directory.iterdir() if path.name.isdecimal())
+        except FileNotFoundError:
+            steps = []
+        except OSError as error:
+            raise CheckpointError(f"{self.directory} cannot be listed: {_one_line(error)}; let it be read") from error
+        if jax.process_count() > 1:
+            count = int(multihost_utils.broadcast_one_to_all(np.int32(len(steps))))
+            listed = np.resize(np.array(steps or [0], np.int32), count)
+            steps = [int(step) for step in multihost_utils.broadcast_one_to_all(listed)] if count else []
+        return steps
 
     def save(self, state: TrainState, config: Config, nll: float | None) -> None:
         """Starts writing the state; returns once the arrays are copied, so that they may be donated.
+
+        Waits for the write before, reads it back, and only then deletes what is no longer kept.
 
         Args:
             state: the whole training state.
             config: the run's config, for commands that have only the folder.
             nll: validation NLL, which the best checkpoint is chosen by; None without a validation split.
 
-        Raises CheckpointError when the previous write failed or this one is refused.
+        Raises CheckpointError when the previous write failed or this one does.
         """
+        self._settle()
         step = int(state.step)
         # True copies: on a CPU an asynchronous writer would otherwise read buffers that the next step overwrites.
         # Of several processes each gathers them whole, so that the checksums are of the same bytes on any mesh.
@@ -89,19 +107,20 @@ class Checkpoints:
             "checksums": {name: _checksums(tree) for name, tree in items.items()},
         }
         self._set_aside(step)
+        self._found.pop(step, None)
         try:
-            saved = self._manager.save(
+            # Forced, because Orbax silently saves nothing where a later step has a folder, be it a damaged one.
+            self._manager.save(
                 step,
                 args=ocp.args.Composite(
                     meta=ocp.args.JsonSave(meta | {"checksum": _json_checksum(meta)}),
                     **{name: ocp.args.StandardSave(tree) for name, tree in items.items()},
                 ),
-                metrics=None if nll is None else {"nll": nll},
+                force=True,
             )
-        except OSError as error:
-            raise CheckpointError(f"checkpoint {step} cannot be written to {self.directory}: {error}") from error
-        if not saved:
-            raise CheckpointError(f"checkpoint {step} was refused by Orbax in {self.directory}; move the folder away")
+        except Exception as error:  # OSError, or what TensorStore makes of one
+            raise self._failed(step, error) from error
+        self._writing = step
 
     def restore(self, abstract: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
         """Returns (state, meta) of the newest checkpoint that verifies, or None where there is no checkpoint at all.
@@ -114,32 +133,52 @@ class Checkpoints:
         """
         items, steps = _items(abstract), self.steps()
         for step in reversed(steps):
+            trees: dict[str, Any] = {}
             try:
-                trees, meta = self._read(step, items)
+                trees, self._found[step] = self._read(step, items)
             except Exception as error:  # Orbax raises anything at all here, a bare Exception included
-                warnings.warn(f"checkpoint {step} skipped: {_one_line(error)}", RuntimeWarning, stacklevel=2)
-                continue
-            return TrainState(_scalar(step, abstract.step.sharding), **trees), meta
+                self._found[step] = _one_line(error)
+            if (meta := self._agreed(step)) is not None:
+                return TrainState(_scalar(step, abstract.step.sharding), **trees), meta
+            self._warn(step)
         if steps:
-            raise CheckpointError(
-                f"none of the checkpoints {steps} in {self.directory} can be read; "
-                "restore them from a copy, or move the folder away to start afresh"
-            )
+            raise self._none_sound(steps)
         return None
 
+    def check(self, step: int) -> str | None:
+        """Returns what is wrong with a checkpoint, or None: all of it is read, every value against its checksum."""
+        if step not in self._found:
+            try:
+                _, self._found[step] = self._read(step, None)
+            except Exception as error:
+                self._found[step] = _one_line(error)
+            self._agreed(step)
+        found = self._found[step]
+        return found if isinstance(found, str) else None
+
     def find(self, which: str) -> int:
-        """Returns the step meant by "latest", "best" (least validation NLL) or a number. Raises CheckpointError."""
+        """Returns the step meant by "latest", "best" (least validation NLL) or a number.
+
+        Latest and best are of the sound ones; each one passed over is warned of. Raises CheckpointError.
+        """
         steps = self.steps()
         if not steps:
             raise CheckpointError(f"{self.directory} holds no checkpoint; train first")
         if which == "latest":
-            return steps[-1]
+            for step in reversed(steps):
+                if self.check(step) is None:
+                    return step
+                self._warn(step)
+            raise self._none_sound(steps)
         if which == "best":
-            best = self._manager.best_step()
+            for step in steps:
+                if self.check(step):
+                    self._warn(step)
+            best = self._best(steps)
             if best is None:
                 raise CheckpointError("there is no best checkpoint without a validation split; set --checkpoint=latest")
             return best
-        if not which.isdigit() or int(which) not in steps:
+        if not which.isdecimal() or int(which) not in steps:
             raise CheckpointError(f"checkpoint {which!r} does not exist; there are latest, best and {steps}")
         return int(which)
 
@@ -150,18 +189,93 @@ class Checkpoints:
     def read_params(self, step: int, abstract: TrainState) -> tuple[Any, Any]:
         """Returns the verified (params, ema) of one checkpoint, shaped and sharded as asked; ema is None where none is
         kept. Raises CheckpointError."""
-        items = {name: tree for name, tree in _items(abstract).items() if name != "opt_state"}
+        items = {name: tree for name, tree in _items(abstract).items() if name in ("params", "ema")}
         trees = self._read_or_fail(step, items)[0]
         return trees["params"], trees.get("ema")
 
     def close(self) -> None:
-        """Waits for the last write. Raises CheckpointError when it failed: Orbax tells of that only here."""
+        """Waits for the last write, reads it back, and deletes what is no longer kept. Raises CheckpointError when the
+        write failed: Orbax tells of that only here."""
         try:
-            self._manager.wait_until_finished()
-        except Exception as error:
-            raise CheckpointError(f"the last checkpoint in {self.directory} failed: {_one_line(error)}") from error
+            self._settle()
         finally:
             self._manager.close()
+
+    def _settle(self) -> None:
+        step, self._writing = self._writing, None
+        if step is None:
+            return
+        try:
+            self._manager.wait_until_finished()
+            if jax.process_index() == 0:
+                _flush(self.directory / str(step))
+        except Exception as error:
+            raise self._failed(step, error) from error
+        if wrong := self.check(step):
+            raise CheckpointError(
+                f"checkpoint {step} in {self.directory} is not what was written ({wrong}); the disk may be failing: "
+                "older checkpoints were left as they are; set --workdir to another disk, or try again"
+            )
+        self._delete_old()
+
+    def _delete_old(self) -> None:
+        """Deletes the sound checkpoints that are neither the best nor among the newest. Damaged ones are no help to a
+        run and may be one to a person: they stay."""
+        steps = self.steps()
+        sound = [step for step in steps if self.check(step) is None]
+        for step in set(sound[: -self._keep]) - {self._best(sound)}:
+            del self._found[step]
+            if jax.process_index() == 0:
+                path = self.directory / str(step)
+                try:
+                    gone = path.rename(path.with_suffix(DELETED))  # at once, so that a kill leaves no half of it
+                    _remove(gone)
+                except OSError as error:
+                    raise CheckpointError(f"{path} cannot be deleted: {_one_line(error)}; let it be written") from error
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices("old checkpoints are deleted")
+
+    def _best(self, steps: Sequence[int]) -> int | None:
+        """Returns the step of least validation NLL among the sound ones that have one; of equals, the newest."""
+        for step in steps:
+            self.check(step)
+        metas = {step: meta for step in steps if isinstance(meta := self._found[step], dict)}
+        rated = [step for step, meta in metas.items() if meta["nll"] is not None]
+        return min(rated, key=lambda step: (metas[step]["nll"], -step), default=None)
+
+    def _agreed(self, step: int) -> dict[str, Any] | None:
+        """Returns the meta of a checkpoint that every process has found sound, otherwise None."""
+        found = self._found[step]
+        if jax.process_count() > 1:
+            sound_P = multihost_utils.process_allgather(np.array(not isinstance(found, str)))
+            if not isinstance(found, str) and not sound_P.all():
+                self._found[step] = f"process {int(np.argmin(sound_P))} cannot read it"
+        found = self._found[step]
+        return None if isinstance(found, str) else found
+
+    def _failed(self, step: int, error: BaseException) -> CheckpointError:
+        """Returns the error of a write that failed, with its remains cleared away."""
+        if jax.process_index() == 0:
+            self._clear()
+        return CheckpointError(
+            f"checkpoint {step} cannot be written to {self.directory}: {_one_line(error)}; "
+            "older ones are as they were; make room or let the folder be written, and start again"
+        )
+
+    def _warn(self, step: int) -> None:
+        warnings.warn(f"checkpoint {step} skipped: {self._found[step]}", RuntimeWarning, stacklevel=3)
+
+    def _none_sound(self, steps: Sequence[int]) -> CheckpointError:
+        return CheckpointError(
+            f"none of the checkpoints {list(steps)} in {self.directory} can be read; "
+            "restore them from a copy, or move the folder away to start afresh"
+        )
+
+    def _clear(self) -> None:
+        """Deletes what killed writes and killed deletions have left."""
+        for path in self.directory.iterdir():
+            if path.suffix == DELETED or ".orbax-checkpoint-tmp" in path.name:
+                _remove(path)
 
     def _read_or_fail(self, step: int, items: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         try:
@@ -172,30 +286,44 @@ class Checkpoints:
                 f"choose another with --checkpoint, there are {self.steps()}"
             ) from error
 
-    def _read(self, step: int, items: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-        arguments = {name: ocp.args.StandardRestore(tree) for name, tree in items.items()}
-        restored = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore(), **arguments))
-        meta = dict(restored["meta"])
+    def _read(self, step: int, items: Mapping[str, Any] | None) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Returns (name -> tree, meta), verified: of the items asked for, as they are asked for; or of all, on the host
+        and as plain dicts. Raises anything at all where they are damaged."""
+        (meta,) = self._restore(step, {"meta": ocp.args.JsonRestore()}).values()
+        meta = dict(meta)
         if meta.pop("checksum", None) != _json_checksum(meta):
             raise ValueError("its meta does not match its checksum")
-        for name in items:
-            found, expected = _checksums(restored[name]), meta["checksums"][name]
-            wrong = [leaf for leaf in expected if found.get(leaf) != expected[leaf]]
-            if wrong:
-                raise ValueError(
-                    f"{name}{wrong[0]} does not match its checksum ({len(wrong)} of {len(expected)} leaves)"
-                )
-        return {name: restored[name] for name in items}, meta
+        if meta["step"] != step:
+            raise ValueError(f"it is the checkpoint of step {meta['step']}")
+        names = list(meta["checksums"]) if items is None else list(items)
+        if missing := [name for name in names if name not in meta["checksums"]]:
+            raise ValueError(f"it holds no {', '.join(missing)}")
+        wanted = {name: ocp.args.StandardRestore(items[name] if items else None) for name in names}
+        trees = self._restore(step, wanted) if wanted else {}
+        for name in names:
+            found, expected = _checksums(trees[name]), meta["checksums"][name]
+            plain = {_plain(leaf): value for leaf, value in found.items()}
+            wrong = [leaf for leaf in expected if plain.get(_plain(leaf)) != expected[leaf]]
+            if wrong or len(found) != len(expected):
+                first = wrong[0] if wrong else " holds more than was saved, which"
+                raise ValueError(f"{name}{first} does not match its checksum ({len(wrong)} of {len(expected)} leaves)")
+        return trees, meta
+
+    def _restore(self, step: int, arguments: Mapping[str, Any]) -> dict[str, Any]:
+        restored = self._manager.restore(step, args=ocp.args.Composite(**arguments))
+        return {name: restored[name] for name in arguments}
 
     def _set_aside(self, step: int) -> None:
-        """Moves away a folder of this very step: it was skipped as damaged, and Orbax would silently not save."""
+        """Moves away a folder of this very step: it was skipped as damaged, and Orbax would not save over it."""
         folder = self.directory / str(step)
-        if folder.exists():
-            self._manager.wait_until_finished()
-            multihost_utils.sync_global_devices("all processes have seen the damaged folder")
+        there = folder.exists()
+        if jax.process_count() > 1:
+            there = bool(multihost_utils.broadcast_one_to_all(np.array(there)))
+        if there:
             if jax.process_index() == 0:
                 folder.rename(self.directory.parent / f"damaged-checkpoint-{step}-{time.time_ns()}")
-            multihost_utils.sync_global_devices("the damaged folder is away")
+            if jax.process_count() > 1:
+                multihost_utils.sync_global_devices("the damaged folder is away")
             self._manager.reload()
 
 
@@ -204,8 +332,27 @@ def _items(state: TrainState) -> dict[str, Any]:
     return {name: tree for name, tree in state._asdict().items() if name != "step" and tree is not None}
 
 
-def _nll(metrics: Mapping[str, float]) -> float:
-    return metrics["nll"]
+def _plain(leaf: str) -> str:
+    """Returns a leaf's path with no trace of the containers: Orbax gives named tuples back as dicts."""
+    return "/".join(filter(None, re.split(r"[\[\]'.]+", leaf)))
+
+
+def _flush(folder: Path) -> None:
+    """Returns once the disk holds all of the folder, and its name: renaming alone survives no power cut."""
+    for path in [*folder.rglob("*"), folder, folder.parent]:
+        number = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(number)
+        finally:
+            os.close(number)
+
+
+def _remove(path: Path) -> None:
+    """Deletes a folder; of a link the link alone, so that nothing outside a run folder is ever deleted."""
+    if path.is_symlink() or not path.is_dir():
+        path.unlink()
+    else:
+        shutil.rmtree(path)
 
 
 def _checksums(tree: Any) -> dict[str, str]:

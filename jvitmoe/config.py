@@ -121,6 +121,7 @@ class OptimConfig:
     b1: float = 0.9
     b2: float = 0.999
     eps: float = 1e-8
+    skip_nonfinite: int = 0  # steps in a row that may be skipped for a loss or gradient that is not finite
 
 
 @dataclasses.dataclass
@@ -141,6 +142,7 @@ class TrainConfig:
     eval_every: int = 1  # epochs
     checkpoint_every: int = 0  # steps; 0 saves after each evaluation only
     keep: int = 2  # newest checkpoints kept (the best on validation is kept besides)
+    stall_minutes: float = 30.0  # without progress, after which the run prints all stacks and ends; 0 waits for ever
 
 
 @dataclasses.dataclass
@@ -353,8 +355,8 @@ NOT_NEGATIVE = (
     *("routing.pull", "routing.consistency", "routing.balance_loss", "routing.z_loss", "init.noise"),
     *("data.validation", "data.crop_padding", "model.position_rows", "model.head_hidden"),
     *("model.lora", "model.adapter"),
-    *("optim.weight_decay", "optim.warmup_epochs", "optim.clip_norm"),
-    *("train.seed", "train.devices", "train.checkpoint_every"),
+    *("optim.weight_decay", "optim.warmup_epochs", "optim.clip_norm", "optim.skip_nonfinite"),
+    *("train.seed", "train.devices", "train.checkpoint_every", "train.stall_minutes"),
 )
 FRACTIONS = ("routing.tie_last", "train.ema", "model.dropout", "optim.b1", "optim.b2", "train.label_smoothing")
 
@@ -373,6 +375,7 @@ FREE_ON_RESUME = frozenset(
             "eval_every",
             "checkpoint_every",
             "keep",
+            "stall_minutes",
         ),
     }.items()
     for name in names
@@ -389,10 +392,11 @@ def from_dict(values: dict[str, dict[str, Any]]) -> Config:
     config = Config()
     for section_name, section_values in values.items():
         section = getattr(config, section_name, None)
-        if not dataclasses.is_dataclass(section):
+        if not dataclasses.is_dataclass(section) or not isinstance(section_values, dict):
             raise ConfigError(unknown_field(section_name))
+        fields = {field.name for field in dataclasses.fields(section)}
         for name, value in section_values.items():
-            if not hasattr(section, name):
+            if name not in fields:
                 raise ConfigError(unknown_field(f"{section_name}.{name}"))
             setattr(section, name, tuple(value) if isinstance(value, list) else value)  # JSON has no tuples
     return config
@@ -430,7 +434,7 @@ def loads(text: str, name: str) -> Config:
     try:
         values = json.loads(text)
         return from_dict(values)
-    except (ValueError, AttributeError) as error:
+    except (ValueError, AttributeError, RecursionError) as error:
         raise ConfigError(f"{name} is not the config of a run: {error}; restore it from a copy") from error
 
 

@@ -4,7 +4,6 @@ Every process runs the same program on the same batch addresses; process 0 alone
 """
 
 import os
-import signal
 import socket
 import sys
 import threading
@@ -135,14 +134,9 @@ def one_first(work: Callable[[], T]) -> T:
 def stops_at(step: int) -> bool:
     """Whether SIGTERM, sent to any one process, ends the run with this step: the same answer in all processes.
 
-    Each must ask after every step. JAX catches SIGTERM itself, and its coordinator names a step that none has passed.
+    Each must ask after every step. JAX's coordinator names a step that none has passed.
     """
     return not alone() and multihost_utils.reached_preemption_sync_point(step)
-
-
-def interrupt_as_terminate() -> None:
-    """Makes SIGINT do what SIGTERM does: ask all processes to end together."""
-    signal.signal(signal.SIGINT, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
 
 
 def guard(main: Callable[[], Any]) -> None:

@@ -1,9 +1,11 @@
 """Tests a run from its own folder: `python -m jvitmoe.evaluate --workdir runs/X [--checkpoint latest|best|STEP]`.
+With --verify it only says which parts of the folder are sound, and exits with 1 where one is not.
 
 Needs no training flags, and any number of devices will do. For a run of experts it also measures why averaging them
 works or fails, and draws it as mergeability.png.
 """
 
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,7 @@ from typing import Any
 from absl import flags
 from jax.sharding import Mesh
 
-from jvitmoe import checkpoint, cli, compilation, evaluation, mergeability, plots, step, tracking
+from jvitmoe import checkpoint, cli, compilation, evaluation, mergeability, plots, step, tracking, verify
 from jvitmoe import config as config_lib
 from jvitmoe.checkpoint import Checkpoints
 from jvitmoe.config import Config, UserError
@@ -32,9 +34,13 @@ def main(argv: list[str]) -> None:
     workdir = Path(values.workdir)
     if not (workdir / "checkpoints").is_dir():
         raise UserError(f"workdir {str(workdir)!r} holds no checkpoints; give the folder that training wrote")
+    if values.verify:
+        _verify(workdir)
+        return
     began = time.monotonic()
     checkpoints = Checkpoints(workdir / "checkpoints", read_only=True)
-    number = checkpoints.find(values.checkpoint)
+    with tracking.warnings_as_lines():
+        number = checkpoints.find(values.checkpoint)
     meta = checkpoints.read_meta(number)
     config = config_lib.from_dict(meta["config"])
     config.data.dir = values.data_dir or config.data.dir
@@ -77,6 +83,16 @@ def main(argv: list[str]) -> None:
     tracking.write_result(workdir, result)
 
 
+def _verify(workdir: Path) -> None:
+    """Prints each part of the run and whether it is sound. Exits with 1 where one is not."""
+    sound = True
+    for part, wrong in verify.verify(workdir):
+        console.print(f"{part:<16} {wrong or 'sound'}")
+        sound = sound and wrong is None
+    if not sound:
+        sys.exit(1)
+
+
 def _mergeability(
     config: Config, params: Any, evaluate: Evaluator, test: Split | Records, mesh: Mesh
 ) -> dict[str, Any]:
@@ -107,6 +123,7 @@ def _mergeability(
 def _define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_string("workdir", "", "Run folder that training wrote.", flag_values=values)
     flags.DEFINE_string("checkpoint", "latest", "latest, best (on validation) or a step.", flag_values=values)
+    flags.DEFINE_bool("verify", False, "Only say which parts of the folder are sound.", flag_values=values)
     flags.DEFINE_integer("paths", 8, "Random paths to test: a fresh expert per layer.", flag_values=values)
     flags.DEFINE_string("data_dir", "", "Where the data lie, if not where training found them.", flag_values=values)
     flags.DEFINE_integer("devices", 0, "Devices to use; 0 is all local ones.", flag_values=values)

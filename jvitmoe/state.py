@@ -20,19 +20,28 @@ class OptState(NamedTuple):
     experts: Any  # leaves [L, E, ...] (one path: [L, ...]); None in a dense model
 
 
+class Skipped(NamedTuple):
+    """Steps that changed nothing, because their loss or gradients were not finite; int32 scalars."""
+
+    total: jax.Array
+    in_a_row: jax.Array  # up to the last step
+
+
 class TrainState(NamedTuple):
     step: jax.Array  # int32, updates done
     params: Any
     opt_state: OptState
     ema: Any = None  # running mean of the merged tree, dense; None where none is kept
+    skipped: Skipped | None = None  # None where such a step ends the run
 
 
-def create(params: Any, tx: optax.GradientTransformation, ema: bool = False) -> TrainState:
+def create(params: Any, tx: optax.GradientTransformation, ema: bool = False, skips: bool = False) -> TrainState:
     """Returns the state of a run at step 0."""
     trunk, experts = merging.split(params, merging.stacked(params))
     expert_state = jax.vmap(jax.vmap(tx.init))(experts) if jax.tree.leaves(experts) else None
     average = merging.average_experts(params) if ema else None
-    return TrainState(jnp.zeros((), jnp.int32), params, OptState(tx.init(trunk), expert_state), average)
+    skipped = Skipped(jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32)) if skips else None
+    return TrainState(jnp.zeros((), jnp.int32), params, OptState(tx.init(trunk), expert_state), average, skipped)
 
 
 def take_path(params: Any, opt_state: OptState, route: jax.Array) -> tuple[Any, OptState]:

@@ -46,11 +46,14 @@ class Metrics(NamedTuple):
     grad_norm: jax.Array  # global L2 norm before clipping
     learning_rate: jax.Array
     router: Statistics | None = None  # leaves [layers with experts, ...], means over the batch; None: no router
+    skipped: state.Skipped | None = None  # this step included; None where a step that is not finite ends the run
 
 
 def as_floats(metrics: Metrics, expert_layers: Sequence[int]) -> dict[str, float]:
     """Returns name -> value of metrics on the host; a router's as router/<name>/layer<l>[/expert<e>]."""
-    scalars = {name: float(value) for name, value in metrics._asdict().items() if name != "router"}
+    scalars = {name: float(getattr(metrics, name)) for name in ("loss", "accuracy", "grad_norm", "learning_rate")}
+    if metrics.skipped:
+        scalars["skipped"] = int(metrics.skipped.total)
     for name, leaf in metrics.router._asdict().items() if metrics.router else ():
         for x, *expert in np.ndindex(leaf.shape):
             parts = [f"layer{expert_layers[x]}", *(f"expert{e}" for e in expert)]
@@ -182,6 +185,7 @@ def abstract_state(config: Config, model: vit.ViT, mesh: Mesh) -> TrainState:
             place_all(shapes.opt_state.experts, True, shard != "none"),
         ),
         place_all(shapes.ema, False, shard != "none"),
+        place_all(shapes.skipped, False, False),
     )
 
 
@@ -192,7 +196,7 @@ def _create(config: Config, model: vit.ViT, dense: Any = None) -> TrainState:
         if config.init.noise:
             key = routing.address(jax.random.key(config.train.seed), Purpose.NOISE)
             params = merging.disturb(params, key, config.init.noise)
-    return state.create(params, make_direction(config), ema=config.train.ema > 0)
+    return state.create(params, make_direction(config), config.train.ema > 0, config.optim.skip_nonfinite > 0)
 
 
 def expert_schedule(config: Config, steps_per_epoch: int) -> Callable[[jax.Array], tuple[jax.Array, jax.Array]]:
@@ -268,8 +272,8 @@ def make_train_step(config: Config, model: vit.ViT, mesh: Mesh, steps_per_epoch:
             routes = [jnp.full((depth,), number) for number in range(passes)]
         index_B = None if index_SB is None else index_SB[step % steps_per_epoch]
         loss, accuracy, statistics, grads = gradients(params, split, index_B, step, routes)
-        after, norm, rate = update(before, grads, picked)
-        return after, Metrics(loss, accuracy, norm, rate, statistics)
+        after, norm, rate = update(before, grads, picked, loss)
+        return after, Metrics(loss, accuracy, norm, rate, statistics, after.skipped)
 
     shardings = jax.tree.map(lambda x: x.sharding, abstract_state(config, model, mesh))
     jitted = jax.jit(
@@ -287,11 +291,13 @@ def _runs_whole(config: Config) -> bool:
     return config.slots > 1 or config.learned
 
 
-def make_update(
-    config: Config, steps_per_epoch: int
-) -> Callable[[TrainState, Any, jax.Array], tuple[TrainState, jax.Array, jax.Array]]:
-    """Returns (state, grads, picked) -> (state, norm of the gradients, learning rate): all of a step that follows its
-    gradients. They are those of the experts that the route `picked` picks, or of the whole stack where all of it runs.
+def make_update(config: Config, steps_per_epoch: int) -> Callable[..., tuple[TrainState, jax.Array, jax.Array]]:
+    """Returns (state, grads, picked, loss) -> (state, norm of the gradients, learning rate): all of a step that follows
+    its gradients. They are those of the experts that the route `picked` picks, or of the whole stack where all of it
+    runs.
+
+    With `optim.skip_nonfinite`, a loss or a norm that is not finite leaves everything but the numbers of steps as it
+    was, moments and Adam's counts included (as optax.apply_if_finite does).
     """
     learning_rate = optim.schedule(config, steps_per_epoch)
     tx = make_direction(config)
@@ -300,10 +306,13 @@ def make_update(
     moves_experts = config.routing.experts > 1 and (config.routing.pull > 0 or config.routing.tie_last > 0)
     experts_at = expert_schedule(config, steps_per_epoch)
 
-    def update(before: TrainState, grads: Any, picked: jax.Array) -> tuple[TrainState, jax.Array, jax.Array]:
+    def update(
+        before: TrainState, grads: Any, picked: jax.Array, loss: jax.Array | float = 0.0
+    ) -> tuple[TrainState, jax.Array, jax.Array]:
         params, opt_state = before.params, before.opt_state
         if not whole:
             params, opt_state = state.take_path(params, opt_state, picked)
+        ran = params, opt_state
         norm = optax.tree.norm(grads)
         if config.optim.clip_norm:
             scale = jnp.minimum(1.0, config.optim.clip_norm / norm)
@@ -313,6 +322,11 @@ def make_update(
         direction, opt_state = state.update(tx, grads, opt_state, params, stacked, all_run, expert_scale)
         rate = jnp.asarray(learning_rate(before.step), jnp.float32)
         params = jax.tree.map(lambda p, d: p - rate * d, params, direction)
+        finite, skipped = jnp.isfinite(norm) & jnp.isfinite(loss), before.skipped
+        if skipped:
+            params, opt_state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), (params, opt_state), ran)
+            pull = jnp.where(finite, pull, 0.0)
+            skipped = state.Skipped(skipped.total + ~finite, jnp.where(finite, 0, skipped.in_a_row + 1))
         if not whole:
             params, opt_state = state.put_path(before.params, before.opt_state, picked, params, opt_state)
         if moves_experts:
@@ -320,8 +334,9 @@ def make_update(
         ema, decay = before.ema, config.train.ema
         if decay:
             merged = merging.average_experts(params)
-            ema = jax.tree.map(lambda mean, new: decay * mean + (1.0 - decay) * new, ema, merged)
-        return TrainState(before.step + 1, params, opt_state, ema), norm, rate
+            keep = jnp.where(finite, decay, 1.0) if skipped else decay
+            ema = jax.tree.map(lambda mean, new: keep * mean + (1.0 - keep) * new, ema, merged)
+        return TrainState(before.step + 1, params, opt_state, ema, skipped), norm, rate
 
     return update
 

@@ -1,24 +1,30 @@
 """What a run writes for people and programs: the console, `metrics.jsonl`, TensorBoard, the tables.
 
-Lines of `metrics.jsonl` carry `step` (updates done) and `kind` (train, validation or test). A resumed run drops the
-lines past the step it restored, so each step stands there once.
+Lines of `metrics.jsonl` carry `step` (updates done) and `kind` (train, validation or test); a number that is not
+finite is null. A resumed run drops the lines past the step it restored, so each step stands there once.
 """
 
+import contextlib
 import json
+import math
 import os
 import time
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
-from tensorboardX import SummaryWriter
+from tensorboardX import summary
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from jvitmoe.config import UserError
 
 METRICS = "metrics.jsonl"
+PART = ".part"  # of a file that is being written
 RESULT = "result.json"
 CLASSES = "classes.json"
 MERGEABILITY = "mergeability.png"
@@ -28,22 +34,52 @@ PLAIN_SECONDS = 2.0  # least time between two progress lines in a file
 console = Console(highlight=False, soft_wrap=True)
 
 
+@contextlib.contextmanager
+def warnings_as_lines() -> Iterator[None]:
+    """Prints a RuntimeWarning from inside as a line of its own, without the place in the code."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", RuntimeWarning)
+        try:
+            yield
+        finally:
+            for warning in caught:
+                if issubclass(warning.category, RuntimeWarning):
+                    console.print(f"warning: {warning.message}")
+
+
 def write_text(path: Path, text: str) -> None:
-    """Writes a file whole or not at all."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(text)
-    os.replace(part, path)
+    """Writes a file whole or not at all, through a power cut as well. Raises UserError where it cannot be written."""
+    part = path.with_name(path.name + PART)
+    try:
+        with part.open("w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            part.unlink()
+        raise _unwritten(path, error) from error
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Returns the lines of a metrics file; a torn last line is left out."""
-    lines = []
-    for line in path.read_text().splitlines() if path.exists() else []:
+    """Returns the lines of a metrics file, each step and kind once; what is torn or no such line is left out."""
+    lines: dict[tuple[int, str], dict[str, Any]] = {}
+    for text in path.read_text(errors="replace").split("\n") if path.exists() else []:
         try:
-            lines.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return lines
+            line = json.loads(text)
+            step, kind = line["step"], line["kind"]
+        except (ValueError, TypeError, KeyError, RecursionError):
+            continue
+        if type(step) is int and isinstance(kind, str):
+            lines.setdefault((step, kind), line)
+    return list(lines.values())
+
+
+def _unwritten(path: Path, error: OSError) -> UserError:
+    return UserError(
+        f"{path} cannot be written: {error.strerror}; make room or let it be written, and give the same command again"
+    )
 
 
 class Tracker:
@@ -61,8 +97,15 @@ class Tracker:
             path = workdir / METRICS
             kept = [line for line in read_metrics(path) if line["step"] <= start]
             write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
-            self._file = path.open("a", buffering=1)
-            self._tensorboard = SummaryWriter(str(workdir / "tb"), purge_step=start + 1)
+            self._path = path
+            try:
+                (workdir / "tb").mkdir(exist_ok=True)
+                self._file = path.open("a")
+                # Written from here: the thread of SummaryWriter dies of a full disk and lets everybody wait for it.
+                self._tensorboard = EventsWriter(str(workdir / "tb" / "events"))
+                self._tensorboard.write_event(Event(step=start + 1, session_log=SessionLog(status=SessionLog.START)))
+            except OSError as error:
+                raise _unwritten(path, error) from error
         self._total, self._batch = total, batch_size
         self._clock: tuple[int, float] | None = None  # step and time that the rate counts from
         self._printed = 0.0
@@ -76,9 +119,18 @@ class Tracker:
 
     def __exit__(self, *_: object) -> None:
         self._bar.stop()
+        with contextlib.suppress(OSError):  # the disk is full: what could not be written has been said already
+            if self._file and self._tensorboard:
+                self._file.close()
+                self._tensorboard.close()
+
+    def sync(self) -> None:
+        """Returns once the disk holds all that was recorded: before a checkpoint, so that none is ahead of it."""
         if self._file and self._tensorboard:
-            self._file.close()
-            self._tensorboard.close()
+            try:
+                os.fsync(self._file.fileno())
+            except OSError as error:
+                raise _unwritten(self._path, error) from error
 
     def started(self, step: int) -> None:
         """Starts the clock of images/s and time left: called when a step has ended, so that compiling is left out."""
@@ -118,9 +170,19 @@ class Tracker:
     def _record(self, step: int, kind: str, values: Mapping[str, float]) -> None:
         if not self._file or not self._tensorboard:
             return
-        self._file.write(json.dumps({"step": step, "kind": kind, **values}) + "\n")
-        for name, value in values.items():
-            self._tensorboard.add_scalar(f"{kind}/{name}", value, step)
+        finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        scalars = [
+            summary.scalar(f"{kind}/{name}", value).value[0] for name, value in finite.items() if value is not None
+        ]
+        event = Event(step=step, wall_time=time.time())
+        event.summary.value.extend(scalars)
+        try:
+            self._file.write(json.dumps({"step": step, "kind": kind, **finite}) + "\n")
+            self._file.flush()
+            self._tensorboard.write_event(event)
+            self._tensorboard.flush()
+        except OSError as error:
+            raise _unwritten(self._path, error) from error
 
 
 def show(rows: Sequence[Mapping[str, Any]], title: str) -> None:

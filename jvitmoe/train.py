@@ -9,21 +9,18 @@ asked to stop stops all after the same step, and one that fails ends all.
 
 import contextlib
 import math
-import os
 import signal
 import sys
 import time
-import warnings
 from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import jax
 from absl import flags
 from jax.sharding import Mesh
 
-from jvitmoe import checkpoint, cli, compilation, distributed, evaluation, pretrained, routing, step, tracking
+from jvitmoe import checkpoint, cli, compilation, distributed, evaluation, lock, pretrained, routing, step, tracking
 from jvitmoe import config as config_lib
 from jvitmoe.checkpoint import Checkpoints
 from jvitmoe.config import Config, ConfigError, UserError
@@ -34,7 +31,9 @@ from jvitmoe.models import vit
 from jvitmoe.routing import Purpose
 from jvitmoe.state import TrainState
 from jvitmoe.step import Metrics
+from jvitmoe.stop import Stop
 from jvitmoe.tracking import Tracker, console
+from jvitmoe.watchdog import Watchdog
 
 SHARED_SECONDS = 8.0
 
@@ -47,39 +46,12 @@ class TrainingError(UserError):
     everywhere = True
 
 
-class Stop:
-    """Whether a signal has asked the run to end. The first one asks; a second one ends the process at once.
-
-    Of several processes any one may be asked, and all are told so after the same step.
-    """
-
-    def __init__(self) -> None:
-        self.signal: int | None = None
-        if not distributed.alone():
-            distributed.interrupt_as_terminate()
-            return
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._ask)
-
-    def asked(self, step: int) -> int | None:
-        """Returns the signal that makes this step the last, or None. Called after every step, in all processes."""
-        if distributed.stops_at(step):
-            self.signal = signal.SIGTERM
-        return self.signal
-
-    def _ask(self, number: int, _: FrameType | None) -> None:
-        if self.signal is not None:
-            os._exit(128 + number)
-        self.signal = number
-
-
 def main(argv: list[str]) -> None:
     """Trains to the end, tests, and leaves result.json and report.md in the run folder."""
     values = cli.parse(argv, _define_flags, config=True)
     compilation.use_cache()
     distributed.join(values)
     tracking.console.quiet = not distributed.first()
-    stop = Stop()
     workdir = Path(values.workdir or Path("runs") / Path(cli.config_path(argv)).stem)
 
     def prepare() -> Config:
@@ -87,7 +59,10 @@ def main(argv: list[str]) -> None:
         claim(workdir, config)
         return config
 
-    train(distributed.together(prepare, f"{workdir} {values.config}"), workdir, stop)
+    with contextlib.ExitStack() as held:
+        stop = held.enter_context(Stop())
+        config = distributed.together(prepare, f"{workdir} {values.config}")
+        train(config, workdir, stop, held)
 
 
 def _define_flags(values: flags.FlagValues) -> None:
@@ -98,15 +73,22 @@ def _define_flags(values: flags.FlagValues) -> None:
 def claim(workdir: Path, config: Config) -> None:
     """Raises ConfigError where the folder holds another experiment, or things that are no run. Writes nothing."""
     saved = workdir / "config.json"
-    if not workdir.exists():
-        return
-    if not workdir.is_dir():
-        raise ConfigError(f"workdir {str(workdir)!r} is a file; it must be a folder; set --workdir")
-    if not saved.exists():
-        if any(workdir.iterdir()):
-            raise ConfigError(f"workdir {str(workdir)!r} holds other things than a run; set --workdir to a new folder")
-        return
-    changed = config_lib.differences(config_lib.loads(saved.read_text(), str(saved)), config)
+    try:
+        if not workdir.exists():
+            return
+        if not workdir.is_dir():
+            raise ConfigError(f"workdir {str(workdir)!r} is a file; it must be a folder; set --workdir")
+        if not saved.exists():
+            # A run that was killed at its very start has left these.
+            if any(path.name not in (lock.NAME, saved.name + tracking.PART) for path in workdir.iterdir()):
+                raise ConfigError(
+                    f"workdir {str(workdir)!r} holds other things than a run; set --workdir to a new folder"
+                )
+            return
+        text = saved.read_text()
+    except (OSError, ValueError) as error:  # ValueError: bytes that are no text, in the file or the name
+        raise ConfigError(f"workdir {str(workdir)!r} cannot be read: {error}; set --workdir to another") from error
+    changed = config_lib.differences(config_lib.loads(text, str(saved)), config)
     if changed:
         listed = ", ".join(f"{name} was {old!r} and is {new!r} now" for name, (old, new) in changed.items())
         raise ConfigError(f"workdir {str(workdir)!r} holds another experiment: {listed}; set --workdir to a new folder")
@@ -118,8 +100,11 @@ def has_checkpoints(workdir: Path) -> bool:
     return folder.is_dir() and any(entry.name.isdigit() for entry in folder.iterdir())
 
 
-def train(config: Config, workdir: Path, stop: Stop) -> None:
-    """Trains from the newest sound checkpoint or from scratch to the end, and tests. Raises UserError."""
+def train(config: Config, workdir: Path, stop: Stop, held: contextlib.ExitStack) -> None:
+    """Trains from the newest sound checkpoint or from scratch to the end, and tests. Raises UserError.
+
+    `held` takes what must be let go of when the run has ended, however it ends: the lock of the folder, the watchdog.
+    """
     began = time.monotonic()
     mesh = distributed.together(lambda: step.make_mesh(config.train))
     hardware = step.describe(mesh)
@@ -139,7 +124,8 @@ def train(config: Config, workdir: Path, stop: Stop) -> None:
     dense, told = distributed.together(lambda: pretrained.start(config, mesh)) if starts else (None, [])
     active, everything = evaluation.count_parameters(config)
 
-    distributed.together(lambda: _open(workdir, config, dataset.class_names))
+    held.enter_context(distributed.together(lambda: _occupy(workdir, config, dataset.class_names)))
+    distributed.together(lambda: _check_shared(workdir))
     console.print(f"run         {workdir}")
     console.print(f"devices     {hardware}")
     console.print(f"parameters  {active:,} active, {everything:,} total ({model.dtype.name} compute)")
@@ -162,12 +148,13 @@ def train(config: Config, workdir: Path, stop: Stop) -> None:
     test = show(dataset.test)
     watch_on = show(validation) if len(validation) else test
 
-    checkpoints = Checkpoints(workdir / "checkpoints", config.train.keep, best=len(validation) > 0)
+    checkpoints = Checkpoints(workdir / "checkpoints", config.train.keep)
     state = _resume(checkpoints, config, model, mesh, dense)
     start = int(state.step)
     if start:
         console.print(f"resuming    from step {start:,}")
-    run = _Run(config, checkpoints, stop, mesh, order)
+    watchdog = held.enter_context(Watchdog(config.train.stall_minutes))
+    run = _Run(config, checkpoints, stop, watchdog, mesh, order)
 
     if isinstance(train_split, Records):
         batches = _streamed(stream.train_batches(train_split, order, config, mesh, start, total))
@@ -189,6 +176,7 @@ def train(config: Config, workdir: Path, stop: Stop) -> None:
                 checkpoints.close()
             raise
         checkpoints.close()
+        stop.unsaved = False
         rate = tracker.images_per_second(total)
     rows = evaluation.evaluate_run(config, state.params, state.ema, evaluate, *test)
     if not distributed.first():
@@ -211,14 +199,29 @@ def train(config: Config, workdir: Path, stop: Stop) -> None:
     )
 
 
-def _open(workdir: Path, config: Config, class_names: Sequence[str]) -> None:
-    """Makes the run folder with its config, by process 0. Raises UserError where another process cannot see it."""
-    saved = workdir / "config.json"
-    if distributed.first():
+def _occupy(workdir: Path, config: Config, class_names: Sequence[str]) -> contextlib.AbstractContextManager[object]:
+    """Makes the run folder, locks it and writes its config, by process 0; returns the lock. Raises UserError where that
+    cannot be, and ConfigError where another experiment has moved in since `claim`."""
+    if not distributed.first():
+        return contextlib.nullcontext()
+    try:
         workdir.mkdir(parents=True, exist_ok=True)
-        tracking.write_text(saved, config_lib.dumps(config))
+    except OSError as error:
+        raise UserError(f"workdir {str(workdir)!r} cannot be made: {error.strerror}; set --workdir") from error
+    held = lock.Lock(workdir)
+    try:
+        claim(workdir, config)
+        tracking.write_text(workdir / "config.json", config_lib.dumps(config))
         tracking.write_classes(workdir, class_names)
-    distributed.wait()
+    except UserError:
+        with held:
+            raise
+    return held
+
+
+def _check_shared(workdir: Path) -> None:
+    """Raises UserError where a process cannot see the run folder that process 0 made."""
+    saved = workdir / "config.json"
     deadline = time.monotonic() + SHARED_SECONDS  # a shared disk may take a moment to show a new file
     while not saved.exists() and time.monotonic() < deadline:
         time.sleep(0.2)
@@ -233,13 +236,8 @@ def _streamed(batches: Generator[feed.Images, None, None]) -> Generator[Batch, N
 
 
 def _resume(checkpoints: Checkpoints, config: Config, model: vit.ViT, mesh: Mesh, dense: Any) -> TrainState:
-    abstract = step.abstract_state(config, model, mesh)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", RuntimeWarning)
-        found = checkpoints.restore(abstract)
-    for warning in caught:
-        if issubclass(warning.category, RuntimeWarning):
-            console.print(f"warning: {warning.message}")
+    with tracking.warnings_as_lines():
+        found = checkpoints.restore(step.abstract_state(config, model, mesh))
     return found[0] if found else step.make_state(config, model, mesh, dense)
 
 
@@ -247,9 +245,16 @@ class _Run:
     """The loop and what it needs between steps."""
 
     def __init__(
-        self, config: Config, checkpoints: Checkpoints, stop: Stop, mesh: Mesh, order: feed.TrainOrder
+        self,
+        config: Config,
+        checkpoints: Checkpoints,
+        stop: Stop,
+        watchdog: Watchdog,
+        mesh: Mesh,
+        order: feed.TrainOrder,
     ) -> None:
-        self._config, self._checkpoints, self._stop, self._mesh, self._order = config, checkpoints, stop, mesh, order
+        self._config, self._checkpoints, self._mesh, self._order = config, checkpoints, mesh, order
+        self._stop, self._watchdog = stop, watchdog
         self._unread: list[tuple[int, Metrics]] = []  # still on the device
         self._saved: int | None = None
 
@@ -276,6 +281,8 @@ class _Run:
             if done == start + 1:
                 jax.block_until_ready(metrics)
                 tracker.started(done)
+                self._stop.unsaved = True
+            self._watchdog.progress(f"step {done}")
             stop = self._stop.asked(done)
             evaluates = done == total or done % (train.eval_every * steps_per_epoch) == 0
             saves = evaluates or (train.checkpoint_every and done % train.checkpoint_every == 0)
@@ -285,6 +292,8 @@ class _Run:
                 result = watch(state) if evaluates else None
                 if result:
                     tracker.evaluation(done, watched, {"accuracy": result.accuracy, "nll": result.nll})
+                self._watchdog.progress(f"the evaluation at step {done}")
+                tracker.sync()
                 self._checkpoints.save(state, self._config, result.nll if result and watched == "validation" else None)
                 self._saved = done
                 tracker.paused(time.monotonic() - paused)
@@ -299,21 +308,29 @@ class _Run:
         steps, metrics = zip(*self._unread, strict=True)
         self._unread.clear()
         for done, values in zip(steps, jax.device_get(metrics), strict=True):
-            for name in ("loss", "grad_norm"):
-                value = float(getattr(values, name))
-                if not math.isfinite(value):
-                    self._checkpoints.close()
-                    good = (
-                        f"the last good checkpoint is step {self._saved}"
-                        if self._saved
-                        else "no checkpoint was saved yet"
-                    )
-                    raise TrainingError(
-                        f"{name} is {value} at step {done}; it must be finite; {good}; "
-                        "try a lower --config.optim.learning_rate or --config.optim.clip_norm=1 in a new --workdir"
-                    )
+            self._check_finite(done, values)
             if done % self._config.train.log_every == 0:
                 tracker.train(done, step.as_floats(values, self._config.expert_layers))
+
+    def _check_finite(self, done: int, values: Metrics) -> None:
+        """Says so where a step was skipped; raises TrainingError where one may not be, with the last sound
+        checkpoint."""
+        sick = [(name, float(getattr(values, name))) for name in ("loss", "grad_norm")]
+        sick = [(name, value) for name, value in sick if not math.isfinite(value)]
+        if not sick:
+            return
+        (name, value), limit = sick[0], self._config.optim.skip_nonfinite
+        in_a_row = int(values.skipped.in_a_row) if values.skipped else 1
+        if in_a_row <= limit:
+            console.print(f"warning: step {done} skipped: {name} is {value}")
+            return
+        self._checkpoints.close()  # reads the last one back, so that what is named is sound
+        good = f"the last good checkpoint is step {self._saved}" if self._saved else "no checkpoint was saved yet"
+        rule = f"it must be finite, but for {limit} steps in a row" if limit else "it must be finite"
+        raise TrainingError(
+            f"{name} is {value} at step {done}; {rule}; {good}; "
+            "try a lower --config.optim.learning_rate or --config.optim.clip_norm=1 in a new --workdir"
+        )
 
 
 if __name__ == "__main__":

@@ -53,7 +53,7 @@ def at(state: TrainState, number: int) -> TrainState:
 
 
 def save_all(folder, state, numbers, nlls=None, keep=10):
-    with opened(folder, keep=keep, best=nlls is not None) as checkpoints:
+    with opened(folder, keep=keep) as checkpoints:
         for index, number in enumerate(numbers):
             checkpoints.save(at(state, number), make_config(), nlls[index] if nlls else None)
 
@@ -72,7 +72,7 @@ def test_later_changes_to_the_saved_arrays_do_not_reach_the_checkpoint(tmp_path)
     state, abstract = make()
     saved = jax.tree.map(jnp.copy, at(state, 1))
     expected = jax.tree.map(np.array, saved)
-    with opened(tmp_path / "c", best=False) as checkpoints:
+    with opened(tmp_path / "c") as checkpoints:
         checkpoints.save(saved, make_config(), None)
         overwrite = jax.jit(lambda tree: jax.tree.map(lambda x: x * 0, tree), donate_argnums=0)
         jax.block_until_ready(overwrite(saved))
@@ -194,7 +194,7 @@ def test_a_damaged_step_can_be_saved_again_and_the_damaged_folder_is_kept_aside(
     state, abstract = make()
     save_all(tmp_path / "c", state, [1, 2])
     flip_byte(tmp_path / "c" / "2")
-    with opened(tmp_path / "c", best=False) as checkpoints:
+    with opened(tmp_path / "c") as checkpoints:
         with pytest.warns(RuntimeWarning, match="checkpoint 2 skipped"):
             checkpoints.restore(abstract)
         checkpoints.save(at(state, 2), make_config(), None)

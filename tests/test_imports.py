@@ -13,24 +13,31 @@ MODULES = [name for name in FILES if name.split(".")[-1] != "__init__"]
 COMMANDS = {"train", "evaluate", "predict", "export", "report", "benchmark"}
 IN_JAX = {"jax", "jaxlib", "flax", "optax", "orbax", "chex"}
 WITHOUT_JAX = [
-    *("config", "cli", "tracking", "plots", "report", "formats"),
+    *("config", "lock", "watchdog", "cli", "tracking", "plots", "report", "formats"),
     *("data.sources", "data.decode", "data.pictures"),
 ]
 
 # Imports point to lower ranks, or to a neighbour in the same folder.
 RANK = {
     **dict.fromkeys(("config", "peer"), 0),
+    **dict.fromkeys(("lock", "watchdog"), 1),
     **dict.fromkeys(("data", "compilation", "formats", "models", "routing"), 1),
     **{"optim": 2, "merging": 2, "state": 3, "step": 4},
     **dict.fromkeys(("evaluation", "mergeability", "checkpoint", "cli", "tracking", "distributed"), 5),
-    **dict.fromkeys(("plots", "pretrained"), 6),
+    **dict.fromkeys(("plots", "pretrained", "stop", "verify"), 6),
     **dict.fromkeys(("classifier", "sheet", "cards"), 7),
     **dict.fromkeys(COMMANDS, 8),
 }
-ONLY = {"checkpoint": {"state", "config"}, "tracking": {"config"}, "cli": {"config"}, "distributed": {"config"}}
+ONLY = {
+    "checkpoint": {"state", "config"},
+    "tracking": {"config"},
+    "cli": {"config"},
+    "distributed": {"config"},
+    "stop": {"distributed"},
+}
 ONLY_IN = {
-    **{"flax": "models.", "orbax": "checkpoint", "tensorflow_datasets": "data.sources"},
-    **{"grain": "data.stream", "torch": "peer"},
+    **{"flax": "models.", "orbax": "checkpoint", "torch": "peer"},
+    **{"tensorflow_datasets": "data.sources", "grain": "data.stream"},
 }
 
 

@@ -14,6 +14,8 @@ import numpy as np
 
 from jvitmoe.config import UserError
 
+# Those that Pillow reads by itself: a file that says it is PostScript would be run by another program.
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # Pillow's name for 8-bit pixels of that many channels
 AREA = (0.08, 1.0)  # share of a picture that a random crop takes, and its ratio of width to height, both as in
 RATIO = (3 / 4, 4 / 3)  # Szegedy et al., arXiv 1409.4842, log-uniform as the field has it
@@ -92,7 +94,9 @@ def _opened(picture: Picture) -> Iterator[Any]:
         if isinstance(encoded, np.ndarray):
             yield Image.fromarray(encoded.squeeze(-1) if encoded.shape[-1] == 1 else encoded)
             return
-        with Image.open(io.BytesIO(encoded) if isinstance(encoded, bytes) else encoded) as image:
+        if isinstance(encoded, Path) and not encoded.is_file():
+            raise ValueError("it is no regular file")  # reading a pipe or a device might never end
+        with Image.open(io.BytesIO(encoded) if isinstance(encoded, bytes) else encoded, formats=FORMATS) as image:
             if image.width * image.height > (Image.MAX_IMAGE_PIXELS or math.inf):
                 raise ValueError(f"{image.width}x{image.height} pixels are more than any photograph has")
             yield image
