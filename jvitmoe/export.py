@@ -161,10 +161,6 @@ def _save(out: Path, source: pretrained.Source, arrays: formats.Dict, about: dic
     (out / pretrained.WEIGHTS).write_bytes(save(arrays, metadata={"format": "pt"}))
     tracking.write_text(out / pretrained.CONFIG, json.dumps(about, indent=2) + "\n")
     again = pretrained.read(out)
-    if again.kind == formats.TIMM:  # whose config cannot always say it
-        again = dataclasses.replace(
-            again, model=dataclasses.replace(again.model, norm_epsilon=source.model.norm_epsilon)
-        )
     read_back = classifier.from_source(again)
 
     def run(inputs: np.ndarray) -> np.ndarray:

@@ -16,6 +16,7 @@ from jvitmoe import classifier, cli, sheet, tracking
 from jvitmoe.classifier import Prediction
 from jvitmoe.config import UserError
 from jvitmoe.data import pictures
+from jvitmoe.data.decode import DataError
 from jvitmoe.tracking import console
 
 
@@ -39,7 +40,7 @@ def main(argv: list[str]) -> None:
     for file in files:
         try:
             read.append((file, model.read(file)))
-        except pictures.PictureError as error:
+        except DataError as error:
             complaints.append(str(error))
     found = model(np.stack([image for _, image in read]), values.top) if read else []
     rows = [(file, guesses) for (file, _), guesses in zip(read, found, strict=True)]

@@ -98,8 +98,10 @@ def test_stablehlo_is_for_cpu_and_cuda(exported):
 def test_what_they_would_load_reads_back_to_our_logits(exported, target):
     out = exported(target)
     sample = np.load(out / "sample.npz")
-    np.testing.assert_allclose(jvitmoe.load(out).logits(sample["images"]), sample["logits"], atol=1e-4)
-    assert jvitmoe.load(out).names == tuple("0123456789")
+    again = jvitmoe.load(out)
+    np.testing.assert_allclose(again.logits(sample["images"]), sample["logits"], atol=1e-6)
+    assert again.names == tuple("0123456789")
+    assert again.config.norm_epsilon == Config().model.norm_epsilon
 
 
 def test_the_card_tells_data_recipe_seed_accuracy_hardware_versions_and_licence(exported, experiment_run):
