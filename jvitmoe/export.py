@@ -24,7 +24,7 @@ from safetensors.numpy import save
 from jvitmoe import cards, classifier, cli, formats, pretrained, tracking
 from jvitmoe.checkpoint import Checkpoints
 from jvitmoe.config import Config, ModelConfig, UserError
-from jvitmoe.data import augment, sources
+from jvitmoe.data import augment, sources, stream
 from jvitmoe.models import vit
 from jvitmoe.tracking import console
 
@@ -128,8 +128,9 @@ def examine(target: str, config: Config) -> list[str]:
 
 def make_sample(source: pretrained.Source, config: Config, target: str) -> dict[str, np.ndarray]:
     """Returns the arrays of sample.npz: images of the test split, as the target takes them too, and their logits."""
-    test = sources.load(config.data, config.model).test
-    images_NHWc, labels_N = np.asarray(test.images_NHWC[:SAMPLE]), np.asarray(test.labels_N[:SAMPLE])
+    records = sources.browse(config.data, config.model).test
+    test = stream.read(records.part(np.arange(min(SAMPLE, len(records)))), config)
+    images_NHWc, labels_N = test.images_NHWC, test.labels_N
     inputs = np.asarray(augment.normalize(jnp.asarray(images_NHWc)))
     if target in ("timm", "hf"):
         inputs = np.ascontiguousarray(inputs.transpose(0, 3, 1, 2))
@@ -142,12 +143,12 @@ Run = Callable[[np.ndarray], np.ndarray]  # inputs as the target takes them -> l
 
 def _write_ours(out: Path, source: pretrained.Source, model: ModelConfig) -> Run:
     arrays = {name: np.ascontiguousarray(leaf) for name, leaf in classifier.dense_arrays(source).items()}
-    return _save(out, source, arrays, formats.our_config(model, source.classes))
+    return _save(out, source, arrays, formats.our_config(model, source.classes, source.crop))
 
 
 def _write_timm(out: Path, source: pretrained.Source, model: ModelConfig) -> Run:
     arrays = formats.write(source.params, formats.TIMM, cls_row=model.cls_position)
-    return _save(out, source, arrays, formats.timm_config(model, source.classes))
+    return _save(out, source, arrays, formats.timm_config(model, source.classes, source.crop))
 
 
 def _write_hf(out: Path, source: pretrained.Source, model: ModelConfig) -> Run:

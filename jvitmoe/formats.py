@@ -191,8 +191,9 @@ def style_of(names: Any) -> str | None:
     return None
 
 
-def timm_config(model: ModelConfig, classes: Sequence[str]) -> dict[str, Any]:
-    """Returns timm's config.json: the architecture it begins with, and every argument that makes it ours."""
+def timm_config(model: ModelConfig, classes: Sequence[str], crop: str) -> dict[str, Any]:
+    """Returns timm's config.json: the architecture it begins with, and every argument that makes it ours; `crop` is the
+    run's `data.crop`."""
     cls = model.pool == "cls"
     args = {
         **{"img_size": model.image_size, "patch_size": model.patch, "in_chans": model.channels},
@@ -203,7 +204,8 @@ def timm_config(model: ModelConfig, classes: Sequence[str]) -> dict[str, Any]:
     pixels = {"mean": [0.5] * model.channels, "std": [0.5] * model.channels}
     cfg = {
         **{"num_classes": model.classes, "input_size": [model.channels, model.image_size, model.image_size], **pixels},
-        **{"interpolation": "bicubic", "crop_pct": 1.0, "fixed_input_size": True, "pool_size": None},
+        "interpolation": "bilinear" if crop == "resized" else "bicubic",
+        **{"crop_pct": 224 / 256 if crop == "resized" else 1.0, "fixed_input_size": True, "pool_size": None},
         **{"first_conv": "patch_embed.proj", "classifier": "head"},
     }
     return {
@@ -256,9 +258,9 @@ def hf_preprocessor(model: ModelConfig) -> dict[str, Any]:
     }
 
 
-def our_config(model: ModelConfig, classes: Sequence[str]) -> dict[str, Any]:
-    """Returns the config.json of our own export."""
-    return {"format": "jvitmoe", "model": dataclasses.asdict(model), "classes": list(classes)}
+def our_config(model: ModelConfig, classes: Sequence[str], crop: str) -> dict[str, Any]:
+    """Returns the config.json of our own export; `crop` is the run's `data.crop`."""
+    return {"format": "jvitmoe", "model": dataclasses.asdict(model), "classes": list(classes), "crop": crop}
 
 
 def _ratio(hidden: int, width: int) -> float:

@@ -44,6 +44,7 @@ class Source:
     classes: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     config: Config | None = None  # of a run
+    crop: str = "pad"  # how pictures in files are cut for it, as `data.crop`
 
     @property
     def grid(self) -> int:
@@ -201,7 +202,7 @@ def _read_run(path: Path, checkpoint: str, mesh: Mesh | None) -> Source:
     names = tracking.read_classes(path)
     notes: tuple[str, ...] = ("averaged the experts",) if config.routing.experts > 1 else ()
     notes += ("folded LoRA and adapters into the MLP",) if config.tuned else ()
-    return Source(path, "run", flat, config.model.plain(), names, notes, config)
+    return Source(path, "run", flat, config.model.plain(), names, notes, config, config.data.crop)
 
 
 def _table(model: ModelConfig, flat: Dict) -> np.ndarray:
@@ -240,7 +241,7 @@ def _read_ours(path: Path, arrays: Dict, about: dict[str, Any]) -> Source:
         if found != shapes.get(name):
             raise UserError(f"the array {name!r} has shape {found}; its {CONFIG} says {shapes.get(name)}")
     arrays = arrays | {"positions": _table(model, arrays)}
-    return Source(path, OURS, arrays, model, tuple(about.get("classes", ())))
+    return Source(path, OURS, arrays, model, tuple(about.get("classes", ())), crop=about.get("crop", "pad"))
 
 
 def _read_hf(path: Path, arrays: Dict, about: dict[str, Any], heads: int) -> Source:

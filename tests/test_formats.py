@@ -107,7 +107,7 @@ def test_a_vit_without_a_head_is_read_without_one():
 
 @pytest.mark.parametrize(("width", "hidden"), [(64, 128), (300, 1000), (7, 23), (320, 1279)])
 def test_timm_counts_the_hidden_width_as_we_have_it(width, hidden):
-    ratio = formats.timm_config(ModelConfig(width=width, hidden=hidden), ())["model_args"]["mlp_ratio"]
+    ratio = formats.timm_config(ModelConfig(width=width, hidden=hidden), (), "pad")["model_args"]["mlp_ratio"]
     assert int(width * ratio) == hidden
 
 
@@ -144,4 +144,10 @@ def test_activations_and_norms_that_arrays_would_not_show_are_refused(about, mes
 @pytest.mark.parametrize("epsilon", [1e-5, 1e-6, 1e-3])
 def test_every_epsilon_that_is_written_for_timm_reads_back(epsilon):
     model = dataclasses.replace(MODEL, norm_epsilon=epsilon)
-    assert formats.read_timm_config(formats.timm_config(model, ())) == (model.heads, epsilon)
+    assert formats.read_timm_config(formats.timm_config(model, (), "pad")) == (model.heads, epsilon)
+
+
+@pytest.mark.parametrize(("crop", "share", "filter"), [("pad", 1.0, "bicubic"), ("resized", 224 / 256, "bilinear")])
+def test_timm_is_told_how_the_run_cut_its_test_images(crop, share, filter):
+    cfg = formats.timm_config(MODEL, (), crop)["pretrained_cfg"]
+    assert (cfg["crop_pct"], cfg["interpolation"]) == (share, filter)

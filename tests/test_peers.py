@@ -209,10 +209,25 @@ def test_positions_and_patches_are_resized_as_timm_resizes_them(peers, tmp_path,
     np.testing.assert_allclose(resized, new["kernel"], rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("arguments", [{"init_values": 0.1}, {"reg_tokens": 2}, {"qk_norm": True}, {"pre_norm": True}])
-def test_what_our_vit_has_no_place_for_is_refused(peers, inputs, tmp_path, arguments):
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"init_values": 0.1}, "no place in a plain ViT"),
+        ({"reg_tokens": 2}, "no place in a plain ViT"),
+        ({"qk_norm": True}, "no place in a plain ViT"),
+        ({"pre_norm": True}, "must hold a plain ViT"),
+        ({"qkv_bias": False}, "must hold a plain ViT"),
+        ({"norm_layer": "rmsnorm"}, "its norm_layer is 'rmsnorm'"),
+        ({"act_layer": "quick_gelu"}, "its act_layer is 'quick_gelu'"),
+        ({"architecture": "vit_base_patch16_clip_quickgelu_224", "pre_norm": False}, "whose act_layer is not 'gelu'"),
+        ({"global_pool": "map"}, "no place in a plain ViT"),
+        ({"global_pool": "avg", "class_token": False, "fc_norm": False}, "pools otherwise"),
+        ({"architecture": "deit_tiny_distilled_patch16_224"}, "must make a square"),
+    ],
+)
+def test_what_our_vit_has_no_place_for_is_refused(peers, inputs, tmp_path, arguments, message):
     peers("make_timm", folder=tmp_path / "odd", inputs=inputs, **SMALL, **arguments)
-    with pytest.raises(config_lib.UserError, match="a plain ViT") as caught:
+    with pytest.raises(config_lib.UserError, match=message) as caught:
         pretrained.read(tmp_path / "odd")
     assert "\n" not in str(caught.value)
 
