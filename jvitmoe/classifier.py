@@ -43,7 +43,7 @@ class Classifier:
         self.names = tuple(names) if len(names) == model.classes else tuple(map(str, range(model.classes)))
         self.params = jax.tree.map(jnp.asarray, params)
         net = vit.build(self.config)
-        self._log_p = jax.jit(lambda p, x: vit.logits(net, p, augment.normalize(x)))
+        self._run = jax.jit(lambda p, x: vit.logits(net, p, augment.normalize(x)))
 
     def __call__(self, inputs: Any, top: int = 5) -> list[list[Prediction]]:
         """Returns the `top` most probable classes of each input, most probable first.
@@ -75,7 +75,7 @@ class Classifier:
             part = images_NHWc[start : start + BATCH]
             filled = np.concatenate([part, np.zeros((BATCH - len(part), *part.shape[1:]), np.uint8)])
             with jax.default_matmul_precision("highest"):  # a GPU would otherwise round products to TF32
-                logits_NC[start : start + len(part)] = np.asarray(self._log_p(self.params, filled))[: len(part)]
+                logits_NC[start : start + len(part)] = np.asarray(self._run(self.params, filled))[: len(part)]
         return logits_NC
 
     def read(self, path: str | Path) -> np.ndarray:

@@ -21,7 +21,7 @@ import numpy as np
 from absl import flags
 from safetensors.numpy import save
 
-from jvitmoe import cards, classifier, cli, formats, pretrained, tracking
+from jvitmoe import cards, classifier, cli, compilation, formats, pretrained, tracking
 from jvitmoe.checkpoint import Checkpoints
 from jvitmoe.config import Config, ModelConfig, UserError
 from jvitmoe.data import augment, sources, stream
@@ -36,6 +36,7 @@ CLOSE = 1e-4  # largest difference of logits that passes
 def main(argv: list[str]) -> None:
     """Writes one export. Raises UserError where the run, the target or the folder does not allow it."""
     values = cli.parse(argv, _define_flags)
+    compilation.use_cache()
     if not values.workdir:
         raise UserError("--workdir is missing; give a run folder, such as --workdir=runs/digits_random")
     if values.to not in TARGETS:

@@ -12,7 +12,7 @@ import numpy as np
 from absl import flags
 from rich.markup import escape
 
-from jvitmoe import classifier, cli, sheet, tracking
+from jvitmoe import classifier, cli, compilation, sheet, tracking
 from jvitmoe.classifier import Prediction
 from jvitmoe.config import UserError
 from jvitmoe.data import pictures
@@ -23,6 +23,7 @@ from jvitmoe.tracking import console
 def main(argv: list[str]) -> None:
     """Prints one row per picture, or one JSON list. Exits with 1 where some picture could not be read."""
     values, arguments = cli.parse_with_arguments(argv, _define_flags)
+    compilation.use_cache()
     if not values.workdir:
         raise UserError(
             "--workdir is missing; give a run folder or an exported one, such as --workdir=runs/digits_random"
