@@ -336,7 +336,7 @@ def _has(arrays: Dict, name: str) -> bool:
 
 def _load_npz(path: Path) -> Dict:
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with path.open("rb") as content, np.load(content, allow_pickle=False) as file:
             return {name: file[name] for name in file.files}
     except Exception as error:  # zipfile's, zlib's and NumPy's own
         raise UserError(f"cannot be read as .npz ({error}); restore it from a copy") from error

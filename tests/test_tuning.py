@@ -1,5 +1,6 @@
 """LoRA and adapters as experts (AdaMix): only they and the head are trained, and they fold into a plain ViT exactly."""
 
+import contextlib
 import dataclasses
 import functools
 import shutil
@@ -156,9 +157,7 @@ def test_the_gradient_norm_is_of_what_is_trained(tiny_config, training):
     assert optax.global_norm(dense["head"]) - 1e-6 <= run.metrics[0].grad_norm < optax.global_norm(dense)
 
 
-def test_a_run_tunes_prints_resumes_without_its_source_and_ships_a_plain_vit(
-    experiment_run, tmp_path, capsys, monkeypatch
-):
+def test_a_run_tunes_prints_resumes_without_its_source_and_ships_a_plain_vit(experiment_run, tmp_path, capsys):
     source = tmp_path / "source"
     shutil.copytree(experiment_run, source)
     config = config_lib.loads((experiment_run / "config.json").read_text(), "config.json")
@@ -166,13 +165,17 @@ def test_a_run_tunes_prints_resumes_without_its_source_and_ships_a_plain_vit(
     config.init.source, config.routing.granularity, config.routing.consistency = str(source), "batch", 0.1
     config.train.epochs = 1
     config.validate()
-    monkeypatch.setattr("signal.signal", lambda *_: None)
-    train.train(config, tmp_path / "run", train.Stop())
+
+    def run():
+        with contextlib.ExitStack() as held:
+            train.train(config, tmp_path / "run", held.enter_context(train.Stop()), held)
+
+    run()
     out = capsys.readouterr().out
     assert f"trained     {evaluation.count_trained(config):,} of" in out
     assert "(run): " in out
     shutil.rmtree(source)
-    train.train(config, tmp_path / "run", train.Stop())
+    run()
     assert "resuming" in capsys.readouterr().out
     found = pretrained.read(tmp_path / "run")
     assert found.model == dataclasses.replace(config.model.plain(), position_rows=found.model.position_rows)
