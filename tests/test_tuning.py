@@ -39,7 +39,7 @@ def start(request, tiny_config):
     config = tiny_config(
         model=KINDS[request.param], routing={"experts": E, "scope": "layer"}, init={"source": "somewhere"}
     )
-    source = jax.jit(vit.init, static_argnums=0)(vit.build(untuned(config)), jax.random.key(7))
+    source = jax.jit(functools.partial(vit.init, vit.build(untuned(config))))(jax.random.key(7))
     model = step.make_model(config, "cpu")
     state = step.make_state(config, model, step.make_mesh(config.train), source)
     logits = jax.jit(functools.partial(vit.logits, model))
