@@ -388,9 +388,10 @@ def to_dict(config: Config) -> dict[str, dict[str, Any]]:
 
 
 def from_dict(values: dict[str, dict[str, Any]]) -> Config:
-    """Returns the Config that `to_dict` came from. Raises ConfigError for a section or field that does not exist."""
+    """Returns the Config that `to_dict` came from, in this version or an older one: fields that it did not know have
+    their defaults, which is what it did. Raises ConfigError for a section or field that does not exist."""
     config = Config()
-    for section_name, section_values in values.items():
+    for section_name, section_values in _renamed(values).items():
         section = getattr(config, section_name, None)
         if not dataclasses.is_dataclass(section) or not isinstance(section_values, dict):
             raise ConfigError(unknown_field(section_name))
@@ -400,6 +401,18 @@ def from_dict(values: dict[str, dict[str, Any]]) -> Config:
                 raise ConfigError(unknown_field(f"{section_name}.{name}"))
             setattr(section, name, tuple(value) if isinstance(value, list) else value)  # JSON has no tuples
     return config
+
+
+def _renamed(values: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Returns the values of an older version under today's names: routing.init=upcycled from routing.upcycle_from is
+    routing.init=shared from init.source."""
+    routing = values.get("routing")
+    if not isinstance(routing, dict) or "upcycle_from" not in routing:
+        return values
+    kept = {name: value for name, value in routing.items() if name != "upcycle_from"}
+    if kept.get("init") != "upcycled":
+        return {**values, "routing": kept}
+    return {**values, "routing": {**kept, "init": "shared"}, "init": {"source": routing["upcycle_from"]}}
 
 
 def flatten(config: Config) -> dict[str, Any]:

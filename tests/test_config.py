@@ -11,6 +11,7 @@ from jvitmoe import evaluation
 from jvitmoe.config import Config, ConfigError
 
 CONFIGS = Path(__file__).parents[1] / "configs"
+RESULTS = CONFIGS.with_name("results")
 
 
 def set_field(config: Config, path: str, value: object) -> Config:
@@ -113,6 +114,24 @@ def test_json_round_trip_is_exact():
     config = Config()
     config.routing.experts, config.optim.learning_rate = 7, 1.2345678901234567e-4
     config.routing.pattern = ("dense", "experts")
+    assert config_lib.loads(config_lib.dumps(config), "x") == config
+
+
+@pytest.mark.parametrize("path", sorted(RESULTS.rglob("*config.json")), ids=lambda path: path.stem)
+def test_configs_that_older_versions_kept_with_their_results_are_read(path):
+    text = path.read_text()
+    config, kept = config_lib.loads(text, path.name).validate(), json.loads(text)
+    assert config.model.width == kept["model"]["width"]
+    if "norm_epsilon" not in kept["model"]:
+        assert config.model.norm_epsilon == 1e-5
+
+
+def test_what_an_older_version_upcycled_is_an_init_source():
+    fresh = {"routing": {"experts": 4, "init": "shared", "upcycle_from": ""}}
+    assert config_lib.loads(json.dumps(fresh), "x").validate().init.source == ""
+    old = {"routing": {"experts": 4, "init": "upcycled", "upcycle_from": "runs/dense"}}
+    config = config_lib.loads(json.dumps(old), "x").validate()
+    assert (config.routing.init, config.init.source) == ("shared", "runs/dense")
     assert config_lib.loads(config_lib.dumps(config), "x") == config
 
 
