@@ -52,16 +52,21 @@ def use_cache() -> None:
 def reduced_bytes(text: str) -> int:
     """Returns the bytes that the all-reduces of a compiled program's HLO text take in on one device, over groups of
     several devices. Raises ValueError where there is any other collective."""
+    return sum(reduced_sizes(text))
+
+
+def reduced_sizes(text: str) -> list[int]:
+    """As `reduced_bytes`, of each array that is reduced."""
     if other := re.search(r" (all-gather|all-to-all|reduce-scatter|collective-permute)(-start)?\(", text):
         raise ValueError(f"the program holds an {other[1]}")
-    total = 0
+    found = []
     for shape, groups in re.findall(r"= (.+?) all-reduce(?:-start)?\(.*replica_groups=(mesh.*?\}|\S+),", text):
         if _group_size(groups) == 1:
             continue
         for kind, bits, sizes in re.findall(r"\b(f|bf|s|u|pred)(\d*)\[([\d,]*)\]", shape):
             elements = int(np.prod([int(n) for n in sizes.split(",") if n], dtype=int))
-            total += elements * (1 if kind == "pred" else int(bits) // 8)
-    return total
+            found.append(elements * (1 if kind == "pred" else int(bits) // 8))
+    return found
 
 
 def _group_size(groups: str) -> int:

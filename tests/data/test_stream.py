@@ -1,6 +1,7 @@
 """Streamed batches are the batches of the set on the device: same images, same order, same bits after training."""
 
 import json
+import shutil
 import sys
 import types
 from pathlib import Path
@@ -170,6 +171,50 @@ def test_an_image_folder_of_all_sizes_trains_resumes_and_is_tested_by_the_comman
         "ece": pytest.approx(trained[0]["ece"], rel=1e-5)
     }
     assert result["mergeability"]["images"] == 10
+
+
+def test_a_streamed_folder_goes_on_on_4_devices_and_on_1_again_and_not_with_a_picture_more(
+    tmp_path, monkeypatch, capsys
+):
+    """One run of 12 steps whose devices change twice, against one that kept its own."""
+    write_pictures(tmp_path / "set")
+    settings = (*TINY[:-2], "train.platform=cpu", "model.classes=2", "data.name=folder", f"data.dir={tmp_path / 'set'}")
+    settings += ("data.stream=True", "data.crop=resized", "routing.experts=2", "routing.granularity=sample")
+    settings += ("optim.eps=1e-3", "train.epochs=4", "train.log_every=1", "train.checkpoint_every=1", "train.keep=12")
+    command = ["--config=configs/digits_random.py", *flags(*settings)]
+    monkeypatch.chdir(CONFIGS.parent)
+
+    def losses_of(workdir, *more):
+        code, out, err = run(train.main, monkeypatch, capsys, *command, *flags(*more), f"--workdir={workdir}")
+        assert code == 0, err
+        lines = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
+        return out, {line["step"]: line["loss"] for line in lines if line["kind"] == "train"}
+
+    def forget_after(step):
+        for folder in (tmp_path / "run" / "checkpoints").iterdir():
+            if int(folder.name) > step:
+                shutil.rmtree(folder)
+
+    _, whole = losses_of(tmp_path / "whole", "train.devices=1")
+    assert len(whole) == 12
+    shutil.copytree(tmp_path / "whole", tmp_path / "run")
+    for step_, more in ((4, ("train.devices=4", "train.expert_devices=2")), (8, ("train.devices=1",))):
+        forget_after(step_)
+        out, again = losses_of(tmp_path / "run", *more)
+        assert f"resuming    from step {step_}" in out
+        assert f"devices     {more[0][-1]} x cpu" in out
+        assert again == pytest.approx(whole, abs=1e-6)
+        assert again != whole  # sums of parts, once there were four
+
+    forget_after(8)
+    (tmp_path / "set" / "train" / "dark" / "99.jpg").write_bytes(
+        (tmp_path / "set" / "train" / "dark" / "00.jpg").read_bytes()
+    )
+    code, _, err = run(
+        train.main, monkeypatch, capsys, *command, "--config.train.devices=1", f"--workdir={tmp_path / 'run'}"
+    )
+    assert (code, err.count("\n")) == (2, 1)
+    assert "holds a run on other data: 24 train images, 25 now; set --config.data.dir to what it was" in err
 
 
 def test_a_damaged_picture_ends_the_run_in_one_line_that_names_it(tmp_path, monkeypatch, capsys):
