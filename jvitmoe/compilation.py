@@ -24,11 +24,18 @@ def options(dtype: Any, platform: str) -> dict[str, bool]:
     return {ONEDNN: True}
 
 
+def for_reading(lowered: Any) -> Any:
+    """Returns the compiled program of what `jit(...).lower(...)` gave, to be read and not run: XLA's own passes, which
+    its text, FLOPs and memory come from, all done, and machine code made in a hurry."""
+    hurry = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+    return lowered.compile({option: value for option, value in hurry.items() if _known(option, value)})
+
+
 @functools.cache
-def _known(option: str) -> bool:
+def _known(option: str, value: bool | int = True) -> bool:
     """Whether the installed jaxlib has this option: one that it has not ends every compilation with an error."""
     try:
-        jax.jit(lambda: 0, compiler_options={option: True}).lower().compile()
+        jax.jit(lambda: 0, compiler_options={option: value}).lower().compile()
     except jax.errors.JaxRuntimeError:
         return False
     return True

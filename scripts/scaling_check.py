@@ -25,6 +25,7 @@ import numpy as np
 from absl import flags
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from scipy import optimize
 
 sys.path.insert(0, str(Path(__file__).parent))
 import scaling_model
@@ -198,10 +199,10 @@ def _held_to_core(number: int) -> Iterator[None]:
 
 
 def link(sums: list[dict[str, Any]]) -> tuple[float, float]:
-    """Returns (seconds per array, seconds per byte) that fit timed sums best, each by its relative error."""
+    """Returns (seconds per array, seconds per byte), neither negative, that fit timed sums best by relative error."""
     rows = np.array([[row["arrays"], row["bytes"]] for row in sums], float)
     seconds = np.array([row["seconds"] for row in sums])
-    (per_array, per_byte), *_ = np.linalg.lstsq(rows / seconds[:, None], np.ones(len(sums)), rcond=None)
+    (per_array, per_byte), _ = optimize.nnls(rows / seconds[:, None], np.ones(len(sums)))
     return float(per_array), float(per_byte)
 
 
