@@ -1,11 +1,13 @@
 """Streamed batches are the batches of the set on the device: same images, same order, same bits after training."""
 
 import importlib.util
+import io
 import json
 import shutil
 import sys
 import types
 from pathlib import Path
+from typing import Any
 
 import chex
 import jax
@@ -181,7 +183,14 @@ def test_a_streamed_folder_goes_on_on_4_devices_and_on_1_again_and_not_with_a_pi
     write_pictures(tmp_path / "set")
     settings = (*TINY[:-2], "train.platform=cpu", "model.classes=2", "data.name=folder", f"data.dir={tmp_path / 'set'}")
     settings += ("data.stream=True", "data.crop=resized", "routing.experts=2", "routing.granularity=sample")
-    settings += ("optim.eps=1e-3", "train.epochs=4", "train.log_every=1", "train.checkpoint_every=1", "train.keep=12")
+    settings += (
+        "optim.eps=1e-3",
+        "optim.warmup_epochs=0",
+        "train.epochs=4",
+        "train.log_every=1",
+        "train.checkpoint_every=1",
+        "train.keep=12",
+    )
     command = ["--config=configs/digits_random.py", *flags(*settings)]
     monkeypatch.chdir(CONFIGS.parent)
 
@@ -269,13 +278,26 @@ def test_random_parts_are_a_function_of_seed_step_and_place(tmp_path, tiny_confi
 # ImageNet as TFDS has it
 
 
+def describe_set(name: str, root: Path, counts: dict[str, int]) -> Any:
+    """Writes what TFDS keeps of a prepared set besides its records, so many in each split; returns its builder."""
+    import tensorflow_datasets as tfds
+    from tensorflow_datasets.core import naming, splits
+
+    builder, infos = tfds.builder(name, data_dir=root, file_format="array_record"), []
+    Path(builder.data_path).mkdir(parents=True)
+    for split, count in counts.items():
+        template = naming.ShardedFileTemplate(
+            data_dir=builder.data_path, dataset_name=name, split=split, filetype_suffix="array_record"
+        )
+        infos.append(splits.SplitInfo(name=split, shard_lengths=[count], num_bytes=0, filename_template=template))
+    builder.info.set_splits(splits.SplitDict(infos))
+    builder.info.write_to_directory(builder.data_path)
+    return builder
+
+
 def write_imagenet(root: Path) -> None:
     """Writes a prepared imagenet2012 of 12 training, 6 validation and 2 unlabelled test images, of all sizes."""
-    import io
-
-    import tensorflow_datasets as tfds
     from array_record.python.array_record_module import ArrayRecordWriter
-    from tensorflow_datasets.core import naming, splits
     from tensorflow_datasets.proto import tf_example_pb2, tf_feature_pb2
 
     def feature(value):
@@ -283,14 +305,9 @@ def write_imagenet(root: Path) -> None:
             return tf_feature_pb2.Feature(int64_list=tf_feature_pb2.Int64List(value=[value]))
         return tf_feature_pb2.Feature(bytes_list=tf_feature_pb2.BytesList(value=[value]))
 
-    builder = tfds.builder("imagenet2012", data_dir=root)
-    folder, random, infos = Path(builder.data_path), np.random.default_rng(0), []
-    folder.mkdir(parents=True)
-    for split, count in (("train", 12), ("validation", 6), ("test", 2)):
-        template = naming.ShardedFileTemplate(
-            data_dir=builder.data_path, dataset_name=builder.name, split=split, filetype_suffix="array_record"
-        )
-        infos.append(splits.SplitInfo(name=split, shard_lengths=[count], num_bytes=0, filename_template=template))
+    counts, random = {"train": 12, "validation": 6, "test": 2}, np.random.default_rng(0)
+    folder = Path(describe_set("imagenet2012", root, counts).data_path)
+    for split, count in counts.items():
         writer = ArrayRecordWriter(str(folder / f"imagenet2012-{split}.array_record-00000-of-00001"), "group_size:1")
         for i in range(count):
             height, width = random.integers(20, 50, 2)
@@ -301,9 +318,6 @@ def write_imagenet(root: Path) -> None:
             features = tf_feature_pb2.Features(feature={name: feature(value) for name, value in fields.items()})
             writer.write(tf_example_pb2.Example(features=features).SerializeToString())
         writer.close()
-    builder.info.set_file_format("array_record")
-    builder.info.set_splits(splits.SplitDict(infos))
-    builder.info.write_to_directory(builder.data_path)
 
 
 def test_the_imagenet_config_streams_a_tfds_set_and_tests_on_its_labelled_split(tmp_path, monkeypatch, capsys):
@@ -328,19 +342,8 @@ def test_the_imagenet_config_streams_a_tfds_set_and_tests_on_its_labelled_split(
 @pytest.mark.skipif(importlib.util.find_spec("tensorflow") is None, reason="TFDS encodes its mock data by TensorFlow")
 def test_mock_data_of_tfds_trains_as_a_stream_as_it_trains_on_the_device(tmp_path, monkeypatch, capsys):
     import tensorflow_datasets as tfds
-    from tensorflow_datasets.core import naming, splits
 
-    builder = tfds.builder("cifar10", data_dir=tmp_path / "sets")
-    Path(builder.data_path).mkdir(parents=True)
-    infos = []
-    for split in ("train", "test"):
-        template = naming.ShardedFileTemplate(
-            data_dir=builder.data_path, dataset_name="cifar10", split=split, filetype_suffix="array_record"
-        )
-        infos.append(splits.SplitInfo(name=split, shard_lengths=[20], num_bytes=0, filename_template=template))
-    builder.info.set_file_format("array_record")
-    builder.info.set_splits(splits.SplitDict(infos))
-    builder.info.write_to_directory(builder.data_path)
+    describe_set("cifar10", tmp_path / "sets", {"train": 20, "test": 20})
     settings = (*TINY[2:], "model.image_size=32", "model.channels=3", "model.width=8", "model.hidden=12")
     settings += ("data.name=cifar10", f"data.dir={tmp_path / 'sets'}", "data.flip=True", "routing.experts=2")
     command = ["--config=configs/digits_dense.py", *flags(*settings, "train.epochs=3", "train.log_every=1")]
