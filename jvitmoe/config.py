@@ -360,7 +360,8 @@ NOT_NEGATIVE = (
 )
 FRACTIONS = ("routing.tie_last", "train.ema", "model.dropout", "optim.b1", "optim.b2", "train.label_smoothing")
 
-# A run may be continued with other values of these: they move files, devices or printing, never a number.
+# A run may be continued with other values of these: they move files, devices or printing, never a number (but see
+# `differences`).
 FREE_ON_RESUME = frozenset(
     f"{section}.{name}"
     for section, names in {
@@ -421,9 +422,16 @@ def flatten(config: Config) -> dict[str, Any]:
 
 
 def differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
-    """Returns {"section.field": (old, new)} for the fields that would change a run's numbers."""
+    """Returns {"section.field": (old, new)} for the fields that would change a run's numbers.
+
+    `data.stream` is one of them where validation images of a TFDS set are held out: a stream knows no labels before it
+    reads, and holds out others.
+    """
     olds, news = flatten(old), flatten(new)
-    return {k: (olds[k], news[k]) for k in olds if olds[k] != news[k] and k not in FREE_ON_RESUME}
+    free = FREE_ON_RESUME
+    if old.data.validation and old.data.name not in ("digits", "folder"):
+        free -= {"data.stream"}
+    return {k: (olds[k], news[k]) for k in olds if olds[k] != news[k] and k not in free}
 
 
 def unknown_field(path: str) -> str:
