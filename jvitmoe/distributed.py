@@ -155,7 +155,7 @@ def guard(main: Callable[[], Any]) -> None:
             raise
         who = "" if first() else f" (process {jax.process_index()} of {jax.process_count()})"
         if isinstance(error, UserError):
-            _leave("" if error.everywhere and not first() else f"error: {error}{who}\n", code)
+            _leave("" if error.everywhere and not first() else f"error: {' '.join(str(error).split())}{who}\n", code)
         text = "" if isinstance(error, SystemExit) else traceback.format_exc()
         _leave(f"{text}process {jax.process_index()} of {jax.process_count()} ends, and the others with it\n", code)
 

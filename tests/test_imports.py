@@ -123,5 +123,16 @@ def test_models_know_their_config_and_nothing_of_devices_or_optimisers(name):
             assert node.module != "jvitmoe.config" or [alias.name for alias in node.names] == ["ModelConfig"]
 
 
+@pytest.mark.parametrize("name", FILES)
+def test_nothing_that_comes_out_of_a_file_is_run(name):
+    assert not imports(name)[0] & {"pickle", "marshal", "shelve", "dill", "cloudpickle", "joblib", "yaml", "runpy"}
+    for node in ast.walk(ast.parse(FILES[name].read_text())):
+        if isinstance(node, ast.Call):
+            called = ast.unparse(node.func)
+            assert called not in ("eval", "exec", "compile", "__import__", "os.system"), f"{name} calls {called}"
+            assert called != "np.load" or "allow_pickle=False" in ast.unparse(node)
+            assert not any(word.arg == "shell" for word in node.keywords)
+
+
 def test_there_is_no_utils():
     assert not [name for name in FILES if name.split(".")[-1] in ("utils", "util", "helpers")]

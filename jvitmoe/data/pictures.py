@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from jvitmoe.config import UserError
-from jvitmoe.data.decode import MODES
+from jvitmoe.data.decode import FORMATS, MODES
 from jvitmoe.data.sources import IMAGE_SUFFIXES
 
 MOST_PIXELS = 100_000_000  # more is refused by what the header says, before the memory is taken
@@ -52,7 +52,9 @@ def read(path: str | Path, size: int, channels: int) -> np.ndarray:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the limit below is ours
-            with Image.open(path) as image:
+            if Path(path).exists() and not Path(path).is_file():
+                raise PictureError(f"{path} is no regular file")  # reading a pipe or a device might never end
+            with Image.open(path, formats=FORMATS) as image:
                 if image.width * image.height > MOST_PIXELS:
                     raise PictureError(f"{path} has {image.width} x {image.height} pixels; at most {MOST_PIXELS:,}")
                 upright = ImageOps.exif_transpose(image)
