@@ -16,6 +16,7 @@ class UserError(Exception):
     """A mistake the user can mend: commands print it as one line and exit with code 2."""
 
     everywhere = False  # whether all processes of a run raise it alike, so that one of them saying it is enough
+    known = False  # whether the other processes know of it
 
 
 class ConfigError(UserError):

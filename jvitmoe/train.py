@@ -44,7 +44,7 @@ Batch = tuple[feed.Images, jax.Array | None]  # what a step takes
 class TrainingError(UserError):
     """The run cannot go on; the message names the step, the value and the last good checkpoint."""
 
-    everywhere = True
+    everywhere = known = True
 
 
 def main(argv: list[str]) -> None:
