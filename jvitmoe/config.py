@@ -471,7 +471,7 @@ def _get(config: Config, path: str) -> Any:
 
 def _check_types(section: Any, name: str) -> None:
     for field in dataclasses.fields(section):
-        value, wanted = getattr(section, field.name), field.type
+        value, wanted = getattr(section, field.name), typing.cast(Any, field.type)
         path, number = f"{name}.{field.name}", isinstance(value, int | float) and not isinstance(value, bool)
         kind, *inside = (typing.get_origin(wanted) or wanted, *typing.get_args(wanted))
         fits = number if wanted is float else type(value) is kind

@@ -186,7 +186,7 @@ TINY = ("--config.model.width=8", "--config.model.depth=1", "--config.model.patc
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # Orbax's
-@tries(16)
+@tries(12)
 @given(
     st.lists(st.sampled_from(sorted(CHOSEN)), min_size=2, max_size=8, unique=True).flatmap(
         lambda names: st.fixed_dictionaries({name: st.sampled_from(CHOSEN[name]) for name in names})
