@@ -25,7 +25,7 @@ T = TypeVar("T")
 
 _lifelines: list[Lifeline] = []  # one, once several processes have joined
 
-HEARTBEAT_SECONDS = 25  # without a sign of life, until JAX ends all: later than `lifeline`, which says whom it lost
+HEARTBEAT_SECONDS = 28  # without a sign of life, until JAX ends all: later than `lifeline`, which says whom it lost
 SHUTDOWN_SECONDS = 15
 
 

@@ -12,9 +12,10 @@ import time
 from typing import Any
 
 BEAT = 2.0  # seconds between two signs of life
-SILENT = 15.0  # seconds without one, after which a process counts as lost
+SILENT = 18.0  # seconds without one, after which a process counts as lost
 CODE = 1
 ALIVE, LOST = "jvitmoe/alive/", "jvitmoe/lost/"
+LEFT = "left"  # the last sign of a process that ended as it should
 
 
 class Lifeline:
@@ -31,14 +32,18 @@ class Lifeline:
         self._signs: dict[int, str] = {}  # by process: the last one seen
         self._idle = dict.fromkeys(range(1, count) if process == 0 else [0], 0.0)  # seconds since then
         self._over = threading.Event()
-        for work in (self._beat, self._watch):
-            threading.Thread(target=work, name="lifeline", daemon=True).start()
+        works = self._beat, self._watch
+        self._threads = [threading.Thread(target=work, name="lifeline", daemon=True) for work in works]
+        for thread in self._threads:
+            thread.start()
 
     def cut(self) -> None:
         """Ends the watch, because all end now and in any order."""
         self._over.set()
+        for thread in self._threads:
+            thread.join(BEAT)  # so that none of them asks a coordinator that is being shut down
         with contextlib.suppress(Exception):
-            self._client.key_value_set(f"{ALIVE}{self._process}", "", allow_overwrite=True)
+            self._client.key_value_set(f"{ALIVE}{self._process}", LEFT, allow_overwrite=True)
 
     def tell(self, why: str) -> None:
         """Tells the others that this process is about to end; returns once they had time to hear it."""
@@ -74,8 +79,7 @@ class Lifeline:
             now = time.monotonic()
             passed, before = min(now - before, 2 * look), now  # more than that, and it is this process that stood still
             for process in self._idle:
-                left = self._signs.get(process) == ""
-                self._idle[process] += 0 if left else passed
+                self._idle[process] += 0 if self._signs.get(process) == LEFT else passed
                 if self._idle[process] > SILENT and process != self._process:
                     why = f"no sign of life for {SILENT:g} s"
                     if self._process == 0:
