@@ -70,7 +70,7 @@ class Lifeline:
                 self._end(lost[0][1])
             for key, sign in alive:
                 process = int(key.rpartition("/")[2])
-                if self._signs.get(process) != sign:
+                if process in self._idle and self._signs.get(process) != sign:
                     self._signs[process], self._idle[process] = sign, 0.0
 
     def _watch(self) -> None:
@@ -80,7 +80,7 @@ class Lifeline:
             passed, before = min(now - before, 2 * look), now  # more than that, and it is this process that stood still
             for process in self._idle:
                 self._idle[process] += 0 if self._signs.get(process) == LEFT else passed
-                if self._idle[process] > SILENT and process != self._process:
+                if self._idle[process] > SILENT:
                     why = f"no sign of life for {SILENT:g} s"
                     if self._process == 0:
                         self._announce(process, why)
