@@ -166,7 +166,10 @@ def main() -> None:
     killed = Run(options.out / "killed", arguments, evaluations)
 
     chance, done = random.Random(options.seed), collections.Counter()
-    for number, step in enumerate(sorted(chance.sample(range(2, lines[-1]["step"]), options.kills))):
+    reaches = chance.sample(
+        range(2, 2 + lines[-1]["step"] * 9 // 10), options.kills
+    )  # the last tenth is room to be hit in
+    for number, step in enumerate(sorted(reaches)):
         kill(killed, TURNS[number % len(TURNS)], step, undisturbed.startup, chance)
         done[killed.doing()] += 1
         print(f"killed with SIGKILL {killed.doing()}, past step {step}", flush=True)
