@@ -9,6 +9,7 @@ asked to stop stops all after the same step, and one that fails ends all.
 
 import contextlib
 import math
+import os
 import signal
 import sys
 import time
@@ -43,7 +44,7 @@ Batch = tuple[feed.Images, jax.Array | None]  # what a step takes
 class TrainingError(UserError):
     """The run cannot go on; the message names the step, the value and the last good checkpoint."""
 
-    everywhere = True
+    everywhere = known = True
 
 
 def main(argv: list[str]) -> None:
@@ -62,7 +63,15 @@ def main(argv: list[str]) -> None:
     with contextlib.ExitStack() as held:
         stop = held.enter_context(Stop())
         config = distributed.together(prepare, f"{workdir} {values.config}")
-        train(config, workdir, stop, held)
+        try:
+            train(config, workdir, stop, held)
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            raise UserError(
+                f"the memory of a device is too small ({str(error).splitlines()[0][:200]}); "
+                "set a smaller --config.train.batch_size or a larger --config.train.accumulate"
+            ) from error
 
 
 def _define_flags(values: flags.FlagValues) -> None:
@@ -78,7 +87,8 @@ def claim(workdir: Path, config: Config) -> None:
             return
         if not workdir.is_dir():
             raise ConfigError(f"workdir {str(workdir)!r} is a file; it must be a folder; set --workdir")
-        if not saved.exists():
+        tracking.own(workdir)
+        if not saved.is_file():
             # A run that was killed at its very start has left these.
             if any(path.name not in (lock.NAME, saved.name + tracking.PART) for path in workdir.iterdir()):
                 raise ConfigError(
@@ -115,6 +125,12 @@ def train(config: Config, workdir: Path, stop: Stop, held: contextlib.ExitStack)
     def arrange() -> tuple[Any, Any, feed.TrainOrder]:
         train_split, validation = sources.hold_out(dataset.train, config.data.validation)
         order = feed.TrainOrder(len(train_split), config.train.batch_size, order_key, mesh, config.slots)
+        if config.train.epochs * order.steps_per_epoch > config_lib.LARGEST:
+            raise ConfigError(
+                f"config.train.epochs is {config.train.epochs}; it must make at most {config_lib.LARGEST:,} steps, "
+                f"and an epoch has {order.steps_per_epoch}"
+            )
+        _check_memory(config, mesh)
         return train_split, validation, order
 
     train_split, validation, order = distributed.together(arrange)
@@ -198,6 +214,19 @@ def train(config: Config, workdir: Path, stop: Stop, held: contextlib.ExitStack)
             "versions": checkpoint.versions(),
         },
     )
+
+
+def _check_memory(config: Config, mesh: Mesh) -> None:
+    """Raises ConfigError where a device cannot even hold its share of parameters and moments."""
+    _, everything = evaluation.count_parameters(config)
+    needed = (4 * everything + 8 * evaluation.count_trained(config)) // mesh.size
+    statistics = mesh.local_devices[0].memory_stats() or {}  # a CPU has none
+    there = statistics.get("bytes_limit") or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > there:
+        raise ConfigError(
+            f"config.model has {everything:,} parameters; with their moments they take {needed / 2**30:,.1f} GiB of a "
+            f"device that has {there / 2**30:,.1f} GiB; set a smaller model.width, model.hidden or routing.experts"
+        )
 
 
 def _occupy(

@@ -14,11 +14,11 @@ FLAGS = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_lev
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FLAGS}".strip()
 
+import contextlib
 import dataclasses
 import functools
 import importlib.util
 import json
-import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -152,10 +152,8 @@ def experiment_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "train": {**TINY["train"], "batch_size": 64, "epochs": 2, "eval_every": 2},
         }
     )
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    train.train(config.validate(), workdir, train.Stop())
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+    with contextlib.ExitStack() as held:
+        train.train(config.validate(), workdir, held.enter_context(train.Stop()), held)
     return workdir
 
 

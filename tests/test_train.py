@@ -273,6 +273,12 @@ def test_a_folder_with_other_things_and_a_file_are_refused(experiment, tmp_path,
         ("--config.train.devices=3 --config.train.batch_size=128", "must be a multiple of train.devices"),
         ("--config.train.platform=gpu", "config.train.platform is 'gpu'; JAX finds cpu devices only"),
         ("--config.data.name=folder --config.data.dir=no/such/folder", "no/such/folder"),
+        ("--config.data.crop_padding=9", "must be at most model.image_size, which is 8"),
+        ("--config.train.seed=2147483648", "must be at most 2,147,483,647"),
+        ("--config.train.epochs=2147483647", "it must make at most 2,147,483,647 steps, and an epoch has 5"),
+        ("--config.model.depth=20000", "must be at most 10,000"),
+        ("--config.model.width=2147483644", "they must be at most 1.0e+13"),
+        ("--config.model.hidden=2000000000", "GiB of a device that has "),
     ],
 )
 def test_bad_input_is_one_line_exit_code_2_and_no_folder(experiment, tmp_path, monkeypatch, capsys, override, message):
