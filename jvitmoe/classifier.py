@@ -34,14 +34,16 @@ class Classifier:
         model: the architecture; it runs in float32.
         params: the dense tree.
         names: of the classes, in the order of labels; () calls them by number.
+        crop: how pictures in files are cut, as `data.crop` of the run.
     """
 
-    def __init__(self, model: ModelConfig, params: Any, names: Sequence[str] = ()) -> None:
+    def __init__(self, model: ModelConfig, params: Any, names: Sequence[str] = (), crop: str = "pad") -> None:
+        self.crop = crop
         self.config = dataclasses.replace(model, dtype="float32")
         self.names = tuple(names) if len(names) == model.classes else tuple(map(str, range(model.classes)))
         self.params = jax.tree.map(jnp.asarray, params)
         net = vit.build(self.config)
-        self._log_p = jax.jit(lambda p, x: vit.logits(net, p, augment.normalize(x)))
+        self._run = jax.jit(lambda p, x: vit.logits(net, p, augment.normalize(x)))
 
     def __call__(self, inputs: Any, top: int = 5) -> list[list[Prediction]]:
         """Returns the `top` most probable classes of each input, most probable first.
@@ -73,12 +75,12 @@ class Classifier:
             part = images_NHWc[start : start + BATCH]
             filled = np.concatenate([part, np.zeros((BATCH - len(part), *part.shape[1:]), np.uint8)])
             with jax.default_matmul_precision("highest"):  # a GPU would otherwise round products to TF32
-                logits_NC[start : start + len(part)] = np.asarray(self._log_p(self.params, filled))[: len(part)]
+                logits_NC[start : start + len(part)] = np.asarray(self._run(self.params, filled))[: len(part)]
         return logits_NC
 
     def read(self, path: str | Path) -> np.ndarray:
         """Returns the picture in a file as the model sees it, uint8 [H, W, c]. Raises UserError."""
-        return pictures.read(path, self.config.image_size, self.config.channels)
+        return pictures.read(path, self.config.image_size, self.config.channels, self.crop)
 
     def _images(self, inputs: Any) -> np.ndarray:
         size, channels = self.config.image_size, self.config.channels
@@ -119,7 +121,7 @@ def load(path: str | Path, checkpoint: str = "latest") -> Classifier:
 def from_source(source: pretrained.Source) -> Classifier:
     """Returns the Classifier of what was read."""
     model = dataclasses.replace(source.model, position_rows=0)
-    return Classifier(model, formats.unflatten(dense_arrays(source)), source.classes)
+    return Classifier(model, formats.unflatten(dense_arrays(source)), source.classes, source.crop)
 
 
 def dense_arrays(source: pretrained.Source) -> formats.Dict:

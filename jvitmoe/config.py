@@ -385,7 +385,8 @@ FRACTIONS = ("routing.tie_last", "train.ema", "model.dropout", "optim.b1", "opti
 LARGEST = 2**31 - 1  # of whole numbers, which sizes, steps and seeds on the devices are made of
 DEEPEST, MOST_PARAMETERS = 10_000, 10**13
 
-# A run may be continued with other values of these: they move files, devices or printing, never a number.
+# A run may be continued with other values of these: they move files, devices or printing, never a number (but see
+# `differences`).
 FREE_ON_RESUME = frozenset(
     f"{section}.{name}"
     for section, names in {
@@ -413,10 +414,11 @@ def to_dict(config: Config) -> dict[str, dict[str, Any]]:
 
 
 def from_dict(values: dict[str, dict[str, Any]]) -> Config:
-    """Returns the Config that `to_dict` came from. Raises ConfigError for a section or field that does not exist."""
+    """Returns the Config that `to_dict` came from, in this version or an older one: fields that it did not know have
+    their defaults, which is what it did. Raises ConfigError for a section or field that does not exist."""
     config = Config()
     sections = {field.name for field in dataclasses.fields(config)}
-    for section_name, section_values in values.items():
+    for section_name, section_values in _renamed(values).items():
         if section_name not in sections or not isinstance(section_values, dict):
             raise ConfigError(unknown_field(section_name))
         section = getattr(config, section_name)
@@ -428,15 +430,34 @@ def from_dict(values: dict[str, dict[str, Any]]) -> Config:
     return config
 
 
+def _renamed(values: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Returns the values of an older version under today's names: routing.init=upcycled from routing.upcycle_from is
+    routing.init=shared from init.source."""
+    routing = values.get("routing")
+    if not isinstance(routing, dict) or "upcycle_from" not in routing:
+        return values
+    kept = {name: value for name, value in routing.items() if name != "upcycle_from"}
+    if kept.get("init") != "upcycled":
+        return {**values, "routing": kept}
+    return {**values, "routing": {**kept, "init": "shared"}, "init": {"source": routing["upcycle_from"]}}
+
+
 def flatten(config: Config) -> dict[str, Any]:
     """Returns {"section.field": value}."""
     return {f"{s}.{name}": value for s, fields in to_dict(config).items() for name, value in fields.items()}
 
 
 def differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
-    """Returns {"section.field": (old, new)} for the fields that would change a run's numbers."""
+    """Returns {"section.field": (old, new)} for the fields that would change a run's numbers.
+
+    `data.stream` is one of them where validation images of a TFDS set are held out: a stream knows no labels before it
+    reads, and holds out others.
+    """
     olds, news = flatten(old), flatten(new)
-    return {k: (olds[k], news[k]) for k in olds if olds[k] != news[k] and k not in FREE_ON_RESUME}
+    free = FREE_ON_RESUME
+    if old.data.validation and old.data.name not in ("digits", "folder"):
+        free -= {"data.stream"}
+    return {k: (olds[k], news[k]) for k in olds if olds[k] != news[k] and k not in free}
 
 
 def unknown_field(path: str) -> str:

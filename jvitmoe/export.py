@@ -21,10 +21,10 @@ import numpy as np
 from absl import flags
 from safetensors.numpy import save
 
-from jvitmoe import cards, classifier, cli, formats, pretrained, tracking
+from jvitmoe import cards, classifier, cli, compilation, formats, pretrained, tracking
 from jvitmoe.checkpoint import Checkpoints
 from jvitmoe.config import Config, ModelConfig, UserError
-from jvitmoe.data import augment, sources
+from jvitmoe.data import augment, sources, stream
 from jvitmoe.models import vit
 from jvitmoe.tracking import console
 
@@ -36,6 +36,7 @@ CLOSE = 1e-4  # largest difference of logits that passes
 def main(argv: list[str]) -> None:
     """Writes one export. Raises UserError where the run, the target or the folder does not allow it."""
     values = cli.parse(argv, _define_flags)
+    compilation.use_cache()
     if not values.workdir:
         raise UserError("--workdir is missing; give a run folder, such as --workdir=runs/digits_random")
     if values.to not in TARGETS:
@@ -128,8 +129,9 @@ def examine(target: str, config: Config) -> list[str]:
 
 def make_sample(source: pretrained.Source, config: Config, target: str) -> dict[str, np.ndarray]:
     """Returns the arrays of sample.npz: images of the test split, as the target takes them too, and their logits."""
-    test = sources.load(config.data, config.model).test
-    images_NHWc, labels_N = np.asarray(test.images_NHWC[:SAMPLE]), np.asarray(test.labels_N[:SAMPLE])
+    records = sources.browse(config.data, config.model).test
+    test = stream.read(records.part(np.arange(min(SAMPLE, len(records)))), config)
+    images_NHWc, labels_N = test.images_NHWC, test.labels_N
     inputs = np.asarray(augment.normalize(jnp.asarray(images_NHWc)))
     if target in ("timm", "hf"):
         inputs = np.ascontiguousarray(inputs.transpose(0, 3, 1, 2))
@@ -142,12 +144,12 @@ Run = Callable[[np.ndarray], np.ndarray]  # inputs as the target takes them -> l
 
 def _write_ours(out: Path, source: pretrained.Source, model: ModelConfig) -> Run:
     arrays = {name: np.ascontiguousarray(leaf) for name, leaf in classifier.dense_arrays(source).items()}
-    return _save(out, source, arrays, formats.our_config(model, source.classes))
+    return _save(out, source, arrays, formats.our_config(model, source.classes, source.crop))
 
 
 def _write_timm(out: Path, source: pretrained.Source, model: ModelConfig) -> Run:
     arrays = formats.write(source.params, formats.TIMM, cls_row=model.cls_position)
-    return _save(out, source, arrays, formats.timm_config(model, source.classes))
+    return _save(out, source, arrays, formats.timm_config(model, source.classes, source.crop))
 
 
 def _write_hf(out: Path, source: pretrained.Source, model: ModelConfig) -> Run:
@@ -161,10 +163,6 @@ def _save(out: Path, source: pretrained.Source, arrays: formats.Dict, about: dic
     (out / pretrained.WEIGHTS).write_bytes(save(arrays, metadata={"format": "pt"}))
     tracking.write_text(out / pretrained.CONFIG, json.dumps(about, indent=2) + "\n")
     again = pretrained.read(out)
-    if again.kind == formats.TIMM:  # whose config cannot always say it
-        again = dataclasses.replace(
-            again, model=dataclasses.replace(again.model, norm_epsilon=source.model.norm_epsilon)
-        )
     read_back = classifier.from_source(again)
 
     def run(inputs: np.ndarray) -> np.ndarray:

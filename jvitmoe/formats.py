@@ -72,9 +72,12 @@ POSITIONS = {
 # What may be left over in a file: heads of other tasks. Anything else left over would change what the model computes.
 SPARE = re.compile(r"(head|fc|pre_logits|head_dist|pooler|classifier|decoder|dist_token|mask_token)\b.*")
 
-
-# timm's models whose LayerNorm has this epsilon, and nothing else that its arguments cannot undo.
+# timm's config.json has no epsilon of LayerNorm: the architecture that it begins with implies it. Of each, one whose
+# other arguments ours undo.
 TIMM_NORMS = {1e-5: "vit_base_patch16_clip_224", 1e-6: "vit_base_patch16_224"}
+# Heads of timm's and google-research's sizes, where nothing else tells them.
+HEADS = {"tiny": 3, "xsmall": 4, "small": 6, "medium": 8, "betwixt": 10, "base": 12}
+HEADS |= dict.fromkeys(("large", "huge", "giant", "gigantic"), 16)
 
 
 class FormatError(UserError):
@@ -188,8 +191,9 @@ def style_of(names: Any) -> str | None:
     return None
 
 
-def timm_config(model: ModelConfig, classes: Sequence[str]) -> dict[str, Any]:
-    """Returns timm's config.json: the architecture it begins with, and every argument that makes it ours."""
+def timm_config(model: ModelConfig, classes: Sequence[str], crop: str) -> dict[str, Any]:
+    """Returns timm's config.json: the architecture it begins with, and every argument that makes it ours; `crop` is the
+    run's `data.crop`."""
     cls = model.pool == "cls"
     args = {
         **{"img_size": model.image_size, "patch_size": model.patch, "in_chans": model.channels},
@@ -200,14 +204,34 @@ def timm_config(model: ModelConfig, classes: Sequence[str]) -> dict[str, Any]:
     pixels = {"mean": [0.5] * model.channels, "std": [0.5] * model.channels}
     cfg = {
         **{"num_classes": model.classes, "input_size": [model.channels, model.image_size, model.image_size], **pixels},
-        **{"interpolation": "bicubic", "crop_pct": 1.0, "fixed_input_size": True, "pool_size": None},
+        "interpolation": "bilinear" if crop == "resized" else "bicubic",
+        **{"crop_pct": 224 / 256 if crop == "resized" else 1.0, "fixed_input_size": True, "pool_size": None},
         **{"first_conv": "patch_embed.proj", "classifier": "head"},
     }
     return {
         "architecture": TIMM_NORMS.get(model.norm_epsilon, TIMM_NORMS[1e-6]),
+        "norm_epsilon": model.norm_epsilon,  # for us: timm has no use for it
         **{"num_classes": model.classes, "num_features": model.width, "global_pool": args["global_pool"]},
         **{"model_args": args, "pretrained_cfg": cfg, **({"label_names": list(classes)} if classes else {})},
     }
+
+
+def read_timm_config(about: Mapping[str, Any]) -> tuple[int, float]:
+    """Returns (heads, or 0 where it does not tell; the epsilon of LayerNorm) of the model that timm's config.json
+    describes. Raises FormatError for other activations and norms than ours, which the arrays would not show.
+
+    timm's ViTs have 1e-6, those after CLIP 1e-5 (and, but for the quickgelu ones, the same GELU).
+    """
+    args, architecture = about.get("model_args") or {}, str(about.get("architecture", ""))
+    words = architecture.partition(".")[0].split("_")
+    for name, ours in (("act_layer", "gelu"), ("norm_layer", "layernorm")):
+        if args.get(name, ours) not in (ours, None):
+            raise FormatError(f"its {name} is {args[name]!r}; it must be {ours!r}")
+    if args.get("act_layer") is None and "quickgelu" in words:
+        raise FormatError(f"its architecture is {architecture!r}, whose act_layer is not 'gelu'; use a plain ViT")
+    heads = args.get("num_heads") or next((HEADS[word] for word in words if word in HEADS), 0)
+    clip = "clip" in words and args.get("norm_layer") is None
+    return int(heads), float(about.get("norm_epsilon", 1e-5 if clip else 1e-6))
 
 
 def hf_config(model: ModelConfig, classes: Sequence[str]) -> dict[str, Any]:
@@ -234,9 +258,9 @@ def hf_preprocessor(model: ModelConfig) -> dict[str, Any]:
     }
 
 
-def our_config(model: ModelConfig, classes: Sequence[str]) -> dict[str, Any]:
-    """Returns the config.json of our own export."""
-    return {"format": "jvitmoe", "model": dataclasses.asdict(model), "classes": list(classes)}
+def our_config(model: ModelConfig, classes: Sequence[str], crop: str) -> dict[str, Any]:
+    """Returns the config.json of our own export; `crop` is the run's `data.crop`."""
+    return {"format": "jvitmoe", "model": dataclasses.asdict(model), "classes": list(classes), "crop": crop}
 
 
 def _ratio(hidden: int, width: int) -> float:

@@ -11,16 +11,18 @@ from pathlib import Path
 import numpy as np
 from absl import flags
 
-from jvitmoe import classifier, cli, sheet, tracking
+from jvitmoe import classifier, cli, compilation, sheet, tracking
 from jvitmoe.classifier import Prediction
 from jvitmoe.config import UserError
 from jvitmoe.data import pictures
+from jvitmoe.data.decode import DataError
 from jvitmoe.tracking import console
 
 
 def main(argv: list[str]) -> None:
     """Prints one row per picture, or one JSON list. Exits with 1 where some picture could not be read."""
     values, arguments = cli.parse_with_arguments(argv, _define_flags)
+    compilation.use_cache()
     if not values.workdir:
         raise UserError(
             "--workdir is missing; give a run folder or an exported one, such as --workdir=runs/digits_random"
@@ -38,7 +40,7 @@ def main(argv: list[str]) -> None:
     for file in files:
         try:
             read.append((file, model.read(file)))
-        except pictures.PictureError as error:
+        except DataError as error:
             complaints.append(str(error))
     found = model(np.stack([image for _, image in read]), values.top) if read else []
     rows = [(file, guesses) for (file, _), guesses in zip(read, found, strict=True)]

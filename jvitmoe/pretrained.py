@@ -6,7 +6,6 @@ T patches of an image · D width · P patch side · c channels · C classes
 
 import dataclasses
 import json
-import re
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +24,7 @@ from jvitmoe.routing import Purpose
 
 OURS = "jvitmoe"  # the format of our own exports, and the word that marks their config.json
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
-TIMM_EPSILON, HF_EPSILON, GOOGLE_EPSILON = 1e-6, 1e-12, 1e-6  # where the config does not say
-# Heads of timm's and google-research's sizes, where the config does not say.
-HEADS = {"tiny": 3, "small": 6, "base": 12, "large": 16, "huge": 16}
+HF_EPSILON, GOOGLE_EPSILON = 1e-12, 1e-6  # of LayerNorm, where no file says
 MEAN_STD = ("mean", "std")
 MUST_MATCH = ("width", "hidden", "depth", "heads", "norm", "pool")
 
@@ -47,6 +44,7 @@ class Source:
     classes: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     config: Config | None = None  # of a run
+    crop: str = "pad"  # how pictures in files are cut for it, as `data.crop`
 
     @property
     def grid(self) -> int:
@@ -204,7 +202,7 @@ def _read_run(path: Path, checkpoint: str, mesh: Mesh | None) -> Source:
     names = tracking.read_classes(path)
     notes: tuple[str, ...] = ("averaged the experts",) if config.routing.experts > 1 else ()
     notes += ("folded LoRA and adapters into the MLP",) if config.tuned else ()
-    return Source(path, "run", flat, config.model.plain(), names, notes, config)
+    return Source(path, "run", flat, config.model.plain(), names, notes, config, config.data.crop)
 
 
 def _table(model: ModelConfig, flat: Dict) -> np.ndarray:
@@ -225,10 +223,10 @@ def _read_safetensors(path: Path, heads: int) -> Source:
         if about.get("format") == OURS:
             return _read_ours(path, arrays, about)
         style = formats.style_of(arrays)
-        if style == formats.HF:
-            return _read_hf(path, arrays, about, heads)
-        if style == formats.TIMM:
-            return _read_timm(path, arrays, about, heads)
+        if style in (formats.HF, formats.TIMM):
+            source = (_read_hf if style == formats.HF else _read_timm)(path, arrays, about, heads)
+            guess = f"took {source.model.norm_epsilon:g} for LayerNorm's epsilon: no {CONFIG} beside it tells"
+            return source if about else dataclasses.replace(source, notes=(*source.notes, guess))
     except (ValueError, TypeError, AttributeError, KeyError, IndexError) as error:
         raise UserError(f"its {CONFIG} or its arrays are not those of a ViT ({error!r})") from error
     raise UserError("its arrays have neither timm's names nor Hugging Face's; use a plain ViT")
@@ -243,7 +241,7 @@ def _read_ours(path: Path, arrays: Dict, about: dict[str, Any]) -> Source:
         if found != shapes.get(name):
             raise UserError(f"the array {name!r} has shape {found}; its {CONFIG} says {shapes.get(name)}")
     arrays = arrays | {"positions": _table(model, arrays)}
-    return Source(path, OURS, arrays, model, tuple(about.get("classes", ())))
+    return Source(path, OURS, arrays, model, tuple(about.get("classes", ())), crop=about.get("crop", "pad"))
 
 
 def _read_hf(path: Path, arrays: Dict, about: dict[str, Any], heads: int) -> Source:
@@ -263,20 +261,16 @@ def _read_hf(path: Path, arrays: Dict, about: dict[str, Any], heads: int) -> Sou
 
 
 def _read_timm(path: Path, arrays: Dict, about: dict[str, Any], heads: int) -> Source:
-    args, cfg = about.get("model_args") or {}, about.get("pretrained_cfg") or {}
-    if args.get("act_layer", "gelu") not in ("gelu", None):
-        raise UserError(f"its act_layer is {args['act_layer']!r}; it must be 'gelu'")
     mean_pooled = "cls_token" not in arrays
     if mean_pooled != ("fc_norm.weight" in arrays):
         raise UserError(
             "it pools otherwise than our ViT: by CLS after `norm`, or without CLS by the mean and `fc_norm`"
         )
-    size = re.match(r"vit_([a-z]+)_", about.get("architecture", ""))
-    known = int(args.get("num_heads") or HEADS.get(size[1] if size else "", 0))
+    known, epsilon = formats.read_timm_config(about)
+    cfg = about.get("pretrained_cfg") or {}
     names = tuple(map(str, about.get("label_names") or cfg.get("label_names") or ()))
-    return _from_style(
-        path, formats.TIMM, arrays, known or heads, TIMM_EPSILON, names, cfg.get("mean", 0.5), cfg.get("std", 0.5)
-    )
+    mean, std = (cfg.get(name, 0.5) for name in MEAN_STD)
+    return _from_style(path, formats.TIMM, arrays, known or heads, epsilon, names, mean, std)
 
 
 def _read_google(path: Path, arrays: Dict) -> Source:

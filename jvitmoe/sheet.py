@@ -6,6 +6,8 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
+from jvitmoe.data import decode
+
 CELL, LINE, GAP = 180, 18, 12  # pixels: side of a picture, height of a line of text, space between cells
 LINES = 4  # of text under a picture: its name and three guesses
 WHITE, INK, FAINT, BAR = "#ffffff", "#1a1a1a", "#6b6b6b", "#c9dcf2"
@@ -26,8 +28,8 @@ def draw(path: Path, cells: Sequence[tuple[Path, Sequence[tuple[str, float]]]]) 
     for number, (file, guesses) in enumerate(cells):
         left = GAP + number % columns * (CELL + GAP)
         top = GAP + number // columns * (high + GAP)
-        with Image.open(file) as image:
-            thumbnail = _thumbnail(image)
+        with decode.opened(decode.Picture(str(file), file)) as image:
+            thumbnail = _thumbnail(decode.pixels(image, 3, str(file)))
         sheet.paste(thumbnail, (left + (CELL - thumbnail.width) // 2, top + (CELL - thumbnail.height) // 2))
         top += CELL + 2
         pen.text((left, top), _fit(pen, font, file.name, CELL), FAINT, font)
@@ -43,12 +45,6 @@ def draw(path: Path, cells: Sequence[tuple[Path, Sequence[tuple[str, float]]]]) 
 
 def _thumbnail(image: Image.Image) -> Image.Image:
     """Returns the picture within a cell; tiny ones are enlarged with their pixels in sight."""
-    image = ImageOps.exif_transpose(image)
-    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
-        image = ImageOps.autocontrast(image.convert("F").point(lambda v: v / 257).convert("L"))
-    if image.mode != "RGB":
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, WHITE), image).convert("RGB")
     small = max(image.size) * 2 <= CELL
     return ImageOps.contain(image, (CELL, CELL), Image.Resampling.NEAREST if small else Image.Resampling.BICUBIC)
 

@@ -27,6 +27,7 @@ METRICS = "metrics.jsonl"
 PART = ".part"  # of a file that is being written
 RESULT = "result.json"
 CLASSES = "classes.json"
+IMAGES = "images.json"
 MERGEABILITY = "mergeability.png"
 LEFT = ("run", "model", "hardware", "image")  # columns of words
 PLAIN_SECONDS = 2.0  # least time between two progress lines in a file
@@ -244,6 +245,24 @@ def read_classes(workdir: Path) -> tuple[str, ...]:
         return tuple(map(str, json.loads(path.read_text()))) if path.is_file() else ()
     except (ValueError, TypeError, RecursionError) as error:
         raise UserError(f"{path} is not a list of names: {error}; delete it, and classes go by number") from error
+
+
+def write_images(workdir: Path, counts: Mapping[str, int]) -> None:
+    """Keeps the number of images of each split, by which a run that goes on knows its data again."""
+    write_text(workdir / IMAGES, json.dumps(dict(counts)) + "\n")
+
+
+def read_images(workdir: Path) -> dict[str, int] | None:
+    """Returns split -> number of images; None where the run kept none. Raises UserError where the file is damaged."""
+    path = workdir / IMAGES
+    try:
+        return {str(split): int(count) for split, count in json.loads(path.read_text()).items()}
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{path} does not hold numbers of images: {error}; delete it if the data are the same"
+        ) from error
 
 
 def result_rows(result: Mapping[str, Any]) -> list[dict[str, str]]:

@@ -13,7 +13,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -140,7 +140,8 @@ def train(config: Config, workdir: Path, stop: Stop, held: contextlib.ExitStack)
     dense, told = distributed.together(lambda: pretrained.start(config, mesh)) if starts else (None, [])
     active, everything = evaluation.count_parameters(config)
 
-    held.enter_context(distributed.together(lambda: _occupy(workdir, config, dataset.class_names)))
+    counts = {"train": len(train_split), "validation": len(validation), "test": len(dataset.test)}
+    held.enter_context(distributed.together(lambda: _occupy(workdir, config, dataset.class_names, counts)))
     distributed.together(lambda: _check_shared(workdir))
     console.print(f"run         {workdir}")
     console.print(f"devices     {hardware}")
@@ -149,7 +150,7 @@ def train(config: Config, workdir: Path, stop: Stop, held: contextlib.ExitStack)
         console.print(f"trained     {trained:,} of {everything:,} parameters")
     for line in told:
         console.print(f"source      {line}")
-    console.print(f"images      {len(train_split):,} train, {len(validation):,} validation, {len(dataset.test):,} test")
+    console.print(f"images      {', '.join(f'{count:,} {split}' for split, count in counts.items())}")
     console.print(f"steps       {total:,} ({config.train.epochs} epochs of {order.steps_per_epoch})")
 
     def show(split: Split | Records) -> tuple[evaluation.Shown, feed.Batches]:
@@ -228,9 +229,14 @@ def _check_memory(config: Config, mesh: Mesh) -> None:
         )
 
 
-def _occupy(workdir: Path, config: Config, class_names: Sequence[str]) -> contextlib.AbstractContextManager[object]:
-    """Makes the run folder, locks it and writes its config, by process 0; returns the lock. Raises UserError where that
-    cannot be, and ConfigError where another experiment has moved in since `claim`."""
+def _occupy(
+    workdir: Path, config: Config, class_names: Sequence[str], counts: Mapping[str, int]
+) -> contextlib.AbstractContextManager[object]:
+    """Makes the run folder, locks it and writes its config and what its data are, by process 0; returns the lock.
+
+    Raises UserError where that cannot be, and ConfigError where another experiment has moved in since `claim`, or the
+    data are no longer those that the folder's checkpoints were trained on.
+    """
     if not distributed.first():
         return contextlib.nullcontext()
     try:
@@ -240,12 +246,33 @@ def _occupy(workdir: Path, config: Config, class_names: Sequence[str]) -> contex
     held = lock.Lock(workdir)
     try:
         claim(workdir, config)
+        if has_checkpoints(workdir):
+            _check_data(workdir, class_names, counts)
         tracking.write_text(workdir / "config.json", config_lib.dumps(config))
         tracking.write_classes(workdir, class_names)
+        tracking.write_images(workdir, counts)
     except UserError:
         with held:
             raise
     return held
+
+
+def _check_data(workdir: Path, class_names: Sequence[str], counts: Mapping[str, int]) -> None:
+    """Raises ConfigError where the data have other images or classes than when the run in the folder started: it would
+    go on in another order. `data.dir` may change on resuming, so this is all that tells."""
+    were, names = tracking.read_images(workdir) or counts, tracking.read_classes(workdir)
+    changed = [
+        f"{were.get(name, 0):,} {name} images, {count:,} now"
+        for name, count in counts.items()
+        if were.get(name) != count
+    ]
+    if names and names != tuple(class_names):
+        changed.append("other classes")
+    if changed:
+        raise ConfigError(
+            f"workdir {str(workdir)!r} holds a run on other data: {'; '.join(changed)}; "
+            "set --config.data.dir to what it was, or --workdir to a new folder"
+        )
 
 
 def _check_shared(workdir: Path) -> None:

@@ -35,9 +35,9 @@ def logits_of(model: torch.nn.Module, inputs: np.ndarray) -> np.ndarray:
     return getattr(out, "logits", out).numpy()
 
 
-def make_timm(folder: str, inputs: str, **arguments: object) -> dict:
+def make_timm(folder: str, inputs: str, architecture: str = "vit_tiny_patch16_224", **arguments: object) -> dict:
     """Saves a model as timm saves them, and what it says of the inputs."""
-    model = shaken(timm.create_model("vit_tiny_patch16_224", **arguments))
+    model = shaken(timm.create_model(architecture, **arguments))
     timm.models.save_for_hf(model, folder, safe_serialization=True)
     np.savez(Path(folder) / "expected.npz", logits=logits_of(model, np.load(inputs)["inputs"]))
     return {"files": sorted(p.name for p in Path(folder).iterdir())}

@@ -11,10 +11,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 import jvitmoe
-from jvitmoe import cli, export, formats, pretrained
-from jvitmoe.config import Config, ConfigError, UserError
+from jvitmoe import classifier, cli, export, formats, pretrained
+from jvitmoe.config import Config, ConfigError, DataConfig, UserError
+from jvitmoe.data import decode, sources
 
 WITH_ONNX = pytest.mark.skipif(importlib.util.find_spec("jax2onnx") is None, reason="needs jvitmoe[export]")
 
@@ -65,8 +67,6 @@ def test_our_own_export_loads_to_the_same_logits(exported, experiment_run):
 
 
 def test_the_sample_holds_real_test_images_and_what_the_model_takes(exported):
-    from jvitmoe.data import sources
-
     test = sources.load(Config().data, Config().model).test
     for target in ("safetensors", "timm"):
         sample = np.load(exported(target) / "sample.npz")
@@ -74,6 +74,29 @@ def test_the_sample_holds_real_test_images_and_what_the_model_takes(exported):
         np.testing.assert_array_equal(sample["labels"], test.labels_N[:16])
         inputs = sample["inputs"] if target == "safetensors" else sample["inputs"].transpose(0, 2, 3, 1)
         np.testing.assert_allclose(inputs, sample["images"] / 127.5 - 1, atol=1e-6)
+
+
+def test_of_a_set_that_streams_only_the_sample_is_read_and_cut_as_in_tests(experiment_run, tmp_path):
+    for number in range(10):
+        for part in ("train", "test"):
+            folder = tmp_path / part / str(number)
+            folder.mkdir(parents=True)
+            for n in range(3):
+                Image.effect_noise((20 + n, 30), 20 * number).save(folder / f"{n}.png")
+    (tmp_path / "train" / "0" / "0.png").write_bytes(b"no picture, and nobody looks at it")
+    source = pretrained.read(experiment_run)
+    source.config.data = DataConfig("folder", str(tmp_path), stream=True, crop="resized")
+    source = dataclasses.replace(source, crop="resized")
+    sample = export.make_sample(source, source.config, "onnx")
+    files = sorted((tmp_path / "test").rglob("*.png"))[:16]
+    for image, file in zip(sample["images"], files, strict=True):
+        np.testing.assert_array_equal(image, decode.centre_crop(decode.Picture("", file), 8, 1))
+    np.testing.assert_array_equal(sample["labels"], np.arange(16) // 3)
+    export._write_ours(tmp_path, source, source.model)
+    again = jvitmoe.load(tmp_path)
+    np.testing.assert_array_equal(again.logits(files), sample["logits"])
+    whole = classifier.from_source(dataclasses.replace(source, crop="pad"))
+    assert (whole.logits(files) != sample["logits"]).any()
 
 
 @pytest.mark.parametrize("target", ["stablehlo", pytest.param("onnx", marks=WITH_ONNX)])
@@ -98,8 +121,10 @@ def test_stablehlo_is_for_cpu_and_cuda(exported):
 def test_what_they_would_load_reads_back_to_our_logits(exported, target):
     out = exported(target)
     sample = np.load(out / "sample.npz")
-    np.testing.assert_allclose(jvitmoe.load(out).logits(sample["images"]), sample["logits"], atol=1e-4)
-    assert jvitmoe.load(out).names == tuple("0123456789")
+    again = jvitmoe.load(out)
+    np.testing.assert_allclose(again.logits(sample["images"]), sample["logits"], atol=1e-6)
+    assert again.names == tuple("0123456789")
+    assert again.config.norm_epsilon == Config().model.norm_epsilon
 
 
 def test_the_card_tells_data_recipe_seed_accuracy_hardware_versions_and_licence(exported, experiment_run):

@@ -107,5 +107,47 @@ def test_a_vit_without_a_head_is_read_without_one():
 
 @pytest.mark.parametrize(("width", "hidden"), [(64, 128), (300, 1000), (7, 23), (320, 1279)])
 def test_timm_counts_the_hidden_width_as_we_have_it(width, hidden):
-    ratio = formats.timm_config(ModelConfig(width=width, hidden=hidden), ())["model_args"]["mlp_ratio"]
+    ratio = formats.timm_config(ModelConfig(width=width, hidden=hidden), (), "pad")["model_args"]["mlp_ratio"]
     assert int(width * ratio) == hidden
+
+
+@pytest.mark.parametrize(
+    ("about", "heads", "epsilon"),
+    [
+        ({"architecture": "vit_small_patch16_224"}, 6, 1e-6),
+        ({"architecture": "vit_base_patch16_clip_224.openai_ft_in1k"}, 12, 1e-5),
+        ({"architecture": "vit_base_patch16_clip_224", "model_args": {"norm_layer": "layernorm"}}, 12, 1e-6),
+        ({"architecture": "deit_tiny_patch16_224", "model_args": {"num_heads": 4, "act_layer": None}}, 4, 1e-6),
+        ({"architecture": "flexivit_large", "model_args": None}, 16, 1e-6),
+        ({"architecture": "my_own"}, 0, 1e-6),
+        ({}, 0, 1e-6),
+    ],
+)
+def test_timms_config_tells_heads_and_epsilon(about, heads, epsilon):
+    assert formats.read_timm_config(about) == (heads, epsilon)
+
+
+@pytest.mark.parametrize(
+    ("about", "message"),
+    [
+        ({"architecture": "vit_base_patch16_clip_quickgelu_224"}, "'vit_base_patch16_clip_quickgelu_224', whose act"),
+        ({"model_args": {"act_layer": "quick_gelu"}}, "its act_layer is 'quick_gelu'; it must be 'gelu'"),
+        ({"model_args": {"norm_layer": "rmsnorm"}}, "its norm_layer is 'rmsnorm'; it must be 'layernorm'"),
+    ],
+)
+def test_activations_and_norms_that_arrays_would_not_show_are_refused(about, message):
+    with pytest.raises(formats.FormatError, match=message) as caught:
+        formats.read_timm_config(about)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("epsilon", [1e-5, 1e-6, 1e-3])
+def test_every_epsilon_that_is_written_for_timm_reads_back(epsilon):
+    model = dataclasses.replace(MODEL, norm_epsilon=epsilon)
+    assert formats.read_timm_config(formats.timm_config(model, (), "pad")) == (model.heads, epsilon)
+
+
+@pytest.mark.parametrize(("crop", "share", "filter"), [("pad", 1.0, "bicubic"), ("resized", 224 / 256, "bilinear")])
+def test_timm_is_told_how_the_run_cut_its_test_images(crop, share, filter):
+    cfg = formats.timm_config(MODEL, (), crop)["pretrained_cfg"]
+    assert (cfg["crop_pct"], cfg["interpolation"]) == (share, filter)

@@ -31,6 +31,7 @@ SMALL_HF = {
     **{"image_size": 8, "patch_size": 2, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2},
     **{"intermediate_size": 24, "num_labels": 5},
 }
+HALF = {"mean": [0.5] * 3, "std": [0.5] * 3}
 CLOSE = 1e-4  # the tolerance that exports promise
 
 
@@ -56,13 +57,15 @@ def made(peers, inputs, tmp_path_factory):
         "timm": {},
         "timm_no_embed_class": {"no_embed_class": True},
         "timm_avg": {"global_pool": "avg", "class_token": False},
+        "timm_clip": {"architecture": "vit_base_patch16_clip_224", "pre_norm": False, "pretrained_cfg_overlay": HALF},
     }.items():
         peers("make_timm", folder=root / name, inputs=inputs, **SMALL, **arguments)
     peers("make_hf", folder=root / "hf", inputs=inputs, **SMALL_HF)
     return root
 
 
-NAMES = ("timm", "timm_no_embed_class", "timm_avg", "hf")
+NAMES = ("timm", "timm_no_embed_class", "timm_avg", "timm_clip", "hf")
+EPSILONS = {"hf": 1e-12, "timm_clip": 1e-5}  # timm's others have 1e-6
 
 
 def expected(folder: Path) -> np.ndarray:
@@ -73,8 +76,8 @@ def expected(folder: Path) -> np.ndarray:
 def test_what_they_saved_gives_their_logits_here(made, pixels, name):
     model = classifier.load(made / name)
     np.testing.assert_allclose(model.logits(pixels), expected(made / name), atol=CLOSE)
-    wanted = {"timm": True, "hf": True}.get(name, False)
-    assert model.config.cls_position is wanted
+    assert model.config.cls_position is (name in ("timm", "timm_clip", "hf"))
+    assert model.config.norm_epsilon == EPSILONS.get(name, 1e-6)
     assert np.abs(expected(made / name)).max() > 0.1
 
 
@@ -206,10 +209,25 @@ def test_positions_and_patches_are_resized_as_timm_resizes_them(peers, tmp_path,
     np.testing.assert_allclose(resized, new["kernel"], rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("arguments", [{"init_values": 0.1}, {"reg_tokens": 2}, {"qk_norm": True}, {"pre_norm": True}])
-def test_what_our_vit_has_no_place_for_is_refused(peers, inputs, tmp_path, arguments):
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"init_values": 0.1}, "no place in a plain ViT"),
+        ({"reg_tokens": 2}, "no place in a plain ViT"),
+        ({"qk_norm": True}, "no place in a plain ViT"),
+        ({"pre_norm": True}, "must hold a plain ViT"),
+        ({"qkv_bias": False}, "must hold a plain ViT"),
+        ({"norm_layer": "rmsnorm"}, "its norm_layer is 'rmsnorm'"),
+        ({"act_layer": "quick_gelu"}, "its act_layer is 'quick_gelu'"),
+        ({"architecture": "vit_base_patch16_clip_quickgelu_224", "pre_norm": False}, "whose act_layer is not 'gelu'"),
+        ({"global_pool": "map"}, "no place in a plain ViT"),
+        ({"global_pool": "avg", "class_token": False, "fc_norm": False}, "pools otherwise"),
+        ({"architecture": "deit_tiny_distilled_patch16_224"}, "must make a square"),
+    ],
+)
+def test_what_our_vit_has_no_place_for_is_refused(peers, inputs, tmp_path, arguments, message):
     peers("make_timm", folder=tmp_path / "odd", inputs=inputs, **SMALL, **arguments)
-    with pytest.raises(config_lib.UserError, match="a plain ViT") as caught:
+    with pytest.raises(config_lib.UserError, match=message) as caught:
         pretrained.read(tmp_path / "odd")
     assert "\n" not in str(caught.value)
 

@@ -13,6 +13,7 @@ import jvitmoe
 from jvitmoe import cli, predict, sheet
 from jvitmoe.config import Config, UserError
 from jvitmoe.data import pictures, sources
+from jvitmoe.data.decode import DataError
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +104,7 @@ def test_unreadable_files_are_reported_skipped_and_the_rest_is_done(experiment_r
     assert len(lines) == 6
     for name, reason in (
         ("broken.png", "cannot be read as an image"),
-        ("huge.png", "has 20000 x 6000 pixels"),
+        ("huge.png", "20000x6000 pixels are more than"),
         ("none.png", "does not exist"),
         ("empty", "holds no images"),
         ("script.png", "cannot be read as an image (UnidentifiedImageError"),
@@ -147,33 +148,17 @@ def test_predict_refuses_in_one_line(experiment_run, monkeypatch, capsys, argume
     assert message in err
 
 
-def test_any_mode_size_and_turn_becomes_what_the_model_takes(tmp_path):
+def test_pictures_of_any_size_become_the_middle_square_that_the_model_takes(tmp_path):
     rows = np.repeat(np.arange(0, 240, 10, dtype=np.uint8)[:, None], 36, 1)  # dark above, light below; 24 x 36
-    ways = {
-        "L": Image.fromarray(rows),
-        "RGB": Image.fromarray(rows).convert("RGB"),
-        "P": Image.fromarray(rows).convert("P"),
-        "16": Image.fromarray(rows.astype(np.uint16) * 257),
-        "RGBA": Image.fromarray(np.dstack([rows, rows, rows, np.full_like(rows, 255)])),
-    }
-    wanted = None
-    for name, image in ways.items():
-        image.save(tmp_path / f"{name}.png")
-        found = pictures.read(tmp_path / f"{name}.png", 8, 1)
-        assert (found.shape, found.dtype) == ((8, 8, 1), np.uint8)
-        assert (np.diff(found[:, 4, 0].astype(int)) > 0).all(), name
-        wanted = found if wanted is None else wanted
-        np.testing.assert_allclose(found.astype(int), wanted, atol=2, err_msg=name)
-        assert pictures.read(tmp_path / f"{name}.png", 5, 3).shape == (5, 5, 3)
-    turned = Image.fromarray(rows).transpose(Image.Transpose.ROTATE_90)
-    exif = turned.getexif()
-    exif[0x0112] = 6  # "turn by 90 degrees clockwise to see it upright"
-    turned.save(tmp_path / "turned.png", exif=exif)
-    np.testing.assert_array_equal(pictures.read(tmp_path / "turned.png", 8, 1), wanted)
-    Image.new("RGBA", (8, 8), (0, 0, 0, 0)).save(tmp_path / "clear.png")
-    assert (pictures.read(tmp_path / "clear.png", 8, 3) == 255).all()
-    with pytest.raises(pictures.PictureError, match="takes 2 channels"):
-        pictures.read(tmp_path / "L.png", 8, 2)
+    rows[:, :6] = rows[:, -6:] = 255
+    Image.fromarray(rows).save(tmp_path / "rows.png")
+    found = pictures.read(tmp_path / "rows.png", 8, 1)
+    assert (found.shape, found.dtype) == ((8, 8, 1), np.uint8)
+    assert (np.diff(found[:, :, 0].astype(int), axis=0) > 0).all()
+    assert found.max() < 240
+    assert pictures.read(tmp_path / "rows.png", 5, 3).shape == (5, 5, 3)
+    with pytest.raises(DataError, match="takes 2 channels"):
+        pictures.read(tmp_path / "rows.png", 8, 2)
 
 
 def test_importing_the_package_starts_no_jax():

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from jvitmoe import classifier, formats, pretrained
+from jvitmoe.checkpoint import Checkpoints
 from jvitmoe.config import Config, ConfigError, ModelConfig, UserError
 from jvitmoe.models import vit
 
@@ -127,7 +129,9 @@ def test_a_folder_tells_everything_and_a_bare_file_needs_the_heads(tmp_path):
     (tmp_path / "config.json").unlink()
     with pytest.raises(UserError, match="nothing tells its number of heads"):
         pretrained.read(tmp_path)
-    assert pretrained.read(tmp_path / "model.safetensors", heads=2).model.heads == 2
+    bare = pretrained.read(tmp_path / "model.safetensors", heads=2)
+    assert (bare.model.heads, bare.model.norm_epsilon) == (2, 1e-12)
+    assert bare.notes == ("took 1e-12 for LayerNorm's epsilon: no config.json beside it tells",)
 
 
 def test_another_mean_and_deviation_of_pixels_are_folded(tmp_path):
@@ -209,6 +213,22 @@ def test_a_source_that_fails_names_the_field():
     config.init.source = "no/where"
     with pytest.raises(ConfigError, match=r"config\.init\.source cannot be read: 'no/where'"):
         pretrained.start(config)
+
+
+def test_a_run_of_an_older_version_is_read(experiment_run, tmp_path, monkeypatch):
+    """Its config has fields that are gone and lacks those that have come since, in config.json and in checkpoints."""
+    shutil.copytree(experiment_run, tmp_path / "run")
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    del config["init"]
+    for name in ("lora", "adapter", "norm_epsilon", "cls_position"):
+        del config["model"][name]
+    config["routing"] |= {"init": "upcycled", "upcycle_from": "runs/dense"}
+    (tmp_path / "run" / "config.json").write_text(json.dumps(config))
+    real = Checkpoints.read_meta
+    monkeypatch.setattr(Checkpoints, "read_meta", lambda self, number: real(self, number) | {"config": config})
+    found, wanted = pretrained.read(tmp_path / "run"), pretrained.read(experiment_run)
+    assert (found.model, found.config.init.source) == (wanted.model, "runs/dense")
+    np.testing.assert_array_equal(found.params["blocks.mlp.up"], wanted.params["blocks.mlp.up"])
 
 
 def test_a_finished_run_is_read_merged_with_its_names(experiment_run):

@@ -1,4 +1,6 @@
-"""One picture from its file: as it is, or cut and resized to the model's size.
+"""One picture from its file: upright, in 8 bits and the model's channels; as it is, or cut and resized to its size.
+
+Training, evaluation, predictions and the contact sheet all read pictures here, so all of them see the same pixels.
 
 H rows · W columns · C channels
 """
@@ -21,6 +23,7 @@ AREA = (0.08, 1.0)  # share of a picture that a random crop takes, and its ratio
 RATIO = (3 / 4, 4 / 3)  # Szegedy et al., arXiv 1409.4842, log-uniform as the field has it
 TRIES = 10
 MARGIN = 256 / 224  # at evaluation, the shorter side over what the centre crop takes of it
+ORIENTATION = 0x0112  # EXIF's tag for how a camera was held; 1 is upright
 
 
 class DataError(UserError):
@@ -35,11 +38,12 @@ class Picture(NamedTuple):
 def exact(picture: Picture, size: tuple[int, int, int], rule: str) -> np.ndarray:
     """Returns uint8 [H, W, C] of exactly `size`. Raises DataError with the name and, on another size, `rule`."""
     height, width, channels = size
-    with _opened(picture) as image:
+    with opened(picture) as image:
         # Only the header is read so far, so an image that claims a huge size never takes its memory.
-        if image.size != (width, height):
-            raise DataError(f"{picture.name} is {image.height}x{image.width} pixels but {rule}")
-        return np.asarray(_colours(image, channels, picture.name)).reshape(size)
+        found = pixels(image, channels, picture.name) if {*image.size} == {width, height} else image
+        if found.size != (width, height):
+            raise DataError(f"{picture.name} is {found.height}x{found.width} pixels but {rule}")
+        return np.asarray(found).reshape(size)
 
 
 def random_crop(picture: Picture, side: int, channels: int, random: np.random.RandomState) -> np.ndarray:
@@ -48,7 +52,8 @@ def random_crop(picture: Picture, side: int, channels: int, random: np.random.Ra
 
     Source: Szegedy et al., arXiv 1409.4842. Raises DataError.
     """
-    with _opened(picture) as image:
+    with opened(picture) as file:
+        image = pixels(file, channels, picture.name)
         width, height = image.size
         box = None
         for _ in range(TRIES):
@@ -58,17 +63,28 @@ def random_crop(picture: Picture, side: int, channels: int, random: np.random.Ra
                 left, top = random.randint(0, width - w + 1), random.randint(0, height - h + 1)
                 box = (left, top, left + w, top + h)
                 break
-        return _resized(_colours(image, channels, picture.name), box or _middle(width, height), side)
+        return _resized(image, box or _middle(width, height), side)
 
 
 def centre_crop(picture: Picture, side: int, channels: int) -> np.ndarray:
     """Returns uint8 [side, side, C]: the middle 224/256 of the picture's shorter side, resized bilinearly. Raises
     DataError."""
-    with _opened(picture) as image:
+    with opened(picture) as file:
+        image = pixels(file, channels, picture.name)
         width, height = image.size
         half = min(width, height) / MARGIN / 2
         box = (width / 2 - half, height / 2 - half, width / 2 + half, height / 2 + half)
-        return _resized(_colours(image, channels, picture.name), box, side)
+        return _resized(image, box, side)
+
+
+def square(picture: Picture, side: int, channels: int) -> np.ndarray:
+    """Returns uint8 [side, side, C]: the largest square in the middle of the picture, resized bicubically; a picture of
+    that size as it is. Raises DataError."""
+    from PIL import Image, ImageOps
+
+    with opened(picture) as file:
+        fitted = ImageOps.fit(pixels(file, channels, picture.name), (side, side), Image.Resampling.BICUBIC)
+        return np.asarray(fitted).reshape(side, side, channels)
 
 
 def _middle(width: int, height: int) -> tuple[float, float, float, float]:
@@ -85,7 +101,7 @@ def _resized(image: Any, box: tuple[float, float, float, float], side: int) -> n
 
 
 @contextlib.contextmanager
-def _opened(picture: Picture) -> Iterator[Any]:
+def opened(picture: Picture) -> Iterator[Any]:
     """Gives the picture with its header read; whatever goes wrong in it is a DataError that names the picture."""
     from PIL import Image
 
@@ -106,11 +122,22 @@ def _opened(picture: Picture) -> Iterator[Any]:
         raise DataError(f"{picture.name} cannot be read as an image ({cause(error)}); replace or remove it") from error
 
 
-def _colours(image: Any, channels: int, name: str) -> Any:
-    if image.mode[0] in "IF":
-        raise DataError(f"{name} has pixels of mode {image.mode}; images must have 8 bits per channel")
-    pixels = image.convert("RGBA") if "transparency" in image.info else image
-    return pixels.convert(MODES[channels])
+def pixels(image: Any, channels: int, name: str) -> Any:
+    """Returns the image turned as its EXIF says, with 8 bits in each of 1, 3 or 4 channels: the upper ones of 16, and
+    white where it is transparent and the model sees no transparency. Raises DataError for pixels of other kinds."""
+    from PIL import Image, ImageOps
+
+    if image.getexif().get(ORIENTATION, 1) != 1:
+        image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I;16"):
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise DataError(f"{name} has pixels of mode {image.mode}; images must have 8 or 16 bits per channel")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        if channels < 4:
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert(MODES[channels])
 
 
 def cause(error: BaseException) -> str:

@@ -1,31 +1,25 @@
-"""Pictures from anybody, as the model wants them: any size and mode in, uint8 of one size out. NumPy and Pillow only.
+"""Pictures from anybody, as the model wants them: files and folders of any size and mode in, uint8 of one size out."""
 
-N pictures · H, W rows and columns · C channels
-"""
-
+import os
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from jvitmoe.config import UserError
-from jvitmoe.data.decode import FORMATS, MODES
+from jvitmoe.data import decode
+from jvitmoe.data.decode import MODES, DataError, Picture
 from jvitmoe.data.sources import IMAGE_SUFFIXES
-
-MOST_PIXELS = 100_000_000  # more is refused by what the header says, before the memory is taken
-
-
-class PictureError(UserError):
-    """A file that is no picture, or too large a one; one line that names it."""
 
 
 def find(paths: Sequence[str | Path]) -> tuple[list[Path], list[str]]:
     """Returns (files, complaints): files as they are, folders by the images in them (not deeper), in order."""
     files, complaints = [], []
     for path in map(Path, paths):
-        if not path.is_dir():
+        if not os.path.lexists(path):  # which no name makes raise
+            complaints.append(f"{path} does not exist; give files or folders")
+            continue
+        if not os.path.isdir(path):
             files.append(path)
             continue
         try:
@@ -39,44 +33,15 @@ def find(paths: Sequence[str | Path]) -> tuple[list[Path], list[str]]:
     return files, complaints
 
 
-def read(path: str | Path, size: int, channels: int) -> np.ndarray:
-    """Returns the picture as uint8 [size, size, channels]: turned as its EXIF says, scaled (bicubic) until its shorter
-    side fits, and cut to the middle square. Transparent parts show white where the model sees no transparency.
+def read(path: str | Path, size: int, channels: int, crop: str = "pad") -> np.ndarray:
+    """Returns the picture as uint8 [size, size, channels]: upright, and cut as a run with this `data.crop` cuts test
+    images: the whole middle square ("pad", resized bicubically), or 7/8 of its side ("resized", bilinearly).
 
-    Raises PictureError for what cannot be read, or claims more than MOST_PIXELS.
+    Raises DataError for what cannot be read, or claims more pixels than photographs have.
     """
-    from PIL import Image, ImageOps
-
     if channels not in MODES:
-        raise PictureError(f"the model takes {channels} channels; pictures have 1, 3 or 4: classify arrays instead")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the limit below is ours
-            if Path(path).exists() and not Path(path).is_file():
-                raise PictureError(f"{path} is no regular file")  # reading a pipe or a device might never end
-            with Image.open(path, formats=FORMATS) as image:
-                if image.width * image.height > MOST_PIXELS:
-                    raise PictureError(f"{path} has {image.width} x {image.height} pixels; at most {MOST_PIXELS:,}")
-                upright = ImageOps.exif_transpose(image)
-                fitted = ImageOps.fit(_to_mode(upright, MODES[channels]), (size, size), Image.Resampling.BICUBIC)
-    except PictureError:
-        raise
-    except FileNotFoundError as error:
-        raise PictureError(f"{path} does not exist") from error
-    except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError and more on damaged files
-        cause = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise PictureError(f"{path} cannot be read as an image ({cause})") from error
-    return np.asarray(fitted, np.uint8).reshape(size, size, channels)
-
-
-def _to_mode(image: Any, mode: str) -> Any:
-    """Returns the image in 8 bits per channel; 16 bits keep their upper ones."""
-    from PIL import Image
-
-    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
-        values = np.asarray(image, np.float64)
-        image = Image.fromarray(np.clip(values / (257 if values.max() > 255 else 1), 0, 255).astype(np.uint8))
-    if mode != "RGBA" and (image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info):
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert(mode)
+        raise DataError(f"the model takes {channels} channels; pictures have 1, 3 or 4: classify arrays instead")
+    cut = decode.centre_crop if crop == "resized" else decode.square
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of Pillow's; what it warns of is refused here
+        return cut(Picture(str(path), Path(path)), size, channels)

@@ -1,9 +1,12 @@
 """What is cut out of a picture: its bounds, its middle, its colours. Pixels of the test picture tell where they lie."""
 
+import io
+
 import numpy as np
 import pytest
+from PIL import Image
 
-from jvitmoe.data.decode import AREA, RATIO, DataError, Picture, centre_crop, exact, random_crop
+from jvitmoe.data.decode import AREA, ORIENTATION, RATIO, DataError, Picture, centre_crop, exact, random_crop, square
 
 HEIGHT, WIDTH = 160, 240
 
@@ -77,3 +80,77 @@ def test_what_is_no_picture_is_an_error_that_names_it(ramp):
     with pytest.raises(DataError, match="ramp is 160x240 pixels but all are square"):
         exact(ramp, (8, 8, 3), "all are square")
     np.testing.assert_array_equal(exact(ramp, (HEIGHT, WIDTH, 3), ""), ramp.encoded)
+
+
+GREY = np.arange(0, 256, 4, dtype=np.uint8).reshape(8, 8)
+HALF = np.where(np.arange(8) < 4, 255, 0).astype(np.uint8) * np.ones((8, 1), np.uint8)  # opaque on the left alone
+ON_WHITE = np.where(HALF, GREY, 255)
+
+
+def as_file(image: Image.Image, kind: str = "PNG", **options: object) -> Picture:
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return Picture("picture", file.getvalue())
+
+
+def turned(kind: str) -> Picture:
+    """A picture that a camera held on its side has taken: to be turned by 90 degrees clockwise."""
+    image = Image.fromarray(GREY).transpose(Image.Transpose.ROTATE_90)
+    exif = image.getexif()
+    exif[ORIENTATION] = 6
+    return as_file(image, kind, exif=exif)
+
+
+def colours() -> Image.Image:
+    return Image.fromarray(np.dstack([GREY, GREY.T, 255 - GREY]))
+
+
+FILES = {  # (file, what every one of its channels shows)
+    "grey": (as_file(Image.fromarray(GREY)), GREY),
+    "16 bits": (as_file(Image.fromarray(GREY.astype(np.uint16) * 257)), GREY),
+    "16 dark bits": (as_file(Image.fromarray(GREY.astype(np.uint16))), GREY * 0),
+    "16 bits, big-endian": (as_file(Image.fromarray(GREY.astype(np.uint16) * 257), "TIFF", big_endian=True), GREY),
+    "palette": (as_file(Image.fromarray(GREY).convert("P")), GREY),
+    "two colours": (as_file(Image.fromarray(HALF).convert("1")), HALF),
+    "grey and alpha": (as_file(Image.merge("LA", [Image.fromarray(GREY), Image.fromarray(HALF)])), ON_WHITE),
+    "colours and alpha": (as_file(Image.fromarray(np.dstack([GREY, GREY, GREY, HALF]))), ON_WHITE),
+    "a colour that is clear": (as_file(Image.fromarray(GREY), transparency=0), np.where(GREY, GREY, 255)),
+    "ink": (as_file(Image.fromarray(np.dstack([GREY * 0] * 3 + [255 - GREY]), "CMYK"), "TIFF"), GREY),
+    "a turned PNG": (turned("PNG"), GREY),
+    "a turned TIFF": (turned("TIFF"), GREY),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_whatever_the_file_holds_all_ways_to_read_it_see_the_same_grey(name):
+    file, wanted = FILES[name]
+    for channels in (1, 3):
+        found = exact(file, (8, 8, channels), "")
+        np.testing.assert_array_equal(found, np.repeat(wanted[..., None], channels, 2))
+        np.testing.assert_array_equal(square(file, 8, channels), found)
+    again = Picture("again", found)  # the same pixels, in memory
+    np.testing.assert_array_equal(centre_crop(file, 5, 3), centre_crop(again, 5, 3))
+    draws = (random_crop(p, 5, 3, np.random.RandomState(0)) for p in (file, again))
+    np.testing.assert_array_equal(*draws)
+
+
+def test_a_model_that_sees_transparency_gets_it_and_colours_stay():
+    alpha = np.dstack([np.asarray(colours()), HALF])
+    np.testing.assert_array_equal(exact(as_file(Image.fromarray(alpha)), (8, 8, 4), ""), alpha)
+    np.testing.assert_array_equal(exact(as_file(colours()), (8, 8, 3), ""), colours())
+    assert (exact(as_file(colours()), (8, 8, 4), "")[..., 3] == 255).all()
+
+
+def test_a_picture_that_is_turned_has_the_size_that_is_seen():
+    image = Image.new("L", (6, 4))
+    exif = image.getexif()
+    exif[ORIENTATION] = 8
+    assert exact(as_file(image, exif=exif), (6, 4, 1), "").shape == (6, 4, 1)
+    with pytest.raises(DataError, match="picture is 6x4 pixels but wide is wanted"):
+        exact(as_file(image, exif=exif), (4, 6, 1), "wide is wanted")
+
+
+@pytest.mark.parametrize("mode", ["I", "F"])
+def test_pixels_of_other_kinds_are_refused(mode):
+    with pytest.raises(DataError, match=f"picture has pixels of mode {mode}; images must have 8 or 16 bits"):
+        square(as_file(Image.new(mode, (8, 8)), "TIFF"), 8, 1)
