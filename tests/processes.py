@@ -61,6 +61,8 @@ def collect(started: Sequence[Started], seconds: float = 240) -> list[Ended]:
         for one in started:
             one.process.kill()
             one.process.wait()
+            one.out.close()
+            one.err.close()
 
 
 def seconds(one: Started) -> float:

@@ -182,12 +182,12 @@ FOLDER_MISTAKES = {
     "not an image": (lambda p: png(p).write_bytes(b"hello"), "004.png cannot be read as an image"),
     "empty": (lambda p: png(p).write_bytes(b""), "004.png cannot be read as an image"),
     "truncated": (lambda p: os.truncate(png(p), 120), "004.png cannot be read as an image"),
-    "32 bits": (lambda p: Image.new("F", (8, 8)).save(png(p), "TIFF"), "004.png has pixels of mode F; images must"),
     "PostScript": (lambda p: png(p).write_bytes(POSTSCRIPT), "004.png cannot be read as an image (UnidentifiedImage"),
     "a pipe": (
         lambda p: [png(p).unlink(), os.mkfifo(png(p))],
         "004.png cannot be read as an image (ValueError: it is no",
     ),
+    "32 bits": (lambda p: Image.new("F", (8, 8)).save(png(p), "TIFF"), "004.png has pixels of mode F; images must"),
 }
 
 
