@@ -2,8 +2,10 @@
 
 import re
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
+from types import TracebackType
 from typing import Any, NoReturn
 
 from absl import flags, logging
@@ -85,15 +87,23 @@ def experiment(values: flags.FlagValues) -> Config:
 
 def run(main: Callable[[list[str]], Any]) -> NoReturn:
     """Runs a command on sys.argv and exits: 0, or 2 and one line on standard error where the user can mend it."""
-    logging.set_verbosity(logging.ERROR)  # Orbax tells of its habits; what matters, commands say themselves
+    logging.set_verbosity(logging.FATAL)  # Orbax tells of its habits; what matters, commands say themselves
+    sys.excepthook = _of_the_main_thread
     try:
         main(sys.argv)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)  # whatever a path in it holds
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
     sys.exit(0)
+
+
+def _of_the_main_thread(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Shows an uncaught exception. In other threads only C code comes here, with what nobody waits for any more, as
+    TensorStore does after a failed write; what fails is raised to whoever waits for it besides."""
+    if threading.current_thread() is threading.main_thread():
+        sys.__excepthook__(kind, error, trace)
 
 
 def _unknown_override(argv: list[str]) -> str | None:

@@ -24,11 +24,18 @@ def options(dtype: Any, platform: str) -> dict[str, bool]:
     return {ONEDNN: True}
 
 
+def for_reading(lowered: Any) -> Any:
+    """Returns the compiled program of what `jit(...).lower(...)` gave, to be read and not run: XLA's own passes, which
+    its text, FLOPs and memory come from, all done, and machine code made in a hurry."""
+    hurry = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+    return lowered.compile({option: value for option, value in hurry.items() if _known(option, value)})
+
+
 @functools.cache
-def _known(option: str) -> bool:
+def _known(option: str, value: bool | int = True) -> bool:
     """Whether the installed jaxlib has this option: one that it has not ends every compilation with an error."""
     try:
-        jax.jit(lambda: 0, compiler_options={option: True}).lower().compile()
+        jax.jit(lambda: 0, compiler_options={option: value}).lower().compile()
     except jax.errors.JaxRuntimeError:
         return False
     return True
@@ -52,16 +59,21 @@ def use_cache() -> None:
 def reduced_bytes(text: str) -> int:
     """Returns the bytes that the all-reduces of a compiled program's HLO text take in on one device, over groups of
     several devices. Raises ValueError where there is any other collective."""
+    return sum(reduced_sizes(text))
+
+
+def reduced_sizes(text: str) -> list[int]:
+    """As `reduced_bytes`, of each array that is reduced."""
     if other := re.search(r" (all-gather|all-to-all|reduce-scatter|collective-permute)(-start)?\(", text):
         raise ValueError(f"the program holds an {other[1]}")
-    total = 0
+    found = []
     for shape, groups in re.findall(r"= (.+?) all-reduce(?:-start)?\(.*replica_groups=(mesh.*?\}|\S+),", text):
         if _group_size(groups) == 1:
             continue
         for kind, bits, sizes in re.findall(r"\b(f|bf|s|u|pred)(\d*)\[([\d,]*)\]", shape):
             elements = int(np.prod([int(n) for n in sizes.split(",") if n], dtype=int))
-            total += elements * (1 if kind == "pred" else int(bits) // 8)
-    return total
+            found.append(elements * (1 if kind == "pred" else int(bits) // 8))
+    return found
 
 
 def _group_size(groups: str) -> int:

@@ -16,6 +16,7 @@ class UserError(Exception):
     """A mistake the user can mend: commands print it as one line and exit with code 2."""
 
     everywhere = False  # whether all processes of a run raise it alike, so that one of them saying it is enough
+    known = False  # whether the other processes know of it
 
 
 class ConfigError(UserError):
@@ -182,6 +183,18 @@ class Config:
                 "must be 'pad' for sets that live on the device; 'resized' needs data.stream=True",
             ),
             (
+                self.data.crop_padding <= model.image_size,
+                "data.crop_padding",
+                f"must be at most model.image_size, which is {model.image_size}",
+            ),
+            (model.depth <= DEEPEST, "model.depth", f"must be at most {DEEPEST:,}"),
+            (
+                self._about_parameters <= MOST_PARAMETERS,
+                "model.width",
+                f"makes about {self._about_parameters:.1e} parameters with the other sizes; "
+                f"they must be at most {MOST_PARAMETERS:.1e}",
+            ),
+            (
                 model.width % model.heads == 0,
                 "model.width",
                 f"must be a multiple of model.heads, which is {model.heads}",
@@ -295,6 +308,15 @@ class Config:
         )
 
     @property
+    def _about_parameters(self) -> int:
+        """Returns their number, all experts together, but for small ones: enough to tell what no machine holds."""
+        model = self.model
+        block = 4 * model.width + 2 * self.routing.experts * (model.hidden + model.lora + model.adapter)
+        head = (model.width + model.classes) * model.head_hidden or model.width * model.classes
+        tables = max(model.patches, model.position_rows) + model.patch**2 * model.channels
+        return model.width * (model.depth * block + tables) + head
+
+    @property
     def learned(self) -> bool:
         """Whether the model routes its own tokens, by what it learned or by a hash, and takes no route."""
         return self.routing.router != "random"
@@ -360,7 +382,11 @@ NOT_NEGATIVE = (
 )
 FRACTIONS = ("routing.tie_last", "train.ema", "model.dropout", "optim.b1", "optim.b2", "train.label_smoothing")
 
-# A run may be continued with other values of these: they move files, devices or printing, never a number.
+LARGEST = 2**31 - 1  # of whole numbers, which sizes, steps and seeds on the devices are made of
+DEEPEST, MOST_PARAMETERS = 10_000, 10**13
+
+# A run may be continued with other values of these: they move files, devices or printing, never a number (but see
+# `differences`).
 FREE_ON_RESUME = frozenset(
     f"{section}.{name}"
     for section, names in {
@@ -391,10 +417,11 @@ def from_dict(values: dict[str, dict[str, Any]]) -> Config:
     """Returns the Config that `to_dict` came from, in this version or an older one: fields that it did not know have
     their defaults, which is what it did. Raises ConfigError for a section or field that does not exist."""
     config = Config()
+    sections = {field.name for field in dataclasses.fields(config)}
     for section_name, section_values in _renamed(values).items():
-        section = getattr(config, section_name, None)
-        if not dataclasses.is_dataclass(section) or not isinstance(section_values, dict):
+        if section_name not in sections or not isinstance(section_values, dict):
             raise ConfigError(unknown_field(section_name))
+        section = getattr(config, section_name)
         fields = {field.name for field in dataclasses.fields(section)}
         for name, value in section_values.items():
             if name not in fields:
@@ -421,9 +448,16 @@ def flatten(config: Config) -> dict[str, Any]:
 
 
 def differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
-    """Returns {"section.field": (old, new)} for the fields that would change a run's numbers."""
+    """Returns {"section.field": (old, new)} for the fields that would change a run's numbers.
+
+    `data.stream` is one of them where validation images of a TFDS set are held out: a stream knows no labels before it
+    reads, and holds out others.
+    """
     olds, news = flatten(old), flatten(new)
-    return {k: (olds[k], news[k]) for k in olds if olds[k] != news[k] and k not in FREE_ON_RESUME}
+    free = FREE_ON_RESUME
+    if old.data.validation and old.data.name not in ("digits", "folder"):
+        free -= {"data.stream"}
+    return {k: (olds[k], news[k]) for k in olds if olds[k] != news[k] and k not in free}
 
 
 def unknown_field(path: str) -> str:
@@ -434,7 +468,7 @@ def unknown_field(path: str) -> str:
         name for name in names if difflib.get_close_matches(last, [name.rpartition(".")[2]], cutoff=0.6)
     ]
     hint = f"; did you mean config.{near[0]}?" if near else f"; the sections are {', '.join(to_dict(Config()))}"
-    return f"config.{path} is not a field{hint}"
+    return f"config.{path if path.isprintable() else ascii(path)} is not a field{hint}"
 
 
 def dumps(config: Config) -> str:
@@ -458,11 +492,17 @@ def _get(config: Config, path: str) -> Any:
 
 def _check_types(section: Any, name: str) -> None:
     for field in dataclasses.fields(section):
-        value, wanted = getattr(section, field.name), field.type
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        fits = number if wanted is float else type(value) is (typing.get_origin(wanted) or wanted)
-        _require(fits, f"{name}.{field.name}", value, f"must be of type {getattr(wanted, '__name__', wanted)}")
-        _require(not number or math.isfinite(value), f"{name}.{field.name}", value, "must be finite")
+        value, wanted = getattr(section, field.name), typing.cast(Any, field.type)
+        path, number = f"{name}.{field.name}", isinstance(value, int | float) and not isinstance(value, bool)
+        kind, *inside = (typing.get_origin(wanted) or wanted, *typing.get_args(wanted))
+        fits = number if wanted is float else type(value) is kind
+        _require(fits, path, value, f"must be of type {kind.__name__}")
+        if inside:
+            fits = all(type(entry) is inside[0] for entry in value)
+            _require(fits, path, value, f"must be of type {kind.__name__} of {inside[0].__name__}")
+        if number:
+            _require(not isinstance(value, int) or abs(value) <= LARGEST, path, value, f"must be at most {LARGEST:,}")
+            _require(math.isfinite(value), path, value, "must be finite")
 
 
 def _check_choice(path: str, value: str, options: tuple[str, ...]) -> None:

@@ -15,13 +15,17 @@ from typing import Any, TypeVar
 import jax
 import numpy as np
 from absl import flags
+from jax._src import distributed as internals  # the coordinator's key-value store has no public name
 from jax.experimental import multihost_utils
 
 from jvitmoe.config import UserError
+from jvitmoe.lifeline import Lifeline
 
 T = TypeVar("T")
 
-HEARTBEAT_SECONDS = 12  # without a sign of life, until a process counts as lost and the others end
+_lifelines: list[Lifeline] = []  # one, once several processes have joined
+
+HEARTBEAT_SECONDS = 28  # without a sign of life, until JAX ends all: later than `lifeline`, which says whom it lost
 SHUTDOWN_SECONDS = 15
 
 
@@ -69,7 +73,9 @@ def join(values: flags.FlagValues) -> None:
             heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
             shutdown_timeout_seconds=SHUTDOWN_SECONDS,
         )
-        jax.process_count()  # the devices of all: waits for ever where processes were told different numbers of them
+        count = jax.process_count()  # by the devices of all: waits for ever where they were told different numbers
+        if count > 1:
+            _lifelines.append(Lifeline(internals.global_state.client, jax.process_index(), count))
     except (ValueError, RuntimeError) as error:
         found = " ".join(str(error).split())[:200]
         raise UserError(f"{who} cannot join at {where}: {found}; check --coordinator, or start it in a job") from error
@@ -113,13 +119,13 @@ def together(work: Callable[[], T], what: str = "") -> T:
     said = np.array([zlib.crc32(str(error).encode()) or 1 if error else 0, zlib.crc32(what.encode())], np.uint32)
     said_P2 = multihost_utils.process_allgather(said)
     if error:
-        error.everywhere = bool((said_P2[:, 0] == said[0]).all())
+        error.everywhere, error.known = bool((said_P2[:, 0] == said[0]).all()), True
         raise error
     if said_P2[:, 0].any():
         _leave("", 2)
     if (said_P2[:, 1] != said_P2[0, 1]).any():
         differs = UserError("processes were given different settings; start them all with the same flags")
-        differs.everywhere = True
+        differs.everywhere = differs.known = True
         raise differs
     return result  # type: ignore[return-value]
 
@@ -140,24 +146,40 @@ def stops_at(step: int) -> bool:
 
 
 def guard(main: Callable[[], Any]) -> None:
-    """Runs `main`; of several processes, one that fails says so and ends at once, so that no other waits for it.
+    """Runs `main`; of several processes, one that fails says so and ends, so that no other waits for it.
 
-    Without this, a failed process would wait for the others to shut down together, and they for its part of a sum.
+    Without this, a failed process would wait for the others to shut down together, and they for its part of a sum. One
+    that fails because another is lost in the middle of a sum ends once it can say which.
     """
     try:
         main()
         wait()  # for process 0, which writes: one that leaves long before the others counts as lost
+        _cut()
     except BaseException as error:
         if alone():
             raise
         code: Any = error.code if isinstance(error, SystemExit) else 2 if isinstance(error, UserError) else 1
         if code in (0, None) or (isinstance(error, SystemExit) and code > 128):  # all stop together: a clean end
+            _cut()
             raise
+        if isinstance(error, jax.errors.JaxRuntimeError):
+            sys.stderr.write(f"{type(error).__name__}: {' '.join(str(error).split())[:200]}\n")
+            sys.stderr.flush()
+            for lifeline in _lifelines:
+                lifeline.wait_for_verdict()
+        elif not (isinstance(error, UserError) and error.known):
+            for lifeline in _lifelines:
+                lifeline.tell(f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")
         who = "" if first() else f" (process {jax.process_index()} of {jax.process_count()})"
         if isinstance(error, UserError):
-            _leave("" if error.everywhere and not first() else f"error: {error}{who}\n", code)
+            _leave("" if error.everywhere and not first() else f"error: {' '.join(str(error).split())}{who}\n", code)
         text = "" if isinstance(error, SystemExit) else traceback.format_exc()
         _leave(f"{text}process {jax.process_index()} of {jax.process_count()} ends, and the others with it\n", code)
+
+
+def _cut() -> None:
+    for lifeline in _lifelines:
+        lifeline.cut()
 
 
 def _check_address(address: str) -> None:

@@ -37,6 +37,7 @@ def main(argv: list[str]) -> None:
     if values.verify:
         _verify(workdir)
         return
+    tracking.own(workdir)
     began = time.monotonic()
     checkpoints = Checkpoints(workdir / "checkpoints", read_only=True)
     with tracking.warnings_as_lines():

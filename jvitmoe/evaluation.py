@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jvitmoe import merging, optim, routing
+from jvitmoe import compilation, merging, optim, routing
 from jvitmoe.config import Config
 from jvitmoe.data import augment, feed
 from jvitmoe.data.feed import Batches, Images
@@ -199,7 +199,7 @@ def flops_per_image(net: vit.ViT, batch: int) -> float:
     except RuntimeError:
         device = jax.local_devices()[0]
     with jax.default_device(device):
-        compiled = jax.jit(lambda p, x: vit.logits(model, p, x)).lower(params, images).compile()
+        compiled = compilation.for_reading(jax.jit(lambda p, x: vit.logits(model, p, x)).lower(params, images))
     cost = compiled.cost_analysis()
     assert cost is not None, "XLA analyses programs of the CPU, GPU and TPU"
     return float(cost["flops"]) / batch

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 from absl import flags
-from rich.markup import escape
 
 from jvitmoe import classifier, cli, compilation, sheet, tracking
 from jvitmoe.classifier import Prediction
@@ -66,7 +65,7 @@ def _as_json(file: Path, guesses: list[Prediction]) -> dict[str, object]:
 
 def _as_row(file: Path, guesses: list[Prediction]) -> dict[str, str]:
     cells = {str(n): f"{g.name} {g.probability:.1%}" for n, g in enumerate(guesses, 1)}
-    return {name: escape(text) for name, text in {"image": str(file), **cells}.items()}
+    return {"image": str(file), **cells}
 
 
 def _define_flags(values: flags.FlagValues) -> None:

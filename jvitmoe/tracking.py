@@ -27,11 +27,12 @@ METRICS = "metrics.jsonl"
 PART = ".part"  # of a file that is being written
 RESULT = "result.json"
 CLASSES = "classes.json"
+IMAGES = "images.json"
 MERGEABILITY = "mergeability.png"
 LEFT = ("run", "model", "hardware", "image")  # columns of words
 PLAIN_SECONDS = 2.0  # least time between two progress lines in a file
 
-console = Console(highlight=False, soft_wrap=True)
+console = Console(highlight=False, markup=False, soft_wrap=True)  # names of files and classes are nobody's markup
 
 
 @contextlib.contextmanager
@@ -47,11 +48,25 @@ def warnings_as_lines() -> Iterator[None]:
                     console.print(f"warning: {warning.message}")
 
 
+def own(workdir: Path) -> None:
+    """Raises UserError where something in the run folder is a link: writing to it would write to another place, which
+    whoever made the folder chose."""
+    try:
+        links = [path for path in workdir.iterdir() if path.is_symlink()]
+    except OSError as error:
+        raise UserError(f"workdir {str(workdir)!r} cannot be listed: {error.strerror}; let it be read") from error
+    if links:
+        raise UserError(
+            f"{links[0]} is a link, and what is written to it would lie elsewhere; put its target in its place"
+        )
+
+
 def write_text(path: Path, text: str) -> None:
     """Writes a file whole or not at all, through a power cut as well. Raises UserError where it cannot be written."""
     part = path.with_name(path.name + PART)
     try:
-        with part.open("w") as file:
+        part.unlink(missing_ok=True)
+        with part.open("x") as file:  # never through a link that somebody has put there
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
@@ -65,7 +80,7 @@ def write_text(path: Path, text: str) -> None:
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """Returns the lines of a metrics file, each step and kind once; what is torn or no such line is left out."""
     lines: dict[tuple[int, str], dict[str, Any]] = {}
-    for text in path.read_text(errors="replace").split("\n") if path.exists() else []:
+    for text in path.read_text(errors="replace").split("\n") if path.is_file() else []:
         try:
             line = json.loads(text)
             step, kind = line["step"], line["kind"]
@@ -192,7 +207,7 @@ def show(rows: Sequence[Mapping[str, Any]], title: str) -> None:
         table.add_column(name, justify="left" if name in LEFT else "right")
     for row in rows:
         table.add_row(*(str(cell) for cell in row.values()))
-    wide = Console(width=200, highlight=False)  # for a file, which has no edge to fold cells at
+    wide = Console(width=200, highlight=False, markup=False)  # for a file, which has no edge to fold cells at
     (console if console.is_terminal else wide).print(table)
 
 
@@ -208,9 +223,14 @@ def read_result(workdir: Path) -> dict[str, Any]:
     """Returns the run's result.json; {} where there is none. Raises UserError where it is damaged."""
     path = workdir / RESULT
     try:
-        return json.loads(path.read_text()) if path.is_file() else {}
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON: {error}; delete it and write it anew with jvitmoe.evaluate") from error
+        result = json.loads(path.read_text()) if path.is_file() else {}
+        if not isinstance(result, dict):
+            raise ValueError(f"it holds a {type(result).__name__}")
+    except (ValueError, RecursionError) as error:
+        raise UserError(
+            f"{path} is not a result: {error}; delete it and write it anew with jvitmoe.evaluate"
+        ) from error
+    return result
 
 
 def write_classes(workdir: Path, names: Sequence[str]) -> None:
@@ -223,8 +243,26 @@ def read_classes(workdir: Path) -> tuple[str, ...]:
     path = workdir / CLASSES
     try:
         return tuple(map(str, json.loads(path.read_text()))) if path.is_file() else ()
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise UserError(f"{path} is not a list of names: {error}; delete it, and classes go by number") from error
+
+
+def write_images(workdir: Path, counts: Mapping[str, int]) -> None:
+    """Keeps the number of images of each split, by which a run that goes on knows its data again."""
+    write_text(workdir / IMAGES, json.dumps(dict(counts)) + "\n")
+
+
+def read_images(workdir: Path) -> dict[str, int] | None:
+    """Returns split -> number of images; None where the run kept none. Raises UserError where the file is damaged."""
+    path = workdir / IMAGES
+    try:
+        return {str(split): int(count) for split, count in json.loads(path.read_text()).items()}
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{path} does not hold numbers of images: {error}; delete it if the data are the same"
+        ) from error
 
 
 def result_rows(result: Mapping[str, Any]) -> list[dict[str, str]]:

@@ -9,10 +9,11 @@ asked to stop stops all after the same step, and one that fails ends all.
 
 import contextlib
 import math
+import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,7 @@ Batch = tuple[feed.Images, jax.Array | None]  # what a step takes
 class TrainingError(UserError):
     """The run cannot go on; the message names the step, the value and the last good checkpoint."""
 
-    everywhere = True
+    everywhere = known = True
 
 
 def main(argv: list[str]) -> None:
@@ -62,7 +63,15 @@ def main(argv: list[str]) -> None:
     with contextlib.ExitStack() as held:
         stop = held.enter_context(Stop())
         config = distributed.together(prepare, f"{workdir} {values.config}")
-        train(config, workdir, stop, held)
+        try:
+            train(config, workdir, stop, held)
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            raise UserError(
+                f"the memory of a device is too small ({str(error).splitlines()[0][:200]}); "
+                "set a smaller --config.train.batch_size or a larger --config.train.accumulate"
+            ) from error
 
 
 def _define_flags(values: flags.FlagValues) -> None:
@@ -78,7 +87,8 @@ def claim(workdir: Path, config: Config) -> None:
             return
         if not workdir.is_dir():
             raise ConfigError(f"workdir {str(workdir)!r} is a file; it must be a folder; set --workdir")
-        if not saved.exists():
+        tracking.own(workdir)
+        if not saved.is_file():
             # A run that was killed at its very start has left these.
             if any(path.name not in (lock.NAME, saved.name + tracking.PART) for path in workdir.iterdir()):
                 raise ConfigError(
@@ -115,6 +125,12 @@ def train(config: Config, workdir: Path, stop: Stop, held: contextlib.ExitStack)
     def arrange() -> tuple[Any, Any, feed.TrainOrder]:
         train_split, validation = sources.hold_out(dataset.train, config.data.validation)
         order = feed.TrainOrder(len(train_split), config.train.batch_size, order_key, mesh, config.slots)
+        if config.train.epochs * order.steps_per_epoch > config_lib.LARGEST:
+            raise ConfigError(
+                f"config.train.epochs is {config.train.epochs}; it must make at most {config_lib.LARGEST:,} steps, "
+                f"and an epoch has {order.steps_per_epoch}"
+            )
+        _check_memory(config, mesh)
         return train_split, validation, order
 
     train_split, validation, order = distributed.together(arrange)
@@ -124,7 +140,8 @@ def train(config: Config, workdir: Path, stop: Stop, held: contextlib.ExitStack)
     dense, told = distributed.together(lambda: pretrained.start(config, mesh)) if starts else (None, [])
     active, everything = evaluation.count_parameters(config)
 
-    held.enter_context(distributed.together(lambda: _occupy(workdir, config, dataset.class_names)))
+    counts = {"train": len(train_split), "validation": len(validation), "test": len(dataset.test)}
+    held.enter_context(distributed.together(lambda: _occupy(workdir, config, dataset.class_names, counts)))
     distributed.together(lambda: _check_shared(workdir))
     console.print(f"run         {workdir}")
     console.print(f"devices     {hardware}")
@@ -133,7 +150,7 @@ def train(config: Config, workdir: Path, stop: Stop, held: contextlib.ExitStack)
         console.print(f"trained     {trained:,} of {everything:,} parameters")
     for line in told:
         console.print(f"source      {line}")
-    console.print(f"images      {len(train_split):,} train, {len(validation):,} validation, {len(dataset.test):,} test")
+    console.print(f"images      {', '.join(f'{count:,} {split}' for split, count in counts.items())}")
     console.print(f"steps       {total:,} ({config.train.epochs} epochs of {order.steps_per_epoch})")
 
     def show(split: Split | Records) -> tuple[evaluation.Shown, feed.Batches]:
@@ -199,9 +216,27 @@ def train(config: Config, workdir: Path, stop: Stop, held: contextlib.ExitStack)
     )
 
 
-def _occupy(workdir: Path, config: Config, class_names: Sequence[str]) -> contextlib.AbstractContextManager[object]:
-    """Makes the run folder, locks it and writes its config, by process 0; returns the lock. Raises UserError where that
-    cannot be, and ConfigError where another experiment has moved in since `claim`."""
+def _check_memory(config: Config, mesh: Mesh) -> None:
+    """Raises ConfigError where a device cannot even hold its share of parameters and moments."""
+    _, everything = evaluation.count_parameters(config)
+    needed = (4 * everything + 8 * evaluation.count_trained(config)) // mesh.size
+    statistics = mesh.local_devices[0].memory_stats() or {}  # a CPU has none
+    there = statistics.get("bytes_limit") or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > there:
+        raise ConfigError(
+            f"config.model has {everything:,} parameters; with their moments they take {needed / 2**30:,.1f} GiB of a "
+            f"device that has {there / 2**30:,.1f} GiB; set a smaller model.width, model.hidden or routing.experts"
+        )
+
+
+def _occupy(
+    workdir: Path, config: Config, class_names: Sequence[str], counts: Mapping[str, int]
+) -> contextlib.AbstractContextManager[object]:
+    """Makes the run folder, locks it and writes its config and what its data are, by process 0; returns the lock.
+
+    Raises UserError where that cannot be, and ConfigError where another experiment has moved in since `claim`, or the
+    data are no longer those that the folder's checkpoints were trained on.
+    """
     if not distributed.first():
         return contextlib.nullcontext()
     try:
@@ -211,12 +246,33 @@ def _occupy(workdir: Path, config: Config, class_names: Sequence[str]) -> contex
     held = lock.Lock(workdir)
     try:
         claim(workdir, config)
+        if has_checkpoints(workdir):
+            _check_data(workdir, class_names, counts)
         tracking.write_text(workdir / "config.json", config_lib.dumps(config))
         tracking.write_classes(workdir, class_names)
+        tracking.write_images(workdir, counts)
     except UserError:
         with held:
             raise
     return held
+
+
+def _check_data(workdir: Path, class_names: Sequence[str], counts: Mapping[str, int]) -> None:
+    """Raises ConfigError where the data have other images or classes than when the run in the folder started: it would
+    go on in another order. `data.dir` may change on resuming, so this is all that tells."""
+    were, names = tracking.read_images(workdir) or counts, tracking.read_classes(workdir)
+    changed = [
+        f"{were.get(name, 0):,} {name} images, {count:,} now"
+        for name, count in counts.items()
+        if were.get(name) != count
+    ]
+    if names and names != tuple(class_names):
+        changed.append("other classes")
+    if changed:
+        raise ConfigError(
+            f"workdir {str(workdir)!r} holds a run on other data: {'; '.join(changed)}; "
+            "set --config.data.dir to what it was, or --workdir to a new folder"
+        )
 
 
 def _check_shared(workdir: Path) -> None:

@@ -9,6 +9,7 @@ from types import TracebackType
 
 CODE = 70  # of sysexits.h: an internal error
 LOOKS = 20  # how often within the time allowed
+LONGEST = 60.0  # seconds between two looks
 
 
 class Watchdog:
@@ -39,7 +40,7 @@ class Watchdog:
         self._done, self._idle = done, 0.0
 
     def _watch(self) -> None:
-        look = self._seconds / LOOKS
+        look = min(self._seconds / LOOKS, LONGEST)
         before = time.monotonic()
         while not self._over.wait(look):
             now = time.monotonic()

@@ -1,46 +1,134 @@
-"""Shows that a killed run goes on to the same bits: trains undisturbed, then again with SIGKILL at random steps.
+"""Shows that a killed run goes on to the same bits: trains undisturbed, then again with SIGKILL at random moments.
 
     python scripts/kill_and_resume.py --out runs/killed --steps 20 --kills 2 -- \
         --config configs/cifar10_random.py --config.train.batch_size=8 --config.train.checkpoint_every=5
 
-What follows `--` goes to `jvitmoe.train`. Both runs are stopped with SIGTERM once --steps is reached; then the newest
-checkpoint that both have is compared leaf by leaf (CRC-32 of parameters and optimiser state), and the histories line by
-line.
+What follows `--` goes to `jvitmoe.train`. Kills come by turns once a random step was reached, while a checkpoint is
+written, during an evaluation, and before the first step. With --steps both runs are stopped with SIGTERM once that step
+is shown; otherwise they go to their end. Then the newest checkpoint that both have is compared leaf by leaf (CRC-32 of
+parameters and optimiser state), and the histories line by line.
 """
 
 import argparse
+import collections
+import json
+import os
 import random
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from absl import logging
 
 from jvitmoe import tracking
 from jvitmoe.checkpoint import Checkpoints
 
+TURNS = ("at a step", "writing a checkpoint", "evaluating", "before the first step")
+POLL = 0.002  # seconds
+DELAY = 0.05  # at most so many seconds from the moment that was waited for to the kill
+TAIL = 4096  # bytes that surely hold the last line of the history
 
-def run_until(workdir: Path, arguments: list[str], reach: int, number: signal.Signals) -> float:
-    """Trains until step `reach` is in the history, then sends the signal. Returns seconds until the first new line."""
-    began, first = time.monotonic(), 0.0
-    known = len(tracking.read_metrics(workdir / tracking.METRICS))
-    with workdir.with_suffix(".log").open("a") as log:
-        settings = (f"--workdir={workdir}", "--config.train.log_every=1", "--config.train.keep=1000")
-        command = [sys.executable, "-m", "jvitmoe.train", *arguments, *settings]
-        process = subprocess.Popen(command, stdout=log, stderr=log)
-        while process.poll() is None:
-            lines = tracking.read_metrics(workdir / tracking.METRICS)
-            if len(lines) > known and not first:
-                first = time.monotonic() - began
-            if first and lines[-1]["step"] >= reach:
-                process.send_signal(number)
-                process.wait()
-            time.sleep(0.01)
-    if process.returncode not in (-number, 128 + number):
-        sys.exit(f"training ended with {process.returncode}; see {log.name}")
-    return first
+
+class Run:
+    """A run folder, and the process that trains in it now."""
+
+    def __init__(self, workdir: Path, arguments: list[str], evaluations: frozenset[int] = frozenset()) -> None:
+        self.workdir, self._arguments, self._evaluations = workdir, arguments, evaluations
+
+    def start(self) -> None:
+        settings = (f"--workdir={self.workdir}", "--config.train.log_every=1")
+        command = [sys.executable, "-m", "jvitmoe.train", *self._arguments, *settings]
+        before = self._history()
+        self._before, self._resumed = before and before.st_ino, None
+        self._began, self.startup = time.monotonic(), 0.0
+        with self.workdir.with_suffix(".log").open("a") as log:
+            self.process = subprocess.Popen(command, stdout=log, stderr=log)
+
+    def wait(self, moment: Callable[[], bool]) -> bool:
+        """Returns True once the moment has come, False where the process ended before."""
+        while self.process.poll() is None:
+            if moment():
+                return True
+            time.sleep(POLL)
+        return False
+
+    def end(self, number: signal.Signals | None = None) -> None:
+        """Sends the signal, if any, and returns once the process has ended. Exits where it has failed."""
+        if number is not None:
+            self.process.send_signal(number)
+        if (code := self.process.wait()) not in ((0,) if number is None else (-number, 128 + number)):
+            sys.exit(f"training ended with {code}; see {self.workdir.with_suffix('.log')}")
+
+    def trains(self) -> bool:
+        """Whether this process has shown a step. Before the first it writes the history anew, as far as it resumes."""
+        found = self._history()
+        if found is None or found.st_ino == self._before:
+            return False
+        self._resumed = self._resumed or found.st_size + 1
+        if not self.startup and found.st_size >= self._resumed:
+            self.startup = time.monotonic() - self._began
+        return self.startup > 0
+
+    def reached(self, step: int) -> bool:
+        return self.trains() and self._last().get("step", 0) >= step
+
+    def writes(self) -> bool:
+        folder = self.workdir / "checkpoints"
+        return folder.is_dir() and any(".orbax-checkpoint-tmp" in name for name in os.listdir(folder))
+
+    def evaluates(self) -> bool:
+        """Whether the last thing shown is a step that an evaluation follows."""
+        last = self._last()
+        return last.get("kind") == "train" and last["step"] in self._evaluations
+
+    def checkpoints(self) -> set[int]:
+        return {int(path.name) for path in (self.workdir / "checkpoints").iterdir() if path.name.isdigit()}
+
+    def doing(self) -> str:
+        """Returns which of TURNS the process was killed in, as the disk tells."""
+        moments = (not self.trains(), TURNS[3]), (self.writes(), TURNS[1]), (self.evaluates(), TURNS[2])
+        return next((name for holds, name in moments if holds), TURNS[0])
+
+    def _history(self) -> os.stat_result | None:
+        path = self.workdir / tracking.METRICS
+        return path.stat() if path.exists() else None
+
+    def _last(self) -> dict[str, Any]:
+        """Returns the last whole line of the history; {} where there is none."""
+        try:
+            with (self.workdir / tracking.METRICS).open("rb") as file:
+                file.seek(max(0, file.seek(0, os.SEEK_END) - TAIL))
+                lines = file.read().split(b"\n")
+            return json.loads(lines[-2])
+        except (OSError, ValueError, IndexError):
+            return {}
+
+
+def kill(run: Run, turn: str, step: int, startup: float, chance: random.Random) -> None:
+    """Kills the run in the given turn, once it has reached the step. Exits where it came to its end before."""
+    delay = chance.uniform(0, DELAY)
+    run.start()
+    if turn == TURNS[3]:
+        end = time.monotonic() + chance.uniform(0, startup)
+        come = run.wait(lambda: time.monotonic() > end)
+    else:
+        waits = {TURNS[1]: run.writes, TURNS[2]: run.evaluates}
+        come = run.wait(lambda: run.reached(step)) and (turn not in waits or run.wait(waits[turn]))
+        time.sleep(0 if turn == TURNS[2] else delay)
+    if not come or run.process.poll() is not None:
+        sys.exit(f"the run was over before it could be killed {turn} past step {step}; give it more steps")
+    run.end(signal.SIGKILL)
+
+
+def finish(run: Run, steps: int) -> None:
+    """Trains to the end, or with `steps` until that many are shown."""
+    run.start()
+    reached = run.wait(lambda: run.reached(steps) if steps else run.trains() and False)
+    run.end(signal.SIGTERM if reached else None)
 
 
 def checksums(workdir: Path, number: int) -> dict[str, str]:
@@ -61,29 +149,37 @@ def main() -> None:
     logging.set_verbosity(logging.ERROR)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="new folder")
-    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--steps", type=int, default=0, help="0 trains to the end")
     parser.add_argument("--kills", type=int, default=2)
-    parser.add_argument("--seed", type=int, default=0, help="chooses the steps at which the run is killed")
+    parser.add_argument("--seed", type=int, default=0, help="chooses the moments at which the run is killed")
     parser.add_argument("arguments", nargs="+")
     options = parser.parse_args()
     options.out.mkdir(parents=True)
-    undisturbed, killed = options.out / "undisturbed", options.out / "killed"
 
-    first = run_until(undisturbed, options.arguments, options.steps, signal.SIGTERM)
-    print(f"undisturbed: first step shown {first:.1f} s after the start", flush=True)
-    for reach in sorted(random.Random(options.seed).sample(range(2, options.steps), options.kills)):
-        run_until(killed, options.arguments, reach, signal.SIGKILL)
-        print(f"killed with SIGKILL once step {reach} was shown", flush=True)
-    run_until(killed, options.arguments, options.steps, signal.SIGTERM)
+    # Both must have one checkpoint in common, and what SIGTERM stops is saved at another step each time.
+    arguments = [*options.arguments, *(["--config.train.keep=1000"] if options.steps else [])]
+    undisturbed = Run(options.out / "undisturbed", arguments)
+    finish(undisturbed, options.steps)
+    print(f"undisturbed: first step shown {undisturbed.startup:.1f} s after the start", flush=True)
+    lines = tracking.read_metrics(undisturbed.workdir / tracking.METRICS)
+    evaluations = frozenset(line["step"] for line in lines if line["kind"] != "train")
+    killed = Run(options.out / "killed", arguments, evaluations)
 
-    saved = [
-        {int(p.name) for p in (run / "checkpoints").iterdir() if p.name.isdigit()} for run in (undisturbed, killed)
-    ]
-    last = max(saved[0] & saved[1])
-    expected, found = checksums(undisturbed, last), checksums(killed, last)
+    chance, done = random.Random(options.seed), collections.Counter()
+    reaches = chance.sample(
+        range(2, 2 + lines[-1]["step"] * 9 // 10), options.kills
+    )  # the last tenth is room to be hit in
+    for number, step in enumerate(sorted(reaches)):
+        kill(killed, TURNS[number % len(TURNS)], step, undisturbed.startup, chance)
+        done[killed.doing()] += 1
+        print(f"killed with SIGKILL {killed.doing()}, past step {step}", flush=True)
+    finish(killed, options.steps)
+
+    last = max(undisturbed.checkpoints() & killed.checkpoints())
+    expected, found = checksums(undisturbed.workdir, last), checksums(killed.workdir, last)
     different = [leaf for leaf in expected if found.get(leaf) != expected[leaf]]
-    same = history(undisturbed, last) == history(killed, last)
-    print("loss by step: " + " ".join(f"{line['loss']:.4f}" for line in history(killed, last)))
+    same = history(undisturbed.workdir, last) == history(killed.workdir, last)
+    print(f"{done.total()} kills: " + ", ".join(f"{done[turn]} {turn}" for turn in TURNS))
     print(f"step {last}: {len(different)} of {len(expected)} leaves differ; histories equal: {same}")
     sys.exit(1 if different or not same else 0)
 

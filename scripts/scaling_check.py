@@ -1,179 +1,321 @@
-"""Holds scripts/scaling_model.py against this machine: bytes reduced on 1, 2, 4, 8 devices, and step times of as many
-processes, each on a core of its own as far as there are cores.
+"""Holds scripts/scaling_model.py against 1, 2, 4 and 8 processes on this machine: the bytes that they reduce exactly,
+their times as far as its cores allow.
 
-    python scripts/scaling_check.py            # writes results/scaling/{check.json,check.md}; a few minutes
+    python scripts/scaling_check.py            # writes results/scaling/{check.json,check.md,check.png}; minutes
+
+Every process has one device and is held to one core, in turn. It times three things: sums of known sizes, for the two
+numbers that describe a link; the work of each variant on its own images beside the other processes', with nothing to
+reduce; and the training step itself. The model is that a step takes the second and, from the first, its all-reduces.
 """
 
-# ruff: noqa: E402
+import argparse
 import json
 import os
-import re
 import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-
-os.environ["JAX_PLATFORMS"] = "cpu"
-RANK = int(os.environ.get("SCALING_RANK", -1))
-if RANK >= 0 and hasattr(os, "sched_setaffinity"):
-    os.sched_setaffinity(0, {sorted(os.sched_getaffinity(0))[RANK % len(os.sched_getaffinity(0))]})
-else:
-    os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+from typing import Any
 
 import jax
 import numpy as np
 from absl import flags
 from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from scipy import optimize
 
 sys.path.insert(0, str(Path(__file__).parent))
 import scaling_model
 
-from jvitmoe import checkpoint, distributed, routing, step
-from jvitmoe.config import Config, ModelConfig, RoutingConfig, TrainConfig
+from jvitmoe import checkpoint, compilation, distributed, routing, step
+from jvitmoe.config import Config, ModelConfig, OptimConfig, RoutingConfig, TrainConfig
 from jvitmoe.data import feed, sources
 from jvitmoe.routing import Purpose
 
-COUNTS, EXPERTS, IMAGES, STEPS = (1, 2, 4, 8), 8, 16, 25
-MODEL = ModelConfig(patch=1, width=64, hidden=256, depth=2, heads=4, pool="mean")
-TIMED = ("dense", "random, batch", "random, sample, expert axis")
+EXPERTS, IMAGES = 8, 16  # experts in all; images of one device
+MODEL = ModelConfig(patch=2, width=128, hidden=512, depth=2, heads=4, pool="mean")
+CHECKED = [name for name, (variant, _) in scaling_model.VARIANTS.items() if variant != "learned"]  # see docs/scaling.md
+PROBES = ((1, 1), (32, 1), (1, 2**18), (32, 2**13), (1, 2**21))  # (arrays, floats in each) of a timed sum
+WARM = 5
 RESULT = "SCALING "  # what the line of a worker's result starts with
 
 
-def config(name: str, devices: int) -> tuple[Config, str, int]:
-    """Returns (config, variant, devices that experts are spread over) of a variant of the model on CPU devices."""
+def config(name: str, devices: int) -> Config:
+    """Returns the experiment of a variant of the model on that many CPU devices."""
     variant, spreads = scaling_model.VARIANTS[name]
-    spread = devices if spreads and variant == "sample" else 1
     routed = {
         "dense": RoutingConfig(),
         "batch": RoutingConfig(experts=EXPERTS),
         "sample": RoutingConfig(experts=EXPERTS, granularity="sample"),
-        "learned": RoutingConfig(experts=EXPERTS, router="switch"),
     }[variant]
-    train = TrainConfig(batch_size=IMAGES * devices, devices=devices, platform="cpu", expert_devices=spread)
-    return Config(model=MODEL, routing=routed, train=train).validate(), variant, spread
+    train = TrainConfig(
+        batch_size=IMAGES * devices, devices=devices, platform="cpu", expert_devices=devices if spreads else 1
+    )
+    return Config(model=MODEL, routing=routed, optim=OptimConfig(), train=train).validate()
 
 
-def build(config: Config):
-    """Returns (step, state, images, order), as training sets them up."""
-    mesh = step.make_mesh(config.train)
+def alone(name: str, devices: int) -> Config:
+    """Returns the experiment in which one device does what each of `devices` does of a variant: with its share of
+    experts, on its own images, and nothing to reduce."""
+    mine = config(name, 1)
+    if scaling_model.VARIANTS[name][1]:
+        mine.routing.experts = EXPERTS // devices
+        mine.routing.granularity = "sample" if mine.routing.experts > 1 else "batch"
+    return mine.validate()
+
+
+def predicted_bytes(name: str, devices: int) -> int:
+    """Returns the bytes that a device reduces in a step by the model: gradients, and what a step says of itself.
+
+    That is loss and accuracy, and with an expert axis, for the norm, a sum of squares of each array of experts.
+    """
+    variant, spreads = scaling_model.VARIANTS[name]
+    work = scaling_model.work(MODEL, EXPERTS, IMAGES)
+    gradients = scaling_model.reduced_bytes(work, variant, devices, devices if spreads else 1)
+    return gradients + scaling_model.FLOAT * ((2 + 4 * spreads) if devices > 1 else 0)
+
+
+def program(config: Config, mesh: Mesh) -> tuple[Any, tuple[Any, ...]]:
+    """Returns the training step, lowered for a mesh, and what it takes: (state, images, order of the epoch)."""
     split = sources.load(config.data, config.model).train
     key = routing.address(jax.random.key(0), Purpose.ORDER)
     order = feed.TrainOrder(len(split), config.train.batch_size, key, mesh, config.slots)
     model = step.make_model(config, "cpu")
-    train_step = step.make_train_step(config, model, mesh, order.steps_per_epoch)
-    return train_step, step.make_state(config, model, mesh), feed.put(split, mesh), order
+    given = step.make_state(config, model, mesh), feed.put(split, mesh), order.epoch(0)
+    return step.make_train_step(config, model, mesh, order.steps_per_epoch).lower(*given), given
 
 
-def collective_bytes(text: str) -> dict[str, int]:
-    """Returns bytes that each kind of collective in an HLO text takes in on one device, groups of one left out."""
-    found: dict[str, int] = {}
-    kinds = "all-reduce|all-gather|all-to-all|reduce-scatter|collective-permute"
-    for line in text.splitlines():
-        match = re.search(rf"= (.+?) ({kinds})(?:-start)?\(", line)
-        if not match or re.search(r"replica_groups=(\[\d+,1\]|\{\{\d+\}(,\{\d+\})*\})", line):
-            continue
-        for kind, bits, sizes in re.findall(r"\b(f|bf|s|u|pred)(\d*)\[([\d,]*)\]", match.group(1)):
-            size = int(np.prod([int(n) for n in sizes.split(",") if n], dtype=int))
-            size *= 1 if kind == "pred" else int(bits) // 8
-            found[match.group(2)] = found.get(match.group(2), 0) + size
-    return found
-
-
-def check_bytes() -> list[dict]:
-    w, rows = scaling_model.work(MODEL, EXPERTS, IMAGES), []
-    for name in scaling_model.VARIANTS:
-        for devices in COUNTS[1:]:
-            chosen, variant, spread = config(name, devices)
-            train_step, state, images, order = build(chosen)
-            text = train_step.lower(state, images, order.epoch(0)).compile().as_text()
-            predicted = scaling_model.reduced_bytes(w, variant, devices, spread)
-            found = collective_bytes(text)
-            rows.append({"variant": name, "devices": devices, "predicted": predicted, **found})
-            print(rows[-1], flush=True)
-    return rows
+# one of the processes
 
 
 def worker(values: flags.FlagValues) -> None:
-    """Times every variant in this process, one of several."""
+    """Times sums, work and steps, all processes at once, and prints what was found."""
     distributed.join(values)
-    for name in TIMED:
-        train_step, state, images, order = build(config(name, jax.device_count())[0])
-        index_SB, seconds = order.epoch(0), []
-        for _ in range(STEPS):
-            began = time.perf_counter()
-            state, _ = jax.block_until_ready(train_step(state, images, index_SB))
-            seconds.append(time.perf_counter() - began)
-        slowest = multihost_utils.process_allgather(np.asarray(seconds[5:])).reshape(-1, STEPS - 5).max(0)
+    count = jax.process_count()
+    local = jax.make_mesh((1, 1), step.AXES, axis_types=(jax.sharding.AxisType.Auto,) * 2, devices=jax.local_devices())
+
+    def say(**found: Any) -> None:
         if distributed.first():
-            best, median = float(slowest.min()), float(np.median(slowest))
-            print(RESULT + json.dumps({"variant": name, "best": best, "median": median}), flush=True)
+            print(RESULT + json.dumps({"processes": count, **found}), flush=True)
+
+    if count > 1:
+        for arrays, floats in PROBES:
+            seconds = _timed(_sums(arrays, floats), values.worker_steps)
+            say(kind="sum", arrays=arrays, bytes=4 * arrays * floats, seconds=seconds)
+    for name in CHECKED:
+        lowered, given = program(alone(name, count), local)
+        say(kind="work", variant=name, seconds=_timed(_steps(lowered.compile(), given), values.worker_steps))
+        if count == 1:
+            continue
+        chosen = config(name, count)
+        lowered, given = program(chosen, step.make_mesh(chosen.train))
+        compiled = lowered.compile()
+        sizes = compilation.reduced_sizes(compiled.as_text())
+        seconds = _timed(_steps(compiled, given), values.worker_steps)
+        say(kind="step", variant=name, arrays=len(sizes), bytes=sum(sizes), seconds=seconds)
 
 
-def check_times() -> list[dict]:
-    cores, rows = len(os.sched_getaffinity(0)), []
-    for count in COUNTS:
+def _sums(arrays: int, floats: int) -> Callable[[], Any]:
+    mesh = step.make_mesh(TrainConfig(platform="cpu"))
+    here = NamedSharding(mesh, PartitionSpec(step.AXES))
+    given = [feed.place(np.ones((mesh.size, floats), np.float32), here)] * arrays
+
+    def on_device(parts: list[jax.Array]) -> list[jax.Array]:
+        return [jax.lax.psum(part + number, step.AXES) for number, part in enumerate(parts)]
+
+    summed = jax.jit(
+        jax.shard_map(on_device, mesh=mesh, in_specs=(PartitionSpec(step.AXES),), out_specs=PartitionSpec())
+    )
+    return lambda: summed(given)
+
+
+def _steps(compiled: Any, given: tuple[Any, ...]) -> Callable[[], Any]:
+    state, *rest = given
+
+    def go_on() -> Any:
+        nonlocal state
+        state, metrics = compiled(state, *rest)
+        return state, metrics
+
+    return go_on
+
+
+def _timed(work: Callable[[], Any], times: int) -> float:
+    """Returns the median time in seconds of one call, the mean over all processes: they start together."""
+    for _ in range(WARM):
+        jax.block_until_ready(work())
+    distributed.wait()
+    seconds = []
+    for _ in range(times):
+        began = time.perf_counter()
+        jax.block_until_ready(work())
+        seconds.append(time.perf_counter() - began)
+    median = np.float32(np.median(seconds))
+    return float(np.mean(multihost_utils.process_allgather(median))) if jax.process_count() > 1 else float(median)
+
+
+# all of them
+
+
+def measure(counts: list[int], steps: int) -> list[dict[str, Any]]:
+    """Returns what the processes say, for each number of them."""
+    found = []
+    for count in counts:
         with socket.socket() as listener:
             listener.bind(("127.0.0.1", 0))
-            port = listener.getsockname()[1]
+            address = f"--coordinator=127.0.0.1:{listener.getsockname()[1]}"
         joined = []
         for rank in range(count):
-            command = [sys.executable, __file__, "--worker"]
+            command = [sys.executable, __file__, f"--worker_steps={steps}"]
             if count > 1:
-                command += [f"--coordinator=127.0.0.1:{port}", f"--processes={count}", f"--process={rank}"]
-            env = {**os.environ, "SCALING_RANK": str(rank), "XLA_FLAGS": ""}
-            joined.append(subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True))
+                command += [address, f"--processes={count}", f"--process={rank}", "--join_seconds=120"]
+            with _held_to_core(rank):
+                joined.append(subprocess.Popen(command, env=_environment(), stdout=subprocess.PIPE, text=True))
         outputs = [process.communicate()[0] for process in joined]
         if any(process.returncode for process in joined):
             raise SystemExit(f"{count} processes ended with {[process.returncode for process in joined]}")
-        for line in outputs[0].splitlines():
-            if line.startswith(RESULT):
-                rows.append({"processes": count, "cores": min(count, cores), **json.loads(line[len(RESULT) :])})
-                print(rows[-1], flush=True)
-    return rows
+        lines = [line[len(RESULT) :] for line in outputs[0].splitlines() if line.startswith(RESULT)]
+        found += map(json.loads, lines)
+        print(f"{count} processes: {len(lines)} figures", flush=True)
+    return found
 
 
-def markdown(byte_rows: list[dict], time_rows: list[dict]) -> str:
-    lines = [
-        "| variant | devices | predicted bytes | all-reduced | other collectives |",
-        "| :-- | --: | --: | --: | :-- |",
-    ]
-    for row in byte_rows:
-        others = {k: v for k, v in row.items() if k not in ("variant", "devices", "predicted", "all-reduce")}
-        told = ", ".join(f"{kind} {size:,}" for kind, size in others.items()) or "none"
-        cells = [row["variant"], row["devices"], f"{row['predicted']:,}", f"{row.get('all-reduce', 0):,}", told]
-        lines.append("| " + " | ".join(map(str, cells)) + " |")
-    head = " | ".join(f"{count} ms (ratio)" for count in COUNTS)
-    lines += ["", f"| variant, processes: | {head} |", "| :-- |" + " --: |" * len(COUNTS)]
-    for name in TIMED:
-        mine = {row["processes"]: row["best"] for row in time_rows if row["variant"] == name}
-        lines.append(
-            f"| {name} | " + " | ".join(f"{1e3 * mine[n]:.1f} ({mine[n] / mine[1]:.2f})" for n in COUNTS) + " |"
+def _environment() -> dict[str, str]:
+    return {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "JAX_NUM_CPU_DEVICES": "1"}
+
+
+@contextmanager
+def _held_to_core(number: int) -> Iterator[None]:
+    """Holds what is started in it to one core."""
+    cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {cores[number % len(cores)]})
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, cores)
+
+
+def link(sums: list[dict[str, Any]]) -> tuple[float, float]:
+    """Returns (seconds per array, seconds per byte), neither negative, that fit timed sums best by relative error."""
+    rows = np.array([[row["arrays"], row["bytes"]] for row in sums], float)
+    seconds = np.array([row["seconds"] for row in sums])
+    (per_array, per_byte), _ = optimize.nnls(rows / seconds[:, None], np.ones(len(sums)))
+    return float(per_array), float(per_byte)
+
+
+def compare(found: list[dict[str, Any]]) -> tuple[dict[int, tuple[float, float]], list[dict[str, Any]]]:
+    """Returns (link of each number of processes, rows of what the model says and what was measured)."""
+    counts = sorted({row["processes"] for row in found})
+    links = {n: link([r for r in found if r["kind"] == "sum" and r["processes"] == n]) for n in counts if n > 1}
+    work = {(row["variant"], row["processes"]): row["seconds"] for row in found if row["kind"] == "work"}
+    rows = []
+    for row in found:
+        if row["kind"] != "step":
+            continue
+        name, count = row["variant"], row["processes"]
+        per_array, per_byte = links[count]
+        reducing = row["arrays"] * per_array + predicted_bytes(name, count) * per_byte
+        rows.append(
+            {
+                **{"variant": name, "processes": count, "arrays": row["arrays"]},
+                **{"predicted_bytes": predicted_bytes(name, count), "bytes": row["bytes"]},
+                **{"work": work[name, count], "reducing": reducing, "predicted": work[name, count] + reducing},
+                "measured": row["seconds"],
+            }
         )
+    return links, rows
+
+
+def markdown(links: dict[int, tuple[float, float]], rows: list[dict[str, Any]], found: list[dict[str, Any]]) -> str:
+    head = "processes | bytes by the model | in the program | work | reducing | step | measured | off by"
+    lines = [f"| variant | {head} |", "| :-- |" + " --: |" * 8]
+    for name in CHECKED:
+        for row in (row for row in found if (row["kind"], row["variant"], row["processes"]) == ("work", name, 1)):
+            lines.append(f"| {name} | 1 | 0 | 0 | {1e3 * row['seconds']:.1f} ms | | | | |")
+        for row in (row for row in rows if row["variant"] == name):
+            cells = [name, row["processes"], f"{row['predicted_bytes']:,}", f"{row['bytes']:,}"]
+            cells += [f"{1e3 * row[part]:.1f} ms" for part in ("work", "reducing", "predicted", "measured")]
+            cells.append(f"{100 * (row['measured'] / row['predicted'] - 1):+.0f} %")
+            lines.append("| " + " | ".join(map(str, cells)) + " |")
+    lines += ["", "| loopback between | per array | per byte | per byte, by the ring from the first row |"]
+    lines.append("| :-- | --: | --: | --: |")
+    for count, (per_array, per_byte) in links.items():
+        cells = [f"{1e3 * per_array:.2f} ms", f"{1e9 * per_byte:.2f} ns", f"{1e9 * ring(links, count):.2f} ns"]
+        lines.append(f"| {count} processes | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
+def ring(links: dict[int, tuple[float, float]], count: int) -> float:
+    """Returns the seconds per byte that the formula for a ring makes of what the fewest processes showed: each moves
+    2 (n - 1) / n of its bytes, and processes that share a core share what it copies in a second."""
+    cores, fewest = len(os.sched_getaffinity(0)), min(links)
+
+    def share(n: int) -> float:
+        return 2 * (n - 1) / n * max(1.0, n / cores)
+
+    return links[fewest][1] * share(count) / share(fewest)
+
+
+def draw(rows: list[dict[str, Any]], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    counts = sorted({row["processes"] for row in rows})
+    figure, axes = plt.subplots(1, len(counts), figsize=(12, 3.6), layout="constrained")
+    for axis, count in zip(np.atleast_1d(axes), counts, strict=True):
+        mine = [row for row in rows if row["processes"] == count]
+        y = np.arange(len(mine))
+        work, reducing, measured = ([1e3 * row[part] for row in mine] for part in ("work", "reducing", "measured"))
+        axis.barh(y, work, color="0.75", label="work on shared cores, measured without reducing")
+        axis.barh(y, reducing, left=work, color="C1", label="all-reduces, from bytes and the measured link")
+        axis.plot(measured, y, "kD", label="training step, measured")
+        axis.set(title=f"{count} processes", xlabel="ms per step", xlim=(0, None))
+        axis.set_yticks(y, [row["variant"] for row in mine] if count == counts[0] else [""] * len(mine))
+        axis.invert_yaxis()
+    handles, labels = np.atleast_1d(axes)[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=9)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
 def main() -> None:
-    values = flags.FlagValues()
-    distributed.define_flags(values)
-    flags.DEFINE_bool("worker", False, "Time in this process.", flag_values=values)
-    values(sys.argv)
-    if values.worker:
+    if any(argument.startswith("--worker_steps") for argument in sys.argv):
+        values = flags.FlagValues()
+        distributed.define_flags(values)
+        flags.DEFINE_integer("worker_steps", 0, "Steps to time.", flag_values=values)
+        values(sys.argv)
         distributed.guard(lambda: worker(values))
         return
-    byte_rows = check_bytes()
-    time_rows = check_times()
-    scaling_model.OUT.mkdir(parents=True, exist_ok=True)
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
+    parser.add_argument("--counts", default="1,2,4,8", help="numbers of processes")
+    parser.add_argument("--steps", type=int, default=25, help="steps timed, of which the median counts")
+    parser.add_argument("--out", type=Path, default=scaling_model.OUT)
+    chosen = parser.parse_args()
+    counts = [int(count) for count in chosen.counts.split(",")]
+    found = measure(counts, chosen.steps)
+    links, rows = compare(found)
     about = {
         "hardware": step.describe(step.make_mesh(TrainConfig(devices=1, platform="cpu"))),
+        "cores_used": len(os.sched_getaffinity(0)),
         "versions": checkpoint.versions(),
         "images_per_device": IMAGES,
         "experts": EXPERTS,
+        "steps_timed": chosen.steps,
     }
-    found = {**about, "bytes": byte_rows, "times": time_rows}
-    (scaling_model.OUT / "check.json").write_text(json.dumps(found, indent=1) + "\n")
-    (scaling_model.OUT / "check.md").write_text(markdown(byte_rows, time_rows))
-    print(markdown(byte_rows, time_rows))
+    chosen.out.mkdir(parents=True, exist_ok=True)
+    (chosen.out / "check.json").write_text(
+        json.dumps({**about, "rows": rows, "found": found, "links": links}, indent=1) + "\n"
+    )
+    text = markdown(links, rows, found)
+    (chosen.out / "check.md").write_text(text)
+    if rows:
+        draw(rows, chosen.out / "check.png")
+    print(text)
 
 
 if __name__ == "__main__":

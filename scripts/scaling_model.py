@@ -16,6 +16,7 @@ OUT = Path(__file__).resolve().parents[1] / "results" / "scaling"
 DEVICES = tuple(2**k for k in range(11))
 FLOAT = 4  # bytes of a gradient: parameters and gradients are float32
 HALF = 2  # bytes of an activation
+TICKS = (8, 9, 10, 12, 14, 16, 60, 80, 100, 150, 200, 300, 400, 600)  # ms, in the figure
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,10 +54,10 @@ def work(model: ModelConfig, experts: int, images: int, capacity: float = 1.25) 
     config = Config(model=model, routing=RoutingConfig(experts=experts)).validate()
     active, total = evaluation.count_parameters(config)
     expert = (total - active) // (experts - 1)
-    tokens, width, depth = config.tokens, model.width, model.depth
+    tokens, width, depth = model.tokens, model.width, model.depth
     mlp = 2 * tokens * 2 * width * model.hidden * depth
     attention = depth * (2 * tokens * 4 * width**2 + 2 * 2 * tokens**2 * width)
-    patches = 2 * config.patches * model.channels * model.patch**2 * width
+    patches = 2 * model.patches * model.channels * model.patch**2 * width
     return Work(
         active - expert, expert, depth, width, tokens, 3.0 * (attention + patches), 3.0 * mlp, images, experts, capacity
     )
@@ -163,7 +164,7 @@ def draw(tables: dict[str, list[dict]], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, len(tables), figsize=(12, 4.4), layout="constrained")
+    figure, axes = plt.subplots(1, len(tables), figsize=(12, 4.8), layout="constrained")
     styles = dict(zip(VARIANTS, ("k-", "C0--", "C1-", "C2-", "C3-"), strict=True))
     for axis, (title, rows) in zip(axes, tables.items(), strict=True):
         for name, style in styles.items():
@@ -171,9 +172,12 @@ def draw(tables: dict[str, list[dict]], path: Path) -> None:
             axis.plot([row["gpus"] for row in mine], [1e3 * row["seconds"] for row in mine], style, label=name)
         axis.set(xscale="log", yscale="log", xlabel="GPUs", ylabel="ms per step", title=title)
         axis.set_xticks(DEVICES, [str(n) for n in DEVICES], fontsize=8)
+        low, high = axis.get_ylim()
+        ticks = [n for n in TICKS if low < n < high]
+        axis.set_yticks(ticks, [str(n) for n in ticks])
         axis.minorticks_off()
         axis.grid(alpha=0.3)
-    axes[0].legend(fontsize=8)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(styles), fontsize=9)
     figure.suptitle("Predicted, not measured: H100, 8 per node, batch grows with GPUs", fontsize=10)
     figure.savefig(path, dpi=130)
     plt.close(figure)

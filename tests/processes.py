@@ -61,6 +61,15 @@ def collect(started: Sequence[Started], seconds: float = 240) -> list[Ended]:
         for one in started:
             one.process.kill()
             one.process.wait()
+            one.out.close()
+            one.err.close()
+
+
+def seconds(one: Started) -> float:
+    """Returns how long the process has lived, without the time that a busy machine kept it from running."""
+    statistics = Path(f"/proc/{one.process.pid}/schedstat")  # ns that it ran, ns that it waited for a core
+    delayed = int(statistics.read_text().split()[1]) / 1e9 if statistics.exists() else 0.0
+    return time.monotonic() - one.began - delayed
 
 
 def _wait(one: Started, deadline: float) -> Ended:
@@ -68,16 +77,14 @@ def _wait(one: Started, deadline: float) -> Ended:
     while one.process.returncode is None and not os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT | os.WNOHANG):
         assert time.monotonic() < deadline, f"{one.process.args} still runs"
         time.sleep(0.02)
-    ended = time.monotonic()
-    statistics = Path(f"/proc/{pid}/schedstat")  # of its main thread: ns that it ran, ns that it waited for a core
-    delayed = int(statistics.read_text().split()[1]) / 1e9 if statistics.exists() else 0.0
+    lived = seconds(one)
     texts = []
     code = one.process.wait()
     for file in (one.out, one.err):
         file.seek(0)
         texts.append(file.read())
         file.close()
-    return Ended(code, *texts, ended - one.began - delayed)
+    return Ended(code, *texts, lived)
 
 
 def train(experiment: Path, workdir: Path, *arguments: str) -> list[str]:

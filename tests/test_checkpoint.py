@@ -102,6 +102,37 @@ def test_the_best_is_kept_besides_the_newest(tmp_path):
         assert (checkpoints.find("best"), checkpoints.find("latest"), checkpoints.find("2")) == (2, 4, 2)
 
 
+def test_a_checkpoint_that_cannot_be_read_back_costs_no_older_one(tmp_path):
+    state, _ = make()
+    with opened(tmp_path / "c", keep=1) as checkpoints:
+        checkpoints.save(at(state, 1), make_config(), 0.5)
+        checkpoints.save(at(state, 2), make_config(), 0.6)
+        checkpoints._manager.wait_until_finished()
+        flip_byte(tmp_path / "c" / "2")  # as a failing disk does
+        with pytest.raises(CheckpointError, match=r"checkpoint 2 in .* is not what was written") as caught:
+            checkpoints.save(at(state, 3), make_config(), 0.7)
+    assert "\n" not in str(caught.value)
+    with opened(tmp_path / "c", read_only=True) as checkpoints:
+        assert checkpoints.check(1) is None
+
+
+def test_damaged_checkpoints_count_for_nothing_and_stay(tmp_path):
+    state, abstract = make()
+    save_all(tmp_path / "c", state, [1, 2, 3], nlls=[0.1, 0.2, 0.3])
+    flip_byte(tmp_path / "c" / "1")  # the best
+    flip_byte(tmp_path / "c" / "3")  # the newest
+    with opened(tmp_path / "c", keep=1) as checkpoints:
+        with pytest.warns(RuntimeWarning, match="checkpoint 3 skipped"):
+            assert checkpoints.restore(abstract)[1]["step"] == 2
+        for number in (4, 5):
+            checkpoints.save(at(state, number), make_config(), 0.5)
+    with opened(tmp_path / "c", read_only=True) as checkpoints:
+        assert checkpoints.steps() == [1, 2, 3, 5]  # 2 is now the best, 5 the newest; 4 is gone
+        with pytest.warns(RuntimeWarning, match="checkpoint [13] skipped"):
+            assert checkpoints.find("best") == 2
+        assert checkpoints.find("latest") == 5
+
+
 def data_files(folder):
     return sorted((p for p in folder.rglob("*") if p.is_file() and "/d/" in str(p)), key=lambda p: -p.stat().st_size)
 
@@ -132,6 +163,11 @@ def lose_manifest(folder):
     (folder / "params" / "manifest.ocdbt").unlink()
 
 
+def copy_in_part(folder):
+    for path in sorted(path for path in folder.rglob("*") if path.is_file())[::2]:
+        path.unlink()
+
+
 def lose_item(folder):
     shutil.rmtree(folder / "opt_state")
 
@@ -141,7 +177,7 @@ def edit_meta(folder):
     path.write_text(path.read_text().replace('"seed": 3', '"seed": 4'))
 
 
-DAMAGES = [flip_byte, empty, truncate_data, truncate_metadata, lose_manifest, lose_item, edit_meta]
+DAMAGES = [flip_byte, empty, copy_in_part, truncate_data, truncate_metadata, lose_manifest, lose_item, edit_meta]
 
 
 @pytest.mark.parametrize("damage", DAMAGES, ids=lambda f: f.__name__)

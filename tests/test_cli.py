@@ -31,7 +31,7 @@ def test_overrides_reach_the_config_in_their_types(arguments):
         ([f"--config={DIGITS}", "--config.train.epoch=3"], "did you mean config.train.epochs?"),
         ([f"--config={DIGITS}", "--config.epochs=3"], "did you mean config.train.epochs?"),
         ([f"--config={DIGITS}", "--config.trian.epochs=3"], "did you mean config.train.epochs?"),
-        ([f"--config={DIGITS}", "--config.zzz.yyy=3"], "the sections are data, model, routing, optim, train"),
+        ([f"--config={DIGITS}", "--config.zzz.yyy=3"], "the sections are data, model, routing, init, optim, train"),
         ([f"--config={DIGITS}", "--config.train.epochs=many"], "--config.train.epochs=many"),
         ([f"--config={DIGITS}", "--config.train.epochs=2.5"], "--config.train.epochs=2.5"),
         ([f"--config={DIGITS}", "--config.routing.experts=0"], "config.routing.experts is 0"),

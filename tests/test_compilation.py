@@ -2,8 +2,10 @@ import os
 import subprocess
 import sys
 
+import jax
 import jax.numpy as jnp
 import pytest
+from jax.sharding import AxisType, PartitionSpec
 
 from jvitmoe import compilation
 
@@ -46,6 +48,22 @@ def test_an_option_that_the_installed_jaxlib_has_not_is_left_out(monkeypatch):
     monkeypatch.delenv("XLA_FLAGS", raising=False)
     monkeypatch.setattr(compilation, "ONEDNN", "xla_option_that_never_was")
     assert compilation.options(jnp.dtype("bfloat16"), "cpu") == {}
+
+
+def test_a_program_compiled_for_reading_says_what_the_one_that_runs_says():
+    def loss(x):
+        return jax.lax.psum(jnp.sum(jnp.tanh(x @ x.T) ** 2), "d")
+
+    mesh = jax.make_mesh((2,), ("d",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2])
+    summed = jax.jit(
+        jax.shard_map(jax.grad(loss), mesh=mesh, in_specs=PartitionSpec("d"), out_specs=PartitionSpec("d"))
+    )
+    lowered = summed.lower(jax.ShapeDtypeStruct((8, 6), jnp.float32))
+    quick, slow = compilation.for_reading(lowered), lowered.compile()
+    for found in ("flops", "bytes accessed"):
+        assert quick.cost_analysis()[found] == slow.cost_analysis()[found] > 0
+    assert compilation.planned_bytes(quick) == compilation.planned_bytes(slow) > 0
+    assert compilation.reduced_sizes(quick.as_text()) == compilation.reduced_sizes(slow.as_text())
 
 
 SCRIPT = """

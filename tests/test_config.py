@@ -8,7 +8,7 @@ import pytest
 
 from jvitmoe import config as config_lib
 from jvitmoe import evaluation
-from jvitmoe.config import Config, ConfigError
+from jvitmoe.config import Config, ConfigError, DataConfig
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 RESULTS = CONFIGS.with_name("results")
@@ -157,6 +157,27 @@ def test_only_what_changes_numbers_counts_as_a_difference():
     assert config_lib.differences(old, new) == {}
     new.train.seed = 1
     assert config_lib.differences(old, new) == {"train.seed": (0, 1)}
+
+
+@pytest.mark.parametrize(
+    ("name", "validation", "same"),
+    [("digits", 50, True), ("folder", 50, True), ("cifar10", 0, True), ("cifar10", 50, False)],
+)
+def test_a_run_may_go_on_as_a_stream_unless_that_would_hold_out_other_images(name, validation, same):
+    old, new = (Config(data=DataConfig(name=name, validation=validation, stream=stream)) for stream in (False, True))
+    expected = {} if same else {"data.stream": (False, True)}
+    assert config_lib.differences(old, new) == expected
+    assert config_lib.differences(new, old) == ({} if same else {"data.stream": (True, False)})
+
+
+def test_a_stream_of_pictures_cut_at_random_cannot_become_a_set_on_the_device():
+    config = Config(data=DataConfig(stream=True, crop="resized")).validate()
+    config.data.stream = False
+    with pytest.raises(ConfigError, match=r"'resized' needs data\.stream=True"):
+        config.validate()
+    old = Config(data=DataConfig(stream=True, crop="resized"))
+    new = Config(data=DataConfig(stream=True))
+    assert config_lib.differences(old, new) == {"data.crop": ("resized", "pad")}
 
 
 def test_fields_free_on_resume_exist():

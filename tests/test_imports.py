@@ -13,14 +13,14 @@ MODULES = [name for name in FILES if name.split(".")[-1] != "__init__"]
 COMMANDS = {"train", "evaluate", "predict", "export", "report", "benchmark"}
 IN_JAX = {"jax", "jaxlib", "flax", "optax", "orbax", "chex"}
 WITHOUT_JAX = [
-    *("config", "lock", "watchdog", "cli", "tracking", "plots", "report", "formats"),
+    *("config", "lock", "watchdog", "lifeline", "cli", "tracking", "plots", "report", "formats"),
     *("data.sources", "data.decode", "data.pictures"),
 ]
 
 # Imports point to lower ranks, or to a neighbour in the same folder.
 RANK = {
     **dict.fromkeys(("config", "peer"), 0),
-    **dict.fromkeys(("lock", "watchdog"), 1),
+    **dict.fromkeys(("lock", "watchdog", "lifeline"), 1),
     **dict.fromkeys(("data", "compilation", "formats", "models", "routing"), 1),
     **{"optim": 2, "merging": 2, "state": 3, "step": 4},
     **dict.fromkeys(("evaluation", "mergeability", "checkpoint", "cli", "tracking", "distributed"), 5),
@@ -32,7 +32,7 @@ ONLY = {
     "checkpoint": {"state", "config"},
     "tracking": {"config"},
     "cli": {"config"},
-    "distributed": {"config"},
+    "distributed": {"config", "lifeline"},
     "stop": {"distributed"},
 }
 ONLY_IN = {
@@ -121,6 +121,17 @@ def test_models_know_their_config_and_nothing_of_devices_or_optimisers(name):
         if isinstance(node, ast.ImportFrom):
             assert node.module != "jax.sharding"
             assert node.module != "jvitmoe.config" or [alias.name for alias in node.names] == ["ModelConfig"]
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_nothing_that_comes_out_of_a_file_is_run(name):
+    assert not imports(name)[0] & {"pickle", "marshal", "shelve", "dill", "cloudpickle", "joblib", "yaml", "runpy"}
+    for node in ast.walk(ast.parse(FILES[name].read_text())):
+        if isinstance(node, ast.Call):
+            called = ast.unparse(node.func)
+            assert called not in ("eval", "exec", "compile", "__import__", "os.system"), f"{name} calls {called}"
+            assert called != "np.load" or "allow_pickle=False" in ast.unparse(node)
+            assert not any(word.arg == "shell" for word in node.keywords)
 
 
 def test_there_is_no_utils():

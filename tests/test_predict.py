@@ -1,6 +1,7 @@
 """Pictures in, classes out: by command and by object, also where some of the pictures are none."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -90,19 +91,24 @@ def test_unreadable_files_are_reported_skipped_and_the_rest_is_done(experiment_r
     (folder / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\nbroken")
     huge = Image.new("1", (20_000, 6_000))
     huge.save(folder / "huge.png")
+    # Pillow hands what says it is PostScript to another program, unless it is told not to.
+    (folder / "script.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\nshowpage\n")
     (folder / "empty").mkdir()
-    code, out, err = run(
-        monkeypatch, capsys, "--json", f"--workdir={experiment_run}", folder, folder / "none.png", folder / "empty"
-    )
+    pipe = folder / "empty" / "pipe.png"
+    os.mkfifo(pipe)
+    more = (folder / "none.png", folder / "empty", pipe)
+    code, out, err = run(monkeypatch, capsys, "--json", f"--workdir={experiment_run}", folder, *more)
     assert code == 1
     assert len(json.loads(out)) == 3
     lines = err.splitlines()
-    assert len(lines) == 4
+    assert len(lines) == 6
     for name, reason in (
         ("broken.png", "cannot be read as an image"),
         ("huge.png", "20000x6000 pixels are more than"),
         ("none.png", "does not exist"),
         ("empty", "holds no images"),
+        ("script.png", "cannot be read as an image (UnidentifiedImageError"),
+        ("pipe.png", "is no regular file"),
     ):
         assert any(line.startswith("skipped: ") and name in line and reason in line for line in lines), name
     code, out, err = run(monkeypatch, capsys, f"--workdir={experiment_run}", folder / "broken.png")

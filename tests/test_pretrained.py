@@ -156,6 +156,16 @@ def test_npz_is_read_and_tells_its_heads(tmp_path):
     np.testing.assert_array_equal(found.params["cls_position"], flat["cls_position"])
 
 
+class Hostile:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, path):
+        self._path = path
+
+    def __reduce__(self):
+        return open, (str(self._path), "w")
+
+
 def damaged(tmp_path):
     """Yields (path, what the message says) of sources that are none."""
 
@@ -171,7 +181,7 @@ def damaged(tmp_path):
     yield put("torn.npz", b"PK\x03\x04torn"), "cannot be read as .npz"
     np.savez(tmp_path / "other.npz", x=np.ones(3))
     yield tmp_path / "other.npz", "not those of a google-research ViT"
-    np.savez(tmp_path / "pickled.npz", x=np.array([{}], dtype=object))
+    np.savez(tmp_path / "pickled.npz", x=np.array([Hostile(tmp_path / "executed")], dtype=object))
     yield tmp_path / "pickled.npz", "allow_pickle=False"
     save_file({"x": np.ones(3, "f")}, tmp_path / "other.safetensors")
     yield tmp_path / "other.safetensors", "neither timm's names nor Hugging Face's"
@@ -195,6 +205,7 @@ def test_damaged_and_foreign_sources_are_one_line_with_the_path(tmp_path):
         assert message in str(caught.value), path
         assert str(path) in str(caught.value)
         assert "\n" not in str(caught.value)
+    assert not (tmp_path / "executed").exists()
 
 
 def test_a_source_that_fails_names_the_field():

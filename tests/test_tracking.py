@@ -52,6 +52,25 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path):
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("a", "two")]
 
 
+def test_a_file_is_never_written_through_a_link(tmp_path):
+    (tmp_path / "run").mkdir()
+    for name in ("a", "a.part"):
+        (tmp_path / name).write_text("mine")
+        (tmp_path / "run" / name).symlink_to(tmp_path / name)
+    tracking.write_text(tmp_path / "run" / "a", "new")
+    assert (tmp_path / "run" / "a").read_text() == "new"
+    assert not (tmp_path / "run" / "a").is_symlink()
+    assert [(tmp_path / name).read_text() for name in ("a", "a.part")] == ["mine", "mine"]
+
+
+def test_names_are_printed_as_they_are(capsys):
+    tracking.console.print("run [bold]x[/y]")
+    tracking.show([{"model": "[red]cat[/dog]", "nll": "1"}], "runs/[a][/b]")
+    out = capsys.readouterr().out
+    for name in ("run [bold]x[/y]", "[red]cat[/dog]", "runs/[a][/b]"):
+        assert name in out
+
+
 def test_markdown_has_a_row_for_each_model():
     result = {
         "active_parameters": 1234,

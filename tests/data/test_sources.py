@@ -159,6 +159,9 @@ def test_grey_palette_and_transparent_files_become_rgb_and_colours_become_grey(t
     assert folder(tmp_path, channels=1).train.images_NHWC[2, 0, 0] == np.asarray(red.convert("L"))[0, 0]
 
 
+POSTSCRIPT = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n(run by another program) = showpage\n"
+
+
 def bomb(path: Path) -> None:
     """Writes a PNG of 12000x12000: beyond Pillow's warning, 144 MB of pixels in a small file."""
     Image.new("1", (12000, 12000)).save(path)
@@ -179,6 +182,11 @@ FOLDER_MISTAKES = {
     "not an image": (lambda p: png(p).write_bytes(b"hello"), "004.png cannot be read as an image"),
     "empty": (lambda p: png(p).write_bytes(b""), "004.png cannot be read as an image"),
     "truncated": (lambda p: os.truncate(png(p), 120), "004.png cannot be read as an image"),
+    "PostScript": (lambda p: png(p).write_bytes(POSTSCRIPT), "004.png cannot be read as an image (UnidentifiedImage"),
+    "a pipe": (
+        lambda p: [png(p).unlink(), os.mkfifo(png(p))],
+        "004.png cannot be read as an image (ValueError: it is no",
+    ),
     "32 bits": (lambda p: Image.new("F", (8, 8)).save(png(p), "TIFF"), "004.png has pixels of mode F; images must"),
 }
 
@@ -421,6 +429,23 @@ def test_a_preparation_that_fails_is_one_line_and_leaves_nothing_to_be_taken_for
             assert one_line(error).startswith("cannot prepare cifar10")
             assert {"checksum": "wrong checksum", "missing": "HTTP code: 404"}[fault] in one_line(error)
             assert not list((tmp_path / "data" / "cifar10").glob("*"))
+
+
+@needs_tensorflow
+@pytest.mark.parametrize("name", ["../../../evil", "/{tmp}/evil"])
+def test_an_archive_whose_paths_lead_out_of_its_folder_is_refused_and_writes_nothing_there(tmp_path, monkeypatch, name):
+    manual = tmp_path / "data" / "downloads" / "manual"
+    manual.mkdir(parents=True)
+    with tarfile.open(manual / ARCHIVE, "w:gz") as archive:
+        entry = tarfile.TarInfo(name.format(tmp=str(tmp_path).lstrip("/")))
+        entry.size = 4
+        archive.addfile(entry, io.BytesIO(b"evil"))
+    point_cifar10_at(monkeypatch, f"http://127.0.0.1:{closed_port()}/{ARCHIVE}", manual / ARCHIVE)
+    with pytest.raises(DataError) as error:
+        cifar10(tmp_path / "data")
+    assert one_line(error).startswith("cannot prepare cifar10")
+    assert not list(tmp_path.rglob("evil"))
+    assert not list((tmp_path / "data" / "cifar10").glob("*"))
 
 
 def with_tensorflow(monkeypatch: pytest.MonkeyPatch, installed: bool) -> None:

@@ -1,9 +1,13 @@
 """Streamed batches are the batches of the set on the device: same images, same order, same bits after training."""
 
+import importlib.util
+import io
 import json
+import shutil
 import sys
 import types
 from pathlib import Path
+from typing import Any
 
 import chex
 import jax
@@ -172,6 +176,57 @@ def test_an_image_folder_of_all_sizes_trains_resumes_and_is_tested_by_the_comman
     assert result["mergeability"]["images"] == 10
 
 
+def test_a_streamed_folder_goes_on_on_4_devices_and_on_1_again_and_not_with_a_picture_more(
+    tmp_path, monkeypatch, capsys
+):
+    """One run of 12 steps whose devices change twice, against one that kept its own."""
+    write_pictures(tmp_path / "set")
+    settings = (*TINY[:-2], "train.platform=cpu", "model.classes=2", "data.name=folder", f"data.dir={tmp_path / 'set'}")
+    settings += ("data.stream=True", "data.crop=resized", "routing.experts=2", "routing.granularity=sample")
+    settings += (
+        "optim.eps=1e-3",
+        "optim.warmup_epochs=0",
+        "train.epochs=4",
+        "train.log_every=1",
+        "train.checkpoint_every=1",
+        "train.keep=12",
+    )
+    command = ["--config=configs/digits_random.py", *flags(*settings)]
+    monkeypatch.chdir(CONFIGS.parent)
+
+    def losses_of(workdir, *more):
+        code, out, err = run(train.main, monkeypatch, capsys, *command, *flags(*more), f"--workdir={workdir}")
+        assert code == 0, err
+        lines = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
+        return out, {line["step"]: line["loss"] for line in lines if line["kind"] == "train"}
+
+    def forget_after(step):
+        for folder in (tmp_path / "run" / "checkpoints").iterdir():
+            if int(folder.name) > step:
+                shutil.rmtree(folder)
+
+    _, whole = losses_of(tmp_path / "whole", "train.devices=1")
+    assert len(whole) == 12
+    shutil.copytree(tmp_path / "whole", tmp_path / "run")
+    for step_, more in ((4, ("train.devices=4", "train.expert_devices=2")), (8, ("train.devices=1",))):
+        forget_after(step_)
+        out, again = losses_of(tmp_path / "run", *more)
+        assert f"resuming    from step {step_}" in out
+        assert f"devices     {more[0][-1]} x cpu" in out
+        assert again == pytest.approx(whole, abs=1e-6)
+        assert again != whole  # sums of parts, once there were four
+
+    forget_after(8)
+    (tmp_path / "set" / "train" / "dark" / "99.jpg").write_bytes(
+        (tmp_path / "set" / "train" / "dark" / "00.jpg").read_bytes()
+    )
+    code, _, err = run(
+        train.main, monkeypatch, capsys, *command, "--config.train.devices=1", f"--workdir={tmp_path / 'run'}"
+    )
+    assert (code, err.count("\n")) == (2, 1)
+    assert "holds a run on other data: 24 train images, 25 now; set --config.data.dir to what it was" in err
+
+
 def test_a_damaged_picture_ends_the_run_in_one_line_that_names_it(tmp_path, monkeypatch, capsys):
     write_pictures(tmp_path / "set", per_class=4)
     damaged = tmp_path / "set" / "train" / "dark" / "02.jpg"
@@ -223,13 +278,26 @@ def test_random_parts_are_a_function_of_seed_step_and_place(tmp_path, tiny_confi
 # ImageNet as TFDS has it
 
 
+def describe_set(name: str, root: Path, counts: dict[str, int]) -> Any:
+    """Writes what TFDS keeps of a prepared set besides its records, so many in each split; returns its builder."""
+    import tensorflow_datasets as tfds
+    from tensorflow_datasets.core import naming, splits
+
+    builder, infos = tfds.builder(name, data_dir=root, file_format="array_record"), []
+    Path(builder.data_path).mkdir(parents=True)
+    for split, count in counts.items():
+        template = naming.ShardedFileTemplate(
+            data_dir=builder.data_path, dataset_name=name, split=split, filetype_suffix="array_record"
+        )
+        infos.append(splits.SplitInfo(name=split, shard_lengths=[count], num_bytes=0, filename_template=template))
+    builder.info.set_splits(splits.SplitDict(infos))
+    builder.info.write_to_directory(builder.data_path)
+    return builder
+
+
 def write_imagenet(root: Path) -> None:
     """Writes a prepared imagenet2012 of 12 training, 6 validation and 2 unlabelled test images, of all sizes."""
-    import io
-
-    import tensorflow_datasets as tfds
     from array_record.python.array_record_module import ArrayRecordWriter
-    from tensorflow_datasets.core import splits, utils
     from tensorflow_datasets.proto import tf_example_pb2, tf_feature_pb2
 
     def feature(value):
@@ -237,14 +305,9 @@ def write_imagenet(root: Path) -> None:
             return tf_feature_pb2.Feature(int64_list=tf_feature_pb2.Int64List(value=[value]))
         return tf_feature_pb2.Feature(bytes_list=tf_feature_pb2.BytesList(value=[value]))
 
-    builder = tfds.builder("imagenet2012", data_dir=root)
-    folder, random, infos = Path(builder.data_path), np.random.default_rng(0), []
-    folder.mkdir(parents=True)
-    for split, count in (("train", 12), ("validation", 6), ("test", 2)):
-        template = utils.ShardedFileTemplate(
-            data_dir=builder.data_path, dataset_name=builder.name, split=split, filetype_suffix="array_record"
-        )
-        infos.append(splits.SplitInfo(name=split, shard_lengths=[count], num_bytes=0, filename_template=template))
+    counts, random = {"train": 12, "validation": 6, "test": 2}, np.random.default_rng(0)
+    folder = Path(describe_set("imagenet2012", root, counts).data_path)
+    for split, count in counts.items():
         writer = ArrayRecordWriter(str(folder / f"imagenet2012-{split}.array_record-00000-of-00001"), "group_size:1")
         for i in range(count):
             height, width = random.integers(20, 50, 2)
@@ -255,9 +318,6 @@ def write_imagenet(root: Path) -> None:
             features = tf_feature_pb2.Features(feature={name: feature(value) for name, value in fields.items()})
             writer.write(tf_example_pb2.Example(features=features).SerializeToString())
         writer.close()
-    builder.info.set_file_format("array_record")
-    builder.info.set_splits(splits.SplitDict(infos))
-    builder.info.write_to_directory(builder.data_path)
 
 
 def test_the_imagenet_config_streams_a_tfds_set_and_tests_on_its_labelled_split(tmp_path, monkeypatch, capsys):
@@ -277,3 +337,28 @@ def test_the_imagenet_config_streams_a_tfds_set_and_tests_on_its_labelled_split(
     test = stream.read(sources.browse(config.data, config.model).test, config)
     np.testing.assert_array_equal(test.labels_N, [0, 80, 160, 240, 320, 400])
     np.testing.assert_allclose(test.images_NHWC[:, 16, 16, 0], [0, 10, 20, 30, 40, 50], atol=2)  # of JPEG
+
+
+@pytest.mark.skipif(importlib.util.find_spec("tensorflow") is None, reason="TFDS encodes its mock data by TensorFlow")
+def test_mock_data_of_tfds_trains_as_a_stream_as_it_trains_on_the_device(tmp_path, monkeypatch, capsys):
+    import tensorflow_datasets as tfds
+
+    describe_set("cifar10", tmp_path / "sets", {"train": 20, "test": 20})
+    settings = (*TINY[2:], "model.image_size=32", "model.channels=3", "model.width=8", "model.hidden=12")
+    settings += ("data.name=cifar10", f"data.dir={tmp_path / 'sets'}", "data.flip=True", "routing.experts=2")
+    command = ["--config=configs/digits_dense.py", *flags(*settings, "train.epochs=3", "train.log_every=1")]
+    monkeypatch.chdir(CONFIGS.parent)
+    lines = {}
+    for streamed in (True, False):
+        workdir = tmp_path / f"run{streamed}"
+        with tfds.testing.mock_data(
+            num_examples=20, policy=tfds.testing.MockPolicy.USE_FILES, data_dir=str(tmp_path / "sets")
+        ):
+            arguments = (*command, f"--config.data.stream={streamed}", f"--workdir={workdir}")
+            code, out, err = run(train.main, monkeypatch, capsys, *arguments)
+        assert code == 0, err
+        assert "20 train, 0 validation, 20 test" in out
+        found = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
+        lines[streamed] = [(line["step"], line["loss"]) for line in found if line["kind"] == "train"]
+    assert [step for step, _ in lines[True]] == list(range(1, 7))
+    assert lines[True] == lines[False]

@@ -1,0 +1,105 @@
+"""Who of several processes still lives: where one is killed, freezes or fails, the others say which and end.
+
+JAX's own heartbeats end them too, but later, with a stack of C++ and often without a name. Signs of life go through the
+key-value store of JAX's coordinator, which lives in process 0.
+"""
+
+import contextlib
+import os
+import sys
+import threading
+import time
+from typing import Any
+
+BEAT = 2.0  # seconds between two signs of life
+SILENT = 18.0  # seconds without one, after which a process counts as lost
+CODE = 1
+ALIVE, LOST = "jvitmoe/alive/", "jvitmoe/lost/"
+LEFT = "left"  # the last sign of a process that ended as it should
+
+
+class Lifeline:
+    """Signs of life of this process, and a watch over the others' (by process 0) or over process 0's (by the others).
+    Time in which this process itself stood still does not count.
+
+    Args:
+        client: of JAX's coordinator.
+        process, count: number of this one, and of all.
+    """
+
+    def __init__(self, client: Any, process: int, count: int) -> None:
+        self._client, self._process, self._count = client, process, count
+        self._signs: dict[int, str] = {}  # by process: the last one seen
+        self._idle = dict.fromkeys(range(1, count) if process == 0 else [0], 0.0)  # seconds since then
+        self._over = threading.Event()
+        works = self._beat, self._watch
+        self._threads = [threading.Thread(target=work, name="lifeline", daemon=True) for work in works]
+        for thread in self._threads:
+            thread.start()
+
+    def cut(self) -> None:
+        """Ends the watch, because all end now and in any order."""
+        self._over.set()
+        for thread in self._threads:
+            thread.join(BEAT)  # so that none of them asks a coordinator that is being shut down
+        with contextlib.suppress(Exception):
+            self._client.key_value_set(f"{ALIVE}{self._process}", LEFT, allow_overwrite=True)
+
+    def tell(self, why: str) -> None:
+        """Tells the others that this process is about to end; returns once they had time to hear it."""
+        self._over.set()
+        self._announce(self._process, why)
+
+    def wait_for_verdict(self) -> None:
+        """Returns where no process is found lost for as long as that may take; otherwise this one ends before."""
+        time.sleep(SILENT + 3 * BEAT)
+
+    def _beat(self) -> None:
+        number = 0
+        while not self._over.wait(BEAT if number else 0):
+            number += 1
+            try:
+                self._client.key_value_set(f"{ALIVE}{self._process}", str(number), allow_overwrite=True)
+                lost = self._client.key_value_dir_get(LOST)
+                alive = self._client.key_value_dir_get(ALIVE) if self._process == 0 else [(ALIVE + "0", str(number))]
+            except Exception as error:  # whatever JAX makes of a connection that broke
+                if not self._over.is_set():
+                    self._end(_lost(0, self._count, f"{type(error).__name__}: {str(error).splitlines()[0][:100]}"))
+                return
+            if lost and not self._over.is_set():
+                self._end(lost[0][1])
+            for key, sign in alive:
+                process = int(key.rpartition("/")[2])
+                if process in self._idle and self._signs.get(process) != sign:
+                    self._signs[process], self._idle[process] = sign, 0.0
+
+    def _watch(self) -> None:
+        look, before = BEAT / 2, time.monotonic()
+        while not self._over.wait(look):
+            now = time.monotonic()
+            passed, before = min(now - before, 2 * look), now  # more than that, and it is this process that stood still
+            for process in self._idle:
+                self._idle[process] += 0 if self._signs.get(process) == LEFT else passed
+                if self._idle[process] > SILENT:
+                    why = f"no sign of life for {SILENT:g} s"
+                    if self._process == 0:
+                        self._announce(process, why)
+                    self._end(_lost(process, self._count, why))
+
+    def _announce(self, process: int, why: str) -> None:
+        with contextlib.suppress(Exception):  # the first one stays
+            self._client.key_value_set(f"{LOST}0", _lost(process, self._count, why))
+        if self._process == 0:
+            time.sleep(2 * BEAT)  # the store ends with this process
+
+    def _end(self, text: str) -> None:
+        sys.stdout.flush()
+        sys.stderr.write(
+            f"error: {text}; process {self._process} ends too; start all again to go on from the last checkpoint\n"
+        )
+        sys.stderr.flush()
+        os._exit(CODE)
+
+
+def _lost(process: int, count: int, why: str) -> str:
+    return f"process {process} of {count} is lost ({why})"

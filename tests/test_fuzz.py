@@ -1,0 +1,280 @@
+"""Anything at all as a config, a command line or a picture: one clear line, or a run. Never a traceback, never half a
+folder.
+
+JVITMOE_FUZZ=10 tries ten times as many inputs.
+"""
+
+import contextlib
+import io
+import json
+import os
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from jvitmoe import cli, evaluation, train
+from jvitmoe import config as config_lib
+from jvitmoe.config import Config, UserError
+from jvitmoe.data import decode, pictures
+from jvitmoe.data.decode import Picture
+
+TIMES = int(os.environ.get("JVITMOE_FUZZ", "1"))
+DIGITS = str(Path(__file__).parents[1] / "configs" / "digits_random.py")
+FIELDS = config_lib.flatten(Config())
+
+
+def tries(count: int) -> Callable:
+    """Returns Hypothesis's settings: the same inputs each time, so that what passes here passes elsewhere."""
+    slow = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much]
+    return settings(
+        max_examples=count * TIMES, derandomize=True, deadline=None, database=None, suppress_health_check=slow
+    )
+
+
+def command(main: Callable, *arguments: str) -> tuple[int, str, str]:
+    """Returns (exit code, stdout, stderr) of a command run in this process."""
+    out, err, before = io.StringIO(), io.StringIO(), sys.argv
+    sys.argv = ["command.py", *arguments]
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), pytest.raises(SystemExit) as caught:
+            cli.run(main)
+    finally:
+        sys.argv = before
+    return int(caught.value.code), out.getvalue(), err.getvalue()
+
+
+def assert_one_line(text: str, about: str = "") -> None:
+    assert len(text.splitlines()) == 1, text
+    assert about in text
+
+
+scalars = st.one_of(
+    st.integers(-2, 70),
+    st.sampled_from([2**31 - 1, 2**31, 2**63, 10**400, 1e300, 5e-324, -0.0]),
+    st.floats(),
+    st.booleans(),
+    st.none(),
+    st.text(max_size=20),
+    st.sampled_from(sorted({option for options in config_lib.CHOICES.values() for option in options})),
+)
+values = scalars | st.lists(scalars | st.just("experts") | st.just("dense"), max_size=4) | st.just({})
+
+
+@tries(400)
+@given(st.dictionaries(st.sampled_from(sorted(FIELDS)), values, min_size=1, max_size=4))
+@example({"model.width": 2**31 - 1, "model.heads": 1, "routing.experts": 2**31 - 1})
+@example({"model.depth": 2**31 - 1})
+@example({"train.seed": 10**400})
+@example({"optim.learning_rate": 10**400})
+@example({"routing.pattern": [["experts"]]})
+def test_any_values_in_a_config_json_are_refused_in_one_line_or_make_a_model(overrides):
+    nested: dict = {}
+    for path, value in overrides.items():
+        section, _, name = path.partition(".")
+        nested.setdefault(section, {})[name] = value
+    try:
+        config = config_lib.loads(json.dumps(nested), "config.json").validate()
+    except UserError as error:
+        assert_one_line(str(error))
+        return
+    assert config_lib.loads(config_lib.dumps(config), "config.json").validate() == config
+    active, total = evaluation.count_parameters(config)
+    assert 0 < active <= total
+
+
+anything = st.recursive(
+    scalars,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=9), inner, max_size=3),
+    max_leaves=9,
+)
+
+
+@tries(400)
+@given(st.text(max_size=60) | anything.map(json.dumps))
+@example('{"__class__": {"train": {}}}')
+@example('{"__dict__": {}, "validate": {}}')
+@example("[" * 100_000)
+@example("9" * 5_000)
+def test_any_text_as_a_config_json_is_refused_in_one_line_or_read(text):
+    before = {name: value for name, value in vars(Config).items() if not name.startswith("_abc")}
+    try:
+        assert isinstance(config_lib.loads(text, "config.json"), Config)
+    except UserError as error:
+        assert_one_line(str(error))
+    assert {name: value for name, value in vars(Config).items() if not name.startswith("_abc")} == before
+
+
+words = st.one_of(
+    st.text(max_size=20),
+    st.tuples(st.sampled_from(sorted(FIELDS)), scalars).map(lambda pair: f"--config.{pair[0]}={pair[1]}"),
+    st.tuples(st.text(max_size=12), scalars).map(lambda pair: f"--{pair[0]}={pair[1]}"),
+)
+
+
+@tries(300)
+@given(st.lists(words, max_size=4))
+@example(["--config.data.dir=a\nb", "--config.data.name=folder"])
+def test_any_command_line_is_refused_in_one_line_or_gives_a_config(arguments):
+    accepted = []
+
+    def main(argv: list[str]) -> None:
+        accepted.append(cli.experiment(cli.parse(argv, train._define_flags, config=True)))
+
+    code, out, err = command(main, f"--config={DIGITS}", *arguments)
+    if code == 0:
+        assert err == ""
+        assert accepted or out.startswith("usage: ")  # --help
+    else:
+        assert code == 2
+        assert err.startswith("error: ")
+        assert_one_line(err)
+
+
+# What a run may be made of: mostly sound, so that many of them train.
+CHOSEN = {
+    "data.validation": (0, 0, 100, 1436, 1437),
+    "data.crop_padding": (0, 1, 8, 9),
+    "data.flip": (True, False),
+    "data.stream": (False, False, True),
+    "model.width": (4, 8, 6),
+    "model.hidden": (1, 8),
+    "model.depth": (1, 2, 2),
+    "model.heads": (1, 2, 3),
+    "model.patch": (2, 4, 8, 3),
+    "model.norm": ("pre", "post"),
+    "model.pool": ("cls", "mean"),
+    "model.positions": ("learned", "sincos2d"),
+    "model.position_rows": (0, 20),
+    "model.dropout": (0.0, 0.5, 1.0),
+    "model.dtype": ("float32", "bfloat16"),
+    "model.unroll": (1, 7),
+    "routing.experts": (1, 2, 2, 4),
+    "routing.router": ("random", "random", "random", *config_lib.CHOICES["routing.router"]),
+    "routing.granularity": ("batch", "batch", "sample", "token"),
+    "routing.scope": ("shared", "layer"),
+    "routing.pull": (0.0, 0.5, 1.0, 1e-300),
+    "routing.consistency": (0.0, 0.0, 1.0),
+    "routing.tie_last": (0.0, 0.9),
+    "routing.capacity": (1.25, 1e-9, 1e300),
+    "optim.name": ("adam", "adamw"),
+    "optim.learning_rate": (1e-3, 1e-3, 1e300, 1e-300),
+    "optim.clip_norm": (0.0, 1.0, 1e-300),
+    "optim.skip_nonfinite": (0, 1, 1000),
+    "optim.schedule": ("step", "epoch"),
+    "train.epochs": (1, 1, 2, 2**31 - 1),
+    "train.batch_size": (400, 400, 1, 1437, 2000),
+    "train.seed": (0, 2**31 - 1),
+    "train.ema": (0.0, 0.9),
+    "train.devices": (1, 1, 2, 0),
+    "train.accumulate": (1, 2, 3),
+    "train.label_smoothing": (0.0, 0.1),
+    "train.log_every": (1, 2**31 - 1),
+    "train.eval_every": (1, 2**31 - 1),
+    "train.checkpoint_every": (0, 1, 2**31 - 1),
+    "train.keep": (1, 2**31 - 1),
+    "train.stall_minutes": (0.0, 30.0, 1e300),
+}
+TINY = ("--config.model.width=8", "--config.model.depth=1", "--config.model.patch=4", "--config.train.batch_size=400")
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # Orbax's
+@tries(12)
+@given(
+    st.lists(st.sampled_from(sorted(CHOSEN)), min_size=2, max_size=8, unique=True).flatmap(
+        lambda names: st.fixed_dictionaries({name: st.sampled_from(CHOSEN[name]) for name in names})
+    )
+)
+def test_any_mix_of_settings_trains_or_is_refused_in_one_line_and_leaves_a_whole_folder_or_none(chosen):
+    overrides = [f"--config.{name}={value}" for name, value in chosen.items()]
+    with tempfile.TemporaryDirectory() as folder:
+        workdir = Path(folder) / "run"
+        arguments = (f"--config={DIGITS}", f"--workdir={workdir}", "--config.train.epochs=1", *TINY, *overrides)
+        code, _, err = command(train.main, *arguments)
+        if code == 0:
+            assert err == ""
+            assert json.loads((workdir / "result.json").read_text())["rows"]
+            return
+        assert code == 2, err
+        assert_one_line(err)
+        if workdir.exists():  # it began, and became sick: the folder can be used again
+            assert "must be finite" in err
+            config_lib.loads((workdir / "config.json").read_text(), "config.json").validate()
+            assert not [path for path in workdir.iterdir() if path.name.endswith(".part")]
+
+
+def encoded() -> list[bytes]:
+    """Returns one small picture of each format and several modes."""
+    random, found = np.random.default_rng(0), []
+    for kind, modes in {
+        "PNG": ("1", "L", "LA", "P", "RGB", "RGBA", "I;16"),
+        "JPEG": ("L", "RGB", "CMYK"),
+        "GIF": ("P", "RGB"),
+        "TIFF": ("1", "L", "RGB", "RGBA", "I;16", "F"),
+        "BMP": ("1", "L", "RGB"),
+        "PPM": ("L", "RGB"),
+        "WEBP": ("RGB", "RGBA"),
+    }.items():
+        for mode in modes:
+            image = Image.fromarray(random.integers(0, 256, (8, 8, 3), dtype=np.uint8))
+            image = (
+                Image.fromarray(np.arange(64, dtype=np.uint16).reshape(8, 8)) if mode == "I;16" else image.convert(mode)
+            )
+            file = io.BytesIO()
+            image.save(file, kind)
+            found.append(file.getvalue())
+    return found
+
+
+@st.composite
+def hostile(draw: st.DrawFn) -> bytes:
+    """Draws a picture with some of its bytes changed, left out or put in, or cut off; or any bytes at all."""
+    content = bytearray(draw(st.sampled_from(PICTURES)))
+    for kind in draw(st.lists(st.sampled_from(["flip", "set", "lose", "add", "cut"]), max_size=4)):
+        at = draw(st.integers(0, max(len(content) - 1, 0)))
+        if kind == "add" or not content:
+            content[at:at] = draw(st.binary(min_size=1, max_size=8))
+        elif kind == "flip":
+            content[at] ^= 1 << draw(st.integers(0, 7))
+        elif kind == "set":
+            content[at] = draw(st.sampled_from([0, 1, 127, 128, 255]))
+        else:
+            del content[at : None if kind == "cut" else at + draw(st.integers(1, 8))]
+    return bytes(content)
+
+
+PICTURES = encoded()
+
+
+@tries(500)
+@given(hostile() | st.binary(max_size=60))
+@example(b"")
+@example(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n(ran) = quit\n")
+@example(b"P6 99999 99999 255\n")
+@example(b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR\x7f\xff\xff\xff\x7f\xff\xff\xff\x08\x02\0\0\0")
+def test_any_bytes_as_a_picture_are_pixels_of_the_right_shape_or_one_line_that_names_the_file(content):
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        path = Path(folder) / "some picture.png"
+        path.write_bytes(content)
+        for read in (
+            lambda: pictures.read(path, 8, 3),
+            lambda: decode.exact(Picture(str(path), path), (8, 8, 3), "all are 8x8"),
+            lambda: decode.exact(Picture(str(path), content), (8, 8, 1), "all are 8x8"),
+            lambda: decode.centre_crop(Picture(str(path), content), 8, 3),
+            lambda: decode.random_crop(Picture(str(path), content), 8, 3, np.random.RandomState(0)),
+        ):
+            try:
+                pixels = read()
+            except UserError as error:
+                assert_one_line(str(error), path.name)
+            else:
+                assert pixels.dtype == np.uint8
+                assert pixels.shape in ((8, 8, 3), (8, 8, 1))

@@ -1,0 +1,78 @@
+"""A run killed at random moments, again and again, is the run that nobody disturbed."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+
+import chex
+import jax
+import processes
+import pytest
+
+from jvitmoe import config as config_lib
+from jvitmoe import step
+from jvitmoe.checkpoint import Checkpoints
+
+# Keeps the two newest checkpoints and the best, so that kills fall among deletions too.
+EXPERIMENT = """
+from jvitmoe.config import Config, DataConfig, ModelConfig, RoutingConfig, TrainConfig
+
+def get_config():
+    return Config(
+        data=DataConfig(crop_padding=1, flip=True, validation=800),
+        model=ModelConfig(width=8, hidden=12, depth=2, heads=2, patch=4, dropout=0.1),
+        routing=RoutingConfig(experts=3, scope="layer", init="shared"),
+        train=TrainConfig(epochs=30, batch_size=16, eval_every=1, checkpoint_every=25, devices=1, ema=0.9),
+    )
+"""
+KILLS = 20
+
+
+def state(workdir):
+    config = config_lib.loads((workdir / "config.json").read_text(), "config.json")
+    mesh = step.make_mesh(config.train)
+    checkpoints = Checkpoints(workdir / "checkpoints", read_only=True)
+    restored, _ = checkpoints.restore(step.abstract_state(config, step.make_model(config, "cpu"), mesh))
+    checkpoints.close()
+    return jax.device_get(restored)
+
+
+def history(workdir):
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name != "images_per_second"} for line in lines]
+
+
+@pytest.mark.slow
+def test_killed_twenty_times_a_run_equals_the_undisturbed_one_bit_for_bit(tmp_path):
+    (tmp_path / "tiny.py").write_text(EXPERIMENT)
+    script = [sys.executable, "scripts/kill_and_resume.py", f"--out={tmp_path / 'runs'}", f"--kills={KILLS}"]
+    done = subprocess.run(
+        [*script, "--", f"--config={tmp_path / 'tiny.py'}"],
+        env={**processes.environment(), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"},
+        cwd=processes.ROOT,
+        capture_output=True,
+        text=True,
+        timeout=1200,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    survived = re.search(
+        r"(\d+) kills: (\d+) at a step, (\d+) writing a checkpoint, (\d+) evaluating, (\d+) before", done.stdout
+    )
+    total, *by_moment = map(int, survived.groups())
+    assert total == KILLS
+    assert min(by_moment) >= 1, done.stdout
+
+    undisturbed, killed = (tmp_path / "runs" / name for name in ("undisturbed", "killed"))
+    chex.assert_trees_all_equal(state(killed), state(undisturbed))
+    assert history(killed) == history(undisturbed)
+    places = [(line["step"], line["kind"]) for line in history(killed)]
+    assert len(places) == len(set(places))
+    assert [n for n, kind in places if kind == "train"] == list(range(1, places[-1][0] + 1))
+    rows = [json.loads((folder / "result.json").read_text())["rows"] for folder in (killed, undisturbed)]
+    assert rows[0] == rows[1]
+    kept = [sorted(path.name for path in (folder / "checkpoints").iterdir()) for folder in (killed, undisturbed)]
+    assert kept[0] == kept[1]  # nothing is left of killed writes and deletions, and the best is the same
+    assert not list(killed.glob("damaged-*"))
+    assert os.listdir(killed / "checkpoints")

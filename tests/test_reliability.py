@@ -1,0 +1,414 @@
+"""What may happen to a run, made to happen to real processes in real folders: signals, hangs, full and locked disks,
+damage, and two writers."""
+
+import json
+import math
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import chex
+import jax
+import jax.numpy as jnp
+import processes
+import pytest
+
+from jvitmoe import config as config_lib
+from jvitmoe import evaluate, step, train
+from jvitmoe.checkpoint import Checkpoints
+
+EXPERIMENT = """
+from jvitmoe.config import Config, DataConfig, ModelConfig, RoutingConfig, TrainConfig
+
+def get_config():
+    return Config(
+        data=DataConfig(crop_padding=1, flip=True, validation=100),
+        model=ModelConfig(width=8, hidden=12, depth=2, heads=2, patch=4, dropout=0.1),
+        routing=RoutingConfig(experts=2, granularity="sample", init="shared"),
+        train=TrainConfig(epochs=3, batch_size=256, log_every=1, eval_every=1, checkpoint_every=3, keep=3, devices=1),
+    )
+"""
+STEPS = 3 * (1337 // 256)
+LONG = "--config.train.epochs=100000"
+
+
+@pytest.fixture(scope="module")
+def experiment(tmp_path_factory):
+    path = tmp_path_factory.mktemp("reliability") / "tiny.py"
+    path.write_text(EXPERIMENT)
+    return path
+
+
+@pytest.fixture(scope="module")
+def undisturbed(experiment):
+    workdir = experiment.parent / "undisturbed"
+    (ended,) = processes.collect([processes.start(processes.train(experiment, workdir))])
+    assert ended.code == 0, ended.err
+    return workdir
+
+
+@pytest.fixture
+def copy(undisturbed, tmp_path):
+    return shutil.copytree(undisturbed, tmp_path / "copy")
+
+
+def saved(workdir: Path) -> list[Path]:
+    return sorted((workdir / "checkpoints").iterdir(), key=lambda path: int(path.name))
+
+
+def wait_for_step(workdir: Path, one: processes.Started) -> None:
+    deadline = time.monotonic() + 120
+    while not ((workdir / "metrics.jsonl").exists() and (workdir / "metrics.jsonl").stat().st_size):
+        assert one.process.poll() is None
+        assert time.monotonic() < deadline, "no step within two minutes"
+        time.sleep(0.02)
+
+
+def final(workdir: Path):
+    """Returns (state, history without the clock's) of a run."""
+    config = config_lib.loads((workdir / "config.json").read_text(), "config.json")
+    checkpoints = Checkpoints(workdir / "checkpoints", read_only=True)
+    model, mesh = step.make_model(config, "cpu"), step.make_mesh(config.train)
+    state, _ = checkpoints.restore(step.abstract_state(config, model, mesh))
+    checkpoints.close()
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    lines = [{name: value for name, value in line.items() if name != "images_per_second"} for line in lines]
+    return jax.device_get(state), lines
+
+
+def assert_same_run(workdir: Path, undisturbed: Path) -> None:
+    (state, lines), (expected_state, expected_lines) = final(workdir), final(undisturbed)
+    chex.assert_trees_all_equal(state, expected_state)
+    assert lines == expected_lines
+
+
+def snapshot(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def one_error(ended: processes.Ended, message: str) -> None:
+    assert (ended.code, ended.err.count("\n")) == (2, 1), ended
+    assert ended.err.startswith("error: ")
+    assert message in ended.err
+
+
+# asked to stop, stalled, and sick
+
+
+def test_asked_to_stop_it_saves_and_exits_within_ten_seconds(experiment, tmp_path):
+    one = processes.start(processes.train(experiment, tmp_path / "run", LONG, "--config.train.eval_every=100000"))
+    wait_for_step(tmp_path / "run", one)
+    asked = processes.seconds(one)
+    one.process.send_signal(signal.SIGTERM)
+    (ended,) = processes.collect([one])
+    assert ended.code == 128 + signal.SIGTERM, ended.err
+    assert ended.seconds - asked < 10
+    state, lines = final(tmp_path / "run")
+    assert f"stopped at step {state.step} by SIGTERM" in ended.out
+    assert [line["step"] for line in lines if line["kind"] == "train"] == list(range(1, int(state.step) + 1))
+
+
+STOPS = """
+import time
+from jvitmoe.stop import Stop
+
+with Stop() as stop:
+    stop.unsaved = {unsaved}
+    print("ready", flush=True)
+    while not stop.asked(0):
+        time.sleep(0.01)
+    print("asked", stop.asked(0), flush=True)
+    time.sleep(100)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("unsaved", [True, False])
+def test_a_second_signal_ends_it_at_once_and_so_does_the_first_where_there_is_nothing_to_save(number, unsaved):
+    process = subprocess.Popen([sys.executable, "-c", STOPS.format(unsaved=unsaved)], stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(number)
+    if unsaved:
+        assert process.stdout.readline() == f"asked {int(number)}\n"
+        assert process.poll() is None
+        process.send_signal(number)
+    assert process.communicate(timeout=30)[0] == ""
+    assert process.returncode == 128 + number
+
+
+def test_a_step_that_stalls_shows_all_stacks_and_ends_and_the_folder_can_be_used_again(experiment, tmp_path):
+    arguments = ("--config.train.epochs=1", "--config.train.stall_minutes=0.0005")
+    (ended,) = processes.collect([processes.start(processes.train(experiment, tmp_path / "run", *arguments))])
+    assert ended.code == 70, ended
+    assert "train.py" in ended.err
+    assert 'File "' in ended.err
+    assert ended.err.splitlines()[-1].startswith("error: no progress for 0.0005 minutes since ")
+    assert not (tmp_path / "run" / "result.json").exists()
+    (ended,) = processes.collect([processes.start(processes.train(experiment, tmp_path / "run", arguments[0]))])
+    assert ended.code == 0, ended.err
+
+
+HANGS = """
+import signal, sys, threading, time
+from jvitmoe.watchdog import Watchdog
+
+def waits_for_ever():
+    threading.Event().wait()
+
+with Watchdog(0.05) as watchdog:
+    threading.Thread(target=waits_for_ever, daemon=True).start()
+    print("ready", flush=True)
+    for number in range(12):
+        time.sleep(0.5)
+        watchdog.progress(f"step {number}")
+    print("six seconds of steps", flush=True)
+    time.sleep(100)
+"""
+
+
+def test_the_watchdog_leaves_what_moves_and_what_was_itself_stopped_and_ends_what_hangs():
+    process = subprocess.Popen([sys.executable, "-c", HANGS], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGSTOP)
+    time.sleep(4)  # longer than the three seconds that it may stall
+    process.send_signal(signal.SIGCONT)
+    out, err = process.communicate(timeout=120)
+    assert out == "six seconds of steps\n"
+    assert process.returncode == 70
+    assert "waits_for_ever" in err
+    assert "no progress for 0.05 minutes since step 11 (config.train.stall_minutes)" in err
+
+
+@pytest.mark.parametrize("routing", [{"experts": 1}, {"experts": 3}, {"experts": 2, "granularity": "sample"}])
+def test_a_step_that_is_not_finite_is_skipped_counted_and_changes_nothing(tiny_config, training, routing):
+    run = training(tiny_config(routing=routing, train={"ema": 0.9}, optim={"skip_nonfinite": 2})).run(2)
+    before = run.history[-1]
+    sick = jax.tree.map(lambda x: jnp.full_like(x, 1e30), run.state.params)
+    healthy = jax.tree.map(jnp.copy, run.state.params)
+    run.state = run.state._replace(params=sick)
+    run.run(2)
+    for metrics, count in zip(run.metrics[-2:], (1, 2), strict=True):
+        assert not math.isfinite(metrics.loss)
+        assert (metrics.skipped.total, metrics.skipped.in_a_row) == (count, count)
+    after = run.history[-1]
+    chex.assert_trees_all_equal((after.opt_state, after.ema), (before.opt_state, before.ema))
+    run.state = run.state._replace(params=healthy)
+    run.run(1)
+    assert math.isfinite(run.metrics[-1].loss)
+    assert (run.metrics[-1].skipped.total, run.metrics[-1].skipped.in_a_row) == (2, 0)
+    assert int(run.state.step) == 5
+
+
+def test_a_run_that_stays_sick_skips_up_to_its_limit_and_names_the_last_sound_checkpoint(experiment, tmp_path):
+    arguments = (
+        "--config.optim.learning_rate=1e30",
+        "--config.optim.skip_nonfinite=3",
+        "--config.train.checkpoint_every=1",
+    )
+    (ended,) = processes.collect([processes.start(processes.train(experiment, tmp_path / "run", *arguments))])
+    one_error(ended, "it must be finite, but for 3 steps in a row; the last good checkpoint is step ")
+    assert ended.out.count(" skipped: ") == 3
+    named = int(ended.err.partition("checkpoint is step ")[2].partition(";")[0])
+    assert named == int(saved(tmp_path / "run")[-1].name)
+    assert int(final(tmp_path / "run")[0].step) == named
+
+
+# one writer
+
+
+def test_a_second_writer_is_refused_with_the_pid_and_host_of_the_first(experiment, tmp_path):
+    workdir = tmp_path / "run"
+    first = processes.start(processes.train(experiment, workdir, LONG, "--config.train.eval_every=100000"))
+    wait_for_step(workdir, first)
+    before = (workdir / "config.json").read_bytes()
+    (second,) = processes.collect([processes.start(processes.train(experiment, workdir, LONG))])
+    one_error(second, f"is being written by process {first.process.pid} on {socket.gethostname()!r}")
+    assert first.process.poll() is None
+    assert (workdir / "config.json").read_bytes() == before
+    first.process.kill()
+    processes.collect([first])
+    third = processes.start(processes.train(experiment, workdir, LONG))  # takes over the lock of the dead
+    deadline = time.monotonic() + 120
+    while json.loads((workdir / "lock").read_text() or '{"pid": 0}')["pid"] != third.process.pid:
+        assert third.process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    third.process.kill()
+    processes.collect([third])
+
+
+# disks
+
+
+SMALL_DISK = """
+set -u
+disk=$1 out=$2; shift 2
+mount -t tmpfs -o size=${SIZES%% *} tmpfs "$disk"
+for size in $SIZES; do
+    mount -o remount,size=$size "$disk"
+    echo "disk of $size"
+    "$@"
+    echo "ended with $?"
+done
+cp -r "$disk/run" "$out"
+"""
+needs_mounts = pytest.mark.skipif(
+    subprocess.run(["unshare", "-rm", "mount", "-t", "tmpfs", "tmpfs", "/mnt"], capture_output=True).returncode != 0
+    if shutil.which("unshare")
+    else True,
+    reason="needs user namespaces, to mount a small disk",
+)
+
+
+@needs_mounts
+def test_a_disk_that_fills_up_ends_the_run_in_one_line_and_with_room_it_goes_on_to_the_same_bits(
+    experiment, undisturbed, tmp_path
+):
+    (tmp_path / "disk").mkdir()
+    sizes = ("24k", "200k", "320k", "64m")
+    mounting = ("unshare", "-rm", "bash", "-c", SMALL_DISK, "bash")
+    done = subprocess.run(
+        [*mounting, tmp_path / "disk", tmp_path / "run", *processes.train(experiment, tmp_path / "disk" / "run")],
+        env={**processes.environment(), "SIZES": " ".join(sizes)},
+        cwd=processes.ROOT,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr
+    codes = [int(line.split()[-1]) for line in done.stdout.splitlines() if line.startswith("ended with")]
+    assert codes == [2] * (len(sizes) - 1) + [0], done.stdout + done.stderr
+    errors = done.stderr.splitlines()
+    assert len(errors) == len(sizes) - 1, done.stderr
+    for error in errors:
+        assert error.startswith("error: ")
+        assert "cannot be written" in error
+        assert "make room" in error
+    assert any("checkpoint" in error.partition(":")[2][:30] for error in errors), errors
+    assert_same_run(tmp_path / "run", undisturbed)
+
+
+def as_nobody(command: list[str]) -> list[str]:
+    """Returns the command without root's right to read and write everything."""
+    return ["setpriv", "--bounding-set=-all", "--inh-caps=-all", *command] if os.geteuid() == 0 else command
+
+
+needs_rights = pytest.mark.skipif(
+    os.geteuid() == 0 and not shutil.which("setpriv"), reason="root may read everything, and there is no setpriv"
+)
+
+
+@needs_rights
+def test_a_checkpoint_that_may_not_be_read_is_skipped_and_named(experiment, undisturbed, copy):
+    shutil.rmtree(saved(copy)[-1])
+    (copy / "result.json").unlink()
+    newest, before = saved(copy)[-1], saved(copy)[-2]
+    next(newest.rglob("manifest.ocdbt")).chmod(0)
+    (ended,) = processes.collect([processes.start(as_nobody(processes.train(experiment, copy)))])
+    assert ended.code == 0, ended.err
+    assert f"warning: checkpoint {newest.name} skipped: " in ended.out
+    assert f"resuming    from step {before.name}" in ended.out
+    assert_same_run(copy, undisturbed)
+    assert len(list(copy.glob(f"damaged-checkpoint-{newest.name}-*"))) == 1
+
+
+@needs_rights
+@pytest.mark.parametrize(
+    ("place", "mode", "message"),
+    [
+        (".", 0o000, "cannot be listed"),
+        ("checkpoints", 0o000, "cannot be"),
+        ("checkpoints", 0o555, "cannot be written"),
+        ("config.json", 0o000, "cannot be read"),
+        ("lock", 0o000, "lock cannot be opened"),
+    ],
+)
+def test_a_folder_that_may_not_be_used_is_one_line_and_stays_as_it_is(experiment, copy, place, mode, message):
+    shutil.rmtree(saved(copy)[-1])
+    before = {name: text for name, text in snapshot(copy).items() if name.startswith("checkpoints")}
+    (copy / place).chmod(mode)
+    (ended,) = processes.collect([processes.start(as_nobody(processes.train(experiment, copy)))])
+    (copy / place).chmod(0o755)
+    one_error(ended, message)
+    assert {name: text for name, text in snapshot(copy).items() if name.startswith("checkpoints")} == before
+
+
+# saying what is sound
+
+
+def verify(workdir: Path, monkeypatch, capsys) -> tuple[int, dict[str, str]]:
+    """Returns the exit code, and what is said of each part."""
+    from test_train import run
+
+    before = snapshot(workdir)
+    code, out, err = run(evaluate.main, monkeypatch, capsys, f"--workdir={workdir}", "--verify")
+    assert err == ""
+    assert snapshot(workdir) == before
+    return code, {line[:16].strip(): line[17:] for line in out.splitlines()}
+
+
+def test_verify_calls_every_part_of_a_sound_run_sound(undisturbed, monkeypatch, capsys):
+    code, found = verify(undisturbed, monkeypatch, capsys)
+    parts = ["config.json", "metrics.jsonl", "result.json", *(f"checkpoint {path.name}" for path in saved(undisturbed))]
+    assert (code, found) == (0, dict.fromkeys(parts, "sound"))
+
+
+def flip(path: Path) -> None:
+    """Turns the lowest bit of every byte."""
+    path.write_bytes(bytes(byte ^ 1 for byte in path.read_bytes()))
+
+
+VERIFIED = {
+    "config": ("config.json", lambda run: (run / "config.json").write_text("{"), "not the config of a run"),
+    "torn line": ("metrics.jsonl", lambda run: os.truncate(run / "metrics.jsonl", 300), "a line of it is damaged"),
+    "twice": (
+        "metrics.jsonl",
+        lambda run: (run / "metrics.jsonl").write_text(2 * (run / "metrics.jsonl").read_text()),
+        "a step stands in it twice",
+    ),
+    "result": ("result.json", lambda run: (run / "result.json").write_text("[]"), "is not a result"),
+    "data": ("checkpoint {}", lambda run: [flip(path) for path in saved(run)[-1].glob("params/**/d/*")], ""),
+    "empty": ("checkpoint {}", lambda run: [shutil.rmtree(p) for p in saved(run)[-1].iterdir() if p.is_dir()], ""),
+    "none": ("checkpoints", lambda run: [shutil.rmtree(path) for path in saved(run)], "there is none"),
+}
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # Orbax's, of reads that failed
+@pytest.mark.parametrize("damage", VERIFIED)
+def test_verify_names_the_part_that_is_damaged_and_no_other(copy, monkeypatch, capsys, damage):
+    part, make, message = VERIFIED[damage]
+    part = part.format(saved(copy)[-1].name)
+    make(copy)
+    code, found = verify(copy, monkeypatch, capsys)
+    assert code == 1
+    assert [name for name, said in found.items() if said != "sound"] == [part]
+    assert message in found[part]
+
+
+# folders from elsewhere
+
+
+def test_a_run_folder_with_links_is_refused_and_nothing_outside_it_is_touched(
+    experiment, copy, tmp_path, monkeypatch, capsys
+):
+    from test_train import run
+
+    (tmp_path / "outside").mkdir()
+    (tmp_path / "outside" / "file").write_text("mine")
+    for name, target in (("tb", "outside"), ("report.md", "outside/file"), ("config.json.part", "outside/file")):
+        workdir = shutil.copytree(copy, tmp_path / f"with {name}")
+        path = workdir / name
+        if path.is_dir():
+            shutil.rmtree(path)
+        path.unlink(missing_ok=True)
+        path.symlink_to(tmp_path / target)
+        for main, arguments in ((train.main, (f"--config={experiment}",)), (evaluate.main, ())):
+            code, _, err = run(main, monkeypatch, capsys, *arguments, f"--workdir={workdir}")
+            assert (code, err.count("\n")) == (2, 1)
+            assert f"{path} is a link" in err
+    assert snapshot(tmp_path / "outside") == {"file": b"mine"}

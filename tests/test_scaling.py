@@ -1,0 +1,133 @@
+"""The model of step time on many GPUs: its laws, its bytes against compiled programs, and the page that shows it."""
+
+import importlib
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import processes
+import pytest
+
+from jvitmoe import compilation, step
+from jvitmoe.config import ModelConfig, TrainConfig
+
+PAGE = processes.ROOT / "docs" / "scaling.md"
+RESULTS = processes.ROOT / "results" / "scaling"
+
+
+@pytest.fixture(scope="module")
+def scaling_model():
+    return load("scaling_model")
+
+
+@pytest.fixture(scope="module")
+def scaling_check():
+    return load("scaling_check")
+
+
+def load(name):
+    sys.path.insert(0, str(processes.ROOT / "scripts"))
+    try:
+        return importlib.import_module(name)
+    finally:
+        sys.path.remove(str(processes.ROOT / "scripts"))
+
+
+@pytest.mark.parametrize("devices", [2, 8])
+@pytest.mark.parametrize("variant", ["dense", "random, batch", "random, sample, experts on every GPU", "axis"])
+def test_a_compiled_step_reduces_the_bytes_of_the_model_and_moves_no_image(
+    scaling_check, monkeypatch, variant, devices
+):
+    name = "random, sample, expert axis" if variant == "axis" else variant
+    monkeypatch.setattr(scaling_check, "MODEL", ModelConfig(patch=4, width=16, hidden=24, depth=2, heads=2))
+    lowered, _ = scaling_check.program(
+        scaling_check.config(name, devices),
+        step.make_mesh(
+            TrainConfig(devices=devices, platform="cpu", expert_devices=devices if variant == "axis" else 1)
+        ),
+    )
+    assert compilation.reduced_bytes(compilation.for_reading(lowered).as_text()) == scaling_check.predicted_bytes(
+        name, devices
+    )
+
+
+def test_the_model_knows_what_each_way_of_routing_saves(scaling_model):
+    w = scaling_model.work(scaling_model.VIT_S, 8, 128)
+    machine = scaling_model.Machine()
+
+    def seconds(variant, devices, spread=1):
+        return sum(scaling_model.step_seconds(w, variant, devices, machine, spread).values())
+
+    assert seconds("dense", 1) == scaling_model.compute_seconds(w, machine) == seconds("sample", 1)
+    for devices in scaling_model.DEVICES[1:]:
+        spread = min(8, devices)
+        assert seconds("batch", devices) == seconds("dense", devices)
+        assert seconds("sample", devices) > seconds("dense", devices)
+        assert seconds("sample", devices, spread) < seconds("sample", devices)
+        assert seconds("learned", devices, spread) > seconds("sample", devices, spread)
+        assert (seconds("sample", devices, spread) < seconds("dense", devices)) == (devices <= 8)
+        assert scaling_model.reduced_bytes(w, "sample", devices) == 4 * (w.trunk + 8 * w.expert)
+        expected = 4 * (w.trunk + (w.expert if devices > 8 else 0)) if devices >= 8 else 4 * w.trunk
+        assert scaling_model.reduced_bytes(w, "sample", devices, spread) == expected
+
+
+def test_sums_and_exchanges_take_the_time_of_a_ring(scaling_model):
+    machine = scaling_model.Machine(
+        inside=100.0, outside=10.0, achieved_link=1.0, latency_inside=0.0, latency_outside=0.0
+    )
+    assert scaling_model.all_reduce_seconds(1000, 1, machine) == 0
+    assert scaling_model.all_reduce_seconds(1000, 8, machine) == pytest.approx(2 * 7 / 8 * 10)
+    # Two nodes: inside as before, and then each GPU its eighth with one other.
+    assert scaling_model.all_reduce_seconds(1000, 16, machine) == pytest.approx(2 * 7 / 8 * 10 + 2 / 2 * 12.5)
+    # GPUs eight apart lie in a node each, and each moves all of it.
+    assert scaling_model.all_reduce_seconds(1000, 2, machine, stride=8) == pytest.approx(2 / 2 * 100)
+    assert scaling_model.all_to_all_seconds(1000, 1, machine) == 0
+    assert scaling_model.all_to_all_seconds(1000, 16, machine) == pytest.approx(7 / 16 * 10 + 8 / 16 * 100)
+
+
+def test_flops_of_the_model_are_those_of_the_forward_pass_that_xla_counts(scaling_model):
+    from jvitmoe import evaluation
+    from jvitmoe.models import vit
+
+    model = ModelConfig(width=128, hidden=512, depth=2, heads=2, pool="mean")
+    w = scaling_model.work(model, 2, 1)
+    counted = 3 * evaluation.flops_per_image(vit.build(model), 4)
+    assert w.flops_trunk + w.flops_expert == pytest.approx(counted, rel=0.05)  # XLA counts softmax and the like too
+
+
+def test_what_is_in_results_and_on_the_page_is_what_the_script_computes(scaling_model):
+    machine = scaling_model.Machine()
+    tables = {title: scaling_model.table(w, machine) for title, w in scaling_model.CASES.items()}
+    saved = json.loads((RESULTS / "model.json").read_text())["rows"]
+    assert json.loads(json.dumps(tables)) == saved
+    assert (RESULTS / "model.md").read_text() == scaling_model.markdown(tables)
+    numbers = [row for row in (RESULTS / "model.md").read_text().splitlines() if row.startswith("|") and "." in row]
+    page = [row for row in PAGE.read_text().splitlines() if row.startswith("|")]
+    assert len(numbers) == 2 * len(scaling_model.VARIANTS)
+    for row in numbers:
+        cells = [cell.strip() for cell in row.strip("|").split("|")][1:]
+        cells[-1] += " GB"
+        assert any([cell.strip() for cell in line.strip("|").split("|")][1:] == cells for line in page), row
+
+
+def test_links_are_found_again_from_the_times_that_they_make(scaling_check):
+    sums = [
+        {"arrays": arrays, "bytes": 4 * arrays * floats, "seconds": arrays * 1e-4 + 4 * arrays * floats * 2e-9}
+        for arrays, floats in scaling_check.PROBES
+    ]
+    assert scaling_check.link(sums) == pytest.approx((1e-4, 2e-9))
+
+
+def test_the_check_runs_with_two_real_processes(tmp_path):
+    command = [sys.executable, "scripts/scaling_check.py", "--counts=1,2", "--steps=2", f"--out={tmp_path}"]
+    done = subprocess.run(command, cwd=processes.ROOT, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "check.json").read_text())
+    assert [row["bytes"] for row in found["rows"]] == [row["predicted_bytes"] for row in found["rows"]]
+    assert len(found["rows"]) == 4
+    assert all(row["predicted"] > row["work"] > 0 for row in found["rows"])
+    table = (tmp_path / "check.md").read_text()
+    assert len(re.findall(r"^\| random, batch \| [12] \|", table, re.M)) == 2
+    assert Path(tmp_path / "check.png").read_bytes().startswith(b"\x89PNG")
