@@ -269,7 +269,7 @@ def test_a_folder_with_other_things_and_a_file_are_refused(experiment, tmp_path,
         ("--config.data.validation=5000", "below the number of training images"),
         ("--config.model.image_size=12", "images of digits are 8x8x1 but config.model expects 12x12x1"),
         ("--config.model.classes=9", "digits has 10 classes but config.model.classes is 9"),
-        ("--config.train.devices=64 --config.train.batch_size=128", "must be at most 4"),
+        ("--config.train.devices=64 --config.train.batch_size=128", "must be at most 8"),
         ("--config.train.devices=3 --config.train.batch_size=128", "must be a multiple of train.devices"),
         ("--config.train.platform=gpu", "config.train.platform is 'gpu'; JAX finds cpu devices only"),
         ("--config.data.name=folder --config.data.dir=no/such/folder", "no/such/folder"),
@@ -297,7 +297,7 @@ def test_a_batch_that_does_not_divide_over_all_devices_is_named(experiment, tmp_
     arguments = ("--config.train.devices=0", "--config.train.batch_size=255", f"--workdir={tmp_path / 'new'}")
     code, _, err = run(train.main, monkeypatch, capsys, f"--config={experiment}", *arguments)
     assert code == 2
-    assert "config.train.batch_size is 255; it must be a multiple of the 4 devices" in err
+    assert "config.train.batch_size is 255; it must be a multiple of the 8 devices" in err
 
 
 def test_a_real_process_shows_no_traceback(tmp_path):
