@@ -106,9 +106,11 @@ class Checkpoints:
             "nll": nll,
             "checksums": {name: _checksums(tree) for name, tree in items.items()},
         }
-        self._set_aside(step)
         self._found.pop(step, None)
         try:
+            if jax.process_index() == 0:
+                _try_to_write(self.directory)
+            self._set_aside(step)
             # Forced, because Orbax silently saves nothing where a later step has a folder, be it a damaged one.
             self._manager.save(
                 step,
@@ -345,6 +347,13 @@ def _flush(folder: Path) -> None:
             os.fsync(number)
         finally:
             os.close(number)
+
+
+def _try_to_write(folder: Path) -> None:
+    """Raises OSError where nothing can be made in the folder: Orbax would wait for minutes for what cannot come."""
+    path = folder / f"trial{DELETED}"
+    path.mkdir(exist_ok=True)
+    path.rmdir()
 
 
 def _remove(path: Path) -> None:

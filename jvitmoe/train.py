@@ -105,9 +105,12 @@ def claim(workdir: Path, config: Config) -> None:
 
 
 def has_checkpoints(workdir: Path) -> bool:
-    """Returns whether the folder holds a checkpoint, sound or not."""
+    """Returns whether the folder holds a checkpoint, sound or not. Raises UserError where it may not be listed."""
     folder = workdir / "checkpoints"
-    return folder.is_dir() and any(entry.name.isdigit() for entry in folder.iterdir())
+    try:
+        return folder.is_dir() and any(entry.name.isdigit() for entry in folder.iterdir())
+    except OSError as error:
+        raise UserError(f"{folder} cannot be listed: {error.strerror}; let it be read") from error
 
 
 def train(config: Config, workdir: Path, stop: Stop, held: contextlib.ExitStack) -> None:
