@@ -91,10 +91,10 @@ def test_flops_of_the_model_are_those_of_the_forward_pass_that_xla_counts(scalin
     from jvitmoe import evaluation
     from jvitmoe.models import vit
 
-    model = ModelConfig(width=128, hidden=512, depth=2, heads=2, pool="mean")
+    model = ModelConfig(width=384, hidden=1536, depth=2, heads=6, pool="mean")
     w = scaling_model.work(model, 2, 1)
     counted = 3 * evaluation.flops_per_image(vit.build(model), 4)
-    assert w.flops_trunk + w.flops_expert == pytest.approx(counted, rel=0.05)  # XLA counts softmax and the like too
+    assert 1 < counted / (w.flops_trunk + w.flops_expert) < 1.05  # XLA counts the head, norms and GELU too
 
 
 def test_what_is_in_results_and_on_the_page_is_what_the_script_computes(scaling_model):

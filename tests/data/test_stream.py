@@ -346,6 +346,7 @@ def test_mock_data_of_tfds_trains_as_a_stream_as_it_trains_on_the_device(tmp_pat
     describe_set("cifar10", tmp_path / "sets", {"train": 20, "test": 20})
     settings = (*TINY[2:], "model.image_size=32", "model.channels=3", "model.width=8", "model.hidden=12")
     settings += ("data.name=cifar10", f"data.dir={tmp_path / 'sets'}", "data.flip=True", "routing.experts=2")
+    settings += ("optim.warmup_epochs=0",)
     command = ["--config=configs/digits_dense.py", *flags(*settings, "train.epochs=3", "train.log_every=1")]
     monkeypatch.chdir(CONFIGS.parent)
     lines = {}
