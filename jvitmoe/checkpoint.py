@@ -57,6 +57,7 @@ class Checkpoints:
         self.directory = Path(directory).absolute()
         self._keep = keep
         self._writing: int | None = None  # the step whose write nobody has waited for yet
+        self._broken = False  # whether a write has failed, and was told of
         self._found: dict[int, dict[str, Any] | str] = {}  # by step: meta of a sound checkpoint, or what is wrong
         try:
             if not read_only:
@@ -201,7 +202,11 @@ class Checkpoints:
         try:
             self._settle()
         finally:
-            self._manager.close()
+            try:
+                self._manager.close()
+            except Exception:
+                if not self._broken:  # Orbax tells of one failed write more than once
+                    raise
 
     def _settle(self) -> None:
         step, self._writing = self._writing, None
@@ -257,6 +262,7 @@ class Checkpoints:
 
     def _failed(self, step: int, error: BaseException) -> CheckpointError:
         """Returns the error of a write that failed, with its remains cleared away."""
+        self._broken = True
         if jax.process_index() == 0:
             self._clear()
         return CheckpointError(

@@ -233,7 +233,7 @@ def markdown(links: dict[int, tuple[float, float]], rows: list[dict[str, Any]], 
     head = "processes | bytes by the model | in the program | work | reducing | step | measured | off by"
     lines = [f"| variant | {head} |", "| :-- |" + " --: |" * 8]
     for name in CHECKED:
-        for row in (row for row in found if (row["kind"], row["variant"], row["processes"]) == ("work", name, 1)):
+        for row in (row for row in found if (row["kind"], row.get("variant"), row["processes"]) == ("work", name, 1)):
             lines.append(f"| {name} | 1 | 0 | 0 | {1e3 * row['seconds']:.1f} ms | | | | |")
         for row in (row for row in rows if row["variant"] == name):
             cells = [name, row["processes"], f"{row['predicted_bytes']:,}", f"{row['bytes']:,}"]

@@ -35,6 +35,7 @@ def test_purposes_are_pinned():
         "ROUTE": 4,
         "PATH": 5,
         "SECOND_ROUTE": 6,
+        "NOISE": 7,
     }
 
 
