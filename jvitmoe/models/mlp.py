@@ -72,7 +72,8 @@ def fold(weights: dict[str, Any]) -> dict[str, Any]:
     plain = {name: weights[name] for name in ("up", "up_bias", "down", "down_bias")}
     for name in ("up", "down"):
         if f"{name}_a" in weights:
-            plain[name] = plain[name] + weights[f"{name}_a"] @ weights[f"{name}_b"]
+            product = weights[f"{name}_a"] @ weights[f"{name}_b"]
+            plain[name] = jnp.broadcast_to(plain[name], product.shape) + product
     if "adapter_up" in weights:
         lead = weights["adapter_up"].shape[:-2]
         wide = {
