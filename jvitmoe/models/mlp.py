@@ -72,8 +72,8 @@ def fold(weights: dict[str, Any]) -> dict[str, Any]:
     plain = {name: weights[name] for name in ("up", "up_bias", "down", "down_bias")}
     for name in ("up", "down"):
         if f"{name}_a" in weights:
-            change = weights[f"{name}_a"] @ weights[f"{name}_b"]
-            plain[name] = jnp.broadcast_to(plain[name], change.shape) + change
+            product = weights[f"{name}_a"] @ weights[f"{name}_b"]
+            plain[name] = jnp.broadcast_to(plain[name], product.shape) + product
     if "adapter_up" in weights:
         lead = weights["adapter_up"].shape[:-2]
         wide = {
