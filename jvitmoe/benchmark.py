@@ -335,13 +335,10 @@ def _compile_growth(
     for name in [name for name in ("dense", "batch", "sample") if name in chosen]:
         shallow = _in_dtype(chosen[name], dtype)
         shallow.model.depth = SHALLOW
-        least = {}
-        for layers, config in (
-            (SHALLOW, shallow.validate()),
-            (chosen[name].model.depth, _in_dtype(chosen[name], dtype)),
-        ):
-            least[layers] = min(Case(name, config, mesh, images).compile_seconds for _ in range(2))
-        few, many = least.values()
+        few, many = (
+            min(Case(name, config, mesh, images).compile_seconds for _ in range(2))
+            for config in (shallow.validate(), _in_dtype(chosen[name], dtype))
+        )
         found[name] = {"layers": chosen[name].model.depth, "shallow": few, "deep": many, "ratio": many / few}
     return found
 
