@@ -75,7 +75,9 @@ def join(values: flags.FlagValues) -> None:
         )
         count = jax.process_count()  # by the devices of all: waits for ever where they were told different numbers
         if count > 1:
-            _lifelines.append(Lifeline(internals.global_state.client, jax.process_index(), count))
+            coordinator = internals.global_state
+            address = coordinator.coordinator_address or ""
+            _lifelines.append(Lifeline(coordinator.client, address, jax.process_index(), count))
     except (ValueError, RuntimeError) as error:
         found = " ".join(str(error).split())[:200]
         raise UserError(f"{who} cannot join at {where}: {found}; check --coordinator, or start it in a job") from error

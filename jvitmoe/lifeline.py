@@ -6,6 +6,7 @@ key-value store of JAX's coordinator, which lives in process 0.
 
 import contextlib
 import os
+import socket
 import sys
 import threading
 import time
@@ -23,12 +24,12 @@ class Lifeline:
     Time in which this process itself stood still does not count.
 
     Args:
-        client: of JAX's coordinator.
+        client, address: of JAX's coordinator; HOST:PORT.
         process, count: number of this one, and of all.
     """
 
-    def __init__(self, client: Any, process: int, count: int) -> None:
-        self._client, self._process, self._count = client, process, count
+    def __init__(self, client: Any, address: str, process: int, count: int) -> None:
+        self._client, self._address, self._process, self._count = client, address, process, count
         self._signs: dict[int, str] = {}  # by process: the last one seen
         self._idle = dict.fromkeys(range(1, count) if process == 0 else [0], 0.0)  # seconds since then
         self._over = threading.Event()
@@ -52,6 +53,7 @@ class Lifeline:
 
     def wait_for_verdict(self) -> None:
         """Returns where no process is found lost for as long as that may take; otherwise this one ends before."""
+        self._probe()
         time.sleep(SILENT + 3 * BEAT)
 
     def _beat(self) -> None:
@@ -73,6 +75,17 @@ class Lifeline:
                 if process in self._idle and self._signs.get(process) != sign:
                     self._signs[process], self._idle[process] = sign, 0.0
 
+    def _probe(self) -> None:
+        """Ends this process where process 0 is gone: JAX, which is about to end it too, would not say so."""
+        host, _, port = self._address.rpartition(":")
+        try:
+            if self._process:
+                socket.create_connection((host.strip("[]"), int(port)), timeout=BEAT).close()
+        except ConnectionRefusedError:
+            self._end(_lost(0, self._count, "nobody answers at the coordinator's address"))
+        except OSError:  # it hangs, or the network does: silence will tell
+            pass
+
     def _watch(self) -> None:
         look, before = BEAT / 2, time.monotonic()
         while not self._over.wait(look):
@@ -80,6 +93,8 @@ class Lifeline:
             passed, before = min(now - before, 2 * look), now  # more than that, and it is this process that stood still
             for process in self._idle:
                 self._idle[process] += 0 if self._signs.get(process) == LEFT else passed
+                if self._idle[process] > 2 * BEAT:
+                    self._probe()
                 if self._idle[process] > SILENT:
                     why = f"no sign of life for {SILENT:g} s"
                     if self._process == 0:

@@ -57,6 +57,7 @@ def test_killed_twenty_times_a_run_equals_the_undisturbed_one_bit_for_bit(tmp_pa
         timeout=1200,
     )
     assert done.returncode == 0, done.stdout + done.stderr
+    print(done.stdout)
     survived = re.search(
         r"(\d+) kills: (\d+) at a step, (\d+) writing a checkpoint, (\d+) evaluating, (\d+) before", done.stdout
     )
