@@ -383,6 +383,7 @@ NOT_NEGATIVE = (
 FRACTIONS = ("routing.tie_last", "train.ema", "model.dropout", "optim.b1", "optim.b2", "train.label_smoothing")
 
 LARGEST = 2**31 - 1  # of whole numbers, which sizes, steps and seeds on the devices are made of
+LARGEST_FLOAT = 3e38  # of float32
 DEEPEST, MOST_PARAMETERS = 10_000, 10**13
 
 # A run may be continued with other values of these: they move files, devices or printing, never a number (but see
@@ -503,6 +504,7 @@ def _check_types(section: Any, name: str) -> None:
         if number:
             _require(not isinstance(value, int) or abs(value) <= LARGEST, path, value, f"must be at most {LARGEST:,}")
             _require(math.isfinite(value), path, value, "must be finite")
+            _require(abs(value) <= LARGEST_FLOAT, path, value, f"must be at most {LARGEST_FLOAT}")
 
 
 def _check_choice(path: str, value: str, options: tuple[str, ...]) -> None:

@@ -74,7 +74,11 @@ class Run:
         return self.startup > 0
 
     def reached(self, step: int) -> bool:
-        return self.trains() and self._last().get("step", 0) >= step
+        return self.trains() and self.shown() >= step
+
+    def shown(self) -> int:
+        """Returns the last step in the history."""
+        return self._last().get("step", 0)
 
     def writes(self) -> bool:
         folder = self.workdir / "checkpoints"
@@ -109,16 +113,16 @@ class Run:
 
 
 def kill(run: Run, turn: str, step: int, startup: float, chance: random.Random) -> None:
-    """Kills the run in the given turn, once it has reached the step. Exits where it came to its end before."""
-    delay = chance.uniform(0, DELAY)
+    """Kills the run in the given turn, past the step where that is waited for. Exits where it ended before."""
+    delay, end = chance.uniform(0, DELAY), time.monotonic() + chance.uniform(0, startup)
     run.start()
     if turn == TURNS[3]:
-        end = time.monotonic() + chance.uniform(0, startup)
         come = run.wait(lambda: time.monotonic() > end)
+    elif turn == TURNS[2]:  # a process takes long over its first evaluation only, and not long enough to sleep
+        come = run.wait(lambda: run.trains() and run.evaluates())
     else:
-        waits = {TURNS[1]: run.writes, TURNS[2]: run.evaluates}
-        come = run.wait(lambda: run.reached(step)) and (turn not in waits or run.wait(waits[turn]))
-        time.sleep(0 if turn == TURNS[2] else delay)
+        come = run.wait(lambda: run.reached(step)) and (turn == TURNS[0] or run.wait(run.writes))
+        time.sleep(delay)
     if not come or run.process.poll() is not None:
         sys.exit(f"the run was over before it could be killed {turn} past step {step}; give it more steps")
     run.end(signal.SIGKILL)
@@ -172,7 +176,7 @@ def main() -> None:
     for number, step in enumerate(sorted(reaches)):
         kill(killed, TURNS[number % len(TURNS)], step, undisturbed.startup, chance)
         done[killed.doing()] += 1
-        print(f"killed with SIGKILL {killed.doing()}, past step {step}", flush=True)
+        print(f"killed with SIGKILL {killed.doing()}; the last step shown is {killed.shown()}", flush=True)
     finish(killed, options.steps)
 
     last = max(undisturbed.checkpoints() & killed.checkpoints())
