@@ -158,17 +158,18 @@ class Torch:
         except OSError as error:
             raise UserError(f"{python} cannot be run: {error.strerror}; {NO_TORCH}") from error
         model = config_lib.to_dict(config)["model"]
-        self.about = self._ask(
-            json.dumps({"settings": model, "batch": config.train.batch_size, "dropout": config.model.dropout})
-        )
+        settings = {"settings": model, "batch": config.train.batch_size, "dropout": config.model.dropout}
+        try:
+            self.about = self._ask(json.dumps(settings))
+        except UserError:
+            self.close()
+            raise
 
     def seconds(self, experts: int, dtype: str, steps: int) -> float:
         return float(self._ask(f"{experts} {dtype} {steps}"))
 
     def close(self) -> None:
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        self._process.wait()
+        self._process.communicate()
 
     def _ask(self, line: str) -> Any:
         assert self._process.stdin is not None
