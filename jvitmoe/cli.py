@@ -2,10 +2,8 @@
 
 import re
 import sys
-import threading
 from collections.abc import Callable
 from pathlib import Path
-from types import TracebackType
 from typing import Any, NoReturn
 
 from absl import flags, logging
@@ -88,7 +86,8 @@ def experiment(values: flags.FlagValues) -> Config:
 def run(main: Callable[[list[str]], Any]) -> NoReturn:
     """Runs a command on sys.argv and exits: 0, or 2 and one line on standard error where the user can mend it."""
     logging.set_verbosity(logging.FATAL)  # Orbax tells of its habits; what matters, commands say themselves
-    sys.excepthook = _of_the_main_thread
+    if sys.unraisablehook is sys.__unraisablehook__:  # no test runner's
+        sys.unraisablehook = _show_unraisable
     try:
         main(sys.argv)
     except UserError as error:
@@ -99,11 +98,11 @@ def run(main: Callable[[list[str]], Any]) -> NoReturn:
     sys.exit(0)
 
 
-def _of_the_main_thread(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """Shows an uncaught exception. In other threads only C code comes here, with what nobody waits for any more, as
-    TensorStore does after a failed write; what fails is raised to whoever waits for it besides."""
-    if threading.current_thread() is threading.main_thread():
-        sys.__excepthook__(kind, error, trace)
+def _show_unraisable(found: Any) -> None:
+    """Shows an exception that could not be raised, but not those of C code that nobody waits for: TensorStore's threads
+    have some after a failed write, which is raised to whoever waits for it besides."""
+    if found.object is not None:
+        sys.__unraisablehook__(found)
 
 
 def _unknown_override(argv: list[str]) -> str | None:

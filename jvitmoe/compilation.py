@@ -46,7 +46,7 @@ def use_cache() -> None:
 
     The folder is the user's alone: JAX runs what it finds in it.
     """
-    if jax.config.jax_compilation_cache_dir is not None:
+    if jax.config.values["jax_compilation_cache_dir"] is not None:
         return
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jvitmoe" / "compiled"
     try:
