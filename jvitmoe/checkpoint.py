@@ -24,7 +24,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from jvitmoe import config as config_lib
-from jvitmoe.config import Config, UserError
+from jvitmoe.config import Config, UserError, one_line
 from jvitmoe.state import TrainState
 
 DELETED = ".deleted"
@@ -67,7 +67,7 @@ class Checkpoints:
             options = ocp.CheckpointManagerOptions(read_only=read_only, create=False)
             self._manager = ocp.CheckpointManager(self.directory, options=options)
         except OSError as error:
-            raise CheckpointError(f"{self.directory} cannot be used: {_one_line(error)}; let it be read") from error
+            raise CheckpointError(f"{self.directory} cannot be used: {one_line(error)}; let it be read") from error
 
     def steps(self) -> list[int]:
         """Returns the steps that have a folder, ascending, sound or not; the same in all processes."""
@@ -76,7 +76,7 @@ class Checkpoints:
         except FileNotFoundError:
             steps = []
         except OSError as error:
-            raise CheckpointError(f"{self.directory} cannot be listed: {_one_line(error)}; let it be read") from error
+            raise CheckpointError(f"{self.directory} cannot be listed: {one_line(error)}; let it be read") from error
         if jax.process_count() > 1:
             count = int(multihost_utils.broadcast_one_to_all(np.int32(len(steps))))
             listed = np.resize(np.array(steps or [0], np.int32), count)
@@ -140,7 +140,7 @@ class Checkpoints:
             try:
                 trees, self._found[step] = self._read(step, items)
             except Exception as error:  # Orbax raises anything at all here, a bare Exception included
-                self._found[step] = _one_line(error)
+                self._found[step] = one_line(error)
             if (meta := self._agreed(step)) is not None:
                 return TrainState(_scalar(step, abstract.step.sharding), **trees), meta
             self._warn(step)
@@ -154,7 +154,7 @@ class Checkpoints:
             try:
                 _, self._found[step] = self._read(step, None)
             except Exception as error:
-                self._found[step] = _one_line(error)
+                self._found[step] = one_line(error)
             self._agreed(step)
         found = self._found[step]
         return found if isinstance(found, str) else None
@@ -238,7 +238,7 @@ class Checkpoints:
                     gone = path.rename(path.with_suffix(DELETED))  # at once, so that a kill leaves no half of it
                     _remove(gone)
                 except OSError as error:
-                    raise CheckpointError(f"{path} cannot be deleted: {_one_line(error)}; let it be written") from error
+                    raise CheckpointError(f"{path} cannot be deleted: {one_line(error)}; let it be written") from error
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices("old checkpoints are deleted")
 
@@ -266,7 +266,7 @@ class Checkpoints:
         if jax.process_index() == 0:
             self._clear()
         return CheckpointError(
-            f"checkpoint {step} cannot be written to {self.directory}: {_one_line(error)}; "
+            f"checkpoint {step} cannot be written to {self.directory}: {one_line(error)}; "
             "older ones are as they were; make room or let the folder be written, and start again"
         )
 
@@ -290,7 +290,7 @@ class Checkpoints:
             return self._read(step, items)
         except Exception as error:
             raise CheckpointError(
-                f"checkpoint {step} in {self.directory} cannot be read: {_one_line(error)}; "
+                f"checkpoint {step} in {self.directory} cannot be read: {one_line(error)}; "
                 f"choose another with --checkpoint, there are {self.steps()}"
             ) from error
 
@@ -391,8 +391,3 @@ def _gather(leaf: jax.Array | np.ndarray) -> np.ndarray:
 
 def _json_checksum(meta: Mapping[str, Any]) -> str:
     return f"{zlib.crc32(json.dumps(meta, sort_keys=True).encode()):08x}"
-
-
-def _one_line(error: BaseException) -> str:
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text[:200]}" if text else type(error).__name__

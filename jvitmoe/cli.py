@@ -91,7 +91,7 @@ def run(main: Callable[[list[str]], Any]) -> NoReturn:
     try:
         main(sys.argv)
     except UserError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)  # whatever a path in it holds
+        print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

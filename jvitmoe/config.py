@@ -18,6 +18,15 @@ class UserError(Exception):
     everywhere = False  # whether all processes of a run raise it alike, so that one of them saying it is enough
     known = False  # whether the other processes know of it
 
+    def __str__(self) -> str:
+        return " ".join(super().__str__().split())  # whatever a path in it holds
+
+
+def one_line(error: BaseException) -> str:
+    """Returns the kind of an error and the beginning of what it says, on one line."""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:200]}" if text else type(error).__name__
+
 
 class ConfigError(UserError):
     """A field holds a value that breaks its rule; the message names value, rule and remedy."""

@@ -18,7 +18,7 @@ from absl import flags
 from jax._src import distributed as internals  # the coordinator's key-value store has no public name
 from jax.experimental import multihost_utils
 
-from jvitmoe.config import UserError
+from jvitmoe.config import UserError, one_line
 from jvitmoe.lifeline import Lifeline
 
 T = TypeVar("T")
@@ -165,16 +165,16 @@ def guard(main: Callable[[], Any]) -> None:
             _cut()
             raise
         if isinstance(error, jax.errors.JaxRuntimeError):
-            sys.stderr.write(f"{type(error).__name__}: {' '.join(str(error).split())[:200]}\n")
+            sys.stderr.write(f"{one_line(error)}\n")
             sys.stderr.flush()
             for lifeline in _lifelines:
                 lifeline.wait_for_verdict()
         elif not (isinstance(error, UserError) and error.known):
             for lifeline in _lifelines:
-                lifeline.tell(f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")
+                lifeline.tell(one_line(error))
         who = "" if first() else f" (process {jax.process_index()} of {jax.process_count()})"
         if isinstance(error, UserError):
-            _leave("" if error.everywhere and not first() else f"error: {' '.join(str(error).split())}{who}\n", code)
+            _leave("" if error.everywhere and not first() else f"error: {error}{who}\n", code)
         text = "" if isinstance(error, SystemExit) else traceback.format_exc()
         _leave(f"{text}process {jax.process_index()} of {jax.process_count()} ends, and the others with it\n", code)
 

@@ -170,9 +170,8 @@ def main() -> None:
     killed = Run(options.out / "killed", arguments, evaluations)
 
     chance, done = random.Random(options.seed), collections.Counter()
-    reaches = chance.sample(
-        range(2, 2 + lines[-1]["step"] * 9 // 10), options.kills
-    )  # the last tenth is room to be hit in
+    # The last tenth is room to be hit in.
+    reaches = chance.sample(range(2, 2 + lines[-1]["step"] * 9 // 10), options.kills)
     for number, step in enumerate(sorted(reaches)):
         kill(killed, TURNS[number % len(TURNS)], step, undisturbed.startup, chance)
         done[killed.doing()] += 1

@@ -1,19 +1,13 @@
 """A run killed at random moments, again and again, is the run that nobody disturbed."""
 
-import json
 import os
 import re
 import subprocess
 import sys
 
-import chex
-import jax
 import processes
 import pytest
-
-from jvitmoe import config as config_lib
-from jvitmoe import step
-from jvitmoe.checkpoint import Checkpoints
+from runs import assert_same_run, history
 
 # Keeps the two newest checkpoints and the best, so that kills fall among deletions too.
 EXPERIMENT = """
@@ -28,20 +22,6 @@ def get_config():
     )
 """
 KILLS = 20
-
-
-def state(workdir):
-    config = config_lib.loads((workdir / "config.json").read_text(), "config.json")
-    mesh = step.make_mesh(config.train)
-    checkpoints = Checkpoints(workdir / "checkpoints", read_only=True)
-    restored, _ = checkpoints.restore(step.abstract_state(config, step.make_model(config, "cpu"), mesh))
-    checkpoints.close()
-    return jax.device_get(restored)
-
-
-def history(workdir):
-    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in line.items() if name != "images_per_second"} for line in lines]
 
 
 @pytest.mark.slow
@@ -66,13 +46,10 @@ def test_killed_twenty_times_a_run_equals_the_undisturbed_one_bit_for_bit(tmp_pa
     assert min(by_moment) >= 1, done.stdout
 
     undisturbed, killed = (tmp_path / "runs" / name for name in ("undisturbed", "killed"))
-    chex.assert_trees_all_equal(state(killed), state(undisturbed))
-    assert history(killed) == history(undisturbed)
+    assert_same_run(killed, undisturbed)
     places = [(line["step"], line["kind"]) for line in history(killed)]
     assert len(places) == len(set(places))
     assert [n for n, kind in places if kind == "train"] == list(range(1, places[-1][0] + 1))
-    rows = [json.loads((folder / "result.json").read_text())["rows"] for folder in (killed, undisturbed)]
-    assert rows[0] == rows[1]
     kept = [sorted(path.name for path in (folder / "checkpoints").iterdir()) for folder in (killed, undisturbed)]
     assert kept[0] == kept[1]  # nothing is left of killed writes and deletions, and the best is the same
     assert not list(killed.glob("damaged-*"))

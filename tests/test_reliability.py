@@ -17,10 +17,9 @@ import jax
 import jax.numpy as jnp
 import processes
 import pytest
+from runs import assert_same_run, final_state, history
 
-from jvitmoe import config as config_lib
-from jvitmoe import evaluate, step, train
-from jvitmoe.checkpoint import Checkpoints
+from jvitmoe import evaluate, train
 
 EXPERIMENT = """
 from jvitmoe.config import Config, DataConfig, ModelConfig, RoutingConfig, TrainConfig
@@ -69,24 +68,6 @@ def wait_for_step(workdir: Path, one: processes.Started) -> None:
         time.sleep(0.02)
 
 
-def final(workdir: Path):
-    """Returns (state, history without the clock's) of a run."""
-    config = config_lib.loads((workdir / "config.json").read_text(), "config.json")
-    checkpoints = Checkpoints(workdir / "checkpoints", read_only=True)
-    model, mesh = step.make_model(config, "cpu"), step.make_mesh(config.train)
-    state, _ = checkpoints.restore(step.abstract_state(config, model, mesh))
-    checkpoints.close()
-    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    lines = [{name: value for name, value in line.items() if name != "images_per_second"} for line in lines]
-    return jax.device_get(state), lines
-
-
-def assert_same_run(workdir: Path, undisturbed: Path) -> None:
-    (state, lines), (expected_state, expected_lines) = final(workdir), final(undisturbed)
-    chex.assert_trees_all_equal(state, expected_state)
-    assert lines == expected_lines
-
-
 def snapshot(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
@@ -108,7 +89,7 @@ def test_asked_to_stop_it_saves_and_exits_within_ten_seconds(experiment, tmp_pat
     (ended,) = processes.collect([one])
     assert ended.code == 128 + signal.SIGTERM, ended.err
     assert ended.seconds - asked < 10
-    state, lines = final(tmp_path / "run")
+    state, lines = final_state(tmp_path / "run"), history(tmp_path / "run")
     assert f"stopped at step {state.step} by SIGTERM" in ended.out
     assert [line["step"] for line in lines if line["kind"] == "train"] == list(range(1, int(state.step) + 1))
 
@@ -215,7 +196,7 @@ def test_a_run_that_stays_sick_skips_up_to_its_limit_and_names_the_last_sound_ch
     assert ended.out.count(" skipped: ") == 3
     named = int(ended.err.partition("checkpoint is step ")[2].partition(";")[0])
     assert named == int(saved(tmp_path / "run")[-1].name)
-    assert int(final(tmp_path / "run")[0].step) == named
+    assert int(final_state(tmp_path / "run").step) == named
 
 
 # one writer

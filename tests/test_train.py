@@ -12,10 +12,9 @@ from pathlib import Path
 import chex
 import jax
 import pytest
+from runs import assert_same_run, final_state, history
 
 from jvitmoe import cli, evaluate, pretrained, report, step, train
-from jvitmoe.checkpoint import Checkpoints
-from jvitmoe.config import Config
 from jvitmoe.models import vit
 
 EXPERIMENT = """
@@ -72,22 +71,6 @@ def run(main, monkeypatch, capsys, *arguments: object) -> tuple[int, str, str]:
     return int(caught.value.code), captured.out, captured.err
 
 
-def final_state(workdir: Path):
-    config = Config()
-    config = train.config_lib.loads((workdir / "config.json").read_text(), "config.json")
-    model = step.make_model(config, "cpu")
-    checkpoints = Checkpoints(workdir / "checkpoints", read_only=True)
-    try:
-        return jax.device_get(checkpoints.restore(step.abstract_state(config, model, step.make_mesh(config.train)))[0])
-    finally:
-        checkpoints.close()
-
-
-def history(workdir: Path) -> list[dict]:
-    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in line.items() if name != "images_per_second"} for line in lines]
-
-
 def wait_for_step(workdir: Path, number: int, process: subprocess.Popen) -> None:
     deadline = time.monotonic() + 120
     while process.poll() is None and time.monotonic() < deadline:
@@ -95,13 +78,6 @@ def wait_for_step(workdir: Path, number: int, process: subprocess.Popen) -> None
         if path.exists() and any(f'"step": {n},' in path.read_text() for n in range(number, STEPS + 1)):
             return
         time.sleep(0.002)
-
-
-def assert_same_run(workdir: Path, undisturbed: Path) -> None:
-    chex.assert_trees_all_equal(final_state(workdir), final_state(undisturbed))
-    assert history(workdir) == history(undisturbed)
-    rows = [json.loads((folder / "result.json").read_text())["rows"] for folder in (workdir, undisturbed)]
-    assert rows[0] == rows[1]
 
 
 def test_killed_and_resumed_equals_uninterrupted(experiment, undisturbed, tmp_path):
