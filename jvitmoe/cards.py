@@ -35,9 +35,10 @@ or, with the arguments in sight:
 
 ```python
 import functools, json, timm, torch
+from pathlib import Path
 from safetensors.torch import load_file
 
-about = json.load(open("{out}/config.json"))
+about = json.loads(Path("{out}/config.json").read_text())
 norm = functools.partial(torch.nn.LayerNorm, eps={epsilon})
 arguments = {{**about["model_args"], "norm_layer": norm}}
 model = timm.create_model(about["architecture"], num_classes=about["num_classes"], **arguments).eval()
@@ -55,9 +56,11 @@ model = onnxruntime.InferenceSession("{out}/model.onnx")
 run = lambda inputs: model.run(None, {{model.get_inputs()[0].name: inputs}})[0]
 ```""",
     "stablehlo": """```python
+from pathlib import Path
+
 from jax import export
 
-model = export.deserialize(bytearray(open("{out}/model.stablehlo", "rb").read()))
+model = export.deserialize(bytearray(Path("{out}/model.stablehlo").read_bytes()))
 run = model.call
 ```
 

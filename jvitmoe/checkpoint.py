@@ -6,6 +6,7 @@ every leaf's CRC-32 is kept in `meta` and verified, restoring walks back to the 
 what is kept is decided here: nothing is deleted before the new checkpoint has been read back from the disk.
 """
 
+import contextlib
 import json
 import os
 import re
@@ -264,7 +265,8 @@ class Checkpoints:
         """Returns the error of a write that failed, with its remains cleared away."""
         self._broken = True
         if jax.process_index() == 0:
-            self._clear()
+            with contextlib.suppress(OSError):  # Orbax may still be writing there; the next start clears the rest
+                self._clear()
         return CheckpointError(
             f"checkpoint {step} cannot be written to {self.directory}: {one_line(error)}; "
             "older ones are as they were; make room or let the folder be written, and start again"

@@ -17,6 +17,7 @@ os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FLAGS}".strip()
 import contextlib
 import dataclasses
 import functools
+import gc
 import importlib.util
 import json
 import subprocess
@@ -49,6 +50,14 @@ TINY = {
     "model": {"width": 8, "hidden": 12, "depth": 2, "heads": 2, "patch": 4, "classes": 3},
     "train": {"batch_size": 8, "epochs": 4, "devices": 1, "platform": "cpu"},
 }
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _programs_of_other_files_are_let_go() -> Iterator[None]:
+    """Each compiled program holds several memory maps, and a process may have 65,530: all files' are more than that."""
+    yield
+    jax.clear_caches()
+    gc.collect()
 
 
 @pytest.fixture(scope="session")
