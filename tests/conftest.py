@@ -129,10 +129,10 @@ def training(tiny_split: Split) -> Callable[[Config], Training]:
     return make
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def full_run(tiny_config: Callable[..., Config], training: Callable[[Config], Training]) -> Callable[..., Training]:
     """Returns the five steps, run once, of four experts with everything on: full_run(scope, devices). Scope "shared"
-    goes with Adam, "layer" with AdamW."""
+    goes with Adam, "layer" with AdamW. Run anew for each file, with whose programs its own are let go."""
 
     @functools.cache
     def run(scope: str, devices: int) -> Training:
