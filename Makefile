@@ -28,8 +28,9 @@ check: install
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
 
+# Two processes, a file each at a time: tests that run processes of their own wait for them, and would starve more.
 test: check $(PEERS)/installed
-	JVITMOE_PEERS=$(abspath $(PEERS)/bin/python) $(RUN) -m pytest
+	JVITMOE_PEERS=$(abspath $(PEERS)/bin/python) $(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 $(PEERS)/installed: requirements-peers.txt
 	$(PEERS_PYTHON) -m venv $(PEERS)

@@ -102,6 +102,10 @@ class Case:
         }
         self._steps_per_epoch = order.steps_per_epoch
 
+    def text(self) -> str:
+        """Returns the compiled program as HLO."""
+        return str(self._step.as_text())
+
     def seconds(self, steps: int) -> float:
         """Returns the mean seconds of a step over several."""
         began = time.perf_counter()

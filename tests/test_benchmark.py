@@ -1,4 +1,6 @@
 import json
+import re
+import subprocess
 import sys
 
 import pytest
@@ -102,3 +104,14 @@ def test_the_command_explains_itself(capsys):
     with pytest.raises(SystemExit):
         cli.parse(["benchmark.py", "--help"], benchmark.define_flags, config=True)
     assert "--peer_python" in capsys.readouterr().out
+
+
+def test_the_profile_says_where_a_step_goes(tmp_path):
+    """The parts of the step add up to it on one core or two, and both passes are among them."""
+    config, *_ = [part for part in arguments(tmp_path) if part.startswith("--config")]
+    command = [sys.executable, "scripts/profile_step.py", config, "--steps=3", "--rows=1000"]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    step = float(re.search(r"(\d+) ms a step, float32", said.replace(",", ""))[1])
+    rows = re.findall(r"^\| (forward|backward|around) \| \S.*? \| ([\d.]+) \|", said, re.MULTILINE)
+    assert {part for part, _ in rows} == {"forward", "backward", "around"}
+    assert 0.3 * step < sum(float(ms) for _, ms in rows) < 2.5 * step

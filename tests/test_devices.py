@@ -1,0 +1,147 @@
+import functools
+import re
+
+import chex
+import jax
+import optax
+import pytest
+from jax._src.cudnn import fused_attention_stablehlo
+
+from jvitmoe import merging, step
+from jvitmoe.compilation import for_reading, reduced_bytes
+from jvitmoe.config import Config, ConfigError, ModelConfig
+from jvitmoe.data import feed
+from jvitmoe.models import vit
+
+
+@pytest.fixture(scope="module")
+def axis_run(tiny_config, training):
+    """Returns four steps of four experts on a mesh, all options on: axis_run(devices, expert_devices, **train)."""
+
+    @functools.cache
+    def run(devices, expert_devices, **train):
+        config = tiny_config(
+            data={"crop_padding": 1, "flip": True},
+            model={"dropout": 0.2, "depth": 2},
+            routing={"experts": 4, "granularity": "sample", "pull": 0.1, "pattern": ("dense", "experts")},
+            optim={"eps": 1e-3, "clip_norm": 0.5},
+            train={"devices": devices, "expert_devices": expert_devices, "ema": 0.5, "batch_size": 16, "epochs": 8}
+            | train,
+        )
+        return training(config).run(4)
+
+    return run
+
+
+@pytest.mark.parametrize(("devices", "expert_devices"), [(2, 2), (4, 4), (8, 4), (8, 2)])
+def test_an_expert_axis_changes_nothing_but_where_things_are(axis_run, devices, expert_devices):
+    one, many = axis_run(1, 1), axis_run(devices, expert_devices)
+    chex.assert_trees_all_close(many.metrics, one.metrics, rtol=1e-6, atol=1e-6)
+    chex.assert_trees_all_close(many.history, one.history, rtol=1e-6, atol=3e-7)
+    leaf = many.state.params["blocks"]["block1"]["mlp"]["up"]
+    assert leaf.addressable_shards[0].data.shape == (1, 4 // expert_devices, 8, 12)
+    counts = optax.tree.get(many.state.opt_state.experts, "count")
+    assert counts.sharding.spec[1] == step.EXPERT
+
+
+@pytest.mark.parametrize("shard", ["optimizer", "parameters"])
+def test_a_sharded_state_trains_the_same_on_less_memory(axis_run, shard):
+    one, many = axis_run(1, 1), axis_run(4, 1, shard=shard)
+    chex.assert_trees_all_close(many.metrics, one.metrics, rtol=1e-6, atol=1e-6)
+    chex.assert_trees_all_close(many.history[-1], one.history[-1], rtol=1e-6, atol=3e-7)
+
+    def share(tree):
+        leaves = jax.tree.leaves(tree)
+        return sum(x.addressable_shards[0].data.size for x in leaves) / sum(x.size for x in leaves)
+
+    assert share(many.state.opt_state) < 0.3
+    assert share(many.state.params) == 1.0 if shard == "optimizer" else share(many.state.params) < 0.3
+
+
+@pytest.mark.parametrize(("parts", "devices", "expert_devices"), [(2, 1, 1), (2, 2, 2), (4, 1, 1)])
+def test_a_batch_in_parts_is_the_batch(axis_run, parts, devices, expert_devices):
+    one, many = axis_run(1, 1), axis_run(devices, expert_devices, accumulate=parts)
+    chex.assert_trees_all_close(many.metrics, one.metrics, rtol=1e-6, atol=1e-6)
+    chex.assert_trees_all_close(many.history[-1], one.history[-1], rtol=1e-6, atol=3e-7)
+
+
+def test_an_expert_axis_reduces_the_trunk_alone_and_moves_no_image(tiny_config, tiny_split):
+    config = tiny_config(
+        model={"width": 32, "hidden": 64, "patch": 2},
+        routing={"experts": 4, "granularity": "sample"},
+        train={"devices": 4, "expert_devices": 4, "batch_size": 16},
+    )
+    mesh = step.make_mesh(config.train)
+    model = step.make_model(config, "cpu")
+    order = feed.TrainOrder(len(tiny_split), 16, jax.random.key(0), mesh, config.slots)
+    train_step = step.make_train_step(config, model, mesh, order.steps_per_epoch)
+    given = step.abstract_state(config, model, mesh)
+    text = for_reading(train_step.lower(given, feed.put(tiny_split, mesh), order.epoch(0))).as_text()
+    trunk, _ = merging.split(given.params, merging.stacked(given.params))
+    size = sum(x.size for x in jax.tree.leaves(trunk))
+    # Every gradient of the trunk, the loss and the accuracy; and the sum of squares of the experts' part of the norm.
+    assert 4 * (size + 2) <= reduced_bytes(text) <= 4 * (size + 2 + 8)
+
+
+@pytest.mark.parametrize(
+    ("sections", "says"),
+    [
+        ({"train": {"expert_devices": 2}}, "must be 1, or divide routing.experts for granularity sample"),
+        (
+            {"routing": {"experts": 4, "granularity": "sample"}, "train": {"expert_devices": 3}},
+            "must be 1, or divide routing.experts",
+        ),
+        (
+            {"routing": {"experts": 4, "router": "switch"}, "train": {"accumulate": 2}},
+            "must be 1 for a router with a balance loss",
+        ),
+    ],
+)
+def test_meshes_and_parts_that_cannot_be_are_refused(tiny_config, sections, says):
+    with pytest.raises(ConfigError, match=says):
+        tiny_config(**sections)
+
+
+@pytest.mark.parametrize("attention", ["xla", "cudnn"])
+def test_the_step_lowers_for_cuda_where_there_is_no_gpu(tiny_config, tiny_split, monkeypatch, attention):
+    # JAX asks the driver what it has before it writes cuDNN's call; here there is none to ask.
+    monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91000)
+    monkeypatch.setattr(fused_attention_stablehlo, "check_compute_capability", lambda _: True)
+    config = tiny_config(
+        model={"width": 32, "hidden": 64, "heads": 4, "pool": "mean", "dtype": "bfloat16", "attention": attention},
+        routing={"experts": 4},
+        train={"devices": 2, "batch_size": 8},
+    )
+    mesh = step.make_mesh(config.train)
+    order = feed.TrainOrder(len(tiny_split), 8, jax.random.key(0), mesh)
+    model = step.make_model(config, "cpu")
+    given = step.abstract_state(config, model, mesh), feed.put(tiny_split, mesh), order.epoch(0)
+    program = step.make_train_step(config, model, mesh, order.steps_per_epoch)
+    text = program.trace(*given).lower(lowering_platforms=("cuda",)).as_text()
+    products = re.findall(r"stablehlo.dot_general.*-> tensor<\S*x(\w+)>", text)
+    assert products.count("bf16") > 20
+    calls = set(re.findall(r"custom_call @([\w$]+)", text))
+    fused = {"__cudnn$fmhaSoftmax", "__cudnn$fmhaSoftmaxBackward"}
+    assert calls & fused == (fused if attention == "cudnn" else set())
+
+
+@pytest.mark.parametrize(
+    ("model", "fits"),
+    [
+        ({"width": 384, "heads": 6, "pool": "mean"}, True),
+        ({"width": 384, "heads": 6, "pool": "cls"}, False),  # an odd number of tokens
+        ({"width": 300, "heads": 12, "pool": "mean"}, False),  # heads of 25
+        ({"width": 384, "heads": 2, "pool": "mean"}, False),  # heads of 192
+        ({"width": 384, "heads": 6, "pool": "mean", "dtype": "float32"}, False),
+    ],
+)
+def test_attention_is_cudnns_where_a_gpu_has_it_and_it_takes_the_shapes(model, fits):
+    config = ModelConfig(**{"image_size": 32, "patch": 4, "dtype": "bfloat16"} | model)
+    assert vit.build(config, platform="gpu", fused=True).attention == ("cudnn" if fits else "xla")
+    assert vit.build(config, platform="gpu", fused=False).attention == "xla"
+    config.attention = "cudnn"
+    if fits:
+        assert vit.build(Config(model=config).validate().model, platform="gpu").attention == "cudnn"
+    else:
+        with pytest.raises(ConfigError, match=r"model\.attention"):
+            Config(model=config).validate()

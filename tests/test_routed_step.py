@@ -1,0 +1,282 @@
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from jvitmoe import merging, routing, step
+from jvitmoe.config import Config, RoutingConfig
+from jvitmoe.data import augment
+from jvitmoe.models import moe, vit
+from jvitmoe.routing import Purpose
+
+
+@pytest.fixture(scope="module")
+def slot_run(tiny_config, training):
+    """Returns five steps where all experts run, once for each setting: slot_run(granularity, scope, devices)."""
+
+    @functools.cache
+    def run(granularity, scope, devices):
+        config = tiny_config(
+            data={"crop_padding": 1, "flip": True},
+            model={"dropout": 0.2},
+            routing={"experts": 2, "granularity": granularity, "scope": scope, "pull": 0.1, "learning_rate": 2.0},
+            optim={"eps": 1e-3},
+            train={"devices": devices, "ema": 0.5, "batch_size": 16, "epochs": 8},
+        )
+        return training(config).run(5)
+
+    return run
+
+
+@pytest.mark.parametrize(("granularity", "scope"), [("sample", "layer"), ("token", "shared")])
+@pytest.mark.parametrize("devices", [2, 4, 8])
+def test_training_over_slots_is_the_same_on_1_2_4_and_8_devices(slot_run, granularity, scope, devices):
+    one, many = slot_run(granularity, scope, 1), slot_run(granularity, scope, devices)
+    chex.assert_trees_all_close(many.metrics, one.metrics, rtol=1e-6, atol=1e-6)
+    chex.assert_trees_all_close(many.history[-1], one.history[-1], rtol=1e-6, atol=3e-7)
+
+
+def test_over_slots_every_expert_runs_every_step(slot_run):
+    run = slot_run("sample", "layer", 1)
+    counts_LE = optax.tree.get(run.history[-1].opt_state.experts, "count")
+    np.testing.assert_array_equal(counts_LE, np.full((2, 2), 5))
+
+
+def test_ema_is_the_running_mean_of_the_merged_tree(slot_run):
+    run = slot_run("sample", "layer", 1)
+    expected = merging.average_experts(run.history[0].params)
+    for after in run.history[1:]:
+        merged = merging.average_experts(after.params)
+        expected = jax.tree.map(lambda mean, new: 0.5 * mean + 0.5 * new, expected, merged)
+        chex.assert_trees_all_close(after.ema, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("granularity", ["sample", "token"])
+def test_routing_over_slots_costs_what_dense_costs(tiny_config, training, granularity):
+    flops = []
+    for experts in (1, 4):
+        # Wide against the optimiser's work, which E experts do E times; unrolled, as XLA counts a loop's body once.
+        run = training(
+            tiny_config(
+                model={"width": 32, "hidden": 128, "unroll": 2, "patch": 2},
+                routing={"experts": experts, "granularity": granularity if experts > 1 else "batch"},
+                train={"batch_size": 24},
+            )
+        )
+        model, params = run.model, run.state.params
+        route = routing.draw_route(jax.random.key(0), run.config.routing, 2, run.config.model.tokens)
+        images = jnp.zeros((24, 8, 8, 1))
+        loss = jax.jit(jax.grad(lambda p, m=model, i=images, r=route: vit.logits(m, p, i, r).sum()))
+        flops.append(loss.lower(params).compile().cost_analysis()["flops"])
+    assert flops[1] == pytest.approx(flops[0], rel=0.01)
+
+
+@pytest.mark.parametrize("granularity", ["batch", "sample"])
+def test_equal_experts_with_pull_1_stay_equal_and_tie_last_makes_them_so(tiny_config, training, granularity):
+    routed = {"experts": 2, "granularity": granularity, "init": "independent", "tie_last": 0.5}
+    run = training(tiny_config(routing=routed, train={"epochs": 2})).run(6)  # 6 steps, tied from step 3 on
+
+    def spread(state):
+        _, experts = merging.split(state.params, merging.stacked(state.params))
+        return max(float(np.ptp(leaf, axis=1).max()) for leaf in jax.tree.leaves(experts))
+
+    spreads = [spread(state) for state in run.history]
+    assert min(spreads[:3]) > 1e-3
+    assert max(spreads[3:]) < 1e-6
+
+
+def test_tied_batch_routing_takes_the_dense_step(tiny_config, training):
+    """With equal experts, one expert's step counts for all: the merged tree moves as the dense model does."""
+    dense = training(tiny_config(train={"epochs": 2})).run(1)
+    routed = {"experts": 2, "init": "shared", "tie_last": 0.99}
+    tied = training(tiny_config(routing=routed, train={"epochs": 2})).run(1)
+    merged = merging.average_experts(tied.history[1].params)
+    chex.assert_trees_all_close(merged, dense.history[1].params, rtol=1e-5, atol=1e-7)
+
+
+def test_experts_move_by_their_own_learning_rate(tiny_config, training):
+    moved = []
+    for times in (1.0, 3.0):
+        routed = {"experts": 2, "granularity": "sample", "learning_rate": times}
+        run = training(tiny_config(routing=routed)).run(1)
+        before, after = run.history[:2]
+        moved.append(jax.tree.map(lambda a, b: b - a, before.params, after.params))
+    for once, thrice, is_stacked in zip(
+        *map(jax.tree.leaves, (moved[0], moved[1], merging.stacked(before.params))), strict=True
+    ):
+        np.testing.assert_allclose(thrice, (3 if is_stacked else 1) * once, rtol=1e-3, atol=1e-7)
+
+
+def test_pull_follows_its_schedule():
+    config = Config()
+    config.routing = RoutingConfig(experts=4, pull=0.2, pull_every=2, pull_schedule="rising", tie_last=0.2)
+    at = step.expert_schedule(config, steps_per_epoch=1)  # 10 epochs: 10 steps
+    pulls = [float(at(jnp.int32(s))[1]) for s in range(10)]
+    np.testing.assert_allclose(pulls, [0, 0.04, 0, 0.08, 0, 0.12, 0, 1, 1, 1], rtol=1e-6)
+    assert [float(at(jnp.int32(s))[0]) for s in range(10)] == [1.0] * 8 + [4.0] * 2
+
+
+def test_consistency_of_equal_logits_costs_nothing_and_equals_the_formula_otherwise():
+    rng = np.random.default_rng(0)
+    p, q = rng.normal(size=(2, 5, 4))
+    assert step.consistency(p, p, True) == 0
+
+    def log_softmax(x):
+        return x - np.log(np.exp(x).sum(-1, keepdims=True))
+
+    log_p, log_q = log_softmax(p), log_softmax(q)
+    wanted = 0.5 * ((np.exp(log_q) * (log_q - log_p)).sum(-1) + (np.exp(log_p) * (log_p - log_q)).sum(-1)).mean()
+    for stop in (True, False):
+        np.testing.assert_allclose(step.consistency(p, q, stop), wanted, rtol=1e-5)
+    # AdaMix's form moves p toward q only as far as KL(q || p) asks: its slope is (p - q) / 2 per image.
+    slope = jax.grad(lambda x: step.consistency(x, jnp.asarray(q), True))(jnp.asarray(p))
+    np.testing.assert_allclose(slope, 0.5 * (np.exp(log_p) - np.exp(log_q)) / 5, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("granularity", ["batch", "sample"])
+@pytest.mark.parametrize("form", ["adamix", "thor"])
+def test_with_equal_experts_consistency_adds_nothing(tiny_config, training, granularity, form):
+    losses = []
+    for weight in (0.0, 5.0):
+        routed = {"experts": 4, "granularity": granularity, "init": "shared", "scope": "layer"}
+        run = training(tiny_config(routing={**routed, "consistency": weight, "consistency_loss": form})).run(1)
+        losses.append(run.metrics[0].loss)
+    np.testing.assert_allclose(losses[1], losses[0] * (2 if form == "thor" else 1), rtol=1e-5)
+
+
+def test_two_passes_over_batch_routes_touch_exactly_their_two_experts(tiny_config, training):
+    routed = {"experts": 4, "scope": "layer", "consistency": 1.0, "consistency_loss": "thor"}
+    run = training(tiny_config(routing=routed)).run(3)
+    root = jax.random.key(run.config.train.seed)
+    for number, (before, after) in enumerate(zip(run.history[:-1], run.history[1:], strict=True)):
+        first = routing.draw_route(
+            routing.address(root, Purpose.ROUTE, number), run.config.routing, 2, run.config.model.tokens
+        )
+        key = routing.address(root, Purpose.SECOND_ROUTE, number)
+        ran = np.stack([first, routing.distinct_route(key, first, run.config.routing)], axis=1)
+        up_before, up_after = before.params["blocks"]["mlp"]["up"], after.params["blocks"]["mlp"]["up"]
+        for layer in range(2):
+            for expert in range(4):
+                same = up_before[layer, expert].tobytes() == up_after[layer, expert].tobytes()
+                assert same == (expert not in ran[layer])
+
+
+def test_two_passes_give_the_gradients_of_the_whole_stack(tiny_config, training):
+    """The step on two picked experts moves the trunk as plain differentiation through all experts says."""
+    routed = {"experts": 3, "consistency": 2.0, "consistency_loss": "thor"}
+    run = training(tiny_config(routing=routed, train={"devices": 2})).run(1)
+    before, config = run.history[0], run.config
+    root = jax.random.key(config.train.seed)
+    first = routing.draw_route(routing.address(root, Purpose.ROUTE, 0), config.routing, 2, config.model.tokens)
+    second = routing.distinct_route(routing.address(root, Purpose.SECOND_ROUTE, 0), first, config.routing)
+    index_B = np.asarray(run.order.epoch(0))[0]
+    x = augment.normalize(np.asarray(run.images.images_NHWC)[index_B])
+    labels_B = np.asarray(run.images.labels_N)[index_B]
+
+    def loss_fn(params):
+        p, q = (vit.logits(run.model, params, x, route) for route in (first, second))
+        ce = sum(optax.softmax_cross_entropy_with_integer_labels(logits, labels_B).mean() for logits in (p, q))
+        return ce + 2.0 * step.consistency(p, q, False)
+
+    loss, grads = jax.jit(jax.value_and_grad(loss_fn))(before.params)
+    np.testing.assert_allclose(run.metrics[0].loss, loss, rtol=1e-6)
+    np.testing.assert_allclose(run.metrics[0].grad_norm, optax.tree.norm(grads), rtol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def routed_run(tiny_config, training):
+    """Returns three steps with a learned router: routed_run(router, devices)."""
+
+    @functools.cache
+    def run(router, devices):
+        config = tiny_config(
+            routing={"experts": 2, "router": router, "capacity": 0.75, "balance_loss": 0.1, "z_loss": 0.01, "top_k": 1},
+            optim={"eps": 1e-3},
+            model={"dropout": 0.1},
+            train={"devices": devices},
+        )
+        return training(config).run(3)
+
+    return run
+
+
+@pytest.mark.parametrize("router", ["switch", "topk", "expert_choice", "soft", "hash", "frozen"])
+def test_training_with_a_learned_router_is_the_same_on_1_and_4_devices(routed_run, router):
+    one, many = routed_run(router, 1), routed_run(router, 4)
+    chex.assert_trees_all_close(many.metrics, one.metrics, rtol=1e-5, atol=1e-6)
+    chex.assert_trees_all_close(many.history[-1], one.history[-1], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("router", ["switch", "topk"])
+def test_the_loss_holds_the_routers_losses_over_the_global_batch(tiny_config, training, router):
+    plain, routed = ({"balance_loss": 0.0}, {"balance_loss": 0.1, "z_loss": 0.01})
+    runs = [
+        training(tiny_config(routing={"experts": 2, "router": router, **extra}, train={"devices": 2})).run(1)
+        for extra in (plain, routed)
+    ]
+    statistics = runs[1].metrics[0].router
+    extra = 0.1 * moe.balance_loss(router, statistics) + 0.01 * moe.z_loss(statistics)
+    assert extra > 0.001
+    np.testing.assert_allclose(runs[1].metrics[0].loss, runs[0].metrics[0].loss + extra, rtol=1e-6)
+
+
+def test_a_routers_metrics_are_named_by_layer_and_expert(routed_run):
+    floats = step.as_floats(routed_run("switch", 1).metrics[0], expert_layers=(0, 1))
+    assert {"loss", "accuracy", "router/dropped/layer1", "router/entropy/layer0", "router/load/layer1/expert0"} <= set(
+        floats
+    )
+    np.testing.assert_allclose(
+        floats["router/load/layer0/expert0"] + floats["router/load/layer0/expert1"], 1, rtol=1e-6
+    )
+    assert "router/z/layer0" in floats
+    assert 0 <= floats["router/dropped/layer0"] < 1
+
+
+@pytest.mark.parametrize("router", ["switch", "soft"])
+def test_experts_of_a_learned_router_average_to_the_dense_models_tree(routed_run, router, tiny_config):
+    merged = merging.average_experts(routed_run(router, 1).state.params)
+    dense = jax.eval_shape(lambda: vit.init(vit.build(tiny_config().model), jax.random.key(0)))
+    chex.assert_trees_all_equal_shapes_and_dtypes(merged, dense)
+
+
+def test_a_frozen_router_keeps_its_bits_and_sends_tokens_to_ever_more_experts(tiny_config, training):
+    config = tiny_config(
+        routing={"experts": 4, "router": "frozen", "top_k": 2, "capacity": 4.0},
+        optim={"name": "adam", "weight_decay": 0.1},
+        train={"epochs": 2},
+    )
+    run = training(config).run(6)
+    before, after = (state.params["blocks"]["mlp"] for state in (run.history[0], run.history[-1]))
+    chex.assert_trees_all_equal(after["router"], before["router"])
+    assert not np.array_equal(after["up"], before["up"])
+    frozen = [x for x in jax.tree.leaves(run.state.opt_state.trunk) if x.shape == before["router"]["kernel"].shape]
+    assert not frozen  # no moments are kept
+    # A share of choices is 1 / (K tokens) times an integer: over 6 steps K is 2, 2, 3, 3, 4, 4.
+    choices = config.train.batch_size * config.model.tokens
+    for top_k, metrics in zip([2, 2, 3, 3, 4, 4], run.metrics, strict=True):
+        count_LE = metrics.router.load_E * choices * top_k
+        np.testing.assert_allclose(count_LE, np.round(count_LE), atol=1e-3)
+        assert count_LE.max() <= choices * (1 + 1e-6)
+        np.testing.assert_allclose(metrics.router.load_E.sum(-1), 1, rtol=1e-6)
+    np.testing.assert_allclose(run.metrics[-1].router.load_E, 0.25, rtol=1e-6)  # all run on all
+
+
+@pytest.mark.parametrize("granularity", ["batch", "sample"])
+def test_layers_without_experts_train_as_the_trunk_does(tiny_config, training, granularity):
+    routed = {"experts": 2, "pattern": ("dense", "experts"), "granularity": granularity, "scope": "layer"}
+    settings = {"model": {"depth": 4}, "routing": routed, "optim": {"eps": 1e-3}}
+    one, many = (training(tiny_config(**settings, train={"devices": devices})).run(4) for devices in (1, 4))
+    chex.assert_trees_all_close(many.metrics, one.metrics, rtol=1e-6, atol=1e-6)
+    chex.assert_trees_all_close(many.history[-1], one.history[-1], rtol=1e-6, atol=3e-7)
+    for before, after in zip(one.history[:-1], one.history[1:], strict=True):
+        old, new = (
+            [state.params["blocks"][block]["mlp"]["up"] for block in ("block0", "block1")] for state in (before, after)
+        )
+        dense_moved_L, moved_LE = ((a != b).any((-2, -1)) for a, b in zip(old, new, strict=True))
+        assert (dense_moved_L.shape, moved_LE.shape) == ((2,), (2, 2))
+        assert dense_moved_L.all()
+        assert (moved_LE.sum(1) == (1 if granularity == "batch" else 2)).all()
