@@ -14,6 +14,7 @@ FLAGS = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_lev
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FLAGS}".strip()
 
+import collections
 import contextlib
 import dataclasses
 import functools
@@ -58,6 +59,25 @@ def _programs_of_other_files_are_let_go() -> Iterator[None]:
     yield
     jax.clear_caches()
     gc.collect()
+
+
+TALLY = "tally: "
+
+
+@pytest.fixture
+def tally(record_property: Callable[[str, object], None]) -> Callable[[str, int], None]:
+    """Returns what adds to a figure of docs/reliability.md, which the suite prints at its end: tally("kills", 20)."""
+    return lambda figure, count: record_property(TALLY + figure, count)
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    figures: collections.Counter[str] = collections.Counter()
+    for report in terminalreporter.stats.get("passed", []):
+        for name, count in report.user_properties:
+            if name.startswith(TALLY):
+                figures[name.removeprefix(TALLY)] += count
+    for figure, count in figures.items():
+        terminalreporter.write_line(f"{count:6,} {figure}")
 
 
 @pytest.fixture(scope="session")

@@ -195,7 +195,7 @@ FAULTS = [
 ]
 
 
-def test_a_process_killed_frozen_or_failing_ends_the_other_within_30_seconds_which_names_it(tmp_path):
+def test_a_process_killed_frozen_or_failing_ends_the_other_within_30_seconds_which_names_it(tmp_path, tally):
     """Six runs at once, because most of it is waiting."""
     (tmp_path / "fails.py").write_text(EXPERIMENT + FAILS)
     long = ("--config.train.epochs=100000", "--config.train.eval_every=100000", "--config.train.checkpoint_every=0")
@@ -223,6 +223,4 @@ def test_a_process_killed_frozen_or_failing_ends_the_other_within_30_seconds_whi
             assert failed.code == 1
             assert "RuntimeError: a bug" in failed.err
             assert failed.err.endswith(f"process {victim} of 2 ends, and the others with it\n")
-        print(
-            f"process {victim}, {fault.name}: the other ended after {other.seconds - start:.1f} s, saying:", other.err
-        )
+    tally("processes killed, frozen or failing, and named by their peer within 30 s", len(FAULTS))

@@ -25,7 +25,7 @@ KILLS = 20
 
 
 @pytest.mark.slow
-def test_killed_twenty_times_a_run_equals_the_undisturbed_one_bit_for_bit(tmp_path):
+def test_killed_twenty_times_a_run_equals_the_undisturbed_one_bit_for_bit(tmp_path, tally):
     (tmp_path / "tiny.py").write_text(EXPERIMENT)
     script = [sys.executable, "scripts/kill_and_resume.py", f"--out={tmp_path / 'runs'}", f"--kills={KILLS}"]
     done = subprocess.run(
@@ -37,7 +37,6 @@ def test_killed_twenty_times_a_run_equals_the_undisturbed_one_bit_for_bit(tmp_pa
         timeout=1200,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    print(done.stdout)
     survived = re.search(
         r"(\d+) kills: (\d+) at a step, (\d+) writing a checkpoint, (\d+) evaluating, (\d+) before", done.stdout
     )
@@ -54,3 +53,4 @@ def test_killed_twenty_times_a_run_equals_the_undisturbed_one_bit_for_bit(tmp_pa
     assert kept[0] == kept[1]  # nothing is left of killed writes and deletions, and the best is the same
     assert not list(killed.glob("damaged-*"))
     assert os.listdir(killed / "checkpoints")
+    tally("kills survived by one run in a row", total)

@@ -361,7 +361,7 @@ VERIFIED = {
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # Orbax's, of reads that failed
 @pytest.mark.parametrize("damage", VERIFIED)
-def test_verify_names_the_part_that_is_damaged_and_no_other(copy, monkeypatch, capsys, damage):
+def test_verify_names_the_part_that_is_damaged_and_no_other(copy, monkeypatch, capsys, damage, tally):
     part, make, message = VERIFIED[damage]
     part = part.format(saved(copy)[-1].name)
     make(copy)
@@ -369,6 +369,7 @@ def test_verify_names_the_part_that_is_damaged_and_no_other(copy, monkeypatch, c
     assert code == 1
     assert [name for name, said in found.items() if said != "sound"] == [part]
     assert message in found[part]
+    tally("damaged parts of run folders found by --verify", 1)
 
 
 # folders from elsewhere

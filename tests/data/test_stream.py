@@ -1,5 +1,6 @@
 """Streamed batches are the batches of the set on the device: same images, same order, same bits after training."""
 
+import importlib.util
 import io
 import json
 import shutil
@@ -336,3 +337,30 @@ def test_the_imagenet_config_streams_a_tfds_set_and_tests_on_its_labelled_split(
     test = stream.read(sources.browse(config.data, config.model).test, config)
     np.testing.assert_array_equal(test.labels_N, [0, 80, 160, 240, 320, 400])
     np.testing.assert_allclose(test.images_NHWC[:, 16, 16, 0], [0, 10, 20, 30, 40, 50], atol=2)  # of JPEG
+
+
+@pytest.mark.skipif(importlib.util.find_spec("tensorflow") is None, reason="TFDS encodes its mock data by TensorFlow")
+@pytest.mark.skipif(sys.version_info < (3, 12), reason="there TFDS's mock data cannot be asked for several items")
+def test_mock_data_of_tfds_trains_as_a_stream_as_it_trains_on_the_device(tmp_path, monkeypatch, capsys):
+    import tensorflow_datasets as tfds
+
+    describe_set("cifar10", tmp_path / "sets", {"train": 20, "test": 20})
+    settings = (*TINY[2:], "model.image_size=32", "model.channels=3", "model.width=8", "model.hidden=12")
+    settings += ("data.name=cifar10", f"data.dir={tmp_path / 'sets'}", "data.flip=True", "routing.experts=2")
+    settings += ("optim.warmup_epochs=0",)
+    command = ["--config=configs/digits_dense.py", *flags(*settings, "train.epochs=3", "train.log_every=1")]
+    monkeypatch.chdir(CONFIGS.parent)
+    lines = {}
+    for streamed in (True, False):
+        workdir = tmp_path / f"run{streamed}"
+        with tfds.testing.mock_data(
+            num_examples=20, policy=tfds.testing.MockPolicy.USE_FILES, data_dir=str(tmp_path / "sets")
+        ):
+            arguments = (*command, f"--config.data.stream={streamed}", f"--workdir={workdir}")
+            code, out, err = run(train.main, monkeypatch, capsys, *arguments)
+        assert code == 0, err
+        assert "20 train, 0 validation, 20 test" in out
+        found = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
+        lines[streamed] = [(line["step"], line["loss"]) for line in found if line["kind"] == "train"]
+    assert [step for step, _ in lines[True]] == list(range(1, 7))
+    assert lines[True] == lines[False]
