@@ -3,11 +3,14 @@
 B batch · T tokens · D width · F hidden width · E experts · R rank of LoRA, or width of an adapter
 """
 
+import math
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax.linen.initializers import Initializer
 
 
@@ -17,27 +20,57 @@ def torch_uniform(fan_in: int) -> Initializer:
     return lambda key, shape, dtype=jnp.float32: jax.random.uniform(key, shape, dtype, -bound, bound)
 
 
+def recomputed(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns the function, of which the backward pass keeps the arguments alone. For what is cheap to compute again
+    and costs memory, and on a CPU time, to keep for every layer."""
+    return jax.checkpoint(function, prevent_cse=False)  # the loop over layers keeps the two passes apart
+
+
 def dropout(x_B: jax.Array, key_B: jax.Array | None, site: int, rate: float) -> jax.Array:
     """Returns x with a share `rate` of its entries zeroed and the rest scaled by 1 / (1 - rate); x itself without keys.
 
     Each image draws from its own key, so the mask depends on the image's place in the global batch and not on the
-    number of devices. Sixteen random bits decide an entry: half the cost of a float draw, and the rate is exact
-    to 1/65536.
+    number of devices. 32 random bits decide an entry.
     """
     if key_B is None or rate == 0.0:
         return x_B
-    bits_B = jax.vmap(lambda key: jax.random.bits(jax.random.fold_in(key, site), x_B.shape[1:], jnp.uint16))(key_B)
-    threshold = min(round(rate * 65536), 65535)  # a sixteen-bit number, also for rates next to 1
-    return jnp.where(bits_B >= threshold, x_B * (1.0 / (1.0 - rate)), 0.0).astype(x_B.dtype)
+    key_B = jax.vmap(jax.random.fold_in, (0, None))(key_B, site)
+    threshold = np.uint32(min(round(rate * 2**32), 2**32 - 1))
+    # Drawn once: XLA would fuse the drawing into all that reads the mask, and draw anew in each.
+    kept_B = jax.lax.optimization_barrier(random_words(key_B, x_B.shape[1:]) >= threshold)
+    return jnp.where(kept_B, x_B * (1.0 / (1.0 - rate)), 0.0).astype(x_B.dtype)
+
+
+def random_words(key_B: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Returns 32 random bits for each place of each image, uint32 [B, *shape], a pure function of the image's key.
+
+    They are the first word that Threefry-2x32 with 20 rounds (Salmon et al., SC 2011: JAX's own generator) makes of
+    (place, 0), written out so that XLA fuses it into one pass over the array. On a CPU `jax.random.bits` goes over the
+    array in memory many times, which took 45 % of a step.
+    """
+    seed_B2 = jax.vmap(lambda key: jax.random.bits(key, (2,)))(key_B)
+    whole = seed_B2.shape[0], *shape
+    k0, k1 = (jnp.broadcast_to(seed_B2[:, n].reshape(-1, *(1 for _ in shape)), whole) for n in (0, 1))
+    keys = k0, k1, k0 ^ k1 ^ np.uint32(0x1BD11BDA)
+    x = jnp.broadcast_to(jnp.arange(math.prod(shape), dtype=jnp.uint32).reshape(1, *shape), whole) + k0
+    y = k1
+    for group, rotations in enumerate(THREEFRY):
+        for rotation in rotations:
+            x = x + y
+            y = (y << rotation | y >> (32 - rotation)) ^ x
+        x, y = x + keys[(group + 1) % 3], y + keys[(group + 2) % 3] + np.uint32(group + 1)
+    return x
+
+
+THREEFRY = (((13, 15, 26, 6), (17, 29, 16, 24)) * 3)[:5]  # bits by which the rounds rotate, four and four
 
 
 @jax.custom_jvp
-def gelu(x: jax.Array) -> jax.Array:
-    """Returns x Phi(x), the exact GELU (Hendrycks and Gimpel, arXiv 1606.08415), of any shape."""
+def _gelu(x: jax.Array) -> jax.Array:
     return jax.nn.gelu(x, approximate=False)
 
 
-@gelu.defjvp
+@_gelu.defjvp
 def _gelu_jvp(primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> tuple[jax.Array, jax.Array]:
     # The derivative is written out because JAX 0.12's own, in float32, is refused under shard_map's check_vma.
     (x,), (dx,) = primals, tangents
@@ -46,9 +79,15 @@ def _gelu_jvp(primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> tuple[ja
     return x * cdf, dx * (cdf + x * density)
 
 
+@recomputed
+def gelu(x: jax.Array) -> jax.Array:
+    """Returns x Phi(x), the exact GELU (Hendrycks and Gimpel, arXiv 1606.08415), of any shape."""
+    return _gelu(x)
+
+
 def add_bias(x: jax.Array, bias: jax.Array) -> jax.Array:
-    """Returns x [..., N] + bias [N]."""
-    return x + jnp.broadcast_to(bias, x.shape)
+    """Returns x [..., N] + bias [N] in the dtype of x. With a float32 bias, its gradient is summed in float32."""
+    return x + jnp.broadcast_to(bias, x.shape).astype(x.dtype)
 
 
 def two_layers(x_BTD: jax.Array, key_B: jax.Array | None, weights: tuple[jax.Array, ...], rate: float) -> jax.Array:
@@ -141,7 +180,7 @@ class Mlp(nn.Module):
         return y_EBTD.reshape(x_BTD.shape)
 
     def _weights(self, width: int) -> tuple[tuple[jax.Array, ...], tuple[bool, ...]]:
-        """Returns (up, up_bias, down, down_bias) in the compute dtype, and which of them have an E axis."""
+        """Returns (up, up_bias, down, down_bias), matrices in the compute dtype, and which of them have an E axis."""
         hidden, tuned = self.hidden, self.lora > 0 or self.adapter > 0
         alone = {name: self.experts == 1 or tuned or self.shared_layer == name for name in ("up", "down")}
         weights = {
@@ -164,7 +203,7 @@ class Mlp(nn.Module):
             weights["adapter_down_bias"] = self._param("adapter_down_bias", (width,), None, one)
         plain = fold(weights) if tuned else weights
         stacked = tuple(leaf.ndim > ranks.get(name, 0) for name, leaf in plain.items())
-        return tuple(leaf.astype(self.dtype) for leaf in plain.values()), stacked
+        return tuple(w if "bias" in name else w.astype(self.dtype) for name, w in plain.items()), stacked
 
     def _param(self, name: str, shape: tuple[int, ...], fan_in: int | None, alone: bool) -> jax.Array:
         """Returns the float32 parameter, with an E axis unless it is alone; zeros at first where there is no fan_in."""

@@ -14,29 +14,31 @@ import jax.numpy as jnp
 import numpy as np
 
 from jvitmoe.config import ModelConfig
-from jvitmoe.models.mlp import Mlp, add_bias, dropout, gelu, torch_uniform
+from jvitmoe.models.mlp import Mlp, add_bias, dropout, gelu, recomputed, torch_uniform
 from jvitmoe.models.moe import RoutedMlp, RouterSettings, Statistics
 
 TURN = "block"  # in a pattern of several layers, the key of one is this and its position
 
 
 class Linear(nn.Module):
-    """x [..., *in] -> [..., *features] over the last `axes` axes, as one matrix product; kernel [*in, *features], bias
-    [*features], both with PyTorch's default initialisation."""
+    """The weights of a linear layer: kernel [*taken, *given] and bias [*given], with PyTorch's default initialisation,
+    returned as matrix [I, O] and vector [O]."""
 
-    features: tuple[int, ...]
-    dtype: Any
-    axes: int = 1
+    taken: tuple[int, ...]  # I is their product
+    given: tuple[int, ...]  # and O of these
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        kept, taken = x.shape[: -self.axes], x.shape[-self.axes :]
-        fan_in, fan_out = math.prod(taken), math.prod(self.features)
+    def __call__(self) -> tuple[jax.Array, jax.Array]:
+        fan_in, fan_out = math.prod(self.taken), math.prod(self.given)
         init = torch_uniform(fan_in)
-        kernel = self.param("kernel", init, (*taken, *self.features)).astype(self.dtype)
-        bias = self.param("bias", init, self.features).astype(self.dtype)
-        product = x.astype(self.dtype).reshape(*kept, fan_in) @ kernel.reshape(fan_in, fan_out)
-        return add_bias(product, bias.reshape(fan_out)).reshape(*kept, *self.features)
+        kernel, bias = self.param("kernel", init, (*self.taken, *self.given)), self.param("bias", init, self.given)
+        return kernel.reshape(fan_in, fan_out), bias.reshape(fan_out)
+
+
+def linear(x: jax.Array, weights: tuple[jax.Array, jax.Array], dtype: Any) -> jax.Array:
+    """Returns x [..., I] through the weights of a `Linear`, [..., O] in `dtype`."""
+    kernel_IO, bias_O = weights
+    return add_bias(x.astype(dtype) @ kernel_IO.astype(dtype), bias_O)
 
 
 def sincos2d(grid: int, width: int) -> np.ndarray:
@@ -63,10 +65,8 @@ class PatchEmbedding(nn.Module):
         kernel_PPcD = self.param("kernel", init, (p, p, c, self.width))
         bias_D = self.param("bias", init, (self.width,))
         patches = images_BHWc.reshape(b, grid, p, grid, p, c).transpose(0, 1, 3, 2, 4, 5)
-        tokens_BTD = patches.reshape(b, grid * grid, p * p * c).astype(self.dtype) @ kernel_PPcD.reshape(
-            p * p * c, self.width
-        ).astype(self.dtype)
-        return add_bias(tokens_BTD, bias_D.astype(self.dtype))
+        kernel_ID = kernel_PPcD.reshape(p * p * c, self.width)
+        return linear(patches.reshape(b, grid * grid, p * p * c), (kernel_ID, bias_D), self.dtype)
 
 
 class Attention(nn.Module):
@@ -82,20 +82,28 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(self, x_BTD: jax.Array, key_B: jax.Array | None) -> jax.Array:
-        width = x_BTD.shape[-1]
-        head_width = width // self.heads
-        query_BTHK, key_BTHK, value_BTHK = (
-            Linear((self.heads, head_width), self.dtype, name=name)(x_BTD) for name in ("query", "key", "value")
-        )
-        out = Linear((width,), self.dtype, axes=2, name="out")
+        b, t, width = x_BTD.shape
+        heads = self.heads, width // self.heads
+        three = [Linear((width,), heads, name=name)() for name in ("query", "key", "value")]
+        kernel_DO, bias_O = (jnp.concatenate(parts, axis=-1) for parts in zip(*three, strict=True))
+        parts = jnp.split(linear(x_BTD, (kernel_DO, bias_O), self.dtype), 3, axis=-1)  # one product instead of three
+        query_BTHK, key_BTHK, value_BTHK = (part.reshape(b, t, *heads) for part in parts)
         if self.implementation == "cudnn" and (key_B is None or self.dropout == 0):
-            return out(jax.nn.dot_product_attention(query_BTHK, key_BTHK, value_BTHK, implementation="cudnn"))
-        scores_BHTT = jnp.einsum("bqhk,bthk->bhqt", query_BTHK * head_width**-0.5, key_BTHK)
-        # Softmax in float32: bfloat16 has too few bits for sums of exponentials.
-        weights_BHTT = jax.nn.softmax(scores_BHTT.astype(jnp.float32)).astype(self.dtype)
-        weights_BHTT = dropout(weights_BHTT, key_B, site=1, rate=self.dropout)
-        mixed_BTHK = jnp.einsum("bhqt,bthk->bqhk", weights_BHTT, value_BTHK)
-        return out(mixed_BTHK)
+            mixed_BTHK = jax.nn.dot_product_attention(query_BTHK, key_BTHK, value_BTHK, implementation="cudnn")
+        else:
+            scores_BHTT = jnp.einsum("bqhk,bthk->bhqt", query_BTHK * heads[1] ** -0.5, key_BTHK)
+            weights_BHTT = dropout(_softmax(scores_BHTT), key_B, site=1, rate=self.dropout)
+            mixed_BTHK = jnp.einsum("bhqt,bthk->bqhk", weights_BHTT, value_BTHK)
+        return linear(mixed_BTHK.reshape(b, t, width), Linear(heads, (width,), name="out")(), self.dtype)
+
+
+@recomputed
+def _softmax(scores_BHTT: jax.Array) -> jax.Array:
+    # In float32: bfloat16 has too few bits for sums of exponentials.
+    return jax.nn.softmax(scores_BHTT.astype(jnp.float32)).astype(scores_BHTT.dtype)
+
+
+LayerNorm = nn.remat(nn.LayerNorm, prevent_cse=False)  # as `recomputed`
 
 
 class Block(nn.Module):
@@ -117,8 +125,8 @@ class Block(nn.Module):
         if key_B is not None:
             key_B = jax.vmap(jax.random.fold_in, in_axes=(0, None))(key_B, index)
         config, rate = self.config, self.config.dropout
-        norm1 = nn.LayerNorm(config.norm_epsilon, dtype=self.dtype, name="norm1")
-        norm2 = nn.LayerNorm(config.norm_epsilon, dtype=self.dtype, name="norm2")
+        norm1 = LayerNorm(config.norm_epsilon, dtype=self.dtype, name="norm1")
+        norm2 = LayerNorm(config.norm_epsilon, dtype=self.dtype, name="norm2")
         attention = Attention(config.heads, rate, self.dtype, self.attention, name="attention")
         mlp_settings = (
             *(config.hidden, self.experts, self.expert_init, self.shared_layer, rate, self.dtype),
@@ -197,8 +205,8 @@ class Head(nn.Module):
     @nn.compact
     def __call__(self, x_BD: jax.Array) -> jax.Array:
         if self.hidden:
-            x_BD = gelu(Linear((self.hidden,), self.dtype, name="hidden")(x_BD))
-        return Linear((self.classes,), self.dtype, name="logits")(x_BD)
+            x_BD = gelu(linear(x_BD, Linear(x_BD.shape[-1:], (self.hidden,), name="hidden")(), self.dtype))
+        return linear(x_BD, Linear(x_BD.shape[-1:], (self.classes,), name="logits")(), self.dtype)
 
 
 class ViT(nn.Module):

@@ -10,9 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.extend.random import threefry_2x32
 from jax.sharding import PartitionSpec as P
 
-from jvitmoe.models.mlp import Mlp, dropout, gelu, torch_uniform
+from jvitmoe.models.mlp import Mlp, dropout, gelu, random_words, torch_uniform
 
 GRID = np.concatenate([np.linspace(-12, 12, 481), [-40.0, -1e-3, 1e-3, 40.0]])
 
@@ -137,6 +138,14 @@ def test_dropout_masks_differ_between_images_and_between_sites():
     first_B, second_B = (np.asarray(dropout(x_B, images_keys(2), site, 0.5)) for site in (0, 1))
     for one, other in [(first_B[0], first_B[1]), (first_B, second_B)]:
         assert 0.3 < (one != other).mean() < 0.7
+
+
+def test_the_random_words_are_those_of_jax_own_generator():
+    words_BST = np.asarray(random_words(images_keys(3), (5, 4)))
+    for key, words_ST in zip(images_keys(3), words_BST, strict=True):
+        count = jnp.concatenate([jnp.arange(20, dtype=jnp.uint32), jnp.zeros((20,), jnp.uint32)])
+        first_words = threefry_2x32(jax.random.bits(key, (2,)), count)[:20]
+        np.testing.assert_array_equal(words_ST, first_words.reshape(5, 4))
 
 
 def test_dropout_without_keys_or_without_rate_is_the_identity():
