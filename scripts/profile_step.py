@@ -4,7 +4,9 @@
         --config.model.dtype=bfloat16 --config.routing.experts=4
 
 Images are random numbers. A kind is the primitive of JAX that XLA's instruction comes from (of a fusion, the one that
-its result comes from), apart for the forward pass, the backward pass, and what follows them.
+its result comes from), apart for the module it stands in and for the forward pass, the backward pass, and what is
+around them. Instructions without a name are XLA's own, as the filling of buffers with zeros is. Where instructions run
+beside each other their times add up to more than the step.
 """
 
 import collections
@@ -24,6 +26,8 @@ from jvitmoe.data.sources import Split
 from jvitmoe.tracking import console
 
 HOLDERS = ("while", "call", "conditional")  # whose time is that of what they hold
+Origin = tuple[str, str, str]  # pass, module, kind
+MODULES = ("attention", "mlp", "norm1", "norm2", "patches", "head")
 
 
 def main(argv: list[str]) -> None:
@@ -36,20 +40,26 @@ def main(argv: list[str]) -> None:
             seconds = case.seconds(values.steps)
         (trace,) = Path(folder).rglob("*.xplane.pb")
         spent = _spent(ProfileData.from_file(str(trace)), _origins(case.text()))
-    milliseconds = collections.Counter({kind: value / values.steps / 1e6 for kind, value in spent.items()})
-    console.print(f"{step.describe(step.make_mesh(config.train))}: {seconds * 1e3:.0f} ms a step, {case.dtype}")
+    milliseconds = {origin: value / values.steps / 1e6 for origin, value in spent.most_common()}
+    console.print(f"{step.describe(step.make_mesh(config.train))}: {seconds * 1e3:.1f} ms a step, {case.dtype}")
+    shown = list(milliseconds.items())[: values.rows]
+    shown.append((("", "", "all else"), sum(milliseconds.values()) - sum(value for _, value in shown)))
     rows = [
-        {"part": part, "kind": kind, "ms": f"{value:.1f}", "share": f"{value / seconds / 10:.1f}%"}
-        for (part, kind), value in milliseconds.most_common(values.rows)
+        {
+            "pass": part,
+            "module": module,
+            "kind": kind,
+            "ms": f"{value:.1f}",
+            "of the step": f"{value / seconds / 10:.1f}%",
+        }
+        for (part, module, kind), value in shown
     ]
-    rest = seconds * 1e3 - sum(value for _, value in milliseconds.most_common(values.rows))
-    rows.append({"part": "", "kind": "all else", "ms": f"{rest:.1f}", "share": f"{rest / seconds / 10:.1f}%"})
     print(tracking.markdown(rows))
 
 
 def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_integer("steps", 5, "Steps to trace.", flag_values=values)
-    flags.DEFINE_integer("rows", 24, "Kinds to print.", flag_values=values)
+    flags.DEFINE_integer("rows", 24, "Rows to print.", flag_values=values)
 
 
 def _images(config: Config) -> tuple[jax.sharding.Mesh, feed.Images]:
@@ -59,29 +69,29 @@ def _images(config: Config) -> tuple[jax.sharding.Mesh, feed.Images]:
     return mesh, feed.put(Split(pixels, labels), mesh)
 
 
-def _origins(text: str) -> dict[str, tuple[str, str]]:
-    """Returns instruction -> (part of the step, kind) from a compiled program's HLO text."""
+def _origins(text: str) -> dict[str, Origin]:
+    """Returns instruction -> origin from a compiled program's HLO text, but for those that only hold others."""
     found = {}
-    for name, opcode, rest in re.findall(r"^\s*(?:ROOT )?%?([\w.-]+) = \S+ ([\w-]+)\((.*)$", text, re.MULTILINE):
+    for name, opcode, rest in re.findall(r"^\s*(?:ROOT )?%?([\w.-]+) = .*? ([a-z][\w-]*)\((.*)$", text, re.MULTILINE):
+        if opcode in HOLDERS:
+            continue
         origin = re.search(r'op_name="([^"]*)"', rest)
         path = origin[1] if origin else ""
         part = "backward" if "transpose(" in path else "forward" if "jvp(" in path else "around"
-        primitive = path.rsplit("/", 1)[-1] if path else ""
-        target = re.search(r'custom_call_target="([^"]*)"', rest)
-        kind = target[1] if target else opcode
-        found[name] = part, f"{kind}: {primitive}" if primitive else kind
+        module = next((module for module in MODULES if f"/{module}/" in path), "")
+        found[name] = part, module, path.rsplit("/", 1)[-1] if path else f"unnamed {opcode}"
     return found
 
 
-def _spent(trace: ProfileData, origins: dict[str, tuple[str, str]]) -> collections.Counter[tuple[str, str]]:
-    """Returns (part, kind) -> nanoseconds."""
-    spent: collections.Counter[tuple[str, str]] = collections.Counter()
+def _spent(trace: ProfileData, origins: dict[str, Origin]) -> collections.Counter[Origin]:
+    """Returns origin -> nanoseconds."""
+    spent: collections.Counter[Origin] = collections.Counter()
     for plane in trace.planes:
         for line in plane.lines:
             for event in line.events:
-                origin = origins.get(event.name)
-                if origin and not origin[1].startswith(HOLDERS):
-                    spent[origin] += event.duration_ns
+                name = re.sub(r"(\.clone)?__onednn\$.*", "", event.name)  # a library's calls have longer names here
+                if name in origins:
+                    spent[origins[name]] += event.duration_ns
     return spent
 
 
