@@ -12,7 +12,7 @@ matplotlib.use("Agg")  # files only: no display is needed
 
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
-from matplotlib.ticker import MaxNLocator, NullFormatter, PercentFormatter
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, PercentFormatter
 
 COLOURS = {"merged": "tab:orange", "ensemble": "tab:green", "EMA": "tab:olive"}  # of the bars; experts are blue
 LEAST_ERROR = 1e-3  # what a log scale shows for none
@@ -72,7 +72,8 @@ def comparison(table: Mapping[str, Mapping[str, tuple[float, float]]], path: Pat
     axes.set_yticks(range(len(table)), table)
     axes.invert_yaxis()
     axes.set(title="Test error, mean and deviation over seeds", xlabel="error (left is better)", xscale="log")
-    axes.xaxis.set_major_formatter(PercentFormatter(1.0))
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5, 7)))  # some of them in any range
+    axes.xaxis.set_major_formatter(lambda error, _: f"{100 * error:g}%")
     axes.xaxis.set_minor_formatter(NullFormatter())
     _plain(axes)
     axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
@@ -139,7 +140,7 @@ def throughput(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     axes.invert_yaxis()
     axes.margins(x=0.25)
     axes.set(title="Training, images per second", xlabel="images/s (right is better); in brackets the time of a step")
-    axes.legend(frameon=False, loc="lower right")
+    axes.legend(frameon=False, loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=2)  # beside the title, off the bars
     _plain(axes)
     _save(figure, path)
 

@@ -125,6 +125,24 @@ def test_links_are_found_again_from_the_times_that_they_make(scaling_check):
     assert scaling_check.link(sums) == pytest.approx((1e-4, 2e-9))
 
 
+def test_the_page_shows_the_check_as_it_was_measured(scaling_check):
+    saved = json.loads((RESULTS / "check.json").read_text())
+    rows, page = (RESULTS / "check.md").read_text().splitlines(), PAGE.read_text()
+    assert sorted({row["processes"] for row in saved["found"]}) == [1, 2, 4, 8]
+    for row in filter(None, rows):
+        assert row in page
+    for row in saved["rows"]:
+        assert row["bytes"] == row["predicted_bytes"] == scaling_check.predicted_bytes(row["variant"], row["processes"])
+    links, compared = scaling_check.compare(saved["found"])
+    assert {str(count): list(link) for count, link in links.items()} == {
+        count: pytest.approx(link) for count, link in saved["links"].items()
+    }
+    assert compared == [pytest.approx(row) for row in saved["rows"]]
+    assert (RESULTS / "check.png").read_bytes().startswith(b"\x89PNG")
+    assert saved["hardware"].split("(")[1].split(",")[0] in page
+    assert saved["versions"]["jax"] in page
+
+
 def test_the_check_runs_with_two_real_processes(tmp_path):
     command = [sys.executable, "scripts/scaling_check.py", "--counts=1,2", "--steps=2", f"--out={tmp_path}"]
     hurry = {**os.environ, "XLA_FLAGS": "--xla_backend_optimization_level=0"}  # and not this process's 8 devices
