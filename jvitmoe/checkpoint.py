@@ -57,6 +57,7 @@ class Checkpoints:
     def __init__(self, directory: Path, keep: int = 1, read_only: bool = False) -> None:
         self.directory = Path(directory).absolute()
         self._keep = keep
+        self._read_only = read_only
         self._writing: int | None = None  # the step whose write nobody has waited for yet
         self._broken = False  # whether a write has failed, and was told of
         self._found: dict[int, dict[str, Any] | str] = {}  # by step: meta of a sound checkpoint, or what is wrong
@@ -143,6 +144,8 @@ class Checkpoints:
             except Exception as error:  # Orbax raises anything at all here, a bare Exception included
                 self._found[step] = one_line(error)
             if (meta := self._agreed(step)) is not None:
+                if not self._read_only and len(steps) > self._keep:
+                    self._delete_old()  # a kill may have come between the last save and this
                 return TrainState(_scalar(step, abstract.step.sharding), **trees), meta
             self._warn(step)
         if steps:

@@ -116,6 +116,17 @@ def test_a_checkpoint_that_cannot_be_read_back_costs_no_older_one(tmp_path):
         assert checkpoints.check(1) is None
 
 
+def test_what_a_kill_left_undeleted_goes_with_the_next_start_and_no_reader_deletes(tmp_path):
+    state, abstract = make()
+    save_all(tmp_path / "c", state, [1, 2, 3, 4], nlls=[0.4, 0.1, 0.3, 0.2])
+    with opened(tmp_path / "c", keep=1, read_only=True) as checkpoints:
+        checkpoints.restore(abstract)
+        assert checkpoints.steps() == [1, 2, 3, 4]
+    with opened(tmp_path / "c", keep=1) as checkpoints:
+        assert checkpoints.restore(abstract)[1]["step"] == 4
+        assert checkpoints.steps() == [2, 4]  # the best and the newest
+
+
 def test_damaged_checkpoints_count_for_nothing_and_stay(tmp_path):
     state, abstract = make()
     save_all(tmp_path / "c", state, [1, 2, 3], nlls=[0.1, 0.2, 0.3])
