@@ -205,10 +205,7 @@ def main(argv: list[str]) -> None:
         return
     jax.config.update("jax_enable_compilation_cache", False)  # compilation is one of the things timed
     mesh = step.make_mesh(config.train)
-    rng = np.random.default_rng(0)
-    shape = values.images, config.model.image_size, config.model.image_size, config.model.channels
-    pixels, labels = rng.integers(0, 256, shape, np.uint8), rng.integers(0, config.model.classes, shape[:1], np.int32)
-    images = feed.put(Split(pixels, labels), mesh)
+    images = random_images(config, values.images, mesh)
     console.print(f"devices     {step.describe(mesh)}")
     console.print(f"cases       {', '.join(chosen)}, each in {' and '.join(values.dtypes)}")
     reduced = _reduced_bytes_elsewhere(argv)
@@ -256,6 +253,14 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_enum("peer", "", ["", "torch"], "What else to measure.", flag_values=values)
     flags.DEFINE_string("peer_python", sys.executable, "A Python that has the peer.", flag_values=values)
     flags.DEFINE_bool("reduced_only", False, "Prints the bytes that steps reduce, as JSON.", flag_values=values)
+
+
+def random_images(config: Config, count: int, mesh: Mesh) -> feed.Images:
+    """Returns random numbers in the shape of the config's images, on the devices."""
+    rng, model = np.random.default_rng(0), config.model
+    shape = count, model.image_size, model.image_size, model.channels
+    pixels, labels = rng.integers(0, 256, shape, np.uint8), rng.integers(0, model.classes, shape[:1], np.int32)
+    return feed.put(Split(pixels, labels), mesh)
 
 
 def _compile_all(chosen: dict[str, Config], dtype: str, mesh: Mesh, images: feed.Images) -> list[Case]:

@@ -15,14 +15,10 @@ import tempfile
 from pathlib import Path
 
 import jax
-import numpy as np
 from absl import flags
 from jax.profiler import ProfileData
 
 from jvitmoe import benchmark, cli, step, tracking
-from jvitmoe.config import Config
-from jvitmoe.data import feed
-from jvitmoe.data.sources import Split
 from jvitmoe.tracking import console
 
 HOLDERS = ("while", "call", "conditional")  # whose time is that of what they hold
@@ -33,7 +29,9 @@ MODULES = ("attention", "mlp", "norm1", "norm2", "patches", "head")
 def main(argv: list[str]) -> None:
     values = cli.parse(argv, define_flags, config=True)
     config = cli.experiment(values)
-    case = benchmark.Case("step", config, *_images(config))
+    mesh = step.make_mesh(config.train)
+    images = benchmark.random_images(config, 10 * config.train.batch_size, mesh)
+    case = benchmark.Case("step", config, mesh, images)
     case.seconds(1)
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
@@ -41,7 +39,7 @@ def main(argv: list[str]) -> None:
         (trace,) = Path(folder).rglob("*.xplane.pb")
         spent = _spent(ProfileData.from_file(str(trace)), _origins(case.text()))
     milliseconds = {origin: value / values.steps / 1e6 for origin, value in spent.most_common()}
-    console.print(f"{step.describe(step.make_mesh(config.train))}: {seconds * 1e3:.1f} ms a step, {case.dtype}")
+    console.print(f"{step.describe(mesh)}: {seconds * 1e3:.1f} ms a step, {case.dtype}")
     shown = list(milliseconds.items())[: values.rows]
     shown.append((("", "", "all else"), sum(milliseconds.values()) - sum(value for _, value in shown)))
     rows = [
@@ -60,13 +58,6 @@ def main(argv: list[str]) -> None:
 def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_integer("steps", 5, "Steps to trace.", flag_values=values)
     flags.DEFINE_integer("rows", 24, "Rows to print.", flag_values=values)
-
-
-def _images(config: Config) -> tuple[jax.sharding.Mesh, feed.Images]:
-    mesh, rng, model = step.make_mesh(config.train), np.random.default_rng(0), config.model
-    shape = 10 * config.train.batch_size, model.image_size, model.image_size, model.channels
-    pixels, labels = rng.integers(0, 256, shape, np.uint8), rng.integers(0, model.classes, shape[:1], np.int32)
-    return mesh, feed.put(Split(pixels, labels), mesh)
 
 
 def _origins(text: str) -> dict[str, Origin]:

@@ -50,7 +50,7 @@ def both_ways(fuzz: Callable[[], None]) -> Callable[[], None]:
         OUTCOMES.clear()
         fuzz()
         assert OUTCOMES.keys() >= {"accepted", "refused"}
-        tally("hostile inputs tried", OUTCOMES.total())
+        tally("tries of hostile inputs, a picture in five ways", OUTCOMES.total())
         tally("of these refused in one line, the others sound", OUTCOMES["refused"])
 
     test.__name__ = fuzz.__name__
