@@ -19,13 +19,15 @@ from jax._src import distributed as internals  # the coordinator's key-value sto
 from jax.experimental import multihost_utils
 
 from jvitmoe.config import UserError, one_line
-from jvitmoe.lifeline import Lifeline
+from jvitmoe.lifeline import VERDICT, Lifeline
 
 T = TypeVar("T")
 
 _lifelines: list[Lifeline] = []  # one, once several processes have joined
 
-HEARTBEAT_SECONDS = 28  # without a sign of life, until JAX ends all: later than `lifeline`, which says whom it lost
+# Without a heartbeat, until JAX ends all. One comes every half of this, so half may have passed when a process is lost;
+# the rest must be longer than `lifeline` takes, because JAX does not say whom it lost.
+HEARTBEAT_SECONDS = int(2 * VERDICT + 8)
 SHUTDOWN_SECONDS = 15
 
 
@@ -168,7 +170,7 @@ def guard(main: Callable[[], Any]) -> None:
             sys.stderr.write(f"{one_line(error)}\n")
             sys.stderr.flush()
             for lifeline in _lifelines:
-                lifeline.wait_for_verdict()
+                lifeline.tell_unless_lost(one_line(error))
         elif not (isinstance(error, UserError) and error.known):
             for lifeline in _lifelines:
                 lifeline.tell(one_line(error))

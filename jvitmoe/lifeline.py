@@ -5,7 +5,10 @@ key-value store of JAX's coordinator, which lives in process 0.
 """
 
 import contextlib
+import ctypes
+import math
 import os
+import signal
 import socket
 import sys
 import threading
@@ -13,7 +16,9 @@ import time
 from typing import Any
 
 BEAT = 2.0  # seconds between two signs of life
-SILENT = 18.0  # seconds without one, after which a process counts as lost
+SILENT = 15.0  # seconds without one, after which a process counts as lost
+HEARD = 2 * BEAT  # seconds within which the others have read what was announced
+VERDICT = SILENT + HEARD + 2 * BEAT  # seconds from the loss of a process until all others have said so and ended
 CODE = 1
 ALIVE, LOST = "jvitmoe/alive/", "jvitmoe/lost/"
 LEFT = "left"  # the last sign of a process that ended as it should
@@ -37,10 +42,12 @@ class Lifeline:
         self._threads = [threading.Thread(target=work, name="lifeline", daemon=True) for work in works]
         for thread in self._threads:
             thread.start()
+        self._hold_aborts()
 
     def cut(self) -> None:
         """Ends the watch, because all end now and in any order."""
         self._over.set()
+        ctypes.CDLL(None).signal(signal.SIGABRT, signal.SIG_DFL)
         for thread in self._threads:
             thread.join(BEAT)  # so that none of them asks a coordinator that is being shut down
         with contextlib.suppress(Exception):
@@ -48,13 +55,40 @@ class Lifeline:
 
     def tell(self, why: str) -> None:
         """Tells the others that this process is about to end; returns once they had time to hear it."""
-        self._over.set()
         self._announce(self._process, why)
 
-    def wait_for_verdict(self) -> None:
-        """Returns where no process is found lost for as long as that may take; otherwise this one ends before."""
+    def tell_unless_lost(self, why: str) -> None:
+        """As `tell`, once every other process gave another sign of life; where one does not, this process ends like all
+        that lost it. For an error that may be its own, or come from the loss of another.
+        """
         self._probe()
-        time.sleep(SILENT + 3 * BEAT)
+        time.sleep(BEAT)  # a sign from before the error may still be under way
+        before = self._alive()
+        for _ in range(math.ceil(VERDICT / BEAT)):
+            time.sleep(BEAT)
+            now = self._alive()
+            if all(now.get(key) in (None, LEFT) or now[key] != sign for key, sign in before.items()):
+                break
+        self.tell(why)
+
+    def _hold_aborts(self) -> None:
+        """Makes an abort tell, too. Threads of JAX and Gloo abort where a process is lost, or where what comes from a
+        third one then does not fit, and do not say whom they lost.
+        """
+
+        def hold(_: int) -> None:
+            signal.alarm(int(VERDICT + 2 * HEARD))  # the end, should what aborted hold a lock that others need
+            telling = threading.Thread(target=self.tell_unless_lost, args=("it aborted",), daemon=True)
+            telling.start()  # because this thread may be in the middle of anything
+            telling.join()
+
+        self._held = ctypes.CFUNCTYPE(None, ctypes.c_int)(hold)  # kept, because C code calls it
+        ctypes.CDLL(None).signal(signal.SIGABRT, self._held)  # Python's own would come too late, in the main thread
+
+    def _alive(self) -> dict[str, str]:
+        with contextlib.suppress(Exception):  # of a connection that broke: `_beat` sees it, too
+            return dict(self._client.key_value_dir_get(ALIVE))
+        return {}
 
     def _beat(self) -> None:
         number = 0
@@ -102,10 +136,11 @@ class Lifeline:
                     self._end(_lost(process, self._count, why))
 
     def _announce(self, process: int, why: str) -> None:
+        self._over.set()  # or this process's own beat would hear it and end the store before the others have
         with contextlib.suppress(Exception):  # the first one stays
             self._client.key_value_set(f"{LOST}0", _lost(process, self._count, why))
         if self._process == 0:
-            time.sleep(2 * BEAT)  # the store ends with this process
+            time.sleep(HEARD)  # the store ends with this process
 
     def _end(self, text: str) -> None:
         sys.stdout.flush()
