@@ -50,12 +50,23 @@ def sincos2d(grid: int, width: int) -> np.ndarray:
     return np.concatenate([f(angle) for angle in angles for f in (np.sin, np.cos)], axis=1).astype(np.float32)
 
 
-def patchify(images_BHWc: jax.Array, patch: int) -> jax.Array:
-    """Returns patches_BTI, row by row: with a linear layer they make a P x P convolution of stride P."""
-    b, side, _, c = images_BHWc.shape
-    p, grid = patch, side // patch
-    patches = images_BHWc.reshape(b, grid, p, grid, p, c).transpose(0, 1, 3, 2, 4, 5)
-    return patches.reshape(b, grid * grid, p * p * c)
+class PatchEmbedding(nn.Module):
+    """images_BHWc -> tokens_BTD: a P x P convolution of stride P, written as the matrix product it is."""
+
+    patch: int
+    width: int
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, images_BHWc: jax.Array) -> jax.Array:
+        b, side, _, c = images_BHWc.shape
+        p, grid = self.patch, side // self.patch
+        init = torch_uniform(p * p * c)
+        kernel_PPcD = self.param("kernel", init, (p, p, c, self.width))
+        bias_D = self.param("bias", init, (self.width,))
+        patches = images_BHWc.reshape(b, grid, p, grid, p, c).transpose(0, 1, 3, 2, 4, 5)
+        kernel_ID = kernel_PPcD.reshape(p * p * c, self.width)
+        return linear(patches.reshape(b, grid * grid, p * p * c), (kernel_ID, bias_D), self.dtype)
 
 
 class Attention(nn.Module):
@@ -231,8 +242,7 @@ class ViT(nn.Module):
             key_B: one dropout key per image; None is deterministic.
         """
         config = self.config
-        embedding = Linear((config.patch, config.patch, config.channels), (config.width,), name="patches")
-        x_BTD = linear(patchify(images_BHWc, config.patch), embedding(), self.dtype)
+        x_BTD = PatchEmbedding(config.patch, config.width, self.dtype, name="patches")(images_BHWc)
         b, t, d = x_BTD.shape
         if config.positions == "learned":
             table_RD = self.param("positions", nn.initializers.zeros, (config.position_rows or t, d))
