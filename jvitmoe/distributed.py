@@ -3,7 +3,6 @@
 Every process runs the same program on the same batch addresses; process 0 alone prints and writes files.
 """
 
-import os
 import socket
 import sys
 import threading
@@ -19,7 +18,7 @@ from jax._src import distributed as internals  # the coordinator's key-value sto
 from jax.experimental import multihost_utils
 
 from jvitmoe.config import UserError, one_line
-from jvitmoe.lifeline import VERDICT, Lifeline
+from jvitmoe.lifeline import VERDICT, Lifeline, leave
 
 T = TypeVar("T")
 
@@ -62,7 +61,7 @@ def join(values: flags.FlagValues) -> None:
         f"error: {who} waited {values.join_seconds} s for the others at {where}, and they are not all there; "
         "check the address and that as many processes were started as --processes says\n"
     )
-    timer = threading.Timer(values.join_seconds, _leave, (late, 2))
+    timer = threading.Timer(values.join_seconds, leave, (late, 2))
     timer.daemon = True
     timer.start()
     try:
@@ -126,7 +125,7 @@ def together(work: Callable[[], T], what: str = "") -> T:
         error.everywhere, error.known = bool((said_P2[:, 0] == said[0]).all()), True
         raise error
     if said_P2[:, 0].any():
-        _leave("", 2)
+        leave("", 2)
     if (said_P2[:, 1] != said_P2[0, 1]).any():
         differs = UserError("processes were given different settings; start them all with the same flags")
         differs.everywhere = differs.known = True
@@ -176,9 +175,9 @@ def guard(main: Callable[[], Any]) -> None:
                 lifeline.tell(one_line(error))
         who = "" if first() else f" (process {jax.process_index()} of {jax.process_count()})"
         if isinstance(error, UserError):
-            _leave("" if error.everywhere and not first() else f"error: {error}{who}\n", code)
+            leave("" if error.everywhere and not first() else f"error: {error}{who}\n", code)
         text = "" if isinstance(error, SystemExit) else traceback.format_exc()
-        _leave(f"{text}process {jax.process_index()} of {jax.process_count()} ends, and the others with it\n", code)
+        leave(f"{text}process {jax.process_index()} of {jax.process_count()} ends, and the others with it\n", code)
 
 
 def _cut() -> None:
@@ -194,10 +193,3 @@ def _check_address(address: str) -> None:
         socket.getaddrinfo(host.strip("[]"), int(port))
     except OSError as error:
         raise UserError(f"--coordinator is {address!r}; its host is not known here: {error}") from error
-
-
-def _leave(text: str, code: int) -> None:
-    sys.stdout.flush()
-    sys.stderr.write(text)
-    sys.stderr.flush()
-    os._exit(code)

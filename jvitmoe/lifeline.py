@@ -56,6 +56,7 @@ class Lifeline:
     def tell(self, why: str) -> None:
         """Tells the others that this process is about to end; returns once they had time to hear it."""
         self._announce(self._process, why)
+        self._let_hear()
 
     def tell_unless_lost(self, why: str) -> None:
         """As `tell`, once every other process gave another sign of life; where one does not, this process ends like all
@@ -67,7 +68,7 @@ class Lifeline:
         for _ in range(math.ceil(VERDICT / BEAT)):
             time.sleep(BEAT)
             now = self._alive()
-            if all(now.get(key) in (None, LEFT) or now[key] != sign for key, sign in before.items()):
+            if before and all(sign == LEFT or now.get(key, sign) != sign for key, sign in before.items()):
                 break
         self.tell(why)
 
@@ -77,7 +78,7 @@ class Lifeline:
         """
 
         def hold(_: int) -> None:
-            signal.alarm(int(VERDICT + 2 * HEARD))  # the end, should what aborted hold a lock that others need
+            signal.alarm(int(VERDICT + 3 * HEARD))  # the end, should what aborted hold a lock that others need
             telling = threading.Thread(target=self.tell_unless_lost, args=("it aborted",), daemon=True)
             telling.start()  # because this thread may be in the middle of anything
             telling.join()
@@ -86,7 +87,9 @@ class Lifeline:
         ctypes.CDLL(None).signal(signal.SIGABRT, self._held)  # Python's own would come too late, in the main thread
 
     def _alive(self) -> dict[str, str]:
-        with contextlib.suppress(Exception):  # of a connection that broke: `_beat` sees it, too
+        with contextlib.suppress(
+            Exception
+        ):  # of a connection that broke: proves nobody alive, and `_beat` sees it, too
             return dict(self._client.key_value_dir_get(ALIVE))
         return {}
 
@@ -136,19 +139,29 @@ class Lifeline:
                     self._end(_lost(process, self._count, why))
 
     def _announce(self, process: int, why: str) -> None:
-        self._over.set()  # or this process's own beat would hear it and end the store before the others have
+        self._over.set()  # this process need not hear it
         with contextlib.suppress(Exception):  # the first one stays
             self._client.key_value_set(f"{LOST}0", _lost(process, self._count, why))
-        if self._process == 0:
-            time.sleep(HEARD)  # the store ends with this process
+
+    def _let_hear(self) -> None:
+        if self._process == 0:  # the store ends with this process
+            time.sleep(HEARD)
 
     def _end(self, text: str) -> None:
-        sys.stdout.flush()
-        sys.stderr.write(
-            f"error: {text}; process {self._process} ends too; start all again to go on from the last checkpoint\n"
+        self._over.set()
+        self._let_hear()
+        leave(
+            f"error: {text}; process {self._process} ends too; start all again to go on from the last checkpoint\n",
+            CODE,
         )
-        sys.stderr.flush()
-        os._exit(CODE)
+
+
+def leave(text: str, code: int) -> None:
+    """Ends this process at once, whatever its other threads wait for, with a text on standard error."""
+    sys.stdout.flush()
+    sys.stderr.write(text)
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _lost(process: int, count: int, why: str) -> str:

@@ -110,9 +110,11 @@ def test_the_profile_says_where_a_step_goes(tmp_path):
     """Both passes are in it, and what is in it takes about the step: on several cores instructions run side by side."""
     config, *_ = [part for part in arguments(tmp_path) if part.startswith("--config")]
     command = [sys.executable, "scripts/profile_step.py", config, "--steps=3", "--rows=1000"]
+    # Large enough that times do not vanish in the rounding to 0.1 ms.
+    command += ["--config.train.batch_size=64", "--config.model.width=64", "--config.model.hidden=128"]
     said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     step = float(re.search(r"([\d.]+) ms a step, float32", said)[1])
     rows = re.findall(r"^\| (forward|backward|around) \| .*? \| ([\d.]+) \|", said, re.MULTILINE)
     assert {part for part, _ in rows} == {"forward", "backward", "around"}
     assert {"attention", "mlp"} <= set(re.findall(r"^\| forward \| (\w+) \|", said, re.MULTILINE))
-    assert 0.1 * step < sum(float(ms) for _, ms in rows) < 2.5 * step
+    assert 0.3 * step < sum(float(ms) for _, ms in rows) < 2.5 * step
