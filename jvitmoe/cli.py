@@ -1,5 +1,6 @@
 """What every command shares: flags in, one line and exit code 2 out when the user can mend the cause."""
 
+import logging as standard_logging
 import re
 import sys
 from collections.abc import Callable
@@ -86,6 +87,8 @@ def experiment(values: flags.FlagValues) -> Config:
 def run(main: Callable[[list[str]], Any]) -> NoReturn:
     """Runs a command on sys.argv and exits: 0, or 2 and one line on standard error where the user can mend it."""
     logging.set_verbosity(logging.FATAL)  # Orbax tells of its habits; what matters, commands say themselves
+    # Where several files of a checkpoint fail, the first failure is raised; asyncio would show the others with stacks.
+    standard_logging.getLogger("asyncio").setLevel(standard_logging.CRITICAL)
     if sys.unraisablehook is sys.__unraisablehook__:  # no test runner's
         sys.unraisablehook = _show_unraisable
     try:

@@ -1,5 +1,6 @@
 """Flags and exit codes: what a user mistypes ends in one line and exit code 2."""
 
+import subprocess
 import sys
 from pathlib import Path
 
@@ -91,3 +92,30 @@ def test_help_names_the_flags_and_exits_0(capsys):
     shown = capsys.readouterr().out
     assert "--config" in shown
     assert "--config.train.epochs=10" in shown
+
+
+def test_of_several_failures_of_one_write_only_the_raised_one_is_shown():
+    """Orbax writes a checkpoint's files as tasks of asyncio, which shows each failed one that nobody asked."""
+    program = """
+import asyncio
+from jvitmoe import cli
+from jvitmoe.config import UserError
+
+async def fail():
+    raise OSError("No space left on device")
+
+async def write():
+    tasks = [asyncio.create_task(fail()) for _ in range(3)]
+    await asyncio.sleep(0.01)
+    await tasks[0]
+
+def main(argv):
+    try:
+        asyncio.run(write())
+    except OSError as error:
+        raise UserError(str(error))
+
+cli.run(main)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (2, "error: No space left on device\n")
