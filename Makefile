@@ -1,6 +1,4 @@
-# make demo   trains a dense and a random-routed ViT on digits and puts them side by side (minutes on a CPU)
-# make test   checks and tests everything
-# make check  lint, format, types
+# Run `make` to list the targets. Set PYTHON and VENV for another Python: make test PYTHON=python3.13 VENV=.venv313
 PYTHON ?= python3
 VENV ?= .venv
 RUN := $(VENV)/bin/python
@@ -9,27 +7,32 @@ PEERS ?= .venv-peers
 PEERS_PYTHON ?= $(shell python3.11 -c 'import sys; print(sys.executable)' 2>/dev/null || command -v $(PYTHON))
 CONSTRAINTS := $(shell $(PYTHON) -c 'import sys; print("constraints-py311.txt" if sys.version_info < (3, 12) else "constraints.txt")')
 
-.PHONY: demo test check format install clean
-install: $(VENV)/installed
+.DEFAULT_GOAL := help
+.PHONY: help demo test check format install clean
+
+help:  ## list these targets
+	@sed -n 's/^\([a-z]*\):.*## /make \1 \t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 16
+
+install: $(VENV)/installed  ## install jvitmoe with everything for development into $(VENV)
 
 $(VENV)/installed: pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e '.[dev]'
 	touch $@
 
-demo: install
+demo: install  ## train a dense and a random-routed ViT on digits, one table (minutes on a CPU)
 	rm -rf runs/demo
 	$(RUN) -m jvitmoe.train --config configs/digits_dense.py --workdir runs/demo/dense
 	$(RUN) -m jvitmoe.train --config configs/digits_random.py --workdir runs/demo/random
 	$(RUN) -m jvitmoe.report runs/demo/dense runs/demo/random --out runs/demo
 
-check: install
+check: install  ## lint, format and types
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
 
 # Two processes, a file each at a time: tests that run processes of their own wait for them, and would starve more.
-test: check $(PEERS)/installed
+test: check $(PEERS)/installed  ## check, and the whole test suite
 	JVITMOE_PEERS=$(abspath $(PEERS)/bin/python) $(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 $(PEERS)/installed: requirements-peers.txt
@@ -37,9 +40,9 @@ $(PEERS)/installed: requirements-peers.txt
 	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-peers.txt
 	touch $@
 
-format: install
+format: install  ## format the code and apply lint fixes
 	$(RUN) -m ruff check --fix .
 	$(RUN) -m ruff format .
 
-clean:
+clean:  ## remove environments and caches, keep runs/
 	rm -rf $(VENV) $(PEERS) build *.egg-info .pytest_cache .mypy_cache .ruff_cache

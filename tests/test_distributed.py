@@ -11,8 +11,9 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import processes
 import pytest
+
+import processes
 
 EXPERIMENT = """
 from jvitmoe.config import Config, DataConfig, ModelConfig, OptimConfig, RoutingConfig, TrainConfig

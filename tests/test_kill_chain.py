@@ -5,9 +5,10 @@ import re
 import subprocess
 import sys
 
-import processes
 import pytest
-from runs import assert_same_run, history
+
+import processes
+from run_folders import assert_same_run, history
 
 # Keeps the two newest checkpoints and the best, so that kills fall among deletions too.
 EXPERIMENT = """

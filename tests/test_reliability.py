@@ -15,11 +15,11 @@ from pathlib import Path
 import chex
 import jax
 import jax.numpy as jnp
-import processes
 import pytest
-from runs import assert_same_run, final_state, history
 
+import processes
 from jvitmoe import evaluate, train
+from run_folders import assert_same_run, final_state, history
 
 EXPERIMENT = """
 from jvitmoe.config import Config, DataConfig, ModelConfig, RoutingConfig, TrainConfig

@@ -8,9 +8,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import processes
 import pytest
 
+import processes
 from jvitmoe import compilation, step
 from jvitmoe.config import ModelConfig, TrainConfig
 

@@ -12,10 +12,10 @@ from pathlib import Path
 import chex
 import jax
 import pytest
-from runs import assert_same_run, final_state, history
 
 from jvitmoe import cli, evaluate, pretrained, report, step, train
 from jvitmoe.models import vit
+from run_folders import assert_same_run, final_state, history
 
 EXPERIMENT = """
 from jvitmoe.config import Config, DataConfig, ModelConfig, RoutingConfig, TrainConfig
