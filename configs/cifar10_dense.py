@@ -23,6 +23,7 @@ def get_config() -> Config:
             heads=12,
             position_rows=300,
             head_hidden=3072,
+            init_layers="shared",
             dropout=0.1,
         ),
         optim=OptimConfig(name="adam", learning_rate=2.5e-4, weight_decay=1e-4, schedule="epoch"),

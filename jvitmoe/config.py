@@ -60,6 +60,7 @@ class ModelConfig:
     position_rows: int = 0  # rows of the learned table; 0 is one per patch (the original holds 300 and uses 64)
     head_hidden: int = 0  # width of the head's hidden layer; 0 is a one-layer head
     norm_epsilon: float = 1e-5  # of every LayerNorm, PyTorch's; timm's ViTs have 1e-6, Hugging Face's 1e-12
+    init_layers: str = "independent"  # independent | shared: layers start different, or equal (the original)
     dropout: float = 0.0  # after attention weights, GELU and both residual branches
     lora: int = 0  # rank of a LoRA on the MLP, one per expert; then only it and the head are trained; 0 is none
     adapter: int = 0  # hidden units of an adapter beside the MLP, one per expert; trained as lora is; 0 is none
@@ -352,6 +353,7 @@ CHOICES = {
     "model.norm": ("pre", "post"),
     "model.pool": ("cls", "mean"),
     "model.positions": ("learned", "sincos2d"),
+    "model.init_layers": ("independent", "shared"),
     "model.dtype": ("auto", "float32", "bfloat16"),
     "model.attention": ("auto", "xla", "cudnn"),
     "routing.router": ("random", "switch", "topk", "expert_choice", "soft", "hash", "frozen"),

@@ -52,12 +52,16 @@ def expert_layers(params: Tree) -> Tree:
 
 def pull(params: Tree, rate: jax.Array | float) -> Tree:
     """Returns the tree with every expert moved the share `rate` of the way to the mean of experts, which stays put.
+    At rate 1 every expert is the mean, to the bit.
 
     Sources: EWA, arXiv 2308.06093; PAPA, arXiv 2304.03094 (there 0.01 every 10 steps).
     """
 
     def move(leaf: jax.Array, is_stacked: bool) -> jax.Array:
-        return leaf + rate * (leaf.mean(EXPERT_AXIS, keepdims=True) - leaf) if is_stacked else leaf
+        if not is_stacked:
+            return leaf
+        mean = leaf.mean(EXPERT_AXIS, keepdims=True)
+        return jnp.where(rate == 1, mean, leaf + rate * (mean - leaf))  # the sum alone rounds, differently per expert
 
     return jax.tree.map(move, params, stacked(params))
 

@@ -55,8 +55,9 @@ def draw_route(key: jax.Array, routing: RoutingConfig, depth: int, tokens: int) 
 def distinct_route(key: jax.Array, route: jax.Array, routing: RoutingConfig) -> jax.Array:
     """Returns a second route of the same shape that differs from the first everywhere: in every layer, slot and place.
 
-    The experts of a layer are shifted by a uniform draw from 1 .. E - 1, so a permutation stays one, and every other
-    expert is as likely. Scope "shared" shifts all layers alike.
+    The experts of a layer are shifted cyclically by a uniform draw from 1 .. E - 1. So a permutation stays one, and in
+    each slot every other expert is equally likely; but only E - 1 of the derangements of the first route can occur
+    (from E = 4 on there are more). Scope "shared" shifts all layers alike.
     """
     layers = 1 if routing.scope == "shared" else route.shape[0]
     shift = jax.random.randint(key, (layers, *[1] * (route.ndim - 1)), 1, routing.experts)

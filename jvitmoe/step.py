@@ -431,7 +431,7 @@ def _make_gradients(config: Config, net: vit.ViT, mesh: Mesh, total: int) -> Cal
         # parameter first meets the images: inside the scan over layers, and the CLS token once per image.
         axes = jax.tree.map(lambda spec: (DATA,) if spec == BY_EXPERT else AXES, specs(params))
         mine = jax.tree.map(lambda x, over: jax.lax.pcast(x, over, to="varying"), params, axes)
-        chosen = moe.top_k_at(step / total, routed.top_k, routed.experts) - routed.top_k
+        chosen = moe.top_k_at(step, total, routed.top_k, routed.experts) - routed.top_k
 
         def part(given: tuple[jax.Array, ...]) -> Any:
             steps = [

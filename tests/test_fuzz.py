@@ -90,6 +90,7 @@ CHOSEN = {
     "model.positions": ("learned", "sincos2d"),
     "model.position_rows": (0, 20),
     "model.dropout": (0.0, 0.5, 1.0),
+    "model.init_layers": ("independent", "shared"),
     "model.dtype": ("float32", "bfloat16"),
     "model.unroll": (1, 7),
     "routing.experts": (1, 2, 2, 4),

@@ -202,10 +202,15 @@ class SoftRouter(nn.Module):
         return jnp.einsum("btd,dec->btec", _unit(x_BTD, -1), scale * _unit(kernel_DEC, 0), precision="highest")
 
 
-def top_k_at(progress: jax.Array, top_k: int, experts: int) -> jax.Array:
-    """Returns K of a frozen router at this share of training, in [0, 1): each from `top_k` to E for an equal part of it
-    (SMoE-Dropout, arXiv 2303.01610, sec. 3.2: linear in the step)."""
-    return top_k + jnp.floor((experts - top_k + 1) * progress).astype(jnp.int32)
+def top_k_at(step: jax.Array, total: int, top_k: int, experts: int) -> jax.Array:
+    """Returns K of a frozen router at a step of `total`: each K from `top_k` to E for an equal part of training
+    (SMoE-Dropout, arXiv 2303.01610, sec. 3.2: linear in the step).
+
+    It counts the steps at which K grows, as integers: a quotient in float32 can be late by a step.
+    """
+    values = experts - top_k + 1
+    grows_at = np.array([-(-n * total // values) for n in range(1, values)], np.int32)
+    return top_k + (step >= grows_at).sum(dtype=jnp.int32)
 
 
 def balance_loss(kind: str, statistics: Statistics) -> jax.Array:

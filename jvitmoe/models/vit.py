@@ -333,8 +333,15 @@ def logits_and_statistics(
 
 
 def init(model: ViT, key: jax.Array) -> dict[str, Any]:
-    """Returns the parameter tree, float32, nested plain dicts."""
+    """Returns the parameter tree, float32, nested plain dicts.
+
+    With `init_layers="shared"` all layers start as copies of the first, as in the original, which deep-copies one
+    layer; in a pattern, all layers at the same position of it.
+    """
     config = model.config
     image = jnp.zeros((1, config.image_size, config.image_size, config.channels))
     route_L = jnp.zeros((config.depth,), jnp.int32)
-    return model.init(key, image, route_L)["params"]
+    params = model.init(key, image, route_L)["params"]
+    if config.init_layers == "shared":
+        params["blocks"] = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf[:1], leaf.shape), params["blocks"])
+    return params

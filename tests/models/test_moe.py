@@ -16,7 +16,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from jvitmoe.models.mlp import Mlp
-from jvitmoe.models.moe import NOISE, RoutedMlp, RouterSettings, Statistics, balance_loss, upper_tail, z_loss
+from jvitmoe.models.moe import NOISE, RoutedMlp, RouterSettings, Statistics, balance_loss, top_k_at, upper_tail, z_loss
 
 BATCH, TOKENS, WIDTH, HIDDEN, EXPERTS = 4, 9, 5, 6, 4
 KINDS = ("switch", "topk", "expert_choice", "soft", "hash")
@@ -432,3 +432,10 @@ def test_an_unknown_kind_is_refused():
 def test_settings_cannot_change_under_a_compiled_model():
     with pytest.raises(dataclasses.FrozenInstanceError):
         RouterSettings().kind = "soft"
+
+
+@pytest.mark.parametrize(("top_k", "experts", "total"), [(2, 4, 123), (1, 6, 4398), (1, 16, 656), (3, 3, 5)])
+def test_a_frozen_router_s_k_grows_at_exact_steps(top_k, experts, total):
+    """K - top_k is the integer part of (E - top_k + 1) step / total, in whole numbers: no step is late by rounding."""
+    found_S = jax.jit(lambda steps: jax.vmap(lambda s: top_k_at(s, total, top_k, experts))(steps))(jnp.arange(total))
+    assert found_S.tolist() == [top_k + (experts - top_k + 1) * step // total for step in range(total)]

@@ -354,3 +354,22 @@ def test_the_last_layer_norm_has_the_epsilon_of_the_config():
             logits.append(vit.logits(model, params, jax.random.normal(jax.random.key(1), (2, 8, 8, 1))))
         chex.assert_trees_all_close(logits[1], jnp.broadcast_to(params["head"]["logits"]["bias"], (2, 10)), atol=1e-3)
         assert not np.allclose(logits[0], logits[1], atol=1e-2)
+
+
+@pytest.mark.parametrize("pattern", [("experts",), ("dense", "experts")])
+def test_layers_start_equal_where_asked(pattern):
+    """The original deep-copies one layer: attention and every expert start the same in all layers."""
+    config = ModelConfig(width=8, hidden=8, depth=4, heads=2)
+
+    def start(init_layers):
+        model = vit.build(dataclasses.replace(config, init_layers=init_layers), experts=2, pattern=pattern)
+        return vit.init(model, jax.random.key(0))
+
+    equal, different = start("shared"), start("independent")
+    chex.assert_trees_all_equal_shapes_and_dtypes(equal, different)
+    for leaf_L, other_L in zip(jax.tree.leaves(equal["blocks"]), jax.tree.leaves(different["blocks"]), strict=True):
+        assert (leaf_L == leaf_L[:1]).all()
+        assert (leaf_L[0] == other_L[0]).all()
+    up_LED = vit.in_layers(merging.split(equal, merging.stacked(equal))[1]["blocks"])["mlp"]["up"]
+    assert (up_LED[:, 0] != up_LED[:, 1]).any()  # experts of one layer still differ
+    assert (different["patches"]["kernel"] == equal["patches"]["kernel"]).all()
