@@ -165,6 +165,29 @@ def test_the_watchdog_leaves_what_moves_and_what_was_itself_stopped_and_ends_wha
     assert "no progress for 0.05 minutes since step 11 (config.train.stall_minutes)" in err
 
 
+HANGS_IN_C = """
+import ctypes
+from jvitmoe.watchdog import Watchdog
+
+def holds_the_lock(seconds):
+    ctypes.PyDLL(None).sleep(seconds)
+
+with Watchdog(0.02):
+    holds_the_lock(1)
+print("awake", flush=True)
+with Watchdog(0.02):
+    holds_the_lock(60)
+"""
+
+
+def test_the_watchdog_ends_a_hang_that_lets_no_python_thread_run():
+    process = subprocess.Popen([sys.executable, "-c", HANGS_IN_C], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout.readline() == b"awake\n"
+    err = process.communicate(timeout=30)[1]
+    assert process.returncode == 1
+    assert b"in holds_the_lock" in err
+
+
 @pytest.mark.parametrize("routing", [{"experts": 1}, {"experts": 3}, {"experts": 2, "granularity": "sample"}])
 def test_a_step_that_is_not_finite_is_skipped_counted_and_changes_nothing(tiny_config, training, routing):
     run = training(tiny_config(routing=routing, train={"ema": 0.9}, optim={"skip_nonfinite": 2})).run(2)
