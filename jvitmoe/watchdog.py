@@ -16,10 +16,10 @@ BACKSTOP, LEAST_BACKSTOP = 3, 5.0  # times the time allowed; seconds
 class Watchdog:
     """Ends the process with all Python stacks if `progress` is not called for so many minutes; a context manager.
 
-    A Python thread counts the time and ends the process with code 70 and one line. Time in which the process was stopped
-    (SIGSTOP, a laptop asleep) does not count. That thread cannot run while C code hangs with Python's lock (GIL): then a
-    thread of `faulthandler`, which needs no lock, shows the stacks and ends the process with code 1 after three times
-    as long. It does count stopped time, so a process that was stopped for longer than that also ends.
+    A Python thread counts the time and ends the process with code 70 and one line. Time in which the process was
+    stopped (SIGSTOP, a laptop asleep) does not count. That thread cannot run while C code hangs with Python's lock
+    (GIL): then a thread of `faulthandler`, which needs no lock, shows the stacks and ends the process with code 1 after
+    three times as long. It does count stopped time, so a process that was stopped for longer than that also ends.
 
     Args:
         minutes: how long; 0 never ends anything.

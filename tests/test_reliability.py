@@ -4,6 +4,7 @@ damage, and two writers."""
 import json
 import math
 import os
+import pty
 import shutil
 import signal
 import socket
@@ -33,6 +34,7 @@ def get_config():
     )
 """
 STEPS = 3 * (1337 // 256)
+ON_A_TERMINAL = {"TERM": "xterm", **{name: value for name, value in os.environ.items() if name != "COLUMNS"}}
 LONG = "--config.train.epochs=100000"
 
 
@@ -120,6 +122,41 @@ def test_a_second_signal_ends_it_at_once_and_so_does_the_first_where_there_is_no
         process.send_signal(number)
     assert process.communicate(timeout=30)[0] == ""
     assert process.returncode == 128 + number
+
+
+STOPS_ON_A_TERMINAL = """
+import sys, time
+from jvitmoe.stop import Stop
+from jvitmoe.tracking import Tracker
+
+with Stop() as stop, Tracker(None, 0, 10, 4) as tracker:
+    stop.unsaved = {unsaved}
+    while not stop.asked(0):
+        time.sleep(0.01)
+    print("asked", flush=True)
+    time.sleep(100)
+"""
+
+
+@pytest.mark.parametrize("unsaved", [True, False])
+def test_ctrl_c_under_the_progress_line_says_so_in_one_line_and_leaves_the_cursor_visible(unsaved):
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.execvpe(sys.executable, [sys.executable, "-c", STOPS_ON_A_TERMINAL.format(unsaved=unsaved)], ON_A_TERMINAL)
+    shown = b""
+    for awaited in [b"compiling", b"asked", None] if unsaved else [b"compiling", None]:
+        while awaited is None or awaited not in shown:
+            try:
+                shown += os.read(terminal, 4096)
+            except OSError:  # the end
+                break
+        if awaited:
+            os.write(terminal, b"\x03")
+    os.close(terminal)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 130
+    assert b"?25h" in shown.rpartition(b"?25l")[2]
+    last = "without saving the last steps" if unsaved else "with no step to save"
+    assert shown.endswith(f"\r\nstopped at once by SIGINT, {last}; the same command goes on\r\n".encode())
 
 
 def test_a_step_that_stalls_shows_all_stacks_and_ends_and_the_folder_can_be_used_again(experiment, tmp_path):
