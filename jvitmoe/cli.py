@@ -1,6 +1,8 @@
 """What every command shares: flags in, one line and exit code 2 out when the user can mend the cause."""
 
+import io
 import logging as standard_logging
+import os
 import re
 import sys
 from collections.abc import Callable
@@ -86,19 +88,40 @@ def experiment(values: flags.FlagValues) -> Config:
 
 def run(main: Callable[[list[str]], Any]) -> NoReturn:
     """Runs a command on sys.argv and exits: 0, or 2 and one line on standard error where the user can mend it."""
+    before = sys.__stdout__
+    if before and sys.stdout is before:  # no test runner's
+        raw = io.BufferedWriter(_Stdout(before.fileno(), "w", closefd=False))
+        sys.stdout = io.TextIOWrapper(raw, before.encoding, before.errors, line_buffering=before.line_buffering)
     logging.set_verbosity(logging.FATAL)  # Orbax tells of its habits; what matters, commands say themselves
     # Where several files of a checkpoint fail, the first failure is raised; asyncio would show the others with stacks.
     standard_logging.getLogger("asyncio").setLevel(standard_logging.CRITICAL)
     if sys.unraisablehook is sys.__unraisablehook__:  # no test runner's
         sys.unraisablehook = _show_unraisable
     try:
-        main(sys.argv)
+        try:
+            main(sys.argv)
+        finally:
+            if sys.stdout:
+                sys.stdout.flush()  # here, where a full disk is one line
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
     sys.exit(0)
+
+
+class _Stdout(io.FileIO):
+    """Standard output that raises UserError if it cannot be written. What is written to it later is dropped."""
+
+    def write(self, data: Any, /) -> int:
+        try:
+            return super().write(data)
+        except OSError as error:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.fileno())
+            raise UserError(
+                f"standard output cannot be written: {error.strerror}; make room or send it elsewhere"
+            ) from error
 
 
 def _show_unraisable(found: Any) -> None:

@@ -11,17 +11,34 @@ import jax.numpy as jnp
 import numpy as np
 
 ONEDNN = "xla_cpu_experimental_onednn_custom_call"
+CPU_FLAGS = Path("/proc/cpuinfo")
 
 
 def options(dtype: Any, platform: str) -> dict[str, bool]:
     """Returns XLA's options for programs that compute in `dtype` on "cpu", "gpu" or "tpu".
 
-    On a CPU, bfloat16 products with a transposed operand, as gradients of weights are, reach the matrix units (AMX)
-    through oneDNN alone: without it, JAX 0.12's XLA takes several times as long. What XLA_FLAGS says stands.
+    On a CPU with AMX, bfloat16 products with a transposed operand, such as gradients of weights, use AMX only through
+    oneDNN: without it, JAX 0.12's XLA takes several times as long. On other CPUs oneDNN is slower than XLA. The option
+    is not set if XLA_FLAGS sets it. A process that has been given the option writes no more programs to the cache.
     """
-    if platform != "cpu" or dtype != jnp.bfloat16 or ONEDNN in os.environ.get("XLA_FLAGS", "") or not _known(ONEDNN):
+    if platform != "cpu" or dtype != jnp.bfloat16 or ONEDNN in os.environ.get("XLA_FLAGS", "") or not _has_amx():
         return {}
-    return {ONEDNN: True}
+    _stop_writing()
+    return {ONEDNN: True} if _known(ONEDNN) else {}
+
+
+def _has_amx() -> bool:
+    """True if the operating system lists AMX for bfloat16 among the CPU's features."""
+    try:
+        return "amx_bf16" in CPU_FLAGS.read_text().split()
+    except OSError:
+        return False
+
+
+def _stop_writing() -> None:
+    """Lets JAX write no more programs to the compilation cache: jaxlib 0.12 ends with SIGSEGV when it serializes a
+    program that calls oneDNN."""
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", float("inf"))
 
 
 def for_reading(lowered: Any) -> Any:
@@ -46,6 +63,8 @@ def use_cache() -> None:
 
     The folder is the user's alone: JAX runs what it finds in it.
     """
+    if ONEDNN in os.environ.get("XLA_FLAGS", ""):
+        _stop_writing()
     if jax.config.values["jax_compilation_cache_dir"] is not None:
         return
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jvitmoe" / "compiled"

@@ -158,9 +158,10 @@ class Lifeline:
 
 def leave(text: str, code: int) -> None:
     """Ends this process at once, whatever its other threads wait for, with a text on standard error."""
-    sys.stdout.flush()
-    sys.stderr.write(text)
-    sys.stderr.flush()
+    with contextlib.suppress(Exception):  # a terminal or disk that takes no text must not keep the process
+        stream = sys.__stderr__ or sys.stderr  # not what the progress line puts in its place, which takes its lock
+        stream.write(f"\n{text}" if text and stream.isatty() else text)  # the cursor stands behind the progress line
+        stream.flush()
     os._exit(code)
 
 

@@ -3,7 +3,6 @@
 import ctypes
 import os
 import signal
-import sys
 import threading
 from typing import Any
 
@@ -57,8 +56,10 @@ class Stop:
 
     def _ask(self, number: int) -> None:
         if self.signal is not None or (distributed.alone() and not self.unsaved):
-            sys.stdout.flush()
-            os._exit(128 + number)
+            saved = "without saving the last steps" if self.unsaved else "with no step to save"
+            distributed.leave(
+                f"stopped at once by {signal.Signals(number).name}, {saved}; the same command goes on\n", 128 + number
+            )
         self.signal = number
         if self._tell_all:
             self._tell_all(signal.SIGTERM)

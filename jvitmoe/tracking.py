@@ -14,8 +14,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+from rich.console import Console, ConsoleOptions
+from rich.live import Live
+from rich.progress_bar import ProgressBar
 from rich.table import Table
 from tensorboardX import summary
 from tensorboardX.event_file_writer import EventsWriter
@@ -31,6 +32,8 @@ IMAGES = "images.json"
 MERGEABILITY = "mergeability.png"
 LEFT = ("run", "model", "hardware", "image")  # columns of words
 PLAIN_SECONDS = 2.0  # least time between two progress lines in a file
+SHOW_SECONDS = 20.0  # longest time without progress shown, but for a step, an evaluation or a save that takes longer
+LEAST_BAR, WIDEST_BAR = 10, 40  # columns of a terminal
 
 console = Console(highlight=False, markup=False, soft_wrap=True)  # names of files and classes are nobody's markup
 
@@ -97,6 +100,25 @@ def _unwritten(path: Path, error: OSError) -> UserError:
     )
 
 
+class ProgressLine:
+    """The progress of a run on a terminal, drawn several times a second: as many of its parts as fit in one line, first
+    ones first, then the time elapsed and a bar."""
+
+    def __init__(self, parts: list[str], done: int, total: int) -> None:
+        self.parts, self.done, self._total = parts, done, total
+        self._began = time.monotonic()
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Table]:
+        parts = [*self.parts, f"{_duration(time.monotonic() - self._began)} elapsed"]
+        while len(text := "  ".join(parts)) > options.max_width and len(parts) > 1:
+            parts.pop()
+        room = min(options.max_width - len(text) - 2, WIDEST_BAR)
+        bar = [ProgressBar(total=self._total, completed=self.done, width=room)] if room >= LEAST_BAR else []
+        row = Table.grid(padding=(0, 2))
+        row.add_row(text, *bar)
+        yield row
+
+
 class Tracker:
     """The open log of one run; a context manager.
 
@@ -123,17 +145,20 @@ class Tracker:
                 raise _unwritten(path, error) from error
         self._total, self._batch = total, batch_size
         self._clock: tuple[int, float] | None = None  # step and time that the rate counts from
-        self._printed = 0.0
-        columns = (BarColumn(), TaskProgressColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-        self._bar = Progress(*columns, console=console, disable=not console.is_terminal)
-        self._task = self._bar.add_task("compiling", total=total, completed=start)
+        self._first_seconds = 0.0  # of the step before the clock started
+        self._shown = self._printed = -math.inf  # when a step was last shown, and printed
+        self._line = ProgressLine(["compiling"], start, total)
+        self._live = Live(self._line, console=console) if console.is_terminal else None
 
     def __enter__(self) -> "Tracker":
-        self._bar.start()
+        if self._live:
+            self._live.start()
+            console.show_cursor(True)  # rich hides it, and a process that is killed could not show it again
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._bar.stop()
+        if self._live:
+            self._live.stop()
         with contextlib.suppress(OSError):  # the disk is full: what could not be written has been said already
             if self._file and self._tensorboard:
                 self._file.close()
@@ -147,9 +172,9 @@ class Tracker:
             except OSError as error:
                 raise _unwritten(self._path, error) from error
 
-    def started(self, step: int) -> None:
-        """Starts the clock of images/s and time left: called when a step has ended, so that compiling is left out."""
-        self._clock = (step, time.monotonic())
+    def started(self, step: int, seconds: float) -> None:
+        """Starts the clock of images/s and time left: called when the first step has ended, which took `seconds`."""
+        self._clock, self._first_seconds = (step, time.monotonic()), seconds
 
     def paused(self, seconds: float) -> None:
         """Takes time that was not training (evaluation, saving) out of the clock."""
@@ -162,20 +187,43 @@ class Tracker:
             return 0.0
         return (step - self._clock[0]) * self._batch / max(time.monotonic() - self._clock[1], 1e-9)
 
-    def train(self, step: int, values: Mapping[str, float]) -> None:
-        """Records one training step and shows progress."""
+    def step_seconds(self, step: int) -> float:
+        """Returns the mean time of a step since the clock started; before, that of the first step."""
         rate = self.images_per_second(step)
-        self._record(step, "train", {**values, "images_per_second": rate})
-        left = _duration((self._total - step) * self._batch / rate) if rate else "?"
-        text = (
-            f"step {step}/{self._total}  loss {values['loss']:.4f}  accuracy {values['accuracy']:.1%}  "
-            f"{rate:,.0f} images/s  {left} left"
+        return self._batch / rate if rate else self._first_seconds
+
+    def train(self, step: int, values: Mapping[str, float]) -> None:
+        """Records one training step and shows it."""
+        self._record(step, "train", {**values, "images_per_second": self.images_per_second(step)})
+        self.show(step, values)
+
+    def is_due(self) -> bool:
+        """Returns whether no step was shown for so long that the next one should be."""
+        return time.monotonic() - self._shown > SHOW_SECONDS
+
+    def show(self, step: int, values: Mapping[str, float]) -> None:
+        """Shows one training step: on a terminal always, in a file not too often."""
+        rate, seconds = self.images_per_second(step), self.step_seconds(step)
+        self._line.done, self._line.parts = (
+            step,
+            [
+                f"{_duration((self._total - step) * seconds)} left",
+                f"step {step}/{self._total}",
+                f"loss {values['loss']:.4f}",
+                f"accuracy {values['accuracy']:.1%}",
+                f"{rate:,.0f} images/s" if rate else f"first step {seconds:.1f} s",
+            ],
         )
-        self._bar.update(self._task, completed=step, description=text)
-        now = time.monotonic()
-        if not console.is_terminal and (now - self._printed > PLAIN_SECONDS or step == self._total):
+        self._shown = now = time.monotonic()
+        if not self._live and (now - self._printed > PLAIN_SECONDS or step == self._total):
             self._printed = now
-            console.print(text)
+            console.print("  ".join(self._line.parts))
+
+    def testing(self) -> None:
+        """Shows that the run is being tested, which may take long."""
+        self._line.parts = ["testing"]
+        if not self._live:
+            console.print("testing")
 
     def evaluation(self, step: int, split: str, values: Mapping[str, float]) -> None:
         """Records and prints metrics of a whole split."""
@@ -204,10 +252,11 @@ def show(rows: Sequence[Mapping[str, Any]], title: str) -> None:
     """Prints rows of text cells as a table; columns are the first row's keys."""
     table = Table(title=title, title_justify="left")
     for name in rows[0]:
-        table.add_column(name, justify="left" if name in LEFT else "right")
+        table.add_column(name, justify="left" if name in LEFT else "right", overflow="fold")
     for row in rows:
         table.add_row(*(str(cell) for cell in row.values()))
-    wide = Console(width=200, highlight=False, markup=False)  # for a file, which has no edge to fold cells at
+    # A file has no edge to fold cells at, but where COLUMNS gives it one.
+    wide = Console(width=None if os.environ.get("COLUMNS") else 200, highlight=False, markup=False)
     (console if console.is_terminal else wide).print(table)
 
 

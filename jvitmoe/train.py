@@ -37,6 +37,7 @@ from jvitmoe.tracking import Tracker, console
 from jvitmoe.watchdog import Watchdog
 
 SHARED_SECONDS = 8.0
+SLOW_SECONDS = 0.1  # of a step
 
 Batch = tuple[feed.Images, jax.Array | None]  # what a step takes
 
@@ -198,7 +199,8 @@ def train(config: Config, workdir: Path, stop: Stop, held: contextlib.ExitStack)
         checkpoints.close()
         stop.unsaved = False
         rate = tracker.images_per_second(total)
-    rows = evaluation.evaluate_run(config, state.params, state.ema, evaluate, *test)
+        tracker.testing()
+        rows = evaluation.evaluate_run(config, state.params, state.ema, evaluate, *test)
     if not distributed.first():
         return
     tracking.write_result(
@@ -316,6 +318,7 @@ class _Run:
         self._stop, self._watchdog = stop, watchdog
         self._unread: list[tuple[int, Metrics]] = []  # still on the device
         self._saved: int | None = None
+        self._slow = False
 
     def loop(
         self,
@@ -332,14 +335,20 @@ class _Run:
         self._saved = start or None
         # Updates done once this step has ended, and what it takes.
         for done, (images, index_SB) in zip(range(start + 1, total + 1), batches, strict=True):
-            state, metrics = train_step(state, images, index_SB)
+            if done == start + 1:
+                compiled = train_step.lower(state, images, index_SB).compile()  # by itself, to time the first step
+                began = time.monotonic()
+            state, metrics = compiled(state, images, index_SB)
             step.settle(self._mesh, metrics)
-            if (done - 1) % train.log_every == 0 and self._unread:
+            if self._slow:  # with more than one step queued, progress and a stop would have to wait for all of them
+                jax.block_until_ready(self._unread)
+            if (done - 1) % train.log_every == 0 or tracker.is_due():
                 self._read(tracker)  # the steps before: this one is running meanwhile
             self._unread.append((done, metrics))
             if done == start + 1:
                 jax.block_until_ready(metrics)
-                tracker.started(done)
+                tracker.started(done, time.monotonic() - began)
+                self._read(tracker)
                 self._stop.unsaved = True
             self._watchdog.progress(f"step {done}")
             stop = self._stop.asked(done)
@@ -364,12 +373,17 @@ class _Run:
 
     def _read(self, tracker: Tracker) -> None:
         """Fetches the metrics of the steps since the last reading, checks each, and records those due."""
+        if not self._unread:
+            return
         steps, metrics = zip(*self._unread, strict=True)
         self._unread.clear()
         for done, values in zip(steps, jax.device_get(metrics), strict=True):
             self._check_finite(done, values)
-            if done % self._config.train.log_every == 0:
-                tracker.train(done, step.as_floats(values, self._config.expert_layers))
+            logs = done % self._config.train.log_every == 0
+            if logs or (done == steps[-1] and tracker.is_due()):
+                numbers = step.as_floats(values, self._config.expert_layers)
+                tracker.train(done, numbers) if logs else tracker.show(done, numbers)
+        self._slow = tracker.step_seconds(steps[-1]) > SLOW_SECONDS
 
     def _check_finite(self, done: int, values: Metrics) -> None:
         """Says so where a step was skipped; raises TrainingError where one may not be, with the last sound

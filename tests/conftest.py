@@ -7,7 +7,8 @@ import tempfile
 # Programs that several tests compile are compiled once, and nothing is left in the user's own cache.
 COMPILED = tempfile.TemporaryDirectory(prefix="jvitmoe-compiled-")
 os.environ["JAX_COMPILATION_CACHE_DIR"] = COMPILED.name
-os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
+CACHED_SECONDS = 0.3
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = str(CACHED_SECONDS)
 
 # Tests of tiny models are nearly all compilation; without LLVM's optimisation it takes half the time.
 FLAGS = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
@@ -59,6 +60,8 @@ def _programs_of_other_files_are_let_go() -> Iterator[None]:
     yield
     jax.clear_caches()
     gc.collect()
+    # Off since a bfloat16 program was compiled with `compilation.options`; none is left.
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", CACHED_SECONDS)
 
 
 TALLY = "tally: "

@@ -119,3 +119,23 @@ cli.run(main)
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (2, "error: No space left on device\n")
+
+
+@pytest.mark.parametrize("command", [["train", "--help"], ["report", "--help"], ["export", "--help"]])
+def test_a_full_disk_behind_standard_output_is_one_line(command):
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", f"jvitmoe.{command[0]}", command[1]], stdout=full, stderr=subprocess.PIPE, text=True
+        )
+    message = "error: standard output cannot be written: No space left on device; make room or send it elsewhere\n"
+    assert (done.returncode, done.stderr) == (2, message)
+
+
+@pytest.mark.parametrize("program", ["console.print('x')", "print('x' * 100_000)", "print('x')"])
+def test_what_is_printed_reaches_a_full_disk_at_once_or_at_the_end(program):
+    program = f"from jvitmoe import cli; from jvitmoe.tracking import console; cli.run(lambda argv: {program})"
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([sys.executable, "-c", program], stdout=full, stderr=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (done.returncode, done.stderr, done.stdout.strip("x")) == (0, "", "\n")

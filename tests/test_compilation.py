@@ -1,14 +1,18 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import processes
 import pytest
 from jax.sharding import AxisType, PartitionSpec
+from runs import history
 
 from jvitmoe import compilation
 
+DIGITS = Path(__file__).parents[1] / "configs" / "digits_dense.py"
 ALL_REDUCE = (
     "%a = (f32[2,3]{1,0}, bf16[5]{0}, pred[]) all-reduce(%b, %c, %d), channel_id=1, replica_groups=GROUPS, to_apply=%e"
 )
@@ -35,8 +39,16 @@ def test_a_program_with_another_collective_has_no_such_count():
         compilation.reduced_bytes("%a = f32[2]{0} all-gather(%b), replica_groups=[1,2]<=[2]")
 
 
-def test_options_are_for_bfloat16_on_a_cpu_and_never_against_the_users_own(monkeypatch):
+@pytest.fixture
+def amx(monkeypatch, tmp_path):
+    """A CPU with AMX, and no XLA_FLAGS."""
+    jax.devices()  # made while XLA_FLAGS still asks for several
     monkeypatch.delenv("XLA_FLAGS", raising=False)
+    monkeypatch.setattr(compilation, "CPU_FLAGS", tmp_path / "cpuinfo")
+    compilation.CPU_FLAGS.write_text("flags\t\t: fpu amx_bf16 amx_tile\n")
+
+
+def test_options_are_for_bfloat16_on_a_cpu_with_amx_and_never_against_the_users_own(amx, monkeypatch):
     assert compilation.options(jnp.dtype("bfloat16"), "cpu") == {compilation.ONEDNN: True}
     assert compilation.options(jnp.dtype("float32"), "cpu") == {}
     assert compilation.options(jnp.dtype("bfloat16"), "gpu") == {}
@@ -44,10 +56,38 @@ def test_options_are_for_bfloat16_on_a_cpu_and_never_against_the_users_own(monke
     assert compilation.options(jnp.dtype("bfloat16"), "cpu") == {}
 
 
-def test_an_option_that_the_installed_jaxlib_has_not_is_left_out(monkeypatch):
-    monkeypatch.delenv("XLA_FLAGS", raising=False)
+def test_a_cpu_without_amx_or_of_unknown_features_gets_no_options(amx):
+    compilation.CPU_FLAGS.write_text("flags\t\t: fpu avx2 not_amx_bf16\n")
+    assert compilation.options(jnp.dtype("bfloat16"), "cpu") == {}
+    compilation.CPU_FLAGS.unlink()
+    assert compilation.options(jnp.dtype("bfloat16"), "cpu") == {}
+
+
+def test_an_option_that_the_installed_jaxlib_has_not_is_left_out(amx, monkeypatch):
     monkeypatch.setattr(compilation, "ONEDNN", "xla_option_that_never_was")
     assert compilation.options(jnp.dtype("bfloat16"), "cpu") == {}
+
+
+def test_bfloat16_training_runs_with_a_cache_of_all_programs_and_again_with_what_is_in_it(tmp_path):
+    """A program that calls oneDNN crashes jaxlib 0.12 when it is written to the cache."""
+    environment = {
+        **processes.environment(),
+        "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+    settings = ("train.epochs=1", "train.log_every=1", "optim.warmup_epochs=0", "model.dtype=bfloat16", "model.depth=1")
+    for name in ("first", "second"):
+        command = processes.train(DIGITS, tmp_path / name, *(f"--config.{setting}" for setting in settings))
+        (ended,) = processes.collect([processes.start(command, environment)])
+        assert ended.code == 0, ended
+    first, second = history(tmp_path / "first"), history(tmp_path / "second")
+    assert first == second
+    assert len(first) == 23
+
+
+def test_with_onednn_in_xla_flags_no_program_is_written_to_the_cache(tmp_path):
+    folder, _ = start(XDG_CACHE_HOME=str(tmp_path), XLA_FLAGS=f"--{compilation.ONEDNN}=true")
+    assert list(Path(folder).glob("*-cache")) == []
 
 
 def test_a_program_compiled_for_reading_says_what_the_one_that_runs_says():
@@ -70,16 +110,16 @@ SCRIPT = """
 import jax
 from jvitmoe import compilation
 compilation.use_cache()
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 hits = []
 jax.monitoring.register_event_listener(lambda event, **_: hits.append(event) if event.endswith("cache_hits") else None)
-jax.jit(lambda x: (x @ x).sum())(jax.numpy.ones((8, 8)))
+jax.jit(lambda x: (x.T @ x).sum())(jax.numpy.ones((64, 64), "bfloat16"))
 print(jax.config.jax_compilation_cache_dir, len(hits))
 """
 
 
 def start(**environment):
     others = {name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"}
+    others["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT], env=others | environment, capture_output=True, text=True, check=True
     )

@@ -4,6 +4,7 @@ damage, and two writers."""
 import json
 import math
 import os
+import pty
 import shutil
 import signal
 import socket
@@ -33,6 +34,7 @@ def get_config():
     )
 """
 STEPS = 3 * (1337 // 256)
+ON_A_TERMINAL = {"TERM": "xterm", **{name: value for name, value in os.environ.items() if name != "COLUMNS"}}
 LONG = "--config.train.epochs=100000"
 
 
@@ -122,6 +124,41 @@ def test_a_second_signal_ends_it_at_once_and_so_does_the_first_where_there_is_no
     assert process.returncode == 128 + number
 
 
+STOPS_ON_A_TERMINAL = """
+import sys, time
+from jvitmoe.stop import Stop
+from jvitmoe.tracking import Tracker
+
+with Stop() as stop, Tracker(None, 0, 10, 4) as tracker:
+    stop.unsaved = {unsaved}
+    while not stop.asked(0):
+        time.sleep(0.01)
+    print("asked", flush=True)
+    time.sleep(100)
+"""
+
+
+@pytest.mark.parametrize("unsaved", [True, False])
+def test_ctrl_c_under_the_progress_line_says_so_in_one_line_and_leaves_the_cursor_visible(unsaved):
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.execvpe(sys.executable, [sys.executable, "-c", STOPS_ON_A_TERMINAL.format(unsaved=unsaved)], ON_A_TERMINAL)
+    shown = b""
+    for awaited in [b"compiling", b"asked", None] if unsaved else [b"compiling", None]:
+        while awaited is None or awaited not in shown:
+            try:
+                shown += os.read(terminal, 4096)
+            except OSError:  # the end
+                break
+        if awaited:
+            os.write(terminal, b"\x03")
+    os.close(terminal)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 130
+    assert b"?25h" in shown.rpartition(b"?25l")[2]
+    last = "without saving the last steps" if unsaved else "with no step to save"
+    assert shown.endswith(f"\r\nstopped at once by SIGINT, {last}; the same command goes on\r\n".encode())
+
+
 def test_a_step_that_stalls_shows_all_stacks_and_ends_and_the_folder_can_be_used_again(experiment, tmp_path):
     arguments = ("--config.train.epochs=1", "--config.train.stall_minutes=0.0005")
     (ended,) = processes.collect([processes.start(processes.train(experiment, tmp_path / "run", *arguments))])
@@ -163,6 +200,29 @@ def test_the_watchdog_leaves_what_moves_and_what_was_itself_stopped_and_ends_wha
     assert process.returncode == 70
     assert "waits_for_ever" in err
     assert "no progress for 0.05 minutes since step 11 (config.train.stall_minutes)" in err
+
+
+HANGS_IN_C = """
+import ctypes
+from jvitmoe.watchdog import Watchdog
+
+def holds_the_lock(seconds):
+    ctypes.PyDLL(None).sleep(seconds)
+
+with Watchdog(0.02):
+    holds_the_lock(1)
+print("awake", flush=True)
+with Watchdog(0.02):
+    holds_the_lock(60)
+"""
+
+
+def test_the_watchdog_ends_a_hang_that_lets_no_python_thread_run():
+    process = subprocess.Popen([sys.executable, "-c", HANGS_IN_C], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout.readline() == b"awake\n"
+    err = process.communicate(timeout=30)[1]
+    assert process.returncode == 1
+    assert b"in holds_the_lock" in err
 
 
 @pytest.mark.parametrize("routing", [{"experts": 1}, {"experts": 3}, {"experts": 2, "granularity": "sample"}])

@@ -1,6 +1,10 @@
 """The log of a run: each step once, torn lines repaired, files whole or absent."""
 
+import io
 import json
+
+import pytest
+from rich.console import Console
 
 from jvitmoe import tracking
 from jvitmoe.tracking import Tracker
@@ -29,12 +33,61 @@ def test_pauses_do_not_count_as_training_time(tmp_path, monkeypatch):
     monkeypatch.setattr(tracking.time, "monotonic", lambda: now[0])
     with Tracker(tmp_path, start=0, total=10, batch_size=4) as tracker:
         assert tracker.images_per_second(1) == 0.0
-        tracker.started(1)
+        tracker.started(1, 0.5)
         now[0] += 2.0
         assert tracker.images_per_second(6) == 5 * 4 / 2.0
         now[0] += 50.0
         tracker.paused(50.0)
         assert tracker.images_per_second(6) == 5 * 4 / 2.0
+
+
+def printed(renderable, width):
+    wide = Console(width=width, file=io.StringIO(), color_system=None)
+    wide.print(renderable)
+    return [line.rstrip() for line in wide.file.getvalue().splitlines()]
+
+
+def test_the_progress_line_drops_its_last_parts_where_the_terminal_is_narrow(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(tracking.time, "monotonic", lambda: now[0])
+    parts = ["1:02:03 left", "step 4200/390000", "loss 0.5010", "accuracy 100.0%", "6,634 images/s"]
+    line = tracking.ProgressLine(parts, done=3, total=4)
+    now[0] = 75.0
+    whole = "  ".join([*parts, "1:15 elapsed"])
+    (wide,) = printed(line, 120)
+    assert wide.startswith(f"{whole}  ━━━")
+    assert printed(line, 80) == ["  ".join(parts)]
+    assert printed(line, 60) == ["  ".join(parts[:4])]
+    assert printed(line, 45) == ["  ".join(parts[:3])]
+    assert printed(line, 31) == ["  ".join(parts[:2])]
+    assert printed(line, 20) == ["1:02:03 left"]
+
+
+def test_the_first_step_is_shown_with_its_time_and_the_time_left_for_all(monkeypatch, capsys):
+    now = [100.0]
+    monkeypatch.setattr(tracking.time, "monotonic", lambda: now[0])
+    with Tracker(None, start=0, total=201, batch_size=4) as tracker:
+        assert tracker.is_due()
+        tracker.started(1, 25.0)
+        tracker.show(1, VALUES)
+        assert capsys.readouterr().out == "1:23:20 left  step 1/201  loss 1.0000  accuracy 50.0%  first step 25.0 s\n"
+        now[0] += 19.0
+        assert not tracker.is_due()
+        now[0] += 2.0
+        assert tracker.is_due()
+        tracker.show(2, VALUES)
+        assert "1:09:39 left  step 2/201" in capsys.readouterr().out
+        assert not tracker.is_due()
+
+
+@pytest.mark.parametrize("columns", ["60", ""])
+def test_a_table_in_a_file_is_as_wide_as_columns_says(monkeypatch, capsys, columns):
+    monkeypatch.setenv("COLUMNS", columns)
+    tracking.show([{"model": "merged" * 10, "accuracy": "word " * 10, "nll": "1"}], "title")
+    out = capsys.readouterr().out
+    widest = max(map(len, out.splitlines()))
+    assert widest == 60 if columns else widest > 120
+    assert "".join(out.split()).count("word") == 10
 
 
 def test_tensorboard_gets_the_same_numbers(tmp_path):

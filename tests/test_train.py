@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -13,7 +14,7 @@ import chex
 import jax
 import pytest
 
-from jvitmoe import cli, evaluate, pretrained, report, step, train
+from jvitmoe import cli, evaluate, pretrained, report, step, tracking, train
 from jvitmoe.models import vit
 from run_folders import assert_same_run, final_state, history
 
@@ -145,6 +146,25 @@ def test_the_first_lines_and_the_table_tell_what_one_needs(experiment, undisturb
         "report.md",
         "result.json",
     }
+
+
+def test_steps_are_shown_where_none_was_for_long_and_the_history_stays_the_same(
+    experiment, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(tracking, "PLAIN_SECONDS", 0.0)
+    shown = []
+    for seconds in (0.0, 1e9):
+        monkeypatch.setattr(tracking, "SHOW_SECONDS", seconds)
+        monkeypatch.setattr(train, "SLOW_SECONDS", 1e9 if seconds else 0.0)
+        workdir = tmp_path / str(seconds)
+        arguments = (f"--config={experiment}", f"--workdir={workdir}", "--config.train.log_every=5")
+        code, out, err = run(train.main, monkeypatch, capsys, *arguments)
+        assert code == 0, err
+        shown.append([int(number) for number in re.findall(r"left  step (\d+)/", out)])
+        assert re.search(rf"^\d+:\d\d left  step 1/{STEPS}  .*  first step \d+\.\d s$", out, re.MULTILINE)
+    # Before a save all that was done is shown, and each step once the next one is on its way.
+    assert shown == [list(range(1, STEPS + 1)), [1, 5, 10, 15]]
+    assert history(tmp_path / "0.0") == history(tmp_path / "1000000000.0")
 
 
 def test_each_step_stands_once_in_the_history(undisturbed):
