@@ -19,41 +19,47 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
 # The palette of Okabe and Ito, which colour-blind readers can tell apart. Black is the reference.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-STYLE = {
+STYLE: Any = {
     **{"axes.grid": True, "axes.axisbelow": True, "grid.alpha": 0.3, "legend.frameon": False, "savefig.dpi": 140},
     **{"axes.spines.top": False, "axes.spines.right": False, "font.size": 11, "axes.titlesize": 12},
     **{"figure.constrained_layout.use": True, "lines.markersize": 5, "lines.linewidth": 1.4},
 }
+in_style: Any = plt.rc_context(STYLE)  # a decorator
 MARKS = {
     **{"dense": ("D", "black"), "EMA": ("v", COLOURS[4]), "merged": ("o", COLOURS[1]), "routed": ("s", COLOURS[3])},
     **{"expert (mean)": ("P", COLOURS[0]), "ensemble": ("^", COLOURS[2])},
 }
 LEAST_ERROR = 1e-3  # drawn for an error of 0, which a log scale cannot show
-POINTS = 60  # most points of a loss curve: more records are averaged
+POINTS = 60  # most points of a line: more records are averaged
 
 
-@plt.rc_context(STYLE)
+@in_style
 def curves(families: Sequence[Mapping[str, Sequence[Path]]], path: Path) -> None:
     """Writes one PNG: training loss and watched error against the step. A line is the mean over a group's seeds, its
     band the sample deviation. A family of groups has a row; small ones share it. Each row repeats the first group."""
     groups = {name: folders for family in families for name, folders in family.items()}
     rows = _rows([list(family) for family in families])
+    labels, over = _seeds({name: len(folders) for name, folders in groups.items()})
     size = (10, 1 + 2.6 * len(rows))
     figure, grid = plt.subplots(len(rows), 2, squeeze=False, sharex=True, sharey="col", figsize=size)
-    kinds = set()
+    kinds, most = set(), 0  # of the splits watched, of the points of a line
     for panels, row in zip(grid, rows, strict=True):
         for name, colour in zip(row, ("black", *COLOURS), strict=False):
             runs = [tracking.read_metrics(folder / tracking.METRICS) for folder in groups[name]]
             kinds |= {line["kind"] for run in runs for line in run} - {"train"}
             losses = [{line["step"]: line["loss"] for line in run if line["kind"] == "train"} for run in runs]
             errors = [{line["step"]: 1 - line["accuracy"] for line in run if line["kind"] != "train"} for run in runs]
+            most = max(most, *map(len, losses + errors))
             _mean_line(panels[0], losses, 0.0, color=colour)
-            _mean_line(panels[1], errors, LEAST_ERROR, color=colour, label=name, marker="o", markersize=3)
+            _mean_line(panels[1], errors, LEAST_ERROR, color=colour, label=labels[name], marker="o", markersize=3)
         panels[0].set_ylabel("cross-entropy, nats")
         panels[1].set_ylabel("error, %")
         panels[1].legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=10)
+    figure.suptitle(
+        "; ".join(filter(None, (over, f"averaged to {POINTS} points" if most > POINTS else ""))), fontsize=11
+    )
     grid[0, 0].set_title("Training loss")
-    grid[0, 1].set_title(f"{' and '.join(sorted(kinds)).capitalize()} error")
+    grid[0, 1].set_title(f"{' and '.join(sorted(kinds))} error".strip().capitalize())
     for column, scale in enumerate((1, 100)):
         grid[-1, column].set_xlabel("step")
         grid[0, column].set_yscale("log")
@@ -79,6 +85,7 @@ def _mean_line(axes: Axes, runs: Sequence[Mapping[int, float]], least: float, **
     """Draws the mean of runs at the steps that all have, in at most POINTS points, and their deviation as a band."""
     steps = sorted(set.intersection(*map(set, runs)))
     if not steps:
+        axes.plot([], [], **style)  # for the legend
         return
     values = np.array([[run[step] for step in steps] for run in runs], float)  # a null in the file is nan here
     parts = np.array_split(np.arange(len(steps)), min(len(steps), POINTS))
@@ -88,23 +95,23 @@ def _mean_line(axes: Axes, runs: Sequence[Mapping[int, float]], least: float, **
     axes.plot(places, mean, **style)
     if len(runs) > 1:
         deviation = means.std(0, ddof=1)
-        low = np.maximum(mean - deviation, np.minimum(mean / 2, least))
+        low = np.maximum(mean - deviation, least)
         axes.fill_between(places, low, mean + deviation, color=style["color"], alpha=0.15, linewidth=0)
 
 
-@plt.rc_context(STYLE)
+@in_style
 def comparison(table: Mapping[str, Mapping[str, Sequence[float]]], images: int, path: Path) -> None:
     """Writes one PNG of {run: {model: accuracy of each seed}}, tested on so many images: a band per run with a mark per
     model at its mean error. Experts are one mark. Whiskers: deviation over seeds; standard error where all have one."""
     counts = {name: len(next(iter(models.values()))) for name, models in table.items()}
-    shown = []
+    shown: list[dict[str, Any]] = []
     for models in table.values():
         experts = [values for model, values in models.items() if model.startswith("expert ")]
-        every = {**models, "expert (mean)": np.mean(experts, 0)} if experts else models
+        every: Any = {**models, "expert (mean)": np.mean(experts, 0)} if experts else models
         shown.append({model: 1 - np.array(every[model]) for model in MARKS if model in every})
     apart = 0.86 / max(map(len, shown))
     figure, axes = plt.subplots(figsize=(9, 1.4 + 0.1 / apart * len(shown)))
-    handles = {}
+    handles: Any = {}
     for place, errors in enumerate(shown):
         axes.axhspan(place - 0.5, place + 0.5, color="0.95" if place % 2 else "white")
         for number, (model, values) in enumerate(errors.items()):
@@ -117,11 +124,10 @@ def comparison(table: Mapping[str, Mapping[str, Sequence[float]]], images: int, 
             handles[model] = axes.errorbar(error, y, xerr=limits, fmt=marker, color=colour)
     if "dense" in shown[0]:
         axes.axvline(max(shown[0]["dense"].mean(), LEAST_ERROR), color=MARKS["dense"][1], linewidth=0.8, linestyle=":")
-    one, *more = sorted(set(counts.values()))
-    over = f"mean ± sample deviation over {'n' if more else one} seeds"
-    title = f"Test error, {over if more or one > 1 else f'one seed, ± standard error of {images:,} images'}"
+    labels, over = _seeds(counts)
+    title = f"Test error, {over or f'one seed ± standard error over {images:,} images'}"
     axes.set(title=title, xlabel="error, % (left is better)", xscale="log", ylim=(len(shown) - 0.5, -0.5))
-    axes.set_yticks(range(len(shown)), [f"{name} (n = {n})" if more else name for name, n in counts.items()])
+    axes.set_yticks(range(len(shown)), labels.values())
     axes.grid(axis="y", visible=False)
     plain_ticks(axes.xaxis, 100)
     order = [model for model in MARKS if model in handles]
@@ -129,7 +135,7 @@ def comparison(table: Mapping[str, Mapping[str, Sequence[float]]], images: int, 
     save(figure, path)
 
 
-@plt.rc_context(STYLE)
+@in_style
 def mergeability(result: Mapping[str, Any], path: Path) -> None:
     """Writes one PNG of a run's result.json: spread and layer gap by layer, the loss from experts through their mean to
     experts, and the accuracy of every model tested."""
@@ -159,17 +165,17 @@ def mergeability(result: Mapping[str, Any], path: Path) -> None:
         error = (accuracy * (1 - accuracy) / row["images"]) ** 0.5
         accuracy_axes.errorbar(100 * accuracy, place, xerr=100 * error, fmt=marker, color=colour)
         text = f"{100 * accuracy:.1f}" + (f" ± {100 * deviation:.1f}" if deviation else "")
-        above = {"textcoords": "offset points", "ha": "center", "fontsize": 9}
-        accuracy_axes.annotate(text, (100 * accuracy, place), (0, 5), **above)
+        at = (100 * accuracy, place)
+        accuracy_axes.annotate(text, at, (0, 5), textcoords="offset points", ha="center", fontsize=9)
     accuracy_axes.set_yticks(range(len(rows)), [row["model"] for row in rows])
     accuracy_axes.set(title=f"Accuracy, {rows[0]['images']:,} test images", ylim=(len(rows) - 0.5, -0.7))
-    accuracy_axes.set_xlabel("accuracy, %\n(bar: standard error; ±: deviation over paths)")
+    accuracy_axes.set_xlabel("accuracy, %\n(bar: standard error; ±: over paths)")
     for axes, columns in ((layer_axes, 1), (loss_axes, 3)):
         axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), fontsize=10, ncols=columns)
     save(figure, path)
 
 
-@plt.rc_context(STYLE)
+@in_style
 def throughput(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Writes one PNG of a benchmark's rows: images per second of each model and dtype, and beside it the time of a step
     in units of the dense step of the same dtype and round, where dense was measured."""
@@ -184,8 +190,8 @@ def throughput(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
         style = {"color": COLOURS[number], "label": row["dtype"] if row["model"] == models[0] else "_"}
         low, rate, high = np.quantile(row["images_per_second"] * row["seconds"] / seconds, (0.25, 0.5, 0.75))
         grid[0, 0].barh(place, rate, apart, xerr=[[rate - low], [high - rate]], error_kw={"elinewidth": 1}, **style)
-        text, beside = f"{rate:,.{1 if rate < 100 else 0}f}", {"textcoords": "offset points", "va": "center"}
-        grid[0, 0].annotate(text, (high, place), (4, 0), fontsize=9, **beside)
+        text = f"{rate:,.{1 if rate < 100 else 0}f}"
+        grid[0, 0].annotate(text, (high, place), (4, 0), textcoords="offset points", va="center", fontsize=9)
         if row["dtype"] in dense:
             low, ratio, high = np.quantile(seconds / dense[row["dtype"]], (0.25, 0.5, 0.75))
             grid[0, 1].errorbar(ratio, place, xerr=[[ratio - low], [high - ratio]], fmt="o", **style)
@@ -200,6 +206,13 @@ def throughput(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     title = f"median and quartiles, n = {len(rows[0]['seconds_per_round'])} rounds"
     figure.legend(*grid[0, 0].get_legend_handles_labels(), title=title, loc="outside lower center", ncols=len(dtypes))
     save(figure, path)
+
+
+def _seeds(counts: Mapping[str, int]) -> tuple[dict[str, str], str]:
+    """Returns each group's label and the words for its statistics, none for one seed. n is in one of the two."""
+    one, *more = sorted(set(counts.values()))
+    labels = {name: f"{name} (n = {n})" if more else name for name, n in counts.items()}
+    return labels, f"mean ± sample deviation over {'n' if more else one} seeds" if more or one > 1 else ""
 
 
 def plain_ticks(axis: Axis, scale: float = 1) -> None:
