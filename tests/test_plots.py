@@ -9,6 +9,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import processes
 import pytest
+from matplotlib.collections import LineCollection
 
 from jvitmoe import config as config_lib
 from jvitmoe import plots, report, tracking
@@ -171,11 +172,6 @@ def figures(monkeypatch):
         plt.close(figure)
 
 
-@pytest.fixture
-def scripts(monkeypatch):
-    monkeypatch.syspath_prepend(processes.ROOT / "scripts")
-
-
 def numbers(*path):
     return json.loads(RESULTS.joinpath(*path).read_text())
 
@@ -201,7 +197,7 @@ def check(figure):
             if [tick for tick in ticks if re.fullmatch(r"[\d.,%]+", tick.get_text())]:
                 assert UNIT.search(axis.label.get_text()), axis.label
         check_marks(axes)
-        lines = [line for line in axes.lines if line.get_linestyle() != "None" and np.size(line.get_xdata()) > 2]
+        lines = [line for line in axes.lines if line.get_linestyle() != "None" and np.ptp(line.get_xdata()) > 0]
         looks = {(line.get_color(), line.get_linestyle()) for line in lines}
         assert len(looks) == len(lines) <= 7
     texts = [text for text in texts if text and (not hasattr(text, "get_text") or text.get_text())]
@@ -219,7 +215,7 @@ def marks(axes):
     """Returns the centre and the radius of every mark, in pixels."""
     for line in axes.lines:
         if line.get_marker() not in ("None", "", None):
-            radius = line.get_markersize() / 2 * axes.figure.dpi / 72
+            radius = line.get_markersize() / 2 * axes.figure.dpi / 72 * (2**0.5 if line.get_marker() == "D" else 1)
             for at in line.get_transform().transform(line.get_xydata()):
                 yield at, radius
 
@@ -229,7 +225,7 @@ def check_marks(axes):
         assert (at - radius >= axes.bbox.min - 1).all(), at
         assert (at + radius <= axes.bbox.max + 1).all(), at
     for bars in axes.collections:
-        if bars.get_gid() is None and type(bars).__name__ == "LineCollection":  # whiskers
+        if isinstance(bars, LineCollection):  # whiskers
             for segment in bars.get_segments():
                 ends = axes.transData.transform(segment)
                 assert (ends >= axes.bbox.min - 1).all()
@@ -249,7 +245,7 @@ def test_twenty_two_groups_of_curves_and_their_comparison_can_be_told_apart(make
     for number, routing in enumerate(routings):
         for seed in range(2):
             models = MODELS if routing else ("dense",)
-            name = f"a_rather_long_name_{'abcdefghijklmnopqrstuvwxyz'[number]}_s{seed}"
+            name = f"a_name_as_long_as_real_ones_are_{'abcdefghijklmnopqrstuvwxyz'[number]}_s{seed}"
             folder = make_run(name, 0.95 + 0.002 * number + 0.001 * seed, models=models, train__seed=seed, **routing)
             folders.append(str(folder))
     report.main(["report", *folders, f"--out={tmp_path / 'report'}"])
@@ -268,17 +264,12 @@ def test_twenty_two_groups_of_curves_and_their_comparison_can_be_told_apart(make
 
 @pytest.mark.parametrize("accuracies", [(0.961, 0.972), (1.0, 0.1)])
 def test_a_few_runs_of_one_seed_make_sound_figures(make_run, tmp_path, figures, accuracies):
-    a, b = (make_run(name, value, optim__eps=value) for name, value in zip("ab", accuracies, strict=True))
-    report.main(["report", str(a), str(b), f"--out={tmp_path / 'report'}"])
+    dense = make_run("dense", accuracies[0], models=("dense",))
+    random = make_run("random", accuracies[1], routing__experts=4)
+    report.main(["report", str(dense), str(random), f"--out={tmp_path / 'report'}"])
     for figure in figures:
         check(figure)
     assert "one seed ± standard error over 10 images" in figures[1].axes[0].get_title()
-
-
-@pytest.mark.parametrize("name", ["sample_shared_independent", "sample_shared_shared", "switch"])
-def test_the_mergeability_of_the_runs_on_digits(tmp_path, figures, name):
-    plots.mergeability(numbers("digits", "runs.json")[name]["seeds"]["0"], tmp_path / "mergeability.png")
-    check(figures[0])
 
 
 def test_accuracies_of_96_and_97_percent_are_seen_to_differ(tmp_path, figures):
@@ -307,17 +298,8 @@ def test_a_panel_of_the_benchmark_shows_one_quantity(tmp_path, figures, name):
     assert len(figures[1].axes) == 1
 
 
-def test_the_figures_of_the_scaling_model(tmp_path, figures, scripts):
-    import scaling_check
-    import scaling_model
-
-    scaling_model.draw(numbers("scaling", "model.json")["rows"], tmp_path / "model.png")
-    scaling_check.draw(numbers("scaling", "check.json")["rows"], tmp_path / "check.png")
-    for figure in figures:
-        check(figure)
-
-
-def test_the_pictures_in_results_can_be_drawn_again(tmp_path, figures, scripts, monkeypatch):
+def test_the_pictures_in_results_can_be_drawn_again(tmp_path, figures, monkeypatch):
+    monkeypatch.syspath_prepend(processes.ROOT / "scripts")
     import redraw
 
     monkeypatch.setattr("sys.argv", ["redraw.py", f"--out={tmp_path}"])
