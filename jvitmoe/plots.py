@@ -56,7 +56,7 @@ def curves(families: Sequence[Mapping[str, Sequence[Path]]], path: Path) -> None
         panels[1].set_ylabel("error, %")
         panels[1].legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=10)
     figure.suptitle(
-        "; ".join(filter(None, (over, f"averaged to {POINTS} points" if most > POINTS else ""))), fontsize=11
+        "; ".join(filter(None, (over, f"lines averaged to {POINTS} points" if most > POINTS else ""))), fontsize=11
     )
     grid[0, 0].set_title("Training loss")
     grid[0, 1].set_title(f"{' and '.join(sorted(kinds))} error".strip().capitalize())
@@ -219,7 +219,7 @@ def plain_ticks(axis: Axis, scale: float = 1) -> None:
     """Gives a logarithmic axis several ticks in any range, written as plain decimals of value * scale."""
     low, high = axis.get_view_interval()
     subs = (1, 2, 5) if high > 20 * low else (1, 1.5, 2, 3, 4, 6)
-    axis.set_major_locator(LogLocator(subs=subs) if high > 4 * low else MaxNLocator(6, steps=(1, 2, 5, 10)))
+    axis.set_major_locator(LogLocator(subs=subs) if high > 4 * low else MaxNLocator(8, steps=(1, 2, 5, 10)))
     axis.set_major_formatter(lambda value, _: f"{scale * value:g}")
     axis.set_minor_locator(NullLocator())
 
