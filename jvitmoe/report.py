@@ -56,8 +56,9 @@ def main(argv: list[str]) -> None:
         raise UserError("no run folder was given; name one or more, such as runs/digits_dense runs/digits_random")
     rows = [row for name in in_order(groups) for row in group_rows(name, groups[name])]
     out.mkdir(parents=True, exist_ok=True)
-    plots.curves({name: [run.folder for run in groups[name]] for name in in_order(groups)}, out / "curves.png")
-    plots.comparison({name: accuracies(groups[name]) for name in in_order(groups)}, out / "comparison.png")
+    plots.curves(families(groups), out / "curves.png")
+    images = next(iter(groups.values()))[0].result["rows"][0]["images"]
+    plots.comparison({name: by_seed(groups[name]) for name in in_order(groups)}, images, out / "comparison.png")
     pictures = "![comparison](comparison.png)\n\n![curves](curves.png)\n"
     glance = [glance_row(name, groups[name]) for name in in_order(groups)]
     tables = (
@@ -154,6 +155,17 @@ def in_order(groups: dict[str, list[Run]]) -> list[str]:
     return sorted(names, key=lambda name: (first[matched[name]], groups[name][0].config.routing.experts > 1))
 
 
+def families(groups: dict[str, list[Run]]) -> list[dict[str, list[Path]]]:
+    """Returns {name: folders} of the groups of each way of routing, in order."""
+
+    def kind(name: str) -> tuple[str, str, str]:
+        routing = groups[name][0].config.routing
+        return routing.router, routing.granularity, routing.scope
+
+    every = itertools.groupby(in_order(groups), kind)
+    return [{name: [run.folder for run in groups[name]] for name in names} for _, names in every]
+
+
 def group_rows(name: str, group: Sequence[Run]) -> list[dict[str, str]]:
     """Returns the text cells of a group, one row per model; mean ± sample deviation where there are several seeds."""
     rates = [run.result["images_per_second"] for run in group if run.result.get("images_per_second")]
@@ -185,11 +197,16 @@ def group_rows(name: str, group: Sequence[Run]) -> list[dict[str, str]]:
     return rows
 
 
+def by_seed(group: Sequence[Run]) -> dict[str, list[float]]:
+    """Returns model -> accuracy of each seed."""
+    seeds = [{row["model"]: row["accuracy"] for row in run.result["rows"]} for run in group]
+    return {model: [accuracy[model] for accuracy in seeds] for model in seeds[0]}
+
+
 def accuracies(group: Sequence[Run]) -> dict[str, tuple[float, float]]:
     """Returns model -> (mean accuracy, sample deviation over seeds; 0 for one seed)."""
-    seeds = [[row["accuracy"] for row in run.result["rows"]] for run in group]
-    several = zip(_models(group[0]), zip(*seeds, strict=True), strict=True)
-    return {model: (statistics.fmean(x), statistics.stdev(x) if len(x) > 1 else 0.0) for model, x in several}
+    seeds = by_seed(group).items()
+    return {model: (statistics.fmean(x), statistics.stdev(x) if len(x) > 1 else 0.0) for model, x in seeds}
 
 
 def record(group: Sequence[Run]) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import matplotlib.pyplot as plt
 import numpy as np
 from absl import flags
 from jax.experimental import multihost_utils
@@ -30,7 +31,7 @@ from scipy import optimize
 sys.path.insert(0, str(Path(__file__).parent))
 import scaling_model
 
-from jvitmoe import checkpoint, compilation, distributed, routing, step
+from jvitmoe import checkpoint, compilation, distributed, plots, routing, step
 from jvitmoe.config import Config, ModelConfig, OptimConfig, RoutingConfig, TrainConfig
 from jvitmoe.data import feed, sources
 from jvitmoe.routing import Purpose
@@ -259,28 +260,24 @@ def ring(links: dict[int, tuple[float, float]], count: int) -> float:
     return links[fewest][1] * share(count) / share(fewest)
 
 
+@plots.in_style
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     counts = sorted({row["processes"] for row in rows})
-    figure, axes = plt.subplots(1, len(counts), figsize=(12, 3.6), layout="constrained")
-    for axis, count in zip(np.atleast_1d(axes), counts, strict=True):
+    names = list(dict.fromkeys(row["variant"] for row in rows))
+    figure, grid = plt.subplots(1, len(counts), sharey=True, squeeze=False, figsize=(11, 3.6))
+    for axes, count in zip(grid[0], counts, strict=True):
         mine = [row for row in rows if row["processes"] == count]
-        y = np.arange(len(mine))
         work, reducing, measured = ([1e3 * row[part] for row in mine] for part in ("work", "reducing", "measured"))
-        axis.barh(y, work, color="0.75", label="work on shared cores, measured without reducing")
-        axis.barh(y, reducing, left=work, color="C1", label="all-reduces, from bytes and the measured link")
-        axis.plot(measured, y, "kD", label="training step, measured")
-        axis.set(title=f"{count} processes", xlabel="ms per step", xlim=(0, None))
-        axis.set_yticks(y, [row["variant"] for row in mine] if count == counts[0] else [""] * len(mine))
-        axis.invert_yaxis()
-    handles, labels = np.atleast_1d(axes)[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=9)
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+        y = [names.index(row["variant"]) for row in mine]
+        axes.barh(y, work, color="0.75", label="predicted: work on shared cores")
+        axes.barh(y, reducing, left=work, color=plots.COLOURS[4], label="predicted: all-reduces over loopback")
+        axes.plot(measured, y, "D", color="black", label="measured")
+        axes.set(title=f"{count} processes", xlabel="time of a step, ms", xlim=(0, 1.1 * max(measured)))
+        axes.grid(axis="y", visible=False)
+    grid[0, 0].set_yticks(range(len(names)), [name.replace(", experts", ",\nexperts") for name in names])
+    grid[0, 0].invert_yaxis()
+    figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    plots.save(figure, path)
 
 
 def main() -> None:

@@ -9,14 +9,15 @@ import dataclasses
 import json
 from pathlib import Path
 
-from jvitmoe import evaluation
+import matplotlib.pyplot as plt
+
+from jvitmoe import evaluation, plots
 from jvitmoe.config import Config, ModelConfig, RoutingConfig
 
 OUT = Path(__file__).resolve().parents[1] / "results" / "scaling"
 DEVICES = tuple(2**k for k in range(11))
 FLOAT = 4  # bytes of a gradient: parameters and gradients are float32
 HALF = 2  # bytes of an activation
-TICKS = (8, 9, 10, 12, 14, 16, 60, 80, 100, 150, 200, 300, 400, 600)  # ms, in the figure
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,29 +159,22 @@ def table(w: Work, m: Machine) -> list[dict]:
     return rows
 
 
+@plots.in_style
 def draw(tables: dict[str, list[dict]], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, len(tables), figsize=(12, 4.8), layout="constrained")
-    styles = dict(zip(VARIANTS, ("k-", "C0--", "C1-", "C2-", "C3-"), strict=True))
-    for axis, (title, rows) in zip(axes, tables.items(), strict=True):
-        for name, style in styles.items():
+    figure, grid = plt.subplots(1, len(tables), figsize=(11, 5))
+    for axes, (title, rows) in zip(grid, tables.items(), strict=True):
+        for name, colour in zip(VARIANTS, ("black", *plots.COLOURS), strict=False):
             mine = [row for row in rows if row["variant"] == name]
-            axis.plot([row["gpus"] for row in mine], [1e3 * row["seconds"] for row in mine], style, label=name)
-        axis.set(xscale="log", yscale="log", xlabel="GPUs", ylabel="ms per step", title=title)
-        axis.set_xticks(DEVICES, [str(n) for n in DEVICES], fontsize=8)
-        low, high = axis.get_ylim()
-        ticks = [n for n in TICKS if low < n < high]
-        axis.set_yticks(ticks, [str(n) for n in ticks])
-        axis.minorticks_off()
-        axis.grid(alpha=0.3)
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(styles), fontsize=9)
-    figure.suptitle("Predicted, not measured: H100, 8 per node, batch grows with GPUs", fontsize=10)
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+            gpus, times = [row["gpus"] for row in mine], [1e3 * row["seconds"] for row in mine]
+            dashed = "--" if name == "random, batch" else "-"  # it lies on dense
+            axes.plot(gpus, times, dashed, color=colour, label=name)
+        axes.set(xscale="log", yscale="log", xlabel="GPUs", ylabel="time of a step, ms", title=title)
+        axes.set_xticks(DEVICES, [str(n) for n in DEVICES], fontsize=9)
+        axes.minorticks_off()
+        plots.plain_ticks(axes.yaxis)
+    figure.legend(*grid[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    figure.suptitle("Predicted, not measured: H100, 8 per node, batch grows with GPUs", fontsize=12)
+    plots.save(figure, path)
 
 
 def markdown(tables: dict[str, list[dict]]) -> str:

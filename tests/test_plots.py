@@ -1,15 +1,23 @@
 """The figures, and the table of many runs that they stand beside."""
 
+import itertools
 import json
+import re
 import statistics
 
+import matplotlib.pyplot as plt
+import numpy as np
+import processes
 import pytest
+from matplotlib.collections import LineCollection
 
 from jvitmoe import config as config_lib
 from jvitmoe import plots, report, tracking
 from jvitmoe.config import Config, UserError
 
 MODELS = ("merged", "expert 0", "2 random paths", "ensemble")
+RESULTS = processes.ROOT / "results"
+UNIT = re.compile("^(step|layer|GPUs)$|, (nats|%|ms)|^images/s|^time / time of dense|^distance / size of the mean")
 
 
 @pytest.fixture
@@ -151,3 +159,152 @@ def test_the_mergeability_figure_and_report(make_run, capsys, experts):
     assert "![mergeability](mergeability.png)" in text
     assert "| 3 | 0.2000 | 0.2000 | 0.2000 | 0.2000 |" in text
     assert "0.5000 nats" in capsys.readouterr().out
+
+
+@pytest.fixture
+def figures(monkeypatch):
+    """Collects each figure where it would be closed."""
+    found = []
+    monkeypatch.setattr(plt, "close", found.append)
+    yield found
+    monkeypatch.undo()
+    for figure in found:
+        plt.close(figure)
+
+
+def numbers(*path):
+    return json.loads(RESULTS.joinpath(*path).read_text())
+
+
+def shown_ticks(axis):
+    """Returns the tick labels that are drawn."""
+    low, high = sorted(axis.get_view_interval())
+    labels = [t.label1 for t in axis.get_major_ticks() + axis.get_minor_ticks() if low <= t.get_loc() <= high]
+    return [label for label in labels if label.get_text() and label.get_visible()]
+
+
+def check(figure):
+    """The laws of every figure: texts lie in it and apart, ticks are plain, axes have units, marks lie in their axes,
+    and the lines of a panel are few and differ."""
+    figure.draw_without_rendering()
+    texts = [figure._suptitle, *figure.legends]
+    for axes in figure.axes:
+        texts += [axes.title, axes.get_legend(), *axes.texts]
+        for axis in (axes.xaxis, axes.yaxis):
+            ticks = shown_ticks(axis)
+            texts += [axis.label, *ticks]
+            assert not [tick for tick in ticks if re.search(r"10\^|\de", tick.get_text())]
+            if [tick for tick in ticks if re.fullmatch(r"[\d.,%]+", tick.get_text())]:
+                assert UNIT.search(axis.label.get_text()), axis.label
+        check_marks(axes)
+        lines = [line for line in axes.lines if line.get_linestyle() != "None" and np.ptp(line.get_xdata()) > 0]
+        looks = {(line.get_color(), line.get_linestyle()) for line in lines}
+        assert len(looks) == len(lines) <= 7
+    texts = [text for text in texts if text and (not hasattr(text, "get_text") or text.get_text())]
+    boxes = [(text, text.get_window_extent().padded(-1)) for text in texts]
+    for text, box in boxes:
+        assert figure.bbox.containsx(box.x0), text
+        assert figure.bbox.containsx(box.x1), text
+        assert figure.bbox.containsy(box.y0), text
+        assert figure.bbox.containsy(box.y1), text
+    for (text, box), (other, another) in itertools.combinations(boxes, 2):
+        assert not box.overlaps(another), (text, other)
+
+
+def marks(axes):
+    """Returns the centre and the radius of every mark, in pixels."""
+    for line in axes.lines:
+        if line.get_marker() not in ("None", "", None):
+            radius = line.get_markersize() / 2 * axes.figure.dpi / 72 * (2**0.5 if line.get_marker() == "D" else 1)
+            for at in line.get_transform().transform(line.get_xydata()):
+                yield at, radius
+
+
+def check_marks(axes):
+    for at, radius in marks(axes):
+        assert (at - radius >= axes.bbox.min - 1).all(), at
+        assert (at + radius <= axes.bbox.max + 1).all(), at
+    for bars in axes.collections:
+        if isinstance(bars, LineCollection):  # whiskers
+            for segment in bars.get_segments():
+                ends = axes.transData.transform(segment)
+                assert (ends >= axes.bbox.min - 1).all()
+                assert (ends <= axes.bbox.max + 1).all()
+
+
+def test_twenty_two_groups_of_curves_and_their_comparison_can_be_told_apart(make_run, tmp_path, figures):
+    routers = ("switch", "topk", "expert_choice", "soft")
+    routings = [{}, *({"routing__experts": 4, "routing__router": router} for router in routers)]
+    for granularity, scope, init, pull in itertools.product(
+        ("batch", "sample"), ("shared", "layer"), ("shared", "independent"), (0.0, 0.1)
+    ):
+        routings.append({"routing__experts": 4, "routing__granularity": granularity, "routing__scope": scope})
+        routings[-1] |= {"routing__init": init, "routing__pull": pull}
+    routings.append({"routing__experts": 8})
+    folders = []
+    for number, routing in enumerate(routings):
+        for seed in range(2):
+            models = MODELS if routing else ("dense",)
+            name = f"a_name_as_long_as_real_ones_are_{'abcdefghijklmnopqrstuvwxyz'[number]}_s{seed}"
+            folder = make_run(name, 0.95 + 0.002 * number + 0.001 * seed, models=models, train__seed=seed, **routing)
+            folders.append(str(folder))
+    report.main(["report", *folders, f"--out={tmp_path / 'report'}"])
+    curves, comparison = figures
+    assert [axes.get_title() for axes in curves.axes[:2]] == ["Training loss", "Test error"]
+    labels = [text.get_text() for axes in curves.axes if (key := axes.get_legend()) for text in key.get_texts()]
+    assert len(set(labels)) == 22
+    assert "2 seeds" in curves._suptitle.get_text()
+    (axes,) = comparison.axes
+    for (at, radius), (other, _) in itertools.combinations(marks(axes), 2):
+        assert np.abs(at - other).max() >= 2 * radius  # no mark hides another
+    assert "± sample deviation over 2 seeds" in axes.get_title()
+    for figure in figures:
+        check(figure)
+
+
+@pytest.mark.parametrize("accuracies", [(0.961, 0.972), (1.0, 0.1)])
+def test_a_few_runs_of_one_seed_make_sound_figures(make_run, tmp_path, figures, accuracies):
+    dense = make_run("dense", accuracies[0], models=("dense",))
+    random = make_run("random", accuracies[1], routing__experts=4)
+    report.main(["report", str(dense), str(random), f"--out={tmp_path / 'report'}"])
+    for figure in figures:
+        check(figure)
+    assert "one seed ± standard error over 10 images" in figures[1].axes[0].get_title()
+
+
+def test_accuracies_of_96_and_97_percent_are_seen_to_differ(tmp_path, figures):
+    result = numbers("digits", "runs.json")["batch_shared_shared"]["seeds"]["0"]
+    rows = [{"model": f"expert {e}", "accuracy": a, "images": 10_000} for e, a in enumerate((0.961, 0.972))]
+    plots.mergeability(result | {"rows": rows}, tmp_path / "mergeability.png")
+    axes = figures[0].axes[-1]
+    check(figures[0])
+    (first, _), (second, _) = marks(axes)
+    assert second[0] - first[0] > 0.5 * axes.bbox.width
+    assert "10,000 test images" in axes.get_title()
+    assert len(axes.containers) == 2  # whiskers
+
+
+@pytest.mark.parametrize("name", ["benchmark", "benchmark_ratios", "benchmark_small"])
+def test_a_panel_of_the_benchmark_shows_one_quantity(tmp_path, figures, name):
+    rows = numbers(name, "benchmark.json")["rows"]
+    plots.throughput(rows, tmp_path / "benchmark.png")
+    check(figures[0])
+    speed, time = figures[0].axes
+    assert all(re.fullmatch(r"[\d,.]+", text.get_text()) for text in speed.texts)
+    assert [at[0] for at in time.transData.inverted().transform([at for at, _ in marks(time)])] == pytest.approx(
+        [row["times_dense"] for row in rows]
+    )
+    plots.throughput([row for row in rows if row["model"] != "dense"], tmp_path / "alone.png")
+    assert len(figures[1].axes) == 1
+
+
+def test_the_pictures_in_results_can_be_drawn_again(tmp_path, figures, monkeypatch):
+    monkeypatch.syspath_prepend(processes.ROOT / "scripts")
+    import redraw
+
+    monkeypatch.setattr("sys.argv", ["redraw.py", f"--out={tmp_path}"])
+    redraw.main()
+    committed = {str(path.relative_to(RESULTS)) for path in RESULTS.glob("*/*.png") if path.name != "curves.png"}
+    assert {str(path.relative_to(tmp_path)) for path in tmp_path.glob("*/*.png")} == committed
+    for figure in figures:
+        check(figure)

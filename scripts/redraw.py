@@ -1,0 +1,59 @@
+"""Draws the pictures in results/ again, from the numbers beside them: `python scripts/redraw.py [--out DIR]`.
+
+The curves (curves.png) are left alone: they need the runs' metrics.jsonl, which are not kept in results/.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import scaling_check
+import scaling_model
+
+from jvitmoe import plots, report
+from jvitmoe.config import Config
+
+RESULTS = Path(__file__).resolve().parents[1] / "results"
+
+
+def redraw(folder: Path, out: Path) -> None:
+    """Writes the pictures of one folder of results to `out`."""
+    if (folder / "runs.json").is_file():
+        runs = read(folder / "runs.json")
+        compare({name: list(group["seeds"].values()) for name, group in runs.items()}, out)
+        for name, group in runs.items():
+            if (folder / (picture := f"mergeability_{name}.png")).is_file():
+                plots.mergeability(group["seeds"]["0"], out / picture)
+    if singles := sorted(folder.glob("*_result.json")):
+        compare({path.name.removesuffix("_result.json"): [read(path)] for path in singles}, out)
+    if (folder / "benchmark.json").is_file():
+        plots.throughput(read(folder / "benchmark.json")["rows"], out / "benchmark.png")
+    if (folder / "model.json").is_file():
+        scaling_model.draw(read(folder / "model.json")["rows"], out / "model.png")
+    if (folder / "check.json").is_file():
+        scaling_check.draw(read(folder / "check.json")["rows"], out / "check.png")
+
+
+def compare(results: dict[str, list[dict[str, Any]]], out: Path) -> None:
+    groups = {name: [report.Run(Path(), Config(), result) for result in group] for name, group in results.items()}
+    table = {name: report.by_seed(group) for name, group in groups.items()}
+    images = next(iter(results.values()))[0]["rows"][0]["images"]
+    plots.comparison(table, images, out / "comparison.png")
+
+
+def read(path: Path) -> Any:
+    return json.loads(path.read_text())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder to write to, with a subfolder per result")
+    chosen = parser.parse_args()
+    for folder in sorted(RESULTS.iterdir()):
+        (chosen.out / folder.name).mkdir(parents=True, exist_ok=True)
+        redraw(folder, chosen.out / folder.name)
+
+
+if __name__ == "__main__":
+    main()
