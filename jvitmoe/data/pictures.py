@@ -34,8 +34,8 @@ def find(paths: Sequence[str | Path]) -> tuple[list[Path], list[str]]:
 
 
 def read(path: str | Path, size: int, channels: int, crop: str = "pad") -> np.ndarray:
-    """Returns the picture as uint8 [size, size, channels]: upright, and cut as a run with this `data.crop` cuts test
-    images: the whole middle square ("pad", resized bicubically), or 7/8 of its side ("resized", bilinearly).
+    """Returns the picture as uint8 [size, size, channels]: upright, the shorter side resized to `size` (crop="pad",
+    bicubic) or to 8/7 of it ("resized", bilinear: as such a run resizes its test images), and the centre cropped.
 
     Raises DataError for what cannot be read, or claims more pixels than photographs have.
     """
