@@ -257,7 +257,9 @@ def _read_hf(path: Path, arrays: Dict, about: dict[str, Any], heads: int) -> Sou
     mean, std = (pixels.get(f"image_{name}", 0.5) if pixels.get("do_normalize", True) else 0.5 for name in MEAN_STD)
     epsilon = float(about.get("layer_norm_eps", HF_EPSILON))
     known = int(about.get("num_attention_heads", 0))
-    return _from_style(path, formats.HF, arrays, known or heads, epsilon, classes, mean, std)
+    source = _from_style(path, formats.HF, arrays, known or heads, epsilon, classes, mean, std)
+    resized = pixels.get("resample") == 2 and pixels.get("do_center_crop")
+    return dataclasses.replace(source, crop="resized" if resized else "pad")
 
 
 def _read_timm(path: Path, arrays: Dict, about: dict[str, Any], heads: int) -> Source:
@@ -270,7 +272,9 @@ def _read_timm(path: Path, arrays: Dict, about: dict[str, Any], heads: int) -> S
     cfg = about.get("pretrained_cfg") or {}
     names = tuple(map(str, about.get("label_names") or cfg.get("label_names") or ()))
     mean, std = (cfg.get(name, 0.5) for name in MEAN_STD)
-    return _from_style(path, formats.TIMM, arrays, known or heads, epsilon, names, mean, std)
+    source = _from_style(path, formats.TIMM, arrays, known or heads, epsilon, names, mean, std)
+    resized = cfg.get("interpolation") == "bilinear" and cfg.get("crop_pct") == 7 / 8
+    return dataclasses.replace(source, crop="resized" if resized else "pad")
 
 
 def _read_google(path: Path, arrays: Dict) -> Source:
