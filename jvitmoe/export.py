@@ -80,7 +80,7 @@ def main(argv: list[str]) -> None:
         f"checked     read back by {reader}: logits of {len(sample['labels'])} images within {apart:.2g} of ours"
     )
     if values.to in ("timm", "hf"):
-        console.print(f"            the card's check reads it with {cards.LIBRARY[values.to]}")
+        console.print(f"            README.md has a check that runs {cards.LIBRARY[values.to]} itself")
 
 
 def _write(out: Path, source: pretrained.Source, target: str, sample: formats.Dict) -> float:

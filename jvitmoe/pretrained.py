@@ -225,6 +225,7 @@ def _read_safetensors(path: Path, heads: int) -> Source:
         style = formats.style_of(arrays)
         if style in (formats.HF, formats.TIMM):
             source = (_read_hf if style == formats.HF else _read_timm)(path, arrays, about, heads)
+            source = dataclasses.replace(source, crop=_crop(path, about))
             guess = f"took {source.model.norm_epsilon:g} for LayerNorm's epsilon: no {CONFIG} beside it tells"
             return source if about else dataclasses.replace(source, notes=(*source.notes, guess))
     except (ValueError, TypeError, AttributeError, KeyError, IndexError) as error:
@@ -257,9 +258,7 @@ def _read_hf(path: Path, arrays: Dict, about: dict[str, Any], heads: int) -> Sou
     mean, std = (pixels.get(f"image_{name}", 0.5) if pixels.get("do_normalize", True) else 0.5 for name in MEAN_STD)
     epsilon = float(about.get("layer_norm_eps", HF_EPSILON))
     known = int(about.get("num_attention_heads", 0))
-    source = _from_style(path, formats.HF, arrays, known or heads, epsilon, classes, mean, std)
-    resized = pixels.get("resample") == 2 and pixels.get("do_center_crop")
-    return dataclasses.replace(source, crop="resized" if resized else "pad")
+    return _from_style(path, formats.HF, arrays, known or heads, epsilon, classes, mean, std)
 
 
 def _read_timm(path: Path, arrays: Dict, about: dict[str, Any], heads: int) -> Source:
@@ -272,9 +271,7 @@ def _read_timm(path: Path, arrays: Dict, about: dict[str, Any], heads: int) -> S
     cfg = about.get("pretrained_cfg") or {}
     names = tuple(map(str, about.get("label_names") or cfg.get("label_names") or ()))
     mean, std = (cfg.get(name, 0.5) for name in MEAN_STD)
-    source = _from_style(path, formats.TIMM, arrays, known or heads, epsilon, names, mean, std)
-    resized = cfg.get("interpolation") == "bilinear" and cfg.get("crop_pct") == 7 / 8
-    return dataclasses.replace(source, crop="resized" if resized else "pad")
+    return _from_style(path, formats.TIMM, arrays, known or heads, epsilon, names, mean, std)
 
 
 def _read_google(path: Path, arrays: Dict) -> Source:
@@ -328,6 +325,14 @@ def _fold_pixels(flat: Dict, mean_c: np.ndarray, std_c: np.ndarray) -> None:
     offset_c = (0.5 - mean_c) / std_c
     flat["patches.bias"] = flat["patches.bias"] + np.einsum("pqcd,c->d", kernel_PPcD, offset_c)
     flat["patches.kernel"] = kernel_PPcD / (2 * std_c)[None, None, :, None]
+
+
+def _crop(path: Path, about: dict[str, Any]) -> str:
+    """Returns the `data.crop` whose test pictures timm's config, or Hugging Face's processor beside it, describes."""
+    beside = path.with_name("preprocessor_config.json")
+    pixels = json.loads(beside.read_text()) if beside.is_file() else about.get("pretrained_cfg") or {}
+    timm = pixels.get("interpolation") == "bilinear" and pixels.get("crop_pct") == 7 / 8
+    return "resized" if timm or (pixels.get("resample") == 2 and pixels.get("do_center_crop")) else "pad"
 
 
 def _name(arrays: Dict, name: str) -> str:
