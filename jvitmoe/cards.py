@@ -4,7 +4,7 @@ it. Plain text out of what the run folder holds; nothing is measured here."""
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jvitmoe import checkpoint, formats, tracking
+from jvitmoe import checkpoint, tracking
 from jvitmoe import config as config_lib
 from jvitmoe.config import Config, ModelConfig
 
@@ -22,13 +22,14 @@ USE = {
     "safetensors": """```python
 import jvitmoe
 
-model = jvitmoe.load("{out}")
+model = jvitmoe.load(".")
 print(model(["picture.png"]))
 ```""",
     "timm": """```python
-{imports}import timm
+import timm
 
-model = timm.create_model("local-dir:{out}", pretrained=True{norm}).eval()
+model = timm.create_model("local-dir:.", pretrained=True).eval()
+transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
 ```
 
 or, with the arguments in sight:
@@ -38,21 +39,22 @@ import functools, json, timm, torch
 from pathlib import Path
 from safetensors.torch import load_file
 
-about = json.loads(Path("{out}/config.json").read_text())
+about = json.loads(Path("config.json").read_text())
 norm = functools.partial(torch.nn.LayerNorm, eps={epsilon})
 arguments = {{**about["model_args"], "norm_layer": norm}}
 model = timm.create_model(about["architecture"], num_classes=about["num_classes"], **arguments).eval()
-model.load_state_dict(load_file("{out}/model.safetensors"), strict=True)
+model.load_state_dict(load_file("model.safetensors"), strict=True)
 ```""",
     "hf": """```python
-from transformers import ViTForImageClassification
+from transformers import AutoImageProcessor, ViTForImageClassification
 
-model = ViTForImageClassification.from_pretrained("{out}").eval()
+model = ViTForImageClassification.from_pretrained(".").eval()
+processor = AutoImageProcessor.from_pretrained(".", backend="pil")
 ```""",
     "onnx": """```python
 import onnxruntime
 
-model = onnxruntime.InferenceSession("{out}/model.onnx")
+model = onnxruntime.InferenceSession("model.onnx")
 run = lambda inputs: model.run(None, {{model.get_inputs()[0].name: inputs}})[0]
 ```""",
     "stablehlo": """```python
@@ -60,7 +62,7 @@ from pathlib import Path
 
 from jax import export
 
-model = export.deserialize(bytearray(Path("{out}/model.stablehlo").read_bytes()))
+model = export.deserialize(bytearray(Path("model.stablehlo").read_bytes()))
 run = model.call
 ```
 
@@ -73,6 +75,16 @@ CHECK = {
     "onnx": 'run(sample["inputs"])',
     "stablehlo": 'run(sample["inputs"])',
 }
+LIBRARY = {"safetensors": "jvitmoe", "timm": "timm", "hf": "transformers", "onnx": "onnx", "stablehlo": "jax"}
+# What the Hugging Face hub reads. The owner of the weights chooses their licence, so none is chosen here.
+HEADER = """---
+license: unknown
+library_name: {library}
+pipeline_tag: image-classification
+tags:
+- vit
+- jvitmoe
+---"""
 
 
 def write(
@@ -81,7 +93,6 @@ def write(
     result: Mapping[str, Any],
     classes: Sequence[str],
     target: str,
-    out: str,
     step: int,
     remarks: Sequence[str],
 ) -> str:
@@ -93,7 +104,6 @@ def write(
         result: the run's result.json, {} where it was not tested.
         classes: names of the classes, () where unknown.
         target: safetensors | timm | hf | onnx | stablehlo.
-        out: the folder, as the reader will call it.
         remarks: what differs in this export.
     """
     layout = "[N, channels, rows, columns]" if target in ("timm", "hf") else "[N, rows, columns, channels]"
@@ -101,25 +111,23 @@ def write(
     experts = config.routing.experts
     kind = f"{experts} experts per MLP, averaged into one" if experts > 1 else "trained dense"
     torch = "import torch\n" if target in ("timm", "hf") else ""
-    norm = imports = ""
-    if target == "timm" and model.norm_epsilon not in formats.TIMM_NORMS:
-        imports = "import functools, torch\n"
-        norm = f", norm_layer=functools.partial(torch.nn.LayerNorm, eps={model.norm_epsilon})"
     sections = [
+        HEADER.format(library=LIBRARY[target]),
         f"# {config.data.name} ViT\n\nA plain Vision Transformer for images of {size} and {model.classes} classes, "
         f"trained with jvitmoe: {kind}. It is dense: no router, no experts, the cost of one ViT.",
         *(f"- {remark}" for remark in remarks),
-        "## Use\n\n" + USE[target].format(out=out, epsilon=model.norm_epsilon, norm=norm, imports=imports),
+        "## Use\n\nIn this folder:\n\n" + USE[target].format(epsilon=model.norm_epsilon),
         f"Inputs are float32 {layout}, `pixels / 127.5 - 1` of 8-bit pixels, at exactly {size}. Outputs are logits."
         + (f" Classes in order: {', '.join(classes)}." if 0 < len(classes) <= 100 else ""),
-        "## Check\n\n`sample.npz` holds test images (`images`, 8 bits), what the model takes (`inputs`), their "
+        "## Check\n\n`sample.npz` contains test images (`images`, 8 bits), the model's `inputs` for them, their "
         "`labels` and the `logits` that JAX computed in float32.\n\n"
-        f'```python\nimport numpy as np\n{torch}\nsample = np.load("{out}/sample.npz")\n'
+        f'```python\nimport numpy as np\n{torch}\nsample = np.load("sample.npz")\n'
         f'assert np.abs({CHECK[target]} - sample["logits"]).max() < 1e-4\n```',
         f"## Accuracy\n\n{_accuracy(result, step)}",
         f"## Data\n\n`{config.data.name}`, trained on its training split"
         + (f" without {config.data.validation:,} images held out to choose on" if config.data.validation else "")
-        + f". Licence of the data: {LICENCES.get(config.data.name.partition(':')[0], UNKNOWN)}",
+        + f". Licence of the data: {LICENCES.get(config.data.name.partition(':')[0], UNKNOWN)} "
+        "No licence is chosen for these weights: choose one and name it as `license` at the top of this card.",
         f"## Recipe\n\nSeed {config.train.seed}, checkpoint at step {step:,}. Fields that differ from the defaults:\n\n"
         + _recipe(config),
         f"## Made with\n\n{_made_with(result)}",

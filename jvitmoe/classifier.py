@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 
 from jvitmoe import formats, pretrained
 from jvitmoe.config import ModelConfig, UserError
@@ -112,7 +113,12 @@ def load(path: str | Path, checkpoint: str = "latest") -> Classifier:
 
     Raises UserError where there is none.
     """
-    source = pretrained.read(path, checkpoint=checkpoint)
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity(min(verbosity, logging.ERROR))  # Orbax warns that a folder opened read-only is read-only
+    try:
+        source = pretrained.read(path, checkpoint=checkpoint)
+    finally:
+        logging.set_verbosity(verbosity)
     if "head.logits.kernel" not in source.params:
         raise UserError(f"{path} has no head, so it classifies nothing; train one with --config.init.source={path}")
     return from_source(source)

@@ -72,8 +72,8 @@ POSITIONS = {
 # What may be left over in a file: heads of other tasks. Anything else left over would change what the model computes.
 SPARE = re.compile(r"(head|fc|pre_logits|head_dist|pooler|classifier|decoder|dist_token|mask_token)\b.*")
 
-# timm's config.json has no epsilon of LayerNorm: the architecture that it begins with implies it. Of each, one whose
-# other arguments ours undo.
+# timm's config.json cannot set the epsilon of LayerNorm: the architecture implies it. For each epsilon, an architecture
+# whose other arguments ours undo.
 TIMM_NORMS = {1e-5: "vit_base_patch16_clip_224", 1e-6: "vit_base_patch16_224"}
 # Heads of timm's and google-research's sizes, where nothing else tells them.
 HEADS = {"tiny": 3, "xsmall": 4, "small": 6, "medium": 8, "betwixt": 10, "base": 12}
@@ -192,8 +192,8 @@ def style_of(names: Any) -> str | None:
 
 
 def timm_config(model: ModelConfig, classes: Sequence[str], crop: str) -> dict[str, Any]:
-    """Returns timm's config.json: the architecture it begins with, and every argument that makes it ours; `crop` is the
-    run's `data.crop`."""
+    """Returns timm's config.json: the architecture whose LayerNorm epsilon is nearest to ours, and every argument that
+    makes it ours; `crop` is the run's `data.crop`."""
     cls = model.pool == "cls"
     args = {
         **{"img_size": model.image_size, "patch_size": model.patch, "in_chans": model.channels},
@@ -204,13 +204,12 @@ def timm_config(model: ModelConfig, classes: Sequence[str], crop: str) -> dict[s
     pixels = {"mean": [0.5] * model.channels, "std": [0.5] * model.channels}
     cfg = {
         **{"num_classes": model.classes, "input_size": [model.channels, model.image_size, model.image_size], **pixels},
-        "interpolation": "bilinear" if crop == "resized" else "bicubic",
-        **{"crop_pct": 224 / 256 if crop == "resized" else 1.0, "fixed_input_size": True, "pool_size": None},
+        **{"interpolation": "bilinear" if crop == "resized" else "bicubic", "crop_mode": "center"},
+        **{"crop_pct": 7 / 8 if crop == "resized" else 1.0, "fixed_input_size": True, "pool_size": None},
         **{"first_conv": "patch_embed.proj", "classifier": "head"},
     }
     return {
-        "architecture": TIMM_NORMS.get(model.norm_epsilon, TIMM_NORMS[1e-6]),
-        "norm_epsilon": model.norm_epsilon,  # for us: timm has no use for it
+        "architecture": TIMM_NORMS[min(TIMM_NORMS, key=lambda epsilon: abs(epsilon - model.norm_epsilon))],
         **{"num_classes": model.classes, "num_features": model.width, "global_pool": args["global_pool"]},
         **{"model_args": args, "pretrained_cfg": cfg, **({"label_names": list(classes)} if classes else {})},
     }
@@ -248,11 +247,17 @@ def hf_config(model: ModelConfig, classes: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def hf_preprocessor(model: ModelConfig) -> dict[str, Any]:
-    """Returns Hugging Face's preprocessor_config.json: pixels to [-1, 1] at the model's size."""
+def hf_preprocessor(model: ModelConfig, crop: str) -> dict[str, Any]:
+    """Returns Hugging Face's preprocessor_config.json; `crop` is the run's `data.crop`.
+
+    The processor is DINOv2's: transformers 4's slow ViTImageProcessor can neither keep the aspect ratio nor crop.
+    """
+    side = model.image_size
     return {
-        **{"image_processor_type": "ViTImageProcessor", "do_resize": True, "resample": 3},
-        "size": {"height": model.image_size, "width": model.image_size},
+        **{"image_processor_type": "BitImageProcessor", "do_convert_rgb": model.channels == 3, "do_resize": True},
+        **{"size": {"shortest_edge": side * 8 // 7 if crop == "resized" else side}},
+        **{"resample": 2 if crop == "resized" else 3},  # Pillow's bilinear, bicubic
+        **{"do_center_crop": True, "crop_size": {"height": side, "width": side}},
         **{"do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True},
         **{"image_mean": [0.5] * model.channels, "image_std": [0.5] * model.channels},
     }

@@ -225,6 +225,7 @@ def _read_safetensors(path: Path, heads: int) -> Source:
         style = formats.style_of(arrays)
         if style in (formats.HF, formats.TIMM):
             source = (_read_hf if style == formats.HF else _read_timm)(path, arrays, about, heads)
+            source = dataclasses.replace(source, crop=_crop(path, about))
             guess = f"took {source.model.norm_epsilon:g} for LayerNorm's epsilon: no {CONFIG} beside it tells"
             return source if about else dataclasses.replace(source, notes=(*source.notes, guess))
     except (ValueError, TypeError, AttributeError, KeyError, IndexError) as error:
@@ -324,6 +325,14 @@ def _fold_pixels(flat: Dict, mean_c: np.ndarray, std_c: np.ndarray) -> None:
     offset_c = (0.5 - mean_c) / std_c
     flat["patches.bias"] = flat["patches.bias"] + np.einsum("pqcd,c->d", kernel_PPcD, offset_c)
     flat["patches.kernel"] = kernel_PPcD / (2 * std_c)[None, None, :, None]
+
+
+def _crop(path: Path, about: dict[str, Any]) -> str:
+    """Returns the `data.crop` whose test pictures timm's config, or Hugging Face's processor beside it, describes."""
+    beside = path.with_name("preprocessor_config.json")
+    pixels = json.loads(beside.read_text()) if beside.is_file() else about.get("pretrained_cfg") or {}
+    timm = pixels.get("interpolation") == "bilinear" and pixels.get("crop_pct") == 7 / 8
+    return "resized" if timm or (pixels.get("resample") == 2 and pixels.get("do_center_crop")) else "pad"
 
 
 def _name(arrays: Dict, name: str) -> str:

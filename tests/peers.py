@@ -11,10 +11,12 @@ from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+import huggingface_hub
 import numpy as np
 import timm
 import torch
 import transformers
+from PIL import Image
 from safetensors.torch import load_file
 from timm.layers import resample_abs_pos_embed
 from timm.layers.patch_embed import resample_patch_embed
@@ -93,6 +95,24 @@ def resample(arrays: str, out: str, grid: int, patch: int) -> dict:
     return {}
 
 
+def pictures(timm_folder: str, hf_folder: str, files: list[str], out: str) -> dict:
+    """Saves what the transforms of two exports make of pictures: of timm, and of transformers with both backends."""
+    config = timm.data.resolve_model_data_config(timm.create_model(f"local-dir:{timm_folder}"))
+    transform = timm.data.create_transform(**config)
+    images = [Image.open(file) for file in files]
+    found = {"timm": [transform(image).numpy() for image in images]}
+    for name in ("pil", "torchvision"):
+        processor = transformers.AutoImageProcessor.from_pretrained(hf_folder, backend=name)
+        found[name] = [np.asarray(processor(image, return_tensors="pt")["pixel_values"][0]) for image in images]
+    np.savez(out, **found)
+    return {}
+
+
+def card(folder: str) -> dict:
+    """Returns the metadata that the hub reads from a card."""
+    return huggingface_hub.ModelCard.load(Path(folder) / "README.md").data.to_dict()
+
+
 def change_folder(folder: str) -> dict:
     os.chdir(folder)
     return {}
@@ -104,13 +124,9 @@ def run_code(code: str) -> dict:
     return {}
 
 
-def versions() -> dict:
-    return {"torch": torch.__version__, "timm": timm.__version__, "transformers": transformers.__version__}
-
-
 ACTIONS = {
     f.__name__: f
-    for f in (make_timm, make_hf, timm_logits, hf_logits, timm_npz, resample, run_code, change_folder, versions)
+    for f in (make_timm, make_hf, timm_logits, hf_logits, timm_npz, resample, pictures, card, run_code, change_folder)
 }
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 from jvitmoe import classifier, evaluation, export, formats, merging, pretrained, step
@@ -131,31 +132,14 @@ def test_upcycled_and_merged_at_step_0_the_file_holds_the_same_values(peers, mad
         ("timm", {"positions": "sincos2d", "width": 12, "hidden": 25}),
         ("timm", {"norm_epsilon": 1e-3}),
         ("hf", {}),
+        ("hf", {"norm_epsilon": 1e-3}),
         ("hf", {"cls_position": True, "norm_epsilon": 1e-12, "position_rows": 7}),
     ],
 )
 def test_ours_gives_our_logits_there(peers, pixels, inputs, tmp_path, style, overrides):
-    model = Config().model
-    for name, value in {
-        "channels": 3,
-        "classes": 5,
-        "width": 16,
-        "hidden": 24,
-        "depth": 2,
-        "heads": 2,
-        "patch": 4,
-        **overrides,
-    }.items():
-        setattr(model, name, value)
-    Config(model=model).validate()
-    params = jax.device_get(vit.init(vit.build(model), jax.random.key(3)))
-    leaves, structure = jax.tree.flatten(params)
-    rng = np.random.default_rng(4)
-    leaves = [np.asarray(leaf + 0.2 * rng.normal(size=leaf.shape), np.float32) for leaf in leaves]
-    flat = formats.flatten(jax.tree.unflatten(structure, leaves))
-    wanted = np.asarray(vit.logits(vit.build(model), formats.unflatten(flat), pixels / np.float32(127.5) - 1))
-    flat["positions"] = pretrained._table(model, flat)
-    source = pretrained.Source(Path("ours"), "run", flat, model, tuple("abcde"))
+    source = our_vit(**overrides)
+    model = source.model
+    wanted = classifier.from_source(source).logits(pixels)
     out, found = tmp_path / "out", tmp_path / "logits.npz"
     out.mkdir()
     if style == "hf":
@@ -232,11 +216,96 @@ def test_what_our_vit_has_no_place_for_is_refused(peers, inputs, tmp_path, argum
     assert "\n" not in str(caught.value)
 
 
+def our_vit(**overrides: object) -> pretrained.Source:
+    """Returns a small ViT of ours with random parameters, as read from a run."""
+    small = {"channels": 3, "classes": 5, "width": 16, "hidden": 24, "depth": 2, "heads": 2, "patch": 4}
+    model = dataclasses.replace(Config().model, **{**small, **overrides})
+    Config(model=model).validate()
+    leaves, structure = jax.tree.flatten(jax.device_get(vit.init(vit.build(model), jax.random.key(3))))
+    rng = np.random.default_rng(4)
+    leaves = [np.asarray(leaf + 0.2 * rng.normal(size=leaf.shape), np.float32) for leaf in leaves]
+    flat = formats.flatten(jax.tree.unflatten(structure, leaves))
+    flat["positions"] = pretrained._table(model, flat)
+    return pretrained.Source(Path("ours"), "run", flat, model, tuple("abcde"))
+
+
+# (height, width); in the last three transformers rounds the offset of a crop down and torchvision rounds it up.
+SIZES = ((32, 32), (50, 70), (70, 50), (33, 97), (300, 301), (640, 480), (481, 321), (257, 641), (100, 109))
+
+
+@pytest.mark.parametrize("crop", ["pad", "resized"])
+def test_predict_timm_and_transformers_see_the_same_picture(peers, tmp_path, crop):
+    side = 32
+    source = dataclasses.replace(our_vit(image_size=side), crop=crop)
+    files, rng = [tmp_path / f"{height}x{width}.png" for height, width in SIZES], np.random.default_rng(0)
+    for file, (height, width) in zip(files, SIZES, strict=True):
+        Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8)).save(file)
+    for name, write in (("timm", export._write_timm), ("hf", export._write_hf)):
+        (tmp_path / name).mkdir()
+        write(tmp_path / name, source, source.model)
+    out = tmp_path / "seen.npz"
+    folders = {"timm_folder": tmp_path / "timm", "hf_folder": tmp_path / "hf"}
+    peers("pictures", **folders, files=list(map(str, files)), out=out)
+    seen, ours = np.load(out), classifier.from_source(source)
+    shorter = side if crop == "pad" else side * 8 // 7
+    shifts = 0
+    for n, (file, size) in enumerate(zip(files, SIZES, strict=True)):
+        picture, from_pil = (ours.read(file) / np.float32(127.5) - 1).transpose(2, 0, 1), seen["pil"][n]
+        np.testing.assert_allclose(seen["timm"][n], picture, atol=CLOSE, err_msg=file.name)
+        if (int(shorter * max(size) / min(size)) - side) % 4 == 3:
+            shifts += 1
+            along = 1 if size[0] > size[1] else 2
+            picture, from_pil = np.delete(picture, -1, along), np.delete(from_pil, 0, along)
+        np.testing.assert_allclose(from_pil, picture, atol=CLOSE, err_msg=file.name)
+        assert np.abs(seen["torchvision"][n] - seen["pil"][n]).max() < 2.01 / 127.5
+    assert shifts
+    for folder in folders.values():  # predict on an export sees what the run saw
+        np.testing.assert_array_equal(classifier.load(folder).read(files[1]), ours.read(files[1]))
+
+
+@pytest.mark.parametrize(("epsilon", "fits"), [(1e-12, True), (1e-3, False)])
+def test_an_epsilon_that_timm_cannot_have_is_bounded_or_refused(
+    peers, experiment_run, tmp_path, monkeypatch, capsys, epsilon, fits
+):
+    real = pretrained.read
+
+    def read(path, **rest):
+        source = real(path, **rest)
+        if source.config is None:
+            return source
+        source.config.model.norm_epsilon = epsilon
+        return dataclasses.replace(source, model=dataclasses.replace(source.model, norm_epsilon=epsilon))
+
+    monkeypatch.setattr(pretrained, "read", read)
+    command = ["export", f"--workdir={experiment_run}", "--to=timm", f"--out={tmp_path / 'out'}"]
+    if not fits:
+        with pytest.raises(config_lib.UserError, match=r"can express LayerNorm epsilons 1e-05 and 1e-06") as caught:
+            export.main(command)
+        assert "model.norm_epsilon=0.001" in str(caught.value)
+        assert "\n" not in str(caught.value)
+        assert list(tmp_path.iterdir()) == []
+        return
+    export.main(command)
+    printed = re.sub(r"\s+", " ", capsys.readouterr().out)
+    bound = float(re.search(r"read back by jvitmoe: logits of 16 images within (\S+) of ours", printed)[1])
+    assert 0 < bound < CLOSE
+    sample = tmp_path / "out" / "sample.npz"
+    peers("timm_logits", folder=tmp_path / "out", inputs=sample, out=tmp_path / "logits.npz", epsilon=epsilon)
+    apart = np.abs(np.load(tmp_path / "logits.npz")["by_config"] - np.load(sample)["logits"]).max()
+    assert apart < bound + 2e-6  # real timm, whose sums round otherwise
+
+
 def test_the_code_of_a_card_runs_there(peers, experiment_run, tmp_path, monkeypatch):
     for target in ("timm", "hf"):
         out = tmp_path / target
         monkeypatch.setattr("sys.argv", ["export"])
         export.main(["export", f"--workdir={experiment_run}", f"--to={target}", f"--out={out}"])
+        peers("change_folder", folder=out)
+        about = peers("card", folder=out)
+        assert about["library_name"] == {"timm": "timm", "hf": "transformers"}[target]
+        assert about["license"] == "unknown"
+        assert about["pipeline_tag"] == "image-classification"
+        assert "vit" in about["tags"]
         blocks = re.findall(r"```python\n(.*?)```", (out / "README.md").read_text(), re.DOTALL)
         assert len(blocks) == (3 if target == "timm" else 2)
         peers("run_code", code="\n".join(blocks[-2:]))  # the last way to load it, and the check

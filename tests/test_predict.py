@@ -7,6 +7,8 @@ import sys
 
 import numpy as np
 import pytest
+from absl import logging
+from matplotlib.ft2font import FT2Font
 from PIL import Image
 
 import jvitmoe
@@ -72,6 +74,36 @@ def test_it_knows_most_digits_in_any_number_of_images(model, digits):
 def test_arrays_of_another_shape_or_type_are_refused(model, array):
     with pytest.raises(UserError, match=r"they must be uint8 \(N, 8, 8, 1\)"):
         model(array)
+
+
+def test_hidden_files_in_a_folder_are_skipped_as_in_training(folder):
+    before, _ = pictures.find([folder])
+    for name in (".hidden.png", "._digit0.png"):  # macOS writes the second, which is no image
+        (folder / name).write_bytes(b"no image")
+    assert pictures.find([folder]) == (before, [])
+    assert pictures.find([folder / ".hidden.png"]) == ([folder / ".hidden.png"], [])
+
+
+def test_loading_a_run_logs_nothing_and_keeps_the_verbosity(experiment_run, caplog):
+    before = logging.get_verbosity()
+    logging.set_verbosity(logging.WARNING)
+    try:
+        jvitmoe.load(experiment_run)
+        assert caplog.messages == []
+        assert logging.get_verbosity() == logging.WARNING
+    finally:
+        logging.set_verbosity(before)
+
+
+def test_a_sheet_shows_accents_and_escapes_what_its_font_lacks(tmp_path):
+    glyphs = FT2Font(str(sheet.FONT))
+    assert sheet._escaped("Löwe é ß Ж Ω", glyphs) == "Löwe é ß Ж Ω"
+    assert sheet._escaped("中\n😀\udcff", glyphs) == r"\u4e2d\n😀\udcff"
+    names = ["é.png", "中.png", "line\nbreak.png"]
+    for name in names:
+        Image.new("L", (20, 30)).save(tmp_path / name)
+    sheet.draw(tmp_path / "sheet.png", [(tmp_path / name, [("ß", 0.5), ("中", 0.25)]) for name in names])
+    assert (tmp_path / "sheet.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_table_and_the_json_tell_the_same(experiment_run, folder, monkeypatch, capsys):

@@ -22,7 +22,6 @@ MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # Pillow's name for 8-bit pixels of that 
 AREA = (0.08, 1.0)  # share of a picture that a random crop takes, and its ratio of width to height, both as in
 RATIO = (3 / 4, 4 / 3)  # Szegedy et al., arXiv 1409.4842, log-uniform as the field has it
 TRIES = 10
-MARGIN = 256 / 224  # at evaluation, the shorter side over what the centre crop takes of it
 ORIENTATION = 0x0112  # EXIF's tag for how a camera was held; 1 is upright
 
 
@@ -67,24 +66,32 @@ def random_crop(picture: Picture, side: int, channels: int, random: np.random.Ra
 
 
 def centre_crop(picture: Picture, side: int, channels: int) -> np.ndarray:
-    """Returns uint8 [side, side, C]: the middle 224/256 of the picture's shorter side, resized bilinearly. Raises
-    DataError."""
-    with opened(picture) as file:
-        image = pixels(file, channels, picture.name)
-        width, height = image.size
-        half = min(width, height) / MARGIN / 2
-        box = (width / 2 - half, height / 2 - half, width / 2 + half, height / 2 + half)
-        return _resized(image, box, side)
+    """Returns uint8 [side, side, C] as ImageNet is tested: the shorter side is resized to 8/7 of `side`, bilinearly,
+    and the centre cropped. Raises DataError."""
+    return _centre(picture, side, channels, side * 8 // 7, "BILINEAR")
 
 
 def square(picture: Picture, side: int, channels: int) -> np.ndarray:
-    """Returns uint8 [side, side, C]: the largest square in the middle of the picture, resized bicubically; a picture of
-    that size as it is. Raises DataError."""
-    from PIL import Image, ImageOps
+    """Returns uint8 [side, side, C]: the shorter side is resized to `side`, bicubically, and the centre cropped; a
+    picture of that size is returned as it is. Raises DataError."""
+    return _centre(picture, side, channels, side, "BICUBIC")
+
+
+def _centre(picture: Picture, side: int, channels: int, shorter: int, filter_name: str) -> np.ndarray:
+    """Returns the centre crop of the picture whose shorter side was resized to `shorter`.
+
+    Sizes and offsets are rounded as torchvision rounds them, so timm's transform gives the same pixels.
+    """
+    from PIL import Image
 
     with opened(picture) as file:
-        fitted = ImageOps.fit(pixels(file, channels, picture.name), (side, side), Image.Resampling.BICUBIC)
-        return np.asarray(fitted).reshape(side, side, channels)
+        image = pixels(file, channels, picture.name)
+        size = [int(shorter * length / min(image.size)) for length in image.size]
+        if size[0] * size[1] > (Image.MAX_IMAGE_PIXELS or math.inf):
+            raise ValueError(f"{image.width}x{image.height} pixels are too narrow a strip to be resized")
+        left, top = (round((length - side) / 2) for length in size)
+        image = image.resize(size, Image.Resampling[filter_name])
+        return np.asarray(image.crop((left, top, left + side, top + side))).reshape(side, side, channels)
 
 
 def _middle(width: int, height: int) -> tuple[float, float, float, float]:

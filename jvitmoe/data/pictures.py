@@ -13,7 +13,8 @@ from jvitmoe.data.sources import IMAGE_SUFFIXES
 
 
 def find(paths: Sequence[str | Path]) -> tuple[list[Path], list[str]]:
-    """Returns (files, complaints): files as they are, folders by the images in them (not deeper), in order."""
+    """Returns (files, complaints): files as they are, folders by the images in them, in order. Hidden files and deeper
+    folders are skipped."""
     files, complaints = [], []
     for path in map(Path, paths):
         if not os.path.lexists(path):  # which no name makes raise
@@ -23,7 +24,9 @@ def find(paths: Sequence[str | Path]) -> tuple[list[Path], list[str]]:
             files.append(path)
             continue
         try:
-            inside = sorted(p for p in path.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
+            inside = sorted(
+                p for p in path.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES and p.name[0] != "." and p.is_file()
+            )
         except OSError as error:
             complaints.append(f"{path} cannot be listed ({type(error).__name__}); let it be read")
             continue
@@ -34,8 +37,8 @@ def find(paths: Sequence[str | Path]) -> tuple[list[Path], list[str]]:
 
 
 def read(path: str | Path, size: int, channels: int, crop: str = "pad") -> np.ndarray:
-    """Returns the picture as uint8 [size, size, channels]: upright, and cut as a run with this `data.crop` cuts test
-    images: the whole middle square ("pad", resized bicubically), or 7/8 of its side ("resized", bilinearly).
+    """Returns the picture as uint8 [size, size, channels]: upright, the shorter side resized to `size` (crop="pad",
+    bicubic) or to 8/7 of it ("resized", bilinear: as such a run resizes its test images), and the centre cropped.
 
     Raises DataError for what cannot be read, or claims more pixels than photographs have.
     """

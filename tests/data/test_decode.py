@@ -64,6 +64,14 @@ def test_the_centre_crop_is_the_middle_seven_eighths_of_the_shorter_side(ramp):
     np.testing.assert_allclose([left, top], [(WIDTH - 140) / 2, (HEIGHT - 140) / 2], atol=2)
 
 
+def test_a_strip_that_resizing_would_enlarge_beyond_any_photograph_is_refused():
+    strip = Picture("strip", np.zeros((1, 10_000, 3), np.uint8))
+    assert square(strip, 8, 3).shape == (8, 8, 3)
+    for cut in (square, centre_crop):
+        with pytest.raises(DataError, match=r"strip cannot be read.*10000x1 pixels are too narrow a strip"):
+            cut(strip, 224, 3)
+
+
 @pytest.mark.parametrize("channels", [1, 3])
 def test_grey_and_colour_are_what_the_model_takes(ramp, channels):
     grey = Picture("grey", np.full((20, 30, 1), 77, np.uint8))
