@@ -23,6 +23,7 @@ AREA = (0.08, 1.0)  # share of a picture that a random crop takes, and its ratio
 RATIO = (3 / 4, 4 / 3)  # Szegedy et al., arXiv 1409.4842, log-uniform as the field has it
 TRIES = 10
 MARGIN = 256 / 224  # at evaluation, the shorter side over what the centre crop takes of it
+LONGEST = 65_535  # pixels of a side, JPEG's limit: decoders need time for each row, however short it is
 ORIENTATION = 0x0112  # EXIF's tag for how a camera was held; 1 is upright
 
 
@@ -113,7 +114,8 @@ def opened(picture: Picture) -> Iterator[Any]:
         if isinstance(encoded, Path) and not encoded.is_file():
             raise ValueError("it is no regular file")  # reading a pipe or a device might never end
         with Image.open(io.BytesIO(encoded) if isinstance(encoded, bytes) else encoded, formats=FORMATS) as image:
-            if image.width * image.height > (Image.MAX_IMAGE_PIXELS or math.inf):
+            area = image.width * image.height
+            if area > (Image.MAX_IMAGE_PIXELS or math.inf) or max(image.size) > LONGEST:
                 raise ValueError(f"{image.width}x{image.height} pixels are more than any photograph has")
             yield image
     except DataError:
