@@ -154,6 +154,13 @@ def model_of(theirs: Arrays, style: str, told: Told) -> ModelConfig:
     Raises FormatError for shapes of another model, and if the number of positions fits several ViTs.
     """
     named = _plain_names(theirs, style)
+    block = re.compile(re.escape(BLOCKS[style]).replace(r"\{\}", r"(\d+)"))
+    layers = {match[1] for match in map(block.match, named) if match}
+    depth = next(layer for layer in itertools.count() if str(layer) not in layers)
+    has_cls = CLS[style] in named
+    has_head = any(own.startswith("head.") and name in named for name, (own, _), _ in _names(style, 0))
+    has_head &= not any(name.startswith("pre_logits") for name in named)  # a tanh layer before the head
+    _check_names(named, style, depth, has_head)
 
     def shape(ours: str, ndim: int) -> tuple[int, ...]:
         name, kind = next((name, kind) for name, (own, _), kind in _names(style, 1) if own == ours)
@@ -165,12 +172,7 @@ def model_of(theirs: Arrays, style: str, told: Told) -> ModelConfig:
         raise FormatError(f"its patches have {patch}x{other} pixels; they must be square")
     if width % told.heads:
         raise FormatError(f"its width is {width}; it must be a multiple of the {told.heads} heads")
-    rows, has_cls = _shape(named, POSITIONS[style], 3)[1], CLS[style] in named
-    grid, cls_row = _grid(rows, has_cls, patch, told)
-    block = re.compile(re.escape(BLOCKS[style]).replace(r"\{\}", r"(\d+)"))
-    layers = {match[1] for match in map(block.match, named) if match}
-    has_head = any(own.startswith("head.") and name in named for name, (own, _), _ in _names(style, 0))
-    has_head &= not any(name.startswith("pre_logits") for name in named)  # a tanh layer before the head
+    grid, cls_row = _grid(_shape(named, POSITIONS[style], 3)[1], has_cls, patch, told)
     return ModelConfig(
         image_size=grid * patch,
         channels=channels,
@@ -178,7 +180,7 @@ def model_of(theirs: Arrays, style: str, told: Told) -> ModelConfig:
         patch=patch,
         width=width,
         hidden=shape("blocks.mlp.up_bias", 1)[0],
-        depth=next(layer for layer in itertools.count() if str(layer) not in layers),
+        depth=depth,
         heads=told.heads,
         pool="cls" if has_cls else "mean",
         cls_position=cls_row,
@@ -227,10 +229,6 @@ def read(theirs: Arrays, style: str, model: ModelConfig, shapes: Shapes) -> tupl
     """
     named = _plain_names(theirs, style)
     wanted = _wanted(style, model, shapes)
-    left = sorted(named.keys() - wanted.keys())
-    odd = [name for name in left if not SPARE.fullmatch(name)]
-    if odd:
-        raise FormatError(f"the array {odd[0]!r} has no place in a plain ViT ({len(odd)} such); use another source")
     loaded = load(named, wanted)
     table_TD = loaded.pop(POSITIONS[style])[0]
     ours: Dict = {}
@@ -248,7 +246,7 @@ def read(theirs: Arrays, style: str, model: ModelConfig, shapes: Shapes) -> tupl
             if layer is not None:
                 layers.setdefault(own, []).append(ours[own])
     ours |= {own: np.stack(leaves) for own, leaves in layers.items()}
-    return {name: np.ascontiguousarray(leaf) for name, leaf in ours.items()}, left
+    return {name: np.ascontiguousarray(leaf) for name, leaf in ours.items()}, sorted(named.keys() - wanted.keys())
 
 
 def load(arrays: Arrays, wanted: Shapes) -> Dict:
@@ -374,6 +372,13 @@ def _names(style: str, depth: int) -> Iterator[tuple[str, tuple[str, int | None]
             yield BLOCKS[style].format(layer) + row[column], (f"blocks.{row[0]}", layer), row[-1]
 
 
+def _stored(style: str, depth: int, has_head: bool) -> Iterator[tuple[str, tuple[str, int | None], str]]:
+    """Yields what `_names` does, but query, key and value under the name of the one array that timm stores."""
+    for name, own, kind in _names(style, depth):
+        if has_head or not own[0].startswith("head."):
+            yield re.sub(r"\.attn\.(query|key|value)\.", ".attn.qkv.", name), own, kind
+
+
 def _plain_names(theirs: Arrays, style: str) -> Arrays:
     """Returns the arrays without Hugging Face's prefix of classifiers and timm's other name of the last norm."""
     if style == GOOGLE:
@@ -382,15 +387,24 @@ def _plain_names(theirs: Arrays, style: str) -> Arrays:
     return {re.sub(old, new, name): leaf for name, leaf in theirs.items()}
 
 
+def _check_names(named: Arrays, style: str, depth: int, has_head: bool) -> None:
+    """Raises FormatError for an array that is missing, and for one that would change what a plain ViT computes."""
+    wanted = [*(name for name, _, _ in _stored(style, depth, has_head)), POSITIONS[style]]
+    for name in wanted:
+        if name not in named:
+            raise FormatError(f"the array {name!r} is missing; the file must hold a plain ViT")
+    odd = sorted(name for name in named.keys() - {*wanted, CLS[style]} if not SPARE.fullmatch(name))
+    if odd:
+        raise FormatError(f"the array {odd[0]!r} has no place in a plain ViT ({len(odd)} such); use another source")
+
+
 def _wanted(style: str, model: ModelConfig, shapes: Shapes) -> dict[str, tuple[int, ...]]:
     """Returns {their name: shape} of all arrays that `read` takes."""
     wanted: dict[str, tuple[int, ...]] = {}
-    for name, (own, layer), kind in _names(style, model.depth):
-        if model.classes or not own.startswith("head."):
-            shape = shapes[own] if layer is None else shapes[own][1:]
-            rows, *rest = shape if style == GOOGLE else _to_torch(_empty(shape), kind).shape
-            name = re.sub(r"\.attn\.(query|key|value)\.", ".attn.qkv.", name)  # timm's three are one array
-            wanted[name] = (wanted.get(name, (0,))[0] + rows, *rest)
+    for name, (own, layer), kind in _stored(style, model.depth, model.classes > 0):
+        shape = shapes[own] if layer is None else shapes[own][1:]
+        rows, *rest = shape if style == GOOGLE else _to_torch(_empty(shape), kind).shape
+        wanted[name] = (wanted.get(name, (0,))[0] + rows, *rest)
     if model.pool == "cls":
         wanted[CLS[style]] = (1, 1, model.width)
     return wanted | {POSITIONS[style]: (1, model.patches + model.cls_position, model.width)}
@@ -398,7 +412,7 @@ def _wanted(style: str, model: ModelConfig, shapes: Shapes) -> dict[str, tuple[i
 
 def _shape(arrays: Arrays, name: str, ndim: int | None = None) -> tuple[int, ...]:
     if name not in arrays:
-        raise FormatError(f"the array {name!r} is missing; the file must hold a plain ViT")
+        raise FormatError(f"the array {name!r} is missing; restore the file from a copy")
     shape = tuple(arrays[name].shape)
     if ndim and (len(shape) != ndim or 0 in shape):
         raise FormatError(f"the array {name!r} has shape {shape}; it must have {ndim} axes, none of length 0")
