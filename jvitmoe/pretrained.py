@@ -371,8 +371,8 @@ def _fold_pixels(flat: Dict, mean: Any, std: Any, notes: list[str]) -> None:
         mean_c = std_c = np.full(channels, np.nan)
     if not (np.isfinite(mean_c).all() and np.isfinite(std_c).all() and np.all(std_c > 0)):
         raise UserError(
-            f"its pixels have mean {mean!r} and deviation {std!r}; they must be finite, one or {channels} numbers, and "
-            "deviations above 0: set init.mean and init.std"
+            f"its pixels have mean {mean!r} and deviation {std!r}; they must be finite, one number or one for "
+            f"each of {channels} channels, and deviations above 0: set init.mean and init.std"
         )
     if np.any(mean_c != 0.5) or np.any(std_c != 0.5):
         offset_c = (0.5 - mean_c) / std_c

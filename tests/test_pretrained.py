@@ -176,7 +176,9 @@ def test_a_mean_and_deviation_that_the_user_gives_are_folded_and_must_be_possibl
     np.testing.assert_array_equal(found.params["patches.kernel"], wanted.params["patches.kernel"])
     np.testing.assert_array_equal(found.params["patches.bias"], wanted.params["patches.bias"])
     for odd in ({"std": (0.0,)}, {"mean": (0.1, 0.2)}, {"mean": (float("nan"),)}, {"std": (1.0, -1.0, 1.0)}):
-        with pytest.raises(UserError, match=r"must be finite, one or 3 numbers.*set init\.mean and init\.std"):
+        with pytest.raises(
+            UserError, match=r"must be finite, one number or one for each of 3.*set init\.mean and init\.std"
+        ):
             pretrained.read(tmp_path, **odd)
 
 
@@ -345,6 +347,9 @@ def damaged(tmp_path):
     (tmp_path / "act").mkdir()
     write_hf(tmp_path / "act", hidden_act="relu")
     yield tmp_path / "act", "hidden_act 'relu'"
+    (tmp_path / "wide").mkdir()
+    write_hf(tmp_path / "wide", image_size=[16, 4])  # as many patches as 8x8 pixels have
+    yield tmp_path / "wide", "its images have 16x4 pixels; they must be square"
     (tmp_path / "pool").mkdir()
     arrays = formats.write(dense(MODEL), formats.TIMM, cls_row=True)
     save_file(arrays | {"fc_norm.weight": arrays["norm.weight"]}, tmp_path / "pool" / "model.safetensors")

@@ -16,6 +16,7 @@ import numpy as np
 
 from jvitmoe.config import UserError
 
+LONGEST = 65_535  # pixels of a side, JPEG's limit: decoders need time for each row, however short it is
 # Those that Pillow reads by itself: a file that says it is PostScript would be run by another program.
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # Pillow's name for 8-bit pixels of that many channels
@@ -23,7 +24,6 @@ AREA = (0.08, 1.0)  # share of a picture that a random crop takes, and its ratio
 RATIO = (3 / 4, 4 / 3)  # Szegedy et al., arXiv 1409.4842, log-uniform as the field has it
 TRIES = 10
 MARGIN = 256 / 224  # at evaluation, the shorter side over what the centre crop takes of it
-LONGEST = 65_535  # pixels of a side, JPEG's limit: decoders need time for each row, however short it is
 ORIENTATION = 0x0112  # EXIF's tag for how a camera was held; 1 is upright
 
 
