@@ -11,6 +11,8 @@ import math
 import typing
 from typing import Any
 
+LONGEST_WORD, LONGEST_LINE = 300, 1200  # characters of a message
+
 
 class UserError(Exception):
     """A mistake the user can mend: commands print it as one line and exit with code 2."""
@@ -19,13 +21,24 @@ class UserError(Exception):
     known = False  # whether the other processes know of it
 
     def __str__(self) -> str:
-        return " ".join(super().__str__().split())  # whatever a path in it holds
+        return printable(super().__str__())
+
+
+def printable(text: str) -> str:
+    """Returns `text` as one line for a terminal: control characters are escaped, and long words and long lines are cut
+    in the middle, so that the rule and the remedy at the end of a message remain."""
+    escaped = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(text.split()))
+    return _cut(" ".join(_cut(word, LONGEST_WORD) for word in escaped.split(" ")), LONGEST_LINE)
 
 
 def one_line(error: BaseException) -> str:
-    """Returns the kind of an error and the beginning of what it says, on one line."""
-    text = " ".join(str(error).split())
+    """Returns the kind of an error and the beginning of its message, on one line."""
+    text = printable(str(error))
     return f"{type(error).__name__}: {text[:200]}" if text else type(error).__name__
+
+
+def _cut(text: str, longest: int) -> str:
+    return text if len(text) <= longest else f"{text[: longest // 2]}...{text[-(longest // 2) :]}"
 
 
 class ConfigError(UserError):
@@ -118,6 +131,8 @@ class InitConfig:
     """A trained ViT to start from; with experts, each starts as a copy of its MLP. Read once, never to resume."""
 
     source: str = ""  # run folder, exported folder, .safetensors of timm or Hugging Face, or .npz; "" starts anew
+    mean: tuple[float, ...] = ()  # of the pixels (from 0 to 1) that a source of another library takes, one or one per
+    std: tuple[float, ...] = ()  # channel, and their deviation; () is what its config tells, or else 0.5
     noise: float = 0.0  # deviation of normal noise on each copy, as a multiple of the deviation of its array
 
 
@@ -480,7 +495,7 @@ def unknown_field(path: str) -> str:
         name for name in names if difflib.get_close_matches(last, [name.rpartition(".")[2]], cutoff=0.6)
     ]
     hint = f"; did you mean config.{near[0]}?" if near else f"; the sections are {', '.join(to_dict(Config()))}"
-    return f"config.{path if path.isprintable() else ascii(path)} is not a field{hint}"
+    return f"config.{path} is not a field{hint}"
 
 
 def dumps(config: Config) -> str:

@@ -8,15 +8,17 @@ L layers · D width · H heads · K head width · F hidden width · T patches of
 """
 
 import dataclasses
+import itertools
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from jvitmoe.config import ModelConfig, UserError
 
-Arrays = Mapping[str, np.ndarray]
+Arrays = Mapping[str, Any]  # NumPy's, or with the same shape, dtype and __array__
+Shapes = Mapping[str, tuple[int, ...]]
 Dict = dict[str, np.ndarray]
 
 # (ours, timm's, Hugging Face's, google-research's, kind); timm's q, k and v are one array, told apart here by name.
@@ -71,6 +73,8 @@ POSITIONS = {
 }
 # What may be left over in a file: heads of other tasks. Anything else left over would change what the model computes.
 SPARE = re.compile(r"(head|fc|pre_logits|head_dist|pooler|classifier|decoder|dist_token|mask_token)\b.*")
+
+FLOAT = re.compile(r"(float|F|BF)(16|32|64)")  # NumPy's and safetensors' names of types
 
 # timm's config.json cannot set the epsilon of LayerNorm: the architecture implies it. For each epsilon, an architecture
 # whose other arguments ours undo.
@@ -135,52 +139,131 @@ def write(ours: Arrays, style: str, cls_row: bool) -> Dict:
     return {name: np.ascontiguousarray(leaf, np.float32) for name, leaf in theirs.items()}
 
 
-def read(theirs: Arrays, style: str, heads: int, cls_row: bool) -> tuple[Dict, list[str]]:
-    """Returns (ours, names of arrays that were left over): `write` backwards.
+class Told(NamedTuple):
+    """What a config tells of a ViT that its arrays do not show."""
+
+    heads: int  # 0 if unknown
+    epsilon: float  # of every LayerNorm
+    size: tuple[int, int] | None = None  # height and width of the images
+    cls_row: bool | None = None  # whether the table of positions begins with a row for CLS
+
+
+def model_of(theirs: Arrays, style: str, told: Told) -> ModelConfig:
+    """Returns the architecture of a ViT, from the shapes of its arrays; `classes` is 0 without a head that fits ours.
+
+    Raises FormatError for shapes of another model, and if the number of positions fits several ViTs.
+    """
+    named = _plain_names(theirs, style)
+    block = re.compile(re.escape(BLOCKS[style]).replace(r"\{\}", r"(\d+)"))
+    layers = {match[1] for match in map(block.match, named) if match}
+    depth = next(layer for layer in itertools.count() if str(layer) not in layers)
+    has_cls = CLS[style] in named
+    has_head = any(own.startswith("head.") and name in named for name, (own, _), _ in _names(style, 0))
+    has_head &= not any(name.startswith("pre_logits") for name in named)  # a tanh layer before the head
+    _check_names(named, style, depth, has_head)
+
+    def shape(ours: str, ndim: int) -> tuple[int, ...]:
+        name, kind = next((name, kind) for name, (own, _), kind in _names(style, 1) if own == ours)
+        found = _shape(named, name, ndim)
+        return found if style == GOOGLE else _from_torch(_empty(found), kind, told.heads).shape
+
+    patch, other, channels, width = shape("patches.kernel", 4)
+    if patch != other:
+        raise FormatError(f"its patches have {patch}x{other} pixels; they must be square")
+    if width % told.heads:
+        raise FormatError(f"its width is {width}; it must be a multiple of the {told.heads} heads")
+    grid, cls_row = _grid(_shape(named, POSITIONS[style], 3)[1], has_cls, patch, told)
+    return ModelConfig(
+        image_size=grid * patch,
+        channels=channels,
+        classes=shape("head.logits.kernel", 2)[1] if has_head else 0,
+        patch=patch,
+        width=width,
+        hidden=shape("blocks.mlp.up_bias", 1)[0],
+        depth=depth,
+        heads=told.heads,
+        pool="cls" if has_cls else "mean",
+        cls_position=cls_row,
+        norm_epsilon=told.epsilon,
+    )
+
+
+def _grid(rows: int, has_cls: bool, patch: int, told: Told) -> tuple[int, bool]:
+    """Returns (patches on a side, whether CLS has a row) for a table of positions. Raises FormatError if they make no
+    square, or may be another rectangle."""
+    height, width = told.size or (0, 0)
+    patches = (height // patch) * (width // patch) if told.size else -1
+    side = round(rows**0.5)
+    if not has_cls:
+        cls_row = False
+    elif told.cls_row is not None:
+        cls_row = told.cls_row
+    elif patches in (rows, rows - 1):
+        cls_row = patches == rows - 1
+    elif side * side == rows > 1:
+        raise FormatError(
+            f"its {rows} positions may be {side}x{side} patches, or CLS and a rectangle of patches; put the "
+            "config.json that belongs to it beside it"
+        )
+    else:
+        cls_row = rows > 1
+    grid = round((rows - cls_row) ** 0.5)
+    if height != width and patches == rows - cls_row:
+        raise FormatError(f"its images have {height}x{width} pixels; they must be square")
+    if grid == 0 or grid * grid != rows - cls_row:
+        raise FormatError(f"its table has {rows - cls_row} positions of patches; they must make a square")
+    return grid, cls_row
+
+
+def read(theirs: Arrays, style: str, model: ModelConfig, shapes: Shapes) -> tuple[Dict, list[str]]:
+    """Returns (ours, names of arrays that were left out): `write` backwards.
 
     Args:
-        theirs: arrays under the names of `style`.
+        theirs: arrays under the names of `style`; all shapes are checked before any values are read.
         style: "timm", "hf" or "google".
-        heads: H, which the arrays of timm and Hugging Face do not tell.
-        cls_row: whether the table of positions begins with that of CLS.
+        model: their architecture, as `model_of` returns it.
+        shapes: of our arrays for this architecture.
 
-    A head that is not there is left out. Raises FormatError for an array that is missing, has another shape or has no
-    place in our ViT.
+    Raises FormatError for an array that is missing, has another shape or type, has no place in our ViT, or is not
+    finite.
     """
-    named = {name.removeprefix("vit."): leaf for name, leaf in theirs.items()} if style == HF else dict(theirs)
-    if style == TIMM:
-        named = dict(_split({re.sub(r"^fc_norm\.", "norm.", name): leaf for name, leaf in named.items()}))
-    depth = 1 + max((int(m[1]) for m in map(_block_pattern(style).match, named) if m), default=-1)
-    layers: dict[str, list[np.ndarray]] = {}
+    named = _plain_names(theirs, style)
+    wanted = _wanted(style, model, shapes)
+    loaded = load(named, wanted)
+    table_TD = loaded.pop(POSITIONS[style])[0]
     ours: Dict = {}
-    for name, (own, layer), kind in _names(style, depth):
-        if name not in named:
-            if own.startswith("head."):
-                continue
-            raise FormatError(f"the array {name!r} is missing; the file must hold a plain ViT")
-        leaf = np.asarray(named.pop(name))
-        leaf = leaf if style == GOOGLE else _from_torch(leaf, kind, heads, name)
-        if layer is None:
-            ours[own] = leaf
-        else:
-            layers.setdefault(own, []).append(leaf)
-    for own, leaves in layers.items():
-        if len({leaf.shape for leaf in leaves}) > 1:
-            raise FormatError(f"the layers of {own!r} differ in shape; a ViT of ours has equal layers")
-        ours[own] = np.stack(leaves)
-    if POSITIONS[style] not in named:
-        raise FormatError(f"the array {POSITIONS[style]!r} is missing; the ViT must have a table of positions")
-    table_TD = np.asarray(named.pop(POSITIONS[style]))[0]
-    if CLS[style] in named:
-        ours["cls"] = np.asarray(named.pop(CLS[style])).reshape(-1)
-        if cls_row:
+    if CLS[style] in loaded:
+        ours["cls"] = loaded.pop(CLS[style]).reshape(-1)
+        if model.cls_position:
             ours["cls_position"], table_TD = table_TD[0], table_TD[1:]
     ours["positions"] = table_TD
-    left = sorted(named)
-    odd = [name for name in left if not SPARE.fullmatch(name)]
-    if odd:
-        raise FormatError(f"the array {odd[0]!r} has no place in a plain ViT ({len(odd)} such); use another source")
-    return {name: np.ascontiguousarray(leaf, np.float32) for name, leaf in ours.items()}, left
+    loaded = dict(_split(loaded)) if style == TIMM else loaded
+    layers: dict[str, list[np.ndarray]] = {}
+    for name, (own, layer), kind in _names(style, model.depth):
+        if name in loaded:  # only a head may be absent here
+            leaf = loaded.pop(name)
+            ours[own] = leaf if style == GOOGLE else _from_torch(leaf, kind, model.heads)
+            if layer is not None:
+                layers.setdefault(own, []).append(ours[own])
+    ours |= {own: np.stack(leaves) for own, leaves in layers.items()}
+    return {name: np.ascontiguousarray(leaf) for name, leaf in ours.items()}, sorted(named.keys() - wanted.keys())
+
+
+def load(arrays: Arrays, wanted: Shapes) -> Dict:
+    """Returns the wanted arrays in float32. Raises FormatError for one that is missing or has another shape or type,
+    before any values are read, and for one that is not finite."""
+    for name, shape in wanted.items():
+        if (found := _shape(arrays, name)) != shape:
+            raise FormatError(f"the array {name!r} has shape {found}; it must be {shape}")
+        if not FLOAT.fullmatch(str(arrays[name].dtype)):
+            raise FormatError(f"the array {name!r} has type {arrays[name].dtype}; it must have a float type")
+    loaded: Dict = {}
+    for name in wanted:
+        with np.errstate(over="ignore"):  # a float64 that is too large becomes infinite
+            loaded[name] = np.asarray(arrays[name]).astype(np.float32, copy=False)
+        if not np.isfinite(loaded[name]).all():
+            raise FormatError(f"the array {name!r} has NaN or infinite values; restore the file from a copy")
+    return loaded
 
 
 def style_of(names: Any) -> str | None:
@@ -215,22 +298,32 @@ def timm_config(model: ModelConfig, classes: Sequence[str], crop: str) -> dict[s
     }
 
 
-def read_timm_config(about: Mapping[str, Any]) -> tuple[int, float]:
-    """Returns (heads, or 0 where it does not tell; the epsilon of LayerNorm) of the model that timm's config.json
-    describes. Raises FormatError for other activations and norms than ours, which the arrays would not show.
+def read_timm_config(about: Mapping[str, Any], has_cls: bool) -> Told:
+    """Returns what timm's config.json tells. Raises FormatError for other activations, norms and pooling than ours,
+    which the arrays would not show.
 
-    timm's ViTs have 1e-6, those after CLIP 1e-5 (and, but for the quickgelu ones, the same GELU).
+    timm's ViTs have an epsilon of 1e-6, those after CLIP 1e-5 (and, but for the quickgelu ones, the same GELU).
     """
     args, architecture = about.get("model_args") or {}, str(about.get("architecture", ""))
     words = architecture.partition(".")[0].split("_")
-    for name, ours in (("act_layer", "gelu"), ("norm_layer", "layernorm")):
-        if args.get(name, ours) not in (ours, None):
-            raise FormatError(f"its {name} is {args[name]!r}; it must be {ours!r}")
+    args = {"global_pool": about.get("global_pool"), **args}
+    ours = {"act_layer": "gelu", "norm_layer": "layernorm", "class_token": has_cls}
+    for name, value in {**ours, "global_pool": "token" if has_cls else "avg"}.items():
+        if args.get(name) not in (value, None):
+            raise FormatError(f"its {name} is {args[name]!r}; it must be {value!r}")
     if args.get("act_layer") is None and "quickgelu" in words:
         raise FormatError(f"its architecture is {architecture!r}, whose act_layer is not 'gelu'; use a plain ViT")
     heads = args.get("num_heads") or next((HEADS[word] for word in words if word in HEADS), 0)
     clip = "clip" in words and args.get("norm_layer") is None
-    return int(heads), float(about.get("norm_epsilon", 1e-5 if clip else 1e-6))
+    size = image_size(args.get("img_size") or ((about.get("pretrained_cfg") or {}).get("input_size") or ())[1:])
+    cls_row = None if args.get("no_embed_class") is None else not args["no_embed_class"]
+    return Told(int(heads), 1e-5 if clip else 1e-6, size, cls_row)
+
+
+def image_size(value: Any) -> tuple[int, int] | None:
+    """Returns (height, width) of a config's size of images, which may be one number; None for an absent one."""
+    height, width = value if isinstance(value, list | tuple) and value else (value or 0,) * 2
+    return (int(height), int(width)) if height else None
 
 
 def hf_config(model: ModelConfig, classes: Sequence[str]) -> dict[str, Any]:
@@ -284,8 +377,56 @@ def _names(style: str, depth: int) -> Iterator[tuple[str, tuple[str, int | None]
             yield BLOCKS[style].format(layer) + row[column], (f"blocks.{row[0]}", layer), row[-1]
 
 
-def _block_pattern(style: str) -> re.Pattern[str]:
-    return re.compile(re.escape(BLOCKS[style]).replace(r"\{\}", r"(\d+)"))
+def _stored(style: str, depth: int, has_head: bool) -> Iterator[tuple[str, tuple[str, int | None], str]]:
+    """Yields what `_names` does, but query, key and value under the name of the one array that timm stores."""
+    for name, own, kind in _names(style, depth):
+        if has_head or not own[0].startswith("head."):
+            yield re.sub(r"\.attn\.(query|key|value)\.", ".attn.qkv.", name), own, kind
+
+
+def _plain_names(theirs: Arrays, style: str) -> Arrays:
+    """Returns the arrays without Hugging Face's prefix of classifiers and timm's other name of the last norm."""
+    if style == GOOGLE:
+        return theirs
+    old, new = (r"^fc_norm\.", "norm.") if style == TIMM else (r"^vit\.", "")
+    return {re.sub(old, new, name): leaf for name, leaf in theirs.items()}
+
+
+def _check_names(named: Arrays, style: str, depth: int, has_head: bool) -> None:
+    """Raises FormatError for an array that is missing, and for one that would change what a plain ViT computes."""
+    wanted = [*(name for name, _, _ in _stored(style, depth, has_head)), POSITIONS[style]]
+    for name in wanted:
+        if name not in named:
+            raise FormatError(f"the array {name!r} is missing; the file must hold a plain ViT")
+    odd = sorted(name for name in named.keys() - {*wanted, CLS[style]} if not SPARE.fullmatch(name))
+    if odd:
+        raise FormatError(f"the array {odd[0]!r} has no place in a plain ViT ({len(odd)} such); use another source")
+
+
+def _wanted(style: str, model: ModelConfig, shapes: Shapes) -> dict[str, tuple[int, ...]]:
+    """Returns {their name: shape} of all arrays that `read` takes."""
+    wanted: dict[str, tuple[int, ...]] = {}
+    for name, (own, layer), kind in _stored(style, model.depth, model.classes > 0):
+        shape = shapes[own] if layer is None else shapes[own][1:]
+        rows, *rest = shape if style == GOOGLE else _to_torch(_empty(shape), kind).shape
+        wanted[name] = (wanted.get(name, (0,))[0] + rows, *rest)
+    if model.pool == "cls":
+        wanted[CLS[style]] = (1, 1, model.width)
+    return wanted | {POSITIONS[style]: (1, model.patches + model.cls_position, model.width)}
+
+
+def _shape(arrays: Arrays, name: str, ndim: int | None = None) -> tuple[int, ...]:
+    if name not in arrays:
+        raise FormatError(f"the array {name!r} is missing; restore the file from a copy")
+    shape = tuple(arrays[name].shape)
+    if ndim and (len(shape) != ndim or 0 in shape):
+        raise FormatError(f"the array {name!r} has shape {shape}; it must have {ndim} axes, none of length 0")
+    return shape
+
+
+def _empty(shape: tuple[int, ...]) -> np.ndarray:
+    """Returns an array of this shape that takes no memory."""
+    return np.broadcast_to(np.float32(0), shape)
 
 
 def _depth(leaf_L: np.ndarray) -> int:
@@ -308,10 +449,8 @@ def _to_torch(leaf: np.ndarray, kind: str) -> np.ndarray:
     return leaf
 
 
-def _from_torch(leaf: np.ndarray, kind: str, heads: int, name: str) -> np.ndarray:
-    """Returns the array as Flax lays it out. Raises FormatError where the heads do not divide it."""
-    if "heads" in kind and leaf.shape[0] % heads:
-        raise FormatError(f"the array {name!r} has {leaf.shape[0]} rows; they must be a multiple of the {heads} heads")
+def _from_torch(leaf: np.ndarray, kind: str, heads: int) -> np.ndarray:
+    """Returns the array as Flax lays it out."""
     match kind:
         case "convolution":
             return leaf.transpose(2, 3, 1, 0)
@@ -340,8 +479,8 @@ def _split(arrays: Arrays) -> Iterator[tuple[str, np.ndarray]]:
     """Yields timm's arrays with query, key and value apart."""
     for name, leaf in arrays.items():
         block, part, kind = name.partition(".attn.qkv.")
-        if part and len(leaf) % 3 == 0:
-            yield from zip((f"{block}.attn.{n}.{kind}" for n in QKV), np.split(np.asarray(leaf), 3), strict=True)
+        if part:
+            yield from zip((f"{block}.attn.{n}.{kind}" for n in QKV), np.split(leaf, 3), strict=True)
         else:
             yield name, leaf
 

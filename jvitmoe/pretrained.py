@@ -5,7 +5,10 @@ T patches of an image · D width · P patch side · c channels · C classes
 """
 
 import dataclasses
+import functools
 import json
+import zipfile
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +20,7 @@ from jax.sharding import Mesh
 from jvitmoe import config as config_lib
 from jvitmoe import evaluation, formats, routing, step, tracking
 from jvitmoe.checkpoint import Checkpoints
-from jvitmoe.config import Config, ConfigError, ModelConfig, TrainConfig, UserError
+from jvitmoe.config import Config, ConfigError, ModelConfig, TrainConfig, UserError, one_line, printable
 from jvitmoe.formats import Dict
 from jvitmoe.models import vit
 from jvitmoe.routing import Purpose
@@ -25,7 +28,7 @@ from jvitmoe.routing import Purpose
 OURS = "jvitmoe"  # the format of our own exports, and the word that marks their config.json
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 HF_EPSILON, GOOGLE_EPSILON = 1e-12, 1e-6  # of LayerNorm, where no file says
-MEAN_STD = ("mean", "std")
+MOST_INFLATION = 20  # of an .npz: weights hardly compress, so more is an attack on memory
 MUST_MATCH = ("width", "hidden", "depth", "heads", "norm", "pool")
 
 
@@ -51,7 +54,14 @@ class Source:
         return self.model.image_size // self.model.patch
 
 
-def read(path: Path | str, heads: int = 0, checkpoint: str = "latest", mesh: Mesh | None = None) -> Source:
+def read(
+    path: Path | str,
+    heads: int = 0,
+    checkpoint: str = "latest",
+    mesh: Mesh | None = None,
+    mean: Sequence[float] = (),
+    std: Sequence[float] = (),
+) -> Source:
     """Returns the dense ViT in a run folder, an exported folder, a .safetensors or an .npz file.
 
     Args:
@@ -59,6 +69,8 @@ def read(path: Path | str, heads: int = 0, checkpoint: str = "latest", mesh: Mes
         heads: H, for files that do not tell it.
         checkpoint: of a run folder: latest, best or a step.
         mesh: where checkpoints of runs are restored; one device by default.
+        mean: of pixels, one or one per channel, for files of other libraries; () takes what their config tells, or 0.5.
+        std: their deviation, likewise.
 
     Raises UserError (one line with the path) for what is not there, is damaged, or is no ViT of ours.
     """
@@ -71,14 +83,15 @@ def read(path: Path | str, heads: int = 0, checkpoint: str = "latest", mesh: Mes
         raise UserError(
             f"{str(path)!r} is not a file; give a run folder, a folder with {WEIGHTS}, a .safetensors or a .npz file"
         )
+    if path.suffix not in (".safetensors", ".npz"):
+        raise UserError(f"{str(path)!r} is neither .safetensors nor .npz; convert it with safetensors first")
     try:
-        if path.suffix == ".npz":
-            return _read_google(path, _load_npz(path))
-        if path.suffix == ".safetensors":
-            return _read_safetensors(path, heads)
+        source = _read_file(path, heads, mean, std)
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
-    raise UserError(f"{str(path)!r} is neither .safetensors nor .npz; convert it with safetensors first")
+    except Exception as error:  # a hostile file may hold anything
+        raise UserError(f"{path}: its {CONFIG} or its arrays are not those of a ViT ({one_line(error)})") from error
+    return source
 
 
 def start(config: Config, mesh: Mesh | None = None) -> tuple[dict[str, Any], list[str]]:
@@ -87,15 +100,20 @@ def start(config: Config, mesh: Mesh | None = None) -> tuple[dict[str, Any], lis
     Raises ConfigError where the source is another ViT.
     """
     try:
-        source = read(config.init.source, config.model.heads, mesh=mesh)
+        source = read(config.init.source, config.model.heads, mesh=mesh, mean=config.init.mean, std=config.init.std)
     except UserError as error:
         raise ConfigError(f"config.init.source cannot be read: {error}") from error
+    if (config.init.mean or config.init.std) and source.kind in ("run", OURS):
+        raise ConfigError(
+            f"config.init.mean is {config.init.mean} and config.init.std is {config.init.std}; they must be () for a "
+            f"source of our own, {str(source.path)!r}, which takes pixels from -1 to 1"
+        )
     wanted = dataclasses.replace(config.model, lora=0, adapter=0)
     model = vit.build(wanted)
     key = routing.address(jax.random.key(config.train.seed), Purpose.INIT)  # what is re-made, as a new run makes it
     fresh = formats.flatten(jax.device_get(jax.jit(lambda: vit.init(model, key))()))
     params, lines = adapt(source, wanted, fresh)
-    return formats.unflatten(params), lines
+    return formats.unflatten(params), [printable(line) for line in lines]
 
 
 def adapt(source: Source, model: ModelConfig, fresh: Dict) -> tuple[Dict, list[str]]:
@@ -128,7 +146,8 @@ def adapt(source: Source, model: ModelConfig, fresh: Dict) -> tuple[Dict, list[s
     head = {name for name in {*old, *fresh} if name.startswith("head.")}
     if any(name not in old or name not in fresh or old[name].shape != fresh[name].shape for name in head):
         changes.append(
-            f"re-made the head for {model.classes} classes (the source has {source.model.classes or 'none'})"
+            f"re-made the head for {model.classes} classes (the source has {source.model.classes or 'none'}): "
+            f"{', '.join(sorted(head & fresh.keys()))}"
         )
         old = {name: leaf for name, leaf in old.items() if name not in head}
     if source.model.norm_epsilon != model.norm_epsilon:
@@ -211,120 +230,135 @@ def _table(model: ModelConfig, flat: Dict) -> np.ndarray:
     return vit.sincos2d(grid, model.width) if model.positions == "sincos2d" else flat["positions"][: grid * grid]
 
 
-def _read_safetensors(path: Path, heads: int) -> Source:
-    try:
-        with safetensors.safe_open(path, framework="numpy") as file:
-            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except Exception as error:  # its own errors, OSError, and TypeError for types NumPy lacks
-        raise UserError(f"cannot be read as safetensors ({error}); restore it from a copy") from error
-    beside = path.with_name(CONFIG)
-    try:
-        about = json.loads(beside.read_text()) if beside.is_file() else {}
-        if about.get("format") == OURS:
-            return _read_ours(path, arrays, about)
-        style = formats.style_of(arrays)
-        if style in (formats.HF, formats.TIMM):
-            source = (_read_hf if style == formats.HF else _read_timm)(path, arrays, about, heads)
-            source = dataclasses.replace(source, crop=_crop(path, about))
-            guess = f"took {source.model.norm_epsilon:g} for LayerNorm's epsilon: no {CONFIG} beside it tells"
-            return source if about else dataclasses.replace(source, notes=(*source.notes, guess))
-    except (ValueError, TypeError, AttributeError, KeyError, IndexError) as error:
-        raise UserError(f"its {CONFIG} or its arrays are not those of a ViT ({error!r})") from error
-    raise UserError("its arrays have neither timm's names nor Hugging Face's; use a plain ViT")
+@dataclasses.dataclass(frozen=True)
+class _Stored:
+    """An array in a file, of which only the header is read; `np.asarray` reads its values."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    read: Callable[[], np.ndarray]
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return self.read()
 
 
-def _read_ours(path: Path, arrays: Dict, about: dict[str, Any]) -> Source:
+def _open(path: Path) -> dict[str, _Stored]:
+    """Returns the arrays of a .safetensors or .npz file. Raises UserError if it cannot be read, or inflates to much
+    more than weights do."""
+    try:
+        if path.suffix == ".safetensors":
+            file = safetensors.safe_open(path, framework="numpy")
+            parts = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+            return {
+                name: _Stored(tuple(part.get_shape()), part.get_dtype(), functools.partial(file.get_tensor, name))
+                for name, part in parts.items()
+            }
+        archive = zipfile.ZipFile(path)
+        inflated, packed = sum(entry.file_size for entry in archive.infolist()), path.stat().st_size
+        if inflated > MOST_INFLATION * packed:
+            raise ValueError(f"{packed:,} bytes would become {inflated:,}, which no weights do")
+        return {entry.filename.removesuffix(".npy"): _npz_array(archive, entry) for entry in archive.infolist()}
+    except Exception as error:  # of safetensors, zipfile, zlib and NumPy, and OSError
+        raise UserError(f"cannot be read as {path.suffix} ({one_line(error)}); restore it from a copy") from error
+
+
+def _npz_array(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> _Stored:
+    def read() -> np.ndarray:
+        with archive.open(entry) as member:
+            return np.lib.format.read_array(member, allow_pickle=False)
+
+    with archive.open(entry) as member:
+        version = np.lib.format.read_magic(member)
+        header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, _, dtype = header(member)
+    return _Stored(shape, str(dtype), read)
+
+
+def _read_file(path: Path, heads: int, mean: Any, std: Any) -> Source:
+    """Returns the ViT of a .safetensors or .npz file. `mean` and `std` of pixels replace those of its config."""
+    arrays, beside = _open(path), path.with_name(CONFIG)
+    about = json.loads(beside.read_text()) if path.suffix == ".safetensors" and beside.is_file() else {}
+    if about.get("format") == OURS:
+        return _read_ours(path, arrays, about)
+    style = formats.style_of(arrays)
+    if style is None:
+        raise UserError("its arrays have no names of timm's, Hugging Face's or google-research's ViTs; use a plain ViT")
+    read_config = {formats.TIMM: _timm_config, formats.HF: _hf_config, formats.GOOGLE: _google_config}
+    told, names, *pixels = read_config[style](path, arrays, about)
+    told = told._replace(heads=told.heads or heads)
+    if not told.heads:
+        raise UserError(f"nothing tells its number of heads; put the {CONFIG} that belongs to it beside it")
+    model = formats.model_of(arrays, style, told)
+    flat, left = formats.read(arrays, style, model, _shapes(model))
+    notes = [f"skipped {', '.join(left)}"] if left else []
+    if any(name.startswith("pre_logits") for name in left):
+        notes.append("skipped the head, which needs pre_logits: a hidden tanh layer that our ViT does not have")
+    if not about and style != formats.GOOGLE:
+        notes.append(f"took {told.epsilon:g} for LayerNorm's epsilon: no {CONFIG} beside it tells")
+    mean, std = (given or told for given, told in zip((mean, std), pixels, strict=True))
+    if mean is None or std is None:
+        notes.append(
+            "took 0.5 for the mean and deviation of pixels, for no config tells them; init.mean and init.std set them"
+        )
+    _fold_pixels(flat, 0.5 if mean is None else mean, 0.5 if std is None else std, notes)
+    classes = names if len(names) == model.classes else ()
+    return Source(path, style, flat, model, classes, tuple(notes), crop=_crop(path, about))
+
+
+def _read_ours(path: Path, arrays: formats.Arrays, about: dict[str, Any]) -> Source:
     model = config_lib.from_dict({"model": about["model"]}).model
-    wanted = jax.eval_shape(lambda: vit.init(vit.build(model), jax.random.key(0)))
-    shapes = {".".join(str(entry.key) for entry in at): leaf.shape for at, leaf in jax.tree.leaves_with_path(wanted)}
-    for name in sorted({*shapes, *arrays}):
-        found = arrays[name].shape if name in arrays else None
-        if found != shapes.get(name):
-            raise UserError(f"the array {name!r} has shape {found}; its {CONFIG} says {shapes.get(name)}")
-    arrays = arrays | {"positions": _table(model, arrays)}
-    return Source(path, OURS, arrays, model, tuple(about.get("classes", ())), crop=about.get("crop", "pad"))
+    Config(model=dataclasses.replace(model, attention="auto")).validate()  # cuDNN needs another dtype than exports have
+    shapes = _shapes(model)
+    odd = sorted(arrays.keys() - shapes.keys())
+    if odd:
+        raise UserError(f"the array {odd[0]!r} has no place in the model of its {CONFIG}; restore both from a copy")
+    loaded = formats.load(arrays, shapes)
+    loaded["positions"] = _table(model, loaded)
+    return Source(path, OURS, loaded, model, tuple(about.get("classes", ())), crop=about.get("crop", "pad"))
 
 
-def _read_hf(path: Path, arrays: Dict, about: dict[str, Any], heads: int) -> Source:
+def _shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Returns the shapes of the model's flat dense tree."""
+    tree = jax.eval_shape(lambda: vit.init(vit.build(model), jax.random.key(0)))
+    return {".".join(str(entry.key) for entry in at): leaf.shape for at, leaf in jax.tree.leaves_with_path(tree)}
+
+
+# What config files tell: (of the architecture, names of classes, mean and deviation of pixels or None).
+_Told = tuple[formats.Told, tuple[str, ...], Any, Any]
+
+
+def _hf_config(path: Path, arrays: formats.Arrays, about: dict[str, Any]) -> _Told:
     if about.get("model_type", "vit") != "vit" or about.get("hidden_act", "gelu") != "gelu":
         raise UserError(
             f"its model_type is {about.get('model_type')!r} with hidden_act {about.get('hidden_act')!r}; "
             "they must be 'vit' and 'gelu'"
         )
-    names = about.get("id2label", {})
-    classes = tuple(str(names[key]) for key in sorted(names, key=int)) if "classifier.weight" in arrays else ()
-    folder = path.parent / "preprocessor_config.json"
-    pixels = json.loads(folder.read_text()) if folder.is_file() else {}
-    mean, std = (pixels.get(f"image_{name}", 0.5) if pixels.get("do_normalize", True) else 0.5 for name in MEAN_STD)
-    epsilon = float(about.get("layer_norm_eps", HF_EPSILON))
-    known = int(about.get("num_attention_heads", 0))
-    return _from_style(path, formats.HF, arrays, known or heads, epsilon, classes, mean, std)
+    labels = about.get("id2label", {})
+    names = tuple(str(labels[key]) for key in sorted(labels, key=int)) if "classifier.weight" in arrays else ()
+    beside = path.with_name("preprocessor_config.json")
+    pixels = json.loads(beside.read_text()) if beside.is_file() else {}
+    mean, std = (pixels.get("image_mean"), pixels.get("image_std")) if pixels.get("do_normalize", True) else (0.0, 1.0)
+    heads, epsilon = int(about.get("num_attention_heads", 0)), float(about.get("layer_norm_eps", HF_EPSILON))
+    return formats.Told(heads, epsilon, formats.image_size(about.get("image_size")), True), names, mean, std
 
 
-def _read_timm(path: Path, arrays: Dict, about: dict[str, Any], heads: int) -> Source:
-    mean_pooled = "cls_token" not in arrays
-    if mean_pooled != ("fc_norm.weight" in arrays):
+def _timm_config(path: Path, arrays: formats.Arrays, about: dict[str, Any]) -> _Told:
+    has_cls = formats.CLS[formats.TIMM] in arrays
+    if has_cls == ("fc_norm.weight" in arrays):
         raise UserError(
             "it pools otherwise than our ViT: by CLS after `norm`, or without CLS by the mean and `fc_norm`"
         )
-    known, epsilon = formats.read_timm_config(about)
     cfg = about.get("pretrained_cfg") or {}
     names = tuple(map(str, about.get("label_names") or cfg.get("label_names") or ()))
-    mean, std = (cfg.get(name, 0.5) for name in MEAN_STD)
-    return _from_style(path, formats.TIMM, arrays, known or heads, epsilon, names, mean, std)
+    return formats.read_timm_config(about, has_cls), names, cfg.get("mean"), cfg.get("std")
 
 
-def _read_google(path: Path, arrays: Dict) -> Source:
-    if formats.style_of(arrays) != formats.GOOGLE or formats.CLS[formats.GOOGLE] not in arrays:
-        raise UserError("its arrays are not those of a google-research ViT with a CLS token; use another source")
+def _google_config(path: Path, arrays: formats.Arrays, about: dict[str, Any]) -> _Told:
+    if formats.CLS[formats.GOOGLE] not in arrays:
+        raise UserError("its arrays are those of a google-research ViT without a CLS token; use another source")
     names = [name for name in arrays if name.endswith("/query/kernel")]
     heads = arrays[names[0]].shape[1] if names else 1
-    return _from_style(path, formats.GOOGLE, arrays, heads, GOOGLE_EPSILON, (), 0.5, 0.5)
-
-
-def _from_style(
-    path: Path, style: str, arrays: Dict, heads: int, epsilon: float, names: tuple[str, ...], mean: Any, std: Any
-) -> Source:
-    if not heads:
-        raise UserError(f"nothing tells its number of heads; put the {CONFIG} that belongs to it beside it")
-    rows = arrays[_name(arrays, formats.POSITIONS[style])].shape[1] if _has(arrays, formats.POSITIONS[style]) else 0
-    has_cls = _has(arrays, formats.CLS[style])
-    cls_row = has_cls and round((rows - 1) ** 0.5) ** 2 == rows - 1
-    flat, left = formats.read(arrays, style, heads, cls_row)
-    patch, _, channels, width = flat["patches.kernel"].shape
-    grid = round(len(flat["positions"]) ** 0.5)
-    if grid * grid != len(flat["positions"]):
-        raise UserError(f"its table has {len(flat['positions'])} positions; they must make a square")
-    depth, _, hidden = flat["blocks.mlp.up"].shape
-    classes = flat["head.logits.bias"].shape[0] if "head.logits.bias" in flat else 0
-    model = ModelConfig(
-        image_size=grid * patch,
-        channels=channels,
-        classes=classes,
-        patch=patch,
-        width=width,
-        hidden=hidden,
-        depth=depth,
-        heads=heads,
-        pool="cls" if has_cls else "mean",
-        cls_position=cls_row,
-        norm_epsilon=epsilon,
-    )
-    notes = [f"skipped {', '.join(left)}"] if left else []
-    mean_c, std_c = (np.broadcast_to(np.asarray(value, np.float32), (channels,)) for value in (mean, std))
-    if np.any(mean_c != 0.5) or np.any(std_c != 0.5):
-        _fold_pixels(flat, mean_c, std_c)
-        notes.append("folded its mean and deviation of pixels into the kernel of patches: ours take [-1, 1]")
-    return Source(path, style, flat, model, names if len(names) == classes else (), tuple(notes))
-
-
-def _fold_pixels(flat: Dict, mean_c: np.ndarray, std_c: np.ndarray) -> None:
-    """Makes patches of pixels in [-1, 1] give what those of (pixels in [0, 1] - mean) / std gave; exact, for a patch
-    sees no padding."""
-    kernel_PPcD = flat["patches.kernel"]
-    offset_c = (0.5 - mean_c) / std_c
-    flat["patches.bias"] = flat["patches.bias"] + np.einsum("pqcd,c->d", kernel_PPcD, offset_c)
-    flat["patches.kernel"] = kernel_PPcD / (2 * std_c)[None, None, :, None]
+    return formats.Told(heads, GOOGLE_EPSILON, None, True), (), 0.5, 0.5
 
 
 def _crop(path: Path, about: dict[str, Any]) -> str:
@@ -335,17 +369,22 @@ def _crop(path: Path, about: dict[str, Any]) -> str:
     return "resized" if timm or (pixels.get("resample") == 2 and pixels.get("do_center_crop")) else "pad"
 
 
-def _name(arrays: Dict, name: str) -> str:
-    return name if name in arrays else f"vit.{name}"
-
-
-def _has(arrays: Dict, name: str) -> bool:
-    return _name(arrays, name) in arrays
-
-
-def _load_npz(path: Path) -> Dict:
+def _fold_pixels(flat: Dict, mean: Any, std: Any, notes: list[str]) -> None:
+    """Makes patches of pixels in [-1, 1] give what those of (pixels in [0, 1] - mean) / std gave; exact, for a patch
+    sees no padding."""
+    kernel_PPcD = flat["patches.kernel"]
+    channels = kernel_PPcD.shape[2]
     try:
-        with path.open("rb") as content, np.load(content, allow_pickle=False) as file:
-            return {name: file[name] for name in file.files}
-    except Exception as error:  # zipfile's, zlib's and NumPy's own
-        raise UserError(f"cannot be read as .npz ({error}); restore it from a copy") from error
+        mean_c, std_c = (np.broadcast_to(np.asarray(value, np.float32), (channels,)) for value in (mean, std))
+    except (ValueError, TypeError):
+        mean_c = std_c = np.full(channels, np.nan)
+    if not (np.isfinite(mean_c).all() and np.isfinite(std_c).all() and np.all(std_c > 0)):
+        raise UserError(
+            f"its pixels have mean {mean!r} and deviation {std!r}; they must be finite, one number or one for "
+            f"each of {channels} channels, and deviations above 0: set init.mean and init.std"
+        )
+    if np.any(mean_c != 0.5) or np.any(std_c != 0.5):
+        offset_c = (0.5 - mean_c) / std_c
+        flat["patches.bias"] = flat["patches.bias"] + np.einsum("pqcd,c->d", kernel_PPcD, offset_c)
+        flat["patches.kernel"] = kernel_PPcD / (2 * std_c)[None, None, :, None]
+        notes.append("folded its mean and deviation of pixels into the kernel of patches: ours take [-1, 1]")

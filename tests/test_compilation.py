@@ -5,12 +5,12 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import processes
 import pytest
 from jax.sharding import AxisType, PartitionSpec
-from runs import history
 
+import processes
 from jvitmoe import compilation
+from run_folders import history
 
 DIGITS = Path(__file__).parents[1] / "configs" / "digits_dense.py"
 ALL_REDUCE = (

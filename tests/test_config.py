@@ -8,7 +8,7 @@ import pytest
 
 from jvitmoe import config as config_lib
 from jvitmoe import evaluation
-from jvitmoe.config import Config, ConfigError, DataConfig
+from jvitmoe.config import Config, ConfigError, DataConfig, UserError
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 RESULTS = CONFIGS.with_name("results")
@@ -212,3 +212,14 @@ def test_every_experiment_is_valid_and_opens_with_its_command(path, monkeypatch)
     json.loads(config_lib.dumps(config))
     assert f"python -m jvitmoe.train --config configs/{path.name}" in module.__doc__
     assert (config.routing.experts > 1) == path.stem.endswith(("random", "switch"))
+
+
+def test_a_message_shows_control_characters_escaped_and_long_values_cut_between_value_and_remedy():
+    for value in ("x" * 20_000, "x y " * 5_000, "\x1b[2J" * 5_000):
+        message = str(ConfigError(f"config.data.name is {value!r} of {value}\x1b[31m\r\n; it must be 'digits': set it"))
+        assert len(message) < 1300
+        assert message.isprintable()
+        assert message.startswith("config.data.name is ")
+        assert message.endswith("\\x1b[31m ; it must be 'digits': set it")
+    assert config_lib.one_line(ValueError("\x1b]0;title\x07\n" + "x" * 20_000)).startswith("ValueError: \\x1b]0;title")
+    assert str(UserError("a class 'é 字' in /a path")) == "a class 'é 字' in /a path"

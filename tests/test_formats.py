@@ -21,13 +21,20 @@ def tree(model: ModelConfig) -> dict[str, np.ndarray]:
     return formats.flatten(jax.tree.unflatten(structure, [rng.normal(size=x.shape).astype("f") for x in leaves]))
 
 
+def read(theirs: formats.Arrays, style: str, cls_row: bool | None, heads: int = MODEL.heads) -> tuple:
+    """Returns (ours, names left over) of arrays, as `pretrained` reads them."""
+    model = formats.model_of(theirs, style, formats.Told(heads, MODEL.norm_epsilon, None, cls_row))
+    shapes = {name: leaf.shape for name, leaf in tree(model).items()}
+    return formats.read(theirs, style, model, shapes)
+
+
 @pytest.mark.parametrize("style", ["timm", "hf", "google"])
 @pytest.mark.parametrize("cls_position", [False, True])
 def test_reading_takes_back_what_writing_gave(style, cls_position):
     ours = tree(dataclasses.replace(MODEL, cls_position=cls_position))
     theirs = formats.write(ours, style, cls_row=cls_position)
     assert formats.style_of(theirs) == style
-    again, left = formats.read(theirs, style, MODEL.heads, cls_row=cls_position)
+    again, left = read(theirs, style, cls_position)
     assert left == []
     assert again.keys() == ours.keys()
     for name in ours:
@@ -41,7 +48,7 @@ def test_a_mean_pooled_vit_has_timms_other_name_for_its_last_norm():
     assert "fc_norm.weight" in theirs
     assert "norm.weight" not in theirs
     assert "cls_token" not in theirs
-    again, _ = formats.read(theirs, "timm", MODEL.heads, cls_row=False)
+    again, _ = read(theirs, "timm", False)
     np.testing.assert_array_equal(again["norm.scale"], ours["norm.scale"])
 
 
@@ -74,33 +81,36 @@ def test_query_key_and_value_lie_in_this_order_and_head_by_head():
         (lambda a: a.pop("pos_embed"), "'pos_embed' is missing"),
         (lambda a: a.update({"blocks.0.ls1.gamma": np.ones(12)}), "'blocks.0.ls1.gamma' has no place"),
         (lambda a: a.update({"norm_pre.weight": np.ones(12)}), "'norm_pre.weight' has no place"),
-        (lambda a: a.update({"blocks.0.mlp.fc1.weight": np.ones((7, 12))}), "differ in shape"),
+        (
+            lambda a: a.update({"blocks.0.mlp.fc1.weight": np.ones((7, 12))}),
+            r"'blocks.0.mlp.fc1.weight' has shape \(7, 12\); it must be \(20, 12\)",
+        ),
     ],
 )
 def test_arrays_that_are_no_vit_of_ours_are_named(change, message):
     arrays = formats.write(tree(MODEL), "timm", cls_row=False)
     change(arrays)
     with pytest.raises(formats.FormatError, match=message) as caught:
-        formats.read(arrays, "timm", MODEL.heads, cls_row=False)
+        read(arrays, "timm", False)
     assert "\n" not in str(caught.value)
 
 
 def test_heads_that_do_not_divide_are_named():
     arrays = formats.write(tree(MODEL), "timm", cls_row=False)
     with pytest.raises(formats.FormatError, match="multiple of the 5 heads"):
-        formats.read(arrays, "timm", 5, cls_row=False)
+        read(arrays, "timm", False, heads=5)
 
 
 def test_heads_of_other_tasks_are_left_over_and_told():
     arrays = formats.write(tree(MODEL), "hf", cls_row=True)
     arrays |= {"vit.pooler.dense.weight": np.ones((12, 12), np.float32)}
-    assert formats.read(arrays, "hf", MODEL.heads, cls_row=True)[1] == ["pooler.dense.weight"]
+    assert read(arrays, "hf", True)[1] == ["pooler.dense.weight"]
 
 
 def test_a_vit_without_a_head_is_read_without_one():
     arrays = formats.write(tree(MODEL), "timm", cls_row=False)
     del arrays["head.weight"], arrays["head.bias"]
-    ours, left = formats.read(arrays, "timm", MODEL.heads, cls_row=False)
+    ours, left = read(arrays, "timm", False)
     assert not any(name.startswith("head") for name in ours)
     assert left == []
 
@@ -124,7 +134,7 @@ def test_timm_counts_the_hidden_width_as_we_have_it(width, hidden):
     ],
 )
 def test_timms_config_tells_heads_and_epsilon(about, heads, epsilon):
-    assert formats.read_timm_config(about) == (heads, epsilon)
+    assert formats.read_timm_config(about, True)[:2] == (heads, epsilon)
 
 
 @pytest.mark.parametrize(
@@ -137,14 +147,15 @@ def test_timms_config_tells_heads_and_epsilon(about, heads, epsilon):
 )
 def test_activations_and_norms_that_arrays_would_not_show_are_refused(about, message):
     with pytest.raises(formats.FormatError, match=message) as caught:
-        formats.read_timm_config(about)
+        formats.read_timm_config(about, True)
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(("epsilon", "nearest"), [(1e-5, 1e-5), (1e-6, 1e-6), (1e-3, 1e-5), (1e-12, 1e-6)])
 def test_the_epsilon_that_reads_back_is_the_one_that_timm_has(epsilon, nearest):
     model = dataclasses.replace(MODEL, norm_epsilon=epsilon)
-    assert formats.read_timm_config(formats.timm_config(model, (), "pad")) == (model.heads, nearest)
+    told = formats.read_timm_config(formats.timm_config(model, (), "pad"), True)
+    assert told == (model.heads, nearest, (model.image_size,) * 2, model.cls_position)
 
 
 @pytest.mark.parametrize(("crop", "share", "filter"), [("pad", 1.0, "bicubic"), ("resized", 224 / 256, "bilinear")])

@@ -6,6 +6,7 @@ They run in a process of their own, in the Python that JVITMOE_PEERS names (`mak
 import dataclasses
 import json
 import re
+import shutil
 from pathlib import Path
 
 import jax
@@ -58,14 +59,18 @@ def made(peers, inputs, tmp_path_factory):
         "timm": {},
         "timm_no_embed_class": {"no_embed_class": True},
         "timm_avg": {"global_pool": "avg", "class_token": False},
+        "timm_one_patch": {"patch_size": 8},
+        "timm_one_patch_no_embed_class": {"patch_size": 8, "no_embed_class": True},
+        "timm_flexivit": {"architecture": "flexivit_small"},  # no_embed_class by its architecture
         "timm_clip": {"architecture": "vit_base_patch16_clip_224", "pre_norm": False, "pretrained_cfg_overlay": HALF},
     }.items():
-        peers("make_timm", folder=root / name, inputs=inputs, **SMALL, **arguments)
+        peers("make_timm", folder=root / name, inputs=inputs, **SMALL | arguments)
     peers("make_hf", folder=root / "hf", inputs=inputs, **SMALL_HF)
     return root
 
 
 NAMES = ("timm", "timm_no_embed_class", "timm_avg", "timm_clip", "hf")
+NAMES += ("timm_one_patch", "timm_one_patch_no_embed_class", "timm_flexivit")
 EPSILONS = {"hf": 1e-12, "timm_clip": 1e-5}  # timm's others have 1e-6
 
 
@@ -77,7 +82,7 @@ def expected(folder: Path) -> np.ndarray:
 def test_what_they_saved_gives_their_logits_here(made, pixels, name):
     model = classifier.load(made / name)
     np.testing.assert_allclose(model.logits(pixels), expected(made / name), atol=CLOSE)
-    assert model.config.cls_position is (name in ("timm", "timm_clip", "hf"))
+    assert model.config.cls_position is (name in ("timm", "timm_clip", "timm_one_patch", "hf"))
     assert model.config.norm_epsilon == EPSILONS.get(name, 1e-6)
     assert np.abs(expected(made / name)).max() > 0.1
 
@@ -128,6 +133,9 @@ def test_upcycled_and_merged_at_step_0_the_file_holds_the_same_values(peers, mad
     [
         ("timm", {}),
         ("timm", {"pool": "mean"}),
+        ("timm", {"patch": 8}),
+        ("timm", {"patch": 8, "pool": "mean"}),
+        ("hf", {"patch": 8}),
         ("timm", {"cls_position": True, "norm_epsilon": 1e-6}),
         ("timm", {"positions": "sincos2d", "width": 12, "hidden": 25}),
         ("timm", {"norm_epsilon": 1e-3}),
@@ -204,13 +212,22 @@ def test_positions_and_patches_are_resized_as_timm_resizes_them(peers, tmp_path,
         ({"norm_layer": "rmsnorm"}, "its norm_layer is 'rmsnorm'"),
         ({"act_layer": "quick_gelu"}, "its act_layer is 'quick_gelu'"),
         ({"architecture": "vit_base_patch16_clip_quickgelu_224", "pre_norm": False}, "whose act_layer is not 'gelu'"),
-        ({"global_pool": "map"}, "no place in a plain ViT"),
+        ({"global_pool": "map"}, "its global_pool is 'map'; it must be 'token'"),
         ({"global_pool": "avg", "class_token": False, "fc_norm": False}, "pools otherwise"),
+        ({"global_pool": "avg", "fc_norm": False}, "its global_pool is 'avg'; it must be 'token'"),
+        ({"global_pool": "avgmax", "class_token": False}, "its global_pool is 'avgmax'; it must be 'avg'"),
+        ({"patch_size": [2, 4]}, "its patches have 2x4 pixels; they must be square"),
+        ({"img_size": [8, 6]}, "its images have 8x6 pixels; they must be square"),
+        ({"img_size": [16, 4]}, "its images have 16x4 pixels; they must be square"),  # 17 positions, as of 8x8 pixels
+        ({"img_size": [224, 192], "patch_size": 16}, "its images have 224x192 pixels; they must be square"),
         ({"architecture": "deit_tiny_distilled_patch16_224"}, "must make a square"),
     ],
 )
-def test_what_our_vit_has_no_place_for_is_refused(peers, inputs, tmp_path, arguments, message):
-    peers("make_timm", folder=tmp_path / "odd", inputs=inputs, **SMALL, **arguments)
+def test_what_our_vit_has_no_place_for_is_refused(peers, tmp_path, arguments, message):
+    arguments = SMALL | arguments
+    size = arguments["img_size"] if isinstance(arguments["img_size"], list) else [arguments["img_size"]] * 2
+    np.savez(tmp_path / "inputs.npz", inputs=np.zeros((1, 3, *size), "f"))
+    peers("make_timm", folder=tmp_path / "odd", inputs=tmp_path / "inputs.npz", **arguments)
     with pytest.raises(config_lib.UserError, match=message) as caught:
         pretrained.read(tmp_path / "odd")
     assert "\n" not in str(caught.value)
@@ -293,6 +310,19 @@ def test_an_epsilon_that_timm_cannot_have_is_bounded_or_refused(
     peers("timm_logits", folder=tmp_path / "out", inputs=sample, out=tmp_path / "logits.npz", epsilon=epsilon)
     apart = np.abs(np.load(tmp_path / "logits.npz")["by_config"] - np.load(sample)["logits"]).max()
     assert apart < bound + 2e-6  # real timm, whose sums round otherwise
+
+
+def test_without_its_config_a_table_of_positions_that_fits_two_vits_is_refused(made, peers, tmp_path):
+    np.savez(tmp_path / "inputs.npz", inputs=np.zeros((1, 3, 224, 192), "f"))
+    wide = SMALL | {"img_size": [224, 192], "patch_size": 16}
+    peers("make_timm", folder=tmp_path / "wide", inputs=tmp_path / "inputs.npz", **wide)
+    for folder, count in ((tmp_path / "wide", 169), (made / "timm_no_embed_class", 16)):
+        weights = shutil.copy(folder / "model.safetensors", tmp_path)
+        with pytest.raises(config_lib.UserError, match=f"its {count} positions may be .* put the config.json"):
+            pretrained.read(weights, heads=2)
+    for name in ("timm", "timm_one_patch", "timm_one_patch_no_embed_class"):  # which fit one
+        found = pretrained.read(shutil.copy(made / name / "model.safetensors", tmp_path), heads=2)
+        assert dataclasses.replace(found.model, norm_epsilon=1e-6) == pretrained.read(made / name).model
 
 
 def test_the_code_of_a_card_runs_there(peers, experiment_run, tmp_path, monkeypatch):

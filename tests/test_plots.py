@@ -7,10 +7,10 @@ import statistics
 
 import matplotlib.pyplot as plt
 import numpy as np
-import processes
 import pytest
 from matplotlib.collections import LineCollection
 
+import processes
 from jvitmoe import config as config_lib
 from jvitmoe import plots, report, tracking
 from jvitmoe.config import Config, UserError

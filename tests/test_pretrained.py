@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+import tracemalloc
 
 import jax
 import numpy as np
@@ -121,6 +122,13 @@ def write_hf(folder, model=MODEL, **about):
     return flat
 
 
+def write_timm(folder, model=MODEL, **about):
+    flat = dense(model)
+    save_file(formats.write(flat, formats.TIMM, cls_row=model.cls_position), folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(formats.timm_config(model, list("abcde"), "pad") | about))
+    return flat
+
+
 def test_a_folder_tells_everything_and_a_bare_file_needs_the_heads(tmp_path):
     flat = write_hf(tmp_path)
     found = pretrained.read(tmp_path)
@@ -131,7 +139,10 @@ def test_a_folder_tells_everything_and_a_bare_file_needs_the_heads(tmp_path):
         pretrained.read(tmp_path)
     bare = pretrained.read(tmp_path / "model.safetensors", heads=2)
     assert (bare.model.heads, bare.model.norm_epsilon) == (2, 1e-12)
-    assert bare.notes == ("took 1e-12 for LayerNorm's epsilon: no config.json beside it tells",)
+    assert bare.notes == (
+        "took 1e-12 for LayerNorm's epsilon: no config.json beside it tells",
+        "took 0.5 for the mean and deviation of pixels, for no config tells them; init.mean and init.std set them",
+    )
 
 
 def test_another_mean_and_deviation_of_pixels_are_folded(tmp_path):
@@ -146,6 +157,36 @@ def test_another_mean_and_deviation_of_pixels_are_folded(tmp_path):
         classifier.from_source(folded).logits(pixels), logits(MODEL, plain.params, theirs), atol=1e-4
     )
     assert "folded" in folded.notes[0]
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps({"do_normalize": False}))
+    np.testing.assert_allclose(
+        classifier.load(tmp_path).logits(pixels), logits(MODEL, plain.params, (pixels / 255).astype("f")), atol=1e-4
+    )
+
+
+def test_a_mean_and_deviation_that_the_user_gives_are_folded_and_must_be_possible(tmp_path):
+    write_timm(tmp_path)
+    told, given = {"mean": [0.4, 0.5, 0.6], "std": [0.2, 0.25, 0.3]}, {"mean": (0.4, 0.5, 0.6), "std": (0.2, 0.25, 0.3)}
+    about = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**about, "pretrained_cfg": told}))
+    wanted = pretrained.read(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({**about, "pretrained_cfg": {}}))
+    assert "took 0.5 for the mean and deviation of pixels" in " ".join(pretrained.read(tmp_path).notes)
+    found = pretrained.read(tmp_path, **given)
+    assert found.notes == wanted.notes
+    np.testing.assert_array_equal(found.params["patches.kernel"], wanted.params["patches.kernel"])
+    np.testing.assert_array_equal(found.params["patches.bias"], wanted.params["patches.bias"])
+    for odd in ({"std": (0.0,)}, {"mean": (0.1, 0.2)}, {"mean": (float("nan"),)}, {"std": (1.0, -1.0, 1.0)}):
+        with pytest.raises(
+            UserError, match=r"must be finite, one number or one for each of 3.*set init\.mean and init\.std"
+        ):
+            pretrained.read(tmp_path, **odd)
+
+
+def test_a_source_of_ours_takes_no_mean(experiment_run):
+    config = Config()
+    config.init.source, config.init.mean = str(experiment_run), (0.4,)
+    with pytest.raises(ConfigError, match=r"config\.init\.mean is \(0\.4,\).*must be \(\)"):
+        pretrained.start(config)
 
 
 def test_npz_is_read_and_tells_its_heads(tmp_path):
@@ -154,6 +195,115 @@ def test_npz_is_read_and_tells_its_heads(tmp_path):
     found = pretrained.read(tmp_path / "vit.npz")
     assert found.model == dataclasses.replace(MODEL, norm_epsilon=1e-6)
     np.testing.assert_array_equal(found.params["cls_position"], flat["cls_position"])
+
+
+TRANSPOSED = r"'{}' has shape \(12, 20\); it must be \(20, 12\)"
+
+
+@pytest.mark.parametrize(
+    ("style", "name", "change", "message"),
+    [
+        ("timm", "cls_token", lambda x: x[..., :7], r"'cls_token' has shape \(1, 1, 7\); it must be \(1, 1, 12\)"),
+        ("timm", "pos_embed", lambda x: x[..., :7], r"'pos_embed' has shape \(1, 5, 7\); it must be \(1, 5, 12\)"),
+        ("timm", "pos_embed", lambda x: x[0], r"'pos_embed' has shape \(5, 12\); it must have 3 axes"),
+        ("timm", "blocks.0.mlp.fc1.weight", lambda x: x.T, TRANSPOSED.format("blocks.0.mlp.fc1.weight")),
+        ("timm", "blocks.1.mlp.fc1.weight", lambda x: x.T, TRANSPOSED.format("blocks.1.mlp.fc1.weight")),
+        (
+            "timm",
+            "blocks.1.attn.qkv.weight",
+            lambda x: x[:-1],
+            r"qkv.weight' has shape \(35, 12\); it must be \(36, 12",
+        ),
+        ("timm", "patch_embed.proj.weight", lambda x: x[..., :2], "its patches have 4x2 pixels; they must be square"),
+        ("timm", "patch_embed.proj.weight", lambda x: x[:0], "must have 4 axes, none of length 0"),
+        ("timm", "head.weight", lambda x: x[:, :7], r"'head.weight' has shape \(5, 7\); it must be \(5, 12\)"),
+        ("google", "head/bias", lambda x: x[:3], r"'head/bias' has shape \(3,\); it must be \(5,\)"),
+        ("hf", "vit.embeddings.cls_token", lambda x: x[0], r"cls_token' has shape \(1, 12\); it must be \(1, 1, 12\)"),
+        ("hf", "classifier.bias", lambda x: x * np.nan, "'classifier.bias' has NaN or infinite values"),
+        ("timm", "blocks.0.norm1.weight", lambda x: x.astype("d") * 1e300, "'blocks.0.norm1.weight' has NaN or infin"),
+        ("timm", "pos_embed", lambda x: x.astype("i4"), "'pos_embed' has type I32; it must have a float type"),
+        (
+            "ours",
+            "blocks.mlp.up",
+            lambda x: x[:1],
+            r"'blocks.mlp.up' has shape \(1, 12, 20\); it must be \(2, 12, 20\)",
+        ),
+        ("ours", "cls", lambda x: x + np.inf, "'cls' has NaN or infinite values"),
+        ("ours", "cls", lambda x: None, "'cls' is missing"),
+    ],
+)
+def test_a_damaged_array_is_named_with_the_shape_that_it_must_have(tmp_path, style, name, change, message):
+    if style == "ours":
+        arrays, about = dense(MODEL), formats.our_config(MODEL, (), "pad")
+    else:
+        arrays = formats.write(dense(MODEL), style, cls_row=True)
+        about = (formats.hf_config if style == "hf" else lambda *_: {"model_args": {"num_heads": 2}})(MODEL, ())
+    arrays[name] = change(arrays[name])
+    arrays = {key: np.ascontiguousarray(leaf) for key, leaf in arrays.items() if leaf is not None}
+    path = tmp_path / ("vit.npz" if style == "google" else "model.safetensors")
+    np.savez(path, **arrays) if style == "google" else save_file(arrays, path)
+    (tmp_path / "config.json").write_text(json.dumps(about))
+    with pytest.raises(UserError, match=message) as caught:
+        pretrained.read(path)
+    assert "\n" not in str(caught.value)
+    assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("junk", "pack", "message"),
+    [
+        ("head/junk", np.savez_compressed, r"bytes would become 8,\d+,\d+, which no weights do"),
+        ("junk", np.savez, "'junk' has no place"),
+        ("Transformer/encoder_norm/scale", np.savez, r"encoder_norm/scale' has shape \(2000000,\); it must be \(12,\)"),
+        ("embedding/kernel", np.savez, r"'embedding/kernel' has shape \(2000000,\); it must have 4 axes"),
+    ],
+)
+def test_an_npz_is_refused_before_anything_large_in_it_is_inflated(tmp_path, junk, pack, message):
+    arrays = formats.write(dense(MODEL), formats.GOOGLE, cls_row=True)
+    np.savez(tmp_path / "vit.npz", **arrays)
+    pretrained.read(tmp_path / "vit.npz")  # so that the memory of imports and of JAX's caches is not counted
+    pack(tmp_path / "vit.npz", **{**arrays, junk: np.zeros(2_000_000, "f")})
+    tracemalloc.start()
+    with pytest.raises(UserError, match=message):
+        pretrained.read(tmp_path / "vit.npz")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 4_000_000
+
+
+@pytest.mark.parametrize("style", ["google", "timm"])
+def test_a_head_that_needs_pre_logits_is_left_out_and_told(tmp_path, style):
+    arrays = formats.write(dense(MODEL), style, cls_row=True)
+    hidden = {"google": "pre_logits/kernel", "timm": "pre_logits.fc.weight"}[style]
+    arrays[hidden] = np.eye(12, dtype="f")
+    path = tmp_path / ("vit.npz" if style == "google" else "vit.safetensors")
+    np.savez(path, **arrays) if style == "google" else save_file(arrays, path)
+    found = pretrained.read(path, heads=2)
+    assert "skipped the head, which needs pre_logits" in " ".join(found.notes)
+    assert not any(name.startswith("head") for name in found.params)
+    assert found.model.classes == 0
+    with pytest.raises(UserError, match="has no head"):
+        classifier.load(path) if style == "google" else classifier.load(_with_heads(path))
+    fresh = dense(MODEL, 1)
+    params, lines = pretrained.adapt(found, dataclasses.replace(MODEL, norm_epsilon=1e-6), fresh)
+    np.testing.assert_array_equal(params["head.logits.kernel"], fresh["head.logits.kernel"])
+    assert "re-made the head for 5 classes (the source has none): head.logits.bias, head.logits.kernel" in lines
+
+
+def _with_heads(path):
+    path.with_name("config.json").write_text(json.dumps({"model_args": {"num_heads": 2}}))
+    return path
+
+
+def test_names_from_a_file_are_printed_escaped_and_cut(tmp_path):
+    flat = write_hf(tmp_path)
+    arrays = formats.write(flat, formats.HF, cls_row=True) | {"decoder.\x1b[2J" + "x" * 20_000: np.zeros(3, "f")}
+    save_file(arrays, tmp_path / "model.safetensors")
+    config = Config(model=dataclasses.replace(MODEL, norm_epsilon=1e-12))
+    config.init.source = str(tmp_path)
+    for line in pretrained.start(config)[1]:
+        assert line.isprintable()
+        assert len(line) < 1300
 
 
 class Hostile:
@@ -177,21 +327,29 @@ def damaged(tmp_path):
 
     yield tmp_path / "nowhere", "is not a file"
     yield put("vit.bin", b"x"), "neither .safetensors nor .npz"
-    yield put("torn.safetensors", b"\xff" * 30), "cannot be read as safetensors"
+    yield put("torn.safetensors", b"\xff" * 30), "cannot be read as .safetensors"
     yield put("torn.npz", b"PK\x03\x04torn"), "cannot be read as .npz"
     np.savez(tmp_path / "other.npz", x=np.ones(3))
-    yield tmp_path / "other.npz", "not those of a google-research ViT"
+    yield tmp_path / "other.npz", "no names of timm's, Hugging Face's or google-research's ViTs"
     np.savez(tmp_path / "pickled.npz", x=np.array([Hostile(tmp_path / "executed")], dtype=object))
-    yield tmp_path / "pickled.npz", "allow_pickle=False"
+    yield tmp_path / "pickled.npz", "no names of"
+    google = formats.write(dense(MODEL), formats.GOOGLE, cls_row=True)
+    google["head/bias"] = np.array([Hostile(tmp_path / "executed")] * 5, dtype=object)
+    np.savez(tmp_path / "object.npz", **google)
+    yield tmp_path / "object.npz", "the array 'head/bias' has type object"
     save_file({"x": np.ones(3, "f")}, tmp_path / "other.safetensors")
-    yield tmp_path / "other.safetensors", "neither timm's names nor Hugging Face's"
+    yield tmp_path / "other.safetensors", "no names of timm's, Hugging Face's or google-research's ViTs"
     (tmp_path / "json").mkdir()
     write_hf(tmp_path / "json")
-    put("json/config.json", b"{")
-    yield tmp_path / "json", "config.json or its arrays"
+    for content in (b"{", b"[" * 100_000, b'{"num_attention_heads": 1e400}', b'{"image_size": "\x1b"}', b"[]"):
+        put("json/config.json", content)
+        yield tmp_path / "json", "config.json or its arrays"
     (tmp_path / "act").mkdir()
     write_hf(tmp_path / "act", hidden_act="relu")
     yield tmp_path / "act", "hidden_act 'relu'"
+    (tmp_path / "wide").mkdir()
+    write_hf(tmp_path / "wide", image_size=[16, 4])  # as many patches as 8x8 pixels have
+    yield tmp_path / "wide", "its images have 16x4 pixels; they must be square"
     (tmp_path / "pool").mkdir()
     arrays = formats.write(dense(MODEL), formats.TIMM, cls_row=True)
     save_file(arrays | {"fc_norm.weight": arrays["norm.weight"]}, tmp_path / "pool" / "model.safetensors")

@@ -16,6 +16,7 @@ import numpy as np
 
 from jvitmoe.config import UserError
 
+LONGEST = 65_535  # pixels of a side, JPEG's limit: decoders need time for each row, however short it is
 # Those that Pillow reads by itself: a file that says it is PostScript would be run by another program.
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # Pillow's name for 8-bit pixels of that many channels
@@ -120,7 +121,8 @@ def opened(picture: Picture) -> Iterator[Any]:
         if isinstance(encoded, Path) and not encoded.is_file():
             raise ValueError("it is no regular file")  # reading a pipe or a device might never end
         with Image.open(io.BytesIO(encoded) if isinstance(encoded, bytes) else encoded, formats=FORMATS) as image:
-            if image.width * image.height > (Image.MAX_IMAGE_PIXELS or math.inf):
+            area = image.width * image.height
+            if area > (Image.MAX_IMAGE_PIXELS or math.inf) or max(image.size) > LONGEST:
                 raise ValueError(f"{image.width}x{image.height} pixels are more than any photograph has")
             yield image
     except DataError:

@@ -6,7 +6,18 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jvitmoe.data.decode import AREA, ORIENTATION, RATIO, DataError, Picture, centre_crop, exact, random_crop, square
+from jvitmoe.data.decode import (
+    AREA,
+    LONGEST,
+    ORIENTATION,
+    RATIO,
+    DataError,
+    Picture,
+    centre_crop,
+    exact,
+    random_crop,
+    square,
+)
 
 HEIGHT, WIDTH = 160, 240
 
@@ -162,3 +173,13 @@ def test_a_picture_that_is_turned_has_the_size_that_is_seen():
 def test_pixels_of_other_kinds_are_refused(mode):
     with pytest.raises(DataError, match=f"picture has pixels of mode {mode}; images must have 8 or 16 bits"):
         square(as_file(Image.new(mode, (8, 8)), "TIFF"), 8, 1)
+
+
+@pytest.mark.parametrize("size", [(1, LONGEST + 1), (LONGEST + 1, 1)])
+def test_a_side_that_no_camera_has_is_refused_from_the_header_alone(size):
+    file = io.BytesIO()
+    Image.new("L", size).save(file, "PPM")
+    picture = Picture("long.pgm", file.getvalue()[:40])  # without most of its pixels
+    for read in (lambda: square(picture, 8, 1), lambda: exact(picture, (1, 8, 1), "all are 8x8")):
+        with pytest.raises(DataError, match=rf"long.pgm .*{size[0]}x{size[1]} pixels are more than any photograph has"):
+            read()
