@@ -157,7 +157,7 @@ def test_flags_that_cannot_be_meant_are_refused_before_anybody_is_waited_for(arg
     distributed.define_flags(values)
     values(["train.py", *arguments])
     with pytest.raises(UserError, match=says):
-        distributed.join(values)
+        distributed.join(values, dict)
 
 
 def test_the_launchers_use_flags_and_fields_that_exist(monkeypatch):
