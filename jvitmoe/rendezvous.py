@@ -83,7 +83,8 @@ async def _host(address: str, mine: Report, seconds: float) -> str:
     verdict: asyncio.Future[str] = asyncio.get_running_loop().create_future()
 
     async def receive(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        with contextlib.closing(writer), contextlib.suppress(OSError, ValueError, TypeError):  # of another program
+        ends = OSError, ValueError, TypeError, asyncio.CancelledError  # another program's noise, or the end of it all
+        with contextlib.closing(writer), contextlib.suppress(*ends):
             writer.write(GREETING)
             report = Report(*json.loads(await reader.readline()))
             if report.process not in range(report.processes):
