@@ -19,7 +19,7 @@ from typing import NamedTuple
 from jvitmoe.config import UserError
 
 GREETING = b"jvitmoe\n"
-GREETS = 8.0  # seconds within which process 0 greets whoever connects; another program does not
+GREETS = 12.0  # seconds within which process 0 greets whoever connects; another program does not
 LINGER = 3.0  # seconds for which process 0 still answers after a fault, so that later processes hear of it too
 RETRY = 0.1
 
@@ -83,10 +83,10 @@ async def _host(address: str, mine: Report, seconds: float) -> str:
     verdict: asyncio.Future[str] = asyncio.get_running_loop().create_future()
 
     async def receive(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        ends = OSError, ValueError, TypeError, asyncio.CancelledError  # another program's noise, or the end of it all
-        with contextlib.closing(writer), contextlib.suppress(*ends):
+        strange = EOFError, OSError, ValueError, TypeError, RecursionError, asyncio.LimitOverrunError
+        with contextlib.closing(writer), contextlib.suppress(*strange, asyncio.CancelledError):
             writer.write(GREETING)
-            report = Report(*json.loads(await reader.readline()))
+            report = Report(*json.loads(await reader.readuntil()))
             if report.process not in range(report.processes):
                 return
             if fault := _fault(reports, report):
