@@ -102,9 +102,7 @@ async def _host(address: str, mine: Report, seconds: float) -> str:
             if not verdict.done():
                 del reports[report.process], writers[report.process]
 
-    bind = os.environ.get("JAX_COORDINATOR_BIND_ADDRESS", "[::]:" + address.rpartition(":")[2])
-    host, _, port = bind.rpartition(":")
-    server = await asyncio.start_server(receive, None if host in ("", "[::]") else host.strip("[]"), int(port))
+    server = await asyncio.start_server(receive, sock=_listen(address))
     if mine.processes == 1:
         verdict.set_result("")
     try:
@@ -119,6 +117,19 @@ async def _host(address: str, mine: Report, seconds: float) -> str:
     for writer in writers.values():
         writer.write(_line(fault))
     return fault
+
+
+def _listen(address: str) -> socket.socket:
+    """Returns a socket that listens where JAX's coordinator will. Raises OSError."""
+    bind = os.environ.get("JAX_COORDINATOR_BIND_ADDRESS", "[::]:" + address.rpartition(":")[2])
+    host, _, port = bind.rpartition(":")
+    if host == "[::]":  # all interfaces; one socket, so that of two processes one gets all of them
+        both = socket.has_dualstack_ipv6()
+        family = socket.AF_INET6 if both else socket.AF_INET
+        return socket.create_server(("", int(port)), family=family, dualstack_ipv6=both)
+    return socket.create_server(
+        (host.strip("[]"), int(port)), family=socket.AF_INET6 if ":" in host else socket.AF_INET
+    )
 
 
 async def _visit(address: str, mine: Report, taken: str) -> str:
