@@ -14,6 +14,7 @@ import shutil
 import time
 import warnings
 import zlib
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -95,19 +96,23 @@ class Checkpoints:
             config: the run's config, for commands that have only the folder.
             nll: validation NLL, which the best checkpoint is chosen by; None without a validation split.
 
-        Raises CheckpointError when the previous write failed or this one does.
+        Raises CheckpointError when the previous write failed or this one does, and when processes hold different
+        replicas.
         """
         self._settle()
         step = int(state.step)
         # True copies: on a CPU an asynchronous writer would otherwise read buffers that the next step overwrites.
         # Of several processes each gathers them whole, so that the checksums are of the same bytes on any mesh.
         items = {name: jax.tree.map(_gather, tree) for name, tree in _items(state).items()}
+        checksums = {name: _checksums(tree) for name, tree in items.items()}
+        if jax.process_count() > 1:
+            _compare_replicas(step, _items(state), checksums)
         meta = {
             "step": step,
             "config": config_lib.to_dict(config),
             "versions": versions(),
             "nll": nll,
-            "checksums": {name: _checksums(tree) for name, tree in items.items()},
+            "checksums": checksums,
         }
         self._found.pop(step, None)
         try:
@@ -381,6 +386,47 @@ def _checksums(tree: Any) -> dict[str, str]:
         jax.tree_util.keystr(path): f"{zlib.crc32(np.ascontiguousarray(_gather(leaf)).tobytes()):08x}"
         for path, leaf in leaves
     }
+
+
+def _compare_replicas(step: int, items: Mapping[str, Any], checksums: Mapping[str, Mapping[str, str]]) -> None:
+    """Raises CheckpointError, in all processes, where processes that hold the same part of an array differ in it.
+
+    Args:
+        step: of the state.
+        items: name -> tree, on the devices.
+        checksums: name -> leaf -> checksum of this process's copy; right for a leaf that every process holds whole.
+    """
+    leaves = {
+        name + jax.tree_util.keystr(path): (leaf, checksums[name][jax.tree_util.keystr(path)])
+        for name, tree in items.items()
+        for path, leaf in jax.tree.flatten_with_path(tree)[0]
+    }
+    local_N = []
+    for leaf, checksum in leaves.values():
+        if not leaf.is_fully_replicated:
+            shards = {str(shard.index): shard.data for shard in leaf.addressable_shards}
+            checksum = str(_checksums(shards))
+        local_N.append(zlib.crc32(checksum.encode()))
+    local_PN = multihost_utils.process_allgather(np.array(local_N, np.uint32))
+    wrong = []
+    for (name, (leaf, _)), local_P in zip(leaves.items(), local_PN.T, strict=True):
+        parts: dict[int, set[str]] = {}  # by process: which parts of the array it holds
+        for device, index in leaf.sharding.devices_indices_map(leaf.shape).items():
+            parts.setdefault(device.process_index, set()).add(str(index))
+        for part in {frozenset(indices) for indices in parts.values()}:
+            holders = sorted(process for process in parts if parts[process] == part)
+            common = Counter(local_P[holders].tolist()).most_common(1)[0][0]
+            right = next(process for process in holders if local_P[process] == common)
+            wrong += [(process, name, right) for process in holders if local_P[process] != common]
+    if wrong:
+        process, name, right = wrong[0]
+        differs = CheckpointError(
+            f"{name} of process {process} is not equal to that of process {right} at step {step} "
+            f"({len(wrong)} of {len(leaves)} arrays differ); the memory or a device of one of them may be failing; "
+            "this checkpoint was not written; the same command, without that machine, goes on from the one before"
+        )
+        differs.known = True
+        raise differs
 
 
 def _scalar(number: int, sharding: jax.sharding.Sharding) -> jax.Array:

@@ -3,20 +3,23 @@
 Every process runs the same program on the same batch addresses; process 0 alone prints and writes files.
 """
 
+import os
 import socket
 import sys
 import threading
 import traceback
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import jax
 import numpy as np
 from absl import flags
-from jax._src import distributed as internals  # the coordinator's key-value store has no public name
+from jax._src import clusters  # finding the launcher and
+from jax._src import distributed as internals  # the coordinator's key-value store have no public name
 from jax.experimental import multihost_utils
 
+from jvitmoe import rendezvous
 from jvitmoe.config import UserError, one_line
 from jvitmoe.lifeline import VERDICT, Lifeline, leave
 
@@ -28,6 +31,7 @@ _lifelines: list[Lifeline] = []  # one, once several processes have joined
 # the rest must be longer than `lifeline` takes, because JAX does not say whom it lost.
 HEARTBEAT_SECONDS = int(2 * VERDICT + 8)
 SHUTDOWN_SECONDS = 15
+GRACE_SECONDS = 5  # for JAX to connect processes that are all there
 
 
 def define_flags(values: flags.FlagValues) -> None:
@@ -39,10 +43,12 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_integer("join_seconds", 20, "How long to wait for the other processes.", flag_values=values)
 
 
-def join(values: flags.FlagValues) -> None:
-    """Joins the other processes as the flags say; nothing where they say nothing. Raises UserError.
+def join(values: flags.FlagValues, versions: Callable[[], Mapping[str, str]]) -> None:
+    """Joins the other processes as the flags say; does nothing without such flags. Raises UserError.
 
-    Ends the process with one line and exit code 2 where the others are not all there in time: JAX itself would abort.
+    Args:
+        values: the command's flags.
+        versions: returns package -> version; they must be the same in all processes, as must the sources of jvitmoe.
     """
     by_hand = bool(values.coordinator)
     if not by_hand and not values.distributed:
@@ -56,34 +62,51 @@ def join(values: flags.FlagValues) -> None:
     if by_hand:
         _check_address(values.coordinator)
     where = f"--coordinator={values.coordinator}" if by_hand else "what --distributed found"
-    who = f"process {values.process} of {values.processes}" if by_hand else "this process"
-    late = (
-        f"error: {who} waited {values.join_seconds} s for the others at {where}, and they are not all there; "
-        "check the address and that as many processes were started as --processes says\n"
-    )
-    timer = threading.Timer(values.join_seconds, leave, (late, 2))
+    seconds = values.join_seconds + GRACE_SECONDS
+    late = f"error: this process could not join at {where} within {seconds} s; check that all hosts reach each other\n"
+    timer = threading.Timer(seconds, leave, (late, 2))  # JAX itself would abort, or wait for ever
     timer.daemon = True
     timer.start()
     try:
+        address, count, process, device_ids = (
+            (values.coordinator, values.processes, values.process, None) if by_hand else _detect(values.join_seconds)
+        )
+        rendezvous.meet(address, process, count, {**versions(), **rendezvous.source_hashes()}, values.join_seconds)
         jax.distributed.initialize(
-            coordinator_address=values.coordinator if by_hand else None,
-            num_processes=values.processes if by_hand else None,
-            process_id=values.process if by_hand else None,
-            cluster_detection_method="deactivate" if by_hand else None,
-            initialization_timeout=10 * values.join_seconds,  # the timer comes first: on time-out JAX aborts
+            coordinator_address=address,
+            num_processes=count,
+            process_id=process,
+            local_device_ids=device_ids,
+            cluster_detection_method="deactivate",
+            initialization_timeout=10 * seconds,  # the timer comes first
             heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
             shutdown_timeout_seconds=SHUTDOWN_SECONDS,
         )
-        count = jax.process_count()  # by the devices of all: waits for ever where they were told different numbers
-        if count > 1:
-            coordinator = internals.global_state
-            address = coordinator.coordinator_address or ""
-            _lifelines.append(Lifeline(coordinator.client, address, jax.process_index(), count))
+        if jax.process_count() > 1:
+            client = internals.global_state.client
+            _lifelines.append(Lifeline(client, address, jax.process_index(), jax.process_count()))
     except (ValueError, RuntimeError) as error:
         found = " ".join(str(error).split())[:200]
-        raise UserError(f"{who} cannot join at {where}: {found}; check --coordinator, or start it in a job") from error
+        raise UserError(f"cannot join at {where}: {found}; check --coordinator, or start it in a job") from error
     finally:
         timer.cancel()
+
+
+def _detect(seconds: int) -> tuple[str, int, int, list[int] | None]:
+    """Returns (coordinator's address, number of processes, of this one, its local devices) as Slurm, Open MPI or
+    Kubernetes give them. Raises ValueError where none of them started this process."""
+    listed = os.environ.get("JAX_LOCAL_DEVICE_IDS")
+    address, count, process, device_ids = clusters.ClusterEnv.auto_detect_unset_distributed_params(
+        os.environ.get("JAX_COORDINATOR_ADDRESS"),
+        None,
+        None,
+        [int(number) for number in listed.split(",")] if listed else None,
+        None,
+        seconds,
+    )
+    if address is None or count is None or process is None:
+        raise ValueError("no Slurm, Open MPI or Kubernetes started this process")
+    return address, count, process, list(device_ids) if device_ids is not None else None
 
 
 def alone() -> bool:

@@ -52,7 +52,7 @@ def main(argv: list[str]) -> None:
     """Trains to the end, tests, and leaves result.json and report.md in the run folder."""
     values = cli.parse(argv, _define_flags, config=True)
     compilation.use_cache()
-    distributed.join(values)
+    distributed.join(values, checkpoint.versions)
     tracking.console.quiet = not distributed.first()
     workdir = Path(values.workdir or Path("runs") / Path(cli.config_path(argv)).stem)
 

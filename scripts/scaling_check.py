@@ -94,7 +94,7 @@ def program(config: Config, mesh: Mesh) -> tuple[Any, tuple[Any, ...]]:
 
 def worker(values: flags.FlagValues) -> None:
     """Times sums, work and steps, all processes at once, and prints what was found."""
-    distributed.join(values)
+    distributed.join(values, checkpoint.versions)
     count = jax.process_count()
     local = jax.make_mesh((1, 1), step.AXES, axis_types=(jax.sharding.AxisType.Auto,) * 2, devices=jax.local_devices())
 

@@ -7,6 +7,7 @@ order.
 import json
 import shutil
 import signal
+import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -128,6 +129,80 @@ def test_a_bad_launch_ends_in_one_line_within_30_seconds(experiment, tmp_path, c
     assert not (tmp_path / "x").exists()
 
 
+def test_processes_that_cannot_be_one_run_say_so_in_one_line_each_within_30_seconds(experiment, tmp_path):
+    copy = tmp_path / "copy" / "jvitmoe"
+    shutil.copytree(processes.ROOT / "jvitmoe", copy, ignore=shutil.ignore_patterns("__pycache__"))
+    with (copy / "optim.py").open("a") as file:
+        file.write("# changed\n")
+    here, changed = processes.environment(), processes.environment()
+    changed |= {"PYTHONPATH": str(copy.parent), "PYTHONSAFEPATH": "1"}
+    launches = {  # (number, count, environment) of each process
+        "the port is taken by another program": [(0, 2, here), (1, 2, here)],
+        "process 1 of 3 was started twice (pid ": [(0, 3, here), (1, 3, here), (1, 3, here)],
+        "process 1 was started with --processes=3 and process 0 with --processes=2": [(0, 2, here), (1, 3, here)],
+        ") has other code than process 0: optim.py is ": [(0, 2, here), (1, 2, changed)],
+    }
+    command = processes.train(experiment, tmp_path / "x")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        started = []
+        for launch, ones in enumerate(launches.values()):
+            port = processes.free_port() if launch else taken.getsockname()[1]
+            for process, count, env in ones:
+                flags = f"--coordinator=127.0.0.1:{port}", f"--processes={count}", f"--process={process}"
+                started.append(processes.start([*command, *flags], env))
+        ended = iter(processes.collect(started))
+    for says, ones in launches.items():
+        for one in [next(ended) for _ in ones]:
+            assert one.code == 2, one
+            assert one.seconds < 30
+            assert one.err.startswith("error: process ")
+            assert one.err.count("\n") == 1
+            assert says in one.err
+    assert not (tmp_path / "x").exists()
+
+
+FLIPS = """
+import jax
+from jvitmoe import step
+
+make_train_step = step.make_train_step
+
+def flip(x):
+    first, *others = [shard.data for shard in x.addressable_shards]
+    changed = first.at[(0,) * first.ndim].add(1e-6)
+    return jax.make_array_from_single_device_arrays(x.shape, x.sharding, [changed, *others])
+
+def make_flipping_step(*arguments):
+    train_step = make_train_step(*arguments)
+    def flipping_step(*given):
+        state, metrics = train_step(*given)
+        if jax.process_index() == 1 and int(state.step) == 3:
+            for tree, name in ((state.params["head"]["logits"], "kernel"), (state.params["blocks"]["mlp"], "up")):
+                tree[name] = flip(tree[name])
+        return state, metrics
+    return flipping_step
+
+step.make_train_step = make_flipping_step
+"""
+
+
+def test_a_value_that_changes_in_the_memory_of_one_process_stops_all_at_the_next_save(tmp_path):
+    """One of the changed arrays is whole in every device, the other is split over the devices of each process."""
+    (tmp_path / "flips.py").write_text(EXPERIMENT + FLIPS)
+    command = processes.train(tmp_path / "flips.py", tmp_path / "x", "--config.train.checkpoint_every=2")
+    command += ["--config.train.expert_devices=2", f"--coordinator=127.0.0.1:{processes.free_port()}", "--processes=2"]
+    ended = processes.collect(
+        [processes.start([*command, f"--process={n}"], processes.environment(2)) for n in range(2)]
+    )
+    for process, one in enumerate(ended):
+        assert one.code == 2, one
+        assert one.err.count("\n") == 1, one.err
+        assert "params['blocks']['mlp']['up'] of process 1 is not equal to that of process 0 at step 4 " in one.err
+        assert "(2 of " in one.err
+        assert one.err.endswith(" (process 1 of 2)\n") == (process == 1)
+    assert steps_saved(tmp_path / "x") == [2]
+
+
 def test_processes_given_different_settings_are_refused(experiment, tmp_path):
     command = [*processes.train(experiment, tmp_path / "x"), f"--coordinator=127.0.0.1:{processes.free_port()}"]
     seeds = [["--processes=2", f"--process={n}", f"--config.train.seed={n}"] for n in range(2)]
@@ -158,7 +233,7 @@ def test_flags_that_cannot_be_meant_are_refused_before_anybody_is_waited_for(arg
     distributed.define_flags(values)
     values(["train.py", *arguments])
     with pytest.raises(UserError, match=says):
-        distributed.join(values)
+        distributed.join(values, dict)
 
 
 def test_the_launchers_use_flags_and_fields_that_exist(monkeypatch):

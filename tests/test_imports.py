@@ -13,14 +13,14 @@ MODULES = [name for name in FILES if name.split(".")[-1] != "__init__"]
 COMMANDS = {"train", "evaluate", "predict", "export", "report", "benchmark"}
 IN_JAX = {"jax", "jaxlib", "flax", "optax", "orbax", "chex"}
 WITHOUT_JAX = [
-    *("config", "lock", "watchdog", "lifeline", "cli", "tracking", "plots", "report", "formats"),
+    *("config", "lock", "watchdog", "lifeline", "rendezvous", "cli", "tracking", "plots", "report", "formats"),
     *("data.sources", "data.decode", "data.pictures"),
 ]
 
 # Imports point to lower ranks, or to a neighbour in the same folder.
 RANK = {
     **dict.fromkeys(("config", "peer"), 0),
-    **dict.fromkeys(("lock", "watchdog", "lifeline"), 1),
+    **dict.fromkeys(("lock", "watchdog", "lifeline", "rendezvous"), 1),
     **dict.fromkeys(("data", "compilation", "formats", "models", "routing"), 1),
     **{"optim": 2, "merging": 2, "state": 3, "step": 4},
     **dict.fromkeys(("evaluation", "mergeability", "checkpoint", "cli", "tracking", "distributed"), 5),
@@ -32,7 +32,7 @@ ONLY = {
     "checkpoint": {"state", "config"},
     "tracking": {"config"},
     "cli": {"config"},
-    "distributed": {"config", "lifeline"},
+    "distributed": {"config", "lifeline", "rendezvous"},
     "stop": {"distributed"},
 }
 ONLY_IN = {
