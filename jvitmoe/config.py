@@ -1,7 +1,7 @@
 """The whole configuration of a run: typed, defaulted here, validated once.
 
-An experiment is a small file in `configs/` whose `get_config()` returns a `Config`. Commands read it through
-`ml_collections.config_flags`, so any field can be overridden with `--config.a.b=value`.
+An experiment is a small file in `configs/` whose `get_config()` returns a `Config`. On the command line any field can
+be overridden with `--config.a.b=value`.
 """
 
 import dataclasses
@@ -231,7 +231,8 @@ class Config:
             (
                 "experts" in routing.pattern and {*routing.pattern} <= {"experts", "dense"},
                 "routing.pattern",
-                "must be a tuple of 'experts' and 'dense', with 'experts' in it",
+                "must be a tuple of 'experts' and 'dense', with 'experts' in it, such as "
+                """--config.routing.pattern='("dense","experts")'""",
             ),
             (
                 turn > 0 and model.depth % turn == 0,
