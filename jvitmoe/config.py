@@ -126,7 +126,7 @@ class OptimConfig:
     learning_rate: float = 1e-3  # the peak
     weight_decay: float = 0.05
     schedule: str = "step"  # cosine to 0, moving every step | every epoch (the original)
-    warmup_epochs: float = 0.0  # linear from 0; only with schedule="step"
+    warmup_epochs: float = 0.0  # linear from 0, at most half of the training; only with schedule="step"
     clip_norm: float = 0.0  # global gradient norm; 0 never clips
     b1: float = 0.9
     b2: float = 0.999
@@ -309,11 +309,6 @@ class Config:
                 optim.schedule == "step" or optim.warmup_epochs == 0,
                 "optim.warmup_epochs",
                 "must be 0 for optim.schedule=epoch; warm-up needs optim.schedule=step",
-            ),
-            (
-                optim.warmup_epochs < train.epochs,
-                "optim.warmup_epochs",
-                f"must be below train.epochs, which is {train.epochs}",
             ),
         )
 
