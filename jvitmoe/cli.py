@@ -124,6 +124,20 @@ def _nearest(path: str, folder: Path) -> str | None:
     return names[near[0]] if near else None
 
 
+def run_folder(values: flags.FlagValues) -> Path:
+    """Returns --workdir. Raises UserError where it is missing, does not exist or holds no checkpoints."""
+    if not values.workdir:
+        raise UserError("--workdir is missing; give a run folder, such as --workdir=runs/digits_random")
+    workdir = Path(values.workdir)
+    near = _nearest(values.workdir, workdir.parent)
+    if not os.path.exists(workdir) and near:
+        raise UserError(f"workdir {values.workdir!r} does not exist; did you mean {near}?")
+    if not os.path.isdir(workdir / "checkpoints"):
+        problem = "holds no checkpoints" if os.path.exists(workdir) else "does not exist"
+        raise UserError(f"workdir {values.workdir!r} {problem}; give the folder that training wrote")
+    return workdir
+
+
 def experiment(values: flags.FlagValues) -> Config:
     """Returns the validated Config of `--config`."""
     return values.config.validate()

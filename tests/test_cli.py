@@ -117,6 +117,24 @@ def test_a_broken_experiment_file_is_one_line_with_the_place_that_fails(tmp_path
 
 
 @pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "--workdir is missing; give a run folder"),
+        (["--workdir=runs/digits_radnom"], "does not exist; did you mean runs/digits_random?"),
+        (["--workdir=run/digits_random"], "'run/digits_random' does not exist; give the folder that training wrote"),
+        (["--workdir=runs"], "'runs' holds no checkpoints; give the folder that training wrote"),
+    ],
+)
+def test_a_run_folder_that_is_not_there_is_one_line(tmp_path, monkeypatch, arguments, message):
+    (tmp_path / "runs" / "digits_random" / "checkpoints").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError) as caught:
+        cli.run_folder(cli.parse(["evaluate.py", *arguments], define))
+    assert message in str(caught.value)
+    assert cli.run_folder(cli.parse(["evaluate.py", "--workdir=runs/digits_random"], define)).name == "digits_random"
+
+
+@pytest.mark.parametrize(
     ("raised", "code", "shown"), [(UserError("bad value"), 2, "error: bad value\n"), (KeyboardInterrupt(), 130, "")]
 )
 def test_run_turns_mistakes_into_exit_codes(monkeypatch, capsys, raised, code, shown):
