@@ -1,5 +1,6 @@
 """Flags and exit codes: what a user mistypes ends in one line and exit code 2."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -161,6 +162,16 @@ def test_help_names_the_flags_and_exits_0(capsys):
     shown = capsys.readouterr().out
     assert "--config" in shown
     assert "--config.train.epochs=10" in shown
+
+
+def test_the_package_run_as_a_module_lists_its_commands():
+    root = Path(DIGITS).parents[1]
+    for arguments, code in ((), 0), (("train", "--config=configs/digits_random.py"), 2):
+        command = [sys.executable, "-m", "jvitmoe", *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=root)
+        listed = re.findall(r"^  python -m jvitmoe\.(\w+) ", done.stdout, re.MULTILINE)
+        modules = {path.stem for path in (root / "jvitmoe").glob("*.py") if "\n    cli.run(" in path.read_text()}
+        assert (done.returncode, done.stderr, set(listed)) == (code, "", modules)
 
 
 def test_of_several_failures_of_one_write_only_the_raised_one_is_shown():
