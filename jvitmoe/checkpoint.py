@@ -191,7 +191,8 @@ class Checkpoints:
                 raise CheckpointError("there is no best checkpoint without a validation split; set --checkpoint=latest")
             return best
         if not which.isdecimal() or int(which) not in steps:
-            raise CheckpointError(f"checkpoint {which!r} does not exist; there are latest, best and {steps}")
+            names = "latest" if self._best(steps) is None else "latest, best"
+            raise CheckpointError(f"checkpoint {which!r} does not exist; there are {names} and {steps}")
         return int(which)
 
     def read_meta(self, step: int) -> dict[str, Any]:

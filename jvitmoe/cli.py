@@ -1,27 +1,33 @@
-"""What every command shares: flags in, one line and exit code 2 out when the user can mend the cause."""
+"""What all commands share: flags, the experiment file, and errors of the user as one line with exit code 2."""
 
+import difflib
 import io
 import logging as standard_logging
 import os
 import re
 import sys
+import traceback
+import types
 from collections.abc import Callable
+from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from typing import Any, NoReturn
 
 from absl import flags, logging
 from ml_collections import config_flags
 
-from jvitmoe.config import Config, UserError, flatten, unknown_field
+from jvitmoe.config import Config, UserError, flatten, one_line, unknown_field
 
 MISSING = "--config is missing; give an experiment file, such as --config=configs/digits_random.py"
 
 
 def parse(argv: list[str], define: Callable[[flags.FlagValues], None], config: bool = False) -> flags.FlagValues:
-    """Returns the parsed flags of a command that takes nothing but flags; otherwise as `parse_with_arguments`."""
+    """Returns the parsed flags of a command that takes only flags; otherwise as `parse_with_arguments`."""
     values, arguments = parse_with_arguments(argv, define, config)
     if arguments:
-        raise UserError(f"{arguments[0]!r} is not a flag; write --name=value")
+        raise UserError(f"{arguments[0]!r} is not a flag; write {_as_flag(arguments[0], argv, values)}")
+    if config and not config_path(argv):
+        raise UserError(MISSING)
     return values
 
 
@@ -40,50 +46,102 @@ def parse_with_arguments(
     """
     values = flags.FlagValues()
     define(values)
-    path = config_path(argv) if config else ""
-    if path and not Path(path).is_file():
-        raise UserError(f"config file {path!r} does not exist; give one such as configs/digits_random.py")
-    if config:
-        config_flags.DEFINE_config_file("config", None, "Experiment file.", flag_values=values, sys_argv=argv)
-        sys.path.insert(0, str(Path(path).parent))  # so that experiments may import their neighbours
     flags.DEFINE_bool("help", False, "Shows this help.", short_name="h", flag_values=values)
     try:
+        if config:
+            path, argv = _take_config(argv)
+            loaded = _load(path) if path else Config()
+            config_flags.DEFINE_config_dataclass("config", loaded, "Experiment file.", values, sys_argv=argv)
+            values["config"].default_as_str = None  # --help would print all fields on one line
         arguments = values(argv)[1:]
-        if values.help:
-            fields = [f"  --config.{name}={value!r}" for name, value in flatten(Config()).items()] if config else []
-            print(f"usage: python -m jvitmoe.{Path(argv[0]).stem} [flags]\n{values.get_help()}", *fields, sep="\n")
-            sys.exit(0)
-        if config:
-            _ = values.config  # a file that fails to load says so only when it is first read
-    except flags.Error as error:
-        raise UserError(MISSING if config and not path else str(error).splitlines()[0]) from error
-    except Exception as error:  # a config file is Python: anything may come out of it
-        raise UserError(_unknown_override(argv) or f"config file {path!r} fails: {error!r}") from error
-    finally:
-        if config:
-            sys.path.pop(0)
+    except UserError:
+        raise
+    except Exception as error:  # config_flags raises several types for a field that does not exist
+        raise UserError(_unknown_override(argv) or _explain(error, values)) from error
+    if values.help:
+        fields = [f"  --config.{name}={value!r}" for name, value in flatten(Config()).items()] if config else []
+        print(f"usage: python -m jvitmoe.{Path(argv[0]).stem} [flags]\n{values.get_help()}", *fields, sep="\n")
+        sys.exit(0)
     return values, arguments
 
 
 def config_path(argv: list[str]) -> str:
-    """Returns what `--config=FILE` or `--config FILE` says, or ""."""
-    for argument, following in zip(argv, [*argv[1:], ""], strict=True):
-        name, equals, value = argument.lstrip("-").partition("=")
-        if name == "config" and argument.startswith("-"):
-            return value if equals else following
-    return ""
+    """Returns the value of `--config=FILE` or `--config FILE`, or ""."""
+    return _take_config(argv)[0]
+
+
+def _take_config(argv: list[str]) -> tuple[str, list[str]]:
+    """Returns the value of --config, or "", and the other arguments."""
+    path, others, arguments = "", [], iter(argv)
+    for argument in arguments:
+        name, equals, value = argument.partition("=")
+        if name in ("--config", "-config"):
+            path = value if equals else next(arguments, "")
+        else:
+            others.append(argument)
+    return path, others
+
+
+def _load(path: str) -> Config:
+    """Returns the Config of an experiment file. Raises UserError with the line of the file that fails."""
+    if not os.path.isfile(path):
+        problem = "is a folder" if os.path.isdir(path) else "does not exist"
+        near = _nearest(path, Path("configs"))
+        hint = f"did you mean {near}?" if near else "give one such as configs/digits_random.py"
+        raise UserError(f"config file {path!r} {problem}; {hint}")
+    folder, module = str(Path(path).parent), types.ModuleType(path)
+    module.__file__ = path
+    sys.modules[path] = module  # dataclasses look up the module that defines them
+    sys.path.insert(0, folder)  # so that experiments may import their neighbours
+    try:
+        SourceFileLoader(path, path).exec_module(module)
+        config = module.get_config()
+    except (Exception, SystemExit) as error:
+        raise UserError(f"{_where(error, path)}; correct the config file") from error
+    finally:
+        sys.path.remove(folder)
+    if not isinstance(config, Config):
+        kind = type(config).__name__
+        raise UserError(f"get_config() of {path!r} returns {kind}; it must return jvitmoe.config.Config")
+    return config
+
+
+def _where(error: BaseException, path: str) -> str:
+    """Returns file, line, error and text of the line of an experiment, or of a file beside it, that fails."""
+    if isinstance(error, SyntaxError) and os.path.isfile(error.filename or ""):
+        kind, text = type(error).__name__, (error.text or "").strip()
+        return f"{error.filename}:{error.lineno}: {kind}: {error.msg} in {text[:100]!r}"
+    folder = Path(path).resolve().parent
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if Path(f.filename).resolve().parent == folder]
+    if not frames:
+        return f"{path}: {one_line(error)}"
+    return f"{frames[-1].filename}:{frames[-1].lineno}: {one_line(error)} in {(frames[-1].line or '')[:100]!r}"
+
+
+def _nearest(path: str, folder: Path) -> str | None:
+    """Returns the path in a folder whose name, without its suffix, is most like that of `path`, or None."""
+    names = {entry.stem: str(entry) for entry in folder.glob("[!_]*")}
+    near = difflib.get_close_matches(Path(path).stem, names, n=1)
+    return names[near[0]] if near else None
+
+
+def run_folder(values: flags.FlagValues) -> Path:
+    """Returns --workdir. Raises UserError where it is missing, does not exist or holds no checkpoints."""
+    if not values.workdir:
+        raise UserError("--workdir is missing; give a run folder, such as --workdir=runs/digits_random")
+    workdir = Path(values.workdir)
+    near = _nearest(values.workdir, workdir.parent)
+    if not os.path.exists(workdir) and near:
+        raise UserError(f"workdir {values.workdir!r} does not exist; did you mean {near}?")
+    if not os.path.isdir(workdir / "checkpoints"):
+        problem = "holds no checkpoints" if os.path.exists(workdir) else "does not exist"
+        raise UserError(f"workdir {values.workdir!r} {problem}; give the folder that training wrote")
+    return workdir
 
 
 def experiment(values: flags.FlagValues) -> Config:
-    """Returns the validated Config behind `--config`. Raises UserError where it is missing or is no Config."""
-    config = values.config
-    if config is None:
-        raise UserError(MISSING)
-    if not isinstance(config, Config):
-        raise UserError(
-            f"get_config() of the config file returns {type(config).__name__}; it must return jvitmoe.config.Config"
-        )
-    return config.validate()
+    """Returns the validated Config of `--config`."""
+    return values.config.validate()
 
 
 def run(main: Callable[[list[str]], Any]) -> NoReturn:
@@ -131,8 +189,49 @@ def _show_unraisable(found: Any) -> None:
         sys.__unraisablehook__(found)
 
 
+def _as_flag(argument: str, argv: list[str], values: flags.FlagValues) -> str:
+    """Returns the flag that an argument without a name was probably meant for."""
+    before = argv[argv.index(argument) - 1]
+    if before.startswith("-") and "=" not in before:
+        return f"{before}={argument}"  # the flag is a bool, which takes its value after "=" only
+    if "config" in values and not config_path(argv):
+        return f"--config={argument if argument.endswith('.py') else _nearest(argument, Path('configs')) or 'FILE.py'}"
+    return f"--workdir={argument}" if "workdir" in values and not values.workdir else "--name=value"
+
+
+def _unknown_flag(name: str, values: flags.FlagValues) -> str:
+    """Returns the message for a flag that does not exist, with the nearest flag or field that does."""
+    own = [flag for flag in values if "." not in flag and len(flag) > 1]
+    known = {flag: [f"--{flag}"] for flag in own}
+    if "config" in values:
+        for field in flatten(Config()):
+            known.setdefault(field.rpartition(".")[2], []).append(f"--config.{field}")
+    near = difflib.get_close_matches(name.rpartition(".")[2].replace("-", "_"), known, n=1, cutoff=0.7)
+    if near:
+        return f"--{name} is not a flag; did you mean {' or '.join(known[near[0]])}?"
+    fields = ", and --config.a.b for each field of the config" if "config" in values else ""
+    return f"--{name} is not a flag; the flags are {', '.join(known[flag][0] for flag in sorted(own))}{fields}"
+
+
+def _explain(error: Exception, values: flags.FlagValues) -> str:
+    """Returns the message for flags that cannot be parsed; for a value, with the type and a value that can."""
+    if isinstance(error, flags.UnrecognizedFlagError):
+        return _unknown_flag(error.flagname, values)
+    if not isinstance(error, flags.IllegalFlagValueError):
+        return f"{error}; write --name=value"
+    name = re.sub(r"flag --([\w.]+)=.*", r"\1", str(error), flags=re.DOTALL)
+    kind = values[name].flag_type().removeprefix("multi ") if name in values else ""
+    if kind not in ("int", "float", "bool", "tuple"):
+        return str(error)
+    given = str(error).removeprefix("flag ").removesuffix(f": {error.__context__}")
+    example: Any = values[name].default
+    if kind == "tuple":
+        example = "'(" + "".join(f'"{entry}",' for entry in example) + ")'"
+    return f"{given} cannot be read; the value must be of type {kind}, such as --{name}={example}"
+
+
 def _unknown_override(argv: list[str]) -> str | None:
-    """Returns the message for an override of a field that does not exist; config_flags names only its last part."""
+    """Returns the message for an override of a field that does not exist, or None."""
     for argument in argv:
         match = re.match(r"--(?:no)?config\.([\w.]+)", argument)
         if match and match.group(1) not in flatten(Config()):

@@ -1,7 +1,7 @@
 """The whole configuration of a run: typed, defaulted here, validated once.
 
-An experiment is a small file in `configs/` whose `get_config()` returns a `Config`. Commands read it through
-`ml_collections.config_flags`, so any field can be overridden with `--config.a.b=value`.
+An experiment is a small file in `configs/` whose `get_config()` returns a `Config`. On the command line any field can
+be overridden with `--config.a.b=value`.
 """
 
 import dataclasses
@@ -142,7 +142,7 @@ class OptimConfig:
     learning_rate: float = 1e-3  # the peak
     weight_decay: float = 0.05
     schedule: str = "step"  # cosine to 0, moving every step | every epoch (the original)
-    warmup_epochs: float = 0.0  # linear from 0; only with schedule="step"
+    warmup_epochs: float = 0.0  # linear from 0, at most half of the training; only with schedule="step"
     clip_norm: float = 0.0  # global gradient norm; 0 never clips
     b1: float = 0.9
     b2: float = 0.999
@@ -247,7 +247,8 @@ class Config:
             (
                 "experts" in routing.pattern and {*routing.pattern} <= {"experts", "dense"},
                 "routing.pattern",
-                "must be a tuple of 'experts' and 'dense', with 'experts' in it",
+                "must be a tuple of 'experts' and 'dense', with 'experts' in it, such as "
+                """--config.routing.pattern='("dense","experts")'""",
             ),
             (
                 turn > 0 and model.depth % turn == 0,
@@ -324,11 +325,6 @@ class Config:
                 optim.schedule == "step" or optim.warmup_epochs == 0,
                 "optim.warmup_epochs",
                 "must be 0 for optim.schedule=epoch; warm-up needs optim.schedule=step",
-            ),
-            (
-                optim.warmup_epochs < train.epochs,
-                "optim.warmup_epochs",
-                f"must be below train.epochs, which is {train.epochs}",
             ),
         )
 

@@ -27,13 +27,9 @@ def main(argv: list[str]) -> None:
     """Prints the table of every dense tree the run is tested as, and writes result.json and report.md."""
     values = cli.parse(argv, _define_flags)
     compilation.use_cache()
-    if not values.workdir:
-        raise UserError("--workdir is missing; give a run folder, such as --workdir=runs/digits_random")
+    workdir = cli.run_folder(values)
     if values.paths < 0:
         raise UserError(f"--paths is {values.paths}; it must be the number of random paths, 0 or more")
-    workdir = Path(values.workdir)
-    if not (workdir / "checkpoints").is_dir():
-        raise UserError(f"workdir {str(workdir)!r} holds no checkpoints; give the folder that training wrote")
     if values.verify:
         _verify(workdir)
         return

@@ -38,17 +38,14 @@ def main(argv: list[str]) -> None:
     """Writes one export. Raises UserError where the run, the target or the folder does not allow it."""
     values = cli.parse(argv, _define_flags)
     compilation.use_cache()
-    if not values.workdir:
-        raise UserError("--workdir is missing; give a run folder, such as --workdir=runs/digits_random")
+    workdir = cli.run_folder(values)
     if values.to not in TARGETS:
         raise UserError(f"--to is {values.to!r}; it must be one of {', '.join(TARGETS)}")
     if not values.out:
         raise UserError("--out is missing; give a new folder, such as --out=exports/digits_timm")
-    out, workdir = Path(values.out), Path(values.workdir)
+    out = Path(values.out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"--out is {values.out!r}, which holds something; give a new folder")
-    if not (workdir / "checkpoints").is_dir():
-        raise UserError(f"workdir {str(workdir)!r} holds no checkpoints; give the folder that training wrote")
     checkpoints = Checkpoints(workdir / "checkpoints", read_only=True)
     number = checkpoints.find(values.checkpoint)
     checkpoints.close()

@@ -22,9 +22,15 @@ def schedule(config: Config, steps_per_epoch: int) -> optax.Schedule:
     if optim.schedule == "epoch":
         by_epoch = optax.cosine_decay_schedule(optim.learning_rate, epochs)
         return lambda step: by_epoch(step // steps_per_epoch)
-    warmup = round(optim.warmup_epochs * steps_per_epoch)
+    warmup = warmup_steps(config, steps_per_epoch)
     start = 0.0 if warmup else optim.learning_rate
     return optax.warmup_cosine_decay_schedule(start, optim.learning_rate, warmup, epochs * steps_per_epoch)
+
+
+def warmup_steps(config: Config, steps_per_epoch: int) -> int:
+    """Returns the number of warm-up steps: those of optim.warmup_epochs, at most half of all, so that a short run
+    reaches the peak of the learning rate."""
+    return min(round(config.optim.warmup_epochs * steps_per_epoch), config.train.epochs * steps_per_epoch // 2)
 
 
 def frozen(config: Config) -> Callable[[Sequence[Any]], bool] | None:

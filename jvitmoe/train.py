@@ -29,6 +29,7 @@ from jvitmoe.data import feed, sources, stream
 from jvitmoe.data.sources import Dataset, Records, Split
 from jvitmoe.evaluation import Result
 from jvitmoe.models import vit
+from jvitmoe.optim import warmup_steps
 from jvitmoe.routing import Purpose
 from jvitmoe.state import TrainState
 from jvitmoe.step import Metrics
@@ -156,6 +157,9 @@ def train(config: Config, workdir: Path, stop: Stop, held: contextlib.ExitStack)
         console.print(f"source      {line}")
     console.print(f"images      {', '.join(f'{count:,} {split}' for split, count in counts.items())}")
     console.print(f"steps       {total:,} ({config.train.epochs} epochs of {order.steps_per_epoch})")
+    if config.optim.warmup_epochs > config.train.epochs / 2:
+        warmup, asked = warmup_steps(config, order.steps_per_epoch), config.optim.warmup_epochs
+        console.print(f"warm-up     {warmup:,} steps: at most half of them; config.optim.warmup_epochs is {asked:g}")
 
     def show(split: Split | Records) -> tuple[evaluation.Shown, feed.Batches]:
         batches = feed.eval_batches(len(split), config.train.batch_size, mesh)

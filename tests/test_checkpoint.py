@@ -274,7 +274,13 @@ def test_what_is_not_there_is_one_clear_line(tmp_path):
         checkpoints.find("latest")
     save_all(tmp_path / "c", make()[0], [5])
     with opened(tmp_path / "c", read_only=True) as checkpoints:
-        with pytest.raises(CheckpointError, match=r"'7' does not exist; there are latest, best and \[5\]"):
+        with pytest.raises(CheckpointError, match=r"'7' does not exist; there are latest and \[5\]"):
             checkpoints.find("7")
         with pytest.raises(CheckpointError, match="no best checkpoint without a validation split"):
             checkpoints.find("best")
+    save_all(tmp_path / "rated", make()[0], [5], nlls=[1.0])
+    with (
+        opened(tmp_path / "rated", read_only=True) as checkpoints,
+        pytest.raises(CheckpointError, match=r"'7' does not exist; there are latest, best and \[5\]"),
+    ):
+        checkpoints.find("7")

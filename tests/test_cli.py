@@ -1,19 +1,27 @@
 """Flags and exit codes: what a user mistypes ends in one line and exit code 2."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from absl import flags
 
 from jvitmoe import cli
 from jvitmoe.config import UserError
 
+PATTERN = """--config.routing.pattern='("dense","experts")'"""
 DIGITS = str(Path(__file__).parents[1] / "configs" / "digits_random.py")
 
 
+def define(values):
+    flags.DEFINE_string("workdir", "", "Run folder.", flag_values=values)
+    flags.DEFINE_integer("top", 5, "Classes.", flag_values=values)
+
+
 def experiment(*arguments: str):
-    return cli.experiment(cli.parse(["train.py", *arguments], lambda values: None, config=True))
+    return cli.experiment(cli.parse(["train.py", *arguments], define, config=True))
 
 
 @pytest.mark.parametrize("arguments", [(f"--config={DIGITS}",), ("--config", DIGITS), ("-config", DIGITS)])
@@ -21,6 +29,18 @@ def test_overrides_reach_the_config_in_their_types(arguments):
     config = experiment(*arguments, "--config.train.epochs=3", "--config.data.flip", "--config.optim.warmup_epochs=1")
     assert (config.train.epochs, config.data.flip, config.optim.warmup_epochs) == (3, True, 1.0)
     assert type(config.optim.warmup_epochs) is float
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--config.train.epochs=3", f"--config={DIGITS}"],
+        ["--config=no/such.py", f"--config={DIGITS}", "--config.train.epochs", "3"],
+    ],
+)
+def test_overrides_may_stand_anywhere_and_the_last_config_file_counts(arguments):
+    assert experiment(*arguments).train.epochs == 3
+    assert cli.config_path(["train.py", *arguments]) == DIGITS
 
 
 @pytest.mark.parametrize(
@@ -36,11 +56,30 @@ def test_overrides_reach_the_config_in_their_types(arguments):
         ([f"--config={DIGITS}", "--config.train.epochs=many"], "--config.train.epochs=many"),
         ([f"--config={DIGITS}", "--config.train.epochs=2.5"], "--config.train.epochs=2.5"),
         ([f"--config={DIGITS}", "--config.routing.experts=0"], "config.routing.experts is 0"),
-        ([f"--config={DIGITS}", "--wordkir=x"], "wordkir"),
-        ([f"--config={DIGITS}", "stray"], "'stray' is not a flag"),
+        ([f"--config={DIGITS}", "--config.train=3"], "config.train is not a field"),
+        ([f"--config={DIGITS}", "--wordkir=x"], "--wordkir is not a flag; did you mean --workdir?"),
+        ([f"--config={DIGITS}", "--epochs=1"], "--epochs is not a flag; did you mean --config.train.epochs?"),
+        ([f"--config={DIGITS}", "--epochs", "1"], "did you mean --config.train.epochs?"),
+        ([f"--config={DIGITS}", "--train.epochs=1"], "did you mean --config.train.epochs?"),
+        ([f"--config={DIGITS}", "--batch-size=1"], "did you mean --config.train.batch_size?"),
+        ([f"--config={DIGITS}", "--name=x"], "did you mean --config.data.name or --config.optim.name?"),
+        ([f"--config={DIGITS}", "--lr=1"], "the flags are --config, --help, --top, --workdir, and --config.a.b for"),
+        ([f"--config={DIGITS}", "--top=x"], "--top=x cannot be read; the value must be of type int, such as --top=5"),
+        ([f"--config={DIGITS}", "--config.data.flip=x"], "must be of type bool, such as --config.data.flip=False"),
+        ([f"--config={DIGITS}", "--workdir"], "Missing value for flag --workdir; write --name=value"),
+        ([f"--config={DIGITS}", "stray"], "'stray' is not a flag; write --workdir=stray"),
+        ([f"--config={DIGITS}", "--workdir=x", "stray"], "'stray' is not a flag; write --name=value"),
+        ([f"--config={DIGITS}", "--config.data.flip", "True"], "write --config.data.flip=True"),
+        ([DIGITS], f"write --config={DIGITS}"),
+        (["digits_random", "--config.train.epochs=1"], "write --config=configs/digits_random.py"),
+        (["--config=digits_radnom"], "'digits_radnom' does not exist; did you mean configs/digits_random.py?"),
+        (["--config=configs"], "'configs' is a folder; give one such as configs/digits_random.py"),
+        ([f"--config={DIGITS}", "--config.routing.pattern=dense,experts"], PATTERN),
+        ([f"--config={DIGITS}", "--config.routing.pattern=('dense' experts"], """='("experts",)'"""),
     ],
 )
-def test_a_mistyped_command_line_is_one_clear_line(arguments, message):
+def test_a_mistyped_command_line_is_one_clear_line(monkeypatch, arguments, message):
+    monkeypatch.chdir(Path(DIGITS).parents[1])
     with pytest.raises(UserError) as caught:
         experiment(*arguments)
     assert message in str(caught.value)
@@ -51,18 +90,49 @@ def test_a_mistyped_command_line_is_one_clear_line(arguments, message):
     ("text", "message"),
     [
         ("def get_config():\n    return 3\n", "returns int; it must return jvitmoe.config.Config"),
-        ("import nowhere_to_be_found\n", "nowhere_to_be_found"),
-        ("def get_config(:\n", "SyntaxError"),
-        ("x = 1\n", "get_config"),
+        ("import nowhere_at_all\n", ".py:1: ModuleNotFoundError: No module named 'nowhere_at_all' in 'import nowhere"),
+        ("\n\ndef get_config(:\n", "broken.py:3: SyntaxError: invalid syntax in 'def get_config(:'; correct"),
+        (
+            "def get_config():\n    int('x')\n",
+            "broken.py:2: ValueError: invalid literal for int() with base 10: 'x' in",
+        ),
+        ("def get_config():\n    open('no')\n", "broken.py:2: FileNotFoundError"),
+        ("import json\njson.loads('{')\n", """broken.py:2: JSONDecodeError"""),
+        ("raise SystemExit(3)\n", "broken.py:1: SystemExit: 3 in 'raise SystemExit(3)'"),
+        ("def get_config(which):\n    pass\n", "broken.py: TypeError: get_config() missing 1 required positional"),
+        ("x = 1\n", "has no attribute 'get_config'"),
+        ("\nimport unclosed\n", "unclosed.py:2: SyntaxError: '(' was never closed in 'x = ('"),
+        ("import failing\n\n\ndef get_config():\n    failing.divide()\n", "failing.py:2: ZeroDivisionError"),
     ],
 )
-def test_a_broken_experiment_file_is_one_clear_line(tmp_path, text, message):
+def test_a_broken_experiment_file_is_one_line_with_the_place_that_fails(tmp_path, monkeypatch, text, message):
     path = tmp_path / "broken.py"
     path.write_text(text)
+    (tmp_path / "unclosed.py").write_text("\nx = (\n")
+    (tmp_path / "failing.py").write_text("def divide():\n    return 1 / 0\n")
+    monkeypatch.delitem(sys.modules, "failing", raising=False)
     with pytest.raises(UserError) as caught:
         experiment(f"--config={path}")
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "--workdir is missing; give a run folder"),
+        (["--workdir=runs/digits_radnom"], "does not exist; did you mean runs/digits_random?"),
+        (["--workdir=run/digits_random"], "'run/digits_random' does not exist; give the folder that training wrote"),
+        (["--workdir=runs"], "'runs' holds no checkpoints; give the folder that training wrote"),
+    ],
+)
+def test_a_run_folder_that_is_not_there_is_one_line(tmp_path, monkeypatch, arguments, message):
+    (tmp_path / "runs" / "digits_random" / "checkpoints").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError) as caught:
+        cli.run_folder(cli.parse(["evaluate.py", *arguments], define))
+    assert message in str(caught.value)
+    assert cli.run_folder(cli.parse(["evaluate.py", "--workdir=runs/digits_random"], define)).name == "digits_random"
 
 
 @pytest.mark.parametrize(
@@ -92,6 +162,16 @@ def test_help_names_the_flags_and_exits_0(capsys):
     shown = capsys.readouterr().out
     assert "--config" in shown
     assert "--config.train.epochs=10" in shown
+
+
+def test_the_package_run_as_a_module_lists_its_commands():
+    root = Path(DIGITS).parents[1]
+    for arguments, code in ((), 0), (("train", "--config=configs/digits_random.py"), 2):
+        command = [sys.executable, "-m", "jvitmoe", *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=root)
+        listed = re.findall(r"^  python -m jvitmoe\.(\w+) ", done.stdout, re.MULTILINE)
+        modules = {path.stem for path in (root / "jvitmoe").glob("*.py") if "\n    cli.run(" in path.read_text()}
+        assert (done.returncode, done.stderr, set(listed)) == (code, "", modules)
 
 
 def test_of_several_failures_of_one_write_only_the_raised_one_is_shown():

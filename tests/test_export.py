@@ -225,7 +225,7 @@ def test_the_original_is_refused_by_timm_and_nothing_is_written(experiment_run, 
         (("--workdir={run}", "--to=tim", "--out={new}"), "it must be one of safetensors, timm"),
         (("--workdir={run}", "--to=timm"), "--out is missing"),
         (("--workdir={run}", "--to=timm", "--out={run}"), "which holds something"),
-        (("--workdir=no/where", "--to=timm", "--out={new}"), "holds no checkpoints"),
+        (("--workdir=no/where", "--to=timm", "--out={new}"), "'no/where' does not exist; give the folder that"),
         (("--workdir={run}", "--to=timm", "--out={new}", "--checkpoint=9"), "checkpoint '9' does not exist"),
     ],
 )

@@ -26,7 +26,7 @@ RANK = {
     **dict.fromkeys(("evaluation", "mergeability", "checkpoint", "cli", "tracking", "distributed"), 5),
     **dict.fromkeys(("plots", "pretrained", "stop", "verify"), 6),
     **dict.fromkeys(("classifier", "sheet", "cards"), 7),
-    **dict.fromkeys(COMMANDS, 8),
+    **dict.fromkeys(("__main__", *COMMANDS), 8),
 }
 ONLY = {
     "checkpoint": {"state", "config"},

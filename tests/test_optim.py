@@ -52,6 +52,15 @@ def test_warm_up_is_linear_from_0_per_step_and_the_cosine_fills_the_rest(config)
     np.testing.assert_allclose(rate_S[warm:], wanted, rtol=1e-5, atol=1e-9)
 
 
+@pytest.mark.parametrize("epochs", [2.5, 3.0, 5.0, 40.0, 3e38])
+def test_warm_up_takes_at_most_half_of_the_training(config, epochs):
+    capped = config(schedule="step", warmup_epochs=epochs)
+    assert optim.warmup_steps(capped, STEPS) == EPOCHS * STEPS // 2
+    np.testing.assert_array_equal(rates(capped), rates(config(schedule="step", warmup_epochs=17 / 7)))
+    assert rates(capped).max() == np.float32(PEAK)
+    assert optim.warmup_steps(config(schedule="step", warmup_epochs=17 / 7), STEPS) == 17
+
+
 @pytest.mark.parametrize("name", ["adam", "adamw"])
 def test_the_direction_is_that_of_a_slow_numpy_adam(name):
     optim_config = OptimConfig(name=name, weight_decay=0.3, b1=0.8, b2=0.95, eps=1e-3)

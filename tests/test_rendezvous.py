@@ -7,10 +7,10 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
-import processes
 import pytest
 from jax._src.lib import _jax
 
+import processes
 from jvitmoe import rendezvous
 from jvitmoe.config import UserError
 

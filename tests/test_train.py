@@ -115,6 +115,23 @@ def test_asked_to_stop_it_saves_exits_and_goes_on_to_the_same_bits(experiment, u
     assert_same_run(workdir, undisturbed)
 
 
+def test_a_warm_up_longer_than_half_of_the_run_is_capped_with_a_line_and_resumes_to_the_same_bits(
+    experiment, tmp_path, monkeypatch, capsys
+):
+    short = ("--config.train.epochs=1", "--config.optim.warmup_epochs=5", "--config.train.keep=9")
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    code, out, err = run(train.main, monkeypatch, capsys, f"--config={experiment}", f"--workdir={whole}", *short)
+    assert code == 0, err
+    assert "warm-up     2 steps: at most half of them; config.optim.warmup_epochs is 5\n" in out
+    assert json.loads((whole / "config.json").read_text())["optim"]["warmup_epochs"] == 5
+    shutil.copytree(whole, cut)
+    for step_after in ("4", "5"):
+        shutil.rmtree(cut / "checkpoints" / step_after)
+    _, out, _ = run(train.main, monkeypatch, capsys, f"--config={experiment}", f"--workdir={cut}", *short)
+    assert "resuming    from step 2" in out
+    assert_same_run(cut, whole)
+
+
 def test_a_finished_run_started_again_only_tests_again(experiment, undisturbed, monkeypatch, capsys):
     before = history(undisturbed), (undisturbed / "result.json").read_text()
     code, out, _ = run(train.main, monkeypatch, capsys, f"--config={experiment}", f"--workdir={undisturbed}")
@@ -320,7 +337,7 @@ def test_a_run_that_blows_up_stops_and_names_step_value_and_last_good_checkpoint
     [
         ((), "--workdir is missing"),
         (("--workdir={run}", "--paths=-1"), "--paths is -1"),
-        (("--workdir=no/such/run",), "holds no checkpoints"),
+        (("--workdir=no/such/run",), "'no/such/run' does not exist; give the folder that training wrote"),
         (("--workdir={run}", "--checkpoint=999"), "checkpoint '999' does not exist"),
         (("--workdir={run}", "--devices=64"), "config.train.devices is 64; it must be at most 8"),
     ],

@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import difflib
 import importlib.util
+import itertools
 import os
 import queue
 import socket
@@ -172,26 +173,48 @@ def _folder_files(data: DataConfig, model: ModelConfig) -> tuple[dict[str, list[
                 "set --config.data.dir=..."
             )
     train_files, test_files = _class_files(root / "train"), _class_files(tests[0])
-    if train_files.keys() != test_files.keys():
-        odd = sorted(train_files.keys() ^ test_files.keys())
-        raise DataError(
-            f"the classes of {tests[0]} must be those of {root / 'train'}; only one of them has {', '.join(odd[:5])}"
+    lacks = [
+        f"{folder} lacks {', '.join(absent[:5])}{', …' * (len(absent) > 5)}"
+        for folder, absent in (
+            (root / "train", sorted(test_files.keys() - train_files.keys())),
+            (tests[0], sorted(train_files.keys() - test_files.keys())),
         )
+        if absent
+    ]
+    if lacks:
+        raise DataError(f"{'; '.join(lacks)}; both must hold the same classes: add or remove their folders")
     _check_fit(str(root), (model.image_size, model.image_size, model.channels), len(train_files), model)
     return train_files, test_files
 
 
 def _class_files(folder: Path) -> dict[str, list[Path]]:
-    def images(entry: Path) -> list[Path]:
-        return sorted(p for p in entry.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES and not p.name.startswith("."))
+    """Returns class -> its images. Raises DataError where an image is not directly in a class folder."""
 
+    def visible(place: Path) -> list[Path]:
+        return sorted(entry for entry in place.iterdir() if not entry.name.startswith("."))
+
+    def is_image(path: Path) -> bool:
+        return path.suffix.lower() in IMAGE_SUFFIXES
+
+    files: dict[str, list[Path]] = {}
+    misplaced: list[Path] = []
     try:
-        classes = sorted(entry for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
-        files = {entry.name: images(entry) for entry in classes}
+        for entry in visible(folder):
+            if entry.is_dir():
+                inside = visible(entry)
+                files[entry.name] = list(filter(is_image, inside))
+                nested = (path for other in inside if not is_image(other) for path in other.rglob("*"))
+                misplaced += itertools.islice(filter(is_image, nested), 1)
+            elif is_image(entry):
+                misplaced.append(entry)
     except OSError as error:
         raise DataError(f"cannot list {folder} ({cause(error)}); let it be read") from error
     if not files:
         raise DataError(f"{folder} holds no class folders; it must hold one folder of images for each class")
+    if misplaced:
+        raise DataError(
+            f"{misplaced[0]} is not directly in a class folder, {folder}/<class>; move it there or elsewhere"
+        )
     for name, paths in files.items():
         if not paths:
             raise DataError(f"class folder {folder / name} holds no images; add some or remove the folder")

@@ -5,6 +5,7 @@ import http.server
 import importlib.util
 import io
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -171,12 +172,37 @@ def png(path: Path) -> Path:
     return path / "train" / "dog" / "004.png"
 
 
+def mkdir(path: Path) -> Path:
+    path.mkdir()
+    return path
+
+
 FOLDER_MISTAKES = {
     "no test": (lambda p: (p / "test").rename(p / "other"), "test is not a folder"),
     "no train": (lambda p: (p / "train").rename(p / "other"), "train is not a folder"),
     "no classes": (lambda p: [f.rename(p / f.name) for f in (p / "train").iterdir()], "train holds no class folders"),
     "an empty class": (lambda p: (p / "train" / "bird").mkdir(), "bird holds no images"),
-    "another test class": (lambda p: (p / "test" / "dog").rename(p / "test" / "cow"), "only one of them has cow, dog"),
+    "another test class": (
+        lambda p: (p / "test" / "dog").rename(p / "test" / "cow"),
+        "train lacks cow; {root}/test lacks dog; both must hold the same classes",
+    ),
+    "no test images of a class": (lambda p: (p / "test" / "dog").rename(p / "dog"), "/test lacks dog; both must"),
+    "seven classes of test only": (
+        lambda p: [shutil.copytree(p / "test" / "dog", p / "test" / name) for name in "abcdefg"],
+        "/train lacks a, b, c, d, e, …; both must",
+    ),
+    "a folder in a class": (
+        lambda p: shutil.copytree(p / "train" / "cat", p / "train" / "dog" / "more" / "deep"),
+        "/train/dog/more/deep/",
+    ),
+    "a folder around classes": (
+        lambda p: (p / "train").rename(p / "inner") and (p / "inner").rename(mkdir(p / "train") / "inner"),
+        "is not directly in a class folder, {root}/train/<class>; move it",
+    ),
+    "an image beside classes": (
+        lambda p: shutil.copy(png(p), p / "train"),
+        "/train/004.png is not directly in a class",
+    ),
     "another size": (lambda p: Image.new("RGB", (10, 12)).save(png(p)), "004.png is 12x10 pixels but config.model.im"),
     "a bomb": (lambda p: bomb(png(p)), "004.png cannot be read as an image (DecompressionBombWarning"),
     "not an image": (lambda p: png(p).write_bytes(b"hello"), "004.png cannot be read as an image"),
@@ -198,8 +224,17 @@ def test_a_mistake_in_a_folder_is_one_line_that_names_the_place(tmp_path, mistak
     make(tmp_path)
     with pytest.raises(DataError) as error:
         folder(tmp_path)
-    assert message in one_line(error)
+    assert message.format(root=tmp_path) in one_line(error)
     assert str(tmp_path) in one_line(error)
+
+
+def test_other_files_and_hidden_folders_in_an_image_folder_are_left_alone(tmp_path):
+    write_folder(tmp_path)
+    for place in ("train", "train/dog"):
+        (tmp_path / place / "list.txt").write_text("a list")
+        shutil.copytree(tmp_path / "test" / "dog", tmp_path / place / ".hidden")
+    mkdir(tmp_path / "train" / "dog" / "notes").joinpath("list.txt").write_text("a list")
+    assert len(folder(tmp_path).train) == 6
 
 
 @pytest.mark.parametrize(
