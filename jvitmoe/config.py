@@ -9,6 +9,7 @@ import difflib
 import json
 import math
 import typing
+import zlib
 from typing import Any
 
 
@@ -26,6 +27,11 @@ def one_line(error: BaseException) -> str:
     """Returns the kind of an error and the beginning of what it says, on one line."""
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text[:200]}" if text else type(error).__name__
+
+
+def checksum(value: Any) -> str:
+    """Returns the CRC-32 of a value's JSON, independent of the order of keys."""
+    return f"{zlib.crc32(json.dumps(value, sort_keys=True).encode()):08x}"
 
 
 class ConfigError(UserError):

@@ -22,7 +22,6 @@ from absl import flags
 from safetensors.numpy import save
 
 from jvitmoe import cards, classifier, cli, compilation, formats, pretrained, tracking
-from jvitmoe.checkpoint import Checkpoints
 from jvitmoe.config import Config, ModelConfig, UserError
 from jvitmoe.data import augment, sources, stream
 from jvitmoe.models import vit
@@ -48,10 +47,7 @@ def main(argv: list[str]) -> None:
         raise UserError(f"--out is {values.out!r}, which holds something; give a new folder")
     if not (workdir / "checkpoints").is_dir():
         raise UserError(f"workdir {str(workdir)!r} holds no checkpoints; give the folder that training wrote")
-    checkpoints = Checkpoints(workdir / "checkpoints", read_only=True)
-    number = checkpoints.find(values.checkpoint)
-    checkpoints.close()
-    source = pretrained.read(workdir, checkpoint=str(number))
+    source = pretrained.read(workdir, checkpoint=values.checkpoint)
     assert source.config is not None, "a run has a config"
     config = source.config
     config.data.dir = values.data_dir or config.data.dir
@@ -69,7 +65,7 @@ def main(argv: list[str]) -> None:
     run = write[values.to](part, source, model)
     np.savez(part / "sample.npz", allow_pickle=False, **sample)
     result = tracking.read_result(workdir)
-    card = cards.write(config, model, result, source.classes, values.to, str(out), number, remarks)
+    card = cards.write(config, model, result, source.classes, values.to, str(out), source.step, remarks)
     tracking.write_text(part / "README.md", card)
     apart = max(
         float(np.abs(run(sample["inputs"][:n]) - sample["logits"][:n]).max()) for n in (1, len(sample["labels"]))
@@ -79,7 +75,7 @@ def main(argv: list[str]) -> None:
     if out.exists():
         out.rmdir()
     part.rename(out)
-    console.print(f"exported    {out}, checkpoint at step {number:,}, as {values.to}")
+    console.print(f"exported    {out}, checkpoint at step {source.step:,}, as {values.to}")
     console.print(f"checked     read back, logits of {len(sample['labels'])} test images within {apart:.2g} of ours")
 
 

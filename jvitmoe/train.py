@@ -104,15 +104,6 @@ def claim(workdir: Path, config: Config) -> None:
         raise ConfigError(f"workdir {str(workdir)!r} holds another experiment: {listed}; set --workdir to a new folder")
 
 
-def has_checkpoints(workdir: Path) -> bool:
-    """Returns whether the folder holds a checkpoint, sound or not. Raises UserError where it may not be listed."""
-    folder = workdir / "checkpoints"
-    try:
-        return folder.is_dir() and any(entry.name.isdigit() for entry in folder.iterdir())
-    except OSError as error:
-        raise UserError(f"{folder} cannot be listed: {error.strerror}; let it be read") from error
-
-
 def train(config: Config, workdir: Path, stop: Stop, held: contextlib.ExitStack) -> None:
     """Trains from the newest sound checkpoint or from scratch to the end, and tests. Raises UserError.
 
@@ -139,8 +130,10 @@ def train(config: Config, workdir: Path, stop: Stop, held: contextlib.ExitStack)
     train_split, validation, order = distributed.together(arrange)
     total = config.train.epochs * order.steps_per_epoch
     model = step.make_model(config, mesh.devices.flat[0].platform)
-    starts = config.init.source and not has_checkpoints(workdir)  # a checkpoint holds all that the source gave
-    dense, told = distributed.together(lambda: pretrained.start(config, mesh)) if starts else (None, [])
+    starts = config.init.source and not checkpoint.list_steps(
+        workdir / "checkpoints"
+    )  # a checkpoint holds all that the source gave
+    dense, told = distributed.together(lambda: pretrained.start(config)) if starts else (None, [])
     active, everything = evaluation.count_parameters(config)
 
     counts = {"train": len(train_split), "validation": len(validation), "test": len(dataset.test)}
@@ -249,7 +242,7 @@ def _occupy(
     held = lock.Lock(workdir)
     try:
         claim(workdir, config)
-        if has_checkpoints(workdir):
+        if checkpoint.list_steps(workdir / "checkpoints"):
             _check_data(workdir, class_names, counts)
         tracking.write_text(workdir / "config.json", config_lib.dumps(config))
         tracking.write_classes(workdir, class_names)

@@ -11,7 +11,7 @@ ROOT = Path(jvitmoe.__file__).parent
 FILES = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in sorted(ROOT.rglob("*.py"))}
 MODULES = [name for name in FILES if name.split(".")[-1] != "__init__"]
 COMMANDS = {"train", "evaluate", "predict", "export", "report", "benchmark"}
-IN_JAX = {"jax", "jaxlib", "flax", "optax", "orbax", "chex"}
+IN_JAX = {"jax", "jaxlib", "flax", "optax", "tensorstore", "chex"}
 WITHOUT_JAX = [
     *("config", "lock", "watchdog", "lifeline", "cli", "tracking", "plots", "report", "formats"),
     *("data.sources", "data.decode", "data.pictures"),
@@ -36,7 +36,7 @@ ONLY = {
     "stop": {"distributed"},
 }
 ONLY_IN = {
-    **{"flax": "models.", "orbax": "checkpoint", "torch": "peer"},
+    **{"flax": "models.", "tensorstore": "checkpoint", "torch": "peer"},
     **{"tensorflow_datasets": "data.sources", "grain": "data.stream"},
 }
 
@@ -86,7 +86,7 @@ def test_no_jax_in_it_nor_in_what_it_imports(name):
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_flax_orbax_and_tfds_stay_in_their_place(name):
+def test_flax_tensorstore_and_tfds_stay_in_their_place(name):
     for package, place in ONLY_IN.items():
         at_home = name.startswith(place) if place.endswith(".") else name == place
         assert at_home or package not in imports(name)[0]
