@@ -1,9 +1,11 @@
-"""Checkpoints of a run; the only file that knows Orbax.
+"""Checkpoints of a run: Orbax writes them, TensorStore reads them back; the only file that knows either.
 
-Orbax writes asynchronously and renames when done, so a killed write leaves nothing that counts. It does not notice a
-flipped byte, names damaged folders as the latest step, and deletes old checkpoints by what it remembers of them. So
-every leaf's CRC-32 is kept in `meta` and verified, restoring walks back to the newest checkpoint that verifies, and
-what is kept is decided here: nothing is deleted before the new checkpoint has been read back from the disk.
+`checkpoints/<step>/` holds one folder per item, as Orbax lays it out: Zarr arrays, and `meta/metadata`, which is JSON.
+Orbax writes asynchronously and renames a checkpoint when it is complete, so a killed write leaves nothing that counts.
+Reads do not go through Orbax: it fixes the kind of all checkpoints by the first folder that it finds, and each of its
+reads leaks memory (TensorStore's `Spec.to_json`, 2.9 kB per array). It does not notice a flipped byte either: `meta`
+keeps the CRC-32 of each leaf, and every read compares it. No older checkpoint is deleted before the new one has been
+read back from the disk.
 """
 
 import contextlib
@@ -15,22 +17,26 @@ import time
 import warnings
 import zlib
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+import tensorstore as ts
 from jax.experimental import multihost_utils
 
 from jvitmoe import config as config_lib
-from jvitmoe.config import Config, UserError, one_line
+from jvitmoe.config import LARGEST, Config, UserError, one_line
 from jvitmoe.state import TrainState
 
-DELETED = ".deleted"
-PACKAGES = ("jvitmoe", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+META = Path("meta", "metadata")
+DELETED, PART = ".deleted", ".orbax-checkpoint-tmp"  # in the names of folders that are being deleted and written
+PACKAGES = ("jvitmoe", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorstore", "numpy")
+
+Arrays = dict[str, np.ndarray]  # dotted path of a leaf ("blocks.mlp.up") -> its value on the host
 
 
 class CheckpointError(UserError):
@@ -40,6 +46,27 @@ class CheckpointError(UserError):
 def versions() -> dict[str, str]:
     """Returns package -> installed version, for everything that shapes a run's numbers."""
     return {name: metadata.version(name) for name in PACKAGES}
+
+
+def list_steps(folder: Path) -> list[int]:
+    """Returns the steps of the checkpoints in a folder, sound or not, ascending. An entry is a checkpoint if its name
+    is a step number as `str` writes it. Raises CheckpointError where the folder cannot be listed."""
+    try:
+        names = [path.name for path in folder.iterdir()]
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise CheckpointError(f"{folder} cannot be listed: {one_line(error)}; let it be read") from error
+    return sorted(int(name) for name in names if re.fullmatch("0|[1-9][0-9]{0,9}", name) and int(name) <= LARGEST)
+
+
+class Saved(NamedTuple):
+    """A checkpoint as `Checkpoints.read` returns it, on the host; `ema` is None where none is kept."""
+
+    step: int
+    meta: dict[str, Any]
+    params: Arrays
+    ema: Arrays | None
 
 
 class Checkpoints:
@@ -59,34 +86,30 @@ class Checkpoints:
         self.directory = Path(directory).absolute()
         self._keep = keep
         self._read_only = read_only
-        self._writing: int | None = None  # the step whose write nobody has waited for yet
-        self._broken = False  # whether a write has failed, and was told of
+        self._writing: int | None = None  # the step that is being written
+        self._broken = False  # whether a write has failed and was reported
         self._found: dict[int, dict[str, Any] | str] = {}  # by step: meta of a sound checkpoint, or what is wrong
         try:
             if not read_only:
                 self.directory.mkdir(parents=True, exist_ok=True)
                 if jax.process_index() == 0:
                     self._clear()
-            options = ocp.CheckpointManagerOptions(read_only=read_only, create=False)
-            self._manager = ocp.CheckpointManager(self.directory, options=options)
+                self._manager = _make_manager(self.directory)
         except OSError as error:
             raise CheckpointError(f"{self.directory} cannot be used: {one_line(error)}; let it be read") from error
 
     def steps(self) -> list[int]:
         """Returns the steps that have a folder, ascending, sound or not; the same in all processes."""
-        try:
-            steps = sorted(int(path.name) for path in self.directory.iterdir() if path.name.isdecimal())
-        except FileNotFoundError:
-            steps = []
-        except OSError as error:
-            raise CheckpointError(f"{self.directory} cannot be listed: {one_line(error)}; let it be read") from error
+        steps = list_steps(self.directory)
         if jax.process_count() > 1:
             count = int(multihost_utils.broadcast_one_to_all(np.int32(len(steps))))
             listed = np.resize(np.array(steps or [0], np.int32), count)
             steps = [int(step) for step in multihost_utils.broadcast_one_to_all(listed)] if count else []
         return steps
 
-    def save(self, state: TrainState, config: Config, nll: float | None) -> None:
+    def save(
+        self, state: TrainState, config: Config, nll: float | None, files: Mapping[str, str] | None = None
+    ) -> None:
         """Starts writing the state; returns once the arrays are copied, so that they may be donated.
 
         Waits for the write before, reads it back, and only then deletes what is no longer kept.
@@ -95,36 +118,38 @@ class Checkpoints:
             state: the whole training state.
             config: the run's config, for commands that have only the folder.
             nll: validation NLL, which the best checkpoint is chosen by; None without a validation split.
+            files: name -> checksum of other files of the run folder as they are now.
 
         Raises CheckpointError when the previous write failed or this one does, and when processes hold different
         replicas.
         """
         self._settle()
         step = int(state.step)
-        # True copies: on a CPU an asynchronous writer would otherwise read buffers that the next step overwrites.
-        # Of several processes each gathers them whole, so that the checksums are of the same bytes on any mesh.
+        # True copies: the writer would otherwise read buffers that the next step overwrites.
+        # All processes gather whole arrays and process 0 writes them, so the bytes are the same on any mesh.
         items = {name: jax.tree.map(_gather, tree) for name, tree in _items(state).items()}
-        checksums = {name: _checksums(tree) for name, tree in items.items()}
+        found = {name: checksums(_flatten(tree)) for name, tree in items.items()}
         if jax.process_count() > 1:
-            _compare_replicas(step, _items(state), checksums)
+            _compare_replicas(step, _items(state), found)
         meta = {
             "step": step,
             "config": config_lib.to_dict(config),
             "versions": versions(),
             "nll": nll,
-            "checksums": checksums,
+            "files": dict(files or {}),
+            "checksums": found,
         }
         self._found.pop(step, None)
         try:
             if jax.process_index() == 0:
                 _try_to_write(self.directory)
             self._set_aside(step)
-            # Forced, because Orbax silently saves nothing where a later step has a folder, be it a damaged one.
+            # Forced, because Orbax saves nothing, without a word, where a later step has a folder.
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
-                    meta=ocp.args.JsonSave(meta | {"checksum": _json_checksum(meta)}),
-                    **{name: ocp.args.StandardSave(tree) for name, tree in items.items()},
+                    meta=ocp.args.JsonSave(meta | {"checksum": config_lib.checksum(meta)}),
+                    **{name: ocp.args.PyTreeSave(tree) for name, tree in items.items()},
                 ),
                 force=True,
             )
@@ -145,13 +170,15 @@ class Checkpoints:
         for step in reversed(steps):
             trees: dict[str, Any] = {}
             try:
-                trees, self._found[step] = self._read(step, items)
-            except Exception as error:  # Orbax raises anything at all here, a bare Exception included
+                arrays, meta = self._read(step, list(items))
+                trees = {name: place(arrays.pop(name, {}), tree) for name, tree in items.items()}
+                self._found[step] = meta
+            except Exception as error:  # damage raises anything at all
                 self._found[step] = one_line(error)
-            if (meta := self._agreed(step)) is not None:
+            if (agreed := self._agreed(step)) is not None:
                 if not self._read_only and len(steps) > self._keep:
                     self._delete_old()  # a kill may have come between the last save and this
-                return TrainState(_scalar(step, abstract.step.sharding), **trees), meta
+                return TrainState(_put(np.array(step, np.int32), abstract.step.sharding), **trees), agreed
             self._warn(step)
         if steps:
             raise self._none_sound(steps)
@@ -169,53 +196,72 @@ class Checkpoints:
         return found if isinstance(found, str) else None
 
     def find(self, which: str) -> int:
-        """Returns the step meant by "latest", "best" (least validation NLL) or a number.
+        """Returns the step of "latest", "best" (least validation NLL) or a number.
 
-        Latest and best are of the sound ones; each one passed over is warned of. Raises CheckpointError.
+        Latest and best are chosen from the sound ones, with a warning for each damaged one that was passed over, and
+        chosen again where another process deletes checkpoints meanwhile. Raises CheckpointError.
         """
-        steps = self.steps()
-        if not steps:
-            raise CheckpointError(f"{self.directory} holds no checkpoint; train first")
-        if which == "latest":
+        while True:
+            steps = self.steps()
+            if not steps:
+                raise CheckpointError(f"{self.directory} holds no checkpoint; train first")
+            if which not in ("latest", "best"):
+                if which not in map(str, steps):
+                    names = "latest" if self._best(steps) is None else "latest, best"
+                    raise CheckpointError(f"checkpoint {which!r} does not exist; there are {names} and {steps}")
+                return int(which)
+            chosen, damaged = None, []
             for step in reversed(steps):
-                if self.check(step) is None:
-                    return step
-                self._warn(step)
-            raise self._none_sound(steps)
-        if which == "best":
-            for step in steps:
                 if self.check(step):
-                    self._warn(step)
-            best = self._best(steps)
-            if best is None:
-                raise CheckpointError("there is no best checkpoint without a validation split; set --checkpoint=latest")
-            return best
-        if not which.isdecimal() or int(which) not in steps:
-            names = "latest" if self._best(steps) is None else "latest, best"
-            raise CheckpointError(f"checkpoint {which!r} does not exist; there are {names} and {steps}")
-        return int(which)
+                    damaged.append(step)
+                elif which == "latest":
+                    chosen = step
+                    break
+            if which == "best":
+                chosen = self._best(steps)
+            if gone := set(damaged) - set(self.steps()):
+                for step in gone:
+                    del self._found[step]
+                continue
+            for step in damaged:
+                self._warn(step)
+            if chosen is not None:
+                return chosen
+            if len(damaged) == len(steps):
+                raise self._none_sound(steps)
+            raise CheckpointError("there is no best checkpoint without a validation split; set --checkpoint=latest")
 
-    def read_meta(self, step: int) -> dict[str, Any]:
-        """Returns the verified meta of one checkpoint. Raises CheckpointError."""
-        return self._read_or_fail(step, {})[1]
-
-    def read_params(self, step: int, abstract: TrainState) -> tuple[Any, Any]:
-        """Returns the verified (params, ema) of one checkpoint, shaped and sharded as asked; ema is None where none is
-        kept. Raises CheckpointError."""
-        items = {name: tree for name, tree in _items(abstract).items() if name in ("params", "ema")}
-        trees = self._read_or_fail(step, items)[0]
-        return trees["params"], trees.get("ema")
+    def read(self, which: str) -> Saved:
+        """Returns the verified parameters, EMA and meta of the checkpoint that `find` chooses, and chooses again where
+        another process deletes it meanwhile. Raises CheckpointError."""
+        while True:
+            step = self.find(which)
+            arrays: dict[str, Arrays] = {}
+            try:
+                arrays, self._found[step] = self._read(step, ("params", "ema"))
+            except Exception as error:
+                self._found[step] = one_line(error)
+            if (meta := self._agreed(step)) is not None:
+                return Saved(step, meta, arrays["params"], arrays.get("ema"))
+            wrong, there = self._found.pop(step), self.steps()
+            if step in there or which == str(step):
+                raise CheckpointError(
+                    f"checkpoint {step} in {self.directory} cannot be read: {wrong}; "
+                    f"choose another with --checkpoint, there are {there}"
+                )
 
     def close(self) -> None:
         """Waits for the last write, reads it back, and deletes what is no longer kept. Raises CheckpointError when the
-        write failed: Orbax tells of that only here."""
+        write failed: Orbax reports that only here."""
+        if self._read_only:
+            return
         try:
             self._settle()
         finally:
             try:
                 self._manager.close()
             except Exception:
-                if not self._broken:  # Orbax tells of one failed write more than once
+                if not self._broken:  # Orbax reports one failed write more than once
                     raise
 
     def _settle(self) -> None:
@@ -274,7 +320,7 @@ class Checkpoints:
         """Returns the error of a write that failed, with its remains cleared away."""
         self._broken = True
         if jax.process_index() == 0:
-            with contextlib.suppress(OSError):  # Orbax may still be writing there; the next start clears the rest
+            with contextlib.suppress(OSError):  # arrays may still be written there; the next start clears the rest
                 self._clear()
         return CheckpointError(
             f"checkpoint {step} cannot be written to {self.directory}: {one_line(error)}; "
@@ -293,47 +339,23 @@ class Checkpoints:
     def _clear(self) -> None:
         """Deletes what killed writes and killed deletions have left."""
         for path in self.directory.iterdir():
-            if path.suffix == DELETED or ".orbax-checkpoint-tmp" in path.name:
+            if path.suffix == DELETED or PART in path.name:
                 _remove(path)
 
-    def _read_or_fail(self, step: int, items: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-        try:
-            return self._read(step, items)
-        except Exception as error:
-            raise CheckpointError(
-                f"checkpoint {step} in {self.directory} cannot be read: {one_line(error)}; "
-                f"choose another with --checkpoint, there are {self.steps()}"
-            ) from error
-
-    def _read(self, step: int, items: Mapping[str, Any] | None) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Returns (name -> tree, meta), verified: of the items asked for, as they are asked for; or of all, on the host
-        and as plain dicts. Raises anything at all where they are damaged."""
-        (meta,) = self._restore(step, {"meta": ocp.args.JsonRestore()}).values()
-        meta = dict(meta)
-        if meta.pop("checksum", None) != _json_checksum(meta):
+    def _read(self, step: int, names: Iterable[str] | None = None) -> tuple[dict[str, Arrays], dict[str, Any]]:
+        """Returns (item -> arrays, meta), verified: of the items named that it has, or of all. Raises anything at all
+        where they are damaged. Every judgement of a checkpoint is made here."""
+        folder = self.directory / str(step)
+        meta = json.loads((folder / META).read_bytes())
+        if meta.pop("checksum", None) != config_lib.checksum(meta):
             raise ValueError("its meta does not match its checksum")
         if meta["step"] != step:
             raise ValueError(f"it is the checkpoint of step {meta['step']}")
-        names = list(meta["checksums"]) if items is None else list(items)
-        if missing := [name for name in names if name not in meta["checksums"]]:
-            raise ValueError(f"it holds no {', '.join(missing)}")
-        wanted = {name: ocp.args.StandardRestore(items[name] if items else None) for name in names}
-        trees = self._restore(step, wanted) if wanted else {}
-        for name in names:
-            found, expected = _checksums(trees[name]), meta["checksums"][name]
-            plain = {_plain(leaf): value for leaf, value in found.items()}
-            wrong = [leaf for leaf in expected if plain.get(_plain(leaf)) != expected[leaf]]
-            if wrong or len(found) != len(expected):
-                first = wrong[0] if wrong else " holds more than was saved, which"
-                raise ValueError(f"{name}{first} does not match its checksum ({len(wrong)} of {len(expected)} leaves)")
-        return trees, meta
-
-    def _restore(self, step: int, arguments: Mapping[str, Any]) -> dict[str, Any]:
-        restored = self._manager.restore(step, args=ocp.args.Composite(**arguments))
-        return {name: restored[name] for name in arguments}
+        kept = meta["checksums"]
+        return {name: _read_arrays(folder / name, kept[name]) for name in names or kept if name in kept}, meta
 
     def _set_aside(self, step: int) -> None:
-        """Moves away a folder of this very step: it was skipped as damaged, and Orbax would not save over it."""
+        """Moves away a folder of this step: it was skipped as damaged, and Orbax would not save over it."""
         folder = self.directory / str(step)
         there = folder.exists()
         if jax.process_count() > 1:
@@ -351,9 +373,64 @@ def _items(state: TrainState) -> dict[str, Any]:
     return {name: tree for name, tree in state._asdict().items() if name != "step" and tree is not None}
 
 
-def _plain(leaf: str) -> str:
-    """Returns a leaf's path with no trace of the containers: Orbax gives named tuples back as dicts."""
-    return "/".join(filter(None, re.split(r"[\[\]'.]+", leaf)))
+def place(arrays: Arrays, abstract: Any) -> Any:
+    """Returns the arrays as a tree with the structure and shardings of `abstract`. Raises CheckpointError where they
+    do not fit it."""
+    wanted = {_dotted(path): leaf for path, leaf in jax.tree.leaves_with_path(abstract)}
+    for name in wanted.keys() | arrays.keys():
+        form, expected = ((x[name].shape, x[name].dtype) if name in x else None for x in (arrays, wanted))
+        if form != expected:
+            raise CheckpointError(f"{name} is {form} in the checkpoint and {expected} in the model")
+    return jax.tree.map_with_path(lambda path, leaf: _put(arrays[_dotted(path)], leaf.sharding), abstract)
+
+
+def _dotted(path: Any) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator=".")
+
+
+def _flatten(tree: Any) -> Arrays:
+    return {_dotted(path): leaf for path, leaf in jax.tree.leaves_with_path(tree)}
+
+
+def _make_manager(folder: Path) -> ocp.CheckpointManager:
+    """Returns the writer of a folder's checkpoints.
+
+    The arrays are plain Zarr, because Orbax's default, an OCDBT database, leaks more memory at each save.
+    """
+    names = [name for name in TrainState._fields if name != "step"]
+    handlers: dict[str, Any] = {name: ocp.PyTreeCheckpointHandler(use_ocdbt=False) for name in names}
+    handlers["meta"] = ocp.JsonCheckpointHandler()
+    options = ocp.CheckpointManagerOptions(create=False)
+    return ocp.CheckpointManager(folder, options=options, item_handlers=handlers)
+
+
+def _try_to_write(folder: Path) -> None:
+    """Raises OSError where nothing can be made in the folder: Orbax would wait for minutes for what cannot come."""
+    path = folder / f"trial{DELETED}"
+    path.mkdir(exist_ok=True)
+    path.rmdir()
+
+
+def _read_arrays(folder: Path, expected: Mapping[str, str]) -> Arrays:
+    """Returns the arrays of one item. Raises ValueError where one does not match its checksum.
+
+    Args:
+        folder: of the item: Zarr arrays, in an OCDBT database up to 0.1.0.
+        expected: path of each leaf -> checksum. Paths are dotted; up to 0.1.0 they were as in "[0].mu['bias']".
+    """
+    wanted = {".".join(filter(None, re.split(r"[\[\]'.]+", path))): checksum for path, checksum in expected.items()}
+    base = {"driver": "file", "path": f"{folder}/"}
+    store = {"driver": "ocdbt", "base": base} if (folder / "manifest.ocdbt").exists() else base
+    context = ts.Context()
+    specs = [{"driver": "zarr", "kvstore": store | {"path": f"{store.get('path', '')}{name}/"}} for name in wanted]
+    stores = [ts.open(spec, context=context, open=True, read=True) for spec in specs]
+    reads = [store.result().read() for store in stores]
+    arrays = {name: np.asarray(read.result()) for name, read in zip(wanted, reads, strict=True)}
+    found = checksums(arrays)
+    if wrong := [name for name in wanted if found[name] != wanted[name]]:
+        name = f"{folder.name}.{wrong[0]}"
+        raise ValueError(f"{name} does not match its checksum ({len(wrong)} of {len(wanted)} leaves)")
+    return arrays
 
 
 def _flush(folder: Path) -> None:
@@ -366,13 +443,6 @@ def _flush(folder: Path) -> None:
             os.close(number)
 
 
-def _try_to_write(folder: Path) -> None:
-    """Raises OSError where nothing can be made in the folder: Orbax would wait for minutes for what cannot come."""
-    path = folder / f"trial{DELETED}"
-    path.mkdir(exist_ok=True)
-    path.rmdir()
-
-
 def _remove(path: Path) -> None:
     """Deletes a folder; of a link the link alone, so that nothing outside a run folder is ever deleted."""
     if path.is_symlink() or not path.is_dir():
@@ -381,32 +451,32 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path)
 
 
-def _checksums(tree: Any) -> dict[str, str]:
-    leaves, _ = jax.tree.flatten_with_path(tree)
+def checksums(arrays: Arrays) -> dict[str, str]:
+    """Returns name -> CRC-32 of the values. Copies nothing and lets other threads run meanwhile."""
     return {
-        jax.tree_util.keystr(path): f"{zlib.crc32(np.ascontiguousarray(_gather(leaf)).tobytes()):08x}"
-        for path, leaf in leaves
+        name: f"{zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8)):08x}"
+        for name, array in arrays.items()
     }
 
 
-def _compare_replicas(step: int, items: Mapping[str, Any], checksums: Mapping[str, Mapping[str, str]]) -> None:
+def _compare_replicas(step: int, items: Mapping[str, Any], whole: Mapping[str, Mapping[str, str]]) -> None:
     """Raises CheckpointError, in all processes, where processes that hold the same part of an array differ in it.
 
     Args:
         step: of the state.
         items: name -> tree, on the devices.
-        checksums: name -> leaf -> checksum of this process's copy; right for a leaf that every process holds whole.
+        whole: name -> leaf -> checksum of this process's copy; right for a leaf that every process holds whole.
     """
     leaves = {
-        name + jax.tree_util.keystr(path): (leaf, checksums[name][jax.tree_util.keystr(path)])
+        f"{name}.{_dotted(path)}": (leaf, whole[name][_dotted(path)])
         for name, tree in items.items()
-        for path, leaf in jax.tree.flatten_with_path(tree)[0]
+        for path, leaf in jax.tree.leaves_with_path(tree)
     }
     local_N = []
     for leaf, checksum in leaves.values():
         if not leaf.is_fully_replicated:
-            shards = {str(shard.index): shard.data for shard in leaf.addressable_shards}
-            checksum = str(_checksums(shards))
+            shards = {str(shard.index): np.asarray(shard.data) for shard in leaf.addressable_shards}
+            checksum = str(sorted(checksums(shards).items()))
         local_N.append(zlib.crc32(checksum.encode()))
     local_PN = multihost_utils.process_allgather(np.array(local_N, np.uint32))
     wrong = []
@@ -430,8 +500,8 @@ def _compare_replicas(step: int, items: Mapping[str, Any], checksums: Mapping[st
         raise differs
 
 
-def _scalar(number: int, sharding: jax.sharding.Sharding) -> jax.Array:
-    return jax.make_array_from_callback((), sharding, lambda _: np.int32(number))
+def _put(array: np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:
+    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
 
 def _gather(leaf: jax.Array | np.ndarray) -> np.ndarray:
@@ -439,7 +509,3 @@ def _gather(leaf: jax.Array | np.ndarray) -> np.ndarray:
     if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable and not leaf.is_fully_replicated:
         leaf = multihost_utils.process_allgather(leaf, tiled=True)
     return np.array(leaf)
-
-
-def _json_checksum(meta: Mapping[str, Any]) -> str:
-    return f"{zlib.crc32(json.dumps(meta, sort_keys=True).encode()):08x}"

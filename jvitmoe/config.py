@@ -9,6 +9,7 @@ import difflib
 import json
 import math
 import typing
+import zlib
 from typing import Any
 
 LONGEST_WORD, LONGEST_LINE = 300, 1200  # characters of a message
@@ -39,6 +40,11 @@ def one_line(error: BaseException) -> str:
 
 def _cut(text: str, longest: int) -> str:
     return text if len(text) <= longest else f"{text[: longest // 2]}...{text[-(longest // 2) :]}"
+
+
+def checksum(value: Any) -> str:
+    """Returns the CRC-32 of a value's JSON, independent of the order of keys."""
+    return f"{zlib.crc32(json.dumps(value, sort_keys=True).encode()):08x}"
 
 
 class ConfigError(UserError):

@@ -37,9 +37,9 @@ def main(argv: list[str]) -> None:
     began = time.monotonic()
     checkpoints = Checkpoints(workdir / "checkpoints", read_only=True)
     with tracking.warnings_as_lines():
-        number = checkpoints.find(values.checkpoint)
-    meta = checkpoints.read_meta(number)
-    config = config_lib.from_dict(meta["config"])
+        saved = checkpoints.read(values.checkpoint)
+    checkpoints.close()
+    config = config_lib.from_dict(saved.meta["config"])
     config.data.dir = values.data_dir or config.data.dir
     config.train.devices, config.train.platform = values.devices, values.platform
     config.validate()
@@ -50,11 +50,12 @@ def main(argv: list[str]) -> None:
     model = step.make_model(config, mesh.devices.flat[0].platform)
     active, total = evaluation.count_parameters(config)
     hardware = step.describe(mesh)
-    console.print(f"run         {workdir}, checkpoint at step {number:,}")
+    console.print(f"run         {workdir}, checkpoint at step {saved.step:,}")
     console.print(f"devices     {hardware}")
     console.print(f"parameters  {active:,} active, {total:,} total ({model.dtype.name} compute)")
-    params, ema = checkpoints.read_params(number, step.abstract_state(config, model, mesh))
-    checkpoints.close()
+    abstract = step.abstract_state(config, model, mesh)
+    params = checkpoint.place(saved.params, abstract.params)
+    ema = checkpoint.place(saved.ema, abstract.ema) if saved.ema else None
 
     evaluate = evaluation.make_evaluate(model, mesh)
     batches = feed.eval_batches(len(test), config.train.batch_size, mesh)
@@ -65,7 +66,7 @@ def main(argv: list[str]) -> None:
         "rows": evaluation.evaluate_run(config, params, ema, evaluate, images, batches, values.paths),
         **_mergeability(config, params, evaluate, test, mesh),
         "data": config.data.name,
-        "step": number,
+        "step": saved.step,
         "seed": config.train.seed,
         "active_parameters": active,
         "total_parameters": total,
@@ -82,11 +83,11 @@ def main(argv: list[str]) -> None:
 
 def _verify(workdir: Path) -> None:
     """Prints each part of the run and whether it is sound. Exits with 1 where one is not."""
-    sound = True
-    for part, wrong in verify.verify(workdir):
-        console.print(f"{part:<16} {wrong or 'sound'}")
-        sound = sound and wrong is None
-    if not sound:
+    every = True
+    for part, sound, known in verify.verify(workdir):
+        console.print(f"{part:<16} {known}")
+        every = every and sound
+    if not every:
         sys.exit(1)
 
 

@@ -22,7 +22,6 @@ from absl import flags
 from safetensors.numpy import save
 
 from jvitmoe import cards, classifier, cli, compilation, formats, pretrained, tracking
-from jvitmoe.checkpoint import Checkpoints
 from jvitmoe.config import Config, ModelConfig, UserError
 from jvitmoe.data import augment, sources, stream
 from jvitmoe.models import vit
@@ -46,10 +45,7 @@ def main(argv: list[str]) -> None:
     out = Path(values.out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"--out is {values.out!r}, which holds something; give a new folder")
-    checkpoints = Checkpoints(workdir / "checkpoints", read_only=True)
-    number = checkpoints.find(values.checkpoint)
-    checkpoints.close()
-    source = pretrained.read(workdir, checkpoint=str(number))
+    source = pretrained.read(workdir, checkpoint=values.checkpoint)
     assert source.config is not None, "a run has a config"
     config = source.config
     config.data.dir = values.data_dir or config.data.dir
@@ -64,7 +60,7 @@ def main(argv: list[str]) -> None:
     try:
         apart = _write(part, source, values.to, sample)
         result = tracking.read_result(workdir)
-        card = cards.write(config, source.model, result, source.classes, values.to, number, remarks)
+        card = cards.write(config, source.model, result, source.classes, values.to, source.step, remarks)
         tracking.write_text(part / "README.md", card)
         if out.exists():
             out.rmdir()
@@ -72,7 +68,7 @@ def main(argv: list[str]) -> None:
     finally:
         shutil.rmtree(part, ignore_errors=True)
     reader = READERS.get(values.to, "jvitmoe")
-    console.print(f"exported    {out}, checkpoint at step {number:,}, as {values.to}")
+    console.print(f"exported    {out}, checkpoint at step {source.step:,}, as {values.to}")
     console.print(
         f"checked     read back by {reader}: logits of {len(sample['labels'])} images within {apart:.2g} of ours"
     )

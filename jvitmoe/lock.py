@@ -60,5 +60,5 @@ def _holder(file: IO[str]) -> str:
     try:
         found = json.loads(file.read(1000))
         return f"process {int(found['pid'])} on {str(found['host'])[:100]!r}"
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return "a process that has not said its name yet"

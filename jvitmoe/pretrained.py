@@ -15,12 +15,11 @@ from typing import Any
 import jax
 import numpy as np
 import safetensors
-from jax.sharding import Mesh
 
 from jvitmoe import config as config_lib
-from jvitmoe import evaluation, formats, routing, step, tracking
+from jvitmoe import evaluation, formats, routing, tracking
 from jvitmoe.checkpoint import Checkpoints
-from jvitmoe.config import Config, ConfigError, ModelConfig, TrainConfig, UserError, one_line, printable
+from jvitmoe.config import Config, ConfigError, ModelConfig, UserError, one_line, printable
 from jvitmoe.formats import Dict
 from jvitmoe.models import vit
 from jvitmoe.routing import Purpose
@@ -48,6 +47,7 @@ class Source:
     notes: tuple[str, ...] = ()
     config: Config | None = None  # of a run
     crop: str = "pad"  # how pictures in files are cut for it, as `data.crop`
+    step: int = 0  # of a run's checkpoint
 
     @property
     def grid(self) -> int:
@@ -58,7 +58,6 @@ def read(
     path: Path | str,
     heads: int = 0,
     checkpoint: str = "latest",
-    mesh: Mesh | None = None,
     mean: Sequence[float] = (),
     std: Sequence[float] = (),
 ) -> Source:
@@ -68,7 +67,6 @@ def read(
         path: where it lies; a config.json beside a .safetensors is read too.
         heads: H, for files that do not tell it.
         checkpoint: of a run folder: latest, best or a step.
-        mesh: where checkpoints of runs are restored; one device by default.
         mean: of pixels, one or one per channel, for files of other libraries; () takes what their config tells, or 0.5.
         std: their deviation, likewise.
 
@@ -76,7 +74,7 @@ def read(
     """
     path = Path(path).expanduser()
     if (path / "checkpoints").is_dir():
-        return _read_run(path, checkpoint, mesh)
+        return _read_run(path, checkpoint)
     if path.is_dir():
         path = path / WEIGHTS
     if not path.is_file():
@@ -94,13 +92,13 @@ def read(
     return source
 
 
-def start(config: Config, mesh: Mesh | None = None) -> tuple[dict[str, Any], list[str]]:
+def start(config: Config) -> tuple[dict[str, Any], list[str]]:
     """Returns (the dense tree that `config.init.source` gives this run, lines that tell what was done).
 
     Raises ConfigError where the source is another ViT.
     """
     try:
-        source = read(config.init.source, config.model.heads, mesh=mesh, mean=config.init.mean, std=config.init.std)
+        source = read(config.init.source, config.model.heads, mean=config.init.mean, std=config.init.std)
     except UserError as error:
         raise ConfigError(f"config.init.source cannot be read: {error}") from error
     if (config.init.mean or config.init.std) and source.kind in ("run", OURS):
@@ -206,22 +204,20 @@ def _place_positions(old: Dict, source: Source, model: ModelConfig, fresh: Dict,
     old["positions"] = np.concatenate([old["positions"], fresh["positions"][grid * grid :]])
 
 
-def _read_run(path: Path, checkpoint: str, mesh: Mesh | None) -> Source:
+def _read_run(path: Path, checkpoint: str) -> Source:
     checkpoints = Checkpoints(path / "checkpoints", read_only=True)
     try:
-        number = checkpoints.find(checkpoint)
-        config = config_lib.from_dict(checkpoints.read_meta(number)["config"])
-        mesh = mesh or step.make_mesh(TrainConfig(devices=1))
-        model = step.make_model(config, "cpu")
-        params, _ = checkpoints.read_params(number, step.abstract_state(config, model, mesh))
+        saved = checkpoints.read(checkpoint)
     finally:
         checkpoints.close()
+    config = config_lib.from_dict(saved.meta["config"])
+    params = formats.unflatten(saved.params)
     flat = formats.flatten(jax.device_get(evaluation.dense_tree(config, params)))
     flat["positions"] = _table(config.model, flat)
     names = tracking.read_classes(path)
     notes: tuple[str, ...] = ("averaged the experts",) if config.routing.experts > 1 else ()
     notes += ("folded LoRA and adapters into the MLP",) if config.tuned else ()
-    return Source(path, "run", flat, config.model.plain(), names, notes, config, config.data.crop)
+    return Source(path, "run", flat, config.model.plain(), names, notes, config, config.data.crop, saved.step)
 
 
 def _table(model: ModelConfig, flat: Dict) -> np.ndarray:

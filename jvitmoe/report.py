@@ -7,6 +7,7 @@ curves of all runs in curves.png, and each group's config and versions, and resu
 
 import itertools
 import json
+import math
 import os
 import re
 import statistics
@@ -18,7 +19,7 @@ from absl import flags
 
 from jvitmoe import cli, plots, tracking
 from jvitmoe import config as config_lib
-from jvitmoe.config import Config, UserError
+from jvitmoe.config import Config, UserError, one_line
 from jvitmoe.tracking import console
 
 NOTE = (
@@ -100,7 +101,11 @@ def read_run(folder: Path) -> Run:
         raise UserError(f"{str(folder)!r} holds no {tracking.RESULT}; give a folder whose training has ended")
     if not config.is_file():
         raise UserError(f"{str(folder)!r} holds no config.json; give the folder that training wrote")
-    return Run(folder, config_lib.loads(config.read_text(), str(config)), result)
+    try:
+        text = config.read_text()
+    except (OSError, ValueError) as error:
+        raise UserError(f"{config} cannot be read: {one_line(error)}; restore it from a copy") from error
+    return Run(folder, config_lib.loads(text, str(config)), result)
 
 
 def group_runs(runs: Sequence[Run]) -> dict[str, list[Run]]:
@@ -179,7 +184,7 @@ def group_rows(name: str, group: Sequence[Run]) -> list[dict[str, str]]:
         for metric in ("accuracy", "nll", "ece"):
             values = [row[metric] for row in several if metric in row]
             if len(group) > 1 and len(values) == len(group):
-                numbers |= {metric: statistics.fmean(values), f"{metric}_std": statistics.stdev(values)}
+                numbers |= {metric: statistics.fmean(values), f"{metric}_std": _deviation(values)}
         result = group[0].result
         total = result["total_parameters"]
         rows.append(
@@ -205,8 +210,7 @@ def by_seed(group: Sequence[Run]) -> dict[str, list[float]]:
 
 def accuracies(group: Sequence[Run]) -> dict[str, tuple[float, float]]:
     """Returns model -> (mean accuracy, sample deviation over seeds; 0 for one seed)."""
-    seeds = by_seed(group).items()
-    return {model: (statistics.fmean(x), statistics.stdev(x) if len(x) > 1 else 0.0) for model, x in seeds}
+    return {model: (statistics.fmean(x), _deviation(x)) for model, x in by_seed(group).items()}
 
 
 def record(group: Sequence[Run]) -> dict[str, Any]:
@@ -232,6 +236,13 @@ def glance_row(name: str, group: Sequence[Run]) -> dict[str, str]:
         "barrier": f"{statistics.fmean(part['barrier']['height'] for part in why):.4f}" if why else "-",
         "gap": f"{statistics.fmean(max(part['gap']) for part in why):.3f}" if why else "-",
     }
+
+
+def _deviation(values: Sequence[float]) -> float:
+    """Returns the sample deviation, 0 of one value; nan where one is not finite, which `statistics` does not take."""
+    if not all(map(math.isfinite, values)):
+        return math.nan
+    return statistics.stdev(values) if len(values) > 1 else 0.0
 
 
 def _models(run: Run) -> list[str]:

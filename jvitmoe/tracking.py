@@ -10,6 +10,7 @@ import math
 import os
 import time
 import warnings
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from tensorboardX import summary
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
-from jvitmoe.config import UserError
+from jvitmoe.config import UserError, checksum, one_line
 
 METRICS = "metrics.jsonl"
 PART = ".part"  # of a file that is being written
@@ -81,9 +82,16 @@ def write_text(path: Path, text: str) -> None:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Returns the lines of a metrics file, each step and kind once; what is torn or no such line is left out."""
+    """Returns the lines of a metrics file, each step and kind once, without damaged ones. Raises UserError where the
+    file cannot be read."""
     lines: dict[tuple[int, str], dict[str, Any]] = {}
-    for text in path.read_text(errors="replace").split("\n") if path.is_file() else []:
+    try:
+        texts = path.read_text(errors="replace").split("\n")
+    except FileNotFoundError:
+        texts = []
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}; let it be read") from error
+    for text in texts:
         try:
             line = json.loads(text)
             step, kind = line["step"], line["kind"]
@@ -92,6 +100,19 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         if type(step) is int and isinstance(kind, str):
             lines.setdefault((step, kind), line)
     return list(lines.values())
+
+
+def checksums(workdir: Path, step: int) -> dict[str, str]:
+    """Returns name -> CRC-32 of the history up to a step, and of the files that are written once."""
+    texts = {name: (workdir / name).read_bytes() for name in (CLASSES, IMAGES) if (workdir / name).is_file()}
+    if (workdir / METRICS).exists():
+        texts[METRICS] = _history(workdir, step).encode()
+    return {name: f"{zlib.crc32(text):08x}" for name, text in texts.items()}
+
+
+def _history(workdir: Path, step: int) -> str:
+    lines = [line for line in read_metrics(workdir / METRICS) if line["step"] <= step]
+    return "".join(json.dumps(line) + "\n" for line in lines)
 
 
 def _unwritten(path: Path, error: OSError) -> UserError:
@@ -130,11 +151,11 @@ class Tracker:
 
     def __init__(self, workdir: Path | None, start: int, total: int, batch_size: int) -> None:
         self._file, self._tensorboard = None, None
-        if workdir:
+        self._checksums: dict[str, str] = {}
+        if workdir and (start < total or (workdir / METRICS).exists()):  # a finished run does not make an empty file
             path = workdir / METRICS
-            kept = [line for line in read_metrics(path) if line["step"] <= start]
-            write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
-            self._path = path
+            write_text(path, _history(workdir, start))
+            self._path, self._checksums = path, checksums(workdir, start)
             try:
                 (workdir / "tb").mkdir(exist_ok=True)
                 self._file = path.open("a")
@@ -164,13 +185,14 @@ class Tracker:
                 self._file.close()
                 self._tensorboard.close()
 
-    def sync(self) -> None:
-        """Returns once the disk holds all that was recorded: before a checkpoint, so that none is ahead of it."""
+    def sync(self) -> dict[str, str]:
+        """Returns `checksums` once the disk holds all that was recorded: before a checkpoint, so that none is ahead."""
         if self._file and self._tensorboard:
             try:
                 os.fsync(self._file.fileno())
             except OSError as error:
                 raise _unwritten(self._path, error) from error
+        return self._checksums
 
     def started(self, step: int, seconds: float) -> None:
         """Starts the clock of images/s and time left: called when the first step has ended, which took `seconds`."""
@@ -239,8 +261,10 @@ class Tracker:
         ]
         event = Event(step=step, wall_time=time.time())
         event.summary.value.extend(scalars)
+        line = json.dumps({"step": step, "kind": kind, **finite}) + "\n"
+        self._checksums[METRICS] = f"{zlib.crc32(line.encode(), int(self._checksums[METRICS], 16)):08x}"
         try:
-            self._file.write(json.dumps({"step": step, "kind": kind, **finite}) + "\n")
+            self._file.write(line)
             self._file.flush()
             self._tensorboard.write_event(event)
             self._tensorboard.flush()
@@ -270,15 +294,12 @@ def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
 
 def read_result(workdir: Path) -> dict[str, Any]:
     """Returns the run's result.json; {} where there is none. Raises UserError where it is damaged."""
+    remedy = "delete it and write it anew with jvitmoe.evaluate"
     path = workdir / RESULT
-    try:
-        result = json.loads(path.read_text()) if path.is_file() else {}
-        if not isinstance(result, dict):
-            raise ValueError(f"it holds a {type(result).__name__}")
-    except (ValueError, RecursionError) as error:
-        raise UserError(
-            f"{path} is not a result: {error}; delete it and write it anew with jvitmoe.evaluate"
-        ) from error
+    result = _read_json(path, RESULT_FORM, "a result", remedy) or {}
+    rest = {name: value for name, value in result.items() if name != "checksum"}
+    if result.get("checksum") not in (None, checksum(rest)):
+        raise UserError(f"{path} does not match its checksum; {remedy}")
     return result
 
 
@@ -289,11 +310,8 @@ def write_classes(workdir: Path, names: Sequence[str]) -> None:
 
 def read_classes(workdir: Path) -> tuple[str, ...]:
     """Returns the names of the classes; () where the run kept none. Raises UserError where the file is damaged."""
-    path = workdir / CLASSES
-    try:
-        return tuple(map(str, json.loads(path.read_text()))) if path.is_file() else ()
-    except (ValueError, TypeError, RecursionError) as error:
-        raise UserError(f"{path} is not a list of names: {error}; delete it, and classes go by number") from error
+    remedy = "delete it, and classes go by number"
+    return tuple(_read_json(workdir / CLASSES, [str], "a list of names", remedy) or ())
 
 
 def write_images(workdir: Path, counts: Mapping[str, int]) -> None:
@@ -303,15 +321,55 @@ def write_images(workdir: Path, counts: Mapping[str, int]) -> None:
 
 def read_images(workdir: Path) -> dict[str, int] | None:
     """Returns split -> number of images; None where the run kept none. Raises UserError where the file is damaged."""
-    path = workdir / IMAGES
+    remedy = "delete it if the data are the same"
+    counts: dict[str, int] | None = _read_json(workdir / IMAGES, {"*": int}, "the numbers of images", remedy)
+    return counts
+
+
+# Forms of JSON values: a type, [form of each entry], or {name: form}. A name with ? may be absent or null; * stands
+# for all other names.
+RESULT_FORM = {
+    "rows": [{"model": str, "accuracy": float, "*": float}],
+    **{"step": int, "active_parameters": int, "total_parameters": int, "hardware": str},
+    **{"data?": str, "seed?": int, "images_per_second?": float, "trained_on?": str, "versions?": {"*": str}},
+    "mergeability?": {"barrier": {"height": float}, "gap": [float]},
+}
+
+
+def _read_json(path: Path, form: Any, what: str, remedy: str) -> Any:
+    """Returns the value in a JSON file; None where there is none. Raises UserError where it cannot be read or does not
+    have the form."""
     try:
-        return {str(split): int(count) for split, count in json.loads(path.read_text()).items()}
+        value = json.loads(path.read_bytes())
+        _check_form(value, form, "the whole")
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise UserError(
-            f"{path} does not hold numbers of images: {error}; delete it if the data are the same"
-        ) from error
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}; let it be read") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not {what}: {one_line(error)}; {remedy}") from error
+    return value
+
+
+def _check_form(value: Any, form: Any, name: str) -> None:
+    """Raises ValueError for what in a JSON value does not have the form."""
+    if isinstance(form, type):
+        kinds, number = (float, int) if form is float else (form,), isinstance(value, int)
+        fits = type(value) in kinds and not (number and abs(value) >= 2**63)
+    else:
+        fits = isinstance(value, type(form)) and (len(value) > 0 or isinstance(value, dict))
+    if not fits:
+        kind = form.__name__ if isinstance(form, type) else f"{type(form).__name__} with entries"
+        raise ValueError(f"{name} is {type(value).__name__}, not {kind}")
+    if isinstance(form, list):
+        for entry in value:
+            _check_form(entry, form[0], f"an entry of {name}")
+    elif isinstance(form, dict):
+        for key in {name.rstrip("?") for name in form} - {"*"}:
+            if key in form or value.get(key) is not None:
+                _check_form(value.get(key), form.get(key, form.get(f"{key}?")), key)
+        for key in (value.keys() - form.keys()) if "*" in form else ():
+            _check_form(value[key], form["*"], key)
 
 
 def result_rows(result: Mapping[str, Any]) -> list[dict[str, str]]:
@@ -347,7 +405,7 @@ def quantity(number: float) -> str:
 
 def write_result(workdir: Path, result: Mapping[str, Any]) -> None:
     """Writes result.json and report.md and prints the tables."""
-    write_text(workdir / RESULT, json.dumps(result, indent=2) + "\n")
+    write_text(workdir / RESULT, json.dumps({**result, "checksum": checksum(result)}, indent=2) + "\n")
     rows = result_rows(result)
     about = (
         f"Test split of {result['data']}, checkpoint at step {result['step']}, seed {result['seed']}. "

@@ -106,15 +106,6 @@ def claim(workdir: Path, config: Config) -> None:
         raise ConfigError(f"workdir {str(workdir)!r} holds another experiment: {listed}; set --workdir to a new folder")
 
 
-def has_checkpoints(workdir: Path) -> bool:
-    """Returns whether the folder holds a checkpoint, sound or not. Raises UserError where it may not be listed."""
-    folder = workdir / "checkpoints"
-    try:
-        return folder.is_dir() and any(entry.name.isdigit() for entry in folder.iterdir())
-    except OSError as error:
-        raise UserError(f"{folder} cannot be listed: {error.strerror}; let it be read") from error
-
-
 def train(config: Config, workdir: Path, stop: Stop, held: contextlib.ExitStack) -> None:
     """Trains from the newest sound checkpoint or from scratch to the end, and tests. Raises UserError.
 
@@ -141,8 +132,9 @@ def train(config: Config, workdir: Path, stop: Stop, held: contextlib.ExitStack)
     train_split, validation, order = distributed.together(arrange)
     total = config.train.epochs * order.steps_per_epoch
     model = step.make_model(config, mesh.devices.flat[0].platform)
-    starts = config.init.source and not has_checkpoints(workdir)  # a checkpoint holds all that the source gave
-    dense, told = distributed.together(lambda: pretrained.start(config, mesh)) if starts else (None, [])
+    resumes = bool(checkpoint.list_steps(workdir / "checkpoints"))
+    starts = config.init.source and not resumes  # a checkpoint holds all that the source gave
+    dense, told = distributed.together(lambda: pretrained.start(config)) if starts else (None, [])
     active, everything = evaluation.count_parameters(config)
 
     counts = {"train": len(train_split), "validation": len(validation), "test": len(dataset.test)}
@@ -174,10 +166,14 @@ def train(config: Config, workdir: Path, stop: Stop, held: contextlib.ExitStack)
     watch_on = show(validation) if len(validation) else test
 
     checkpoints = Checkpoints(workdir / "checkpoints", config.train.keep)
-    state = _resume(checkpoints, config, model, mesh, dense)
+    state, files = _resume(checkpoints, config, model, mesh, dense)
     start = int(state.step)
     if start:
         console.print(f"resuming    from step {start:,}")
+    if start and distributed.first():
+        found = tracking.checksums(workdir, start).get(tracking.METRICS)
+        if not found or found != files.get(tracking.METRICS, found):
+            console.print(f"warning: {tracking.METRICS} does not hold all that was recorded up to step {start}")
     watchdog = held.enter_context(Watchdog(config.train.stall_minutes))
     run = _Run(config, checkpoints, stop, watchdog, mesh, order)
 
@@ -217,12 +213,20 @@ def train(config: Config, workdir: Path, stop: Stop, held: contextlib.ExitStack)
             "active_parameters": active,
             "total_parameters": everything,
             # A finished run that is started again trains nothing, and keeps the rate it had.
-            "images_per_second": rate or tracking.read_result(workdir).get("images_per_second"),
+            "images_per_second": rate or _earlier_rate(workdir),
             "seconds": time.monotonic() - began,
             "hardware": hardware,
             "versions": checkpoint.versions(),
         },
     )
+
+
+def _earlier_rate(workdir: Path) -> float | None:
+    try:
+        return tracking.read_result(workdir).get("images_per_second")
+    except UserError:
+        console.print(f"warning: {tracking.RESULT} is damaged; it is written anew, without images/s")
+        return None
 
 
 def _check_memory(config: Config, mesh: Mesh) -> None:
@@ -255,7 +259,7 @@ def _occupy(
     held = lock.Lock(workdir)
     try:
         claim(workdir, config)
-        if has_checkpoints(workdir):
+        if checkpoint.list_steps(workdir / "checkpoints"):
             _check_data(workdir, class_names, counts)
         tracking.write_text(workdir / "config.json", config_lib.dumps(config))
         tracking.write_classes(workdir, class_names)
@@ -300,10 +304,13 @@ def _streamed(batches: Generator[feed.Images, None, None]) -> Generator[Batch, N
             yield images, None
 
 
-def _resume(checkpoints: Checkpoints, config: Config, model: vit.ViT, mesh: Mesh, dense: Any) -> TrainState:
+def _resume(
+    checkpoints: Checkpoints, config: Config, model: vit.ViT, mesh: Mesh, dense: Any
+) -> tuple[TrainState, dict[str, str]]:
+    """Returns the state to go on from, and the checksums that the run folder's files had there."""
     with tracking.warnings_as_lines():
         found = checkpoints.restore(step.abstract_state(config, model, mesh))
-    return found[0] if found else step.make_state(config, model, mesh, dense)
+    return (found[0], found[1].get("files", {})) if found else (step.make_state(config, model, mesh, dense), {})
 
 
 class _Run:
@@ -365,8 +372,8 @@ class _Run:
                 if result:
                     tracker.evaluation(done, watched, {"accuracy": result.accuracy, "nll": result.nll})
                 self._watchdog.progress(f"the evaluation at step {done}")
-                tracker.sync()
-                self._checkpoints.save(state, self._config, result.nll if result and watched == "validation" else None)
+                nll = result.nll if result and watched == "validation" else None
+                self._checkpoints.save(state, self._config, nll, tracker.sync())
                 self._saved = done
                 tracker.paused(time.monotonic() - paused)
             if stop and done < total:

@@ -24,7 +24,7 @@ from typing import Any
 
 from absl import logging
 
-from jvitmoe import tracking
+from jvitmoe import checkpoint, tracking
 from jvitmoe.checkpoint import Checkpoints
 
 TURNS = ("at a step", "writing a checkpoint", "evaluating", "before the first step")
@@ -82,7 +82,7 @@ class Run:
 
     def writes(self) -> bool:
         folder = self.workdir / "checkpoints"
-        return folder.is_dir() and any(".orbax-checkpoint-tmp" in name for name in os.listdir(folder))
+        return folder.is_dir() and any(checkpoint.PART in name for name in os.listdir(folder))
 
     def evaluates(self) -> bool:
         """Whether the last thing shown is a step that an evaluation follows."""
@@ -90,7 +90,7 @@ class Run:
         return last.get("kind") == "train" and last["step"] in self._evaluations
 
     def checkpoints(self) -> set[int]:
-        return {int(path.name) for path in (self.workdir / "checkpoints").iterdir() if path.name.isdigit()}
+        return set(checkpoint.list_steps(self.workdir / "checkpoints"))
 
     def doing(self) -> str:
         """Returns which of TURNS the process was killed in, as the disk tells."""
@@ -138,9 +138,9 @@ def finish(run: Run, steps: int) -> None:
 def checksums(workdir: Path, number: int) -> dict[str, str]:
     """Returns leaf -> CRC-32, parameters and optimiser state, of one checkpoint."""
     checkpoints = Checkpoints(workdir / "checkpoints", read_only=True)
-    meta = checkpoints.read_meta(number)
+    meta = checkpoints.read(str(number)).meta
     checkpoints.close()
-    return {f"{item}{leaf}": value for item, leaves in meta["checksums"].items() for leaf, value in leaves.items()}
+    return {f"{item}.{leaf}": value for item, leaves in meta["checksums"].items() for leaf, value in leaves.items()}
 
 
 def history(workdir: Path, last: int) -> list[dict[str, float]]:

@@ -197,7 +197,7 @@ def test_a_value_that_changes_in_the_memory_of_one_process_stops_all_at_the_next
     for process, one in enumerate(ended):
         assert one.code == 2, one
         assert one.err.count("\n") == 1, one.err
-        assert "params['blocks']['mlp']['up'] of process 1 is not equal to that of process 0 at step 4 " in one.err
+        assert "params.blocks.mlp.up of process 1 is not equal to that of process 0 at step 4 " in one.err
         assert "(2 of " in one.err
         assert one.err.endswith(" (process 1 of 2)\n") == (process == 1)
     assert steps_saved(tmp_path / "x") == [2]

@@ -11,7 +11,7 @@ ROOT = Path(jvitmoe.__file__).parent
 FILES = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in sorted(ROOT.rglob("*.py"))}
 MODULES = [name for name in FILES if name.split(".")[-1] != "__init__"]
 COMMANDS = {"train", "evaluate", "predict", "export", "report", "benchmark"}
-IN_JAX = {"jax", "jaxlib", "flax", "optax", "orbax", "chex"}
+IN_JAX = {"jax", "jaxlib", "flax", "optax", "orbax", "tensorstore", "chex"}
 WITHOUT_JAX = [
     *("config", "lock", "watchdog", "lifeline", "rendezvous", "cli", "tracking", "plots", "report", "formats"),
     *("data.sources", "data.decode", "data.pictures"),
@@ -36,7 +36,7 @@ ONLY = {
     "stop": {"distributed"},
 }
 ONLY_IN = {
-    **{"flax": "models.", "orbax": "checkpoint", "torch": "peer"},
+    **{"flax": "models.", "orbax": "checkpoint", "tensorstore": "checkpoint", "torch": "peer"},
     **{"tensorflow_datasets": "data.sources", "grain": "data.stream"},
 }
 

@@ -101,7 +101,7 @@ def upcycled_and_merged(source: pretrained.Source, experts: int) -> dict:
     config.routing.experts, config.init.source = experts, str(source.path)
     config.train.batch_size, config.train.devices, config.train.platform = 8, 1, "cpu"
     mesh = step.make_mesh(config.validate().train)
-    dense, _ = pretrained.start(config, mesh)
+    dense, _ = pretrained.start(config)
     state = step.make_state(config, step.make_model(config, "cpu"), mesh, dense)
     assert any(jax.tree.leaves(merging.stacked(state.params)))
     return evaluation.dense_tree(config, state.params)

@@ -308,3 +308,31 @@ def test_the_pictures_in_results_can_be_drawn_again(tmp_path, figures, monkeypat
     assert {str(path.relative_to(tmp_path)) for path in tmp_path.glob("*/*.png")} == committed
     for figure in figures:
         check(figure)
+
+
+WRONG = {
+    "rows": ([], 3, [{"model": "merged"}], [{"model": [], "accuracy": 0.5}], [{"model": "merged", "accuracy": "0.5"}]),
+    "step": ("2", None, 1e400),
+    "active_parameters": ("5", 10**400),
+    "total_parameters": ("9", None, []),
+    "hardware": (7, ["cpu"], None),
+    "images_per_second": ("fast", [1]),
+    "mergeability": ([], {"gap": []}, {"gap": [0.1], "barrier": 3}, {"gap": ["x"], "barrier": {"height": 1.0}}),
+}
+
+
+@pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in WRONG.items() for value in values])
+def test_a_result_of_wrong_types_is_refused_in_one_line_by_the_report(make_run, name, value):
+    folder = make_run("run")
+    result = json.loads((folder / "result.json").read_text()) | {name: value}
+    (folder / "result.json").write_text(json.dumps(result))
+    with pytest.raises(UserError, match=r"result\.json is not a result: ") as caught:
+        report.read_run(folder)
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 500
+
+
+def test_a_loss_that_is_not_finite_has_no_deviation(make_run):
+    runs = [make_run(f"random_s{s}", value, train__seed=s) for s, value in enumerate((0.5, float("inf")))]
+    ((name, group),) = read(*runs).items()
+    assert "nan" in report.group_rows(name, group)[0]["nll"]

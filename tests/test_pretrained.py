@@ -382,8 +382,8 @@ def test_a_run_of_an_older_version_is_read(experiment_run, tmp_path, monkeypatch
         del config["model"][name]
     config["routing"] |= {"init": "upcycled", "upcycle_from": "runs/dense"}
     (tmp_path / "run" / "config.json").write_text(json.dumps(config))
-    real = Checkpoints.read_meta
-    monkeypatch.setattr(Checkpoints, "read_meta", lambda self, number: real(self, number) | {"config": config})
+    real = Checkpoints.read
+    monkeypatch.setattr(Checkpoints, "read", lambda *which: real(*which)._replace(meta={"config": config}))
     found, wanted = pretrained.read(tmp_path / "run"), pretrained.read(experiment_run)
     assert (found.model, found.config.init.source) == (wanted.model, "runs/dense")
     np.testing.assert_array_equal(found.params["blocks.mlp.up"], wanted.params["blocks.mlp.up"])

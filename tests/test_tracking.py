@@ -2,11 +2,13 @@
 
 import io
 import json
+from pathlib import Path
 
 import pytest
 from rich.console import Console
 
 from jvitmoe import tracking
+from jvitmoe.config import UserError
 from jvitmoe.tracking import Tracker
 
 VALUES = {"loss": 1.0, "accuracy": 0.5, "grad_norm": 2.0, "learning_rate": 0.1}
@@ -131,3 +133,63 @@ def test_markdown_has_a_row_for_each_model():
     }
     text = tracking.markdown(tracking.result_rows(result))
     assert text.splitlines()[2] == "| merged | 50.00% | 1.0000 | 10 | 1,234 |"
+
+
+READERS = {
+    "metrics.jsonl": lambda run: tracking.read_metrics(run / "metrics.jsonl"),
+    "result.json": tracking.read_result,
+    "classes.json": tracking.read_classes,
+    "images.json": tracking.read_images,
+}
+DAMAGES = (
+    '{"train": 1e400}',
+    "[" * 100_000,
+    "[]",
+    "3",
+    '{"train": true}',
+    '["1", 2]',
+    "\x00",
+    "9" * 5000,
+    '{"rows": [[]]}',
+)
+
+
+@pytest.mark.parametrize("name", ["result.json", "classes.json", "images.json"])
+@pytest.mark.parametrize("text", DAMAGES, ids=range(len(DAMAGES)))
+def test_a_damaged_file_is_one_line_that_names_it(tmp_path, name, text):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(UserError, match=name) as caught:
+        READERS[name](tmp_path)
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 500
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_a_file_that_may_not_be_read_is_one_line_that_names_it(tmp_path, name, monkeypatch):
+    assert not READERS[name](tmp_path)  # there is none
+    (tmp_path / name).mkdir()
+    with pytest.raises(UserError, match=f"{name} cannot be read: Is a directory; let it be read"):
+        READERS[name](tmp_path)
+
+    def refuse(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    (tmp_path / name).rmdir()
+    (tmp_path / name).write_text("{}")
+    monkeypatch.setattr(Path, "open", refuse)
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    monkeypatch.setattr(Path, "read_text", refuse)
+    with pytest.raises(UserError, match=f"{name} cannot be read: Permission denied; let it be read"):
+        READERS[name](tmp_path)
+
+
+def test_the_checksum_of_a_history_is_the_same_while_it_grows_and_when_it_is_read_again(tmp_path):
+    (tmp_path / "classes.json").write_text("[]")
+    with Tracker(tmp_path, start=0, total=10, batch_size=4) as tracker:
+        for step in range(1, 7):
+            tracker.train(step, VALUES | {"loss": step / 3 if step % 2 else float("nan")})
+            assert tracker.sync() == tracking.checksums(tmp_path, step)
+    with Tracker(tmp_path, start=4, total=10, batch_size=4) as tracker:
+        assert tracker.sync() == tracking.checksums(tmp_path, 4)
+        tracker.train(5, VALUES)
+        assert tracker.sync() == tracking.checksums(tmp_path, 5) != tracking.checksums(tmp_path, 4)

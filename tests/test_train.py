@@ -354,7 +354,7 @@ def test_upcycling_starts_from_the_dense_models_own_predictions_and_resumes_with
     config = train.config_lib.loads((undisturbed / "config.json").read_text(), "config.json")
     config.init.source, config.routing.experts = str(undisturbed), 4
     mesh = step.make_mesh(config.validate().train)
-    dense, told = pretrained.start(config, mesh)
+    dense, told = pretrained.start(config)
     assert "(run): " in told[0]
     model = step.make_model(config, "cpu")
     state = step.make_state(config, model, mesh, dense)
