@@ -137,8 +137,8 @@ class InitConfig:
     """A trained ViT to start from; with experts, each starts as a copy of its MLP. Read once, never to resume."""
 
     source: str = ""  # run folder, exported folder, .safetensors of timm or Hugging Face, or .npz; "" starts anew
-    mean: tuple[float, ...] = ()  # of the pixels (from 0 to 1) that a source of another library takes, one or one per
-    std: tuple[float, ...] = ()  # channel, and their deviation; () is what its config tells, or else 0.5
+    mean: tuple[float, ...] = ()  # of the source's pixels in [0, 1]: one, or one per channel; () is its config's or 0.5
+    std: tuple[float, ...] = ()  # their standard deviation, likewise
     noise: float = 0.0  # deviation of normal noise on each copy, as a multiple of the deviation of its array
 
 

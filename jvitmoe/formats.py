@@ -139,8 +139,8 @@ def write(ours: Arrays, style: str, cls_row: bool) -> Dict:
     return {name: np.ascontiguousarray(leaf, np.float32) for name, leaf in theirs.items()}
 
 
-class Told(NamedTuple):
-    """What a config tells of a ViT that its arrays do not show."""
+class ConfigValues(NamedTuple):
+    """Values of a config file that the arrays do not show."""
 
     heads: int  # 0 if unknown
     epsilon: float  # of every LayerNorm
@@ -148,8 +148,8 @@ class Told(NamedTuple):
     cls_row: bool | None = None  # whether the table of positions begins with a row for CLS
 
 
-def model_of(theirs: Arrays, style: str, told: Told) -> ModelConfig:
-    """Returns the architecture of a ViT, from the shapes of its arrays; `classes` is 0 without a head that fits ours.
+def model_of(theirs: Arrays, style: str, config: ConfigValues) -> ModelConfig:
+    """Returns the architecture of a ViT, from the shapes of its arrays; `classes` is 0 without a head that we can use.
 
     Raises FormatError for shapes of another model, and if the number of positions fits several ViTs.
     """
@@ -165,14 +165,14 @@ def model_of(theirs: Arrays, style: str, told: Told) -> ModelConfig:
     def shape(ours: str, ndim: int) -> tuple[int, ...]:
         name, kind = next((name, kind) for name, (own, _), kind in _names(style, 1) if own == ours)
         found = _shape(named, name, ndim)
-        return found if style == GOOGLE else _from_torch(_empty(found), kind, told.heads).shape
+        return found if style == GOOGLE else _from_torch(_empty(found), kind, config.heads).shape
 
     patch, other, channels, width = shape("patches.kernel", 4)
     if patch != other:
         raise FormatError(f"its patches have {patch}x{other} pixels; they must be square")
-    if width % told.heads:
-        raise FormatError(f"its width is {width}; it must be a multiple of the {told.heads} heads")
-    grid, cls_row = _grid(_shape(named, POSITIONS[style], 3)[1], has_cls, patch, told)
+    if width % config.heads:
+        raise FormatError(f"its width is {width}; it must be a multiple of the {config.heads} heads")
+    grid, cls_row = _grid(_shape(named, POSITIONS[style], 3)[1], has_cls, patch, config)
     return ModelConfig(
         image_size=grid * patch,
         channels=channels,
@@ -181,23 +181,23 @@ def model_of(theirs: Arrays, style: str, told: Told) -> ModelConfig:
         width=width,
         hidden=shape("blocks.mlp.up_bias", 1)[0],
         depth=depth,
-        heads=told.heads,
+        heads=config.heads,
         pool="cls" if has_cls else "mean",
         cls_position=cls_row,
-        norm_epsilon=told.epsilon,
+        norm_epsilon=config.epsilon,
     )
 
 
-def _grid(rows: int, has_cls: bool, patch: int, told: Told) -> tuple[int, bool]:
+def _grid(rows: int, has_cls: bool, patch: int, config: ConfigValues) -> tuple[int, bool]:
     """Returns (patches on a side, whether CLS has a row) for a table of positions. Raises FormatError if they make no
     square, or may be another rectangle."""
-    height, width = told.size or (0, 0)
-    patches = (height // patch) * (width // patch) if told.size else -1
+    height, width = config.size or (0, 0)
+    patches = (height // patch) * (width // patch) if config.size else -1
     side = round(rows**0.5)
     if not has_cls:
         cls_row = False
-    elif told.cls_row is not None:
-        cls_row = told.cls_row
+    elif config.cls_row is not None:
+        cls_row = config.cls_row
     elif patches in (rows, rows - 1):
         cls_row = patches == rows - 1
     elif side * side == rows > 1:
@@ -298,8 +298,8 @@ def timm_config(model: ModelConfig, classes: Sequence[str], crop: str) -> dict[s
     }
 
 
-def read_timm_config(about: Mapping[str, Any], has_cls: bool) -> Told:
-    """Returns what timm's config.json tells. Raises FormatError for other activations, norms and pooling than ours,
+def read_timm_config(about: Mapping[str, Any], has_cls: bool) -> ConfigValues:
+    """Returns the values in timm's config.json. Raises FormatError for other activations, norms and pooling than ours,
     which the arrays would not show.
 
     timm's ViTs have an epsilon of 1e-6, those after CLIP 1e-5 (and, but for the quickgelu ones, the same GELU).
@@ -317,7 +317,7 @@ def read_timm_config(about: Mapping[str, Any], has_cls: bool) -> Told:
     clip = "clip" in words and args.get("norm_layer") is None
     size = image_size(args.get("img_size") or ((about.get("pretrained_cfg") or {}).get("input_size") or ())[1:])
     cls_row = None if args.get("no_embed_class") is None else not args["no_embed_class"]
-    return Told(int(heads), 1e-5 if clip else 1e-6, size, cls_row)
+    return ConfigValues(int(heads), 1e-5 if clip else 1e-6, size, cls_row)
 
 
 def image_size(value: Any) -> tuple[int, int] | None:

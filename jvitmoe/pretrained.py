@@ -84,12 +84,11 @@ def read(
     if path.suffix not in (".safetensors", ".npz"):
         raise UserError(f"{str(path)!r} is neither .safetensors nor .npz; convert it with safetensors first")
     try:
-        source = _read_file(path, heads, mean, std)
+        return _read_file(path, heads, mean, std)
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
-    except Exception as error:  # a hostile file may hold anything
+    except Exception as error:  # a damaged file may contain anything
         raise UserError(f"{path}: its {CONFIG} or its arrays are not those of a ViT ({one_line(error)})") from error
-    return source
 
 
 def start(config: Config) -> tuple[dict[str, Any], list[str]]:
@@ -239,8 +238,8 @@ class _Stored:
 
 
 def _open(path: Path) -> dict[str, _Stored]:
-    """Returns the arrays of a .safetensors or .npz file. Raises UserError if it cannot be read, or inflates to much
-    more than weights do."""
+    """Returns the arrays of a .safetensors or .npz file. Raises UserError if it cannot be read, and for an .npz that
+    expands to much more than weights do."""
     try:
         if path.suffix == ".safetensors":
             file = safetensors.safe_open(path, framework="numpy")
@@ -252,7 +251,7 @@ def _open(path: Path) -> dict[str, _Stored]:
         archive = zipfile.ZipFile(path)
         inflated, packed = sum(entry.file_size for entry in archive.infolist()), path.stat().st_size
         if inflated > MOST_INFLATION * packed:
-            raise ValueError(f"{packed:,} bytes would become {inflated:,}, which no weights do")
+            raise ValueError(f"{packed:,} bytes expand to {inflated:,}; weights do not compress so well")
         return {entry.filename.removesuffix(".npy"): _npz_array(archive, entry) for entry in archive.infolist()}
     except Exception as error:  # of safetensors, zipfile, zlib and NumPy, and OSError
         raise UserError(f"cannot be read as {path.suffix} ({one_line(error)}); restore it from a copy") from error
@@ -280,21 +279,21 @@ def _read_file(path: Path, heads: int, mean: Any, std: Any) -> Source:
     if style is None:
         raise UserError("its arrays have no names of timm's, Hugging Face's or google-research's ViTs; use a plain ViT")
     read_config = {formats.TIMM: _timm_config, formats.HF: _hf_config, formats.GOOGLE: _google_config}
-    told, names, *pixels = read_config[style](path, arrays, about)
-    told = told._replace(heads=told.heads or heads)
-    if not told.heads:
+    values, names, *pixels = read_config[style](path, arrays, about)
+    values = values._replace(heads=values.heads or heads)
+    if not values.heads:
         raise UserError(f"nothing tells its number of heads; put the {CONFIG} that belongs to it beside it")
-    model = formats.model_of(arrays, style, told)
+    model = formats.model_of(arrays, style, values)
     flat, left = formats.read(arrays, style, model, _shapes(model))
     notes = [f"skipped {', '.join(left)}"] if left else []
     if any(name.startswith("pre_logits") for name in left):
-        notes.append("skipped the head, which needs pre_logits: a hidden tanh layer that our ViT does not have")
+        notes.append("skipped the head: it needs pre_logits, a tanh layer that our ViT does not have")
     if not about and style != formats.GOOGLE:
-        notes.append(f"took {told.epsilon:g} for LayerNorm's epsilon: no {CONFIG} beside it tells")
-    mean, std = (given or told for given, told in zip((mean, std), pixels, strict=True))
+        notes.append(f"took {values.epsilon:g} for LayerNorm's epsilon: no {CONFIG} beside it tells")
+    mean, std = (given or found for given, found in zip((mean, std), pixels, strict=True))
     if mean is None or std is None:
         notes.append(
-            "took 0.5 for the mean and deviation of pixels, for no config tells them; init.mean and init.std set them"
+            "took 0.5 for mean or deviation of pixels: no config file has it; set init.mean, init.std to change"
         )
     _fold_pixels(flat, 0.5 if mean is None else mean, 0.5 if std is None else std, notes)
     classes = names if len(names) == model.classes else ()
@@ -319,11 +318,11 @@ def _shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
     return {".".join(str(entry.key) for entry in at): leaf.shape for at, leaf in jax.tree.leaves_with_path(tree)}
 
 
-# What config files tell: (of the architecture, names of classes, mean and deviation of pixels or None).
-_Told = tuple[formats.Told, tuple[str, ...], Any, Any]
+# From config files: (values of the architecture, names of classes, mean and deviation of pixels or None).
+_Values = tuple[formats.ConfigValues, tuple[str, ...], Any, Any]
 
 
-def _hf_config(path: Path, arrays: formats.Arrays, about: dict[str, Any]) -> _Told:
+def _hf_config(path: Path, arrays: formats.Arrays, about: dict[str, Any]) -> _Values:
     if about.get("model_type", "vit") != "vit" or about.get("hidden_act", "gelu") != "gelu":
         raise UserError(
             f"its model_type is {about.get('model_type')!r} with hidden_act {about.get('hidden_act')!r}; "
@@ -335,10 +334,10 @@ def _hf_config(path: Path, arrays: formats.Arrays, about: dict[str, Any]) -> _To
     pixels = json.loads(beside.read_text()) if beside.is_file() else {}
     mean, std = (pixels.get("image_mean"), pixels.get("image_std")) if pixels.get("do_normalize", True) else (0.0, 1.0)
     heads, epsilon = int(about.get("num_attention_heads", 0)), float(about.get("layer_norm_eps", HF_EPSILON))
-    return formats.Told(heads, epsilon, formats.image_size(about.get("image_size")), True), names, mean, std
+    return formats.ConfigValues(heads, epsilon, formats.image_size(about.get("image_size")), True), names, mean, std
 
 
-def _timm_config(path: Path, arrays: formats.Arrays, about: dict[str, Any]) -> _Told:
+def _timm_config(path: Path, arrays: formats.Arrays, about: dict[str, Any]) -> _Values:
     has_cls = formats.CLS[formats.TIMM] in arrays
     if has_cls == ("fc_norm.weight" in arrays):
         raise UserError(
@@ -349,12 +348,12 @@ def _timm_config(path: Path, arrays: formats.Arrays, about: dict[str, Any]) -> _
     return formats.read_timm_config(about, has_cls), names, cfg.get("mean"), cfg.get("std")
 
 
-def _google_config(path: Path, arrays: formats.Arrays, about: dict[str, Any]) -> _Told:
+def _google_config(path: Path, arrays: formats.Arrays, about: dict[str, Any]) -> _Values:
     if formats.CLS[formats.GOOGLE] not in arrays:
         raise UserError("its arrays are those of a google-research ViT without a CLS token; use another source")
     names = [name for name in arrays if name.endswith("/query/kernel")]
     heads = arrays[names[0]].shape[1] if names else 1
-    return formats.Told(heads, GOOGLE_EPSILON, None, True), (), 0.5, 0.5
+    return formats.ConfigValues(heads, GOOGLE_EPSILON, None, True), (), 0.5, 0.5
 
 
 def _crop(path: Path, about: dict[str, Any]) -> str:

@@ -23,7 +23,7 @@ def tree(model: ModelConfig) -> dict[str, np.ndarray]:
 
 def read(theirs: formats.Arrays, style: str, cls_row: bool | None, heads: int = MODEL.heads) -> tuple:
     """Returns (ours, names left over) of arrays, as `pretrained` reads them."""
-    model = formats.model_of(theirs, style, formats.Told(heads, MODEL.norm_epsilon, None, cls_row))
+    model = formats.model_of(theirs, style, formats.ConfigValues(heads, MODEL.norm_epsilon, None, cls_row))
     shapes = {name: leaf.shape for name, leaf in tree(model).items()}
     return formats.read(theirs, style, model, shapes)
 

@@ -141,7 +141,7 @@ def test_a_folder_tells_everything_and_a_bare_file_needs_the_heads(tmp_path):
     assert (bare.model.heads, bare.model.norm_epsilon) == (2, 1e-12)
     assert bare.notes == (
         "took 1e-12 for LayerNorm's epsilon: no config.json beside it tells",
-        "took 0.5 for the mean and deviation of pixels, for no config tells them; init.mean and init.std set them",
+        "took 0.5 for mean or deviation of pixels: no config file has it; set init.mean, init.std to change",
     )
 
 
@@ -170,7 +170,7 @@ def test_a_mean_and_deviation_that_the_user_gives_are_folded_and_must_be_possibl
     (tmp_path / "config.json").write_text(json.dumps({**about, "pretrained_cfg": told}))
     wanted = pretrained.read(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({**about, "pretrained_cfg": {}}))
-    assert "took 0.5 for the mean and deviation of pixels" in " ".join(pretrained.read(tmp_path).notes)
+    assert "took 0.5 for mean or deviation of pixels" in " ".join(pretrained.read(tmp_path).notes)
     found = pretrained.read(tmp_path, **given)
     assert found.notes == wanted.notes
     np.testing.assert_array_equal(found.params["patches.kernel"], wanted.params["patches.kernel"])
@@ -252,7 +252,7 @@ def test_a_damaged_array_is_named_with_the_shape_that_it_must_have(tmp_path, sty
 @pytest.mark.parametrize(
     ("junk", "pack", "message"),
     [
-        ("head/junk", np.savez_compressed, r"bytes would become 8,\d+,\d+, which no weights do"),
+        ("head/junk", np.savez_compressed, r"bytes expand to 8,\d+,\d+; weights do not compress so well"),
         ("junk", np.savez, "'junk' has no place"),
         ("Transformer/encoder_norm/scale", np.savez, r"encoder_norm/scale' has shape \(2000000,\); it must be \(12,\)"),
         ("embedding/kernel", np.savez, r"'embedding/kernel' has shape \(2000000,\); it must have 4 axes"),
@@ -279,7 +279,7 @@ def test_a_head_that_needs_pre_logits_is_left_out_and_told(tmp_path, style):
     path = tmp_path / ("vit.npz" if style == "google" else "vit.safetensors")
     np.savez(path, **arrays) if style == "google" else save_file(arrays, path)
     found = pretrained.read(path, heads=2)
-    assert "skipped the head, which needs pre_logits" in " ".join(found.notes)
+    assert "skipped the head: it needs pre_logits" in " ".join(found.notes)
     assert not any(name.startswith("head") for name in found.params)
     assert found.model.classes == 0
     with pytest.raises(UserError, match="has no head"):
