@@ -454,7 +454,7 @@ def _remove(path: Path) -> None:
 def checksums(arrays: Arrays) -> dict[str, str]:
     """Returns name -> CRC-32 of the values. Copies nothing and lets other threads run meanwhile."""
     return {
-        name: f"{zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8)):08x}"
+        name: f"{zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data):08x}"
         for name, array in arrays.items()
     }
 
