@@ -163,26 +163,22 @@ def test_processes_that_cannot_be_one_run_say_so_in_one_line_each_within_30_seco
 
 FLIPS = """
 import jax
-from jvitmoe import step
+from jvitmoe.checkpoint import Checkpoints
 
-make_train_step = step.make_train_step
+save = Checkpoints.save
 
 def flip(x):
     first, *others = [shard.data for shard in x.addressable_shards]
     changed = first.at[(0,) * first.ndim].add(1e-6)
     return jax.make_array_from_single_device_arrays(x.shape, x.sharding, [changed, *others])
 
-def make_flipping_step(*arguments):
-    train_step = make_train_step(*arguments)
-    def flipping_step(*given):
-        state, metrics = train_step(*given)
-        if jax.process_index() == 1 and int(state.step) == 3:
-            for tree, name in ((state.params["head"]["logits"], "kernel"), (state.params["blocks"]["mlp"], "up")):
-                tree[name] = flip(tree[name])
-        return state, metrics
-    return flipping_step
+def flip_and_save(self, state, *arguments):
+    if jax.process_index() == 1 and int(state.step) == 4:
+        for tree, name in ((state.params["head"]["logits"], "kernel"), (state.params["blocks"]["mlp"], "up")):
+            tree[name] = flip(tree[name])
+    return save(self, state, *arguments)
 
-step.make_train_step = make_flipping_step
+Checkpoints.save = flip_and_save
 """
 
 

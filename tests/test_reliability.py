@@ -141,9 +141,11 @@ with Stop() as stop, Tracker(None, 0, 10, 4) as tracker:
 
 @pytest.mark.parametrize("unsaved", [True, False])
 def test_ctrl_c_under_the_progress_line_says_so_in_one_line_and_leaves_the_cursor_visible(unsaved):
-    pid, terminal = pty.fork()
-    if pid == 0:
-        os.execvpe(sys.executable, [sys.executable, "-c", STOPS_ON_A_TERMINAL.format(unsaved=unsaved)], ON_A_TERMINAL)
+    terminal, end = pty.openpty()
+    # On a terminal of its own, where Ctrl-C is a signal: `pty.fork` would fork this process, which runs JAX's threads.
+    command = ["setsid", "--ctty", sys.executable, "-c", STOPS_ON_A_TERMINAL.format(unsaved=unsaved)]
+    process = subprocess.Popen(command, stdin=end, stdout=end, stderr=end, env=ON_A_TERMINAL)
+    os.close(end)
     shown = b""
     for awaited in [b"compiling", b"asked", None] if unsaved else [b"compiling", None]:
         while awaited is None or awaited not in shown:
@@ -154,7 +156,7 @@ def test_ctrl_c_under_the_progress_line_says_so_in_one_line_and_leaves_the_curso
         if awaited:
             os.write(terminal, b"\x03")
     os.close(terminal)
-    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 130
+    assert process.wait(timeout=60) == 130
     assert b"?25h" in shown.rpartition(b"?25l")[2]
     last = "without saving the last steps" if unsaved else "with no step to save"
     assert shown.endswith(f"\r\nstopped at once by SIGINT, {last}; the same command goes on\r\n".encode())
@@ -512,7 +514,7 @@ VERIFIED = {
         "a step stands in it twice",
     ),
     "result": ("result.json", lambda run: (run / "result.json").write_text("[]"), "is not a result"),
-    "data": ("checkpoint {}", lambda run: [flip(path) for path in saved(run)[-1].glob("params/**/d/*")], ""),
+    "data": ("checkpoint {}", lambda run: [flip(path) for path in saved(run)[-1].glob("params/*/[!.]*")], ""),
     "empty": ("checkpoint {}", lambda run: [shutil.rmtree(p) for p in saved(run)[-1].iterdir() if p.is_dir()], ""),
     "none": ("checkpoints", lambda run: [shutil.rmtree(path) for path in saved(run)], "there is none"),
 }

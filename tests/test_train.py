@@ -228,6 +228,7 @@ def test_evaluate_tests_any_checkpoint(undisturbed, monkeypatch, capsys):
 
 
 def test_report_puts_runs_side_by_side(undisturbed, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "200")
     code, out, err = run(report.main, monkeypatch, capsys, undisturbed, f"--out={tmp_path / 'r'}")
     assert code == 0, err
     assert "undisturbed" in out
