@@ -3,13 +3,18 @@
 from typing import Any
 
 __version__ = "0.1.0"
-__all__ = ["load"]
+__all__ = ["load", "merging"]
 
 
 def __getattr__(name: str) -> Any:
-    """`jvitmoe.load` (classifier.py), found when it is asked for: importing the package starts no JAX."""
+    """Returns `load` (interop/classifier.py) or `merging` (experts/merge.py) on first use, so that importing the
+    package does not import JAX."""
     if name == "load":
-        from jvitmoe.classifier import load
+        from jvitmoe.interop.classifier import load
 
         return load
+    if name == "merging":
+        from jvitmoe.experts import merge
+
+        return merge
     raise AttributeError(f"module 'jvitmoe' has no attribute {name!r}")

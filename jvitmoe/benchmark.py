@@ -28,14 +28,22 @@ import numpy as np
 from absl import flags
 from jax.sharding import Mesh
 
-from jvitmoe import checkpoint, cli, compilation, evaluation, merging, plots, routing, step, tracking
+from jvitmoe import cli
 from jvitmoe import config as config_lib
-from jvitmoe.config import Config, UserError
-from jvitmoe.data import augment, feed
-from jvitmoe.data.sources import Split
+from jvitmoe.config import Config
+from jvitmoe.data import augment, batches
+from jvitmoe.data.splits import Split
+from jvitmoe.errors import UserError
+from jvitmoe.experts import build, merge, routes
+from jvitmoe.experts.cost import count_parameters, flops_per_image
+from jvitmoe.experts.routes import Purpose
 from jvitmoe.models import vit
-from jvitmoe.routing import Purpose
-from jvitmoe.tracking import console
+from jvitmoe.runs import checkpoints, files, plots, tables
+from jvitmoe.runs.console import console
+from jvitmoe.runtime import compilation, devices
+from jvitmoe.training import step
+from jvitmoe.training.plan import StepPlan
+from jvitmoe.training.state import TrainState, abstract_state, make_state
 
 VISIT_SECONDS = 0.5  # of steps of one case, before the next one has its turn
 PRODUCT_SIDE = 2048  # of the square matrices whose product is the machine's peak
@@ -67,31 +75,31 @@ def cases(config: Config) -> dict[str, Config]:
 
 def forward_flops(config: Config) -> float:
     """Returns the FLOPs per image of the forward pass in training: dense ones for random routes, or a router's."""
-    model = step.make_model(config, "cpu")
+    model = build.make_model(config, "cpu")
     if model.router is None:
-        return evaluation.flops_per_image(model.plain(), config.train.batch_size)
+        return flops_per_image(model.plain(), config.train.batch_size)
     settings = dataclasses.replace(model.router, eval_capacity=model.router.capacity)
-    return evaluation.flops_per_image(model.clone(router=settings), config.train.batch_size)
+    return flops_per_image(model.clone(router=settings), config.train.batch_size)
 
 
 class Case:
     """The compiled step of one config, and its state."""
 
-    def __init__(self, name: str, config: Config, mesh: Mesh, images: feed.Images) -> None:
+    def __init__(self, name: str, config: Config, mesh: Mesh, images: batches.Images) -> None:
         self.name, self._mesh, self._config, self._images = name, mesh, config, images
         platform, batch = mesh.devices.flat[0].platform, config.train.batch_size
-        model = step.make_model(config, platform)
+        model = build.make_model(config, platform)
         self.dtype, self.batch = model.dtype.name, batch
-        key = routing.address(jax.random.key(config.train.seed), Purpose.ORDER)
-        order = feed.TrainOrder(len(images.labels_N), batch, key, mesh, config.slots)
+        key = routes.address(jax.random.key(config.train.seed), Purpose.ORDER)
+        order = batches.TrainOrder(len(images.labels_N), batch, key, mesh, config.slots)
         self._index_SB = order.epoch(0)
         train_step = step.make_train_step(config, model, mesh, order.steps_per_epoch)
-        self._state = step.make_state(config, model, mesh)
+        self._state = make_state(config, model, mesh)
         began = time.perf_counter()
         self._step = train_step.lower(self._state, self._images, self._index_SB).compile()
         self.compile_seconds = time.perf_counter() - began
         self._state, _ = jax.block_until_ready(self._step(self._state, self._images, self._index_SB))  # warm
-        active, total = evaluation.count_parameters(config)
+        active, total = count_parameters(config)
         self.facts = {
             "parameters": active,
             "total_parameters": total,
@@ -100,7 +108,7 @@ class Case:
             # Three times the forward pass: gradients of weights and of activations cost a forward pass each.
             "flops": 3 * batch * forward_flops(config),
         }
-        self._steps_per_epoch = order.steps_per_epoch
+        self._plan = StepPlan(config, model, mesh, order.steps_per_epoch)
 
     def text(self) -> str:
         """Returns the compiled program as HLO."""
@@ -111,19 +119,20 @@ class Case:
         began = time.perf_counter()
         for _ in range(steps):
             self._state, metrics = self._step(self._state, self._images, self._index_SB)
-            step.settle(self._mesh, metrics)
+            devices.settle(self._mesh, metrics)
         jax.block_until_ready(self._state)
         return (time.perf_counter() - began) / steps
 
     def update_seconds(self, repeats: int = 5) -> float:
         """Returns the median seconds of what follows the gradients in a step, as a program of its own."""
-        config = self._config
-        update = step.make_update(config, self._steps_per_epoch)
-        route = routing.draw_route(jax.random.key(0), config.routing, config.model.depth, config.model.tokens)
-        runs_whole = config.slots > 1 or config.learned
-        tree = self._state.params if runs_whole else merging.take_path(self._state.params, route)
-        grads = jax.block_until_ready(jax.tree.map(lambda x: x * 1e-3, tree))
-        program = jax.jit(lambda state, grads: update(state, grads, route, jnp.float32(0))[0], donate_argnums=0)
+        plan, picked = self._plan, step.draw_routes(self._plan, jnp.int32(0))
+        active = step.take(plan, self._state, picked).params
+        grads = jax.block_until_ready(jax.tree.map(lambda x: x * 1e-3, active))
+
+        def after_gradients(before: TrainState, grads: Any) -> TrainState:
+            return step.apply_gradients(plan, before, step.take(plan, before, picked), picked, jnp.float32(0), grads)[0]
+
+        program = jax.jit(after_gradients, donate_argnums=0)
         times = []
         for _ in range(repeats + 1):
             began = time.perf_counter()
@@ -137,13 +146,14 @@ class Case:
         config = self._config
 
         @jax.jit
-        def read(split: feed.Images, index_B: jax.Array) -> jax.Array:
+        def read(split: batches.Images, index_B: jax.Array) -> jax.Array:
             key_B = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(0), jnp.arange(len(index_B)))
-            images = augment.augment(key_B, split.images_NHWC[index_B], config.data.crop_padding, config.data.flip)
+            targets_BC = jax.nn.one_hot(split.labels_N[index_B], config.model.classes)
+            images, _ = augment.augment(config.data, key_B, split.images_NHWC[index_B], targets_BC)
             return augment.normalize(images)
 
         key = jax.random.key(0)
-        order = feed.TrainOrder(len(self._images.labels_N), config.train.batch_size, key, self._mesh, config.slots)
+        order = batches.TrainOrder(len(self._images.labels_N), config.train.batch_size, key, self._mesh, config.slots)
         shares: tuple[tuple[Callable[[], Any], int], ...] = (
             (lambda: read(self._images, self._index_SB[0]), 1),
             (lambda: order.epoch(1), order.steps_per_epoch),
@@ -152,10 +162,12 @@ class Case:
 
 
 class Torch:
-    """The original in PyTorch, in a process that waits while others compute (`peer.py`)."""
+    """The original in PyTorch, in a process that waits while others compute (`scripts/torch_vit.py`)."""
 
     def __init__(self, python: str, config: Config) -> None:
-        worker = Path(__file__).with_name("peer.py")
+        worker = Path(__file__).parents[1] / "scripts" / "torch_vit.py"
+        if not worker.is_file():
+            raise UserError(f"--peer=torch needs {worker}, which is part of the repository; run it in a checkout")
         command = [python, "-P", str(worker)]  # not from its folder, whose files have the names of others
         try:
             self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
@@ -204,9 +216,9 @@ def main(argv: list[str]) -> None:
         print(json.dumps(_reduced_bytes(chosen)))
         return
     jax.config.update("jax_enable_compilation_cache", False)  # compilation is one of the things timed
-    mesh = step.make_mesh(config.train)
+    mesh = devices.make_mesh(config.train)
     images = random_images(config, values.images, mesh)
-    console.print(f"devices     {step.describe(mesh)}")
+    console.print(f"devices     {devices.describe(mesh)}")
     console.print(f"cases       {', '.join(chosen)}, each in {' and '.join(values.dtypes)}")
     reduced = _reduced_bytes_elsewhere(argv)
     measured = [case for dtype in values.dtypes for case in _compile_all(chosen, dtype, mesh, images)]
@@ -227,8 +239,8 @@ def main(argv: list[str]) -> None:
             }
     result = {
         "command": "python -m jvitmoe.benchmark " + shlex.join(argv[1:]),
-        "hardware": step.describe(mesh),
-        "versions": checkpoint.versions() | ({"torch": torch.about["version"]} if torch else {}),
+        "hardware": devices.describe(mesh),
+        "versions": checkpoints.versions() | ({"torch": torch.about["version"]} if torch else {}),
         "xla": {
             "XLA_FLAGS": os.environ.get("XLA_FLAGS", ""),
             **{dtype: compilation.options(jnp.dtype(dtype), mesh.devices.flat[0].platform) for dtype in values.dtypes},
@@ -255,15 +267,15 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_bool("reduced_only", False, "Prints the bytes that steps reduce, as JSON.", flag_values=values)
 
 
-def random_images(config: Config, count: int, mesh: Mesh) -> feed.Images:
+def random_images(config: Config, count: int, mesh: Mesh) -> batches.Images:
     """Returns random numbers in the shape of the config's images, on the devices."""
     rng, model = np.random.default_rng(0), config.model
     shape = count, model.image_size, model.image_size, model.channels
     pixels, labels = rng.integers(0, 256, shape, np.uint8), rng.integers(0, model.classes, shape[:1], np.int32)
-    return feed.put(Split(pixels, labels), mesh)
+    return batches.put(Split(pixels, labels), mesh)
 
 
-def _compile_all(chosen: dict[str, Config], dtype: str, mesh: Mesh, images: feed.Images) -> list[Case]:
+def _compile_all(chosen: dict[str, Config], dtype: str, mesh: Mesh, images: batches.Images) -> list[Case]:
     found = []
     for name, config in chosen.items():
         case = Case(name, _in_dtype(config, dtype), mesh, images)
@@ -338,7 +350,7 @@ def _median_seconds(work: Callable[[], Any], repeats: int) -> float:
 
 
 def _compile_growth(
-    chosen: dict[str, Config], mesh: Mesh, images: feed.Images, dtype: str
+    chosen: dict[str, Config], mesh: Mesh, images: batches.Images, dtype: str
 ) -> dict[str, dict[str, float]]:
     """Returns name -> seconds to compile the step at 2 layers and at all, the lesser of two tries, and their ratio."""
     found: dict[str, dict[str, float]] = {}
@@ -358,9 +370,9 @@ def _evaluation_costs(chosen: dict[str, Config], batch: int) -> dict[str, dict[s
     found: dict[str, dict[str, float]] = {}
     for name in [name for name in ("dense", "batch", "sample") if name in chosen]:
         config = chosen[name]
-        model = step.make_model(config, "cpu")
+        model = build.make_model(config, "cpu")
         params = jax.eval_shape(lambda m=model: vit.init(m, jax.random.key(0)))
-        tree = params if name == "dense" else jax.eval_shape(merging.average_experts, params)
+        tree = params if name == "dense" else jax.eval_shape(merge.average_experts, params)
         size = config.model.image_size
         images = jax.ShapeDtypeStruct((batch, size, size, config.model.channels), jnp.float32)
         plain = model.plain()
@@ -377,15 +389,15 @@ def _reduced_bytes(chosen: dict[str, Config]) -> dict[str, int]:
     for name, config in chosen.items():
         config = _in_dtype(config, "float32")
         config.train.devices = FEW_DEVICES
-        mesh = step.make_mesh(config.train)
-        model = step.make_model(config, "cpu")
+        mesh = devices.make_mesh(config.train)
+        model = build.make_model(config, "cpu")
         split = Split(
             np.zeros((config.train.batch_size, *[config.model.image_size] * 2, config.model.channels), np.uint8),
             np.zeros((config.train.batch_size,), np.int32),
         )
-        order = feed.TrainOrder(len(split), config.train.batch_size, jax.random.key(0), mesh, config.slots)
+        order = batches.TrainOrder(len(split), config.train.batch_size, jax.random.key(0), mesh, config.slots)
         program = step.make_train_step(config, model, mesh, order.steps_per_epoch)
-        given = step.abstract_state(config, model, mesh), feed.put(split, mesh), order.epoch(0)
+        given = abstract_state(config, model, mesh), batches.put(split, mesh), order.epoch(0)
         found[name] = compilation.reduced_bytes(compilation.for_reading(program.lower(*given)).as_text())
     return found
 
@@ -407,7 +419,7 @@ def _reduced_bytes_elsewhere(argv: Sequence[str]) -> dict[str, int]:
 def _write(result: dict[str, Any], out: Path) -> None:
     """Writes what was measured as JSON, as a table and as a picture, and prints the table."""
     out.mkdir(parents=True, exist_ok=True)
-    tracking.write_text(out / "benchmark.json", json.dumps(result, indent=1) + "\n")
+    files.write_text(out / "benchmark.json", json.dumps(result, indent=1) + "\n")
     plots.throughput(result["rows"], out / "benchmark.png")
     rows = [_cells(row) for row in result["rows"]]
     growth = "".join(
@@ -417,20 +429,20 @@ def _write(result: dict[str, Any], out: Path) -> None:
     )
     costs = "".join(
         f"- evaluating {'dense' if name == 'dense' else f'the model merged from {name}'}: "
-        f"{tracking.quantity(cost['flops'])} FLOPs, {tracking.quantity(cost['bytes'])} bytes\n"
+        f"{tables.quantity(cost['flops'])} FLOPs, {tables.quantity(cost['bytes'])} bytes\n"
         for name, cost in result["merged_evaluation"].items()
     )
-    peak = ", ".join(f"{tracking.quantity(flops)}FLOP/s in {d}" for d, flops in result["peak_flops_per_second"].items())
+    peak = ", ".join(f"{tables.quantity(flops)}FLOP/s in {d}" for d, flops in result["peak_flops_per_second"].items())
     versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
     text = (
-        f"# A training step\n\n{tracking.markdown(rows)}\n{NOTE}\n\n![images per second](benchmark.png)\n\n"
+        f"# A training step\n\n{tables.markdown(rows)}\n{NOTE}\n\n![images per second](benchmark.png)\n\n"
         f"- the machine's own matrix products ({PRODUCT_SIDE} square): {peak}\n{growth}{costs}"
         f"- batch {result['batch']}, {result['rounds']} rounds, dropout {result['config']['model.dropout']}, "
         f"XLA's options: {json.dumps(result['xla'])}\n\n"
         f"`{result['command']}`\n\nHardware: {result['hardware']}. Versions: {versions}.\n"
     )
-    tracking.write_text(out / "report.md", text)
-    tracking.show(rows, "a training step")
+    files.write_text(out / "report.md", text)
+    tables.show(rows, "a training step")
     console.print(f"written     {out / 'report.md'}")
 
 
@@ -454,13 +466,13 @@ def _cells(row: dict[str, Any]) -> dict[str, str]:
         "step": f"{1e3 * row['seconds']:,.1f} ± {500 * row['spread'] * row['seconds']:.1f} ms",
         "times dense": cell("times_dense", "{:.3f}".format),
         "images/s": f"{row['images_per_second']:,.0f}",
-        "FLOP/s": cell("flops_per_second", tracking.quantity),
+        "FLOP/s": cell("flops_per_second", tables.quantity),
         "of peak": cell("share_of_peak", "{:.0%}".format),
         "compile": cell("compile_seconds", "{:.1f} s".format),
-        "memory": cell("planned_bytes", lambda x: tracking.quantity(x) + "B"),
+        "memory": cell("planned_bytes", lambda x: tables.quantity(x) + "B"),
         "update": cell("update_share", "{:.1%}".format),
         "input": cell("input_share", "{:.1%}".format),
-        "reduced": cell("reduced_bytes", lambda x: tracking.quantity(x) + "B"),
+        "reduced": cell("reduced_bytes", lambda x: tables.quantity(x) + "B"),
         "parameters": cell("parameters", "{:,}".format),
         "total": cell("total_parameters", "{:,}".format),
     }

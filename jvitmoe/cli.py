@@ -5,6 +5,7 @@ import io
 import logging as standard_logging
 import os
 import re
+import shutil
 import sys
 import traceback
 import types
@@ -16,7 +17,9 @@ from typing import Any, NoReturn
 from absl import flags, logging
 from ml_collections import config_flags
 
-from jvitmoe.config import Config, UserError, flatten, one_line, unknown_field
+from jvitmoe.config import SETTINGS, Config, unknown_field
+from jvitmoe.errors import UserError, one_line
+from jvitmoe.settings import help_text
 
 MISSING = "--config is missing; give an experiment file, such as --config=configs/digits_random.py"
 
@@ -59,8 +62,9 @@ def parse_with_arguments(
     except Exception as error:  # config_flags raises several types for a field that does not exist
         raise UserError(_unknown_override(argv) or _explain(error, values)) from error
     if values.help:
-        fields = [f"  --config.{name}={value!r}" for name, value in flatten(Config()).items()] if config else []
-        print(f"usage: python -m jvitmoe.{Path(argv[0]).stem} [flags]\n{values.get_help()}", *fields, sep="\n")
+        print(f"usage: python -m jvitmoe.{Path(argv[0]).stem} [flags]\n{values.get_help()}")
+        if config:
+            print(help_text(SETTINGS, shutil.get_terminal_size().columns))
         sys.exit(0)
     return values, arguments
 
@@ -204,7 +208,7 @@ def _unknown_flag(name: str, values: flags.FlagValues) -> str:
     own = [flag for flag in values if "." not in flag and len(flag) > 1]
     known = {flag: [f"--{flag}"] for flag in own}
     if "config" in values:
-        for field in flatten(Config()):
+        for field in SETTINGS:
             known.setdefault(field.rpartition(".")[2], []).append(f"--config.{field}")
     near = difflib.get_close_matches(name.rpartition(".")[2].replace("-", "_"), known, n=1, cutoff=0.7)
     if near:
@@ -234,6 +238,6 @@ def _unknown_override(argv: list[str]) -> str | None:
     """Returns the message for an override of a field that does not exist, or None."""
     for argument in argv:
         match = re.match(r"--(?:no)?config\.([\w.]+)", argument)
-        if match and match.group(1) not in flatten(Config()):
+        if match and match.group(1) not in SETTINGS:
             return unknown_field(match.group(1))
     return None

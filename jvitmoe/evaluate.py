@@ -13,14 +13,21 @@ from typing import Any
 from absl import flags
 from jax.sharding import Mesh
 
-from jvitmoe import checkpoint, cli, compilation, evaluation, mergeability, plots, step, tracking, verify
+from jvitmoe import cli
 from jvitmoe import config as config_lib
-from jvitmoe.checkpoint import Checkpoints
-from jvitmoe.config import Config, UserError
-from jvitmoe.data import feed, sources, stream
-from jvitmoe.data.sources import Records, Split
-from jvitmoe.evaluation import Evaluator
-from jvitmoe.tracking import console
+from jvitmoe.config import Config
+from jvitmoe.data import datasets, stream
+from jvitmoe.data.batches import eval_batches, put
+from jvitmoe.data.splits import Records, Split
+from jvitmoe.errors import UserError
+from jvitmoe.evaluation import mergeability, metrics, models
+from jvitmoe.evaluation.metrics import Evaluator
+from jvitmoe.experts import build, cost
+from jvitmoe.runs import files, plots, results, verify
+from jvitmoe.runs.checkpoints import Checkpoints, place, versions
+from jvitmoe.runs.console import console, warnings_as_lines
+from jvitmoe.runtime import compilation, devices
+from jvitmoe.training import state
 
 
 def main(argv: list[str]) -> None:
@@ -33,10 +40,10 @@ def main(argv: list[str]) -> None:
     if values.verify:
         _verify(workdir)
         return
-    tracking.own(workdir)
+    files.refuse_links(workdir)
     began = time.monotonic()
     checkpoints = Checkpoints(workdir / "checkpoints", read_only=True)
-    with tracking.warnings_as_lines():
+    with warnings_as_lines():
         saved = checkpoints.read(values.checkpoint)
     checkpoints.close()
     config = config_lib.from_dict(saved.meta["config"])
@@ -44,26 +51,26 @@ def main(argv: list[str]) -> None:
     config.train.devices, config.train.platform = values.devices, values.platform
     config.validate()
 
-    mesh = step.make_mesh(config.train)
-    find = sources.browse if config.data.stream else sources.load
+    mesh = devices.make_mesh(config.train)
+    find = datasets.browse if config.data.stream else datasets.load
     test: Split | Records = find(config.data, config.model).test
-    model = step.make_model(config, mesh.devices.flat[0].platform)
-    active, total = evaluation.count_parameters(config)
-    hardware = step.describe(mesh)
+    model = build.make_model(config, mesh.devices.flat[0].platform)
+    active, total = cost.count_parameters(config)
+    hardware = devices.describe(mesh)
     console.print(f"run         {workdir}, checkpoint at step {saved.step:,}")
     console.print(f"devices     {hardware}")
     console.print(f"parameters  {active:,} active, {total:,} total ({model.dtype.name} compute)")
-    abstract = step.abstract_state(config, model, mesh)
-    params = checkpoint.place(saved.params, abstract.params)
-    ema = checkpoint.place(saved.ema, abstract.ema) if saved.ema else None
+    abstract = state.abstract_state(config, model, mesh)
+    params = place(saved.params, abstract.params)
+    ema = place(saved.ema, abstract.ema) if saved.ema else None
 
-    evaluate = evaluation.make_evaluate(model, mesh)
-    batches = feed.eval_batches(len(test), config.train.batch_size, mesh)
-    images: evaluation.Shown
-    images = feed.put(test, mesh) if isinstance(test, Split) else stream.EvalImages(test, batches, config, mesh)
-    before = tracking.read_result(workdir)  # what only training can measure is kept
+    evaluate = metrics.make_evaluate(model, mesh)
+    batches = eval_batches(len(test), config.train.batch_size, mesh)
+    images: metrics.Shown
+    images = put(test, mesh) if isinstance(test, Split) else stream.EvalImages(test, batches, config, mesh)
+    before = results.read_result(workdir)  # what only training can measure is kept
     result = {
-        "rows": evaluation.evaluate_run(config, params, ema, evaluate, images, batches, values.paths),
+        "rows": models.evaluate_run(config, params, ema, evaluate, images, batches, values.paths),
         **_mergeability(config, params, evaluate, test, mesh),
         "data": config.data.name,
         "step": saved.step,
@@ -74,11 +81,11 @@ def main(argv: list[str]) -> None:
         "trained_on": before.get("trained_on") or before.get("hardware"),
         "seconds": time.monotonic() - began,
         "hardware": hardware,
-        "versions": checkpoint.versions(),
+        "versions": versions(),
     }
     if "mergeability" in result:
-        plots.mergeability(result, workdir / tracking.MERGEABILITY)
-    tracking.write_result(workdir, result)
+        plots.mergeability(result, workdir / files.MERGEABILITY)
+    results.write_result(workdir, result)
 
 
 def _verify(workdir: Path) -> None:
@@ -99,8 +106,8 @@ def _mergeability(
     if experts == 1:
         return {}
     part = mergeability.subset(test) if isinstance(test, Split) else stream.read(mergeability.subset(test), config)
-    images, batches = feed.put(part, mesh), feed.eval_batches(len(part), config.train.batch_size, mesh)
-    route_PL = evaluation.path_routes(config, 0)
+    images, batches = put(part, mesh), eval_batches(len(part), config.train.batch_size, mesh)
+    route_PL = models.path_routes(config, 0)
 
     def losses(params: Any) -> list[float]:
         return [result.nll for result in evaluate.paths(params, route_PL, experts, images, batches)[0]]
@@ -111,7 +118,7 @@ def _mergeability(
             "layers": list(config.expert_layers),
             **mergeability.weight_geometry(params),
             "gap": mergeability.layer_gap(
-                step.make_model(config, "cpu"), params, images, batches, config.expert_layers
+                build.make_model(config, "cpu"), params, images, batches, config.expert_layers
             ),
             "barrier": mergeability.barrier(params, losses),
         }

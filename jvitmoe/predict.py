@@ -11,12 +11,15 @@ from pathlib import Path
 import numpy as np
 from absl import flags
 
-from jvitmoe import classifier, cli, compilation, sheet, tracking
-from jvitmoe.classifier import Prediction
-from jvitmoe.config import UserError
-from jvitmoe.data import pictures
-from jvitmoe.data.decode import DataError
-from jvitmoe.tracking import console
+from jvitmoe import cli
+from jvitmoe.data import images
+from jvitmoe.data.images import DataError
+from jvitmoe.errors import UserError, printable
+from jvitmoe.interop import classifier, contact_sheet
+from jvitmoe.interop.classifier import Prediction
+from jvitmoe.runs import tables
+from jvitmoe.runs.console import console
+from jvitmoe.runtime import compilation
 
 
 def main(argv: list[str]) -> None:
@@ -35,7 +38,7 @@ def main(argv: list[str]) -> None:
     if out and (out.suffix.lower() != ".png" or not out.parent.is_dir()):
         raise UserError(f"--sheet is {values.sheet!r}; it must be a .png in a folder that exists")
     model = classifier.load(values.workdir, values.checkpoint)
-    files, complaints = pictures.find(arguments)
+    files, complaints = images.find(arguments)
     read: list[tuple[Path, np.ndarray]] = []
     for file in files:
         try:
@@ -47,13 +50,13 @@ def main(argv: list[str]) -> None:
     if values.json:
         print(json.dumps([_as_json(file, guesses) for file, guesses in rows], indent=1))
     elif rows:
-        tracking.show([_as_row(file, guesses) for file, guesses in rows], f"{values.workdir}: most probable classes")
+        tables.show([_as_row(file, guesses) for file, guesses in rows], f"{values.workdir}: most probable classes")
     if out and rows:
-        sheet.draw(out, [(file, [(g.name, g.probability) for g in guesses]) for file, guesses in rows])
+        contact_sheet.draw(out, [(file, [(g.name, g.probability) for g in guesses]) for file, guesses in rows])
         if not values.json:
-            console.print(f"sheet       {out}")
+            console.print(f"sheet       {printable(str(out))}")
     for complaint in complaints:
-        print(f"skipped: {complaint}", file=sys.stderr)
+        print(f"skipped: {printable(complaint)}", file=sys.stderr)
     if complaints:
         sys.exit(1)
 
@@ -64,8 +67,8 @@ def _as_json(file: Path, guesses: list[Prediction]) -> dict[str, object]:
 
 
 def _as_row(file: Path, guesses: list[Prediction]) -> dict[str, str]:
-    cells = {str(n): f"{g.name} {g.probability:.1%}" for n, g in enumerate(guesses, 1)}
-    return {"image": str(file), **cells}
+    cells = {str(n): f"{printable(g.name)} {g.probability:.1%}" for n, g in enumerate(guesses, 1)}
+    return {"image": printable(str(file)), **cells}
 
 
 def _define_flags(values: flags.FlagValues) -> None:

@@ -17,17 +17,18 @@ from typing import Any, NamedTuple
 
 from absl import flags
 
-from jvitmoe import cli, plots, tracking
+from jvitmoe import cli
 from jvitmoe import config as config_lib
-from jvitmoe.config import Config, UserError, one_line
-from jvitmoe.tracking import console
+from jvitmoe.config import Config
+from jvitmoe.data import datasets
+from jvitmoe.errors import UserError, one_line
+from jvitmoe.runs import files, plots, results, tables
+from jvitmoe.runs.console import console
 
 NOTE = (
     "± is the sample deviation over seeds; in a row of one seed it is over random paths. Each dense run stands before "
     "the runs that differ from it in `routing` and EMA alone."
 )
-
-
 GLANCE = (
     "Accuracy on the test split. Experts: mean of the expert paths. Barrier: highest rise of the loss on the straight "
     "line from an expert to the mean, nats. Gap: how far the output of the mean expert is from the mean of outputs, "
@@ -62,15 +63,11 @@ def main(argv: list[str]) -> None:
     plots.comparison({name: by_seed(groups[name]) for name in in_order(groups)}, images, out / "comparison.png")
     pictures = "![comparison](comparison.png)\n\n![curves](curves.png)\n"
     glance = [glance_row(name, groups[name]) for name in in_order(groups)]
-    tables = (
-        f"{tracking.markdown(glance)}\n{GLANCE}\n\n{pictures}\n## Every model\n\n{tracking.markdown(rows)}\n{NOTE}\n"
-    )
-    tracking.write_text(out / "report.md", f"# Runs\n\n{tables}")
-    tracking.write_text(
-        out / "runs.json", json.dumps({n: record(groups[n]) for n in in_order(groups)}, indent=1) + "\n"
-    )
+    every = f"## Every model\n\n{tables.markdown(rows)}\n{NOTE}\n"
+    files.write_text(out / "report.md", f"# Runs\n\n{tables.markdown(glance)}\n{GLANCE}\n\n{pictures}\n{every}")
+    files.write_text(out / "runs.json", json.dumps({n: record(groups[n]) for n in in_order(groups)}, indent=1) + "\n")
     short = [{name: cell for name, cell in row.items() if name != "hardware"} for row in rows]
-    tracking.show(short if len(groups) <= MANY else glance, "test split")
+    tables.show(short if len(groups) <= MANY else glance, "test split")
     for hardware in dict.fromkeys(row["hardware"] for row in rows):
         console.print(f"hardware    {hardware}")
     console.print(f"pictures    {out / 'comparison.png'}, {out / 'curves.png'}")
@@ -96,9 +93,9 @@ def _split_names(arguments: Iterable[str]) -> tuple[dict[str, list[Path]], list[
 
 def read_run(folder: Path) -> Run:
     """Returns a run whose training has ended. Raises UserError where the folder holds none."""
-    result, config = tracking.read_result(folder), folder / "config.json"
+    result, config = results.read_result(folder), folder / "config.json"
     if not result:
-        raise UserError(f"{str(folder)!r} holds no {tracking.RESULT}; give a folder whose training has ended")
+        raise UserError(f"{str(folder)!r} holds no {files.RESULT}; give a folder whose training has ended")
     if not config.is_file():
         raise UserError(f"{str(folder)!r} holds no config.json; give the folder that training wrote")
     try:
@@ -130,7 +127,7 @@ def check_group(name: str, group: list[Run]) -> list[Run]:
     """Returns the group, sorted by seed. Raises UserError where its runs may not be averaged."""
     group = sorted(group, key=lambda run: run.config.train.seed)
     for run, other in itertools.pairwise(group):
-        changed = config_lib.differences(run.config, other.config)
+        changed = datasets.differences(run.config, other.config)
         changed.pop("train.seed", None)
         if changed:
             listed = ", ".join(f"{field} ({a!r} and {b!r})" for field, (a, b) in changed.items())
@@ -192,10 +189,10 @@ def group_rows(name: str, group: Sequence[Run]) -> list[dict[str, str]]:
                 "run": name,
                 "model": model,
                 "seeds": str(len(group)),
-                **{"accuracy": "-", "nll": "-", "ece": "-", **tracking.metric_cells(numbers)},
+                **{"accuracy": "-", "nll": "-", "ece": "-", **results.metric_cells(numbers)},
                 "parameters": f"{numbers.get('parameters', result['active_parameters']):,}",
                 "total": f"{total:,}",
-                "FLOPs/image": tracking.quantity(numbers["flops_per_image"]) if "flops_per_image" in numbers else "-",
+                "FLOPs/image": tables.quantity(numbers["flops_per_image"]) if "flops_per_image" in numbers else "-",
                 **shared,
             }
         )

@@ -24,8 +24,8 @@ from typing import Any
 
 from absl import logging
 
-from jvitmoe import checkpoint, tracking
-from jvitmoe.checkpoint import Checkpoints
+from jvitmoe.runs import files, metrics_log
+from jvitmoe.runs.checkpoints import PART, Checkpoints, list_steps
 
 TURNS = ("at a step", "writing a checkpoint", "evaluating", "before the first step")
 POLL = 0.002  # seconds
@@ -82,7 +82,7 @@ class Run:
 
     def writes(self) -> bool:
         folder = self.workdir / "checkpoints"
-        return folder.is_dir() and any(checkpoint.PART in name for name in os.listdir(folder))
+        return folder.is_dir() and any(PART in name for name in os.listdir(folder))
 
     def evaluates(self) -> bool:
         """Whether the last thing shown is a step that an evaluation follows."""
@@ -90,7 +90,7 @@ class Run:
         return last.get("kind") == "train" and last["step"] in self._evaluations
 
     def checkpoints(self) -> set[int]:
-        return set(checkpoint.list_steps(self.workdir / "checkpoints"))
+        return set(list_steps(self.workdir / "checkpoints"))
 
     def doing(self) -> str:
         """Returns which of TURNS the process was killed in, as the disk tells."""
@@ -98,13 +98,13 @@ class Run:
         return next((name for holds, name in moments if holds), TURNS[0])
 
     def _history(self) -> os.stat_result | None:
-        path = self.workdir / tracking.METRICS
+        path = self.workdir / files.METRICS
         return path.stat() if path.exists() else None
 
     def _last(self) -> dict[str, Any]:
         """Returns the last whole line of the history; {} where there is none."""
         try:
-            with (self.workdir / tracking.METRICS).open("rb") as file:
+            with (self.workdir / files.METRICS).open("rb") as file:
                 file.seek(max(0, file.seek(0, os.SEEK_END) - TAIL))
                 lines = file.read().split(b"\n")
             return json.loads(lines[-2])
@@ -145,7 +145,7 @@ def checksums(workdir: Path, number: int) -> dict[str, str]:
 
 def history(workdir: Path, last: int) -> list[dict[str, float]]:
     """Returns the metrics up to a step, without the clock's."""
-    lines = tracking.read_metrics(workdir / tracking.METRICS)
+    lines = metrics_log.read_metrics(workdir / files.METRICS)
     return [{k: v for k, v in line.items() if k != "images_per_second"} for line in lines if line["step"] <= last]
 
 
@@ -165,7 +165,7 @@ def main() -> None:
     undisturbed = Run(options.out / "undisturbed", arguments)
     finish(undisturbed, options.steps)
     print(f"undisturbed: first step shown {undisturbed.startup:.1f} s after the start", flush=True)
-    lines = tracking.read_metrics(undisturbed.workdir / tracking.METRICS)
+    lines = metrics_log.read_metrics(undisturbed.workdir / files.METRICS)
     evaluations = frozenset(line["step"] for line in lines if line["kind"] != "train")
     killed = Run(options.out / "killed", arguments, evaluations)
 

@@ -1,6 +1,6 @@
 """Writes tests/models/torch_vit_golden.npz: what the original's ViT, in PyTorch, computes at a small size.
 
-Needs PyTorch and NumPy; of jvitmoe only `peer.py`, no JAX. The same arrays come out every time:
+Needs PyTorch and NumPy; of jvitmoe only `torch_vit.py` beside it, no JAX. The same arrays come out every time:
 
     python scripts/make_torch_golden.py
 
@@ -19,8 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-
-from jvitmoe.peer import Layer, ViT
+from torch_vit import Layer, ViT
 
 TARGET = Path(__file__).parents[1] / "tests" / "models" / "torch_vit_golden.npz"
 ORIGINAL = {

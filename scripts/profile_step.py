@@ -18,8 +18,10 @@ import jax
 from absl import flags
 from jax.profiler import ProfileData
 
-from jvitmoe import benchmark, cli, step, tracking
-from jvitmoe.tracking import console
+from jvitmoe import benchmark, cli
+from jvitmoe.runs import tables
+from jvitmoe.runs.console import console
+from jvitmoe.runtime import devices
 
 HOLDERS = ("while", "call", "conditional")  # whose time is that of what they hold
 Origin = tuple[str, str, str]  # pass, module, kind
@@ -29,7 +31,7 @@ MODULES = ("attention", "mlp", "norm1", "norm2", "patches", "head")
 def main(argv: list[str]) -> None:
     values = cli.parse(argv, define_flags, config=True)
     config = cli.experiment(values)
-    mesh = step.make_mesh(config.train)
+    mesh = devices.make_mesh(config.train)
     images = benchmark.random_images(config, 10 * config.train.batch_size, mesh)
     case = benchmark.Case("step", config, mesh, images)
     case.seconds(1)
@@ -39,7 +41,7 @@ def main(argv: list[str]) -> None:
         (trace,) = Path(folder).rglob("*.xplane.pb")
         spent = _spent(ProfileData.from_file(str(trace)), _origins(case.text()))
     milliseconds = {origin: value / values.steps / 1e6 for origin, value in spent.most_common()}
-    console.print(f"{step.describe(mesh)}: {seconds * 1e3:.1f} ms a step, {case.dtype}")
+    console.print(f"{devices.describe(mesh)}: {seconds * 1e3:.1f} ms a step, {case.dtype}")
     shown = list(milliseconds.items())[: values.rows]
     shown.append((("", "", "all else"), sum(milliseconds.values()) - sum(value for _, value in shown)))
     rows = [
@@ -52,7 +54,7 @@ def main(argv: list[str]) -> None:
         }
         for (part, module, kind), value in shown
     ]
-    print(tracking.markdown(rows))
+    print(tables.markdown(rows))
 
 
 def define_flags(values: flags.FlagValues) -> None:

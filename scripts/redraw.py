@@ -11,8 +11,9 @@ from typing import Any
 import scaling_check
 import scaling_model
 
-from jvitmoe import plots, report
+from jvitmoe import report
 from jvitmoe.config import Config
+from jvitmoe.runs import plots
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 

@@ -31,10 +31,15 @@ from scipy import optimize
 sys.path.insert(0, str(Path(__file__).parent))
 import scaling_model
 
-from jvitmoe import checkpoint, compilation, distributed, plots, routing, step
 from jvitmoe.config import Config, ModelConfig, OptimConfig, RoutingConfig, TrainConfig
-from jvitmoe.data import feed, sources
-from jvitmoe.routing import Purpose
+from jvitmoe.data import batches, datasets
+from jvitmoe.experts import build, routes
+from jvitmoe.experts.routes import Purpose
+from jvitmoe.runs import checkpoints, plots
+from jvitmoe.runtime import compilation, processes
+from jvitmoe.runtime.devices import AXES, describe, make_mesh
+from jvitmoe.training import step
+from jvitmoe.training.state import make_state
 
 EXPERTS, IMAGES = 8, 16  # experts in all; images of one device
 MODEL = ModelConfig(patch=2, width=128, hidden=512, depth=2, heads=4, pool="mean")
@@ -81,11 +86,11 @@ def predicted_bytes(name: str, devices: int) -> int:
 
 def program(config: Config, mesh: Mesh) -> tuple[Any, tuple[Any, ...]]:
     """Returns the training step, lowered for a mesh, and what it takes: (state, images, order of the epoch)."""
-    split = sources.load(config.data, config.model).train
-    key = routing.address(jax.random.key(0), Purpose.ORDER)
-    order = feed.TrainOrder(len(split), config.train.batch_size, key, mesh, config.slots)
-    model = step.make_model(config, "cpu")
-    given = step.make_state(config, model, mesh), feed.put(split, mesh), order.epoch(0)
+    split = datasets.load(config.data, config.model).train
+    key = routes.address(jax.random.key(0), Purpose.ORDER)
+    order = batches.TrainOrder(len(split), config.train.batch_size, key, mesh, config.slots)
+    model = build.make_model(config, "cpu")
+    given = make_state(config, model, mesh), batches.put(split, mesh), order.epoch(0)
     return step.make_train_step(config, model, mesh, order.steps_per_epoch).lower(*given), given
 
 
@@ -94,12 +99,12 @@ def program(config: Config, mesh: Mesh) -> tuple[Any, tuple[Any, ...]]:
 
 def worker(values: flags.FlagValues) -> None:
     """Times sums, work and steps, all processes at once, and prints what was found."""
-    distributed.join(values, checkpoint.versions)
+    processes.join(values, checkpoints.versions)
     count = jax.process_count()
-    local = jax.make_mesh((1, 1), step.AXES, axis_types=(jax.sharding.AxisType.Auto,) * 2, devices=jax.local_devices())
+    local = jax.make_mesh((1, 1), AXES, axis_types=(jax.sharding.AxisType.Auto,) * 2, devices=jax.local_devices())
 
     def say(**found: Any) -> None:
-        if distributed.first():
+        if processes.first():
             print(RESULT + json.dumps({"processes": count, **found}), flush=True)
 
     if count > 1:
@@ -112,7 +117,7 @@ def worker(values: flags.FlagValues) -> None:
         if count == 1:
             continue
         chosen = config(name, count)
-        lowered, given = program(chosen, step.make_mesh(chosen.train))
+        lowered, given = program(chosen, make_mesh(chosen.train))
         compiled = lowered.compile()
         sizes = compilation.reduced_sizes(compiled.as_text())
         seconds = _timed(_steps(compiled, given), values.worker_steps)
@@ -120,16 +125,14 @@ def worker(values: flags.FlagValues) -> None:
 
 
 def _sums(arrays: int, floats: int) -> Callable[[], Any]:
-    mesh = step.make_mesh(TrainConfig(platform="cpu"))
-    here = NamedSharding(mesh, PartitionSpec(step.AXES))
-    given = [feed.place(np.ones((mesh.size, floats), np.float32), here)] * arrays
+    mesh = make_mesh(TrainConfig(platform="cpu"))
+    here = NamedSharding(mesh, PartitionSpec(AXES))
+    given = [batches.place(np.ones((mesh.size, floats), np.float32), here)] * arrays
 
     def on_device(parts: list[jax.Array]) -> list[jax.Array]:
-        return [jax.lax.psum(part + number, step.AXES) for number, part in enumerate(parts)]
+        return [jax.lax.psum(part + number, AXES) for number, part in enumerate(parts)]
 
-    summed = jax.jit(
-        jax.shard_map(on_device, mesh=mesh, in_specs=(PartitionSpec(step.AXES),), out_specs=PartitionSpec())
-    )
+    summed = jax.jit(jax.shard_map(on_device, mesh=mesh, in_specs=(PartitionSpec(AXES),), out_specs=PartitionSpec()))
     return lambda: summed(given)
 
 
@@ -148,7 +151,7 @@ def _timed(work: Callable[[], Any], times: int) -> float:
     """Returns the median time in seconds of one call, the mean over all processes: they start together."""
     for _ in range(WARM):
         jax.block_until_ready(work())
-    distributed.wait()
+    processes.wait()
     seconds = []
     for _ in range(times):
         began = time.perf_counter()
@@ -283,10 +286,10 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
 def main() -> None:
     if any(argument.startswith("--worker_steps") for argument in sys.argv):
         values = flags.FlagValues()
-        distributed.define_flags(values)
+        processes.define_flags(values)
         flags.DEFINE_integer("worker_steps", 0, "Steps to time.", flag_values=values)
         values(sys.argv)
-        distributed.guard(lambda: worker(values))
+        processes.guard(lambda: worker(values))
         return
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
     parser.add_argument("--counts", default="1,2,4,8", help="numbers of processes")
@@ -297,9 +300,9 @@ def main() -> None:
     found = measure(counts, chosen.steps)
     links, rows = compare(found)
     about = {
-        "hardware": step.describe(step.make_mesh(TrainConfig(devices=1, platform="cpu"))),
+        "hardware": describe(make_mesh(TrainConfig(devices=1, platform="cpu"))),
         "cores_used": len(os.sched_getaffinity(0)),
-        "versions": checkpoint.versions(),
+        "versions": checkpoints.versions(),
         "images_per_device": IMAGES,
         "experts": EXPERTS,
         "steps_timed": chosen.steps,

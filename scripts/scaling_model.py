@@ -11,8 +11,9 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 
-from jvitmoe import evaluation, plots
 from jvitmoe.config import Config, ModelConfig, RoutingConfig
+from jvitmoe.experts import cost
+from jvitmoe.runs import plots
 
 OUT = Path(__file__).resolve().parents[1] / "results" / "scaling"
 DEVICES = tuple(2**k for k in range(11))
@@ -53,7 +54,7 @@ class Work:
 def work(model: ModelConfig, experts: int, images: int, capacity: float = 1.25) -> Work:
     """Returns the counts of a ViT whose MLPs are `experts` experts each."""
     config = Config(model=model, routing=RoutingConfig(experts=experts)).validate()
-    active, total = evaluation.count_parameters(config)
+    active, total = cost.count_parameters(config)
     expert = (total - active) // (experts - 1)
     tokens, width, depth = model.tokens, model.width, model.depth
     mlp = 2 * tokens * 2 * width * model.hidden * depth

@@ -34,15 +34,18 @@ import pytest
 from jax.sharding import Mesh
 
 from jvitmoe import config as config_lib
-from jvitmoe import routing, step, train
 from jvitmoe.config import Config
-from jvitmoe.data import feed
-from jvitmoe.data.feed import Images
-from jvitmoe.data.sources import Split
+from jvitmoe.data import batches
+from jvitmoe.data.batches import Images
+from jvitmoe.data.splits import Split
+from jvitmoe.experts import build, routes
+from jvitmoe.experts.routes import Purpose
 from jvitmoe.models import vit
-from jvitmoe.routing import Purpose
-from jvitmoe.state import TrainState
-from jvitmoe.step import Metrics, TrainStep
+from jvitmoe.runtime import signals
+from jvitmoe.runtime.devices import make_mesh
+from jvitmoe.training import loop
+from jvitmoe.training.state import TrainState, make_state
+from jvitmoe.training.step import Metrics, TrainStep, make_train_step
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_debug_key_reuse", True)
@@ -114,7 +117,7 @@ class Training:
     mesh: Mesh
     model: vit.ViT
     images: Images
-    order: feed.TrainOrder
+    order: batches.TrainOrder
     step: TrainStep
     state: TrainState  # on the devices
     history: list[TrainState] = dataclasses.field(default_factory=list)  # copies on the host: [k] after k steps
@@ -141,13 +144,13 @@ def training(tiny_split: Split) -> Callable[[Config], Training]:
     """Returns a maker of runs over the tiny split: training(config).run(5)."""
 
     def make(config: Config) -> Training:
-        mesh = step.make_mesh(config.train)
-        key = routing.address(jax.random.key(config.train.seed), Purpose.ORDER)
-        order = feed.TrainOrder(len(tiny_split), config.train.batch_size, key, mesh, config.slots)
-        model = step.make_model(config, "cpu")
-        train_step = step.make_train_step(config, model, mesh, order.steps_per_epoch)
-        state = step.make_state(config, model, mesh)
-        return Training(config, mesh, model, feed.put(tiny_split, mesh), order, train_step, state)
+        mesh = make_mesh(config.train)
+        key = routes.address(jax.random.key(config.train.seed), Purpose.ORDER)
+        order = batches.TrainOrder(len(tiny_split), config.train.batch_size, key, mesh, config.slots)
+        model = build.make_model(config, "cpu")
+        train_step = make_train_step(config, model, mesh, order.steps_per_epoch)
+        state = make_state(config, model, mesh)
+        return Training(config, mesh, model, batches.put(tiny_split, mesh), order, train_step, state)
 
     return make
 
@@ -185,7 +188,7 @@ def experiment_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         }
     )
     with contextlib.ExitStack() as held:
-        train.train(config.validate(), workdir, held.enter_context(train.Stop()), held)
+        loop.train(config.validate(), workdir, held.enter_context(signals.Stop()), held)
     return workdir
 
 

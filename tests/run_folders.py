@@ -7,18 +7,20 @@ import chex
 import jax
 
 from jvitmoe import config as config_lib
-from jvitmoe import step
-from jvitmoe.checkpoint import Checkpoints
-from jvitmoe.state import TrainState
+from jvitmoe.experts import build
+from jvitmoe.runs.checkpoints import Checkpoints
+from jvitmoe.runtime import devices
+from jvitmoe.training import state
+from jvitmoe.training.state import TrainState
 
 
 def final_state(workdir: Path) -> TrainState:
     """Returns the newest sound checkpoint's state, on the host."""
     config = config_lib.loads((workdir / "config.json").read_text(), "config.json")
-    model, mesh = step.make_model(config, "cpu"), step.make_mesh(config.train)
+    model, mesh = build.make_model(config, "cpu"), devices.make_mesh(config.train)
     checkpoints = Checkpoints(workdir / "checkpoints", read_only=True)
     try:
-        return jax.device_get(checkpoints.restore(step.abstract_state(config, model, mesh))[0])
+        return jax.device_get(checkpoints.restore(state.abstract_state(config, model, mesh))[0])
     finally:
         checkpoints.close()
 

@@ -6,7 +6,8 @@ import sys
 import pytest
 
 from jvitmoe import benchmark, cli
-from jvitmoe.config import Config, ModelConfig, TrainConfig, UserError
+from jvitmoe.config import Config, ModelConfig, TrainConfig
+from jvitmoe.errors import UserError
 
 SMALL = """
 from jvitmoe.config import Config, ModelConfig, TrainConfig

@@ -19,11 +19,12 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from jvitmoe import checkpoint, step
 from jvitmoe import config as config_lib
-from jvitmoe.checkpoint import CheckpointError, Checkpoints
 from jvitmoe.config import Config, ModelConfig, RoutingConfig, TrainConfig
-from jvitmoe.state import TrainState
+from jvitmoe.experts import build
+from jvitmoe.runs.checkpoints import CheckpointError, Checkpoints, checksums, list_steps, place
+from jvitmoe.runtime.devices import make_mesh
+from jvitmoe.training.state import TrainState, abstract_state, make_state
 
 
 def make_config(devices: int = 1) -> Config:
@@ -35,9 +36,9 @@ def make_config(devices: int = 1) -> Config:
 @functools.cache
 def make(devices: int = 1):
     config = make_config(devices)
-    model = step.make_model(config, "cpu")
-    mesh = step.make_mesh(config.train)
-    return step.make_state(config, model, mesh), step.abstract_state(config, model, mesh)
+    model = build.make_model(config, "cpu")
+    mesh = make_mesh(config.train)
+    return make_state(config, model, mesh), abstract_state(config, model, mesh)
 
 
 @contextlib.contextmanager
@@ -267,7 +268,7 @@ def test_parameters_alone_are_verified_too(tmp_path):
     save_all(tmp_path / "c", state, [1])
     with opened(tmp_path / "c", read_only=True) as checkpoints:
         saved = checkpoints.read("1")
-        chex.assert_trees_all_equal(checkpoint.place(saved.params, abstract.params), at(state, 1).params)
+        chex.assert_trees_all_equal(place(saved.params, abstract.params), at(state, 1).params)
         assert (saved.step, saved.meta["step"], saved.ema) == (1, 1, None)
     flip_byte(tmp_path / "c" / "1")
     with (
@@ -286,7 +287,7 @@ def test_a_checkpoint_of_another_model_does_not_fit(tmp_path):
     small = {name: array[..., :1] if name == "positions" else array for name, array in params.items()}
     for arrays in (params | {"more": params["positions"]}, small, {}):
         with pytest.raises(CheckpointError, match=r"in the checkpoint and .* in the model"):
-            checkpoint.place(arrays, abstract.params)
+            place(arrays, abstract.params)
 
 
 def test_orbax_itself_restores_what_was_saved(tmp_path):
@@ -348,7 +349,7 @@ def test_only_a_step_number_as_it_is_written_names_a_checkpoint(tmp_path):
     save_all(tmp_path / "c", make()[0], [5])
     for name in ("²", "٣", "007", "-1", "1e3", "1_0", "99999999999", "4.part2", "x", "9" * 200):
         (tmp_path / "c" / name).mkdir()
-    assert checkpoint.list_steps(tmp_path / "c") == [5]
+    assert list_steps(tmp_path / "c") == [5]
     with opened(tmp_path / "c", read_only=True) as checkpoints:
         assert checkpoints.steps() == [5]
         for name in ("²", "٣", "007"):
@@ -377,7 +378,7 @@ def test_a_reader_chooses_again_where_the_trainer_deletes_what_it_chose(tmp_path
             warnings.simplefilter("error")
             saved = reader.read(which)
         assert saved.step == saved.meta["step"] == 2
-        chex.assert_trees_all_equal(checkpoint.place(saved.params, abstract.params), at(state, 2).params)
+        chex.assert_trees_all_equal(place(saved.params, abstract.params), at(state, 2).params)
         assert next(count) > reads
 
 
@@ -394,7 +395,7 @@ ARRAYS = {
 @pytest.mark.parametrize("name", ARRAYS)
 def test_a_checksum_is_that_of_the_bytes_of_version_0_1_0(name):
     array = np.asarray(ARRAYS[name])
-    assert checkpoint.checksums({"": array}) == {"": f"{zlib.crc32(np.ascontiguousarray(array).tobytes()):08x}"}
+    assert checksums({"": array}) == {"": f"{zlib.crc32(np.ascontiguousarray(array).tobytes()):08x}"}
 
 
 def longest_pause(work):
@@ -419,7 +420,7 @@ def longest_pause(work):
 
 def test_other_threads_run_while_a_large_leaf_is_checksummed():
     array = np.ones(2**26, np.float32)
-    assert min(longest_pause(lambda: checkpoint.checksums({"": array})) for _ in range(3)) < 1 / 8
+    assert min(longest_pause(lambda: checksums({"": array})) for _ in range(3)) < 1 / 8
 
 
 def test_memory_does_not_grow_with_each_checkpoint(tmp_path):

@@ -9,7 +9,7 @@ import pytest
 from absl import flags
 
 from jvitmoe import cli
-from jvitmoe.config import UserError
+from jvitmoe.errors import UserError
 
 PATTERN = """--config.routing.pattern='("dense","experts")'"""
 DIGITS = str(Path(__file__).parents[1] / "configs" / "digits_random.py")
@@ -179,7 +179,7 @@ def test_of_several_failures_of_one_write_only_the_raised_one_is_shown():
     program = """
 import asyncio
 from jvitmoe import cli
-from jvitmoe.config import UserError
+from jvitmoe.errors import UserError
 
 async def fail():
     raise OSError("No space left on device")
@@ -213,7 +213,7 @@ def test_a_full_disk_behind_standard_output_is_one_line(command):
 
 @pytest.mark.parametrize("program", ["console.print('x')", "print('x' * 100_000)", "print('x')"])
 def test_what_is_printed_reaches_a_full_disk_at_once_or_at_the_end(program):
-    program = f"from jvitmoe import cli; from jvitmoe.tracking import console; cli.run(lambda argv: {program})"
+    program = f"from jvitmoe import cli; from jvitmoe.runs.console import console; cli.run(lambda argv: {program})"
     with open("/dev/full", "w") as full:
         done = subprocess.run([sys.executable, "-c", program], stdout=full, stderr=subprocess.PIPE, text=True)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr

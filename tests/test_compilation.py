@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import AxisType, PartitionSpec
 
 import processes
-from jvitmoe import compilation
+from jvitmoe.runtime import compilation
 from run_folders import history
 
 DIGITS = Path(__file__).parents[1] / "configs" / "digits_dense.py"
@@ -108,7 +108,7 @@ def test_a_program_compiled_for_reading_says_what_the_one_that_runs_says():
 
 SCRIPT = """
 import jax
-from jvitmoe import compilation
+from jvitmoe.runtime import compilation
 compilation.use_cache()
 hits = []
 jax.monitoring.register_event_listener(lambda event, **_: hits.append(event) if event.endswith("cache_hits") else None)

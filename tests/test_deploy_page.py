@@ -10,7 +10,7 @@ from PIL import Image
 
 from jvitmoe import cli, evaluate, export, predict, train
 from jvitmoe.config import Config
-from jvitmoe.data import sources
+from jvitmoe.data import datasets
 
 ROOT = Path(__file__).parents[1]
 BLOCKS = re.findall(r"```(bash|python)\n(.*?)```", (ROOT / "docs" / "deploy.md").read_text(), re.DOTALL)
@@ -33,7 +33,7 @@ def test_every_block_of_the_page_runs(peers, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     (tmp_path / "pictures").mkdir()
-    test = sources.load(Config().data, Config().model).test
+    test = datasets.load(Config().data, Config().model).test
     for number in range(4):
         Image.fromarray(test.images_NHWC[number, ..., 0]).save(tmp_path / "pictures" / f"{number}.png")
     peers("change_folder", folder=tmp_path)

@@ -7,11 +7,14 @@ import optax
 import pytest
 from jax._src.cudnn import fused_attention_stablehlo
 
-from jvitmoe import merging, step
-from jvitmoe.compilation import for_reading, reduced_bytes
-from jvitmoe.config import Config, ConfigError, ModelConfig
-from jvitmoe.data import feed
+from jvitmoe.config import Config, ModelConfig
+from jvitmoe.data import batches
+from jvitmoe.errors import ConfigError
+from jvitmoe.experts import build, slices
 from jvitmoe.models import vit
+from jvitmoe.runtime.compilation import for_reading, reduced_bytes
+from jvitmoe.runtime.devices import EXPERT, make_mesh
+from jvitmoe.training import state, step
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +44,7 @@ def test_an_expert_axis_changes_nothing_but_where_things_are(axis_run, devices, 
     leaf = many.state.params["blocks"]["block1"]["mlp"]["up"]
     assert leaf.addressable_shards[0].data.shape == (1, 4 // expert_devices, 8, 12)
     counts = optax.tree.get(many.state.opt_state.experts, "count")
-    assert counts.sharding.spec[1] == step.EXPERT
+    assert counts.sharding.spec[1] == EXPERT
 
 
 @pytest.mark.parametrize("shard", ["optimizer", "parameters"])
@@ -71,13 +74,13 @@ def test_an_expert_axis_reduces_the_trunk_alone_and_moves_no_image(tiny_config, 
         routing={"experts": 4, "granularity": "sample"},
         train={"devices": 4, "expert_devices": 4, "batch_size": 16},
     )
-    mesh = step.make_mesh(config.train)
-    model = step.make_model(config, "cpu")
-    order = feed.TrainOrder(len(tiny_split), 16, jax.random.key(0), mesh, config.slots)
+    mesh = make_mesh(config.train)
+    model = build.make_model(config, "cpu")
+    order = batches.TrainOrder(len(tiny_split), 16, jax.random.key(0), mesh, config.slots)
     train_step = step.make_train_step(config, model, mesh, order.steps_per_epoch)
-    given = step.abstract_state(config, model, mesh)
-    text = for_reading(train_step.lower(given, feed.put(tiny_split, mesh), order.epoch(0))).as_text()
-    trunk, _ = merging.split(given.params, merging.stacked(given.params))
+    given = state.abstract_state(config, model, mesh)
+    text = for_reading(train_step.lower(given, batches.put(tiny_split, mesh), order.epoch(0))).as_text()
+    trunk, _ = slices.split(given.params, slices.stacked(given.params))
     size = sum(x.size for x in jax.tree.leaves(trunk))
     # Every gradient of the trunk, the loss and the accuracy; and the sum of squares of the experts' part of the norm.
     assert 4 * (size + 2) <= reduced_bytes(text) <= 4 * (size + 2 + 8)
@@ -99,7 +102,7 @@ def test_an_expert_axis_reduces_the_trunk_alone_and_moves_no_image(tiny_config, 
 )
 def test_meshes_and_parts_that_cannot_be_are_refused(tiny_config, sections, says):
     with pytest.raises(ConfigError, match=says):
-        tiny_config(**sections)
+        build.make_model(tiny_config(**sections), "cpu")
 
 
 @pytest.mark.parametrize("attention", ["xla", "cudnn"])
@@ -112,10 +115,10 @@ def test_the_step_lowers_for_cuda_where_there_is_no_gpu(tiny_config, tiny_split,
         routing={"experts": 4},
         train={"devices": 2, "batch_size": 8},
     )
-    mesh = step.make_mesh(config.train)
-    order = feed.TrainOrder(len(tiny_split), 8, jax.random.key(0), mesh)
-    model = step.make_model(config, "cpu")
-    given = step.abstract_state(config, model, mesh), feed.put(tiny_split, mesh), order.epoch(0)
+    mesh = make_mesh(config.train)
+    order = batches.TrainOrder(len(tiny_split), 8, jax.random.key(0), mesh)
+    model = build.make_model(config, "cpu")
+    given = state.abstract_state(config, model, mesh), batches.put(tiny_split, mesh), order.epoch(0)
     program = step.make_train_step(config, model, mesh, order.steps_per_epoch)
     text = program.trace(*given).lower(lowering_platforms=("cuda",)).as_text()
     products = re.findall(r"stablehlo.dot_general.*-> tensor<\S*x(\w+)>", text)

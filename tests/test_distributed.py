@@ -15,6 +15,9 @@ from pathlib import Path
 import pytest
 
 import processes
+from jvitmoe import cli, train
+from jvitmoe.errors import UserError
+from jvitmoe.runtime.processes import define_flags, join
 
 EXPERIMENT = """
 from jvitmoe.config import Config, DataConfig, ModelConfig, OptimConfig, RoutingConfig, TrainConfig
@@ -163,7 +166,7 @@ def test_processes_that_cannot_be_one_run_say_so_in_one_line_each_within_30_seco
 
 FLIPS = """
 import jax
-from jvitmoe.checkpoint import Checkpoints
+from jvitmoe.runs.checkpoints import Checkpoints
 
 save = Checkpoints.save
 
@@ -222,20 +225,15 @@ def test_processes_given_different_settings_are_refused(experiment, tmp_path):
 def test_flags_that_cannot_be_meant_are_refused_before_anybody_is_waited_for(arguments, says):
     from absl import flags
 
-    from jvitmoe import distributed
-    from jvitmoe.config import UserError
-
     values = flags.FlagValues()
-    distributed.define_flags(values)
+    define_flags(values)
     values(["train.py", *arguments])
     with pytest.raises(UserError, match=says):
-        distributed.join(values, dict)
+        join(values, dict)
 
 
 def test_the_launchers_use_flags_and_fields_that_exist(monkeypatch):
     import yaml
-
-    from jvitmoe import cli, train
 
     monkeypatch.chdir(processes.ROOT)
     *_, job = yaml.safe_load_all(Path("scripts/kubernetes.yaml").read_text())

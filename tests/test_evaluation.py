@@ -3,13 +3,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jvitmoe import evaluation, merging, routing
-from jvitmoe.data import feed
-from jvitmoe.data.sources import Split
-from jvitmoe.evaluation import Result, make_evaluate
+from jvitmoe.data.batches import eval_batches, put
+from jvitmoe.data.splits import Split
+from jvitmoe.evaluation import models
+from jvitmoe.evaluation.metrics import Result, make_evaluate
+from jvitmoe.experts import cost, merge
+from jvitmoe.experts.routes import Purpose, address
 from jvitmoe.models import vit
-from jvitmoe.routing import Purpose
-from jvitmoe.step import make_mesh
+from jvitmoe.runtime.devices import make_mesh
 
 E, L = 3, 2
 
@@ -72,15 +73,15 @@ def test_metrics_are_those_of_one_image_at_a_time_on_any_number_of_devices(
     config = tiny_config(train={"devices": devices}, routing={"experts": E})
     mesh = make_mesh(config.train)
     evaluate = make_evaluate(vit.build(config.model), mesh)
-    images, dense, params = feed.put(split, mesh), params_of(1), params_of(E)
-    route_PL = evaluation.path_routes(config, 1)
-    p_PNC = [probabilities(merging.take_path(params, route_L)) for route_L in route_PL]
+    images, dense, params = put(split, mesh), params_of(1), params_of(E)
+    route_PL = models.path_routes(config, 1)
+    p_PNC = [probabilities(merge.take_path(params, route_L)) for route_L in route_PL]
     slow = slowly(probabilities(dense), split.labels_N)
     slow_paths = [slowly(p_NC, split.labels_N) for p_NC in p_PNC]
     assert 0 < slow.accuracy < 1
     assert 0 < slow.ece < 1
     for batch_size in (8, 26):  # 26 images: three batches and two images, and one batch
-        batches = feed.eval_batches(26, batch_size, mesh)
+        batches = eval_batches(26, batch_size, mesh)
         assert evaluate(dense, images, batches) == near(slow)
         results, ensemble = evaluate.paths(params, route_PL, E, images, batches)
         assert results == [near(result) for result in slow_paths]
@@ -91,9 +92,9 @@ def test_metrics_are_those_of_one_image_at_a_time_on_any_number_of_devices(
 def test_an_ensemble_of_one_path_is_that_path(tiny_config, split, params_of):
     config = tiny_config(routing={"experts": E})
     mesh = make_mesh(config.train)
-    images, batches = feed.put(split, mesh), feed.eval_batches(26, 8, mesh)
+    images, batches = put(split, mesh), eval_batches(26, 8, mesh)
     evaluate = make_evaluate(vit.build(config.model), mesh)
-    (first, second, _), ensemble = evaluate.paths(params_of(E), evaluation.path_routes(config, 0), 1, images, batches)
+    (first, second, _), ensemble = evaluate.paths(params_of(E), models.path_routes(config, 0), 1, images, batches)
     assert ensemble == near(first)
     assert first != second
 
@@ -103,12 +104,12 @@ def test_images_outside_the_batches_do_not_count(tiny_config, split, params_of, 
     config = tiny_config(train={"devices": 2})
     mesh = make_mesh(config.train)
     evaluate = make_evaluate(vit.build(config.model), mesh)
-    images, params = feed.put(split, mesh), params_of(1)
-    few = evaluate(params, images, feed.eval_batches(count, 8, mesh))
+    images, params = put(split, mesh), params_of(1)
+    few = evaluate(params, images, eval_batches(count, 8, mesh))
     changed = split.images_NHWC.copy()
     changed[count:] = 255
-    images = feed.put(Split(changed, split.labels_N), mesh)
-    assert few == evaluate(params, images, feed.eval_batches(count, 8, mesh))
+    images = put(Split(changed, split.labels_N), mesh)
+    assert few == evaluate(params, images, eval_batches(count, 8, mesh))
     assert few.images == count
 
 
@@ -118,29 +119,29 @@ def test_a_run_of_experts_is_tested_merged_per_expert_on_random_paths_and_as_an_
 ):
     config, params = tiny_config(routing={"experts": E}, train={"seed": 5}), params_of(E)
     mesh = make_mesh(config.train)
-    images, batches = feed.put(split, mesh), feed.eval_batches(26, 26, mesh)
+    images, batches = put(split, mesh), eval_batches(26, 26, mesh)
     evaluate = make_evaluate(vit.build(config.model), mesh)
-    rows = evaluation.evaluate_run(config, params, params_of(1), evaluate, images, batches, paths)
+    rows = models.evaluate_run(config, params, params_of(1), evaluate, images, batches, paths)
     random = {0: [], 1: ["random path"], 4: ["4 random paths"]}[paths]
     assert [row["model"] for row in rows] == ["merged", "EMA", *[f"expert {e}" for e in range(E)], *random, "ensemble"]
 
     def metrics(tree):
         return near(evaluate(tree, images, batches))._asdict()
 
-    route_PL = evaluation.path_routes(config, paths)
-    assert rows[0].items() >= metrics(merging.average_experts(params)).items()
+    route_PL = models.path_routes(config, paths)
+    assert rows[0].items() >= metrics(merge.average_experts(params)).items()
     assert rows[1].items() >= metrics(params_of(1)).items()
     for e in range(E):
-        assert rows[2 + e].items() >= metrics(merging.take_path(params, jnp.array([e, e]))).items()
+        assert rows[2 + e].items() >= metrics(merge.take_path(params, jnp.array([e, e]))).items()
     if paths:
-        drawn = [evaluate(merging.take_path(params, route_L), images, batches) for route_L in route_PL[E:]]
+        drawn = [evaluate(merge.take_path(params, route_L), images, batches) for route_L in route_PL[E:]]
         for name in ("accuracy", "nll", "ece"):
             values = [getattr(result, name) for result in drawn]
             assert rows[-2][name] == pytest.approx(np.mean(values), rel=1e-5)
             assert (f"{name}_std" in rows[-2]) == (paths > 1)
             if paths > 1:
                 assert rows[-2][f"{name}_std"] == pytest.approx(np.std(values, ddof=1), rel=1e-3, abs=1e-6)
-    active, total = evaluation.count_parameters(config)
+    active, total = cost.count_parameters(config)
     flops = rows[0]["flops_per_image"]
     assert {(row["parameters"], row["flops_per_image"]) for row in rows[:-1]} == {(active, flops)}
     assert (rows[-1]["parameters"], rows[-1]["flops_per_image"]) == (total, E * flops)
@@ -149,9 +150,9 @@ def test_a_run_of_experts_is_tested_merged_per_expert_on_random_paths_and_as_an_
 def test_equal_experts_make_every_path_and_the_ensemble_the_merged_model(tiny_config, split, params_of):
     config, dense = tiny_config(routing={"experts": E}), params_of(1)
     mesh = make_mesh(config.train)
-    images, batches = feed.put(split, mesh), feed.eval_batches(26, 26, mesh)
+    images, batches = put(split, mesh), eval_batches(26, 26, mesh)
     evaluate = make_evaluate(vit.build(config.model), mesh)
-    rows = evaluation.evaluate_run(config, merging.upcycle(dense, params_of(E)), None, evaluate, images, batches, 3)
+    rows = models.evaluate_run(config, merge.upcycle(dense, params_of(E)), None, evaluate, images, batches, 3)
     merged = evaluate(dense, images, batches)
     assert len(rows) == E + 3
     for row in rows:
@@ -161,13 +162,13 @@ def test_equal_experts_make_every_path_and_the_ensemble_the_merged_model(tiny_co
 def test_random_paths_are_fixed_by_the_seed_and_fresh_per_layer_and_number(tiny_config):
     def routes(seed, paths=3):
         config = tiny_config(model={"depth": 12}, routing={"experts": 4}, train={"seed": seed})
-        return np.asarray(evaluation.path_routes(config, paths)).tolist()
+        return np.asarray(models.path_routes(config, paths)).tolist()
 
     assert routes(0)[:4] == [[e] * 12 for e in range(4)]
     assert routes(0) == routes(0, 5)[:7] != routes(1)
     assert all(len(set(route)) > 1 for route in routes(0)[4:])
     assert len(set(map(tuple, routes(0)))) == 7
-    key = routing.address(jax.random.key(0), Purpose.PATH, 2)
+    key = address(jax.random.key(0), Purpose.PATH, 2)
     assert routes(0)[6] == jax.random.randint(key, (12,), 0, 4).tolist()
 
 
@@ -175,15 +176,13 @@ def test_a_dense_run_has_one_row(tiny_config, split, params_of):
     config = tiny_config()
     mesh = make_mesh(config.train)
     evaluate = make_evaluate(vit.build(config.model), mesh)
-    (row,) = evaluation.evaluate_run(
-        config, params_of(1), None, evaluate, feed.put(split, mesh), feed.eval_batches(26, 26, mesh), 8
-    )
+    (row,) = models.evaluate_run(config, params_of(1), None, evaluate, put(split, mesh), eval_batches(26, 26, mesh), 8)
     assert (row["model"], row["images"]) == ("dense", 26)
 
 
 def test_flops_count_every_layer_and_every_product(tiny_config):
     def flops(depth):
-        return evaluation.flops_per_image(vit.build(tiny_config(model={"depth": depth, "width": 32}).model), 4)
+        return cost.flops_per_image(vit.build(tiny_config(model={"depth": depth, "width": 32}).model), 4)
 
     tokens, width, hidden = 5, 32, 12
     products = 2 * (tokens * (4 * width**2 + 2 * width * hidden) + 2 * tokens**2 * width)  # of one layer
@@ -193,7 +192,7 @@ def test_flops_count_every_layer_and_every_product(tiny_config):
 
 def test_active_parameters_are_those_of_the_dense_model_and_total_counts_every_expert(tiny_config, params_of):
     size = lambda tree: sum(x.size for x in jax.tree.leaves(tree))  # noqa: E731
-    assert evaluation.count_parameters(tiny_config()) == (size(params_of(1)), size(params_of(1)))
-    active, total = evaluation.count_parameters(tiny_config(routing={"experts": E}))
+    assert cost.count_parameters(tiny_config()) == (size(params_of(1)), size(params_of(1)))
+    active, total = cost.count_parameters(tiny_config(routing={"experts": E}))
     assert (active, total) == (size(params_of(1)), size(params_of(E)))
     assert total - active == (E - 1) * L * (8 * 12 + 12 + 12 * 8 + 8)

@@ -14,9 +14,12 @@ import pytest
 from PIL import Image
 
 import jvitmoe
-from jvitmoe import classifier, cli, export, formats, pretrained
-from jvitmoe.config import Config, ConfigError, DataConfig, UserError
-from jvitmoe.data import decode, sources
+from jvitmoe import cli, export
+from jvitmoe.config import Config, DataConfig
+from jvitmoe.data import datasets, images
+from jvitmoe.errors import ConfigError, UserError
+from jvitmoe.interop import classifier, load, model_card, weight_names
+from jvitmoe.interop.targets import TARGETS, base
 
 WITH_ONNX = pytest.mark.skipif(importlib.util.find_spec("jax2onnx") is None, reason="needs jvitmoe[export]")
 
@@ -68,7 +71,7 @@ def test_our_own_export_loads_to_the_same_logits(exported, experiment_run, monke
 
 
 def test_the_sample_holds_real_test_images_and_what_the_model_takes(exported):
-    test = sources.load(Config().data, Config().model).test
+    test = datasets.load(Config().data, Config().model).test
     for target in ("safetensors", "timm"):
         sample = np.load(exported(target) / "sample.npz")
         np.testing.assert_array_equal(sample["images"], test.images_NHWC[:16])
@@ -85,15 +88,15 @@ def test_of_a_set_that_streams_only_the_sample_is_read_and_cut_as_in_tests(exper
             for n in range(3):
                 Image.effect_noise((20 + n, 30), 20 * number).save(folder / f"{n}.png")
     (tmp_path / "train" / "0" / "0.png").write_bytes(b"no picture, and nobody looks at it")
-    source = pretrained.read(experiment_run)
+    source = load.read(experiment_run)
     source.config.data = DataConfig("folder", str(tmp_path), stream=True, crop="resized")
     source = dataclasses.replace(source, crop="resized")
-    sample = export.make_sample(source, source.config, "onnx")
+    sample = TARGETS["onnx"].sample(source, source.config)
     files = sorted((tmp_path / "test").rglob("*.png"))[:16]
     for image, file in zip(sample["images"], files, strict=True):
-        np.testing.assert_array_equal(image, decode.centre_crop(decode.Picture("", file), 8, 1))
+        np.testing.assert_array_equal(image, images.centre_crop(images.Picture("", file), 8, 1))
     np.testing.assert_array_equal(sample["labels"], np.arange(16) // 3)
-    export._write_ours(tmp_path, source, source.model)
+    TARGETS["safetensors"].write(tmp_path, source, source.model)
     again = jvitmoe.load(tmp_path)
     np.testing.assert_array_equal(again.logits(files), sample["logits"])
     whole = classifier.from_source(dataclasses.replace(source, crop="pad"))
@@ -154,16 +157,14 @@ def test_the_card_tells_data_recipe_seed_accuracy_hardware_versions_and_licence(
 
 
 def test_a_run_that_was_not_tested_says_so(exported, experiment_run):
-    from jvitmoe import cards
-
-    config = pretrained.read(experiment_run).config
-    config.data.name = "my_set"
-    card = cards.write(config, config.model, {}, (), "onnx", 3, ["a remark"])
+    source = dataclasses.replace(load.read(experiment_run), step=3)
+    source.config.data.name = "my_set"
+    card = model_card.write(source, {}, TARGETS["onnx"], ["a remark"])
     assert "Not tested." in card
     assert "Not known to jvitmoe" in card
     assert "- a remark" in card
     result = {"rows": [{"model": "merged", "accuracy": 0.5, "nll": 1.0, "images": 2}], "step": 9, "seed": 0}
-    card = cards.write(config, config.model, {**result, "active_parameters": 1}, (), "onnx", 3, [])
+    card = model_card.write(source, {**result, "active_parameters": 1}, TARGETS["onnx"], [])
     assert "The exported checkpoint is another one, at step 3" in card
 
 
@@ -184,10 +185,10 @@ def config_of(**model: object) -> Config:
 )
 def test_what_has_no_counterpart_is_refused_with_the_config_that_has(target, model, flags):
     with pytest.raises(UserError, match="nothing was written") as caught:
-        export.examine(target, config_of(**model))
+        TARGETS[target].examine(config_of(**model))
     assert flags in str(caught.value)
     assert "\n" not in str(caught.value)
-    assert export.examine("stablehlo", config_of(**model)) == []
+    assert TARGETS["stablehlo"].examine(config_of(**model)) == []
 
 
 @pytest.mark.parametrize(
@@ -200,21 +201,57 @@ def test_what_has_no_counterpart_is_refused_with_the_config_that_has(target, mod
     ],
 )
 def test_what_differs_there_is_said(target, model, remark):
-    assert any(remark in line for line in export.examine(target, config_of(**model)))
+    assert any(remark in line for line in TARGETS[target].examine(config_of(**model)))
+
+
+class Toy(base.Target):
+    """All that a new target needs: one class."""
+
+    name = library = "toy"
+    fields = base.FIELDS - {"pool"}
+    use = "See the format's own page."
+    check = 'sample["logits"]'
+
+    def write(self, out, source, model):
+        np.savez(out / "toy.npz", **classifier.dense_arrays(source))
+        with np.load(out / "toy.npz") as file:
+            again = classifier.from_source(dataclasses.replace(source, params={**source.params, **file}))
+        return lambda inputs: again.logits(np.rint((inputs + 1) * 127.5).astype(np.uint8))
+
+
+def test_a_target_takes_one_class(experiment_run, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(TARGETS, "toy", Toy())
+    code, out, err = run(monkeypatch, capsys, f"--workdir={experiment_run}", "--to=toy", f"--out={tmp_path / 'x'}")
+    assert (code, err) == (0, "")
+    assert "as toy" in out
+    assert sorted(path.name for path in (tmp_path / "x").iterdir()) == ["README.md", "sample.npz", "toy.npz"]
+    assert "library_name: toy" in (tmp_path / "x" / "README.md").read_text()
+    with pytest.raises(UserError, match=r"toy has no counterpart of model\.pool=mean; .*--config\.model\.pool=cls, or"):
+        TARGETS["toy"].examine(config_of(pool="mean"))
+
+
+def test_a_new_field_of_the_model_is_refused_by_targets_that_do_not_list_it(monkeypatch):
+    monkeypatch.setattr(base, "FIELDS", base.FIELDS | {"part"})
+    monkeypatch.setattr(base.ModelConfig, "part", "", raising=False)
+    config = config_of()
+    config.model.part = "new"
+    for name in ("timm", "hf"):
+        with pytest.raises(UserError, match=r"no counterpart of model\.part=new"):
+            TARGETS[name].examine(config)
 
 
 def test_the_original_is_refused_by_timm_and_nothing_is_written(experiment_run, tmp_path, monkeypatch, capsys):
-    real = pretrained.read
+    real = load.read
 
     def read(path, **rest):
         found = real(path, **rest)
         found.config.model.head_hidden = 8
         return found
 
-    monkeypatch.setattr(pretrained, "read", read)
+    monkeypatch.setattr(load, "read", read)
     code, out, err = run(monkeypatch, capsys, f"--workdir={experiment_run}", "--to=timm", f"--out={tmp_path / 'x'}")
     assert (code, out, err.count("\n")) == (2, "", 1)
-    assert "has no two-layer head" in err
+    assert "timm has no counterpart of model.head_hidden=8" in err
     assert list(tmp_path.iterdir()) == []
 
 
@@ -222,7 +259,7 @@ def test_the_original_is_refused_by_timm_and_nothing_is_written(experiment_run, 
     ("arguments", "message"),
     [
         (("--to=timm", "--out={new}"), "--workdir is missing"),
-        (("--workdir={run}", "--to=tim", "--out={new}"), "it must be one of safetensors, timm"),
+        (("--workdir={run}", "--to=tim", "--out={new}"), "it must be one of hf, onnx, safetensors"),
         (("--workdir={run}", "--to=timm"), "--out is missing"),
         (("--workdir={run}", "--to=timm", "--out={run}"), "which holds something"),
         (("--workdir=no/where", "--to=timm", "--out={new}"), "'no/where' does not exist; give the folder that"),
@@ -238,14 +275,14 @@ def test_export_refuses_in_one_line(experiment_run, tmp_path, monkeypatch, capsy
 
 
 def test_an_export_that_computes_something_else_is_not_finished(experiment_run, tmp_path, monkeypatch):
-    real = formats.write
+    real = weight_names.write
 
     def wrong(*arguments, **rest):
         arrays = real(*arguments, **rest)
         arrays["head.bias"] = arrays["head.bias"] + 0.01
         return arrays
 
-    monkeypatch.setattr(formats, "write", wrong)
+    monkeypatch.setattr(weight_names, "write", wrong)
     with pytest.raises(UserError, match="from ours, more than"):
         export.main(["export", f"--workdir={experiment_run}", "--to=timm", f"--out={tmp_path / 'x'}"])
     assert not (tmp_path / "x").exists()
@@ -254,7 +291,7 @@ def test_an_export_that_computes_something_else_is_not_finished(experiment_run, 
 def test_without_jax2onnx_one_line_says_what_to_install(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"pip install 'jvitmoe\[export\]'"):
-        export.examine("onnx", Config())
+        TARGETS["onnx"].examine(Config())
 
 
 def test_a_safetensors_file_that_does_not_fit_its_config_is_refused(exported, tmp_path):

@@ -6,8 +6,9 @@ import jax
 import numpy as np
 import pytest
 
-from jvitmoe import formats
 from jvitmoe.config import ModelConfig
+from jvitmoe.interop import weight_names
+from jvitmoe.interop.targets import timm
 from jvitmoe.models import vit
 
 MODEL = ModelConfig(channels=3, classes=5, patch=4, width=12, hidden=20, depth=3, heads=2)
@@ -18,22 +19,22 @@ def tree(model: ModelConfig) -> dict[str, np.ndarray]:
     shapes = jax.eval_shape(lambda: vit.init(vit.build(model), jax.random.key(0)))
     leaves, structure = jax.tree.flatten(shapes)
     rng = np.random.default_rng(0)
-    return formats.flatten(jax.tree.unflatten(structure, [rng.normal(size=x.shape).astype("f") for x in leaves]))
+    return weight_names.flatten(jax.tree.unflatten(structure, [rng.normal(size=x.shape).astype("f") for x in leaves]))
 
 
-def read(theirs: formats.Arrays, style: str, cls_row: bool | None, heads: int = MODEL.heads) -> tuple:
+def read(theirs: weight_names.Arrays, style: str, cls_row: bool | None, heads: int = MODEL.heads) -> tuple:
     """Returns (ours, names left over) of arrays, as `pretrained` reads them."""
-    model = formats.model_of(theirs, style, formats.ConfigValues(heads, MODEL.norm_epsilon, None, cls_row))
+    model = weight_names.model_of(theirs, style, weight_names.ConfigValues(heads, MODEL.norm_epsilon, None, cls_row))
     shapes = {name: leaf.shape for name, leaf in tree(model).items()}
-    return formats.read(theirs, style, model, shapes)
+    return weight_names.read(theirs, style, model, shapes)
 
 
 @pytest.mark.parametrize("style", ["timm", "hf", "google"])
 @pytest.mark.parametrize("cls_position", [False, True])
 def test_reading_takes_back_what_writing_gave(style, cls_position):
     ours = tree(dataclasses.replace(MODEL, cls_position=cls_position))
-    theirs = formats.write(ours, style, cls_row=cls_position)
-    assert formats.style_of(theirs) == style
+    theirs = weight_names.write(ours, style, cls_row=cls_position)
+    assert weight_names.style_of(theirs) == style
     again, left = read(theirs, style, cls_position)
     assert left == []
     assert again.keys() == ours.keys()
@@ -44,7 +45,7 @@ def test_reading_takes_back_what_writing_gave(style, cls_position):
 
 def test_a_mean_pooled_vit_has_timms_other_name_for_its_last_norm():
     ours = tree(dataclasses.replace(MODEL, pool="mean"))
-    theirs = formats.write(ours, "timm", cls_row=False)
+    theirs = weight_names.write(ours, "timm", cls_row=False)
     assert "fc_norm.weight" in theirs
     assert "norm.weight" not in theirs
     assert "cls_token" not in theirs
@@ -53,7 +54,7 @@ def test_a_mean_pooled_vit_has_timms_other_name_for_its_last_norm():
 
 
 def test_cls_without_a_position_gets_one_of_zeros_where_it_must_have_one():
-    theirs = formats.write(tree(MODEL), "hf", cls_row=True)
+    theirs = weight_names.write(tree(MODEL), "hf", cls_row=True)
     positions = theirs["vit.embeddings.position_embeddings"]
     assert positions.shape == (1, 5, 12)
     assert not positions[0, 0].any()
@@ -62,14 +63,14 @@ def test_cls_without_a_position_gets_one_of_zeros_where_it_must_have_one():
 
 def test_a_flat_tree_unflattens_to_itself():
     flat = tree(MODEL)
-    again = formats.flatten(formats.unflatten(flat))
+    again = weight_names.flatten(weight_names.unflatten(flat))
     assert list(again) == list(flat)
     assert all(np.array_equal(again[name], flat[name]) for name in flat)
 
 
 def test_query_key_and_value_lie_in_this_order_and_head_by_head():
     ours = tree(MODEL)
-    qkv = formats.write(ours, "timm", cls_row=False)["blocks.1.attn.qkv.weight"]
+    qkv = weight_names.write(ours, "timm", cls_row=False)["blocks.1.attn.qkv.weight"]
     kernel_DHK = ours["blocks.attention.key.kernel"][1]
     np.testing.assert_array_equal(qkv[12:24].reshape(2, 6, 12), kernel_DHK.transpose(1, 2, 0))
 
@@ -88,27 +89,27 @@ def test_query_key_and_value_lie_in_this_order_and_head_by_head():
     ],
 )
 def test_arrays_that_are_no_vit_of_ours_are_named(change, message):
-    arrays = formats.write(tree(MODEL), "timm", cls_row=False)
+    arrays = weight_names.write(tree(MODEL), "timm", cls_row=False)
     change(arrays)
-    with pytest.raises(formats.FormatError, match=message) as caught:
+    with pytest.raises(weight_names.FormatError, match=message) as caught:
         read(arrays, "timm", False)
     assert "\n" not in str(caught.value)
 
 
 def test_heads_that_do_not_divide_are_named():
-    arrays = formats.write(tree(MODEL), "timm", cls_row=False)
-    with pytest.raises(formats.FormatError, match="multiple of the 5 heads"):
+    arrays = weight_names.write(tree(MODEL), "timm", cls_row=False)
+    with pytest.raises(weight_names.FormatError, match="multiple of the 5 heads"):
         read(arrays, "timm", False, heads=5)
 
 
 def test_heads_of_other_tasks_are_left_over_and_told():
-    arrays = formats.write(tree(MODEL), "hf", cls_row=True)
+    arrays = weight_names.write(tree(MODEL), "hf", cls_row=True)
     arrays |= {"vit.pooler.dense.weight": np.ones((12, 12), np.float32)}
     assert read(arrays, "hf", True)[1] == ["pooler.dense.weight"]
 
 
 def test_a_vit_without_a_head_is_read_without_one():
-    arrays = formats.write(tree(MODEL), "timm", cls_row=False)
+    arrays = weight_names.write(tree(MODEL), "timm", cls_row=False)
     del arrays["head.weight"], arrays["head.bias"]
     ours, left = read(arrays, "timm", False)
     assert not any(name.startswith("head") for name in ours)
@@ -117,7 +118,7 @@ def test_a_vit_without_a_head_is_read_without_one():
 
 @pytest.mark.parametrize(("width", "hidden"), [(64, 128), (300, 1000), (7, 23), (320, 1279)])
 def test_timm_counts_the_hidden_width_as_we_have_it(width, hidden):
-    ratio = formats.timm_config(ModelConfig(width=width, hidden=hidden), (), "pad")["model_args"]["mlp_ratio"]
+    ratio = timm.config_json(ModelConfig(width=width, hidden=hidden), (), "pad")["model_args"]["mlp_ratio"]
     assert int(width * ratio) == hidden
 
 
@@ -134,7 +135,7 @@ def test_timm_counts_the_hidden_width_as_we_have_it(width, hidden):
     ],
 )
 def test_timms_config_tells_heads_and_epsilon(about, heads, epsilon):
-    assert formats.read_timm_config(about, True)[:2] == (heads, epsilon)
+    assert weight_names.read_timm_config(about, True)[:2] == (heads, epsilon)
 
 
 @pytest.mark.parametrize(
@@ -146,19 +147,19 @@ def test_timms_config_tells_heads_and_epsilon(about, heads, epsilon):
     ],
 )
 def test_activations_and_norms_that_arrays_would_not_show_are_refused(about, message):
-    with pytest.raises(formats.FormatError, match=message) as caught:
-        formats.read_timm_config(about, True)
+    with pytest.raises(weight_names.FormatError, match=message) as caught:
+        weight_names.read_timm_config(about, True)
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(("epsilon", "nearest"), [(1e-5, 1e-5), (1e-6, 1e-6), (1e-3, 1e-5), (1e-12, 1e-6)])
 def test_the_epsilon_that_reads_back_is_the_one_that_timm_has(epsilon, nearest):
     model = dataclasses.replace(MODEL, norm_epsilon=epsilon)
-    told = formats.read_timm_config(formats.timm_config(model, (), "pad"), True)
+    told = weight_names.read_timm_config(timm.config_json(model, (), "pad"), True)
     assert told == (model.heads, nearest, (model.image_size,) * 2, model.cls_position)
 
 
 @pytest.mark.parametrize(("crop", "share", "filter"), [("pad", 1.0, "bicubic"), ("resized", 224 / 256, "bilinear")])
 def test_timm_is_told_how_the_run_cut_its_test_images(crop, share, filter):
-    cfg = formats.timm_config(MODEL, (), crop)["pretrained_cfg"]
+    cfg = timm.config_json(MODEL, (), crop)["pretrained_cfg"]
     assert (cfg["crop_pct"], cfg["interpolation"]) == (share, filter)

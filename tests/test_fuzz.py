@@ -21,15 +21,19 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from jvitmoe import cli, evaluation, train
+from jvitmoe import cli, train
 from jvitmoe import config as config_lib
-from jvitmoe.config import Config, UserError
-from jvitmoe.data import decode, pictures
-from jvitmoe.data.decode import Picture
+from jvitmoe.config import Config
+from jvitmoe.data import images
+from jvitmoe.data.images import Picture
+from jvitmoe.errors import UserError
+from jvitmoe.experts import cost
+from jvitmoe.models.routers import ROUTERS
 
 TIMES = int(os.environ.get("JVITMOE_FUZZ", "1"))
 DIGITS = str(Path(__file__).parents[1] / "configs" / "digits_random.py")
 FIELDS = config_lib.flatten(Config())
+CHOICES = {path: field.metadata["choices"] for path, field in config_lib.SETTINGS.items()}
 
 
 def tries(count: int) -> Callable:
@@ -94,7 +98,7 @@ CHOSEN = {
     "model.dtype": ("float32", "bfloat16"),
     "model.unroll": (1, 7),
     "routing.experts": (1, 2, 2, 4),
-    "routing.router": ("random", "random", "random", *config_lib.CHOICES["routing.router"]),
+    "routing.router": ("random", "random", "random", *ROUTERS),
     "routing.granularity": ("batch", "batch", "sample", "token"),
     "routing.scope": ("shared", "layer"),
     "routing.pull": (0.0, 0.5, 1.0, 1e-300),
@@ -127,7 +131,7 @@ scalars = st.one_of(
     st.booleans(),
     st.none(),
     st.text(max_size=20),
-    st.sampled_from(sorted({option for options in config_lib.CHOICES.values() for option in options})),
+    st.sampled_from(sorted({option for options in (*CHOICES.values(), ROUTERS) for option in options})),
 )
 sound = st.sampled_from([(name, value) for name, found in CHOSEN.items() for value in found])
 values = scalars | st.lists(scalars | st.just("experts") | st.just("dense"), max_size=4) | st.just({})
@@ -154,7 +158,7 @@ def test_any_values_in_a_config_json_are_refused_in_one_line_or_make_a_model(ove
         return
     OUTCOMES["accepted"] += 1
     assert config_lib.loads(config_lib.dumps(config), "config.json").validate() == config
-    active, total = evaluation.count_parameters(config)
+    active, total = cost.count_parameters(config)
     assert 0 < active <= total
 
 
@@ -306,11 +310,11 @@ def test_any_bytes_as_a_picture_are_pixels_of_the_right_shape_or_one_line_that_n
         path = Path(folder) / "some picture.png"
         path.write_bytes(content)
         for read in (
-            lambda: pictures.read(path, 8, 3),
-            lambda: decode.exact(Picture(str(path), path), (8, 8, 3), "all are 8x8"),
-            lambda: decode.exact(Picture(str(path), content), (8, 8, 1), "all are 8x8"),
-            lambda: decode.centre_crop(Picture(str(path), content), 8, 3),
-            lambda: decode.random_crop(Picture(str(path), content), 8, 3, np.random.RandomState(0)),
+            lambda: images.read(path, 8, 3),
+            lambda: images.exact(Picture(str(path), path), (8, 8, 3), "all are 8x8"),
+            lambda: images.exact(Picture(str(path), content), (8, 8, 1), "all are 8x8"),
+            lambda: images.centre_crop(Picture(str(path), content), 8, 3),
+            lambda: images.random_crop(Picture(str(path), content), 8, 3, np.random.RandomState(0)),
         ):
             try:
                 pixels = read()

@@ -1,50 +1,55 @@
 """Who may import whom. Every file of the package is checked, new ones included."""
 
 import ast
+import functools
+from collections.abc import Iterator
 from pathlib import Path
-
-import pytest
 
 import jvitmoe
 
 ROOT = Path(jvitmoe.__file__).parent
 FILES = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in sorted(ROOT.rglob("*.py"))}
-MODULES = [name for name in FILES if name.split(".")[-1] != "__init__"]
-COMMANDS = {"train", "evaluate", "predict", "export", "report", "benchmark"}
-IN_JAX = {"jax", "jaxlib", "flax", "optax", "orbax", "tensorstore", "chex"}
-WITHOUT_JAX = [
-    *("config", "lock", "watchdog", "lifeline", "rendezvous", "cli", "tracking", "plots", "report", "formats"),
-    *("data.sources", "data.decode", "data.pictures"),
-]
+COMMANDS = ("train", "evaluate", "predict", "export", "report", "benchmark")
 
-# Imports point to lower ranks, or to a neighbour in the same folder.
-RANK = {
-    **dict.fromkeys(("config", "peer"), 0),
-    **dict.fromkeys(("lock", "watchdog", "lifeline", "rendezvous"), 1),
-    **dict.fromkeys(("data", "compilation", "formats", "models", "routing"), 1),
-    **{"optim": 2, "merging": 2, "state": 3, "step": 4},
-    **dict.fromkeys(("evaluation", "mergeability", "checkpoint", "cli", "tracking", "distributed"), 5),
-    **dict.fromkeys(("plots", "pretrained", "stop", "verify"), 6),
-    **dict.fromkeys(("classifier", "sheet", "cards"), 7),
-    **dict.fromkeys(("__main__", *COMMANDS), 8),
-}
-ONLY = {
-    "checkpoint": {"state", "config"},
-    "tracking": {"config"},
-    "cli": {"config"},
-    "distributed": {"config", "lifeline", "rendezvous"},
-    "stop": {"distributed"},
-}
+# A file imports from folders (and top-level files) to the left of its own; those of one group never import each other.
+ORDER = (
+    ("errors",),
+    ("settings",),
+    ("config",),
+    ("data", "models", "runtime"),
+    ("experts", "runs"),
+    ("evaluation",),
+    ("interop",),
+    ("training",),
+    ("cli",),
+    (*COMMANDS, "__main__", "__init__"),
+)
+RANK = {folder: rank for rank, group in enumerate(ORDER) for folder in group}
+
+JAX = {"jax", "jaxlib", "flax", "optax", "orbax", "tensorstore", "chex"}
+WITHOUT_JAX = (
+    *("errors", "settings", "config", "cli", "report", "interop.weight_names", "data.datasets", "data.images"),
+    *(f"runs.{name}" for name in ("console", "tables", "files", "lock", "plots", "results", "metrics_log")),
+    *(f"runtime.{name}" for name in ("watchdog", "heartbeat", "rendezvous")),
+)
+# Package -> the folder, or the one file, that may import it.
 ONLY_IN = {
-    **{"flax": "models.", "orbax": "checkpoint", "tensorstore": "checkpoint", "torch": "peer"},
-    **{"tensorflow_datasets": "data.sources", "grain": "data.stream"},
+    **{"flax": "models", "orbax": "runs.checkpoints", "tensorstore": "runs.checkpoints", "grain": "data.stream"},
+    **{"tensorflow_datasets": "data.tfds", "torch": "nowhere"},
 }
+NEVER = {"pickle", "marshal", "shelve", "dill", "cloudpickle", "joblib", "yaml", "runpy"}  # they run what they read
 
 
-def imports(name: str) -> tuple[set[str], set[str]]:
+@functools.cache
+def tree(name: str) -> ast.Module:
+    return ast.parse(FILES[name].read_text())
+
+
+@functools.cache
+def imports(name: str) -> tuple[frozenset[str], frozenset[str]]:
     """Returns (outside packages, modules of jvitmoe) that a file imports, anywhere in it."""
     outside, inside = set(), set()
-    for node in ast.walk(ast.parse(FILES[name].read_text())):
+    for node in ast.walk(tree(name)):
         if isinstance(node, ast.Import):
             targets = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
@@ -60,78 +65,89 @@ def imports(name: str) -> tuple[set[str], set[str]]:
             while rest and rest not in FILES and f"{rest}.__init__" not in FILES:
                 rest = rest.rpartition(".")[0]  # a name in a module
             inside.add(rest if rest in FILES else f"{rest}.__init__".lstrip("."))
-    return outside, inside
+    return frozenset(outside), frozenset(inside)
 
 
-def reached(name: str) -> set[str]:
+@functools.cache
+def reached(name: str) -> frozenset[str]:
     """Returns the modules of jvitmoe that importing this one runs, itself included."""
     seen, todo = set(), [name]
     while todo:
         if (module := todo.pop()) not in seen:
             seen.add(module)
             todo += imports(module)[1]
-    return seen
+    return frozenset(seen)
+
+
+def arrows() -> Iterator[tuple[str, str]]:
+    """Yields (file, module that it imports), without the empty files of packages."""
+    for name in FILES:
+        for other in imports(name)[1]:
+            if not other.endswith("__init__"):
+                yield name, other
+
+
+def folder(name: str) -> str:
+    return name.partition(".")[0]
 
 
 def test_the_checker_sees_what_is_imported():
-    assert {"config", "routing", "data.feed", "models.vit"} <= imports("step")[1]
-    assert "tensorflow_datasets" in imports("data.sources")[0]  # inside a function
-    assert {"state", "merging", "config"} <= reached("checkpoint")
+    assert {"config", "experts.routes", "data.batches", "models.vit"} <= imports("training.step")[1]
+    assert "tensorflow_datasets" in imports("data.tfds")[0]  # inside a function
+    assert {"errors", "config", "runs.checkpoints"} <= reached("evaluate")
 
 
-@pytest.mark.parametrize("name", [name for name in WITHOUT_JAX if name in FILES])
-def test_no_jax_in_it_nor_in_what_it_imports(name):
-    found = {module: imports(module)[0] & IN_JAX for module in reached(name)}
-    assert not any(found.values()), found
+def test_every_folder_has_its_place():
+    assert {folder(name) for name in FILES} == RANK.keys()
 
 
-@pytest.mark.parametrize("name", FILES)
-def test_flax_orbax_and_tfds_stay_in_their_place(name):
-    for package, place in ONLY_IN.items():
-        at_home = name.startswith(place) if place.endswith(".") else name == place
-        assert at_home or package not in imports(name)[0]
+def test_imports_point_to_the_left():
+    wrong = [
+        f"{name} imports {other}"
+        for name, other in arrows()
+        if folder(name) != folder(other) and RANK[folder(other)] >= RANK[folder(name)]
+    ]
+    assert not wrong
 
 
-@pytest.mark.parametrize("name", FILES)
-def test_nothing_imports_a_command(name):
-    assert not imports(name)[1] & COMMANDS
+def test_no_module_imports_itself_through_others():
+    assert not [name for name in FILES if any(name in reached(other) for other in imports(name)[1])]
 
 
-@pytest.mark.parametrize("name", MODULES)
-def test_imports_point_down(name):
-    assert name.split(".")[0] in RANK, f"{name} has no rank yet: give it its place in DESIGN's graph and in RANK"
-    for other in imports(name)[1]:
-        if other.endswith("__init__"):
-            continue
-        neighbours = "." in name and name.split(".")[0] == other.split(".")[0]
-        assert neighbours or RANK[other.split(".")[0]] < RANK[name.split(".")[0]], f"{name} imports {other}"
-        assert name not in ONLY or other in ONLY[name], f"{name} imports {other}"
+def test_no_jax_where_none_is_needed():
+    found = {(name, module): imports(module)[0] & JAX for name in WITHOUT_JAX for module in reached(name)}
+    assert not {names: packages for names, packages in found.items() if packages}
 
 
-@pytest.mark.parametrize("name", FILES)
-def test_no_module_imports_itself_through_others(name):
-    assert not any(name in reached(other) for other in imports(name)[1])
+def test_packages_stay_in_their_place():
+    wrong = [
+        f"{name} imports {package}"
+        for name in FILES
+        for package, place in ONLY_IN.items()
+        if package in imports(name)[0] and place not in (name, folder(name))
+    ]
+    assert not wrong
 
 
-@pytest.mark.parametrize("name", [name for name in FILES if name.startswith("models.")])
-def test_models_know_their_config_and_nothing_of_devices_or_optimisers(name):
-    assert imports(name)[1] <= {"config", *(other for other in FILES if other.startswith("models."))}
-    assert "optax" not in imports(name)[0]
-    for node in ast.walk(ast.parse(FILES[name].read_text())):
-        if isinstance(node, ast.ImportFrom):
-            assert node.module != "jax.sharding"
-            assert node.module != "jvitmoe.config" or [alias.name for alias in node.names] == ["ModelConfig"]
+def test_models_know_their_config_and_nothing_of_devices_or_optimisers():
+    for name in FILES:
+        if folder(name) == "models":
+            assert "optax" not in imports(name)[0], name
+            for node in ast.walk(tree(name)):
+                if isinstance(node, ast.ImportFrom):
+                    assert node.module != "jax.sharding", name
+                    assert node.module != "jvitmoe.config" or [a.name for a in node.names] == ["ModelConfig"], name
 
 
-@pytest.mark.parametrize("name", FILES)
-def test_nothing_that_comes_out_of_a_file_is_run(name):
-    assert not imports(name)[0] & {"pickle", "marshal", "shelve", "dill", "cloudpickle", "joblib", "yaml", "runpy"}
-    for node in ast.walk(ast.parse(FILES[name].read_text())):
-        if isinstance(node, ast.Call):
-            called = ast.unparse(node.func)
-            assert called not in ("eval", "exec", "compile", "__import__", "os.system"), f"{name} calls {called}"
-            assert called != "np.load" or "allow_pickle=False" in ast.unparse(node)
-            assert not any(word.arg == "shell" for word in node.keywords)
+def test_nothing_that_comes_out_of_a_file_is_run():
+    assert not [name for name in FILES if imports(name)[0] & NEVER]
+    for name in FILES:
+        for node in ast.walk(tree(name)):
+            if isinstance(node, ast.Call):
+                called = ast.unparse(node.func)
+                assert called not in ("eval", "exec", "compile", "__import__", "os.system"), f"{name} calls {called}"
+                assert called != "np.load" or "allow_pickle=False" in ast.unparse(node), name
+                assert not any(word.arg == "shell" for word in node.keywords), name
 
 
 def test_there_is_no_utils():

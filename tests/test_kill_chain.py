@@ -19,7 +19,7 @@ def get_config():
         data=DataConfig(crop_padding=1, flip=True, validation=800),
         model=ModelConfig(width=8, hidden=12, depth=2, heads=2, patch=4, dropout=0.1),
         routing=RoutingConfig(experts=3, scope="layer", init="shared"),
-        train=TrainConfig(epochs=30, batch_size=16, eval_every=1, checkpoint_every=25, devices=1, ema=0.9),
+        train=TrainConfig(epochs=45, batch_size=16, eval_every=1, checkpoint_every=25, devices=1, ema=0.9),
     )
 """
 KILLS = 20

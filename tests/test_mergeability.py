@@ -3,11 +3,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jvitmoe import evaluation, mergeability, merging
-from jvitmoe.data import augment, feed
-from jvitmoe.data.sources import Split
+from jvitmoe.data import augment
+from jvitmoe.data.batches import eval_batches, put
+from jvitmoe.data.splits import Split
+from jvitmoe.evaluation import mergeability, metrics, models
+from jvitmoe.experts import merge
 from jvitmoe.models import mlp, vit
-from jvitmoe.step import make_mesh
+from jvitmoe.runtime.devices import make_mesh
 
 E, L = 3, 2
 
@@ -23,13 +25,13 @@ def setup(tiny_config, tiny_split):
         shapes = jax.eval_shape(lambda: vit.init(net, jax.random.key(0)))
         rng = np.random.default_rng(0)
         params = jax.tree.map(lambda x: jnp.asarray(0.5 * rng.normal(size=x.shape), x.dtype), shapes)
-        return net, params, feed.put(tiny_split, mesh), feed.eval_batches(26, 8, mesh)
+        return net, params, put(tiny_split, mesh), eval_batches(26, 8, mesh)
 
     return make
 
 
 def equal(net, params):
-    return merging.upcycle(merging.take_path(params, jnp.zeros((L,), int)), params)
+    return merge.upcycle(merge.take_path(params, jnp.zeros((L,), int)), params)
 
 
 def layer_vectors(params, layer):
@@ -64,7 +66,7 @@ def test_spread_and_cosines_are_those_of_plain_loops(setup):
 def test_the_layer_gap_is_that_of_one_image_at_a_time(setup, tiny_split, devices, model):
     net, params, images, batches = setup(devices, **model)
     gap = mergeability.layer_gap(net, params, images, batches, range(L))
-    dense, merged = net.clone(experts=1), jax.jit(merging.average_experts)(params)
+    dense, merged = net.clone(experts=1), jax.jit(merge.average_experts)(params)
     inputs = jax.jit(lambda x: mergeability.mlp_inputs(dense, merged, x))
 
     def f(layer, x_TD, weights):
@@ -89,7 +91,7 @@ def test_the_layer_gap_is_that_of_one_image_at_a_time(setup, tiny_split, devices
 @pytest.mark.parametrize("model", [{}, {"norm": "post", "pool": "mean", "positions": "sincos2d"}, {"position_rows": 9}])
 def test_the_mlp_inputs_are_what_the_whole_model_hands_its_mlps(setup, tiny_split, monkeypatch, model):
     net, params, _, _ = setup(**model)
-    dense, merged = net.clone(experts=1), merging.average_experts(params)
+    dense, merged = net.clone(experts=1), merge.average_experts(params)
     images = augment.normalize(tiny_split.images_NHWC[:2])
     inputs = mergeability.mlp_inputs(dense, merged, images)
     seen, two_layers = [], mlp.two_layers
@@ -126,8 +128,8 @@ def test_one_shared_layer_and_the_gap(setup):
 def test_the_line_starts_at_the_experts_and_ends_at_the_merged_model(tiny_config, setup):
     net, params, images, batches = setup()
     config = tiny_config(routing={"experts": E})
-    evaluate = evaluation.make_evaluate(net, make_mesh(config.train))
-    route_PL = evaluation.path_routes(config, 0)
+    evaluate = metrics.make_evaluate(net, make_mesh(config.train))
+    route_PL = models.path_routes(config, 0)
 
     def losses(tree):
         return [result.nll for result in evaluate.paths(tree, route_PL, E, images, batches)[0]]
@@ -136,8 +138,8 @@ def test_the_line_starts_at_the_experts_and_ends_at_the_merged_model(tiny_config
         return evaluate(tree, images, batches).nll
 
     line = mergeability.barrier(params, losses)
-    experts = [merging.take_path(params, route_L) for route_L in route_PL]
-    mean = merging.average_experts(params)
+    experts = [merge.take_path(params, route_L) for route_L in route_PL]
+    mean = merge.average_experts(params)
     assert line["share"] == pytest.approx(np.linspace(0, 1, 9))
     for expert, values in zip(experts, line["losses"], strict=True):
         assert values[0] == pytest.approx(loss(expert), rel=1e-5)

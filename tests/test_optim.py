@@ -6,16 +6,16 @@ import numpy as np
 import optax
 import pytest
 
-from jvitmoe import optim
 from jvitmoe.config import OptimConfig
 from jvitmoe.models import vit
+from jvitmoe.training import optimizer
 
 STEPS, EPOCHS, PEAK = 7, 5, 3e-3  # of one epoch, of the run
 
 
 def rates(config):
     """Returns the learning rate of every step of the run, and of the one after its last."""
-    return np.array([float(optim.schedule(config, STEPS)(jnp.int32(step))) for step in range(EPOCHS * STEPS + 1)])
+    return np.array([float(optimizer.schedule(config, STEPS)(jnp.int32(step))) for step in range(EPOCHS * STEPS + 1)])
 
 
 @pytest.fixture
@@ -55,10 +55,10 @@ def test_warm_up_is_linear_from_0_per_step_and_the_cosine_fills_the_rest(config)
 @pytest.mark.parametrize("epochs", [2.5, 3.0, 5.0, 40.0, 3e38])
 def test_warm_up_takes_at_most_half_of_the_training(config, epochs):
     capped = config(schedule="step", warmup_epochs=epochs)
-    assert optim.warmup_steps(capped, STEPS) == EPOCHS * STEPS // 2
+    assert optimizer.warmup_steps(capped, STEPS) == EPOCHS * STEPS // 2
     np.testing.assert_array_equal(rates(capped), rates(config(schedule="step", warmup_epochs=17 / 7)))
     assert rates(capped).max() == np.float32(PEAK)
-    assert optim.warmup_steps(config(schedule="step", warmup_epochs=17 / 7), STEPS) == 17
+    assert optimizer.warmup_steps(config(schedule="step", warmup_epochs=17 / 7), STEPS) == 17
 
 
 @pytest.mark.parametrize("name", ["adam", "adamw"])
@@ -68,7 +68,7 @@ def test_the_direction_is_that_of_a_slow_numpy_adam(name):
     p = {"kernel": rng.normal(size=(3, 4)), "bias": rng.normal(size=4)}
     m, v = ({k: np.zeros_like(x) for k, x in p.items()} for _ in range(2))
     params = {k: jnp.asarray(x, jnp.float32) for k, x in p.items()}
-    tx = optim.direction(optim_config)
+    tx = optimizer.direction(optim_config)
     opt_state, update = tx.init(params), jax.jit(tx.update)
     for t in range(1, 7):
         grads = {k: rng.normal(size=x.shape) for k, x in p.items()}
@@ -91,7 +91,7 @@ def test_adamw_decays_matrices_only_and_adam_everything(tiny_config, name):
     config = tiny_config(model={"head_hidden": 4}, routing={"experts": 2}).model
     shapes = jax.eval_shape(lambda: vit.init(vit.build(config, 2), jax.random.key(0)))
     params = jax.tree.map(lambda x: np.ones(x.shape, x.dtype), shapes)
-    tx = optim.direction(OptimConfig(name=name, weight_decay=0.25))
+    tx = optimizer.direction(OptimConfig(name=name, weight_decay=0.25))
     direction = jax.jit(lambda p: tx.update(optax.tree.zeros_like(p), tx.init(p), p)[0])(params)
     seen = {"decayed": set(), "left": set()}
     for path, leaf in jax.tree_util.tree_leaves_with_path(direction):

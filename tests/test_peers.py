@@ -15,10 +15,15 @@ import pytest
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
-from jvitmoe import classifier, evaluation, export, formats, merging, pretrained, step
-from jvitmoe import config as config_lib
+from jvitmoe import errors, export
 from jvitmoe.config import Config
+from jvitmoe.evaluation import models
+from jvitmoe.experts import build, slices
+from jvitmoe.interop import classifier, load, weight_names
+from jvitmoe.interop.targets import TARGETS, timm
 from jvitmoe.models import vit
+from jvitmoe.runtime import devices
+from jvitmoe.training.state import make_state
 
 SMALL = {
     "img_size": 8,
@@ -87,29 +92,29 @@ def test_what_they_saved_gives_their_logits_here(made, pixels, name):
     assert np.abs(expected(made / name)).max() > 0.1
 
 
-def write(style: str, source: pretrained.Source, params: dict, out: Path) -> None:
+def write(style: str, source: load.Source, params: dict, out: Path) -> None:
     """Writes an export of this dense tree."""
-    flat = formats.flatten(jax.device_get(params))
+    flat = weight_names.flatten(jax.device_get(params))
     again = dataclasses.replace(source, params={**source.params, **flat}, classes=())
     out.mkdir()
-    {"timm": export._write_timm, "hf": export._write_hf}[style](out, again, source.model)
+    TARGETS[style].write(out, again, source.model)
 
 
-def upcycled_and_merged(source: pretrained.Source, experts: int) -> dict:
+def upcycled_and_merged(source: load.Source, experts: int) -> dict:
     """Returns the dense tree that a run of experts from this source has at step 0, merged."""
     config = Config(model=source.model)
     config.routing.experts, config.init.source = experts, str(source.path)
     config.train.batch_size, config.train.devices, config.train.platform = 8, 1, "cpu"
-    mesh = step.make_mesh(config.validate().train)
-    dense, _ = pretrained.start(config)
-    state = step.make_state(config, step.make_model(config, "cpu"), mesh, dense)
-    assert any(jax.tree.leaves(merging.stacked(state.params)))
-    return evaluation.dense_tree(config, state.params)
+    mesh = devices.make_mesh(config.validate().train)
+    dense, _ = load.start(config)
+    state = make_state(config, build.make_model(config, "cpu"), mesh, dense)
+    assert any(jax.tree.leaves(slices.stacked(state.params)))
+    return models.dense_tree(config, state.params)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_upcycled_and_merged_at_step_0_the_file_holds_the_same_values(peers, made, inputs, tmp_path, name):
-    source = pretrained.read(made / name)
+    source = load.read(made / name)
     style = "hf" if name == "hf" else "timm"
     write(style, source, upcycled_and_merged(source, 4), tmp_path / "out")
     before, after = (load_file(folder / "model.safetensors") for folder in (made / name, tmp_path / "out"))
@@ -151,15 +156,15 @@ def test_ours_gives_our_logits_there(peers, pixels, inputs, tmp_path, style, ove
     out, found = tmp_path / "out", tmp_path / "logits.npz"
     out.mkdir()
     if style == "hf":
-        export._write_hf(out, source, model)
+        TARGETS["hf"].write(out, source, model)
         answer = peers("hf_logits", folder=out, inputs=inputs, out=found)
         assert answer == {"labels": list("abcde"), "odd": [], "mean": [0.5] * 3}
         np.testing.assert_allclose(np.load(found)["logits"], wanted, atol=CLOSE)
     else:
-        export._write_timm(out, source, model)
+        TARGETS["timm"].write(out, source, model)
         peers("timm_logits", folder=out, inputs=inputs, out=found, epsilon=model.norm_epsilon)
         np.testing.assert_allclose(np.load(found)["strict"], wanted, atol=CLOSE)
-        if model.norm_epsilon in formats.TIMM_NORMS:
+        if model.norm_epsilon in timm.NORMS:
             np.testing.assert_allclose(np.load(found)["by_config"], wanted, atol=CLOSE)
         else:  # what the note of the export warns of
             assert np.abs(np.load(found)["by_config"] - wanted).max() > CLOSE
@@ -172,14 +177,14 @@ def test_another_normalisation_of_pixels_is_folded_into_the_patches(peers, pixel
     overlay = {"mean": mean, "std": std}
     folder = tmp_path / "imagenet"
     peers("make_timm", folder=folder, inputs=tmp_path / "inputs.npz", **SMALL, pretrained_cfg_overlay=overlay)
-    source = pretrained.read(folder)
+    source = load.read(folder)
     assert "folded" in " ".join(source.notes)
     np.testing.assert_allclose(classifier.from_source(source).logits(pixels), expected(folder), atol=CLOSE)
 
 
 def test_npz_of_google_research_reads_as_timm_reads_it(peers, made, pixels, inputs, tmp_path):
-    source = pretrained.read(made / "timm")
-    arrays = formats.write(source.params, formats.GOOGLE, cls_row=True)
+    source = load.read(made / "timm")
+    arrays = weight_names.write(source.params, weight_names.GOOGLE, cls_row=True)
     arrays["Transformer/encoderblock_0/LayerNorm_0/scale"] = arrays["Transformer/encoderblock_0/LayerNorm_0/scale"] * 2
     np.savez(tmp_path / "vit.npz", **arrays)
     peers("timm_npz", path=tmp_path / "vit.npz", inputs=inputs, out=tmp_path / "logits.npz", **SMALL)
@@ -196,8 +201,8 @@ def test_positions_and_patches_are_resized_as_timm_resizes_them(peers, tmp_path,
     np.savez(tmp_path / "old.npz", positions=table_TD, kernel=torch_kernel)
     peers("resample", arrays=tmp_path / "old.npz", out=tmp_path / "new.npz", grid=grid, patch=patch)
     new = np.load(tmp_path / "new.npz")
-    np.testing.assert_allclose(pretrained.resize_positions(table_TD, grid), new["positions"], atol=1e-5)
-    resized = pretrained.resize_patches(kernel_PPcD.astype(np.float32), patch).transpose(3, 2, 0, 1)
+    np.testing.assert_allclose(load.resize_positions(table_TD, grid), new["positions"], atol=1e-5)
+    resized = load.resize_patches(kernel_PPcD.astype(np.float32), patch).transpose(3, 2, 0, 1)
     np.testing.assert_allclose(resized, new["kernel"], rtol=1e-4, atol=1e-4)
 
 
@@ -228,12 +233,12 @@ def test_what_our_vit_has_no_place_for_is_refused(peers, tmp_path, arguments, me
     size = arguments["img_size"] if isinstance(arguments["img_size"], list) else [arguments["img_size"]] * 2
     np.savez(tmp_path / "inputs.npz", inputs=np.zeros((1, 3, *size), "f"))
     peers("make_timm", folder=tmp_path / "odd", inputs=tmp_path / "inputs.npz", **arguments)
-    with pytest.raises(config_lib.UserError, match=message) as caught:
-        pretrained.read(tmp_path / "odd")
+    with pytest.raises(errors.UserError, match=message) as caught:
+        load.read(tmp_path / "odd")
     assert "\n" not in str(caught.value)
 
 
-def our_vit(**overrides: object) -> pretrained.Source:
+def our_vit(**overrides: object) -> load.Source:
     """Returns a small ViT of ours with random parameters, as read from a run."""
     small = {"channels": 3, "classes": 5, "width": 16, "hidden": 24, "depth": 2, "heads": 2, "patch": 4}
     model = dataclasses.replace(Config().model, **{**small, **overrides})
@@ -241,9 +246,9 @@ def our_vit(**overrides: object) -> pretrained.Source:
     leaves, structure = jax.tree.flatten(jax.device_get(vit.init(vit.build(model), jax.random.key(3))))
     rng = np.random.default_rng(4)
     leaves = [np.asarray(leaf + 0.2 * rng.normal(size=leaf.shape), np.float32) for leaf in leaves]
-    flat = formats.flatten(jax.tree.unflatten(structure, leaves))
-    flat["positions"] = pretrained._table(model, flat)
-    return pretrained.Source(Path("ours"), "run", flat, model, tuple("abcde"))
+    flat = weight_names.flatten(jax.tree.unflatten(structure, leaves))
+    flat["positions"] = load._table(model, flat)
+    return load.Source(Path("ours"), "run", flat, model, tuple("abcde"))
 
 
 # (height, width); in the last three transformers rounds the offset of a crop down and torchvision rounds it up.
@@ -257,9 +262,9 @@ def test_predict_timm_and_transformers_see_the_same_picture(peers, tmp_path, cro
     files, rng = [tmp_path / f"{height}x{width}.png" for height, width in SIZES], np.random.default_rng(0)
     for file, (height, width) in zip(files, SIZES, strict=True):
         Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8)).save(file)
-    for name, write in (("timm", export._write_timm), ("hf", export._write_hf)):
+    for name in ("timm", "hf"):
         (tmp_path / name).mkdir()
-        write(tmp_path / name, source, source.model)
+        TARGETS[name].write(tmp_path / name, source, source.model)
     out = tmp_path / "seen.npz"
     folders = {"timm_folder": tmp_path / "timm", "hf_folder": tmp_path / "hf"}
     peers("pictures", **folders, files=list(map(str, files)), out=out)
@@ -284,7 +289,7 @@ def test_predict_timm_and_transformers_see_the_same_picture(peers, tmp_path, cro
 def test_an_epsilon_that_timm_cannot_have_is_bounded_or_refused(
     peers, experiment_run, tmp_path, monkeypatch, capsys, epsilon, fits
 ):
-    real = pretrained.read
+    real = load.read
 
     def read(path, **rest):
         source = real(path, **rest)
@@ -293,10 +298,10 @@ def test_an_epsilon_that_timm_cannot_have_is_bounded_or_refused(
         source.config.model.norm_epsilon = epsilon
         return dataclasses.replace(source, model=dataclasses.replace(source.model, norm_epsilon=epsilon))
 
-    monkeypatch.setattr(pretrained, "read", read)
+    monkeypatch.setattr(load, "read", read)
     command = ["export", f"--workdir={experiment_run}", "--to=timm", f"--out={tmp_path / 'out'}"]
     if not fits:
-        with pytest.raises(config_lib.UserError, match=r"can express LayerNorm epsilons 1e-05 and 1e-06") as caught:
+        with pytest.raises(errors.UserError, match=r"can express LayerNorm epsilons 1e-05 and 1e-06") as caught:
             export.main(command)
         assert "model.norm_epsilon=0.001" in str(caught.value)
         assert "\n" not in str(caught.value)
@@ -318,11 +323,11 @@ def test_without_its_config_a_table_of_positions_that_fits_two_vits_is_refused(m
     peers("make_timm", folder=tmp_path / "wide", inputs=tmp_path / "inputs.npz", **wide)
     for folder, count in ((tmp_path / "wide", 169), (made / "timm_no_embed_class", 16)):
         weights = shutil.copy(folder / "model.safetensors", tmp_path)
-        with pytest.raises(config_lib.UserError, match=f"its {count} positions may be .* put the config.json"):
-            pretrained.read(weights, heads=2)
+        with pytest.raises(errors.UserError, match=f"its {count} positions may be .* put the config.json"):
+            load.read(weights, heads=2)
     for name in ("timm", "timm_one_patch", "timm_one_patch_no_embed_class"):  # which fit one
-        found = pretrained.read(shutil.copy(made / name / "model.safetensors", tmp_path), heads=2)
-        assert dataclasses.replace(found.model, norm_epsilon=1e-6) == pretrained.read(made / name).model
+        found = load.read(shutil.copy(made / name / "model.safetensors", tmp_path), heads=2)
+        assert dataclasses.replace(found.model, norm_epsilon=1e-6) == load.read(made / name).model
 
 
 def test_the_code_of_a_card_runs_there(peers, experiment_run, tmp_path, monkeypatch):
@@ -354,5 +359,5 @@ def test_shards_and_other_models_of_transformers_are_refused(made, tmp_path):
     for change, message in (({"model_type": "dinov2"}, "model_type"), ({"hidden_act": "gelu_new"}, "hidden_act")):
         save_file(arrays, tmp_path / "model.safetensors")
         (tmp_path / "config.json").write_text(json.dumps(about | change))
-        with pytest.raises(config_lib.UserError, match=message):
-            pretrained.read(tmp_path)
+        with pytest.raises(errors.UserError, match=message):
+            load.read(tmp_path)

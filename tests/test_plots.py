@@ -12,8 +12,10 @@ from matplotlib.collections import LineCollection
 
 import processes
 from jvitmoe import config as config_lib
-from jvitmoe import plots, report, tracking
-from jvitmoe.config import Config, UserError
+from jvitmoe import report
+from jvitmoe.config import Config
+from jvitmoe.errors import UserError
+from jvitmoe.runs import files, plots, results, tables
 
 MODELS = ("merged", "expert 0", "2 random paths", "ensemble")
 RESULTS = processes.ROOT / "results"
@@ -142,19 +144,19 @@ def test_a_group_is_called_what_its_folders_share(names):
 
 def test_numbers_in_three_digits():
     wanted = {999: "999", 5_462_046: "5.46 M", 17.6e9: "17.6 G", 1234: "1.23 k"}
-    assert {number: tracking.quantity(number) for number in wanted} == wanted
+    assert {number: tables.quantity(number) for number in wanted} == wanted
 
 
 @pytest.mark.parametrize("experts", [2, 9])
 def test_the_mergeability_figure_and_report(make_run, capsys, experts):
     folder = make_run("run", routing__experts=experts)
-    result = tracking.read_result(folder) | {"step": 3, "seed": 0, "versions": {"jax": "1"}}
+    result = results.read_result(folder) | {"step": 3, "seed": 0, "versions": {"jax": "1"}}
     why = {name: [0.1, 0.2] for name in ("spread", "cosine", "difference_cosine", "gap")}
     barrier = {"share": [0.0, 0.5, 1.0], "losses": [[1.0 + e, 3.0, 2.0] for e in range(experts)], "height": 0.5}
     result["mergeability"] = {"images": 10, "layers": [1, 3], **why, "barrier": barrier}
-    plots.mergeability(result, folder / tracking.MERGEABILITY)
+    plots.mergeability(result, folder / files.MERGEABILITY)
     assert (folder / "mergeability.png").read_bytes().startswith(b"\x89PNG")
-    tracking.write_result(folder, result)
+    results.write_result(folder, result)
     text = (folder / "report.md").read_text()
     assert "![mergeability](mergeability.png)" in text
     assert "| 3 | 0.2000 | 0.2000 | 0.2000 | 0.2000 |" in text

@@ -12,10 +12,12 @@ from matplotlib.ft2font import FT2Font
 from PIL import Image
 
 import jvitmoe
-from jvitmoe import cli, predict, sheet
-from jvitmoe.config import Config, UserError
-from jvitmoe.data import pictures, sources
-from jvitmoe.data.decode import DataError
+from jvitmoe import cli, predict
+from jvitmoe.config import Config
+from jvitmoe.data import datasets, images
+from jvitmoe.data.images import DataError
+from jvitmoe.errors import UserError
+from jvitmoe.interop import contact_sheet
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +27,7 @@ def model(experiment_run):
 
 @pytest.fixture(scope="module")
 def digits():
-    return sources.load(Config().data, Config().model).test
+    return datasets.load(Config().data, Config().model).test
 
 
 @pytest.fixture
@@ -77,11 +79,11 @@ def test_arrays_of_another_shape_or_type_are_refused(model, array):
 
 
 def test_hidden_files_in_a_folder_are_skipped_as_in_training(folder):
-    before, _ = pictures.find([folder])
+    before, _ = images.find([folder])
     for name in (".hidden.png", "._digit0.png"):  # macOS writes the second, which is no image
         (folder / name).write_bytes(b"no image")
-    assert pictures.find([folder]) == (before, [])
-    assert pictures.find([folder / ".hidden.png"]) == ([folder / ".hidden.png"], [])
+    assert images.find([folder]) == (before, [])
+    assert images.find([folder / ".hidden.png"]) == ([folder / ".hidden.png"], [])
 
 
 def test_loading_a_run_logs_nothing_and_keeps_the_verbosity(experiment_run, caplog):
@@ -96,13 +98,13 @@ def test_loading_a_run_logs_nothing_and_keeps_the_verbosity(experiment_run, capl
 
 
 def test_a_sheet_shows_accents_and_escapes_what_its_font_lacks(tmp_path):
-    glyphs = FT2Font(str(sheet.FONT))
-    assert sheet._escaped("Löwe é ß Ж Ω", glyphs) == "Löwe é ß Ж Ω"
-    assert sheet._escaped("中\n😀\udcff", glyphs) == r"\u4e2d\n😀\udcff"
+    glyphs = FT2Font(str(contact_sheet.FONT))
+    assert contact_sheet._escaped("Löwe é ß Ж Ω", glyphs) == "Löwe é ß Ж Ω"
+    assert contact_sheet._escaped("中\n😀\udcff", glyphs) == r"\u4e2d\n😀\udcff"
     names = ["é.png", "中.png", "line\nbreak.png"]
     for name in names:
         Image.new("L", (20, 30)).save(tmp_path / name)
-    sheet.draw(tmp_path / "sheet.png", [(tmp_path / name, [("ß", 0.5), ("中", 0.25)]) for name in names])
+    contact_sheet.draw(tmp_path / "sheet.png", [(tmp_path / name, [("ß", 0.5), ("中", 0.25)]) for name in names])
     assert (tmp_path / "sheet.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -147,20 +149,35 @@ def test_unreadable_files_are_reported_skipped_and_the_rest_is_done(experiment_r
     assert (code, out) == (1, "")
 
 
+def test_names_of_files_cannot_control_the_terminal(experiment_run, folder, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "200")
+    (folder / "\x1b[2J.png").write_bytes(b"no picture")
+    (folder / "digit0.png").rename(folder / "\x1b[3J.png")
+    code, out, err = run(monkeypatch, capsys, f"--workdir={experiment_run}", folder)
+    assert code == 1
+    assert r"\x1b[2J.png" in err
+    assert r"\x1b[3J.png" in out
+    assert "\x1b" not in out + err
+
+
 def test_the_contact_sheet_shows_every_picture_and_its_classes(experiment_run, folder, monkeypatch, capsys):
     out = folder / "sheet.png"
     code, _, err = run(monkeypatch, capsys, f"--workdir={experiment_run}", folder, f"--sheet={out}")
     assert code == 0, err
     pixels = np.asarray(Image.open(out).convert("L"))
-    high = sheet.CELL + sheet.LINES * sheet.LINE
-    assert pixels.shape == tuple(2 * (side + sheet.GAP) + sheet.GAP for side in (high, sheet.CELL))
+    high = contact_sheet.CELL + contact_sheet.LINES * contact_sheet.LINE
+    assert pixels.shape == tuple(
+        2 * (side + contact_sheet.GAP) + contact_sheet.GAP for side in (high, contact_sheet.CELL)
+    )
     for row, column in ((0, 0), (0, 1), (1, 0)):
-        top = sheet.GAP + row * (high + sheet.GAP)
-        left = sheet.GAP + column * (sheet.CELL + sheet.GAP)
-        below = pixels[top + sheet.CELL :][: sheet.LINES * sheet.LINE, left : left + sheet.CELL]
+        top = contact_sheet.GAP + row * (high + contact_sheet.GAP)
+        left = contact_sheet.GAP + column * (contact_sheet.CELL + contact_sheet.GAP)
+        below = pixels[top + contact_sheet.CELL :][
+            : contact_sheet.LINES * contact_sheet.LINE, left : left + contact_sheet.CELL
+        ]
         assert (below < 60).sum() > 100  # ink
-        assert pixels[top : top + sheet.CELL, left : left + sheet.CELL].std() > 30
-    assert (pixels[-sheet.CELL :, -sheet.CELL :] == 255).all()  # the place that is left
+        assert pixels[top : top + contact_sheet.CELL, left : left + contact_sheet.CELL].std() > 30
+    assert (pixels[-contact_sheet.CELL :, -contact_sheet.CELL :] == 255).all()  # the place that is left
 
 
 @pytest.mark.parametrize(
@@ -184,13 +201,13 @@ def test_pictures_of_any_size_become_the_middle_square_that_the_model_takes(tmp_
     rows = np.repeat(np.arange(0, 240, 10, dtype=np.uint8)[:, None], 36, 1)  # dark above, light below; 24 x 36
     rows[:, :6] = rows[:, -6:] = 255
     Image.fromarray(rows).save(tmp_path / "rows.png")
-    found = pictures.read(tmp_path / "rows.png", 8, 1)
+    found = images.read(tmp_path / "rows.png", 8, 1)
     assert (found.shape, found.dtype) == ((8, 8, 1), np.uint8)
     assert (np.diff(found[:, :, 0].astype(int), axis=0) > 0).all()
     assert found.max() < 240
-    assert pictures.read(tmp_path / "rows.png", 5, 3).shape == (5, 5, 3)
+    assert images.read(tmp_path / "rows.png", 5, 3).shape == (5, 5, 3)
     with pytest.raises(DataError, match="takes 2 channels"):
-        pictures.read(tmp_path / "rows.png", 8, 2)
+        images.read(tmp_path / "rows.png", 8, 2)
 
 
 def test_importing_the_package_starts_no_jax():

@@ -4,40 +4,43 @@ import dataclasses
 import json
 import shutil
 import tracemalloc
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from jvitmoe import classifier, formats, pretrained
-from jvitmoe.checkpoint import Checkpoints
-from jvitmoe.config import Config, ConfigError, ModelConfig, UserError
+from jvitmoe.config import Config, ModelConfig
+from jvitmoe.errors import ConfigError, UserError
+from jvitmoe.interop import classifier, load, weight_names
+from jvitmoe.interop.targets import hf, safetensors, timm
 from jvitmoe.models import vit
+from jvitmoe.runs.checkpoints import Checkpoints
 
 MODEL = ModelConfig(channels=3, classes=5, patch=4, width=12, hidden=20, depth=2, heads=2, cls_position=True)
 
 
-def dense(model: ModelConfig, seed: int = 0) -> formats.Dict:
+def dense(model: ModelConfig, seed: int = 0) -> weight_names.Dict:
     """Returns a flat dense tree with no zeros or ones left in it."""
     tree = jax.device_get(vit.init(vit.build(model), jax.random.key(seed)))
     rng = np.random.default_rng(seed)
-    return {n: (x + 0.1 * rng.normal(size=x.shape)).astype("f") for n, x in formats.flatten(tree).items()}
+    return {n: (x + 0.1 * rng.normal(size=x.shape)).astype("f") for n, x in weight_names.flatten(tree).items()}
 
 
-def logits(model: ModelConfig, flat: formats.Dict, images: np.ndarray) -> np.ndarray:
-    return np.asarray(vit.logits(vit.build(model), formats.unflatten(flat), images))
+def logits(model: ModelConfig, flat: weight_names.Dict, images: np.ndarray) -> np.ndarray:
+    return np.asarray(vit.logits(vit.build(model), weight_names.unflatten(flat), images))
 
 
-def source(model: ModelConfig, flat: formats.Dict) -> pretrained.Source:
-    return pretrained.Source(pretrained.Path("there"), "timm", dict(flat), model)
+def source(model: ModelConfig, flat: weight_names.Dict) -> load.Source:
+    return load.Source(Path("there"), "timm", dict(flat), model)
 
 
-def adapted(model: ModelConfig, **changes: object) -> tuple[ModelConfig, formats.Dict, formats.Dict, str]:
+def adapted(model: ModelConfig, **changes: object) -> tuple[ModelConfig, weight_names.Dict, weight_names.Dict, str]:
     """Returns (the other config, its fresh tree, what a ViT of MODEL becomes there, what was told)."""
     other = dataclasses.replace(model, **changes)
     fresh = dense(other, 1)
-    params, lines = pretrained.adapt(source(model, dense(model)), other, fresh)
+    params, lines = load.adapt(source(model, dense(model)), other, fresh)
     assert {n: x.shape for n, x in params.items()} == {n: x.shape for n, x in fresh.items()}
     return other, fresh, params, "\n".join(lines)
 
@@ -74,7 +77,7 @@ def test_a_larger_image_gets_positions_resized_and_says_so():
     old["positions"][:] = old["positions"].mean(0)  # alike everywhere: they must stay so
     other = dataclasses.replace(MODEL, image_size=20, position_rows=30)
     fresh = dense(other, 1)
-    params, lines = pretrained.adapt(source(MODEL, old), other, fresh)
+    params, lines = load.adapt(source(MODEL, old), other, fresh)
     assert params["positions"].shape == (30, 12)
     np.testing.assert_allclose(params["positions"][:25], np.repeat(old["positions"][:1], 25, 0), atol=1e-6)
     np.testing.assert_array_equal(params["positions"][25:], fresh["positions"][25:])
@@ -83,7 +86,7 @@ def test_a_larger_image_gets_positions_resized_and_says_so():
 
 def test_a_kernel_of_smaller_patches_gives_on_enlarged_images_what_it_gave():
     kernel = np.random.default_rng(0).normal(size=(4, 4, 3, 6)).astype("f")
-    larger = pretrained.resize_patches(kernel, 8)
+    larger = load.resize_patches(kernel, 8)
     patch = np.random.default_rng(1).normal(size=(4, 4, 3)).astype("f")
     enlarged = np.asarray(jax.image.resize(patch, (8, 8, 3), "cubic"))
     before, after = np.einsum("pqc,pqcd->d", patch, kernel), np.einsum("pqc,pqcd->d", enlarged, larger)
@@ -108,7 +111,7 @@ def test_what_cannot_be_kept_is_told():
 def test_blocks_of_another_shape_are_refused_with_the_flags_that_fit(change):
     other = dataclasses.replace(MODEL, cls_position=False, **change)
     with pytest.raises(ConfigError) as caught:
-        pretrained.adapt(source(MODEL, dense(MODEL)), other, dense(other, 1))
+        load.adapt(source(MODEL, dense(MODEL)), other, dense(other, 1))
     (name,) = change
     assert f"--config.model.{name}={getattr(MODEL, name)}" in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -116,28 +119,28 @@ def test_blocks_of_another_shape_are_refused_with_the_flags_that_fit(change):
 
 def write_hf(folder, model=MODEL, **about):
     flat = dense(model)
-    arrays = formats.write(flat, formats.HF, cls_row=True)
+    arrays = weight_names.write(flat, weight_names.HF, cls_row=True)
     save_file(arrays, folder / "model.safetensors")
-    (folder / "config.json").write_text(json.dumps(formats.hf_config(model, list("abcde")) | about))
+    (folder / "config.json").write_text(json.dumps(hf.config_json(model, list("abcde")) | about))
     return flat
 
 
 def write_timm(folder, model=MODEL, **about):
     flat = dense(model)
-    save_file(formats.write(flat, formats.TIMM, cls_row=model.cls_position), folder / "model.safetensors")
-    (folder / "config.json").write_text(json.dumps(formats.timm_config(model, list("abcde"), "pad") | about))
+    save_file(weight_names.write(flat, weight_names.TIMM, cls_row=model.cls_position), folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(timm.config_json(model, list("abcde"), "pad") | about))
     return flat
 
 
 def test_a_folder_tells_everything_and_a_bare_file_needs_the_heads(tmp_path):
     flat = write_hf(tmp_path)
-    found = pretrained.read(tmp_path)
+    found = load.read(tmp_path)
     assert (found.model, found.classes, found.kind) == (MODEL, tuple("abcde"), "hf")
     np.testing.assert_array_equal(found.params["blocks.attention.out.kernel"], flat["blocks.attention.out.kernel"])
     (tmp_path / "config.json").unlink()
     with pytest.raises(UserError, match="nothing tells its number of heads"):
-        pretrained.read(tmp_path)
-    bare = pretrained.read(tmp_path / "model.safetensors", heads=2)
+        load.read(tmp_path)
+    bare = load.read(tmp_path / "model.safetensors", heads=2)
     assert (bare.model.heads, bare.model.norm_epsilon) == (2, 1e-12)
     assert bare.notes == (
         "took 1e-12 for LayerNorm's epsilon: no config.json beside it tells",
@@ -147,10 +150,10 @@ def test_a_folder_tells_everything_and_a_bare_file_needs_the_heads(tmp_path):
 
 def test_another_mean_and_deviation_of_pixels_are_folded(tmp_path):
     write_hf(tmp_path)
-    plain = pretrained.read(tmp_path)
+    plain = load.read(tmp_path)
     mean, std = [0.4, 0.5, 0.6], [0.2, 0.25, 0.3]
     (tmp_path / "preprocessor_config.json").write_text(json.dumps({"image_mean": mean, "image_std": std}))
-    folded = pretrained.read(tmp_path)
+    folded = load.read(tmp_path)
     pixels = np.random.default_rng(0).integers(0, 256, (3, 8, 8, 3), dtype=np.uint8)
     theirs = ((pixels / 255 - mean) / std).astype("f")
     np.testing.assert_allclose(
@@ -168,10 +171,10 @@ def test_a_mean_and_deviation_that_the_user_gives_are_folded_and_must_be_possibl
     told, given = {"mean": [0.4, 0.5, 0.6], "std": [0.2, 0.25, 0.3]}, {"mean": (0.4, 0.5, 0.6), "std": (0.2, 0.25, 0.3)}
     about = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**about, "pretrained_cfg": told}))
-    wanted = pretrained.read(tmp_path)
+    wanted = load.read(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({**about, "pretrained_cfg": {}}))
-    assert "took 0.5 for mean or deviation of pixels" in " ".join(pretrained.read(tmp_path).notes)
-    found = pretrained.read(tmp_path, **given)
+    assert "took 0.5 for mean or deviation of pixels" in " ".join(load.read(tmp_path).notes)
+    found = load.read(tmp_path, **given)
     assert found.notes == wanted.notes
     np.testing.assert_array_equal(found.params["patches.kernel"], wanted.params["patches.kernel"])
     np.testing.assert_array_equal(found.params["patches.bias"], wanted.params["patches.bias"])
@@ -179,20 +182,20 @@ def test_a_mean_and_deviation_that_the_user_gives_are_folded_and_must_be_possibl
         with pytest.raises(
             UserError, match=r"must be finite, one number or one for each of 3.*set init\.mean and init\.std"
         ):
-            pretrained.read(tmp_path, **odd)
+            load.read(tmp_path, **odd)
 
 
 def test_a_source_of_ours_takes_no_mean(experiment_run):
     config = Config()
     config.init.source, config.init.mean = str(experiment_run), (0.4,)
     with pytest.raises(ConfigError, match=r"config\.init\.mean is \(0\.4,\).*must be \(\)"):
-        pretrained.start(config)
+        load.start(config)
 
 
 def test_npz_is_read_and_tells_its_heads(tmp_path):
     flat = dense(MODEL)
-    np.savez(tmp_path / "vit.npz", **formats.write(flat, formats.GOOGLE, cls_row=True))
-    found = pretrained.read(tmp_path / "vit.npz")
+    np.savez(tmp_path / "vit.npz", **weight_names.write(flat, weight_names.GOOGLE, cls_row=True))
+    found = load.read(tmp_path / "vit.npz")
     assert found.model == dataclasses.replace(MODEL, norm_epsilon=1e-6)
     np.testing.assert_array_equal(found.params["cls_position"], flat["cls_position"])
 
@@ -234,17 +237,17 @@ TRANSPOSED = r"'{}' has shape \(12, 20\); it must be \(20, 12\)"
 )
 def test_a_damaged_array_is_named_with_the_shape_that_it_must_have(tmp_path, style, name, change, message):
     if style == "ours":
-        arrays, about = dense(MODEL), formats.our_config(MODEL, (), "pad")
+        arrays, about = dense(MODEL), safetensors.config_json(MODEL, (), "pad")
     else:
-        arrays = formats.write(dense(MODEL), style, cls_row=True)
-        about = (formats.hf_config if style == "hf" else lambda *_: {"model_args": {"num_heads": 2}})(MODEL, ())
+        arrays = weight_names.write(dense(MODEL), style, cls_row=True)
+        about = (hf.config_json if style == "hf" else lambda *_: {"model_args": {"num_heads": 2}})(MODEL, ())
     arrays[name] = change(arrays[name])
     arrays = {key: np.ascontiguousarray(leaf) for key, leaf in arrays.items() if leaf is not None}
     path = tmp_path / ("vit.npz" if style == "google" else "model.safetensors")
     np.savez(path, **arrays) if style == "google" else save_file(arrays, path)
     (tmp_path / "config.json").write_text(json.dumps(about))
     with pytest.raises(UserError, match=message) as caught:
-        pretrained.read(path)
+        load.read(path)
     assert "\n" not in str(caught.value)
     assert str(path) in str(caught.value)
 
@@ -259,13 +262,13 @@ def test_a_damaged_array_is_named_with_the_shape_that_it_must_have(tmp_path, sty
     ],
 )
 def test_an_npz_is_refused_before_anything_large_in_it_is_inflated(tmp_path, junk, pack, message):
-    arrays = formats.write(dense(MODEL), formats.GOOGLE, cls_row=True)
+    arrays = weight_names.write(dense(MODEL), weight_names.GOOGLE, cls_row=True)
     np.savez(tmp_path / "vit.npz", **arrays)
-    pretrained.read(tmp_path / "vit.npz")  # so that the memory of imports and of JAX's caches is not counted
+    load.read(tmp_path / "vit.npz")  # so that the memory of imports and of JAX's caches is not counted
     pack(tmp_path / "vit.npz", **{**arrays, junk: np.zeros(2_000_000, "f")})
     tracemalloc.start()
     with pytest.raises(UserError, match=message):
-        pretrained.read(tmp_path / "vit.npz")
+        load.read(tmp_path / "vit.npz")
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 4_000_000
@@ -273,19 +276,19 @@ def test_an_npz_is_refused_before_anything_large_in_it_is_inflated(tmp_path, jun
 
 @pytest.mark.parametrize("style", ["google", "timm"])
 def test_a_head_that_needs_pre_logits_is_left_out_and_told(tmp_path, style):
-    arrays = formats.write(dense(MODEL), style, cls_row=True)
+    arrays = weight_names.write(dense(MODEL), style, cls_row=True)
     hidden = {"google": "pre_logits/kernel", "timm": "pre_logits.fc.weight"}[style]
     arrays[hidden] = np.eye(12, dtype="f")
     path = tmp_path / ("vit.npz" if style == "google" else "vit.safetensors")
     np.savez(path, **arrays) if style == "google" else save_file(arrays, path)
-    found = pretrained.read(path, heads=2)
+    found = load.read(path, heads=2)
     assert "skipped the head: it needs pre_logits" in " ".join(found.notes)
     assert not any(name.startswith("head") for name in found.params)
     assert found.model.classes == 0
     with pytest.raises(UserError, match="has no head"):
         classifier.load(path) if style == "google" else classifier.load(_with_heads(path))
     fresh = dense(MODEL, 1)
-    params, lines = pretrained.adapt(found, dataclasses.replace(MODEL, norm_epsilon=1e-6), fresh)
+    params, lines = load.adapt(found, dataclasses.replace(MODEL, norm_epsilon=1e-6), fresh)
     np.testing.assert_array_equal(params["head.logits.kernel"], fresh["head.logits.kernel"])
     assert "re-made the head for 5 classes (the source has none): head.logits.bias, head.logits.kernel" in lines
 
@@ -297,11 +300,13 @@ def _with_heads(path):
 
 def test_names_from_a_file_are_printed_escaped_and_cut(tmp_path):
     flat = write_hf(tmp_path)
-    arrays = formats.write(flat, formats.HF, cls_row=True) | {"decoder.\x1b[2J" + "x" * 20_000: np.zeros(3, "f")}
+    arrays = weight_names.write(flat, weight_names.HF, cls_row=True) | {
+        "decoder.\x1b[2J" + "x" * 20_000: np.zeros(3, "f")
+    }
     save_file(arrays, tmp_path / "model.safetensors")
     config = Config(model=dataclasses.replace(MODEL, norm_epsilon=1e-12))
     config.init.source = str(tmp_path)
-    for line in pretrained.start(config)[1]:
+    for line in load.start(config)[1]:
         assert line.isprintable()
         assert len(line) < 1300
 
@@ -333,7 +338,7 @@ def damaged(tmp_path):
     yield tmp_path / "other.npz", "no names of timm's, Hugging Face's or google-research's ViTs"
     np.savez(tmp_path / "pickled.npz", x=np.array([Hostile(tmp_path / "executed")], dtype=object))
     yield tmp_path / "pickled.npz", "no names of"
-    google = formats.write(dense(MODEL), formats.GOOGLE, cls_row=True)
+    google = weight_names.write(dense(MODEL), weight_names.GOOGLE, cls_row=True)
     google["head/bias"] = np.array([Hostile(tmp_path / "executed")] * 5, dtype=object)
     np.savez(tmp_path / "object.npz", **google)
     yield tmp_path / "object.npz", "the array 'head/bias' has type object"
@@ -351,7 +356,7 @@ def damaged(tmp_path):
     write_hf(tmp_path / "wide", image_size=[16, 4])  # as many patches as 8x8 pixels have
     yield tmp_path / "wide", "its images have 16x4 pixels; they must be square"
     (tmp_path / "pool").mkdir()
-    arrays = formats.write(dense(MODEL), formats.TIMM, cls_row=True)
+    arrays = weight_names.write(dense(MODEL), weight_names.TIMM, cls_row=True)
     save_file(arrays | {"fc_norm.weight": arrays["norm.weight"]}, tmp_path / "pool" / "model.safetensors")
     yield tmp_path / "pool", "pools otherwise"
 
@@ -359,7 +364,7 @@ def damaged(tmp_path):
 def test_damaged_and_foreign_sources_are_one_line_with_the_path(tmp_path):
     for path, message in damaged(tmp_path):
         with pytest.raises(UserError) as caught:
-            pretrained.read(path, heads=2)
+            load.read(path, heads=2)
         assert message in str(caught.value), path
         assert str(path) in str(caught.value)
         assert "\n" not in str(caught.value)
@@ -370,7 +375,7 @@ def test_a_source_that_fails_names_the_field():
     config = Config()
     config.init.source = "no/where"
     with pytest.raises(ConfigError, match=r"config\.init\.source cannot be read: 'no/where'"):
-        pretrained.start(config)
+        load.start(config)
 
 
 def test_a_run_of_an_older_version_is_read(experiment_run, tmp_path, monkeypatch):
@@ -384,15 +389,15 @@ def test_a_run_of_an_older_version_is_read(experiment_run, tmp_path, monkeypatch
     (tmp_path / "run" / "config.json").write_text(json.dumps(config))
     real = Checkpoints.read
     monkeypatch.setattr(Checkpoints, "read", lambda *which: real(*which)._replace(meta={"config": config}))
-    found, wanted = pretrained.read(tmp_path / "run"), pretrained.read(experiment_run)
+    found, wanted = load.read(tmp_path / "run"), load.read(experiment_run)
     assert (found.model, found.config.init.source) == (wanted.model, "runs/dense")
     np.testing.assert_array_equal(found.params["blocks.mlp.up"], wanted.params["blocks.mlp.up"])
 
 
 def test_a_finished_run_is_read_merged_with_its_names(experiment_run):
-    found = pretrained.read(experiment_run)
+    found = load.read(experiment_run)
     assert (found.kind, found.classes) == ("run", tuple("0123456789"))
     assert found.params["blocks.mlp.up"].ndim == 3
     assert "averaged the experts" in found.notes
     with pytest.raises(UserError, match="checkpoint '7' does not exist"):
-        pretrained.read(experiment_run, checkpoint="7")
+        load.read(experiment_run, checkpoint="7")

@@ -19,8 +19,8 @@ import jax.numpy as jnp
 import pytest
 
 import processes
-from jvitmoe import config as config_lib
 from jvitmoe import evaluate, train
+from jvitmoe.runs.files import checksum
 from run_folders import assert_same_run, final_state, history
 
 EXPERIMENT = """
@@ -99,7 +99,7 @@ def test_asked_to_stop_it_saves_and_exits_within_ten_seconds(experiment, tmp_pat
 
 STOPS = """
 import time
-from jvitmoe.stop import Stop
+from jvitmoe.runtime.signals import Stop
 
 with Stop() as stop:
     stop.unsaved = {unsaved}
@@ -127,8 +127,8 @@ def test_a_second_signal_ends_it_at_once_and_so_does_the_first_where_there_is_no
 
 STOPS_ON_A_TERMINAL = """
 import sys, time
-from jvitmoe.stop import Stop
-from jvitmoe.tracking import Tracker
+from jvitmoe.runtime.signals import Stop
+from jvitmoe.runs.metrics_log import Tracker
 
 with Stop() as stop, Tracker(None, 0, 10, 4) as tracker:
     stop.unsaved = {unsaved}
@@ -176,7 +176,7 @@ def test_a_step_that_stalls_shows_all_stacks_and_ends_and_the_folder_can_be_used
 
 HANGS = """
 import signal, sys, threading, time
-from jvitmoe.watchdog import Watchdog
+from jvitmoe.runtime.watchdog import Watchdog
 
 def waits_for_ever():
     threading.Event().wait()
@@ -207,7 +207,7 @@ def test_the_watchdog_leaves_what_moves_and_what_was_itself_stopped_and_ends_wha
 
 HANGS_IN_C = """
 import ctypes
-from jvitmoe.watchdog import Watchdog
+from jvitmoe.runtime.watchdog import Watchdog
 
 def holds_the_lock(seconds):
     ctypes.PyDLL(None).sleep(seconds)
@@ -408,7 +408,7 @@ def without_checksums(workdir: Path) -> None:
     for step in saved(workdir):
         meta = json.loads((step / "meta" / "metadata").read_text())
         del meta["files"], meta["checksum"]
-        (step / "meta" / "metadata").write_text(json.dumps(meta | {"checksum": config_lib.checksum(meta)}))
+        (step / "meta" / "metadata").write_text(json.dumps(meta | {"checksum": checksum(meta)}))
     result = json.loads((workdir / "result.json").read_text())
     del result["checksum"]
     (workdir / "result.json").write_text(json.dumps(result))

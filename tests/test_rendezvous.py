@@ -11,8 +11,8 @@ import pytest
 from jax._src.lib import _jax
 
 import processes
-from jvitmoe import rendezvous
-from jvitmoe.config import UserError
+from jvitmoe.errors import UserError
+from jvitmoe.runtime import rendezvous
 
 CODE = {"jax": "1.0", "step.py": "abc"}
 

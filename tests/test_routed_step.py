@@ -7,11 +7,14 @@ import numpy as np
 import optax
 import pytest
 
-from jvitmoe import merging, routing, step
 from jvitmoe.config import Config, RoutingConfig
 from jvitmoe.data import augment
-from jvitmoe.models import moe, vit
-from jvitmoe.routing import Purpose
+from jvitmoe.experts import build, merge, routes, slices
+from jvitmoe.experts.routes import Purpose
+from jvitmoe.models import routers, vit
+from jvitmoe.runtime.devices import make_mesh
+from jvitmoe.training import gradients, step, update
+from jvitmoe.training.plan import StepPlan
 
 
 @pytest.fixture(scope="module")
@@ -48,9 +51,9 @@ def test_over_slots_every_expert_runs_every_step(slot_run):
 
 def test_ema_is_the_running_mean_of_the_merged_tree(slot_run):
     run = slot_run("sample", "layer", 1)
-    expected = merging.average_experts(run.history[0].params)
+    expected = merge.average_experts(run.history[0].params)
     for after in run.history[1:]:
-        merged = merging.average_experts(after.params)
+        merged = merge.average_experts(after.params)
         expected = jax.tree.map(lambda mean, new: 0.5 * mean + 0.5 * new, expected, merged)
         chex.assert_trees_all_close(after.ema, expected, rtol=1e-5, atol=1e-6)
 
@@ -68,7 +71,7 @@ def test_routing_over_slots_costs_what_dense_costs(tiny_config, training, granul
             )
         )
         model, params = run.model, run.state.params
-        route = routing.draw_route(jax.random.key(0), run.config.routing, 2, run.config.model.tokens)
+        route = routes.draw_route(jax.random.key(0), run.config.routing, 2, run.config.model.tokens)
         images = jnp.zeros((24, 8, 8, 1))
         loss = jax.jit(jax.grad(lambda p, m=model, i=images, r=route: vit.logits(m, p, i, r).sum()))
         flops.append(loss.lower(params).compile().cost_analysis()["flops"])
@@ -81,7 +84,7 @@ def test_equal_experts_with_pull_1_stay_equal_and_tie_last_makes_them_so(tiny_co
     run = training(tiny_config(routing=routed, train={"epochs": 2})).run(6)  # 6 steps, tied from step 3 on
 
     def spread(state):
-        _, experts = merging.split(state.params, merging.stacked(state.params))
+        _, experts = slices.split(state.params, slices.stacked(state.params))
         return max(float(np.ptp(leaf, axis=1).max()) for leaf in jax.tree.leaves(experts))
 
     spreads = [spread(state) for state in run.history]
@@ -94,7 +97,7 @@ def test_tied_batch_routing_takes_the_dense_step(tiny_config, training):
     dense = training(tiny_config(train={"epochs": 2})).run(1)
     routed = {"experts": 2, "init": "shared", "tie_last": 0.99}
     tied = training(tiny_config(routing=routed, train={"epochs": 2})).run(1)
-    merged = merging.average_experts(tied.history[1].params)
+    merged = merge.average_experts(tied.history[1].params)
     chex.assert_trees_all_close(merged, dense.history[1].params, rtol=1e-5, atol=1e-7)
 
 
@@ -106,7 +109,7 @@ def test_experts_move_by_their_own_learning_rate(tiny_config, training):
         before, after = run.history[:2]
         moved.append(jax.tree.map(lambda a, b: b - a, before.params, after.params))
     for once, thrice, is_stacked in zip(
-        *map(jax.tree.leaves, (moved[0], moved[1], merging.stacked(before.params))), strict=True
+        *map(jax.tree.leaves, (moved[0], moved[1], slices.stacked(before.params))), strict=True
     ):
         np.testing.assert_allclose(thrice, (3 if is_stacked else 1) * once, rtol=1e-3, atol=1e-7)
 
@@ -114,16 +117,16 @@ def test_experts_move_by_their_own_learning_rate(tiny_config, training):
 def test_pull_follows_its_schedule():
     config = Config()
     config.routing = RoutingConfig(experts=4, pull=0.2, pull_every=2, pull_schedule="rising", tie_last=0.2)
-    at = step.expert_schedule(config, steps_per_epoch=1)  # 10 epochs: 10 steps
-    pulls = [float(at(jnp.int32(s))[1]) for s in range(10)]
+    steps = [jnp.int32(s) for s in range(10)]
+    pulls = [float(update.pull_share(config, s, total=10)) for s in steps]
     np.testing.assert_allclose(pulls, [0, 0.04, 0, 0.08, 0, 0.12, 0, 1, 1, 1], rtol=1e-6)
-    assert [float(at(jnp.int32(s))[0]) for s in range(10)] == [1.0] * 8 + [4.0] * 2
+    assert [float(update.expert_scale(config, s, total=10)) for s in steps] == [1.0] * 8 + [4.0] * 2
 
 
 def test_consistency_of_equal_logits_costs_nothing_and_equals_the_formula_otherwise():
     rng = np.random.default_rng(0)
     p, q = rng.normal(size=(2, 5, 4))
-    assert step.consistency(p, p, True) == 0
+    assert gradients.consistency(p, p, True) == 0
 
     def log_softmax(x):
         return x - np.log(np.exp(x).sum(-1, keepdims=True))
@@ -131,9 +134,9 @@ def test_consistency_of_equal_logits_costs_nothing_and_equals_the_formula_otherw
     log_p, log_q = log_softmax(p), log_softmax(q)
     wanted = 0.5 * ((np.exp(log_q) * (log_q - log_p)).sum(-1) + (np.exp(log_p) * (log_p - log_q)).sum(-1)).mean()
     for stop in (True, False):
-        np.testing.assert_allclose(step.consistency(p, q, stop), wanted, rtol=1e-5)
+        np.testing.assert_allclose(gradients.consistency(p, q, stop), wanted, rtol=1e-5)
     # AdaMix's form moves p toward q only as far as KL(q || p) asks: its slope is (p - q) / 2 per image.
-    slope = jax.grad(lambda x: step.consistency(x, jnp.asarray(q), True))(jnp.asarray(p))
+    slope = jax.grad(lambda x: gradients.consistency(x, jnp.asarray(q), True))(jnp.asarray(p))
     np.testing.assert_allclose(slope, 0.5 * (np.exp(log_p) - np.exp(log_q)) / 5, rtol=1e-4, atol=1e-6)
 
 
@@ -153,11 +156,11 @@ def test_two_passes_over_batch_routes_touch_exactly_their_two_experts(tiny_confi
     run = training(tiny_config(routing=routed)).run(3)
     root = jax.random.key(run.config.train.seed)
     for number, (before, after) in enumerate(zip(run.history[:-1], run.history[1:], strict=True)):
-        first = routing.draw_route(
-            routing.address(root, Purpose.ROUTE, number), run.config.routing, 2, run.config.model.tokens
+        first = routes.draw_route(
+            routes.address(root, Purpose.ROUTE, number), run.config.routing, 2, run.config.model.tokens
         )
-        key = routing.address(root, Purpose.SECOND_ROUTE, number)
-        ran = np.stack([first, routing.distinct_route(key, first, run.config.routing)], axis=1)
+        key = routes.address(root, Purpose.SECOND_ROUTE, number)
+        ran = np.stack([first, routes.distinct_route(key, first, run.config.routing)], axis=1)
         up_before, up_after = before.params["blocks"]["mlp"]["up"], after.params["blocks"]["mlp"]["up"]
         for layer in range(2):
             for expert in range(4):
@@ -171,8 +174,8 @@ def test_two_passes_give_the_gradients_of_the_whole_stack(tiny_config, training)
     run = training(tiny_config(routing=routed, train={"devices": 2})).run(1)
     before, config = run.history[0], run.config
     root = jax.random.key(config.train.seed)
-    first = routing.draw_route(routing.address(root, Purpose.ROUTE, 0), config.routing, 2, config.model.tokens)
-    second = routing.distinct_route(routing.address(root, Purpose.SECOND_ROUTE, 0), first, config.routing)
+    first = routes.draw_route(routes.address(root, Purpose.ROUTE, 0), config.routing, 2, config.model.tokens)
+    second = routes.distinct_route(routes.address(root, Purpose.SECOND_ROUTE, 0), first, config.routing)
     index_B = np.asarray(run.order.epoch(0))[0]
     x = augment.normalize(np.asarray(run.images.images_NHWC)[index_B])
     labels_B = np.asarray(run.images.labels_N)[index_B]
@@ -180,7 +183,7 @@ def test_two_passes_give_the_gradients_of_the_whole_stack(tiny_config, training)
     def loss_fn(params):
         p, q = (vit.logits(run.model, params, x, route) for route in (first, second))
         ce = sum(optax.softmax_cross_entropy_with_integer_labels(logits, labels_B).mean() for logits in (p, q))
-        return ce + 2.0 * step.consistency(p, q, False)
+        return ce + 2.0 * gradients.consistency(p, q, False)
 
     loss, grads = jax.jit(jax.value_and_grad(loss_fn))(before.params)
     np.testing.assert_allclose(run.metrics[0].loss, loss, rtol=1e-6)
@@ -219,7 +222,7 @@ def test_the_loss_holds_the_routers_losses_over_the_global_batch(tiny_config, tr
         for extra in (plain, routed)
     ]
     statistics = runs[1].metrics[0].router
-    extra = 0.1 * moe.balance_loss(router, statistics) + 0.01 * moe.z_loss(statistics)
+    extra = 0.1 * routers.find(router).loss(statistics) + 0.01 * routers.z_loss(statistics)
     assert extra > 0.001
     np.testing.assert_allclose(runs[1].metrics[0].loss, runs[0].metrics[0].loss + extra, rtol=1e-6)
 
@@ -238,7 +241,7 @@ def test_a_routers_metrics_are_named_by_layer_and_expert(routed_run):
 
 @pytest.mark.parametrize("router", ["switch", "soft"])
 def test_experts_of_a_learned_router_average_to_the_dense_models_tree(routed_run, router, tiny_config):
-    merged = merging.average_experts(routed_run(router, 1).state.params)
+    merged = merge.average_experts(routed_run(router, 1).state.params)
     dense = jax.eval_shape(lambda: vit.init(vit.build(tiny_config().model), jax.random.key(0)))
     chex.assert_trees_all_equal_shapes_and_dtypes(merged, dense)
 
@@ -280,3 +283,24 @@ def test_layers_without_experts_train_as_the_trunk_does(tiny_config, training, g
         assert (dense_moved_L.shape, moved_LE.shape) == ((2,), (2, 2))
         assert dense_moved_L.all()
         assert (moved_LE.sum(1) == (1 if granularity == "batch" else 2)).all()
+
+
+@pytest.mark.parametrize(("granularity", "parts"), [("batch", 4), ("sample", 2)])
+def test_accumulated_parts_have_equal_shares_of_every_slot_and_a_mean(tiny_config, granularity, parts):
+    config = tiny_config(
+        routing={"experts": 2, "granularity": granularity}, train={"batch_size": 8, "accumulate": parts}
+    )
+    plan = StepPlan(config, build.make_model(config, "cpu"), make_mesh(config.train), steps_per_epoch=1)
+    place_b = jnp.arange(8)
+    sizes = []
+
+    def differentiate(part):
+        sizes.append(part.place_b.size)
+        share = (part.place_b < 4).mean()  # of slot 0, where there are two
+        return part.images_bHWc.mean(), jnp.abs(share - 0.5)
+
+    shard = gradients.Shard(jnp.square(place_b.astype(jnp.float32)), place_b, place_b, place_b)
+    mean, uneven = gradients.accumulate(plan, differentiate, shard)
+    np.testing.assert_allclose(mean, np.square(np.arange(8)).mean(), rtol=1e-6)
+    assert uneven == (0 if granularity == "sample" else 0.5)
+    assert set(sizes) == {8 // parts}

@@ -6,9 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jvitmoe import routing
 from jvitmoe.config import RoutingConfig
-from jvitmoe.routing import Purpose, address, draw_route
+from jvitmoe.experts.routes import Purpose, address, constant_route, distinct_route, draw_route
 
 
 def bits(key: jax.Array) -> tuple[int, ...]:
@@ -85,7 +84,7 @@ def test_routes_differ_from_step_to_step():
 
 
 def test_a_constant_route_is_the_expert_in_every_layer():
-    route_L = routing.constant_route(2, 4)
+    route_L = constant_route(2, 4)
     assert route_L.dtype == jnp.int32
     np.testing.assert_array_equal(route_L, [2, 2, 2, 2])
 
@@ -116,7 +115,7 @@ def test_a_second_route_differs_everywhere_and_is_as_good(granularity, scope):
     for seed in range(20):
         first_key, second_key = jax.random.split(jax.random.key(seed))
         first = draw_route(first_key, config, 4, 5)
-        second = routing.distinct_route(second_key, first, config)
+        second = distinct_route(second_key, first, config)
         assert second.shape == first.shape
         assert (np.asarray(first) != np.asarray(second)).all()
         if granularity != "batch":

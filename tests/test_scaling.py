@@ -11,8 +11,11 @@ from pathlib import Path
 import pytest
 
 import processes
-from jvitmoe import compilation, step
 from jvitmoe.config import ModelConfig, TrainConfig
+from jvitmoe.experts import cost
+from jvitmoe.models import vit
+from jvitmoe.runtime import compilation
+from jvitmoe.runtime.devices import make_mesh
 
 PAGE = processes.ROOT / "docs" / "scaling.md"
 RESULTS = processes.ROOT / "results" / "scaling"
@@ -45,9 +48,7 @@ def test_a_compiled_step_reduces_the_bytes_of_the_model_and_moves_no_image(
     monkeypatch.setattr(scaling_check, "MODEL", ModelConfig(patch=4, width=16, hidden=24, depth=2, heads=2))
     lowered, _ = scaling_check.program(
         scaling_check.config(name, devices),
-        step.make_mesh(
-            TrainConfig(devices=devices, platform="cpu", expert_devices=devices if variant == "axis" else 1)
-        ),
+        make_mesh(TrainConfig(devices=devices, platform="cpu", expert_devices=devices if variant == "axis" else 1)),
     )
     assert compilation.reduced_bytes(compilation.for_reading(lowered).as_text()) == scaling_check.predicted_bytes(
         name, devices
@@ -89,12 +90,9 @@ def test_sums_and_exchanges_take_the_time_of_a_ring(scaling_model):
 
 
 def test_flops_of_the_model_are_those_of_the_forward_pass_that_xla_counts(scaling_model):
-    from jvitmoe import evaluation
-    from jvitmoe.models import vit
-
     model = ModelConfig(width=384, hidden=1536, depth=2, heads=6, pool="mean")
     w = scaling_model.work(model, 2, 1)
-    counted = 3 * evaluation.flops_per_image(vit.build(model), 4)
+    counted = 3 * cost.flops_per_image(vit.build(model), 4)
     assert 1 < counted / (w.flops_trunk + w.flops_expert) < 1.05  # XLA counts the head, norms and GELU too
 
 

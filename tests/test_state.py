@@ -5,25 +5,26 @@ import numpy as np
 import optax
 import pytest
 
-from jvitmoe import merging, optim, routing, state
 from jvitmoe.config import OptimConfig
 from jvitmoe.data import augment
+from jvitmoe.experts import merge, routes, slices
+from jvitmoe.experts.routes import Purpose
 from jvitmoe.models import vit
-from jvitmoe.routing import Purpose
-from jvitmoe.state import OptState, TrainState
+from jvitmoe.training import optimizer, state, update
+from jvitmoe.training.state import OptState, TrainState
 
 E, L = 4, 2
 
 
 def route_of(run, step):
     """Returns route_L of this step."""
-    key = routing.address(jax.random.key(run.config.train.seed), Purpose.ROUTE, step)
-    return np.asarray(routing.draw_route(key, run.config.routing, L, run.config.model.tokens))
+    key = routes.address(jax.random.key(run.config.train.seed), Purpose.ROUTE, step)
+    return np.asarray(routes.draw_route(key, run.config.routing, L, run.config.model.tokens))
 
 
 def expert_leaves(tree: TrainState):
     """Returns {name: leaf [L, E, ...]} of expert parameters and their optimiser state."""
-    _, experts = merging.split(tree.params, merging.stacked(tree.params))
+    _, experts = slices.split(tree.params, slices.stacked(tree.params))
     leaves = jax.tree_util.tree_leaves_with_path((experts, tree.opt_state.experts))
     return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
 
@@ -69,22 +70,22 @@ def params(tiny_config):
 
 @pytest.mark.parametrize("name", ["adam", "adamw"])
 def test_an_experts_state_is_that_of_a_dense_adam_that_saw_only_its_steps(params, name):
-    tx = optim.direction(OptimConfig(name=name, weight_decay=0.1, eps=1e-3))
-    marks = merging.stacked(params)
+    tx = optimizer.direction(OptimConfig(name=name, weight_decay=0.1, eps=1e-3))
+    marks = slices.stacked(params)
     now = state.create(params, tx)
     rng = np.random.default_rng(0)
     routes_SL = [[0, 1], [0, 3], [2, 1], [0, 0], [2, 1], [1, 1]]  # layers differ; expert 3 of layer 0 never runs
 
     @jax.jit
     def step(now, grads, route_L):
-        active, opt_state = state.take_path(now.params, now.opt_state, route_L)
-        direction, opt_state = state.update(tx, grads, opt_state, active, marks)
-        active = jax.tree.map(lambda p, d: p - 0.1 * d, active, direction)
-        written = state.put_path(now.params, now.opt_state, route_L, active, opt_state)
-        return TrainState(now.step + 1, *written)
+        active = state.take(now, route_L)
+        direction, opt_state = update.directions(tx, grads, active.opt_state, active.params, marks)
+        params = jax.tree.map(lambda p, d: p - 0.1 * d, active.params, direction)
+        active = active._replace(step=now.step + 1, params=params, opt_state=opt_state)
+        return state.put(now, active, route_L)
 
     def experts_of(tree):
-        return merging.split(tree, marks)[1]
+        return slices.split(tree, marks)[1]
 
     dense_step = jax.jit(tx.update)
     dense = {}
@@ -93,7 +94,7 @@ def test_an_experts_state_is_that_of_a_dense_adam_that_saw_only_its_steps(params
         dense[place] = p, tx.init(p)
     for route in routes_SL:
         grads = jax.tree.map(
-            lambda x: jnp.asarray(rng.normal(size=x.shape), jnp.float32), merging.take_path(params, jnp.array(route))
+            lambda x: jnp.asarray(rng.normal(size=x.shape), jnp.float32), merge.take_path(params, jnp.array(route))
         )
         now = step(now, grads, jnp.array(route))
         for layer, e in enumerate(route):
@@ -108,21 +109,20 @@ def test_an_experts_state_is_that_of_a_dense_adam_that_saw_only_its_steps(params
 
 
 def test_what_is_taken_and_put_back_unchanged_changes_nothing(params):
-    before = state.create(params, optim.direction(OptimConfig()))
+    before = state.create(params, optimizer.direction(OptimConfig()))
     route_L = jnp.array([3, 1])
-    path = state.take_path(before.params, before.opt_state, route_L)
-    after = state.put_path(before.params, before.opt_state, route_L, *path)
-    chex.assert_trees_all_equal(after, (before.params, before.opt_state))
+    after = state.put(before, state.take(before, route_L), route_L)
+    chex.assert_trees_all_equal(after, before)
 
 
 def test_the_active_slice_is_the_dense_models_tree(params, tiny_config):
-    tx = optim.direction(OptimConfig())
+    tx = optimizer.direction(OptimConfig())
     dense = jax.eval_shape(lambda: vit.init(vit.build(tiny_config().model), jax.random.key(0)))
-    active, opt_state = state.take_path(*state.create(params, tx)[1:3], jnp.array([3, 1]))
-    chex.assert_trees_all_equal_shapes_and_dtypes(active, dense)
-    _, experts = merging.split(dense, merging.stacked(params))
+    active = state.take(state.create(params, tx), jnp.array([3, 1]))
+    chex.assert_trees_all_equal_shapes_and_dtypes(active.params, dense)
+    _, experts = slices.split(dense, slices.stacked(params))
     wanted = jax.eval_shape(jax.vmap(tx.init), experts)  # one state per layer
-    chex.assert_trees_all_equal_shapes_and_dtypes(opt_state.experts, wanted)
+    chex.assert_trees_all_equal_shapes_and_dtypes(active.opt_state.experts, wanted)
 
 
 def test_a_dense_model_has_no_expert_state(tiny_config):
@@ -130,14 +130,14 @@ def test_a_dense_model_has_no_expert_state(tiny_config):
         lambda x: jnp.zeros(x.shape),
         jax.eval_shape(lambda: vit.init(vit.build(tiny_config().model), jax.random.key(0))),
     )
-    assert state.create(dense, optim.direction(OptimConfig())).opt_state.experts is None
+    assert state.create(dense, optimizer.direction(OptimConfig())).opt_state.experts is None
 
 
 @pytest.mark.parametrize("name", ["adam", "adamw"])
 def test_one_expert_trains_as_plain_optax_on_the_dense_model(tiny_config, training, name):
     config = tiny_config(optim={"name": name, "weight_decay": 0.1, "eps": 1e-3, "learning_rate": 1e-2})
     run = training(config).run(4)
-    optax_schedule = optim.schedule(config, run.order.steps_per_epoch)
+    optax_schedule = optimizer.schedule(config, run.order.steps_per_epoch)
     if name == "adam":
         tx = optax.chain(optax.add_decayed_weights(0.1), optax.adam(optax_schedule, eps=1e-3))
     else:

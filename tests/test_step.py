@@ -6,12 +6,15 @@ import optax
 import pytest
 from jax.sharding import NamedSharding
 
-from jvitmoe import merging, optim, routing, state, step
-from jvitmoe.compilation import for_reading, reduced_bytes
-from jvitmoe.config import ConfigError, TrainConfig
-from jvitmoe.data import augment, feed
+from jvitmoe.config import TrainConfig
+from jvitmoe.data import augment, batches
+from jvitmoe.errors import ConfigError
+from jvitmoe.experts import merge, routes, slices
+from jvitmoe.experts.routes import Purpose
 from jvitmoe.models import vit
-from jvitmoe.routing import Purpose
+from jvitmoe.runtime.compilation import for_reading, reduced_bytes
+from jvitmoe.runtime.devices import REPLICATED, describe, make_mesh
+from jvitmoe.training import optimizer, state, step
 
 SCOPES = pytest.mark.parametrize("scope", ["shared", "layer"])
 
@@ -41,21 +44,22 @@ def test_gradients_on_4_devices_are_those_of_plain_grad_over_the_whole_batch(ful
     root, slot_B = jax.random.key(config.train.seed), jnp.arange(config.train.batch_size)
 
     def keys_of(purpose):
-        return jax.vmap(jax.random.fold_in, (None, 0))(routing.address(root, purpose, 0), slot_B)
+        return jax.vmap(jax.random.fold_in, (None, 0))(routes.address(root, purpose, 0), slot_B)
 
     index_B = np.asarray(run.order.epoch(0))[0]
     images = np.asarray(run.images.images_NHWC)[index_B]
     labels = np.asarray(run.images.labels_N)[index_B]
-    route_L = routing.draw_route(
-        routing.address(root, Purpose.ROUTE, 0), config.routing, config.model.depth, config.model.tokens
+    route_L = routes.draw_route(
+        routes.address(root, Purpose.ROUTE, 0), config.routing, config.model.depth, config.model.tokens
     )
 
     @jax.jit
     def loss_and_grads(params, route_L):
         def loss_fn(params):
-            x = augment.normalize(augment.augment(keys_of(Purpose.AUGMENT), images, 1, True))
-            log_p = jax.nn.log_softmax(run.model.apply({"params": params}, x, route_L, keys_of(Purpose.DROPOUT)))
             targets = 0.9 * jax.nn.one_hot(labels, 3) + 0.1 / 3
+            x, targets = augment.augment(config.data, keys_of(Purpose.AUGMENT), images, targets)
+            x = augment.normalize(x)
+            log_p = jax.nn.log_softmax(run.model.apply({"params": params}, x, route_L, keys_of(Purpose.DROPOUT)))
             return -(targets * log_p).sum(-1).mean()
 
         return jax.value_and_grad(loss_fn)(params)
@@ -66,17 +70,17 @@ def test_gradients_on_4_devices_are_those_of_plain_grad_over_the_whole_batch(ful
     np.testing.assert_allclose(run.metrics[0].loss, loss, rtol=1e-6)
     np.testing.assert_allclose(run.metrics[0].grad_norm, norm, rtol=1e-5)
     assert norm > config.optim.clip_norm
-    _, moments = state.take_path(after.params, after.opt_state, route_L)
-    mu = merging.join(optax.tree.get(moments.trunk, "mu"), optax.tree.get(moments.experts, "mu"))
+    moments = state.take(after, route_L).opt_state
+    mu = slices.join(optax.tree.get(moments.trunk, "mu"), optax.tree.get(moments.experts, "mu"))
     scale = (1 - config.optim.b1) * config.optim.clip_norm / norm
-    wanted = jax.tree.map(lambda g: g * scale, merging.take_path(grads, route_L))
+    wanted = jax.tree.map(lambda g: g * scale, merge.take_path(grads, route_L))
     chex.assert_trees_all_close(mu, wanted, rtol=1e-4, atol=1e-8)
 
 
 @SCOPES
 def test_metrics_are_of_the_path_that_ran(full_run, scope):
     run = full_run(scope, 2)
-    learning_rate = optim.schedule(run.config, run.order.steps_per_epoch)
+    learning_rate = optimizer.schedule(run.config, run.order.steps_per_epoch)
     for number, metrics in enumerate(run.metrics):
         assert metrics.router is None
         for value in (metrics.loss, metrics.accuracy, metrics.grad_norm, metrics.learning_rate):
@@ -90,7 +94,7 @@ def test_metrics_are_of_the_path_that_ran(full_run, scope):
 @pytest.mark.parametrize("devices", [1, 4])
 def test_a_step_is_a_pure_function_of_seed_and_step(full_run, scope, devices):
     run = full_run(scope, devices)
-    sharding = NamedSharding(run.mesh, step.REPLICATED)
+    sharding = NamedSharding(run.mesh, REPLICATED)
     again = jax.device_put(run.history[2], sharding)
     for number in range(2, 5):
         index_SB = run.order.epoch(number // run.order.steps_per_epoch)
@@ -107,7 +111,7 @@ def test_the_step_compiles_once(full_run, scope, devices):
 
 def test_the_step_donates_the_state_and_not_the_images(full_run):
     run = full_run("shared", 2)
-    given = jax.device_put(run.history[0], NamedSharding(run.mesh, step.REPLICATED))
+    given = jax.device_put(run.history[0], NamedSharding(run.mesh, REPLICATED))
     index_SB = run.order.epoch(0)
     jax.block_until_ready(run.step(given, run.images, index_SB))
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(given))
@@ -125,15 +129,15 @@ def compiled(tiny_config, tiny_split):
             routing={"experts": experts, "scope": "layer"},
             train={"devices": 4, "batch_size": 16},
         )
-        mesh = step.make_mesh(config.train)
+        mesh = make_mesh(config.train)
         model = vit.build(config.model, experts)
-        images = feed.put(tiny_split, mesh)
-        order = feed.TrainOrder(len(tiny_split), 16, jax.random.key(0), mesh)
+        images = batches.put(tiny_split, mesh)
+        order = batches.TrainOrder(len(tiny_split), 16, jax.random.key(0), mesh)
         train_step = step.make_train_step(config, model, mesh, order.steps_per_epoch)
-        given = step.abstract_state(config, model, mesh)
+        given = state.abstract_state(config, model, mesh)
         programs[experts] = for_reading(train_step.lower(given, images, order.epoch(0)))
         programs[f"active of {experts}"] = sum(
-            x.size for x in jax.tree.leaves(jax.eval_shape(merging.average_experts, given.params))
+            x.size for x in jax.tree.leaves(jax.eval_shape(merge.average_experts, given.params))
         )
     return programs
 
@@ -157,15 +161,15 @@ def test_a_stack_of_one_expert_trains_exactly_as_the_dense_model(tiny_config, tr
     params = jax.tree.map_with_path(
         lambda path, x: np.array(x)[:, None] if path[-1].key in mlp else np.array(x), run.state.params
     )
-    tx = optim.direction(run.config.optim)
-    one = jax.device_put(jax.jit(lambda p: state.create(p, tx))(params), NamedSharding(run.mesh, step.REPLICATED))
-    assert sum(jax.tree.leaves(merging.stacked(one.params))) == 4
+    tx = optimizer.direction(run.config.optim)
+    one = jax.device_put(jax.jit(lambda p: state.create(p, tx))(params), NamedSharding(run.mesh, REPLICATED))
+    assert sum(jax.tree.leaves(slices.stacked(one.params))) == 4
     run.run(4)
     for number in range(4):
         index_SB = run.order.epoch(number // run.order.steps_per_epoch)
         one, metrics = jax.block_until_ready(run.step(one, run.images, index_SB))
         chex.assert_trees_all_equal(metrics, run.metrics[number])
-        chex.assert_trees_all_equal(merging.average_experts(one.params), run.history[number + 1].params)
+        chex.assert_trees_all_equal(merge.average_experts(one.params), run.history[number + 1].params)
 
 
 @pytest.fixture(scope="module")
@@ -201,14 +205,14 @@ def test_the_loss_falls_on_what_can_be_learned(learned):
 
 def test_the_abstract_state_is_the_state(full_run):
     run = full_run("shared", 4)
-    abstract = step.abstract_state(run.config, run.model, run.mesh)
+    abstract = state.abstract_state(run.config, run.model, run.mesh)
     chex.assert_trees_all_equal_shapes_and_dtypes(abstract, run.state)
-    assert all(x.sharding == NamedSharding(run.mesh, step.REPLICATED) for x in jax.tree.leaves(abstract))
+    assert all(x.sharding == NamedSharding(run.mesh, REPLICATED) for x in jax.tree.leaves(abstract))
 
 
 def test_0_devices_are_all_of_them():
-    assert step.make_mesh(TrainConfig(platform="cpu")).size == 8
-    assert step.describe(step.make_mesh(TrainConfig(platform="cpu", devices=3))).startswith("3 x cpu (")
+    assert make_mesh(TrainConfig(platform="cpu")).size == 8
+    assert describe(make_mesh(TrainConfig(platform="cpu", devices=3))).startswith("3 x cpu (")
 
 
 @pytest.mark.parametrize(
@@ -220,6 +224,6 @@ def test_0_devices_are_all_of_them():
 )
 def test_devices_that_are_not_there_are_an_error_of_one_line(train, says):
     with pytest.raises(ConfigError) as error:
-        step.make_mesh(train)
+        make_mesh(train)
     assert says in str(error.value)
     assert "\n" not in str(error.value)

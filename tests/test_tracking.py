@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from jvitmoe import tracking
-from jvitmoe.config import UserError
-from jvitmoe.tracking import Tracker
+from jvitmoe.errors import UserError
+from jvitmoe.runs import console, files, metrics_log, results, tables
+from jvitmoe.runs.metrics_log import Tracker
 
 VALUES = {"loss": 1.0, "accuracy": 0.5, "grad_norm": 2.0, "learning_rate": 0.1}
 
@@ -24,7 +24,7 @@ def test_lines_past_the_restored_step_and_a_torn_last_line_are_dropped(tmp_path)
             tracker.train(step, VALUES)
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 7, "ki')
-    assert [line["step"] for line in tracking.read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4, 5, 6]
+    assert [line["step"] for line in metrics_log.read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4, 5, 6]
     with Tracker(tmp_path, start=4, total=10, batch_size=4) as tracker:
         tracker.train(5, VALUES)
     assert steps(tmp_path) == [1, 2, 3, 4, 5]
@@ -32,7 +32,7 @@ def test_lines_past_the_restored_step_and_a_torn_last_line_are_dropped(tmp_path)
 
 def test_pauses_do_not_count_as_training_time(tmp_path, monkeypatch):
     now = [100.0]
-    monkeypatch.setattr(tracking.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(metrics_log.time, "monotonic", lambda: now[0])
     with Tracker(tmp_path, start=0, total=10, batch_size=4) as tracker:
         assert tracker.images_per_second(1) == 0.0
         tracker.started(1, 0.5)
@@ -51,9 +51,9 @@ def printed(renderable, width):
 
 def test_the_progress_line_drops_its_last_parts_where_the_terminal_is_narrow(monkeypatch):
     now = [0.0]
-    monkeypatch.setattr(tracking.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(metrics_log.time, "monotonic", lambda: now[0])
     parts = ["1:02:03 left", "step 4200/390000", "loss 0.5010", "accuracy 100.0%", "6,634 images/s"]
-    line = tracking.ProgressLine(parts, done=3, total=4)
+    line = console.ProgressLine(parts, done=3, total=4)
     now[0] = 75.0
     whole = "  ".join([*parts, "1:15 elapsed"])
     (wide,) = printed(line, 120)
@@ -67,7 +67,7 @@ def test_the_progress_line_drops_its_last_parts_where_the_terminal_is_narrow(mon
 
 def test_the_first_step_is_shown_with_its_time_and_the_time_left_for_all(monkeypatch, capsys):
     now = [100.0]
-    monkeypatch.setattr(tracking.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(metrics_log.time, "monotonic", lambda: now[0])
     with Tracker(None, start=0, total=201, batch_size=4) as tracker:
         assert tracker.is_due()
         tracker.started(1, 25.0)
@@ -85,7 +85,7 @@ def test_the_first_step_is_shown_with_its_time_and_the_time_left_for_all(monkeyp
 @pytest.mark.parametrize("columns", ["60", ""])
 def test_a_table_in_a_file_is_as_wide_as_columns_says(monkeypatch, capsys, columns):
     monkeypatch.setenv("COLUMNS", columns)
-    tracking.show([{"model": "merged" * 10, "accuracy": "word " * 10, "nll": "1"}], "title")
+    tables.show([{"model": "merged" * 10, "accuracy": "word " * 10, "nll": "1"}], "title")
     out = capsys.readouterr().out
     widest = max(map(len, out.splitlines()))
     assert widest == 60 if columns else widest > 120
@@ -102,8 +102,8 @@ def test_tensorboard_gets_the_same_numbers(tmp_path):
 
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path):
-    tracking.write_text(tmp_path / "a", "one")
-    tracking.write_text(tmp_path / "a", "two")
+    files.write_text(tmp_path / "a", "one")
+    files.write_text(tmp_path / "a", "two")
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("a", "two")]
 
 
@@ -112,15 +112,15 @@ def test_a_file_is_never_written_through_a_link(tmp_path):
     for name in ("a", "a.part"):
         (tmp_path / name).write_text("mine")
         (tmp_path / "run" / name).symlink_to(tmp_path / name)
-    tracking.write_text(tmp_path / "run" / "a", "new")
+    files.write_text(tmp_path / "run" / "a", "new")
     assert (tmp_path / "run" / "a").read_text() == "new"
     assert not (tmp_path / "run" / "a").is_symlink()
     assert [(tmp_path / name).read_text() for name in ("a", "a.part")] == ["mine", "mine"]
 
 
 def test_names_are_printed_as_they_are(capsys):
-    tracking.console.print("run [bold]x[/y]")
-    tracking.show([{"model": "[red]cat[/dog]", "nll": "1"}], "runs/[a][/b]")
+    console.console.print("run [bold]x[/y]")
+    tables.show([{"model": "[red]cat[/dog]", "nll": "1"}], "runs/[a][/b]")
     out = capsys.readouterr().out
     for name in ("run [bold]x[/y]", "[red]cat[/dog]", "runs/[a][/b]"):
         assert name in out
@@ -131,15 +131,15 @@ def test_markdown_has_a_row_for_each_model():
         "active_parameters": 1234,
         "rows": [{"model": "merged", "accuracy": 0.5, "nll": 1.0, "images": 10}],
     }
-    text = tracking.markdown(tracking.result_rows(result))
+    text = tables.markdown(results.result_rows(result))
     assert text.splitlines()[2] == "| merged | 50.00% | 1.0000 | 10 | 1,234 |"
 
 
 READERS = {
-    "metrics.jsonl": lambda run: tracking.read_metrics(run / "metrics.jsonl"),
-    "result.json": tracking.read_result,
-    "classes.json": tracking.read_classes,
-    "images.json": tracking.read_images,
+    "metrics.jsonl": lambda run: metrics_log.read_metrics(run / "metrics.jsonl"),
+    "result.json": results.read_result,
+    "classes.json": files.read_classes,
+    "images.json": files.read_images,
 }
 DAMAGES = (
     '{"train": 1e400}',
@@ -188,8 +188,8 @@ def test_the_checksum_of_a_history_is_the_same_while_it_grows_and_when_it_is_rea
     with Tracker(tmp_path, start=0, total=10, batch_size=4) as tracker:
         for step in range(1, 7):
             tracker.train(step, VALUES | {"loss": step / 3 if step % 2 else float("nan")})
-            assert tracker.sync() == tracking.checksums(tmp_path, step)
+            assert tracker.sync() == metrics_log.checksums(tmp_path, step)
     with Tracker(tmp_path, start=4, total=10, batch_size=4) as tracker:
-        assert tracker.sync() == tracking.checksums(tmp_path, 4)
+        assert tracker.sync() == metrics_log.checksums(tmp_path, 4)
         tracker.train(5, VALUES)
-        assert tracker.sync() == tracking.checksums(tmp_path, 5) != tracking.checksums(tmp_path, 4)
+        assert tracker.sync() == metrics_log.checksums(tmp_path, 5) != metrics_log.checksums(tmp_path, 4)

@@ -14,8 +14,15 @@ import chex
 import jax
 import pytest
 
-from jvitmoe import cli, evaluate, pretrained, report, step, tracking, train
+from jvitmoe import cli, evaluate, report, train
+from jvitmoe import config as config_lib
+from jvitmoe.experts import build
+from jvitmoe.interop import load
 from jvitmoe.models import vit
+from jvitmoe.runs import metrics_log
+from jvitmoe.runtime.devices import make_mesh
+from jvitmoe.training import loop
+from jvitmoe.training.state import make_state
 from run_folders import assert_same_run, final_state, history
 
 EXPERIMENT = """
@@ -168,11 +175,11 @@ def test_the_first_lines_and_the_table_tell_what_one_needs(experiment, undisturb
 def test_steps_are_shown_where_none_was_for_long_and_the_history_stays_the_same(
     experiment, tmp_path, monkeypatch, capsys
 ):
-    monkeypatch.setattr(tracking, "PLAIN_SECONDS", 0.0)
+    monkeypatch.setattr(metrics_log, "PLAIN_SECONDS", 0.0)
     shown = []
     for seconds in (0.0, 1e9):
-        monkeypatch.setattr(tracking, "SHOW_SECONDS", seconds)
-        monkeypatch.setattr(train, "SLOW_SECONDS", 1e9 if seconds else 0.0)
+        monkeypatch.setattr(metrics_log, "SHOW_SECONDS", seconds)
+        monkeypatch.setattr(loop, "SLOW_SECONDS", 1e9 if seconds else 0.0)
         workdir = tmp_path / str(seconds)
         arguments = (f"--config={experiment}", f"--workdir={workdir}", "--config.train.log_every=5")
         code, out, err = run(train.main, monkeypatch, capsys, *arguments)
@@ -290,7 +297,7 @@ def test_a_folder_with_other_things_and_a_file_are_refused(experiment, tmp_path,
         ("--config.data.crop_padding=9", "must be at most model.image_size, which is 8"),
         ("--config.train.seed=2147483648", "must be at most 2,147,483,647"),
         ("--config.train.epochs=2147483647", "it must make at most 2,147,483,647 steps, and an epoch has 5"),
-        ("--config.model.depth=20000", "must be at most 10,000"),
+        ("--config.model.depth=20000", "at most 10,000"),
         ("--config.model.width=2147483644", "they must be at most 1.0e+13"),
         ("--config.model.hidden=2000000000", "GiB of a device that has "),
     ],
@@ -352,13 +359,13 @@ def test_evaluate_refuses_in_one_line(undisturbed, monkeypatch, capsys, argument
 def test_upcycling_starts_from_the_dense_models_own_predictions_and_resumes_without_it(
     experiment, undisturbed, tmp_path, monkeypatch, capsys
 ):
-    config = train.config_lib.loads((undisturbed / "config.json").read_text(), "config.json")
+    config = config_lib.loads((undisturbed / "config.json").read_text(), "config.json")
     config.init.source, config.routing.experts = str(undisturbed), 4
-    mesh = step.make_mesh(config.validate().train)
-    dense, told = pretrained.start(config)
+    mesh = make_mesh(config.validate().train)
+    dense, told = load.start(config)
     assert "(run): " in told[0]
-    model = step.make_model(config, "cpu")
-    state = step.make_state(config, model, mesh, dense)
+    model = build.make_model(config, "cpu")
+    state = make_state(config, model, mesh, dense)
     images = jax.random.normal(jax.random.key(0), (5, 8, 8, 1))
     wanted = vit.logits(vit.build(config.model), dense, images)
     chex.assert_trees_all_close(

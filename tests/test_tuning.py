@@ -16,10 +16,14 @@ import pytest
 
 import jvitmoe
 from jvitmoe import config as config_lib
-from jvitmoe import evaluation, merging, optim, pretrained, step, train
 from jvitmoe.config import Config
-from jvitmoe.models import mlp, vit
-from jvitmoe.state import TrainState
+from jvitmoe.evaluation import models
+from jvitmoe.experts import build, cost, merge
+from jvitmoe.interop import load
+from jvitmoe.models import adapters, vit
+from jvitmoe.runtime import devices, signals
+from jvitmoe.training import loop
+from jvitmoe.training.state import TrainState, make_state
 
 KINDS = {"lora": {"lora": 2}, "adapter": {"adapter": 3}, "both": {"lora": 2, "adapter": 3}}
 E = 3
@@ -40,8 +44,8 @@ def start(request, tiny_config):
         model=KINDS[request.param], routing={"experts": E, "scope": "layer"}, init={"source": "somewhere"}
     )
     source = jax.jit(functools.partial(vit.init, vit.build(untuned(config))))(jax.random.key(7))
-    model = step.make_model(config, "cpu")
-    state = step.make_state(config, model, step.make_mesh(config.train), source)
+    model = build.make_model(config, "cpu")
+    state = make_state(config, model, devices.make_mesh(config.train), source)
     logits = jax.jit(functools.partial(vit.logits, model))
     return Start(config, source, model, state, logits, jax.jit(functools.partial(vit.logits, model.plain())))
 
@@ -67,13 +71,13 @@ def test_every_expert_starts_as_the_source(start):
     for route_L in ([0, 0], [2, 1]):
         found = start.logits(start.state.params, images(start.config), jnp.array(route_L))
         chex.assert_trees_all_close(found, wanted, atol=1e-6)
-    merged = merging.average_experts(start.state.params)
+    merged = merge.average_experts(start.state.params)
     chex.assert_trees_all_close(start.plain(merged, images(start.config)), wanted, atol=1e-6)
 
 
 def test_one_expert_and_the_plain_vit_it_folds_into_compute_the_same(start):
     params, route_L = shaken(start.state.params), jnp.array([2, 1])
-    folded = merging.take_path(params, route_L)
+    folded = merge.take_path(params, route_L)
     shapes = jax.eval_shape(lambda: vit.init(start.model.plain(), jax.random.key(0)))
     chex.assert_trees_all_equal_shapes_and_dtypes(folded, shapes)
     wanted = start.logits(params, images(start.config), route_L)
@@ -99,7 +103,7 @@ def test_merging_averages_matrices_and_then_folds():
     blocks = {name: jnp.asarray(leaf)[None] for name, leaf in (plain | zeros).items()}
     blocks |= {"up_a": jnp.asarray(a_EDR)[None], "up_b": jnp.asarray(b_ERF)[None]}
     blocks |= {name: jnp.broadcast_to(blocks[name][:, None], (1, E, *zeros[name].shape)) for name in zeros}
-    merged = merging.average_experts({"blocks": {"mlp": blocks}})["blocks"]["mlp"]
+    merged = merge.average_experts({"blocks": {"mlp": blocks}})["blocks"]["mlp"]
     assert set(merged) == set(plain)
     wanted = plain["up"] + a_EDR.mean(0) @ b_ERF.mean(0)
     np.testing.assert_allclose(merged["up"][0], wanted, rtol=1e-5)
@@ -121,11 +125,11 @@ def test_training_moves_what_is_tuned_and_the_head_and_not_one_bit_more(tiny_con
     for (path, old), new in zip(jax.tree.leaves_with_path(before.params), jax.tree.leaves(after.params), strict=True):
         if not np.array_equal(old, new):
             moved.add((path[0].key, path[-1].key))
-    tuned = {("blocks", name) for name in (*mlp.LORA, *mlp.ADAPTER)}
+    tuned = {("blocks", name) for name in (*adapters.LORA, *adapters.ADAPTER)}
     assert moved == tuned | {("head", "kernel"), ("head", "bias")}
     wanted = jax.eval_shape(lambda: vit.init(run.model.plain(), jax.random.key(0)))
     chex.assert_trees_all_equal_shapes(after.ema, wanted)
-    chex.assert_trees_all_equal_shapes(evaluation.dense_tree(config, after.params), wanted)
+    chex.assert_trees_all_equal_shapes(models.dense_tree(config, after.params), wanted)
 
 
 def test_the_trained_parameters_are_counted_and_only_they_have_moments(start):
@@ -134,10 +138,10 @@ def test_the_trained_parameters_are_counted_and_only_they_have_moments(start):
     lora = 2 * (d + f) * 2 if config.model.lora else 0
     adapter = (3 * (2 * d + 1) + d) if config.model.adapter else 0
     trained = E * layers * (lora + adapter) + classes * (d + 1)
-    assert evaluation.count_trained(config) == trained
+    assert cost.count_trained(config) == trained
     floats = [leaf for leaf in jax.tree.leaves(start.state.opt_state) if leaf.dtype == jnp.float32]
     assert sum(leaf.size for leaf in floats) == 2 * trained
-    assert optim.frozen(dataclasses.replace(config, model=config.model.plain())) is None
+    assert build.frozen(dataclasses.replace(config, model=config.model.plain())) is None
 
 
 def test_the_gradient_norm_is_of_what_is_trained(tiny_config, training):
@@ -153,7 +157,7 @@ def test_the_gradient_norm_is_of_what_is_trained(tiny_config, training):
         return -jnp.take_along_axis(log_p, labels[:, None], 1).mean()
 
     # At step 0 the second halves are zero, so the first halves have no gradient; the head's is a part of the whole.
-    dense = gradient(merging.average_experts(run.history[0].params))
+    dense = gradient(merge.average_experts(run.history[0].params))
     assert optax.tree.norm(dense["head"]) - 1e-6 <= run.metrics[0].grad_norm < optax.tree.norm(dense)
 
 
@@ -168,16 +172,16 @@ def test_a_run_tunes_prints_resumes_without_its_source_and_ships_a_plain_vit(exp
 
     def run():
         with contextlib.ExitStack() as held:
-            train.train(config, tmp_path / "run", held.enter_context(train.Stop()), held)
+            loop.train(config, tmp_path / "run", held.enter_context(signals.Stop()), held)
 
     run()
     out = capsys.readouterr().out
-    assert f"trained     {evaluation.count_trained(config):,} of" in out
+    assert f"trained     {cost.count_trained(config):,} of" in out
     assert "(run): " in out
     shutil.rmtree(source)
     run()
     assert "resuming" in capsys.readouterr().out
-    found = pretrained.read(tmp_path / "run")
+    found = load.read(tmp_path / "run")
     assert found.model == dataclasses.replace(config.model.plain(), position_rows=found.model.position_rows)
     assert found.params["blocks.mlp.up"].shape == (2, 8, 12 + 3)
     assert "folded LoRA and adapters into the MLP" in found.notes

@@ -18,13 +18,12 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jvitmoe.config import Config, ModelConfig
-from jvitmoe.data import decode
-from jvitmoe.data.feed import Batches, Images, TrainOrder
-from jvitmoe.data.sources import Records, Split, size_rule
+from jvitmoe.data.batches import Batches, Images, TrainOrder
+from jvitmoe.data.images import Picture, centre_crop, exact, random_crop
+from jvitmoe.data.splits import Records, Split, size_rule
 
 AHEAD = 2  # batches that wait on the devices; as many again wait decoded on the host
 CROP = 0x43726F70  # what the host draws for: keeps its numbers apart from anything else of (seed, step, place)
-
 Row = tuple[np.ndarray, np.int32]  # image_HWC and its label
 
 
@@ -57,7 +56,7 @@ def train_batches(
         if config.data.crop == "resized":
             low, high = config.train.seed & 0xFFFFFFFF, config.train.seed >> 32
             random = np.random.RandomState([CROP, low, high, step, place])
-            return decode.random_crop(picture, side, model.channels, random), np.int32(label)
+            return random_crop(picture, side, model.channels, random), np.int32(label)
         return _exact(picture, model), np.int32(label)
 
     return _batches(Rows((total - start) * len(place_b), read), place_b, config.train.batch_size, sharding)
@@ -97,12 +96,12 @@ def read(records: Records, config: Config) -> Split:
 def _evaluated(records: Records, index: int, config: Config) -> Row:
     picture, label = records[index]
     if config.data.crop == "resized":
-        return decode.centre_crop(picture, config.model.image_size, config.model.channels), np.int32(label)
+        return centre_crop(picture, config.model.image_size, config.model.channels), np.int32(label)
     return _exact(picture, config.model), np.int32(label)
 
 
-def _exact(picture: decode.Picture, model: ModelConfig) -> np.ndarray:
-    return decode.exact(picture, (model.image_size, model.image_size, model.channels), size_rule(model))
+def _exact(picture: Picture, model: ModelConfig) -> np.ndarray:
+    return exact(picture, (model.image_size, model.image_size, model.channels), size_rule(model))
 
 
 def _rows_here(batch: int, sharding: NamedSharding) -> np.ndarray:

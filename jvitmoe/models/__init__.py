@@ -1,1 +1,1 @@
-"""The Flax modules. They take a ModelConfig and routes, and know nothing of devices or optimisers."""
+"""Flax modules. They depend on ModelConfig and routes only, not on devices or optimisers."""

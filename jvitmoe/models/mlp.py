@@ -1,93 +1,20 @@
-"""The two-layer MLP of a block, dense or stacked over experts.
+"""The two-layer MLP of a block, dense or stacked over experts, which a route or a router selects.
 
-B batch · T tokens · D width · F hidden width · E experts · R rank of LoRA, or width of an adapter
+B batch · T tokens · D width · F hidden width · E experts · C slots of an expert for one image
+R rank of LoRA, or width of an adapter
 """
 
-import math
-from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
-from flax.linen.initializers import Initializer
 
+from jvitmoe.models.adapters import fold
+from jvitmoe.models.layers import add_bias, dropout, gelu, torch_uniform
+from jvitmoe.models.routers import RouterSettings, find
 
-def torch_uniform(fan_in: int) -> Initializer:
-    """Returns an initializer drawing from U(-1/sqrt(fan_in), 1/sqrt(fan_in)): PyTorch's default for Linear and bias."""
-    bound = fan_in**-0.5
-    return lambda key, shape, dtype=jnp.float32: jax.random.uniform(key, shape, dtype, -bound, bound)
-
-
-def recomputed(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Returns the function, of which the backward pass keeps the arguments alone. For what is cheap to compute again
-    and costs memory, and on a CPU time, to keep for every layer."""
-    return jax.checkpoint(function, prevent_cse=False)  # the loop over layers keeps the two passes apart
-
-
-def dropout(x_B: jax.Array, key_B: jax.Array | None, site: int, rate: float) -> jax.Array:
-    """Returns x with a share `rate` of its entries zeroed and the rest scaled by 1 / (1 - rate); x itself without keys.
-
-    Each image draws from its own key, so the mask depends on the image's place in the global batch and not on the
-    number of devices. 32 random bits decide an entry.
-    """
-    if key_B is None or rate == 0.0:
-        return x_B
-    key_B = jax.vmap(jax.random.fold_in, (0, None))(key_B, site)
-    threshold = np.uint32(min(round(rate * 2**32), 2**32 - 1))
-    # Drawn once: XLA would fuse the drawing into all that reads the mask, and draw anew in each.
-    kept_B = jax.lax.optimization_barrier(random_words(key_B, x_B.shape[1:]) >= threshold)
-    return jnp.where(kept_B, x_B * (1.0 / (1.0 - rate)), 0.0).astype(x_B.dtype)
-
-
-def random_words(key_B: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """Returns 32 random bits for each place of each image, uint32 [B, *shape], a pure function of the image's key.
-
-    They are the first word that Threefry-2x32 with 20 rounds (Salmon et al., SC 2011: JAX's own generator) makes of
-    (place, 0), written out so that XLA fuses it into one pass over the array. On a CPU `jax.random.bits` goes over the
-    array in memory many times, which took 45 % of a step.
-    """
-    seed_B2 = jax.vmap(lambda key: jax.random.bits(key, (2,)))(key_B)
-    whole = seed_B2.shape[0], *shape
-    k0, k1 = (jnp.broadcast_to(seed_B2[:, n].reshape(-1, *(1 for _ in shape)), whole) for n in (0, 1))
-    keys = k0, k1, k0 ^ k1 ^ np.uint32(0x1BD11BDA)
-    x = jnp.broadcast_to(jnp.arange(math.prod(shape), dtype=jnp.uint32).reshape(1, *shape), whole) + k0
-    y = k1
-    for group, rotations in enumerate(THREEFRY):
-        for rotation in rotations:
-            x = x + y
-            y = (y << rotation | y >> (32 - rotation)) ^ x
-        x, y = x + keys[(group + 1) % 3], y + keys[(group + 2) % 3] + np.uint32(group + 1)
-    return x
-
-
-THREEFRY = (((13, 15, 26, 6), (17, 29, 16, 24)) * 3)[:5]  # bits by which the rounds rotate, four and four
-
-
-@jax.custom_jvp
-def _gelu(x: jax.Array) -> jax.Array:
-    return jax.nn.gelu(x, approximate=False)
-
-
-@_gelu.defjvp
-def _gelu_jvp(primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> tuple[jax.Array, jax.Array]:
-    # The derivative is written out because JAX 0.12's own, in float32, is refused under shard_map's check_vma.
-    (x,), (dx,) = primals, tangents
-    cdf = 0.5 * jax.lax.erfc(-x * 0.5**0.5)
-    density = jnp.exp(-0.5 * jnp.square(x)) * (2 * jnp.pi) ** -0.5
-    return x * cdf, dx * (cdf + x * density)
-
-
-@recomputed
-def gelu(x: jax.Array) -> jax.Array:
-    """Returns x Phi(x), the exact GELU (Hendrycks and Gimpel, arXiv 1606.08415), of any shape."""
-    return _gelu(x)
-
-
-def add_bias(x: jax.Array, bias: jax.Array) -> jax.Array:
-    """Returns x [..., N] + bias [N] in the dtype of x. With a float32 bias, its gradient is summed in float32."""
-    return x + jnp.broadcast_to(bias, x.shape).astype(x.dtype)
+EXPERT_DROPOUT = 5  # site of its random draws; 0 to 3 are those of dropout in a block, 4 that of a router's noise
 
 
 def two_layers(x_BTD: jax.Array, key_B: jax.Array | None, weights: tuple[jax.Array, ...], rate: float) -> jax.Array:
@@ -97,45 +24,14 @@ def two_layers(x_BTD: jax.Array, key_B: jax.Array | None, weights: tuple[jax.Arr
     return add_bias(h_BTF @ down_FD, down_bias_D)
 
 
-LORA = ("up_a", "up_b", "down_a", "down_b")
-ADAPTER = ("adapter_up", "adapter_up_bias", "adapter_down", "adapter_down_bias")
-
-
-def fold(weights: dict[str, Any]) -> dict[str, Any]:
-    """Returns {up, up_bias, down, down_bias} of the plain MLP that computes what this one does with its LoRA and its
-    adapter; exact. Leading axes (L, E) may be there or not: those of `weights` broadcast to those of what is folded in.
-
-    LoRA (arXiv 2106.09685) adds the product of its two matrices to a weight. An adapter beside the MLP (AdaptFormer,
-    arXiv 2205.13535; here with the MLP's own GELU) is R hidden units more.
-    """
-    plain = {name: weights[name] for name in ("up", "up_bias", "down", "down_bias")}
-    for name in ("up", "down"):
-        if f"{name}_a" in weights:
-            product = weights[f"{name}_a"] @ weights[f"{name}_b"]
-            plain[name] = jnp.broadcast_to(plain[name], product.shape) + product
-    if "adapter_up" in weights:
-        lead = weights["adapter_up"].shape[:-2]
-        wide = {
-            name: jnp.broadcast_to(plain[name], (*lead, *leaf.shape[leaf.ndim - 2 + name.endswith("bias") :]))
-            for name, leaf in plain.items()
-        }
-        plain = {
-            "up": jnp.concatenate([wide["up"], weights["adapter_up"]], axis=-1),
-            "up_bias": jnp.concatenate([wide["up_bias"], weights["adapter_up_bias"]], axis=-1),
-            "down": jnp.concatenate([wide["down"], weights["adapter_down"]], axis=-2),
-            "down_bias": wide["down_bias"] + weights["adapter_down_bias"],
-        }
-    return plain
-
-
 class Mlp(nn.Module):
-    """The MLP of a block. With experts > 1 every parameter gains a leading E axis, but for the layer that is shared.
+    """The MLP of a block. With experts > 1 every parameter but those of `shared_layer` gets a leading E axis.
 
     Parameters: up [E,] D F · up_bias [E,] F · down [E,] F D · down_bias [E,] D.
 
-    With LoRA or an adapter these are one for all experts, and an expert is what is folded into them: up_a [E,] D R ·
+    With LoRA or an adapter all experts share these, and each expert has its own LoRA or adapter: up_a [E,] D R ·
     up_b [E,] R F · down_a [E,] F R · down_b [E,] R D; adapter_up [E,] D R · adapter_up_bias [E,] R · adapter_down
-    [E,] R D · adapter_down_bias [E,] D. Their second halves start at zero, so every expert starts as the MLP.
+    [E,] R D · adapter_down_bias [E,] D. The second matrix of each starts at zero, so every expert starts as the MLP.
     """
 
     hidden: int  # F
@@ -154,18 +50,18 @@ class Mlp(nn.Module):
         Args:
             x_BTD: input tokens. For a route over slots, images are sorted by slot: B is E times B/E.
             route: the expert that runs; ignored when there is one expert.
-                scalar: one for the whole batch.
+                scalar: one expert for the whole batch.
                 None: slot e of images runs expert e.
-                [E]: of each slot of images, a permutation; one batched product, each slot with its own expert.
-                [T, E]: of each slot at each place in the image, a permutation; tokens travel between the images that
-                    share a place in their slots, so this also costs two gathers of the activations.
+                [E]: the expert of each slot of images, a permutation; one batched product over slots.
+                [T, E]: the expert of each slot at each token index, a permutation. Tokens move between images of the
+                    same index in their slots, which costs two more gathers of the activations.
             key_B: one dropout key per image; None is deterministic.
         """
         weights, stacked = self._weights(x_BTD.shape[-1])
         x_BTD = x_BTD.astype(self.dtype)
         if self.experts == 1:
             return two_layers(x_BTD, key_B, weights, self.dropout)
-        if route is not None and route.ndim < 2:  # pick weights, never move activations
+        if route is not None and route.ndim < 2:  # index the weights: cheaper than moving activations
             weights = tuple(w[route] if e else w for w, e in zip(weights, stacked, strict=True))
             if route.ndim == 0:
                 return two_layers(x_BTD, key_B, weights, self.dropout)
@@ -206,17 +102,59 @@ class Mlp(nn.Module):
         return tuple(w if "bias" in name else w.astype(self.dtype) for name, w in plain.items()), stacked
 
     def _param(self, name: str, shape: tuple[int, ...], fan_in: int | None, alone: bool) -> jax.Array:
-        """Returns the float32 parameter, with an E axis unless it is alone; zeros at first where there is no fan_in."""
+        """Returns the float32 parameter, with an E axis unless `alone`; it starts at zero if fan_in is None."""
         draw = torch_uniform(fan_in) if fan_in else nn.initializers.zeros
         if alone:
             return self.param(name, draw, shape)
 
         def draw_stack(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-            if self.expert_init != "independent":  # the very draw of the dense model, repeated
+            if self.expert_init != "independent":  # copies of the dense model's draw
                 return jnp.broadcast_to(draw(key, shape, jnp.float32), (self.experts, *shape))
             return jax.vmap(lambda k: draw(k, shape, jnp.float32))(jax.random.split(key, self.experts))
 
         return self.param(name, draw_stack, shape)
+
+
+class RoutedMlp(Mlp):
+    """The MLP of a block with a router instead of a route. Parameters: those of `Mlp`, and the router's as "router".
+
+    A token in no slot gets 0: the residual carries it past.
+
+    Cost of an image against dense, 4 T D F FLOPs: experts run E C / T times as many, which is K times the capacity,
+    full or not (1 for soft and hash where E divides T). The router adds 2 T D E. Tokens move to slots and back by
+    index: 2 E C D numbers written and read, and no array holds T E C. Soft instead multiplies by two T x E C matrices
+    made from one more: 6 T E C D FLOPs, about 6 T^2 D. Weights read are E times the dense model's.
+
+    Router, softmax and statistics are computed in float32, all else in the compute dtype.
+
+    Publishes `Statistics` as "routing" of the collection "statistics" where that is mutable.
+    """
+
+    settings: RouterSettings = RouterSettings()
+
+    @nn.compact
+    def __call__(  # type: ignore[override]
+        self, x_BTD: jax.Array, key_B: jax.Array | None, top_k: jax.Array | None = None
+    ) -> jax.Array:
+        """Returns y_BTD in the compute dtype.
+
+        Args:
+            x_BTD: input tokens.
+            key_B: one key per image, for noise and dropout. None is evaluation: deterministic, with eval_capacity.
+            top_k: K of a frozen router in this step, an integer scalar of at most settings.top_k, which is the default.
+        """
+        weights, stacked = self._weights(x_BTD.shape[-1])
+        key_EB = None
+        if key_B is not None and self.dropout:
+            fold_B = jax.vmap(jax.random.fold_in, (0, None))
+            key_EB = jax.vmap(fold_B, (None, 0))(fold_B(key_B, EXPERT_DROPOUT), jnp.arange(self.experts))
+        router = find(self.settings.kind)(self.experts, self.settings, top_k, name="router")
+        slots, statistics = router.route(jnp.asarray(x_BTD, jnp.float32), key_B)
+        self.sow("statistics", "routing", statistics, reduce_fn=lambda _, new: new)
+        x_BTD = jnp.asarray(x_BTD, self.dtype)
+        axes = (0, None if key_EB is None else 0, tuple(0 if e else None for e in stacked), None)
+        y_EBCD = jax.vmap(two_layers, axes)(slots.gather(x_BTD), key_EB, weights, self.dropout)
+        return slots.scatter(y_EBCD, x_BTD)
 
 
 def _exchange(x_EBTD: jax.Array, source_TE: jax.Array) -> jax.Array:

@@ -1,10 +1,12 @@
 import collections
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jvitmoe.config import DataConfig
 from jvitmoe.data.augment import augment, normalize
 
 B, SIDE = 400, 6
@@ -22,7 +24,10 @@ def keys(seed=0):
 
 
 def run(key_B, images_BHWC, padding, flip):
-    return np.asarray(jax.jit(augment, static_argnums=(2, 3))(key_B, images_BHWC, padding, flip))
+    data, targets_BC = DataConfig(crop_padding=padding, flip=flip), jax.nn.one_hot(jnp.arange(len(images_BHWC)) % 3, 3)
+    images, targets = jax.jit(functools.partial(augment, data))(key_B, images_BHWC, targets_BC)
+    np.testing.assert_array_equal(targets, targets_BC)
+    return np.asarray(images)
 
 
 def slow_crop(image_HWC, padding, row, column):
@@ -71,7 +76,7 @@ def test_crop_and_flip_are_drawn_independently(images):
 
 
 def test_off_is_the_identity(images):
-    after = augment(keys(), jnp.asarray(images), 0, False)
+    after = run(keys(), images, 0, False)
     assert after.dtype == jnp.uint8
     np.testing.assert_array_equal(after, images)
 
@@ -83,6 +88,17 @@ def test_an_image_depends_on_its_own_key_only(images):
     np.testing.assert_array_equal(run(keys()[some], images[some], 2, True), whole[some])
     other = run(keys(1), images, 2, True)
     assert (other != whole).any((1, 2, 3)).mean() > 0.9
+
+
+def test_crop_and_flip_draw_the_numbers_of_version_0_1_0(images):
+    def slow(key, image_HWC):
+        crop_key, flip_key = jax.random.split(key)
+        row, column = jax.random.randint(crop_key, (2,), 0, 5)
+        image_HWC = slow_crop(image_HWC, 2, int(row), int(column))
+        return image_HWC[:, ::-1] if jax.random.bernoulli(flip_key) else image_HWC
+
+    wanted = [slow(key, image) for key, image in zip(keys()[:20], images[:20], strict=True)]
+    np.testing.assert_array_equal(run(keys()[:20], images[:20], 2, True), wanted)
 
 
 def test_normalize_spans_minus_1_to_1():

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jvitmoe.data.decode import (
+from jvitmoe.data.images import (
     AREA,
     LONGEST,
     ORIENTATION,

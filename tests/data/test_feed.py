@@ -3,10 +3,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jvitmoe.config import ConfigError, TrainConfig
-from jvitmoe.data import feed
-from jvitmoe.data.feed import TrainOrder, eval_batches
-from jvitmoe.step import make_mesh
+from jvitmoe.config import TrainConfig
+from jvitmoe.data.batches import TrainOrder, eval_batches, put
+from jvitmoe.errors import ConfigError
+from jvitmoe.runtime.devices import make_mesh
 
 
 def mesh_of(devices):
@@ -87,7 +87,7 @@ def test_evaluation_visits_every_image_exactly_once(devices, batch_size):
 
 
 def test_a_split_lies_whole_on_every_device(tiny_split):
-    images = feed.put(tiny_split, mesh_of(4))
+    images = put(tiny_split, mesh_of(4))
     assert len(images.images_NHWC.addressable_shards) == 4
     assert images.images_NHWC.dtype == jnp.uint8
     for shard in images.images_NHWC.addressable_shards:

@@ -19,10 +19,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jvitmoe.config import DataConfig, ModelConfig
-from jvitmoe.data import sources
-from jvitmoe.data.decode import exact
-from jvitmoe.data.sources import DataError, Split, hold_out, load
+from jvitmoe.config import Config, DataConfig, ModelConfig
+from jvitmoe.data import datasets, splits, tfds
+from jvitmoe.data.datasets import hold_out, load
+from jvitmoe.data.images import DataError, exact
+from jvitmoe.data.splits import Split
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data" / "tfds"
 TFDS_DIR = Path(os.environ.get("JVITMOE_TFDS_DIR", SHARED))
@@ -40,7 +41,7 @@ def one_line(error: pytest.ExceptionInfo[DataError]) -> str:
 
 def test_importing_sources_imports_neither_jax_nor_any_reader():
     heavy = ("jax", "tensorflow_datasets", "tensorflow", "PIL", "sklearn")
-    code = f"import sys, jvitmoe.data.sources; print([name for name in {heavy} if name in sys.modules])"
+    code = f"import sys, jvitmoe.data.datasets; print([name for name in {heavy} if name in sys.modules])"
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"
 
 
@@ -125,7 +126,7 @@ def write_folder(root: Path, parts=("train", "test"), names=("cat", "dog"), mode
     return pixels
 
 
-def folder(root: Path, **model) -> sources.Dataset:
+def folder(root: Path, **model) -> splits.Dataset:
     return load(DataConfig(name="folder", dir=str(root)), ModelConfig(**({"channels": 3, "classes": 2} | model)))
 
 
@@ -144,7 +145,7 @@ def test_a_folder_gives_back_the_pixels_and_sorted_classes_written_into_it(tmp_p
 
 
 def test_a_folder_keeps_its_order_when_threads_share_it(tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "GROUP", 3)
+    monkeypatch.setattr(splits, "GROUP", 3)
     pixels = write_folder(tmp_path, per_class=15)
     np.testing.assert_array_equal(folder(tmp_path).train.images_NHWC, pixels[0])
 
@@ -266,7 +267,7 @@ def test_browsing_gives_the_splits_of_loading_in_their_order(tmp_path, count):
     write_folder(tmp_path)
     settings = DataConfig(name="folder", dir=str(tmp_path)), ModelConfig(channels=3, classes=2)
     for chosen, shape in (((DataConfig(), ModelConfig()), (8, 8, 1)), (settings, (8, 8, 3))):
-        loaded, found = load(*chosen), sources.browse(*chosen)
+        loaded, found = load(*chosen), datasets.browse(*chosen)
         assert found.class_names == loaded.class_names
         pairs = zip(hold_out(loaded.train, count), hold_out(found.train, count), strict=True)
         for split, records in (*pairs, (loaded.test, found.test)):
@@ -281,10 +282,20 @@ def test_held_out_pictures_whose_labels_are_not_known_are_drawn_from_all():
     def read(number):
         raise AssertionError("a label was read")
 
-    train, held = hold_out(sources.Records(read, np.arange(1000), None), 100)
+    train, held = hold_out(splits.Records(read, np.arange(1000), None), 100)
     assert (len(train), len(held)) == (900, 100)
     assert sorted([*train.number_N, *held.number_N]) == list(range(1000))
     assert 300 < held.number_N.mean() < 700
+
+
+@pytest.mark.parametrize(
+    ("name", "validation", "same"),
+    [("digits", 50, True), ("folder", 50, True), ("cifar10", 0, True), ("cifar10", 50, False)],
+)
+def test_a_run_may_go_on_as_a_stream_unless_that_would_hold_out_other_images(name, validation, same):
+    old, new = (Config(data=DataConfig(name=name, validation=validation, stream=stream)) for stream in (False, True))
+    assert datasets.differences(old, new) == ({} if same else {"data.stream": (False, True)})
+    assert datasets.differences(new, old) == ({} if same else {"data.stream": (True, False)})
 
 
 # TFDS: sets that are prepared
@@ -293,7 +304,7 @@ def test_held_out_pictures_whose_labels_are_not_known_are_drawn_from_all():
 @pytest.mark.skipif(not (TFDS_DIR / "cifar10").is_dir(), reason=f"needs a prepared CIFAR-10 in {TFDS_DIR}")
 def test_a_prepared_set_is_read_whole_without_tensorflow_or_jax():
     code = (
-        "import sys; from jvitmoe.data.sources import load; from jvitmoe.config import DataConfig, ModelConfig\n"
+        "import sys; from jvitmoe.data.datasets import load; from jvitmoe.config import DataConfig, ModelConfig\n"
         f"d = load(DataConfig(name='cifar10', dir={str(TFDS_DIR)!r}), ModelConfig(image_size=32, channels=3))\n"
         "print(d.train.images_NHWC.shape, d.test.images_NHWC.shape, d.train.images_NHWC.dtype, d.class_names[3])\n"
         "print(set(map(int, __import__('numpy').bincount(d.train.labels_N))), d.train.images_NHWC.mean() // 1)\n"
@@ -370,7 +381,7 @@ def point_cifar10_at(monkeypatch: pytest.MonkeyPatch, url: str, archive: Path | 
         monkeypatch.delenv(variable, raising=False)
 
 
-def cifar10(data_dir: Path) -> sources.Dataset:
+def cifar10(data_dir: Path) -> splits.Dataset:
     return load(DataConfig(name="cifar10", dir=str(data_dir)), CIFAR_MODEL)
 
 
@@ -391,7 +402,7 @@ def server(folder: Path):
         thread.join()
 
 
-def assert_holds(dataset: sources.Dataset, labels: dict[bytes, int]) -> None:
+def assert_holds(dataset: splits.Dataset, labels: dict[bytes, int]) -> None:
     assert (len(dataset.train), len(dataset.test)) == (50, 10)
     assert dataset.class_names == tuple(f"class{i}" for i in range(10))
     seen = {}
@@ -429,7 +440,7 @@ def test_an_archive_in_the_manual_folder_needs_no_network_and_its_set_obeys_the_
     manual.mkdir(parents=True)
     labels = cifar_archive(manual / ARCHIVE)
     point_cifar10_at(monkeypatch, f"http://127.0.0.1:{closed_port()}/{ARCHIVE}", manual / ARCHIVE)
-    monkeypatch.setattr(sources, "CHUNK", 7)  # reading in pieces must lose nothing either
+    monkeypatch.setattr(tfds, "CHUNK", 7)  # reading in pieces must lose nothing either
     assert_holds(cifar10(tmp_path), labels)
 
     info = tmp_path / "cifar10" / "3.0.2" / "dataset_info.json"
@@ -485,7 +496,7 @@ def test_an_archive_whose_paths_lead_out_of_its_folder_is_refused_and_writes_not
 
 def with_tensorflow(monkeypatch: pytest.MonkeyPatch, installed: bool) -> None:
     spec = types.SimpleNamespace(find_spec=lambda name: object() if installed else None)
-    monkeypatch.setattr(sources, "importlib", types.SimpleNamespace(util=spec))
+    monkeypatch.setattr(tfds, "importlib", types.SimpleNamespace(util=spec))
 
 
 def test_offline_an_absent_set_fails_within_10_seconds_and_names_three_remedies(tmp_path, monkeypatch):
@@ -505,18 +516,18 @@ def test_a_name_server_that_never_answers_does_not_hold_up_the_error(monkeypatch
         time.sleep(2)
         raise OSError
 
-    monkeypatch.setattr(sources, "PROBE_SECONDS", 0.2)
+    monkeypatch.setattr(tfds, "PROBE_SECONDS", 0.2)
     monkeypatch.setattr(socket, "create_connection", never)
     start = time.monotonic()
-    assert not sources._any_reachable(["https://a.invalid/x", "https://b.invalid/y"])
+    assert not tfds._any_reachable(["https://a.invalid/x", "https://b.invalid/y"])
     assert time.monotonic() - start < 1
 
 
 def test_behind_a_proxy_the_proxy_is_what_must_be_reachable(monkeypatch):
     monkeypatch.setenv("no_proxy", "inside.invalid")
     monkeypatch.setenv("https_proxy", "http://proxy.invalid:3128")
-    assert sources._endpoint("https://a.invalid/x") == ("proxy.invalid", 3128)
-    assert sources._endpoint("https://inside.invalid/x") == ("inside.invalid", 443)
+    assert tfds._endpoint("https://a.invalid/x") == ("proxy.invalid", 3128)
+    assert tfds._endpoint("https://inside.invalid/x") == ("inside.invalid", 443)
 
 
 def test_without_tensorflow_preparing_names_the_extra(tmp_path, monkeypatch):

@@ -16,10 +16,17 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 from PIL import Image
 
-from jvitmoe import cli, evaluate, evaluation, routing, step, train
-from jvitmoe.data import feed, sources, stream
-from jvitmoe.data.decode import DataError
-from jvitmoe.routing import Purpose
+from jvitmoe import cli, evaluate, train
+from jvitmoe import config as config_lib
+from jvitmoe.data import datasets, stream
+from jvitmoe.data.batches import TrainOrder, eval_batches
+from jvitmoe.data.images import DataError
+from jvitmoe.data.splits import Records, in_memory
+from jvitmoe.evaluation import models
+from jvitmoe.evaluation.metrics import make_evaluate
+from jvitmoe.experts import routes
+from jvitmoe.experts.routes import Purpose
+from jvitmoe.runtime.devices import make_mesh
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
@@ -32,7 +39,7 @@ def streamed(tiny_split, training):
         def __init__(self, config):
             config.data.stream = True
             self.run_of = training(config)  # set up alike; its images on the device are not used
-            self.records = sources._in_memory(tiny_split)
+            self.records = in_memory(tiny_split)
 
         def batches(self, start, total):
             run = self.run_of
@@ -72,7 +79,7 @@ def test_a_stream_taken_up_at_any_step_gives_the_rest_and_reads_no_row_before_it
     assert len(whole) == 8
     assert len({images.images_NHWC.tobytes() for images in whole}) == 8
     order, seen, read = run.run_of.order, [], run.records.read
-    run.records = sources.Records(lambda n: seen.append(n) or read(n), run.records.number_N, None)
+    run.records = Records(lambda n: seen.append(n) or read(n), run.records.number_N, None)
     for start in (1, 3, 5, 8):
         seen.clear()
         rest = [jax.device_get(images) for images in run.batches(start, 8)]
@@ -89,7 +96,7 @@ def test_the_order_on_the_host_is_the_order_on_the_devices(tiny_config, training
 
 
 def test_a_process_reads_the_rows_of_its_own_devices_only(tiny_config):
-    mesh = step.make_mesh(tiny_config(train={"devices": 4}).train)
+    mesh = make_mesh(tiny_config(train={"devices": 4}).train)
     sharding = NamedSharding(mesh, PartitionSpec("data"))
     assert stream._rows_here(8, sharding).tolist() == list(range(8))
     of_devices = sharding.devices_indices_map((8,))
@@ -106,14 +113,14 @@ def test_a_streamed_split_is_evaluated_exactly_with_padding_masked(tiny_config, 
         train={"devices": devices, "batch_size": 8},
     )
     run = training(config)
-    found = evaluation.make_evaluate(run.model, run.mesh)
-    batches = feed.eval_batches(len(tiny_split), 8, run.mesh)
+    found = make_evaluate(run.model, run.mesh)
+    batches = eval_batches(len(tiny_split), 8, run.mesh)
     assert len(tiny_split) % 8 != 0
-    records = sources._in_memory(tiny_split)
+    records = in_memory(tiny_split)
     shown = stream.EvalImages(records, batches, config, run.mesh)
-    resident = evaluation.evaluate_run(config, run.state.params, None, found, run.images, batches)
+    resident = models.evaluate_run(config, run.state.params, None, found, run.images, batches)
     for _ in range(2):  # and once more: a stream can be gone through again
-        assert evaluation.evaluate_run(config, run.state.params, None, found, shown, batches) == resident
+        assert models.evaluate_run(config, run.state.params, None, found, shown, batches) == resident
     assert resident[0]["images"] == len(tiny_split)
     chex.assert_trees_all_equal(vars(stream.read(records, config)), vars(tiny_split))
 
@@ -245,7 +252,7 @@ def test_without_resizing_a_picture_of_another_size_is_refused_with_the_remedy(t
     config = tiny_config(
         data={"name": "folder", "dir": str(tmp_path), "stream": True}, model={"channels": 3, "classes": 2}
     )
-    records = sources.browse(config.data, config.model).train
+    records = datasets.browse(config.data, config.model).train
     with pytest.raises(DataError, match=r"config.model.image_size is 8; .*--config.data.crop=resized"):
         stream.read(records, config)
 
@@ -259,9 +266,9 @@ def test_random_parts_are_a_function_of_seed_step_and_place(tmp_path, tiny_confi
             model={"channels": 3, "classes": 2},
             train={"seed": seed, "devices": devices},
         )
-        records, mesh = sources.browse(config.data, config.model).train, step.make_mesh(config.train)
+        records, mesh = datasets.browse(config.data, config.model).train, make_mesh(config.train)
         # The same order for all seeds, so that only the parts can differ.
-        order = feed.TrainOrder(len(records), 8, routing.address(jax.random.key(0), Purpose.ORDER), mesh)
+        order = TrainOrder(len(records), 8, routes.address(jax.random.key(0), Purpose.ORDER), mesh)
         return [jax.device_get(images) for images in stream.train_batches(records, order, config, mesh, start, 4)]
 
     first = batches()
@@ -333,8 +340,8 @@ def test_the_imagenet_config_streams_a_tfds_set_and_tests_on_its_labelled_split(
     losses = [line["loss"] for line in map(json.loads, lines) if line["kind"] == "train"]
     assert len(losses) == 18
     assert np.isfinite(losses).all()
-    config = train.config_lib.loads((tmp_path / "run" / "config.json").read_text(), "config.json")
-    test = stream.read(sources.browse(config.data, config.model).test, config)
+    config = config_lib.loads((tmp_path / "run" / "config.json").read_text(), "config.json")
+    test = stream.read(datasets.browse(config.data, config.model).test, config)
     np.testing.assert_array_equal(test.labels_N, [0, 80, 160, 240, 320, 400])
     np.testing.assert_allclose(test.images_NHWC[:, 16, 16, 0], [0, 10, 20, 30, 40, 50], atol=2)  # of JPEG
 

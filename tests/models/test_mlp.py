@@ -13,7 +13,8 @@ import pytest
 from jax.extend.random import threefry_2x32
 from jax.sharding import PartitionSpec as P
 
-from jvitmoe.models.mlp import Mlp, dropout, gelu, random_words, torch_uniform
+from jvitmoe.models.layers import dropout, gelu, random_words, torch_uniform
+from jvitmoe.models.mlp import Mlp
 
 GRID = np.concatenate([np.linspace(-12, 12, 481), [-40.0, -1e-3, 1e-3, 40.0]])
 

@@ -15,8 +15,11 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from jvitmoe.models.mlp import Mlp
-from jvitmoe.models.moe import NOISE, RoutedMlp, RouterSettings, Statistics, balance_loss, top_k_at, upper_tail, z_loss
+from jvitmoe.errors import ConfigError
+from jvitmoe.models.mlp import Mlp, RoutedMlp
+from jvitmoe.models.routers import ROUTERS, RouterSettings, Statistics, z_loss
+from jvitmoe.models.routers.frozen import Frozen
+from jvitmoe.models.routers.topk import NOISE, upper_tail
 
 BATCH, TOKENS, WIDTH, HIDDEN, EXPERTS = 4, 9, 5, 6, 4
 KINDS = ("switch", "topk", "expert_choice", "soft", "hash")
@@ -270,7 +273,7 @@ def test_statistics_and_losses_of_constant_logits_are_those_worked_out_by_hand()
     )
     chex.assert_trees_all_close(statistics, expected, rtol=1e-5)
     two_layers = jax.tree.map(lambda x: np.stack([x, x]), statistics)
-    np.testing.assert_allclose(balance_loss("switch", two_layers), 4 * 0.5, rtol=1e-5)
+    np.testing.assert_allclose(ROUTERS["switch"].loss(two_layers), 4 * 0.5, rtol=1e-5)
     np.testing.assert_allclose(z_loss(two_layers), 9, rtol=1e-5)
 
 
@@ -283,19 +286,19 @@ def hand(load_LE, probability_LE, smooth_load_LE):
 def test_balance_losses_are_those_worked_out_by_hand():
     statistics = hand([[0.5, 0.5, 0], [1, 0, 0]], [[0.5, 0.3, 0.2], [1 / 3] * 3], [[0.9, 0.6, 0.6], [0.7] * 3])
     # switch: 3 (0.25 + 0.15) and 3 / 3, averaged over the two layers.
-    np.testing.assert_allclose(balance_loss("switch", statistics), (1.2 + 1.0) / 2, rtol=1e-5)
+    np.testing.assert_allclose(ROUTERS["switch"].loss(statistics), (1.2 + 1.0) / 2, rtol=1e-5)
     # topk: variance over squared mean is 0.14 / 9 over 1 / 9, and 0.02 over 0.49; both 0 in the second layer.
-    np.testing.assert_allclose(balance_loss("topk", statistics), (0.14 + 0.02 / 0.49) / 2 / 2, rtol=1e-5)
+    np.testing.assert_allclose(ROUTERS["topk"].loss(statistics), (0.14 + 0.02 / 0.49) / 2 / 2, rtol=1e-5)
     for kind in ("expert_choice", "soft", "hash"):
-        assert balance_loss(kind, statistics) == 0.0
+        assert ROUTERS[kind].loss(statistics) == 0.0
 
 
 def test_balanced_routing_gives_switch_loss_one_and_topk_loss_zero():
     even = [[1 / 4] * 4] * 3
-    assert balance_loss("switch", hand(even, even, even)) == 1.0
-    assert balance_loss("topk", hand(even, even, even)) == 0.0
+    assert ROUTERS["switch"].loss(hand(even, even, even)) == 1.0
+    assert ROUTERS["topk"].loss(hand(even, even, even)) == 0.0
     one_sided = [[1.0, 0, 0, 0]]
-    assert balance_loss("switch", hand(one_sided, one_sided, one_sided)) == 4.0
+    assert ROUTERS["switch"].loss(hand(one_sided, one_sided, one_sided)) == 4.0
 
 
 def test_smooth_load_is_the_chance_that_new_noise_puts_the_expert_in_the_top_k():
@@ -347,7 +350,7 @@ def scanned_gradients(kind):
         value, statistics = jnp.square(y_BTD).mean(), published["statistics"]["mlp"]["routing"]
         if sharded:
             value, statistics = jax.lax.pmean((value, statistics), "data")
-        return value + balance_loss(kind, statistics) + z_loss(statistics), statistics
+        return value + ROUTERS[kind].loss(statistics) + z_loss(statistics), statistics
 
     one, four = (jax.value_and_grad(functools.partial(loss, sharded=s), has_aux=True) for s in (False, True))
     mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
@@ -425,7 +428,7 @@ def test_no_array_holds_tokens_times_experts_times_slots_but_in_soft_moe(kind):
 
 
 def test_an_unknown_kind_is_refused():
-    with pytest.raises(ValueError, match="kind is 'swich'; it must be switch"):
+    with pytest.raises(ConfigError, match=r"config.routing.router is 'swich'; it must be one of"):
         make("swich")
 
 
@@ -437,5 +440,25 @@ def test_settings_cannot_change_under_a_compiled_model():
 @pytest.mark.parametrize(("top_k", "experts", "total"), [(2, 4, 123), (1, 6, 4398), (1, 16, 656), (3, 3, 5)])
 def test_a_frozen_router_s_k_grows_at_exact_steps(top_k, experts, total):
     """K - top_k is the integer part of (E - top_k + 1) step / total, in whole numbers: no step is late by rounding."""
-    found_S = jax.jit(lambda steps: jax.vmap(lambda s: top_k_at(s, total, top_k, experts))(steps))(jnp.arange(total))
+    at = jax.jit(jax.vmap(lambda step: Frozen.top_k_at(step, total, top_k, experts)))
+    found_S = at(jnp.arange(total))
     assert found_S.tolist() == [top_k + (experts - top_k + 1) * step // total for step in range(total)]
+
+
+@pytest.mark.parametrize("top_k", [1, 2, EXPERTS])
+def test_a_frozen_router_that_masks_ranks_equals_one_built_for_its_k(top_k):
+    """Outputs, statistics and gradients, with drops and dropout: capacity is that of K, not of E."""
+    settings = {"dropout": 0.5, "capacity": 0.7}
+    growing, params = make("frozen", top_k=EXPERTS, **settings)
+    built = routed("frozen", top_k=top_k, **settings)
+
+    def run(mlp, params, x_BTD, *k):
+        y_BTD, published = mlp.apply({"params": params}, x_BTD, keys(), *k, mutable=["statistics"])
+        return jnp.sin(y_BTD).sum(), (y_BTD, published["statistics"]["routing"])
+
+    differentiate = jax.jit(jax.value_and_grad(run, (1, 2), has_aux=True), static_argnums=0)
+    wanted = differentiate(built, params, images())
+    assert wanted[0][1][1].dropped > 0
+    chex.assert_trees_all_close(
+        differentiate(growing, params, images(), jnp.int32(top_k)), wanted, rtol=1e-5, atol=1e-6
+    )

@@ -18,10 +18,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jvitmoe import merging
 from jvitmoe.config import Config, ModelConfig, RoutingConfig
-from jvitmoe.evaluation import count_parameters
-from jvitmoe.models import mlp, vit
+from jvitmoe.experts import merge, slices
+from jvitmoe.experts.cost import count_parameters
+from jvitmoe.models import layers, mlp, vit
 
 GOLDEN = np.load(Path(__file__).with_name("torch_vit_golden.npz"))  # written by scripts/make_torch_golden.py
 SMALL = ModelConfig(image_size=8, channels=2, classes=5, patch=4, width=12, hidden=10, depth=3, heads=3)
@@ -192,7 +192,7 @@ def test_sincos2d_is_the_slow_obvious_loop(grid, width):
                     ]
                 ):
                     table_TD[row * grid + column, q * quarter + i] = value
-    np.testing.assert_allclose(vit.sincos2d(grid, width), table_TD, atol=1e-6)
+    np.testing.assert_allclose(layers.sincos2d(grid, width), table_TD, atol=1e-6)
 
 
 @pytest.mark.parametrize("pool", ["cls", "mean"])
@@ -239,8 +239,8 @@ def test_dropout_acts_at_the_four_places_of_the_original(monkeypatch):
         places.add((site, x_B.shape, rate))
         return x_B
 
-    monkeypatch.setattr(vit, "dropout", record)
-    monkeypatch.setattr(mlp, "dropout", record)
+    for module in (layers, mlp, vit):
+        monkeypatch.setattr(module, "dropout", record)
     model = vit.ViT(small(dropout=0.3))
     params = tree_of(model)
     places.clear()
@@ -275,7 +275,7 @@ def test_a_routed_model_is_the_dense_model_on_its_path(compiled):
     for route in [(0, 0, 0), (2, 2, 2), (2, 0, 1)]:
         route_L = jnp.asarray(route, jnp.int32)
         seen.append(run_routed(params, images(), route_L, key_B))
-        path = merging.take_path(params, route_L)
+        path = merge.take_path(params, route_L)
         chex.assert_trees_all_equal(seen[-1], run_dense(path, images(), None, key_B))
     assert all(np.abs(a - b).max() > 1e-3 for a, b in itertools.combinations(seen, 2)), "the route did not matter"
 
@@ -293,8 +293,8 @@ def test_equal_experts_make_the_route_irrelevant():
 
 def test_averaged_tree_of_a_shared_start_is_the_dense_start():
     dense, routed = initial(1, "shared"), initial(4, "shared")
-    chex.assert_trees_all_equal(merging.average_experts(routed), dense)  # to the bit: sums of 4 equal floats are exact
-    chex.assert_trees_all_equal(merging.take_path(routed, jnp.asarray([3, 0, 2])), dense)
+    chex.assert_trees_all_equal(merge.average_experts(routed), dense)  # to the bit: sums of 4 equal floats are exact
+    chex.assert_trees_all_equal(merge.take_path(routed, jnp.asarray([3, 0, 2])), dense)
 
 
 def test_independent_experts_start_different_and_the_trunk_starts_dense():
@@ -302,8 +302,8 @@ def test_independent_experts_start_different_and_the_trunk_starts_dense():
     for name, leaf in routed["blocks"]["mlp"].items():
         for a, b in itertools.combinations(range(4), 2):
             assert (leaf[:, a] != leaf[:, b]).mean() > 0.99, name
-    trunk, _ = merging.split(routed, merging.stacked(routed))
-    dense_trunk, _ = merging.split(dense, merging.stacked(routed))
+    trunk, _ = slices.split(routed, slices.stacked(routed))
+    dense_trunk, _ = slices.split(dense, slices.stacked(routed))
     chex.assert_trees_all_equal(trunk, dense_trunk)
 
 
@@ -370,6 +370,6 @@ def test_layers_start_equal_where_asked(pattern):
     for leaf_L, other_L in zip(jax.tree.leaves(equal["blocks"]), jax.tree.leaves(different["blocks"]), strict=True):
         assert (leaf_L == leaf_L[:1]).all()
         assert (leaf_L[0] == other_L[0]).all()
-    up_LED = vit.in_layers(merging.split(equal, merging.stacked(equal))[1]["blocks"])["mlp"]["up"]
+    up_LED = vit.in_layers(slices.split(equal, slices.stacked(equal))[1]["blocks"])["mlp"]["up"]
     assert (up_LED[:, 0] != up_LED[:, 1]).any()  # experts of one layer still differ
     assert (different["patches"]["kernel"] == equal["patches"]["kernel"]).all()

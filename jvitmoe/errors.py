@@ -1,0 +1,34 @@
+"""Errors that the user can correct: commands print them as one line and exit with code 2."""
+
+LONGEST_WORD, LONGEST_LINE = 300, 1200  # characters of a message
+
+
+class UserError(Exception):
+    """A mistake the user can mend: commands print it as one line and exit with code 2."""
+
+    everywhere = False  # whether all processes of a run raise it alike, so that one of them saying it is enough
+    known = False  # whether the other processes know of it
+
+    def __str__(self) -> str:
+        return printable(super().__str__())
+
+
+def printable(text: str) -> str:
+    """Returns `text` as one line for a terminal: control characters are escaped, and long words and long lines are cut
+    in the middle, so that the rule and the remedy at the end of a message remain."""
+    escaped = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(text.split()))
+    return _cut(" ".join(_cut(word, LONGEST_WORD) for word in escaped.split(" ")), LONGEST_LINE)
+
+
+def one_line(error: BaseException) -> str:
+    """Returns the kind of an error and the beginning of its message, on one line."""
+    text = printable(str(error))
+    return f"{type(error).__name__}: {text[:200]}" if text else type(error).__name__
+
+
+def _cut(text: str, longest: int) -> str:
+    return text if len(text) <= longest else f"{text[: longest // 2]}...{text[-(longest // 2) :]}"
+
+
+class ConfigError(UserError):
+    """A field holds a value that breaks its rule; the message names value, rule and remedy."""

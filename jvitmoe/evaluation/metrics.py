@@ -1,0 +1,143 @@
+"""Exact metrics over a whole split, on any number of devices: every image counts once, and is read once for all paths.
+
+B batch, b the share of one device · S batches · N images · E experts · L layers · P paths · C classes · M bins
+"""
+
+import functools
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jvitmoe.data import augment
+from jvitmoe.data.batches import Batches, Images, place
+from jvitmoe.experts import merge
+from jvitmoe.models import vit
+from jvitmoe.runtime.devices import AXES, REPLICATED, settle
+
+Shown = Images | Iterable[Images]  # a split on the devices, or its batches one after the other
+BINS = 15  # M, as Guo et al., arXiv 1706.04599
+
+
+class Sums(NamedTuple):
+    """Sums over the images seen: divided once, at the end. Leading axis: the paths, then their ensemble."""
+
+    correct: jax.Array  # int32
+    nll: jax.Array  # float32, nats
+    seen: jax.Array  # int32
+    bin_seen_M: jax.Array  # int32, images by confidence: bin m holds (m/M, (m+1)/M]
+    bin_correct_M: jax.Array  # int32
+    bin_confidence_M: jax.Array  # float32
+
+
+class Result(NamedTuple):
+    accuracy: float  # share of images
+    nll: float  # mean negative log-likelihood, nats
+    ece: float  # expected calibration error: mean distance of accuracy and confidence over 15 bins, weighted by images
+    images: int
+
+
+class Evaluator:
+    """The compiled evaluation of dense trees and of paths through the experts, or of a model with a router.
+
+    Args:
+        net: what runs: a dense model, or one with a router and all its experts.
+        mesh: where the batches lie.
+        routed: the evaluation of the same run with its router, where it has one.
+    """
+
+    def __init__(self, net: vit.ViT, mesh: Mesh, routed: "Evaluator | None" = None) -> None:
+        self.net, self.routed, self._mesh, self._replicated = net, routed, mesh, NamedSharding(mesh, REPLICATED)
+
+        def compiled(streamed: bool) -> Any:
+            images = PartitionSpec(AXES) if streamed else REPLICATED
+            return jax.jit(
+                jax.shard_map(
+                    functools.partial(self._batch_sums, streamed),
+                    mesh=mesh,
+                    in_specs=(*[REPLICATED] * 4, images, PartitionSpec(None, AXES), REPLICATED),
+                    out_specs=REPLICATED,
+                )
+            )
+
+        self._step, self._streamed_step = compiled(False), compiled(True)
+
+    def __call__(self, params: Any, split: Shown, batches: Batches) -> Result:
+        """Returns the Result of a tree of the net; one program serves them all."""
+        nowhere_PL = jnp.zeros((1, self.net.config.depth), jnp.int32)  # such a tree has no expert to pick
+        return self.paths(params, nowhere_PL, 1, split, batches)[0][0]
+
+    def paths(
+        self, params: Any, route_PL: jax.Array, members: int, split: Shown, batches: Batches
+    ) -> tuple[list[Result], Result]:
+        """Returns the Result of each path, and of the ensemble of the first `members`: the mean of their probabilities
+        (Lakshminarayanan et al., arXiv 1612.01474). Images are read once; one path at a time is in memory."""
+        log_weight_P = jnp.where(jnp.arange(len(route_PL)) < members, -np.log(members), -jnp.inf)
+        # Put on the mesh at once, because sums that come back from it would otherwise compile a second program.
+        rows = len(route_PL) + 1
+        number, bins = jnp.zeros((rows,), jnp.int32), jnp.zeros((rows, BINS), jnp.int32)
+        sums = Sums(number, number.astype(float), number, bins, bins, bins.astype(float))
+        sums = jax.tree.map(lambda x: place(np.asarray(x), self._replicated), sums)
+        whole = isinstance(split, Images)
+        step = self._step if whole else self._streamed_step
+        for s, images in enumerate([split] * len(batches.index_SB) if whole else split):
+            sums = step(params, route_PL, log_weight_P, sums, images, batches, jnp.int32(s))
+            settle(self._mesh, sums)
+        *results, ensemble = (_result(Sums(*row)) for row in zip(*jax.device_get(sums), strict=True))
+        return results, ensemble
+
+    def _batch_sums(
+        self,
+        streamed: bool,
+        params: Any,
+        route_PL: jax.Array,
+        log_weight_P: jax.Array,
+        sums: Sums,
+        split: Images,
+        batches: Batches,
+        s: jax.Array,
+    ) -> Sums:
+        mask_b = batches.mask_SB[s]
+        index_b = jnp.arange(len(mask_b)) if streamed else batches.index_SB[s]
+        labels_b, images = split.labels_N[index_b], augment.normalize(split.images_NHWC[index_b])
+
+        def log_p(route_L: jax.Array) -> jax.Array:
+            tree = params if self.net.router else merge.take_path(params, route_L)
+            return jax.nn.log_softmax(vit.logits(self.net, tree, images))
+
+        log_p_PbC = jax.lax.map(log_p, route_PL)
+        ensemble_bC = jax.nn.logsumexp(log_p_PbC + log_weight_P[:, None, None], axis=0)
+        log_p_PbC = jnp.concatenate([log_p_PbC, ensemble_bC[None]])
+        here = jax.vmap(_sums, (0, None, None))(log_p_PbC, labels_b, mask_b)
+        return jax.tree.map(lambda total, part: total + jax.lax.psum(part, AXES), sums, here)
+
+
+def make_evaluate(model: vit.ViT, mesh: Mesh) -> Evaluator:
+    """Returns the evaluation of every tree of a run: (dense params, images, batches) -> Result, and its `paths`."""
+    routed = Evaluator(model, mesh) if model.router else None
+    return Evaluator(model.plain(), mesh, routed)
+
+
+def _sums(log_p_bC: jax.Array, labels_b: jax.Array, mask_b: jax.Array) -> Sums:
+    right_b = (log_p_bC.argmax(-1) == labels_b) & mask_b
+    nll_b = -jnp.take_along_axis(log_p_bC, labels_b[:, None], axis=1)[:, 0]
+    confidence_b = jnp.exp(log_p_bC.max(-1))
+    bin_b = jnp.clip(jnp.ceil(confidence_b * BINS).astype(jnp.int32) - 1, 0, BINS - 1)
+    in_bin_bM = (bin_b[:, None] == jnp.arange(BINS)[None]) & mask_b[:, None]
+    return Sums(
+        right_b.sum(),
+        jnp.where(mask_b, nll_b, 0.0).sum(),
+        mask_b.sum(),
+        in_bin_bM.sum(0),
+        (in_bin_bM & right_b[:, None]).sum(0),
+        jnp.where(in_bin_bM, confidence_b[:, None], 0.0).sum(0),
+    )
+
+
+def _result(sums: Sums) -> Result:
+    seen = int(sums.seen)
+    ece = float(np.abs(sums.bin_correct_M - sums.bin_confidence_M).sum()) / seen
+    return Result(int(sums.correct) / seen, float(sums.nll) / seen, ece, seen)

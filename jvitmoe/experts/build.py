@@ -1,0 +1,63 @@
+"""The model of a config, and which of its parameters are not trained."""
+
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+
+from jvitmoe.config import Config
+from jvitmoe.errors import ConfigError
+from jvitmoe.models import adapters, routers, vit
+from jvitmoe.models.routers import Router, RouterSettings
+
+
+def find_router(config: Config) -> type[Router] | None:
+    """Returns the router of the model, or None for random routes. Raises ConfigError where there is none of this name,
+    or its rules are broken: these are checked here because `config` does not import the routers."""
+    routed, accumulate = config.routing, config.train.accumulate
+    if routed.router == "random":
+        return None
+    router = routers.find(routed.router)
+    if router.uses_top_k and routed.top_k > routed.experts:
+        raise ConfigError(
+            f"config.routing.top_k is {routed.top_k}; it must be at most routing.experts, which is {routed.experts}"
+        )
+    if accumulate > 1 and routed.balance_loss and router.loss is not Router.loss:
+        raise ConfigError(
+            f"config.train.accumulate is {accumulate}; "
+            "it must be 1 for a router with a balance loss, which is of the whole batch"
+        )
+    return router
+
+
+def frozen(config: Config) -> Callable[[Sequence[Any]], bool] | None:
+    """Returns whether the parameter at a path stays as it is, or None where all are trained. A router that is not
+    trained stays; with LoRA or adapters, everything but these and the head."""
+    if config.tuned:
+        return lambda path: path[0].key != "head" and path[-1].key not in (*adapters.LORA, *adapters.ADAPTER)
+    router = find_router(config)
+    if router and not router.is_trained:
+        return lambda path: any(entry.key == "router" for entry in path)
+    return None
+
+
+def make_model(config: Config, platform_name: str) -> vit.ViT:
+    """Returns the model that training initialises, stacked where there are experts, for "cpu", "gpu" or "tpu".
+
+    Raises ConfigError as `find_router`.
+    """
+    routed, router, settings = config.routing, find_router(config), None
+    if router:
+        top_k = router.active_experts(routed.top_k, routed.experts)
+        settings = RouterSettings(routed.router, top_k, routed.capacity, routed.eval_capacity)
+    pattern = routed.pattern if routed.experts > 1 else ("experts",)
+    experts = routed.experts, routed.init, routed.shared_layer
+    fused = platform_name == "gpu" and _fuses_attention()
+    return vit.build(config.model, *experts, settings, platform_name, pattern, fused)
+
+
+def _fuses_attention() -> bool:
+    """Whether the GPUs here have what cuDNN's fused attention needs: NVIDIA's compute capability 8.0 (A100) or more."""
+    capability = str(getattr(jax.local_devices(backend="gpu")[0], "compute_capability", ""))
+    return re.fullmatch(r"\d+\.\d+", capability) is not None and float(capability) >= 8.0

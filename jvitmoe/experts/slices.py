@@ -1,0 +1,62 @@
+"""Expert-stacked trees: which leaves are stacked, and taking, putting, splitting and joining slices of them."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jvitmoe.models import adapters, vit
+
+Tree = Any
+
+# Rank of each MLP leaf in the dense tree, its leading L axis included (models/mlp.py).
+DENSE_RANK = {
+    **{"up": 3, "up_bias": 2, "down": 3, "down_bias": 2},
+    **{name: 2 if name.endswith("bias") else 3 for name in (*adapters.LORA, *adapters.ADAPTER)},
+}
+EXPERT_AXIS = 1
+
+
+def stacked(params: Tree) -> Tree:
+    """Returns the tree of bools that says which leaves have an expert axis."""
+    return jax.tree.map_with_path(lambda path, x: x.ndim == DENSE_RANK.get(path[-1].key, x.ndim) + 1, params)
+
+
+def split(tree: Tree, stacked: Tree) -> tuple[Tree, Tree]:
+    """Returns (trunk, experts): the tree twice, each with None where the other has its leaves."""
+    trunk = jax.tree.map(lambda x, is_stacked: None if is_stacked else x, tree, stacked)
+    experts = jax.tree.map(lambda x, is_stacked: x if is_stacked else None, tree, stacked)
+    return trunk, experts
+
+
+def join(trunk: Tree, experts: Tree) -> Tree:
+    """Returns the tree that `split` took apart."""
+    return jax.tree.map(lambda a, b: b if a is None else a, trunk, experts, is_leaf=lambda x: x is None)
+
+
+def take(experts: Tree, route: jax.Array) -> Tree:
+    """Returns expert route[l] of each layer l: leaves [L, ...] from [L, E, ...]; with a route [L, P], [L, P, ...]."""
+    return jax.tree.map_with_path(lambda path, leaf: leaf[_place(path, leaf, route)], experts)
+
+
+def put(experts: Tree, parts: Tree, route: jax.Array) -> Tree:
+    """Returns the experts with those that `take` picks replaced by `parts`; in place when donated.
+
+    The experts of one layer's route must differ.
+    """
+
+    def write(path: tuple[Any, ...], leaf: jax.Array, part: jax.Array) -> jax.Array:
+        return leaf.at[_place(path, leaf, route)].set(part, unique_indices=True)
+
+    return jax.tree.map_with_path(write, experts, parts)
+
+
+def _place(path: tuple[Any, ...], leaf: jax.Array, route: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns (layer, expert) that index the leaf, each broadcast to its part of the route."""
+    route = of_group(path, route, leaf.shape[0])
+    return jnp.arange(leaf.shape[0]).reshape(-1, *[1] * (route.ndim - 1)), route
+
+
+def of_group(path: tuple[Any, ...], x_L: jax.Array, turns: int) -> jax.Array:
+    """Returns the layers of x_L that the leaf at this path of a pattern's tree holds; all where there is none."""
+    return x_L[vit.position_in_group(path) :: x_L.shape[0] // turns]

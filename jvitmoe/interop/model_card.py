@@ -1,0 +1,96 @@
+"""The model card of an export: what the model is, what it was trained on and how, what it scores, how to use and check
+it. Plain text out of what the run folder holds; nothing is measured here."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from jvitmoe import config as config_lib
+from jvitmoe.config import Config
+from jvitmoe.interop.load import Source
+from jvitmoe.interop.targets.base import Target
+from jvitmoe.runs import checkpoints, results, tables
+
+# What is known of the data's licence; the names are those of `data.name`.
+LICENCES = {
+    "digits": "UCI's hand-written digits as scikit-learn carries them, under CC BY 4.0: name the source.",
+    "cifar10": "CIFAR-10 comes with no licence; its authors ask to be cited (Krizhevsky, 2009).",
+    "cifar100": "CIFAR-100 comes with no licence; its authors ask to be cited (Krizhevsky, 2009).",
+}
+UNKNOWN = (
+    "Not known to jvitmoe. Look up what the licence of the data says of models trained on them before you pass this on."
+)
+
+# What the Hugging Face hub reads. The owner of the weights chooses their licence, so none is chosen here.
+HEADER = """---
+license: unknown
+library_name: {library}
+pipeline_tag: image-classification
+tags:
+- vit
+- jvitmoe
+---"""
+
+
+def write(source: Source, result: Mapping[str, Any], target: Target, remarks: Sequence[str]) -> str:
+    """Returns the card as Markdown.
+
+    Args:
+        source: the run that was exported.
+        result: its result.json, {} where it was not tested.
+        target: the format of the export.
+        remarks: what differs in this export.
+    """
+    assert source.config is not None, "a run has a config"
+    config, model, classes, step = source.config, source.model, source.classes, source.step
+    layout = "[N, channels, rows, columns]" if target.torch else "[N, rows, columns, channels]"
+    size = f"{model.image_size} x {model.image_size} x {model.channels}"
+    experts = config.routing.experts
+    kind = f"{experts} experts per MLP, averaged into one" if experts > 1 else "trained dense"
+    torch = "import torch\n" if target.torch else ""
+    sections = [
+        HEADER.format(library=target.library),
+        f"# {config.data.name} ViT\n\nA plain Vision Transformer for images of {size} and {model.classes} classes, "
+        f"trained with jvitmoe: {kind}. It is dense: no router, no experts, the cost of one ViT.",
+        *(f"- {remark}" for remark in remarks),
+        "## Use\n\nIn this folder:\n\n" + target.use.format(epsilon=model.norm_epsilon),
+        f"Inputs are float32 {layout}, `pixels / 127.5 - 1` of 8-bit pixels, at exactly {size}. Outputs are logits."
+        + (f" Classes in order: {', '.join(classes)}." if 0 < len(classes) <= 100 else ""),
+        "## Check\n\n`sample.npz` contains test images (`images`, 8 bits), the model's `inputs` for them, their "
+        "`labels` and the `logits` that JAX computed in float32.\n\n"
+        f'```python\nimport numpy as np\n{torch}\nsample = np.load("sample.npz")\n'
+        f'assert np.abs({target.check} - sample["logits"]).max() < 1e-4\n```',
+        f"## Accuracy\n\n{_accuracy(result, step)}",
+        f"## Data\n\n`{config.data.name}`, trained on its training split"
+        + (f" without {config.data.validation:,} images held out to choose on" if config.data.validation else "")
+        + f". Licence of the data: {LICENCES.get(config.data.name.partition(':')[0], UNKNOWN)} "
+        "No licence is chosen for these weights: choose one and name it as `license` at the top of this card.",
+        f"## Recipe\n\nSeed {config.train.seed}, checkpoint at step {step:,}. Fields that differ from the defaults:\n\n"
+        + _recipe(config),
+        f"## Made with\n\n{_made_with(result)}",
+    ]
+    return "\n\n".join(sections) + "\n"
+
+
+def _accuracy(result: Mapping[str, Any], step: int) -> str:
+    if not result.get("rows"):
+        return "Not tested. `python -m jvitmoe.evaluate --workdir …` measures it; export again to have it here."
+    text = tables.markdown(results.result_rows(result))
+    text += f"\nTest split, checkpoint at step {result['step']:,}, seed {result['seed']}: one run, no deviation known."
+    if result["step"] != step:
+        text += f" **The exported checkpoint is another one, at step {step:,}.**"
+    return text + " This export is the row `merged`, or `dense`."
+
+
+def _recipe(config: Config) -> str:
+    default, own = config_lib.flatten(Config()), config_lib.flatten(config)
+    hidden = ("data.dir", "init.source")  # paths of the machine it was trained on
+    rows = [f"| `{k}` | `{v}` |" for k, v in own.items() if v != default[k] and k not in hidden]
+    began = ["It started from another trained ViT (`init.source`)."] if config.init.source else []
+    return "\n".join([*began, "", "| field | value |", "|---|---|", *rows]).lstrip("\n")
+
+
+def _made_with(result: Mapping[str, Any]) -> str:
+    trained = result.get("trained_on") or result.get("hardware") or "hardware that was not recorded"
+    then = ", ".join(f"{name} {version}" for name, version in result.get("versions", {}).items())
+    now = ", ".join(f"{name} {version}" for name, version in checkpoints.versions().items())
+    return f"Trained on {trained}. Tested with {then or 'nothing yet'}. Exported with {now}."

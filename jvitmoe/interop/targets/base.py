@@ -1,0 +1,146 @@
+"""What every export target has in common: what it supports, its test sample, and the check of what was written."""
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from safetensors.numpy import save
+
+from jvitmoe.config import Config, ModelConfig
+from jvitmoe.data import augment, datasets, stream
+from jvitmoe.errors import UserError
+from jvitmoe.interop import classifier, load, weight_names
+from jvitmoe.models import vit
+from jvitmoe.runs import files
+
+SAMPLE = 16  # test images in sample.npz
+CLOSE = 1e-4  # largest difference of logits that passes
+FIELDS = frozenset(field.name for field in dataclasses.fields(ModelConfig))
+# Fields that do not change what a trained, merged model computes in float32.
+NEUTRAL = frozenset(("position_rows", "init_layers", "dropout", "lora", "adapter", "dtype", "attention", "unroll"))
+SIZES = ("image_size", "channels", "classes", "patch", "width", "hidden", "depth", "heads")
+
+Run = Callable[[np.ndarray], np.ndarray]  # inputs as the target takes them -> logits
+
+
+class Target:
+    """One format of exports."""
+
+    name: str  # --to
+    library: str  # that loads it, under its name on the Hugging Face Hub
+    reader = "jvitmoe"  # reads the export back after writing
+    torch = False  # whether it runs in PyTorch: channels come before rows
+    fields = FIELDS  # of the model that the format can express; another one must have its default
+    use: str  # Markdown for the card: how to load the model; {epsilon} is LayerNorm's
+    check: str  # expression for the card: the logits of `sample`
+
+    def write(self, out: Path, source: load.Source, model: ModelConfig) -> Run:
+        """Writes the model's files to `out`, and returns what reading them back computes."""
+        raise NotImplementedError
+
+    def remarks(self, config: Config) -> list[str]:
+        """Returns what the user should know of this export."""
+        return []
+
+    def differences(self, model: ModelConfig) -> list[str]:
+        """Returns what the format cannot express exactly."""
+        return []
+
+    def unsupported(self, model: ModelConfig) -> list[str]:
+        """Returns the fields of the model that the format cannot express."""
+        default = ModelConfig()
+        odd = (name for name in FIELDS - self.fields - NEUTRAL if getattr(model, name) != getattr(default, name))
+        return sorted(odd)
+
+    def examine(self, config: Config) -> list[str]:
+        """Returns remarks on this export. Raises UserError, with the config that would do, for a ViT that the format
+        cannot express."""
+        model, default = config.model, ModelConfig()
+        if odd := self.unsupported(model):
+            found = ", ".join(f"model.{name}={getattr(model, name)}" for name in odd)
+            flags = " ".join(f"--config.model.{name}={getattr(default, name)}" for name in odd)
+            others = " or ".join(target.name for target in TARGETS.values() if not target.unsupported(model))
+            raise UserError(
+                f"{self.name} has no counterpart of {found}; nothing was written: train with {flags}, or export "
+                f"--to={others}"
+            )
+        router = config.routing.router
+        left = [f"the router ({router}) is left behind: this is the mean of the experts"] if router != "random" else []
+        return left + self.remarks(config)
+
+    def sample(self, source: load.Source, config: Config) -> weight_names.Dict:
+        """Returns the arrays of sample.npz: test images, also as the target takes them, and their logits."""
+        records = datasets.browse(config.data, config.model).test
+        test = stream.read(records.part(np.arange(min(SAMPLE, len(records)))), config)
+        inputs = np.asarray(augment.normalize(jnp.asarray(test.images_NHWC)))
+        if self.torch:
+            inputs = np.ascontiguousarray(inputs.transpose(0, 3, 1, 2))
+        logits_NC = classifier.from_source(source).logits(test.images_NHWC)
+        return {"images": test.images_NHWC, "inputs": inputs, "labels": test.labels_N, "logits": logits_NC}
+
+    def export(self, out: Path, source: load.Source, sample: weight_names.Dict) -> float:
+        """Writes the model and the sample. Returns the largest difference between the logits that the files give and
+        the sample's. Raises UserError where it exceeds the tolerance."""
+        model = dataclasses.replace(source.model, position_rows=0, dtype="float32", dropout=0.0, unroll=1)
+        run = self.write(out, source, model)
+        np.savez(out / "sample.npz", allow_pickle=False, **sample)
+        counts = (1, len(sample["labels"]))
+        apart = max(float(np.abs(run(sample["inputs"][:n]) - sample["logits"][:n]).max()) for n in counts)
+        if not apart < CLOSE:
+            cause = "".join(f" ({difference})" for difference in self.differences(model))
+            exact = [target.name for target in TARGETS.values() if target.fields == FIELDS]
+            raise UserError(
+                f"the exported model's logits are {apart:.2g} from ours, more than {CLOSE}{cause}; nothing was "
+                f"written: export --to={' or '.join(exact)}"
+            )
+        return apart
+
+
+TARGETS: dict[str, Target] = {}
+
+
+def register(target: type[Target]) -> type[Target]:
+    """Makes the class a choice of --to."""
+    TARGETS[target.name] = target()
+    return target
+
+
+class TorchTarget(Target):
+    """A format of PyTorch's pre-norm ViTs."""
+
+    torch = True
+    fields = frozenset((*SIZES, "positions", "cls_position", "norm_epsilon"))
+
+    def remarks(self, config: Config) -> list[str]:
+        found = self.differences(config.model)
+        if config.model.positions == "sincos2d":
+            found.append("positions are computed here and a table there: the same numbers, but there they would train")
+        transform = "the transform there does neither"
+        return [*found, f"predict turns pictures as their EXIF says and puts transparency on white; {transform}"]
+
+
+def save_weights(out: Path, arrays: weight_names.Dict, about: dict[str, Any]) -> Run:
+    """Writes model.safetensors and config.json, and returns the model that reading them back gives."""
+    (out / load.WEIGHTS).write_bytes(save(arrays, metadata={"format": "pt"}))
+    files.write_text(out / load.CONFIG, json.dumps(about, indent=2) + "\n")
+    again = load.read(out)
+    read_back = classifier.from_source(again)
+
+    def run(inputs: np.ndarray) -> np.ndarray:
+        images = inputs if again.kind == load.OURS else inputs.transpose(0, 2, 3, 1)
+        return read_back.logits(np.rint((images + 1.0) * 127.5).astype(np.uint8))
+
+    return run
+
+
+def forward(source: load.Source, model: ModelConfig) -> Callable[[jax.Array], jax.Array]:
+    """Returns the model as a function of normalised images, with its parameters inside and its layers unrolled: a loop
+    over layers takes no batch of unknown size."""
+    net = vit.build(model).clone(loops=False)
+    params = jax.tree.map(jnp.asarray, weight_names.unflatten(classifier.dense_arrays(source)))
+    return lambda images_BHWc: vit.logits(net, params, images_BHWc)

@@ -1,0 +1,191 @@
+"""Layers of a ViT: linear, patches, attention, head, dropout, GELU.
+
+B batch · T tokens · D width · H heads · K head width · I, O inputs and outputs of a linear layer · P patch side
+C classes · c channels
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.linen.initializers import Initializer
+
+
+def torch_uniform(fan_in: int) -> Initializer:
+    """Returns an initializer drawing from U(-1/sqrt(fan_in), 1/sqrt(fan_in)): PyTorch's default for Linear and bias."""
+    bound = fan_in**-0.5
+    return lambda key, shape, dtype=jnp.float32: jax.random.uniform(key, shape, dtype, -bound, bound)
+
+
+def recomputed(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns the function with its intermediate values recomputed in the backward pass. For cheap functions whose
+    values would cost memory (and, on a CPU, time) to keep for every layer."""
+    return jax.checkpoint(function, prevent_cse=False)  # inside the scan over layers, XLA cannot merge the two passes
+
+
+def dropout(x_B: jax.Array, key_B: jax.Array | None, site: int, rate: float) -> jax.Array:
+    """Returns x with a share `rate` of its entries zeroed and the rest scaled by 1 / (1 - rate); x itself without keys.
+
+    Each image draws from its own key, so the mask depends on the image's index in the global batch and not on the
+    number of devices. Each entry uses 32 random bits.
+    """
+    if key_B is None or rate == 0.0:
+        return x_B
+    key_B = jax.vmap(jax.random.fold_in, (0, None))(key_B, site)
+    threshold = np.uint32(min(round(rate * 2**32), 2**32 - 1))
+    # Without the barrier XLA fuses the drawing into every reader of the mask and draws again in each.
+    kept_B = jax.lax.optimization_barrier(random_words(key_B, x_B.shape[1:]) >= threshold)
+    return jnp.where(kept_B, x_B * (1.0 / (1.0 - rate)), 0.0).astype(x_B.dtype)
+
+
+def random_words(key_B: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Returns 32 random bits for each entry of each image, uint32 [B, *shape], a pure function of the image's key.
+
+    They are the first output word of Threefry-2x32 with 20 rounds (Salmon et al., SC 2011; JAX's own generator) for
+    the input (index, 0). It is written out so that XLA fuses it into one pass over the array: on a CPU
+    `jax.random.bits` makes many passes, which took 45 % of a step (docs/performance.md).
+    """
+    seed_B2 = jax.vmap(lambda key: jax.random.bits(key, (2,)))(key_B)
+    whole = seed_B2.shape[0], *shape
+    k0, k1 = (jnp.broadcast_to(seed_B2[:, n].reshape(-1, *(1 for _ in shape)), whole) for n in (0, 1))
+    keys = k0, k1, k0 ^ k1 ^ np.uint32(0x1BD11BDA)
+    x = jnp.broadcast_to(jnp.arange(math.prod(shape), dtype=jnp.uint32).reshape(1, *shape), whole) + k0
+    y = k1
+    for group, rotations in enumerate(THREEFRY):
+        for rotation in rotations:
+            x = x + y
+            y = (y << rotation | y >> (32 - rotation)) ^ x
+        x, y = x + keys[(group + 1) % 3], y + keys[(group + 2) % 3] + np.uint32(group + 1)
+    return x
+
+
+THREEFRY = (((13, 15, 26, 6), (17, 29, 16, 24)) * 3)[:5]  # rotations in bits, in groups of four rounds
+
+
+@jax.custom_jvp
+def _gelu(x: jax.Array) -> jax.Array:
+    return jax.nn.gelu(x, approximate=False)
+
+
+@_gelu.defjvp
+def _gelu_jvp(primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> tuple[jax.Array, jax.Array]:
+    # The derivative is written out because shard_map's check_vma refuses JAX 0.12's own in float32.
+    (x,), (dx,) = primals, tangents
+    cdf = 0.5 * jax.lax.erfc(-x * 0.5**0.5)
+    density = jnp.exp(-0.5 * jnp.square(x)) * (2 * jnp.pi) ** -0.5
+    return x * cdf, dx * (cdf + x * density)
+
+
+@recomputed
+def gelu(x: jax.Array) -> jax.Array:
+    """Returns x Phi(x), the exact GELU (Hendrycks and Gimpel, arXiv 1606.08415), of any shape."""
+    return _gelu(x)
+
+
+def add_bias(x: jax.Array, bias: jax.Array) -> jax.Array:
+    """Returns x [..., N] + bias [N] in the dtype of x. With a float32 bias, its gradient is summed in float32."""
+    return x + jnp.broadcast_to(bias, x.shape).astype(x.dtype)
+
+
+class Linear(nn.Module):
+    """The weights of a linear layer: kernel [*inputs, *outputs] and bias [*outputs], with PyTorch's default
+    initialisation, returned as matrix [I, O] and vector [O]."""
+
+    inputs: tuple[int, ...]  # I is their product
+    outputs: tuple[int, ...]  # O is their product
+
+    @nn.compact
+    def __call__(self) -> tuple[jax.Array, jax.Array]:
+        fan_in, fan_out = math.prod(self.inputs), math.prod(self.outputs)
+        init = torch_uniform(fan_in)
+        kernel, bias = self.param("kernel", init, (*self.inputs, *self.outputs)), self.param("bias", init, self.outputs)
+        return kernel.reshape(fan_in, fan_out), bias.reshape(fan_out)
+
+
+def linear(x: jax.Array, weights: tuple[jax.Array, jax.Array], dtype: Any) -> jax.Array:
+    """Returns x [..., I] through the weights of a `Linear`, [..., O] in `dtype`."""
+    kernel_IO, bias_O = weights
+    return add_bias(x.astype(dtype) @ kernel_IO.astype(dtype), bias_O)
+
+
+def sincos2d(grid: int, width: int) -> np.ndarray:
+    """Returns fixed positions_TD for a grid x grid image of patches: a quarter of D each for sin and cos of row and
+    column, frequencies 10000^(-i / (D/4 - 1)) (Beyer et al., arXiv 2205.01580)."""
+    omega = 10000.0 ** -(np.arange(width // 4) / max(width // 4 - 1, 1))
+    row_T, column_T = np.indices((grid, grid)).reshape(2, -1)
+    angles = [np.outer(place_T, omega) for place_T in (column_T, row_T)]
+    return np.concatenate([f(angle) for angle in angles for f in (np.sin, np.cos)], axis=1).astype(np.float32)
+
+
+class PatchEmbedding(nn.Module):
+    """images_BHWc -> tokens_BTD: a P x P convolution of stride P, computed as one matrix product."""
+
+    patch: int
+    width: int
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, images_BHWc: jax.Array) -> jax.Array:
+        b, side, _, c = images_BHWc.shape
+        p, grid = self.patch, side // self.patch
+        init = torch_uniform(p * p * c)
+        kernel_PPcD = self.param("kernel", init, (p, p, c, self.width))
+        bias_D = self.param("bias", init, (self.width,))
+        patches = images_BHWc.reshape(b, grid, p, grid, p, c).transpose(0, 1, 3, 2, 4, 5)
+        kernel_ID = kernel_PPcD.reshape(p * p * c, self.width)
+        return linear(patches.reshape(b, grid * grid, p * p * c), (kernel_ID, bias_D), self.dtype)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention with biases; kernels query, key, value [D, H, K] and out [H, K, D].
+
+    cuDNN's fused attention has no dropout after the weights, so training with dropout uses XLA's.
+    """
+
+    heads: int
+    dropout: float
+    dtype: Any
+    implementation: str = "xla"  # xla | cudnn
+
+    @nn.compact
+    def __call__(self, x_BTD: jax.Array, key_B: jax.Array | None) -> jax.Array:
+        b, t, width = x_BTD.shape
+        heads = self.heads, width // self.heads
+        three = [Linear((width,), heads, name=name)() for name in ("query", "key", "value")]
+        kernel_DO, bias_O = (jnp.concatenate(parts, axis=-1) for parts in zip(*three, strict=True))
+        parts = jnp.split(linear(x_BTD, (kernel_DO, bias_O), self.dtype), 3, axis=-1)  # one product instead of three
+        query_BTHK, key_BTHK, value_BTHK = (part.reshape(b, t, *heads) for part in parts)
+        if self.implementation == "cudnn" and (key_B is None or self.dropout == 0):
+            mixed_BTHK = jax.nn.dot_product_attention(query_BTHK, key_BTHK, value_BTHK, implementation="cudnn")
+        else:
+            scores_BHTT = jnp.einsum("bqhk,bthk->bhqt", query_BTHK * heads[1] ** -0.5, key_BTHK)
+            weights_BHTT = dropout(_softmax(scores_BHTT), key_B, site=1, rate=self.dropout)
+            mixed_BTHK = jnp.einsum("bhqt,bthk->bqhk", weights_BHTT, value_BTHK)
+        return linear(mixed_BTHK.reshape(b, t, width), Linear(heads, (width,), name="out")(), self.dtype)
+
+
+@recomputed
+def _softmax(scores_BHTT: jax.Array) -> jax.Array:
+    # In float32: bfloat16 has too few bits for sums of exponentials.
+    return jax.nn.softmax(scores_BHTT.astype(jnp.float32)).astype(scores_BHTT.dtype)
+
+
+LayerNorm = nn.remat(nn.LayerNorm, prevent_cse=False)  # as `recomputed`
+
+
+class Head(nn.Module):
+    """x_BD -> logits_BC: one linear layer, or two with an exact GELU between."""
+
+    classes: int
+    hidden: int
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x_BD: jax.Array) -> jax.Array:
+        if self.hidden:
+            x_BD = gelu(linear(x_BD, Linear(x_BD.shape[-1:], (self.hidden,), name="hidden")(), self.dtype))
+        return linear(x_BD, Linear(x_BD.shape[-1:], (self.classes,), name="logits")(), self.dtype)

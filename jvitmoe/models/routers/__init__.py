@@ -1,0 +1,41 @@
+"""Routers that pick the expert of each token inside the model. To add one: a class, and a line in ROUTERS."""
+
+import difflib
+
+import jax
+
+from jvitmoe.errors import ConfigError
+from jvitmoe.models.routers.dispatch import Router, RouterSettings, Statistics
+from jvitmoe.models.routers.expert_choice import ExpertChoice
+from jvitmoe.models.routers.frozen import Frozen
+from jvitmoe.models.routers.hash import Hash
+from jvitmoe.models.routers.soft import Soft
+from jvitmoe.models.routers.switch import Switch
+from jvitmoe.models.routers.topk import TopK
+
+__all__ = ["ROUTERS", "Router", "RouterSettings", "Statistics", "find", "z_loss"]
+
+# The names of `routing.router`, beside "random": the route that the training step draws (experts.routes).
+ROUTERS: dict[str, type[Router]] = {
+    "switch": Switch,
+    "topk": TopK,
+    "expert_choice": ExpertChoice,
+    "soft": Soft,
+    "hash": Hash,
+    "frozen": Frozen,
+}
+
+
+def find(name: str) -> type[Router]:
+    """Returns the router of this name. Raises ConfigError if there is none."""
+    if name not in ROUTERS:
+        names = "random", *ROUTERS
+        near = difflib.get_close_matches(name, names, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ConfigError(f"config.routing.router is {name!r}; it must be one of {', '.join(map(repr, names))}{hint}")
+    return ROUTERS[name]
+
+
+def z_loss(statistics: Statistics) -> jax.Array:
+    """Returns the mean over layers of z, which keeps logits small. Source: ST-MoE, arXiv 2202.08906, eq. 5."""
+    return statistics.z.mean()

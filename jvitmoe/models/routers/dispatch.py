@@ -1,0 +1,185 @@
+"""What all routers share: the base class, slots of experts, statistics.
+
+Every image is a routing group of its own: capacity, sorting and softmax over tokens stay within the image, so results
+do not depend on how the batch is spread over devices.
+
+B batch · T tokens of an image · D width · E experts · K experts of a token · C slots of an expert for one image
+A = K T choices of an image · L layers
+"""
+
+import dataclasses
+import math
+from typing import ClassVar, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from jvitmoe.models.layers import torch_uniform
+
+
+@dataclasses.dataclass(frozen=True)
+class RouterSettings:
+    """Which router, and how many tokens an expert takes."""
+
+    kind: str = "switch"  # a key of ROUTERS
+    top_k: int = 2  # K of topk and frozen, at most E
+    capacity: float = 1.25  # C = ceil(capacity K T / E), at most T: switch, topk, frozen; expert_choice with K = 1
+    eval_capacity: float = 2.0  # the same at evaluation, not for expert_choice; from E / K on no token is dropped
+
+
+class Statistics(NamedTuple):
+    """What a router did, float32, per layer. Each is a mean over tokens, so a mean over devices is exact."""
+
+    load_E: jax.Array  # share of all choices that fell on each expert, before drops; no gradient
+    probability_E: jax.Array  # mean router probability, without noise
+    smooth_load_E: jax.Array  # topk: mean probability that new noise puts the expert in the top K; else load_E
+    dropped: jax.Array  # share of choices that found no slot; expert_choice: of tokens that no expert took
+    entropy: jax.Array  # mean entropy of the router probabilities, nats
+    z: jax.Array  # mean of logsumexp(logits)^2
+
+
+class Slots(NamedTuple):
+    """The token in each slot. Empty slots hold distinct indices >= T: gather gives zero there, scatter ignores them."""
+
+    token_EBC: jax.Array
+    weight_EBC: jax.Array  # float32, multiplies the expert's output
+    once: bool  # no token is in two slots
+
+    def gather(self, x_BTD: jax.Array) -> jax.Array:
+        """Returns the inputs of the experts, x_EBCD."""
+        return x_BTD.at[self._index].get(mode="fill", fill_value=0, unique_indices=self.once)
+
+    def scatter(self, y_EBCD: jax.Array, x_BTD: jax.Array) -> jax.Array:
+        """Returns y_BTD like x_BTD: for each token the weighted sum over its slots, 0 for a token in none."""
+        weighted_EBCD = y_EBCD * self.weight_EBC[..., None].astype(y_EBCD.dtype)
+        return jnp.zeros_like(x_BTD).at[self._index].add(weighted_EBCD, mode="drop", unique_indices=self.once)
+
+    @property
+    def _index(self) -> tuple[jax.Array, jax.Array]:
+        return jnp.arange(self.token_EBC.shape[1])[None, :, None], self.token_EBC
+
+
+class Mixtures(NamedTuple):
+    """Slots that hold weighted means of tokens (soft)."""
+
+    dispatch_BTEC: jax.Array  # float32, weight of the token in the slot
+    combine_BTEC: jax.Array  # float32, weight of the slot's output in the token
+
+    def gather(self, x_BTD: jax.Array) -> jax.Array:
+        return jnp.einsum("btec,btd->ebcd", self.dispatch_BTEC.astype(x_BTD.dtype), x_BTD)
+
+    def scatter(self, y_EBCD: jax.Array, x_BTD: jax.Array) -> jax.Array:
+        return jnp.einsum("btec,ebcd->btd", self.combine_BTEC.astype(x_BTD.dtype), y_EBCD)
+
+
+class Router(nn.Module):
+    """Base class of routers. A subclass defines `route`; its parameters appear as "router" beside those of the MLP.
+
+    `logits` gives a router a linear layer: kernel [D, E] and bias [E], float32, initialised as PyTorch's Linear.
+    """
+
+    experts: int
+    settings: RouterSettings
+    top_k: jax.Array | None = None  # K of this step where it grows (frozen); None is settings.top_k
+
+    uses_top_k: ClassVar[bool] = False  # whether it reads settings.top_k
+    is_trained: ClassVar[bool] = True  # False: its parameters stay as they were drawn
+
+    def route(self, x_BTD: jax.Array, key_B: jax.Array | None) -> tuple[Slots | Mixtures, Statistics]:
+        """Returns the slots of all experts, and Statistics.
+
+        Args:
+            x_BTD: float32 tokens.
+            key_B: one key per image, for noise. None is evaluation: deterministic, with eval_capacity.
+        """
+        raise NotImplementedError
+
+    @staticmethod
+    def loss(statistics: Statistics) -> jax.Array:
+        """Returns the balance loss, a scalar: the mean over layers of statistics [L, ...]. 0 where a router is balanced
+        by construction."""
+        return jnp.zeros(())
+
+    @staticmethod
+    def active_experts(top_k: int, experts: int) -> int:
+        """Returns the number of experts that a token passes through at evaluation (on average, if it varies)."""
+        return 1
+
+    @staticmethod
+    def top_k_at(step: jax.Array, total: int, top_k: int, experts: int) -> jax.Array | None:
+        """Returns K at a training step of `total`, an integer scalar; None if it is always settings.top_k."""
+        return None
+
+    def logits(self, x_BTD: jax.Array) -> jax.Array:
+        """Returns logits_BTE of the linear layer; without a gradient to its parameters if these are not trained."""
+        width = x_BTD.shape[-1]
+        init = torch_uniform(width)
+        kernel_DE = self.param("kernel", init, (width, self.experts))
+        bias_E = self.param("bias", init, (self.experts,))
+        if not self.is_trained:
+            kernel_DE, bias_E = jax.lax.stop_gradient((kernel_DE, bias_E))
+        # The highest precision, because a GPU (TF32) or TPU rounds the inputs of float32 products.
+        return jnp.matmul(x_BTD, kernel_DE, precision="highest") + bias_E[None, None]
+
+    def capacity(self, tokens: int, key_B: jax.Array | None, top_k: int = 1) -> int:
+        """Returns C where each token makes `top_k` choices."""
+        factor = self.settings.eval_capacity if key_B is None else self.settings.capacity
+        return slots_per_expert(factor * top_k, tokens, self.experts)
+
+
+def slots_per_expert(factor: float, tokens: int, experts: int) -> int:
+    """Returns C = ceil(factor T / E), at most T: no expert gets a token twice."""
+    return min(math.ceil(round(factor * tokens / experts, 6)), tokens)  # rounded first: 1.1 * 10 is more than 11
+
+
+def fill_slots(
+    choice_BTK: jax.Array,
+    weight_BTK: jax.Array,
+    experts: int,
+    count: int,
+    priority_BT: jax.Array | None = None,
+    limit: jax.Array | None = None,
+    chosen: jax.Array | None = None,
+) -> tuple[Slots, jax.Array, jax.Array]:
+    """Returns (slots, load_E, dropped) where tokens choose experts and each expert has `count` slots per image.
+
+    Slots go to first choices, then to second ones; among these to tokens of high priority, then of low index. An
+    expert fills at most `limit` of its slots. A token makes `chosen` choices, the first ones; the others are E, which
+    is no expert. By default these are `count` and K.
+    """
+    _, tokens, ranks = choice_BTK.shape
+    most = count if limit is None else limit
+    choices = tokens * (ranks if chosen is None else chosen)
+    empty_EC = tokens + jnp.arange(experts * count).reshape(experts, count)
+
+    def one_image(choice_TK: jax.Array, weight_TK: jax.Array, priority_T: jax.Array | None) -> tuple[jax.Array, ...]:
+        order_T = jnp.arange(tokens) if priority_T is None else jnp.argsort(-priority_T)
+        token_A = jnp.tile(order_T, ranks)
+        choice_A, weight_A = (x_TK[order_T].T.reshape(-1) for x_TK in (choice_TK, weight_TK))
+        by_expert_A = jnp.argsort(choice_A)  # stable: in the order of precedence within an expert
+        count_E = (choice_A[:, None] == jnp.arange(experts)[None]).sum(0)
+        start_E = jnp.cumsum(count_E) - count_E
+        slot_C = jnp.arange(count)
+        full_EC = slot_C[None] < jnp.minimum(count_E, most)[:, None]
+        choice_EC = by_expert_A[jnp.where(full_EC, start_E[:, None] + slot_C[None], 0)]
+        token_EC = jnp.where(full_EC, token_A[choice_EC], empty_EC)
+        return token_EC, jnp.where(full_EC, weight_A[choice_EC], 0.0), count_E
+
+    token_BEC, weight_BEC, count_BE = jax.vmap(one_image)(choice_BTK, weight_BTK, priority_BT)
+    slots = Slots(token_BEC.swapaxes(0, 1), weight_BEC.swapaxes(0, 1), once=ranks == 1)
+    load_E = count_BE.mean(0) / choices
+    dropped = jnp.maximum(count_BE - most, 0).sum(1).mean() / choices
+    return slots, load_E, dropped
+
+
+def statistics(
+    logits_BTE: jax.Array, load_E: jax.Array, dropped: jax.Array, smooth_load_E: jax.Array | None = None
+) -> Statistics:
+    """Returns Statistics of these logits; smooth_load_E is load_E unless given."""
+    probability_BTE = jax.nn.softmax(logits_BTE)
+    normaliser_BT = jax.nn.logsumexp(logits_BTE, axis=-1)
+    entropy_BT = normaliser_BT - (probability_BTE * logits_BTE).sum(-1)
+    smooth_load_E = load_E if smooth_load_E is None else smooth_load_E
+    z = jnp.square(normaliser_BT).mean()
+    return Statistics(load_E, probability_BTE.mean((0, 1)), smooth_load_E, dropped, entropy_BT.mean(), z)

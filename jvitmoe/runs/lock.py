@@ -1,0 +1,64 @@
+"""One writer per run folder: a lock that the system itself lets go of when its process ends, however it ends."""
+
+import fcntl
+import json
+import os
+import socket
+from pathlib import Path
+from typing import IO
+
+from jvitmoe.errors import UserError
+
+NAME = "lock"
+
+
+class LockError(UserError):
+    """Another process writes to the run folder; the message names its pid and host."""
+
+
+class Lock:
+    """The lock of a run folder, held until it is left as a context manager, or the process ends.
+
+    The file `lock` says who holds it. It stays when it is let go of, because what counts is the system's lock on it: so
+    one that a dead process left is taken over without asking.
+
+    Args:
+        workdir: the run folder, which exists.
+
+    Raises LockError where a process holds it, and UserError where the file cannot be written.
+    """
+
+    def __init__(self, workdir: Path) -> None:
+        path = workdir / NAME
+        try:
+            self._file: IO[str] = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644), "r+")
+        except OSError as error:
+            raise UserError(f"{path} cannot be opened: {error.strerror}; let the run folder be written") from error
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            holder = _holder(self._file)
+            self._file.close()
+            raise LockError(
+                f"workdir {str(workdir)!r} is being written by {holder}; wait for it, stop it, or set --workdir"
+            ) from error
+        except OSError:  # some network disks know no locks: the name in the file is then all there is
+            pass
+        self._file.seek(0)
+        self._file.truncate()
+        json.dump({"pid": os.getpid(), "host": socket.gethostname()}, self._file)
+        self._file.flush()
+
+    def __enter__(self) -> "Lock":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+
+def _holder(file: IO[str]) -> str:
+    try:
+        found = json.loads(file.read(1000))
+        return f"process {int(found['pid'])} on {str(found['host'])[:100]!r}"
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
+        return "a process that has not said its name yet"

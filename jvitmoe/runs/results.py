@@ -1,0 +1,95 @@
+"""result.json and report.md of a run."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from jvitmoe.errors import UserError
+from jvitmoe.runs.console import console
+from jvitmoe.runs.files import MERGEABILITY, RESULT, checksum, read_json, write_text
+from jvitmoe.runs.tables import markdown, quantity, show
+
+
+def read_result(workdir: Path) -> dict[str, Any]:
+    """Returns the run's result.json; {} where there is none. Raises UserError where it is damaged."""
+    remedy = "delete it and write it anew with jvitmoe.evaluate"
+    path = workdir / RESULT
+    result = read_json(path, RESULT_FORM, "a result", remedy) or {}
+    rest = {name: value for name, value in result.items() if name != "checksum"}
+    if result.get("checksum") not in (None, checksum(rest)):
+        raise UserError(f"{path} does not match its checksum; {remedy}")
+    return result
+
+
+# Forms of JSON values: a type, [form of each entry], or {name: form}. A name with ? may be absent or null; * stands
+# for all other names.
+RESULT_FORM = {
+    "rows": [{"model": str, "accuracy": float, "*": float}],
+    **{"step": int, "active_parameters": int, "total_parameters": int, "hardware": str},
+    **{"data?": str, "seed?": int, "images_per_second?": float, "trained_on?": str, "versions?": {"*": str}},
+    "mergeability?": {"barrier": {"height": float}, "gap": [float]},
+}
+
+
+def result_rows(result: Mapping[str, Any]) -> list[dict[str, str]]:
+    """Returns the rows of a run's result.json as text cells; mean ± deviation where a row is of several paths."""
+    return [
+        {
+            "model": row["model"],
+            **metric_cells(row),
+            "images": f"{row['images']:,}",
+            "parameters": f"{row.get('parameters', result['active_parameters']):,}",
+            **({"FLOPs/image": quantity(row["flops_per_image"])} if "flops_per_image" in row else {}),
+        }
+        for row in result["rows"]
+    ]
+
+
+def metric_cells(row: Mapping[str, Any]) -> dict[str, str]:
+    """Returns the cells of accuracy, nll and ece, each with its `*_std` if it has one; ece only if it was measured."""
+    formats = {name: form for name, form in (("accuracy", ".2%"), ("nll", ".4f"), ("ece", ".4f")) if name in row}
+    return {
+        name: f"{row[name]:{form}}" + (f" ± {row[f'{name}_std']:{form}}" if f"{name}_std" in row else "")
+        for name, form in formats.items()
+    }
+
+
+def write_result(workdir: Path, result: Mapping[str, Any]) -> None:
+    """Writes result.json and report.md and prints the tables."""
+    write_text(workdir / RESULT, json.dumps({**result, "checksum": checksum(result)}, indent=2) + "\n")
+    rows = result_rows(result)
+    about = (
+        f"Test split of {result['data']}, checkpoint at step {result['step']}, seed {result['seed']}. "
+        f"Parameters: {result['active_parameters']:,} active, {result['total_parameters']:,} total. "
+        f"Hardware: {result['hardware']}. Versions: "
+        + ", ".join(f"{name} {version}" for name, version in result["versions"].items())
+        + "."
+    )
+    text = f"# {workdir.name}\n\n{markdown(rows)}\n{about}\n"
+    show(rows, f"{workdir.name}: {result['data']} test split, step {result['step']}")
+    if why := result.get("mergeability"):
+        layers = _layer_rows(why)
+        barrier = (
+            f"Highest rise of the loss on the way from an expert to the mean: {why['barrier']['height']:.4f} nats."
+        )
+        text += f"\n## Why averaging works or fails\n\n![mergeability]({MERGEABILITY})\n\n{markdown(layers)}\n"
+        text += f"{barrier} {LEGEND} Measured on {why['images']:,} test images.\n"
+        show(layers, "experts of each layer")
+        console.print(barrier)
+    write_text(workdir / "report.md", text)
+
+
+LEGEND = (
+    "Spread: how far experts are from their mean, relative to it. Cosine: of two experts' weights, mean of pairs. "
+    "Closest pair: largest cosine of two experts' differences from the mean, which average to about -1 / (E - 1). "
+    "Layer gap: how far the output of the mean expert is from the mean of the experts' outputs, relative to it."
+)
+
+
+def _layer_rows(why: Mapping[str, Any]) -> list[dict[str, str]]:
+    columns = {"spread": "spread", "cosine": "cosine", "closest pair": "difference_cosine", "layer gap": "gap"}
+    return [
+        {"layer": str(layer), **{title: f"{why[name][x]:.4f}" for title, name in columns.items()}}
+        for x, layer in enumerate(why["layers"])
+    ]

@@ -1,0 +1,40 @@
+"""Tables, on the console and as Markdown."""
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from jvitmoe.runs.console import console
+
+LEFT = ("run", "model", "hardware", "image")  # columns of words
+
+
+def show(rows: Sequence[Mapping[str, Any]], title: str) -> None:
+    """Prints rows of text cells as a table; columns are the first row's keys."""
+    table = Table(title=title, title_justify="left")
+    for name in rows[0]:
+        table.add_column(name, justify="left" if name in LEFT else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*(str(cell) for cell in row.values()))
+    # A file has no edge to fold cells at, but where COLUMNS gives it one.
+    wide = Console(width=None if os.environ.get("COLUMNS") else 200, highlight=False, markup=False)
+    (console if console.is_terminal else wide).print(table)
+
+
+def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Returns rows of text cells as a Markdown table."""
+    names = list(rows[0])
+    rules = [":--" if name in LEFT else "--:" for name in names]
+    lines = [names, rules, *([str(cell) for cell in row.values()] for row in rows)]
+    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
+
+
+def quantity(number: float) -> str:
+    """Returns a large number in three digits: 5.46 M."""
+    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= size:
+            return f"{number / size:.3g} {unit}"
+    return f"{number:.3g}"

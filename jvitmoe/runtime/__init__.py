@@ -1,0 +1,1 @@
+"""Devices, compilation, processes, signals and hangs: what a run needs from the machine."""

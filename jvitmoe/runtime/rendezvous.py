@@ -1,0 +1,182 @@
+"""Checks the processes of a run before JAX connects them: all are there, each once, with one count and the same code.
+
+JAX aborts every process where one number is used twice, crashes where the coordinator's port is taken, and does not
+notice another count or other code. So process 0 first listens on the coordinator's port itself. Every other process
+connects and sends its report; process 0 answers all of them with the same line, and leaves the port to JAX.
+"""
+
+import asyncio
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import socket
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+from jvitmoe.errors import UserError
+
+GREETING = b"jvitmoe\n"
+GREETS = 12.0  # seconds within which process 0 greets whoever connects; another program does not
+LINGER = 3.0  # seconds for which process 0 still answers after a fault, so that later processes hear of it too
+RETRY = 0.1
+
+
+class Report(NamedTuple):
+    """What a process sends to process 0."""
+
+    process: int
+    processes: int
+    place: str  # pid and host
+    code: dict[str, str]  # package -> version, source file -> hash
+
+
+def source_hashes() -> dict[str, str]:
+    """Returns file -> hash, for every source file of this package."""
+    root = Path(__file__).parents[1]
+    return {
+        str(path.relative_to(root)): hashlib.sha256(path.read_bytes()).hexdigest()[:12]
+        for path in sorted(root.rglob("*.py"))
+    }
+
+
+def meet(address: str, process: int, count: int, code: Mapping[str, str], seconds: float) -> None:
+    """Returns once all processes are there and agree; raises UserError with the same reason in all of them otherwise.
+
+    Args:
+        address: HOST:PORT of JAX's coordinator, which must not run yet.
+        process, count: number of this process, and of all.
+        code: what must be the same in all processes.
+        seconds: how long to wait for the others.
+    """
+    mine = Report(process, count, f"pid {os.getpid()} on {socket.gethostname()}", dict(code))
+    if fault := asyncio.run(_meet(address, mine, seconds)):
+        raise UserError(fault)
+
+
+async def _meet(address: str, mine: Report, seconds: float) -> str:
+    taken = (
+        f"process {mine.process} of {mine.processes} cannot join at {address}: the port is taken by another program, "
+        "or by a run that has all its processes; choose a free port for --coordinator"
+    )
+    if mine.process == 0:
+        try:
+            return await _host(address, mine, seconds)
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE:
+                return f"process 0 cannot listen at {address}: {error.strerror}; choose another port for --coordinator"
+        with contextlib.suppress(TimeoutError):  # where a second process 0 was started, the first one says so
+            return await asyncio.wait_for(_visit(address, mine, taken), GREETS)
+        return taken
+    try:
+        return await asyncio.wait_for(_visit(address, mine, taken), seconds)
+    except TimeoutError:
+        return _late(address, mine, seconds, "they are not all there")
+
+
+async def _host(address: str, mine: Report, seconds: float) -> str:
+    """Returns what is wrong, or "", after telling all who have reported."""
+    reports = {0: mine}
+    writers: dict[int, asyncio.StreamWriter] = {}
+    verdict: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+
+    async def receive(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        strange = EOFError, OSError, ValueError, TypeError, RecursionError, asyncio.LimitOverrunError
+        with contextlib.closing(writer), contextlib.suppress(*strange, asyncio.CancelledError):
+            writer.write(GREETING)
+            report = Report(*json.loads(await reader.readuntil()))
+            if report.process not in range(report.processes):
+                return
+            if fault := _fault(reports, report):
+                if not verdict.done():
+                    verdict.set_result(fault)
+                writer.write(_line(fault))
+                return
+            reports[report.process], writers[report.process] = report, writer
+            if len(reports) == mine.processes and not verdict.done():
+                verdict.set_result("")
+            with contextlib.suppress(OSError):
+                await reader.read()  # returns when the process has ended
+            if not verdict.done():
+                del reports[report.process], writers[report.process]
+
+    server = await asyncio.start_server(receive, sock=_listen(address))
+    if mine.processes == 1:
+        verdict.set_result("")
+    try:
+        fault = await asyncio.wait_for(asyncio.shield(verdict), seconds)
+    except TimeoutError:
+        missing = ", ".join(str(process) for process in range(mine.processes) if process not in reports)
+        fault = _late(address, mine, seconds, f"there is no process {missing}")
+        verdict.set_result(fault)
+    if fault:
+        await asyncio.sleep(LINGER)
+    server.close()
+    for writer in writers.values():
+        writer.write(_line(fault))
+    return fault
+
+
+def _listen(address: str) -> socket.socket:
+    """Returns a socket that listens where JAX's coordinator will. Raises OSError."""
+    bind = os.environ.get("JAX_COORDINATOR_BIND_ADDRESS", "[::]:" + address.rpartition(":")[2])
+    host, _, port = bind.rpartition(":")
+    if host == "[::]":  # all interfaces; one socket, so that of two processes one gets all of them
+        both = socket.has_dualstack_ipv6()
+        family = socket.AF_INET6 if both else socket.AF_INET
+        return socket.create_server(("", int(port)), family=family, dualstack_ipv6=both)
+    return socket.create_server(
+        (host.strip("[]"), int(port)), family=socket.AF_INET6 if ":" in host else socket.AF_INET
+    )
+
+
+async def _visit(address: str, mine: Report, taken: str) -> str:
+    """Returns what process 0 answers, or `taken` where something else does. Waits for as long as nobody does."""
+    host, _, port = address.rpartition(":")
+    while True:
+        with contextlib.suppress(OSError, ValueError, asyncio.IncompleteReadError):  # it is not there yet, or has ended
+            reader, writer = await asyncio.open_connection(host.strip("[]"), int(port))
+            with contextlib.closing(writer):
+                try:
+                    if await asyncio.wait_for(reader.readexactly(len(GREETING)), GREETS) != GREETING:
+                        return taken
+                except TimeoutError:
+                    return taken
+                writer.write(_line(mine))
+                return str(json.loads(await reader.readline()))
+        await asyncio.sleep(RETRY)
+
+
+def _fault(reports: Mapping[int, Report], new: Report) -> str:
+    """Returns why a process may not join those that have reported, or ""."""
+    first = reports[0]
+    if new.processes != first.processes:
+        return (
+            f"process {new.process} was started with --processes={new.processes} and process 0 with "
+            f"--processes={first.processes}; start all with the same number"
+        )
+    if new.process in reports:
+        places = f"{reports[new.process].place}, and {new.place}"
+        return f"process {new.process} of {new.processes} was started twice ({places}); give each its own --process"
+    names = [name for name in first.code | new.code if first.code.get(name) != new.code.get(name)]
+    if names:
+        listed = ", ".join(f"{name} is {new.code.get(name)} and not {first.code.get(name)}" for name in names[:3])
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        return (
+            f"process {new.process} of {new.processes} ({new.place}) has other code than process 0: {listed}{more}; "
+            "install the same code and packages for all processes"
+        )
+    return ""
+
+
+def _late(address: str, mine: Report, seconds: float, who: str) -> str:
+    return (
+        f"process {mine.process} of {mine.processes} waited {seconds:g} s for the others at {address}, and {who}; "
+        "check the address and that as many processes were started as --processes says"
+    )
+
+
+def _line(value: object) -> bytes:
+    return json.dumps(value).encode() + b"\n"

@@ -1,0 +1,114 @@
+"""A setting: a dataclass field with its description and its rule; checks and texts that are made from these."""
+
+import dataclasses
+import difflib
+import itertools
+import math
+import operator
+import textwrap
+import typing
+from typing import Any
+
+from jvitmoe.errors import ConfigError
+
+LARGEST = 2**31 - 1  # of whole numbers: sizes, steps and seeds are int32 on the devices
+LARGEST_FLOAT = 3e38  # of float32
+BOUNDS = {
+    "above": ("greater than", operator.gt),
+    "at_least": ("at least", operator.ge),
+    "below": ("below", operator.lt),
+    "at_most": ("at most", operator.le),
+}
+PAGE_HEAD = """# Settings
+
+Set a field in an experiment file (`config.model.width = 128`) or on the command line (`--config.model.width=128`).
+A run may resume with another value only of fields marked "free on resume". `data.stream` is not free while validation
+images of a TFDS set are held out: a stream draws others. Rules that join several fields are in `jvitmoe/config.py`.
+
+This page is written by `python -m jvitmoe.config > docs/settings.md`."""
+
+
+def setting(default: Any, doc: str, choices: tuple[str, ...] = (), free: bool = False, **bounds: float) -> Any:
+    """Returns a dataclass field that carries all that is known about one setting.
+
+    Args:
+        default: the value without an experiment file.
+        doc: the description for `--help` and docs/settings.md.
+        choices: the allowed values; empty allows all.
+        free: whether a run may resume with another value. Only for settings that never change a number of training.
+        bounds: limits, by the names in BOUNDS.
+    """
+    limits = [f"{BOUNDS[name][0]} {limit:,}" for name, limit in bounds.items()]
+    rule = f"one of {', '.join(map(repr, choices))}" if choices else " and ".join(limits)
+    about = {"doc": doc, "choices": choices, "free": free, "bounds": bounds, "rule": rule}
+    return dataclasses.field(default=default, metadata=about)
+
+
+def values(field: dataclasses.Field) -> str:
+    """Returns which values a setting takes, such as "int, greater than 0; free on resume"."""
+    about = field.metadata
+    allowed = about["rule"] if about["choices"] else ", ".join(filter(None, (_type_name(field), about["rule"])))
+    return f"{allowed}; free on resume" if about["free"] else allowed
+
+
+def check(path: str, field: dataclasses.Field, value: Any) -> None:
+    """Raises ConfigError where a value does not have the type, choices or bounds of its setting, or is too large."""
+    rule = _broken_rule(field, value)
+    if rule:
+        raise ConfigError(f"config.{path} is {value!r}; it must be {rule}")
+
+
+def _broken_rule(field: dataclasses.Field, value: Any) -> str:
+    """Returns the first rule of a setting that a value breaks, or ""."""
+    choices, bounds, rule = (field.metadata[name] for name in ("choices", "bounds", "rule"))
+    kind, *inside = _types(field)
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    fits = is_number if kind is float else type(value) is kind
+    if not fits or (inside and not all(type(entry) is inside[0] for entry in value)):
+        return f"of type {_type_name(field)}"
+    if isinstance(value, int) and abs(value) > LARGEST:
+        return f"at most {LARGEST:,}"
+    if is_number and not math.isfinite(value):
+        return "finite"
+    if is_number and abs(value) > LARGEST_FLOAT:
+        return f"at most {LARGEST_FLOAT}"
+    if choices and value not in choices:
+        near = difflib.get_close_matches(value, choices, n=1)
+        return f"{rule}; did you mean {near[0]!r}?" if near else rule
+    return "" if all(BOUNDS[name][1](value, limit) for name, limit in bounds.items()) else rule
+
+
+def _types(field: dataclasses.Field) -> tuple[Any, ...]:
+    """Returns the type of a field and, of a tuple, the type of its entries and an ellipsis."""
+    return (typing.get_origin(field.type) or field.type, *typing.get_args(field.type))
+
+
+def _type_name(field: dataclasses.Field) -> str:
+    return " of ".join(kind.__name__ for kind in _types(field)[:2])
+
+
+def help_text(settings: dict[str, dataclasses.Field], width: int) -> str:
+    """Returns the part of `--help` about {"section.name": field}, wrapped at `width` columns."""
+    lines = []
+    for section, fields in itertools.groupby(settings.items(), _section):
+        lines += ["", f"{section}:"]
+        for path, field in fields:
+            flag = f"--config.{path}={field.default!r}"
+            for text, indent in ((flag, "  "), (f"{field.metadata['doc']} ({values(field)})", "      ")):
+                wrapper = textwrap.TextWrapper(max(width, 20), indent, indent, break_on_hyphens=False)
+                lines += wrapper.wrap(text)
+    return "\n".join(lines)
+
+
+def page(settings: dict[str, dataclasses.Field]) -> str:
+    """Returns the text of docs/settings.md: a table for each section of {"section.name": field}."""
+    lines = [PAGE_HEAD]
+    for section, fields in itertools.groupby(settings.items(), _section):
+        lines += ["", f"## {section}", "", "| setting | default | values | meaning |", "|---|---|---|---|"]
+        for path, field in fields:
+            lines.append(f"| `{path}` | `{field.default!r}` | {values(field)} | {field.metadata['doc']} |")
+    return "\n".join(lines)
+
+
+def _section(item: tuple[str, dataclasses.Field]) -> str:
+    return item[0].partition(".")[0]

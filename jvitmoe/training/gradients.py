@@ -1,0 +1,225 @@
+"""The loss and its gradients, computed by each device on its images and reduced once.
+
+B global batch, b the share of one device · N images · C classes · L layers · E experts, e the share of one device
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from optax.losses import kl_divergence_with_log_targets
+
+from jvitmoe.data import augment
+from jvitmoe.data.batches import Images
+from jvitmoe.experts import build, slices
+from jvitmoe.experts.routes import Purpose, address
+from jvitmoe.models import routers, vit
+from jvitmoe.models.routers import Statistics
+from jvitmoe.runtime.devices import AXES, BY_DATA, BY_EXPERT, DATA, EXPERT, REPLICATED
+from jvitmoe.training.plan import StepPlan
+
+Routes = tuple[jax.Array, ...]  # one for each forward pass (experts.routes.draw_route)
+
+
+class Gradients(NamedTuple):
+    """Means over the global batch."""
+
+    loss: jax.Array  # what is minimised, nats
+    accuracy: jax.Array
+    statistics: Statistics | None  # of a learned router, leaves [L, ...]
+    grads: Any  # shaped as the parameters
+
+
+class Shard(NamedTuple):
+    """The images of one device, sorted by slot, or by expert where `StepPlan.images_move`."""
+
+    images_bHWc: jax.Array  # augmented and normalised
+    labels_b: jax.Array
+    targets_bC: jax.Array  # smoothed labels after augmentation
+    place_b: jax.Array  # in the global batch
+
+
+def gradients(
+    plan: StepPlan, params: Any, split: Images, index_B: jax.Array | None, step: jax.Array, routes: Routes
+) -> Gradients:
+    """Returns `local_gradients` of all devices as whole arrays; the arguments are whole arrays too."""
+    spec = jax.tree.map(lambda leaf: BY_EXPERT if leaf else REPLICATED, on_expert_axis(plan, params))
+    whole: Any = REPLICATED
+    return jax.shard_map(
+        functools.partial(local_gradients, plan),
+        mesh=plan.mesh,
+        in_specs=(spec, BY_DATA if plan.config.data.stream else whole, whole, whole, whole),
+        out_specs=Gradients(whole, whole, whole, spec),
+    )(params, split, index_B, step, routes)
+
+
+def local_gradients(
+    plan: StepPlan, params: Any, split: Images, index_B: jax.Array | None, step: jax.Array, routes: Routes
+) -> Gradients:
+    """Returns the gradients of the global batch for the parameters of `plan.net` that this device holds.
+
+    index_B says which images of `split` make the batch. It is None for a streamed batch, of which `split` holds the
+    rows of this device.
+    """
+    shard = images_of_device(plan, split, index_B, step, places(plan, routes[0]))
+    # Each device differentiates its own copy, so gradients are reduced once, at the end, and not where a parameter
+    # first meets the images: inside the scan over layers, and the CLS token once per image.
+    axes = jax.tree.map(lambda leaf: (DATA,) if leaf else AXES, on_expert_axis(plan, params))
+    own = jax.tree.map(lambda x, over: jax.lax.pcast(x, over, to="varying"), params, axes)
+
+    def differentiate(part: Shard) -> Any:
+        return jax.value_and_grad(loss_and_metrics, has_aux=True)(own, plan, part, step, routes)
+
+    (loss, (accuracy, statistics)), grads = accumulate(plan, differentiate, shard)
+    return Gradients(loss, accuracy, statistics, jax.tree.map(jax.lax.psum, grads, axes))
+
+
+def on_expert_axis(plan: StepPlan, params: Any) -> Any:
+    """Returns the tree of bools that marks the leaves split over the devices of the expert axis."""
+    return jax.tree.map(lambda is_stacked: is_stacked and plan.expert_devices > 1, slices.stacked(params))
+
+
+def places(plan: StepPlan, route: jax.Array) -> jax.Array:
+    """Returns place_b in the global batch of this device's images; sorted by slot, or by expert if images move."""
+    batch, slots = plan.config.train.batch_size, plan.config.slots
+    if slots == 1:
+        share = batch // plan.mesh.size
+        return jax.lax.axis_index(AXES) * share + jnp.arange(share)
+    share, here = batch // plan.data_devices, slots // plan.expert_devices
+    slot_E = jnp.argsort(route[0]) if plan.images_move else jnp.arange(slots)
+    slot_e = jax.lax.dynamic_slice(slot_E, (jax.lax.axis_index(EXPERT) * here,), (here,))
+    place_eb = slot_e[:, None] + slots * jnp.arange(share // slots)[None]
+    return jax.lax.axis_index(DATA) * share + place_eb.reshape(-1)
+
+
+def images_of_device(
+    plan: StepPlan, split: Images, index_B: jax.Array | None, step: jax.Array, place_b: jax.Array
+) -> Shard:
+    """Returns the images at these places of the batch and their targets, augmented."""
+    config = plan.config
+    share = config.train.batch_size // plan.data_devices
+    index_b = place_b - jax.lax.axis_index(DATA) * share if index_B is None else index_B[place_b]
+    labels_b = split.labels_N[index_b]
+    targets_bC = optax.smooth_labels(jax.nn.one_hot(labels_b, config.model.classes), config.train.label_smoothing)
+    keys_b = image_keys(plan, Purpose.AUGMENT, step, place_b)
+    images_bHWc, targets_bC = augment.augment(config.data, keys_b, split.images_NHWC[index_b], targets_bC)
+    return Shard(augment.normalize(images_bHWc), labels_b, targets_bC, place_b)
+
+
+def image_keys(plan: StepPlan, purpose: Purpose, step: jax.Array, place_b: jax.Array) -> jax.Array:
+    """Returns one key per image, a function of seed, step and place: the same on any number of devices."""
+    return jax.vmap(jax.random.fold_in, (None, 0))(address(plan.root, purpose, step), place_b)
+
+
+def accumulate(plan: StepPlan, differentiate: Callable[[Shard], Any], shard: Shard) -> Any:
+    """Returns the mean of `differentiate` over `train.accumulate` equal parts of the shard, run one after the other.
+
+    Each part has its share of every slot.
+    """
+    parts, slots = plan.config.train.accumulate, plan.config.slots // plan.expert_devices
+    if parts == 1:
+        return differentiate(shard)
+
+    def cut(x_b: jax.Array) -> jax.Array:
+        rest = x_b.shape[1:]
+        return x_b.reshape(slots, parts, -1, *rest).swapaxes(0, 1).reshape(parts, -1, *rest)
+
+    def add(total: Any, part: Shard) -> tuple[Any, None]:
+        return jax.tree.map(lambda a, b: a + b / parts, total, differentiate(part)), None
+
+    pieces = jax.tree.map(cut, shard)
+    first = jax.tree.map(lambda x: x / parts, differentiate(jax.tree.map(lambda x: x[0], pieces)))
+    return jax.lax.scan(add, first, jax.tree.map(lambda x: x[1:], pieces))[0]
+
+
+def loss_and_metrics(
+    params: Any, plan: StepPlan, shard: Shard, step: jax.Array, routes: Routes
+) -> tuple[jax.Array, tuple[jax.Array, Statistics | None]]:
+    """Returns (loss, (accuracy, statistics of a learned router)), each a mean over the shards of all devices."""
+    params = trainable(plan, params)
+    if plan.config.learned:
+        logits_bC, statistics = routed_logits(plan, params, shard, step)
+        passes, auxiliary = [logits_bC], router_losses(plan, statistics)
+    else:
+        passes = [logits_of_pass(plan, params, shard, step, routes, number) for number in range(plan.passes)]
+        statistics, auxiliary = None, jnp.float32(0)
+    loss = classification_loss(plan, passes, shard.targets_bC)
+    accuracy = (passes[0].argmax(-1) == shard.labels_b).mean()
+    # The mean over devices belongs inside: auxiliary losses are of the global batch.
+    return jax.lax.pmean(loss, AXES) + auxiliary, (jax.lax.pmean(accuracy, AXES), statistics)
+
+
+def trainable(plan: StepPlan, params: Any) -> Any:
+    """Returns the parameters as the network takes them, without gradients where LoRA or an adapter trains alone."""
+    frozen = build.frozen(plan.config)
+    if plan.config.tuned and frozen:  # what is not trained costs no gradient and counts in no norm
+        params = jax.tree.map_with_path(
+            lambda path, leaf: jax.lax.stop_gradient(leaf) if frozen(path) else leaf, params
+        )
+    if plan.expert_devices > 1 and plan.net.experts == 1:  # the one expert here is a dense model
+        trunk, experts = slices.split(params, slices.stacked(params))
+        first_L = jnp.zeros((plan.config.model.depth,), jnp.int32)
+        params = slices.join(trunk, slices.take(experts, first_L))
+    return params
+
+
+def logits_of_pass(
+    plan: StepPlan, params: Any, shard: Shard, step: jax.Array, routes: Routes, number: int
+) -> jax.Array:
+    """Returns logits_bC of forward pass `number`, by its random route."""
+    route: jax.Array | None = routes[number]
+    if plan.images_move:
+        route = None  # the images of expert e are in slot e
+    elif not plan.all_run:
+        route = jnp.full((plan.config.model.depth,), number)  # expert p of what `state.take` selected is that of pass p
+    place_b = shard.place_b + number * plan.config.train.batch_size
+    keys_b = image_keys(plan, Purpose.DROPOUT, step, place_b) if plan.config.model.dropout else None
+    return vit.logits(plan.net, params, shard.images_bHWc, route, keys_b)
+
+
+def routed_logits(plan: StepPlan, params: Any, shard: Shard, step: jax.Array) -> tuple[jax.Array, Statistics]:
+    """Returns (logits_bC, statistics over the global batch) of a model with a router."""
+    routed = plan.config.routing
+    keys_b = image_keys(plan, Purpose.DROPOUT, step, shard.place_b)  # also without dropout: no keys mean evaluation
+    top_k = routers.find(routed.router).top_k_at(step, plan.total, routed.top_k, routed.experts)
+    logits_bC, statistics = vit.logits_and_statistics(plan.net, params, shard.images_bHWc, keys_b, top_k)
+    # Reduced before anything is multiplied: the loss of means is no mean of losses.
+    return logits_bC, jax.lax.pmean(statistics, AXES)
+
+
+def router_losses(plan: StepPlan, statistics: Statistics) -> jax.Array:
+    """Returns the weighted sum of a learned router's balance loss and z-loss."""
+    routed = plan.config.routing
+    balance = routed.balance_loss * routers.find(routed.router).loss(statistics)
+    return balance + routed.z_loss * routers.z_loss(statistics)
+
+
+def classification_loss(plan: StepPlan, passes: list[jax.Array], targets_bC: jax.Array) -> jax.Array:
+    """Returns the mean cross-entropy with the targets; with two passes, plus their weighted divergence.
+
+    AdaMix (arXiv 2205.12410) takes the cross-entropy of the first pass, THOR (arXiv 2110.04260) the sum of both.
+    """
+    config = plan.config
+    loss = optax.softmax_cross_entropy(passes[0], targets_bC).mean()
+    if len(passes) == 2:
+        name = config.routing.consistency_loss
+        if name == "thor":
+            loss += optax.softmax_cross_entropy(passes[1], targets_bC).mean()
+        loss += config.routing.consistency * consistency(passes[0], passes[1], name == "adamix")
+    return loss
+
+
+def consistency(logits_p_BC: jax.Array, logits_q_BC: jax.Array, stop_gradients: bool) -> jax.Array:
+    """Returns the mean over the batch of (KL(q || p) + KL(p || q)) / 2, nats; 0 for equal logits.
+
+    With stop_gradients the targets q and p of the two terms have no gradient (AdaMix, arXiv 2205.12410); without, both
+    arguments have one (THOR, arXiv 2110.04260).
+    """
+    p_BC, q_BC = jax.nn.log_softmax(logits_p_BC), jax.nn.log_softmax(logits_q_BC)
+    target_p_BC, target_q_BC = jax.lax.stop_gradient((p_BC, q_BC)) if stop_gradients else (p_BC, q_BC)
+    kl_q_p_B = kl_divergence_with_log_targets(p_BC, target_q_BC)
+    kl_p_q_B = kl_divergence_with_log_targets(q_BC, target_p_BC)
+    return 0.5 * jnp.mean(kl_q_p_B + kl_p_q_B)

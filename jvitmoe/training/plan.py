@@ -1,0 +1,61 @@
+"""What is fixed for all steps of a run."""
+
+import dataclasses
+
+import jax
+from jax.sharding import Mesh
+
+from jvitmoe.config import Config
+from jvitmoe.models import vit
+from jvitmoe.runtime.devices import DATA, EXPERT
+
+
+@dataclasses.dataclass(frozen=True)
+class StepPlan:
+    """The arguments that every function of the step shares, and what follows from them."""
+
+    config: Config
+    model: vit.ViT  # the whole model, all experts
+    mesh: Mesh
+    steps_per_epoch: int
+
+    @property
+    def root(self) -> jax.Array:
+        """The key of the run (`routes.address`)."""
+        return jax.random.key(self.config.train.seed)
+
+    @property
+    def total(self) -> int:
+        """Number of steps of the run."""
+        return self.config.train.epochs * self.steps_per_epoch
+
+    @property
+    def passes(self) -> int:
+        """Number of forward passes per step; the consistency loss compares two."""
+        return 2 if self.config.routing.consistency else 1
+
+    @property
+    def all_run(self) -> bool:
+        """True if every expert takes part in each step; False if only the selected experts do."""
+        return self.config.slots > 1 or self.config.learned
+
+    @property
+    def images_move(self) -> bool:
+        """True if images are sorted by expert, once. With one route for all layers, this replaces gathering weights
+        in each layer."""
+        routed = self.config.routing
+        return (routed.granularity, routed.scope) == ("sample", "shared") and not routed.consistency
+
+    @property
+    def data_devices(self) -> int:
+        return self.mesh.shape[DATA]
+
+    @property
+    def expert_devices(self) -> int:
+        return self.mesh.shape[EXPERT]
+
+    @property
+    def net(self) -> vit.ViT:
+        """The model that one device runs: on its share of all experts, or on the selected expert of each pass."""
+        experts = self.model.experts // self.expert_devices if self.all_run else self.passes
+        return self.model if experts == self.model.experts else self.model.clone(experts=experts)

@@ -1,0 +1,131 @@
+"""The training state, and the active slice of it: what one route reads and writes.
+
+Experts keep optimiser states of their own, one per (layer, expert), Adam's step count included. So an expert's
+moments, bias correction and weight decay are those of a dense Adam that saw only the steps this expert ran.
+
+L layers · E experts
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jvitmoe.config import Config
+from jvitmoe.experts import merge, routes, slices
+from jvitmoe.experts.routes import Purpose
+from jvitmoe.models import vit
+from jvitmoe.runtime.devices import DATA, EXPERT
+from jvitmoe.training.optimizer import make_direction
+
+
+class OptState(NamedTuple):
+    trunk: Any  # state of everything that every step touches
+    experts: Any  # leaves [L, E, ...] (one path: [L, ...]); None in a dense model
+
+
+class Skipped(NamedTuple):
+    """Steps that changed nothing, because their loss or gradients were not finite; int32 scalars."""
+
+    total: jax.Array
+    in_a_row: jax.Array  # up to the last step
+
+
+class TrainState(NamedTuple):
+    step: jax.Array  # int32, updates done
+    params: Any
+    opt_state: OptState
+    ema: Any = None  # running mean of the merged tree, dense; None where none is kept
+    skipped: Skipped | None = None  # None where such a step ends the run
+
+
+def create(params: Any, tx: optax.GradientTransformation, ema: bool = False, skips: bool = False) -> TrainState:
+    """Returns the state of a run at step 0."""
+    trunk, experts = slices.split(params, slices.stacked(params))
+    expert_state = jax.vmap(jax.vmap(tx.init))(experts) if jax.tree.leaves(experts) else None
+    average = merge.average_experts(params) if ema else None
+    skipped = Skipped(jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32)) if skips else None
+    return TrainState(jnp.zeros((), jnp.int32), params, OptState(tx.init(trunk), expert_state), average, skipped)
+
+
+def take(state: TrainState, route: jax.Array) -> TrainState:
+    """Returns the active slice: the state with parameters, moments and counts of the selected experts only.
+
+    A route [L] gives the tree that `ViT` has with one expert; a route [L, P] the tree with P experts.
+    """
+    trunk, experts = slices.split(state.params, slices.stacked(state.params))
+    opt_state = OptState(state.opt_state.trunk, slices.take(state.opt_state.experts, route))
+    return state._replace(params=slices.join(trunk, slices.take(experts, route)), opt_state=opt_state)
+
+
+def put(state: TrainState, active: TrainState, route: jax.Array) -> TrainState:
+    """Returns `active` with its experts written back into those of `state`, where `take` found them.
+
+    Nothing else is written: idle experts, their moments and counts keep their bits.
+    """
+    marks = slices.stacked(state.params)
+    _, experts = slices.split(state.params, marks)
+    trunk, parts = slices.split(active.params, marks)
+    expert_state = slices.put(state.opt_state.experts, active.opt_state.experts, route)
+    return active._replace(
+        params=slices.join(trunk, slices.put(experts, parts, route)),
+        opt_state=OptState(active.opt_state.trunk, expert_state),
+    )
+
+
+def make_state(config: Config, model: vit.ViT, mesh: Mesh, dense: Any = None) -> TrainState:
+    """Returns the state at step 0, sharded as the config says: a pure function of config and `dense`.
+
+    With a trained dense tree, experts are copies of its MLPs, `init.noise` apart, and the trunk is its trunk: sparse
+    upcycling.
+    """
+    shardings = jax.tree.map(lambda x: x.sharding, abstract_state(config, model, mesh))
+    return jax.jit(functools.partial(_create, config, model), out_shardings=shardings)(dense)
+
+
+def abstract_state(config: Config, model: vit.ViT, mesh: Mesh) -> TrainState:
+    """Returns shapes, dtypes and shardings of `make_state`, with nothing computed: what a checkpoint restores to.
+
+    Experts and their moments lie along the expert axis, if it has several devices. `train.shard` splits moments, and
+    parameters too, over the data axis, each leaf along its longest axis that divides.
+    """
+    shapes = jax.eval_shape(lambda: _create(config, model))
+    marks, shard = slices.stacked(shapes.params), config.train.shard
+
+    def place(x: jax.ShapeDtypeStruct, is_stacked: bool, split: bool) -> jax.ShapeDtypeStruct:
+        along: list[str | None] = [None] * x.ndim
+        if is_stacked and mesh.shape[EXPERT] > 1:
+            along[slices.EXPERT_AXIS] = EXPERT
+        free = [n for n, axis in enumerate(along) if axis is None and x.shape[n] % mesh.shape[DATA] == 0]
+        if split and free:
+            along[max(free, key=lambda n: x.shape[n])] = DATA
+        while along and along[-1] is None:  # P() and P(None) mean one thing, but are two programs to jit
+            along.pop()
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, PartitionSpec(*along)))
+
+    def place_all(tree: Any, is_stacked: bool, split: bool) -> Any:
+        return jax.tree.map(lambda x: place(x, is_stacked, split), tree)
+
+    return TrainState(
+        place_all(shapes.step, False, False),
+        jax.tree.map(lambda x, is_stacked: place(x, is_stacked, shard == "parameters"), shapes.params, marks),
+        OptState(
+            place_all(shapes.opt_state.trunk, False, shard != "none"),
+            place_all(shapes.opt_state.experts, True, shard != "none"),
+        ),
+        place_all(shapes.ema, False, shard != "none"),
+        place_all(shapes.skipped, False, False),
+    )
+
+
+def _create(config: Config, model: vit.ViT, dense: Any = None) -> TrainState:
+    params = vit.init(model, routes.address(jax.random.key(config.train.seed), Purpose.INIT))
+    if dense is not None:
+        params = merge.upcycle(dense, params)
+        if config.init.noise:
+            key = routes.address(jax.random.key(config.train.seed), Purpose.NOISE)
+            params = merge.add_noise(params, key, config.init.noise)
+    return create(params, make_direction(config), config.train.ema > 0, config.optim.skip_nonfinite > 0)

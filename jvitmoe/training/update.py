@@ -1,0 +1,117 @@
+"""The part of a step that follows its gradients: optimiser, pull toward the mean, EMA.
+
+L layers · E experts · P forward passes
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jvitmoe.config import Config
+from jvitmoe.experts import merge, slices
+from jvitmoe.training import optimizer
+from jvitmoe.training.plan import StepPlan
+from jvitmoe.training.state import OptState, Skipped, TrainState
+
+
+def update(
+    plan: StepPlan, active: TrainState, stacked: Any, grads: Any, norm: jax.Array, finite: jax.Array
+) -> TrainState:
+    """Returns the active slice after the optimiser's step; `finish` updates its step number and EMA.
+
+    `stacked` marks the leaves that experts own, `norm` is the global norm of `grads`, and `finite` tells whether it and
+    the loss are finite. If not, with `optim.skip_nonfinite` only the counts of steps change, as in
+    optax.apply_if_finite.
+    """
+    config, params = plan.config, active.params
+    if config.optim.clip_norm:
+        scale = jnp.minimum(1.0, config.optim.clip_norm / norm)
+        grads = jax.tree.map(lambda g: g * scale, grads)
+    tx = optimizer.make_direction(config)
+    every_expert = plan.all_run or plan.passes == 2
+    scale = expert_scale(config, active.step, plan.total)
+    direction, opt_state = directions(tx, grads, active.opt_state, params, stacked, every_expert, scale)
+    rate = learning_rate(plan, active.step)
+    params = jax.tree.map(lambda p, d: p - rate * d, params, direction)
+    skipped = active.skipped
+    if skipped:
+        changed, unchanged = (params, opt_state), (active.params, active.opt_state)
+        params, opt_state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), changed, unchanged)
+        skipped = Skipped(skipped.total + ~finite, jnp.where(finite, 0, skipped.in_a_row + 1))
+    return active._replace(params=params, opt_state=opt_state, skipped=skipped)
+
+
+def finish(plan: StepPlan, state: TrainState, finite: jax.Array) -> TrainState:
+    """Returns the whole state with experts pulled toward their mean, the EMA updated and the step counted."""
+    config, params, ema = plan.config, state.params, state.ema
+    routed, decay = config.routing, config.train.ema
+    if routed.experts > 1 and (routed.pull > 0 or routed.tie_last > 0):
+        pull = pull_share(config, state.step, plan.total)
+        if state.skipped:
+            pull = jnp.where(finite, pull, 0.0)
+        params = jax.lax.cond(pull > 0, lambda tree: merge.pull(tree, pull), lambda tree: tree, params)
+    if decay:
+        share = jnp.where(finite, 1.0 - decay, 0.0) if state.skipped else 1.0 - decay
+        ema = optax.incremental_update(merge.average_experts(params), ema, share)
+    return state._replace(step=state.step + 1, params=params, ema=ema)
+
+
+def learning_rate(plan: StepPlan, step: jax.Array) -> jax.Array:
+    """Returns the learning rate of a step, a float32 scalar."""
+    return jnp.asarray(optimizer.schedule(plan.config, plan.steps_per_epoch)(step), jnp.float32)
+
+
+def directions(
+    tx: optax.GradientTransformation,
+    grads: Any,
+    opt_state: OptState,
+    params: Any,
+    stacked: Any,
+    all_run: bool = False,
+    expert_scale: jax.Array | float = 1.0,
+) -> tuple[Any, OptState]:
+    """Returns (direction, opt_state) of `tx` for the tree that ran: the whole one or what `state.take` selected.
+
+    `stacked` marks the leaves that experts own. With all_run they are [L, E, ...] or [L, P, ...], else [L, ...]. The
+    direction of experts is multiplied by `expert_scale`.
+    """
+    grads_trunk, grads_experts = slices.split(grads, stacked)
+    params_trunk, params_experts = slices.split(params, stacked)
+    trunk, trunk_state = tx.update(grads_trunk, opt_state.trunk, params_trunk)
+    if opt_state.experts is None:
+        return trunk, OptState(trunk_state, None)
+    # One Adam per layer, and per expert where several run: each has run its own number of steps.
+    update_experts = jax.vmap(jax.vmap(tx.update)) if all_run else jax.vmap(tx.update)
+    experts, expert_state = update_experts(grads_experts, opt_state.experts, params_experts)
+    experts = jax.tree.map(lambda x: x * expert_scale, experts)
+    return slices.join(trunk, experts), OptState(trunk_state, expert_state)
+
+
+def expert_scale(config: Config, step: jax.Array, total: int) -> jax.Array:
+    """Returns what multiplies the experts' learning rate at a step of `total`.
+
+    In the last `tie_last` of training all experts are equal. Where one expert runs per batch, its step then counts E
+    times (two: E/2 times each): the mean of E equal experts of which one moved has moved 1/E as far, and so the whole
+    MLP takes the dense step.
+    """
+    routed = config.routing
+    one_runs = routed.granularity == "batch" and not config.learned
+    times = routed.experts / (2 if routed.consistency else 1) if one_runs else 1
+    return jnp.where(step >= _first_tied(config, total), times * routed.learning_rate, routed.learning_rate)
+
+
+def pull_share(config: Config, step: jax.Array, total: int) -> jax.Array:
+    """Returns the share of the way to their mean that experts move after a step of `total`.
+
+    In the last `tie_last` of training it is 1, so experts are equal from the first of these steps on.
+    """
+    routed = config.routing
+    rise = (step + 1) / total if routed.pull_schedule == "rising" else 1.0
+    pull = jnp.where((step + 1) % routed.pull_every == 0, routed.pull * rise, 0.0)
+    return jnp.where(step + 1 >= _first_tied(config, total), 1.0, pull)
+
+
+def _first_tied(config: Config, total: int) -> int:
+    return round((1.0 - config.routing.tie_last) * total)

@@ -1,0 +1,169 @@
+"""To add one of each kind takes a class or function and a line in a registry. The kinds added here are toys."""
+
+import dataclasses
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from jvitmoe.config import ModelConfig, OptimConfig
+from jvitmoe.data import augment, datasets
+from jvitmoe.data.batches import put
+from jvitmoe.data.images import DataError
+from jvitmoe.data.splits import Dataset, Source, check_fit
+from jvitmoe.errors import ConfigError
+from jvitmoe.experts import build, cost, slices
+from jvitmoe.models import vit
+from jvitmoe.models.routers import ROUTERS, find
+from jvitmoe.models.routers.dispatch import Router, fill_slots
+from jvitmoe.models.routers.dispatch import statistics as statistics_of
+from jvitmoe.training import optimizer, state
+from jvitmoe.training.update import directions
+
+
+class RoundRobin(Router):
+    """Token t goes to the expert t mod E, scaled by a learned gate."""
+
+    @nn.compact
+    def route(self, x_BTD, key_B):
+        batch, tokens, _ = x_BTD.shape
+        logits_BTE = self.logits(x_BTD)
+        choice_BT1 = jnp.broadcast_to(jnp.arange(tokens)[None, :, None] % self.experts, (batch, tokens, 1))
+        weight_BT1 = jnp.take_along_axis(jax.nn.softmax(logits_BTE), choice_BT1, axis=-1)
+        slots, load_E, dropped = fill_slots(choice_BT1, weight_BT1, self.experts, self.capacity(tokens, key_B))
+        return slots, statistics_of(logits_BTE, load_E, dropped)
+
+    @staticmethod
+    def loss(statistics):
+        return statistics.entropy.mean()
+
+
+def test_a_router_is_a_class_and_a_line_in_its_registry(monkeypatch, tiny_config, training):
+    monkeypatch.setitem(ROUTERS, "round_robin", RoundRobin)
+    routing = {"experts": 2, "router": "round_robin", "capacity": 2.0}
+    run = training(tiny_config(routing=routing)).run(3)
+    first, last = (state.params["blocks"]["mlp"] for state in (run.history[0], run.history[-1]))
+    assert not np.array_equal(first["router"]["kernel"], last["router"]["kernel"])
+    assert not np.array_equal(first["up"][:, 1], last["up"][:, 1])
+    tokens, statistics = run.config.model.tokens, run.metrics[0].router
+    share_E = np.bincount(np.arange(tokens) % 2) / tokens
+    np.testing.assert_allclose(statistics.load_E, np.stack([share_E] * 2), rtol=1e-6)
+    assert find("round_robin").loss(statistics) == statistics.entropy.mean()
+    active, total = cost.count_parameters(run.config)
+    assert 0 < active < total
+    with pytest.raises(ConfigError, match="must be 1 for a router with a balance loss"):
+        build.make_model(tiny_config(routing=routing, train={"accumulate": 2}), "cpu")
+
+
+@pytest.mark.parametrize(
+    ("routing", "rule"),
+    [
+        ({"router": "swich"}, "config.routing.router is 'swich'; it must be one of .*did you mean 'switch'?"),
+        ({"router": "topk", "top_k": 3}, "config.routing.top_k is 3; it must be at most routing.experts, which is 2"),
+        ({"router": "frozen", "top_k": 3}, "must be at most routing.experts"),
+    ],
+)
+def test_a_router_that_is_unknown_or_breaks_its_rule_is_refused(tiny_config, routing, rule):
+    with pytest.raises(ConfigError, match=rule):
+        build.make_model(tiny_config(routing={"experts": 2, **routing}), "cpu")
+
+
+def test_each_router_says_how_many_experts_a_token_passes_through():
+    found = {name: find(name).active_experts(2, 8) for name in ROUTERS}
+    assert found == {"switch": 1, "topk": 2, "expert_choice": 1, "soft": 1, "hash": 1, "frozen": 8}
+
+
+def changed(config, section, **fields):
+    """Returns the config with other values in one section, unvalidated: names of this file are new to it."""
+    return dataclasses.replace(config, **{section: dataclasses.replace(getattr(config, section), **fields)})
+
+
+def test_a_data_source_is_a_class_and_a_line(tiny_config, tiny_split, training, monkeypatch):
+    class Toy(Source):
+        def load(self):
+            check_fit("toy", (8, 8, 1), 3, self.model)
+            return Dataset(tiny_split, tiny_split.part(np.arange(9)), ("a", "b", "c"))
+
+    monkeypatch.setitem(datasets.SOURCES, "toy", Toy)
+    config = tiny_config(data={"name": "toy"}, routing={"experts": 2})
+    found, records = datasets.load(config.data, config.model), datasets.browse(config.data, config.model)
+    assert (len(found.train), len(found.test), len(records.train)) == (26, 9, 26)
+    run = training(config)
+    run.images = put(found.train, run.mesh)
+    assert all(np.isfinite(metrics.loss) for metrics in run.run(2).metrics)
+    with pytest.raises(DataError, match="toy has 3 classes"):
+        datasets.load(config.data, ModelConfig())
+
+
+def test_an_augmentation_is_a_function_and_a_line(tiny_config, training, monkeypatch):
+    """The toy mixes each image and its target with those of another; with a share of 1 it changes nothing."""
+    config, share = tiny_config(data={"flip": True}), {"own": 1.0}
+
+    def mix(key_B, images_BHWC, targets_BC):
+        mixed = [share["own"] * x + (1 - share["own"]) * x[::-1] for x in (images_BHWC.astype(jnp.float32), targets_BC)]
+        return mixed[0], mixed[1]
+
+    plain = training(config).run(2)
+    monkeypatch.setitem(augment.AUGMENTATIONS, "mix", lambda data: mix)
+    same = training(config).run(2)
+    assert [m.loss for m in same.metrics] == [m.loss for m in plain.metrics]
+    share["own"] = 0.7
+    other = training(config).run(2)
+    assert all(np.isfinite(m.loss) for m in other.metrics)
+    assert other.metrics[0].loss != plain.metrics[0].loss
+
+
+def toy_optimizer(optim):
+    """Returns the direction of LAMB without Adam: each leaf scaled to the norm of its parameter."""
+    return optimizer.per_layer(optax.scale_by_trust_ratio())
+
+
+def test_an_optimiser_is_a_factory_and_a_line(tiny_config, training, monkeypatch):
+    monkeypatch.setitem(optimizer.OPTIMIZERS, "toy", toy_optimizer)
+    config = changed(tiny_config(routing={"experts": 2}), "optim", name="toy")
+    run = training(config).run(3)
+    assert all(np.isfinite(metrics.loss) for metrics in run.metrics)
+    before, after = run.history[0].params, run.history[-1].params
+    assert (before["blocks"]["mlp"]["up"] != after["blocks"]["mlp"]["up"]).any()
+
+
+@pytest.mark.parametrize("experts", [1, 2])
+def test_each_layer_is_a_leaf_of_its_own_to_an_optimiser_that_asks(tiny_config, experts):
+    params = vit.init(vit.build(tiny_config().model, experts), jax.random.key(0))
+    grads = jax.tree.map(lambda x: jnp.cos(jnp.arange(x.size, dtype=x.dtype)).reshape(x.shape), params)
+    tx, marks = toy_optimizer(OptimConfig()), slices.stacked(params)
+
+    @jax.jit
+    def update(grads, params):
+        return directions(tx, grads, state.create(params, tx).opt_state, params, marks, all_run=True)[0]
+
+    def alone(g, p):
+        norms = np.linalg.norm(g), np.linalg.norm(p)
+        return g * norms[1] / norms[0] if all(norms) else g
+
+    def slow(path, g, p, is_expert):
+        places = list(np.ndindex(g.shape[: 1 + is_expert])) if path[0].key == "blocks" else [()]
+        out = np.zeros(g.shape, g.dtype)
+        for place in places:
+            out[place] = alone(g[place], p[place])
+        return out
+
+    wanted = jax.tree.map_with_path(slow, *jax.device_get((grads, params)), marks)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), update(grads, params), wanted)
+
+
+def test_adam_is_the_same_but_for_rounding_when_it_sees_each_layer_alone(tiny_config):
+    params = vit.init(vit.build(tiny_config().model), jax.random.key(0))
+    grads = jax.tree.map(jnp.sin, params)
+    whole = optimizer.direction(OptimConfig())
+    found = [jax.jit(tx.update)(grads, tx.init(params), params)[0] for tx in (whole, optimizer.per_layer(whole))]
+    jax.tree.map(lambda a, b: np.testing.assert_array_max_ulp(a, b, 2), *jax.device_get(found))
+
+
+def test_an_unknown_optimiser_is_refused_with_the_names_there_are():
+    message = r"config\.optim\.name is 'adamv'; it must be one of 'adam', 'adamw'; did you mean 'adam.?'\?"
+    with pytest.raises(ConfigError, match=message):
+        optimizer.direction(OptimConfig(name="adamv"))
