@@ -247,8 +247,8 @@ class _Run:
             if done == start + 1:
                 jax.block_until_ready(metrics)
                 tracker.started(done, time.monotonic() - began)
+                self._stop.unsaved = True  # before the step is shown: a signal may come at once
                 self._read(tracker)
-                self._stop.unsaved = True
             self._watchdog.progress(f"step {done}")
             stop = self._stop.asked(done)
             evaluates = done == total or done % (train.eval_every * steps_per_epoch) == 0
