@@ -13,7 +13,6 @@ from collections.abc import Iterator
 from typing import Any
 
 from jvitmoe.errors import ConfigError
-from jvitmoe.settings import LARGEST as LARGEST
 from jvitmoe.settings import check, page, setting
 
 MOST_PARAMETERS = 10**13

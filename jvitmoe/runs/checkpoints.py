@@ -29,9 +29,10 @@ import tensorstore as ts
 from jax.experimental import multihost_utils
 
 from jvitmoe import config as config_lib
-from jvitmoe.config import LARGEST, Config
+from jvitmoe.config import Config
 from jvitmoe.errors import UserError, one_line
 from jvitmoe.runs.files import checksum as checksum_of_json
+from jvitmoe.settings import LARGEST
 
 META = Path("meta", "metadata")
 ITEMS = ("params", "opt_state", "ema", "skipped")  # fields of the training state that are saved; the step is the name

@@ -13,7 +13,6 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from jvitmoe import config as config_lib
 from jvitmoe.config import Config
 from jvitmoe.data import datasets, stream
 from jvitmoe.data.batches import Batches, Images, TrainOrder, eval_batches, put, resident_batches
@@ -34,6 +33,7 @@ from jvitmoe.runs.metrics_log import Tracker
 from jvitmoe.runtime import devices, processes
 from jvitmoe.runtime.signals import Stop
 from jvitmoe.runtime.watchdog import Watchdog
+from jvitmoe.settings import LARGEST
 from jvitmoe.training import step
 from jvitmoe.training.optimizer import make_direction, warmup_steps
 from jvitmoe.training.state import TrainState, abstract_state, make_state
@@ -64,9 +64,9 @@ def train(config: Config, workdir: Path, stop: Stop, held: contextlib.ExitStack)
     def arrange() -> tuple[Any, Any, TrainOrder]:
         train_split, validation = datasets.hold_out(dataset.train, config.data.validation)
         order = TrainOrder(len(train_split), config.train.batch_size, order_key, mesh, config.slots)
-        if config.train.epochs * order.steps_per_epoch > config_lib.LARGEST:
+        if config.train.epochs * order.steps_per_epoch > LARGEST:
             raise ConfigError(
-                f"config.train.epochs is {config.train.epochs}; it must make at most {config_lib.LARGEST:,} steps, "
+                f"config.train.epochs is {config.train.epochs}; it must make at most {LARGEST:,} steps, "
                 f"and an epoch has {order.steps_per_epoch}"
             )
         _check_memory(config, mesh)
