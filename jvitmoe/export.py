@@ -1,8 +1,7 @@
-"""Takes a run's dense model elsewhere:
-`python -m jvitmoe.export --workdir runs/X --to TARGET --out DIR`.
+"""Exports a run's dense model for other libraries: `python -m jvitmoe.export --workdir runs/X --to TARGET --out DIR`.
 
-Writes the model, a model card and sample.npz (test images and their logits), then reads the model back and compares.
-A model that the target cannot express is refused before anything is written.
+Writes the model, a model card and sample.npz (test images and their logits), then reads the model back and compares the
+logits. A model that the target cannot express is refused before anything is written.
 """
 
 import shutil
@@ -20,7 +19,7 @@ from jvitmoe.runtime import compilation
 
 
 def main(argv: list[str]) -> None:
-    """Writes one export. Raises UserError where the run, the target or the folder does not allow it."""
+    """Runs the command. Raises UserError for a run, target or folder that does not fit."""
     values = cli.parse(argv, _define_flags)
     compilation.use_cache()
     workdir = cli.run_folder(values)

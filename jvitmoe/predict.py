@@ -1,7 +1,7 @@
 """Classifies pictures: `python -m jvitmoe.predict --workdir runs/X IMAGE… [--json] [--sheet sheet.png] [--top 5]`.
 
-Files and folders in, the most probable classes out. What cannot be read is reported and skipped; the exit code is 1
-then, and the rest is done.
+Prints the most probable classes of each file, also of those in folders. Files that cannot be read are reported and
+skipped, and the exit code is 1.
 """
 
 import json
@@ -23,7 +23,7 @@ from jvitmoe.runtime import compilation
 
 
 def main(argv: list[str]) -> None:
-    """Prints one row per picture, or one JSON list. Exits with 1 where some picture could not be read."""
+    """Runs the command. Raises UserError for a flag or a model that does not fit."""
     values, arguments = cli.parse_with_arguments(argv, _define_flags)
     compilation.use_cache()
     if not values.workdir:

@@ -166,9 +166,9 @@ def test_processes_that_cannot_be_one_run_say_so_in_one_line_each_within_30_seco
 
 FLIPS = """
 import jax
-from jvitmoe.runs.checkpoints import Checkpoints
+from jvitmoe.runs.checkpoint_writer import CheckpointWriter
 
-save = Checkpoints.save
+save = CheckpointWriter.save
 
 def flip(x):
     first, *others = [shard.data for shard in x.addressable_shards]
@@ -181,7 +181,7 @@ def flip_and_save(self, state, *arguments):
             tree[name] = flip(tree[name])
     return save(self, state, *arguments)
 
-Checkpoints.save = flip_and_save
+CheckpointWriter.save = flip_and_save
 """
 
 

@@ -200,11 +200,7 @@ def _place_positions(old: Dict, source: Source, model: ModelConfig, fresh: Dict,
 
 
 def _read_run(path: Path, checkpoint: str) -> Source:
-    checkpoints = Checkpoints(path / "checkpoints", read_only=True)
-    try:
-        saved = checkpoints.read(checkpoint)
-    finally:
-        checkpoints.close()
+    saved = Checkpoints(path / "checkpoints").read(checkpoint)
     config = config_lib.from_dict(saved.meta["config"])
     params = weight_names.unflatten(saved.params)
     flat = weight_names.flatten(jax.device_get(models.dense_tree(config, params)))

@@ -177,7 +177,7 @@ class ViT(nn.Module):
         groups = self.config.depth // len(self.pattern)
         blocks = nn.scan(
             body,
-            variable_axes={"params": 0, "statistics": 0},
+            variable_axes={"params": 0, "statistics": 0, "intermediates": 0},
             split_rngs={"params": True},
             in_axes=(0, nn.broadcast, nn.broadcast),
             length=groups,

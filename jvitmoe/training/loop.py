@@ -24,8 +24,9 @@ from jvitmoe.experts import build, cost, routes
 from jvitmoe.experts.routes import Purpose
 from jvitmoe.interop import load
 from jvitmoe.models import vit
-from jvitmoe.runs import metrics_log, results
-from jvitmoe.runs.checkpoints import Checkpoints, list_steps, versions
+from jvitmoe.runs import history, results
+from jvitmoe.runs.checkpoint_writer import CheckpointWriter
+from jvitmoe.runs.checkpoints import list_steps, versions
 from jvitmoe.runs.console import console, warnings_as_lines
 from jvitmoe.runs.files import METRICS, RESULT
 from jvitmoe.runs.folder import check_shared, open_run_folder
@@ -49,10 +50,10 @@ class TrainingError(UserError):
     everywhere = known = True
 
 
-def train(config: Config, workdir: Path, stop: Stop, held: contextlib.ExitStack) -> None:
+def train(config: Config, workdir: Path, stop: Stop, cleanup: contextlib.ExitStack) -> None:
     """Trains from the newest sound checkpoint or from scratch to the end, and tests. Raises UserError.
 
-    `held` takes what must be let go of when the run has ended, however it ends: the lock of the folder, the watchdog.
+    `cleanup` gets the lock of the folder and the watchdog, which must be released however the run ends.
     """
     began = time.monotonic()
     mesh = processes.together(lambda: devices.make_mesh(config.train))
@@ -78,18 +79,18 @@ def train(config: Config, workdir: Path, stop: Stop, held: contextlib.ExitStack)
     model = build.make_model(config, mesh.devices.flat[0].platform)
     resumes = bool(list_steps(workdir / "checkpoints"))
     starts = config.init.source and not resumes  # a checkpoint holds all that the source gave
-    dense, told = processes.together(lambda: load.start(config)) if starts else (None, [])
+    dense, init_notes = processes.together(lambda: load.start(config)) if starts else (None, [])
     active, everything = cost.count_parameters(config)
 
     counts = {"train": len(train_split), "validation": len(validation), "test": len(dataset.test)}
-    held.enter_context(processes.together(lambda: open_run_folder(workdir, config, dataset.class_names, counts)))
+    cleanup.enter_context(processes.together(lambda: open_run_folder(workdir, config, dataset.class_names, counts)))
     processes.together(lambda: check_shared(workdir))
     console.print(f"run         {workdir}")
     console.print(f"devices     {hardware}")
     console.print(f"parameters  {active:,} active, {everything:,} total ({model.dtype.name} compute)")
     if (trained := cost.count_trained(config)) < everything:
         console.print(f"trained     {trained:,} of {everything:,} parameters")
-    for line in told:
+    for line in init_notes:
         console.print(f"source      {line}")
     console.print(f"images      {', '.join(f'{count:,} {split}' for split, count in counts.items())}")
     console.print(f"steps       {total:,} ({config.train.epochs} epochs of {order.steps_per_epoch})")
@@ -109,16 +110,16 @@ def train(config: Config, workdir: Path, stop: Stop, held: contextlib.ExitStack)
     test = show(dataset.test)
     watch_on = show(validation) if len(validation) else test
 
-    checkpoints = Checkpoints(workdir / "checkpoints", config.train.keep)
+    checkpoints = CheckpointWriter(workdir / "checkpoints", config.train.keep)
     state, files = _resume(checkpoints, config, model, mesh, dense)
     start = int(state.step)
     if start:
         console.print(f"resuming    from step {start:,}")
     if start and processes.first():
-        found = metrics_log.checksums(workdir, start).get(METRICS)
+        found = history.checksums(workdir, start).get(METRICS)
         if not found or found != files.get(METRICS, found):
             console.print(f"warning: {METRICS} does not hold all that was recorded up to step {start}")
-    watchdog = held.enter_context(Watchdog(config.train.stall_minutes))
+    watchdog = cleanup.enter_context(Watchdog(config.train.stall_minutes))
     run = _Run(config, checkpoints, stop, watchdog, mesh, order)
 
     if isinstance(train_split, Records):
@@ -193,7 +194,7 @@ def _streamed(batches: Generator[Images, None, None]) -> Generator[Batch, None, 
 
 
 def _resume(
-    checkpoints: Checkpoints, config: Config, model: vit.ViT, mesh: Mesh, dense: Any
+    checkpoints: CheckpointWriter, config: Config, model: vit.ViT, mesh: Mesh, dense: Any
 ) -> tuple[TrainState, dict[str, str]]:
     """Returns the state to go on from, and the checksums that the run folder's files had there."""
     with warnings_as_lines():
@@ -207,7 +208,7 @@ class _Run:
     def __init__(
         self,
         config: Config,
-        checkpoints: Checkpoints,
+        checkpoints: CheckpointWriter,
         stop: Stop,
         watchdog: Watchdog,
         mesh: Mesh,
