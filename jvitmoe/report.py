@@ -71,8 +71,7 @@ def main(argv: list[str]) -> None:
         f"# Runs\n\n{tables.markdown(overview)}\n{OVERVIEW}\n\n![comparison](comparison.png)\n\n![curves](curves.png)\n"
         f"\n## Every model\n\n{tables.markdown(rows)}\n{NOTE}\n",
     )
-    records = {name: record(group) for name, group in groups.items()}
-    files.write_text(out / "runs.json", json.dumps(records, indent=1) + "\n")
+    files.write_text(out / "runs.json", json.dumps({n: record(group) for n, group in groups.items()}, indent=1) + "\n")
     short = [{name: cell for name, cell in row.items() if name != "hardware"} for row in rows]
     tables.show(short if len(groups) <= MANY else overview, "test split")
     for hardware in dict.fromkeys(row["hardware"] for row in rows):
@@ -89,8 +88,6 @@ def read_run(folder: Path) -> Run:
     result, config = results.read_result(folder), folder / files.CONFIG
     if not result:
         raise UserError(f"{str(folder)!r} holds no {files.RESULT}; give a folder whose training has ended")
-    if not config.is_file():
-        raise UserError(f"{str(folder)!r} holds no config.json; give the folder that training wrote")
     try:
         text = config.read_text()
     except (OSError, ValueError) as error:

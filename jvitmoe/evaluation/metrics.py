@@ -54,14 +54,9 @@ class Evaluator:
 
         def compiled(streamed: bool) -> Any:
             images = PartitionSpec(AXES) if streamed else REPLICATED
-            return jax.jit(
-                jax.shard_map(
-                    functools.partial(self._batch_sums, streamed),
-                    mesh=mesh,
-                    in_specs=(*[REPLICATED] * 4, images, PartitionSpec(None, AXES), REPLICATED),
-                    out_specs=REPLICATED,
-                )
-            )
+            specs = (*[REPLICATED] * 4, images, PartitionSpec(None, AXES), REPLICATED)
+            body = functools.partial(self._batch_sums, streamed)
+            return jax.jit(jax.shard_map(body, mesh=mesh, in_specs=specs, out_specs=REPLICATED))
 
         self._step, self._streamed_step = compiled(False), compiled(True)
 

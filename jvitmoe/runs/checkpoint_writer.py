@@ -62,9 +62,8 @@ class CheckpointWriter(Checkpoints):
         return restored
 
     def save(self, state: State, config: Config, nll: float | None, files: Mapping[str, str] | None = None) -> None:
-        """Starts writing the state; returns once the arrays are copied, so that they may be donated.
-
-        First waits for the previous write, reads it back, and deletes what is no longer kept.
+        """Starts to write the state; returns when the arrays are copied, so that they may be donated. First waits for
+        the previous write, reads it back, and deletes what is no longer kept.
 
         Args:
             state: the whole training state.

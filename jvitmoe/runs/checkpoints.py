@@ -85,28 +85,22 @@ class Checkpoints:
         return checked if isinstance(checked, str) else None
 
     def find(self, which: str) -> int:
-        """Returns the step of "latest", "best" (least validation NLL) or a number.
+        """Returns the step of "latest", "best" (least validation NLL) or a number. Raises CheckpointError.
 
-        Latest and best are chosen from the sound ones, with a warning for each damaged one that was skipped. Chooses
-        again where another process deletes checkpoints meanwhile. Raises CheckpointError.
+        Latest and best are the sound ones, with a warning for each damaged one. Chooses again if another process
+        deletes checkpoints meanwhile.
         """
         steps = self.steps()
         if not steps:
             raise CheckpointError(f"{self.directory} holds no checkpoint; train first")
-        if which not in ("latest", "best"):
-            if which not in map(str, steps):
-                names = "latest" if self._best(steps) is None else "latest, best"
-                raise CheckpointError(f"checkpoint {which!r} does not exist; there are {names} and {steps}")
+        if which in map(str, steps):
             return int(which)
-        chosen, damaged = None, []
-        for step in reversed(steps):
-            if self.check(step):
-                damaged.append(step)
-            elif which == "latest":
-                chosen = step
-                break
-        if which == "best":
-            chosen = self._best(steps)
+        if which not in ("latest", "best"):
+            names = "latest" if self._best(steps) is None else "latest, best"
+            raise CheckpointError(f"checkpoint {which!r} does not exist; there are {names} and {steps}")
+        sound = (step for step in reversed(steps) if self.check(step) is None)
+        chosen = next(sound, None) if which == "latest" else self._best(steps)
+        damaged = [step for step in reversed(steps) if isinstance(self._checked.get(step), str)]
         if deleted := set(damaged) - set(self.steps()):
             for step in deleted:
                 del self._checked[step]
@@ -120,8 +114,8 @@ class Checkpoints:
         return chosen
 
     def read(self, which: str) -> Saved:
-        """Returns the verified parameters, EMA and meta of the checkpoint that `find` chooses. Chooses again where
-        another process deletes it meanwhile. Raises CheckpointError."""
+        """Returns the verified parameters, EMA and meta of the checkpoint that `find` chooses; chooses again if another
+        process deletes it meanwhile. Raises CheckpointError."""
         step = self.find(which)
         trees = self._read_and_check(step, ("params", "ema"))
         if isinstance(meta := self._checked[step], dict):

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,23 +36,28 @@ def refuse_links(workdir: Path) -> None:
 def write_text(path: Path, text: str) -> None:
     """Writes a file whole or not at all, even in a power cut. Raises UserError where it cannot be written."""
     unfinished = path.with_name(path.name + UNFINISHED)
+    with writing(path):
+        try:
+            unfinished.unlink(missing_ok=True)
+            with unfinished.open("x") as file:  # "x" does not follow a link of this name
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(unfinished, path)
+        except OSError:
+            with contextlib.suppress(OSError):
+                unfinished.unlink()
+            raise
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Raises UserError for an OSError from inside."""
     try:
-        unfinished.unlink(missing_ok=True)
-        with unfinished.open("x") as file:  # "x" does not follow a link of this name
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(unfinished, path)
+        yield
     except OSError as error:
-        with contextlib.suppress(OSError):
-            unfinished.unlink()
-        raise unwritten(path, error) from error
-
-
-def unwritten(path: Path, error: OSError) -> UserError:
-    return UserError(
-        f"{path} cannot be written: {error.strerror}; make room or let it be written, and give the same command again"
-    )
+        remedy = "make room or make it writable, and repeat the command"
+        raise UserError(f"{path} cannot be written: {error.strerror}; {remedy}") from error
 
 
 def read_classes(workdir: Path) -> tuple[str, ...]:

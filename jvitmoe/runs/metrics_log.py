@@ -16,7 +16,7 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from jvitmoe.runs import history
 from jvitmoe.runs.console import ProgressLine, console, duration
-from jvitmoe.runs.files import METRICS, unwritten, write_text
+from jvitmoe.runs.files import METRICS, write_text, writing
 
 PLAIN_SECONDS = 2.0  # shortest time between two progress lines in a file
 SHOW_SECONDS = 20.0  # longest time without progress shown, unless one step, evaluation or save takes longer
@@ -36,17 +36,15 @@ class Tracker:
         self._file, self._tensorboard = None, None
         self._checksums: dict[str, str] = {}
         if workdir and (start < total or (workdir / METRICS).exists()):  # a finished run does not make an empty file
-            path = workdir / METRICS
-            write_text(path, history.up_to(workdir, start))
-            self._path, self._checksums = path, history.checksums(workdir, start)
-            try:
+            self._path = workdir / METRICS
+            write_text(self._path, history.up_to(workdir, start))
+            self._checksums = history.checksums(workdir, start)
+            with writing(self._path):
                 (workdir / "tb").mkdir(exist_ok=True)
-                self._file = path.open("a")
+                self._file = self._path.open("a")
                 # Not SummaryWriter: its thread ends when the disk is full, and then every call waits for it forever.
                 self._tensorboard = EventsWriter(str(workdir / "tb" / "events"))
                 self._tensorboard.write_event(Event(step=start + 1, session_log=SessionLog(status=SessionLog.START)))
-            except OSError as error:
-                raise unwritten(path, error) from error
         self._total, self._batch = total, batch_size
         self._clock: tuple[int, float] | None = None  # step and time at which the measured interval starts
         self._first_seconds = 0.0  # duration of the step before that
@@ -71,11 +69,9 @@ class Tracker:
     def sync(self) -> dict[str, str]:
         """Returns `history.checksums` after the disk holds all records. Called before a checkpoint is saved, so that no
         checkpoint is ahead of the history."""
-        if self._file and self._tensorboard:
-            try:
+        if self._file:
+            with writing(self._path):
                 os.fsync(self._file.fileno())
-            except OSError as error:
-                raise unwritten(self._path, error) from error
         return self._checksums
 
     def started(self, step: int, seconds: float) -> None:
@@ -144,10 +140,8 @@ class Tracker:
                 event.summary.value.extend(summary.scalar(f"{kind}/{name}", value).value)
         line = json.dumps({"step": step, "kind": kind, **finite}) + "\n"
         self._checksums[METRICS] = f"{zlib.crc32(line.encode(), int(self._checksums[METRICS], 16)):08x}"
-        try:
+        with writing(self._path):
             self._file.write(line)
             self._file.flush()
             self._tensorboard.write_event(event)
             self._tensorboard.flush()
-        except OSError as error:
-            raise unwritten(self._path, error) from error
