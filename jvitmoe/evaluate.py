@@ -11,11 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from absl import flags
-from jax.sharding import Mesh
 
 from jvitmoe import cli
 from jvitmoe import config as config_lib
-from jvitmoe.config import Config
 from jvitmoe.data import datasets, stream
 from jvitmoe.data.batches import eval_batches, put
 from jvitmoe.data.splits import Records, Split
@@ -66,9 +64,12 @@ def main(argv: list[str]) -> None:
     images: metrics.Shown
     images = put(test, mesh) if isinstance(test, Split) else stream.EvalImages(test, batches, config, mesh)
     earlier = results.read_result(workdir)  # holds what only training can measure
-    result = {
-        "rows": models.evaluate_run(config, params, ema, evaluate, images, batches, values.paths),
-        **(_mergeability(config, params, evaluate, test, mesh) if config.routing.experts > 1 else {}),
+    result: dict[str, Any] = {"rows": models.evaluate_run(config, params, ema, evaluate, images, batches, values.paths)}
+    if config.routing.experts > 1:
+        few = mergeability.subset(test) if isinstance(test, Split) else stream.read(mergeability.subset(test), config)
+        batches = eval_batches(len(few), config.train.batch_size, mesh)
+        result["mergeability"] = mergeability.measure(config, params, evaluate, put(few, mesh), batches)
+    result |= {
         "data": config.data.name,
         "step": saved.step,
         "seed": config.train.seed,
@@ -91,29 +92,6 @@ def _verify(workdir: Path) -> None:
         console.print(f"{name:<16} {finding}")
     if not all(sound for _, sound, _ in checked):
         sys.exit(1)
-
-
-def _mergeability(
-    config: Config, params: Any, evaluate: metrics.Evaluator, test: Split | Records, mesh: Mesh
-) -> dict[str, Any]:
-    """Returns {"mergeability": its numbers}, measured on a fixed subset of the test split."""
-    split = mergeability.subset(test) if isinstance(test, Split) else stream.read(mergeability.subset(test), config)
-    images, batches = put(split, mesh), eval_batches(len(split), config.train.batch_size, mesh)
-    experts, route_PL = config.routing.experts, models.path_routes(config, 0)
-
-    def losses(params: Any) -> list[float]:
-        return [result.nll for result in evaluate.paths(params, route_PL, experts, images, batches)[0]]
-
-    model, layers = build.make_model(config, "cpu"), config.expert_layers
-    return {
-        "mergeability": {
-            "images": len(split),
-            "layers": list(layers),
-            **mergeability.weight_geometry(params),
-            "gap": mergeability.layer_gap(model, params, images, batches, layers),
-            "barrier": mergeability.barrier(params, losses),
-        }
-    }
 
 
 def _define_flags(values: flags.FlagValues) -> None:

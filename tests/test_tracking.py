@@ -192,4 +192,4 @@ def test_the_checksum_of_a_history_is_the_same_while_it_grows_and_when_it_is_rea
     with Tracker(tmp_path, start=4, total=10, batch_size=4) as tracker:
         assert tracker.sync() == history.checksums(tmp_path, 4)
         tracker.train(5, VALUES)
-        assert tracker.sync() == history.checksums(tmp_path, 5) != metrics_log.checksums(tmp_path, 4)
+        assert tracker.sync() == history.checksums(tmp_path, 5) != history.checksums(tmp_path, 4)

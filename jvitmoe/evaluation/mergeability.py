@@ -10,10 +10,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jvitmoe.config import Config
 from jvitmoe.data import augment
 from jvitmoe.data.batches import Batches, Images
 from jvitmoe.data.splits import S
-from jvitmoe.experts import merge, slices
+from jvitmoe.evaluation import models
+from jvitmoe.evaluation.metrics import Evaluator
+from jvitmoe.experts import build, merge, slices
 from jvitmoe.models import mlp, vit
 
 SHARES = tuple(i / 8 for i in range(9))
@@ -24,6 +27,22 @@ TINY = 1e-30
 def subset(split: S) -> S:
     """Returns at most 1,000 images, evenly spaced over the split; the same at each call."""
     return split.part(np.linspace(0, len(split) - 1, min(len(split), IMAGES)).astype(int))
+
+
+def measure(config: Config, params: Any, evaluate: Evaluator, split: Images, batches: Batches) -> dict[str, Any]:
+    """Returns the numbers of `weight_geometry`, `layer_gap` and `barrier`, measured on a split."""
+    experts, layers, route_PL = config.routing.experts, config.expert_layers, models.path_routes(config, 0)
+
+    def losses(params: Any) -> list[float]:
+        return [result.nll for result in evaluate.paths(params, route_PL, experts, split, batches)[0]]
+
+    return {
+        "images": len(split.labels_N),
+        "layers": list(layers),
+        **weight_geometry(params),
+        "gap": layer_gap(build.make_model(config, "cpu"), params, split, batches, layers),
+        "barrier": barrier(params, losses),
+    }
 
 
 def weight_geometry(params: Any) -> dict[str, list[float]]:

@@ -27,12 +27,12 @@ def compare(step: int, items: Mapping[str, Any], whole: Mapping[str, Mapping[str
             shards = {str(shard.index): shard.data for shard in leaf.addressable_shards}
             for index in sorted({str(index) for index in leaf.sharding.devices_indices_map(leaf.shape).values()}):
                 names.append(f"{item}.{name}")
-                local = "0"
-                if leaf.is_fully_replicated:
-                    local = whole[item][name]
-                elif index in shards:
-                    local = checksums({"": np.asarray(shards[index])})[""]
-                local_N.append(int(local, 16))
+                if index not in shards:
+                    local_N.append(0)
+                    continue
+                copied = leaf.is_fully_replicated
+                crc = whole[item][name] if copied else checksums({"": np.asarray(shards[index])})[""]
+                local_N.append(int(crc, 16) or 1)
     local_PN = multihost_utils.process_allgather(np.array(local_N, np.uint32))
     wrong = []  # (process, array, a process that agrees with most)
     for name, local_P in zip(names, local_PN.T, strict=True):
