@@ -14,31 +14,38 @@ from absl import flags
 
 from jvitmoe import cli
 from jvitmoe import config as config_lib
-from jvitmoe.data import datasets, stream
-from jvitmoe.data.batches import eval_batches, put
-from jvitmoe.data.splits import Records, Split
 from jvitmoe.errors import UserError
-from jvitmoe.evaluation import mergeability, metrics, models
-from jvitmoe.experts import build, cost
-from jvitmoe.runs import arrays, files, plots, results, verify
-from jvitmoe.runs.checkpoints import Checkpoints, versions
+from jvitmoe.runs import files, results
 from jvitmoe.runs.console import console, warnings_as_lines
-from jvitmoe.runtime import compilation, devices
-from jvitmoe.training import state
 
 
 def main(argv: list[str]) -> None:
     """Runs the command. Raises UserError for a flag, a run folder or data that do not fit."""
     values = cli.parse(argv, _define_flags)
-    compilation.use_cache()
     workdir = cli.run_folder(values)
     if values.paths < 0:
         raise UserError(f"--paths is {values.paths}; it must be the number of random paths, 0 or more")
     if values.verify:
         _verify(workdir)
-        return
-    files.refuse_links(workdir)
+    else:
+        files.refuse_links(workdir)
+        _evaluate(values, workdir)
+
+
+def _evaluate(values: flags.FlagValues, workdir: Path) -> None:
+    # Not above: these import JAX and matplotlib, and --help need not wait for that.
+    from jvitmoe.data import datasets, stream
+    from jvitmoe.data.batches import eval_batches, put
+    from jvitmoe.data.splits import Records, Split
+    from jvitmoe.evaluation import mergeability, metrics, models
+    from jvitmoe.experts import build, cost
+    from jvitmoe.runs import arrays, plots
+    from jvitmoe.runs.checkpoints import Checkpoints, versions
+    from jvitmoe.runtime import compilation, devices
+    from jvitmoe.training import state
+
     began = time.monotonic()
+    compilation.use_cache()
     with warnings_as_lines():
         saved = Checkpoints(workdir / "checkpoints").read(values.checkpoint)
     config = config_lib.from_dict(saved.meta["config"])
@@ -87,6 +94,8 @@ def main(argv: list[str]) -> None:
 
 
 def _verify(workdir: Path) -> None:
+    from jvitmoe.runs import verify  # imports JAX
+
     checked = list(verify.verify(workdir))
     for name, _, finding in checked:
         console.print(f"{name:<16} {finding}")

@@ -16,16 +16,13 @@ from jvitmoe import cli
 from jvitmoe.data import images
 from jvitmoe.data.images import DataError
 from jvitmoe.errors import UserError, printable
-from jvitmoe.interop import classifier, contact_sheet
 from jvitmoe.runs import tables
 from jvitmoe.runs.console import console
-from jvitmoe.runtime import compilation
 
 
 def main(argv: list[str]) -> None:
     """Runs the command. Raises UserError for a flag or a model that does not fit."""
     values, arguments = cli.parse_with_arguments(argv, _define_flags)
-    compilation.use_cache()
     if not values.workdir:
         raise UserError(
             "--workdir is missing; give a run folder or an exported one, such as --workdir=runs/digits_random"
@@ -37,6 +34,11 @@ def main(argv: list[str]) -> None:
     out = Path(values.sheet) if values.sheet else None
     if out and (out.suffix.lower() != ".png" or not out.parent.is_dir()):
         raise UserError(f"--sheet is {values.sheet!r}; it must be a .png in a folder that exists")
+    # Not above: these import JAX and matplotlib, and --help need not wait for that.
+    from jvitmoe.interop import classifier, contact_sheet
+    from jvitmoe.runtime import compilation
+
+    compilation.use_cache()
     model = classifier.load(values.workdir, values.checkpoint)
     paths, unreadable = images.find(arguments)
     pixels: list[tuple[Path, np.ndarray]] = []

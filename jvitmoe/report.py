@@ -21,7 +21,7 @@ from jvitmoe import config as config_lib
 from jvitmoe.config import Config
 from jvitmoe.data import datasets
 from jvitmoe.errors import UserError, one_line
-from jvitmoe.runs import files, plots, results, tables
+from jvitmoe.runs import files, results, tables
 from jvitmoe.runs.console import console
 
 NOTE = (
@@ -60,6 +60,8 @@ def main(argv: list[str]) -> None:
     groups = in_order(group_runs(runs, groups))
     if not groups:
         raise UserError("no run folder was given; name one or more, such as runs/digits_dense runs/digits_random")
+    from jvitmoe.runs import plots  # not above: it imports matplotlib, and --help need not wait for that
+
     rows = [row for name, group in groups.items() for row in group_rows(name, group)]
     overview = [overview_row(name, group) for name, group in groups.items()]
     out.mkdir(parents=True, exist_ok=True)

@@ -7,56 +7,28 @@ A run may use several processes, connected by --distributed or --coordinator. Pr
 one process stops all after the same step, and a failure of one ends all.
 """
 
-import contextlib
 from pathlib import Path
 
-import jax
 from absl import flags
 
 from jvitmoe import cli
-from jvitmoe.config import Config
-from jvitmoe.errors import UserError
-from jvitmoe.experts import build
-from jvitmoe.runs import checkpoints
-from jvitmoe.runs.console import console
-from jvitmoe.runs.folder import check_folder
-from jvitmoe.runtime import compilation, processes
-from jvitmoe.runtime.signals import Stop
-from jvitmoe.training.loop import train
+from jvitmoe.runtime import rendezvous
 
 
 def main(argv: list[str]) -> None:
     """Trains to the end, tests, and writes result.json and report.md in the run folder."""
     values = cli.parse(argv, _define_flags, config=True)
-    compilation.use_cache()
-    processes.join(values, checkpoints.versions)
-    console.quiet = not processes.first()
+    config = cli.experiment(values)
     workdir = Path(values.workdir or Path("runs") / Path(cli.config_path(argv)).stem)
+    from jvitmoe.training.launch import launch  # not above: it imports JAX, and --help need not wait for that
 
-    def prepare() -> Config:
-        config = cli.experiment(values)
-        build.find_router(config)  # raises ConfigError before any data are read
-        check_folder(workdir, config)
-        return config
-
-    with contextlib.ExitStack() as cleanup:
-        stop = cleanup.enter_context(Stop())
-        config = processes.together(prepare, f"{workdir} {values.config}")
-        try:
-            train(config, workdir, stop, cleanup)
-        except jax.errors.JaxRuntimeError as error:
-            if "RESOURCE_EXHAUSTED" not in str(error):
-                raise
-            raise UserError(
-                f"the memory of a device is too small ({str(error).splitlines()[0][:200]}); "
-                "set a smaller --config.train.batch_size or a larger --config.train.accumulate"
-            ) from error
+    launch(values, config, workdir)
 
 
 def _define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_string("workdir", "", "Run folder; by default runs/<name of the config file>.", flag_values=values)
-    processes.define_flags(values)
+    rendezvous.define_flags(values)
 
 
 if __name__ == "__main__":
-    cli.run(lambda argv: processes.guard(lambda: main(argv)))
+    cli.run(main)

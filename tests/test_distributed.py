@@ -17,7 +17,8 @@ import pytest
 import processes
 from jvitmoe import cli, train
 from jvitmoe.errors import UserError
-from jvitmoe.runtime.processes import define_flags, join
+from jvitmoe.runtime.processes import join
+from jvitmoe.runtime.rendezvous import define_flags
 
 EXPERIMENT = """
 from jvitmoe.config import Config, DataConfig, ModelConfig, OptimConfig, RoutingConfig, TrainConfig
