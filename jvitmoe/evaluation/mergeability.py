@@ -139,7 +139,7 @@ def barrier(params: Any, losses: Callable[[Any], Sequence[float]]) -> dict[str, 
         losses: stacked tree -> loss of each of its expert paths.
 
     Returns:
-        share: [S], part of the line that is behind the point: 0 is the expert, 1 the merged model.
+        share: [S], distance from the expert relative to the whole line: 0 is the expert, 1 the merged model.
         losses: [E][S], nats.
         height: highest loss on a line minus the loss of its expert, averaged over experts; 0 is no barrier
             (Frankle et al., arXiv 1912.05671, but to the mean instead of to another model).

@@ -33,7 +33,7 @@ class CheckpointWriter(Checkpoints):
 
     Args:
         directory: made if absent.
-        keep: newest sound checkpoints kept; the sound one of least validation NLL is kept besides.
+        keep: newest sound checkpoints kept; the sound one of least validation NLL is kept too.
 
     Raises CheckpointError where the folder cannot be made or listed.
     """

@@ -140,8 +140,8 @@ class Checkpoints:
         """
         wanted, steps = items(abstract), self.steps()
 
-        def placed(found: dict[str, Arrays]) -> dict[str, Any]:
-            return {name: arrays.to_devices(found.pop(name, {}), tree) for name, tree in wanted.items()}
+        def placed(trees: dict[str, Arrays]) -> dict[str, Any]:
+            return {name: arrays.to_devices(trees.pop(name, {}), tree) for name, tree in wanted.items()}
 
         for step in reversed(steps):
             trees = self._read_and_check(step, wanted, placed)
@@ -166,8 +166,8 @@ class Checkpoints:
         returns what `use` makes of the items."""
         result: Any = {}
         try:
-            found, meta = self._read(step, names)
-            result, self._checked[step] = use(found), meta
+            trees, meta = self._read(step, names)
+            result, self._checked[step] = use(trees), meta
         except Exception as error:  # damage raises errors of any type
             self._checked[step] = one_line(error)
         sound_P = multihost_utils.process_allgather(np.array(isinstance(self._checked[step], dict)))

@@ -207,7 +207,7 @@ def throughput(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
 
 
 def _seeds(counts: Mapping[str, int]) -> tuple[dict[str, str], str]:
-    """Returns the label of each group and the name of the statistics, "" for one seed. One of them tells n."""
+    """Returns the label of each group and the name of the statistics, "" for one seed. One of them holds n."""
     one, *more = sorted(set(counts.values()))
     labels = {name: f"{name} (n = {n})" if more else name for name, n in counts.items()}
     return labels, f"mean ± sample deviation over {'n' if more else one} seeds" if more or one > 1 else ""

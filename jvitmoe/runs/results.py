@@ -26,7 +26,7 @@ LAYER_COLUMNS = {"spread": "spread", "cosine": "cosine", "closest pair": "differ
 
 def read_result(workdir: Path) -> dict[str, Any]:
     """Returns the run's result.json; {} if there is none. Raises UserError where it is damaged."""
-    path, remedy = workdir / RESULT, "delete it and write it anew with jvitmoe.evaluate"
+    path, remedy = workdir / RESULT, "delete it and run jvitmoe.evaluate"
     result = read_json(path, RESULT_FORM, "a result", remedy) or {}
     rest = {name: value for name, value in result.items() if name != "checksum"}
     if result.get("checksum") not in (None, checksum(rest)):
