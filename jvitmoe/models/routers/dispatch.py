@@ -1,9 +1,9 @@
-"""What all routers share: the base class, slots of experts, statistics.
+"""The base class of routers, slots of experts, statistics.
 
-Every image is a routing group of its own: capacity, sorting and softmax over tokens stay within the image, so results
-do not depend on how the batch is spread over devices.
+Every image is routed alone: capacity, sorting and softmax over tokens do not cross images, so results do not depend on
+the number of devices.
 
-B batch · T tokens of an image · D width · E experts · K experts of a token · C slots of an expert for one image
+B batch · T tokens · D width · E experts · K experts of a token · C slots of an expert for one image
 A = K T choices of an image · L layers
 """
 
@@ -20,21 +20,21 @@ from jvitmoe.models.layers import torch_uniform
 
 @dataclasses.dataclass(frozen=True)
 class RouterSettings:
-    """Which router, and how many tokens an expert takes."""
+    """Which router, and how many tokens an expert takes: C = ceil(capacity K T / E), at most T (`slots_per_expert`)."""
 
     kind: str = "switch"  # a key of ROUTERS
     top_k: int = 2  # K of topk and frozen, at most E
-    capacity: float = 1.25  # C = ceil(capacity K T / E), at most T: switch, topk, frozen; expert_choice with K = 1
-    eval_capacity: float = 2.0  # the same at evaluation, not for expert_choice; from E / K on no token is dropped
+    capacity: float = 1.25  # of switch, topk and frozen; of expert_choice with K = 1
+    eval_capacity: float = 2.0  # the same in evaluation, not for expert_choice; from E / K on no token is dropped
 
 
 class Statistics(NamedTuple):
-    """What a router did, float32, per layer. Each is a mean over tokens, so a mean over devices is exact."""
+    """What a router did, float32, per layer. Each value is a mean over tokens, so a mean over devices is exact."""
 
-    load_E: jax.Array  # share of all choices that fell on each expert, before drops; no gradient
+    load_E: jax.Array  # share of all choices that each expert has, before drops; no gradient
     probability_E: jax.Array  # mean router probability, without noise
     smooth_load_E: jax.Array  # topk: mean probability that new noise puts the expert in the top K; else load_E
-    dropped: jax.Array  # share of choices that found no slot; expert_choice: of tokens that no expert took
+    dropped: jax.Array  # share of choices without a slot; expert_choice: share of tokens that no expert took
     entropy: jax.Array  # mean entropy of the router probabilities, nats
     z: jax.Array  # mean of logsumexp(logits)^2
 
@@ -74,36 +74,33 @@ class Mixtures(NamedTuple):
 
 
 class Router(nn.Module):
-    """Base class of routers. A subclass defines `route`; its parameters appear as "router" beside those of the MLP.
-
-    `logits` gives a router a linear layer: kernel [D, E] and bias [E], float32, initialised as PyTorch's Linear.
-    """
+    """Base class of routers. A subclass defines `route`; its parameters are "router" beside those of the MLP."""
 
     experts: int
     settings: RouterSettings
-    top_k: jax.Array | None = None  # K of this step where it grows (frozen); None is settings.top_k
+    top_k: jax.Array | None = None  # K of this step if it grows (frozen); None is settings.top_k
 
-    uses_top_k: ClassVar[bool] = False  # whether it reads settings.top_k
-    is_trained: ClassVar[bool] = True  # False: its parameters stay as they were drawn
+    uses_top_k: ClassVar[bool] = False  # True if it reads settings.top_k
+    is_trained: ClassVar[bool] = True  # False if its parameters keep their initial values
 
     def route(self, x_BTD: jax.Array, key_B: jax.Array | None) -> tuple[Slots | Mixtures, Statistics]:
         """Returns the slots of all experts, and Statistics.
 
         Args:
             x_BTD: float32 tokens.
-            key_B: one key per image, for noise. None is evaluation: deterministic, with eval_capacity.
+            key_B: one key per image, for noise; None is evaluation: deterministic, with eval_capacity.
         """
         raise NotImplementedError
 
     @staticmethod
     def loss(statistics: Statistics) -> jax.Array:
-        """Returns the balance loss, a scalar: the mean over layers of statistics [L, ...]. 0 where a router is balanced
-        by construction."""
+        """Returns the balance loss of statistics [L, ...], a scalar: the mean over layers; 0 for a router that is
+        balanced by construction."""
         return jnp.zeros(())
 
     @staticmethod
     def active_experts(top_k: int, experts: int) -> int:
-        """Returns the number of experts that a token passes through at evaluation (on average, if it varies)."""
+        """Returns the number of experts that a token passes through in evaluation (on average, if it varies)."""
         return 1
 
     @staticmethod
@@ -112,14 +109,15 @@ class Router(nn.Module):
         return None
 
     def logits(self, x_BTD: jax.Array) -> jax.Array:
-        """Returns logits_BTE of the linear layer; without a gradient to its parameters if these are not trained."""
+        """Returns logits_BTE of a linear layer, kernel [D, E] and bias [E], float32, initialised as PyTorch's Linear.
+        Its parameters get no gradient if they are not trained."""
         width = x_BTD.shape[-1]
         init = torch_uniform(width)
         kernel_DE = self.param("kernel", init, (width, self.experts))
         bias_E = self.param("bias", init, (self.experts,))
         if not self.is_trained:
             kernel_DE, bias_E = jax.lax.stop_gradient((kernel_DE, bias_E))
-        # The highest precision, because a GPU (TF32) or TPU rounds the inputs of float32 products.
+        # A GPU (TF32) or TPU would round the inputs of float32 products.
         return jnp.matmul(x_BTD, kernel_DE, precision="highest") + bias_E[None, None]
 
     def capacity(self, tokens: int, key_B: jax.Array | None, top_k: int = 1) -> int:
@@ -130,7 +128,7 @@ class Router(nn.Module):
 
 def slots_per_expert(factor: float, tokens: int, experts: int) -> int:
     """Returns C = ceil(factor T / E), at most T: no expert gets a token twice."""
-    return min(math.ceil(round(factor * tokens / experts, 6)), tokens)  # rounded first: 1.1 * 10 is more than 11
+    return min(math.ceil(round(factor * tokens / experts, 6)), tokens)  # rounded first: 1.1 * 10 > 11 in floats
 
 
 def fill_slots(
@@ -142,11 +140,11 @@ def fill_slots(
     limit: jax.Array | None = None,
     chosen: jax.Array | None = None,
 ) -> tuple[Slots, jax.Array, jax.Array]:
-    """Returns (slots, load_E, dropped) where tokens choose experts and each expert has `count` slots per image.
+    """Returns (slots, load_E, dropped) if tokens choose experts and each expert has `count` slots per image.
 
     Slots go to first choices, then to second ones; among these to tokens of high priority, then of low index. An
-    expert fills at most `limit` of its slots. A token makes `chosen` choices, the first ones; the others are E, which
-    is no expert. By default these are `count` and K.
+    expert fills at most `limit` of its slots (None: all). A token makes its first `chosen` choices (None: all K); the
+    others must be E, which is no expert.
     """
     _, tokens, ranks = choice_BTK.shape
     most = count if limit is None else limit
@@ -157,7 +155,7 @@ def fill_slots(
         order_T = jnp.arange(tokens) if priority_T is None else jnp.argsort(-priority_T)
         token_A = jnp.tile(order_T, ranks)
         choice_A, weight_A = (x_TK[order_T].T.reshape(-1) for x_TK in (choice_TK, weight_TK))
-        by_expert_A = jnp.argsort(choice_A)  # stable: in the order of precedence within an expert
+        by_expert_A = jnp.argsort(choice_A)  # stable: keeps the order of precedence within an expert
         count_E = (choice_A[:, None] == jnp.arange(experts)[None]).sum(0)
         start_E = jnp.cumsum(count_E) - count_E
         slot_C = jnp.arange(count)
@@ -179,7 +177,11 @@ def statistics(
     """Returns Statistics of these logits; smooth_load_E is load_E unless given."""
     probability_BTE = jax.nn.softmax(logits_BTE)
     normaliser_BT = jax.nn.logsumexp(logits_BTE, axis=-1)
-    entropy_BT = normaliser_BT - (probability_BTE * logits_BTE).sum(-1)
-    smooth_load_E = load_E if smooth_load_E is None else smooth_load_E
-    z = jnp.square(normaliser_BT).mean()
-    return Statistics(load_E, probability_BTE.mean((0, 1)), smooth_load_E, dropped, entropy_BT.mean(), z)
+    return Statistics(
+        load_E=load_E,
+        probability_E=probability_BTE.mean((0, 1)),
+        smooth_load_E=load_E if smooth_load_E is None else smooth_load_E,
+        dropped=dropped,
+        entropy=(normaliser_BT - (probability_BTE * logits_BTE).sum(-1)).mean(),
+        z=jnp.square(normaliser_BT).mean(),
+    )

@@ -8,12 +8,12 @@ from jvitmoe.models.routers.dispatch import Router, Slots, Statistics
 
 
 class Hash(Router):
-    """The position in the image fixes the expert, in all layers the same; an expert has T/E positions, rounded up or
+    """The position in the image fixes the expert, the same in all layers; an expert has T/E positions, rounded up or
     down. A token gets f(x). There are no parameters. Source: arXiv 2106.04426."""
 
     def route(self, x_BTD: jax.Array, key_B: jax.Array | None) -> tuple[Slots, Statistics]:
         batch, tokens, _ = x_BTD.shape
-        # Multiplying by an odd number permutes 32-bit numbers; positions in their new order go to experts in turn.
+        # Multiplication by an odd number permutes 32-bit numbers; in the new order, positions go to experts in turn.
         hash_T = np.arange(tokens, dtype=np.uint32) * np.uint32(2654435761)
         count = -(-tokens // self.experts)
         token_CE = np.append(np.argsort(hash_T), np.arange(tokens, count * self.experts)).reshape(count, -1)

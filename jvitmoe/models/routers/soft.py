@@ -1,4 +1,4 @@
-"""Soft MoE: slots hold means of tokens."""
+"""Soft MoE: slots hold means of tokens. C slots of an expert."""
 
 import flax.linen as nn
 import jax
