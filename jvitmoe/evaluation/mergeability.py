@@ -14,7 +14,7 @@ from jvitmoe.data import augment
 from jvitmoe.data.batches import Batches, Images
 from jvitmoe.data.splits import S
 from jvitmoe.experts import merge, slices
-from jvitmoe.models import mlp, vit
+from jvitmoe.models import layers, mlp, vit
 
 SHARES = tuple(i / 8 for i in range(9))
 IMAGES = 1000  # at most: what the layer gap and the losses are measured on
@@ -95,17 +95,41 @@ def layer_gap(
     return (sums_L2[:, 0] / np.maximum(sums_L2[:, 1], TINY)).tolist()
 
 
-def mlp_inputs(dense: vit.ViT, params: Any, images_BHWc: jax.Array) -> jax.Array:
-    """Returns x_LBTD that the MLP of each layer of a dense model is given: the output of the norm before it."""
-    norm = "norm2" if dense.config.norm == "pre" else "norm1"
-    _, sown = dense.apply(
-        {"params": params},
-        images_BHWc,
-        capture_intermediates=lambda module, _: module.name == norm,
-        mutable=["intermediates"],
+def mlp_inputs(dense: vit.ViT, params: Any, images_BHWc: jax.Array) -> list[jax.Array]:
+    """Returns x_BTD that the MLP of each layer of a dense model is given: the output of the norm before it."""
+    config = dense.config
+    kept: Any
+    _, kept = dense.apply(
+        {"params": params}, images_BHWc, capture_intermediates=_named("patches"), mutable=["intermediates"]
     )
-    x_LBTD: jax.Array = sown["intermediates"]["blocks"][norm]["__call__"][0]
-    return x_LBTD
+    (x_BTD,) = kept["intermediates"]["patches"]["__call__"]
+    tokens = x_BTD.shape[1]
+    positions_TD = (
+        params["positions"][:tokens]
+        if config.positions == "learned"
+        else jnp.asarray(layers.sincos2d(config.image_size // config.patch, config.width))
+    )
+    x_BTD = x_BTD + positions_TD[None]
+    if config.pool == "cls":
+        cls_D = params["cls"] + params["cls_position"] if config.cls_position else params["cls"]
+        x_BTD = jnp.concatenate([jnp.broadcast_to(cls_D, (len(x_BTD), 1, config.width)), x_BTD], axis=1)
+    block = vit.Block(config, dense.experts, dense.expert_init, dense.shared_layer, dense.dtype)
+    norm, inputs = "norm2" if config.norm == "pre" else "norm1", []
+    for layer in range(config.depth):
+        (x_BTD, _), kept = block.apply(
+            {"params": jax.tree.map(lambda leaf: leaf[layer], params["blocks"])},  # noqa: B023
+            x_BTD,
+            (jnp.int32(layer), None),
+            None,
+            capture_intermediates=_named(norm),
+            mutable=["intermediates"],
+        )
+        inputs.append(kept["intermediates"][norm]["__call__"][0])
+    return inputs
+
+
+def _named(name: str) -> Callable[[Any, str], bool]:
+    return lambda module, _: module.name == name
 
 
 def _mlp(params: Any, layer: int, x_BTD: jax.Array) -> jax.Array:
