@@ -1,6 +1,6 @@
 """Expert-stacked trees: which leaves are stacked, and slices of them: split and join, take and put.
 
-L layers · E experts · P experts taken per layer
+L layers · E experts · P paths: experts taken per layer
 """
 
 from typing import Any

@@ -1,7 +1,7 @@
 """Reads dense ViTs as our dense tree: run folders, exports, safetensors of timm and Hugging Face, and .npz of
 google-research. Nothing here unpickles.
 
-T patches of an image · D width · P side of a patch · c colour channels
+T patches of an image · D width · J side of a patch · c colour channels
 """
 
 import dataclasses
@@ -60,7 +60,7 @@ def read(
 
     Args:
         path: folder or file; the config.json beside a .safetensors is read too.
-        heads: H, for files that do not have it.
+        heads: number of attention heads, for files that do not have it.
         checkpoint: of a run folder: latest, best or a step.
         mean: of pixels, one or one per channel, for files of other libraries; () is that of their config, or 0.5.
         std: their standard deviation, likewise.
@@ -158,16 +158,16 @@ def resize_positions(table_TD: np.ndarray, grid: int) -> np.ndarray:
     return np.asarray(resized).reshape(grid * grid, width)
 
 
-def resize_patches(kernel_PPcD: np.ndarray, patch: int) -> np.ndarray:
+def resize_patches(kernel_JJcD: np.ndarray, patch: int) -> np.ndarray:
     """Returns kernels for patches of another side, [patch, patch, c, D]. On enlarged images they compute what the given
     kernels compute on the images before enlarging (FlexiViT, arXiv 2212.08013, eq. 4)."""
-    side, _, channels, width = kernel_PPcD.shape
+    side, _, channels, width = kernel_JJcD.shape
     if side == patch:
-        return kernel_PPcD
+        return kernel_JJcD
     basis = np.eye(side * side, dtype=np.float32).reshape(side, side, -1)
     resize = np.asarray(jax.image.resize(basis, (patch, patch, side * side), "cubic", antialias=True))
     inverse = np.linalg.pinv(resize.reshape(patch * patch, side * side).T)
-    resized = inverse.astype(np.float32).reshape(patch * patch, side * side) @ kernel_PPcD.reshape(side * side, -1)
+    resized = inverse.astype(np.float32).reshape(patch * patch, side * side) @ kernel_JJcD.reshape(side * side, -1)
     return resized.reshape(patch, patch, channels, width)
 
 
@@ -314,8 +314,8 @@ def _shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
 def _fold_pixels(flat: Dict, mean: Any, std: Any, notes: list[str]) -> None:
     """Changes the patches from pixels (x - mean) / std, with x in [0, 1], to pixels in [-1, 1]; exact, because patches
     see no padding."""
-    kernel_PPcD = flat["patches.kernel"]
-    channels = kernel_PPcD.shape[2]
+    kernel_JJcD = flat["patches.kernel"]
+    channels = kernel_JJcD.shape[2]
     try:
         mean_c, std_c = (np.broadcast_to(np.asarray(value, np.float32), (channels,)) for value in (mean, std))
     except (ValueError, TypeError):
@@ -327,6 +327,6 @@ def _fold_pixels(flat: Dict, mean: Any, std: Any, notes: list[str]) -> None:
         )
     if np.any(mean_c != 0.5) or np.any(std_c != 0.5):
         offset_c = (0.5 - mean_c) / std_c
-        flat["patches.bias"] = flat["patches.bias"] + np.einsum("pqcd,c->d", kernel_PPcD, offset_c)
-        flat["patches.kernel"] = kernel_PPcD / (2 * std_c)[None, None, :, None]
+        flat["patches.bias"] = flat["patches.bias"] + np.einsum("pqcd,c->d", kernel_JJcD, offset_c)
+        flat["patches.kernel"] = kernel_JJcD / (2 * std_c)[None, None, :, None]
         notes.append("folded its mean and deviation of pixels into the kernel of patches: ours take [-1, 1]")

@@ -1,7 +1,7 @@
 """Layers of a ViT: linear, patches, attention, head, dropout, GELU.
 
-B batch · T tokens · D width · H heads · K width of a head · I, O inputs and outputs of a linear layer
-P side of a patch · C classes · c colour channels
+B batch · T tokens · D width · G heads · V width of a head · I, O inputs and outputs of a linear layer
+J side of a patch · C classes · c colour channels
 """
 
 import math
@@ -126,7 +126,7 @@ def sincos2d(grid: int, width: int) -> np.ndarray:
 
 
 class PatchEmbedding(nn.Module):
-    """images_BHWc -> tokens_BTD: a P x P convolution of stride P, computed as one matrix product."""
+    """images_BHWc -> tokens_BTD: a J x J convolution of stride J, computed as one matrix product."""
 
     patch: int
     width: int
@@ -137,15 +137,15 @@ class PatchEmbedding(nn.Module):
         b, side, _, c = images_BHWc.shape
         p, grid = self.patch, side // self.patch
         init = torch_uniform(p * p * c)
-        kernel_PPcD = self.param("kernel", init, (p, p, c, self.width))
+        kernel_JJcD = self.param("kernel", init, (p, p, c, self.width))
         bias_D = self.param("bias", init, (self.width,))
         patches = images_BHWc.reshape(b, grid, p, grid, p, c).transpose(0, 1, 3, 2, 4, 5)
         patches_BTI = patches.reshape(b, grid * grid, p * p * c)
-        return linear(patches_BTI, (kernel_PPcD.reshape(-1, self.width), bias_D), self.dtype)
+        return linear(patches_BTI, (kernel_JJcD.reshape(-1, self.width), bias_D), self.dtype)
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention with biases; kernels query, key, value [D, H, K] and out [H, K, D].
+    """Multi-head self-attention with biases; kernels query, key, value [D, G, V] and out [G, V, D].
 
     cuDNN's fused attention has no dropout after the weights, so training with dropout uses XLA's.
     """
@@ -162,20 +162,20 @@ class Attention(nn.Module):
         layers = [Linear((width,), heads, name=name)() for name in ("query", "key", "value")]
         kernel_DO, bias_O = (jnp.concatenate(weights, axis=-1) for weights in zip(*layers, strict=True))
         qkv_BTO = linear(x_BTD, (kernel_DO, bias_O), self.dtype)  # one product instead of three
-        query_BTHK, key_BTHK, value_BTHK = (x.reshape(b, t, *heads) for x in jnp.split(qkv_BTO, 3, axis=-1))
+        query_BTGV, key_BTGV, value_BTGV = (x.reshape(b, t, *heads) for x in jnp.split(qkv_BTO, 3, axis=-1))
         if self.implementation == "cudnn" and (key_B is None or self.dropout == 0):
-            mixed_BTHK = jax.nn.dot_product_attention(query_BTHK, key_BTHK, value_BTHK, implementation="cudnn")
+            mixed_BTGV = jax.nn.dot_product_attention(query_BTGV, key_BTGV, value_BTGV, implementation="cudnn")
         else:
-            scores_BHTT = jnp.einsum("bqhk,bthk->bhqt", query_BTHK * heads[1] ** -0.5, key_BTHK)
-            weights_BHTT = dropout(_softmax(scores_BHTT), key_B, site=1, rate=self.dropout)
-            mixed_BTHK = jnp.einsum("bhqt,bthk->bqhk", weights_BHTT, value_BTHK)
-        return linear(mixed_BTHK.reshape(b, t, width), Linear(heads, (width,), name="out")(), self.dtype)
+            scores_BGTT = jnp.einsum("bqhk,bthk->bhqt", query_BTGV * heads[1] ** -0.5, key_BTGV)
+            weights_BGTT = dropout(_softmax(scores_BGTT), key_B, site=1, rate=self.dropout)
+            mixed_BTGV = jnp.einsum("bhqt,bthk->bqhk", weights_BGTT, value_BTGV)
+        return linear(mixed_BTGV.reshape(b, t, width), Linear(heads, (width,), name="out")(), self.dtype)
 
 
 @recomputed
-def _softmax(scores_BHTT: jax.Array) -> jax.Array:
+def _softmax(scores_BGTT: jax.Array) -> jax.Array:
     # In float32: bfloat16 has too few bits for a sum of exponentials.
-    return jax.nn.softmax(scores_BHTT.astype(jnp.float32)).astype(scores_BHTT.dtype)
+    return jax.nn.softmax(scores_BGTT.astype(jnp.float32)).astype(scores_BGTT.dtype)
 
 
 LayerNorm = nn.remat(nn.LayerNorm, prevent_cse=False)  # as `recomputed`

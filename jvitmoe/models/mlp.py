@@ -1,6 +1,6 @@
 """The two-layer MLP of a block: dense, or a stack of experts that a route or a router selects from.
 
-B batch · T tokens · D width · F hidden width · E experts · C slots of an expert for one image
+B batch · T tokens · D width · F hidden width · E experts · Q slots of an expert for one image
 R rank of LoRA, or hidden units of an adapter
 """
 
@@ -117,10 +117,10 @@ class RoutedMlp(Mlp):
     """The MLP of a block with a router instead of a route. Parameters: those of `Mlp`, and the router's as "router".
     Sows `Statistics` as "routing" in the collection "statistics". A token in no slot gets 0.
 
-    Cost per image (dense: 4 T D F FLOPs): the experts compute E C / T times the dense FLOPs, which is K times the
+    Cost per image (dense: 4 T D F FLOPs): the experts compute E Q / T times the dense FLOPs, which is K times the
     capacity, full or not (1 for soft and hash if E divides T). The router adds 2 T D E. Tokens move to slots and back
-    by index: 2 E C D numbers written and read, and no array has T E C entries. Soft instead multiplies by T x E C
-    matrices: 6 T E C D FLOPs, about 6 T^2 D. The weights read are E times the dense model's.
+    by index: 2 E Q D numbers written and read, and no array has T E Q entries. Soft instead multiplies by T x E Q
+    matrices: 6 T E Q D FLOPs, about 6 T^2 D. The weights read are E times the dense model's.
 
     Router, softmax and statistics are computed in float32, all else in the compute dtype.
     """

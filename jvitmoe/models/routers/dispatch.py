@@ -3,7 +3,7 @@
 Every image is routed alone: capacity, sorting and softmax over tokens do not cross images, so results do not depend on
 the number of devices.
 
-B batch · T tokens · D width · E experts · K experts of a token · C slots of an expert for one image
+B batch · T tokens · D width · E experts · K experts of a token · Q slots of an expert for one image
 A = K T choices of an image · L layers
 """
 
@@ -20,7 +20,7 @@ from jvitmoe.models.layers import torch_uniform
 
 @dataclasses.dataclass(frozen=True)
 class RouterSettings:
-    """Which router, and how many tokens an expert takes: C = ceil(capacity K T / E), at most T (`slots_per_expert`)."""
+    """Which router, and how many tokens an expert takes: Q = ceil(capacity K T / E), at most T (`slots_per_expert`)."""
 
     kind: str = "switch"  # a key of ROUTERS
     top_k: int = 2  # K of topk and frozen, at most E
@@ -42,35 +42,35 @@ class Statistics(NamedTuple):
 class Slots(NamedTuple):
     """The token in each slot. Empty slots hold distinct indices >= T: gather gives zero there, scatter ignores them."""
 
-    token_EBC: jax.Array
-    weight_EBC: jax.Array  # float32, multiplies the expert's output
+    token_EBQ: jax.Array
+    weight_EBQ: jax.Array  # float32, multiplies the expert's output
     once: bool  # no token is in two slots
 
     def gather(self, x_BTD: jax.Array) -> jax.Array:
-        """Returns the inputs of the experts, x_EBCD."""
+        """Returns the inputs of the experts, x_EBQD."""
         return x_BTD.at[self._index].get(mode="fill", fill_value=0, unique_indices=self.once)
 
-    def scatter(self, y_EBCD: jax.Array, x_BTD: jax.Array) -> jax.Array:
+    def scatter(self, y_EBQD: jax.Array, x_BTD: jax.Array) -> jax.Array:
         """Returns y_BTD like x_BTD: for each token the weighted sum over its slots, 0 for a token in none."""
-        weighted_EBCD = y_EBCD * self.weight_EBC[..., None].astype(y_EBCD.dtype)
-        return jnp.zeros_like(x_BTD).at[self._index].add(weighted_EBCD, mode="drop", unique_indices=self.once)
+        weighted_EBQD = y_EBQD * self.weight_EBQ[..., None].astype(y_EBQD.dtype)
+        return jnp.zeros_like(x_BTD).at[self._index].add(weighted_EBQD, mode="drop", unique_indices=self.once)
 
     @property
     def _index(self) -> tuple[jax.Array, jax.Array]:
-        return jnp.arange(self.token_EBC.shape[1])[None, :, None], self.token_EBC
+        return jnp.arange(self.token_EBQ.shape[1])[None, :, None], self.token_EBQ
 
 
 class Mixtures(NamedTuple):
     """Slots that hold weighted means of tokens (soft)."""
 
-    dispatch_BTEC: jax.Array  # float32, weight of the token in the slot
-    combine_BTEC: jax.Array  # float32, weight of the slot's output in the token
+    dispatch_BTEQ: jax.Array  # float32, weight of the token in the slot
+    combine_BTEQ: jax.Array  # float32, weight of the slot's output in the token
 
     def gather(self, x_BTD: jax.Array) -> jax.Array:
-        return jnp.einsum("btec,btd->ebcd", self.dispatch_BTEC.astype(x_BTD.dtype), x_BTD)
+        return jnp.einsum("bteq,btd->ebqd", self.dispatch_BTEQ.astype(x_BTD.dtype), x_BTD)
 
-    def scatter(self, y_EBCD: jax.Array, x_BTD: jax.Array) -> jax.Array:
-        return jnp.einsum("btec,ebcd->btd", self.combine_BTEC.astype(x_BTD.dtype), y_EBCD)
+    def scatter(self, y_EBQD: jax.Array, x_BTD: jax.Array) -> jax.Array:
+        return jnp.einsum("bteq,ebqd->btd", self.combine_BTEQ.astype(x_BTD.dtype), y_EBQD)
 
 
 class Router(nn.Module):
@@ -121,13 +121,13 @@ class Router(nn.Module):
         return jnp.matmul(x_BTD, kernel_DE, precision="highest") + bias_E[None, None]
 
     def capacity(self, tokens: int, key_B: jax.Array | None, top_k: int = 1) -> int:
-        """Returns C where each token makes `top_k` choices."""
+        """Returns Q where each token makes `top_k` choices."""
         factor = self.settings.eval_capacity if key_B is None else self.settings.capacity
         return slots_per_expert(factor * top_k, tokens, self.experts)
 
 
 def slots_per_expert(factor: float, tokens: int, experts: int) -> int:
-    """Returns C = ceil(factor T / E), at most T: no expert gets a token twice."""
+    """Returns Q = ceil(factor T / E), at most T: no expert gets a token twice."""
     return min(math.ceil(round(factor * tokens / experts, 6)), tokens)  # rounded first: 1.1 * 10 > 11 in floats
 
 
@@ -149,7 +149,7 @@ def fill_slots(
     _, tokens, ranks = choice_BTK.shape
     most = count if limit is None else limit
     choices = tokens * (ranks if chosen is None else chosen)
-    empty_EC = tokens + jnp.arange(experts * count).reshape(experts, count)
+    empty_EQ = tokens + jnp.arange(experts * count).reshape(experts, count)
 
     def one_image(choice_TK: jax.Array, weight_TK: jax.Array, priority_T: jax.Array | None) -> tuple[jax.Array, ...]:
         order_T = jnp.arange(tokens) if priority_T is None else jnp.argsort(-priority_T)
@@ -158,14 +158,14 @@ def fill_slots(
         by_expert_A = jnp.argsort(choice_A)  # stable: keeps the order of precedence within an expert
         count_E = (choice_A[:, None] == jnp.arange(experts)[None]).sum(0)
         start_E = jnp.cumsum(count_E) - count_E
-        slot_C = jnp.arange(count)
-        full_EC = slot_C[None] < jnp.minimum(count_E, most)[:, None]
-        choice_EC = by_expert_A[jnp.where(full_EC, start_E[:, None] + slot_C[None], 0)]
-        token_EC = jnp.where(full_EC, token_A[choice_EC], empty_EC)
-        return token_EC, jnp.where(full_EC, weight_A[choice_EC], 0.0), count_E
+        slot_Q = jnp.arange(count)
+        full_EQ = slot_Q[None] < jnp.minimum(count_E, most)[:, None]
+        choice_EQ = by_expert_A[jnp.where(full_EQ, start_E[:, None] + slot_Q[None], 0)]
+        token_EQ = jnp.where(full_EQ, token_A[choice_EQ], empty_EQ)
+        return token_EQ, jnp.where(full_EQ, weight_A[choice_EQ], 0.0), count_E
 
-    token_BEC, weight_BEC, count_BE = jax.vmap(one_image)(choice_BTK, weight_BTK, priority_BT)
-    slots = Slots(token_BEC.swapaxes(0, 1), weight_BEC.swapaxes(0, 1), once=ranks == 1)
+    token_BEQ, weight_BEQ, count_BE = jax.vmap(one_image)(choice_BTK, weight_BTK, priority_BT)
+    slots = Slots(token_BEQ.swapaxes(0, 1), weight_BEQ.swapaxes(0, 1), once=ranks == 1)
     load_E = count_BE.mean(0) / choices
     dropped = jnp.maximum(count_BE - most, 0).sum(1).mean() / choices
     return slots, load_E, dropped

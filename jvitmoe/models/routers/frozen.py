@@ -10,8 +10,8 @@ from jvitmoe.models.routers.dispatch import Router, Slots, Statistics, fill_slot
 
 class Frozen(Router):
     """A token goes to its K experts of highest logit and gets the sum of p f(x), p the softmax over these K. K grows to
-    E in training (`top_k_at`) and is E in evaluation. An expert takes at most C tokens, first choices before second
-    ones. Shapes are fixed, so every training step has the C slots of K = E; with a smaller K some stay empty.
+    E in training (`top_k_at`) and is E in evaluation. An expert takes at most Q tokens, first choices before second
+    ones. Shapes are fixed, so every training step has the Q slots of K = E; with a smaller K some stay empty.
     Source: SMoE-Dropout, arXiv 2303.01610."""
 
     uses_top_k = True

@@ -11,7 +11,7 @@ NOISE = 4  # site of its random draws (EXPERT_DROPOUT in mlp.py lists the others
 
 class TopK(Router):
     """A token goes to its K experts of highest probability p and gets the sum of p f(x), not renormalised. In training
-    N(0, 1/E^2) is added to logits. An expert takes at most C tokens: first choices before second ones, and among these
+    N(0, 1/E^2) is added to logits. An expert takes at most Q tokens: first choices before second ones, and among these
     the tokens with the highest p (batch priority routing). Source: V-MoE, arXiv 2106.05974."""
 
     uses_top_k = True
