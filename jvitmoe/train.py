@@ -39,11 +39,11 @@ def main(argv: list[str]) -> None:
         claim(workdir, config)
         return config
 
-    with contextlib.ExitStack() as held:
-        stop = held.enter_context(Stop())
+    with contextlib.ExitStack() as cleanup:
+        stop = cleanup.enter_context(Stop())
         config = processes.together(prepare, f"{workdir} {values.config}")
         try:
-            train(config, workdir, stop, held)
+            train(config, workdir, stop, cleanup)
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise

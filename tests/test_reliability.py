@@ -447,7 +447,7 @@ def test_a_finished_run_says_what_is_missing_and_writes_a_damaged_result_anew(
     code, out, err = run(train.main, monkeypatch, capsys, f"--config={experiment}", f"--workdir={copy}")
     assert (code, err) == (0, "")
     assert f"warning: metrics.jsonl does not hold all that was recorded up to step {STEPS}" in out
-    assert "warning: result.json is damaged; it is written anew" in out
+    assert "warning: result.json is damaged; it is rewritten" in out
     assert not (copy / "metrics.jsonl").exists()
     rows = [json.loads((folder / "result.json").read_text())["rows"] for folder in (copy, undisturbed)]
     assert rows[0] == rows[1]

@@ -129,7 +129,7 @@ def test_a_warm_up_longer_than_half_of_the_run_is_capped_with_a_line_and_resumes
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     code, out, err = run(train.main, monkeypatch, capsys, f"--config={experiment}", f"--workdir={whole}", *short)
     assert code == 0, err
-    assert "warm-up     2 steps: at most half of them; config.optim.warmup_epochs is 5\n" in out
+    assert "warm-up     2 steps: at most half of all; config.optim.warmup_epochs is 5\n" in out
     assert json.loads((whole / "config.json").read_text())["optim"]["warmup_epochs"] == 5
     shutil.copytree(whole, cut)
     for step_after in ("4", "5"):
