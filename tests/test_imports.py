@@ -28,7 +28,8 @@ RANK = {folder: rank for rank, group in enumerate(ORDER) for folder in group}
 
 JAX = {"jax", "jaxlib", "flax", "optax", "orbax", "tensorstore", "chex"}
 WITHOUT_JAX = (
-    *("errors", "settings", "config", "cli", "report", "interop.weight_names", "data.datasets", "data.images"),
+    *("errors", "settings", "config", "cli", "report", "data.datasets", "data.images"),
+    *("interop.weight_names", "interop.config_files"),
     *(f"runs.{name}" for name in ("console", "tables", "files", "lock", "plots", "results", "metrics_log")),
     *(f"runtime.{name}" for name in ("watchdog", "heartbeat", "rendezvous")),
 )
