@@ -507,11 +507,11 @@ VERIFIED = {
     "count": ("images.json", lambda run: edit(run / "images.json", "1337", "1336"), "its checksum"),
     "no counts": ("images.json", lambda run: (run / "images.json").write_text("{"), "is not the numbers of images"),
     "config": ("config.json", lambda run: (run / "config.json").write_text("{"), "not the config of a run"),
-    "torn line": ("metrics.jsonl", lambda run: os.truncate(run / "metrics.jsonl", 300), "a line of it is damaged"),
+    "torn line": ("metrics.jsonl", lambda run: os.truncate(run / "metrics.jsonl", 300), "a line is damaged"),
     "twice": (
         "metrics.jsonl",
         lambda run: (run / "metrics.jsonl").write_text(2 * (run / "metrics.jsonl").read_text()),
-        "a step stands in it twice",
+        "it has two lines for one step",
     ),
     "result": ("result.json", lambda run: (run / "result.json").write_text("[]"), "is not a result"),
     "data": ("checkpoint {}", lambda run: [flip(path) for path in saved(run)[-1].glob("params/*/[!.]*")], ""),

@@ -270,7 +270,7 @@ def test_a_folder_with_other_things_and_a_file_are_refused(experiment, tmp_path,
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "cat.jpg").write_text("cat")
     (tmp_path / "file").write_text("file")
-    for name, message in (("photos", "holds other things than a run"), ("file", "is a file")):
+    for name, message in (("photos", "holds other files than a run"), ("file", "is a file")):
         code, _, err = run(train.main, monkeypatch, capsys, f"--config={experiment}", f"--workdir={tmp_path / name}")
         assert (code, err.count("\n")) == (2, 1)
         assert message in err

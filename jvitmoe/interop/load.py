@@ -195,11 +195,7 @@ def _fit_positions(params: Dict, old: ModelConfig, new: ModelConfig, fresh: Dict
 
 
 def _read_run(path: Path, checkpoint: str) -> Source:
-    checkpoints = Checkpoints(path / "checkpoints", read_only=True)
-    try:
-        saved = checkpoints.read(checkpoint)
-    finally:
-        checkpoints.close()
+    saved = Checkpoints(path / "checkpoints").read(checkpoint)
     config = config_lib.from_dict(saved.meta["config"])
     flat = weight_names.flatten(jax.device_get(models.dense_tree(config, weight_names.unflatten(saved.params))))
     flat["positions"] = _table(config.model, flat)

@@ -24,8 +24,9 @@ from jvitmoe.experts import build, cost, routes
 from jvitmoe.experts.routes import Purpose
 from jvitmoe.interop import load
 from jvitmoe.models import vit
-from jvitmoe.runs import metrics_log, results
-from jvitmoe.runs.checkpoints import Checkpoints, list_steps, versions
+from jvitmoe.runs import history, results
+from jvitmoe.runs.checkpoint_writer import CheckpointWriter
+from jvitmoe.runs.checkpoints import list_steps, versions
 from jvitmoe.runs.console import console, warnings_as_lines
 from jvitmoe.runs.files import METRICS, RESULT
 from jvitmoe.runs.folder import check_shared, open_run_folder
@@ -79,7 +80,7 @@ def train(config: Config, workdir: Path, stop: Stop, cleanup: contextlib.ExitSta
     _print_setup(config, workdir, mesh, data, init_notes)
 
     evaluation = _Evaluation(config, model, mesh, data)
-    checkpoints = Checkpoints(workdir / "checkpoints", config.train.keep)
+    checkpoints = CheckpointWriter(workdir / "checkpoints", config.train.keep)
     state, checksums = _initial_or_restored(checkpoints, config, model, mesh, dense)
     start, total = int(state.step), config.train.epochs * data.order.steps_per_epoch
     if start:
@@ -163,7 +164,7 @@ def _print_resumed(workdir: Path, start: int, checksums: dict[str, str]) -> None
     """Prints the step that the run resumes from, and a warning if metrics.jsonl has lost lines since its save."""
     console.print(f"resuming    from step {start:,}")
     if processes.first():
-        now = metrics_log.checksums(workdir, start).get(METRICS)
+        now = history.checksums(workdir, start).get(METRICS)
         if not now or now != checksums.get(METRICS, now):
             console.print(f"warning: {METRICS} does not hold all that was recorded up to step {start}")
 
@@ -225,7 +226,7 @@ def _check_memory(config: Config, mesh: Mesh) -> None:
 
 
 def _initial_or_restored(
-    checkpoints: Checkpoints, config: Config, model: vit.ViT, mesh: Mesh, dense: Any
+    checkpoints: CheckpointWriter, config: Config, model: vit.ViT, mesh: Mesh, dense: Any
 ) -> tuple[TrainState, dict[str, str]]:
     """Returns the state that training starts from, and the checksums that the files of the run folder had there."""
     with warnings_as_lines():
@@ -242,7 +243,7 @@ class _Loop:
         total: int,
         steps_per_epoch: int,
         mesh: Mesh,
-        checkpoints: Checkpoints,
+        checkpoints: CheckpointWriter,
         evaluation: _Evaluation,
         tracker: Tracker,
         stop: Stop,
