@@ -18,7 +18,7 @@ from jvitmoe import config as config_lib
 from jvitmoe.config import Config
 from jvitmoe.data import datasets, stream
 from jvitmoe.data.batches import eval_batches, put
-from jvitmoe.data.splits import Records, Split
+from jvitmoe.data.splits import Records, Split, decode
 from jvitmoe.errors import UserError
 from jvitmoe.evaluation import mergeability, metrics, models
 from jvitmoe.evaluation.metrics import Evaluator
@@ -105,7 +105,11 @@ def _mergeability(
     experts = config.routing.experts
     if experts == 1:
         return {}
-    part = mergeability.subset(test) if isinstance(test, Split) else stream.read(mergeability.subset(test), config)
+    part = (
+        mergeability.subset(test)
+        if isinstance(test, Split)
+        else decode(mergeability.subset(test), config.data, config.model)
+    )
     images, batches = put(part, mesh), eval_batches(len(part), config.train.batch_size, mesh)
     route_PL = models.path_routes(config, 0)
 

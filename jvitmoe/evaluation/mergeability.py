@@ -23,7 +23,7 @@ TINY = 1e-30
 
 def subset(split: S) -> S:
     """Returns at most 1,000 images, evenly spaced over the split: always the same."""
-    return split.part(np.linspace(0, len(split) - 1, min(len(split), IMAGES)).astype(int))
+    return split.select(np.linspace(0, len(split) - 1, min(len(split), IMAGES)).astype(int))
 
 
 def weight_geometry(params: Any) -> dict[str, list[float]]:

@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jvitmoe.data import augment
-from jvitmoe.data.batches import Batches, Images, place
+from jvitmoe.data.batches import Batches, Images, to_devices
 from jvitmoe.experts import merge
 from jvitmoe.models import vit
 from jvitmoe.runtime.devices import AXES, REPLICATED, settle
@@ -80,7 +80,7 @@ class Evaluator:
         rows = len(route_PL) + 1
         number, bins = jnp.zeros((rows,), jnp.int32), jnp.zeros((rows, BINS), jnp.int32)
         sums = Sums(number, number.astype(float), number, bins, bins, bins.astype(float))
-        sums = jax.tree.map(lambda x: place(np.asarray(x), self._replicated), sums)
+        sums = jax.tree.map(lambda x: to_devices(np.asarray(x), self._replicated), sums)
         whole = isinstance(split, Images)
         step = self._step if whole else self._streamed_step
         for s, images in enumerate([split] * len(batches.index_SB) if whole else split):

@@ -440,7 +440,7 @@ def test_an_archive_in_the_manual_folder_needs_no_network_and_its_set_obeys_the_
     manual.mkdir(parents=True)
     labels = cifar_archive(manual / ARCHIVE)
     point_cifar10_at(monkeypatch, f"http://127.0.0.1:{closed_port()}/{ARCHIVE}", manual / ARCHIVE)
-    monkeypatch.setattr(tfds, "CHUNK", 7)  # reading in pieces must lose nothing either
+    monkeypatch.setattr(splits, "GROUP", 7)  # reading in pieces must lose nothing either
     assert_holds(cifar10(tmp_path), labels)
 
     info = tmp_path / "cifar10" / "3.0.2" / "dataset_info.json"

@@ -12,7 +12,7 @@ import numpy as np
 from safetensors.numpy import save
 
 from jvitmoe.config import Config, ModelConfig
-from jvitmoe.data import augment, datasets, stream
+from jvitmoe.data import augment, datasets, splits
 from jvitmoe.errors import UserError
 from jvitmoe.interop import classifier, load, weight_names
 from jvitmoe.models import vit
@@ -76,7 +76,7 @@ class Target:
     def sample(self, source: load.Source, config: Config) -> weight_names.Dict:
         """Returns the arrays of sample.npz: test images, also as the target takes them, and their logits."""
         records = datasets.browse(config.data, config.model).test
-        test = stream.read(records.part(np.arange(min(SAMPLE, len(records)))), config)
+        test = splits.decode(records.select(np.arange(min(SAMPLE, len(records)))), config.data, config.model)
         inputs = np.asarray(augment.normalize(jnp.asarray(test.images_NHWC)))
         if self.torch:
             inputs = np.ascontiguousarray(inputs.transpose(0, 3, 1, 2))
