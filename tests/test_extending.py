@@ -102,8 +102,8 @@ def test_an_augmentation_is_a_function_and_a_line(tiny_config, training, monkeyp
     """The toy mixes each image and its target with those of another; with a share of 1 it changes nothing."""
     config, share = tiny_config(data={"flip": True}), {"own": 1.0}
 
-    def mix(key_B, images_BHWC, targets_BC):
-        mixed = [share["own"] * x + (1 - share["own"]) * x[::-1] for x in (images_BHWC.astype(jnp.float32), targets_BC)]
+    def mix(key_B, images_BHWc, targets_BC):
+        mixed = [share["own"] * x + (1 - share["own"]) * x[::-1] for x in (images_BHWc.astype(jnp.float32), targets_BC)]
         return mixed[0], mixed[1]
 
     plain = training(config).run(2)

@@ -20,7 +20,7 @@ from jvitmoe.errors import ConfigError
 class Images(NamedTuple):
     """A split, replicated on every device; or one batch of a stream, its rows split over the mesh."""
 
-    images_NHWC: jax.Array  # uint8
+    images_NHWc: jax.Array  # uint8
     labels_N: jax.Array  # int32
 
 
@@ -35,7 +35,7 @@ class Batches(NamedTuple):
 def put(split: Split, mesh: Mesh) -> Images:
     """Returns the split on every device of the mesh."""
     sharding = NamedSharding(mesh, PartitionSpec())
-    return Images(to_devices(split.images_NHWC, sharding), to_devices(split.labels_N, sharding))
+    return Images(to_devices(split.images_NHWc, sharding), to_devices(split.labels_N, sharding))
 
 
 def to_devices(array: np.ndarray, sharding: NamedSharding) -> jax.Array:

@@ -23,8 +23,8 @@ class Digits(Source):
         from sklearn.datasets import load_digits
 
         grey, labels_N = load_digits(return_X_y=True)
-        images_NHWC = np.rint(grey * (255 / 16)).astype(np.uint8).reshape(-1, 8, 8, 1)
-        train, test = hold_out(Split(images_NHWC, labels_N.astype(np.int32)), 360)
+        images_NHWc = np.rint(grey * (255 / 16)).astype(np.uint8).reshape(-1, 8, 8, 1)
+        train, test = hold_out(Split(images_NHWc, labels_N.astype(np.int32)), 360)
         return Dataset(in_memory(train), in_memory(test), tuple("0123456789"))
 
 

@@ -21,7 +21,7 @@ Record = tuple[Picture, int]  # a picture and its label
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Split:
-    images_NHWC: np.ndarray  # uint8, C-contiguous
+    images_NHWc: np.ndarray  # uint8, C-contiguous
     labels_N: np.ndarray  # int32
 
     def __len__(self) -> int:
@@ -29,7 +29,7 @@ class Split:
 
     def select(self, chosen_N: np.ndarray) -> "Split":
         """Returns the images that a mask or indices choose."""
-        return Split(self.images_NHWC[chosen_N], self.labels_N[chosen_N])
+        return Split(self.images_NHWc[chosen_N], self.labels_N[chosen_N])
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -75,10 +75,10 @@ class Source(abc.ABC):
         """Returns what `datasets.browse` returns. Raises DataError."""
 
 
-def check_fit(name: str, shape_HWC: Sequence[int], classes: int, model: ModelConfig) -> None:
+def check_fit(name: str, shape_HWc: Sequence[int], classes: int, model: ModelConfig) -> None:
     """Raises DataError, with the settings to change, if images or classes of a set do not fit the model."""
-    height, width, channels = shape_HWC
-    if tuple(shape_HWC) != (model.image_size, model.image_size, model.channels):
+    height, width, channels = shape_HWc
+    if tuple(shape_HWc) != (model.image_size, model.image_size, model.channels):
         wanted = f"{model.image_size}x{model.image_size}x{model.channels}"
         flags = [f"--config.model.image_size={height}"] * (height != model.image_size)
         flags += [f"--config.model.channels={channels}"] * (channels != model.channels)
@@ -93,7 +93,7 @@ def in_memory(split: Split) -> Records:
     """Returns a split as records."""
 
     def read(numbers: Sequence[int]) -> list[Record]:
-        return [(Picture(f"image {n}", split.images_NHWC[n]), int(split.labels_N[n])) for n in numbers]
+        return [(Picture(f"image {n}", split.images_NHWc[n]), int(split.labels_N[n])) for n in numbers]
 
     return Records(read, np.arange(len(split)), split.labels_N)
 
@@ -117,16 +117,16 @@ def decode(records: Records, data: DataConfig, model: ModelConfig) -> Split:
     """Returns all records in memory, as evaluation sees them. Raises DataError."""
     from PIL import Image
 
-    images_NHWC = np.empty((len(records), model.image_size, model.image_size, model.channels), np.uint8)
+    images_NHWc = np.empty((len(records), model.image_size, model.image_size, model.channels), np.uint8)
     labels_N = np.empty(len(records), np.int32)
 
     def decode_group(start: int) -> None:
         for index, record in enumerate(records.read(records.number_N[start : start + GROUP].tolist()), start):
             picture, labels_N[index] = record
-            images_NHWC[index] = read_pixels(picture, data, model)
+            images_NHWc[index] = read_pixels(picture, data, model)
 
     with warnings.catch_warnings(), ThreadPoolExecutor() as pool:
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         for _ in pool.map(decode_group, range(0, len(records), GROUP)):
             pass
-    return Split(images_NHWC, labels_N)
+    return Split(images_NHWc, labels_N)

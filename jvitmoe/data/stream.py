@@ -23,7 +23,7 @@ from jvitmoe.data.splits import Records, read_pixels
 
 AHEAD = 2  # batches that wait on the devices; as many wait decoded on the host
 CROP = 0x43726F70  # distinguishes these random numbers from others that depend on (seed, step, row)
-Row = tuple[np.ndarray, np.int32]  # image_HWC and its label
+Row = tuple[np.ndarray, np.int32]  # image_HWc and its label
 
 
 class Rows:

@@ -47,11 +47,11 @@ class Tfds(Source):
         if image.np_dtype != np.uint8 or image.shape[-1] not in MODES:
             kind = f"{image.np_dtype} {image.shape}"
             raise DataError(f"images of {data.name} are {kind}; they must have 8 bits per channel")
-        shape_HWC = (model.image_size, model.image_size, image.shape[-1]) if any_size else image.shape
-        check_fit(data.name, shape_HWC, label.num_classes or model.classes, model)  # before a download of hours
+        shape_HWc = (model.image_size, model.image_size, image.shape[-1]) if any_size else image.shape
+        check_fit(data.name, shape_HWc, label.num_classes or model.classes, model)  # before a download of hours
         _prepare(data.name, builder)
         self._class_names = tuple(builder.info.features[self._label_key].names)
-        check_fit(data.name, shape_HWC, len(self._class_names), model)
+        check_fit(data.name, shape_HWc, len(self._class_names), model)
 
     def browse(self) -> Dataset[Records]:
         splits = self._builder.info.splits

@@ -79,7 +79,7 @@ def layer_gap(
     @jax.jit
     def batch_sums(params: Any, index_B: jax.Array, mask_B: jax.Array) -> jax.Array:
         merged = merge.average_experts(params)
-        images = augment.normalize(split.images_NHWC[index_B])
+        images = augment.normalize(split.images_NHWc[index_B])
         sums, inputs = [], mlp_inputs(dense, merged, images)
         for layer in expert_layers:
             x_BTD = inputs[layer]

@@ -102,7 +102,7 @@ class Evaluator:
     ) -> Sums:
         mask_b = batches.mask_SB[s]
         index_b = jnp.arange(len(mask_b)) if streamed else batches.index_SB[s]
-        labels_b, images = split.labels_N[index_b], augment.normalize(split.images_NHWC[index_b])
+        labels_b, images = split.labels_N[index_b], augment.normalize(split.images_NHWc[index_b])
 
         def log_p(route_L: jax.Array) -> jax.Array:
             tree = params if self.net.router else merge.take_path(params, route_L)

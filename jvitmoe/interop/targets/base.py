@@ -77,11 +77,11 @@ class Target:
         """Returns the arrays of sample.npz: test images, also as the target takes them, and their logits."""
         records = datasets.browse(config.data, config.model).test
         test = splits.decode(records.select(np.arange(min(SAMPLE, len(records)))), config.data, config.model)
-        inputs = np.asarray(augment.normalize(jnp.asarray(test.images_NHWC)))
+        inputs = np.asarray(augment.normalize(jnp.asarray(test.images_NHWc)))
         if self.torch:
             inputs = np.ascontiguousarray(inputs.transpose(0, 3, 1, 2))
-        logits_NC = classifier.from_source(source).logits(test.images_NHWC)
-        return {"images": test.images_NHWC, "inputs": inputs, "labels": test.labels_N, "logits": logits_NC}
+        logits_NC = classifier.from_source(source).logits(test.images_NHWc)
+        return {"images": test.images_NHWc, "inputs": inputs, "labels": test.labels_N, "logits": logits_NC}
 
     def export(self, out: Path, source: load.Source, sample: weight_names.Dict) -> float:
         """Writes the model and the sample. Returns the largest difference between the logits that the files give and
