@@ -26,35 +26,19 @@ CROP = 0x43726F70  # distinguishes these random numbers from others that depend 
 Row = tuple[np.ndarray, np.int32]  # image_HWc and its label
 
 
-class Rows:
-    """A source for Grain: rows that `read` decodes by number."""
-
-    def __init__(self, count: int, read: Callable[[int], Row]) -> None:
-        self._count, self._read = count, read
-
-    def __len__(self) -> int:
-        return self._count
-
-    def __getitem__(self, number: Any) -> Row:
-        return self._read(int(number))
-
-
 def train_batches(
     records: Records, order: TrainOrder, config: Config, mesh: Mesh, start: int, total: int
 ) -> Generator[Images, None, None]:
     """Yields the batch of every step from `start` to before `total`, split over the data axis. Raises DataError."""
-    sharding = NamedSharding(mesh, PartitionSpec("data"))
-    row_b = _rows_here(config.train.batch_size, sharding)
     seed = config.train.seed & 0xFFFFFFFF, config.train.seed >> 32
 
-    def read(number: int) -> Row:
-        step, local = divmod(number, len(row_b))
-        step, row = start + step, int(row_b[local])
+    def read(step: int, row: int) -> Row:
         epoch, step_of_epoch = divmod(step, order.steps_per_epoch)
         picture, label = records[order.on_host(epoch)[step_of_epoch, row]]
         return read_pixels(picture, config.data, config.model, (CROP, *seed, step, row)), np.int32(label)
 
-    return _batches(Rows((total - start) * len(row_b), read), row_b, config.train.batch_size, sharding)
+    sharding = NamedSharding(mesh, PartitionSpec("data"))
+    return _batches(read, range(start, total), config.train.batch_size, sharding)
 
 
 class EvalImages(Iterable[Images]):
@@ -64,24 +48,19 @@ class EvalImages(Iterable[Images]):
     """
 
     def __init__(self, records: Records, batches: Batches, config: Config, mesh: Mesh) -> None:
-        self._records, self._config, self._mesh = records, config, mesh
+        self._records, self._config = records, config
         self._steps, self._batch = batches.index_SB.shape
+        self._sharding = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
 
     def __iter__(self) -> Iterator[Images]:
-        records, data, model = self._records, self._config.data, self._config.model
-        sharding = NamedSharding(self._mesh, PartitionSpec(self._mesh.axis_names))
-        row_b = _rows_here(self._batch, sharding)
-        padding = np.zeros((model.image_size, model.image_size, model.channels), np.uint8), np.int32(0)
+        return _batches(self._read, range(self._steps), self._batch, self._sharding)
 
-        def read(number: int) -> Row:
-            step, local = divmod(number, len(row_b))
-            index = step * self._batch + int(row_b[local])
-            if index >= len(records):
-                return padding
-            picture, label = records[index]
-            return read_pixels(picture, data, model), np.int32(label)
-
-        return _batches(Rows(self._steps * len(row_b), read), row_b, self._batch, sharding)
+    def _read(self, step: int, row: int) -> Row:
+        model, index = self._config.model, step * self._batch + row
+        if index >= len(self._records):
+            return np.zeros((model.image_size, model.image_size, model.channels), np.uint8), np.int32(0)
+        picture, label = self._records[index]
+        return read_pixels(picture, self._config.data, model), np.int32(label)
 
 
 def _rows_here(batch: int, sharding: NamedSharding) -> np.ndarray:
@@ -90,8 +69,15 @@ def _rows_here(batch: int, sharding: NamedSharding) -> np.ndarray:
     return np.unique(np.concatenate([np.arange(batch)[index] for index in indices]))
 
 
-def _batches(rows: Rows, row_b: np.ndarray, batch: int, sharding: NamedSharding) -> Generator[Images, None, None]:
-    """Yields `rows` in batches on the devices; `row_b` are the numbers of these rows in their global batch."""
+def _batches(
+    read: Callable[[int, int], Row], steps: range, batch: int, sharding: NamedSharding
+) -> Generator[Images, None, None]:
+    """Yields the batch of each step on the devices. `read` maps step and row of the batch to a Row."""
+    row_b = _rows_here(batch, sharding)
+
+    def read_at(number: int) -> Row:
+        step, local = divmod(int(number), len(row_b))
+        return read(steps[step], int(row_b[local]))
 
     def to_devices(array_b: np.ndarray) -> jax.Array:
         def shard(index: Any) -> np.ndarray:
@@ -102,8 +88,8 @@ def _batches(rows: Rows, row_b: np.ndarray, batch: int, sharding: NamedSharding)
 
     threads = min(16, 2 * (os.cpu_count() or 1))
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(threads, AHEAD * len(row_b)))
-    dataset = grain.MapDataset.source(rows).to_iter_dataset(options).batch(len(row_b))
-    dataset = dataset.map(lambda arrays: Images(*map(to_devices, arrays)))
-    ahead = grain.experimental.ThreadPrefetchIterDataset(dataset, prefetch_buffer_size=AHEAD)
+    rows = grain.MapDataset.range(len(steps) * len(row_b)).map(read_at).to_iter_dataset(options)
+    batches = rows.batch(len(row_b)).map(lambda arrays: Images(*map(to_devices, arrays)))
+    ahead = grain.experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=AHEAD)
     with contextlib.closing(iter(ahead)) as iterator:  # ends its threads before the interpreter is torn down
         yield from iterator
