@@ -177,7 +177,7 @@ def test_two_passes_give_the_gradients_of_the_whole_stack(tiny_config, training)
     first = routes.draw_route(routes.address(root, Purpose.ROUTE, 0), config.routing, 2, config.model.tokens)
     second = routes.distinct_route(routes.address(root, Purpose.SECOND_ROUTE, 0), first, config.routing)
     index_B = np.asarray(run.order.epoch(0))[0]
-    x = augment.normalize(np.asarray(run.images.images_NHWC)[index_B])
+    x = augment.normalize(np.asarray(run.images.images_NHWc)[index_B])
     labels_B = np.asarray(run.images.labels_N)[index_B]
 
     def loss_fn(params):

@@ -105,7 +105,7 @@ def images_of_device(
     labels_b = split.labels_N[index_b]
     targets_bC = optax.smooth_labels(jax.nn.one_hot(labels_b, config.model.classes), config.train.label_smoothing)
     keys_b = image_keys(plan, Purpose.AUGMENT, step, place_b)
-    images_bHWc, targets_bC = augment.augment(config.data, keys_b, split.images_NHWC[index_b], targets_bC)
+    images_bHWc, targets_bC = augment.augment(config.data, keys_b, split.images_NHWc[index_b], targets_bC)
     return Shard(augment.normalize(images_bHWc), labels_b, targets_bC, place_b)
 
 
