@@ -1,8 +1,8 @@
 """Forks Python processes that have already imported JAX and the commands. `processes.start` is the client.
 
-Imports take 2 s of CPU, more than a tiny run does. A process from here is otherwise like a fresh one: before the fork there
-is no JAX backend and no second thread; after it, files, folder, environment and signals are set and the command runs as
-`__main__`, to the interpreter's own end.
+Imports take 2 s of CPU, more than a tiny run does. A process from here is otherwise like a fresh one: before the fork
+there is no JAX backend and no second thread; after it, files, folder, environment and signals are set and the command
+runs as `__main__`, to the interpreter's own end.
 """
 
 import gc
