@@ -164,6 +164,7 @@ def test_help_names_the_flags_and_exits_0(capsys):
     assert "--config.train.epochs=10" in shown
 
 
+@pytest.mark.process
 def test_the_package_run_as_a_module_lists_its_commands():
     root = Path(DIGITS).parents[1]
     for arguments, code in ((), 0), (("train", "--config=configs/digits_random.py"), 2):
@@ -174,6 +175,7 @@ def test_the_package_run_as_a_module_lists_its_commands():
         assert (done.returncode, done.stderr, set(listed)) == (code, "", modules)
 
 
+@pytest.mark.process
 def test_of_several_failures_of_one_write_only_the_raised_one_is_shown():
     """Orbax writes a checkpoint's files as tasks of asyncio, which shows each failed one that nobody asked."""
     program = """
@@ -201,6 +203,7 @@ cli.run(main)
     assert (done.returncode, done.stderr) == (2, "error: No space left on device\n")
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("command", [["train", "--help"], ["report", "--help"], ["export", "--help"]])
 def test_a_full_disk_behind_standard_output_is_one_line(command):
     with open("/dev/full", "w") as full:
@@ -211,6 +214,7 @@ def test_a_full_disk_behind_standard_output_is_one_line(command):
     assert (done.returncode, done.stderr) == (2, message)
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("program", ["console.print('x')", "print('x' * 100_000)", "print('x')"])
 def test_what_is_printed_reaches_a_full_disk_at_once_or_at_the_end(program):
     program = f"from jvitmoe import cli; from jvitmoe.runs.console import console; cli.run(lambda argv: {program})"

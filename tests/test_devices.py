@@ -16,6 +16,8 @@ from jvitmoe.runtime.compilation import for_reading, reduced_bytes
 from jvitmoe.runtime.devices import EXPERT, make_mesh
 from jvitmoe.training import state, step
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def axis_run(tiny_config, training):

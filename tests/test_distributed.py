@@ -19,6 +19,8 @@ from jvitmoe.runtime.processes import define_flags, join
 from processes import wait_for_step
 from run_folders import losses, rows, saved, write_experiment
 
+pytestmark = pytest.mark.process
+
 STEPS = 12 * (1437 // 128)
 CUT = STEPS - 10  # the step from which two processes resume the run of one
 EXPERIMENT = {

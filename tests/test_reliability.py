@@ -24,6 +24,8 @@ from jvitmoe.runs.files import checksum
 from processes import call, wait_for_output, wait_for_step
 from run_folders import assert_same_run, final_state, rows, saved, snapshot, write_experiment
 
+pytestmark = pytest.mark.process
+
 STEPS = 3 * (1337 // 256)
 ON_A_TERMINAL = {"TERM": "xterm", **{name: value for name, value in os.environ.items() if name != "COLUMNS"}}
 LONG = ("--config.train.epochs=100000", "--config.train.eval_every=100000")

@@ -16,6 +16,8 @@ from jvitmoe.runtime.devices import make_mesh
 from jvitmoe.training import gradients, step, update
 from jvitmoe.training.plan import StepPlan
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def slot_run(tiny_config, training):

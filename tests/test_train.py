@@ -21,6 +21,8 @@ from jvitmoe.training.state import make_state
 from processes import call, wait_for_step
 from run_folders import assert_same_run, final_state, history, rows, saved_config, snapshot, write_experiment
 
+pytestmark = pytest.mark.process
+
 STEPS = 3 * (1337 // 256)
 
 
