@@ -43,7 +43,7 @@ class ModelConfig:
     width: int = setting(64, "width of a token, D", above=0)
     hidden: int = setting(128, "hidden units of an MLP, F", above=0)
     depth: int = setting(4, "number of layers, L", above=0, at_most=10_000)
-    heads: int = setting(4, "attention heads, H", above=0)
+    heads: int = setting(4, "attention heads, G", above=0)
     norm: str = setting("pre", "LayerNorm before or after attention and MLP", ("pre", "post"))
     pool: str = setting("cls", "input of the head: the CLS token, or the mean of the tokens", ("cls", "mean"))
     positions: str = setting("learned", "position embeddings: learned, or fixed sines", ("learned", "sincos2d"))
@@ -191,7 +191,7 @@ class Config:
         return self
 
     @property
-    def learned(self) -> bool:
+    def routes_in_model(self) -> bool:
         """True if the model routes its own tokens, by a router or a hash; False if a route is its input."""
         return self.routing.router != "random"
 
@@ -276,7 +276,7 @@ def _routing_faults(config: Config) -> Iterator[tuple[str, str]]:
         yield "routing.pattern", f"must have a length that divides model.depth, which is {model.depth}"
     if routing.consistency and routing.experts == 1:
         yield "routing.consistency", "must be 0 with one expert: two passes need two routes"
-    if config.learned and (routing.experts == 1 or routing.granularity != "batch" or routing.consistency):
+    if config.routes_in_model and (routing.experts == 1 or routing.granularity != "batch" or routing.consistency):
         yield "routing.router", "must be 'random' with one expert, granularity sample or token, or consistency"
     if config.tuned and not init.source:
         yield "init.source", "must name a trained ViT for model.lora and model.adapter, which keep it frozen"

@@ -43,11 +43,7 @@ def final_state(workdir: Path) -> TrainState:
     """Returns the newest sound checkpoint's state, on the host."""
     config = saved_config(workdir)
     model, mesh = build.make_model(config, "cpu"), devices.make_mesh(config.train)
-    checkpoints = Checkpoints(workdir / "checkpoints", read_only=True)
-    try:
-        return jax.device_get(checkpoints.restore(state.abstract_state(config, model, mesh))[0])
-    finally:
-        checkpoints.close()
+    return jax.device_get(Checkpoints(workdir / "checkpoints").restore(state.abstract_state(config, model, mesh))[0])
 
 
 def history(workdir: Path) -> list[dict]:

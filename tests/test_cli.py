@@ -165,6 +165,23 @@ def test_help_names_the_flags_and_exits_0(capsys):
 
 
 @pytest.mark.process
+@pytest.mark.parametrize("arguments", [["--help"], ["--no_such_flag"]])
+@pytest.mark.parametrize("command", ["train", "evaluate", "predict", "export", "report"])
+def test_help_and_wrong_flags_do_not_wait_for_the_import_of_jax(command, arguments):
+    program = f"""
+import sys
+from jvitmoe import {command}
+try:
+    {command}.main({["x.py", *arguments]})
+except BaseException as error:
+    assert type(error).__name__ in ("SystemExit", "UserError"), error
+print(sorted({{"jax", "matplotlib"}} & sys.modules.keys()))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1] == "[]", done.stderr
+
+
+@pytest.mark.process
 def test_the_package_run_as_a_module_lists_its_commands():
     root = Path(DIGITS).parents[1]
     for arguments, code in ((), 0), (("train", "--config=configs/digits_random.py"), 2):

@@ -15,7 +15,8 @@ import pytest
 import processes
 from jvitmoe import cli, train
 from jvitmoe.errors import UserError
-from jvitmoe.runtime.processes import define_flags, join
+from jvitmoe.runtime.processes import join
+from jvitmoe.runtime.rendezvous import define_flags
 from processes import wait_for_step
 from run_folders import losses, rows, saved, write_experiment
 
@@ -144,9 +145,9 @@ def test_processes_that_cannot_be_one_run_say_so_in_one_line_each_within_30_seco
 
 FLIPS = """
 import jax
-from jvitmoe.runs.checkpoints import Checkpoints
+from jvitmoe.runs.checkpoint_writer import CheckpointWriter
 
-save = Checkpoints.save
+save = CheckpointWriter.save
 
 def flip(x):
     first, *others = [shard.data for shard in x.addressable_shards]
@@ -159,7 +160,7 @@ def flip_and_save(self, state, *arguments):
             tree[name] = flip(tree[name])
     return save(self, state, *arguments)
 
-Checkpoints.save = flip_and_save
+CheckpointWriter.save = flip_and_save
 """
 
 

@@ -61,6 +61,13 @@ def code_of(card: Path) -> str:
     return "\n".join(re.findall(r"```python\n(.*?)```", card.read_text(), re.DOTALL))
 
 
+def test_help_names_every_target(capsys):
+    with pytest.raises(SystemExit):
+        export.main(["export.py", "--help"])
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in TARGETS)
+
+
 def test_our_own_export_loads_to_the_same_logits(exported, experiment_run, monkeypatch):
     out = exported("safetensors")
     sample = np.load(out / "sample.npz")
@@ -263,7 +270,7 @@ def test_the_original_is_refused_by_timm_and_nothing_is_written(experiment_run, 
         (("--to=timm", "--out={new}"), "--workdir is missing"),
         (("--workdir={run}", "--to=tim", "--out={new}"), "it must be one of hf, onnx, safetensors"),
         (("--workdir={run}", "--to=timm"), "--out is missing"),
-        (("--workdir={run}", "--to=timm", "--out={run}"), "which holds something"),
+        (("--workdir={run}", "--to=timm", "--out={run}"), "which is not empty"),
         (("--workdir=no/where", "--to=timm", "--out={new}"), "'no/where' does not exist; give the folder that"),
         (("--workdir={run}", "--to=timm", "--out={new}", "--checkpoint=9"), "checkpoint '9' does not exist"),
     ],

@@ -28,13 +28,14 @@ RANK = {folder: rank for rank, group in enumerate(ORDER) for folder in group}
 
 JAX = {"jax", "jaxlib", "flax", "optax", "orbax", "tensorstore", "chex"}
 WITHOUT_JAX = (
-    *("errors", "settings", "config", "cli", "report", "interop.weight_names", "data.datasets", "data.images"),
-    *(f"runs.{name}" for name in ("console", "tables", "files", "lock", "plots", "results", "metrics_log")),
+    *("errors", "settings", "config", "cli", "report", "data.datasets", "data.images"),
+    *("interop.weight_names", "interop.config_files"),
+    *(f"runs.{name}" for name in ("console", "tables", "files", "lock", "plots", "results", "history", "metrics_log")),
     *(f"runtime.{name}" for name in ("watchdog", "heartbeat", "rendezvous")),
 )
 # Package -> the folder, or the one file, that may import it.
 ONLY_IN = {
-    **{"flax": "models", "orbax": "runs.checkpoints", "tensorstore": "runs.checkpoints", "grain": "data.stream"},
+    **{"flax": "models", "orbax": "runs.checkpoint_writer", "tensorstore": "runs.arrays", "grain": "data.stream"},
     **{"tensorflow_datasets": "data.tfds", "torch": "nowhere"},
 }
 NEVER = {"pickle", "marshal", "shelve", "dill", "cloudpickle", "joblib", "yaml", "runpy"}  # they run what they read

@@ -403,7 +403,7 @@ def test_a_finished_run_says_what_is_missing_and_writes_a_damaged_result_anew(ex
     code, out, err = call(train.main, f"--config={experiment}", f"--workdir={copy}")
     assert (code, err) == (0, "")
     assert f"warning: metrics.jsonl does not hold all that was recorded up to step {STEPS}" in out
-    assert "warning: result.json is damaged; it is written anew" in out
+    assert "warning: result.json is damaged; it is rewritten" in out
     assert not (copy / "metrics.jsonl").exists()
     assert rows(copy) == rows(undisturbed)
 
@@ -460,11 +460,11 @@ VERIFIED = {
     "count": ("images.json", lambda run: edit(run / "images.json", "1337", "1336"), "its checksum"),
     "no counts": ("images.json", lambda run: (run / "images.json").write_text("{"), "is not the numbers of images"),
     "config": ("config.json", lambda run: (run / "config.json").write_text("{"), "not the config of a run"),
-    "torn line": ("metrics.jsonl", lambda run: os.truncate(run / "metrics.jsonl", 300), "a line of it is damaged"),
+    "torn line": ("metrics.jsonl", lambda run: os.truncate(run / "metrics.jsonl", 300), "a line is damaged"),
     "twice": (
         "metrics.jsonl",
         lambda run: (run / "metrics.jsonl").write_text(2 * (run / "metrics.jsonl").read_text()),
-        "a step stands in it twice",
+        "it has two lines for one step",
     ),
     "result": ("result.json", lambda run: (run / "result.json").write_text("[]"), "is not a result"),
     "data": ("checkpoint {}", lambda run: [flip(path) for path in saved(run)[-1].glob("params/*/[!.]*")], ""),

@@ -84,7 +84,7 @@ def test_a_warm_up_longer_than_half_of_the_run_is_capped_with_a_line_and_resumes
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     code, out, err = call(train.main, f"--config={experiment}", f"--workdir={whole}", *short)
     assert code == 0, err
-    assert "warm-up     2 steps: at most half of them; config.optim.warmup_epochs is 5\n" in out
+    assert "warm-up     2 steps: at most half of all; config.optim.warmup_epochs is 5\n" in out
     assert json.loads((whole / "config.json").read_text())["optim"]["warmup_epochs"] == 5
     shutil.copytree(whole, cut)
     for step_after in ("4", "5"):
@@ -200,7 +200,7 @@ def test_a_folder_with_other_things_and_a_file_are_refused(experiment, tmp_path)
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "cat.jpg").write_text("cat")
     (tmp_path / "file").write_text("file")
-    for name, message in (("photos", "holds other things than a run"), ("file", "is a file")):
+    for name, message in (("photos", "holds other files than a run"), ("file", "is a file")):
         code, _, err = call(train.main, f"--config={experiment}", f"--workdir={tmp_path / name}")
         assert (code, err.count("\n")) == (2, 1)
         assert message in err

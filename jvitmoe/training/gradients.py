@@ -140,7 +140,7 @@ def loss_and_metrics(
 ) -> tuple[jax.Array, tuple[jax.Array, Statistics | None]]:
     """Returns (loss, (accuracy, statistics of a learned router)), each a mean over the shards of all devices."""
     params = trainable(plan, params)
-    if plan.config.learned:
+    if plan.config.routes_in_model:
         logits_bC, statistics = routed_logits(plan, params, shard, step)
         passes, auxiliary = [logits_bC], router_losses(plan, statistics)
     else:

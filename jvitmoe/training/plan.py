@@ -37,7 +37,7 @@ class StepPlan:
     @property
     def all_run(self) -> bool:
         """True if every expert takes part in each step; False if only the selected experts do."""
-        return self.config.slots > 1 or self.config.learned
+        return self.config.slots > 1 or self.config.routes_in_model
 
     @property
     def images_move(self) -> bool:

@@ -97,7 +97,7 @@ def expert_scale(config: Config, step: jax.Array, total: int) -> jax.Array:
     MLP takes the dense step.
     """
     routed = config.routing
-    one_runs = routed.granularity == "batch" and not config.learned
+    one_runs = routed.granularity == "batch" and not config.routes_in_model
     times = routed.experts / (2 if routed.consistency else 1) if one_runs else 1
     return jnp.where(step >= _first_tied(config, total), times * routed.learning_rate, routed.learning_rate)
 
