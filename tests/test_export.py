@@ -21,6 +21,8 @@ from jvitmoe.errors import ConfigError, UserError
 from jvitmoe.interop import classifier, load, model_card, weight_names
 from jvitmoe.interop.targets import TARGETS, base
 
+pytestmark = pytest.mark.slow
+
 WITH_ONNX = pytest.mark.skipif(importlib.util.find_spec("jax2onnx") is None, reason="needs jvitmoe[export]")
 
 
