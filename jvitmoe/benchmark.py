@@ -146,7 +146,7 @@ class Case:
         def read(split: batches.Images, index_B: jax.Array) -> jax.Array:
             key_B = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(0), jnp.arange(len(index_B)))
             targets_BC = jax.nn.one_hot(split.labels_N[index_B], config.model.classes)
-            images, _ = augment.augment(config.data, key_B, split.images_NHWC[index_B], targets_BC)
+            images, _ = augment.augment(config.data, key_B, split.images_NHWc[index_B], targets_BC)
             return augment.normalize(images)
 
         key = jax.random.key(0)

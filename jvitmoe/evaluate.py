@@ -36,7 +36,7 @@ def _evaluate(values: flags.FlagValues, workdir: Path) -> None:
     # Not above: these import JAX and matplotlib, and --help need not wait for that.
     from jvitmoe.data import datasets, stream
     from jvitmoe.data.batches import eval_batches, put
-    from jvitmoe.data.splits import Records, Split
+    from jvitmoe.data.splits import Records, Split, decode
     from jvitmoe.evaluation import mergeability, metrics, models
     from jvitmoe.experts import build, cost
     from jvitmoe.runs import arrays, plots
@@ -73,7 +73,11 @@ def _evaluate(values: flags.FlagValues, workdir: Path) -> None:
     earlier = results.read_result(workdir)  # holds what only training can measure
     result: dict[str, Any] = {"rows": models.evaluate_run(config, params, ema, evaluate, images, batches, values.paths)}
     if config.routing.experts > 1:
-        few = mergeability.subset(test) if isinstance(test, Split) else stream.read(mergeability.subset(test), config)
+        few = (
+            mergeability.subset(test)
+            if isinstance(test, Split)
+            else decode(mergeability.subset(test), config.data, config.model)
+        )
         batches = eval_batches(len(few), config.train.batch_size, mesh)
         result["mergeability"] = mergeability.measure(config, params, evaluate, put(few, mesh), batches)
     result |= {

@@ -9,6 +9,8 @@ from jvitmoe import benchmark, cli
 from jvitmoe.config import Config, ModelConfig, TrainConfig
 from jvitmoe.errors import UserError
 
+pytestmark = pytest.mark.slow
+
 SMALL = """
 from jvitmoe.config import Config, ModelConfig, TrainConfig
 def get_config():

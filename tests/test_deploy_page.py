@@ -12,6 +12,8 @@ from jvitmoe import cli, evaluate, export, predict, train
 from jvitmoe.config import Config
 from jvitmoe.data import datasets
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 BLOCKS = re.findall(r"```(bash|python)\n(.*?)```", (ROOT / "docs" / "deploy.md").read_text(), re.DOTALL)
 MAINS = {"train": train.main, "export": export.main, "predict": predict.main, "evaluate": evaluate.main}
@@ -35,7 +37,7 @@ def test_every_block_of_the_page_runs(peers, tmp_path, monkeypatch, capsys):
     (tmp_path / "pictures").mkdir()
     test = datasets.load(Config().data, Config().model).test
     for number in range(4):
-        Image.fromarray(test.images_NHWC[number, ..., 0]).save(tmp_path / "pictures" / f"{number}.png")
+        Image.fromarray(test.images_NHWc[number, ..., 0]).save(tmp_path / "pictures" / f"{number}.png")
     peers("change_folder", folder=tmp_path)
     for language, block in BLOCKS:
         if language == "bash":
