@@ -21,7 +21,17 @@ import pytest
 import processes
 from jvitmoe import evaluate, train
 from processes import call, wait_for_output, wait_for_step
-from run_folders import assert_same_run, final_state, rows, saved, snapshot, tiny, write_experiment
+from run_folders import (
+    assert_same_run,
+    final_state,
+    history,
+    rows,
+    saved,
+    saved_config,
+    snapshot,
+    tiny,
+    write_experiment,
+)
 
 pytestmark = pytest.mark.process
 
