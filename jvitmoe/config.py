@@ -83,7 +83,7 @@ class RoutingConfig:
     pattern: tuple[str, ...] = setting(("experts",), """kinds of layers, repeated over depth: '("dense","experts")'""")
     granularity: str = setting(
         "batch",
-        "what shares a route: all images, one part of the images, or of the tokens",
+        "what shares a route: all images, an equal share of the images, or of the tokens",
         ("batch", "sample", "token"),
     )
     scope: str = setting("shared", "one draw for all layers (the original), or one per layer", ("shared", "layer"))

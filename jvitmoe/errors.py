@@ -4,10 +4,10 @@ LONGEST_WORD, LONGEST_LINE = 300, 1200  # characters of a message
 
 
 class UserError(Exception):
-    """A mistake the user can mend: commands print it as one line and exit with code 2."""
+    """A mistake that the user can correct: commands print it as one line and exit with code 2."""
 
-    everywhere = False  # whether all processes of a run raise it alike, so that one of them saying it is enough
-    known = False  # whether the other processes know of it
+    everywhere = False  # True if every process raises the same error, so only process 0 prints it
+    known = False  # True if the other processes know of it
 
     def __str__(self) -> str:
         return printable(super().__str__())
