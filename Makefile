@@ -8,10 +8,10 @@ PEERS_PYTHON ?= $(shell python3.11 -c 'import sys; print(sys.executable)' 2>/dev
 CONSTRAINTS := $(shell $(PYTHON) -c 'import sys; print("constraints-py311.txt" if sys.version_info < (3, 12) else "constraints.txt")')
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check format install clean
+.PHONY: help demo test test-fast test-long check format install clean
 
 help:  ## list these targets
-	@sed -n 's/^\([a-z]*\):.*## /make \1 \t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 16
+	@sed -n 's/^\([a-z-]*\):.*## /make \1 \t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 16
 
 install: $(VENV)/installed  ## install jvitmoe with everything for development into $(VENV)
 
@@ -32,8 +32,16 @@ check: install  ## lint, format and types
 	$(RUN) -m mypy
 
 # Two processes, a file each at a time: tests that run processes of their own wait for them, and would starve more.
-test: check $(PEERS)/installed  ## check, and the whole test suite
-	JVITMOE_PEERS=$(abspath $(PEERS)/bin/python) $(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+PYTEST := JVITMOE_PEERS=$(abspath $(PEERS)/bin/python) $(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+test: check $(PEERS)/installed  ## check, and all tests but the long ones
+	$(PYTEST) -m 'not long'
+
+test-fast: install  ## the tests that start no process and train no whole run (2 minutes), for the inner loop
+	$(PYTEST) -m 'not long and not process and not slow'
+
+test-long: install  ## a run killed twenty times, real processes timed, five times as many random inputs
+	JVITMOE_FUZZ=5 $(PYTEST) -m long
 
 $(PEERS)/installed: requirements-peers.txt
 	$(PEERS_PYTHON) -m venv $(PEERS)

@@ -7,8 +7,8 @@ __all__ = ["load", "merging"]
 
 
 def __getattr__(name: str) -> Any:
-    """Returns `load` (interop/classifier.py) or `merging` (experts/merge.py) on first use, so that importing the
-    package does not import JAX."""
+    """Imports `load` (interop/classifier.py) and `merging` (experts/merge.py) on first use: `import jvitmoe` alone does
+    not import JAX."""
     if name == "load":
         from jvitmoe.interop.classifier import load
 

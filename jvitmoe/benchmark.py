@@ -2,9 +2,9 @@
 
     python -m jvitmoe.benchmark --config configs/cifar10_dense.py --config.train.batch_size=64 [--peer torch]
 
-The config says the dense model, the batch and the devices. Routers get experts at the same active FLOPs. Steps of all
-are interleaved, so that a machine that drifts drifts for all alike; ratios are of the same round. Images are random
-numbers in the shape of the config's. Writes benchmark.json, report.md and benchmark.png.
+The config gives the dense model, the batch and the devices. Routers have the active FLOPs of the dense model. Images
+are random numbers of the config's shape. `dense again` is the dense case a second time: its ratio to `dense` is the
+error of the measurement. Writes benchmark.json, report.md and benchmark.png.
 """
 
 import copy
@@ -34,30 +34,27 @@ from jvitmoe.config import Config
 from jvitmoe.data import augment, batches
 from jvitmoe.data.splits import Split
 from jvitmoe.errors import UserError
-from jvitmoe.experts import build, merge, routes
+from jvitmoe.experts import build, routes
 from jvitmoe.experts.cost import count_parameters, flops_per_image
 from jvitmoe.experts.routes import Purpose
-from jvitmoe.models import vit
 from jvitmoe.runs import checkpoints, files, plots, tables
 from jvitmoe.runs.console import console
-from jvitmoe.runtime import compilation, devices
+from jvitmoe.runtime import compilation, devices, timing
 from jvitmoe.training import step
 from jvitmoe.training.plan import StepPlan
-from jvitmoe.training.state import TrainState, abstract_state, make_state
+from jvitmoe.training.state import TrainState, make_state
 
-VISIT_SECONDS = 0.5  # of steps of one case, before the next one has its turn
-PRODUCT_SIDE = 2048  # of the square matrices whose product is the machine's peak
-SHALLOW = 2  # layers, that compiling the whole depth is compared with
+PRODUCT_SIDE = 2048  # the product of two square matrices of this side measures the peak of the machine
 NO_TORCH = "install torch, or name a Python that has it with --peer_python"
-FEW_DEVICES = 2  # that the step is compiled for, to read what it reduces
+PEERS = {"PyTorch dense": "1 eager", "PyTorch random": "4 eager", "PyTorch compiled": "1 compiled"}  # torch_vit.py's
 
 
 def cases(config: Config) -> dict[str, Config]:
-    """Returns name -> config of each router, at the active FLOPs of the dense one: capacity is an even share, and with
-    two experts per token each has half the hidden width."""
+    """Returns name -> config. Every router has the active FLOPs of the dense model: capacity is an even share of the
+    tokens, and of two experts per token each has half the hidden width."""
     experts = max(config.routing.experts, 4)
     settings: dict[str, dict[str, Any]] = {
-        "dense": {},
+        **{name: {} for name in ("dense", "dense again")},
         **{name: {"experts": experts, "granularity": name} for name in ("batch", "sample", "token")},
         "switch": {"experts": experts, "router": "switch", "capacity": 1.0},
         "top2": {"experts": experts, "router": "topk", "top_k": 2, "capacity": 1.0},
@@ -74,7 +71,7 @@ def cases(config: Config) -> dict[str, Config]:
 
 
 def forward_flops(config: Config) -> float:
-    """Returns the FLOPs per image of the forward pass in training: dense ones for random routes, or a router's."""
+    """Returns the FLOPs per image of a forward pass in training, those of a learned router included."""
     model = build.make_model(config, "cpu")
     if model.router is None:
         return flops_per_image(model.plain(), config.train.batch_size)
@@ -105,13 +102,13 @@ class Case:
             "total_parameters": total,
             "compile_seconds": self.compile_seconds,
             "planned_bytes": compilation.planned_bytes(self._step),
-            # Three times the forward pass: gradients of weights and of activations cost a forward pass each.
+            # A backward pass costs two forward passes: gradients of the weights and of the activations.
             "flops": 3 * batch * forward_flops(config),
         }
         self._plan = StepPlan(config, model, mesh, order.steps_per_epoch)
 
     def text(self) -> str:
-        """Returns the compiled program as HLO."""
+        """Returns the HLO text of the compiled step."""
         return str(self._step.as_text())
 
     def seconds(self, steps: int) -> float:
@@ -124,7 +121,7 @@ class Case:
         return (time.perf_counter() - began) / steps
 
     def update_seconds(self, repeats: int = 5) -> float:
-        """Returns the median seconds of what follows the gradients in a step, as a program of its own."""
+        """Returns the median seconds of a step's optimiser, pull and EMA, compiled apart from the gradients."""
         plan, picked = self._plan, step.draw_routes(self._plan, jnp.int32(0))
         active = step.take(plan, self._state, picked).params
         grads = jax.block_until_ready(jax.tree.map(lambda x: x * 1e-3, active))
@@ -141,8 +138,8 @@ class Case:
         return statistics.median(times[1:])
 
     def read_seconds(self, repeats: int = 5) -> float:
-        """Returns the median seconds that input costs a step: of reading and augmenting a batch, as a program of its
-        own, and of a step's share of drawing an epoch's order."""
+        """Returns the median seconds of a step's input: selecting and augmenting a batch, compiled apart, and a step's
+        share of drawing the order of an epoch."""
         config = self._config
 
         @jax.jit
@@ -162,15 +159,16 @@ class Case:
 
 
 class Torch:
-    """The original in PyTorch, in a process that waits while others compute (`scripts/torch_vit.py`)."""
+    """The original in PyTorch, in a process that sleeps while this one computes (`scripts/torch_vit.py`)."""
 
     def __init__(self, python: str, config: Config) -> None:
         worker = Path(__file__).parents[1] / "scripts" / "torch_vit.py"
         if not worker.is_file():
             raise UserError(f"--peer=torch needs {worker}, which is part of the repository; run it in a checkout")
-        command = [python, "-P", str(worker)]  # not from its folder, whose files have the names of others
+        command = [python, "-P", str(worker)]  # -P: files in scripts/ must not shadow modules
+        env = os.environ | {"OMP_WAIT_POLICY": "passive"}  # its threads must not spin while others are timed
         try:
-            self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+            self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env)
         except OSError as error:
             raise UserError(f"{python} cannot be run: {error.strerror}; {NO_TORCH}") from error
         model = config_lib.to_dict(config)["model"]
@@ -181,8 +179,9 @@ class Torch:
             self.close()
             raise
 
-    def seconds(self, experts: int, dtype: str, steps: int) -> float:
-        return float(self._ask(f"{experts} {dtype} {steps}"))
+    def seconds(self, model: str, dtype: str, steps: int) -> float:
+        """Returns the mean seconds of a step of "EXPERTS eager" or "EXPERTS compiled"."""
+        return float(self._ask(f"{model} {dtype} {steps}"))
 
     def close(self) -> None:
         self._process.communicate()
@@ -208,48 +207,32 @@ def main(argv: list[str]) -> None:
     if unknown := set(values.only) - set(chosen):
         raise UserError(f"--only is {', '.join(sorted(unknown))}; it must name some of {', '.join(chosen)}")
     chosen = {name: case for name, case in chosen.items() if not values.only or name in values.only}
-    for dtype in values.dtypes:
-        _in_dtype(config, dtype)
+    by_dtype = {dtype: {name: _in_dtype(case, dtype) for name, case in chosen.items()} for dtype in values.dtypes}
     if values.rounds < 1:
         raise UserError(f"--rounds is {values.rounds}; it must be at least 1")
-    if values.reduced_only:
-        print(json.dumps(_reduced_bytes(chosen)))
-        return
-    jax.config.update("jax_enable_compilation_cache", False)  # compilation is one of the things timed
+    jax.config.update("jax_enable_compilation_cache", False)  # compile times are reported
     mesh = devices.make_mesh(config.train)
     images = random_images(config, values.images, mesh)
     console.print(f"devices     {devices.describe(mesh)}")
     console.print(f"cases       {', '.join(chosen)}, each in {' and '.join(values.dtypes)}")
-    reduced = _reduced_bytes_elsewhere(argv)
-    measured = [case for dtype in values.dtypes for case in _compile_all(chosen, dtype, mesh, images)]
-    peak = {dtype: _peak(dtype, mesh) for dtype in values.dtypes}
-    with _peer(values.peer, values.peer_python, config) as torch:
-        rows = _interleaved(measured, torch, values.dtypes, values.rounds)
-    peak = {dtype: max(peak[dtype], _peak(dtype, mesh)) for dtype in values.dtypes}
-    by_name = {(case.name, case.dtype): case for case in measured}
-    for row in rows:
-        case = by_name.get((row["model"], row["dtype"]))
-        if case:
-            row |= case.facts | {
-                "flops_per_second": case.facts["flops"] / row["seconds"],
-                "share_of_peak": case.facts["flops"] / row["seconds"] / peak[row["dtype"]],
-                "update_share": case.update_seconds() / row["seconds"],
-                "input_share": case.read_seconds() / row["seconds"],
-                "reduced_bytes": reduced[row["model"]],
-            }
+    rows, peaks, torch_version = [], {}, {}
+    for dtype, configs in by_dtype.items():
+        measured = [_compiled(name, case, mesh, images) for name, case in configs.items()]
+        peaks[dtype] = _peak(dtype, mesh)
+        with _peer(values.peer, values.peer_python, config) as torch:
+            rows += _measure(measured, torch, dtype, values.rounds, peaks[dtype])
+            torch_version = {"torch": torch.about["version"]} if torch else {}
     result = {
         "command": "python -m jvitmoe.benchmark " + shlex.join(argv[1:]),
         "hardware": devices.describe(mesh),
-        "versions": checkpoints.versions() | ({"torch": torch.about["version"]} if torch else {}),
+        "versions": checkpoints.versions() | torch_version,
         "xla": {
             "XLA_FLAGS": os.environ.get("XLA_FLAGS", ""),
             **{dtype: compilation.options(jnp.dtype(dtype), mesh.devices.flat[0].platform) for dtype in values.dtypes},
         },
         "batch": config.train.batch_size,
         "rounds": values.rounds,
-        "peak_flops_per_second": peak,
-        "compile_growth": _compile_growth(chosen, mesh, images, values.dtypes[0]),
-        "merged_evaluation": _evaluation_costs(chosen, config.train.batch_size),
+        "peak_flops_per_second": peaks,
         "config": config_lib.flatten(config),
         "rows": rows,
     }
@@ -257,31 +240,27 @@ def main(argv: list[str]) -> None:
 
 
 def define_flags(values: flags.FlagValues) -> None:
-    flags.DEFINE_string("out", "runs/benchmark", "Folder for what is measured.", flag_values=values)
-    flags.DEFINE_list("only", [], "Cases, such as dense,batch; all by default.", flag_values=values)
+    flags.DEFINE_string("out", "runs/benchmark", "Folder for the results.", flag_values=values)
+    flags.DEFINE_list("only", [], "Cases to measure, such as dense,batch. Default: all.", flag_values=values)
     flags.DEFINE_list("dtypes", ["float32", "bfloat16"], "Compute dtypes.", flag_values=values)
-    flags.DEFINE_integer("rounds", 7, "Turns that each case has.", flag_values=values)
-    flags.DEFINE_integer("images", 50_000, "Images of the random set.", flag_values=values)
-    flags.DEFINE_enum("peer", "", ["", "torch"], "What else to measure.", flag_values=values)
+    flags.DEFINE_integer("rounds", 11, "Number of rounds; each visits every case once.", flag_values=values)
+    flags.DEFINE_integer("images", 50_000, "Number of random images.", flag_values=values)
+    flags.DEFINE_enum("peer", "", ["", "torch"], "Another implementation to measure.", flag_values=values)
     flags.DEFINE_string("peer_python", sys.executable, "A Python that has the peer.", flag_values=values)
-    flags.DEFINE_bool("reduced_only", False, "Prints the bytes that steps reduce, as JSON.", flag_values=values)
 
 
 def random_images(config: Config, count: int, mesh: Mesh) -> batches.Images:
-    """Returns random numbers in the shape of the config's images, on the devices."""
+    """Returns `count` random images of the config's shape, on the devices."""
     rng, model = np.random.default_rng(0), config.model
     shape = count, model.image_size, model.image_size, model.channels
     pixels, labels = rng.integers(0, 256, shape, np.uint8), rng.integers(0, model.classes, shape[:1], np.int32)
     return batches.put(Split(pixels, labels), mesh)
 
 
-def _compile_all(chosen: dict[str, Config], dtype: str, mesh: Mesh, images: batches.Images) -> list[Case]:
-    found = []
-    for name, config in chosen.items():
-        case = Case(name, _in_dtype(config, dtype), mesh, images)
-        console.print(f"compiled    {name} {dtype} in {case.compile_seconds:.1f} s")
-        found.append(case)
-    return found
+def _compiled(name: str, config: Config, mesh: Mesh, images: batches.Images) -> Case:
+    case = Case(name, config, mesh, images)
+    console.print(f"compiled    {name} {case.dtype} in {case.compile_seconds:.1f} s")
+    return case
 
 
 def _in_dtype(config: Config, dtype: str) -> Config:
@@ -290,48 +269,44 @@ def _in_dtype(config: Config, dtype: str) -> Config:
     return config.validate()
 
 
-def _interleaved(
-    measured: Sequence[Case], torch: Torch | None, dtypes: Sequence[str], rounds: int
+def _measure(
+    measured: Sequence[Case], torch: Torch | None, dtype: str, rounds: int, peak: float
 ) -> list[dict[str, Any]]:
-    """Returns a row per case and peer: median step, spread, and median ratio to dense of the same dtype and round."""
-    batch = measured[0].batch
-    work: dict[tuple[str, str], Callable[[int], float]] = {(c.name, c.dtype): c.seconds for c in measured}
+    """Returns a row per case and peer."""
+    work: dict[str, timing.Work] = {case.name: case.seconds for case in measured}
     if torch:
-        for name, experts in (("PyTorch dense", 1), ("PyTorch random", 4)):
-            for dtype in dtypes:
-                work[name, dtype] = functools.partial(torch.seconds, experts, dtype)
-    steps = {}
-    for key, seconds in work.items():
-        seconds(1)  # what a first time costs is nobody's step
-        steps[key] = max(1, round(VISIT_SECONDS / seconds(1)))
-    times: dict[tuple[str, str], list[float]] = {key: [] for key in work}
-    began = time.monotonic()
-    for number in range(rounds):
-        order = list(work)[number % len(work) :] + list(work)[: number % len(work)]
-        for key in order:
-            times[key].append(work[key](steps[key]))
-        left = (time.monotonic() - began) / (number + 1) * (rounds - number - 1)
-        console.print(f"round       {number + 1} of {rounds}, {left:.0f} s left")
-    rows = []
-    for (name, dtype), values in times.items():
+        work |= {name: functools.partial(torch.seconds, model, dtype) for name, model in PEERS.items()}
+    times = timing.interleave(
+        work,
+        rounds,
+        progress=lambda number, left: console.print(f"round       {number} of {rounds}, {left:.0f} s left"),
+    )
+    cases_by_name, rows = {case.name: case for case in measured}, []
+    for name, values in times.items():
         median = statistics.median(values)
-        row = {
+        row: dict[str, Any] = {
             "model": name,
             "dtype": dtype,
             "seconds": median,
-            "spread": (max(values) - min(values)) / median,
-            "images_per_second": batch / median,
+            "images_per_second": measured[0].batch / median,
             "seconds_per_round": values,
         }
-        if ("dense", dtype) in times:
-            ratios = [value / dense for value, dense in zip(values, times["dense", dtype], strict=True)]
-            row["times_dense"] = statistics.median(ratios)
+        if "dense" in times:
+            row["times_dense"], *row["times_dense_interval"] = timing.ratio(values, times["dense"])
+        if case := cases_by_name.get(name):
+            rate = case.facts["flops"] / median
+            row |= case.facts | {
+                "flops_per_second": rate,
+                "share_of_peak": rate / peak,
+                "update_share": case.update_seconds() / median,
+                "input_share": case.read_seconds() / median,
+            }
         rows.append(row)
     return rows
 
 
 def _peak(dtype: str, mesh: Mesh) -> float:
-    """Returns the floating-point operations per second of a large square product, the best of several."""
+    """Returns the FLOP/s of a large matrix product, the best of several."""
     device = mesh.devices.flat[0]
     x = jax.device_put(jnp.ones((PRODUCT_SIDE, PRODUCT_SIDE), dtype), device)
     product = jax.jit(jnp.matmul, compiler_options=compilation.options(jnp.dtype(dtype), device.platform))
@@ -349,96 +324,19 @@ def _median_seconds(work: Callable[[], Any], repeats: int) -> float:
     return statistics.median(_seconds(work) for _ in range(repeats))
 
 
-def _compile_growth(
-    chosen: dict[str, Config], mesh: Mesh, images: batches.Images, dtype: str
-) -> dict[str, dict[str, float]]:
-    """Returns name -> seconds to compile the step at 2 layers and at all, the lesser of two tries, and their ratio."""
-    found: dict[str, dict[str, float]] = {}
-    for name in [name for name in ("dense", "batch", "sample") if name in chosen]:
-        shallow = _in_dtype(chosen[name], dtype)
-        shallow.model.depth = SHALLOW
-        few, many = (
-            min(Case(name, config, mesh, images).compile_seconds for _ in range(2))
-            for config in (shallow.validate(), _in_dtype(chosen[name], dtype))
-        )
-        found[name] = {"layers": chosen[name].model.depth, "shallow": few, "deep": many, "ratio": many / few}
-    return found
-
-
-def _evaluation_costs(chosen: dict[str, Config], batch: int) -> dict[str, dict[str, float]]:
-    """Returns name -> FLOPs and bytes of the compiled evaluation of the model that ships, dense or merged."""
-    found: dict[str, dict[str, float]] = {}
-    for name in [name for name in ("dense", "batch", "sample") if name in chosen]:
-        config = chosen[name]
-        model = build.make_model(config, "cpu")
-        params = jax.eval_shape(lambda m=model: vit.init(m, jax.random.key(0)))
-        tree = params if name == "dense" else jax.eval_shape(merge.average_experts, params)
-        size = config.model.image_size
-        images = jax.ShapeDtypeStruct((batch, size, size, config.model.channels), jnp.float32)
-        plain = model.plain()
-        lowered = jax.jit(lambda p, x, net=plain: vit.logits(net, p, x)).lower(tree, images)
-        cost = compilation.for_reading(lowered).cost_analysis()
-        assert cost is not None
-        found[name] = {"flops": float(cost["flops"]), "bytes": float(cost["bytes accessed"])}
-    return found
-
-
-def _reduced_bytes(chosen: dict[str, Config]) -> dict[str, int]:
-    """Returns name -> bytes that a device gives to the sums of a step on two devices."""
-    found = {}
-    for name, config in chosen.items():
-        config = _in_dtype(config, "float32")
-        config.train.devices = FEW_DEVICES
-        mesh = devices.make_mesh(config.train)
-        model = build.make_model(config, "cpu")
-        split = Split(
-            np.zeros((config.train.batch_size, *[config.model.image_size] * 2, config.model.channels), np.uint8),
-            np.zeros((config.train.batch_size,), np.int32),
-        )
-        order = batches.TrainOrder(len(split), config.train.batch_size, jax.random.key(0), mesh, config.slots)
-        program = step.make_train_step(config, model, mesh, order.steps_per_epoch)
-        given = abstract_state(config, model, mesh), batches.put(split, mesh), order.epoch(0)
-        found[name] = compilation.reduced_bytes(compilation.for_reading(program.lower(*given)).as_text())
-    return found
-
-
-def _reduced_bytes_elsewhere(argv: Sequence[str]) -> dict[str, int]:
-    """As `_reduced_bytes`, in a process that pretends to have two CPU devices: one device has nothing to reduce."""
-    settings = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(FEW_DEVICES)}
-    done = subprocess.run(
-        [sys.executable, "-m", "jvitmoe.benchmark", *argv[1:], "--reduced_only", "--config.train.platform=cpu"],
-        env=os.environ | settings,
-        capture_output=True,
-        text=True,
-    )
-    if done.returncode:
-        raise UserError(f"the step cannot be compiled for two devices: {done.stderr.strip().splitlines()[-1]}")
-    return json.loads(done.stdout.splitlines()[-1])
-
-
 def _write(result: dict[str, Any], out: Path) -> None:
     """Writes what was measured as JSON, as a table and as a picture, and prints the table."""
     out.mkdir(parents=True, exist_ok=True)
     files.write_text(out / "benchmark.json", json.dumps(result, indent=1) + "\n")
     plots.throughput(result["rows"], out / "benchmark.png")
     rows = [_cells(row) for row in result["rows"]]
-    growth = "".join(
-        f"- compiling {name}: {found['shallow']:.1f} s at {SHALLOW} layers, {found['deep']:.1f} s at "
-        f"{found['layers']}, {found['ratio']:.2f} times\n"
-        for name, found in result["compile_growth"].items()
-    )
-    costs = "".join(
-        f"- evaluating {'dense' if name == 'dense' else f'the model merged from {name}'}: "
-        f"{tables.quantity(cost['flops'])} FLOPs, {tables.quantity(cost['bytes'])} bytes\n"
-        for name, cost in result["merged_evaluation"].items()
-    )
     peak = ", ".join(f"{tables.quantity(flops)}FLOP/s in {d}" for d, flops in result["peak_flops_per_second"].items())
     versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
     text = (
         f"# A training step\n\n{tables.markdown(rows)}\n{NOTE}\n\n![images per second](benchmark.png)\n\n"
-        f"- the machine's own matrix products ({PRODUCT_SIDE} square): {peak}\n{growth}{costs}"
+        f"- peak: products of two square matrices, side {PRODUCT_SIDE}: {peak}\n"
         f"- batch {result['batch']}, {result['rounds']} rounds, dropout {result['config']['model.dropout']}, "
-        f"XLA's options: {json.dumps(result['xla'])}\n\n"
+        f"XLA options: {json.dumps(result['xla'])}\n\n"
         f"`{result['command']}`\n\nHardware: {result['hardware']}. Versions: {versions}.\n"
     )
     files.write_text(out / "report.md", text)
@@ -447,24 +345,26 @@ def _write(result: dict[str, Any], out: Path) -> None:
 
 
 NOTE = (
-    "Step: median over rounds, ± half the distance from the fastest to the slowest. Times dense: median ratio to the "
-    "dense step of the same dtype and round. FLOP/s: three forward passes as XLA counts them. Memory: planned by XLA. "
-    "Update: what follows the gradients (optimiser, pull), as a program of its own. Input: reading, augmenting, order. "
-    "Reduced: bytes that a device gives to sums over devices, in the program compiled for two."
+    "Step: median over rounds, with the fastest and the slowest. Times dense: median of the ratio to the dense step of "
+    "the same round, with a 95 % interval. `dense again` is the dense case once more: its ratio is the error of the "
+    "measurement. FLOP/s: three forward passes as XLA counts them. Memory: planned by XLA. Update: optimiser, pull and "
+    "EMA, compiled apart. Input: selecting and augmenting a batch, and its share of drawing the order."
 )
 
 
 def _cells(row: dict[str, Any]) -> dict[str, str]:
-    """Returns the text cells of a row; "-" where a peer says nothing."""
+    """Returns the text cells of a row; "-" where a peer has no value."""
 
     def cell(name: str, form: Callable[[float], str]) -> str:
         return form(row[name]) if name in row else "-"
 
+    low, high = (1e3 * edge(row["seconds_per_round"]) for edge in (min, max))
+    between = row.get("times_dense_interval")
     return {
         "model": row["model"],
         "dtype": row["dtype"],
-        "step": f"{1e3 * row['seconds']:,.1f} ± {500 * row['spread'] * row['seconds']:.1f} ms",
-        "times dense": cell("times_dense", "{:.3f}".format),
+        "step, ms": f"{1e3 * row['seconds']:,.1f} ({low:,.1f} to {high:,.1f})",
+        "times dense": f"{row['times_dense']:.3f} ({between[0]:.3f} to {between[1]:.3f})" if between else "-",
         "images/s": f"{row['images_per_second']:,.0f}",
         "FLOP/s": cell("flops_per_second", tables.quantity),
         "of peak": cell("share_of_peak", "{:.0%}".format),
@@ -472,7 +372,6 @@ def _cells(row: dict[str, Any]) -> dict[str, str]:
         "memory": cell("planned_bytes", lambda x: tables.quantity(x) + "B"),
         "update": cell("update_share", "{:.1%}".format),
         "input": cell("input_share", "{:.1%}".format),
-        "reduced": cell("reduced_bytes", lambda x: tables.quantity(x) + "B"),
         "parameters": cell("parameters", "{:,}".format),
         "total": cell("total_parameters", "{:,}".format),
     }

@@ -1,4 +1,4 @@
-"""What all commands share: flags, the experiment file, and errors of the user as one line with exit code 2."""
+"""Shared by all commands: flags, the experiment file, and exit codes. A UserError is one line with exit code 2."""
 
 import difflib
 import io
@@ -25,7 +25,7 @@ MISSING = "--config is missing; give an experiment file, such as --config=config
 
 
 def parse(argv: list[str], define: Callable[[flags.FlagValues], None], config: bool = False) -> flags.FlagValues:
-    """Returns the parsed flags of a command that takes only flags; otherwise as `parse_with_arguments`."""
+    """As `parse_with_arguments`, for a command that takes only flags and, if `config`, needs `--config`."""
     values, arguments = parse_with_arguments(argv, define, config)
     if arguments:
         raise UserError(f"{arguments[0]!r} is not a flag; write {_as_flag(arguments[0], argv, values)}")
@@ -37,15 +37,14 @@ def parse(argv: list[str], define: Callable[[flags.FlagValues], None], config: b
 def parse_with_arguments(
     argv: list[str], define: Callable[[flags.FlagValues], None], config: bool = False
 ) -> tuple[flags.FlagValues, list[str]]:
-    """Returns the parsed flags of one command, and its other arguments.
+    """Returns the parsed flags of a command and its other arguments; prints the help and exits for --help.
 
     Args:
         argv: the command line, program name first.
         define: adds the command's own flags.
         config: whether the command takes `--config=FILE.py` and `--config.a.b=value`.
 
-    Raises UserError for a flag, field or value that does not exist or does not parse, and for a config file that is
-    missing or fails.
+    Raises UserError for an unknown flag or field, a value of the wrong type, and an experiment file that fails.
     """
     values = flags.FlagValues()
     define(values)
@@ -60,7 +59,7 @@ def parse_with_arguments(
     except UserError:
         raise
     except Exception as error:  # config_flags raises several types for a field that does not exist
-        raise UserError(_unknown_override(argv) or _explain(error, values)) from error
+        raise UserError(_explain(error, values, argv)) from error
     if values.help:
         print(f"usage: python -m jvitmoe.{Path(argv[0]).stem} [flags]\n{values.get_help()}")
         if config:
@@ -87,7 +86,7 @@ def _take_config(argv: list[str]) -> tuple[str, list[str]]:
 
 
 def _load(path: str) -> Config:
-    """Returns the Config of an experiment file. Raises UserError with the line of the file that fails."""
+    """Returns the Config of an experiment file. Raises UserError with the line that fails."""
     if not os.path.isfile(path):
         problem = "is a folder" if os.path.isdir(path) else "does not exist"
         near = _nearest(path, Path("configs"))
@@ -96,7 +95,7 @@ def _load(path: str) -> Config:
     folder, module = str(Path(path).parent), types.ModuleType(path)
     module.__file__ = path
     sys.modules[path] = module  # dataclasses look up the module that defines them
-    sys.path.insert(0, folder)  # so that experiments may import their neighbours
+    sys.path.insert(0, folder)  # an experiment may import files of its folder
     try:
         SourceFileLoader(path, path).exec_module(module)
         config = module.get_config()
@@ -111,7 +110,7 @@ def _load(path: str) -> Config:
 
 
 def _where(error: BaseException, path: str) -> str:
-    """Returns file, line, error and text of the line of an experiment, or of a file beside it, that fails."""
+    """Returns file, number, error and text of the line that fails, in the experiment or a file of its folder."""
     if isinstance(error, SyntaxError) and os.path.isfile(error.filename or ""):
         kind, text = type(error).__name__, (error.text or "").strip()
         return f"{error.filename}:{error.lineno}: {kind}: {error.msg} in {text[:100]!r}"
@@ -123,7 +122,7 @@ def _where(error: BaseException, path: str) -> str:
 
 
 def _nearest(path: str, folder: Path) -> str | None:
-    """Returns the path in a folder whose name, without its suffix, is most like that of `path`, or None."""
+    """Returns the path in a folder whose name is most similar to that of `path`, suffixes ignored, or None."""
     names = {entry.stem: str(entry) for entry in folder.glob("[!_]*")}
     near = difflib.get_close_matches(Path(path).stem, names, n=1)
     return names[near[0]] if near else None
@@ -134,13 +133,12 @@ def run_folder(values: flags.FlagValues) -> Path:
     if not values.workdir:
         raise UserError("--workdir is missing; give a run folder, such as --workdir=runs/digits_random")
     workdir = Path(values.workdir)
-    near = _nearest(values.workdir, workdir.parent)
-    if not os.path.exists(workdir) and near:
-        raise UserError(f"workdir {values.workdir!r} does not exist; did you mean {near}?")
-    if not os.path.isdir(workdir / "checkpoints"):
-        problem = "holds no checkpoints" if os.path.exists(workdir) else "does not exist"
-        raise UserError(f"workdir {values.workdir!r} {problem}; give the folder that training wrote")
-    return workdir
+    if os.path.isdir(workdir / "checkpoints"):
+        return workdir
+    exists, near = os.path.exists(workdir), _nearest(values.workdir, workdir.parent)
+    problem = "holds no checkpoints" if exists else "does not exist"
+    remedy = f"did you mean {near}?" if near and not exists else "give the folder that training wrote"
+    raise UserError(f"workdir {values.workdir!r} {problem}; {remedy}")
 
 
 def experiment(values: flags.FlagValues) -> Config:
@@ -149,22 +147,22 @@ def experiment(values: flags.FlagValues) -> Config:
 
 
 def run(main: Callable[[list[str]], Any]) -> NoReturn:
-    """Runs a command on sys.argv and exits: 0, or 2 and one line on standard error where the user can mend it."""
-    before = sys.__stdout__
-    if before and sys.stdout is before:  # no test runner's
-        raw = io.BufferedWriter(_Stdout(before.fileno(), "w", closefd=False))
-        sys.stdout = io.TextIOWrapper(raw, before.encoding, before.errors, line_buffering=before.line_buffering)
-    logging.set_verbosity(logging.FATAL)  # Orbax tells of its habits; what matters, commands say themselves
-    # Where several files of a checkpoint fail, the first failure is raised; asyncio would show the others with stacks.
+    """Runs a command on sys.argv and exits with 0, or with 2 and one line on standard error for a UserError."""
+    stdout = sys.__stdout__
+    if stdout and sys.stdout is stdout:  # not replaced by a test runner
+        raw = io.BufferedWriter(_Stdout(stdout.fileno(), "w", closefd=False))
+        sys.stdout = io.TextIOWrapper(raw, stdout.encoding, stdout.errors, line_buffering=stdout.line_buffering)
+    logging.set_verbosity(logging.FATAL)  # Orbax logs a lot, and commands report what matters themselves
+    # If several files of a checkpoint fail, the first failure is raised; asyncio would log the others with stacks.
     standard_logging.getLogger("asyncio").setLevel(standard_logging.CRITICAL)
-    if sys.unraisablehook is sys.__unraisablehook__:  # no test runner's
+    if sys.unraisablehook is sys.__unraisablehook__:  # not replaced by a test runner
         sys.unraisablehook = _show_unraisable
     try:
         try:
             main(sys.argv)
         finally:
             if sys.stdout:
-                sys.stdout.flush()  # here, where a full disk is one line
+                sys.stdout.flush()  # raises UserError here if the disk is full
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
@@ -174,37 +172,36 @@ def run(main: Callable[[list[str]], Any]) -> NoReturn:
 
 
 class _Stdout(io.FileIO):
-    """Standard output that raises UserError if it cannot be written. What is written to it later is dropped."""
+    """Standard output that raises UserError if it cannot be written, and drops later writes."""
 
     def write(self, data: Any, /) -> int:
         try:
             return super().write(data)
         except OSError as error:
             os.dup2(os.open(os.devnull, os.O_WRONLY), self.fileno())
-            raise UserError(
-                f"standard output cannot be written: {error.strerror}; make room or send it elsewhere"
-            ) from error
+            message = f"standard output cannot be written: {error.strerror}; make room or send it elsewhere"
+            raise UserError(message) from error
 
 
-def _show_unraisable(found: Any) -> None:
-    """Shows an exception that could not be raised, but not those of C code that nobody waits for: TensorStore's threads
-    have some after a failed write, which is raised to whoever waits for it besides."""
-    if found.object is not None:
-        sys.__unraisablehook__(found)
+def _show_unraisable(unraisable: Any) -> None:
+    """Shows an exception that could not be raised, except those without a Python object: TensorStore's threads have
+    some after a failed write, which is also raised as an error of the write."""
+    if unraisable.object is not None:
+        sys.__unraisablehook__(unraisable)
 
 
 def _as_flag(argument: str, argv: list[str], values: flags.FlagValues) -> str:
-    """Returns the flag that an argument without a name was probably meant for."""
+    """Returns the flag that probably belongs to an argument without a name."""
     before = argv[argv.index(argument) - 1]
     if before.startswith("-") and "=" not in before:
-        return f"{before}={argument}"  # the flag is a bool, which takes its value after "=" only
+        return f"{before}={argument}"  # a bool, which takes its value only after "="
     if "config" in values and not config_path(argv):
         return f"--config={argument if argument.endswith('.py') else _nearest(argument, Path('configs')) or 'FILE.py'}"
     return f"--workdir={argument}" if "workdir" in values and not values.workdir else "--name=value"
 
 
 def _unknown_flag(name: str, values: flags.FlagValues) -> str:
-    """Returns the message for a flag that does not exist, with the nearest flag or field that does."""
+    """Returns the message for an unknown flag, with the most similar flag or field."""
     own = [flag for flag in values if "." not in flag and len(flag) > 1]
     known = {flag: [f"--{flag}"] for flag in own}
     if "config" in values:
@@ -217,8 +214,12 @@ def _unknown_flag(name: str, values: flags.FlagValues) -> str:
     return f"--{name} is not a flag; the flags are {', '.join(known[flag][0] for flag in sorted(own))}{fields}"
 
 
-def _explain(error: Exception, values: flags.FlagValues) -> str:
-    """Returns the message for flags that cannot be parsed; for a value, with the type and a value that can."""
+def _explain(error: Exception, values: flags.FlagValues, argv: list[str]) -> str:
+    """Returns the message for flags that cannot be parsed; for a value of the wrong type, with a right one."""
+    for argument in argv:
+        field = re.match(r"--(?:no)?config\.([\w.]+)", argument)
+        if field and field[1] not in SETTINGS:
+            return unknown_field(field[1])
     if isinstance(error, flags.UnrecognizedFlagError):
         return _unknown_flag(error.flagname, values)
     if not isinstance(error, flags.IllegalFlagValueError):
@@ -232,12 +233,3 @@ def _explain(error: Exception, values: flags.FlagValues) -> str:
     if kind == "tuple":
         example = "'(" + "".join(f'"{entry}",' for entry in example) + ")'"
     return f"{given} cannot be read; the value must be of type {kind}, such as --{name}={example}"
-
-
-def _unknown_override(argv: list[str]) -> str | None:
-    """Returns the message for an override of a field that does not exist, or None."""
-    for argument in argv:
-        match = re.match(r"--(?:no)?config\.([\w.]+)", argument)
-        if match and match.group(1) not in SETTINGS:
-            return unknown_field(match.group(1))
-    return None

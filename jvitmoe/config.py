@@ -39,7 +39,7 @@ class ModelConfig:
     width: int = setting(64, "width of a token, D", above=0)
     hidden: int = setting(128, "hidden units of an MLP, F", above=0)
     depth: int = setting(4, "number of layers, L", above=0, at_most=10_000)
-    heads: int = setting(4, "attention heads, H", above=0)
+    heads: int = setting(4, "attention heads, G", above=0)
     norm: str = setting("pre", "LayerNorm before or after attention and MLP", ("pre", "post"))
     pool: str = setting("cls", "input of the head: the CLS token, or the mean of the tokens", ("cls", "mean"))
     positions: str = setting("learned", "position embeddings: learned, or fixed sines", ("learned", "sincos2d"))

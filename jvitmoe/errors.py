@@ -4,18 +4,18 @@ LONGEST_WORD, LONGEST_LINE = 300, 1200  # characters of a message
 
 
 class UserError(Exception):
-    """A mistake that the user can correct: commands print it as one line and exit with code 2."""
+    """An error that the user can correct; the message is one line with the value, the rule and the remedy."""
 
     everywhere = False  # True if every process raises the same error, so only process 0 prints it
-    known = False  # True if the other processes know of it
+    known = False  # True if the other processes know of the error
 
     def __str__(self) -> str:
         return printable(super().__str__())
 
 
 def printable(text: str) -> str:
-    """Returns `text` as one line for a terminal: control characters are escaped, and long words and long lines are cut
-    in the middle, so that the rule and the remedy at the end of a message remain."""
+    """Returns `text` as one line for a terminal, with control characters escaped. Long words and lines are cut in the
+    middle, because a message ends with the rule and the remedy."""
     escaped = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(text.split()))
     return _cut(" ".join(_cut(word, LONGEST_WORD) for word in escaped.split(" ")), LONGEST_LINE)
 
@@ -31,4 +31,4 @@ def _cut(text: str, longest: int) -> str:
 
 
 class ConfigError(UserError):
-    """A field holds a value that breaks its rule; the message names value, rule and remedy."""
+    """A setting has a value that breaks its rule."""

@@ -1,8 +1,7 @@
-"""Takes a run's dense model elsewhere:
-`python -m jvitmoe.export --workdir runs/X --to TARGET --out DIR`.
+"""Exports a run's dense model for other libraries: `python -m jvitmoe.export --workdir runs/X --to TARGET --out DIR`.
 
-Writes the model, a model card and sample.npz (test images and their logits), then reads the model back and compares.
-A model that the target cannot express is refused before anything is written.
+Writes the model, a model card and sample.npz (test images and their logits), then reads the model back and compares the
+logits. A model that the target cannot express is refused before anything is written.
 """
 
 import shutil
@@ -12,25 +11,27 @@ from absl import flags
 
 from jvitmoe import cli
 from jvitmoe.errors import UserError, printable
-from jvitmoe.interop import load, model_card
-from jvitmoe.interop.targets import TARGETS
 from jvitmoe.runs import files, results
 from jvitmoe.runs.console import console
-from jvitmoe.runtime import compilation
 
 
 def main(argv: list[str]) -> None:
-    """Writes one export. Raises UserError where the run, the target or the folder does not allow it."""
+    """Runs the command. Raises UserError for a run, target or folder that does not fit."""
     values = cli.parse(argv, _define_flags)
-    compilation.use_cache()
     workdir = cli.run_folder(values)
-    if values.to not in TARGETS:
-        raise UserError(f"--to is {values.to!r}; it must be one of {', '.join(TARGETS)}")
     if not values.out:
         raise UserError("--out is missing; give a new folder, such as --out=exports/digits_timm")
     out = Path(values.out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"--out is {values.out!r}, which holds something; give a new folder")
+        raise UserError(f"--out is {values.out!r}, which is not empty; give a new folder")
+    # Not above: these import JAX, and --help need not wait for that.
+    from jvitmoe.interop import load, model_card
+    from jvitmoe.interop.targets import TARGETS
+    from jvitmoe.runtime import compilation
+
+    if values.to not in TARGETS:
+        raise UserError(f"--to is {values.to!r}; it must be one of {', '.join(TARGETS)}")
+    compilation.use_cache()
     source = load.read(workdir, checkpoint=values.checkpoint)
     assert source.config is not None, "a run has a config"
     config = source.config
@@ -41,21 +42,20 @@ def main(argv: list[str]) -> None:
         console.print(f"note        {remark}")
     sample = target.sample(source, config)
 
-    part = out.with_name(out.name + ".part")  # renamed at the end, so `out` is never incomplete
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
+    unfinished = out.with_name(out.name + files.UNFINISHED)  # renamed at the end, so `out` is never incomplete
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
     try:
-        apart = target.export(part, source, sample)
-        result = results.read_result(workdir)
-        card = model_card.write(source, result, target, remarks)
-        files.write_text(part / "README.md", card)
+        difference = target.export(unfinished, source, sample)
+        card = model_card.write(source, results.read_result(workdir), target, remarks)
+        files.write_text(unfinished / "README.md", card)
         if out.exists():
             out.rmdir()
-        part.rename(out)
+        unfinished.rename(out)
     finally:
-        shutil.rmtree(part, ignore_errors=True)
+        shutil.rmtree(unfinished, ignore_errors=True)
     console.print(f"exported    {printable(str(out))}, checkpoint at step {source.step:,}, as {target.name}")
-    compared = f"logits of {len(sample['labels'])} images within {apart:.2g} of ours"
+    compared = f"logits of {len(sample['labels'])} images within {difference:.2g} of ours"
     console.print(f"checked     read back by {target.reader}: {compared}")
     if target.torch:
         console.print(f"            README.md has a check that runs {target.library} itself")
@@ -64,9 +64,9 @@ def main(argv: list[str]) -> None:
 def _define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_string("workdir", "", "Run folder that training wrote.", flag_values=values)
     flags.DEFINE_string("checkpoint", "latest", "latest, best (on validation) or a step.", flag_values=values)
-    flags.DEFINE_string("to", "", f"What to write: {', '.join(TARGETS)}.", flag_values=values)
+    flags.DEFINE_string("to", "", "What to write: hf, onnx, safetensors, stablehlo or timm.", flag_values=values)
     flags.DEFINE_string("out", "", "New folder to write to.", flag_values=values)
-    flags.DEFINE_string("data_dir", "", "Where the data lie, if not where training found them.", flag_values=values)
+    flags.DEFINE_string("data_dir", "", "Where the data are, if not where training found them.", flag_values=values)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
 """Classifies pictures: `python -m jvitmoe.predict --workdir runs/X IMAGE… [--json] [--sheet sheet.png] [--top 5]`.
 
-Files and folders in, the most probable classes out. What cannot be read is reported and skipped; the exit code is 1
-then, and the rest is done.
+Prints the most probable classes of each file, also of those in folders. Files that cannot be read are reported and
+skipped, and the exit code is 1.
 """
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -15,17 +16,13 @@ from jvitmoe import cli
 from jvitmoe.data import images
 from jvitmoe.data.images import DataError
 from jvitmoe.errors import UserError, printable
-from jvitmoe.interop import classifier, contact_sheet
-from jvitmoe.interop.classifier import Prediction
 from jvitmoe.runs import tables
 from jvitmoe.runs.console import console
-from jvitmoe.runtime import compilation
 
 
 def main(argv: list[str]) -> None:
-    """Prints one row per picture, or one JSON list. Exits with 1 where some picture could not be read."""
+    """Runs the command. Raises UserError for a flag or a model that does not fit."""
     values, arguments = cli.parse_with_arguments(argv, _define_flags)
-    compilation.use_cache()
     if not values.workdir:
         raise UserError(
             "--workdir is missing; give a run folder or an exported one, such as --workdir=runs/digits_random"
@@ -37,38 +34,39 @@ def main(argv: list[str]) -> None:
     out = Path(values.sheet) if values.sheet else None
     if out and (out.suffix.lower() != ".png" or not out.parent.is_dir()):
         raise UserError(f"--sheet is {values.sheet!r}; it must be a .png in a folder that exists")
+    # Not above: these import JAX and matplotlib, and --help need not wait for that.
+    from jvitmoe.interop import classifier, contact_sheet
+    from jvitmoe.runtime import compilation
+
+    compilation.use_cache()
     model = classifier.load(values.workdir, values.checkpoint)
-    files, complaints = images.find(arguments)
-    read: list[tuple[Path, np.ndarray]] = []
-    for file in files:
+    paths, unreadable = images.find(arguments)
+    pixels: list[tuple[Path, np.ndarray]] = []
+    for path in paths:
         try:
-            read.append((file, model.read(file)))
+            pixels.append((path, model.read(path)))
         except DataError as error:
-            complaints.append(str(error))
-    found = model(np.stack([image for _, image in read]), values.top) if read else []
-    rows = [(file, guesses) for (file, _), guesses in zip(read, found, strict=True)]
+            unreadable.append(str(error))
+    found = model(np.stack([image for _, image in pixels]), values.top) if pixels else []
+    classes = [(path, top) for (path, _), top in zip(pixels, found, strict=True)]
     if values.json:
-        print(json.dumps([_as_json(file, guesses) for file, guesses in rows], indent=1))
-    elif rows:
-        tables.show([_as_row(file, guesses) for file, guesses in rows], f"{values.workdir}: most probable classes")
-    if out and rows:
-        contact_sheet.draw(out, [(file, [(g.name, g.probability) for g in guesses]) for file, guesses in rows])
+        listed = [{"file": str(path), "classes": [dataclasses.asdict(c) for c in top]} for path, top in classes]
+        print(json.dumps(listed, indent=1))
+    elif classes:
+        rows = [
+            {"image": printable(str(path))}
+            | {str(n): f"{printable(c.name)} {c.probability:.1%}" for n, c in enumerate(top, 1)}
+            for path, top in classes
+        ]
+        tables.show(rows, f"{values.workdir}: most probable classes")
+    if out and classes:
+        contact_sheet.draw(out, [(path, [(c.name, c.probability) for c in top]) for path, top in classes])
         if not values.json:
             console.print(f"sheet       {printable(str(out))}")
-    for complaint in complaints:
-        print(f"skipped: {printable(complaint)}", file=sys.stderr)
-    if complaints:
+    for message in unreadable:
+        print(f"skipped: {printable(message)}", file=sys.stderr)
+    if unreadable:
         sys.exit(1)
-
-
-def _as_json(file: Path, guesses: list[Prediction]) -> dict[str, object]:
-    classes = [{"label": g.label, "name": g.name, "probability": g.probability} for g in guesses]
-    return {"file": str(file), "classes": classes}
-
-
-def _as_row(file: Path, guesses: list[Prediction]) -> dict[str, str]:
-    cells = {str(n): f"{printable(g.name)} {g.probability:.1%}" for n, g in enumerate(guesses, 1)}
-    return {"image": printable(str(file)), **cells}
 
 
 def _define_flags(values: flags.FlagValues) -> None:

@@ -1,62 +1,34 @@
 """Trains one experiment: `python -m jvitmoe.train --config configs/digits_random.py [--workdir runs/x]`.
 
-Run again with the same folder it goes on from the newest sound checkpoint, to the same bits as a run that was never
-interrupted. SIGTERM and SIGINT finish the step, save and exit; a second signal exits at once.
+Repeat the command to resume from the newest sound checkpoint; the result is bit-identical to that of an uninterrupted
+run. SIGTERM and SIGINT finish the step, save and exit; a second signal exits at once.
 
-Several processes, joined by --distributed or --coordinator, are one run: the first prints and writes, any one that is
-asked to stop stops all after the same step, and one that fails ends all.
+A run may use several processes, connected by --distributed or --coordinator. Process 0 prints and writes. A signal to
+one process stops all after the same step, and a failure of one ends all.
 """
 
-import contextlib
 from pathlib import Path
 
-import jax
 from absl import flags
 
 from jvitmoe import cli
-from jvitmoe.config import Config
-from jvitmoe.errors import UserError
-from jvitmoe.experts import build
-from jvitmoe.runs import checkpoints
-from jvitmoe.runs.console import console
-from jvitmoe.runs.folder import claim
-from jvitmoe.runtime import compilation, processes
-from jvitmoe.runtime.signals import Stop
-from jvitmoe.training.loop import train
+from jvitmoe.runtime import rendezvous
 
 
 def main(argv: list[str]) -> None:
-    """Trains to the end, tests, and leaves result.json and report.md in the run folder."""
+    """Trains to the end, tests, and writes result.json and report.md in the run folder."""
     values = cli.parse(argv, _define_flags, config=True)
-    compilation.use_cache()
-    processes.join(values, checkpoints.versions)
-    console.quiet = not processes.first()
+    config = cli.experiment(values)
     workdir = Path(values.workdir or Path("runs") / Path(cli.config_path(argv)).stem)
+    from jvitmoe.training.launch import launch  # not above: it imports JAX, and --help need not wait for that
 
-    def prepare() -> Config:
-        config = cli.experiment(values)
-        build.find_router(config)  # refuses a name or setting before any data are read
-        claim(workdir, config)
-        return config
-
-    with contextlib.ExitStack() as held:
-        stop = held.enter_context(Stop())
-        config = processes.together(prepare, f"{workdir} {values.config}")
-        try:
-            train(config, workdir, stop, held)
-        except jax.errors.JaxRuntimeError as error:
-            if "RESOURCE_EXHAUSTED" not in str(error):
-                raise
-            raise UserError(
-                f"the memory of a device is too small ({str(error).splitlines()[0][:200]}); "
-                "set a smaller --config.train.batch_size or a larger --config.train.accumulate"
-            ) from error
+    launch(values, config, workdir)
 
 
 def _define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_string("workdir", "", "Run folder; by default runs/<name of the config file>.", flag_values=values)
-    processes.define_flags(values)
+    rendezvous.define_flags(values)
 
 
 if __name__ == "__main__":
-    cli.run(lambda argv: processes.guard(lambda: main(argv)))
+    cli.run(main)

@@ -24,8 +24,10 @@ from typing import Any
 
 from absl import logging
 
-from jvitmoe.runs import files, metrics_log
-from jvitmoe.runs.checkpoints import PART, Checkpoints, list_steps
+from jvitmoe.runs import files
+from jvitmoe.runs.checkpoint_writer import UNFINISHED
+from jvitmoe.runs.checkpoints import Checkpoints, list_steps
+from jvitmoe.runs.history import read_metrics
 
 TURNS = ("at a step", "writing a checkpoint", "evaluating", "before the first step")
 POLL = 0.002  # seconds
@@ -82,7 +84,7 @@ class Run:
 
     def writes(self) -> bool:
         folder = self.workdir / "checkpoints"
-        return folder.is_dir() and any(PART in name for name in os.listdir(folder))
+        return folder.is_dir() and any(UNFINISHED in name for name in os.listdir(folder))
 
     def evaluates(self) -> bool:
         """Whether the last thing shown is a step that an evaluation follows."""
@@ -137,15 +139,13 @@ def finish(run: Run, steps: int) -> None:
 
 def checksums(workdir: Path, number: int) -> dict[str, str]:
     """Returns leaf -> CRC-32, parameters and optimiser state, of one checkpoint."""
-    checkpoints = Checkpoints(workdir / "checkpoints", read_only=True)
-    meta = checkpoints.read(str(number)).meta
-    checkpoints.close()
+    meta = Checkpoints(workdir / "checkpoints").read(str(number)).meta
     return {f"{item}.{leaf}": value for item, leaves in meta["checksums"].items() for leaf, value in leaves.items()}
 
 
 def history(workdir: Path, last: int) -> list[dict[str, float]]:
     """Returns the metrics up to a step, without the clock's."""
-    lines = metrics_log.read_metrics(workdir / files.METRICS)
+    lines = read_metrics(workdir / files.METRICS)
     return [{k: v for k, v in line.items() if k != "images_per_second"} for line in lines if line["step"] <= last]
 
 
@@ -165,7 +165,7 @@ def main() -> None:
     undisturbed = Run(options.out / "undisturbed", arguments)
     finish(undisturbed, options.steps)
     print(f"undisturbed: first step shown {undisturbed.startup:.1f} s after the start", flush=True)
-    lines = metrics_log.read_metrics(undisturbed.workdir / files.METRICS)
+    lines = read_metrics(undisturbed.workdir / files.METRICS)
     evaluations = frozenset(line["step"] for line in lines if line["kind"] != "train")
     killed = Run(options.out / "killed", arguments, evaluations)
 

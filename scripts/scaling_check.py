@@ -36,7 +36,7 @@ from jvitmoe.data import batches, datasets
 from jvitmoe.experts import build, routes
 from jvitmoe.experts.routes import Purpose
 from jvitmoe.runs import checkpoints, plots
-from jvitmoe.runtime import compilation, processes
+from jvitmoe.runtime import compilation, processes, rendezvous
 from jvitmoe.runtime.devices import AXES, describe, make_mesh
 from jvitmoe.training import step
 from jvitmoe.training.state import make_state
@@ -127,7 +127,7 @@ def worker(values: flags.FlagValues) -> None:
 def _sums(arrays: int, floats: int) -> Callable[[], Any]:
     mesh = make_mesh(TrainConfig(platform="cpu"))
     here = NamedSharding(mesh, PartitionSpec(AXES))
-    given = [batches.place(np.ones((mesh.size, floats), np.float32), here)] * arrays
+    given = [batches.to_devices(np.ones((mesh.size, floats), np.float32), here)] * arrays
 
     def on_device(parts: list[jax.Array]) -> list[jax.Array]:
         return [jax.lax.psum(part + number, AXES) for number, part in enumerate(parts)]
@@ -286,7 +286,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
 def main() -> None:
     if any(argument.startswith("--worker_steps") for argument in sys.argv):
         values = flags.FlagValues()
-        processes.define_flags(values)
+        rendezvous.define_flags(values)
         flags.DEFINE_integer("worker_steps", 0, "Steps to time.", flag_values=values)
         values(sys.argv)
         processes.guard(lambda: worker(values))

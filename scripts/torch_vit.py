@@ -1,8 +1,9 @@
 """The original in PyTorch, written here from its description: what `jvitmoe.benchmark --peer torch` is measured beside.
 
 The only file that needs PyTorch. As a program it is a worker that another process drives by lines, so that the two
-never compute at the same time: it reads {"settings", "batch", "dropout"} (JSON), then lines "EXPERTS DTYPE STEPS", and
-answers each with the seconds that a training step took.
+never compute at the same time: it reads {"settings", "batch", "dropout"} (JSON), then lines "EXPERTS eager DTYPE STEPS"
+or "EXPERTS compiled DTYPE STEPS", and answers each with the mean seconds of a training step. `compiled` runs the model
+under torch.compile.
 
 B batch · T tokens · D width · H heads · K head width · c channels
 """
@@ -93,10 +94,11 @@ class ViT(nn.Module):
 class Trainer:
     """Trains on one batch that is already on the device and normalised, with the original's Adam."""
 
-    def __init__(self, settings: Mapping[str, Any], batch: int, dropout: float, experts: int):
+    def __init__(self, settings: Mapping[str, Any], batch: int, dropout: float, experts: int, compiled: bool):
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.experts, self.depth = experts, settings["depth"]
         self.model = ViT(settings, experts, dropout).to(self.device)
+        self.forward = torch.compile(self.model) if compiled else self.model
         self.adam = torch.optim.Adam(self.model.parameters(), lr=2.5e-4, weight_decay=1e-4)
         side = settings["image_size"]
         self.images = torch.rand(batch, settings["channels"], side, side, device=self.device) * 2 - 1
@@ -106,7 +108,7 @@ class Trainer:
         """One update through one expert, the same in all layers; idle experts get no gradient and are left alone."""
         route = [random.randrange(self.experts)] * self.depth
         with torch.autocast(self.device, torch.bfloat16, enabled=dtype == "bfloat16"):
-            loss = nn.functional.cross_entropy(self.model(self.images, route), self.labels)
+            loss = nn.functional.cross_entropy(self.forward(self.images, route), self.labels)
         self.adam.zero_grad(set_to_none=True)
         loss.backward()
         self.adam.step()
@@ -127,13 +129,14 @@ class Trainer:
 
 def main() -> None:
     job = json.loads(sys.stdin.readline())
-    trainers: dict[int, Trainer] = {}
+    trainers: dict[tuple[str, str, str], Trainer] = {}
     print(json.dumps({"version": torch.__version__, "threads": torch.get_num_threads()}), flush=True)
     for line in sys.stdin:
-        experts, dtype, steps = line.split()
-        if int(experts) not in trainers:
-            trainers[int(experts)] = Trainer(job["settings"], job["batch"], job["dropout"], int(experts))
-        print(trainers[int(experts)].seconds(dtype, int(steps)), flush=True)
+        experts, mode, dtype, steps = line.split()
+        if (experts, mode, dtype) not in trainers:
+            arguments = job["settings"], job["batch"], job["dropout"], int(experts), mode == "compiled"
+            trainers[experts, mode, dtype] = Trainer(*arguments)
+        print(trainers[experts, mode, dtype].seconds(dtype, int(steps)), flush=True)
 
 
 if __name__ == "__main__":

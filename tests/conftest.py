@@ -18,7 +18,6 @@ os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FLAGS}".strip()
 import collections
 import contextlib
 import dataclasses
-import functools
 import gc
 import importlib.util
 import json
@@ -153,26 +152,6 @@ def training(tiny_split: Split) -> Callable[[Config], Training]:
         return Training(config, mesh, model, batches.put(tiny_split, mesh), order, train_step, state)
 
     return make
-
-
-@pytest.fixture(scope="module")
-def full_run(tiny_config: Callable[..., Config], training: Callable[[Config], Training]) -> Callable[..., Training]:
-    """Returns the five steps, run once, of four experts with everything on: full_run(scope, devices). Scope "shared"
-    goes with Adam, "layer" with AdamW. Run anew for each file, with whose programs its own are let go."""
-
-    @functools.cache
-    def run(scope: str, devices: int) -> Training:
-        config = tiny_config(
-            data={"crop_padding": 1, "flip": True},
-            model={"dropout": 0.2},
-            routing={"experts": 4, "scope": scope},
-            # The gradient of an attention key's bias is 0 but for rounding; at eps=1e-8 Adam would blow that noise up.
-            optim={"name": "adam" if scope == "shared" else "adamw", "clip_norm": 0.5, "eps": 1e-3},
-            train={"devices": devices, "label_smoothing": 0.1},
-        )
-        return training(config).run(5)
-
-    return run
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""What a run folder holds, to compare runs by."""
+"""Tiny experiments, and what their run folders hold."""
 
 import json
 from pathlib import Path
@@ -7,22 +7,43 @@ import chex
 import jax
 
 from jvitmoe import config as config_lib
+from jvitmoe.config import Config
 from jvitmoe.experts import build
 from jvitmoe.runs.checkpoints import Checkpoints
 from jvitmoe.runtime import devices
 from jvitmoe.training import state
 from jvitmoe.training.state import TrainState
 
+# Three epochs of five steps on digits.
+TINY = {
+    "data": {"crop_padding": 1, "flip": True, "validation": 100},
+    "model": {"width": 8, "hidden": 12, "depth": 2, "heads": 2, "patch": 4, "dropout": 0.1},
+    "routing": {"experts": 3, "scope": "layer", "init": "shared"},
+    "train": {"epochs": 3, "batch_size": 256, "log_every": 1, "devices": 1},
+}
+
+
+def write_experiment(path: Path, code: str = "", **overrides: dict) -> Path:
+    """Writes an experiment file: TINY with other settings by section, and code that runs when it is read."""
+    config = config_lib.from_dict({s: TINY.get(s, {}) | overrides.get(s, {}) for s in {*TINY, *overrides}})
+    path.write_text(f"from jvitmoe.config import *\n\n\ndef get_config():\n    return {config!r}\n{code}")
+    return path
+
+
+def saved_config(workdir: Path) -> Config:
+    return config_lib.loads((workdir / "config.json").read_text(), "config.json")
+
+
+def saved(workdir: Path) -> list[Path]:
+    """Returns the folders of the saved steps, oldest first."""
+    return sorted((workdir / "checkpoints").iterdir(), key=lambda path: int(path.name))
+
 
 def final_state(workdir: Path) -> TrainState:
     """Returns the newest sound checkpoint's state, on the host."""
-    config = config_lib.loads((workdir / "config.json").read_text(), "config.json")
+    config = saved_config(workdir)
     model, mesh = build.make_model(config, "cpu"), devices.make_mesh(config.train)
-    checkpoints = Checkpoints(workdir / "checkpoints", read_only=True)
-    try:
-        return jax.device_get(checkpoints.restore(state.abstract_state(config, model, mesh))[0])
-    finally:
-        checkpoints.close()
+    return jax.device_get(Checkpoints(workdir / "checkpoints").restore(state.abstract_state(config, model, mesh))[0])
 
 
 def history(workdir: Path) -> list[dict]:
@@ -31,9 +52,23 @@ def history(workdir: Path) -> list[dict]:
     return [{name: value for name, value in line.items() if name != "images_per_second"} for line in lines]
 
 
+def losses(workdir: Path) -> dict[int, float]:
+    """Returns the loss of each logged training step."""
+    return {line["step"]: line["loss"] for line in history(workdir) if line["kind"] == "train"}
+
+
+def rows(workdir: Path) -> list[dict]:
+    """Returns the rows of the result."""
+    return json.loads((workdir / "result.json").read_text())["rows"]
+
+
 def assert_same_run(workdir: Path, undisturbed: Path) -> None:
-    """Holds two finished runs against each other: state, history and result, to the bit."""
+    """Compares two finished runs: state, history and result, to the bit."""
     chex.assert_trees_all_equal(final_state(workdir), final_state(undisturbed))
     assert history(workdir) == history(undisturbed)
-    rows = [json.loads((folder / "result.json").read_text())["rows"] for folder in (workdir, undisturbed)]
-    assert rows[0] == rows[1]
+    assert rows(workdir) == rows(undisturbed)
+
+
+def snapshot(folder: Path) -> dict[str, bytes]:
+    """Returns the content of every file below a folder."""
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}

@@ -22,7 +22,10 @@ import pytest
 from jvitmoe import config as config_lib
 from jvitmoe.config import Config, ModelConfig, RoutingConfig, TrainConfig
 from jvitmoe.experts import build
-from jvitmoe.runs.checkpoints import CheckpointError, Checkpoints, checksums, list_steps, place
+from jvitmoe.runs.arrays import CheckpointError, checksums
+from jvitmoe.runs.arrays import to_devices as place
+from jvitmoe.runs.checkpoint_writer import CheckpointWriter
+from jvitmoe.runs.checkpoints import Checkpoints, list_steps
 from jvitmoe.runtime.devices import make_mesh
 from jvitmoe.training.state import TrainState, abstract_state, make_state
 
@@ -42,8 +45,11 @@ def make(devices: int = 1):
 
 
 @contextlib.contextmanager
-def opened(folder, **kwargs):
-    checkpoints = Checkpoints(folder, **kwargs)
+def opened(folder, read_only=False, keep=1):
+    if read_only:
+        yield Checkpoints(folder)
+        return
+    checkpoints = CheckpointWriter(folder, keep)
     try:
         yield checkpoints
     finally:
@@ -126,7 +132,7 @@ def test_a_checkpoint_that_cannot_be_read_back_costs_no_older_one(tmp_path):
 def test_what_a_kill_left_undeleted_goes_with_the_next_start_and_no_reader_deletes(tmp_path):
     state, abstract = make()
     save_all(tmp_path / "c", state, [1, 2, 3, 4], nlls=[0.4, 0.1, 0.3, 0.2])
-    with opened(tmp_path / "c", keep=1, read_only=True) as checkpoints:
+    with opened(tmp_path / "c", read_only=True) as checkpoints:
         checkpoints.restore(abstract)
         assert checkpoints.steps() == [1, 2, 3, 4]
     with opened(tmp_path / "c", keep=1) as checkpoints:
@@ -363,13 +369,13 @@ def test_a_reader_chooses_again_where_the_trainer_deletes_what_it_chose(tmp_path
     state, abstract = make()
     with opened(tmp_path / "c", keep=1) as trainer, opened(tmp_path / "c", read_only=True) as reader:
         trainer.save(at(state, 1), make_config(), 0.5)
-        trainer._settle()
+        trainer._finish_write()
         read, count = reader._read, itertools.count()
 
         def read_late(*arguments):
             if next(count) == reads:
                 trainer.save(at(state, 2), make_config(), 0.4)
-                trainer._settle()  # deletes checkpoint 1
+                trainer._finish_write()  # deletes checkpoint 1
                 assert trainer.steps() == [2]
             return read(*arguments)
 

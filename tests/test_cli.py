@@ -164,6 +164,24 @@ def test_help_names_the_flags_and_exits_0(capsys):
     assert "--config.train.epochs=10" in shown
 
 
+@pytest.mark.process
+@pytest.mark.parametrize("arguments", [["--help"], ["--no_such_flag"]])
+@pytest.mark.parametrize("command", ["train", "evaluate", "predict", "export", "report"])
+def test_help_and_wrong_flags_do_not_wait_for_the_import_of_jax(command, arguments):
+    program = f"""
+import sys
+from jvitmoe import {command}
+try:
+    {command}.main({["x.py", *arguments]})
+except BaseException as error:
+    assert type(error).__name__ in ("SystemExit", "UserError"), error
+print(sorted({{"jax", "matplotlib"}} & sys.modules.keys()))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1] == "[]", done.stderr
+
+
+@pytest.mark.process
 def test_the_package_run_as_a_module_lists_its_commands():
     root = Path(DIGITS).parents[1]
     for arguments, code in ((), 0), (("train", "--config=configs/digits_random.py"), 2):
@@ -174,6 +192,7 @@ def test_the_package_run_as_a_module_lists_its_commands():
         assert (done.returncode, done.stderr, set(listed)) == (code, "", modules)
 
 
+@pytest.mark.process
 def test_of_several_failures_of_one_write_only_the_raised_one_is_shown():
     """Orbax writes a checkpoint's files as tasks of asyncio, which shows each failed one that nobody asked."""
     program = """
@@ -201,6 +220,7 @@ cli.run(main)
     assert (done.returncode, done.stderr) == (2, "error: No space left on device\n")
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("command", [["train", "--help"], ["report", "--help"], ["export", "--help"]])
 def test_a_full_disk_behind_standard_output_is_one_line(command):
     with open("/dev/full", "w") as full:
@@ -211,6 +231,7 @@ def test_a_full_disk_behind_standard_output_is_one_line(command):
     assert (done.returncode, done.stderr) == (2, message)
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("program", ["console.print('x')", "print('x' * 100_000)", "print('x')"])
 def test_what_is_printed_reaches_a_full_disk_at_once_or_at_the_end(program):
     program = f"from jvitmoe import cli; from jvitmoe.runs.console import console; cli.run(lambda argv: {program})"

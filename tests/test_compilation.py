@@ -68,6 +68,7 @@ def test_an_option_that_the_installed_jaxlib_has_not_is_left_out(amx, monkeypatc
     assert compilation.options(jnp.dtype("bfloat16"), "cpu") == {}
 
 
+@pytest.mark.process
 def test_bfloat16_training_runs_with_a_cache_of_all_programs_and_again_with_what_is_in_it(tmp_path):
     """A program that calls oneDNN crashes jaxlib 0.12 when it is written to the cache."""
     environment = {
@@ -85,6 +86,7 @@ def test_bfloat16_training_runs_with_a_cache_of_all_programs_and_again_with_what
     assert len(first) == 23
 
 
+@pytest.mark.process
 def test_with_onednn_in_xla_flags_no_program_is_written_to_the_cache(tmp_path):
     folder, _ = start(XDG_CACHE_HOME=str(tmp_path), XLA_FLAGS=f"--{compilation.ONEDNN}=true")
     assert list(Path(folder).glob("*-cache")) == []
@@ -127,6 +129,7 @@ def start(**environment):
     return folder, int(hits)
 
 
+@pytest.mark.process
 def test_a_second_start_finds_the_programs_of_the_first(tmp_path):
     folder, first = start(XDG_CACHE_HOME=str(tmp_path))
     assert folder == str(tmp_path / "jvitmoe" / "compiled")
@@ -135,6 +138,7 @@ def test_a_second_start_finds_the_programs_of_the_first(tmp_path):
     assert start(XDG_CACHE_HOME=str(tmp_path))[1] > 0
 
 
+@pytest.mark.process
 def test_the_users_own_cache_folder_stands(tmp_path):
     folder, _ = start(XDG_CACHE_HOME=str(tmp_path / "ours"), JAX_COMPILATION_CACHE_DIR=str(tmp_path / "theirs"))
     assert folder == str(tmp_path / "theirs")

@@ -194,6 +194,7 @@ def test_a_bound_with_an_unknown_name_is_refused_where_it_is_written():
         settings.setting(1, "a number", at_lest=1)
 
 
+@pytest.mark.process
 def test_the_page_about_settings_is_what_its_command_writes():
     command = [sys.executable, "-m", "jvitmoe.config"]
     written = subprocess.run(command, capture_output=True, text=True, check=True, cwd=CONFIGS.parent).stdout

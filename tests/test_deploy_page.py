@@ -12,6 +12,8 @@ from jvitmoe import cli, evaluate, export, predict, train
 from jvitmoe.config import Config
 from jvitmoe.data import datasets
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 BLOCKS = re.findall(r"```(bash|python)\n(.*?)```", (ROOT / "docs" / "deploy.md").read_text(), re.DOTALL)
 MAINS = {"train": train.main, "export": export.main, "predict": predict.main, "evaluate": evaluate.main}

@@ -16,6 +16,8 @@ from jvitmoe.runtime.compilation import for_reading, reduced_bytes
 from jvitmoe.runtime.devices import EXPERT, make_mesh
 from jvitmoe.training import state, step
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def axis_run(tiny_config, training):
@@ -36,7 +38,7 @@ def axis_run(tiny_config, training):
     return run
 
 
-@pytest.mark.parametrize(("devices", "expert_devices"), [(2, 2), (4, 4), (8, 4), (8, 2)])
+@pytest.mark.parametrize(("devices", "expert_devices"), [(4, 4), (8, 2)])
 def test_an_expert_axis_changes_nothing_but_where_things_are(axis_run, devices, expert_devices):
     one, many = axis_run(1, 1), axis_run(devices, expert_devices)
     chex.assert_trees_all_close(many.metrics, one.metrics, rtol=1e-6, atol=1e-6)
@@ -61,7 +63,7 @@ def test_a_sharded_state_trains_the_same_on_less_memory(axis_run, shard):
     assert share(many.state.params) == 1.0 if shard == "optimizer" else share(many.state.params) < 0.3
 
 
-@pytest.mark.parametrize(("parts", "devices", "expert_devices"), [(2, 1, 1), (2, 2, 2), (4, 1, 1)])
+@pytest.mark.parametrize(("parts", "devices", "expert_devices"), [(2, 2, 2), (4, 1, 1)])
 def test_a_batch_in_parts_is_the_batch(axis_run, parts, devices, expert_devices):
     one, many = axis_run(1, 1), axis_run(devices, expert_devices, accumulate=parts)
     chex.assert_trees_all_close(many.metrics, one.metrics, rtol=1e-6, atol=1e-6)

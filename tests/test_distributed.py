@@ -4,11 +4,9 @@ Results are compared within 1e-6 and not bit for bit, because a sum over process
 order.
 """
 
-import json
 import shutil
 import signal
 import socket
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -17,64 +15,45 @@ import pytest
 import processes
 from jvitmoe import cli, train
 from jvitmoe.errors import UserError
-from jvitmoe.runtime.processes import define_flags, join
+from jvitmoe.runtime.processes import join
+from jvitmoe.runtime.rendezvous import define_flags
+from processes import wait_for_step
+from run_folders import losses, rows, saved, write_experiment
 
-EXPERIMENT = """
-from jvitmoe.config import Config, DataConfig, ModelConfig, OptimConfig, RoutingConfig, TrainConfig
+pytestmark = pytest.mark.process
 
-def get_config():
-    return Config(
-        data=DataConfig(crop_padding=1, flip=True),
-        model=ModelConfig(width=8, hidden=12, depth=2, heads=2, patch=4, dropout=0.1),
-        routing=RoutingConfig(experts=2, granularity="sample", init="shared"),
-        optim=OptimConfig(learning_rate=1e-4, eps=1e-3),
-        train=TrainConfig(epochs=12, batch_size=128, log_every=1, eval_every=12, checkpoint_every=122),
-    )
-"""
 STEPS = 12 * (1437 // 128)
-CUT = STEPS - 10  # the step that a run of one process is taken up at by two
+CUT = STEPS - 10  # the step from which two processes resume the run of one
+EXPERIMENT = {
+    "data": {"validation": 0},
+    "routing": {"experts": 2, "granularity": "sample", "scope": "shared"},
+    "optim": {"learning_rate": 1e-4, "eps": 1e-3},
+    "train": {"epochs": 12, "batch_size": 128, "eval_every": 12, "checkpoint_every": CUT, "devices": 0},
+}
 
 
 @pytest.fixture(scope="module")
 def experiment(tmp_path_factory):
-    path = tmp_path_factory.mktemp("distributed") / "tiny.py"
-    path.write_text(EXPERIMENT)
-    return path
+    return write_experiment(tmp_path_factory.mktemp("distributed") / "tiny.py", **EXPERIMENT)
 
 
 @pytest.fixture(scope="module")
 def one(experiment):
     """The run of one process with one device, which the others must equal."""
-    workdir = experiment.parent / "one"
-    (ended,) = processes.collect([processes.start(processes.train(experiment, workdir))])
+    ended = processes.run(processes.train(experiment, experiment.parent / "one"))
     assert ended.code == 0, ended.err
-    return workdir
-
-
-def losses(workdir: Path) -> dict[int, float]:
-    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    return {line["step"]: line["loss"] for line in lines if line["kind"] == "train"}
+    return experiment.parent / "one"
 
 
 def steps_saved(workdir: Path) -> list[int]:
-    return sorted(int(path.name) for path in (workdir / "checkpoints").iterdir())
-
-
-def wait_for_step(workdir: Path, number: int) -> None:
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline:
-        path = workdir / "metrics.jsonl"
-        if path.exists() and path.read_text().count("\n") >= number:
-            return
-        time.sleep(0.02)
-    pytest.fail(f"no step {number} within two minutes")
+    return [int(path.name) for path in saved(workdir)]
 
 
 def test_four_processes_stop_together_at_one_signal_and_one_process_takes_their_run_up(experiment, one):
     workdir = experiment.parent / "four"
     command = processes.train(experiment, workdir, "--config.train.expert_devices=2", "--config.train.shard=parameters")
     joined = processes.start_joined(4, command)
-    wait_for_step(workdir, 2)
+    wait_for_step(workdir, 2, joined[0])
     joined[2].process.send_signal(signal.SIGTERM)
     ended = processes.collect(joined)
     assert [e.code for e in ended] == [128 + signal.SIGTERM] * 4, ended
@@ -86,7 +65,7 @@ def test_four_processes_stop_together_at_one_signal_and_one_process_takes_their_
     assert stopped_at == len(losses(workdir)) < STEPS
     assert losses(workdir) == pytest.approx({n: losses(one)[n] for n in range(1, stopped_at + 1)}, abs=1e-6)
 
-    (ended,) = processes.collect([processes.start(processes.train(experiment, workdir))])
+    ended = processes.run(processes.train(experiment, workdir))
     assert ended.code == 0, ended.err
     assert f"resuming    from step {stopped_at}" in ended.out
     assert losses(workdir) == pytest.approx(losses(one), abs=1e-6)
@@ -98,13 +77,13 @@ def test_two_processes_of_the_node_launcher_take_up_the_run_of_one_and_stream_wh
     shutil.copytree(one, workdir)
     shutil.rmtree(workdir / "checkpoints" / str(STEPS))
     command = ["scripts/launch_node.sh", "2", *processes.train(experiment, workdir, "--config.data.stream")]
-    (ended,) = processes.collect([processes.start(command)])
+    ended = processes.run(command)
     assert ended.code == 0, ended.err
     assert f"resuming    from step {CUT}" in ended.out
     assert "devices     2 x cpu" in ended.out
     assert losses(workdir) == pytest.approx(losses(one), abs=1e-6)
     assert losses(workdir) != losses(one)  # the last ones are sums of two parts
-    merged, other = (json.loads((folder / "result.json").read_text())["rows"][0] for folder in (workdir, one))
+    merged, other = rows(workdir)[0], rows(one)[0]
     assert merged["images"] == other["images"] == 360
     assert merged["nll"] == pytest.approx(other["nll"], abs=1e-6)
 
@@ -166,9 +145,9 @@ def test_processes_that_cannot_be_one_run_say_so_in_one_line_each_within_30_seco
 
 FLIPS = """
 import jax
-from jvitmoe.runs.checkpoints import Checkpoints
+from jvitmoe.runs.checkpoint_writer import CheckpointWriter
 
-save = Checkpoints.save
+save = CheckpointWriter.save
 
 def flip(x):
     first, *others = [shard.data for shard in x.addressable_shards]
@@ -181,18 +160,15 @@ def flip_and_save(self, state, *arguments):
             tree[name] = flip(tree[name])
     return save(self, state, *arguments)
 
-Checkpoints.save = flip_and_save
+CheckpointWriter.save = flip_and_save
 """
 
 
 def test_a_value_that_changes_in_the_memory_of_one_process_stops_all_at_the_next_save(tmp_path):
     """One of the changed arrays is whole in every device, the other is split over the devices of each process."""
-    (tmp_path / "flips.py").write_text(EXPERIMENT + FLIPS)
-    command = processes.train(tmp_path / "flips.py", tmp_path / "x", "--config.train.checkpoint_every=2")
-    command += ["--config.train.expert_devices=2", f"--coordinator=127.0.0.1:{processes.free_port()}", "--processes=2"]
-    ended = processes.collect(
-        [processes.start([*command, f"--process={n}"], processes.environment(2)) for n in range(2)]
-    )
+    experiment = write_experiment(tmp_path / "flips.py", FLIPS, **EXPERIMENT)
+    command = processes.train(experiment, tmp_path / "x", "--config.train.checkpoint_every=2")
+    ended = processes.collect(processes.start_joined(2, [*command, "--config.train.expert_devices=2"], devices=2))
     for process, one in enumerate(ended):
         assert one.code == 2, one
         assert one.err.count("\n") == 1, one.err
@@ -278,18 +254,18 @@ FAULTS = [
 
 def test_a_process_killed_frozen_or_failing_ends_the_others_within_30_seconds_which_name_it(tmp_path, tally):
     """Each run starts while those before it wait to be sure that one is lost."""
-    (tmp_path / "fails.py").write_text(EXPERIMENT + FAILS)
+    experiment = write_experiment(tmp_path / "fails.py", FAILS, **EXPERIMENT)
     long = ("--config.train.epochs=100000", "--config.train.eval_every=100000", "--config.train.checkpoint_every=0")
     sizes = ("--config.train.batch_size=48", "--join_seconds=120")
     started, victims, before, others = [], [], [], []
     try:
         with ThreadPoolExecutor(len(FAULTS)) as pool:
             for number, (count, victim, fault) in enumerate(FAULTS):
-                command = processes.train(tmp_path / "fails.py", tmp_path / str(number), *long, *sizes)
+                command = processes.train(experiment, tmp_path / str(number), *long, *sizes)
                 joined = processes.start_joined(count, command)
                 started.extend(joined)
                 victims.append(joined.pop(victim))
-                wait_for_step(tmp_path / str(number), 2)
+                wait_for_step(tmp_path / str(number), 2, started[-count])
                 before.append([processes.seconds(other) for other in joined])
                 victims[-1].process.send_signal(fault)
                 if count > 2 and fault == signal.SIGKILL:  # Gloo aborts where what it gets does not fit

@@ -21,6 +21,8 @@ from jvitmoe.errors import ConfigError, UserError
 from jvitmoe.interop import classifier, load, model_card, weight_names
 from jvitmoe.interop.targets import TARGETS, base
 
+pytestmark = pytest.mark.slow
+
 WITH_ONNX = pytest.mark.skipif(importlib.util.find_spec("jax2onnx") is None, reason="needs jvitmoe[export]")
 
 
@@ -57,6 +59,13 @@ def outside(code: str, folder: Path) -> subprocess.CompletedProcess:
 
 def code_of(card: Path) -> str:
     return "\n".join(re.findall(r"```python\n(.*?)```", card.read_text(), re.DOTALL))
+
+
+def test_help_names_every_target(capsys):
+    with pytest.raises(SystemExit):
+        export.main(["export.py", "--help"])
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in TARGETS)
 
 
 def test_our_own_export_loads_to_the_same_logits(exported, experiment_run, monkeypatch):
@@ -261,7 +270,7 @@ def test_the_original_is_refused_by_timm_and_nothing_is_written(experiment_run, 
         (("--to=timm", "--out={new}"), "--workdir is missing"),
         (("--workdir={run}", "--to=tim", "--out={new}"), "it must be one of hf, onnx, safetensors"),
         (("--workdir={run}", "--to=timm"), "--out is missing"),
-        (("--workdir={run}", "--to=timm", "--out={run}"), "which holds something"),
+        (("--workdir={run}", "--to=timm", "--out={run}"), "which is not empty"),
         (("--workdir=no/where", "--to=timm", "--out={new}"), "'no/where' does not exist; give the folder that"),
         (("--workdir={run}", "--to=timm", "--out={new}", "--checkpoint=9"), "checkpoint '9' does not exist"),
     ],

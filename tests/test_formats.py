@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from jvitmoe.config import ModelConfig
-from jvitmoe.interop import weight_names
+from jvitmoe.errors import UserError
+from jvitmoe.interop import config_files, weight_names
 from jvitmoe.interop.targets import timm
 from jvitmoe.models import vit
 
@@ -91,14 +92,14 @@ def test_query_key_and_value_lie_in_this_order_and_head_by_head():
 def test_arrays_that_are_no_vit_of_ours_are_named(change, message):
     arrays = weight_names.write(tree(MODEL), "timm", cls_row=False)
     change(arrays)
-    with pytest.raises(weight_names.FormatError, match=message) as caught:
+    with pytest.raises(UserError, match=message) as caught:
         read(arrays, "timm", False)
     assert "\n" not in str(caught.value)
 
 
 def test_heads_that_do_not_divide_are_named():
     arrays = weight_names.write(tree(MODEL), "timm", cls_row=False)
-    with pytest.raises(weight_names.FormatError, match="multiple of the 5 heads"):
+    with pytest.raises(UserError, match="multiple of the 5 heads"):
         read(arrays, "timm", False, heads=5)
 
 
@@ -135,7 +136,7 @@ def test_timm_counts_the_hidden_width_as_we_have_it(width, hidden):
     ],
 )
 def test_timms_config_tells_heads_and_epsilon(about, heads, epsilon):
-    assert weight_names.read_timm_config(about, True)[:2] == (heads, epsilon)
+    assert config_files.read_timm({"cls_token": None}, about, {})[:2] == (heads, epsilon)
 
 
 @pytest.mark.parametrize(
@@ -147,16 +148,16 @@ def test_timms_config_tells_heads_and_epsilon(about, heads, epsilon):
     ],
 )
 def test_activations_and_norms_that_arrays_would_not_show_are_refused(about, message):
-    with pytest.raises(weight_names.FormatError, match=message) as caught:
-        weight_names.read_timm_config(about, True)
+    with pytest.raises(UserError, match=message) as caught:
+        config_files.read_timm({"cls_token": None}, about, {})
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(("epsilon", "nearest"), [(1e-5, 1e-5), (1e-6, 1e-6), (1e-3, 1e-5), (1e-12, 1e-6)])
 def test_the_epsilon_that_reads_back_is_the_one_that_timm_has(epsilon, nearest):
     model = dataclasses.replace(MODEL, norm_epsilon=epsilon)
-    told = weight_names.read_timm_config(timm.config_json(model, (), "pad"), True)
-    assert told == (model.heads, nearest, (model.image_size,) * 2, model.cls_position)
+    told = config_files.read_timm({"cls_token": None}, timm.config_json(model, (), "pad"), {})
+    assert told[:4] == (model.heads, nearest, (model.image_size,) * 2, model.cls_position)
 
 
 @pytest.mark.parametrize(("crop", "share", "filter"), [("pad", 1.0, "bicubic"), ("resized", 224 / 256, "bilinear")])

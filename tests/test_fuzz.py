@@ -31,6 +31,7 @@ from jvitmoe.experts import cost
 from jvitmoe.models.routers import ROUTERS
 
 TIMES = int(os.environ.get("JVITMOE_FUZZ", "1"))
+pytestmark = pytest.mark.long if TIMES > 1 else []
 DIGITS = str(Path(__file__).parents[1] / "configs" / "digits_random.py")
 FIELDS = config_lib.flatten(Config())
 CHOICES = {path: field.metadata["choices"] for path, field in config_lib.SETTINGS.items()}

@@ -25,7 +25,7 @@ def get_config():
 KILLS = 20
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_killed_twenty_times_a_run_equals_the_undisturbed_one_bit_for_bit(tmp_path, tally):
     (tmp_path / "tiny.py").write_text(EXPERIMENT)
     script = [sys.executable, "scripts/kill_and_resume.py", f"--out={tmp_path / 'runs'}", f"--kills={KILLS}"]

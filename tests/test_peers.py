@@ -25,6 +25,8 @@ from jvitmoe.models import vit
 from jvitmoe.runtime import devices
 from jvitmoe.training.state import make_state
 
+pytestmark = pytest.mark.process
+
 SMALL = {
     "img_size": 8,
     "patch_size": 2,

@@ -210,6 +210,7 @@ def test_pictures_of_any_size_become_the_middle_square_that_the_model_takes(tmp_
         images.read(tmp_path / "rows.png", 8, 2)
 
 
+@pytest.mark.process
 def test_importing_the_package_starts_no_jax():
     code = "import sys, jvitmoe; assert 'jax' not in sys.modules; jvitmoe.load; assert 'jax' in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

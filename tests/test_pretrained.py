@@ -358,7 +358,7 @@ def damaged(tmp_path):
     (tmp_path / "pool").mkdir()
     arrays = weight_names.write(dense(MODEL), weight_names.TIMM, cls_row=True)
     save_file(arrays | {"fc_norm.weight": arrays["norm.weight"]}, tmp_path / "pool" / "model.safetensors")
-    yield tmp_path / "pool", "pools otherwise"
+    yield tmp_path / "pool", "its pooling must be CLS"
 
 
 def test_damaged_and_foreign_sources_are_one_line_with_the_path(tmp_path):

@@ -21,35 +21,28 @@ import pytest
 import processes
 from jvitmoe import evaluate, train
 from jvitmoe.runs.files import checksum
-from run_folders import assert_same_run, final_state, history
+from processes import call, wait_for_output, wait_for_step
+from run_folders import assert_same_run, final_state, rows, saved, snapshot, write_experiment
 
-EXPERIMENT = """
-from jvitmoe.config import Config, DataConfig, ModelConfig, RoutingConfig, TrainConfig
+pytestmark = pytest.mark.process
 
-def get_config():
-    return Config(
-        data=DataConfig(crop_padding=1, flip=True, validation=100),
-        model=ModelConfig(width=8, hidden=12, depth=2, heads=2, patch=4, dropout=0.1),
-        routing=RoutingConfig(experts=2, granularity="sample", init="shared"),
-        train=TrainConfig(epochs=3, batch_size=256, log_every=1, eval_every=1, checkpoint_every=3, keep=3, devices=1),
-    )
-"""
 STEPS = 3 * (1337 // 256)
 ON_A_TERMINAL = {"TERM": "xterm", **{name: value for name, value in os.environ.items() if name != "COLUMNS"}}
-LONG = "--config.train.epochs=100000"
+LONG = ("--config.train.epochs=100000", "--config.train.eval_every=100000")
+PYTHON = [sys.executable, "-c"]
 
 
 @pytest.fixture(scope="module")
 def experiment(tmp_path_factory):
     path = tmp_path_factory.mktemp("reliability") / "tiny.py"
-    path.write_text(EXPERIMENT)
-    return path
+    routing = {"experts": 2, "granularity": "sample", "scope": "shared"}
+    return write_experiment(path, routing=routing, train={"checkpoint_every": 3, "keep": 3})
 
 
 @pytest.fixture(scope="module")
 def undisturbed(experiment):
     workdir = experiment.parent / "undisturbed"
-    (ended,) = processes.collect([processes.start(processes.train(experiment, workdir))])
+    ended = processes.run(processes.train(experiment, workdir))
     assert ended.code == 0, ended.err
     return workdir
 
@@ -59,22 +52,6 @@ def copy(undisturbed, tmp_path):
     return shutil.copytree(undisturbed, tmp_path / "copy")
 
 
-def saved(workdir: Path) -> list[Path]:
-    return sorted((workdir / "checkpoints").iterdir(), key=lambda path: int(path.name))
-
-
-def wait_for_step(workdir: Path, one: processes.Started) -> None:
-    deadline = time.monotonic() + 120
-    while not ((workdir / "metrics.jsonl").exists() and (workdir / "metrics.jsonl").stat().st_size):
-        assert one.process.poll() is None
-        assert time.monotonic() < deadline, "no step within two minutes"
-        time.sleep(0.02)
-
-
-def snapshot(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
-
-
 def one_error(ended: processes.Ended, message: str) -> None:
     assert (ended.code, ended.err.count("\n")) == (2, 1), ended
     assert ended.err.startswith("error: ")
@@ -82,19 +59,6 @@ def one_error(ended: processes.Ended, message: str) -> None:
 
 
 # asked to stop, stalled, and sick
-
-
-def test_asked_to_stop_it_saves_and_exits_within_ten_seconds(experiment, tmp_path):
-    one = processes.start(processes.train(experiment, tmp_path / "run", LONG, "--config.train.eval_every=100000"))
-    wait_for_step(tmp_path / "run", one)
-    asked = processes.seconds(one)
-    one.process.send_signal(signal.SIGTERM)
-    (ended,) = processes.collect([one])
-    assert ended.code == 128 + signal.SIGTERM, ended.err
-    assert ended.seconds - asked < 10
-    state, lines = final_state(tmp_path / "run"), history(tmp_path / "run")
-    assert f"stopped at step {state.step} by SIGTERM" in ended.out
-    assert [line["step"] for line in lines if line["kind"] == "train"] == list(range(1, int(state.step) + 1))
 
 
 STOPS = """
@@ -114,15 +78,16 @@ with Stop() as stop:
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize("unsaved", [True, False])
 def test_a_second_signal_ends_it_at_once_and_so_does_the_first_where_there_is_nothing_to_save(number, unsaved):
-    process = subprocess.Popen([sys.executable, "-c", STOPS.format(unsaved=unsaved)], stdout=subprocess.PIPE, text=True)
-    assert process.stdout.readline() == "ready\n"
-    process.send_signal(number)
+    one = processes.start([*PYTHON, STOPS.format(unsaved=unsaved)])
+    wait_for_output(one, "ready\n")
+    one.process.send_signal(number)
     if unsaved:
-        assert process.stdout.readline() == f"asked {int(number)}\n"
-        assert process.poll() is None
-        process.send_signal(number)
-    assert process.communicate(timeout=30)[0] == ""
-    assert process.returncode == 128 + number
+        wait_for_output(one, f"asked {int(number)}\n")
+        assert one.process.poll() is None
+        one.process.send_signal(number)
+    (ended,) = processes.collect([one], 30)
+    assert ended.code == 128 + number
+    assert ended.out.count("\n") == 1 + unsaved
 
 
 STOPS_ON_A_TERMINAL = """
@@ -164,13 +129,13 @@ def test_ctrl_c_under_the_progress_line_says_so_in_one_line_and_leaves_the_curso
 
 def test_a_step_that_stalls_shows_all_stacks_and_ends_and_the_folder_can_be_used_again(experiment, tmp_path):
     arguments = ("--config.train.epochs=1", "--config.train.stall_minutes=0.0005")
-    (ended,) = processes.collect([processes.start(processes.train(experiment, tmp_path / "run", *arguments))])
+    ended = processes.run(processes.train(experiment, tmp_path / "run", *arguments))
     assert ended.code == 70, ended
     assert "train.py" in ended.err
     assert 'File "' in ended.err
     assert ended.err.splitlines()[-1].startswith("error: no progress for 0.0005 minutes since ")
     assert not (tmp_path / "run" / "result.json").exists()
-    (ended,) = processes.collect([processes.start(processes.train(experiment, tmp_path / "run", arguments[0]))])
+    ended = processes.run(processes.train(experiment, tmp_path / "run", arguments[0]))
     assert ended.code == 0, ended.err
 
 
@@ -193,16 +158,16 @@ with Watchdog(0.05) as watchdog:
 
 
 def test_the_watchdog_leaves_what_moves_and_what_was_itself_stopped_and_ends_what_hangs():
-    process = subprocess.Popen([sys.executable, "-c", HANGS], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert process.stdout.readline() == "ready\n"
-    process.send_signal(signal.SIGSTOP)
+    one = processes.start([*PYTHON, HANGS])
+    wait_for_output(one, "ready\n")
+    one.process.send_signal(signal.SIGSTOP)
     time.sleep(4)  # longer than the three seconds that it may stall
-    process.send_signal(signal.SIGCONT)
-    out, err = process.communicate(timeout=120)
-    assert out == "six seconds of steps\n"
-    assert process.returncode == 70
-    assert "waits_for_ever" in err
-    assert "no progress for 0.05 minutes since step 11 (config.train.stall_minutes)" in err
+    one.process.send_signal(signal.SIGCONT)
+    (ended,) = processes.collect([one], 120)
+    assert ended.out == "ready\nsix seconds of steps\n"
+    assert ended.code == 70
+    assert "waits_for_ever" in ended.err
+    assert "no progress for 0.05 minutes since step 11 (config.train.stall_minutes)" in ended.err
 
 
 HANGS_IN_C = """
@@ -221,11 +186,11 @@ with Watchdog(0.02):
 
 
 def test_the_watchdog_ends_a_hang_that_lets_no_python_thread_run():
-    process = subprocess.Popen([sys.executable, "-c", HANGS_IN_C], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    assert process.stdout.readline() == b"awake\n"
-    err = process.communicate(timeout=30)[1]
-    assert process.returncode == 1
-    assert b"in holds_the_lock" in err
+    one = processes.start([*PYTHON, HANGS_IN_C])
+    wait_for_output(one, "awake\n")
+    (ended,) = processes.collect([one], 30)
+    assert ended.code == 1
+    assert "in holds_the_lock" in ended.err
 
 
 @pytest.mark.parametrize("routing", [{"experts": 1}, {"experts": 3}, {"experts": 2, "granularity": "sample"}])
@@ -254,7 +219,7 @@ def test_a_run_that_stays_sick_skips_up_to_its_limit_and_names_the_last_sound_ch
         "--config.optim.skip_nonfinite=3",
         "--config.train.checkpoint_every=1",
     )
-    (ended,) = processes.collect([processes.start(processes.train(experiment, tmp_path / "run", *arguments))])
+    ended = processes.run(processes.train(experiment, tmp_path / "run", *arguments))
     one_error(ended, "it must be finite, but for 3 steps in a row; the last good checkpoint is step ")
     assert ended.out.count(" skipped: ") == 3
     named = int(ended.err.partition("checkpoint is step ")[2].partition(";")[0])
@@ -267,16 +232,16 @@ def test_a_run_that_stays_sick_skips_up_to_its_limit_and_names_the_last_sound_ch
 
 def test_a_second_writer_is_refused_with_the_pid_and_host_of_the_first(experiment, tmp_path):
     workdir = tmp_path / "run"
-    first = processes.start(processes.train(experiment, workdir, LONG, "--config.train.eval_every=100000"))
-    wait_for_step(workdir, first)
+    first = processes.start(processes.train(experiment, workdir, *LONG))
+    wait_for_step(workdir, 1, first)
     before = (workdir / "config.json").read_bytes()
-    (second,) = processes.collect([processes.start(processes.train(experiment, workdir, LONG))])
+    second = processes.run(processes.train(experiment, workdir, *LONG))
     one_error(second, f"is being written by process {first.process.pid} on {socket.gethostname()!r}")
     assert first.process.poll() is None
     assert (workdir / "config.json").read_bytes() == before
     first.process.kill()
     processes.collect([first])
-    third = processes.start(processes.train(experiment, workdir, LONG))  # takes over the lock of the dead
+    third = processes.start(processes.train(experiment, workdir, *LONG))  # takes over the lock of the dead
     deadline = time.monotonic() + 120
     while json.loads((workdir / "lock").read_text() or '{"pid": 0}')["pid"] != third.process.pid:
         assert third.process.poll() is None
@@ -337,23 +302,25 @@ def test_a_disk_that_fills_up_ends_the_run_in_one_line_and_with_room_it_goes_on_
     assert_same_run(tmp_path / "run", undisturbed)
 
 
-def as_nobody(command: list[str]) -> list[str]:
-    """Returns the command without root's right to read and write everything."""
-    return ["setpriv", "--bounding-set=-all", "--inh-caps=-all", *command] if os.geteuid() == 0 else command
+# Takes away root's right to read and write everything.
+WITHOUT_RIGHTS = """
+import ctypes, runpy, sys
+assert ctypes.CDLL(None).capset((ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()) == 0
+runpy.run_module(sys.argv.pop(1), run_name="__main__", alter_sys=True)
+"""
 
 
-needs_rights = pytest.mark.skipif(
-    os.geteuid() == 0 and not shutil.which("setpriv"), reason="root may read everything, and there is no setpriv"
-)
+def train_without_rights(experiment: Path, workdir: Path) -> processes.Ended:
+    python, _, *module_and_flags = processes.train(experiment, workdir)
+    return processes.run([python, "-c", WITHOUT_RIGHTS, *module_and_flags])
 
 
-@needs_rights
 def test_a_checkpoint_that_may_not_be_read_is_skipped_and_named(experiment, undisturbed, copy):
     shutil.rmtree(saved(copy)[-1])
     (copy / "result.json").unlink()
     newest, before = saved(copy)[-1], saved(copy)[-2]
     next(newest.rglob(".zarray")).chmod(0)
-    (ended,) = processes.collect([processes.start(as_nobody(processes.train(experiment, copy)))])
+    ended = train_without_rights(experiment, copy)
     assert ended.code == 0, ended.err
     assert f"warning: checkpoint {newest.name} skipped: " in ended.out
     assert f"resuming    from step {before.name}" in ended.out
@@ -361,7 +328,6 @@ def test_a_checkpoint_that_may_not_be_read_is_skipped_and_named(experiment, undi
     assert len(list(copy.glob(f"damaged-checkpoint-{newest.name}-*"))) == 1
 
 
-@needs_rights
 @pytest.mark.parametrize(
     ("place", "mode", "message"),
     [
@@ -376,7 +342,7 @@ def test_a_folder_that_may_not_be_used_is_one_line_and_stays_as_it_is(experiment
     shutil.rmtree(saved(copy)[-1])
     before = {name: text for name, text in snapshot(copy).items() if name.startswith("checkpoints")}
     (copy / place).chmod(mode)
-    (ended,) = processes.collect([processes.start(as_nobody(processes.train(experiment, copy)))])
+    ended = train_without_rights(experiment, copy)
     (copy / place).chmod(0o755)
     one_error(ended, message)
     assert {name: text for name, text in snapshot(copy).items() if name.startswith("checkpoints")} == before
@@ -385,19 +351,17 @@ def test_a_folder_that_may_not_be_used_is_one_line_and_stays_as_it_is(experiment
 # saying what is sound
 
 
-def verify(workdir: Path, monkeypatch, capsys) -> tuple[int, dict[str, str]]:
+def verify(workdir: Path) -> tuple[int, dict[str, str]]:
     """Returns the exit code, and what is said of each part."""
-    from test_train import run
-
     before = snapshot(workdir)
-    code, out, err = run(evaluate.main, monkeypatch, capsys, f"--workdir={workdir}", "--verify")
+    code, out, err = call(evaluate.main, f"--workdir={workdir}", "--verify")
     assert err == ""
     assert snapshot(workdir) == before
     return code, {line[:16].strip(): line[17:] for line in out.splitlines()}
 
 
-def test_verify_calls_every_part_of_a_sound_run_sound(undisturbed, monkeypatch, capsys):
-    code, found = verify(undisturbed, monkeypatch, capsys)
+def test_verify_calls_every_part_of_a_sound_run_sound(undisturbed):
+    code, found = verify(undisturbed)
     files = ("config.json", "classes.json", "images.json", "metrics.jsonl", "result.json")
     parts = [*files, *(f"checkpoint {path.name}" for path in saved(undisturbed))]
     assert (code, found) == (0, dict.fromkeys(parts, "sound"))
@@ -414,13 +378,9 @@ def without_checksums(workdir: Path) -> None:
     (workdir / "result.json").write_text(json.dumps(result))
 
 
-def test_a_run_folder_of_version_0_1_0_verifies_evaluates_and_resumes(
-    experiment, undisturbed, copy, monkeypatch, capsys
-):
-    from test_train import run
-
+def test_a_run_folder_of_version_0_1_0_verifies_evaluates_and_resumes(experiment, undisturbed, copy):
     without_checksums(copy)
-    code, found = verify(copy, monkeypatch, capsys)
+    code, found = verify(copy)
     assert (code, found.pop("config.json")) == (0, "sound")
     for path in saved(copy):
         assert found.pop(f"checkpoint {path.name}") == "sound"
@@ -429,36 +389,29 @@ def test_a_run_folder_of_version_0_1_0_verifies_evaluates_and_resumes(
     )
     shutil.rmtree(saved(copy)[-1])
     for main, arguments in ((evaluate.main, ()), (train.main, (f"--config={experiment}",))):
-        code, out, err = run(main, monkeypatch, capsys, *arguments, f"--workdir={copy}")
+        code, out, err = call(main, *arguments, f"--workdir={copy}")
         assert (code, err) == (0, "")
     assert "warning" not in out
     assert_same_run(copy, undisturbed)
-    code, found = verify(copy, monkeypatch, capsys)
+    code, found = verify(copy)
     assert (code, set(found.values())) == (0, {"sound"})
 
 
-def test_a_finished_run_says_what_is_missing_and_writes_a_damaged_result_anew(
-    experiment, undisturbed, copy, monkeypatch, capsys
-):
-    from test_train import run
-
+def test_a_finished_run_says_what_is_missing_and_writes_a_damaged_result_anew(experiment, undisturbed, copy):
     (copy / "metrics.jsonl").unlink()
     (copy / "result.json").write_text('{"rows": 3}')
-    code, out, err = run(train.main, monkeypatch, capsys, f"--config={experiment}", f"--workdir={copy}")
+    code, out, err = call(train.main, f"--config={experiment}", f"--workdir={copy}")
     assert (code, err) == (0, "")
     assert f"warning: metrics.jsonl does not hold all that was recorded up to step {STEPS}" in out
-    assert "warning: result.json is damaged; it is written anew" in out
+    assert "warning: result.json is damaged; it is rewritten" in out
     assert not (copy / "metrics.jsonl").exists()
-    rows = [json.loads((folder / "result.json").read_text())["rows"] for folder in (copy, undisturbed)]
-    assert rows[0] == rows[1]
+    assert rows(copy) == rows(undisturbed)
 
 
-def test_a_run_that_goes_on_says_when_its_history_was_edited(experiment, copy, monkeypatch, capsys):
-    from test_train import run
-
+def test_a_run_that_goes_on_says_when_its_history_was_edited(experiment, copy):
     shutil.rmtree(saved(copy)[-1])
     edit(copy / "metrics.jsonl", '"loss": ', '"loss": 1')
-    code, out, err = run(train.main, monkeypatch, capsys, f"--config={experiment}", f"--workdir={copy}")
+    code, out, err = call(train.main, f"--config={experiment}", f"--workdir={copy}")
     assert (code, err) == (0, "")
     assert "warning: metrics.jsonl does not hold all that was recorded up to step " in out
 
@@ -507,11 +460,11 @@ VERIFIED = {
     "count": ("images.json", lambda run: edit(run / "images.json", "1337", "1336"), "its checksum"),
     "no counts": ("images.json", lambda run: (run / "images.json").write_text("{"), "is not the numbers of images"),
     "config": ("config.json", lambda run: (run / "config.json").write_text("{"), "not the config of a run"),
-    "torn line": ("metrics.jsonl", lambda run: os.truncate(run / "metrics.jsonl", 300), "a line of it is damaged"),
+    "torn line": ("metrics.jsonl", lambda run: os.truncate(run / "metrics.jsonl", 300), "a line is damaged"),
     "twice": (
         "metrics.jsonl",
         lambda run: (run / "metrics.jsonl").write_text(2 * (run / "metrics.jsonl").read_text()),
-        "a step stands in it twice",
+        "it has two lines for one step",
     ),
     "result": ("result.json", lambda run: (run / "result.json").write_text("[]"), "is not a result"),
     "data": ("checkpoint {}", lambda run: [flip(path) for path in saved(run)[-1].glob("params/*/[!.]*")], ""),
@@ -521,11 +474,11 @@ VERIFIED = {
 
 
 @pytest.mark.parametrize("damage", VERIFIED)
-def test_verify_names_the_part_that_is_damaged_and_no_other(copy, monkeypatch, capsys, damage, tally):
+def test_verify_names_the_part_that_is_damaged_and_no_other(copy, damage, tally):
     part, make, message = VERIFIED[damage]
     part = part.format(saved(copy)[-1].name)
     make(copy)
-    code, found = verify(copy, monkeypatch, capsys)
+    code, found = verify(copy)
     assert code == 1
     assert [name for name, said in found.items() if not said.startswith("sound")] == [part]
     assert message in found[part]
@@ -535,11 +488,7 @@ def test_verify_names_the_part_that_is_damaged_and_no_other(copy, monkeypatch, c
 # folders from elsewhere
 
 
-def test_a_run_folder_with_links_is_refused_and_nothing_outside_it_is_touched(
-    experiment, copy, tmp_path, monkeypatch, capsys
-):
-    from test_train import run
-
+def test_a_run_folder_with_links_is_refused_and_nothing_outside_it_is_touched(experiment, copy, tmp_path):
     (tmp_path / "outside").mkdir()
     (tmp_path / "outside" / "file").write_text("mine")
     for name, target in (("tb", "outside"), ("report.md", "outside/file"), ("config.json.part", "outside/file")):
@@ -550,7 +499,7 @@ def test_a_run_folder_with_links_is_refused_and_nothing_outside_it_is_touched(
         path.unlink(missing_ok=True)
         path.symlink_to(tmp_path / target)
         for main, arguments in ((train.main, (f"--config={experiment}",)), (evaluate.main, ())):
-            code, _, err = run(main, monkeypatch, capsys, *arguments, f"--workdir={workdir}")
+            code, _, err = call(main, *arguments, f"--workdir={workdir}")
             assert (code, err.count("\n")) == (2, 1)
             assert f"{path} is a link" in err
     assert snapshot(tmp_path / "outside") == {"file": b"mine"}

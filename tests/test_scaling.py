@@ -141,6 +141,7 @@ def test_the_page_shows_the_check_as_it_was_measured(scaling_check):
     assert saved["versions"]["jax"] in page
 
 
+@pytest.mark.long
 def test_the_check_runs_with_two_real_processes(tmp_path):
     command = [sys.executable, "scripts/scaling_check.py", "--counts=1,2", "--steps=2", f"--out={tmp_path}"]
     hurry = {**os.environ, "XLA_FLAGS": "--xla_backend_optimization_level=0"}  # and not this process's 8 devices

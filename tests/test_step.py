@@ -1,3 +1,5 @@
+import functools
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -15,13 +17,36 @@ from jvitmoe.models import vit
 from jvitmoe.runtime.compilation import for_reading, reduced_bytes
 from jvitmoe.runtime.devices import REPLICATED, describe, make_mesh
 from jvitmoe.training import optimizer, state, step
+from jvitmoe.training.state import TrainState
 
 SCOPES = pytest.mark.parametrize("scope", ["shared", "layer"])
+E, L, B = 4, 2, 24
+MOST, ODD = 8, 3  # devices that share the batch of 24
+
+
+@pytest.fixture(scope="module")
+def full_run(tiny_config, training):
+    """Returns the five steps, run once, of four experts with everything on: full_run(scope, devices). Scope "shared"
+    goes with Adam, "layer" with AdamW."""
+
+    @functools.cache
+    def run(scope, devices):
+        config = tiny_config(
+            data={"crop_padding": 1, "flip": True},
+            model={"dropout": 0.2},
+            routing={"experts": E, "scope": scope},
+            # The gradient of an attention key's bias is 0 but for rounding; at eps=1e-8 Adam would blow that noise up.
+            optim={"name": "adam" if scope == "shared" else "adamw", "clip_norm": 0.3, "eps": 1e-3},
+            train={"devices": devices, "batch_size": B, "epochs": 12, "label_smoothing": 0.1},
+        )
+        return training(config).run(5)
+
+    return run
 
 
 @SCOPES
-@pytest.mark.parametrize("devices", [2, 4, 8])
-def test_training_is_the_same_on_1_2_4_and_8_devices(full_run, scope, devices):
+@pytest.mark.parametrize("devices", [ODD, MOST])
+def test_training_is_the_same_on_1_3_and_8_devices(full_run, scope, devices):
     one, many = full_run(scope, 1), full_run(scope, devices)
     chex.assert_trees_all_equal(many.history[0], one.history[0])
     chex.assert_trees_all_close(many.metrics, one.metrics, rtol=1e-6, atol=1e-6)
@@ -32,14 +57,57 @@ def test_training_is_the_same_on_1_2_4_and_8_devices(full_run, scope, devices):
 
 @SCOPES
 def test_every_device_holds_the_same_bits(full_run, scope):
-    for leaf in jax.tree.leaves(full_run(scope, 4).state):
+    for leaf in jax.tree.leaves(full_run(scope, MOST).state):
         shards = [np.asarray(shard.data).tobytes() for shard in leaf.addressable_shards]
-        assert len(shards) == 4
+        assert len(shards) == MOST
         assert len(set(shards)) == 1
 
 
-def test_gradients_on_4_devices_are_those_of_plain_grad_over_the_whole_batch(full_run):
-    run = full_run("layer", 4)
+def route_of(run, number):
+    """Returns route_L of this step."""
+    key = routes.address(jax.random.key(run.config.train.seed), Purpose.ROUTE, number)
+    return np.asarray(routes.draw_route(key, run.config.routing, L, run.config.model.tokens))
+
+
+def expert_leaves(tree: TrainState):
+    """Returns {name: leaf [L, E, ...]} of expert parameters and their optimiser state."""
+    _, experts = slices.split(tree.params, slices.stacked(tree.params))
+    leaves = jax.tree_util.tree_leaves_with_path((experts, tree.opt_state.experts))
+    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
+
+
+@SCOPES
+def test_idle_experts_stay_bit_identical(full_run, scope):
+    run = full_run(scope, ODD)
+    assert run.config.optim.weight_decay > 0
+    ran = set()
+    for number, (before, after) in enumerate(zip(run.history[:-1], run.history[1:], strict=True)):
+        route_L = route_of(run, number)
+        before, after = expert_leaves(before), expert_leaves(after)
+        assert len(before) == 4 + 4 + 4 + 1  # parameters, two moments, a count
+        for name, leaf in after.items():
+            assert leaf.shape[:2] == (L, E)
+            for layer in range(L):
+                for expert in range(E):
+                    same = leaf[layer, expert].tobytes() == before[name][layer, expert].tobytes()
+                    assert same == (expert != route_L[layer]), (name, layer, expert)
+        ran.add(tuple(route_L.tolist()))
+    assert len(ran) > 1
+
+
+@SCOPES
+def test_every_expert_counts_its_own_steps_and_the_trunk_all(full_run, scope):
+    run = full_run(scope, ODD)
+    counts_LE = np.zeros((L, E), np.int32)
+    for number in range(5):
+        counts_LE[np.arange(L), route_of(run, number)] += 1
+    last = run.history[-1]
+    np.testing.assert_array_equal(optax.tree.get(last.opt_state.experts, "count"), counts_LE)
+    assert optax.tree.get(last.opt_state.trunk, "count") == last.step == 5
+
+
+def test_gradients_on_3_devices_are_those_of_plain_grad_over_the_whole_batch(full_run):
+    run = full_run("layer", ODD)
     config, before, after = run.config, run.history[0], run.history[1]
     root, slot_B = jax.random.key(config.train.seed), jnp.arange(config.train.batch_size)
 
@@ -79,21 +147,20 @@ def test_gradients_on_4_devices_are_those_of_plain_grad_over_the_whole_batch(ful
 
 @SCOPES
 def test_metrics_are_of_the_path_that_ran(full_run, scope):
-    run = full_run(scope, 2)
+    run = full_run(scope, ODD)
     learning_rate = optimizer.schedule(run.config, run.order.steps_per_epoch)
     for number, metrics in enumerate(run.metrics):
         assert metrics.router is None
         for value in (metrics.loss, metrics.accuracy, metrics.grad_norm, metrics.learning_rate):
             chex.assert_shape(value, ())
             assert value.dtype == np.float32
-        assert metrics.accuracy * 8 == round(float(metrics.accuracy) * 8)
+        assert metrics.accuracy * B == pytest.approx(round(float(metrics.accuracy) * B))
         np.testing.assert_allclose(metrics.learning_rate, learning_rate(number), rtol=1e-6)
 
 
 @SCOPES
-@pytest.mark.parametrize("devices", [1, 4])
-def test_a_step_is_a_pure_function_of_seed_and_step(full_run, scope, devices):
-    run = full_run(scope, devices)
+def test_a_step_is_a_pure_function_of_seed_and_step(full_run, scope):
+    run = full_run(scope, MOST)
     sharding = NamedSharding(run.mesh, REPLICATED)
     again = jax.device_put(run.history[2], sharding)
     for number in range(2, 5):
@@ -104,13 +171,12 @@ def test_a_step_is_a_pure_function_of_seed_and_step(full_run, scope, devices):
 
 
 @SCOPES
-@pytest.mark.parametrize("devices", [1, 2, 4])
-def test_the_step_compiles_once(full_run, scope, devices):
-    assert full_run(scope, devices).step._cache_size() == 1
+def test_the_step_compiles_once(full_run, scope):
+    assert [full_run(scope, devices).step._cache_size() for devices in (1, ODD, MOST)] == [1, 1, 1]
 
 
 def test_the_step_donates_the_state_and_not_the_images(full_run):
-    run = full_run("shared", 2)
+    run = full_run("shared", ODD)
     given = jax.device_put(run.history[0], NamedSharding(run.mesh, REPLICATED))
     index_SB = run.order.epoch(0)
     jax.block_until_ready(run.step(given, run.images, index_SB))
@@ -204,7 +270,7 @@ def test_the_loss_falls_on_what_can_be_learned(learned):
 
 
 def test_the_abstract_state_is_the_state(full_run):
-    run = full_run("shared", 4)
+    run = full_run("shared", MOST)
     abstract = state.abstract_state(run.config, run.model, run.mesh)
     chex.assert_trees_all_equal_shapes_and_dtypes(abstract, run.state)
     assert all(x.sharding == NamedSharding(run.mesh, REPLICATED) for x in jax.tree.leaves(abstract))

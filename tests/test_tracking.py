@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from jvitmoe.errors import UserError
-from jvitmoe.runs import console, files, metrics_log, results, tables
+from jvitmoe.runs import console, files, history, metrics_log, results, tables
 from jvitmoe.runs.metrics_log import Tracker
 
 VALUES = {"loss": 1.0, "accuracy": 0.5, "grad_norm": 2.0, "learning_rate": 0.1}
@@ -24,7 +24,7 @@ def test_lines_past_the_restored_step_and_a_torn_last_line_are_dropped(tmp_path)
             tracker.train(step, VALUES)
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 7, "ki')
-    assert [line["step"] for line in metrics_log.read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4, 5, 6]
+    assert [line["step"] for line in history.read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4, 5, 6]
     with Tracker(tmp_path, start=4, total=10, batch_size=4) as tracker:
         tracker.train(5, VALUES)
     assert steps(tmp_path) == [1, 2, 3, 4, 5]
@@ -136,7 +136,7 @@ def test_markdown_has_a_row_for_each_model():
 
 
 READERS = {
-    "metrics.jsonl": lambda run: metrics_log.read_metrics(run / "metrics.jsonl"),
+    "metrics.jsonl": lambda run: history.read_metrics(run / "metrics.jsonl"),
     "result.json": results.read_result,
     "classes.json": files.read_classes,
     "images.json": files.read_images,
@@ -168,7 +168,7 @@ def test_a_damaged_file_is_one_line_that_names_it(tmp_path, name, text):
 def test_a_file_that_may_not_be_read_is_one_line_that_names_it(tmp_path, name, monkeypatch):
     assert not READERS[name](tmp_path)  # there is none
     (tmp_path / name).mkdir()
-    with pytest.raises(UserError, match=f"{name} cannot be read: Is a directory; let it be read"):
+    with pytest.raises(UserError, match=f"{name} cannot be read: Is a directory; make it readable"):
         READERS[name](tmp_path)
 
     def refuse(*_, **__):
@@ -179,7 +179,7 @@ def test_a_file_that_may_not_be_read_is_one_line_that_names_it(tmp_path, name, m
     monkeypatch.setattr(Path, "open", refuse)
     monkeypatch.setattr(Path, "read_bytes", refuse)
     monkeypatch.setattr(Path, "read_text", refuse)
-    with pytest.raises(UserError, match=f"{name} cannot be read: Permission denied; let it be read"):
+    with pytest.raises(UserError, match=f"{name} cannot be read: Permission denied; make it readable"):
         READERS[name](tmp_path)
 
 
@@ -188,8 +188,8 @@ def test_the_checksum_of_a_history_is_the_same_while_it_grows_and_when_it_is_rea
     with Tracker(tmp_path, start=0, total=10, batch_size=4) as tracker:
         for step in range(1, 7):
             tracker.train(step, VALUES | {"loss": step / 3 if step % 2 else float("nan")})
-            assert tracker.sync() == metrics_log.checksums(tmp_path, step)
+            assert tracker.sync() == history.checksums(tmp_path, step)
     with Tracker(tmp_path, start=4, total=10, batch_size=4) as tracker:
-        assert tracker.sync() == metrics_log.checksums(tmp_path, 4)
+        assert tracker.sync() == history.checksums(tmp_path, 4)
         tracker.train(5, VALUES)
-        assert tracker.sync() == metrics_log.checksums(tmp_path, 5) != metrics_log.checksums(tmp_path, 4)
+        assert tracker.sync() == history.checksums(tmp_path, 5) != history.checksums(tmp_path, 4)

@@ -1,21 +1,16 @@
 """Whole runs, in this process and in real ones that are really killed: resuming, stopping, refusing."""
 
 import json
-import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
-import time
-from pathlib import Path
 
 import chex
 import jax
 import pytest
 
-from jvitmoe import cli, evaluate, report, train
-from jvitmoe import config as config_lib
+import processes
+from jvitmoe import evaluate, report, train
 from jvitmoe.experts import build
 from jvitmoe.interop import load
 from jvitmoe.models import vit
@@ -23,158 +18,105 @@ from jvitmoe.runs import metrics_log
 from jvitmoe.runtime.devices import make_mesh
 from jvitmoe.training import loop
 from jvitmoe.training.state import make_state
-from run_folders import assert_same_run, final_state, history
+from processes import call, wait_for_step
+from run_folders import assert_same_run, final_state, history, rows, saved_config, snapshot, write_experiment
 
-EXPERIMENT = """
-from jvitmoe.config import Config, DataConfig, ModelConfig, RoutingConfig, TrainConfig
+pytestmark = pytest.mark.process
 
-def get_config():
-    return Config(
-        data=DataConfig(crop_padding=1, flip=True, validation=100),
-        model=ModelConfig(width=8, hidden=12, depth=2, heads=2, patch=4, dropout=0.1),
-        routing=RoutingConfig(experts=3, scope="layer", init="shared"),
-        train=TrainConfig(epochs=3, batch_size=256, log_every=2, eval_every=2, checkpoint_every=2, devices=1),
-    )
-"""
 STEPS = 3 * (1337 // 256)
 
 
-@pytest.fixture(autouse=True)
-def _signals_stay_as_they_are():
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    yield
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-
-
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def experiment(tmp_path_factory):
     path = tmp_path_factory.mktemp("experiment") / "tiny.py"
-    path.write_text(EXPERIMENT)
-    return path
+    return write_experiment(path, train={"log_every": 2, "eval_every": 2, "checkpoint_every": 2})
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def undisturbed(experiment):
-    """A run nobody disturbed, made by a real process."""
-    workdir = experiment.parent / "undisturbed"
-    subprocess.run(command(experiment, workdir), env=environment(), check=True, capture_output=True, timeout=300)
-    return workdir
+    """An uninterrupted run, made by a fresh process."""
+    ended = processes.run(processes.train(experiment, experiment.parent / "undisturbed"), cold=True)
+    assert ended.code == 0, ended.err
+    return experiment.parent / "undisturbed"
 
 
-def command(experiment: Path, workdir: Path, *arguments: str) -> list[str]:
-    return [sys.executable, "-m", "jvitmoe.train", f"--config={experiment}", f"--workdir={workdir}", *arguments]
-
-
-def environment() -> dict[str, str]:
-    return {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "COLUMNS": "200"}
-
-
-def run(main, monkeypatch, capsys, *arguments: object) -> tuple[int, str, str]:
-    """Returns (exit code, stdout, stderr) of a command run in this process."""
-    monkeypatch.setattr(sys, "argv", ["command.py", *map(str, arguments)])
-    with pytest.raises(SystemExit) as caught:
-        cli.run(main)
-    captured = capsys.readouterr()
-    return int(caught.value.code), captured.out, captured.err
-
-
-def wait_for_step(workdir: Path, number: int, process: subprocess.Popen) -> None:
-    deadline = time.monotonic() + 120
-    while process.poll() is None and time.monotonic() < deadline:
-        path = workdir / "metrics.jsonl"
-        if path.exists() and any(f'"step": {n},' in path.read_text() for n in range(number, STEPS + 1)):
-            return
-        time.sleep(0.002)
+@pytest.fixture
+def copy(undisturbed, tmp_path):
+    return shutil.copytree(undisturbed, tmp_path / "copy")
 
 
 def test_killed_and_resumed_equals_uninterrupted(experiment, undisturbed, tmp_path):
     workdir = tmp_path / "killed"
     for reach in (4, 9):
-        process = subprocess.Popen(command(experiment, workdir), env=environment(), stdout=subprocess.DEVNULL)
-        wait_for_step(workdir, reach, process)
-        process.kill()
-        assert process.wait() == -signal.SIGKILL
-    done = subprocess.run(command(experiment, workdir), env=environment(), capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    assert "resuming    from step" in done.stdout
+        one = processes.start(processes.train(experiment, workdir))
+        wait_for_step(workdir, reach, one)
+        one.process.kill()
+        (ended,) = processes.collect([one])
+        assert ended.code == -signal.SIGKILL
+    ended = processes.run(processes.train(experiment, workdir))
+    assert ended.code == 0, ended.err
+    assert "resuming    from step" in ended.out
     assert_same_run(workdir, undisturbed)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_asked_to_stop_it_saves_exits_and_goes_on_to_the_same_bits(experiment, undisturbed, tmp_path, number):
+def test_asked_to_stop_it_saves_exits_within_ten_seconds_and_goes_on_to_the_same_bits(
+    experiment, undisturbed, tmp_path, number
+):
     workdir = tmp_path / "stopped"
-    process = subprocess.Popen(
-        command(experiment, workdir, "--config.train.checkpoint_every=0"),
-        env=environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    wait_for_step(workdir, 2, process)
-    process.send_signal(number)
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == 128 + number, err
-    assert f"by {number.name}" in out
+    one = processes.start(processes.train(experiment, workdir, "--config.train.checkpoint_every=0"))
+    wait_for_step(workdir, 2, one)
+    asked = processes.seconds(one)
+    one.process.send_signal(number)
+    (ended,) = processes.collect([one])
+    assert ended.code == 128 + number, ended.err
+    assert ended.seconds - asked < 10
     stopped_at = int(final_state(workdir).step)
     assert 0 < stopped_at < STEPS
-    subprocess.run(command(experiment, workdir), env=environment(), check=True, capture_output=True, timeout=300)
+    assert f"stopped at step {stopped_at} by {number.name}" in ended.out
+    ended = processes.run(processes.train(experiment, workdir))
+    assert ended.code == 0, ended.err
     assert_same_run(workdir, undisturbed)
 
 
-def test_a_warm_up_longer_than_half_of_the_run_is_capped_with_a_line_and_resumes_to_the_same_bits(
-    experiment, tmp_path, monkeypatch, capsys
-):
+def test_a_warm_up_longer_than_half_of_the_run_is_capped_with_a_line_and_resumes_to_the_same_bits(experiment, tmp_path):
     short = ("--config.train.epochs=1", "--config.optim.warmup_epochs=5", "--config.train.keep=9")
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    code, out, err = run(train.main, monkeypatch, capsys, f"--config={experiment}", f"--workdir={whole}", *short)
+    code, out, err = call(train.main, f"--config={experiment}", f"--workdir={whole}", *short)
     assert code == 0, err
-    assert "warm-up     2 steps: at most half of them; config.optim.warmup_epochs is 5\n" in out
+    assert "warm-up     2 steps: at most half of all; config.optim.warmup_epochs is 5\n" in out
     assert json.loads((whole / "config.json").read_text())["optim"]["warmup_epochs"] == 5
     shutil.copytree(whole, cut)
     for step_after in ("4", "5"):
         shutil.rmtree(cut / "checkpoints" / step_after)
-    _, out, _ = run(train.main, monkeypatch, capsys, f"--config={experiment}", f"--workdir={cut}", *short)
+    _, out, _ = call(train.main, f"--config={experiment}", f"--workdir={cut}", *short)
     assert "resuming    from step 2" in out
     assert_same_run(cut, whole)
 
 
-def test_a_finished_run_started_again_only_tests_again(experiment, undisturbed, monkeypatch, capsys):
-    before = history(undisturbed), (undisturbed / "result.json").read_text()
-    code, out, _ = run(train.main, monkeypatch, capsys, f"--config={experiment}", f"--workdir={undisturbed}")
+def test_a_finished_run_started_again_only_tests_again_and_tells_what_one_needs(experiment, undisturbed, copy):
+    code, out, _ = call(train.main, f"--config={experiment}", f"--workdir={copy}")
     assert code == 0
-    assert f"resuming    from step {STEPS}" in out
-    assert history(undisturbed) == before[0]
-    rows = [json.loads(text)["rows"] for text in ((undisturbed / "result.json").read_text(), before[1])]
-    for again, first in zip(*rows, strict=True):  # this process has other threads, so sums may round otherwise
-        assert again == first | {name: pytest.approx(first[name], rel=1e-5) for name in ("nll", "ece")}
-
-
-def test_the_first_lines_and_the_table_tell_what_one_needs(experiment, undisturbed, monkeypatch, capsys):
-    _, out, _ = run(train.main, monkeypatch, capsys, f"--config={experiment}", f"--workdir={undisturbed}")
     for wanted in (
         "devices     1 x cpu",
         "active",
         "total",
         "1,337 train, 100 validation, 360 test",
         f"steps       {STEPS}",
+        f"resuming    from step {STEPS}",
     ):
         assert wanted in out
     for row in ("merged", "expert 0", "expert 1", "expert 2", "random path"):
         assert row in out
-    assert {path.name for path in undisturbed.iterdir()} >= {
-        "config.json",
-        "metrics.jsonl",
-        "checkpoints",
-        "tb",
-        "report.md",
-        "result.json",
-    }
+    files = {"config.json", "metrics.jsonl", "checkpoints", "tb", "report.md", "result.json"}
+    assert {path.name for path in copy.iterdir()} >= files
+    assert history(copy) == history(undisturbed)
+    for again, first in zip(rows(copy), rows(undisturbed), strict=True):
+        # This process has other threads, so sums may round otherwise.
+        assert again == first | {name: pytest.approx(first[name], rel=1e-5) for name in ("nll", "ece")}
 
 
-def test_steps_are_shown_where_none_was_for_long_and_the_history_stays_the_same(
-    experiment, tmp_path, monkeypatch, capsys
-):
+def test_steps_are_shown_where_none_was_for_long_and_the_history_stays_the_same(experiment, tmp_path, monkeypatch):
     monkeypatch.setattr(metrics_log, "PLAIN_SECONDS", 0.0)
     shown = []
     for seconds in (0.0, 1e9):
@@ -182,7 +124,7 @@ def test_steps_are_shown_where_none_was_for_long_and_the_history_stays_the_same(
         monkeypatch.setattr(loop, "SLOW_SECONDS", 1e9 if seconds else 0.0)
         workdir = tmp_path / str(seconds)
         arguments = (f"--config={experiment}", f"--workdir={workdir}", "--config.train.log_every=5")
-        code, out, err = run(train.main, monkeypatch, capsys, *arguments)
+        code, out, err = call(train.main, *arguments)
         assert code == 0, err
         shown.append([int(number) for number in re.findall(r"left  step (\d+)/", out)])
         assert re.search(rf"^\d+:\d\d left  step 1/{STEPS}  .*  first step \d+\.\d s$", out, re.MULTILINE)
@@ -197,54 +139,44 @@ def test_each_step_stands_once_in_the_history(undisturbed):
     assert [number for number, kind in lines if kind == "train"] == list(range(2, STEPS + 1, 2))
 
 
-@pytest.mark.parametrize("devices", [1, 4])
-def test_evaluate_needs_only_the_folder_and_any_number_of_devices(
-    experiment, undisturbed, monkeypatch, capsys, devices
-):
-    run(train.main, monkeypatch, capsys, f"--config={experiment}", f"--workdir={undisturbed}")
-    trained = json.loads((undisturbed / "result.json").read_text())
-    arguments = (f"--workdir={undisturbed}", f"--devices={devices}", "--paths=3")
-    code, out, err = run(evaluate.main, monkeypatch, capsys, *arguments)
+def test_evaluate_needs_only_the_folder_and_any_number_of_devices(copy):
+    trained = json.loads((copy / "result.json").read_text())
+    code, out, err = call(evaluate.main, f"--workdir={copy}", "--devices=8", "--paths=3")
     assert code == 0, err
-    result = json.loads((undisturbed / "result.json").read_text())
+    result = json.loads((copy / "result.json").read_text())
     expected = {row["model"]: row for row in trained["rows"]}
-    rows = {row["model"]: row for row in result["rows"]}
-    assert list(rows) == ["merged", "expert 0", "expert 1", "expert 2", "3 random paths", "ensemble"]
+    found = {row["model"]: row for row in result["rows"]}
+    assert list(found) == ["merged", "expert 0", "expert 1", "expert 2", "3 random paths", "ensemble"]
     assert "random path" in expected
-    for name in rows.keys() & expected.keys():
+    for name in found.keys() & expected.keys():
         near = {metric: pytest.approx(expected[name][metric], rel=1e-5) for metric in ("nll", "ece")}
-        assert rows[name] == expected[name] | near
+        assert found[name] == expected[name] | near
     assert result["images_per_second"] == trained["images_per_second"]
-    assert result["trained_on"] == trained["hardware"] != result["hardware"] or devices == 1
-    why, text = result["mergeability"], (undisturbed / "report.md").read_text()
+    assert result["trained_on"] == trained["hardware"] != result["hardware"]
+    why, text = result["mergeability"], (copy / "report.md").read_text()
     assert [len(why[name]) for name in ("spread", "cosine", "difference_cosine", "gap")] == [2] * 4
     # 360 test images are fewer than a thousand, so the line starts and ends at rows of the table.
-    for expert, losses in enumerate(why["barrier"]["losses"]):
-        assert losses[0] == pytest.approx(rows[f"expert {expert}"]["nll"], rel=1e-5)
-        assert losses[-1] == pytest.approx(rows["merged"]["nll"], rel=1e-5)
-    assert (undisturbed / "mergeability.png").read_bytes().startswith(b"\x89PNG")
+    for expert, on_line in enumerate(why["barrier"]["losses"]):
+        assert on_line[0] == pytest.approx(found[f"expert {expert}"]["nll"], rel=1e-5)
+        assert on_line[-1] == pytest.approx(found["merged"]["nll"], rel=1e-5)
+    assert (copy / "mergeability.png").read_bytes().startswith(b"\x89PNG")
     assert "(mergeability.png)" in text
     assert "merged" in out
 
 
-def test_evaluate_tests_any_checkpoint(undisturbed, monkeypatch, capsys):
-    for which in ("best", "latest", f"{STEPS - 1}"):
-        code, out, err = run(evaluate.main, monkeypatch, capsys, f"--workdir={undisturbed}", f"--checkpoint={which}")
+def test_evaluate_tests_any_checkpoint(copy):
+    for which in ("best", f"{STEPS - 1}"):
+        code, out, err = call(evaluate.main, f"--workdir={copy}", f"--checkpoint={which}")
         assert code == 0, err
-        assert which != f"{STEPS - 1}" or f"checkpoint at step {STEPS - 1}" in out
+        assert which == "best" or f"checkpoint at step {which}" in out
 
 
-def test_report_puts_runs_side_by_side(undisturbed, tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("COLUMNS", "200")
-    code, out, err = run(report.main, monkeypatch, capsys, undisturbed, f"--out={tmp_path / 'r'}")
+def test_report_puts_runs_side_by_side(undisturbed, tmp_path):
+    code, out, err = call(report.main, undisturbed, f"--out={tmp_path / 'r'}")
     assert code == 0, err
     assert "undisturbed" in out
     assert (tmp_path / "r" / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert "| merged |" in (tmp_path / "r" / "report.md").read_text()
-
-
-def snapshot(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
 @pytest.mark.parametrize(
@@ -255,23 +187,21 @@ def snapshot(folder: Path) -> dict[str, bytes]:
         ("--config.train.batch_size=255", "train.batch_size was 256 and is 255 now"),
     ],
 )
-def test_a_folder_with_another_experiment_is_left_as_it_is(
-    experiment, undisturbed, monkeypatch, capsys, override, message
-):
+def test_a_folder_with_another_experiment_is_left_as_it_is(experiment, undisturbed, override, message):
     before = snapshot(undisturbed)
-    code, _, err = run(train.main, monkeypatch, capsys, f"--config={experiment}", f"--workdir={undisturbed}", override)
+    code, _, err = call(train.main, f"--config={experiment}", f"--workdir={undisturbed}", override)
     assert code == 2
     assert message in err
     assert err.count("\n") == 1
     assert snapshot(undisturbed) == before
 
 
-def test_a_folder_with_other_things_and_a_file_are_refused(experiment, tmp_path, monkeypatch, capsys):
+def test_a_folder_with_other_things_and_a_file_are_refused(experiment, tmp_path):
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "cat.jpg").write_text("cat")
     (tmp_path / "file").write_text("file")
-    for name, message in (("photos", "holds other things than a run"), ("file", "is a file")):
-        code, _, err = run(train.main, monkeypatch, capsys, f"--config={experiment}", f"--workdir={tmp_path / name}")
+    for name, message in (("photos", "holds other files than a run"), ("file", "is a file")):
+        code, _, err = call(train.main, f"--config={experiment}", f"--workdir={tmp_path / name}")
         assert (code, err.count("\n")) == (2, 1)
         assert message in err
     assert snapshot(tmp_path) == {"photos/cat.jpg": b"cat", "file": b"file"}
@@ -302,11 +232,9 @@ def test_a_folder_with_other_things_and_a_file_are_refused(experiment, tmp_path,
         ("--config.model.hidden=2000000000", "GiB of a device that has "),
     ],
 )
-def test_bad_input_is_one_line_exit_code_2_and_no_folder(experiment, tmp_path, monkeypatch, capsys, override, message):
+def test_bad_input_is_one_line_exit_code_2_and_no_folder(experiment, tmp_path, override, message):
     workdir = tmp_path / "new"
-    code, _, err = run(
-        train.main, monkeypatch, capsys, f"--config={experiment}", f"--workdir={workdir}", *override.split()
-    )
+    code, _, err = call(train.main, f"--config={experiment}", f"--workdir={workdir}", *override.split())
     assert code == 2
     assert err.startswith("error: ")
     assert message in err
@@ -314,26 +242,22 @@ def test_bad_input_is_one_line_exit_code_2_and_no_folder(experiment, tmp_path, m
     assert not workdir.exists()
 
 
-def test_a_batch_that_does_not_divide_over_all_devices_is_named(experiment, tmp_path, monkeypatch, capsys):
+def test_a_batch_that_does_not_divide_over_all_devices_is_named(experiment, tmp_path):
     arguments = ("--config.train.devices=0", "--config.train.batch_size=255", f"--workdir={tmp_path / 'new'}")
-    code, _, err = run(train.main, monkeypatch, capsys, f"--config={experiment}", *arguments)
+    code, _, err = call(train.main, f"--config={experiment}", *arguments)
     assert code == 2
     assert "config.train.batch_size is 255; it must be a multiple of the 8 devices" in err
 
 
 def test_a_real_process_shows_no_traceback(tmp_path):
-    done = subprocess.run(
-        command(Path("no/such.py"), tmp_path / "x"), env=environment(), capture_output=True, text=True, timeout=60
-    )
-    assert done.returncode == 2
-    assert done.stderr == "error: config file 'no/such.py' does not exist; give one such as configs/digits_random.py\n"
+    ended = processes.run(processes.train("no/such.py", tmp_path / "x"), cold=True)
+    assert ended.code == 2
+    assert ended.err == "error: config file 'no/such.py' does not exist; give one such as configs/digits_random.py\n"
 
 
-def test_a_run_that_blows_up_stops_and_names_step_value_and_last_good_checkpoint(
-    experiment, tmp_path, monkeypatch, capsys
-):
+def test_a_run_that_blows_up_stops_and_names_step_value_and_last_good_checkpoint(experiment, tmp_path):
     arguments = ("--config.optim.learning_rate=1e30", f"--workdir={tmp_path / 'x'}")
-    code, _, err = run(train.main, monkeypatch, capsys, f"--config={experiment}", *arguments)
+    code, _, err = call(train.main, f"--config={experiment}", *arguments)
     assert code == 2
     assert "is nan at step" in err or "is inf at step" in err
     assert "checkpoint" in err
@@ -350,16 +274,16 @@ def test_a_run_that_blows_up_stops_and_names_step_value_and_last_good_checkpoint
         (("--workdir={run}", "--devices=64"), "config.train.devices is 64; it must be at most 8"),
     ],
 )
-def test_evaluate_refuses_in_one_line(undisturbed, monkeypatch, capsys, arguments, message):
-    code, _, err = run(evaluate.main, monkeypatch, capsys, *(a.format(run=undisturbed) for a in arguments))
+def test_evaluate_refuses_in_one_line(undisturbed, arguments, message):
+    code, _, err = call(evaluate.main, *(a.format(run=undisturbed) for a in arguments))
     assert (code, err.count("\n")) == (2, 1)
     assert message in err
 
 
 def test_upcycling_starts_from_the_dense_models_own_predictions_and_resumes_without_it(
-    experiment, undisturbed, tmp_path, monkeypatch, capsys
+    experiment, undisturbed, tmp_path
 ):
-    config = config_lib.loads((undisturbed / "config.json").read_text(), "config.json")
+    config = saved_config(undisturbed)
     config.init.source, config.routing.experts = str(undisturbed), 4
     mesh = make_mesh(config.validate().train)
     dense, told = load.start(config)
@@ -375,12 +299,12 @@ def test_upcycling_starts_from_the_dense_models_own_predictions_and_resumes_with
     shutil.copytree(undisturbed, source)
     arguments = (f"--config={experiment}", f"--config.init.source={source}", "--config.init.noise=0.01")
     arguments += ("--config.train.epochs=1", f"--workdir={tmp_path / 'up'}")
-    code, out, err = run(train.main, monkeypatch, capsys, *arguments)
+    code, out, err = call(train.main, *arguments)
     assert code == 0, err
     assert f"source      {source} (run): " in out
     assert "source      averaged the experts" in out
     shutil.rmtree(source)  # from here on the checkpoint has all
-    code, out, err = run(train.main, monkeypatch, capsys, *arguments)
+    code, out, err = call(train.main, *arguments)
     assert code == 0, err
     assert "resuming" in out
     assert "source  " not in out
@@ -394,39 +318,35 @@ def test_upcycling_starts_from_the_dense_models_own_predictions_and_resumes_with
     ],
 )
 def test_a_source_that_does_not_fit_is_refused_before_a_folder_is_made(
-    experiment, undisturbed, tmp_path, monkeypatch, capsys, source, override, message
+    experiment, undisturbed, tmp_path, source, override, message
 ):
     arguments = (f"--config.init.source={source.format(run=undisturbed)}", override, f"--workdir={tmp_path / 'x'}")
-    code, _, err = run(train.main, monkeypatch, capsys, f"--config={experiment}", *arguments)
+    code, _, err = call(train.main, f"--config={experiment}", *arguments)
     assert (code, err.count("\n")) == (2, 1)
     assert message in err
     assert not (tmp_path / "x").exists()
 
 
-def test_routing_over_slots_with_ema_trains_resumes_and_is_tested(experiment, tmp_path, monkeypatch, capsys):
+def test_routing_over_slots_with_ema_trains_resumes_and_is_tested(experiment, tmp_path):
     arguments = ("--config.routing.granularity=token", "--config.train.batch_size=255", "--config.train.ema=0.9")
-    for evaluated in (train.main, train.main):
-        code, out, err = run(
-            evaluated, monkeypatch, capsys, f"--config={experiment}", *arguments, f"--workdir={tmp_path / 'slots'}"
-        )
+    for _ in range(2):
+        code, out, err = call(train.main, f"--config={experiment}", *arguments, f"--workdir={tmp_path / 'slots'}")
         assert code == 0, err
     assert "resuming" in out
-    code, out, err = run(evaluate.main, monkeypatch, capsys, f"--workdir={tmp_path / 'slots'}")
+    code, out, err = call(evaluate.main, f"--workdir={tmp_path / 'slots'}")
     assert code == 0, err
     assert "EMA" in out
 
 
 @pytest.mark.parametrize("router", ["switch", "soft"])
-def test_a_learned_router_trains_resumes_and_is_tested_routed_and_merged(
-    experiment, tmp_path, monkeypatch, capsys, router
-):
+def test_a_learned_router_trains_resumes_and_is_tested_routed_and_merged(experiment, tmp_path, router):
     workdir = tmp_path / router
     arguments = (f"--config.routing.router={router}", "--config.train.epochs=1", f"--workdir={workdir}")
     for _ in range(2):
-        code, out, err = run(train.main, monkeypatch, capsys, f"--config={experiment}", *arguments)
+        code, out, err = call(train.main, f"--config={experiment}", *arguments)
         assert code == 0, err
     assert "resuming" in out
-    code, _, err = run(evaluate.main, monkeypatch, capsys, f"--workdir={workdir}")
+    code, _, err = call(evaluate.main, f"--workdir={workdir}")
     assert code == 0, err
     result = json.loads((workdir / "result.json").read_text())
     rows = {row["model"]: row for row in result["rows"]}
@@ -440,8 +360,8 @@ def test_a_learned_router_trains_resumes_and_is_tested_routed_and_merged(
     assert 0 <= watched["accuracy"] <= 1
 
 
-def test_report_refuses_what_has_no_result(tmp_path, monkeypatch, capsys):
+def test_report_refuses_what_has_no_result(tmp_path):
     for arguments, message in (((), "no run folder was given"), ((tmp_path,), "holds no result.json")):
-        code, _, err = run(report.main, monkeypatch, capsys, *arguments)
+        code, _, err = call(report.main, *arguments)
         assert (code, err.count("\n")) == (2, 1)
         assert message in err

@@ -25,6 +25,8 @@ from jvitmoe.runtime import devices, signals
 from jvitmoe.training import loop
 from jvitmoe.training.state import TrainState, make_state
 
+pytestmark = pytest.mark.slow
+
 KINDS = {"lora": {"lora": 2}, "adapter": {"adapter": 3}, "both": {"lora": 2, "adapter": 3}}
 E = 3
 

@@ -1,6 +1,6 @@
-"""Why averaging the experts of a run works or fails: their spread, their layer gap, and the loss on the way between.
+"""Why averaging experts works or fails: distances of their weights and outputs, and the loss between them.
 
-B batch · T tokens · L layers · E, f experts · S shares of the way to the mean
+B batch · T tokens · L layers · E, f experts · S points on the line to the mean
 """
 
 from collections.abc import Callable, Sequence
@@ -10,49 +10,70 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jvitmoe.config import Config
 from jvitmoe.data import augment
 from jvitmoe.data.batches import Batches, Images
 from jvitmoe.data.splits import S
-from jvitmoe.experts import merge, slices
-from jvitmoe.models import layers, mlp, vit
+from jvitmoe.evaluation import models
+from jvitmoe.evaluation.metrics import Evaluator
+from jvitmoe.experts import build, merge, slices
+from jvitmoe.models import mlp, vit
 
 SHARES = tuple(i / 8 for i in range(9))
-IMAGES = 1000  # at most: what the layer gap and the losses are measured on
+IMAGES = 1000  # most images that the layer gap and the losses are measured on
 TINY = 1e-30
 
 
 def subset(split: S) -> S:
-    """Returns at most 1,000 images, evenly spaced over the split: always the same."""
+    """Returns at most 1,000 images, evenly spaced over the split; the same at each call."""
     return split.select(np.linspace(0, len(split) - 1, min(len(split), IMAGES)).astype(int))
 
 
+def measure(config: Config, params: Any, evaluate: Evaluator, split: Images, batches: Batches) -> dict[str, Any]:
+    """Returns the numbers of `weight_geometry`, `layer_gap` and `barrier`, measured on a split."""
+    experts, layers, route_PL = config.routing.experts, config.expert_layers, models.path_routes(config, 0)
+
+    def losses(params: Any) -> list[float]:
+        return [result.nll for result in evaluate.paths(params, route_PL, experts, split, batches)[0]]
+
+    return {
+        "images": len(split.labels_N),
+        "layers": list(layers),
+        **weight_geometry(params),
+        "gap": layer_gap(build.make_model(config, "cpu"), params, split, batches, layers),
+        "barrier": barrier(params, losses),
+    }
+
+
 def weight_geometry(params: Any) -> dict[str, list[float]]:
-    """Returns, per layer with experts, over all stacked weights of its MLP as one vector w_e per expert, m their mean:
+    """Returns three lists with one number per layer that has experts. w_e is the vector of all stacked weights of
+    expert e in the layer, m the mean of w_e over experts.
 
     spread: ||w_e - m|| / ||m||, averaged over experts.
     cosine: of w_e and w_f, averaged over pairs.
-    difference_cosine: of w_e - m and w_f - m, the largest of the pairs. Differences sum to zero, so their average is
-        about -1 / (E - 1) for any experts; a pair far above it has gone its own way together. 0 for equal experts.
+    difference_cosine: of w_e - m and w_f - m, the largest of all pairs; 0 for equal experts. Differences sum to zero,
+        so their average is about -1 / (E - 1) for any experts; a pair far above that is a cluster.
     """
-
-    def gram(experts: Any) -> jax.Array:
-        flat = [leaf.reshape(*leaf.shape[:2], -1) for leaf in jax.tree.leaves(experts)]
-        return jnp.stack([jnp.einsum("lep,lfp->lef", leaf, leaf) for leaf in flat]).sum(0)
 
     @jax.jit
     def grams(experts: Any) -> tuple[jax.Array, jax.Array]:
-        apart = jax.tree.map(lambda leaf: leaf - leaf.mean(slices.EXPERT_AXIS, keepdims=True), experts)
-        return gram(experts), gram(apart)
+        differences = jax.tree.map(lambda leaf: leaf - leaf.mean(slices.EXPERT_AXIS, keepdims=True), experts)
+        return _gram(experts), _gram(differences)
 
     with jax.default_matmul_precision("highest"):
-        whole_LEE, apart_LEE = (np.asarray(x, float) for x in jax.device_get(grams(merge.expert_layers(params))))
-    mean_norm_L = np.sqrt(whole_LEE.mean((1, 2)))
-    spread_L = _norms(apart_LEE).mean(1) / mean_norm_L
+        weights_LEE, differences_LEE = (np.asarray(x, float) for x in grams(merge.expert_layers(params)))
+    mean_norm_L = np.sqrt(weights_LEE.mean((1, 2)))
     return {
-        "spread": spread_L.tolist(),
-        "cosine": _cosines(whole_LEE).mean(1).tolist(),
-        "difference_cosine": _cosines(apart_LEE).max(1).tolist(),
+        "spread": (_norms(differences_LEE).mean(1) / mean_norm_L).tolist(),
+        "cosine": _cosines(weights_LEE).mean(1).tolist(),
+        "difference_cosine": _cosines(differences_LEE).max(1).tolist(),
     }
+
+
+def _gram(experts: Any) -> jax.Array:
+    """Returns [L, E, E], the inner products of the experts' vectors."""
+    flat = [leaf.reshape(*leaf.shape[:2], -1) for leaf in jax.tree.leaves(experts)]
+    return jnp.stack([jnp.einsum("lep,lfp->lef", leaf, leaf) for leaf in flat]).sum(0)
 
 
 def _norms(gram_LEE: np.ndarray) -> np.ndarray:
@@ -69,10 +90,9 @@ def _cosines(gram_LEE: np.ndarray) -> np.ndarray:
 def layer_gap(
     model: vit.ViT, params: Any, split: Images, batches: Batches, expert_layers: Sequence[int]
 ) -> list[float]:
-    """Returns, per layer with experts, the mean of ||mean_e f_e(x) - f_mean(x)|| over the mean of ||mean_e f_e(x)||,
-    both over all tokens; f_e is the layer's MLP with expert e, x its input in the merged model on these images.
-
-    How far averaging weights is from averaging outputs. In float32 throughout.
+    """Returns, per layer with experts, how far averaging weights is from averaging outputs, in float32: the mean of
+    ||mean_e f_e(x) - f_mean(x)|| over all tokens, divided by the mean of ||mean_e f_e(x)||. f_e is the layer's MLP with
+    expert e, and x is its input in the merged model.
     """
     dense, depth = model.plain().clone(dtype=jnp.dtype("float32")), model.config.depth
 
@@ -90,46 +110,20 @@ def layer_gap(
         return jnp.stack(sums).reshape(-1, 2)
 
     with jax.default_matmul_precision("highest"):
-        parts = [np.asarray(batch_sums(params, *batch), float) for batch in zip(*batches, strict=True)]
-    sums_L2 = np.sum(parts, axis=0)
+        sums_L2 = np.sum([np.asarray(batch_sums(params, *batch), float) for batch in zip(*batches, strict=True)], 0)
     return (sums_L2[:, 0] / np.maximum(sums_L2[:, 1], TINY)).tolist()
 
 
-def mlp_inputs(dense: vit.ViT, params: Any, images_BHWc: jax.Array) -> list[jax.Array]:
-    """Returns x_BTD that the MLP of each layer of a dense model is given: the output of the norm before it."""
-    config = dense.config
-    kept: Any
-    _, kept = dense.apply(
-        {"params": params}, images_BHWc, capture_intermediates=_named("patches"), mutable=["intermediates"]
+def mlp_inputs(dense: vit.ViT, params: Any, images_BHWc: jax.Array) -> jax.Array:
+    """Returns x_LBTD, the input of each layer's MLP in a dense model: the output of the norm before it."""
+    norm = "norm2" if dense.config.norm == "pre" else "norm1"
+    _, captured = dense.apply(
+        {"params": params},
+        images_BHWc,
+        capture_intermediates=lambda module, _: module.name == norm,
+        mutable=["intermediates"],
     )
-    (x_BTD,) = kept["intermediates"]["patches"]["__call__"]
-    tokens = x_BTD.shape[1]
-    positions_TD = (
-        params["positions"][:tokens]
-        if config.positions == "learned"
-        else jnp.asarray(layers.sincos2d(config.image_size // config.patch, config.width))
-    )
-    x_BTD = x_BTD + positions_TD[None]
-    if config.pool == "cls":
-        cls_D = params["cls"] + params["cls_position"] if config.cls_position else params["cls"]
-        x_BTD = jnp.concatenate([jnp.broadcast_to(cls_D, (len(x_BTD), 1, config.width)), x_BTD], axis=1)
-    block = vit.Block(config, dense.experts, dense.expert_init, dense.shared_layer, dense.dtype)
-    norm, inputs = "norm2" if config.norm == "pre" else "norm1", []
-    for layer in range(config.depth):
-        (x_BTD, _), kept = block.apply(
-            {"params": jax.tree.map(lambda leaf: leaf[layer], params["blocks"])},  # noqa: B023
-            x_BTD,
-            (jnp.int32(layer), None),
-            None,
-            capture_intermediates=_named(norm),
-            mutable=["intermediates"],
-        )
-        inputs.append(kept["intermediates"][norm]["__call__"][0])
-    return inputs
-
-
-def _named(name: str) -> Callable[[Any, str], bool]:
-    return lambda module, _: module.name == name
+    return captured["intermediates"]["blocks"][norm]["__call__"][0]
 
 
 def _mlp(params: Any, layer: int, x_BTD: jax.Array) -> jax.Array:
@@ -138,17 +132,17 @@ def _mlp(params: Any, layer: int, x_BTD: jax.Array) -> jax.Array:
 
 
 def barrier(params: Any, losses: Callable[[Any], Sequence[float]]) -> dict[str, Any]:
-    """Returns the loss along the straight lines from every expert to the mean of experts.
+    """Returns the loss on the straight line from each expert to the mean of experts.
 
     Args:
         params: the stacked tree.
         losses: stacked tree -> loss of each of its expert paths.
 
     Returns:
-        share: of the way to the mean, from 0 (the expert) to 1 (the merged model).
+        share: [S], distance from the expert relative to the whole line: 0 is the expert, 1 the merged model.
         losses: [E][S], nats.
-        height: the most by which a line rises above its expert's own loss, averaged over experts; 0 is no barrier
-            (Frankle et al., arXiv 1912.05671, but through the mean).
+        height: highest loss on a line minus the loss of its expert, averaged over experts; 0 is no barrier
+            (Frankle et al., arXiv 1912.05671, but to the mean instead of to another model).
     """
     pull = jax.jit(merge.pull)
     losses_ES = np.asarray([losses(pull(params, share)) for share in SHARES]).T

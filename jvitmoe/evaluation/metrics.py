@@ -1,6 +1,6 @@
-"""Exact metrics over a whole split, on any number of devices: every image counts once, and is read once for all paths.
+"""Exact metrics over a whole split, on any number of devices: every image counts once and is read once for all paths.
 
-B batch, b the share of one device · S batches · N images · E experts · L layers · P paths · C classes · M bins
+b images of a batch on one device · S batches · N images · L layers · P paths · C classes · M bins
 """
 
 import functools
@@ -18,12 +18,12 @@ from jvitmoe.experts import merge
 from jvitmoe.models import vit
 from jvitmoe.runtime.devices import AXES, REPLICATED, settle
 
-Shown = Images | Iterable[Images]  # a split on the devices, or its batches one after the other
-BINS = 15  # M, as Guo et al., arXiv 1706.04599
+Shown = Images | Iterable[Images]  # a whole split on the devices, or its batches one after the other
+BINS = 15  # M, as in Guo et al., arXiv 1706.04599
 
 
 class Sums(NamedTuple):
-    """Sums over the images seen: divided once, at the end. Leading axis: the paths, then their ensemble."""
+    """Sums over images, divided once at the end. Leading axis: the paths, then their ensemble."""
 
     correct: jax.Array  # int32
     nll: jax.Array  # float32, nats
@@ -41,12 +41,12 @@ class Result(NamedTuple):
 
 
 class Evaluator:
-    """The compiled evaluation of dense trees and of paths through the experts, or of a model with a router.
+    """The compiled evaluation of a dense model, for merged trees and paths through experts, or of one with a router.
 
     Args:
-        net: what runs: a dense model, or one with a router and all its experts.
-        mesh: where the batches lie.
-        routed: the evaluation of the same run with its router, where it has one.
+        net: the model.
+        mesh: of the devices that hold the batches.
+        routed: the evaluation of the same run with its router, if it has one.
     """
 
     def __init__(self, net: vit.ViT, mesh: Mesh, routed: "Evaluator | None" = None) -> None:
@@ -54,33 +54,27 @@ class Evaluator:
 
         def compiled(streamed: bool) -> Any:
             images = PartitionSpec(AXES) if streamed else REPLICATED
-            return jax.jit(
-                jax.shard_map(
-                    functools.partial(self._batch_sums, streamed),
-                    mesh=mesh,
-                    in_specs=(*[REPLICATED] * 4, images, PartitionSpec(None, AXES), REPLICATED),
-                    out_specs=REPLICATED,
-                )
-            )
+            specs = (*[REPLICATED] * 4, images, PartitionSpec(None, AXES), REPLICATED)
+            body = functools.partial(self._batch_sums, streamed)
+            return jax.jit(jax.shard_map(body, mesh=mesh, in_specs=specs, out_specs=REPLICATED))
 
         self._step, self._streamed_step = compiled(False), compiled(True)
 
     def __call__(self, params: Any, split: Shown, batches: Batches) -> Result:
-        """Returns the Result of a tree of the net; one program serves them all."""
-        nowhere_PL = jnp.zeros((1, self.net.config.depth), jnp.int32)  # such a tree has no expert to pick
-        return self.paths(params, nowhere_PL, 1, split, batches)[0][0]
+        """Returns the Result of the net with these parameters. All trees use the same compiled program."""
+        unused_PL = jnp.zeros((1, self.net.config.depth), jnp.int32)  # the tree has no expert axis
+        return self.paths(params, unused_PL, 1, split, batches)[0][0]
 
     def paths(
         self, params: Any, route_PL: jax.Array, members: int, split: Shown, batches: Batches
     ) -> tuple[list[Result], Result]:
         """Returns the Result of each path, and of the ensemble of the first `members`: the mean of their probabilities
-        (Lakshminarayanan et al., arXiv 1612.01474). Images are read once; one path at a time is in memory."""
+        (Lakshminarayanan et al., arXiv 1612.01474). Paths run one after the other, to save memory."""
         log_weight_P = jnp.where(jnp.arange(len(route_PL)) < members, -np.log(members), -jnp.inf)
-        # Put on the mesh at once, because sums that come back from it would otherwise compile a second program.
-        rows = len(route_PL) + 1
-        number, bins = jnp.zeros((rows,), jnp.int32), jnp.zeros((rows, BINS), jnp.int32)
-        sums = Sums(number, number.astype(float), number, bins, bins, bins.astype(float))
-        sums = jax.tree.map(lambda x: to_devices(np.asarray(x), self._replicated), sums)
+        # On the mesh, as the step returns them; otherwise the second batch would compile a second program.
+        count, bins = (np.zeros((len(route_PL) + 1, *shape), np.int32) for shape in ((), (BINS,)))
+        zeros: Any = (count, count.astype(np.float32), count, bins, bins, bins.astype(np.float32))
+        sums = Sums(*(to_devices(x, self._replicated) for x in zeros))
         whole = isinstance(split, Images)
         step = self._step if whole else self._streamed_step
         for s, images in enumerate([split] * len(batches.index_SB) if whole else split):
@@ -111,14 +105,13 @@ class Evaluator:
         log_p_PbC = jax.lax.map(log_p, route_PL)
         ensemble_bC = jax.nn.logsumexp(log_p_PbC + log_weight_P[:, None, None], axis=0)
         log_p_PbC = jnp.concatenate([log_p_PbC, ensemble_bC[None]])
-        here = jax.vmap(_sums, (0, None, None))(log_p_PbC, labels_b, mask_b)
-        return jax.tree.map(lambda total, part: total + jax.lax.psum(part, AXES), sums, here)
+        batch_sums = jax.vmap(_sums, (0, None, None))(log_p_PbC, labels_b, mask_b)
+        return jax.tree.map(lambda total, of_batch: total + jax.lax.psum(of_batch, AXES), sums, batch_sums)
 
 
 def make_evaluate(model: vit.ViT, mesh: Mesh) -> Evaluator:
-    """Returns the evaluation of every tree of a run: (dense params, images, batches) -> Result, and its `paths`."""
-    routed = Evaluator(model, mesh) if model.router else None
-    return Evaluator(model.plain(), mesh, routed)
+    """Returns the evaluation of the dense model of a run, with that of its router, if any, as `routed`."""
+    return Evaluator(model.plain(), mesh, Evaluator(model, mesh) if model.router else None)
 
 
 def _sums(log_p_bC: jax.Array, labels_b: jax.Array, mask_b: jax.Array) -> Sums:

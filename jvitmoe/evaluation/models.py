@@ -1,4 +1,4 @@
-"""Which models of a run are tested: merged, experts, random paths, ensemble, routed, EMA."""
+"""The models of a run that are tested: merged, experts, random paths, ensemble, routed, EMA."""
 
 import statistics
 from typing import Any
@@ -15,7 +15,7 @@ from jvitmoe.experts.routes import Purpose
 
 
 def evaluate_main(config: Config, params: Any, evaluate: Evaluator, split: Shown, batches: Batches) -> Result:
-    """Returns the Result of the model that a run is about: with its learned router, or else dense or merged."""
+    """Returns the Result of a run's main model: with its router if it has one, otherwise dense or merged."""
     if evaluate.routed:
         return evaluate.routed(params, split, batches)
     return evaluate(dense_tree(config, params), split, batches)
@@ -24,11 +24,10 @@ def evaluate_main(config: Config, params: Any, evaluate: Evaluator, split: Shown
 def evaluate_run(
     config: Config, params: Any, ema: Any, evaluate: Evaluator, split: Shown, batches: Batches, paths: int = 1
 ) -> list[dict[str, Any]]:
-    """Returns one row per model that the run is tested as: the fields of `Result`, parameters and FLOPs per image.
+    """Returns one row per tested model: the fields of `Result`, parameters and FLOPs per image.
 
-    "routed" with a learned router. "dense" alone; or "merged", every "expert e" path, `paths` random ones (a fresh
-    expert per layer, fixed by the seed; mean, and over several the deviation as *_std) and the "ensemble" of the expert
-    paths. "EMA" if one was kept.
+    A dense run has "dense". One with experts has "merged", "expert e" for each, `paths` random paths in one row (mean;
+    of several, also the deviation as *_std) and the "ensemble" of the experts. "routed" and "EMA" if the run has them.
     """
     active, total = count_parameters(config)
     experts, batch = config.routing.experts, batches.index_SB.shape[1]
@@ -54,19 +53,19 @@ def evaluate_run(
         mean = Result(**{name: statistics.fmean(values) for name, values in several.items()}, images=drawn[0].images)
         spread = {f"{name}_std": statistics.stdev(values) for name, values in several.items() if paths > 1}
         rows.append(row("random path" if paths == 1 else f"{paths} random paths", mean) | spread)
-    every = {"parameters": total, "flops_per_image": experts * cost["flops_per_image"]}
-    return [*rows, row("ensemble", ensemble) | every]
+    ensemble_cost = {"parameters": total, "flops_per_image": experts * cost["flops_per_image"]}
+    return [*rows, row("ensemble", ensemble) | ensemble_cost]
 
 
 def path_routes(config: Config, paths: int) -> jax.Array:
-    """Returns route_PL of the paths tested: each expert in every layer, then `paths` drawn with a fresh expert per
-    layer, each by its number and the seed."""
+    """Returns route_PL of the tested paths: each expert in all layers, then `paths` routes with an expert drawn per
+    layer, fixed by the seed."""
     depth, experts, root = config.model.depth, config.routing.experts, jax.random.key(config.train.seed)
     drawn = [jax.random.randint(routes.address(root, Purpose.PATH, p), (depth,), 0, experts) for p in range(paths)]
     return jnp.stack([*(routes.constant_route(e, depth) for e in range(experts)), *drawn])
 
 
 def dense_tree(config: Config, params: Any) -> Any:
-    """Returns the tree that ships: the merged model, or the dense one as it is."""
+    """Returns the dense tree of a run: the merged model, or the parameters themselves of a dense run."""
     plain = config.routing.experts == 1 and not config.tuned
     return params if plain else jax.jit(merge.average_experts)(params)

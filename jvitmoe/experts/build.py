@@ -13,8 +13,8 @@ from jvitmoe.models.routers import Router, RouterSettings
 
 
 def find_router(config: Config) -> type[Router] | None:
-    """Returns the router of the model, or None for random routes. Raises ConfigError where there is none of this name,
-    or its rules are broken: these are checked here because `config` does not import the routers."""
+    """Returns the router of the model, or None for random routes. Raises ConfigError for an unknown name or a broken
+    rule; they are checked here because `config` does not import the routers."""
     routed, accumulate = config.routing, config.train.accumulate
     if routed.router == "random":
         return None
@@ -25,15 +25,15 @@ def find_router(config: Config) -> type[Router] | None:
         )
     if accumulate > 1 and routed.balance_loss and router.loss is not Router.loss:
         raise ConfigError(
-            f"config.train.accumulate is {accumulate}; "
-            "it must be 1 for a router with a balance loss, which is of the whole batch"
+            f"config.train.accumulate is {accumulate}; it must be 1 for a router with a balance loss, which needs the "
+            "whole batch at once"
         )
     return router
 
 
 def frozen(config: Config) -> Callable[[Sequence[Any]], bool] | None:
-    """Returns whether the parameter at a path stays as it is, or None where all are trained. A router that is not
-    trained stays; with LoRA or adapters, everything but these and the head."""
+    """Returns a function that is True for the key path of a parameter that is not trained; None if all are trained.
+    Not trained are the router if it says so and, with LoRA or adapters, all except these and the head."""
     if config.tuned:
         return lambda path: path[0].key != "head" and path[-1].key not in (*adapters.LORA, *adapters.ADAPTER)
     router = find_router(config)
@@ -43,7 +43,7 @@ def frozen(config: Config) -> Callable[[Sequence[Any]], bool] | None:
 
 
 def make_model(config: Config, platform_name: str) -> vit.ViT:
-    """Returns the model that training initialises, stacked where there are experts, for "cpu", "gpu" or "tpu".
+    """Returns the model that training initialises, with its experts stacked, for "cpu", "gpu" or "tpu".
 
     Raises ConfigError as `find_router`.
     """
@@ -58,6 +58,6 @@ def make_model(config: Config, platform_name: str) -> vit.ViT:
 
 
 def _fuses_attention() -> bool:
-    """Whether the GPUs here have what cuDNN's fused attention needs: NVIDIA's compute capability 8.0 (A100) or more."""
+    """True if the local GPUs have compute capability 8.0 (A100) or more, which cuDNN's fused attention needs."""
     capability = str(getattr(jax.local_devices(backend="gpu")[0], "compute_capability", ""))
     return re.fullmatch(r"\d+\.\d+", capability) is not None and float(capability) >= 8.0

@@ -8,7 +8,6 @@ import jax.numpy as jnp
 
 from jvitmoe.config import Config
 from jvitmoe.experts import build, slices
-from jvitmoe.experts.build import make_model
 from jvitmoe.models import vit
 from jvitmoe.runtime import compilation
 
@@ -17,20 +16,19 @@ def flops_per_image(net: vit.ViT, batch: int) -> float:
     """Returns the floating-point operations (a multiply-add is two) that XLA counts in the compiled forward pass of a
     batch, per image.
 
-    Layers are unrolled, because XLA counts the body of a loop once; and the program is compiled for the CPU, if JAX
-    has one here, because elsewhere products become library calls that XLA does not look into.
+    Layers are unrolled, because XLA counts the body of a loop once. The program is compiled for the CPU, if JAX has one
+    here, because on other devices products become library calls, which XLA does not count.
     """
     config = dataclasses.replace(net.config, unroll=net.config.depth)
     model = net.clone(config=config, attention="xla")
-    params = jax.eval_shape(lambda: vit.init(model, jax.random.key(0)))
     images = jax.ShapeDtypeStruct((batch, config.image_size, config.image_size, config.channels), jnp.float32)
     try:
         device = jax.local_devices(backend="cpu")[0]
     except RuntimeError:
         device = jax.local_devices()[0]
     with jax.default_device(device):
-        compiled = compilation.for_reading(jax.jit(lambda p, x: vit.logits(model, p, x)).lower(params, images))
-    cost = compiled.cost_analysis()
+        lowered = jax.jit(lambda p, x: vit.logits(model, p, x)).lower(vit.shapes(model), images)
+        cost = compilation.for_reading(lowered).cost_analysis()
     assert cost is not None, "XLA analyses programs of the CPU, GPU and TPU"
     return float(cost["flops"]) / batch
 
@@ -41,8 +39,8 @@ def count_parameters(config: Config) -> tuple[int, int]:
     A token passes through as many experts as its router says (`Router.active_experts`), without a router through one.
     Nothing is allocated.
     """
-    model = make_model(config, "cpu")
-    params = jax.eval_shape(lambda: vit.init(model, jax.random.key(0)))
+    model = build.make_model(config, "cpu")
+    params = vit.shapes(model)
     trunk, experts = slices.split(params, slices.stacked(params))
     active = model.router.top_k if model.router else 1
     return tree_size(trunk) + active * tree_size(experts) // model.experts, tree_size(params)
@@ -50,9 +48,8 @@ def count_parameters(config: Config) -> tuple[int, int]:
 
 def count_trained(config: Config) -> int:
     """Returns the number of parameters that training may change, all experts together. Nothing is allocated."""
-    model, frozen = make_model(config, "cpu"), build.frozen(config)
-    leaves = jax.tree.leaves_with_path(jax.eval_shape(lambda: vit.init(model, jax.random.key(0))))
-    return sum(leaf.size for path, leaf in leaves if frozen is None or not frozen(path))
+    params, frozen = vit.shapes(build.make_model(config, "cpu")), build.frozen(config)
+    return sum(leaf.size for path, leaf in jax.tree.leaves_with_path(params) if frozen is None or not frozen(path))
 
 
 def tree_size(tree: Any) -> int:

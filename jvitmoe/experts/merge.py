@@ -1,9 +1,9 @@
 """From expert-stacked trees to dense ones and back: every function here reduces, selects or fills the expert axis.
 
-A leaf is stacked when it has one axis more than the same leaf of the dense model: [L, E, ...] against [L, ...]. With
-a pattern of n layers the tree holds each of its positions apart, with leaves [L / n, ...] (`vit.ViT`).
+A leaf is stacked if it has one axis more than the same leaf of the dense model: [L, E, ...] instead of [L, ...]. With a
+pattern of n layers each of its positions has its own tree, with leaves [L / n, ...] (`vit.ViT`).
 
-L layers · E experts
+L layers · E experts · X layers that have experts
 """
 
 import functools
@@ -21,7 +21,7 @@ from jvitmoe.models import adapters, vit
 def average_experts(params: Tree) -> Tree:
     """Returns the dense tree: every stacked leaf averaged over its E axis. Source: AdaMix, arXiv 2205.12410, eq. 5.
 
-    LoRA and adapters are averaged, matrix by matrix as AdaMix has it, and then folded into the MLP.
+    LoRA and adapters are averaged, each matrix by itself as in AdaMix, and then folded into the MLP.
     """
     return _to_dense(params, lambda experts: jax.tree.map(lambda leaf: leaf.mean(EXPERT_AXIS), experts))
 
@@ -32,14 +32,13 @@ def take_path(params: Tree, route_L: jax.Array) -> Tree:
 
 
 def expert_layers(params: Tree) -> Tree:
-    """Returns the experts alone, {"mlp": …}: stacked leaves [X, E, ...] over the X layers that have experts, in order;
-    None in place of other leaves."""
+    """Returns the experts alone, {"mlp": …}: stacked leaves [X, E, ...]; None in place of other leaves."""
     return vit.in_layers(split(params, stacked(params))[1]["blocks"])
 
 
 def pull(params: Tree, rate: jax.Array | float) -> Tree:
-    """Returns the tree with every expert moved the share `rate` of the way to the mean of experts, which stays put.
-    At rate 1 every expert is the mean, to the bit.
+    """Returns the tree with every expert moved the share `rate` of the way to the mean of experts, which does not move.
+    At rate 1 every expert is the mean, bit for bit.
 
     Sources: EWA, arXiv 2308.06093; PAPA, arXiv 2304.03094 (there 0.01 every 10 steps).
     """
@@ -55,46 +54,41 @@ def pull(params: Tree, rate: jax.Array | float) -> Tree:
 
 def upcycle(dense: Tree, like: Tree) -> Tree:
     """Returns the stacked tree shaped as `like` whose experts are all copies of the dense MLP (arXiv 2212.05055).
-
-    What the dense tree has none of, a learned router, LoRA and adapters, is that of `like`.
-    """
+    Routers, LoRA and adapters, which the dense tree does not have, are those of `like`."""
+    groups = like["blocks"].keys() - dense["blocks"].keys()
 
     def fill(path: tuple[Any, ...], wanted: jax.Array) -> jax.Array:
         names = [entry.key for entry in path]
         if "router" in names or names[-1] in (*adapters.LORA, *adapters.ADAPTER):
             return wanted
-        leaf = functools.reduce(operator.getitem, (name for name in names if name not in turns), dense)
+        leaf = functools.reduce(operator.getitem, (name for name in names if name not in groups), dense)
         if names[0] == "blocks":
             leaf = of_group(path, leaf, wanted.shape[0])
-        if leaf.ndim < wanted.ndim:
-            leaf = jnp.broadcast_to(jnp.expand_dims(leaf, EXPERT_AXIS), wanted.shape)
-        return leaf
+        return leaf if leaf.ndim == wanted.ndim else jnp.broadcast_to(jnp.expand_dims(leaf, EXPERT_AXIS), wanted.shape)
 
-    turns = like["blocks"].keys() - dense["blocks"].keys()
     return jax.tree.map_with_path(fill, like)
 
 
 def add_noise(params: Tree, key: jax.Array, noise: float) -> Tree:
-    """Returns the tree with normal noise on every stacked leaf, its deviation `noise` times that of the leaf: what sets
-    copies of one MLP apart."""
-    leaves, structure = jax.tree.flatten(params)
-    marks = jax.tree.leaves(stacked(params))
+    """Returns the tree with normal noise on every stacked leaf, so that copies of one MLP differ: `noise` times the
+    standard deviation of the leaf."""
+    numbers = jax.tree.unflatten(jax.tree.structure(params), range(len(jax.tree.leaves(params))))
 
-    def draw(number: int, leaf: jax.Array) -> jax.Array:
-        return noise * leaf.std() * jax.random.normal(jax.random.fold_in(key, number), leaf.shape, leaf.dtype)
+    def add(leaf: jax.Array, is_stacked: bool, number: int) -> jax.Array:
+        if not is_stacked:
+            return leaf
+        draw = jax.random.normal(jax.random.fold_in(key, number), leaf.shape, leaf.dtype)
+        return leaf + noise * leaf.std() * draw
 
-    found = [leaf + draw(n, leaf) if mark else leaf for n, (leaf, mark) in enumerate(zip(leaves, marks, strict=True))]
-    return jax.tree.unflatten(structure, found)
+    return jax.tree.map(add, params, stacked(params), numbers)
 
 
 def _to_dense(params: Tree, reduce: Callable[[Tree], Tree]) -> Tree:
-    """Returns the dense tree with the experts reduced, and without a learned router: one expert needs none."""
+    """Returns the dense tree with the experts reduced, and without a router, which one expert does not need."""
     trunk, experts = split(params, stacked(params))
     tree = _without_router(join(trunk, reduce(experts)))
     blocks = vit.in_layers(tree["blocks"])
-    if any(name in blocks["mlp"] for name in (*adapters.LORA, *adapters.ADAPTER)):
-        blocks = blocks | {"mlp": adapters.fold(blocks["mlp"])}
-    return tree | {"blocks": blocks}
+    return tree | {"blocks": blocks | {"mlp": adapters.fold(blocks["mlp"])}}
 
 
 def _without_router(tree: Tree) -> Tree:

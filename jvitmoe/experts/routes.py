@@ -16,8 +16,8 @@ class Purpose(enum.IntEnum):
 
     INIT = 0  # parameters
     ORDER = 1  # order of the training images; numbered by epoch
-    AUGMENT = 2  # numbered by step, then by place in the global batch
-    DROPOUT = 3  # numbered by step, then by place in the global batch
+    AUGMENT = 2  # numbered by step, then by index in the global batch
+    DROPOUT = 3  # numbered by step, then by index in the global batch
     ROUTE = 4  # numbered by step
     PATH = 5  # random paths at evaluation; numbered by path
     SECOND_ROUTE = 6  # of the second forward pass; numbered by step
@@ -25,7 +25,7 @@ class Purpose(enum.IntEnum):
 
 
 def address(root: jax.Array, purpose: Purpose, *numbers: int | jax.Array) -> jax.Array:
-    """Returns the key at (purpose, *numbers): a pure function, so a resumed run draws what the first one drew."""
+    """Returns the key at (purpose, *numbers): a pure function, so a resumed run draws the same numbers."""
     key = jax.random.fold_in(root, purpose)
     for number in numbers:
         key = jax.random.fold_in(key, number)
@@ -33,13 +33,13 @@ def address(root: jax.Array, purpose: Purpose, *numbers: int | jax.Array) -> jax
 
 
 def draw_route(key: jax.Array, routing: RoutingConfig, depth: int, tokens: int) -> jax.Array:
-    """Returns which expert runs where in one step, int32 in [0, E).
+    """Returns the experts of one step, int32 in [0, E).
 
     granularity "batch" (the original, AdaMix, THOR): [L], uniform, one expert for the whole batch.
-    granularity "sample": [L, E], expert of each slot of images, a uniform permutation: every expert runs on an even
-        share of the images, nothing is dropped.
+    granularity "sample": [L, E], the expert of each slot of images, a uniform permutation: every expert runs on an
+        equal share of the images, nothing is dropped.
     granularity "token" (the random uniform partition of EWA, arXiv 2308.06093): [L, T, E], one such permutation for
-        each place in the image.
+        each token index.
 
     scope "shared" repeats one draw in all layers (the original); "layer" draws for each (AdaMix, arXiv 2205.12410).
     """
@@ -53,11 +53,11 @@ def draw_route(key: jax.Array, routing: RoutingConfig, depth: int, tokens: int) 
 
 
 def distinct_route(key: jax.Array, route: jax.Array, routing: RoutingConfig) -> jax.Array:
-    """Returns a second route of the same shape that differs from the first everywhere: in every layer, slot and place.
+    """Returns a second route of the same shape that differs from the first in every layer, slot and token index.
 
-    The experts of a layer are shifted cyclically by a uniform draw from 1 .. E - 1. So a permutation stays one, and in
-    each slot every other expert is equally likely; but only E - 1 of the derangements of the first route can occur
-    (from E = 4 on there are more). Scope "shared" shifts all layers alike.
+    The experts of a layer are shifted cyclically by a uniform draw from 1 .. E - 1. A permutation stays one, and every
+    other expert is equally likely in each slot, but only E - 1 of the derangements of the first route can occur (from
+    E = 4 on there are more). Scope "shared" shifts all layers by the same draw.
     """
     layers = 1 if routing.scope == "shared" else route.shape[0]
     shift = jax.random.randint(key, (layers, *[1] * (route.ndim - 1)), 1, routing.experts)
@@ -65,5 +65,5 @@ def distinct_route(key: jax.Array, route: jax.Array, routing: RoutingConfig) -> 
 
 
 def constant_route(expert: int, depth: int) -> jax.Array:
-    """Returns route_L of the path that runs the same expert in every layer."""
+    """Returns route_L of the path with the same expert in every layer."""
     return jnp.full((depth,), expert, jnp.int32)

@@ -1,4 +1,7 @@
-"""Expert-stacked trees: which leaves are stacked, and taking, putting, splitting and joining slices of them."""
+"""Expert-stacked trees: which leaves are stacked, and slices of them: split and join, take and put.
+
+L layers · E experts · P paths: experts taken per layer
+"""
 
 from typing import Any
 
@@ -11,8 +14,8 @@ Tree = Any
 
 # Rank of each MLP leaf in the dense tree, its leading L axis included (models/mlp.py).
 DENSE_RANK = {
-    **{"up": 3, "up_bias": 2, "down": 3, "down_bias": 2},
-    **{name: 2 if name.endswith("bias") else 3 for name in (*adapters.LORA, *adapters.ADAPTER)},
+    name: 2 if name.endswith("bias") else 3
+    for name in ("up", "up_bias", "down", "down_bias", *adapters.LORA, *adapters.ADAPTER)
 }
 EXPERT_AXIS = 1
 
@@ -36,27 +39,27 @@ def join(trunk: Tree, experts: Tree) -> Tree:
 
 def take(experts: Tree, route: jax.Array) -> Tree:
     """Returns expert route[l] of each layer l: leaves [L, ...] from [L, E, ...]; with a route [L, P], [L, P, ...]."""
-    return jax.tree.map_with_path(lambda path, leaf: leaf[_place(path, leaf, route)], experts)
+    return jax.tree.map_with_path(lambda path, leaf: leaf[_index(path, leaf, route)], experts)
 
 
-def put(experts: Tree, parts: Tree, route: jax.Array) -> Tree:
-    """Returns the experts with those that `take` picks replaced by `parts`; in place when donated.
+def put(experts: Tree, taken: Tree, route: jax.Array) -> Tree:
+    """Returns the experts with those that `take` returns replaced by `taken`; in place if donated.
 
     The experts of one layer's route must differ.
     """
 
-    def write(path: tuple[Any, ...], leaf: jax.Array, part: jax.Array) -> jax.Array:
-        return leaf.at[_place(path, leaf, route)].set(part, unique_indices=True)
+    def write(path: tuple[Any, ...], leaf: jax.Array, new: jax.Array) -> jax.Array:
+        return leaf.at[_index(path, leaf, route)].set(new, unique_indices=True)
 
-    return jax.tree.map_with_path(write, experts, parts)
+    return jax.tree.map_with_path(write, experts, taken)
 
 
-def _place(path: tuple[Any, ...], leaf: jax.Array, route: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Returns (layer, expert) that index the leaf, each broadcast to its part of the route."""
+def _index(path: tuple[Any, ...], leaf: jax.Array, route: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns (layer, expert) that index the leaf, in the shape of its part of the route."""
     route = of_group(path, route, leaf.shape[0])
     return jnp.arange(leaf.shape[0]).reshape(-1, *[1] * (route.ndim - 1)), route
 
 
-def of_group(path: tuple[Any, ...], x_L: jax.Array, turns: int) -> jax.Array:
-    """Returns the layers of x_L that the leaf at this path of a pattern's tree holds; all where there is none."""
-    return x_L[vit.position_in_group(path) :: x_L.shape[0] // turns]
+def of_group(path: tuple[Any, ...], x_L: jax.Array, groups: int) -> jax.Array:
+    """Returns the layers of x_L that the leaf at this path has; with a pattern, those of its position in each group."""
+    return x_L[vit.position_in_group(path) :: x_L.shape[0] // groups]

@@ -1,6 +1,6 @@
 """A trained ViT as an object that classifies: `jvitmoe.load("runs/X")(["cat.png"])`.
 
-N images · H, W rows and columns · c channels · C classes
+N images · H, W rows and columns · c colour channels · C classes
 """
 
 import dataclasses
@@ -21,23 +21,23 @@ from jvitmoe.interop import load as load_lib
 from jvitmoe.interop import weight_names
 from jvitmoe.models import vit
 
-BATCH = 64  # images that run at once; the last batch is filled up, so that one program serves them all
+BATCH = 64  # images per call; the last batch is padded, so there is one compiled program
 
 
 @dataclasses.dataclass(frozen=True)
 class Prediction:
     label: int
-    name: str  # of the class, or its number where no names are known
+    name: str  # of the class; its number if the names are unknown
     probability: float
 
 
 class Classifier:
-    """A dense ViT. What it takes are arrays, uint8 [N, H, W, c] or [H, W, c] of the model's size, or files of any size.
+    """A dense ViT. Inputs are arrays, uint8 [N, H, W, c] or [H, W, c] of the model's size, or files of any size.
 
     Args:
         model: the architecture; it runs in float32.
         params: the dense tree.
-        names: of the classes, in the order of labels; () calls them by number.
+        names: of the classes, in the order of labels; () uses numbers.
         crop: how pictures in files are cut, as `data.crop` of the run.
     """
 
@@ -53,17 +53,16 @@ class Classifier:
         """Returns the `top` most probable classes of each input, most probable first.
 
         Args:
-            inputs: a uint8 array, or a path, or a sequence of paths; of a folder, the images in it.
-            top: at most this many.
+            inputs: a uint8 array, a path, or a sequence of paths; a folder stands for the images in it.
+            top: largest number of classes per input.
 
-        Raises UserError for arrays of another shape, and for files that cannot be read.
+        Raises UserError for arrays of another type or shape, and for files that cannot be read.
         """
-        probability_NC = self.probabilities(inputs)
-        order_NC = np.argsort(-probability_NC, axis=1, kind="stable")[:, :top]
-        return [
-            [Prediction(int(c), self.names[c], float(p_C[c])) for c in order_C]
-            for p_C, order_C in zip(probability_NC, order_NC, strict=True)
-        ]
+        found = []
+        for probability_C in self.probabilities(inputs):
+            best = np.argsort(-probability_C, kind="stable")[:top]
+            found.append([Prediction(int(c), self.names[c], float(probability_C[c])) for c in best])
+        return found
 
     def probabilities(self, inputs: Any) -> np.ndarray:
         """Returns float32 probabilities [N, C]; inputs as `__call__`."""
@@ -76,10 +75,10 @@ class Classifier:
         images_NHWc = self._images(inputs)
         logits_NC = np.empty((len(images_NHWc), self.config.classes), np.float32)
         for start in range(0, len(images_NHWc), BATCH):
-            part = images_NHWc[start : start + BATCH]
-            filled = np.concatenate([part, np.zeros((BATCH - len(part), *part.shape[1:]), np.uint8)])
+            batch = images_NHWc[start : start + BATCH]
+            padded = np.concatenate([batch, np.zeros((BATCH - len(batch), *batch.shape[1:]), np.uint8)])
             with jax.default_matmul_precision("highest"):  # a GPU would otherwise round products to TF32
-                logits_NC[start : start + len(part)] = np.asarray(self._run(self.params, filled))[: len(part)]
+                logits_NC[start : start + len(batch)] = np.asarray(self._run(self.params, padded))[: len(batch)]
         return logits_NC
 
     def read(self, path: str | Path) -> np.ndarray:
@@ -94,8 +93,7 @@ class Classifier:
             files, complaints = images_lib.find(inputs)
             if complaints:
                 raise UserError(complaints[0])
-            images = [self.read(path) for path in files]
-            return np.stack(images) if images else np.zeros((0, size, size, channels), np.uint8)
+            return np.array([self.read(path) for path in files], np.uint8).reshape(-1, size, size, channels)
         array = np.asarray(inputs)
         array = array[None] if array.ndim == 3 else array
         if array.dtype != np.uint8 or array.shape[1:] != (size, size, channels):
@@ -108,8 +106,7 @@ class Classifier:
 
 def load(path: str | Path, checkpoint: str = "latest") -> Classifier:
     """Returns the Classifier of a run folder (experts merged), an exported folder, or a ViT of timm, Hugging Face or
-    google-research whose heads are known. Arguments as `load.read`. Raises UserError where there is none.
-    """
+    google-research whose files have the number of heads. Arguments and errors as `load.read`."""
     verbosity = logging.get_verbosity()
     logging.set_verbosity(min(verbosity, logging.ERROR))  # Orbax warns that a folder opened read-only is read-only
     try:
@@ -122,12 +119,12 @@ def load(path: str | Path, checkpoint: str = "latest") -> Classifier:
 
 
 def from_source(source: load_lib.Source) -> Classifier:
-    """Returns the Classifier of what was read."""
+    """Returns the Classifier of a source."""
     model = dataclasses.replace(source.model, position_rows=0)
     return Classifier(model, weight_names.unflatten(dense_arrays(source)), source.classes, source.crop)
 
 
 def dense_arrays(source: load_lib.Source) -> weight_names.Dict:
-    """Returns the flat tree of the source's model with position_rows = 0: positions that are computed are left out."""
+    """Returns the flat tree of the source's model with position_rows = 0, without positions that are computed."""
     computed = source.model.positions == "sincos2d"
     return {name: leaf for name, leaf in source.params.items() if not (computed and name == "positions")}

@@ -1,4 +1,4 @@
-"""A contact sheet: pictures in a grid, with the predicted classes below each."""
+"""A contact sheet: pictures in a grid, each with its predicted classes below."""
 
 import math
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from jvitmoe.data import images
 
 CELL, LINE, GAP = 180, 18, 12  # pixels: side of a picture, height of a line of text, space between cells
 FONT = Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")  # Latin, Greek, Cyrillic and more; no CJK
-LINES = 4  # of text under a picture: its name and three guesses
+LINES = 4  # lines of text per picture: its name and three guesses
 WHITE, INK, FAINT, BAR = "#ffffff", "#1a1a1a", "#6b6b6b", "#c9dcf2"
 
 
@@ -31,8 +31,8 @@ def draw(path: Path, cells: Sequence[tuple[Path, Sequence[tuple[str, float]]]]) 
         sheet.paste(thumbnail, (left + (CELL - thumbnail.width) // 2, top + (CELL - thumbnail.height) // 2))
         top += CELL + 2
         pen.text((left, top), _fit(pen, font, _escaped(file.name, glyphs), CELL), FAINT, font)
-        for place, (name, probability) in enumerate(guesses[: LINES - 1], 1):
-            line = top + place * LINE
+        for rank, (name, probability) in enumerate(guesses[: LINES - 1], 1):
+            line = top + rank * LINE
             pen.rectangle((left, line, left + max(1, round(CELL * probability)), line + LINE - 3), BAR)
             share = f"{probability:.1%}"
             width = pen.textlength(share, font)
@@ -42,18 +42,18 @@ def draw(path: Path, cells: Sequence[tuple[Path, Sequence[tuple[str, float]]]]) 
 
 
 def _thumbnail(image: Image.Image) -> Image.Image:
-    """Returns the picture within a cell; tiny ones are enlarged with their pixels in sight."""
+    """Returns the picture in the size of a cell; small ones are enlarged without smoothing."""
     small = max(image.size) * 2 <= CELL
     return ImageOps.contain(image, (CELL, CELL), Image.Resampling.NEAREST if small else Image.Resampling.BICUBIC)
 
 
 def _escaped(text: str, glyphs: FT2Font) -> str:
-    """Returns the text with characters that the font lacks, such as CJK and line breaks, as Python escapes."""
+    """Returns the text with characters that the font does not have, such as CJK and line breaks, as Python escapes."""
     return "".join(c if glyphs.get_char_index(ord(c)) else c.encode("unicode_escape").decode() for c in text)
 
 
 def _fit(pen: ImageDraw.ImageDraw, font: ImageFont.FreeTypeFont, text: str, width: float) -> str:
-    """Returns the text, cut with an ellipsis where it is wider."""
+    """Returns the text, cut with an ellipsis if it is wider than `width` pixels."""
     text = text if pen.textlength(text, font) <= width else text + "…"
     while pen.textlength(text, font) > width and len(text) > 1:
         text = text[:-2] + "…"

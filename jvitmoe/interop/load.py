@@ -1,7 +1,7 @@
-"""Dense ViTs from elsewhere, as our dense tree: run folders, exports, safetensors of timm and Hugging Face, and .npz of
+"""Reads dense ViTs as our dense tree: run folders, exports, safetensors of timm and Hugging Face, and .npz of
 google-research. Nothing here unpickles.
 
-T patches of an image · D width · P patch side · c channels · C classes
+T patches of an image · D width · J side of a patch · c colour channels
 """
 
 import dataclasses
@@ -22,16 +22,15 @@ from jvitmoe.errors import ConfigError, UserError, one_line, printable
 from jvitmoe.evaluation import models
 from jvitmoe.experts import routes
 from jvitmoe.experts.routes import Purpose
-from jvitmoe.interop import weight_names
+from jvitmoe.interop import config_files, weight_names
 from jvitmoe.interop.weight_names import Dict
 from jvitmoe.models import layers, vit
 from jvitmoe.runs import files
 from jvitmoe.runs.checkpoints import Checkpoints
 
-OURS = "jvitmoe"  # the format of our own exports, and the word that marks their config.json
+OURS = "jvitmoe"  # the format of our own exports, named in their config.json
 WEIGHTS, CONFIG, PROCESSOR = "model.safetensors", "config.json", "preprocessor_config.json"
-HF_EPSILON, GOOGLE_EPSILON = 1e-12, 1e-6  # of LayerNorm, where no file says
-MOST_INFLATION = 20  # of an .npz: weights hardly compress, so more is an attack on memory
+MOST_INFLATION = 20  # of an .npz: weights hardly compress, so a larger factor is an attack on memory
 MUST_MATCH = ("width", "hidden", "depth", "heads", "norm", "pool")
 
 
@@ -39,15 +38,15 @@ MUST_MATCH = ("width", "hidden", "depth", "heads", "norm", "pool")
 class Source:
     """A dense ViT that was read.
 
-    `params` is flat ("blocks.mlp.up") with "positions" [T, D] of the patches always in it; `model` says what it is,
-    with heads = 0 where the files do not; `notes` tell what was changed to fit our ViT.
+    `params` is flat ("blocks.mlp.up") and always has "positions" [T, D] of the patches; `notes` lists what was changed
+    to fit our ViT.
     """
 
     path: Path
     kind: str  # run | jvitmoe | timm | hf | google
     params: Dict
     model: ModelConfig
-    classes: tuple[str, ...] = ()
+    classes: tuple[str, ...] = ()  # names
     notes: tuple[str, ...] = ()
     config: Config | None = None  # of a run
     crop: str = "pad"  # how pictures in files are cut for it, as `data.crop`
@@ -55,22 +54,18 @@ class Source:
 
 
 def read(
-    path: Path | str,
-    heads: int = 0,
-    checkpoint: str = "latest",
-    mean: Sequence[float] = (),
-    std: Sequence[float] = (),
+    path: Path | str, heads: int = 0, checkpoint: str = "latest", mean: Sequence[float] = (), std: Sequence[float] = ()
 ) -> Source:
     """Returns the dense ViT in a run folder, an exported folder, a .safetensors or an .npz file.
 
     Args:
-        path: where it lies; a config.json beside a .safetensors is read too.
-        heads: H, for files that do not tell it.
+        path: folder or file; the config.json beside a .safetensors is read too.
+        heads: number of attention heads, for files that do not have it.
         checkpoint: of a run folder: latest, best or a step.
-        mean: of pixels, one or one per channel, for files of other libraries; () takes what their config tells, or 0.5.
-        std: their deviation, likewise.
+        mean: of pixels, one or one per channel, for files of other libraries; () is that of their config, or 0.5.
+        std: their standard deviation, likewise.
 
-    Raises UserError (one line with the path) for what is not there, is damaged, or is no ViT of ours.
+    Raises UserError (one line with the path) if the path is missing or damaged, or its ViT differs from ours.
     """
     path = Path(path).expanduser()
     if (path / "checkpoints").is_dir():
@@ -92,9 +87,9 @@ def read(
 
 
 def start(config: Config) -> tuple[dict[str, Any], list[str]]:
-    """Returns (the dense tree that `config.init.source` gives this run, lines that tell what was done).
+    """Returns (the dense tree that a run starts from, read from `config.init.source`; lines that say what was changed).
 
-    Raises ConfigError where the source is another ViT.
+    Raises ConfigError if the source cannot be read or has other blocks.
     """
     try:
         source = read(config.init.source, config.model.heads, mean=config.init.mean, std=config.init.std)
@@ -107,18 +102,18 @@ def start(config: Config) -> tuple[dict[str, Any], list[str]]:
         )
     wanted = dataclasses.replace(config.model, lora=0, adapter=0)
     model = vit.build(wanted)
-    key = routes.address(jax.random.key(config.train.seed), Purpose.INIT)  # what is re-made, as a new run makes it
+    key = routes.address(jax.random.key(config.train.seed), Purpose.INIT)
     fresh = weight_names.flatten(jax.device_get(jax.jit(lambda: vit.init(model, key))()))
     params, lines = adapt(source, wanted, fresh)
     return weight_names.unflatten(params), [printable(line) for line in lines]
 
 
 def adapt(source: Source, model: ModelConfig, fresh: Dict) -> tuple[Dict, list[str]]:
-    """Returns (the flat dense tree of `model`, lines that tell what was loaded, resized, re-made and skipped).
+    """Returns (the flat dense tree of `model`, lines that say what was loaded, resized, re-made and skipped).
 
-    `fresh` is a flat dense tree of `model`: it gives what the source cannot. Positions go to another grid as timm takes
-    them (cubic, antialiased), kernels of patches to another size by the pseudo-inverse (FlexiViT, arXiv 2212.08013).
-    Raises ConfigError where the blocks are of another shape.
+    `fresh` is the flat dense tree of a new model, used for what the source does not have. Positions are resized to
+    another grid as in timm (cubic, antialiased), kernels of patches by the pseudo-inverse (`resize_patches`).
+    Raises ConfigError if the blocks have other shapes.
     """
     differ = [name for name in MUST_MATCH if getattr(source.model, name) != getattr(model, name)]
     if differ:
@@ -127,9 +122,9 @@ def adapt(source: Source, model: ModelConfig, fresh: Dict) -> tuple[Dict, list[s
             f"config.init.source is {str(source.path)!r}, a ViT whose {', '.join(f'model.{n}' for n in differ)} "
             f"differ from this run's; set {flags}"
         )
-    old, params, changes = dict(source.params), dict(fresh), list(source.notes)
-    _place_patches(old, source, model, changes)
-    _place_positions(old, source, model, fresh, changes)
+    old, changes = dict(source.params), list(source.notes)
+    _fit_patches(old, source.model, model, changes)
+    _fit_positions(old, source.model, model, fresh, changes)
     cls_position = old.pop("cls_position", None)
     if "cls" in old and model.cls_position:
         old["cls_position"] = np.zeros_like(old["cls"]) if cls_position is None else cls_position
@@ -147,10 +142,10 @@ def adapt(source: Source, model: ModelConfig, fresh: Dict) -> tuple[Dict, list[s
         changes.append(
             f"kept model.norm_epsilon={model.norm_epsilon:g}, where the source has {source.model.norm_epsilon:g}"
         )
-    params |= {name: leaf.astype(np.float32) for name, leaf in old.items()}
-    count = sum(leaf.size for leaf in old.values())
-    total = sum(leaf.size for leaf in fresh.values())
-    return params, [f"{source.path} ({source.kind}): {count:,} of {total:,} parameters loaded", *changes]
+    loaded = {name: leaf.astype(np.float32) for name, leaf in old.items()}
+    count, total = (sum(leaf.size for leaf in tree.values()) for tree in (loaded, fresh))
+    lines = [f"{source.path} ({source.kind}): {count:,} of {total:,} parameters loaded", *changes]
+    return {**fresh, **loaded}, lines
 
 
 def resize_positions(table_TD: np.ndarray, grid: int) -> np.ndarray:
@@ -163,67 +158,62 @@ def resize_positions(table_TD: np.ndarray, grid: int) -> np.ndarray:
     return np.asarray(resized).reshape(grid * grid, width)
 
 
-def resize_patches(kernel_PPcD: np.ndarray, patch: int) -> np.ndarray:
-    """Returns kernels for patches of another side, [patch, patch, c, D]: on images that were enlarged the result gives
-    what the kernel gave on the images before (FlexiViT, arXiv 2212.08013, eq. 4)."""
-    side, _, channels, width = kernel_PPcD.shape
+def resize_patches(kernel_JJcD: np.ndarray, patch: int) -> np.ndarray:
+    """Returns kernels for patches of another side, [patch, patch, c, D]. On enlarged images they compute what the given
+    kernels compute on the images before enlarging (FlexiViT, arXiv 2212.08013, eq. 4)."""
+    side, _, channels, width = kernel_JJcD.shape
     if side == patch:
-        return kernel_PPcD
+        return kernel_JJcD
     basis = np.eye(side * side, dtype=np.float32).reshape(side, side, -1)
     resize = np.asarray(jax.image.resize(basis, (patch, patch, side * side), "cubic", antialias=True))
     inverse = np.linalg.pinv(resize.reshape(patch * patch, side * side).T)
-    resized = inverse.astype(np.float32).reshape(patch * patch, side * side) @ kernel_PPcD.reshape(side * side, -1)
+    resized = inverse.astype(np.float32).reshape(patch * patch, side * side) @ kernel_JJcD.reshape(side * side, -1)
     return resized.reshape(patch, patch, channels, width)
 
 
-def _place_patches(old: Dict, source: Source, model: ModelConfig, changes: list[str]) -> None:
-    kernel = old["patches.kernel"]
-    if source.model.patch != model.patch:
-        kernel = resize_patches(kernel, model.patch)
-        changes.append(f"resized the kernel of patches from {source.model.patch} to {model.patch} pixels")
-    if source.model.channels != model.channels:  # exact for grey images, whose channels are equal
-        kernel = np.repeat(kernel.sum(2, keepdims=True) / model.channels, model.channels, axis=2)
-        changes.append(f"shared the kernel of {source.model.channels} channels out over {model.channels}")
-    old["patches.kernel"] = kernel
+def _fit_patches(params: Dict, old: ModelConfig, new: ModelConfig, changes: list[str]) -> None:
+    kernel = params["patches.kernel"]
+    if old.patch != new.patch:
+        kernel = resize_patches(kernel, new.patch)
+        changes.append(f"resized the kernel of patches from {old.patch} to {new.patch} pixels")
+    if old.channels != new.channels:  # exact for grey images, whose channels are equal
+        kernel = np.repeat(kernel.sum(2, keepdims=True) / new.channels, new.channels, axis=2)
+        changes.append(f"shared the kernel of {old.channels} channels out over {new.channels}")
+    params["patches.kernel"] = kernel
 
 
-def _place_positions(old: Dict, source: Source, model: ModelConfig, fresh: Dict, changes: list[str]) -> None:
-    if model.positions != "learned":
+def _fit_positions(params: Dict, old: ModelConfig, new: ModelConfig, fresh: Dict, changes: list[str]) -> None:
+    if new.positions != "learned":
         changes.append("skipped the positions, which model.positions=sincos2d computes")
-        del old["positions"]
+        del params["positions"]
         return
-    was, grid = source.model.image_size // source.model.patch, model.image_size // model.patch
-    if was != grid:
-        old["positions"] = resize_positions(old["positions"], grid)
-        changes.append(f"resized positions from {was}x{was} to {grid}x{grid}")
-    old["positions"] = np.concatenate([old["positions"], fresh["positions"][grid * grid :]])
+    old_grid, grid = old.image_size // old.patch, new.image_size // new.patch
+    if old_grid != grid:
+        params["positions"] = resize_positions(params["positions"], grid)
+        changes.append(f"resized positions from {old_grid}x{old_grid} to {grid}x{grid}")
+    params["positions"] = np.concatenate([params["positions"], fresh["positions"][grid * grid :]])
 
 
 def _read_run(path: Path, checkpoint: str) -> Source:
-    checkpoints = Checkpoints(path / "checkpoints", read_only=True)
-    try:
-        saved = checkpoints.read(checkpoint)
-    finally:
-        checkpoints.close()
+    saved = Checkpoints(path / "checkpoints").read(checkpoint)
     config = config_lib.from_dict(saved.meta["config"])
-    params = weight_names.unflatten(saved.params)
-    flat = weight_names.flatten(jax.device_get(models.dense_tree(config, params)))
+    flat = weight_names.flatten(jax.device_get(models.dense_tree(config, weight_names.unflatten(saved.params))))
     flat["positions"] = _table(config.model, flat)
-    names = files.read_classes(path)
     notes: tuple[str, ...] = ("averaged the experts",) if config.routing.experts > 1 else ()
     notes += ("folded LoRA and adapters into the MLP",) if config.tuned else ()
-    return Source(path, "run", flat, config.model.plain(), names, notes, config, config.data.crop, saved.step)
+    model, classes = config.model.plain(), files.read_classes(path)
+    return Source(path, "run", flat, model, classes, notes, config, config.data.crop, saved.step)
 
 
 def _table(model: ModelConfig, flat: Dict) -> np.ndarray:
-    """Returns the positions [T, D] that the model adds to patches, learned or not."""
+    """Returns the positions [T, D] that the model adds to patches, learned or computed."""
     grid = model.image_size // model.patch
     return layers.sincos2d(grid, model.width) if model.positions == "sincos2d" else flat["positions"][: grid * grid]
 
 
 @dataclasses.dataclass(frozen=True)
 class _Stored:
-    """An array in a file, of which only the header is read; `np.asarray` reads its values."""
+    """An array in a file, of which only the header was read; `np.asarray` reads its values."""
 
     shape: tuple[int, ...]
     dtype: str
@@ -235,14 +225,14 @@ class _Stored:
 
 def _open(path: Path) -> dict[str, _Stored]:
     """Returns the arrays of a .safetensors or .npz file. Raises UserError if it cannot be read, and for an .npz that
-    expands to much more than weights do."""
+    expands too much."""
     try:
         if path.suffix == ".safetensors":
             file = safetensors.safe_open(path, framework="numpy")
-            parts = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+            headers = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
             return {
-                name: _Stored(tuple(part.get_shape()), part.get_dtype(), functools.partial(file.get_tensor, name))
-                for name, part in parts.items()
+                name: _Stored(tuple(header.get_shape()), header.get_dtype(), functools.partial(file.get_tensor, name))
+                for name, header in headers.items()
             }
         archive = zipfile.ZipFile(path)
         inflated, packed = sum(entry.file_size for entry in archive.infolist()), path.stat().st_size
@@ -274,26 +264,25 @@ def _read_file(path: Path, heads: int, mean: Any, std: Any) -> Source:
     style = weight_names.style_of(arrays)
     if style is None:
         raise UserError("its arrays have no names of timm's, Hugging Face's or google-research's ViTs; use a plain ViT")
-    read_config = {weight_names.TIMM: _timm_config, weight_names.HF: _hf_config, weight_names.GOOGLE: _google_config}
-    values, names, *pixels = read_config[style](arrays, about, processor)
-    values = values._replace(heads=values.heads or heads)
+    values = config_files.READERS[style](arrays, about, processor)
+    values = values._replace(heads=values.heads or heads, mean=mean or values.mean, std=std or values.std)
     if not values.heads:
         raise UserError(f"nothing tells its number of heads; put the {CONFIG} that belongs to it beside it")
     model = weight_names.model_of(arrays, style, values)
-    flat, left = weight_names.read(arrays, style, model, _shapes(model))
-    notes = [f"skipped {', '.join(left)}"] if left else []
-    if any(name.startswith("pre_logits") for name in left):
+    flat, unused = weight_names.read(arrays, style, model, _shapes(model))
+    notes = [f"skipped {', '.join(unused)}"] if unused else []
+    if any(name.startswith("pre_logits") for name in unused):
         notes.append("skipped the head: it needs pre_logits, a tanh layer that our ViT does not have")
     if not about and style != weight_names.GOOGLE:
         notes.append(f"took {values.epsilon:g} for LayerNorm's epsilon: no {CONFIG} beside it tells")
-    mean, std = (given or found for given, found in zip((mean, std), pixels, strict=True))
-    if mean is None or std is None:
+    if values.mean is None or values.std is None:
         notes.append(
             "took 0.5 for mean or deviation of pixels: no config file has it; set init.mean, init.std to change"
         )
-    _fold_pixels(flat, 0.5 if mean is None else mean, 0.5 if std is None else std, notes)
-    classes = names if len(names) == model.classes else ()
-    return Source(path, style, flat, model, classes, tuple(notes), crop=_crop(about, processor))
+    mean, std = (0.5 if value is None else value for value in (values.mean, values.std))
+    _fold_pixels(flat, mean, std, notes)
+    classes = values.classes if len(values.classes) == model.classes else ()
+    return Source(path, style, flat, model, classes, tuple(notes), crop=config_files.crop_of(about, processor))
 
 
 def _json(path: Path) -> Any:
@@ -314,57 +303,15 @@ def _read_ours(path: Path, arrays: weight_names.Arrays, about: dict[str, Any]) -
 
 def _shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Returns the shapes of the model's flat dense tree."""
-    tree = jax.eval_shape(lambda: vit.init(vit.build(model), jax.random.key(0)))
-    return {jax.tree_util.keystr(at, simple=True, separator="."): x.shape for at, x in jax.tree.leaves_with_path(tree)}
-
-
-# From config files: (values of the architecture, names of classes, mean and deviation of pixels or None).
-_Values = tuple[weight_names.ConfigValues, tuple[str, ...], Any, Any]
-
-
-def _hf_config(arrays: weight_names.Arrays, about: dict[str, Any], processor: dict[str, Any]) -> _Values:
-    kind, act = about.get("model_type", "vit"), about.get("hidden_act", "gelu")
-    if (kind, act) != ("vit", "gelu"):
-        raise UserError(f"its model_type is {kind!r} with hidden_act {act!r}; they must be 'vit' and 'gelu'")
-    labels = about.get("id2label", {})
-    names = tuple(str(labels[key]) for key in sorted(labels, key=int)) if "classifier.weight" in arrays else ()
-    mean, std = processor.get("image_mean"), processor.get("image_std")
-    mean, std = (mean, std) if processor.get("do_normalize", True) else (0.0, 1.0)
-    heads, epsilon = int(about.get("num_attention_heads", 0)), float(about.get("layer_norm_eps", HF_EPSILON))
-    values = weight_names.ConfigValues(heads, epsilon, weight_names.image_size(about.get("image_size")), True)
-    return values, names, mean, std
-
-
-def _timm_config(arrays: weight_names.Arrays, about: dict[str, Any], processor: dict[str, Any]) -> _Values:
-    has_cls = weight_names.CLS[weight_names.TIMM] in arrays
-    if has_cls == ("fc_norm.weight" in arrays):
-        raise UserError(
-            "it pools otherwise than our ViT: by CLS after `norm`, or without CLS by the mean and `fc_norm`"
-        )
-    cfg = about.get("pretrained_cfg") or {}
-    names = tuple(map(str, about.get("label_names") or cfg.get("label_names") or ()))
-    return weight_names.read_timm_config(about, has_cls), names, cfg.get("mean"), cfg.get("std")
-
-
-def _google_config(arrays: weight_names.Arrays, about: dict[str, Any], processor: dict[str, Any]) -> _Values:
-    if weight_names.CLS[weight_names.GOOGLE] not in arrays:
-        raise UserError("its arrays are those of a google-research ViT without a CLS token; use another source")
-    heads = next((array.shape[1] for name, array in arrays.items() if name.endswith("/query/kernel")), 1)
-    return weight_names.ConfigValues(heads, GOOGLE_EPSILON, None, True), (), 0.5, 0.5
-
-
-def _crop(about: dict[str, Any], processor: dict[str, Any]) -> str:
-    """Returns the `data.crop` whose test pictures timm's config, or Hugging Face's processor beside it, describes."""
-    pixels = processor or about.get("pretrained_cfg") or {}
-    timm = pixels.get("interpolation") == "bilinear" and pixels.get("crop_pct") == 7 / 8
-    return "resized" if timm or (pixels.get("resample") == 2 and pixels.get("do_center_crop")) else "pad"
+    leaves = jax.tree.leaves_with_path(vit.shapes(vit.build(model)))
+    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf.shape for path, leaf in leaves}
 
 
 def _fold_pixels(flat: Dict, mean: Any, std: Any, notes: list[str]) -> None:
-    """Makes patches of pixels in [-1, 1] give what those of (pixels in [0, 1] - mean) / std gave; exact, for a patch
-    sees no padding."""
-    kernel_PPcD = flat["patches.kernel"]
-    channels = kernel_PPcD.shape[2]
+    """Changes the patches from pixels (x - mean) / std, with x in [0, 1], to pixels in [-1, 1]; exact, because patches
+    see no padding."""
+    kernel_JJcD = flat["patches.kernel"]
+    channels = kernel_JJcD.shape[2]
     try:
         mean_c, std_c = (np.broadcast_to(np.asarray(value, np.float32), (channels,)) for value in (mean, std))
     except (ValueError, TypeError):
@@ -376,6 +323,6 @@ def _fold_pixels(flat: Dict, mean: Any, std: Any, notes: list[str]) -> None:
         )
     if np.any(mean_c != 0.5) or np.any(std_c != 0.5):
         offset_c = (0.5 - mean_c) / std_c
-        flat["patches.bias"] = flat["patches.bias"] + np.einsum("pqcd,c->d", kernel_PPcD, offset_c)
-        flat["patches.kernel"] = kernel_PPcD / (2 * std_c)[None, None, :, None]
+        flat["patches.bias"] = flat["patches.bias"] + np.einsum("pqcd,c->d", kernel_JJcD, offset_c)
+        flat["patches.kernel"] = kernel_JJcD / (2 * std_c)[None, None, :, None]
         notes.append("folded its mean and deviation of pixels into the kernel of patches: ours take [-1, 1]")

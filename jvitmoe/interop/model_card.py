@@ -1,5 +1,4 @@
-"""The model card of an export: what the model is, what it was trained on and how, what it scores, how to use and check
-it. Plain text out of what the run folder holds; nothing is measured here."""
+"""The model card of an export: data, recipe, accuracy, how to use and check it. All facts come from the run folder."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,17 +9,15 @@ from jvitmoe.interop.load import Source
 from jvitmoe.interop.targets.base import Target
 from jvitmoe.runs import checkpoints, results, tables
 
-# What is known of the data's licence; the names are those of `data.name`.
+# Licences of data sets, by `data.name`.
 LICENCES = {
     "digits": "UCI's hand-written digits as scikit-learn carries them, under CC BY 4.0: name the source.",
     "cifar10": "CIFAR-10 comes with no licence; its authors ask to be cited (Krizhevsky, 2009).",
     "cifar100": "CIFAR-100 comes with no licence; its authors ask to be cited (Krizhevsky, 2009).",
 }
-UNKNOWN = (
-    "Not known to jvitmoe. Look up what the licence of the data says of models trained on them before you pass this on."
-)
+UNKNOWN = "Not known to jvitmoe. Before you publish this model, look up what it says of models trained on the data."
 
-# What the Hugging Face hub reads. The owner of the weights chooses their licence, so none is chosen here.
+# The Hugging Face hub reads this. The owner of the weights chooses their licence, so none is chosen here.
 HEADER = """---
 license: unknown
 library_name: {library}
@@ -36,9 +33,9 @@ def write(source: Source, result: Mapping[str, Any], target: Target, remarks: Se
 
     Args:
         source: the run that was exported.
-        result: its result.json, {} where it was not tested.
+        result: its result.json; {} if it was not tested.
         target: the format of the export.
-        remarks: what differs in this export.
+        remarks: differences of this export from the run's model.
     """
     assert source.config is not None, "a run has a config"
     config, model, classes, step = source.config, source.model, source.classes, source.step
@@ -63,7 +60,7 @@ def write(source: Source, result: Mapping[str, Any], target: Target, remarks: Se
         f"## Data\n\n`{config.data.name}`, trained on its training split"
         + (f" without {config.data.validation:,} images held out to choose on" if config.data.validation else "")
         + f". Licence of the data: {LICENCES.get(config.data.name.partition(':')[0], UNKNOWN)} "
-        "No licence is chosen for these weights: choose one and name it as `license` at the top of this card.",
+        "No licence is chosen for these weights: choose one and write it as `license` at the top of this card.",
         f"## Recipe\n\nSeed {config.train.seed}, checkpoint at step {step:,}. Fields that differ from the defaults:\n\n"
         + _recipe(config),
         f"## Made with\n\n{_made_with(result)}",
@@ -82,11 +79,11 @@ def _accuracy(result: Mapping[str, Any], step: int) -> str:
 
 
 def _recipe(config: Config) -> str:
-    default, own = config_lib.flatten(Config()), config_lib.flatten(config)
-    hidden = ("data.dir", "init.source")  # paths of the machine it was trained on
-    rows = [f"| `{k}` | `{v}` |" for k, v in own.items() if v != default[k] and k not in hidden]
-    began = ["It started from another trained ViT (`init.source`)."] if config.init.source else []
-    return "\n".join([*began, "", "| field | value |", "|---|---|", *rows]).lstrip("\n")
+    default = config_lib.flatten(Config())
+    paths = ("data.dir", "init.source")  # of the machine it was trained on
+    rows = [f"| `{k}` | `{v}` |" for k, v in config_lib.flatten(config).items() if v != default[k] and k not in paths]
+    start = "It started from another trained ViT (`init.source`).\n\n" if config.init.source else ""
+    return start + "\n".join(["| field | value |", "|---|---|", *rows])
 
 
 def _made_with(result: Mapping[str, Any]) -> str:

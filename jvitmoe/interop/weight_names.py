@@ -1,8 +1,9 @@
 """Names and shapes of the same ViT elsewhere: timm, Hugging Face transformers, google-research's .npz. NumPy only.
 
-Our tree is flat here: "blocks.mlp.up" is the leaf up of mlp of blocks, [L, D, F].
+Our tree is flat here: "blocks.mlp.up" is the leaf up of mlp of blocks, [L, D, F]. Functions that read raise UserError,
+one line that names the array, for arrays that are no ViT of ours.
 
-L layers · D width · H heads · K head width · F hidden width · T patches of an image · P patch side · c channels
+L layers · D width · F hidden width · T patches of an image
 """
 
 import itertools
@@ -52,17 +53,9 @@ CLS = {TIMM: "cls_token", HF: "embeddings.cls_token", GOOGLE: "cls"}
 POSITIONS = {TIMM: "pos_embed", HF: "embeddings.position_embeddings"}
 POSITIONS |= {GOOGLE: "Transformer/posembed_input/pos_embedding"}
 
-# What may be left over in a file: heads of other tasks. Anything else left over would change what the model computes.
+# Arrays that a file may have besides: heads of other tasks. Any other array would change what the model computes.
 SPARE = re.compile(r"(head|fc|pre_logits|head_dist|pooler|classifier|decoder|dist_token|mask_token)\b.*")
 FLOAT = re.compile(r"(float|F|BF)(16|32|64)")  # NumPy's and safetensors' names of types
-
-# Heads of timm's and google-research's sizes, where nothing else tells them.
-HEADS = {"tiny": 3, "xsmall": 4, "small": 6, "medium": 8, "betwixt": 10, "base": 12}
-HEADS |= dict.fromkeys(("large", "huge", "giant", "gigantic"), 16)
-
-
-class FormatError(UserError):
-    """Arrays that are no ViT of ours under the names they have; one line that names the array."""
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> Dict:
@@ -90,13 +83,13 @@ def write(ours: Arrays, style: str, cls_row: bool) -> Dict:
     """Returns the arrays of a dense pre-norm ViT with a one-layer head as `style` names them, float32, C-contiguous.
 
     `ours` has "positions" [T, D] of the patches. With `cls_row` their table begins with the position of CLS, zeros
-    where CLS has none.
+    if CLS has none.
     """
     theirs: Dict = {}
-    for name, places in _places(style, len(ours["blocks.norm1.scale"])).items():
-        leaves = [ours[own] if layer is None else ours[own][layer] for own, layer in places]
+    for name, members in _layout(style, len(ours["blocks.norm1.scale"])).items():
+        leaves = [ours[our_name] if layer is None else ours[our_name][layer] for our_name, layer in members]
         if style != GOOGLE:
-            leaves = [_to_torch(leaf, own) for leaf, (own, _) in zip(leaves, places, strict=True)]
+            leaves = [_to_torch(leaf, our_name) for leaf, (our_name, _) in zip(leaves, members, strict=True)]
         theirs[name] = np.concatenate(leaves)
     table_TD = ours["positions"]
     if "cls" in ours:
@@ -113,38 +106,41 @@ def write(ours: Arrays, style: str, cls_row: bool) -> Dict:
 
 
 class ConfigValues(NamedTuple):
-    """Values of a config file that the arrays do not show."""
+    """Values of config files that the arrays do not show."""
 
     heads: int  # 0 if unknown
     epsilon: float  # of every LayerNorm
     size: tuple[int, int] | None = None  # height and width of the images
-    cls_row: bool | None = None  # whether the table of positions begins with a row for CLS
+    cls_row: bool | None = None  # True if the table of positions begins with a row for CLS
+    classes: tuple[str, ...] = ()  # names in the order of labels
+    mean: Any = None  # of pixels from 0 to 1
+    std: Any = None
 
 
 def model_of(theirs: Arrays, style: str, config: ConfigValues) -> ModelConfig:
     """Returns the architecture of a ViT, from the shapes of its arrays; `classes` is 0 without a head that we can use.
 
-    Raises FormatError for shapes of another model, and if the number of positions fits several ViTs.
+    Raises UserError for shapes of another model, and if the number of positions fits several ViTs.
     """
     named = _plain_names(theirs, style)
     block = re.compile(re.escape(BLOCKS[style]).replace(r"\{\}", r"(\d+)"))
     layers = {match[1] for match in map(block.match, named) if match}
     depth = next(layer for layer in itertools.count() if str(layer) not in layers)
     has_cls = CLS[style] in named
-    has_head = any(name in named for name in _places(style, 0).keys() - _places(style, 0, has_head=False).keys())
+    has_head = any(row[COLUMN[style]] in named for row in OUTER if row[0].startswith("head."))
     has_head &= not any(name.startswith("pre_logits") for name in named)  # a tanh layer before the head
     _check_names(named, style, depth, has_head)
 
-    def shape(ours: str, ndim: int) -> tuple[int, ...]:
-        name = next(name for name, places in _places(style, 1).items() if places[0][0] == ours)
-        found = _shape(named, name, ndim)
-        return found if style == GOOGLE else _from_torch(np.broadcast_to(np.float32(0), found)).shape
+    def shape(our_name: str, ndim: int) -> tuple[int, ...]:
+        name = next(name for name, members in _layout(style, 1).items() if members[0][0] == our_name)
+        theirs = _shape(named, name, ndim)
+        return theirs if style == GOOGLE else _from_torch(np.broadcast_to(np.float32(0), theirs)).shape
 
     patch, other, channels, width = shape("patches.kernel", 4)
     if patch != other:
-        raise FormatError(f"its patches have {patch}x{other} pixels; they must be square")
+        raise UserError(f"its patches have {patch}x{other} pixels; they must be square")
     if width % config.heads:
-        raise FormatError(f"its width is {width}; it must be a multiple of the {config.heads} heads")
+        raise UserError(f"its width is {width}; it must be a multiple of the {config.heads} heads")
     grid, cls_row = _grid(_shape(named, POSITIONS[style], 3)[1], has_cls, patch, config)
     return ModelConfig(
         image_size=grid * patch,
@@ -162,8 +158,8 @@ def model_of(theirs: Arrays, style: str, config: ConfigValues) -> ModelConfig:
 
 
 def _grid(rows: int, has_cls: bool, patch: int, config: ConfigValues) -> tuple[int, bool]:
-    """Returns (patches on a side, whether CLS has a row) for a table of positions. Raises FormatError if they make no
-    square, or may be another rectangle."""
+    """Returns (patches on a side, True if CLS has a row) of a table of positions. Raises UserError if the patches do
+    not form a square, or may form another rectangle."""
     height, width = config.size or (0, 0)
     patches = (height // patch) * (width // patch) if config.size else -1
     side = round(rows**0.5)
@@ -174,7 +170,7 @@ def _grid(rows: int, has_cls: bool, patch: int, config: ConfigValues) -> tuple[i
     elif patches in (rows, rows - 1):
         cls_row = patches == rows - 1
     elif side * side == rows > 1:
-        raise FormatError(
+        raise UserError(
             f"its {rows} positions may be {side}x{side} patches, or CLS and a rectangle of patches; put the "
             "config.json that belongs to it beside it"
         )
@@ -182,16 +178,16 @@ def _grid(rows: int, has_cls: bool, patch: int, config: ConfigValues) -> tuple[i
         cls_row = rows > 1
     grid = round((rows - cls_row) ** 0.5)
     if height != width and patches == rows - cls_row:
-        raise FormatError(f"its images have {height}x{width} pixels; they must be square")
+        raise UserError(f"its images have {height}x{width} pixels; they must be square")
     if grid == 0 or grid * grid != rows - cls_row:
-        raise FormatError(f"its table has {rows - cls_row} positions of patches; they must make a square")
+        raise UserError(f"its table has {rows - cls_row} positions of patches; they must make a square")
     return grid, cls_row
 
 
 def read(theirs: Arrays, style: str, model: ModelConfig, shapes: Shapes) -> tuple[Dict, list[str]]:
-    """Returns (our flat tree, names of arrays that were left out): the inverse of `write`.
+    """Returns (our flat tree, names of arrays that are not used): the inverse of `write`.
 
-    `model` is what `model_of` returned, and `shapes` are those of our arrays for it. Raises FormatError as `load` does.
+    `model` is what `model_of` returned, and `shapes` are those of our arrays for it. Raises UserError as `load`.
     """
     named = _plain_names(theirs, style)
     wanted = _wanted(style, model, shapes)
@@ -204,79 +200,50 @@ def read(theirs: Arrays, style: str, model: ModelConfig, shapes: Shapes) -> tupl
             ours["cls_position"], table_TD = table_TD[0], table_TD[1:]
     ours["positions"] = table_TD
     layers: dict[str, list[np.ndarray]] = {}
-    for name, places in _places(style, model.depth, model.classes > 0).items():
-        for (own, layer), leaf in zip(places, np.split(loaded.pop(name), len(places)), strict=True):
+    for name, members in _layout(style, model.depth, model.classes > 0).items():
+        for (our_name, layer), leaf in zip(members, np.split(loaded.pop(name), len(members)), strict=True):
             leaf = leaf if style == GOOGLE else _from_torch(leaf)
             if layer is None:
-                ours[own] = leaf.reshape(shapes[own])
+                ours[our_name] = leaf.reshape(shapes[our_name])
             else:
-                layers.setdefault(own, []).append(leaf.reshape(shapes[own][1:]))
-    ours |= {own: np.stack(leaves) for own, leaves in layers.items()}
+                layers.setdefault(our_name, []).append(leaf.reshape(shapes[our_name][1:]))
+    ours |= {our_name: np.stack(leaves) for our_name, leaves in layers.items()}
     return {name: np.ascontiguousarray(leaf) for name, leaf in ours.items()}, sorted(named.keys() - wanted.keys())
 
 
 def load(arrays: Arrays, wanted: Shapes) -> Dict:
-    """Returns the wanted arrays in float32. Raises FormatError for one that is missing or has another shape or type,
-    before any values are read, and for one that is not finite."""
+    """Returns the wanted arrays in float32. Raises UserError for an array that is missing or has another shape or type,
+    before any values are read, and for values that are not finite."""
     for name, shape in wanted.items():
-        if (found := _shape(arrays, name)) != shape:
-            raise FormatError(f"the array {name!r} has shape {found}; it must be {shape}")
+        if (theirs := _shape(arrays, name)) != shape:
+            raise UserError(f"the array {name!r} has shape {theirs}; it must be {shape}")
         if not FLOAT.fullmatch(str(arrays[name].dtype)):
-            raise FormatError(f"the array {name!r} has type {arrays[name].dtype}; it must have a float type")
+            raise UserError(f"the array {name!r} has type {arrays[name].dtype}; it must have a float type")
     loaded: Dict = {}
     for name in wanted:
         with np.errstate(over="ignore"):  # a float64 that is too large becomes infinite
             loaded[name] = np.asarray(arrays[name]).astype(np.float32, copy=False)
         if not np.isfinite(loaded[name]).all():
-            raise FormatError(f"the array {name!r} has NaN or infinite values; restore the file from a copy")
+            raise UserError(f"the array {name!r} has NaN or infinite values; restore the file from a copy")
     return loaded
 
 
 def style_of(names: Any) -> str | None:
-    """Returns whose names these are, "timm", "hf" or "google"; None for nobody's."""
+    """Returns the style that has these names of arrays, "timm", "hf" or "google"; None for other names."""
     patches = ((style, OUTER[0][column]) for style, column in COLUMN.items())
     return next((style for style, name in patches if name in names or f"vit.{name}" in names), None)
 
 
-def read_timm_config(about: Mapping[str, Any], has_cls: bool) -> ConfigValues:
-    """Returns the values in timm's config.json. Raises FormatError for other activations, norms and pooling than ours,
-    which the arrays would not show.
-
-    timm's ViTs have an epsilon of 1e-6, those after CLIP 1e-5 (and, but for the quickgelu ones, the same GELU).
-    """
-    args, architecture = about.get("model_args") or {}, str(about.get("architecture", ""))
-    words = architecture.partition(".")[0].split("_")
-    args = {"global_pool": about.get("global_pool"), **args}
-    ours = {"act_layer": "gelu", "norm_layer": "layernorm", "class_token": has_cls}
-    for name, value in {**ours, "global_pool": "token" if has_cls else "avg"}.items():
-        if args.get(name) not in (value, None):
-            raise FormatError(f"its {name} is {args[name]!r}; it must be {value!r}")
-    if args.get("act_layer") is None and "quickgelu" in words:
-        raise FormatError(f"its architecture is {architecture!r}, whose act_layer is not 'gelu'; use a plain ViT")
-    heads = args.get("num_heads") or next((HEADS[word] for word in words if word in HEADS), 0)
-    clip = "clip" in words and args.get("norm_layer") is None
-    size = image_size(args.get("img_size") or ((about.get("pretrained_cfg") or {}).get("input_size") or ())[1:])
-    cls_row = None if args.get("no_embed_class") is None else not args["no_embed_class"]
-    return ConfigValues(int(heads), 1e-5 if clip else 1e-6, size, cls_row)
-
-
-def image_size(value: Any) -> tuple[int, int] | None:
-    """Returns (height, width) of a config's size of images, which may be one number; None for an absent one."""
-    height, width = value if isinstance(value, list | tuple) and value else (value or 0,) * 2
-    return (int(height), int(width)) if height else None
-
-
-def _places(style: str, depth: int, has_head: bool = True) -> dict[str, list[tuple[str, int | None]]]:
-    """Returns {their name: [(our name, layer or None)]} of every array but CLS and positions; what stands in one array
-    there is concatenated along the first axis."""
+def _layout(style: str, depth: int, has_head: bool = True) -> dict[str, list[tuple[str, int | None]]]:
+    """Returns {their name: [(our name, layer or None)]} of every array except CLS and positions. Several of our leaves
+    in one of their arrays are concatenated along the first axis."""
     column = COLUMN[style]
-    places: dict[str, list[tuple[str, int | None]]] = {}
-    for row in OUTER:
-        if has_head or not row[0].startswith("head."):
-            places[row[column]] = [(row[0], None)]
+    layout: dict[str, list[tuple[str, int | None]]] = {
+        row[column]: [(row[0], None)] for row in OUTER if has_head or not row[0].startswith("head.")
+    }
     for layer, row in itertools.product(range(depth), BLOCK):
-        places.setdefault(BLOCKS[style].format(layer) + row[column], []).append((f"blocks.{row[0]}", layer))
-    return places
+        layout.setdefault(BLOCKS[style].format(layer) + row[column], []).append((f"blocks.{row[0]}", layer))
+    return layout
 
 
 def _plain_names(theirs: Arrays, style: str) -> Arrays:
@@ -288,24 +255,24 @@ def _plain_names(theirs: Arrays, style: str) -> Arrays:
 
 
 def _check_names(named: Arrays, style: str, depth: int, has_head: bool) -> None:
-    """Raises FormatError for an array that is missing, and for one that would change what a plain ViT computes."""
-    wanted = [*_places(style, depth, has_head), POSITIONS[style]]
+    """Raises UserError for an array that is missing, and for one that would change what a plain ViT computes."""
+    wanted = [*_layout(style, depth, has_head), POSITIONS[style]]
     for name in wanted:
         if name not in named:
-            raise FormatError(f"the array {name!r} is missing; the file must hold a plain ViT")
+            raise UserError(f"the array {name!r} is missing; the file must hold a plain ViT")
     odd = sorted(name for name in named.keys() - {*wanted, CLS[style]} if not SPARE.fullmatch(name))
     if odd:
-        raise FormatError(f"the array {odd[0]!r} has no place in a plain ViT ({len(odd)} such); use another source")
+        raise UserError(f"the array {odd[0]!r} has no place in a plain ViT ({len(odd)} such); use another source")
 
 
 def _wanted(style: str, model: ModelConfig, shapes: Shapes) -> dict[str, tuple[int, ...]]:
     """Returns {their name: shape} of all arrays that `read` takes."""
     wanted: dict[str, tuple[int, ...]] = {}
-    for name, places in _places(style, model.depth, model.classes > 0).items():
-        own, layer = places[0]
-        shape = shapes[own] if layer is None else shapes[own][1:]
-        rows, *rest = shape if style == GOOGLE else _to_torch(np.broadcast_to(np.float32(0), shape), own).shape
-        wanted[name] = (rows * len(places), *rest)
+    for name, members in _layout(style, model.depth, model.classes > 0).items():
+        our_name, layer = members[0]
+        shape = shapes[our_name] if layer is None else shapes[our_name][1:]
+        rows, *rest = shape if style == GOOGLE else _to_torch(np.broadcast_to(np.float32(0), shape), our_name).shape
+        wanted[name] = (rows * len(members), *rest)
     if model.pool == "cls":
         wanted[CLS[style]] = (1, 1, model.width)
     return wanted | {POSITIONS[style]: (1, model.patches + model.cls_position, model.width)}
@@ -313,22 +280,22 @@ def _wanted(style: str, model: ModelConfig, shapes: Shapes) -> dict[str, tuple[i
 
 def _shape(arrays: Arrays, name: str, ndim: int | None = None) -> tuple[int, ...]:
     if name not in arrays:
-        raise FormatError(f"the array {name!r} is missing; restore the file from a copy")
+        raise UserError(f"the array {name!r} is missing; restore the file from a copy")
     shape = tuple(arrays[name].shape)
     if ndim and (len(shape) != ndim or 0 in shape):
-        raise FormatError(f"the array {name!r} has shape {shape}; it must have {ndim} axes, none of length 0")
+        raise UserError(f"the array {name!r} has shape {shape}; it must have {ndim} axes, none of length 0")
     return shape
 
 
-def _to_torch(leaf: np.ndarray, own: str) -> np.ndarray:
-    """Returns our array as PyTorch lays it out: weights [out, in], of convolutions [out, in, rows, columns]."""
+def _to_torch(leaf: np.ndarray, our_name: str) -> np.ndarray:
+    """Returns our array in PyTorch's layout: weights [out, in], of convolutions [out, in, rows, columns]."""
     if leaf.ndim == 4:
         return leaf.transpose(3, 2, 0, 1)
-    if own.endswith(("bias", "scale")):
+    if our_name.endswith(("bias", "scale")):
         return leaf.reshape(-1)
-    return leaf.reshape((-1, leaf.shape[-1]) if own.endswith("out.kernel") else (len(leaf), -1)).T
+    return leaf.reshape((-1, leaf.shape[-1]) if our_name.endswith("out.kernel") else (len(leaf), -1)).T
 
 
 def _from_torch(leaf: np.ndarray) -> np.ndarray:
-    """Returns the array as Flax lays it out, with all heads in one axis."""
+    """Returns the array in Flax's layout, with all heads in one axis."""
     return leaf.transpose(2, 3, 1, 0) if leaf.ndim == 4 else leaf.T

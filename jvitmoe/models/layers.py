@@ -1,7 +1,7 @@
 """Layers of a ViT: linear, patches, attention, head, dropout, GELU.
 
-B batch · T tokens · D width · H heads · K head width · I, O inputs and outputs of a linear layer · P patch side
-C classes · c channels
+B batch · T tokens · D width · G heads · V width of a head · I, O inputs and outputs of a linear layer
+J side of a patch · C classes · c colour channels
 """
 
 import math
@@ -16,28 +16,32 @@ from flax.linen.initializers import Initializer
 
 
 def torch_uniform(fan_in: int) -> Initializer:
-    """Returns an initializer drawing from U(-1/sqrt(fan_in), 1/sqrt(fan_in)): PyTorch's default for Linear and bias."""
+    """Returns the initializer U(-1/sqrt(fan_in), 1/sqrt(fan_in)): PyTorch's default of Linear, weight and bias."""
     bound = fan_in**-0.5
     return lambda key, shape, dtype=jnp.float32: jax.random.uniform(key, shape, dtype, -bound, bound)
 
 
+def fold_in(key_B: jax.Array, number: int | jax.Array) -> jax.Array:
+    """Returns the key of each image at this number."""
+    return jax.vmap(jax.random.fold_in, (0, None))(key_B, number)
+
+
 def recomputed(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Returns the function with its intermediate values recomputed in the backward pass. For cheap functions whose
-    values would cost memory (and, on a CPU, time) to keep for every layer."""
-    return jax.checkpoint(function, prevent_cse=False)  # inside the scan over layers, XLA cannot merge the two passes
+    """Returns the function with its intermediate values recomputed in the backward pass. For cheap functions: storing
+    their values for every layer costs memory and, on a CPU, time."""
+    return jax.checkpoint(function, prevent_cse=False)  # in the scan over layers XLA cannot merge the two passes
 
 
 def dropout(x_B: jax.Array, key_B: jax.Array | None, site: int, rate: float) -> jax.Array:
     """Returns x with a share `rate` of its entries zeroed and the rest scaled by 1 / (1 - rate); x itself without keys.
 
-    Each image draws from its own key, so the mask depends on the image's index in the global batch and not on the
-    number of devices. Each entry uses 32 random bits.
+    Each image has its own key, so the mask does not depend on the number of devices. Each entry uses 32 random bits.
     """
     if key_B is None or rate == 0.0:
         return x_B
-    key_B = jax.vmap(jax.random.fold_in, (0, None))(key_B, site)
+    key_B = fold_in(key_B, site)
     threshold = np.uint32(min(round(rate * 2**32), 2**32 - 1))
-    # Without the barrier XLA fuses the drawing into every reader of the mask and draws again in each.
+    # Without the barrier XLA copies the generator into every fusion that reads the mask.
     kept_B = jax.lax.optimization_barrier(random_words(key_B, x_B.shape[1:]) >= threshold)
     return jnp.where(kept_B, x_B * (1.0 / (1.0 - rate)), 0.0).astype(x_B.dtype)
 
@@ -46,7 +50,7 @@ def random_words(key_B: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """Returns 32 random bits for each entry of each image, uint32 [B, *shape], a pure function of the image's key.
 
     They are the first output word of Threefry-2x32 with 20 rounds (Salmon et al., SC 2011; JAX's own generator) for
-    the input (index, 0). It is written out so that XLA fuses it into one pass over the array: on a CPU
+    the input (index, 0). The rounds are written out so that XLA fuses them into one pass over the array: on a CPU
     `jax.random.bits` makes many passes, which took 45 % of a step (docs/performance.md).
     """
     seed_B2 = jax.vmap(lambda key: jax.random.bits(key, (2,)))(key_B)
@@ -73,7 +77,7 @@ def _gelu(x: jax.Array) -> jax.Array:
 
 @_gelu.defjvp
 def _gelu_jvp(primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> tuple[jax.Array, jax.Array]:
-    # The derivative is written out because shard_map's check_vma refuses JAX 0.12's own in float32.
+    # Written out because shard_map's check_vma refuses JAX 0.12's derivative in float32.
     (x,), (dx,) = primals, tangents
     cdf = 0.5 * jax.lax.erfc(-x * 0.5**0.5)
     density = jnp.exp(-0.5 * jnp.square(x)) * (2 * jnp.pi) ** -0.5
@@ -87,13 +91,13 @@ def gelu(x: jax.Array) -> jax.Array:
 
 
 def add_bias(x: jax.Array, bias: jax.Array) -> jax.Array:
-    """Returns x [..., N] + bias [N] in the dtype of x. With a float32 bias, its gradient is summed in float32."""
+    """Returns x [..., O] + bias [O] in the dtype of x. The gradient of a float32 bias is summed in float32."""
     return x + jnp.broadcast_to(bias, x.shape).astype(x.dtype)
 
 
 class Linear(nn.Module):
-    """The weights of a linear layer: kernel [*inputs, *outputs] and bias [*outputs], with PyTorch's default
-    initialisation, returned as matrix [I, O] and vector [O]."""
+    """The parameters of a linear layer: kernel [*inputs, *outputs] and bias [*outputs]. Returns them as a matrix [I, O]
+    and a vector [O]."""
 
     inputs: tuple[int, ...]  # I is their product
     outputs: tuple[int, ...]  # O is their product
@@ -107,22 +111,22 @@ class Linear(nn.Module):
 
 
 def linear(x: jax.Array, weights: tuple[jax.Array, jax.Array], dtype: Any) -> jax.Array:
-    """Returns x [..., I] through the weights of a `Linear`, [..., O] in `dtype`."""
+    """Returns x [..., I] times kernel plus bias, [..., O] in `dtype`."""
     kernel_IO, bias_O = weights
     return add_bias(x.astype(dtype) @ kernel_IO.astype(dtype), bias_O)
 
 
 def sincos2d(grid: int, width: int) -> np.ndarray:
-    """Returns fixed positions_TD for a grid x grid image of patches: a quarter of D each for sin and cos of row and
-    column, frequencies 10000^(-i / (D/4 - 1)) (Beyer et al., arXiv 2205.01580)."""
+    """Returns fixed positions_TD of grid x grid patches: a quarter of D each for sin and cos of column and row, with
+    frequencies 10000^(-i / (D/4 - 1)) (Beyer et al., arXiv 2205.01580)."""
     omega = 10000.0 ** -(np.arange(width // 4) / max(width // 4 - 1, 1))
     row_T, column_T = np.indices((grid, grid)).reshape(2, -1)
-    angles = [np.outer(place_T, omega) for place_T in (column_T, row_T)]
+    angles = [np.outer(index_T, omega) for index_T in (column_T, row_T)]
     return np.concatenate([f(angle) for angle in angles for f in (np.sin, np.cos)], axis=1).astype(np.float32)
 
 
 class PatchEmbedding(nn.Module):
-    """images_BHWc -> tokens_BTD: a P x P convolution of stride P, computed as one matrix product."""
+    """images_BHWc -> tokens_BTD: a J x J convolution of stride J, computed as one matrix product."""
 
     patch: int
     width: int
@@ -133,15 +137,15 @@ class PatchEmbedding(nn.Module):
         b, side, _, c = images_BHWc.shape
         p, grid = self.patch, side // self.patch
         init = torch_uniform(p * p * c)
-        kernel_PPcD = self.param("kernel", init, (p, p, c, self.width))
+        kernel_JJcD = self.param("kernel", init, (p, p, c, self.width))
         bias_D = self.param("bias", init, (self.width,))
         patches = images_BHWc.reshape(b, grid, p, grid, p, c).transpose(0, 1, 3, 2, 4, 5)
-        kernel_ID = kernel_PPcD.reshape(p * p * c, self.width)
-        return linear(patches.reshape(b, grid * grid, p * p * c), (kernel_ID, bias_D), self.dtype)
+        patches_BTI = patches.reshape(b, grid * grid, p * p * c)
+        return linear(patches_BTI, (kernel_JJcD.reshape(-1, self.width), bias_D), self.dtype)
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention with biases; kernels query, key, value [D, H, K] and out [H, K, D].
+    """Multi-head self-attention with biases; kernels query, key, value [D, G, V] and out [G, V, D].
 
     cuDNN's fused attention has no dropout after the weights, so training with dropout uses XLA's.
     """
@@ -155,23 +159,23 @@ class Attention(nn.Module):
     def __call__(self, x_BTD: jax.Array, key_B: jax.Array | None) -> jax.Array:
         b, t, width = x_BTD.shape
         heads = self.heads, width // self.heads
-        three = [Linear((width,), heads, name=name)() for name in ("query", "key", "value")]
-        kernel_DO, bias_O = (jnp.concatenate(parts, axis=-1) for parts in zip(*three, strict=True))
-        parts = jnp.split(linear(x_BTD, (kernel_DO, bias_O), self.dtype), 3, axis=-1)  # one product instead of three
-        query_BTHK, key_BTHK, value_BTHK = (part.reshape(b, t, *heads) for part in parts)
+        layers = [Linear((width,), heads, name=name)() for name in ("query", "key", "value")]
+        kernel_DO, bias_O = (jnp.concatenate(weights, axis=-1) for weights in zip(*layers, strict=True))
+        qkv_BTO = linear(x_BTD, (kernel_DO, bias_O), self.dtype)  # one product instead of three
+        query_BTGV, key_BTGV, value_BTGV = (x.reshape(b, t, *heads) for x in jnp.split(qkv_BTO, 3, axis=-1))
         if self.implementation == "cudnn" and (key_B is None or self.dropout == 0):
-            mixed_BTHK = jax.nn.dot_product_attention(query_BTHK, key_BTHK, value_BTHK, implementation="cudnn")
+            mixed_BTGV = jax.nn.dot_product_attention(query_BTGV, key_BTGV, value_BTGV, implementation="cudnn")
         else:
-            scores_BHTT = jnp.einsum("bqhk,bthk->bhqt", query_BTHK * heads[1] ** -0.5, key_BTHK)
-            weights_BHTT = dropout(_softmax(scores_BHTT), key_B, site=1, rate=self.dropout)
-            mixed_BTHK = jnp.einsum("bhqt,bthk->bqhk", weights_BHTT, value_BTHK)
-        return linear(mixed_BTHK.reshape(b, t, width), Linear(heads, (width,), name="out")(), self.dtype)
+            scores_BGTT = jnp.einsum("bqhk,bthk->bhqt", query_BTGV * heads[1] ** -0.5, key_BTGV)
+            weights_BGTT = dropout(_softmax(scores_BGTT), key_B, site=1, rate=self.dropout)
+            mixed_BTGV = jnp.einsum("bhqt,bthk->bqhk", weights_BGTT, value_BTGV)
+        return linear(mixed_BTGV.reshape(b, t, width), Linear(heads, (width,), name="out")(), self.dtype)
 
 
 @recomputed
-def _softmax(scores_BHTT: jax.Array) -> jax.Array:
-    # In float32: bfloat16 has too few bits for sums of exponentials.
-    return jax.nn.softmax(scores_BHTT.astype(jnp.float32)).astype(scores_BHTT.dtype)
+def _softmax(scores_BGTT: jax.Array) -> jax.Array:
+    # In float32: bfloat16 has too few bits for a sum of exponentials.
+    return jax.nn.softmax(scores_BGTT.astype(jnp.float32)).astype(scores_BGTT.dtype)
 
 
 LayerNorm = nn.remat(nn.LayerNorm, prevent_cse=False)  # as `recomputed`

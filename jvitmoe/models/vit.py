@@ -1,6 +1,6 @@
 """The Vision Transformer: patches, positions, blocks, head. Dense, or with expert-stacked MLPs that a route selects.
 
-B batch · T tokens · D width · R rows of the position table · L layers · C classes · c channels
+B batch · T tokens · D width · L layers · C classes · c colour channels
 """
 
 import re
@@ -12,15 +12,17 @@ import jax
 import jax.numpy as jnp
 
 from jvitmoe.config import ModelConfig
-from jvitmoe.models.layers import Attention, Head, LayerNorm, PatchEmbedding, dropout, sincos2d
+from jvitmoe.models.layers import Attention, Head, LayerNorm, PatchEmbedding, dropout, fold_in, sincos2d
 from jvitmoe.models.mlp import Mlp, RoutedMlp
 from jvitmoe.models.routers import RouterSettings, Statistics
 
-BLOCK = "block"  # with its position in the pattern, the key of a layer's parameters
+BLOCK = "block"  # followed by a position in the pattern: the key of a layer's parameters
+POSITION = re.compile(rf"{BLOCK}(\d+)")
 
 
 class Block(nn.Module):
-    """One transformer layer, in the shape `nn.scan` wants: (carry, per-layer inputs, broadcast) -> (carry, None)."""
+    """One transformer layer, called as `nn.scan` calls it: (carry, input of the layer, same input for all layers) ->
+    (carry, None). The input of the layer is its index and its route."""
 
     config: ModelConfig
     experts: int
@@ -38,34 +40,35 @@ class Block(nn.Module):
         key_B: jax.Array | None,
         top_k: jax.Array | None = None,
     ) -> tuple[jax.Array, None]:
-        index, route = layer
-        if key_B is not None:
-            key_B = jax.vmap(jax.random.fold_in, in_axes=(0, None))(key_B, index)
-        config, rate = self.config, self.config.dropout
+        config, rate, (index, route) = self.config, self.config.dropout, layer
+        key_B = None if key_B is None else fold_in(key_B, index)
         norm1 = LayerNorm(config.norm_epsilon, dtype=self.dtype, name="norm1")
         norm2 = LayerNorm(config.norm_epsilon, dtype=self.dtype, name="norm2")
-        attention = Attention(config.heads, rate, self.dtype, self.attention, name="attention")
-        mlp_settings = (
-            *(config.hidden, self.experts, self.expert_init, self.shared_layer, rate, self.dtype),
-            *(config.lora, config.adapter),
-        )
+        experts = self.experts, self.expert_init, self.shared_layer
+        settings = config.hidden, *experts, rate, self.dtype, config.lora, config.adapter
+
+        def attention(x_BTD: jax.Array) -> jax.Array:
+            y_BTD = Attention(config.heads, rate, self.dtype, self.attention, name="attention")(x_BTD, key_B)
+            return dropout(y_BTD, key_B, site=2, rate=rate)
 
         def mlp(x_BTD: jax.Array) -> jax.Array:
             if self.router is None:
-                return Mlp(*mlp_settings, name="mlp")(x_BTD, route, key_B)
-            return RoutedMlp(*mlp_settings, self.router, name="mlp")(x_BTD, key_B, top_k)
+                y_BTD = Mlp(*settings, name="mlp")(x_BTD, route, key_B)
+            else:
+                y_BTD = RoutedMlp(*settings, self.router, name="mlp")(x_BTD, key_B, top_k)
+            return dropout(y_BTD, key_B, site=3, rate=rate)
 
         if config.norm == "pre":
-            x_BTD = x_BTD + dropout(attention(norm1(x_BTD), key_B), key_B, site=2, rate=rate)
-            x_BTD = x_BTD + dropout(mlp(norm2(x_BTD)), key_B, site=3, rate=rate)
+            x_BTD = x_BTD + attention(norm1(x_BTD))
+            x_BTD = x_BTD + mlp(norm2(x_BTD))
         else:
-            x_BTD = norm1(x_BTD + dropout(attention(x_BTD, key_B), key_B, site=2, rate=rate))
-            x_BTD = norm2(x_BTD + dropout(mlp(x_BTD), key_B, site=3, rate=rate))
+            x_BTD = norm1(x_BTD + attention(x_BTD))
+            x_BTD = norm2(x_BTD + mlp(x_BTD))
         return x_BTD, None
 
 
 class LayerGroup(Block):
-    """The layers of one repetition of the pattern, called as `Block` is: "block0", "block1", …"""
+    """The layers of one repetition of the pattern, "block0", "block1", …, called as `Block` is."""
 
     pattern: tuple[str, ...] = ("experts",)
 
@@ -86,27 +89,20 @@ class LayerGroup(Block):
 
 
 def in_layers(blocks: Any) -> Any:
-    """Returns the tree of the blocks with leaves [L, ...]: with a pattern, the leaves of its positions interleaved.
-
-    Positions of the pattern without leaves (None in their place) are left out.
-    """
-    positions = sorted((_position(name), name) for name in blocks if _position(name) is not None)
-    if not positions:
+    """Returns the tree of the blocks with leaves [L, ...]. With a pattern, each position has a tree of its own: their
+    leaves are interleaved. Positions without leaves (None in their place) are left out."""
+    names = sorted(filter(POSITION.fullmatch, blocks), key=lambda name: int(name.removeprefix(BLOCK)))
+    if not names:
         return blocks
-    trees = [blocks[name] for _, name in positions if jax.tree.leaves(blocks[name])]
+    trees = [blocks[name] for name in names if jax.tree.leaves(blocks[name])]
     return jax.tree.map(lambda *leaves: jnp.stack(leaves, 1).reshape(-1, *leaves[0].shape[1:]), *trees)
 
 
 def position_in_group(path: Sequence[Any]) -> int:
     """Returns the position in the pattern of a leaf of parameters or optimiser state, by its key path; 0 without a
     pattern."""
-    positions = (_position(str(getattr(entry, "key", ""))) for entry in path)
-    return next((position for position in positions if position is not None), 0)
-
-
-def _position(name: str) -> int | None:
-    match = re.fullmatch(rf"{BLOCK}(\d+)", name)
-    return int(match[1]) if match else None
+    matches = (POSITION.fullmatch(str(getattr(entry, "key", ""))) for entry in path)
+    return next((int(match[1]) for match in matches if match), 0)
 
 
 class ViT(nn.Module):
@@ -147,14 +143,14 @@ class ViT(nn.Module):
         """
         config = self.config
         x_BTD = PatchEmbedding(config.patch, config.width, self.dtype, name="patches")(images_BHWc)
-        b, t, d = x_BTD.shape
+        b, patches, d = x_BTD.shape
         if config.positions == "learned":
-            table_RD = self.param("positions", nn.initializers.zeros, (config.position_rows or t, d))
-            positions_TD = table_RD[:t]
+            rows = config.position_rows or patches
+            positions_TD = self.param("positions", nn.initializers.zeros, (rows, d))[:patches]
         else:
             positions_TD = jnp.asarray(sincos2d(config.image_size // config.patch, d))
         x_BTD = x_BTD + positions_TD[None].astype(self.dtype)
-        if config.pool == "cls":  # prepended after the positions are added: the original's CLS has no position
+        if config.pool == "cls":  # joins after the positions are added: the original's CLS has no position
             cls_D = self.param("cls", nn.initializers.normal(1.0), (d,)).astype(self.dtype)
             if config.cls_position:
                 cls_D = cls_D + self.param("cls_position", nn.initializers.zeros, (d,)).astype(self.dtype)
@@ -177,7 +173,7 @@ class ViT(nn.Module):
         groups = self.config.depth // len(self.pattern)
         blocks = nn.scan(
             body,
-            variable_axes={"params": 0, "statistics": 0},
+            variable_axes={"params": 0, "statistics": 0, "intermediates": 0},
             split_rngs={"params": True},
             in_axes=(0, nn.broadcast, nn.broadcast),
             length=groups,
@@ -220,22 +216,14 @@ def build(
 
 
 def logits(
-    model: ViT,
-    params: Any,
-    images_BHWc: jax.Array,
-    route: jax.Array | None = None,
-    key_B: jax.Array | None = None,
+    model: ViT, params: Any, images_BHWc: jax.Array, route: jax.Array | None = None, key_B: jax.Array | None = None
 ) -> jax.Array:
     """Returns float32 logits_BC of the model with these parameters; arguments as `ViT.__call__`."""
     return cast(jax.Array, model.apply({"params": params}, images_BHWc, route, key_B))
 
 
 def logits_and_statistics(
-    model: ViT,
-    params: Any,
-    images_BHWc: jax.Array,
-    key_B: jax.Array | None = None,
-    top_k: jax.Array | None = None,
+    model: ViT, params: Any, images_BHWc: jax.Array, key_B: jax.Array | None = None, top_k: jax.Array | None = None
 ) -> tuple[jax.Array, Statistics]:
     """Returns (logits_BC, Statistics) of a model with a router; leaves [L, ...] over the layers with experts."""
     logits_BC, sown = model.apply({"params": params}, images_BHWc, None, key_B, top_k, mutable=["statistics"])
@@ -250,8 +238,12 @@ def init(model: ViT, key: jax.Array) -> dict[str, Any]:
     """
     config = model.config
     image = jnp.zeros((1, config.image_size, config.image_size, config.channels))
-    route_L = jnp.zeros((config.depth,), jnp.int32)
-    params = model.init(key, image, route_L)["params"]
+    params = model.init(key, image, jnp.zeros((config.depth,), jnp.int32))["params"]
     if config.init_layers == "shared":
         params["blocks"] = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf[:1], leaf.shape), params["blocks"])
     return params
+
+
+def shapes(model: ViT) -> dict[str, Any]:
+    """Returns the parameter tree as `jax.ShapeDtypeStruct`; nothing is allocated."""
+    return jax.eval_shape(lambda: init(model, jax.random.key(0)))

@@ -1,4 +1,4 @@
-"""The console of all commands, and the progress line of a run."""
+"""The console of all commands, and the progress line of a training run."""
 
 import contextlib
 import time
@@ -9,13 +9,13 @@ from rich.console import Console, ConsoleOptions
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 
-LEAST_BAR, WIDEST_BAR = 10, 40  # columns of a terminal
-console = Console(highlight=False, markup=False, soft_wrap=True)  # names of files and classes are nobody's markup
+NARROWEST_BAR, WIDEST_BAR = 10, 40  # columns of a terminal
+console = Console(highlight=False, markup=False, soft_wrap=True)  # no markup: file and class names may hold brackets
 
 
 @contextlib.contextmanager
 def warnings_as_lines() -> Iterator[None]:
-    """Prints a RuntimeWarning from inside as a line of its own, without the place in the code."""
+    """Prints each RuntimeWarning as one line, without file and line number of the code."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", RuntimeWarning)
         try:
@@ -27,19 +27,19 @@ def warnings_as_lines() -> Iterator[None]:
 
 
 class ProgressLine:
-    """The progress of a run on a terminal, drawn several times a second: as many of its parts as fit in one line, first
-    ones first, then the time elapsed and a bar."""
+    """One line of progress on a terminal, drawn several times a second: as many of `texts` and the elapsed time as fit,
+    then a bar."""
 
-    def __init__(self, parts: list[str], done: int, total: int) -> None:
-        self.parts, self.done, self._total = parts, done, total
+    def __init__(self, texts: list[str], done: int, total: int) -> None:
+        self.texts, self.done, self._total = texts, done, total
         self._began = time.monotonic()
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Table]:
-        parts = [*self.parts, f"{duration(time.monotonic() - self._began)} elapsed"]
-        while len(text := "  ".join(parts)) > options.max_width and len(parts) > 1:
-            parts.pop()
-        room = min(options.max_width - len(text) - 2, WIDEST_BAR)
-        bar = [ProgressBar(total=self._total, completed=self.done, width=room)] if room >= LEAST_BAR else []
+        texts = [*self.texts, f"{duration(time.monotonic() - self._began)} elapsed"]
+        while len(text := "  ".join(texts)) > options.max_width and len(texts) > 1:
+            texts.pop()
+        width = min(options.max_width - len(text) - 2, WIDEST_BAR)
+        bar = [ProgressBar(total=self._total, completed=self.done, width=width)] if width >= NARROWEST_BAR else []
         row = Table.grid(padding=(0, 2))
         row.add_row(text, *bar)
         yield row

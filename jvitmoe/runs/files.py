@@ -1,14 +1,20 @@
-"""Files of a run folder: written whole or not at all, read back with their form checked, and their checksums."""
+"""Files of a run folder: each written whole or not at all; what is read is checked for its form."""
 
 import contextlib
 import json
 import os
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from jvitmoe.errors import UserError, one_line
+
+CONFIG, METRICS, RESULT = "config.json", "metrics.jsonl", "result.json"
+CLASSES = "classes.json"  # names of the classes, in the order of their labels
+IMAGES = "images.json"  # split -> number of images, to notice on resuming that the data have changed
+MERGEABILITY = "mergeability.png"
+UNFINISHED = ".part"  # suffix of a file that is being written
 
 
 def checksum(value: Any) -> str:
@@ -16,102 +22,86 @@ def checksum(value: Any) -> str:
     return f"{zlib.crc32(json.dumps(value, sort_keys=True).encode()):08x}"
 
 
-METRICS = "metrics.jsonl"
-PART = ".part"  # of a file that is being written
-RESULT = "result.json"
-CLASSES = "classes.json"
-IMAGES = "images.json"
-MERGEABILITY = "mergeability.png"
-
-
 def refuse_links(workdir: Path) -> None:
-    """Raises UserError where something in the run folder is a link: writing to it would write to another place, which
-    whoever made the folder chose."""
+    """Raises UserError where the run folder contains a link: a write to it would change a file elsewhere, chosen by
+    whoever made the folder."""
     try:
         links = [path for path in workdir.iterdir() if path.is_symlink()]
     except OSError as error:
-        raise UserError(f"workdir {str(workdir)!r} cannot be listed: {error.strerror}; let it be read") from error
+        raise UserError(f"workdir {str(workdir)!r} cannot be listed: {error.strerror}; make it readable") from error
     if links:
-        raise UserError(
-            f"{links[0]} is a link, and what is written to it would lie elsewhere; put its target in its place"
-        )
+        raise UserError(f"{links[0]} is a link, so writing to it changes a file elsewhere; replace it by its target")
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a file whole or not at all, through a power cut as well. Raises UserError where it cannot be written."""
-    part = path.with_name(path.name + PART)
+    """Writes a file whole or not at all, even in a power cut. Raises UserError where it cannot be written."""
+    unfinished = path.with_name(path.name + UNFINISHED)
+    with writing(path):
+        try:
+            unfinished.unlink(missing_ok=True)
+            with unfinished.open("x") as file:  # "x" does not follow a link of this name
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(unfinished, path)
+        except OSError:
+            with contextlib.suppress(OSError):
+                unfinished.unlink()
+            raise
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Raises UserError for an OSError from inside."""
     try:
-        part.unlink(missing_ok=True)
-        with part.open("x") as file:  # never through a link that somebody has put there
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
+        yield
     except OSError as error:
-        with contextlib.suppress(OSError):
-            part.unlink()
-        raise unwritten(path, error) from error
-
-
-def unwritten(path: Path, error: OSError) -> UserError:
-    return UserError(
-        f"{path} cannot be written: {error.strerror}; make room or let it be written, and give the same command again"
-    )
-
-
-def write_classes(workdir: Path, names: Sequence[str]) -> None:
-    """Keeps the names of the classes, in the order of their labels."""
-    write_text(workdir / CLASSES, json.dumps(list(names), indent=1) + "\n")
+        remedy = "make room or make it writable, and repeat the command"
+        raise UserError(f"{path} cannot be written: {error.strerror}; {remedy}") from error
 
 
 def read_classes(workdir: Path) -> tuple[str, ...]:
-    """Returns the names of the classes; () where the run kept none. Raises UserError where the file is damaged."""
-    remedy = "delete it, and classes go by number"
+    """Returns the names of the classes; () if the run kept none. Raises UserError where the file is damaged."""
+    remedy = "delete it, and classes are called by number"
     return tuple(read_json(workdir / CLASSES, [str], "a list of names", remedy) or ())
 
 
-def write_images(workdir: Path, counts: Mapping[str, int]) -> None:
-    """Keeps the number of images of each split, by which a run that goes on knows its data again."""
-    write_text(workdir / IMAGES, json.dumps(dict(counts)) + "\n")
-
-
 def read_images(workdir: Path) -> dict[str, int] | None:
-    """Returns split -> number of images; None where the run kept none. Raises UserError where the file is damaged."""
+    """Returns split -> number of images; None if the run kept none. Raises UserError where the file is damaged."""
     remedy = "delete it if the data are the same"
     counts: dict[str, int] | None = read_json(workdir / IMAGES, {"*": int}, "the numbers of images", remedy)
     return counts
 
 
 def read_json(path: Path, form: Any, what: str, remedy: str) -> Any:
-    """Returns the value in a JSON file; None where there is none. Raises UserError where it cannot be read or does not
-    have the form."""
+    """Returns the value in a JSON file; None if there is none. Raises UserError where it cannot be read or lacks the
+    form: a type, [form of each entry] or {name: form}. A name with ? may be absent or null; * is every other name."""
     try:
         value = json.loads(path.read_bytes())
         _check_form(value, form, "the whole")
     except FileNotFoundError:
         return None
     except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}; let it be read") from error
+        raise UserError(f"{path} cannot be read: {error.strerror}; make it readable") from error
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not {what}: {one_line(error)}; {remedy}") from error
     return value
 
 
 def _check_form(value: Any, form: Any, name: str) -> None:
-    """Raises ValueError for what in a JSON value does not have the form."""
+    """Raises ValueError with the part of a JSON value that does not have the form."""
     if isinstance(form, type):
-        kinds, number = (float, int) if form is float else (form,), isinstance(value, int)
-        fits = type(value) in kinds and not (number and abs(value) >= 2**63)
+        types, number = (float, int) if form is float else (form,), isinstance(value, int)
+        fits, expected = type(value) in types and not (number and abs(value) >= 2**63), form.__name__
     else:
-        fits = isinstance(value, type(form)) and (len(value) > 0 or isinstance(value, dict))
+        fits, expected = isinstance(value, type(form)) and value != [], f"{type(form).__name__} with entries"
     if not fits:
-        kind = form.__name__ if isinstance(form, type) else f"{type(form).__name__} with entries"
-        raise ValueError(f"{name} is {type(value).__name__}, not {kind}")
+        raise ValueError(f"{name} is {type(value).__name__}, not {expected}")
     if isinstance(form, list):
         for entry in value:
             _check_form(entry, form[0], f"an entry of {name}")
     elif isinstance(form, dict):
-        for key in {name.rstrip("?") for name in form} - {"*"}:
+        for key in {key.rstrip("?") for key in form} - {"*"}:
             if key in form or value.get(key) is not None:
                 _check_form(value.get(key), form.get(key, form.get(f"{key}?")), key)
         for key in (value.keys() - form.keys()) if "*" in form else ():

@@ -1,4 +1,4 @@
-"""One writer per run folder: a lock that the system itself lets go of when its process ends, however it ends."""
+"""One writer per run folder: a lock that the system releases when its process ends, however it ends."""
 
 import fcntl
 import json
@@ -12,20 +12,13 @@ from jvitmoe.errors import UserError
 NAME = "lock"
 
 
-class LockError(UserError):
-    """Another process writes to the run folder; the message names its pid and host."""
-
-
 class Lock:
-    """The lock of a run folder, held until it is left as a context manager, or the process ends.
+    """The lock of a run folder, which must exist; held until the context manager or the process ends.
 
-    The file `lock` says who holds it. It stays when it is let go of, because what counts is the system's lock on it: so
-    one that a dead process left is taken over without asking.
+    The file `lock` names the process that holds it. The file stays, because only the system's lock on it counts: the
+    file of a dead process blocks nothing.
 
-    Args:
-        workdir: the run folder, which exists.
-
-    Raises LockError where a process holds it, and UserError where the file cannot be written.
+    Raises UserError where another process holds the lock, with its pid and host, and where the file cannot be written.
     """
 
     def __init__(self, workdir: Path) -> None:
@@ -39,10 +32,10 @@ class Lock:
         except BlockingIOError as error:
             holder = _holder(self._file)
             self._file.close()
-            raise LockError(
+            raise UserError(
                 f"workdir {str(workdir)!r} is being written by {holder}; wait for it, stop it, or set --workdir"
             ) from error
-        except OSError:  # some network disks know no locks: the name in the file is then all there is
+        except OSError:  # some network disks have no locks; the name in the file still helps a person
             pass
         self._file.seek(0)
         self._file.truncate()
@@ -58,7 +51,7 @@ class Lock:
 
 def _holder(file: IO[str]) -> str:
     try:
-        found = json.loads(file.read(1000))
-        return f"process {int(found['pid'])} on {str(found['host'])[:100]!r}"
+        holder = json.loads(file.read(1000))
+        return f"process {int(holder['pid'])} on {str(holder['host'])[:100]!r}"
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
-        return "a process that has not said its name yet"
+        return "a process that has not written its name yet"

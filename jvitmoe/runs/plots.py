@@ -1,4 +1,4 @@
-"""The figures: curves of runs, a comparison of runs, why averaging the experts of a run works or fails, a benchmark."""
+"""The figures: curves of runs, a comparison of runs, mergeability of one run, a benchmark."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,39 +12,40 @@ from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
-from jvitmoe.runs import files, metrics_log
+from jvitmoe.runs import files, history
 
-matplotlib.use("Agg")  # files only: no display is needed
+matplotlib.use("Agg")  # writes files without a display
 
-# The palette of Okabe and Ito, which colour-blind readers can tell apart. Black is the reference.
+# The palette of Okabe and Ito, which colour-blind readers can distinguish. Black is the reference.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 STYLE: Any = {
     **{"axes.grid": True, "axes.axisbelow": True, "grid.alpha": 0.3, "legend.frameon": False, "savefig.dpi": 140},
     **{"axes.spines.top": False, "axes.spines.right": False, "font.size": 11, "axes.titlesize": 12},
     **{"figure.constrained_layout.use": True, "lines.markersize": 5, "lines.linewidth": 1.4},
 }
-in_style: Any = plt.rc_context(STYLE)  # a decorator
+in_style: Any = plt.rc_context(STYLE)  # used as a decorator
 MARKS = {
     **{"dense": ("D", "black"), "EMA": ("v", COLOURS[4]), "merged": ("o", COLOURS[1]), "routed": ("s", COLOURS[3])},
     **{"expert (mean)": ("P", COLOURS[0]), "ensemble": ("^", COLOURS[2])},
 }
-LEAST_ERROR = 1e-3  # drawn for an error of 0, which a log scale cannot show
-POINTS = 60  # most points of a line: more records are averaged
+LEAST_ERROR = 1e-3  # shown instead of an error of 0, which a log scale has not
+POINTS = 60  # most points of a line; more records are averaged
 
 
 @in_style
 def curves(families: Sequence[Mapping[str, Sequence[Path]]], path: Path) -> None:
-    """Writes one PNG: training loss and watched error against the step. A line is the mean over a group's seeds, its
-    band the sample deviation. A family of groups has a row; small ones share it. Each row repeats the first group."""
+    """Writes one PNG: training loss and evaluation error against the step. A line is the mean over a group's seeds, its
+    band the sample deviation. Each family {group: folders} has a row; small ones share one. All rows have the first
+    group."""
     groups = {name: folders for family in families for name, folders in family.items()}
     rows = _rows([list(family) for family in families])
-    labels, over = _seeds({name: len(folders) for name, folders in groups.items()})
+    labels, statistics = _seeds({name: len(folders) for name, folders in groups.items()})
     size = (10, 1 + 2.6 * len(rows))
     figure, grid = plt.subplots(len(rows), 2, squeeze=False, sharex=True, sharey="col", figsize=size)
-    kinds, most = set(), 0  # of the splits watched, of the points of a line
+    kinds, most = set(), 0  # evaluated splits; largest number of records of a line
     for panels, row in zip(grid, rows, strict=True):
         for name, colour in zip(row, ("black", *COLOURS), strict=False):
-            runs = [metrics_log.read_metrics(folder / files.METRICS) for folder in groups[name]]
+            runs = [history.read_metrics(folder / files.METRICS) for folder in groups[name]]
             kinds |= {line["kind"] for run in runs for line in run} - {"train"}
             losses = [{line["step"]: line["loss"] for line in run if line["kind"] == "train"} for run in runs]
             errors = [{line["step"]: 1 - line["accuracy"] for line in run if line["kind"] != "train"} for run in runs]
@@ -54,9 +55,8 @@ def curves(families: Sequence[Mapping[str, Sequence[Path]]], path: Path) -> None
         panels[0].set_ylabel("cross-entropy, nats")
         panels[1].set_ylabel("error, %")
         panels[1].legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=10)
-    figure.suptitle(
-        "; ".join(filter(None, (over, f"lines averaged to {POINTS} points" if most > POINTS else ""))), fontsize=11
-    )
+    averaged = f"lines averaged to {POINTS} points" if most > POINTS else ""
+    figure.suptitle("; ".join(filter(None, (statistics, averaged))), fontsize=11)
     grid[0, 0].set_title("Training loss")
     grid[0, 1].set_title(f"{' and '.join(sorted(kinds))} error".strip().capitalize())
     for column, scale in enumerate((1, 100)):
@@ -67,64 +67,63 @@ def curves(families: Sequence[Mapping[str, Sequence[Path]]], path: Path) -> None
 
 
 def _rows(families: Sequence[Sequence[str]]) -> list[list[str]]:
-    """Returns the names in each row of panels: the first of all, then no more of the others than there are colours."""
+    """Returns the names in each row of panels: the first of all, then at most as many others as there are colours."""
     first, most = families[0][0], len(COLOURS)
     rows: list[list[str]] = [[]]
     for family in families:
         others = [name for name in family if name != first]
-        for start in range(0, len(others), most):
-            part = others[start : start + most]
-            if len(rows[-1]) + len(part) > most:
+        for names in (others[start : start + most] for start in range(0, len(others), most)):
+            if len(rows[-1]) + len(names) > most:
                 rows.append([])
-            rows[-1] += part
+            rows[-1] += names
     return [[first, *row] for row in rows]
 
 
 def _mean_line(axes: Axes, runs: Sequence[Mapping[int, float]], least: float, **style: Any) -> None:
-    """Draws the mean of runs at the steps that all have, in at most POINTS points, and their deviation as a band."""
+    """Draws the mean of runs at their common steps, in at most POINTS points, and their deviation as a band."""
     steps = sorted(set.intersection(*map(set, runs)))
     if not steps:
         axes.plot([], [], **style)  # for the legend
         return
-    values = np.array([[run[step] for step in steps] for run in runs], float)  # a null in the file is nan here
-    parts = np.array_split(np.arange(len(steps)), min(len(steps), POINTS))
-    places = [steps[part[-1]] for part in parts]
-    means = np.stack([values[:, part].mean(1) for part in parts], 1)
+    values = np.array([[run[step] for step in steps] for run in runs], float)  # null in the file becomes nan
+    points = np.array_split(np.arange(len(steps)), min(len(steps), POINTS))
+    ends = [steps[point[-1]] for point in points]
+    means = np.stack([values[:, point].mean(1) for point in points], 1)
     mean = np.maximum(means.mean(0), least)
-    axes.plot(places, mean, **style)
+    axes.plot(ends, mean, **style)
     if len(runs) > 1:
         deviation = means.std(0, ddof=1)
         low = np.maximum(mean - deviation, least)
-        axes.fill_between(places, low, mean + deviation, color=style["color"], alpha=0.15, linewidth=0)
+        axes.fill_between(ends, low, mean + deviation, color=style["color"], alpha=0.15, linewidth=0)
 
 
 @in_style
 def comparison(table: Mapping[str, Mapping[str, Sequence[float]]], images: int, path: Path) -> None:
-    """Writes one PNG of {run: {model: accuracy of each seed}}, tested on so many images: a band per run with a mark per
-    model at its mean error. Experts are one mark. Whiskers: deviation over seeds; standard error where all have one."""
+    """Writes one PNG of {group: {model: accuracy of each seed}}: a mark per model at its mean error, and one for all
+    experts. Whiskers: the deviation over seeds; if all groups have one seed, the standard error over `images`."""
     counts = {name: len(next(iter(models.values()))) for name, models in table.items()}
     shown: list[dict[str, Any]] = []
     for models in table.values():
         experts = [values for model, values in models.items() if model.startswith("expert ")]
         every: Any = {**models, "expert (mean)": np.mean(experts, 0)} if experts else models
         shown.append({model: 1 - np.array(every[model]) for model in MARKS if model in every})
-    apart = 0.86 / max(map(len, shown))
-    figure, axes = plt.subplots(figsize=(9, 1.4 + 0.1 / apart * len(shown)))
+    spacing = 0.86 / max(map(len, shown))
+    figure, axes = plt.subplots(figsize=(9, 1.4 + 0.1 / spacing * len(shown)))
     handles: Any = {}
-    for place, errors in enumerate(shown):
-        axes.axhspan(place - 0.5, place + 0.5, color="0.95" if place % 2 else "white")
+    for band, errors in enumerate(shown):
+        axes.axhspan(band - 0.5, band + 0.5, color="0.95" if band % 2 else "white")
         for number, (model, values) in enumerate(errors.items()):
             marker, colour = MARKS[model]
             error = max(values.mean(), LEAST_ERROR)
             one = (error * (1 - error) / images) ** 0.5 if max(counts.values()) == 1 else 0.0
             whisker = values.std(ddof=1) if len(values) > 1 else one
-            y = place + (number - (len(errors) - 1) / 2) * apart
+            y = band + (number - (len(errors) - 1) / 2) * spacing
             limits = [[min(whisker, error - LEAST_ERROR)], [whisker]]
             handles[model] = axes.errorbar(error, y, xerr=limits, fmt=marker, color=colour)
     if "dense" in shown[0]:
         axes.axvline(max(shown[0]["dense"].mean(), LEAST_ERROR), color=MARKS["dense"][1], linewidth=0.8, linestyle=":")
-    labels, over = _seeds(counts)
-    title = f"Test error, {over or f'one seed ± standard error over {images:,} images'}"
+    labels, statistics = _seeds(counts)
+    title = f"Test error, {statistics or f'one seed ± standard error over {images:,} images'}"
     axes.set(title=title, xlabel="error, % (left is better)", xscale="log", ylim=(len(shown) - 0.5, -0.5))
     axes.set_yticks(range(len(shown)), labels.values())
     axes.grid(axis="y", visible=False)
@@ -136,8 +135,8 @@ def comparison(table: Mapping[str, Mapping[str, Sequence[float]]], images: int, 
 
 @in_style
 def mergeability(result: Mapping[str, Any], path: Path) -> None:
-    """Writes one PNG of a run's result.json: spread and layer gap by layer, the loss from experts through their mean to
-    experts, and the accuracy of every model tested."""
+    """Writes one PNG of a run's result.json: spread and layer gap by layer, the loss on the lines between experts and
+    their mean, and the accuracy of every tested model."""
     why, rows = result["mergeability"], result["rows"]
     size = (13, max(4.0, 1.2 + 0.25 * len(rows)))
     figure, (layer_axes, loss_axes, accuracy_axes) = plt.subplots(1, 3, figsize=size)
@@ -148,23 +147,23 @@ def mergeability(result: Mapping[str, Any], path: Path) -> None:
     layer_axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
     share, losses = why["barrier"]["share"], why["barrier"]["losses"]
-    places = [s - 1 for s in share] + [1 - s for s in share[-2::-1]]
+    xs = [s - 1 for s in share] + [1 - s for s in share[-2::-1]]
     pairs = [(e, (e + 1) % len(losses)) for e in range(len(losses))][: None if len(losses) > 2 else 1]
     few = len(pairs) <= len(COLOURS)
     for number, (e, f) in enumerate(pairs):
         label = f"{e} to {f}" if few else "_" if number else f"{len(pairs)} pairs"
-        loss_axes.plot(places, losses[e] + losses[f][-2::-1], color=COLOURS[number] if few else "0.5", label=label)
+        loss_axes.plot(xs, losses[e] + losses[f][-2::-1], color=COLOURS[number] if few else "0.5", label=label)
     loss_axes.plot(0, losses[0][-1], "ok", markersize=8, zorder=3, label="mean (merged)")
     loss_axes.set(title="Loss from expert to mean to expert", ylabel="cross-entropy, nats")
     loss_axes.set_xticks([-1, 0, 1], ["expert", "mean", "expert"])
 
-    for place, row in enumerate(rows):
+    for y, row in enumerate(rows):
         accuracy, deviation = row["accuracy"], row.get("accuracy_std")
         marker, colour = MARKS.get(row["model"], MARKS["expert (mean)"])
         error = (accuracy * (1 - accuracy) / row["images"]) ** 0.5
-        accuracy_axes.errorbar(100 * accuracy, place, xerr=100 * error, fmt=marker, color=colour)
+        accuracy_axes.errorbar(100 * accuracy, y, xerr=100 * error, fmt=marker, color=colour)
         text = f"{100 * accuracy:.1f}" + (f" ± {100 * deviation:.1f}" if deviation else "")
-        at = (100 * accuracy, place)
+        at = (100 * accuracy, y)
         accuracy_axes.annotate(text, at, (0, 5), textcoords="offset points", ha="center", fontsize=9)
     accuracy_axes.set_yticks(range(len(rows)), [row["model"] for row in rows])
     accuracy_axes.set(title=f"Accuracy, {rows[0]['images']:,} test images", ylim=(len(rows) - 0.5, -0.7))
@@ -176,24 +175,24 @@ def mergeability(result: Mapping[str, Any], path: Path) -> None:
 
 @in_style
 def throughput(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Writes one PNG of a benchmark's rows: images per second of each model and dtype, and beside it the time of a step
-    in units of the dense step of the same dtype and round, where dense was measured."""
+    """Writes one PNG of a benchmark's rows: images per second of each model and dtype, and, if dense was measured, the
+    time of a step relative to the dense step of the same dtype and round."""
     dtypes, models = (list(dict.fromkeys(row[name] for row in rows)) for name in ("dtype", "model"))
     dense = {row["dtype"]: np.array(row["seconds_per_round"]) for row in rows if row["model"] == "dense"}
     size = (10, 1.5 + 0.28 * len(models) * len(dtypes))
     figure, grid = plt.subplots(1, 2 if dense else 1, sharey=True, squeeze=False, figsize=size)
-    apart = 0.8 / len(dtypes)
+    height = 0.8 / len(dtypes)
     for row in rows:
         number, seconds = dtypes.index(row["dtype"]), np.array(row["seconds_per_round"])
-        place = models.index(row["model"]) + (number - (len(dtypes) - 1) / 2) * apart
+        y = models.index(row["model"]) + (number - (len(dtypes) - 1) / 2) * height
         style = {"color": COLOURS[number], "label": row["dtype"] if row["model"] == models[0] else "_"}
         low, rate, high = np.quantile(row["images_per_second"] * row["seconds"] / seconds, (0.25, 0.5, 0.75))
-        grid[0, 0].barh(place, rate, apart, xerr=[[rate - low], [high - rate]], error_kw={"elinewidth": 1}, **style)
+        grid[0, 0].barh(y, rate, height, xerr=[[rate - low], [high - rate]], error_kw={"elinewidth": 1}, **style)
         text = f"{rate:,.{1 if rate < 100 else 0}f}"
-        grid[0, 0].annotate(text, (high, place), (4, 0), textcoords="offset points", va="center", fontsize=9)
+        grid[0, 0].annotate(text, (high, y), (4, 0), textcoords="offset points", va="center", fontsize=9)
         if row["dtype"] in dense:
             low, ratio, high = np.quantile(seconds / dense[row["dtype"]], (0.25, 0.5, 0.75))
-            grid[0, 1].errorbar(ratio, place, xerr=[[ratio - low], [high - ratio]], fmt="o", **style)
+            grid[0, 1].errorbar(ratio, y, xerr=[[ratio - low], [high - ratio]], fmt="o", **style)
     grid[0, 0].set_yticks(range(len(models)), models)
     grid[0, 0].set(title="Training speed", xlabel="images/s (right is better)", ylim=(len(models) - 0.5, -0.5))
     grid[0, 0].margins(x=0.15)
@@ -208,14 +207,14 @@ def throughput(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
 
 
 def _seeds(counts: Mapping[str, int]) -> tuple[dict[str, str], str]:
-    """Returns each group's label and the words for its statistics, none for one seed. n is in one of the two."""
+    """Returns the label of each group and the name of the statistics, "" for one seed. One of them holds n."""
     one, *more = sorted(set(counts.values()))
     labels = {name: f"{name} (n = {n})" if more else name for name, n in counts.items()}
     return labels, f"mean ± sample deviation over {'n' if more else one} seeds" if more or one > 1 else ""
 
 
 def plain_ticks(axis: Axis, scale: float = 1) -> None:
-    """Gives a logarithmic axis several ticks in any range, written as plain decimals of value * scale."""
+    """Gives a logarithmic axis several ticks, whatever its range, as plain decimals of value * scale."""
     low, high = axis.get_view_interval()
     subs = (1, 2, 5) if high > 20 * low else (1, 1.5, 2, 3, 4, 6)
     axis.set_major_locator(LogLocator(subs=subs) if high > 4 * low else MaxNLocator(8, steps=(1, 2, 5, 10)))

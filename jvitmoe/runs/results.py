@@ -10,11 +10,23 @@ from jvitmoe.runs.console import console
 from jvitmoe.runs.files import MERGEABILITY, RESULT, checksum, read_json, write_text
 from jvitmoe.runs.tables import markdown, quantity, show
 
+RESULT_FORM = {  # as `read_json` takes it
+    "rows": [{"model": str, "accuracy": float, "*": float}],
+    **{"step": int, "active_parameters": int, "total_parameters": int, "hardware": str},
+    **{"data?": str, "seed?": int, "images_per_second?": float, "trained_on?": str, "versions?": {"*": str}},
+    "mergeability?": {"barrier": {"height": float}, "gap": [float]},
+}
+LEGEND = (
+    "Spread: how far experts are from their mean, relative to it. Cosine: of two experts' weights, mean of pairs. "
+    "Closest pair: largest cosine of two experts' differences from the mean, which average to about -1 / (E - 1). "
+    "Layer gap: how far the output of the mean expert is from the mean of the experts' outputs, relative to it."
+)
+LAYER_COLUMNS = {"spread": "spread", "cosine": "cosine", "closest pair": "difference_cosine", "layer gap": "gap"}
+
 
 def read_result(workdir: Path) -> dict[str, Any]:
-    """Returns the run's result.json; {} where there is none. Raises UserError where it is damaged."""
-    remedy = "delete it and write it anew with jvitmoe.evaluate"
-    path = workdir / RESULT
+    """Returns the run's result.json; {} if there is none. Raises UserError where it is damaged."""
+    path, remedy = workdir / RESULT, "delete it and run jvitmoe.evaluate"
     result = read_json(path, RESULT_FORM, "a result", remedy) or {}
     rest = {name: value for name, value in result.items() if name != "checksum"}
     if result.get("checksum") not in (None, checksum(rest)):
@@ -22,18 +34,8 @@ def read_result(workdir: Path) -> dict[str, Any]:
     return result
 
 
-# Forms of JSON values: a type, [form of each entry], or {name: form}. A name with ? may be absent or null; * stands
-# for all other names.
-RESULT_FORM = {
-    "rows": [{"model": str, "accuracy": float, "*": float}],
-    **{"step": int, "active_parameters": int, "total_parameters": int, "hardware": str},
-    **{"data?": str, "seed?": int, "images_per_second?": float, "trained_on?": str, "versions?": {"*": str}},
-    "mergeability?": {"barrier": {"height": float}, "gap": [float]},
-}
-
-
 def result_rows(result: Mapping[str, Any]) -> list[dict[str, str]]:
-    """Returns the rows of a run's result.json as text cells; mean ± deviation where a row is of several paths."""
+    """Returns the rows of a result as text cells."""
     return [
         {
             "model": row["model"],
@@ -47,7 +49,7 @@ def result_rows(result: Mapping[str, Any]) -> list[dict[str, str]]:
 
 
 def metric_cells(row: Mapping[str, Any]) -> dict[str, str]:
-    """Returns the cells of accuracy, nll and ece, each with its `*_std` if it has one; ece only if it was measured."""
+    """Returns the cells of those of accuracy, nll and ece that the row has, each with its deviation if it has one."""
     formats = {name: form for name, form in (("accuracy", ".2%"), ("nll", ".4f"), ("ece", ".4f")) if name in row}
     return {
         name: f"{row[name]:{form}}" + (f" ± {row[f'{name}_std']:{form}}" if f"{name}_std" in row else "")
@@ -59,37 +61,24 @@ def write_result(workdir: Path, result: Mapping[str, Any]) -> None:
     """Writes result.json and report.md and prints the tables."""
     write_text(workdir / RESULT, json.dumps({**result, "checksum": checksum(result)}, indent=2) + "\n")
     rows = result_rows(result)
-    about = (
+    show(rows, f"{workdir.name}: {result['data']} test split, step {result['step']}")
+    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
+    text = (
+        f"# {workdir.name}\n\n{markdown(rows)}\n"
         f"Test split of {result['data']}, checkpoint at step {result['step']}, seed {result['seed']}. "
         f"Parameters: {result['active_parameters']:,} active, {result['total_parameters']:,} total. "
-        f"Hardware: {result['hardware']}. Versions: "
-        + ", ".join(f"{name} {version}" for name, version in result["versions"].items())
-        + "."
+        f"Hardware: {result['hardware']}. Versions: {versions}.\n"
     )
-    text = f"# {workdir.name}\n\n{markdown(rows)}\n{about}\n"
-    show(rows, f"{workdir.name}: {result['data']} test split, step {result['step']}")
     if why := result.get("mergeability"):
-        layers = _layer_rows(why)
-        barrier = (
-            f"Highest rise of the loss on the way from an expert to the mean: {why['barrier']['height']:.4f} nats."
+        layers = [
+            {"layer": str(layer), **{title: f"{why[name][n]:.4f}" for title, name in LAYER_COLUMNS.items()}}
+            for n, layer in enumerate(why["layers"])
+        ]
+        barrier = f"Highest rise of the loss from an expert to the mean: {why['barrier']['height']:.4f} nats."
+        text += (
+            f"\n## Why averaging works or fails\n\n![mergeability]({MERGEABILITY})\n\n{markdown(layers)}\n"
+            f"{barrier} {LEGEND} Measured on {why['images']:,} test images.\n"
         )
-        text += f"\n## Why averaging works or fails\n\n![mergeability]({MERGEABILITY})\n\n{markdown(layers)}\n"
-        text += f"{barrier} {LEGEND} Measured on {why['images']:,} test images.\n"
         show(layers, "experts of each layer")
         console.print(barrier)
     write_text(workdir / "report.md", text)
-
-
-LEGEND = (
-    "Spread: how far experts are from their mean, relative to it. Cosine: of two experts' weights, mean of pairs. "
-    "Closest pair: largest cosine of two experts' differences from the mean, which average to about -1 / (E - 1). "
-    "Layer gap: how far the output of the mean expert is from the mean of the experts' outputs, relative to it."
-)
-
-
-def _layer_rows(why: Mapping[str, Any]) -> list[dict[str, str]]:
-    columns = {"spread": "spread", "cosine": "cosine", "closest pair": "difference_cosine", "layer gap": "gap"}
-    return [
-        {"layer": str(layer), **{title: f"{why[name][x]:.4f}" for title, name in columns.items()}}
-        for x, layer in enumerate(why["layers"])
-    ]

@@ -9,7 +9,7 @@ from rich.table import Table
 
 from jvitmoe.runs.console import console
 
-LEFT = ("run", "model", "hardware", "image")  # columns of words
+LEFT = ("run", "model", "hardware", "image")  # columns of text; the others are right-aligned
 
 
 def show(rows: Sequence[Mapping[str, Any]], title: str) -> None:
@@ -19,7 +19,7 @@ def show(rows: Sequence[Mapping[str, Any]], title: str) -> None:
         table.add_column(name, justify="left" if name in LEFT else "right", overflow="fold")
     for row in rows:
         table.add_row(*(str(cell) for cell in row.values()))
-    # A file has no edge to fold cells at, but where COLUMNS gives it one.
+    # In a file, do not fold cells at the usual 80 columns, unless COLUMNS sets a width.
     wide = Console(width=None if os.environ.get("COLUMNS") else 200, highlight=False, markup=False)
     (console if console.is_terminal else wide).print(table)
 

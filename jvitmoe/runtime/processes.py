@@ -33,15 +33,6 @@ SHUTDOWN_SECONDS = 15
 GRACE_SECONDS = 5  # for JAX to connect processes that are all present
 
 
-def define_flags(values: flags.FlagValues) -> None:
-    """Adds the flags that join several processes into one run."""
-    flags.DEFINE_bool("distributed", False, "Join what Slurm, Open MPI or Kubernetes started.", flag_values=values)
-    flags.DEFINE_string("coordinator", "", "HOST:PORT of process 0, to join processes by hand.", flag_values=values)
-    flags.DEFINE_integer("processes", 1, "Number of processes, with --coordinator.", flag_values=values)
-    flags.DEFINE_integer("process", 0, "Number of this one, from 0, with --coordinator.", flag_values=values)
-    flags.DEFINE_integer("join_seconds", 20, "How long to wait for the other processes.", flag_values=values)
-
-
 def join(values: flags.FlagValues, versions: Callable[[], Mapping[str, str]]) -> None:
     """Joins the other processes if the flags say so. Raises UserError.
 

@@ -16,12 +16,23 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+from absl import flags
+
 from jvitmoe.errors import UserError
 
 GREETING = b"jvitmoe\n"
 GREETS = 12.0  # seconds within which process 0 greets a connection; another program does not
 LINGER = 3.0  # seconds for which process 0 still answers after a fault, so that later processes learn of it too
 RETRY = 0.1
+
+
+def define_flags(values: flags.FlagValues) -> None:
+    """Adds the flags that connect several processes to one run."""
+    flags.DEFINE_bool("distributed", False, "Join what Slurm, Open MPI or Kubernetes started.", flag_values=values)
+    flags.DEFINE_string("coordinator", "", "HOST:PORT of process 0, to join processes by hand.", flag_values=values)
+    flags.DEFINE_integer("processes", 1, "Number of processes, with --coordinator.", flag_values=values)
+    flags.DEFINE_integer("process", 0, "Number of this one, from 0, with --coordinator.", flag_values=values)
+    flags.DEFINE_integer("join_seconds", 20, "How long to wait for the other processes.", flag_values=values)
 
 
 class Report(NamedTuple):

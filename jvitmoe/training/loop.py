@@ -1,4 +1,4 @@
-"""The training loop: from a run folder to the end of training, and its tests."""
+"""One run: load the data, restore or make the state, train, evaluate, save, and test."""
 
 import contextlib
 import math
@@ -6,9 +6,9 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jax.sharding import Mesh
@@ -24,8 +24,9 @@ from jvitmoe.experts import build, cost, routes
 from jvitmoe.experts.routes import Purpose
 from jvitmoe.interop import load
 from jvitmoe.models import vit
-from jvitmoe.runs import metrics_log, results
-from jvitmoe.runs.checkpoints import Checkpoints, list_steps, versions
+from jvitmoe.runs import history, results
+from jvitmoe.runs.checkpoint_writer import CheckpointWriter
+from jvitmoe.runs.checkpoints import list_steps, versions
 from jvitmoe.runs.console import console, warnings_as_lines
 from jvitmoe.runs.files import METRICS, RESULT
 from jvitmoe.runs.folder import check_shared, open_run_folder
@@ -39,239 +40,269 @@ from jvitmoe.training.optimizer import make_direction, warmup_steps
 from jvitmoe.training.state import TrainState, abstract_state, make_state
 from jvitmoe.training.step import Metrics
 
-SLOW_SECONDS = 0.1  # of a step
-Batch = tuple[Images, jax.Array | None]  # what a step takes
+SLOW_SECONDS = 0.1  # a step that takes longer is waited for, so that at most one is queued
+Batch = tuple[Images, jax.Array | None]  # (images, index_SB), the inputs of `step.train_step`
 
 
 class TrainingError(UserError):
-    """The run cannot go on; the message names the step, the value and the last good checkpoint."""
+    """A loss or gradient norm is not finite. The message names the step, the value and the last good checkpoint."""
 
     everywhere = known = True
 
 
-def train(config: Config, workdir: Path, stop: Stop, held: contextlib.ExitStack) -> None:
-    """Trains from the newest sound checkpoint or from scratch to the end, and tests. Raises UserError.
+class _Data(NamedTuple):
+    """The splits of a run. All of them are `Records` if `data.stream` is set, otherwise `Split`."""
 
-    `held` takes what must be let go of when the run has ended, however it ends: the lock of the folder, the watchdog.
+    train: Any
+    validation: Any
+    test: Any
+    classes: tuple[str, ...]
+    order: TrainOrder
+
+    @property
+    def counts(self) -> dict[str, int]:
+        return {"train": len(self.train), "validation": len(self.validation), "test": len(self.test)}
+
+
+def train(config: Config, workdir: Path, stop: Stop, cleanup: contextlib.ExitStack) -> None:
+    """Trains from the newest sound checkpoint, or from the initial state, to the last step, and then tests.
+
+    The lock of the run folder and the watchdog are entered into `cleanup`, which the caller closes. Raises UserError.
     """
     began = time.monotonic()
     mesh = processes.together(lambda: devices.make_mesh(config.train))
-    hardware = devices.describe(mesh)
-    find = datasets.browse if config.data.stream else datasets.load
-    dataset: Dataset[Any] = processes.one_first(lambda: find(config.data, config.model))
-    order_key = routes.address(jax.random.key(config.train.seed), Purpose.ORDER)
-
-    def arrange() -> tuple[Any, Any, TrainOrder]:
-        train_split, validation = datasets.hold_out(dataset.train, config.data.validation)
-        order = TrainOrder(len(train_split), config.train.batch_size, order_key, mesh, config.slots)
-        if config.train.epochs * order.steps_per_epoch > LARGEST:
-            raise ConfigError(
-                f"config.train.epochs is {config.train.epochs}; it must make at most {LARGEST:,} steps, "
-                f"and an epoch has {order.steps_per_epoch}"
-            )
-        _check_memory(config, mesh)
-        make_direction(config)  # for its ConfigError, before the run folder is made
-        return train_split, validation, order
-
-    train_split, validation, order = processes.together(arrange)
-    total = config.train.epochs * order.steps_per_epoch
+    data = _load_data(config, mesh)
     model = build.make_model(config, mesh.devices.flat[0].platform)
-    resumes = bool(list_steps(workdir / "checkpoints"))
-    starts = config.init.source and not resumes  # a checkpoint holds all that the source gave
-    dense, told = processes.together(lambda: load.start(config)) if starts else (None, [])
-    active, everything = cost.count_parameters(config)
-
-    counts = {"train": len(train_split), "validation": len(validation), "test": len(dataset.test)}
-    held.enter_context(processes.together(lambda: open_run_folder(workdir, config, dataset.class_names, counts)))
+    from_source = config.init.source and not list_steps(workdir / "checkpoints")  # a checkpoint includes the source
+    dense, init_notes = processes.together(lambda: load.start(config)) if from_source else (None, [])
+    cleanup.enter_context(processes.together(lambda: open_run_folder(workdir, config, data.classes, data.counts)))
     processes.together(lambda: check_shared(workdir))
-    console.print(f"run         {workdir}")
-    console.print(f"devices     {hardware}")
-    console.print(f"parameters  {active:,} active, {everything:,} total ({model.dtype.name} compute)")
-    if (trained := cost.count_trained(config)) < everything:
-        console.print(f"trained     {trained:,} of {everything:,} parameters")
-    for line in told:
-        console.print(f"source      {line}")
-    console.print(f"images      {', '.join(f'{count:,} {split}' for split, count in counts.items())}")
-    console.print(f"steps       {total:,} ({config.train.epochs} epochs of {order.steps_per_epoch})")
-    if config.optim.warmup_epochs > config.train.epochs / 2:
-        warmup, asked = warmup_steps(config, order.steps_per_epoch), config.optim.warmup_epochs
-        console.print(f"warm-up     {warmup:,} steps: at most half of them; config.optim.warmup_epochs is {asked:g}")
+    _print_setup(config, workdir, mesh, data, init_notes)
 
-    def show(split: Split | Records) -> tuple[Shown, Batches]:
-        batches = eval_batches(len(split), config.train.batch_size, mesh)
-        if isinstance(split, Split):
-            return put(split, mesh), batches
-        return stream.EvalImages(split, batches, config, mesh), batches
-
-    # Watching the test split chooses nothing: without a validation split the last checkpoint is the result.
-    watched = "validation" if len(validation) else "test"
-    evaluate = make_evaluate(model, mesh)
-    test = show(dataset.test)
-    watch_on = show(validation) if len(validation) else test
-
-    checkpoints = Checkpoints(workdir / "checkpoints", config.train.keep)
-    state, files = _resume(checkpoints, config, model, mesh, dense)
-    start = int(state.step)
+    evaluation = _Evaluation(config, model, mesh, data)
+    checkpoints = CheckpointWriter(workdir / "checkpoints", config.train.keep)
+    state, checksums = _initial_or_restored(checkpoints, config, model, mesh, dense)
+    start, total = int(state.step), config.train.epochs * data.order.steps_per_epoch
     if start:
-        console.print(f"resuming    from step {start:,}")
-    if start and processes.first():
-        found = metrics_log.checksums(workdir, start).get(METRICS)
-        if not found or found != files.get(METRICS, found):
-            console.print(f"warning: {METRICS} does not hold all that was recorded up to step {start}")
-    watchdog = held.enter_context(Watchdog(config.train.stall_minutes))
-    run = _Run(config, checkpoints, stop, watchdog, mesh, order)
-
-    if isinstance(train_split, Records):
-        batches = _streamed(stream.train_batches(train_split, order, config, mesh, start, total))
-    else:
-        batches = resident_batches(put(train_split, mesh), order, start, total)
-
-    def watch(state: TrainState) -> Result:
-        return models.evaluate_main(config, state.params, evaluate, *watch_on)
-
-    train_step = step.make_train_step(config, model, mesh, order.steps_per_epoch)
+        _print_resumed(workdir, start, checksums)
+    watchdog = cleanup.enter_context(Watchdog(config.train.stall_minutes))
+    train_step = step.make_train_step(config, model, mesh, data.order.steps_per_epoch)
+    log_folder = workdir if processes.first() else None
     with (
-        contextlib.closing(batches),
-        Tracker(workdir if processes.first() else None, start, total, config.train.batch_size) as tracker,
+        contextlib.closing(_train_batches(config, mesh, data, start, total)) as batches,
+        Tracker(log_folder, start, total, config.train.batch_size) as tracker,
     ):
+        loop = _Loop(config, total, data.order.steps_per_epoch, mesh, checkpoints, evaluation, tracker, stop, watchdog)
         try:
-            state = run.loop(state, batches, train_step, tracker, watch, watched)
+            state = loop.run(state, batches, train_step)
         except BaseException:
-            if processes.alone():  # otherwise it would wait for the others, and they for this one's part of a step
+            if processes.alone():  # with several processes, close() would wait for the others, and they for this one
                 checkpoints.close()
             raise
         checkpoints.close()
         stop.unsaved = False
         rate = tracker.images_per_second(total)
         tracker.testing()
-        rows = models.evaluate_run(config, state.params, state.ema, evaluate, *test)
-    if not processes.first():
-        return
-    results.write_result(
-        workdir,
-        {
+        rows = evaluation.test(state)
+    if processes.first():
+        active, everything = cost.count_parameters(config)
+        result = {
             "rows": rows,
             "data": config.data.name,
             "step": total,
             "seed": config.train.seed,
             "active_parameters": active,
             "total_parameters": everything,
-            # A finished run that is started again trains nothing, and keeps the rate it had.
-            "images_per_second": rate or _earlier_rate(workdir),
+            "images_per_second": rate or _earlier_rate(workdir),  # a repeated command trains no step and has no rate
             "seconds": time.monotonic() - began,
-            "hardware": hardware,
+            "hardware": devices.describe(mesh),
             "versions": versions(),
-        },
-    )
+        }
+        results.write_result(workdir, result)
+
+
+def _load_data(config: Config, mesh: Mesh) -> _Data:
+    """Returns the splits and the order of the training images. Raises ConfigError for settings that do not fit them."""
+    find = datasets.browse if config.data.stream else datasets.load
+    dataset: Dataset[Any] = processes.one_first(lambda: find(config.data, config.model))
+
+    def split() -> _Data:
+        train_split, validation = datasets.hold_out(dataset.train, config.data.validation)
+        key = routes.address(jax.random.key(config.train.seed), Purpose.ORDER)
+        order = TrainOrder(len(train_split), config.train.batch_size, key, mesh, config.slots)
+        if config.train.epochs * order.steps_per_epoch > LARGEST:
+            raise ConfigError(
+                f"config.train.epochs is {config.train.epochs}; it must make at most {LARGEST:,} steps, "
+                f"and an epoch has {order.steps_per_epoch}"
+            )
+        _check_memory(config, mesh)
+        make_direction(config)  # raises its ConfigError before the run folder exists
+        return _Data(train_split, validation, dataset.test, dataset.class_names, order)
+
+    return processes.together(split)
+
+
+def _print_setup(config: Config, workdir: Path, mesh: Mesh, data: _Data, init_notes: list[str]) -> None:
+    active, everything = cost.count_parameters(config)
+    dtype = build.make_model(config, mesh.devices.flat[0].platform).dtype.name
+    epochs, steps_per_epoch = config.train.epochs, data.order.steps_per_epoch
+    console.print(f"run         {workdir}")
+    console.print(f"devices     {devices.describe(mesh)}")
+    console.print(f"parameters  {active:,} active, {everything:,} total ({dtype} compute)")
+    if (trained := cost.count_trained(config)) < everything:
+        console.print(f"trained     {trained:,} of {everything:,} parameters")
+    for note in init_notes:
+        console.print(f"source      {note}")
+    console.print(f"images      {', '.join(f'{count:,} {name}' for name, count in data.counts.items())}")
+    console.print(f"steps       {epochs * steps_per_epoch:,} ({epochs} epochs of {steps_per_epoch})")
+    if config.optim.warmup_epochs > epochs / 2:
+        warmup, asked = warmup_steps(config, steps_per_epoch), config.optim.warmup_epochs
+        console.print(f"warm-up     {warmup:,} steps: at most half of all; config.optim.warmup_epochs is {asked:g}")
+
+
+def _print_resumed(workdir: Path, start: int, checksums: dict[str, str]) -> None:
+    """Prints the step that the run resumes from, and a warning if metrics.jsonl has lost lines since its save."""
+    console.print(f"resuming    from step {start:,}")
+    if processes.first():
+        now = history.checksums(workdir, start).get(METRICS)
+        if not now or now != checksums.get(METRICS, now):
+            console.print(f"warning: {METRICS} does not hold all that was recorded up to step {start}")
+
+
+def _train_batches(config: Config, mesh: Mesh, data: _Data, start: int, total: int) -> Generator[Batch, None, None]:
+    if config.data.stream:
+        with contextlib.closing(stream.train_batches(data.train, data.order, config, mesh, start, total)) as batches:
+            for images in batches:
+                yield images, None
+    else:
+        yield from resident_batches(put(data.train, mesh), data.order, start, total)
+
+
+class _Evaluation:
+    """Evaluates one split while training and the test split after it.
+
+    Without validation images the test split is watched. It then selects nothing: the last checkpoint is the result.
+    """
+
+    def __init__(self, config: Config, model: vit.ViT, mesh: Mesh, data: _Data) -> None:
+        self._config, self._mesh, self._evaluate = config, mesh, make_evaluate(model, mesh)
+        self._test_images = self._images(data.test)
+        self.watched = "validation" if len(data.validation) else "test"
+        self._watched_images = self._images(data.validation) if len(data.validation) else self._test_images
+
+    def watch(self, state: TrainState) -> Result:
+        return models.evaluate_main(self._config, state.params, self._evaluate, *self._watched_images)
+
+    def test(self, state: TrainState) -> list[dict[str, Any]]:
+        """Returns the rows of the result table (`results.write_result`)."""
+        return models.evaluate_run(self._config, state.params, state.ema, self._evaluate, *self._test_images)
+
+    def _images(self, split: Split | Records) -> tuple[Shown, Batches]:
+        batches = eval_batches(len(split), self._config.train.batch_size, self._mesh)
+        if isinstance(split, Split):
+            return put(split, self._mesh), batches
+        return stream.EvalImages(split, batches, self._config, self._mesh), batches
 
 
 def _earlier_rate(workdir: Path) -> float | None:
     try:
         return results.read_result(workdir).get("images_per_second")
     except UserError:
-        console.print(f"warning: {RESULT} is damaged; it is written anew, without images/s")
+        console.print(f"warning: {RESULT} is damaged; it is rewritten without images/s")
         return None
 
 
 def _check_memory(config: Config, mesh: Mesh) -> None:
-    """Raises ConfigError where a device cannot even hold its share of parameters and moments."""
+    """Raises ConfigError if parameters and moments alone exceed a device's memory."""
     _, everything = cost.count_parameters(config)
     needed = (4 * everything + 8 * cost.count_trained(config)) // mesh.size
-    statistics = mesh.local_devices[0].memory_stats() or {}  # a CPU has none
-    there = statistics.get("bytes_limit") or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if needed > there:
+    statistics = mesh.local_devices[0].memory_stats() or {}  # None on a CPU
+    available = statistics.get("bytes_limit") or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > available:
         raise ConfigError(
-            f"config.model has {everything:,} parameters; with their moments they take {needed / 2**30:,.1f} GiB of a "
-            f"device that has {there / 2**30:,.1f} GiB; set a smaller model.width, model.hidden or routing.experts"
+            f"config.model has {everything:,} parameters; with their moments they need {needed / 2**30:,.1f} GiB of "
+            f"a device that has {available / 2**30:,.1f} GiB; lower model.width, model.hidden or routing.experts"
         )
 
 
-def _streamed(batches: Generator[Images, None, None]) -> Generator[Batch, None, None]:
-    with contextlib.closing(batches):
-        for images in batches:
-            yield images, None
-
-
-def _resume(
-    checkpoints: Checkpoints, config: Config, model: vit.ViT, mesh: Mesh, dense: Any
+def _initial_or_restored(
+    checkpoints: CheckpointWriter, config: Config, model: vit.ViT, mesh: Mesh, dense: Any
 ) -> tuple[TrainState, dict[str, str]]:
-    """Returns the state to go on from, and the checksums that the run folder's files had there."""
+    """Returns the state that training starts from, and the checksums that the files of the run folder had there."""
     with warnings_as_lines():
-        found = checkpoints.restore(abstract_state(config, model, mesh))
-    return (found[0], found[1].get("files", {})) if found else (make_state(config, model, mesh, dense), {})
+        restored = checkpoints.restore(abstract_state(config, model, mesh))
+    return (restored[0], restored[1].get("files", {})) if restored else (make_state(config, model, mesh, dense), {})
 
 
-class _Run:
-    """The loop and what it needs between steps."""
+class _Loop:
+    """The loop over steps, and what it keeps between them."""
 
     def __init__(
         self,
         config: Config,
-        checkpoints: Checkpoints,
+        total: int,
+        steps_per_epoch: int,
+        mesh: Mesh,
+        checkpoints: CheckpointWriter,
+        evaluation: _Evaluation,
+        tracker: Tracker,
         stop: Stop,
         watchdog: Watchdog,
-        mesh: Mesh,
-        order: TrainOrder,
     ) -> None:
-        self._config, self._checkpoints, self._mesh, self._order = config, checkpoints, mesh, order
+        self._config, self._total, self._steps_per_epoch, self._mesh = config, total, steps_per_epoch, mesh
+        self._checkpoints, self._evaluation, self._tracker = checkpoints, evaluation, tracker
         self._stop, self._watchdog = stop, watchdog
-        self._unread: list[tuple[int, Metrics]] = []  # still on the device
+        self._unread: list[tuple[int, Metrics]] = []  # metrics that are still on the device
         self._saved: int | None = None
         self._slow = False
 
-    def loop(
-        self,
-        state: TrainState,
-        batches: Iterator[Batch],
-        train_step: step.TrainStep,
-        tracker: Tracker,
-        watch: Callable[[TrainState], Result],
-        watched: str,
-    ) -> TrainState:
-        """Returns the state after the last step. Exits with 128 + signal when asked to stop, the state saved."""
-        train, steps_per_epoch = self._config.train, self._order.steps_per_epoch
-        total, start = train.epochs * steps_per_epoch, int(state.step)
+    def run(self, state: TrainState, batches: Iterator[Batch], train_step: step.TrainStep) -> TrainState:
+        """Returns the state after the last step. Exits with 128 + signal if a signal asks for it, the state saved."""
+        config, start = self._config.train, int(state.step)
         self._saved = start or None
-        # Updates done once this step has ended, and what it takes.
-        for done, (images, index_SB) in zip(range(start + 1, total + 1), batches, strict=True):
+        for done, (images, index_SB) in zip(range(start + 1, self._total + 1), batches, strict=True):
             if done == start + 1:
-                compiled = train_step.lower(state, images, index_SB).compile()  # by itself, to time the first step
+                compiled = train_step.lower(state, images, index_SB).compile()  # apart, to time the first step alone
                 began = time.monotonic()
             state, metrics = compiled(state, images, index_SB)
             devices.settle(self._mesh, metrics)
             if self._slow:  # with more than one step queued, progress and a stop would have to wait for all of them
                 jax.block_until_ready(self._unread)
-            if (done - 1) % train.log_every == 0 or tracker.is_due():
-                self._read(tracker)  # the steps before: this one is running meanwhile
+            if (done - 1) % config.log_every == 0 or self._tracker.is_due():
+                self._read()  # reads the steps before this one, which runs meanwhile
             self._unread.append((done, metrics))
             if done == start + 1:
                 jax.block_until_ready(metrics)
-                tracker.started(done, time.monotonic() - began)
+                self._tracker.started(done, time.monotonic() - began)
                 self._stop.unsaved = True  # before the step is shown: a signal may come at once
-                self._read(tracker)
+                self._read()
             self._watchdog.progress(f"step {done}")
             stop = self._stop.asked(done)
-            evaluates = done == total or done % (train.eval_every * steps_per_epoch) == 0
-            saves = evaluates or (train.checkpoint_every and done % train.checkpoint_every == 0)
-            if saves or stop:
-                self._read(tracker)
-                paused = time.monotonic()
-                result = watch(state) if evaluates else None
-                if result:
-                    tracker.evaluation(done, watched, {"accuracy": result.accuracy, "nll": result.nll})
-                self._watchdog.progress(f"the evaluation at step {done}")
-                nll = result.nll if result and watched == "validation" else None
-                self._checkpoints.save(state, self._config, nll, tracker.sync())
-                self._saved = done
-                tracker.paused(time.monotonic() - paused)
-            if stop and done < total:
+            evaluates = done == self._total or done % (config.eval_every * self._steps_per_epoch) == 0
+            if stop or evaluates or (config.checkpoint_every and done % config.checkpoint_every == 0):
+                self._save(state, done, evaluates)
+            if stop and done < self._total:
                 self._checkpoints.close()
                 console.print(f"stopped at step {done} by {signal.Signals(stop).name}; the same command goes on")
                 sys.exit(128 + stop)
         return state
 
-    def _read(self, tracker: Tracker) -> None:
-        """Fetches the metrics of the steps since the last reading, checks each, and records those due."""
+    def _save(self, state: TrainState, done: int, evaluates: bool) -> None:
+        """Saves a checkpoint, after an evaluation if asked for."""
+        self._read()
+        began, nll = time.monotonic(), None
+        if evaluates:
+            result, watched = self._evaluation.watch(state), self._evaluation.watched
+            self._tracker.evaluation(done, watched, {"accuracy": result.accuracy, "nll": result.nll})
+            nll = result.nll if watched == "validation" else None
+        self._watchdog.progress(f"the evaluation at step {done}")
+        self._checkpoints.save(state, self._config, nll, self._tracker.sync())
+        self._saved = done
+        self._tracker.paused(time.monotonic() - began)
+
+    def _read(self) -> None:
+        """Fetches the metrics of all steps not read yet, checks them, and records those that are due."""
+        tracker = self._tracker
         if not self._unread:
             return
         steps, metrics = zip(*self._unread, strict=True)
@@ -285,18 +316,17 @@ class _Run:
         self._slow = tracker.step_seconds(steps[-1]) > SLOW_SECONDS
 
     def _check_finite(self, done: int, values: Metrics) -> None:
-        """Says so where a step was skipped; raises TrainingError where one may not be, with the last sound
-        checkpoint."""
-        sick = [(name, float(getattr(values, name))) for name in ("loss", "grad_norm")]
-        sick = [(name, value) for name, value in sick if not math.isfinite(value)]
-        if not sick:
+        """Prints a warning for a skipped step. Raises TrainingError if no step, or no further step, may be skipped."""
+        numbers = [(name, float(getattr(values, name))) for name in ("loss", "grad_norm")]
+        nonfinite = [(name, value) for name, value in numbers if not math.isfinite(value)]
+        if not nonfinite:
             return
-        (name, value), limit = sick[0], self._config.optim.skip_nonfinite
+        (name, value), limit = nonfinite[0], self._config.optim.skip_nonfinite
         in_a_row = int(values.skipped.in_a_row) if values.skipped else 1
         if in_a_row <= limit:
             console.print(f"warning: step {done} skipped: {name} is {value}")
             return
-        self._checkpoints.close()  # reads the last one back, so that what is named is sound
+        self._checkpoints.close()  # waits for the last save and reads it back, so that the step it names is sound
         good = f"the last good checkpoint is step {self._saved}" if self._saved else "no checkpoint was saved yet"
         rule = f"it must be finite, but for {limit} steps in a row" if limit else "it must be finite"
         raise TrainingError(

@@ -39,6 +39,7 @@ def one_line(error: pytest.ExceptionInfo[DataError]) -> str:
     return str(error.value)
 
 
+@pytest.mark.process
 def test_importing_sources_imports_neither_jax_nor_any_reader():
     heavy = ("jax", "tensorflow_datasets", "tensorflow", "PIL", "sklearn")
     code = f"import sys, jvitmoe.data.datasets; print([name for name in {heavy} if name in sys.modules])"
@@ -301,6 +302,7 @@ def test_a_run_may_go_on_as_a_stream_unless_that_would_hold_out_other_images(nam
 # TFDS: sets that are prepared
 
 
+@pytest.mark.process
 @pytest.mark.skipif(not (TFDS_DIR / "cifar10").is_dir(), reason=f"needs a prepared CIFAR-10 in {TFDS_DIR}")
 def test_a_prepared_set_is_read_whole_without_tensorflow_or_jax():
     code = (

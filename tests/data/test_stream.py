@@ -28,6 +28,8 @@ from jvitmoe.experts import routes
 from jvitmoe.experts.routes import Purpose
 from jvitmoe.runtime.devices import make_mesh
 
+pytestmark = pytest.mark.slow
+
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
 

@@ -1,4 +1,4 @@
-"""Targets of exports. A file of this folder defines one subclass of `base.Target`; the import below registers it."""
+"""Export targets. Each file of this folder defines a subclass of `base.Target`; the import below registers it."""
 
 from jvitmoe.interop.targets import hf, onnx, safetensors, stablehlo, timm
 from jvitmoe.interop.targets.base import TARGETS

@@ -1,4 +1,4 @@
-"""What every export target has in common: what it supports, its test sample, and the check of what was written."""
+"""The base class of export targets: supported settings, the test sample, and the check of the written files."""
 
 import dataclasses
 import json
@@ -31,34 +31,33 @@ Run = Callable[[np.ndarray], np.ndarray]  # inputs as the target takes them -> l
 class Target:
     """One format of exports."""
 
-    name: str  # --to
-    library: str  # that loads it, under its name on the Hugging Face Hub
-    reader = "jvitmoe"  # reads the export back after writing
-    torch = False  # whether it runs in PyTorch: channels come before rows
-    fields = FIELDS  # of the model that the format can express; another one must have its default
+    name: str  # value of --to
+    library: str  # that loads it, by its name on the Hugging Face Hub
+    reader = "jvitmoe"  # the library that reads the export back after writing
+    torch = False  # True if it runs in PyTorch: channels come before rows
+    fields = FIELDS  # of ModelConfig that the format can express; all others must have their default
     use: str  # Markdown for the card: how to load the model; {epsilon} is LayerNorm's
     check: str  # expression for the card: the logits of `sample`
 
     def write(self, out: Path, source: load.Source, model: ModelConfig) -> Run:
-        """Writes the model's files to `out`, and returns what reading them back computes."""
+        """Writes the model's files to `out`, reads them back, and returns the function that they compute."""
         raise NotImplementedError
 
     def remarks(self, config: Config) -> list[str]:
-        """Returns what the user should know of this export."""
+        """Returns what the user should know about this export, in sentences."""
         return []
 
     def differences(self, model: ModelConfig) -> list[str]:
-        """Returns what the format cannot express exactly."""
+        """Returns what the format cannot express exactly, in sentences."""
         return []
 
     def unsupported(self, model: ModelConfig) -> list[str]:
         """Returns the fields of the model that the format cannot express."""
         default = ModelConfig()
-        odd = (name for name in FIELDS - self.fields - NEUTRAL if getattr(model, name) != getattr(default, name))
-        return sorted(odd)
+        return sorted(n for n in FIELDS - self.fields - NEUTRAL if getattr(model, n) != getattr(default, n))
 
     def examine(self, config: Config) -> list[str]:
-        """Returns remarks on this export. Raises UserError, with the config that would do, for a ViT that the format
+        """Returns remarks on this export. Raises UserError, with the flags to change, for a model that the format
         cannot express."""
         model, default = config.model, ModelConfig()
         if odd := self.unsupported(model):
@@ -74,7 +73,7 @@ class Target:
         return left + self.remarks(config)
 
     def sample(self, source: load.Source, config: Config) -> weight_names.Dict:
-        """Returns the arrays of sample.npz: test images, also as the target takes them, and their logits."""
+        """Returns the arrays of sample.npz: test images, the target's inputs for them, labels, and our logits."""
         records = datasets.browse(config.data, config.model).test
         test = splits.decode(records.select(np.arange(min(SAMPLE, len(records)))), config.data, config.model)
         inputs = np.asarray(augment.normalize(jnp.asarray(test.images_NHWc)))
@@ -84,8 +83,8 @@ class Target:
         return {"images": test.images_NHWc, "inputs": inputs, "labels": test.labels_N, "logits": logits_NC}
 
     def export(self, out: Path, source: load.Source, sample: weight_names.Dict) -> float:
-        """Writes the model and the sample. Returns the largest difference between the logits that the files give and
-        the sample's. Raises UserError where it exceeds the tolerance."""
+        """Writes the model and the sample. Returns the largest difference between the logits of the files and of the
+        sample. Raises UserError if it exceeds the tolerance."""
         model = dataclasses.replace(source.model, position_rows=0, dtype="float32", dropout=0.0, unroll=1)
         run = self.write(out, source, model)
         np.savez(out / "sample.npz", allow_pickle=False, **sample)
@@ -105,7 +104,7 @@ TARGETS: dict[str, Target] = {}
 
 
 def register(target: type[Target]) -> type[Target]:
-    """Makes the class a choice of --to."""
+    """Adds the class to the choices of --to."""
     TARGETS[target.name] = target()
     return target
 
@@ -125,7 +124,7 @@ class TorchTarget(Target):
 
 
 def save_weights(out: Path, arrays: weight_names.Dict, about: dict[str, Any]) -> Run:
-    """Writes model.safetensors and config.json, and returns the model that reading them back gives."""
+    """Writes model.safetensors and config.json, reads them back, and returns the function that they compute."""
     (out / load.WEIGHTS).write_bytes(save(arrays, metadata={"format": "pt"}))
     files.write_text(out / load.CONFIG, json.dumps(about, indent=2) + "\n")
     again = load.read(out)
@@ -139,8 +138,8 @@ def save_weights(out: Path, arrays: weight_names.Dict, about: dict[str, Any]) ->
 
 
 def forward(source: load.Source, model: ModelConfig) -> Callable[[jax.Array], jax.Array]:
-    """Returns the model as a function of normalised images, with its parameters inside and its layers unrolled: a loop
-    over layers takes no batch of unknown size."""
+    """Returns the model as a function of normalised images, with its parameters as constants and its layers unrolled,
+    because exporters cannot combine a loop with a batch of unknown size."""
     net = vit.build(model).clone(loops=False)
     params = jax.tree.map(jnp.asarray, weight_names.unflatten(classifier.dense_arrays(source)))
     return lambda images_BHWc: vit.logits(net, params, images_BHWc)

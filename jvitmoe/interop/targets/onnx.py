@@ -32,7 +32,7 @@ run = lambda inputs: model.run(None, {{model.get_inputs()[0].name: inputs}})[0]
         return super().examine(config)
 
     def write(self, out: Path, source: load.Source, model: ModelConfig) -> base.Run:
-        # They log dozens of unknown shapes, and tracebacks of parts that do not support this JAX.
+        # They log dozens of unknown shapes, and tracebacks of plugins that do not support this JAX.
         for name in ("onnx_ir", "jax2onnx"):
             logging.getLogger(name).setLevel(logging.CRITICAL)
         import jax2onnx
@@ -50,8 +50,8 @@ run = lambda inputs: model.run(None, {{model.get_inputs()[0].name: inputs}})[0]
 
 
 def _name_and_pad(graph: Any) -> None:
-    """Names the input `images` and the output `logits`, and pads a batch of 0 to one image whose logits are dropped:
-    on an empty batch onnxruntime's Einsum ends the process by SIGFPE."""
+    """Names the input `images` and the output `logits`. Pads an empty batch to one image and drops its logits, because
+    onnxruntime's Einsum ends the process by SIGFPE on an empty batch."""
     from onnx import helper
 
     names = {graph.input[0].name: "padded_images", graph.output[0].name: "padded_logits"}

@@ -1,4 +1,4 @@
-"""Our own names of arrays: a folder that `jvitmoe.load` reads."""
+"""Our own names of arrays, in a folder that `jvitmoe.load` reads."""
 
 import dataclasses
 from collections.abc import Sequence

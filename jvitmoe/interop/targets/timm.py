@@ -8,8 +8,8 @@ from jvitmoe.config import Config, ModelConfig
 from jvitmoe.interop import load, weight_names
 from jvitmoe.interop.targets import base
 
-# timm's config.json cannot set the epsilon of LayerNorm: the architecture implies it. For each epsilon, an architecture
-# whose other arguments ours replace.
+# timm's config.json cannot set the epsilon of LayerNorm: the architecture implies it. So we name an architecture with
+# our epsilon and replace its other arguments.
 NORMS = {1e-5: "vit_base_patch16_clip_224", 1e-6: "vit_base_patch16_224"}
 
 
@@ -60,8 +60,8 @@ model.load_state_dict(load_file("model.safetensors"), strict=True)
 
 
 def config_json(model: ModelConfig, classes: Sequence[str], crop: str) -> dict[str, Any]:
-    """Returns timm's config.json: the architecture whose LayerNorm epsilon is nearest to ours, and every argument that
-    makes it ours; `crop` is the run's `data.crop`."""
+    """Returns timm's config.json: the architecture whose LayerNorm epsilon is nearest to ours, with our arguments;
+    `crop` is the run's `data.crop`."""
     cls = model.pool == "cls"
     args = {
         **{"img_size": model.image_size, "patch_size": model.patch, "in_chans": model.channels},
@@ -84,6 +84,6 @@ def config_json(model: ModelConfig, classes: Sequence[str], crop: str) -> dict[s
 
 
 def _ratio(hidden: int, width: int) -> float:
-    """Returns the ratio r with int(width * r) = hidden, which is how timm counts."""
+    """Returns the ratio r with int(width * r) = hidden, which is timm's formula."""
     ratio = hidden / width
     return ratio if int(width * ratio) == hidden else (hidden + 0.5) / width

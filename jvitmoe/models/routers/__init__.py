@@ -1,4 +1,4 @@
-"""Routers that pick the expert of each token inside the model. To add one: a class, and a line in ROUTERS."""
+"""Routers, which select the expert of each token inside the model. To add one: a class, and a line in ROUTERS."""
 
 import difflib
 
@@ -15,7 +15,7 @@ from jvitmoe.models.routers.topk import TopK
 
 __all__ = ["ROUTERS", "Router", "RouterSettings", "Statistics", "find", "z_loss"]
 
-# The names of `routing.router`, beside "random": the route that the training step draws (experts.routes).
+# The names of `routing.router` besides "random", where the training step draws a route (experts.routes).
 ROUTERS: dict[str, type[Router]] = {
     "switch": Switch,
     "topk": TopK,
@@ -37,5 +37,5 @@ def find(name: str) -> type[Router]:
 
 
 def z_loss(statistics: Statistics) -> jax.Array:
-    """Returns the mean over layers of z, which keeps logits small. Source: ST-MoE, arXiv 2202.08906, eq. 5."""
+    """Returns the mean of z over layers; this loss keeps logits small. Source: ST-MoE, arXiv 2202.08906, eq. 5."""
     return statistics.z.mean()

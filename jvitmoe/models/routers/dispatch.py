@@ -1,9 +1,9 @@
-"""What all routers share: the base class, slots of experts, statistics.
+"""The base class of routers, slots of experts, statistics.
 
-Every image is a routing group of its own: capacity, sorting and softmax over tokens stay within the image, so results
-do not depend on how the batch is spread over devices.
+Every image is routed alone: capacity, sorting and softmax over tokens do not cross images, so results do not depend on
+the number of devices.
 
-B batch · T tokens of an image · D width · E experts · K experts of a token · C slots of an expert for one image
+B batch · T tokens · D width · E experts · K experts of a token · Q slots of an expert for one image
 A = K T choices of an image · L layers
 """
 
@@ -20,21 +20,21 @@ from jvitmoe.models.layers import torch_uniform
 
 @dataclasses.dataclass(frozen=True)
 class RouterSettings:
-    """Which router, and how many tokens an expert takes."""
+    """Which router, and how many tokens an expert takes: Q = ceil(capacity K T / E), at most T (`slots_per_expert`)."""
 
     kind: str = "switch"  # a key of ROUTERS
     top_k: int = 2  # K of topk and frozen, at most E
-    capacity: float = 1.25  # C = ceil(capacity K T / E), at most T: switch, topk, frozen; expert_choice with K = 1
-    eval_capacity: float = 2.0  # the same at evaluation, not for expert_choice; from E / K on no token is dropped
+    capacity: float = 1.25  # of switch, topk and frozen; of expert_choice with K = 1
+    eval_capacity: float = 2.0  # the same in evaluation, not for expert_choice; from E / K on no token is dropped
 
 
 class Statistics(NamedTuple):
-    """What a router did, float32, per layer. Each is a mean over tokens, so a mean over devices is exact."""
+    """What a router did, float32, per layer. Each value is a mean over tokens, so a mean over devices is exact."""
 
-    load_E: jax.Array  # share of all choices that fell on each expert, before drops; no gradient
+    load_E: jax.Array  # share of all choices that each expert has, before drops; no gradient
     probability_E: jax.Array  # mean router probability, without noise
     smooth_load_E: jax.Array  # topk: mean probability that new noise puts the expert in the top K; else load_E
-    dropped: jax.Array  # share of choices that found no slot; expert_choice: of tokens that no expert took
+    dropped: jax.Array  # share of choices without a slot; expert_choice: share of tokens that no expert took
     entropy: jax.Array  # mean entropy of the router probabilities, nats
     z: jax.Array  # mean of logsumexp(logits)^2
 
@@ -42,68 +42,65 @@ class Statistics(NamedTuple):
 class Slots(NamedTuple):
     """The token in each slot. Empty slots hold distinct indices >= T: gather gives zero there, scatter ignores them."""
 
-    token_EBC: jax.Array
-    weight_EBC: jax.Array  # float32, multiplies the expert's output
+    token_EBQ: jax.Array
+    weight_EBQ: jax.Array  # float32, multiplies the expert's output
     once: bool  # no token is in two slots
 
     def gather(self, x_BTD: jax.Array) -> jax.Array:
-        """Returns the inputs of the experts, x_EBCD."""
+        """Returns the inputs of the experts, x_EBQD."""
         return x_BTD.at[self._index].get(mode="fill", fill_value=0, unique_indices=self.once)
 
-    def scatter(self, y_EBCD: jax.Array, x_BTD: jax.Array) -> jax.Array:
+    def scatter(self, y_EBQD: jax.Array, x_BTD: jax.Array) -> jax.Array:
         """Returns y_BTD like x_BTD: for each token the weighted sum over its slots, 0 for a token in none."""
-        weighted_EBCD = y_EBCD * self.weight_EBC[..., None].astype(y_EBCD.dtype)
-        return jnp.zeros_like(x_BTD).at[self._index].add(weighted_EBCD, mode="drop", unique_indices=self.once)
+        weighted_EBQD = y_EBQD * self.weight_EBQ[..., None].astype(y_EBQD.dtype)
+        return jnp.zeros_like(x_BTD).at[self._index].add(weighted_EBQD, mode="drop", unique_indices=self.once)
 
     @property
     def _index(self) -> tuple[jax.Array, jax.Array]:
-        return jnp.arange(self.token_EBC.shape[1])[None, :, None], self.token_EBC
+        return jnp.arange(self.token_EBQ.shape[1])[None, :, None], self.token_EBQ
 
 
 class Mixtures(NamedTuple):
     """Slots that hold weighted means of tokens (soft)."""
 
-    dispatch_BTEC: jax.Array  # float32, weight of the token in the slot
-    combine_BTEC: jax.Array  # float32, weight of the slot's output in the token
+    dispatch_BTEQ: jax.Array  # float32, weight of the token in the slot
+    combine_BTEQ: jax.Array  # float32, weight of the slot's output in the token
 
     def gather(self, x_BTD: jax.Array) -> jax.Array:
-        return jnp.einsum("btec,btd->ebcd", self.dispatch_BTEC.astype(x_BTD.dtype), x_BTD)
+        return jnp.einsum("bteq,btd->ebqd", self.dispatch_BTEQ.astype(x_BTD.dtype), x_BTD)
 
-    def scatter(self, y_EBCD: jax.Array, x_BTD: jax.Array) -> jax.Array:
-        return jnp.einsum("btec,ebcd->btd", self.combine_BTEC.astype(x_BTD.dtype), y_EBCD)
+    def scatter(self, y_EBQD: jax.Array, x_BTD: jax.Array) -> jax.Array:
+        return jnp.einsum("bteq,ebqd->btd", self.combine_BTEQ.astype(x_BTD.dtype), y_EBQD)
 
 
 class Router(nn.Module):
-    """Base class of routers. A subclass defines `route`; its parameters appear as "router" beside those of the MLP.
-
-    `logits` gives a router a linear layer: kernel [D, E] and bias [E], float32, initialised as PyTorch's Linear.
-    """
+    """Base class of routers. A subclass defines `route`; its parameters are "router" beside those of the MLP."""
 
     experts: int
     settings: RouterSettings
-    top_k: jax.Array | None = None  # K of this step where it grows (frozen); None is settings.top_k
+    top_k: jax.Array | None = None  # K of this step if it grows (frozen); None is settings.top_k
 
-    uses_top_k: ClassVar[bool] = False  # whether it reads settings.top_k
-    is_trained: ClassVar[bool] = True  # False: its parameters stay as they were drawn
+    uses_top_k: ClassVar[bool] = False  # True if it reads settings.top_k
+    is_trained: ClassVar[bool] = True  # False if its parameters keep their initial values
 
     def route(self, x_BTD: jax.Array, key_B: jax.Array | None) -> tuple[Slots | Mixtures, Statistics]:
         """Returns the slots of all experts, and Statistics.
 
         Args:
             x_BTD: float32 tokens.
-            key_B: one key per image, for noise. None is evaluation: deterministic, with eval_capacity.
+            key_B: one key per image, for noise; None is evaluation: deterministic, with eval_capacity.
         """
         raise NotImplementedError
 
     @staticmethod
     def loss(statistics: Statistics) -> jax.Array:
-        """Returns the balance loss, a scalar: the mean over layers of statistics [L, ...]. 0 where a router is balanced
-        by construction."""
+        """Returns the balance loss of statistics [L, ...], a scalar: the mean over layers; 0 for a router that is
+        balanced by construction."""
         return jnp.zeros(())
 
     @staticmethod
     def active_experts(top_k: int, experts: int) -> int:
-        """Returns the number of experts that a token passes through at evaluation (on average, if it varies)."""
+        """Returns the number of experts that a token passes through in evaluation (on average, if it varies)."""
         return 1
 
     @staticmethod
@@ -112,25 +109,26 @@ class Router(nn.Module):
         return None
 
     def logits(self, x_BTD: jax.Array) -> jax.Array:
-        """Returns logits_BTE of the linear layer; without a gradient to its parameters if these are not trained."""
+        """Returns logits_BTE of a linear layer, kernel [D, E] and bias [E], float32, initialised as PyTorch's Linear.
+        Its parameters get no gradient if they are not trained."""
         width = x_BTD.shape[-1]
         init = torch_uniform(width)
         kernel_DE = self.param("kernel", init, (width, self.experts))
         bias_E = self.param("bias", init, (self.experts,))
         if not self.is_trained:
             kernel_DE, bias_E = jax.lax.stop_gradient((kernel_DE, bias_E))
-        # The highest precision, because a GPU (TF32) or TPU rounds the inputs of float32 products.
+        # A GPU (TF32) or TPU would round the inputs of float32 products.
         return jnp.matmul(x_BTD, kernel_DE, precision="highest") + bias_E[None, None]
 
     def capacity(self, tokens: int, key_B: jax.Array | None, top_k: int = 1) -> int:
-        """Returns C where each token makes `top_k` choices."""
+        """Returns Q where each token makes `top_k` choices."""
         factor = self.settings.eval_capacity if key_B is None else self.settings.capacity
         return slots_per_expert(factor * top_k, tokens, self.experts)
 
 
 def slots_per_expert(factor: float, tokens: int, experts: int) -> int:
-    """Returns C = ceil(factor T / E), at most T: no expert gets a token twice."""
-    return min(math.ceil(round(factor * tokens / experts, 6)), tokens)  # rounded first: 1.1 * 10 is more than 11
+    """Returns Q = ceil(factor T / E), at most T: no expert gets a token twice."""
+    return min(math.ceil(round(factor * tokens / experts, 6)), tokens)  # rounded first: 1.1 * 10 > 11 in floats
 
 
 def fill_slots(
@@ -142,32 +140,32 @@ def fill_slots(
     limit: jax.Array | None = None,
     chosen: jax.Array | None = None,
 ) -> tuple[Slots, jax.Array, jax.Array]:
-    """Returns (slots, load_E, dropped) where tokens choose experts and each expert has `count` slots per image.
+    """Returns (slots, load_E, dropped) if tokens choose experts and each expert has `count` slots per image.
 
     Slots go to first choices, then to second ones; among these to tokens of high priority, then of low index. An
-    expert fills at most `limit` of its slots. A token makes `chosen` choices, the first ones; the others are E, which
-    is no expert. By default these are `count` and K.
+    expert fills at most `limit` of its slots (None: all). A token makes its first `chosen` choices (None: all K); the
+    others must be E, which is no expert.
     """
     _, tokens, ranks = choice_BTK.shape
     most = count if limit is None else limit
     choices = tokens * (ranks if chosen is None else chosen)
-    empty_EC = tokens + jnp.arange(experts * count).reshape(experts, count)
+    empty_EQ = tokens + jnp.arange(experts * count).reshape(experts, count)
 
     def one_image(choice_TK: jax.Array, weight_TK: jax.Array, priority_T: jax.Array | None) -> tuple[jax.Array, ...]:
         order_T = jnp.arange(tokens) if priority_T is None else jnp.argsort(-priority_T)
         token_A = jnp.tile(order_T, ranks)
         choice_A, weight_A = (x_TK[order_T].T.reshape(-1) for x_TK in (choice_TK, weight_TK))
-        by_expert_A = jnp.argsort(choice_A)  # stable: in the order of precedence within an expert
+        by_expert_A = jnp.argsort(choice_A)  # stable: keeps the order of precedence within an expert
         count_E = (choice_A[:, None] == jnp.arange(experts)[None]).sum(0)
         start_E = jnp.cumsum(count_E) - count_E
-        slot_C = jnp.arange(count)
-        full_EC = slot_C[None] < jnp.minimum(count_E, most)[:, None]
-        choice_EC = by_expert_A[jnp.where(full_EC, start_E[:, None] + slot_C[None], 0)]
-        token_EC = jnp.where(full_EC, token_A[choice_EC], empty_EC)
-        return token_EC, jnp.where(full_EC, weight_A[choice_EC], 0.0), count_E
+        slot_Q = jnp.arange(count)
+        full_EQ = slot_Q[None] < jnp.minimum(count_E, most)[:, None]
+        choice_EQ = by_expert_A[jnp.where(full_EQ, start_E[:, None] + slot_Q[None], 0)]
+        token_EQ = jnp.where(full_EQ, token_A[choice_EQ], empty_EQ)
+        return token_EQ, jnp.where(full_EQ, weight_A[choice_EQ], 0.0), count_E
 
-    token_BEC, weight_BEC, count_BE = jax.vmap(one_image)(choice_BTK, weight_BTK, priority_BT)
-    slots = Slots(token_BEC.swapaxes(0, 1), weight_BEC.swapaxes(0, 1), once=ranks == 1)
+    token_BEQ, weight_BEQ, count_BE = jax.vmap(one_image)(choice_BTK, weight_BTK, priority_BT)
+    slots = Slots(token_BEQ.swapaxes(0, 1), weight_BEQ.swapaxes(0, 1), once=ranks == 1)
     load_E = count_BE.mean(0) / choices
     dropped = jnp.maximum(count_BE - most, 0).sum(1).mean() / choices
     return slots, load_E, dropped
@@ -179,7 +177,11 @@ def statistics(
     """Returns Statistics of these logits; smooth_load_E is load_E unless given."""
     probability_BTE = jax.nn.softmax(logits_BTE)
     normaliser_BT = jax.nn.logsumexp(logits_BTE, axis=-1)
-    entropy_BT = normaliser_BT - (probability_BTE * logits_BTE).sum(-1)
-    smooth_load_E = load_E if smooth_load_E is None else smooth_load_E
-    z = jnp.square(normaliser_BT).mean()
-    return Statistics(load_E, probability_BTE.mean((0, 1)), smooth_load_E, dropped, entropy_BT.mean(), z)
+    return Statistics(
+        load_E=load_E,
+        probability_E=probability_BTE.mean((0, 1)),
+        smooth_load_E=load_E if smooth_load_E is None else smooth_load_E,
+        dropped=dropped,
+        entropy=(normaliser_BT - (probability_BTE * logits_BTE).sum(-1)).mean(),
+        z=jnp.square(normaliser_BT).mean(),
+    )

@@ -9,10 +9,10 @@ from jvitmoe.models.routers.dispatch import Router, Slots, Statistics, fill_slot
 
 
 class Frozen(Router):
-    """A token goes to its K experts of highest logit and gets the sum of p f(x), p the softmax over these K, which grow
-    to all E in training (`top_k_at`). An expert takes at most C tokens, first choices before second ones. Evaluation
-    runs all E. Training computes the C slots of K = E at every step, because shapes are fixed; with a smaller K the
-    rest of them is empty. Source: SMoE-Dropout, arXiv 2303.01610."""
+    """A token goes to its K experts of highest logit and gets the sum of p f(x), p the softmax over these K. K grows to
+    E in training (`top_k_at`) and is E in evaluation. An expert takes at most Q tokens, first choices before second
+    ones. Shapes are fixed, so every training step has the Q slots of K = E; with a smaller K some stay empty.
+    Source: SMoE-Dropout, arXiv 2303.01610."""
 
     uses_top_k = True
     is_trained = False
@@ -23,7 +23,7 @@ class Frozen(Router):
         top_BTK, choice_BTK = jax.lax.top_k(logits_BTE, ranks)
         count_K = np.array([self.capacity(x_BTD.shape[1], key_B, k) for k in range(1, ranks + 1)], np.int32)
         weight_BTK, limit = jax.nn.softmax(top_BTK), None
-        if self.top_k is not None:  # ranks from K on weigh nothing and choose E, which is no expert
+        if self.top_k is not None:  # ranks from K on have weight 0 and choose E, which is no expert
             chosen_K = (jnp.arange(ranks) < self.top_k)[None, None]
             weight_BTK = jax.nn.softmax(top_BTK, where=chosen_K)
             choice_BTK = jnp.where(chosen_K, choice_BTK, self.experts)
@@ -40,10 +40,7 @@ class Frozen(Router):
     @staticmethod
     def top_k_at(step: jax.Array, total: int, top_k: int, experts: int) -> jax.Array:
         """Returns K at a step of `total`: each K from `top_k` to E for an equal part of training (sec. 3.2: linear in
-        the step).
-
-        It counts the steps at which K grows, as integers: a quotient in float32 can be late by a step.
-        """
+        the step). Integers, because a quotient in float32 can be late by a step."""
         values = experts - top_k + 1
         grows_at = np.array([-(-n * total // values) for n in range(1, values)], np.int32)
         return top_k + (step >= grows_at).sum(dtype=jnp.int32)

@@ -8,21 +8,21 @@ from jvitmoe.models.routers.dispatch import Mixtures, Router, Statistics, statis
 
 
 class Soft(Router):
-    """Each of C = ceil(T/E) slots of an expert is a mean of tokens, weighted by the softmax over T; a token gets the
-    mean of f over all E C slots, weighted by the softmax over them. Logits are the cosine of token and slot times a
-    learned scale. Parameters: kernel [D, E, C] and scale []. Source: Soft MoE, arXiv 2308.00951, sec. 2.3."""
+    """Each of Q = ceil(T/E) slots of an expert is a mean of tokens, weighted by the softmax over T; a token gets the
+    mean of f over all E Q slots, weighted by the softmax over them. Logits are the cosine of token and slot times a
+    learned scale. Parameters: kernel [D, E, Q] and scale []. Source: Soft MoE, arXiv 2308.00951, sec. 2.3."""
 
     @nn.compact
     def route(self, x_BTD: jax.Array, key_B: jax.Array | None) -> tuple[Mixtures, Statistics]:
         _, tokens, width = x_BTD.shape
         init = nn.initializers.normal(width**-0.5)
-        kernel_DEC = self.param("kernel", init, (width, self.experts, -(-tokens // self.experts)))
+        kernel_DEQ = self.param("kernel", init, (width, self.experts, -(-tokens // self.experts)))
         scale = self.param("scale", nn.initializers.ones, ())
-        logits_BTEC = jnp.einsum("btd,dec->btec", _unit(x_BTD, -1), scale * _unit(kernel_DEC, 0), precision="highest")
-        mixtures = Mixtures(jax.nn.softmax(logits_BTEC, axis=1), jax.nn.softmax(logits_BTEC, axis=(2, 3)))
+        logits_BTEQ = jnp.einsum("btd,deq->bteq", _unit(x_BTD, -1), scale * _unit(kernel_DEQ, 0), precision="highest")
+        mixtures = Mixtures(jax.nn.softmax(logits_BTEQ, axis=1), jax.nn.softmax(logits_BTEQ, axis=(2, 3)))
         load_E = jnp.full((self.experts,), 1.0 / self.experts)
         # The softmax of these is an expert's share of the softmax over slots.
-        logits_BTE = jax.nn.logsumexp(logits_BTEC, axis=3)
+        logits_BTE = jax.nn.logsumexp(logits_BTEQ, axis=3)
         return mixtures, statistics(logits_BTE, load_E, jnp.zeros(()))
 
 

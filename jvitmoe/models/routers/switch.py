@@ -8,7 +8,7 @@ from jvitmoe.models.routers.dispatch import Router, Slots, Statistics, fill_slot
 
 
 class Switch(Router):
-    """A token goes to the expert of highest softmax probability p and gets p f(x). An expert takes at most C tokens,
+    """A token goes to the expert of highest softmax probability p and gets p f(x). An expert takes at most Q tokens,
     in the order of their positions in the image. Source: arXiv 2101.03961."""
 
     @nn.compact

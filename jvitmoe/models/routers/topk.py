@@ -6,12 +6,12 @@ import jax.numpy as jnp
 
 from jvitmoe.models.routers.dispatch import Router, Slots, Statistics, fill_slots, statistics
 
-NOISE = 4  # site of its random draws; 0 to 3 are those of dropout in a block, 5 that of experts
+NOISE = 4  # site of its random draws (EXPERT_DROPOUT in mlp.py lists the others)
 
 
 class TopK(Router):
-    """A token goes to its K experts of highest probability and gets the sum of p f(x), not renormalised; N(0, 1/E^2) is
-    added to logits in training. An expert takes at most C tokens: first choices before second ones, and among these
+    """A token goes to its K experts of highest probability p and gets the sum of p f(x), not renormalised. In training
+    N(0, 1/E^2) is added to logits. An expert takes at most Q tokens: first choices before second ones, and among these
     the tokens with the highest p (batch priority routing). Source: V-MoE, arXiv 2106.05974."""
 
     uses_top_k = True
@@ -32,8 +32,8 @@ class TopK(Router):
 
     @staticmethod
     def loss(statistics: Statistics) -> jax.Array:
-        """Returns the mean over layers and over probability (importance) and smooth load of their CV^2, 0 when balanced
-        (app. A; there over the images of a device, here over those that the statistics are a mean of)."""
+        """Returns the CV^2 of probability (importance) and of smooth load, averaged over both and over layers, 0 when
+        balanced (app. A; there over the images of a device, here over those of the statistics)."""
         return (_cv_squared(statistics.probability_E) + _cv_squared(statistics.smooth_load_E)).mean() / 2
 
     @staticmethod
@@ -43,13 +43,13 @@ class TopK(Router):
 
 @jax.custom_jvp
 def upper_tail(x: jax.Array) -> jax.Array:
-    """Returns 1 - Phi(x), the probability that a standard normal draw is above x, of any shape."""
+    """Returns 1 - Phi(x), the probability of a standard normal draw above x, of any shape."""
     return 0.5 * jax.lax.erfc(x * 0.5**0.5)
 
 
 @upper_tail.defjvp
 def _upper_tail_jvp(primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> tuple[jax.Array, jax.Array]:
-    # Written out for the reason given at layers.gelu.
+    # Written out for the reason in layers.py, _gelu_jvp.
     (x,), (dx,) = primals, tangents
     return upper_tail(x), -dx * jnp.exp(-0.5 * jnp.square(x)) * (2 * jnp.pi) ** -0.5
 

@@ -1,0 +1,85 @@
+"""Config files of other libraries' ViTs: what the arrays do not show, and what our ViT cannot express. No JAX.
+
+A reader takes (arrays of the file, config.json, preprocessor_config.json; {} for a missing one), returns ConfigValues,
+and raises UserError for a ViT that differs from ours.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from jvitmoe.errors import UserError
+from jvitmoe.interop.weight_names import CLS, GOOGLE, HF, TIMM, Arrays, ConfigValues
+
+HF_EPSILON, GOOGLE_EPSILON = 1e-12, 1e-6  # of LayerNorm, if no file has it
+# Heads of timm's and google-research's sizes, if no file has them.
+HEADS = {"tiny": 3, "xsmall": 4, "small": 6, "medium": 8, "betwixt": 10, "base": 12}
+HEADS |= dict.fromkeys(("large", "huge", "giant", "gigantic"), 16)
+
+About = Mapping[str, Any]
+
+
+def read_timm(arrays: Arrays, about: About, processor: About) -> ConfigValues:
+    """timm's ViTs have an epsilon of 1e-6, those after CLIP 1e-5 (and, except the quickgelu ones, the same GELU)."""
+    has_cls = CLS[TIMM] in arrays
+    if has_cls == ("fc_norm.weight" in arrays):
+        raise UserError("its pooling must be CLS after `norm`, or the mean and then `fc_norm`; use a plain ViT")
+    args, architecture = about.get("model_args") or {}, str(about.get("architecture", ""))
+    args = {"global_pool": about.get("global_pool"), **args}
+    ours = {"act_layer": "gelu", "norm_layer": "layernorm", "class_token": has_cls}
+    for name, value in {**ours, "global_pool": "token" if has_cls else "avg"}.items():
+        if args.get(name) not in (value, None):
+            raise UserError(f"its {name} is {args[name]!r}; it must be {value!r}")
+    words = architecture.partition(".")[0].split("_")
+    if args.get("act_layer") is None and "quickgelu" in words:
+        raise UserError(f"its architecture is {architecture!r}, whose act_layer is not 'gelu'; use a plain ViT")
+    pixels = about.get("pretrained_cfg") or {}
+    return ConfigValues(
+        heads=int(args.get("num_heads") or next((HEADS[word] for word in words if word in HEADS), 0)),
+        epsilon=1e-5 if "clip" in words and args.get("norm_layer") is None else 1e-6,
+        size=_image_size(args.get("img_size") or (pixels.get("input_size") or ())[1:]),
+        cls_row=None if args.get("no_embed_class") is None else not args["no_embed_class"],
+        classes=tuple(map(str, about.get("label_names") or pixels.get("label_names") or ())),
+        mean=pixels.get("mean"),
+        std=pixels.get("std"),
+    )
+
+
+def read_hf(arrays: Arrays, about: About, processor: About) -> ConfigValues:
+    """Hugging Face's ViT; its table of positions always begins with CLS."""
+    kind, act = about.get("model_type", "vit"), about.get("hidden_act", "gelu")
+    if (kind, act) != ("vit", "gelu"):
+        raise UserError(f"its model_type is {kind!r} with hidden_act {act!r}; they must be 'vit' and 'gelu'")
+    labels, normalizes = about.get("id2label", {}), processor.get("do_normalize", True)
+    return ConfigValues(
+        heads=int(about.get("num_attention_heads", 0)),
+        epsilon=float(about.get("layer_norm_eps", HF_EPSILON)),
+        size=_image_size(about.get("image_size")),
+        cls_row=True,
+        classes=tuple(str(labels[k]) for k in sorted(labels, key=int)) if "classifier.weight" in arrays else (),
+        mean=processor.get("image_mean") if normalizes else 0.0,
+        std=processor.get("image_std") if normalizes else 1.0,
+    )
+
+
+def read_google(arrays: Arrays, about: About, processor: About) -> ConfigValues:
+    """google-research's .npz has no config: its arrays have an axis of heads, and its pixels are ours."""
+    if CLS[GOOGLE] not in arrays:
+        raise UserError("its arrays are those of a google-research ViT without a CLS token; use another source")
+    heads = next((array.shape[1] for name, array in arrays.items() if name.endswith("/query/kernel")), 1)
+    return ConfigValues(heads, GOOGLE_EPSILON, cls_row=True, mean=0.5, std=0.5)
+
+
+READERS = {TIMM: read_timm, HF: read_hf, GOOGLE: read_google}
+
+
+def crop_of(about: About, processor: About) -> str:
+    """Returns the `data.crop` whose test pictures timm's config or Hugging Face's processor describes."""
+    pixels = processor or about.get("pretrained_cfg") or {}
+    timm = pixels.get("interpolation") == "bilinear" and pixels.get("crop_pct") == 7 / 8
+    return "resized" if timm or (pixels.get("resample") == 2 and pixels.get("do_center_crop")) else "pad"
+
+
+def _image_size(value: Any) -> tuple[int, int] | None:
+    """Returns (height, width) of a config's image size, which may be one number; None without one."""
+    height, width = value if isinstance(value, list | tuple) and value else (value or 0,) * 2
+    return (int(height), int(width)) if height else None

@@ -1,0 +1,44 @@
+"""The history of a run, metrics.jsonl: one JSON line per step and kind ("train", "validation" or "test")."""
+
+import json
+import zlib
+from pathlib import Path
+from typing import Any
+
+from jvitmoe.errors import UserError
+from jvitmoe.runs.files import CLASSES, IMAGES, METRICS
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Returns the lines of the file, each step and kind once, without damaged lines; [] if there is no file. Raises
+    UserError where it cannot be read."""
+    lines: dict[tuple[int, str], dict[str, Any]] = {}
+    try:
+        texts = path.read_text(errors="replace").split("\n")
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}; make it readable") from error
+    for text in texts:
+        try:
+            line = json.loads(text)
+            step, kind = line["step"], line["kind"]
+        except (ValueError, TypeError, KeyError, RecursionError):
+            continue
+        if type(step) is int and isinstance(kind, str):
+            lines.setdefault((step, kind), line)
+    return list(lines.values())
+
+
+def up_to(workdir: Path, step: int) -> str:
+    """Returns the text of the history up to a step."""
+    lines = [line for line in read_metrics(workdir / METRICS) if line["step"] <= step]
+    return "".join(json.dumps(line) + "\n" for line in lines)
+
+
+def checksums(workdir: Path, step: int) -> dict[str, str]:
+    """Returns name -> CRC-32 of the history up to a step, and of the files that do not change during a run."""
+    texts = {name: (workdir / name).read_bytes() for name in (CLASSES, IMAGES) if (workdir / name).is_file()}
+    if (workdir / METRICS).exists():
+        texts[METRICS] = up_to(workdir, step).encode()
+    return {name: f"{zlib.crc32(text):08x}" for name, text in texts.items()}
