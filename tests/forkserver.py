@@ -14,7 +14,10 @@ import signal
 import sys
 
 COMMANDS = ("jvitmoe.train", "jvitmoe.evaluate")
-OTHERS = ("sklearn.datasets", "matplotlib.figure", "matplotlib.backends.backend_agg")  # imported where they are needed
+OTHERS = (  # imported where they are needed
+    *("jvitmoe.training.launch", "jvitmoe.evaluation.mergeability", "jvitmoe.runs.plots", "jvitmoe.runs.verify"),
+    *("grain", "matplotlib.figure", "matplotlib.backends.backend_agg"),
+)
 
 
 def serve() -> list[str]:
