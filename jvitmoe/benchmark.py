@@ -37,7 +37,7 @@ from jvitmoe.errors import UserError
 from jvitmoe.experts import build, routes
 from jvitmoe.experts.cost import count_parameters, flops_per_image
 from jvitmoe.experts.routes import Purpose
-from jvitmoe.runs import checkpoints, files, plots, tables
+from jvitmoe.runs import checkpoints, files, plots, results, tables
 from jvitmoe.runs.console import console
 from jvitmoe.runtime import compilation, devices, timing
 from jvitmoe.training import step
@@ -146,7 +146,7 @@ class Case:
         def read(split: batches.Images, index_B: jax.Array) -> jax.Array:
             key_B = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(0), jnp.arange(len(index_B)))
             targets_BC = jax.nn.one_hot(split.labels_N[index_B], config.model.classes)
-            images, _ = augment.augment(config.data, key_B, split.images_NHWC[index_B], targets_BC)
+            images, _ = augment.augment(config.data, key_B, split.images_NHWc[index_B], targets_BC)
             return augment.normalize(images)
 
         key = jax.random.key(0)
@@ -331,13 +331,13 @@ def _write(result: dict[str, Any], out: Path) -> None:
     plots.throughput(result["rows"], out / "benchmark.png")
     rows = [_cells(row) for row in result["rows"]]
     peak = ", ".join(f"{tables.quantity(flops)}FLOP/s in {d}" for d, flops in result["peak_flops_per_second"].items())
-    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
     text = (
-        f"# A training step\n\n{tables.markdown(rows)}\n{NOTE}\n\n![images per second](benchmark.png)\n\n"
+        f"# A training step\n\n{results.made_with([result])} n (rounds): {result['rounds']}.\n\n"
+        f"{tables.markdown(rows)}\n{NOTE}\n\n![images per second](benchmark.png)\n\n"
         f"- peak: products of two square matrices, side {PRODUCT_SIDE}: {peak}\n"
-        f"- batch {result['batch']}, {result['rounds']} rounds, dropout {result['config']['model.dropout']}, "
+        f"- batch {result['batch']}, dropout {result['config']['model.dropout']}, "
         f"XLA options: {json.dumps(result['xla'])}\n\n"
-        f"`{result['command']}`\n\nHardware: {result['hardware']}. Versions: {versions}.\n"
+        f"`{result['command']}`\n"
     )
     files.write_text(out / "report.md", text)
     tables.show(rows, "a training step")

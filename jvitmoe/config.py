@@ -1,4 +1,4 @@
-"""The configuration of a run: all settings, each in one place, and the rules that join several of them.
+"""The configuration of a run: all settings, and the rules that join several of them.
 
 An experiment is a small file in `configs/` whose `get_config()` returns a `Config`. On the command line any setting can
 be overridden with `--config.a.b=value`. `python -m jvitmoe.config > docs/settings.md` writes the page about them.
@@ -6,7 +6,6 @@ be overridden with `--config.a.b=value`. `python -m jvitmoe.config > docs/settin
 
 import dataclasses
 import difflib
-import itertools
 import json
 import operator
 from collections.abc import Iterator
@@ -27,10 +26,7 @@ class DataConfig:
     flip: bool = setting(False, "mirror each image left to right with probability 1/2")
     stream: bool = setting(False, "read each batch from disk: for sets larger than a device's memory", free=True)
     crop: str = setting(
-        "pad",
-        "pad: crop as crop_padding says. resized: resize random parts (8 to 100 % of the area) of images of any size; "
-        "test on the middle; needs stream",
-        ("pad", "resized"),
+        "pad", "pad: by crop_padding; resized: random parts of images of any size; needs stream", ("pad", "resized")
     )
 
 
@@ -51,21 +47,12 @@ class ModelConfig:
     position_rows: int = setting(0, "rows of the learned positions; 0: one per patch; original: 300", at_least=0)
     head_hidden: int = setting(0, "hidden units of a two-layer head; 0 is a one-layer head", at_least=0)
     norm_epsilon: float = setting(1e-5, "epsilon of LayerNorm; 1e-6 in timm, 1e-12 in Hugging Face", above=0)
-    init_layers: str = setting(
-        "independent", "layers (of one position in routing.pattern) start different or equal", ("independent", "shared")
-    )
+    init_layers: str = setting("independent", "layers start different or equal", ("independent", "shared"))
     dropout: float = setting(0.0, "rate after attention weights, GELU and both branches", at_least=0, below=1)
     lora: int = setting(0, "rank of a LoRA on the MLP, one per expert; trains it and the head only", at_least=0)
-    adapter: int = setting(0, "hidden units of an adapter beside the MLP, one per expert; else like lora", at_least=0)
-    dtype: str = setting(
-        "auto", "computation; auto is bfloat16 on GPU and TPU; parameters stay float32", ("auto", "float32", "bfloat16")
-    )
-    attention: str = setting(
-        "auto",
-        "cudnn: fused attention on a GPU, for bfloat16, heads of a multiple of 8 up to 128, an even number of tokens, "
-        "without dropout; auto: cudnn where that holds, else xla",
-        ("auto", "xla", "cudnn"),
-    )
+    adapter: int = setting(0, "hidden units of an adapter beside the MLP, one per expert; as lora", at_least=0)
+    dtype: str = setting("auto", "of computation; auto: bfloat16 on GPU and TPU", ("auto", "float32", "bfloat16"))
+    attention: str = setting("auto", "auto: cudnn if it supports the shapes, else xla", ("auto", "xla", "cudnn"))
     unroll: int = setting(1, "layers per iteration of the scan over depth", above=0)
 
     @property
@@ -80,8 +67,7 @@ class ModelConfig:
 
     @property
     def fits_cudnn(self) -> bool:
-        """True if cuDNN's fused attention, as JAX differentiates it, takes these shapes: heads of a multiple of 8 up to
-        128, and an even number of tokens."""
+        """True if JAX can differentiate cuDNN's fused attention for these shapes."""
         head_width = self.width // self.heads
         return head_width % 8 == 0 and head_width <= 128 and self.tokens % 2 == 0
 
@@ -93,16 +79,11 @@ class ModelConfig:
 @dataclasses.dataclass
 class RoutingConfig:
     experts: int = setting(1, "experts per MLP, E; 1 is the dense model", above=0)
-    router: str = setting(
-        "random",
-        "random (routes from the step's key), switch (top-1), topk (V-MoE: noisy, batch priority), expert_choice, soft "
-        "(Soft MoE), hash (fixed) or frozen (SMoE-Dropout); all but random with granularity=batch",
-    )
-    pattern: tuple[str, ...] = setting(("experts",), """layers with experts, over and over: '("dense","experts")'""")
+    router: str = setting("random", "random, or switch, topk, expert_choice, soft, hash, frozen with granularity=batch")
+    pattern: tuple[str, ...] = setting(("experts",), """kinds of layers, repeated over depth: '("dense","experts")'""")
     granularity: str = setting(
         "batch",
-        "what shares a route: one expert for the whole batch (the original, AdaMix), or all experts at once on equal "
-        "parts of the images, or of the tokens (EWA)",
+        "what shares a route: all images, an equal share of the images, or of the tokens",
         ("batch", "sample", "token"),
     )
     scope: str = setting("shared", "one draw for all layers (the original), or one per layer", ("shared", "layer"))
@@ -111,7 +92,7 @@ class RoutingConfig:
         "none", "MLP layer that all experts share; with up, merging is exactly their mean", ("none", "up", "down")
     )
     learning_rate: float = setting(1.0, "experts' learning rate, as a multiple of optim.learning_rate", above=0)
-    pull: float = setting(0.0, "part of the way to their mean that experts move (EWA, PAPA)", at_least=0, at_most=1)
+    pull: float = setting(0.0, "share of the way to their mean that experts move (EWA, PAPA)", at_least=0, at_most=1)
     pull_every: int = setting(1, "steps from one pull to the next", above=0)
     pull_schedule: str = setting("constant", "rising: linearly from 0 to pull over training", ("constant", "rising"))
     top_k: int = setting(2, "experts of a token: topk; frozen at the start, growing to all experts", above=0)
@@ -119,10 +100,10 @@ class RoutingConfig:
     eval_capacity: float = setting(2.0, "capacity in evaluation: switch, topk", above=0)
     balance_loss: float = setting(0.01, "coefficient of the load-balancing loss, averaged over layers", at_least=0)
     z_loss: float = setting(0.0, "coefficient of mean(logsumexp(router logits)^2); 1e-3 in ST-MoE", at_least=0)
-    consistency: float = setting(0.0, "weight of divergence of passes on two routes, at twice the cost", at_least=0)
-    consistency_loss: str = setting(
-        "adamix", "adamix: cross-entropy and gradient of one pass; thor: of both passes", ("adamix", "thor")
+    consistency: float = setting(
+        0.0, "weight of the divergence of two passes on two routes; doubles the cost", at_least=0
     )
+    consistency_loss: str = setting("adamix", "gradient of one pass, or of both (thor)", ("adamix", "thor"))
     tie_last: float = setting(0.0, "last fraction of training with all experts equal", at_least=0, below=1)
 
 
@@ -130,10 +111,10 @@ class RoutingConfig:
 class InitConfig:
     """A trained ViT to start from. Read when a run starts, not when it resumes."""
 
-    source: str = setting(
-        "", "trained ViT: run or export folder, .safetensors (timm, Hugging Face) or .npz; experts start as its MLPs"
+    source: str = setting("", "trained ViT: run or export folder, .safetensors or .npz; experts start as its MLPs")
+    mean: tuple[float, ...] = setting(
+        (), "mean of the source's pixels (0 to 1), 1 or per channel; (): from its config, or 0.5"
     )
-    mean: tuple[float, ...] = setting((), "mean of source pixels (0 to 1), 1 or per channel; () is its config's or 0.5")
     std: tuple[float, ...] = setting((), "standard deviation of the source's pixels, in the form of mean")
     noise: float = setting(0.0, "normal noise on each expert's copy, in standard deviations of its array", at_least=0)
 
@@ -157,15 +138,22 @@ class TrainConfig:
     epochs: int = setting(10, "passes over the training images", above=0)
     batch_size: int = setting(128, "images per step over all devices, B", above=0)
     seed: int = setting(0, "seed of all random numbers of training", at_least=0)
-    label_smoothing: float = setting(0.0, "part of the target spread over all classes", at_least=0, below=1)
-    ema: float = setting(0.0, "decay of a running mean of the merged model, tested too; 0 is none", at_least=0, below=1)
-    devices: int = setting(0, "number of devices; 0 is all", free=True, at_least=0)
-    expert_devices: int = setting(1, "of these, along the expert axis; each holds its experts", free=True, above=0)
-    shard: str = setting(
-        "none", "split over the data axis: moments (ZeRO) or all (FSDP)", ("none", "optimizer", "parameters"), free=True
+    label_smoothing: float = setting(0.0, "share of the target spread over all classes", at_least=0, below=1)
+    ema: float = setting(
+        0.0, "decay of a running mean of the merged model, also tested; 0 is none", at_least=0, below=1
     )
-    accumulate: int = setting(1, "parts of a batch that run one after the other, to save memory", free=True, above=0)
-    platform: str = setting("", "kind of devices; empty is what JAX finds", ("", "cpu", "gpu", "tpu"), free=True)
+    devices: int = setting(0, "number of devices; 0 is all", free=True, at_least=0)
+    expert_devices: int = setting(
+        1, "devices along the expert axis; each holds its share of experts", free=True, above=0
+    )
+    shard: str = setting(
+        "none",
+        "what the data axis splits: moments (ZeRO), or all (FSDP)",
+        ("none", "optimizer", "parameters"),
+        free=True,
+    )
+    accumulate: int = setting(1, "parts of a batch that run in turn, to save memory", free=True, above=0)
+    platform: str = setting("", "kind of devices; empty: what JAX finds", ("", "cpu", "gpu", "tpu"), free=True)
     log_every: int = setting(20, "steps from one log line to the next", free=True, above=0)
     eval_every: int = setting(1, "epochs from one evaluation to the next", free=True, above=0)
     checkpoint_every: int = setting(0, "steps between checkpoints; 0: only after evaluations", free=True, at_least=0)
@@ -186,13 +174,13 @@ class Config:
         """Returns itself if every rule holds. Raises ConfigError naming the first setting that breaks one."""
         for path, field in SETTINGS.items():
             check(path, field, operator.attrgetter(path)(self))
-        for path, rule in itertools.chain(_model_faults(self), _training_faults(self), _routing_faults(self)):
+        for path, rule in _faults(self):
             raise ConfigError(f"config.{path} is {operator.attrgetter(path)(self)!r}; it {rule}")
         return self
 
     @property
     def routes_in_model(self) -> bool:
-        """True if the model routes its own tokens, by a router or a hash; False if a route is its input."""
+        """True if the model routes its tokens, by a router or a hash; False if a route is its input."""
         return self.routing.router != "random"
 
     @property
@@ -217,15 +205,14 @@ SETTINGS = {  # {"section.field": field}
     for section in dataclasses.fields(Config)
     for field in dataclasses.fields(getattr(Config(), section.name))
 }
-# A run may resume with other values of these: they change files, devices or output, never a number of training (but see
-# `differences`).
+# A run may resume with other values of these: they never change a number of training (but see `differences`).
 FREE_ON_RESUME = frozenset(path for path, field in SETTINGS.items() if field.metadata["free"])
 
 
-def _model_faults(config: Config) -> Iterator[tuple[str, str]]:
-    """Yields (setting, rule) for each broken rule about data and model."""
-    model, data = config.model, config.data
-    parameters = _about_parameters(config)
+def _faults(config: Config) -> Iterator[tuple[str, str]]:
+    """Yields (setting, rule) for each broken rule that joins several settings."""
+    data, model, routing, init, train = config.data, config.model, config.routing, config.init, config.train
+    slots, granularity, parameters = config.slots, routing.granularity, _about_parameters(config)
     if data.crop != "pad" and not data.stream:
         yield "data.crop", "must be 'pad' for sets that live on the device; 'resized' needs data.stream=True"
     if data.crop_padding > model.image_size:
@@ -247,11 +234,6 @@ def _model_faults(config: Config) -> Iterator[tuple[str, str]]:
     if model.cls_position and model.pool != "cls":
         yield "model.cls_position", f"must be False for model.pool={model.pool}, which has no CLS token"
 
-
-def _training_faults(config: Config) -> Iterator[tuple[str, str]]:
-    """Yields (setting, rule) for each broken rule about batches, devices and learning rate."""
-    routing, train, slots = config.routing, config.train, config.slots
-    granularity = routing.granularity
     if train.batch_size % slots:
         yield "train.batch_size", f"must be a multiple of routing.experts, {slots}, for granularity={granularity}"
     if train.devices and train.batch_size % train.devices:
@@ -265,10 +247,6 @@ def _training_faults(config: Config) -> Iterator[tuple[str, str]]:
     if config.optim.schedule == "epoch" and config.optim.warmup_epochs:
         yield "optim.warmup_epochs", "must be 0 for optim.schedule=epoch; warm-up needs optim.schedule=step"
 
-
-def _routing_faults(config: Config) -> Iterator[tuple[str, str]]:
-    """Yields (setting, rule) for each broken rule about experts and where they start."""
-    model, routing, init = config.model, config.routing, config.init
     if "experts" not in routing.pattern or not {*routing.pattern} <= {"experts", "dense"}:
         rule = "must be a tuple of 'experts' and 'dense', with 'experts' in it, such as "
         yield "routing.pattern", rule + """--config.routing.pattern='("dense","experts")'"""
@@ -288,7 +266,7 @@ def _routing_faults(config: Config) -> Iterator[tuple[str, str]]:
 
 
 def _about_parameters(config: Config) -> int:
-    """Returns the number of parameters of all experts, without small arrays: enough to refuse what no machine holds."""
+    """Returns the approximate number of parameters, to refuse sizes that no machine holds."""
     model = config.model
     block = 4 * model.width + 2 * config.routing.experts * (model.hidden + model.lora + model.adapter)
     head = (model.width + model.classes) * model.head_hidden or model.width * model.classes
@@ -302,8 +280,8 @@ def to_dict(config: Config) -> dict[str, dict[str, Any]]:
 
 
 def from_dict(values: dict[str, dict[str, Any]]) -> Config:
-    """Returns the Config that `to_dict` came from, in this version or an older one: fields that it did not know have
-    their defaults, which is what it did. Raises ConfigError for a section or field that does not exist."""
+    """Returns the Config of `to_dict`, of this version or an older one. Absent fields get their defaults, with which
+    older versions behaved alike. Raises ConfigError for an unknown section or field."""
     config = Config()
     sections = {field.name for field in dataclasses.fields(config)}
     for section_name, section_values in _renamed(values).items():
@@ -318,8 +296,8 @@ def from_dict(values: dict[str, dict[str, Any]]) -> Config:
 
 
 def _renamed(values: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Returns the values of an older version under today's names: routing.init=upcycled from routing.upcycle_from is
-    routing.init=shared from init.source."""
+    """Returns the values of an older version under the present names: routing.init=upcycled, routing.upcycle_from=x
+    became routing.init=shared, init.source=x."""
     routing = values.get("routing")
     if not isinstance(routing, dict) or "upcycle_from" not in routing:
         return values
@@ -331,7 +309,7 @@ def _renamed(values: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
 
 def flatten(config: Config) -> dict[str, Any]:
     """Returns {"section.field": value}."""
-    return {f"{s}.{name}": value for s, fields in to_dict(config).items() for name, value in fields.items()}
+    return {path: operator.attrgetter(path)(config) for path in SETTINGS}
 
 
 def differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
@@ -342,7 +320,7 @@ def differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
 
 
 def unknown_field(path: str) -> str:
-    """Returns the one-line message for a field that does not exist, with the nearest that does."""
+    """Returns the one-line message for a field that does not exist, with the most similar one."""
     names, last = list(SETTINGS), path.rpartition(".")[2]
     near = difflib.get_close_matches(path, names, n=1, cutoff=0.6) or [
         name for name in names if difflib.get_close_matches(last, [name.rpartition(".")[2]], cutoff=0.6)
@@ -357,7 +335,7 @@ def dumps(config: Config) -> str:
 
 
 def loads(text: str, name: str) -> Config:
-    """Returns the Config of `dumps`. Raises ConfigError naming the file where the text is none."""
+    """Returns the Config of `dumps`. Raises ConfigError with the file's name if the text is not a config."""
     try:
         return from_dict(json.loads(text))
     except (ValueError, AttributeError, RecursionError) as error:

@@ -36,11 +36,11 @@ def _evaluate(values: flags.FlagValues, workdir: Path) -> None:
     # Not above: these import JAX and matplotlib, and --help need not wait for that.
     from jvitmoe.data import datasets, stream
     from jvitmoe.data.batches import eval_batches, put
-    from jvitmoe.data.splits import Records, Split
+    from jvitmoe.data.splits import Records, Split, decode
     from jvitmoe.evaluation import mergeability, metrics, models
     from jvitmoe.experts import build, cost
     from jvitmoe.runs import arrays, plots
-    from jvitmoe.runs.checkpoints import Checkpoints, versions
+    from jvitmoe.runs.checkpoints import Checkpoints
     from jvitmoe.runtime import compilation, devices
     from jvitmoe.training import state
 
@@ -58,9 +58,8 @@ def _evaluate(values: flags.FlagValues, workdir: Path) -> None:
     test: Split | Records = find(config.data, config.model).test
     model = build.make_model(config, mesh.devices.flat[0].platform)
     active, total = cost.count_parameters(config)
-    hardware = devices.describe(mesh)
     console.print(f"run         {workdir}, checkpoint at step {saved.step:,}")
-    console.print(f"devices     {hardware}")
+    console.print(f"devices     {devices.describe(mesh)}")
     console.print(f"parameters  {active:,} active, {total:,} total ({model.dtype.name} compute)")
     abstract = state.abstract_state(config, model, mesh)
     params = arrays.to_devices(saved.params, abstract.params)
@@ -73,20 +72,17 @@ def _evaluate(values: flags.FlagValues, workdir: Path) -> None:
     earlier = results.read_result(workdir)  # holds what only training can measure
     result: dict[str, Any] = {"rows": models.evaluate_run(config, params, ema, evaluate, images, batches, values.paths)}
     if config.routing.experts > 1:
-        few = mergeability.subset(test) if isinstance(test, Split) else stream.read(mergeability.subset(test), config)
+        few = (
+            mergeability.subset(test)
+            if isinstance(test, Split)
+            else decode(mergeability.subset(test), config.data, config.model)
+        )
         batches = eval_batches(len(few), config.train.batch_size, mesh)
         result["mergeability"] = mergeability.measure(config, params, evaluate, put(few, mesh), batches)
-    result |= {
-        "data": config.data.name,
-        "step": saved.step,
-        "seed": config.train.seed,
-        "active_parameters": active,
-        "total_parameters": total,
+    result |= models.facts(config, saved.step, mesh) | {
         "images_per_second": earlier.get("images_per_second"),
         "trained_on": earlier.get("trained_on") or earlier.get("hardware"),
         "seconds": time.monotonic() - began,
-        "hardware": hardware,
-        "versions": versions(),
     }
     if "mergeability" in result:
         plots.mergeability(result, workdir / files.MERGEABILITY)

@@ -70,7 +70,8 @@ def main(argv: list[str]) -> None:
     plots.comparison({name: by_seed(group) for name, group in groups.items()}, images, out / "comparison.png")
     files.write_text(
         out / "report.md",
-        f"# Runs\n\n{tables.markdown(overview)}\n{OVERVIEW}\n\n![comparison](comparison.png)\n\n![curves](curves.png)\n"
+        f"# Runs\n\n{opening(groups)}\n\n{tables.markdown(overview)}\n{OVERVIEW}\n\n"
+        "![comparison](comparison.png)\n\n![curves](curves.png)\n"
         f"\n## Every model\n\n{tables.markdown(rows)}\n{NOTE}\n",
     )
     files.write_text(out / "runs.json", json.dumps({n: record(group) for n, group in groups.items()}, indent=1) + "\n")
@@ -79,6 +80,13 @@ def main(argv: list[str]) -> None:
     for hardware in dict.fromkeys(row["hardware"] for row in rows):
         console.print(f"hardware    {hardware}")
     console.print(f"pictures    {out / 'comparison.png'}, {out / 'curves.png'}")
+
+
+def opening(groups: Groups) -> str:
+    """Returns the line that a report opens with: hardware, versions, and the number of seeds of a run."""
+    seeds = sorted({len(group) for group in groups.values()})
+    made_with = results.made_with([run.result for group in groups.values() for run in group])
+    return f"{made_with} n (seeds of a run): {' or '.join(map(str, seeds))}; ± is the sample deviation."
 
 
 def _define_flags(values: flags.FlagValues) -> None:

@@ -1,4 +1,4 @@
-"""A setting: a dataclass field with its description and its rule; checks and texts that are made from these."""
+"""Settings: dataclass fields with a description and a rule, and the checks and texts made from these."""
 
 import dataclasses
 import difflib
@@ -11,8 +11,8 @@ from typing import Any
 
 from jvitmoe.errors import ConfigError
 
-LARGEST = 2**31 - 1  # of whole numbers: sizes, steps and seeds are int32 on the devices
-LARGEST_FLOAT = 3e38  # of float32
+LARGEST = 2**31 - 1  # sizes, steps and seeds are int32 on the devices
+LARGEST_FLOAT = 3e38  # float32
 BOUNDS = {
     "above": ("greater than", operator.gt),
     "at_least": ("at least", operator.ge),
@@ -22,20 +22,19 @@ BOUNDS = {
 PAGE_HEAD = """# Settings
 
 Set a field in an experiment file (`config.model.width = 128`) or on the command line (`--config.model.width=128`).
-A run may resume with another value only of fields marked "free on resume". `data.stream` is not free while validation
-images of a TFDS set are held out: a stream draws others. Rules that join several fields are in `jvitmoe/config.py`.
+A resumed run may change only fields marked "free on resume". `data.stream` is not free while validation images of a
+TFDS set are held out: a stream holds out other images. Rules that join several fields are in `jvitmoe/config.py`.
 
-This page is written by `python -m jvitmoe.config > docs/settings.md`."""
+`python -m jvitmoe.config > docs/settings.md` writes this page."""
 
 
 def setting(default: Any, doc: str, choices: tuple[str, ...] = (), free: bool = False, **bounds: float) -> Any:
-    """Returns a dataclass field that carries all that is known about one setting.
+    """Returns a dataclass field with all that is known about one setting.
 
     Args:
-        default: the value without an experiment file.
         doc: the description for `--help` and docs/settings.md.
         choices: the allowed values; empty allows all.
-        free: whether a run may resume with another value. Only for settings that never change a number of training.
+        free: True if a run may resume with another value, because it never changes a number of training.
         bounds: limits, by the names in BOUNDS.
     """
     limits = [f"{BOUNDS[name][0]} {limit:,}" for name, limit in bounds.items()]
@@ -45,16 +44,15 @@ def setting(default: Any, doc: str, choices: tuple[str, ...] = (), free: bool = 
 
 
 def values(field: dataclasses.Field) -> str:
-    """Returns which values a setting takes, such as "int, greater than 0; free on resume"."""
+    """Returns the values that a setting allows, such as "int, greater than 0; free on resume"."""
     about = field.metadata
     allowed = about["rule"] if about["choices"] else ", ".join(filter(None, (_type_name(field), about["rule"])))
     return f"{allowed}; free on resume" if about["free"] else allowed
 
 
 def check(path: str, field: dataclasses.Field, value: Any) -> None:
-    """Raises ConfigError where a value does not have the type, choices or bounds of its setting, or is too large."""
-    rule = _broken_rule(field, value)
-    if rule:
+    """Raises ConfigError if a value breaks the type, choices or bounds of its setting, or is too large."""
+    if rule := _broken_rule(field, value):
         raise ConfigError(f"config.{path} is {value!r}; it must be {rule}")
 
 
@@ -79,7 +77,7 @@ def _broken_rule(field: dataclasses.Field, value: Any) -> str:
 
 
 def _types(field: dataclasses.Field) -> tuple[Any, ...]:
-    """Returns the type of a field and, of a tuple, the type of its entries and an ellipsis."""
+    """Returns the type of a field and, if it is a tuple, the type of its entries and an ellipsis."""
     return (typing.get_origin(field.type) or field.type, *typing.get_args(field.type))
 
 

@@ -127,7 +127,7 @@ def worker(values: flags.FlagValues) -> None:
 def _sums(arrays: int, floats: int) -> Callable[[], Any]:
     mesh = make_mesh(TrainConfig(platform="cpu"))
     here = NamedSharding(mesh, PartitionSpec(AXES))
-    given = [batches.place(np.ones((mesh.size, floats), np.float32), here)] * arrays
+    given = [batches.to_devices(np.ones((mesh.size, floats), np.float32), here)] * arrays
 
     def on_device(parts: list[jax.Array]) -> list[jax.Array]:
         return [jax.lax.psum(part + number, AXES) for number, part in enumerate(parts)]

@@ -101,11 +101,11 @@ def tiny_split() -> Split:
     """Returns 26 images of three classes that can be learned: noise, and a bright quarter that tells the class."""
     rng = np.random.default_rng(0)
     labels_N = rng.integers(0, 3, 26).astype(np.int32)
-    images_NHWC = rng.integers(0, 128, (26, 8, 8, 1)).astype(np.uint8)
-    for image_HWC, label in zip(images_NHWC, labels_N, strict=True):
+    images_NHWc = rng.integers(0, 128, (26, 8, 8, 1)).astype(np.uint8)
+    for image_HWc, label in zip(images_NHWc, labels_N, strict=True):
         row, column = 4 * (label // 2), 4 * (label % 2)
-        image_HWC[row : row + 4, column : column + 4] += 100
-    return Split(images_NHWC, labels_N)
+        image_HWc[row : row + 4, column : column + 4] += 100
+    return Split(images_NHWc, labels_N)
 
 
 @dataclasses.dataclass

@@ -13,8 +13,11 @@ import runpy
 import signal
 import sys
 
-# What training imports, some of it when it is needed.
-PRELOADED = ("jvitmoe.training.launch", "sklearn.datasets", "matplotlib.figure", "matplotlib.backends.backend_agg")
+# What the commands import, most of it when it is needed.
+PRELOADED = (
+    *("jvitmoe.training.launch", "jvitmoe.evaluation.mergeability", "jvitmoe.runs.plots", "jvitmoe.runs.verify"),
+    *("grain", "matplotlib.figure", "matplotlib.backends.backend_agg"),
+)
 
 
 def serve() -> list[str]:

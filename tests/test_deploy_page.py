@@ -37,7 +37,7 @@ def test_every_block_of_the_page_runs(peers, tmp_path, monkeypatch):
     (tmp_path / "pictures").mkdir()
     test = datasets.load(Config().data, Config().model).test
     for number in range(4):
-        Image.fromarray(test.images_NHWC[number, ..., 0]).save(tmp_path / "pictures" / f"{number}.png")
+        Image.fromarray(test.images_NHWc[number, ..., 0]).save(tmp_path / "pictures" / f"{number}.png")
     peers("change_folder", folder=tmp_path)
     out = ""
     for language, block in BLOCKS:

@@ -49,10 +49,10 @@ def near(result):
 def probabilities(tiny_config, tiny_split):
     """Returns a function from a dense tree to its probabilities, one image at a time, float64."""
     forward = jax.jit(vit.build(tiny_config().model).apply)
-    images_NHWC = (tiny_split.images_NHWC / 127.5 - 1).astype(np.float32)
+    images_NHWc = (tiny_split.images_NHWc / 127.5 - 1).astype(np.float32)
 
     def of(tree):
-        logits_NC = np.concatenate([forward({"params": tree}, image[None]) for image in images_NHWC]).astype(float)
+        logits_NC = np.concatenate([forward({"params": tree}, image[None]) for image in images_NHWc]).astype(float)
         return np.exp(logits_NC) / np.exp(logits_NC).sum(1, keepdims=True)
 
     return of
@@ -63,7 +63,7 @@ def split(tiny_split, probabilities, params_of):
     """Returns the tiny split, its first image classified right: padding repeats it, and would be seen if it counted."""
     labels_N = tiny_split.labels_N.copy()
     labels_N[0] = probabilities(params_of(1))[0].argmax()
-    return Split(tiny_split.images_NHWC, labels_N)
+    return Split(tiny_split.images_NHWc, labels_N)
 
 
 @pytest.mark.parametrize("devices", [1, 2, 4])
@@ -106,7 +106,7 @@ def test_images_outside_the_batches_do_not_count(tiny_config, split, params_of, 
     evaluate = make_evaluate(vit.build(config.model), mesh)
     images, params = put(split, mesh), params_of(1)
     few = evaluate(params, images, eval_batches(count, 8, mesh))
-    changed = split.images_NHWC.copy()
+    changed = split.images_NHWc.copy()
     changed[count:] = 255
     images = put(Split(changed, split.labels_N), mesh)
     assert few == evaluate(params, images, eval_batches(count, 8, mesh))

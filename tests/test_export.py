@@ -76,7 +76,7 @@ def test_the_sample_holds_real_test_images_and_what_the_model_takes(exported):
     test = datasets.load(Config().data, Config().model).test
     for target in ("safetensors", "timm"):
         sample = np.load(exported(target) / "sample.npz")
-        np.testing.assert_array_equal(sample["images"], test.images_NHWC[:16])
+        np.testing.assert_array_equal(sample["images"], test.images_NHWc[:16])
         np.testing.assert_array_equal(sample["labels"], test.labels_N[:16])
         inputs = sample["inputs"] if target == "safetensors" else sample["inputs"].transpose(0, 2, 3, 1)
         np.testing.assert_allclose(inputs, sample["images"] / 127.5 - 1, atol=1e-6)

@@ -13,7 +13,7 @@ from jvitmoe.config import ModelConfig, OptimConfig
 from jvitmoe.data import augment, datasets
 from jvitmoe.data.batches import put
 from jvitmoe.data.images import DataError
-from jvitmoe.data.splits import Dataset, Source, check_fit
+from jvitmoe.data.splits import Dataset, Source, check_fit, in_memory
 from jvitmoe.errors import ConfigError
 from jvitmoe.experts import build, cost, slices
 from jvitmoe.models import vit
@@ -83,9 +83,9 @@ def changed(config, section, **fields):
 
 def test_a_data_source_is_a_class_and_a_line(tiny_config, tiny_split, training, monkeypatch):
     class Toy(Source):
-        def load(self):
+        def browse(self):
             check_fit("toy", (8, 8, 1), 3, self.model)
-            return Dataset(tiny_split, tiny_split.part(np.arange(9)), ("a", "b", "c"))
+            return Dataset(in_memory(tiny_split), in_memory(tiny_split.select(np.arange(9))), ("a", "b", "c"))
 
     monkeypatch.setitem(datasets.SOURCES, "toy", Toy)
     config = tiny_config(data={"name": "toy"}, routing={"experts": 2})
@@ -102,8 +102,8 @@ def test_an_augmentation_is_a_function_and_a_line(tiny_config, training, monkeyp
     """The toy mixes each image and its target with those of another; with a share of 1 it changes nothing."""
     config, share = tiny_config(data={"flip": True}), {"own": 1.0}
 
-    def mix(key_B, images_BHWC, targets_BC):
-        mixed = [share["own"] * x + (1 - share["own"]) * x[::-1] for x in (images_BHWC.astype(jnp.float32), targets_BC)]
+    def mix(key_B, images_BHWc, targets_BC):
+        mixed = [share["own"] * x + (1 - share["own"]) * x[::-1] for x in (images_BHWc.astype(jnp.float32), targets_BC)]
         return mixed[0], mixed[1]
 
     plain = training(config).run(2)

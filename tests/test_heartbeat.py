@@ -51,7 +51,7 @@ def run(monkeypatch):
     heartbeats = [Heartbeat(store, "", process, 3) for process in range(3)]
     yield store, heartbeats, ended
     for one in heartbeats:
-        one.cut()
+        one.stop()
 
 
 def wait(come):
@@ -85,7 +85,7 @@ def test_an_error_from_the_loss_of_another_is_not_told_as_ones_own(run):
 
 def test_one_that_left_as_it_should_is_not_lost_and_not_waited_for(run):
     _, heartbeats, ended = run
-    heartbeats[2].cut()
+    heartbeats[2].stop()
     began = time.monotonic()
     heartbeats[1].tell_unless_lost("its own fault")
     assert time.monotonic() - began < heartbeat.VERDICT

@@ -76,7 +76,7 @@ def test_the_layer_gap_is_that_of_one_image_at_a_time(setup, tiny_split, devices
         return (h_TF * cdf_TF) @ down_FD + down_bias_D[None]
 
     above, below = np.zeros(L), np.zeros(L)
-    for image in tiny_split.images_NHWC:
+    for image in tiny_split.images_NHWc:
         for layer, x_BTD in enumerate(inputs(augment.normalize(image[None]))):
             x_TD = np.asarray(x_BTD[0], float)
             stacks = [params["blocks"]["mlp"][name][layer] for name in ("up", "up_bias", "down", "down_bias")]
@@ -92,7 +92,7 @@ def test_the_layer_gap_is_that_of_one_image_at_a_time(setup, tiny_split, devices
 def test_the_mlp_inputs_are_what_the_whole_model_hands_its_mlps(setup, tiny_split, monkeypatch, model):
     net, params, _, _ = setup(**model)
     dense, merged = net.clone(experts=1), merge.average_experts(params)
-    images = augment.normalize(tiny_split.images_NHWC[:2])
+    images = augment.normalize(tiny_split.images_NHWc[:2])
     inputs = mergeability.mlp_inputs(dense, merged, images)
     seen, two_layers = [], mlp.two_layers
 
@@ -156,6 +156,6 @@ def test_the_line_starts_at_the_experts_and_ends_at_the_merged_model(tiny_config
 def test_the_subset_is_fixed_even_and_at_most_a_thousand(count):
     part = mergeability.subset(Split(np.arange(count).reshape(-1, 1, 1, 1), np.arange(count)))
     assert len(part) == len(set(part.labels_N)) == min(count, 1000)
-    np.testing.assert_array_equal(part.images_NHWC.ravel(), part.labels_N)
+    np.testing.assert_array_equal(part.images_NHWc.ravel(), part.labels_N)
     assert np.ptp(np.diff(part.labels_N)) <= 1 if count > 1 else True
     assert {0, count - 1} <= set(part.labels_N.tolist())

@@ -34,33 +34,33 @@ def digits():
 @pytest.fixture
 def folder(digits, tmp_path):
     for number in range(3):
-        Image.fromarray(digits.images_NHWC[number, ..., 0]).save(tmp_path / f"digit{number}.png")
+        Image.fromarray(digits.images_NHWc[number, ..., 0]).save(tmp_path / f"digit{number}.png")
     return tmp_path
 
 
 def test_files_and_arrays_get_the_same_classes(model, digits, folder):
-    by_array = model(digits.images_NHWC[:3])
+    by_array = model(digits.images_NHWc[:3])
     assert model(sorted(folder.iterdir())) == by_array == model(folder)
     assert model(str(folder / "digit1.png")) == [by_array[1]]
-    assert model(digits.images_NHWC[2]) == [by_array[2]]
+    assert model(digits.images_NHWc[2]) == [by_array[2]]
 
 
 def test_predictions_are_sorted_named_and_sum_to_one(model, digits):
-    (guesses,) = model(digits.images_NHWC[0], top=10)
+    (guesses,) = model(digits.images_NHWc[0], top=10)
     assert sorted(guess.label for guess in guesses) == list(range(10))
     assert all(guess.name == str(guess.label) for guess in guesses)
     shares = [guess.probability for guess in guesses]
     assert shares == sorted(shares, reverse=True)
     assert sum(shares) == pytest.approx(1, abs=1e-6)
-    assert len(model(digits.images_NHWC[0])[0]) == 5
+    assert len(model(digits.images_NHWc[0])[0]) == 5
 
 
 def test_it_knows_most_digits_in_any_number_of_images(model, digits):
     """Above chance by far: what is loaded is what was trained. Also more images than one batch holds, and none."""
-    top = model.logits(digits.images_NHWC).argmax(1)
+    top = model.logits(digits.images_NHWc).argmax(1)
     assert (top == digits.labels_N).mean() > 0.3
-    np.testing.assert_allclose(model.logits(digits.images_NHWC[:5]), model.logits(digits.images_NHWC)[:5], atol=1e-6)
-    assert model(digits.images_NHWC[:0]) == []
+    np.testing.assert_allclose(model.logits(digits.images_NHWc[:5]), model.logits(digits.images_NHWc)[:5], atol=1e-6)
+    assert model(digits.images_NHWc[:0]) == []
 
 
 @pytest.mark.parametrize(

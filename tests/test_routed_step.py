@@ -177,7 +177,7 @@ def test_two_passes_give_the_gradients_of_the_whole_stack(tiny_config, training)
     first = routes.draw_route(routes.address(root, Purpose.ROUTE, 0), config.routing, 2, config.model.tokens)
     second = routes.distinct_route(routes.address(root, Purpose.SECOND_ROUTE, 0), first, config.routing)
     index_B = np.asarray(run.order.epoch(0))[0]
-    x = augment.normalize(np.asarray(run.images.images_NHWC)[index_B])
+    x = augment.normalize(np.asarray(run.images.images_NHWc)[index_B])
     labels_B = np.asarray(run.images.labels_N)[index_B]
 
     def loss_fn(params):
@@ -287,15 +287,15 @@ def test_accumulated_parts_have_equal_shares_of_every_slot_and_a_mean(tiny_confi
         routing={"experts": 2, "granularity": granularity}, train={"batch_size": 8, "accumulate": parts}
     )
     plan = StepPlan(config, build.make_model(config, "cpu"), make_mesh(config.train), steps_per_epoch=1)
-    place_b = jnp.arange(8)
+    index_b = jnp.arange(8)
     sizes = []
 
     def differentiate(part):
-        sizes.append(part.place_b.size)
-        share = (part.place_b < 4).mean()  # of slot 0, where there are two
+        sizes.append(part.index_b.size)
+        share = (part.index_b < 4).mean()  # of slot 0, where there are two
         return part.images_bHWc.mean(), jnp.abs(share - 0.5)
 
-    shard = gradients.Shard(jnp.square(place_b.astype(jnp.float32)), place_b, place_b, place_b)
+    shard = gradients.Shard(jnp.square(index_b.astype(jnp.float32)), index_b, index_b, index_b)
     mean, uneven = gradients.accumulate(plan, differentiate, shard)
     np.testing.assert_allclose(mean, np.square(np.arange(8)).mean(), rtol=1e-6)
     assert uneven == (0 if granularity == "sample" else 0.5)

@@ -115,7 +115,7 @@ def test_gradients_on_3_devices_are_those_of_plain_grad_over_the_whole_batch(ful
         return jax.vmap(jax.random.fold_in, (None, 0))(routes.address(root, purpose, 0), slot_B)
 
     index_B = np.asarray(run.order.epoch(0))[0]
-    images = np.asarray(run.images.images_NHWC)[index_B]
+    images = np.asarray(run.images.images_NHWc)[index_B]
     labels = np.asarray(run.images.labels_N)[index_B]
     route_L = routes.draw_route(
         routes.address(root, Purpose.ROUTE, 0), config.routing, config.model.depth, config.model.tokens

@@ -1,8 +1,8 @@
-"""One picture from its file: upright, in 8 bits and the model's channels; as it is, or cut and resized to its size.
+"""One picture: read from its file, upright, in 8 bits and the model's channels; whole, or cropped and resized.
 
-Training, evaluation, predictions and the contact sheet all read pictures here, so all of them see the same pixels.
+Training, evaluation, predictions and the contact sheet all read pictures here, so they see the same pixels.
 
-H rows · W columns · C channels
+H rows · W columns · c channels
 """
 
 import contextlib
@@ -16,17 +16,19 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jvitmoe.errors import UserError
+from jvitmoe.errors import UserError, one_line
 
-LONGEST = 65_535  # pixels of a side, JPEG's limit: decoders need time for each row, however short it is
+LONGEST = 65_535  # pixels of a side, JPEG's limit; a decoder's time grows with the rows, even if they are short
 
-# Those that Pillow reads by itself: a file that says it is PostScript would be run by another program.
+# Formats that Pillow decodes itself. It would hand PostScript to another program.
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+IMAGE_SUFFIXES = frozenset((".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"))
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # Pillow's name for 8-bit pixels of that many channels
-AREA = (0.08, 1.0)  # share of a picture that a random crop takes, and its ratio of width to height, both as in
-RATIO = (3 / 4, 4 / 3)  # Szegedy et al., arXiv 1409.4842, log-uniform as the field has it
+# Of a random crop: its share of the picture's area, uniform, and its width / height, log-uniform (arXiv 1409.4842).
+AREA = (0.08, 1.0)
+RATIO = (3 / 4, 4 / 3)
 TRIES = 10
-ORIENTATION = 0x0112  # EXIF's tag for how a camera was held; 1 is upright
+ORIENTATION = 0x0112  # EXIF's tag for how the camera was held; 1 is upright
 
 
 class DataError(UserError):
@@ -35,59 +37,57 @@ class DataError(UserError):
 
 class Picture(NamedTuple):
     name: str  # for messages
-    encoded: Path | bytes | np.ndarray  # a file, its contents, or uint8 pixels [H, W, C]
+    encoded: Path | bytes | np.ndarray  # a file, its contents, or uint8 pixels [H, W, c]
 
 
 def exact(picture: Picture, size: tuple[int, int, int], rule: str) -> np.ndarray:
-    """Returns uint8 [H, W, C] of exactly `size`. Raises DataError with the name and, on another size, `rule`."""
+    """Returns uint8 [H, W, c] of exactly `size`. Raises DataError with the name and, for another size, `rule`."""
     height, width, channels = size
     with opened(picture) as image:
-        # Only the header is read so far, so an image that claims a huge size never takes its memory.
-        found = pixels(image, channels, picture.name) if {*image.size} == {width, height} else image
-        if found.size != (width, height):
-            raise DataError(f"{picture.name} is {found.height}x{found.width} pixels but {rule}")
-        return np.asarray(found).reshape(size)
+        # Only the header is read so far: an image that claims a huge size never takes its memory.
+        if {*image.size} == {width, height}:
+            image = pixels(image, channels, picture.name)
+        if image.size != (width, height):
+            raise DataError(f"{picture.name} is {image.height}x{image.width} pixels but {rule}")
+        return np.asarray(image).reshape(size)
 
 
-def random_crop(picture: Picture, side: int, channels: int, random: np.random.RandomState) -> np.ndarray:
-    """Returns uint8 [side, side, C]: a random part of the picture, of 8 % to 100 % of its area and a width of 3/4 to
-    4/3 of its height, resized bilinearly; the largest part in its middle where ten draws do not fit in.
+def random_crop(picture: Picture, side: int, channels: int, seed: int | Sequence[int]) -> np.ndarray:
+    """Returns uint8 [side, side, c]: a random part of the picture (AREA, RATIO), resized bilinearly.
 
-    Source: Szegedy et al., arXiv 1409.4842. Raises DataError.
-    """
-    with opened(picture) as file:
-        image = pixels(file, channels, picture.name)
-        width, height = image.size
-        box = None
-        for _ in range(TRIES):
-            area, ratio = random.uniform(*AREA) * width * height, math.exp(random.uniform(*np.log(RATIO)))
-            w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
-            if 0 < w <= width and 0 < h <= height:
-                left, top = random.randint(0, width - w + 1), random.randint(0, height - h + 1)
-                box = (left, top, left + w, top + h)
-                break
-        return _resized(image, box or _middle(width, height), side)
-
-
-def centre_crop(picture: Picture, side: int, channels: int) -> np.ndarray:
-    """Returns uint8 [side, side, C] as ImageNet is tested: the shorter side is resized to 8/7 of `side`, bilinearly,
-    and the centre cropped. Raises DataError."""
-    return _centre(picture, side, channels, side * 8 // 7, "BILINEAR")
-
-
-def square(picture: Picture, side: int, channels: int) -> np.ndarray:
-    """Returns uint8 [side, side, C]: the shorter side is resized to `side`, bicubically, and the centre cropped; a
-    picture of that size is returned as it is. Raises DataError."""
-    return _centre(picture, side, channels, side, "BICUBIC")
-
-
-def _centre(picture: Picture, side: int, channels: int, shorter: int, filter_name: str) -> np.ndarray:
-    """Returns the centre crop of the picture whose shorter side was resized to `shorter`.
-
-    Sizes and offsets are rounded as torchvision rounds them, so timm's transform gives the same pixels.
+    If TRIES draws do not fit in, the largest part in the middle whose ratio is allowed. Source: Szegedy et al.,
+    arXiv 1409.4842. Raises DataError.
     """
     from PIL import Image
 
+    with opened(picture) as file:
+        image = pixels(file, channels, picture.name)
+        box = _random_box(image.width, image.height, np.random.RandomState(seed))
+        resized = image.resize((side, side), Image.Resampling.BILINEAR, box=box)
+        return np.asarray(resized).reshape(side, side, channels)
+
+
+def _random_box(width: int, height: int, random: np.random.RandomState) -> tuple[float, float, float, float]:
+    """Returns (left, top, right, bottom) of a random crop."""
+    for _ in range(TRIES):
+        area, ratio = random.uniform(*AREA) * width * height, math.exp(random.uniform(*np.log(RATIO)))
+        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < w <= width and 0 < h <= height:
+            left, top = random.randint(0, width - w + 1), random.randint(0, height - h + 1)
+            return left, top, left + w, top + h
+    widest, highest = min(width, height * RATIO[1]), min(height, width / RATIO[0])
+    return (width - widest) / 2, (height - highest) / 2, (width + widest) / 2, (height + highest) / 2
+
+
+def centre_crop(picture: Picture, side: int, channels: int, crop: str = "resized") -> np.ndarray:
+    """Returns uint8 [side, side, c]: the shorter side is resized and the centre cropped. Raises DataError.
+
+    crop="resized" resizes to 8/7 of `side`, bilinearly, as ImageNet is tested; "pad" to `side`, bicubically. Sizes and
+    offsets are rounded as in torchvision, so timm's transform gives the same pixels.
+    """
+    from PIL import Image
+
+    shorter, filter_name = (side * 8 // 7, "BILINEAR") if crop == "resized" else (side, "BICUBIC")
     with opened(picture) as file:
         image = pixels(file, channels, picture.name)
         size = [int(shorter * length / min(image.size)) for length in image.size]
@@ -98,22 +98,9 @@ def _centre(picture: Picture, side: int, channels: int, shorter: int, filter_nam
         return np.asarray(image.crop((left, top, left + side, top + side))).reshape(side, side, channels)
 
 
-def _middle(width: int, height: int) -> tuple[float, float, float, float]:
-    """Returns the largest box in the middle whose ratio is allowed."""
-    w, h = min(width, height * RATIO[1]), min(height, width / RATIO[0])
-    return (width - w) / 2, (height - h) / 2, (width + w) / 2, (height + h) / 2
-
-
-def _resized(image: Any, box: tuple[float, float, float, float], side: int) -> np.ndarray:
-    from PIL import Image
-
-    pixels = np.asarray(image.resize((side, side), Image.Resampling.BILINEAR, box=box))
-    return pixels.reshape(side, side, -1)
-
-
 @contextlib.contextmanager
 def opened(picture: Picture) -> Iterator[Any]:
-    """Gives the picture with its header read; whatever goes wrong in it is a DataError that names the picture."""
+    """Yields the picture as a Pillow image, its header read. Any error inside becomes a DataError with its name."""
     from PIL import Image
 
     encoded = picture.encoded
@@ -130,13 +117,18 @@ def opened(picture: Picture) -> Iterator[Any]:
             yield image
     except DataError:
         raise
-    except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError and more on damaged files
-        raise DataError(f"{picture.name} cannot be read as an image ({cause(error)}); replace or remove it") from error
+    except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError and more for damaged files
+        raise DataError(
+            f"{picture.name} cannot be read as an image ({one_line(error)}); replace or remove it"
+        ) from error
 
 
 def pixels(image: Any, channels: int, name: str) -> Any:
-    """Returns the image turned as its EXIF says, with 8 bits in each of 1, 3 or 4 channels: the upper ones of 16, and
-    white where it is transparent and the model sees no transparency. Raises DataError for pixels of other kinds."""
+    """Returns the image upright, with 1, 3 or 4 channels of 8 bits.
+
+    Of 16 bits the upper 8 are kept. Transparency is put on white unless the model has 4 channels. Raises DataError for
+    other kinds of pixels.
+    """
     from PIL import Image, ImageOps
 
     if image.getexif().get(ORIENTATION, 1) != 1:
@@ -152,27 +144,26 @@ def pixels(image: Any, channels: int, name: str) -> Any:
     return image.convert(MODES[channels])
 
 
-def cause(error: BaseException) -> str:
-    """Returns the kind and the first line of `error`."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+def is_image(path: Path) -> bool:
+    """True if the file name has the suffix of an image."""
+    return path.suffix.lower() in IMAGE_SUFFIXES
+
+
+def visible(folder: Path) -> list[Path]:
+    """Returns the entries of a folder that are not hidden, sorted. Raises OSError."""
+    return sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
 
 
 def find(paths: Sequence[str | Path]) -> tuple[list[Path], list[str]]:
-    """Returns (files, complaints): files as they are, folders by the images in them, in order. Hidden files and deeper
-    folders are skipped."""
-    files, complaints = [], []
+    """Returns (files, complaints): each file, and the images directly in each folder, in order."""
+    files: list[Path] = []
+    complaints = []
     for path in map(Path, paths):
-        if not os.path.lexists(path):  # which no name makes raise
+        if not os.path.lexists(path):  # unlike Path.exists, this raises for no name
             complaints.append(f"{path} does not exist; give files or folders")
             continue
-        if not os.path.isdir(path):
-            files.append(path)
-            continue
         try:
-            inside = sorted(
-                p for p in path.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES and p.name[0] != "." and p.is_file()
-            )
+            inside = [p for p in visible(path) if is_image(p) and p.is_file()] if os.path.isdir(path) else [path]
         except OSError as error:
             complaints.append(f"{path} cannot be listed ({type(error).__name__}); let it be read")
             continue
@@ -183,17 +174,10 @@ def find(paths: Sequence[str | Path]) -> tuple[list[Path], list[str]]:
 
 
 def read(path: str | Path, size: int, channels: int, crop: str = "pad") -> np.ndarray:
-    """Returns the picture as uint8 [size, size, channels]: upright, the shorter side resized to `size` (crop="pad",
-    bicubic) or to 8/7 of it ("resized", bilinear: as such a run resizes its test images), and the centre cropped.
-
-    Raises DataError for what cannot be read, or claims more pixels than photographs have.
-    """
+    """Returns the `centre_crop` of a file. Raises DataError for what cannot be read, or claims more pixels than
+    photographs have."""
     if channels not in MODES:
         raise DataError(f"the model takes {channels} channels; pictures have 1, 3 or 4: classify arrays instead")
-    cut = centre_crop if crop == "resized" else square
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of Pillow's; what it warns of is refused here
-        return cut(Picture(str(path), Path(path)), size, channels)
-
-
-IMAGE_SUFFIXES = frozenset((".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"))
+        warnings.simplefilter("ignore")  # Pillow warns about sizes that `opened` refuses
+        return centre_crop(Picture(str(path), Path(path)), size, channels, crop)

@@ -1,4 +1,7 @@
-"""What a data set is: splits in memory, records on disk, the class of sources, and the checks that they share."""
+"""What a data set is: splits in memory, records on disk, the base class of sources, and decoding records.
+
+N images · H rows · W columns · c channels
+"""
 
 import abc
 import dataclasses
@@ -10,40 +13,41 @@ from typing import Generic, TypeVar
 import numpy as np
 
 from jvitmoe.config import DataConfig, ModelConfig
-from jvitmoe.data.images import DataError, Picture, exact
+from jvitmoe.data.images import DataError, Picture, centre_crop, exact, random_crop
 
-GROUP = 64  # images per thread task: one by one, hand-over costs more than decoding
+GROUP = 64  # records per thread task: one record per task costs more in overhead than in decoding
+Record = tuple[Picture, int]  # a picture and its label
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Split:
-    images_NHWC: np.ndarray  # uint8, C-contiguous
+    images_NHWc: np.ndarray  # uint8, C-contiguous
     labels_N: np.ndarray  # int32
 
     def __len__(self) -> int:
         return len(self.labels_N)
 
-    def part(self, chosen_N: np.ndarray) -> "Split":
-        """Returns the images that a mask or numbers choose."""
-        return Split(self.images_NHWC[chosen_N], self.labels_N[chosen_N])
+    def select(self, chosen_N: np.ndarray) -> "Split":
+        """Returns the images that a mask or indices choose."""
+        return Split(self.images_NHWc[chosen_N], self.labels_N[chosen_N])
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Records:
-    """A split that stays where it is: pictures are read by number, in any order, from any thread."""
+    """A split on disk. Any thread may read any records, in any order."""
 
-    read: Callable[[int], tuple[Picture, int]]  # number in the source -> (picture, label)
+    read: Callable[[Sequence[int]], list[Record]]  # numbers in the source -> records
     number_N: np.ndarray
-    labels_N: np.ndarray | None  # None where a label is known only once its picture is read
+    labels_N: np.ndarray | None  # None if only reading a record gives its label
 
     def __len__(self) -> int:
         return len(self.number_N)
 
-    def __getitem__(self, index: int) -> tuple[Picture, int]:
-        return self.read(int(self.number_N[index]))
+    def __getitem__(self, index: int) -> Record:
+        return self.read([int(self.number_N[index])])[0]
 
-    def part(self, chosen_N: np.ndarray) -> "Records":
-        """Returns the pictures that a mask or numbers choose."""
+    def select(self, chosen_N: np.ndarray) -> "Records":
+        """Returns the records that a mask or indices choose."""
         labels_N = None if self.labels_N is None else self.labels_N[chosen_N]
         return Records(self.read, self.number_N[chosen_N], labels_N)
 
@@ -59,71 +63,70 @@ class Dataset(Generic[S]):
 
 
 class Source(abc.ABC):
-    """A kind of data set. A new one defines `load` and gets a line in `datasets.SOURCES`.
+    """A kind of data set. A new one defines `browse` and gets a line in `datasets.SOURCES`."""
 
-    Its methods return and raise what the functions of that name in `datasets` do.
-    """
-
-    knows_labels = True  # before it reads a picture; if not, a stream holds out other validation images than a set
+    knows_labels = True  # without reading records; if False, a stream holds out other validation images than a set
 
     def __init__(self, data: DataConfig, model: ModelConfig) -> None:
         self.data, self.model = data, model
 
     @abc.abstractmethod
-    def load(self) -> Dataset[Split]: ...
-
     def browse(self) -> Dataset[Records]:
-        found = self.load()
-        return Dataset(in_memory(found.train), in_memory(found.test), found.class_names)
+        """Returns what `datasets.browse` returns. Raises DataError."""
 
 
-def check_fit(name: str, shape_HWC: Sequence[int], classes: int, model: ModelConfig) -> None:
-    height, width, channels = shape_HWC
-    if tuple(shape_HWC) != (model.image_size, model.image_size, model.channels):
+def check_fit(name: str, shape_HWc: Sequence[int], classes: int, model: ModelConfig) -> None:
+    """Raises DataError, with the settings to change, if images or classes of a set do not fit the model."""
+    height, width, channels = shape_HWc
+    if tuple(shape_HWc) != (model.image_size, model.image_size, model.channels):
         wanted = f"{model.image_size}x{model.image_size}x{model.channels}"
         flags = [f"--config.model.image_size={height}"] * (height != model.image_size)
         flags += [f"--config.model.channels={channels}"] * (channels != model.channels)
         remedy = f"set {' '.join(flags)}" if height == width else "only square images fit"
         raise DataError(f"images of {name} are {height}x{width}x{channels} but config.model expects {wanted}; {remedy}")
     if classes != model.classes:
-        raise DataError(
-            f"{name} has {classes} classes but config.model.classes is {model.classes}; "
-            f"set --config.model.classes={classes}"
-        )
+        rule = f"config.model.classes is {model.classes}; set --config.model.classes={classes}"
+        raise DataError(f"{name} has {classes} classes but {rule}")
 
 
 def in_memory(split: Split) -> Records:
-    def read(number: int) -> tuple[Picture, int]:
-        return Picture(f"image {number}", split.images_NHWC[number]), int(split.labels_N[number])
+    """Returns a split as records."""
+
+    def read(numbers: Sequence[int]) -> list[Record]:
+        return [(Picture(f"image {n}", split.images_NHWc[n]), int(split.labels_N[n])) for n in numbers]
 
     return Records(read, np.arange(len(split)), split.labels_N)
 
 
-def size_rule(model: ModelConfig) -> str:
-    """Returns the rule on the size of a picture, with its remedies, for messages."""
-    return (
-        f"config.model.image_size is {model.image_size}; resize the image, set --config.model.image_size, "
-        "or set --config.data.stream --config.data.crop=resized"
-    )
+def read_pixels(
+    picture: Picture, data: DataConfig, model: ModelConfig, seed: Sequence[int] | None = None
+) -> np.ndarray:
+    """Returns uint8 [H, W, c] of the model's size, cropped as `data.crop` says. Raises DataError.
+
+    Args:
+        seed: of the random crop of training; None gives what evaluation sees.
+    """
+    side, channels = model.image_size, model.channels
+    if data.crop == "resized":
+        return centre_crop(picture, side, channels) if seed is None else random_crop(picture, side, channels, seed)
+    remedy = "resize the image, set --config.model.image_size, or set --config.data.stream --config.data.crop=resized"
+    return exact(picture, (side, side, channels), f"config.model.image_size is {side}; {remedy}")
 
 
-def decode(records: Records, model: ModelConfig) -> Split:
-    """Returns the records with all pictures decoded; their labels must be known. Raises DataError."""
-    assert records.labels_N is not None
-    images_NHWC = np.empty((len(records), model.image_size, model.image_size, model.channels), np.uint8)
-    decode_into(images_NHWC, [records[index][0] for index in range(len(records))], size_rule(model))
-    return Split(images_NHWC, records.labels_N)
-
-
-def decode_into(images_NHWC: np.ndarray, pictures: Sequence[Picture], rule: str) -> None:
-    """Decodes the n-th picture into the n-th image. Raises DataError with its name and, on another size, `rule`."""
+def decode(records: Records, data: DataConfig, model: ModelConfig) -> Split:
+    """Returns all records in memory, as evaluation sees them. Raises DataError."""
     from PIL import Image
 
-    def decode(start: int) -> None:
-        for index, picture in enumerate(pictures[start : start + GROUP], start):
-            images_NHWC[index] = exact(picture, images_NHWC.shape[1:], rule)
+    images_NHWc = np.empty((len(records), model.image_size, model.image_size, model.channels), np.uint8)
+    labels_N = np.empty(len(records), np.int32)
+
+    def decode_group(start: int) -> None:
+        for index, record in enumerate(records.read(records.number_N[start : start + GROUP].tolist()), start):
+            picture, labels_N[index] = record
+            images_NHWc[index] = read_pixels(picture, data, model)
 
     with warnings.catch_warnings(), ThreadPoolExecutor() as pool:
         warnings.simplefilter("error", Image.DecompressionBombWarning)
-        for _ in pool.map(decode, range(0, len(pictures), GROUP)):
+        for _ in pool.map(decode_group, range(0, len(records), GROUP)):
             pass
+    return Split(images_NHWc, labels_N)

@@ -1,10 +1,10 @@
-"""Batches read from disk as they are needed, through Grain, for sets larger than a device's memory.
+"""Batches read from disk when they are needed, through Grain, for sets larger than a device's memory.
 
-Row n of step s is the image that `TrainOrder` names, and its random crop is drawn from (seed, s, n): so a streamed run
-is the run that holds its set on the device, and one that is taken up at any step reads nothing twice. Each process
-reads the rows of its own devices. Pictures are decoded in threads, and batches put on the devices ahead of the step.
+Row n of step s is the image that `TrainOrder` names, and its random crop is drawn from (seed, s, n). So a streamed run
+equals a run with its set on the device, and a resumed run reads no earlier image. Each process reads the rows of its
+own devices. Threads decode pictures, and batches are put on the devices before their step.
 
-B global batch · N images · S steps · H rows · W columns · C channels
+B global batch, b the rows of it in this process · H, W image rows and columns · c channels
 """
 
 import contextlib
@@ -12,125 +12,85 @@ import os
 from collections.abc import Callable, Generator, Iterable, Iterator
 from typing import Any
 
-import grain
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jvitmoe.config import Config, ModelConfig
+from jvitmoe.config import Config
 from jvitmoe.data.batches import Batches, Images, TrainOrder
-from jvitmoe.data.images import Picture, centre_crop, exact, random_crop
-from jvitmoe.data.splits import Records, Split, size_rule
+from jvitmoe.data.splits import Records, read_pixels
 
-AHEAD = 2  # batches that wait on the devices; as many again wait decoded on the host
-CROP = 0x43726F70  # what the host draws for: keeps its numbers apart from anything else of (seed, step, place)
-Row = tuple[np.ndarray, np.int32]  # image_HWC and its label
-
-
-class Rows:
-    """What Grain reads from: a table of rows that are decoded when asked for."""
-
-    def __init__(self, count: int, read: Callable[[int], Row]) -> None:
-        self._count, self._read = count, read
-
-    def __len__(self) -> int:
-        return self._count
-
-    def __getitem__(self, number: Any) -> Row:
-        return self._read(int(number))
+AHEAD = 2  # batches that wait on the devices; as many wait decoded on the host
+CROP = 0x43726F70  # distinguishes these random numbers from others that depend on (seed, step, row)
+Row = tuple[np.ndarray, np.int32]  # image_HWc and its label
 
 
 def train_batches(
     records: Records, order: TrainOrder, config: Config, mesh: Mesh, start: int, total: int
 ) -> Generator[Images, None, None]:
-    """Yields the batch of every step from `start` to before `total`, its rows along the data axis. Raises DataError."""
-    model, side = config.model, config.model.image_size
-    sharding = NamedSharding(mesh, PartitionSpec("data"))
-    place_b = _rows_here(config.train.batch_size, sharding)
+    """Yields the batch of every step from `start` to before `total`, split over the data axis. Raises DataError."""
+    seed = config.train.seed & 0xFFFFFFFF, config.train.seed >> 32
 
-    def read(number: int) -> Row:
-        step, row = divmod(number, len(place_b))
-        step, place = start + step, int(place_b[row])
+    def read(step: int, row: int) -> Row:
         epoch, step_of_epoch = divmod(step, order.steps_per_epoch)
-        picture, label = records[order.on_host(epoch)[step_of_epoch, place]]
-        if config.data.crop == "resized":
-            low, high = config.train.seed & 0xFFFFFFFF, config.train.seed >> 32
-            random = np.random.RandomState([CROP, low, high, step, place])
-            return random_crop(picture, side, model.channels, random), np.int32(label)
-        return _exact(picture, model), np.int32(label)
+        picture, label = records[order.on_host(epoch)[step_of_epoch, row]]
+        return read_pixels(picture, config.data, config.model, (CROP, *seed, step, row)), np.int32(label)
 
-    return _batches(Rows((total - start) * len(place_b), read), place_b, config.train.batch_size, sharding)
+    sharding = NamedSharding(mesh, PartitionSpec("data"))
+    return _batches(read, range(start, total), config.train.batch_size, sharding)
 
 
 class EvalImages(Iterable[Images]):
-    """The batches of `eval_batches`, in their order, rows along the whole mesh; anew each time they are gone through.
+    """The batches of `eval_batches` in order, rows split over the whole mesh; each iteration reads them again.
 
     Padded rows are zeros: the masks of `eval_batches` leave them out.
     """
 
     def __init__(self, records: Records, batches: Batches, config: Config, mesh: Mesh) -> None:
-        self._records, self._config, self._mesh = records, config, mesh
+        self._records, self._config = records, config
         self._steps, self._batch = batches.index_SB.shape
+        self._sharding = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
 
     def __iter__(self) -> Iterator[Images]:
-        model, side = self._config.model, self._config.model.image_size
-        sharding = NamedSharding(self._mesh, PartitionSpec(self._mesh.axis_names))
-        place_b = _rows_here(self._batch, sharding)
-        padding = np.zeros((side, side, model.channels), np.uint8), np.int32(0)
+        return _batches(self._read, range(self._steps), self._batch, self._sharding)
 
-        def read(number: int) -> Row:
-            step, row = divmod(number, len(place_b))
-            index = step * self._batch + int(place_b[row])
-            return _evaluated(self._records, index, self._config) if index < len(self._records) else padding
-
-        return _batches(Rows(self._steps * len(place_b), read), place_b, self._batch, sharding)
-
-
-def read(records: Records, config: Config) -> Split:
-    """Returns all pictures of the records in memory, as they are evaluated. Raises DataError."""
-    rows = Rows(len(records), lambda number: _evaluated(records, number, config))
-    images, labels = zip(*_read_ahead(rows, len(records)), strict=True)
-    return Split(np.stack(images), np.asarray(labels, np.int32))
-
-
-def _evaluated(records: Records, index: int, config: Config) -> Row:
-    picture, label = records[index]
-    if config.data.crop == "resized":
-        return centre_crop(picture, config.model.image_size, config.model.channels), np.int32(label)
-    return _exact(picture, config.model), np.int32(label)
-
-
-def _exact(picture: Picture, model: ModelConfig) -> np.ndarray:
-    return exact(picture, (model.image_size, model.image_size, model.channels), size_rule(model))
+    def _read(self, step: int, row: int) -> Row:
+        model, index = self._config.model, step * self._batch + row
+        if index >= len(self._records):
+            return np.zeros((model.image_size, model.image_size, model.channels), np.uint8), np.int32(0)
+        picture, label = self._records[index]
+        return read_pixels(picture, self._config.data, model), np.int32(label)
 
 
 def _rows_here(batch: int, sharding: NamedSharding) -> np.ndarray:
     """Returns the rows of a batch, ascending, that lie on devices of this process."""
-    parts = sharding.addressable_devices_indices_map((batch,)).values()
-    return np.unique(np.concatenate([np.arange(batch)[part] for part in parts]))
+    indices = sharding.addressable_devices_indices_map((batch,)).values()
+    return np.unique(np.concatenate([np.arange(batch)[index] for index in indices]))
 
 
-def _read_ahead(rows: Rows, buffered: int) -> grain.IterDataset:
+def _batches(
+    read: Callable[[int, int], Row], steps: range, batch: int, sharding: NamedSharding
+) -> Generator[Images, None, None]:
+    """Yields the batch of each step on the devices. `read` maps step and row of the batch to a Row."""
+    import grain  # not above: it takes as long as half of JAX, which sets on the devices do without
+
+    row_b = _rows_here(batch, sharding)
+
+    def read_at(number: int) -> Row:
+        step, local = divmod(int(number), len(row_b))
+        return read(steps[step], int(row_b[local]))
+
+    def to_devices(array_b: np.ndarray) -> jax.Array:
+        def shard(index: Any) -> np.ndarray:
+            first, last, _ = index[0].indices(batch)
+            return array_b[np.searchsorted(row_b, first) : np.searchsorted(row_b, last)]
+
+        return jax.make_array_from_callback((batch, *array_b.shape[1:]), sharding, shard)
+
     threads = min(16, 2 * (os.cpu_count() or 1))
-    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(threads, buffered))
-    return grain.MapDataset.source(rows).to_iter_dataset(options)
-
-
-def _batches(rows: Rows, place_b: np.ndarray, batch: int, sharding: NamedSharding) -> Generator[Images, None, None]:
-    def put(here: tuple[np.ndarray, np.ndarray]) -> Images:
-        def part(array_b: np.ndarray) -> jax.Array:
-            def of_device(index: tuple[slice, ...] | None) -> np.ndarray:
-                assert index is not None, "every process holds a part of every batch"
-                first, last, _ = index[0].indices(batch)
-                return array_b[np.searchsorted(place_b, first) : np.searchsorted(place_b, last)]
-
-            return jax.make_array_from_callback((batch, *array_b.shape[1:]), sharding, of_device)
-
-        return Images(*map(part, here))
-
-    dataset = _read_ahead(rows, AHEAD * len(place_b)).batch(len(place_b)).map(put)
-    # Closed and not left to the end of the process, which its threads might otherwise find half gone.
-    with contextlib.closing(
-        iter(grain.experimental.ThreadPrefetchIterDataset(dataset, prefetch_buffer_size=AHEAD))
-    ) as iterator:
+    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(threads, AHEAD * len(row_b)))
+    rows = grain.MapDataset.range(len(steps) * len(row_b)).map(read_at).to_iter_dataset(options)
+    batches = rows.batch(len(row_b)).map(lambda arrays: Images(*map(to_devices, arrays)))
+    ahead = grain.experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=AHEAD)
+    with contextlib.closing(iter(ahead)) as iterator:  # ends its threads before the interpreter is torn down
         yield from iterator

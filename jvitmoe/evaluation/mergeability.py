@@ -26,7 +26,7 @@ TINY = 1e-30
 
 def subset(split: S) -> S:
     """Returns at most 1,000 images, evenly spaced over the split; the same at each call."""
-    return split.part(np.linspace(0, len(split) - 1, min(len(split), IMAGES)).astype(int))
+    return split.select(np.linspace(0, len(split) - 1, min(len(split), IMAGES)).astype(int))
 
 
 def measure(config: Config, params: Any, evaluate: Evaluator, split: Images, batches: Batches) -> dict[str, Any]:
@@ -99,7 +99,7 @@ def layer_gap(
     @jax.jit
     def batch_sums(params: Any, index_B: jax.Array, mask_B: jax.Array) -> jax.Array:
         merged = merge.average_experts(params)
-        images = augment.normalize(split.images_NHWC[index_B])
+        images = augment.normalize(split.images_NHWc[index_B])
         sums, inputs = [], mlp_inputs(dense, merged, images)
         for layer in expert_layers:
             x_BTD = inputs[layer]

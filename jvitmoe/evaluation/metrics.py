@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jvitmoe.data import augment
-from jvitmoe.data.batches import Batches, Images, place
+from jvitmoe.data.batches import Batches, Images, to_devices
 from jvitmoe.experts import merge
 from jvitmoe.models import vit
 from jvitmoe.runtime.devices import AXES, REPLICATED, settle
@@ -74,7 +74,7 @@ class Evaluator:
         # On the mesh, as the step returns them; otherwise the second batch would compile a second program.
         count, bins = (np.zeros((len(route_PL) + 1, *shape), np.int32) for shape in ((), (BINS,)))
         zeros: Any = (count, count.astype(np.float32), count, bins, bins, bins.astype(np.float32))
-        sums = Sums(*(place(x, self._replicated) for x in zeros))
+        sums = Sums(*(to_devices(x, self._replicated) for x in zeros))
         whole = isinstance(split, Images)
         step = self._step if whole else self._streamed_step
         for s, images in enumerate([split] * len(batches.index_SB) if whole else split):
@@ -96,7 +96,7 @@ class Evaluator:
     ) -> Sums:
         mask_b = batches.mask_SB[s]
         index_b = jnp.arange(len(mask_b)) if streamed else batches.index_SB[s]
-        labels_b, images = split.labels_N[index_b], augment.normalize(split.images_NHWC[index_b])
+        labels_b, images = split.labels_N[index_b], augment.normalize(split.images_NHWc[index_b])
 
         def log_p(route_L: jax.Array) -> jax.Array:
             tree = params if self.net.router else merge.take_path(params, route_L)

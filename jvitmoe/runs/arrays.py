@@ -11,7 +11,7 @@ import numpy as np
 import tensorstore as ts
 from jax.experimental import multihost_utils
 
-from jvitmoe.data.batches import place
+from jvitmoe.data import batches
 from jvitmoe.errors import UserError
 
 Arrays = dict[str, np.ndarray]  # dotted path of a leaf ("blocks.mlp.up") -> its value on the host
@@ -45,7 +45,7 @@ def to_devices(arrays: Arrays, abstract: Any) -> Any:
         form, expected = ((x[name].shape, x[name].dtype) if name in x else None for x in (arrays, wanted))
         if form != expected:
             raise CheckpointError(f"{name} is {form} in the checkpoint and {expected} in the model")
-    return jax.tree.map_with_path(lambda path, leaf: place(arrays[_dotted(path)], leaf.sharding), abstract)
+    return jax.tree.map_with_path(lambda path, leaf: batches.to_devices(arrays[_dotted(path)], leaf.sharding), abstract)
 
 
 def checksums(arrays: Mapping[str, np.ndarray]) -> dict[str, str]:

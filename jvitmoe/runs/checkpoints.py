@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jax.experimental import multihost_utils
 
-from jvitmoe.data.batches import place
+from jvitmoe.data import batches
 from jvitmoe.errors import one_line
 from jvitmoe.runs import arrays
 from jvitmoe.runs.arrays import Arrays, CheckpointError
@@ -100,7 +100,8 @@ class Checkpoints:
             raise CheckpointError(f"checkpoint {which!r} does not exist; there are {names} and {steps}")
         sound = (step for step in reversed(steps) if self.check(step) is None)
         chosen = next(sound, None) if which == "latest" else self._best(steps)
-        damaged = [step for step in reversed(steps) if isinstance(self._checked.get(step), str)]
+        passed_over = [step for step in reversed(steps) if which == "best" or chosen is None or step > chosen]
+        damaged = [step for step in passed_over if isinstance(self._checked.get(step), str)]
         if deleted := set(damaged) - set(self.steps()):
             for step in deleted:
                 del self._checked[step]
@@ -146,7 +147,7 @@ class Checkpoints:
         for step in reversed(steps):
             trees = self._read_and_check(step, wanted, placed)
             if isinstance(meta := self._checked[step], dict):
-                number = place(np.array(step, np.int32), abstract.step.sharding)
+                number = batches.to_devices(np.array(step, np.int32), abstract.step.sharding)
                 return abstract._replace(step=number, **trees), meta
             self._warn(step)
         if steps:

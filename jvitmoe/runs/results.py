@@ -1,7 +1,7 @@
 """result.json and report.md of a run."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,17 +57,22 @@ def metric_cells(row: Mapping[str, Any]) -> dict[str, str]:
     }
 
 
+def made_with(several: Sequence[Mapping[str, Any]]) -> str:
+    """Returns the line that a report opens with: hardware and versions of training and tests."""
+    hardware = dict.fromkeys(r[name] for r in several for name in ("trained_on", "hardware") if r.get(name))
+    versions = dict.fromkeys(f"{name} {version}" for r in several for name, version in r.get("versions", {}).items())
+    return f"Hardware: {'; '.join(hardware)}. Versions: {', '.join(versions) or 'not recorded'}."
+
+
 def write_result(workdir: Path, result: Mapping[str, Any]) -> None:
     """Writes result.json and report.md and prints the tables."""
     write_text(workdir / RESULT, json.dumps({**result, "checksum": checksum(result)}, indent=2) + "\n")
     rows = result_rows(result)
     show(rows, f"{workdir.name}: {result['data']} test split, step {result['step']}")
-    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
     text = (
-        f"# {workdir.name}\n\n{markdown(rows)}\n"
+        f"# {workdir.name}\n\n{made_with([result])} n (seeds): 1.\n\n{markdown(rows)}\n"
         f"Test split of {result['data']}, checkpoint at step {result['step']}, seed {result['seed']}. "
-        f"Parameters: {result['active_parameters']:,} active, {result['total_parameters']:,} total. "
-        f"Hardware: {result['hardware']}. Versions: {versions}.\n"
+        f"Parameters: {result['active_parameters']:,} active, {result['total_parameters']:,} total.\n"
     )
     if why := result.get("mergeability"):
         layers = [

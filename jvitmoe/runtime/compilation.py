@@ -1,4 +1,4 @@
-"""How programs are compiled, where compiled ones are kept, and what they say of themselves."""
+"""XLA options, the compilation cache, and cost and communication read from compiled programs."""
 
 import functools
 import os
@@ -17,18 +17,17 @@ CPU_FLAGS = Path("/proc/cpuinfo")
 def options(dtype: Any, platform: str) -> dict[str, bool]:
     """Returns XLA's options for programs that compute in `dtype` on "cpu", "gpu" or "tpu".
 
-    On a CPU with AMX, bfloat16 products with a transposed operand, such as gradients of weights, use AMX only through
-    oneDNN: without it, JAX 0.12's XLA takes several times as long. On other CPUs oneDNN is slower than XLA. The option
-    is not set if XLA_FLAGS sets it. A process that has been given the option writes no more programs to the cache.
+    On a CPU with AMX, bfloat16 products with a transposed operand (gradients of weights) use AMX only through oneDNN:
+    without it, JAX 0.12's XLA takes several times as long. On other CPUs oneDNN is slower. XLA_FLAGS takes precedence.
+    A process that gets the option writes no more programs to the compilation cache.
     """
     if platform != "cpu" or dtype != jnp.bfloat16 or ONEDNN in os.environ.get("XLA_FLAGS", "") or not _has_amx():
         return {}
     _stop_writing()
-    return {ONEDNN: True} if _known(ONEDNN) else {}
+    return {ONEDNN: True} if _is_known(ONEDNN) else {}
 
 
 def _has_amx() -> bool:
-    """True if the operating system lists AMX for bfloat16 among the CPU's features."""
     try:
         return "amx_bf16" in CPU_FLAGS.read_text().split()
     except OSError:
@@ -36,21 +35,21 @@ def _has_amx() -> bool:
 
 
 def _stop_writing() -> None:
-    """Lets JAX write no more programs to the compilation cache: jaxlib 0.12 ends with SIGSEGV when it serializes a
-    program that calls oneDNN."""
+    """Stops writes to the compilation cache: jaxlib 0.12 crashes (SIGSEGV) on serializing a program that calls
+    oneDNN."""
     jax.config.update("jax_persistent_cache_min_compile_time_secs", float("inf"))
 
 
 def for_reading(lowered: Any) -> Any:
-    """Returns the compiled program of what `jit(...).lower(...)` gave, to be read and not run: XLA's own passes, which
-    its text, FLOPs and memory come from, all done, and machine code made in a hurry."""
-    hurry = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-    return lowered.compile({option: value for option, value in hurry.items() if _known(option, value)})
+    """Returns the compiled program of `jit(...).lower(...)`, to be read and not run. XLA's optimisations, which decide
+    its text, FLOPs and memory, are done; code generation is fast and poor."""
+    fast = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+    return lowered.compile({option: value for option, value in fast.items() if _is_known(option, value)})
 
 
 @functools.cache
-def _known(option: str, value: bool | int = True) -> bool:
-    """Whether the installed jaxlib has this option: one that it has not ends every compilation with an error."""
+def _is_known(option: str, value: bool | int = True) -> bool:
+    """True if the installed jaxlib has this option. An unknown option makes every compilation fail."""
     try:
         jax.jit(lambda: 0, compiler_options={option: value}).lower().compile()
     except jax.errors.JaxRuntimeError:
@@ -61,7 +60,7 @@ def _known(option: str, value: bool | int = True) -> bool:
 def use_cache() -> None:
     """Keeps compiled programs on disk for the next start, in JAX_COMPILATION_CACHE_DIR or the user's cache folder.
 
-    The folder is the user's alone: JAX runs what it finds in it.
+    Only the user may access the folder, because JAX runs what is in it.
     """
     if ONEDNN in os.environ.get("XLA_FLAGS", ""):
         _stop_writing()
@@ -70,33 +69,33 @@ def use_cache() -> None:
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jvitmoe" / "compiled"
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    except OSError:  # a home that cannot be written to costs a compilation, no run
+    except OSError:  # without a cache a run only compiles longer
         return
     jax.config.update("jax_compilation_cache_dir", str(folder))
 
 
 def reduced_bytes(text: str) -> int:
-    """Returns the bytes that the all-reduces of a compiled program's HLO text take in on one device, over groups of
-    several devices. Raises ValueError where there is any other collective."""
+    """Returns the input bytes, on one device, of all all-reduces over several devices in a compiled program's HLO text.
+    Raises ValueError if there is any other collective."""
     return sum(reduced_sizes(text))
 
 
 def reduced_sizes(text: str) -> list[int]:
-    """As `reduced_bytes`, of each array that is reduced."""
+    """As `reduced_bytes`, for each array that is reduced."""
     if other := re.search(r" (all-gather|all-to-all|reduce-scatter|collective-permute)(-start)?\(", text):
         raise ValueError(f"the program holds an {other[1]}")
-    found = []
+    sizes = []
     for shape, groups in re.findall(r"= (.+?) all-reduce(?:-start)?\(.*replica_groups=(mesh.*?\}|\S+),", text):
         if _group_size(groups) == 1:
             continue
-        for kind, bits, sizes in re.findall(r"\b(f|bf|s|u|pred)(\d*)\[([\d,]*)\]", shape):
-            elements = int(np.prod([int(n) for n in sizes.split(",") if n], dtype=int))
-            found.append(elements * (1 if kind == "pred" else int(bits) // 8))
-    return found
+        for kind, bits, axes in re.findall(r"\b(f|bf|s|u|pred)(\d*)\[([\d,]*)\]", shape):
+            elements = int(np.prod([int(n) for n in axes.split(",") if n], dtype=int))
+            sizes.append(elements * (1 if kind == "pred" else int(bits) // 8))
+    return sizes
 
 
 def _group_size(groups: str) -> int:
-    """Returns the devices that reduce together, from any of HLO's ways to write groups of them."""
+    """Returns the number of devices that reduce together, from any of HLO's notations."""
     if sizes := dict(re.findall(r"'(\w+)'=(\d+)", groups)):  # mesh['data'=1,'expert'=4] {'data'}
         return int(np.prod([int(sizes[name]) for name in re.findall(r"'(\w+)'[,}]", groups)], dtype=int))
     if listed := re.match(r"\[\d+,(\d+)\]<=", groups):  # [4,1]<=[4]
@@ -106,8 +105,8 @@ def _group_size(groups: str) -> int:
 
 
 def planned_bytes(compiled: Any) -> int:
-    """Returns the memory that XLA plans for a compiled program on one device: arguments, results not written over
-    them, and temporaries."""
+    """Returns the memory that XLA plans for a program on one device: arguments, results that do not replace them, and
+    temporaries."""
     plan = compiled.memory_analysis()
     kept = plan.argument_size_in_bytes + plan.output_size_in_bytes - plan.alias_size_in_bytes
     return int(kept + plan.temp_size_in_bytes)

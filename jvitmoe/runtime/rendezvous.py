@@ -1,8 +1,8 @@
-"""Checks the processes of a run before JAX connects them: all are there, each once, with one count and the same code.
+"""Checks the processes of a run before JAX connects them: all are present, each once, with one count and the same code.
 
-JAX aborts every process where one number is used twice, crashes where the coordinator's port is taken, and does not
-notice another count or other code. So process 0 first listens on the coordinator's port itself. Every other process
-connects and sends its report; process 0 answers all of them with the same line, and leaves the port to JAX.
+JAX aborts every process if an index is used twice, crashes if the coordinator's port is taken, and does not notice
+another count or other code. So process 0 first listens on the coordinator's port itself. Every other process connects
+and sends its report. Process 0 answers all of them with the same line and leaves the port to JAX.
 """
 
 import asyncio
@@ -21,8 +21,8 @@ from absl import flags
 from jvitmoe.errors import UserError
 
 GREETING = b"jvitmoe\n"
-GREETS = 12.0  # seconds within which process 0 greets whoever connects; another program does not
-LINGER = 3.0  # seconds for which process 0 still answers after a fault, so that later processes hear of it too
+GREETS = 12.0  # seconds within which process 0 greets a connection; another program does not
+LINGER = 3.0  # seconds for which process 0 still answers after a fault, so that later processes learn of it too
 RETRY = 0.1
 
 
@@ -40,12 +40,12 @@ class Report(NamedTuple):
 
     process: int
     processes: int
-    place: str  # pid and host
+    location: str  # pid and host
     code: dict[str, str]  # package -> version, source file -> hash
 
 
 def source_hashes() -> dict[str, str]:
-    """Returns file -> hash, for every source file of this package."""
+    """Returns file -> hash for every source file of this package."""
     root = Path(__file__).parents[1]
     return {
         str(path.relative_to(root)): hashlib.sha256(path.read_bytes()).hexdigest()[:12]
@@ -54,16 +54,16 @@ def source_hashes() -> dict[str, str]:
 
 
 def meet(address: str, process: int, count: int, code: Mapping[str, str], seconds: float) -> None:
-    """Returns once all processes are there and agree; raises UserError with the same reason in all of them otherwise.
+    """Returns when all processes are present and agree. Otherwise raises UserError, with the same reason in each.
 
     Args:
         address: HOST:PORT of JAX's coordinator, which must not run yet.
-        process, count: number of this process, and of all.
-        code: what must be the same in all processes.
+        process, count: index of this process, and number of all.
+        code: values that must be equal in all processes.
         seconds: how long to wait for the others.
     """
-    mine = Report(process, count, f"pid {os.getpid()} on {socket.gethostname()}", dict(code))
-    if fault := asyncio.run(_meet(address, mine, seconds)):
+    report = Report(process, count, f"pid {os.getpid()} on {socket.gethostname()}", dict(code))
+    if fault := asyncio.run(_meet(address, report, seconds)):
         raise UserError(fault)
 
 
@@ -78,24 +78,21 @@ async def _meet(address: str, mine: Report, seconds: float) -> str:
         except OSError as error:
             if error.errno != errno.EADDRINUSE:
                 return f"process 0 cannot listen at {address}: {error.strerror}; choose another port for --coordinator"
-        with contextlib.suppress(TimeoutError):  # where a second process 0 was started, the first one says so
-            return await asyncio.wait_for(_visit(address, mine, taken), GREETS)
-        return taken
-    try:
-        return await asyncio.wait_for(_visit(address, mine, taken), seconds)
+    try:  # a second process 0 is told so by the first one
+        return await asyncio.wait_for(_visit(address, mine, taken), seconds if mine.process else GREETS)
     except TimeoutError:
-        return _late(address, mine, seconds, "they are not all there")
+        return _late(address, mine, seconds, "they are not all there") if mine.process else taken
 
 
 async def _host(address: str, mine: Report, seconds: float) -> str:
-    """Returns what is wrong, or "", after telling all who have reported."""
+    """Returns the fault, or "", after sending it to all that have reported."""
     reports = {0: mine}
     writers: dict[int, asyncio.StreamWriter] = {}
     verdict: asyncio.Future[str] = asyncio.get_running_loop().create_future()
 
     async def receive(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        strange = EOFError, OSError, ValueError, TypeError, RecursionError, asyncio.LimitOverrunError
-        with contextlib.closing(writer), contextlib.suppress(*strange, asyncio.CancelledError):
+        foreign = EOFError, OSError, ValueError, TypeError, RecursionError, asyncio.LimitOverrunError
+        with contextlib.closing(writer), contextlib.suppress(*foreign, asyncio.CancelledError):
             writer.write(GREETING)
             report = Report(*json.loads(await reader.readuntil()))
             if report.process not in range(report.processes):
@@ -131,23 +128,22 @@ async def _host(address: str, mine: Report, seconds: float) -> str:
 
 
 def _listen(address: str) -> socket.socket:
-    """Returns a socket that listens where JAX's coordinator will. Raises OSError."""
+    """Returns a socket that listens at the coordinator's address. Raises OSError."""
     bind = os.environ.get("JAX_COORDINATOR_BIND_ADDRESS", "[::]:" + address.rpartition(":")[2])
     host, _, port = bind.rpartition(":")
-    if host == "[::]":  # all interfaces; one socket, so that of two processes one gets all of them
-        both = socket.has_dualstack_ipv6()
-        family = socket.AF_INET6 if both else socket.AF_INET
-        return socket.create_server(("", int(port)), family=family, dualstack_ipv6=both)
-    return socket.create_server(
-        (host.strip("[]"), int(port)), family=socket.AF_INET6 if ":" in host else socket.AF_INET
-    )
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    if host != "[::]":
+        return socket.create_server((host.strip("[]"), int(port)), family=family)
+    # All interfaces on one socket, so that only one of two processes gets them.
+    both = socket.has_dualstack_ipv6()
+    return socket.create_server(("", int(port)), family=family if both else socket.AF_INET, dualstack_ipv6=both)
 
 
 async def _visit(address: str, mine: Report, taken: str) -> str:
-    """Returns what process 0 answers, or `taken` where something else does. Waits for as long as nobody does."""
+    """Returns the answer of process 0, or `taken` if another program has the port. Retries until it can connect."""
     host, _, port = address.rpartition(":")
     while True:
-        with contextlib.suppress(OSError, ValueError, asyncio.IncompleteReadError):  # it is not there yet, or has ended
+        with contextlib.suppress(OSError, ValueError, asyncio.IncompleteReadError):  # not started yet, or ended
             reader, writer = await asyncio.open_connection(host.strip("[]"), int(port))
             with contextlib.closing(writer):
                 try:
@@ -162,31 +158,25 @@ async def _visit(address: str, mine: Report, taken: str) -> str:
 
 def _fault(reports: Mapping[int, Report], new: Report) -> str:
     """Returns why a process may not join those that have reported, or ""."""
-    first = reports[0]
+    first, name = reports[0], f"process {new.process} of {new.processes}"
     if new.processes != first.processes:
-        return (
-            f"process {new.process} was started with --processes={new.processes} and process 0 with "
-            f"--processes={first.processes}; start all with the same number"
-        )
+        started = f"--processes={new.processes} and process 0 with --processes={first.processes}"
+        return f"process {new.process} was started with {started}; start all with the same number"
     if new.process in reports:
-        places = f"{reports[new.process].place}, and {new.place}"
-        return f"process {new.process} of {new.processes} was started twice ({places}); give each its own --process"
-    names = [name for name in first.code | new.code if first.code.get(name) != new.code.get(name)]
-    if names:
-        listed = ", ".join(f"{name} is {new.code.get(name)} and not {first.code.get(name)}" for name in names[:3])
-        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-        return (
-            f"process {new.process} of {new.processes} ({new.place}) has other code than process 0: {listed}{more}; "
-            "install the same code and packages for all processes"
-        )
+        locations = f"{reports[new.process].location}, and {new.location}"
+        return f"{name} was started twice ({locations}); give each its own --process"
+    differ = [key for key in first.code | new.code if first.code.get(key) != new.code.get(key)]
+    if differ:
+        listed = ", ".join(f"{key} is {new.code.get(key)} and not {first.code.get(key)}" for key in differ[:3])
+        listed += f" and {len(differ) - 3} more" if len(differ) > 3 else ""
+        remedy = "install the same code and packages for all processes"
+        return f"{name} ({new.location}) has other code than process 0: {listed}; {remedy}"
     return ""
 
 
-def _late(address: str, mine: Report, seconds: float, who: str) -> str:
-    return (
-        f"process {mine.process} of {mine.processes} waited {seconds:g} s for the others at {address}, and {who}; "
-        "check the address and that as many processes were started as --processes says"
-    )
+def _late(address: str, mine: Report, seconds: float, problem: str) -> str:
+    waited = f"process {mine.process} of {mine.processes} waited {seconds:g} s for the others at {address}"
+    return f"{waited}, and {problem}; check the address and that as many processes were started as --processes says"
 
 
 def _line(value: object) -> bytes:

@@ -27,7 +27,7 @@ Routes = tuple[jax.Array, ...]  # one for each forward pass (experts.routes.draw
 class Gradients(NamedTuple):
     """Means over the global batch."""
 
-    loss: jax.Array  # what is minimised, nats
+    loss: jax.Array  # nats
     accuracy: jax.Array
     statistics: Statistics | None  # of a learned router, leaves [L, ...]
     grads: Any  # shaped as the parameters
@@ -39,7 +39,7 @@ class Shard(NamedTuple):
     images_bHWc: jax.Array  # augmented and normalised
     labels_b: jax.Array
     targets_bC: jax.Array  # smoothed labels after augmentation
-    place_b: jax.Array  # in the global batch
+    index_b: jax.Array  # of each image in the global batch
 
 
 def gradients(
@@ -64,7 +64,7 @@ def local_gradients(
     index_B says which images of `split` make the batch. It is None for a streamed batch, of which `split` holds the
     rows of this device.
     """
-    shard = images_of_device(plan, split, index_B, step, places(plan, routes[0]))
+    shard = images_of_device(plan, split, index_B, step, batch_indices(plan, routes[0]))
     # Each device differentiates its own copy, so gradients are reduced once, at the end, and not where a parameter
     # first meets the images: inside the scan over layers, and the CLS token once per image.
     axes = jax.tree.map(lambda leaf: (DATA,) if leaf else AXES, on_expert_axis(plan, params))
@@ -82,8 +82,8 @@ def on_expert_axis(plan: StepPlan, params: Any) -> Any:
     return jax.tree.map(lambda is_stacked: is_stacked and plan.expert_devices > 1, slices.stacked(params))
 
 
-def places(plan: StepPlan, route: jax.Array) -> jax.Array:
-    """Returns place_b in the global batch of this device's images; sorted by slot, or by expert if images move."""
+def batch_indices(plan: StepPlan, route: jax.Array) -> jax.Array:
+    """Returns index_b in the global batch of this device's images, sorted by slot, or by expert if images move."""
     batch, slots = plan.config.train.batch_size, plan.config.slots
     if slots == 1:
         share = batch // plan.mesh.size
@@ -91,27 +91,27 @@ def places(plan: StepPlan, route: jax.Array) -> jax.Array:
     share, here = batch // plan.data_devices, slots // plan.expert_devices
     slot_E = jnp.argsort(route[0]) if plan.images_move else jnp.arange(slots)
     slot_e = jax.lax.dynamic_slice(slot_E, (jax.lax.axis_index(EXPERT) * here,), (here,))
-    place_eb = slot_e[:, None] + slots * jnp.arange(share // slots)[None]
-    return jax.lax.axis_index(DATA) * share + place_eb.reshape(-1)
+    index_eb = slot_e[:, None] + slots * jnp.arange(share // slots)[None]
+    return jax.lax.axis_index(DATA) * share + index_eb.reshape(-1)
 
 
 def images_of_device(
-    plan: StepPlan, split: Images, index_B: jax.Array | None, step: jax.Array, place_b: jax.Array
+    plan: StepPlan, split: Images, index_B: jax.Array | None, step: jax.Array, index_b: jax.Array
 ) -> Shard:
-    """Returns the images at these places of the batch and their targets, augmented."""
+    """Returns the images at these indices of the batch and their targets, augmented."""
     config = plan.config
     share = config.train.batch_size // plan.data_devices
-    index_b = place_b - jax.lax.axis_index(DATA) * share if index_B is None else index_B[place_b]
-    labels_b = split.labels_N[index_b]
+    image_b = index_b - jax.lax.axis_index(DATA) * share if index_B is None else index_B[index_b]
+    labels_b = split.labels_N[image_b]
     targets_bC = optax.smooth_labels(jax.nn.one_hot(labels_b, config.model.classes), config.train.label_smoothing)
-    keys_b = image_keys(plan, Purpose.AUGMENT, step, place_b)
-    images_bHWc, targets_bC = augment.augment(config.data, keys_b, split.images_NHWC[index_b], targets_bC)
-    return Shard(augment.normalize(images_bHWc), labels_b, targets_bC, place_b)
+    keys_b = image_keys(plan, Purpose.AUGMENT, step, index_b)
+    images_bHWc, targets_bC = augment.augment(config.data, keys_b, split.images_NHWc[image_b], targets_bC)
+    return Shard(augment.normalize(images_bHWc), labels_b, targets_bC, index_b)
 
 
-def image_keys(plan: StepPlan, purpose: Purpose, step: jax.Array, place_b: jax.Array) -> jax.Array:
-    """Returns one key per image, a function of seed, step and place: the same on any number of devices."""
-    return jax.vmap(jax.random.fold_in, (None, 0))(address(plan.root, purpose, step), place_b)
+def image_keys(plan: StepPlan, purpose: Purpose, step: jax.Array, index_b: jax.Array) -> jax.Array:
+    """Returns one key per image, a function of seed, step and index: the same on any number of devices."""
+    return jax.vmap(jax.random.fold_in, (None, 0))(address(plan.root, purpose, step), index_b)
 
 
 def accumulate(plan: StepPlan, differentiate: Callable[[Shard], Any], shard: Shard) -> Any:
@@ -175,15 +175,15 @@ def logits_of_pass(
         route = None  # the images of expert e are in slot e
     elif not plan.all_run:
         route = jnp.full((plan.config.model.depth,), number)  # expert p of what `state.take` selected is that of pass p
-    place_b = shard.place_b + number * plan.config.train.batch_size
-    keys_b = image_keys(plan, Purpose.DROPOUT, step, place_b) if plan.config.model.dropout else None
+    index_b = shard.index_b + number * plan.config.train.batch_size
+    keys_b = image_keys(plan, Purpose.DROPOUT, step, index_b) if plan.config.model.dropout else None
     return vit.logits(plan.net, params, shard.images_bHWc, route, keys_b)
 
 
 def routed_logits(plan: StepPlan, params: Any, shard: Shard, step: jax.Array) -> tuple[jax.Array, Statistics]:
     """Returns (logits_bC, statistics over the global batch) of a model with a router."""
     routed = plan.config.routing
-    keys_b = image_keys(plan, Purpose.DROPOUT, step, shard.place_b)  # also without dropout: no keys mean evaluation
+    keys_b = image_keys(plan, Purpose.DROPOUT, step, shard.index_b)  # also without dropout: no keys mean evaluation
     top_k = routers.find(routed.router).top_k_at(step, plan.total, routed.top_k, routed.experts)
     logits_bC, statistics = vit.logits_and_statistics(plan.net, params, shard.images_bHWc, keys_b, top_k)
     # Reduced before anything is multiplied: the loss of means is no mean of losses.

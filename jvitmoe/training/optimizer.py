@@ -11,14 +11,14 @@ from jvitmoe.config import Config, OptimConfig
 from jvitmoe.errors import ConfigError
 from jvitmoe.experts import build, slices
 
-DECAYED = ("kernel", "up", "down")  # matrices; biases, norms, positions and CLS are left alone by AdamW
+DECAYED = ("kernel", "up", "down")  # matrices; AdamW does not decay biases, norms, positions and CLS
 
 
 def schedule(config: Config, steps_per_epoch: int) -> optax.Schedule:
     """Returns step -> learning rate: cosine to 0 over train.epochs.
 
-    "step": linear warm-up from 0, then moving every step. "epoch": moving at each epoch's start only, as PyTorch's
-    CosineAnnealingLR stepped once per epoch does; the original's recipe.
+    "step": linear warm-up from 0; changes at every step. "epoch": changes only at the start of an epoch, as PyTorch's
+    CosineAnnealingLR with one step per epoch; this is the recipe of the original.
     """
     optim, epochs = config.optim, config.train.epochs
     if optim.schedule == "epoch":
@@ -30,7 +30,7 @@ def schedule(config: Config, steps_per_epoch: int) -> optax.Schedule:
 
 
 def warmup_steps(config: Config, steps_per_epoch: int) -> int:
-    """Returns the number of warm-up steps: those of optim.warmup_epochs, at most half of all, so that a short run
+    """Returns the number of warm-up steps: optim.warmup_epochs, but at most half of all steps, so that a short run
     reaches the peak of the learning rate."""
     return min(round(config.optim.warmup_epochs * steps_per_epoch), config.train.epochs * steps_per_epoch // 2)
 

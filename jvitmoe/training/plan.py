@@ -1,4 +1,4 @@
-"""What is fixed for all steps of a run."""
+"""The settings of a training step, the same for all steps of a run."""
 
 import dataclasses
 
@@ -12,7 +12,7 @@ from jvitmoe.runtime.devices import DATA, EXPERT
 
 @dataclasses.dataclass(frozen=True)
 class StepPlan:
-    """The arguments that every function of the step shares, and what follows from them."""
+    """The arguments that all functions of the step share, and values derived from them."""
 
     config: Config
     model: vit.ViT  # the whole model, all experts
@@ -41,8 +41,8 @@ class StepPlan:
 
     @property
     def images_move(self) -> bool:
-        """True if images are sorted by expert, once. With one route for all layers, this replaces gathering weights
-        in each layer."""
+        """True if the images are sorted by expert before the first layer. If all layers have the same route, this
+        replaces gathering the weights in each layer."""
         routed = self.config.routing
         return (routed.granularity, routed.scope) == ("sample", "shared") and not routed.consistency
 
@@ -56,6 +56,6 @@ class StepPlan:
 
     @property
     def net(self) -> vit.ViT:
-        """The model that one device runs: on its share of all experts, or on the selected expert of each pass."""
+        """The model of one device: with its share of all experts, or with the selected expert of each pass."""
         experts = self.model.experts // self.expert_devices if self.all_run else self.passes
         return self.model if experts == self.model.experts else self.model.clone(experts=experts)

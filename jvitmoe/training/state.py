@@ -1,7 +1,7 @@
-"""The training state, and the active slice of it: what one route reads and writes.
+"""The training state, and its active slice: the arrays that one route reads and writes.
 
 Experts keep optimiser states of their own, one per (layer, expert), Adam's step count included. So an expert's
-moments, bias correction and weight decay are those of a dense Adam that saw only the steps this expert ran.
+moments, bias correction and weight decay are those of a dense Adam that saw only the steps of this expert.
 
 L layers · E experts
 """
@@ -23,23 +23,23 @@ from jvitmoe.training.optimizer import make_direction
 
 
 class OptState(NamedTuple):
-    trunk: Any  # state of everything that every step touches
+    trunk: Any  # state of the parameters that every step updates
     experts: Any  # leaves [L, E, ...] (one path: [L, ...]); None in a dense model
 
 
 class Skipped(NamedTuple):
-    """Steps that changed nothing, because their loss or gradients were not finite; int32 scalars."""
+    """Counts of the steps that changed nothing because loss or gradients were not finite; int32 scalars."""
 
     total: jax.Array
-    in_a_row: jax.Array  # up to the last step
+    in_a_row: jax.Array  # consecutive ones, the last step included
 
 
 class TrainState(NamedTuple):
     step: jax.Array  # int32, updates done
     params: Any
     opt_state: OptState
-    ema: Any = None  # running mean of the merged tree, dense; None where none is kept
-    skipped: Skipped | None = None  # None where such a step ends the run
+    ema: Any = None  # exponential moving average of the merged tree; None if train.ema is 0
+    skipped: Skipped | None = None  # None if a non-finite step ends the run
 
 
 def create(params: Any, tx: optax.GradientTransformation, ema: bool = False, skips: bool = False) -> TrainState:
@@ -62,7 +62,7 @@ def take(state: TrainState, route: jax.Array) -> TrainState:
 
 
 def put(state: TrainState, active: TrainState, route: jax.Array) -> TrainState:
-    """Returns `active` with its experts written back into those of `state`, where `take` found them.
+    """Returns `active` with its experts written back into those of `state`, at the indices that `take` read.
 
     Nothing else is written: idle experts, their moments and counts keep their bits.
     """
@@ -87,7 +87,7 @@ def make_state(config: Config, model: vit.ViT, mesh: Mesh, dense: Any = None) ->
 
 
 def abstract_state(config: Config, model: vit.ViT, mesh: Mesh) -> TrainState:
-    """Returns shapes, dtypes and shardings of `make_state`, with nothing computed: what a checkpoint restores to.
+    """Returns shapes, dtypes and shardings of `make_state` without computing it, as restoring a checkpoint needs.
 
     Experts and their moments lie along the expert axis, if it has several devices. `train.shard` splits moments, and
     parameters too, over the data axis, each leaf along its longest axis that divides.
@@ -95,7 +95,7 @@ def abstract_state(config: Config, model: vit.ViT, mesh: Mesh) -> TrainState:
     shapes = jax.eval_shape(lambda: _create(config, model))
     marks, shard = slices.stacked(shapes.params), config.train.shard
 
-    def place(x: jax.ShapeDtypeStruct, is_stacked: bool, split: bool) -> jax.ShapeDtypeStruct:
+    def shard_leaf(x: jax.ShapeDtypeStruct, is_stacked: bool, split: bool) -> jax.ShapeDtypeStruct:
         along: list[str | None] = [None] * x.ndim
         if is_stacked and mesh.shape[EXPERT] > 1:
             along[slices.EXPERT_AXIS] = EXPERT
@@ -106,18 +106,18 @@ def abstract_state(config: Config, model: vit.ViT, mesh: Mesh) -> TrainState:
             along.pop()
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, PartitionSpec(*along)))
 
-    def place_all(tree: Any, is_stacked: bool, split: bool) -> Any:
-        return jax.tree.map(lambda x: place(x, is_stacked, split), tree)
+    def shard_tree(tree: Any, is_stacked: bool, split: bool) -> Any:
+        return jax.tree.map(lambda x: shard_leaf(x, is_stacked, split), tree)
 
     return TrainState(
-        place_all(shapes.step, False, False),
-        jax.tree.map(lambda x, is_stacked: place(x, is_stacked, shard == "parameters"), shapes.params, marks),
+        shard_tree(shapes.step, False, False),
+        jax.tree.map(lambda x, is_stacked: shard_leaf(x, is_stacked, shard == "parameters"), shapes.params, marks),
         OptState(
-            place_all(shapes.opt_state.trunk, False, shard != "none"),
-            place_all(shapes.opt_state.experts, True, shard != "none"),
+            shard_tree(shapes.opt_state.trunk, False, shard != "none"),
+            shard_tree(shapes.opt_state.experts, True, shard != "none"),
         ),
-        place_all(shapes.ema, False, shard != "none"),
-        place_all(shapes.skipped, False, False),
+        shard_tree(shapes.ema, False, shard != "none"),
+        shard_tree(shapes.skipped, False, False),
     )
 
 

@@ -1,7 +1,7 @@
-"""The compiled training step: draw a route, take the experts on it, update them, put them back.
+"""The compiled training step: draw a route, take its experts, update them, put them back.
 
 Devices form a mesh ("data", "expert"). Loss and gradients are computed per device under `shard_map`; everything else
-is plain code over whole arrays, which XLA partitions as the state is sharded.
+is plain code over whole arrays, which XLA partitions by the sharding of the state.
 
 B global batch, b the share of one device · S steps of one epoch · N images · L layers · E experts
 """
@@ -32,14 +32,14 @@ from jvitmoe.training.update import finish, learning_rate, update
 
 
 class Metrics(NamedTuple):
-    """What one step says of itself, over the global batch; float32 scalars."""
+    """The metrics of one step over the global batch; float32 scalars."""
 
-    loss: jax.Array  # what was minimised: cross-entropy, nats, smoothed labels if asked
-    accuracy: jax.Array  # of the path that ran, before its update
+    loss: jax.Array  # the minimised loss, nats: cross-entropy with smoothed labels, and auxiliary losses
+    accuracy: jax.Array  # of the selected path, before its update
     grad_norm: jax.Array  # global L2 norm before clipping
     learning_rate: jax.Array
     router: Statistics | None = None  # leaves [layers with experts, ...], means over the batch; None: no router
-    skipped: state.Skipped | None = None  # this step included; None where a step that is not finite ends the run
+    skipped: state.Skipped | None = None  # counts up to this step; None if a non-finite step ends the run
 
 
 def as_floats(metrics: Metrics, expert_layers: Sequence[int]) -> dict[str, float]:
@@ -84,11 +84,11 @@ def train_step(
 
     With `data.stream` the images are those of the batch, and index_SB is None.
 
-    Routes, augmentation and dropout are addressed by (seed, step, place in the global batch), so the result does not
+    Routes, augmentation and dropout are addressed by (seed, step, index in the global batch), so the result does not
     depend on the number of devices beyond the order of floating-point sums. With granularity "batch" only the dense
-    model on the route is differentiated, reduced over devices and updated; otherwise every expert runs, on its slot of
-    images (place in the batch modulo E) or on what a learned router sends it. The consistency loss makes two passes, on
-    two distinct routes, at twice the cost.
+    model on the route is differentiated, reduced over devices and updated. Otherwise every expert runs: on its slot of
+    images (index in the batch modulo E), or on the tokens that a router sends to it. The consistency loss makes two
+    passes, on two distinct routes, at twice the cost.
     """
     step = before.step
     routes = draw_routes(plan, step)

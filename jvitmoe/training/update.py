@@ -1,4 +1,4 @@
-"""The part of a step that follows its gradients: optimiser, pull toward the mean, EMA.
+"""The part of a step after the gradients: optimiser, pull toward the mean, EMA.
 
 L layers · E experts · P forward passes
 """
@@ -22,7 +22,7 @@ def update(
     """Returns the active slice after the optimiser's step; `finish` updates its step number and EMA.
 
     `stacked` marks the leaves that experts own, `norm` is the global norm of `grads`, and `finite` tells whether it and
-    the loss are finite. If not, with `optim.skip_nonfinite` only the counts of steps change, as in
+    the loss are finite. If they are not and `optim.skip_nonfinite` is set, only the counts of steps change, as in
     optax.apply_if_finite.
     """
     config, params = plan.config, active.params
@@ -92,9 +92,9 @@ def directions(
 def expert_scale(config: Config, step: jax.Array, total: int) -> jax.Array:
     """Returns what multiplies the experts' learning rate at a step of `total`.
 
-    In the last `tie_last` of training all experts are equal. Where one expert runs per batch, its step then counts E
-    times (two: E/2 times each): the mean of E equal experts of which one moved has moved 1/E as far, and so the whole
-    MLP takes the dense step.
+    In the last `tie_last` of training all experts are equal. If one expert runs per batch, its step is then multiplied
+    by E (two experts: E/2 each). The mean of E equal experts moves 1/E as far as the one that was updated, so the
+    factor gives the merged MLP the step of a dense one.
     """
     routed = config.routing
     one_runs = routed.granularity == "batch" and not config.routes_in_model

@@ -23,21 +23,21 @@ def keys(seed=0):
     return jax.random.split(jax.random.key(seed), B)
 
 
-def run(key_B, images_BHWC, padding, flip):
-    data, targets_BC = DataConfig(crop_padding=padding, flip=flip), jax.nn.one_hot(jnp.arange(len(images_BHWC)) % 3, 3)
-    images, targets = jax.jit(functools.partial(augment, data))(key_B, images_BHWC, targets_BC)
+def run(key_B, images_BHWc, padding, flip):
+    data, targets_BC = DataConfig(crop_padding=padding, flip=flip), jax.nn.one_hot(jnp.arange(len(images_BHWc)) % 3, 3)
+    images, targets = jax.jit(functools.partial(augment, data))(key_B, images_BHWc, targets_BC)
     np.testing.assert_array_equal(targets, targets_BC)
     return np.asarray(images)
 
 
-def slow_crop(image_HWC, padding, row, column):
+def slow_crop(image_HWc, padding, row, column):
     """Returns the SIDE x SIDE window at (row, column) of the image with `padding` zeros around it."""
-    out = np.zeros_like(image_HWC)
+    out = np.zeros_like(image_HWc)
     for i in range(SIDE):
         for j in range(SIDE):
             y, x = row + i - padding, column + j - padding
             if 0 <= y < SIDE and 0 <= x < SIDE:
-                out[i, j] = image_HWC[y, x]
+                out[i, j] = image_HWc[y, x]
     return out
 
 
@@ -91,11 +91,11 @@ def test_an_image_depends_on_its_own_key_only(images):
 
 
 def test_crop_and_flip_draw_the_numbers_of_version_0_1_0(images):
-    def slow(key, image_HWC):
+    def slow(key, image_HWc):
         crop_key, flip_key = jax.random.split(key)
         row, column = jax.random.randint(crop_key, (2,), 0, 5)
-        image_HWC = slow_crop(image_HWC, 2, int(row), int(column))
-        return image_HWC[:, ::-1] if jax.random.bernoulli(flip_key) else image_HWC
+        image_HWc = slow_crop(image_HWc, 2, int(row), int(column))
+        return image_HWc[:, ::-1] if jax.random.bernoulli(flip_key) else image_HWc
 
     wanted = [slow(key, image) for key, image in zip(keys()[:20], images[:20], strict=True)]
     np.testing.assert_array_equal(run(keys()[:20], images[:20], 2, True), wanted)

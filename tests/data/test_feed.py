@@ -88,9 +88,9 @@ def test_evaluation_visits_every_image_exactly_once(devices, batch_size):
 
 def test_a_split_lies_whole_on_every_device(tiny_split):
     images = put(tiny_split, mesh_of(4))
-    assert len(images.images_NHWC.addressable_shards) == 4
-    assert images.images_NHWC.dtype == jnp.uint8
-    for shard in images.images_NHWC.addressable_shards:
-        np.testing.assert_array_equal(shard.data, tiny_split.images_NHWC)
+    assert len(images.images_NHWc.addressable_shards) == 4
+    assert images.images_NHWc.dtype == jnp.uint8
+    for shard in images.images_NHWc.addressable_shards:
+        np.testing.assert_array_equal(shard.data, tiny_split.images_NHWc)
     for shard in images.labels_N.addressable_shards:
         np.testing.assert_array_equal(shard.data, tiny_split.labels_N)

@@ -55,13 +55,13 @@ def test_digits_are_split_once_and_for_all_into_1437_and_360():
     one, two = load(DataConfig(), ModelConfig()), load(DataConfig(), ModelConfig())
     assert (len(one.train), len(one.test), one.class_names) == (1437, 360, tuple("0123456789"))
     for split, again in ((one.train, two.train), (one.test, two.test)):
-        assert split.images_NHWC.shape == (len(split), 8, 8, 1)
-        assert split.images_NHWC.dtype == np.uint8
+        assert split.images_NHWc.shape == (len(split), 8, 8, 1)
+        assert split.images_NHWc.dtype == np.uint8
         assert split.labels_N.dtype == np.int32
-        assert split.images_NHWC.flags.c_contiguous
-        np.testing.assert_array_equal(split.images_NHWC, again.images_NHWC)
+        assert split.images_NHWc.flags.c_contiguous
+        np.testing.assert_array_equal(split.images_NHWc, again.images_NHWc)
     values, labels = load_digits(return_X_y=True)
-    images = np.concatenate([one.train.images_NHWC, one.test.images_NHWC]).reshape(1797, 64)
+    images = np.concatenate([one.train.images_NHWc, one.test.images_NHWc]).reshape(1797, 64)
     assert sorted(map(bytes, images)) == sorted(bytes(np.rint(v * 255 / 16).astype(np.uint8)) for v in values)
     share = np.bincount(labels) * 360 / 1797
     assert np.all(np.abs(np.bincount(one.test.labels_N) - share) < 1)
@@ -79,14 +79,14 @@ def test_held_out_images_leave_the_rest_and_every_class_gives_its_share(count):
     train, held = hold_out(split, count)
     np.random.seed(1)
     _, again = hold_out(split, count)
-    np.testing.assert_array_equal(held.images_NHWC, again.images_NHWC)
+    np.testing.assert_array_equal(held.images_NHWc, again.images_NHWc)
     assert (len(train), len(held)) == (100 - count, count)
-    numbers = [part.images_NHWC.reshape(-1, 4).view(np.uint32).ravel() for part in (train, held)]
+    numbers = [part.images_NHWc.reshape(-1, 4).view(np.uint32).ravel() for part in (train, held)]
     assert sorted(np.concatenate(numbers)) == list(range(100))
     for part, kept in zip((train, held), numbers, strict=True):
         np.testing.assert_array_equal(part.labels_N, split.labels_N[kept])
         assert np.all(np.diff(kept.astype(int)) > 0)
-        assert part.images_NHWC.flags.c_contiguous
+        assert part.images_NHWc.flags.c_contiguous
     for label, size in ((0, 50), (1, 30), (2, 19), (5, 1)):
         assert abs(np.sum(held.labels_N == label) - size * count / 100) < 1
 
@@ -140,15 +140,15 @@ def test_a_folder_gives_back_the_pixels_and_sorted_classes_written_into_it(tmp_p
     dataset = folder(tmp_path, channels=channels)
     assert dataset.class_names == ("cat", "dog")
     for split, images in ((dataset.train, pixels[0]), (dataset.test, pixels[1])):
-        np.testing.assert_array_equal(split.images_NHWC, images)
+        np.testing.assert_array_equal(split.images_NHWc, images)
         np.testing.assert_array_equal(split.labels_N, [0, 0, 0, 1, 1, 1])
-        assert (split.images_NHWC.dtype, split.labels_N.dtype) == (np.uint8, np.int32)
+        assert (split.images_NHWc.dtype, split.labels_N.dtype) == (np.uint8, np.int32)
 
 
 def test_a_folder_keeps_its_order_when_threads_share_it(tmp_path, monkeypatch):
     monkeypatch.setattr(splits, "GROUP", 3)
     pixels = write_folder(tmp_path, per_class=15)
-    np.testing.assert_array_equal(folder(tmp_path).train.images_NHWC, pixels[0])
+    np.testing.assert_array_equal(folder(tmp_path).train.images_NHWc, pixels[0])
 
 
 def test_grey_palette_and_transparent_files_become_rgb_and_colours_become_grey(tmp_path):
@@ -157,9 +157,9 @@ def test_grey_palette_and_transparent_files_become_rgb_and_colours_become_grey(t
     red.convert("P").save(tmp_path / "train" / "cat" / "000.png", transparency=bytes([255, 0, 128]))
     Image.new("L", (8, 8), 7).save(tmp_path / "train" / "cat" / "001.png")
     red.convert("RGBA").save(tmp_path / "train" / "cat" / "002.png")
-    images = folder(tmp_path).train.images_NHWC
+    images = folder(tmp_path).train.images_NHWc
     assert [tuple(image[0, 0]) for image in images[:3]] == [(255, 0, 0), (7, 7, 7), (255, 0, 0)]
-    assert folder(tmp_path, channels=1).train.images_NHWC[2, 0, 0] == np.asarray(red.convert("L"))[0, 0]
+    assert folder(tmp_path, channels=1).train.images_NHWc[2, 0, 0] == np.asarray(red.convert("L"))[0, 0]
 
 
 POSTSCRIPT = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n(run by another program) = showpage\n"
@@ -275,7 +275,7 @@ def test_browsing_gives_the_splits_of_loading_in_their_order(tmp_path, count):
             assert len(records) == len(split)
             for number in range(len(split)):
                 picture, label = records[number]
-                np.testing.assert_array_equal(exact(picture, shape, ""), split.images_NHWC[number])
+                np.testing.assert_array_equal(exact(picture, shape, ""), split.images_NHWc[number])
                 assert label == split.labels_N[number]
 
 
@@ -308,8 +308,8 @@ def test_a_prepared_set_is_read_whole_without_tensorflow_or_jax():
     code = (
         "import sys; from jvitmoe.data.datasets import load; from jvitmoe.config import DataConfig, ModelConfig\n"
         f"d = load(DataConfig(name='cifar10', dir={str(TFDS_DIR)!r}), ModelConfig(image_size=32, channels=3))\n"
-        "print(d.train.images_NHWC.shape, d.test.images_NHWC.shape, d.train.images_NHWC.dtype, d.class_names[3])\n"
-        "print(set(map(int, __import__('numpy').bincount(d.train.labels_N))), d.train.images_NHWC.mean() // 1)\n"
+        "print(d.train.images_NHWc.shape, d.test.images_NHWc.shape, d.train.images_NHWc.dtype, d.class_names[3])\n"
+        "print(set(map(int, __import__('numpy').bincount(d.train.labels_N))), d.train.images_NHWc.mean() // 1)\n"
         "print([name for name in ('tensorflow', 'jax') if name in sys.modules])"
     )
     lines = subprocess.check_output([sys.executable, "-c", code], text=True).splitlines()
@@ -409,9 +409,9 @@ def assert_holds(dataset: splits.Dataset, labels: dict[bytes, int]) -> None:
     assert dataset.class_names == tuple(f"class{i}" for i in range(10))
     seen = {}
     for split in (dataset.train, dataset.test):
-        seen |= dict(zip(map(bytes, split.images_NHWC), split.labels_N.tolist(), strict=True))
+        seen |= dict(zip(map(bytes, split.images_NHWc), split.labels_N.tolist(), strict=True))
     assert seen == labels
-    assert set(map(bytes, dataset.test.images_NHWC)) == set(list(labels)[50:])
+    assert set(map(bytes, dataset.test.images_NHWc)) == set(list(labels)[50:])
 
 
 @needs_tensorflow
@@ -442,7 +442,7 @@ def test_an_archive_in_the_manual_folder_needs_no_network_and_its_set_obeys_the_
     manual.mkdir(parents=True)
     labels = cifar_archive(manual / ARCHIVE)
     point_cifar10_at(monkeypatch, f"http://127.0.0.1:{closed_port()}/{ARCHIVE}", manual / ARCHIVE)
-    monkeypatch.setattr(tfds, "CHUNK", 7)  # reading in pieces must lose nothing either
+    monkeypatch.setattr(splits, "GROUP", 7)  # reading in pieces must lose nothing either
     assert_holds(cifar10(tmp_path), labels)
 
     info = tmp_path / "cifar10" / "3.0.2" / "dataset_info.json"

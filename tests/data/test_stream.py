@@ -20,7 +20,7 @@ from jvitmoe import evaluate, train
 from jvitmoe.data import datasets, stream
 from jvitmoe.data.batches import TrainOrder, eval_batches
 from jvitmoe.data.images import DataError
-from jvitmoe.data.splits import Records, in_memory
+from jvitmoe.data.splits import Records, decode, in_memory
 from jvitmoe.evaluation import models
 from jvitmoe.evaluation.metrics import make_evaluate
 from jvitmoe.experts import routes
@@ -78,9 +78,9 @@ def test_a_stream_taken_up_at_any_step_gives_the_rest_and_reads_no_row_before_it
     run = streamed(tiny_config())
     whole = [jax.device_get(images) for images in run.batches(0, 8)]
     assert len(whole) == 8
-    assert len({images.images_NHWC.tobytes() for images in whole}) == 8
+    assert len({images.images_NHWc.tobytes() for images in whole}) == 8
     order, seen, read = run.run_of.order, [], run.records.read
-    run.records = Records(lambda n: seen.append(n) or read(n), run.records.number_N, None)
+    run.records = Records(lambda numbers: seen.extend(numbers) or read(numbers), run.records.number_N, None)
     for start in (1, 3, 5, 8):
         seen.clear()
         rest = [jax.device_get(images) for images in run.batches(start, 8)]
@@ -122,7 +122,7 @@ def test_a_streamed_split_is_evaluated_exactly_with_padding_masked(tiny_config, 
     for _ in range(2):  # and once more: a stream can be gone through again
         assert models.evaluate_run(config, run.state.params, None, found, shown, batches) == resident
     assert resident[0]["images"] == len(tiny_split)
-    chex.assert_trees_all_equal(vars(stream.read(records, config)), vars(tiny_split))
+    chex.assert_trees_all_equal(vars(decode(records, config.data, config.model)), vars(tiny_split))
 
 
 # pictures of many sizes
@@ -244,7 +244,7 @@ def test_without_resizing_a_picture_of_another_size_is_refused_with_the_remedy(t
     )
     records = datasets.browse(config.data, config.model).train
     with pytest.raises(DataError, match=r"config.model.image_size is 8; .*--config.data.crop=resized"):
-        stream.read(records, config)
+        decode(records, config.data, config.model)
 
 
 def test_random_parts_are_a_function_of_seed_step_and_place(tmp_path, tiny_config):
@@ -266,9 +266,9 @@ def test_random_parts_are_a_function_of_seed_step_and_place(tmp_path, tiny_confi
     chex.assert_trees_all_equal(batches(start=2), first[2:])
     for one, other in zip(batches(seed=1), first, strict=True):
         np.testing.assert_array_equal(one.labels_N, other.labels_N)
-        assert (one.images_NHWC != other.images_NHWC).any((1, 2, 3)).all()
+        assert (one.images_NHWc != other.images_NHWc).any((1, 2, 3)).all()
     for images in first:
-        means = images.images_NHWC.mean((1, 2, 3))
+        means = images.images_NHWc.mean((1, 2, 3))
         np.testing.assert_array_equal(means < 125, images.labels_N == 1)
 
 
@@ -331,9 +331,9 @@ def test_the_imagenet_config_streams_a_tfds_set_and_tests_on_its_labelled_split(
     assert len(losses) == 6
     assert np.isfinite(losses).all()
     config = config_lib.loads((tmp_path / "run" / "config.json").read_text(), "config.json")
-    test = stream.read(datasets.browse(config.data, config.model).test, config)
+    test = decode(datasets.browse(config.data, config.model).test, config.data, config.model)
     np.testing.assert_array_equal(test.labels_N, [0, 80, 160, 240, 320, 400])
-    np.testing.assert_allclose(test.images_NHWC[:, 16, 16, 0], [0, 10, 20, 30, 40, 50], atol=2)  # of JPEG
+    np.testing.assert_allclose(test.images_NHWc[:, 16, 16, 0], [0, 10, 20, 30, 40, 50], atol=2)  # of JPEG
 
 
 @pytest.mark.skipif(importlib.util.find_spec("tensorflow") is None, reason="TFDS encodes its mock data by TensorFlow")

@@ -12,7 +12,7 @@ import numpy as np
 from safetensors.numpy import save
 
 from jvitmoe.config import Config, ModelConfig
-from jvitmoe.data import augment, datasets, stream
+from jvitmoe.data import augment, datasets, splits
 from jvitmoe.errors import UserError
 from jvitmoe.interop import classifier, load, weight_names
 from jvitmoe.models import vit
@@ -75,12 +75,12 @@ class Target:
     def sample(self, source: load.Source, config: Config) -> weight_names.Dict:
         """Returns the arrays of sample.npz: test images, the target's inputs for them, labels, and our logits."""
         records = datasets.browse(config.data, config.model).test
-        test = stream.read(records.part(np.arange(min(SAMPLE, len(records)))), config)
-        inputs = np.asarray(augment.normalize(jnp.asarray(test.images_NHWC)))
+        test = splits.decode(records.select(np.arange(min(SAMPLE, len(records)))), config.data, config.model)
+        inputs = np.asarray(augment.normalize(jnp.asarray(test.images_NHWc)))
         if self.torch:
             inputs = np.ascontiguousarray(inputs.transpose(0, 3, 1, 2))
-        logits_NC = classifier.from_source(source).logits(test.images_NHWC)
-        return {"images": test.images_NHWC, "inputs": inputs, "labels": test.labels_N, "logits": logits_NC}
+        logits_NC = classifier.from_source(source).logits(test.images_NHWc)
+        return {"images": test.images_NHWc, "inputs": inputs, "labels": test.labels_N, "logits": logits_NC}
 
     def export(self, out: Path, source: load.Source, sample: weight_names.Dict) -> float:
         """Writes the model and the sample. Returns the largest difference between the logits of the files and of the
