@@ -215,6 +215,7 @@ TINY = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # Orbax's
 @both_ways
 @tries(4)

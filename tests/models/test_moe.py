@@ -361,6 +361,7 @@ def scanned_gradients(kind):
     return drawn(params), jax.jit(one), jax.jit(four)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["topk", "soft", "hash"])
 def test_gradients_of_scanned_layers_are_the_same_on_one_device_and_four(kind):
     params, one, four = scanned_gradients(kind)
