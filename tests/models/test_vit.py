@@ -322,6 +322,7 @@ def test_a_batch_is_compiled_once_for_every_route():
         run(params, jnp.full((3,), expert, jnp.int32))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("norm", ["pre", "post"])
 def test_layers_written_out_compute_what_the_loop_computes(norm):
     model = vit.build(ModelConfig(width=8, hidden=12, depth=3, heads=2, patch=4, norm=norm))
