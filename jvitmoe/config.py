@@ -59,7 +59,7 @@ class ModelConfig:
     attention: str = setting(
         "auto", "cudnn: fused, for shapes that it supports; auto: cudnn if possible, else xla", ("auto", "xla", "cudnn")
     )
-    unroll: int = setting(1, "layers per iteration of the scan over depth", above=0)
+    unroll: int = setting(0, "layers per iteration of the scan over depth; 0: by the machine", at_least=0, free=True)
 
     @property
     def patches(self) -> int:
