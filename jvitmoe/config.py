@@ -47,18 +47,12 @@ class ModelConfig:
     position_rows: int = setting(0, "rows of the learned positions; 0: one per patch; original: 300", at_least=0)
     head_hidden: int = setting(0, "hidden units of a two-layer head; 0 is a one-layer head", at_least=0)
     norm_epsilon: float = setting(1e-5, "epsilon of LayerNorm; 1e-6 in timm, 1e-12 in Hugging Face", above=0)
-    init_layers: str = setting(
-        "independent", "layers (of one position in routing.pattern) start different or equal", ("independent", "shared")
-    )
+    init_layers: str = setting("independent", "layers start different or equal", ("independent", "shared"))
     dropout: float = setting(0.0, "rate after attention weights, GELU and both branches", at_least=0, below=1)
     lora: int = setting(0, "rank of a LoRA on the MLP, one per expert; trains it and the head only", at_least=0)
     adapter: int = setting(0, "hidden units of an adapter beside the MLP, one per expert; as lora", at_least=0)
-    dtype: str = setting(
-        "auto", "computation; auto is bfloat16 on GPU and TPU; parameters stay float32", ("auto", "float32", "bfloat16")
-    )
-    attention: str = setting(
-        "auto", "cudnn: fused, for shapes that it supports; auto: cudnn if possible, else xla", ("auto", "xla", "cudnn")
-    )
+    dtype: str = setting("auto", "of computation; auto: bfloat16 on GPU and TPU", ("auto", "float32", "bfloat16"))
+    attention: str = setting("auto", "auto: cudnn if it supports the shapes, else xla", ("auto", "xla", "cudnn"))
     unroll: int = setting(0, "layers per iteration of the scan over depth; 0: by the machine", at_least=0, free=True)
 
     @property
@@ -88,7 +82,9 @@ class RoutingConfig:
     router: str = setting("random", "random, or switch, topk, expert_choice, soft, hash, frozen with granularity=batch")
     pattern: tuple[str, ...] = setting(("experts",), """kinds of layers, repeated over depth: '("dense","experts")'""")
     granularity: str = setting(
-        "batch", "what shares a route: all images, one image, or one token", ("batch", "sample", "token")
+        "batch",
+        "what shares a route: all images, an equal share of the images, or of the tokens",
+        ("batch", "sample", "token"),
     )
     scope: str = setting("shared", "one draw for all layers (the original), or one per layer", ("shared", "layer"))
     init: str = setting("independent", "experts start different (the original) or equal", ("independent", "shared"))
@@ -107,9 +103,7 @@ class RoutingConfig:
     consistency: float = setting(
         0.0, "weight of the divergence of two passes on two routes; doubles the cost", at_least=0
     )
-    consistency_loss: str = setting(
-        "adamix", "adamix: cross-entropy and gradient of one pass; thor: of both passes", ("adamix", "thor")
-    )
+    consistency_loss: str = setting("adamix", "gradient of one pass, or of both (thor)", ("adamix", "thor"))
     tie_last: float = setting(0.0, "last fraction of training with all experts equal", at_least=0, below=1)
 
 

@@ -13,8 +13,11 @@ import runpy
 import signal
 import sys
 
-COMMANDS = ("jvitmoe.train", "jvitmoe.evaluate")
-OTHERS = ("sklearn.datasets", "matplotlib.figure", "matplotlib.backends.backend_agg")  # imported where they are needed
+# What the commands import, most of it when it is needed.
+PRELOADED = (
+    *("jvitmoe.training.launch", "jvitmoe.evaluation.mergeability", "jvitmoe.runs.plots", "jvitmoe.runs.verify"),
+    *("grain", "matplotlib.figure", "matplotlib.backends.backend_agg"),
+)
 
 
 def serve() -> list[str]:
@@ -61,10 +64,8 @@ def run(command: list[str]) -> None:
 
 if __name__ == "__main__":
     sys.path[0] = os.getcwd()
-    for name in (*COMMANDS, *OTHERS):
+    for name in PRELOADED:
         importlib.import_module(name)
-    for name in COMMANDS:
-        del sys.modules[name]  # `run` imports it as __main__
     threads = len(os.listdir("/proc/self/task"))
     assert threads == 1, f"imports started {threads - 1} threads, which a forked process would lack"
     gc.freeze()  # its pages stay shared

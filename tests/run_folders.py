@@ -23,9 +23,13 @@ TINY = {
 }
 
 
-def write_experiment(path: Path, code: str = "", **overrides: dict) -> Path:
-    """Writes an experiment file: TINY with other settings by section, and code that runs when it is read."""
-    config = config_lib.from_dict({s: TINY.get(s, {}) | overrides.get(s, {}) for s in {*TINY, *overrides}})
+def tiny(**overrides: dict) -> Config:
+    """Returns the config of TINY with other settings by section."""
+    return config_lib.from_dict({s: TINY.get(s, {}) | overrides.get(s, {}) for s in {*TINY, *overrides}})
+
+
+def write_experiment(path: Path, config: Config, code: str = "") -> Path:
+    """Writes an experiment file of that config, with code that runs when the file is read."""
     path.write_text(f"from jvitmoe.config import *\n\n\ndef get_config():\n    return {config!r}\n{code}")
     return path
 

@@ -8,6 +8,7 @@ import pytest
 from jvitmoe import benchmark, cli
 from jvitmoe.config import Config, ModelConfig, TrainConfig
 from jvitmoe.errors import UserError
+from jvitmoe.runtime import timing
 
 pytestmark = pytest.mark.slow
 
@@ -29,7 +30,10 @@ def arguments(tmp_path, *flags):
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory):
     folder = tmp_path_factory.mktemp("benchmark")
-    benchmark.main(arguments(folder, "--only=dense,dense again,batch,sample", "--dtypes=float32", "--rounds=2"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(benchmark, "PRODUCT_SIDE", 256)
+        patch.setattr(timing, "VISIT_SECONDS", 0.05)
+        benchmark.main(arguments(folder, "--only=dense,dense again,batch,sample", "--dtypes=float32", "--rounds=2"))
     return json.loads((folder / "out" / "benchmark.json").read_text()), folder / "out"
 
 

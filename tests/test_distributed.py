@@ -18,23 +18,23 @@ from jvitmoe.errors import UserError
 from jvitmoe.runtime.processes import join
 from jvitmoe.runtime.rendezvous import define_flags
 from processes import wait_for_step
-from run_folders import losses, rows, saved, write_experiment
+from run_folders import losses, rows, saved, tiny, write_experiment
 
 pytestmark = pytest.mark.process
 
 STEPS = 12 * (1437 // 128)
 CUT = STEPS - 10  # the step from which two processes resume the run of one
-EXPERIMENT = {
-    "data": {"validation": 0},
-    "routing": {"experts": 2, "granularity": "sample", "scope": "shared"},
-    "optim": {"learning_rate": 1e-4, "eps": 1e-3},
-    "train": {"epochs": 12, "batch_size": 128, "eval_every": 12, "checkpoint_every": CUT, "devices": 0},
-}
+EXPERIMENT = tiny(
+    data={"validation": 0},
+    routing={"experts": 2, "granularity": "sample", "scope": "shared"},
+    optim={"learning_rate": 1e-4, "eps": 1e-3},
+    train={"epochs": 12, "batch_size": 128, "eval_every": 12, "checkpoint_every": CUT, "devices": 0},
+)
 
 
 @pytest.fixture(scope="module")
 def experiment(tmp_path_factory):
-    return write_experiment(tmp_path_factory.mktemp("distributed") / "tiny.py", **EXPERIMENT)
+    return write_experiment(tmp_path_factory.mktemp("distributed") / "tiny.py", EXPERIMENT)
 
 
 @pytest.fixture(scope="module")
@@ -166,7 +166,7 @@ CheckpointWriter.save = flip_and_save
 
 def test_a_value_that_changes_in_the_memory_of_one_process_stops_all_at_the_next_save(tmp_path):
     """One of the changed arrays is whole in every device, the other is split over the devices of each process."""
-    experiment = write_experiment(tmp_path / "flips.py", FLIPS, **EXPERIMENT)
+    experiment = write_experiment(tmp_path / "flips.py", EXPERIMENT, FLIPS)
     command = processes.train(experiment, tmp_path / "x", "--config.train.checkpoint_every=2")
     ended = processes.collect(processes.start_joined(2, [*command, "--config.train.expert_devices=2"], devices=2))
     for process, one in enumerate(ended):
@@ -254,7 +254,7 @@ FAULTS = [
 
 def test_a_process_killed_frozen_or_failing_ends_the_others_within_30_seconds_which_name_it(tmp_path, tally):
     """Each run starts while those before it wait to be sure that one is lost."""
-    experiment = write_experiment(tmp_path / "fails.py", FAILS, **EXPERIMENT)
+    experiment = write_experiment(tmp_path / "fails.py", EXPERIMENT, FAILS)
     long = ("--config.train.epochs=100000", "--config.train.eval_every=100000", "--config.train.checkpoint_every=0")
     sizes = ("--config.train.batch_size=48", "--join_seconds=120")
     started, victims, before, others = [], [], [], []

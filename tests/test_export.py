@@ -14,24 +14,17 @@ import pytest
 from PIL import Image
 
 import jvitmoe
-from jvitmoe import cli, export
+from jvitmoe import export
 from jvitmoe.config import Config, DataConfig
 from jvitmoe.data import datasets, images
 from jvitmoe.errors import ConfigError, UserError
 from jvitmoe.interop import classifier, load, model_card, weight_names
 from jvitmoe.interop.targets import TARGETS, base
+from processes import call
 
 pytestmark = pytest.mark.slow
 
 WITH_ONNX = pytest.mark.skipif(importlib.util.find_spec("jax2onnx") is None, reason="needs jvitmoe[export]")
-
-
-def run(monkeypatch, capsys, *arguments: object) -> tuple[int, str, str]:
-    monkeypatch.setattr(sys, "argv", ["export.py", *map(str, arguments)])
-    with pytest.raises(SystemExit) as caught:
-        cli.run(export.main)
-    captured = capsys.readouterr()
-    return int(caught.value.code), captured.out, captured.err
 
 
 @pytest.fixture(scope="module")
@@ -228,9 +221,9 @@ class Toy(base.Target):
         return lambda inputs: again.logits(np.rint((inputs + 1) * 127.5).astype(np.uint8))
 
 
-def test_a_target_takes_one_class(experiment_run, tmp_path, monkeypatch, capsys):
+def test_a_target_takes_one_class(experiment_run, tmp_path, monkeypatch):
     monkeypatch.setitem(TARGETS, "toy", Toy())
-    code, out, err = run(monkeypatch, capsys, f"--workdir={experiment_run}", "--to=toy", f"--out={tmp_path / 'x'}")
+    code, out, err = call(export.main, f"--workdir={experiment_run}", "--to=toy", f"--out={tmp_path / 'x'}")
     assert (code, err) == (0, "")
     assert "as toy" in out
     assert sorted(path.name for path in (tmp_path / "x").iterdir()) == ["README.md", "sample.npz", "toy.npz"]
@@ -249,7 +242,7 @@ def test_a_new_field_of_the_model_is_refused_by_targets_that_do_not_list_it(monk
             TARGETS[name].examine(config)
 
 
-def test_the_original_is_refused_by_timm_and_nothing_is_written(experiment_run, tmp_path, monkeypatch, capsys):
+def test_the_original_is_refused_by_timm_and_nothing_is_written(experiment_run, tmp_path, monkeypatch):
     real = load.read
 
     def read(path, **rest):
@@ -258,7 +251,7 @@ def test_the_original_is_refused_by_timm_and_nothing_is_written(experiment_run, 
         return found
 
     monkeypatch.setattr(load, "read", read)
-    code, out, err = run(monkeypatch, capsys, f"--workdir={experiment_run}", "--to=timm", f"--out={tmp_path / 'x'}")
+    code, out, err = call(export.main, f"--workdir={experiment_run}", "--to=timm", f"--out={tmp_path / 'x'}")
     assert (code, out, err.count("\n")) == (2, "", 1)
     assert "timm has no counterpart of model.head_hidden=8" in err
     assert list(tmp_path.iterdir()) == []
@@ -275,9 +268,9 @@ def test_the_original_is_refused_by_timm_and_nothing_is_written(experiment_run, 
         (("--workdir={run}", "--to=timm", "--out={new}", "--checkpoint=9"), "checkpoint '9' does not exist"),
     ],
 )
-def test_export_refuses_in_one_line(experiment_run, tmp_path, monkeypatch, capsys, arguments, message):
+def test_export_refuses_in_one_line(experiment_run, tmp_path, arguments, message):
     places = {"run": experiment_run, "new": tmp_path / "new"}
-    code, _, err = run(monkeypatch, capsys, *(a.format(**places) for a in arguments))
+    code, _, err = call(export.main, *(a.format(**places) for a in arguments))
     assert (code, err.count("\n")) == (2, 1)
     assert message in err
     assert not (tmp_path / "new").exists()

@@ -5,11 +5,9 @@ JVITMOE_FUZZ=10 tries ten times as many inputs.
 """
 
 import collections
-import contextlib
 import io
 import json
 import os
-import sys
 import tempfile
 import warnings
 from collections.abc import Callable
@@ -29,6 +27,7 @@ from jvitmoe.data.images import Picture
 from jvitmoe.errors import UserError
 from jvitmoe.experts import cost
 from jvitmoe.models.routers import ROUTERS
+from processes import call
 
 TIMES = int(os.environ.get("JVITMOE_FUZZ", "1"))
 pytestmark = pytest.mark.long if TIMES > 1 else []
@@ -60,18 +59,6 @@ def both_ways(fuzz: Callable[[], None]) -> Callable[[], None]:
 
     test.__name__ = fuzz.__name__
     return test
-
-
-def command(main: Callable, *arguments: str) -> tuple[int, str, str]:
-    """Returns (exit code, stdout, stderr) of a command run in this process."""
-    out, err, before = io.StringIO(), io.StringIO(), sys.argv
-    sys.argv = ["command.py", *arguments]
-    try:
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), pytest.raises(SystemExit) as caught:
-            cli.run(main)
-    finally:
-        sys.argv = before
-    return int(caught.value.code), out.getvalue(), err.getvalue()
 
 
 def assert_one_line(text: str, about: str = "") -> None:
@@ -211,7 +198,7 @@ def test_any_command_line_is_refused_in_one_line_or_gives_a_config(arguments):
     def main(argv: list[str]) -> None:
         accepted.append(cli.experiment(cli.parse(argv, train._define_flags, config=True)))
 
-    code, out, err = command(main, f"--config={DIGITS}", *arguments)
+    code, out, err = call(main, f"--config={DIGITS}", *arguments)
     OUTCOMES["refused" if code else "accepted"] += 1
     if code == 0:
         assert err == ""
@@ -228,20 +215,23 @@ TINY = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # Orbax's
 @both_ways
-@tries(12)
+@tries(4)
 @given(
     st.lists(st.sampled_from(sorted(CHOSEN)), min_size=2, max_size=8, unique=True).flatmap(
         lambda names: st.fixed_dictionaries({name: st.sampled_from(CHOSEN[name]) for name in names})
     )
 )
+@example({"data.flip": True, "train.ema": 0.9})
+@example({"model.width": 8, "model.heads": 3})
 def test_any_mix_of_settings_trains_or_is_refused_in_one_line_and_leaves_a_whole_folder_or_none(chosen):
     overrides = [f"--config.{name}={value}" for name, value in {**TINY, **chosen}.items()]
     with tempfile.TemporaryDirectory() as folder:
         workdir = Path(folder) / "run"
         arguments = (f"--config={DIGITS}", f"--workdir={workdir}", *overrides)
-        code, _, err = command(train.main, *arguments)
+        code, _, err = call(train.main, *arguments)
         OUTCOMES["refused" if code else "accepted"] += 1
         if code == 0:
             assert err == ""

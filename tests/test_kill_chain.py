@@ -8,29 +8,22 @@ import sys
 import pytest
 
 import processes
-from run_folders import assert_same_run, history
+from run_folders import assert_same_run, history, tiny, write_experiment
 
 # Keeps the two newest checkpoints and the best, so that kills fall among deletions too.
-EXPERIMENT = """
-from jvitmoe.config import Config, DataConfig, ModelConfig, RoutingConfig, TrainConfig
-
-def get_config():
-    return Config(
-        data=DataConfig(crop_padding=1, flip=True, validation=800),
-        model=ModelConfig(width=8, hidden=12, depth=2, heads=2, patch=4, dropout=0.1),
-        routing=RoutingConfig(experts=3, scope="layer", init="shared"),
-        train=TrainConfig(epochs=45, batch_size=16, eval_every=1, checkpoint_every=25, devices=1, ema=0.9),
-    )
-"""
+EXPERIMENT = tiny(
+    data={"validation": 800},
+    train={"epochs": 45, "batch_size": 16, "eval_every": 1, "checkpoint_every": 25, "ema": 0.9},
+)
 KILLS = 20
 
 
 @pytest.mark.long
 def test_killed_twenty_times_a_run_equals_the_undisturbed_one_bit_for_bit(tmp_path, tally):
-    (tmp_path / "tiny.py").write_text(EXPERIMENT)
+    experiment = write_experiment(tmp_path / "tiny.py", EXPERIMENT)
     script = [sys.executable, "scripts/kill_and_resume.py", f"--out={tmp_path / 'runs'}", f"--kills={KILLS}"]
     done = subprocess.run(
-        [*script, "--", f"--config={tmp_path / 'tiny.py'}"],
+        [*script, "--", f"--config={experiment}"],
         env={**processes.environment(), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"},
         cwd=processes.ROOT,
         capture_output=True,

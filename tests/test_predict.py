@@ -12,12 +12,13 @@ from matplotlib.ft2font import FT2Font
 from PIL import Image
 
 import jvitmoe
-from jvitmoe import cli, predict
+from jvitmoe import predict
 from jvitmoe.config import Config
 from jvitmoe.data import datasets, images
 from jvitmoe.data.images import DataError
 from jvitmoe.errors import UserError
 from jvitmoe.interop import contact_sheet
+from processes import call
 
 
 @pytest.fixture(scope="module")
@@ -35,14 +36,6 @@ def folder(digits, tmp_path):
     for number in range(3):
         Image.fromarray(digits.images_NHWc[number, ..., 0]).save(tmp_path / f"digit{number}.png")
     return tmp_path
-
-
-def run(monkeypatch, capsys, *arguments: object) -> tuple[int, str, str]:
-    monkeypatch.setattr(sys, "argv", ["predict.py", *map(str, arguments)])
-    with pytest.raises(SystemExit) as caught:
-        cli.run(predict.main)
-    captured = capsys.readouterr()
-    return int(caught.value.code), captured.out, captured.err
 
 
 def test_files_and_arrays_get_the_same_classes(model, digits, folder):
@@ -110,10 +103,10 @@ def test_a_sheet_shows_accents_and_escapes_what_its_font_lacks(tmp_path):
     assert (tmp_path / "sheet.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_table_and_the_json_tell_the_same(experiment_run, folder, monkeypatch, capsys):
-    code, table, err = run(monkeypatch, capsys, f"--workdir={experiment_run}", folder, "--top=2")
+def test_the_table_and_the_json_tell_the_same(experiment_run, folder):
+    code, table, err = call(predict.main, f"--workdir={experiment_run}", folder, "--top=2")
     assert (code, err) == (0, "")
-    code, out, err = run(monkeypatch, capsys, f"--workdir={experiment_run}", folder, "--json", "--top=2")
+    code, out, err = call(predict.main, f"--workdir={experiment_run}", folder, "--json", "--top=2")
     assert (code, err) == (0, "")
     found = json.loads(out)
     assert [entry["file"] for entry in found] == [str(folder / f"digit{n}.png") for n in range(3)]
@@ -123,7 +116,7 @@ def test_the_table_and_the_json_tell_the_same(experiment_run, folder, monkeypatc
             assert f"{guess['name']} {guess['probability']:.1%}" in table
 
 
-def test_unreadable_files_are_reported_skipped_and_the_rest_is_done(experiment_run, folder, monkeypatch, capsys):
+def test_unreadable_files_are_reported_skipped_and_the_rest_is_done(experiment_run, folder):
     (folder / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\nbroken")
     huge = Image.new("1", (20_000, 6_000))
     huge.save(folder / "huge.png")
@@ -133,7 +126,7 @@ def test_unreadable_files_are_reported_skipped_and_the_rest_is_done(experiment_r
     pipe = folder / "empty" / "pipe.png"
     os.mkfifo(pipe)
     more = (folder / "none.png", folder / "empty", pipe)
-    code, out, err = run(monkeypatch, capsys, "--json", f"--workdir={experiment_run}", folder, *more)
+    code, out, err = call(predict.main, "--json", f"--workdir={experiment_run}", folder, *more)
     assert code == 1
     assert len(json.loads(out)) == 3
     lines = err.splitlines()
@@ -147,24 +140,24 @@ def test_unreadable_files_are_reported_skipped_and_the_rest_is_done(experiment_r
         ("pipe.png", "is no regular file"),
     ):
         assert any(line.startswith("skipped: ") and name in line and reason in line for line in lines), name
-    code, out, err = run(monkeypatch, capsys, f"--workdir={experiment_run}", folder / "broken.png")
+    code, out, err = call(predict.main, f"--workdir={experiment_run}", folder / "broken.png")
     assert (code, out) == (1, "")
 
 
-def test_names_of_files_cannot_control_the_terminal(experiment_run, folder, monkeypatch, capsys):
+def test_names_of_files_cannot_control_the_terminal(experiment_run, folder, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     (folder / "\x1b[2J.png").write_bytes(b"no picture")
     (folder / "digit0.png").rename(folder / "\x1b[3J.png")
-    code, out, err = run(monkeypatch, capsys, f"--workdir={experiment_run}", folder)
+    code, out, err = call(predict.main, f"--workdir={experiment_run}", folder)
     assert code == 1
     assert r"\x1b[2J.png" in err
     assert r"\x1b[3J.png" in out
     assert "\x1b" not in out + err
 
 
-def test_the_contact_sheet_shows_every_picture_and_its_classes(experiment_run, folder, monkeypatch, capsys):
+def test_the_contact_sheet_shows_every_picture_and_its_classes(experiment_run, folder):
     out = folder / "sheet.png"
-    code, _, err = run(monkeypatch, capsys, f"--workdir={experiment_run}", folder, f"--sheet={out}")
+    code, _, err = call(predict.main, f"--workdir={experiment_run}", folder, f"--sheet={out}")
     assert code == 0, err
     pixels = np.asarray(Image.open(out).convert("L"))
     high = contact_sheet.CELL + contact_sheet.LINES * contact_sheet.LINE
@@ -193,8 +186,8 @@ def test_the_contact_sheet_shows_every_picture_and_its_classes(experiment_run, f
         (("--workdir=no/where", "x.png"), "'no/where"),
     ],
 )
-def test_predict_refuses_in_one_line(experiment_run, monkeypatch, capsys, arguments, message):
-    code, _, err = run(monkeypatch, capsys, *(a.format(run=experiment_run) for a in arguments))
+def test_predict_refuses_in_one_line(experiment_run, arguments, message):
+    code, _, err = call(predict.main, *(a.format(run=experiment_run) for a in arguments))
     assert (code, err.count("\n")) == (2, 1)
     assert message in err
 

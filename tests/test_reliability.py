@@ -20,9 +20,18 @@ import pytest
 
 import processes
 from jvitmoe import evaluate, train
-from jvitmoe.runs.files import checksum
 from processes import call, wait_for_output, wait_for_step
-from run_folders import assert_same_run, final_state, rows, saved, snapshot, write_experiment
+from run_folders import (
+    assert_same_run,
+    final_state,
+    history,
+    rows,
+    saved,
+    saved_config,
+    snapshot,
+    tiny,
+    write_experiment,
+)
 
 pytestmark = pytest.mark.process
 
@@ -36,7 +45,7 @@ PYTHON = [sys.executable, "-c"]
 def experiment(tmp_path_factory):
     path = tmp_path_factory.mktemp("reliability") / "tiny.py"
     routing = {"experts": 2, "granularity": "sample", "scope": "shared"}
-    return write_experiment(path, routing=routing, train={"checkpoint_every": 3, "keep": 3})
+    return write_experiment(path, tiny(routing=routing, train={"checkpoint_every": 3, "keep": 3}))
 
 
 @pytest.fixture(scope="module")
@@ -367,33 +376,30 @@ def test_verify_calls_every_part_of_a_sound_run_sound(undisturbed):
     assert (code, found) == (0, dict.fromkeys(parts, "sound"))
 
 
-def without_checksums(workdir: Path) -> None:
-    """Makes a run folder what version 0.1.0 wrote."""
-    for step in saved(workdir):
-        meta = json.loads((step / "meta" / "metadata").read_text())
-        del meta["files"], meta["checksum"]
-        (step / "meta" / "metadata").write_text(json.dumps(meta | {"checksum": checksum(meta)}))
-    result = json.loads((workdir / "result.json").read_text())
-    del result["checksum"]
-    (workdir / "result.json").write_text(json.dumps(result))
+def near(values: dict) -> dict:
+    return {name: pytest.approx(value, rel=1e-5) if type(value) is float else value for name, value in values.items()}
 
 
-def test_a_run_folder_of_version_0_1_0_verifies_evaluates_and_resumes(experiment, undisturbed, copy):
-    without_checksums(copy)
-    code, found = verify(copy)
+def test_a_run_folder_of_version_0_1_0_verifies_evaluates_and_resumes_to_its_numbers(tmp_path):
+    """Version 0.1.0, at commit dd40143, wrote the fixture: its config.json, checkpoints at steps 55 and 60, OCDBT."""
+    shutil.unpack_archive(Path(__file__).parent / "fixtures" / "run_0_1_0" / "run.tar.xz", tmp_path, filter="data")
+    workdir = tmp_path / "run"
+    tested, lines = rows(workdir), history(workdir)
+    code, found = verify(workdir)
     assert (code, found.pop("config.json")) == (0, "sound")
-    for path in saved(copy):
-        assert found.pop(f"checkpoint {path.name}") == "sound"
-    assert found == dict.fromkeys(
-        ("classes.json", "images.json", "metrics.jsonl", "result.json"), "sound (no checksum)"
-    )
-    shutil.rmtree(saved(copy)[-1])
-    for main, arguments in ((evaluate.main, ()), (train.main, (f"--config={experiment}",))):
-        code, out, err = call(main, *arguments, f"--workdir={copy}")
+    assert (found.pop("checkpoint 55"), found.pop("checkpoint 60")) == ("sound", "sound")
+    files = ("classes.json", "images.json", "metrics.jsonl", "result.json")
+    assert found == dict.fromkeys(files, "sound (no checksum)")
+    experiment = write_experiment(tmp_path / "tiny.py", saved_config(workdir))
+    for main, arguments in ((evaluate.main, ("--paths=1",)), (train.main, (f"--config={experiment}",))):
+        code, out, err = call(main, *arguments, f"--workdir={workdir}")
         assert (code, err) == (0, "")
-    assert "warning" not in out
-    assert_same_run(copy, undisturbed)
-    code, found = verify(copy)
+        assert "warning" not in out
+        assert rows(workdir) == [near(row) for row in tested]
+        shutil.rmtree(workdir / "checkpoints" / "60", ignore_errors=True)
+    assert "resuming    from step 55" in out
+    assert history(workdir) == [near(line) for line in lines]
+    code, found = verify(workdir)
     assert (code, set(found.values())) == (0, {"sound"})
 
 

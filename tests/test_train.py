@@ -19,7 +19,7 @@ from jvitmoe.runtime.devices import make_mesh
 from jvitmoe.training import loop
 from jvitmoe.training.state import make_state
 from processes import call, wait_for_step
-from run_folders import assert_same_run, final_state, history, rows, saved_config, snapshot, write_experiment
+from run_folders import assert_same_run, final_state, history, rows, saved_config, snapshot, tiny, write_experiment
 
 pytestmark = pytest.mark.process
 
@@ -29,7 +29,7 @@ STEPS = 3 * (1337 // 256)
 @pytest.fixture(scope="module")
 def experiment(tmp_path_factory):
     path = tmp_path_factory.mktemp("experiment") / "tiny.py"
-    return write_experiment(path, train={"log_every": 2, "eval_every": 2, "checkpoint_every": 2})
+    return write_experiment(path, tiny(train={"log_every": 2, "eval_every": 2, "checkpoint_every": 2}))
 
 
 @pytest.fixture(scope="module")

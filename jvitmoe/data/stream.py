@@ -12,7 +12,6 @@ import os
 from collections.abc import Callable, Generator, Iterable, Iterator
 from typing import Any
 
-import grain
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -73,6 +72,8 @@ def _batches(
     read: Callable[[int, int], Row], steps: range, batch: int, sharding: NamedSharding
 ) -> Generator[Images, None, None]:
     """Yields the batch of each step on the devices. `read` maps step and row of the batch to a Row."""
+    import grain  # not above: it takes as long as half of JAX, which sets on the devices do without
+
     row_b = _rows_here(batch, sharding)
 
     def read_at(number: int) -> Row:

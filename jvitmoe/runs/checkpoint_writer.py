@@ -43,8 +43,13 @@ class CheckpointWriter(Checkpoints):
         self._keep = keep
         self._writing: int | None = None  # the step that is being written
         self._write_failed = False
-        # Plain Zarr, because Orbax's default, an OCDBT database, leaks more memory at each save.
-        handlers: dict[str, Any] = {name: ocp.PyTreeCheckpointHandler(use_ocdbt=False) for name in ITEMS}
+        # Plain Zarr, because Orbax's default, an OCDBT database, leaks more memory at each save. By default Orbax also
+        # copies the arrays; `save` has done that.
+        numpy = ocp.type_handlers.NumpyHandler(deepcopy_host_arrays=False)
+        registry = ocp.type_handlers.create_type_handler_registry((np.ndarray, numpy))
+        handlers: dict[str, Any] = {
+            name: ocp.PyTreeCheckpointHandler(use_ocdbt=False, type_handler_registry=registry) for name in ITEMS
+        }
         handlers["meta"] = ocp.JsonCheckpointHandler()
         options = ocp.CheckpointManagerOptions(create=False)
         try:

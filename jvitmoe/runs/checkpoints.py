@@ -100,7 +100,8 @@ class Checkpoints:
             raise CheckpointError(f"checkpoint {which!r} does not exist; there are {names} and {steps}")
         sound = (step for step in reversed(steps) if self.check(step) is None)
         chosen = next(sound, None) if which == "latest" else self._best(steps)
-        damaged = [step for step in reversed(steps) if isinstance(self._checked.get(step), str)]
+        passed_over = [step for step in reversed(steps) if which == "best" or chosen is None or step > chosen]
+        damaged = [step for step in passed_over if isinstance(self._checked.get(step), str)]
         if deleted := set(damaged) - set(self.steps()):
             for step in deleted:
                 del self._checked[step]

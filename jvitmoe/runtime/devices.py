@@ -29,8 +29,8 @@ def make_mesh(train: TrainConfig) -> Mesh:
         devices = jax.devices(train.platform or None)
     except RuntimeError as error:
         remedy = "install jvitmoe[cuda12] or jvitmoe[cuda13], or set --config.train.platform=''"
-        found = f"JAX finds {jax.default_backend()} devices only"
-        raise ConfigError(f"config.train.platform is {train.platform!r}; {found}; {remedy}") from error
+        rule = f"JAX finds {jax.default_backend()} devices only"
+        raise ConfigError(f"config.train.platform is {train.platform!r}; {rule}; {remedy}") from error
     chosen = train.platform or os.environ.get("JAX_PLATFORMS")
     if not chosen and devices[0].platform == "cpu" and Path("/dev/nvidia0").exists():
         warnings.warn("an NVIDIA GPU is here but JAX finds only the CPU; install jvitmoe[cuda12]", RuntimeWarning, 2)

@@ -4,7 +4,6 @@ import importlib.util
 import io
 import json
 import shutil
-import sys
 import types
 from pathlib import Path
 from typing import Any
@@ -16,8 +15,8 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 from PIL import Image
 
-from jvitmoe import cli, evaluate, train
 from jvitmoe import config as config_lib
+from jvitmoe import evaluate, train
 from jvitmoe.data import datasets, stream
 from jvitmoe.data.batches import TrainOrder, eval_batches
 from jvitmoe.data.images import DataError
@@ -27,6 +26,7 @@ from jvitmoe.evaluation.metrics import make_evaluate
 from jvitmoe.experts import routes
 from jvitmoe.experts.routes import Purpose
 from jvitmoe.runtime.devices import make_mesh
+from processes import call
 
 pytestmark = pytest.mark.slow
 
@@ -61,9 +61,8 @@ def streamed(tiny_split, training):
     [
         ({"experts": 4}, {"devices": 1}),
         ({"experts": 2, "granularity": "sample"}, {"devices": 4, "expert_devices": 2, "accumulate": 2}),
-        ({"experts": 2, "granularity": "token"}, {"devices": 2}),
     ],
-    ids=["batch", "sample on both axes in parts", "token"],
+    ids=["batch", "sample on both axes in parts"],
 )
 def test_a_streamed_run_equals_a_run_on_the_device_to_the_bits(tiny_config, training, streamed, routed, meshes):
     def config():
@@ -107,12 +106,11 @@ def test_a_process_reads_the_rows_of_its_own_devices_only(tiny_config):
     assert stream._rows_here(8, elsewhere).tolist() == [2, 3, 4, 5]
 
 
-@pytest.mark.parametrize("devices", [1, 4])
-def test_a_streamed_split_is_evaluated_exactly_with_padding_masked(tiny_config, training, tiny_split, devices):
+def test_a_streamed_split_is_evaluated_exactly_with_padding_masked(tiny_config, training, tiny_split):
     config = tiny_config(
         data={"stream": True},
         routing={"experts": 2, "init": "independent"},
-        train={"devices": devices, "batch_size": 8},
+        train={"devices": 4, "batch_size": 8},
     )
     run = training(config)
     found = make_evaluate(run.model, run.mesh)
@@ -150,33 +148,27 @@ def flags(*settings: str) -> list[str]:
     return [f"--config.{setting}" for setting in settings]
 
 
-def run(main, monkeypatch, capsys, *arguments: str) -> tuple[int, str, str]:
-    monkeypatch.setattr(sys, "argv", ["command.py", *arguments])
-    with pytest.raises(SystemExit) as caught:
-        cli.run(main)
-    return (int(caught.value.code), *capsys.readouterr())
-
-
-def test_an_image_folder_of_all_sizes_trains_resumes_and_is_tested_by_the_commands(tmp_path, monkeypatch, capsys):
+def test_an_image_folder_of_all_sizes_trains_resumes_and_is_tested_by_the_commands(tmp_path, monkeypatch):
     write_pictures(tmp_path / "set")
     settings = (*TINY, "model.classes=2", "data.name=folder", f"data.dir={tmp_path / 'set'}", "data.stream=True")
-    more = ("data.crop=resized", "data.validation=4", "train.epochs=6", "train.checkpoint_every=1", "train.log_every=1")
+    more = ("data.crop=resized", "data.validation=4", "train.epochs=3", "train.checkpoint_every=1", "train.log_every=1")
+    more += ("routing.experts=2", "optim.warmup_epochs=1")
     command = ["--config=configs/digits_random.py", *flags(*settings, *more), f"--workdir={tmp_path / 'run'}"]
     monkeypatch.chdir(CONFIGS.parent)
-    code, out, err = run(train.main, monkeypatch, capsys, *command)
+    code, out, err = call(train.main, *command)
     assert code == 0, err
     assert "20 train, 4 validation, 10 test" in out
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     whole = {line["step"]: line["loss"] for line in map(json.loads, lines) if line["kind"] == "train"}
     last = max(whole)
     (tmp_path / "run" / "checkpoints" / str(last)).rename(tmp_path / "last")
-    code, out, err = run(train.main, monkeypatch, capsys, *command)
+    code, out, err = call(train.main, *command)
     assert code == 0, err
     assert f"resuming    from step {last - 1}" in out
     again = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert {line["step"]: line["loss"] for line in again if line["kind"] == "train"} == whole
     trained = json.loads((tmp_path / "run" / "result.json").read_text())["rows"]
-    code, _, err = run(evaluate.main, monkeypatch, capsys, f"--workdir={tmp_path / 'run'}", "--paths=1")
+    code, _, err = call(evaluate.main, f"--workdir={tmp_path / 'run'}", "--paths=1")
     assert code == 0, err
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     assert result["rows"][0] == trained[0] | {"nll": pytest.approx(trained[0]["nll"], rel=1e-5)} | {
@@ -185,9 +177,7 @@ def test_an_image_folder_of_all_sizes_trains_resumes_and_is_tested_by_the_comman
     assert result["mergeability"]["images"] == 10
 
 
-def test_a_streamed_folder_goes_on_on_4_devices_and_on_1_again_and_not_with_a_picture_more(
-    tmp_path, monkeypatch, capsys
-):
+def test_a_streamed_folder_goes_on_on_4_devices_and_on_1_again_and_not_with_a_picture_more(tmp_path, monkeypatch):
     """One run of 12 steps whose devices change twice, against one that kept its own."""
     write_pictures(tmp_path / "set")
     settings = (*TINY[:-2], "train.platform=cpu", "model.classes=2", "data.name=folder", f"data.dir={tmp_path / 'set'}")
@@ -204,7 +194,7 @@ def test_a_streamed_folder_goes_on_on_4_devices_and_on_1_again_and_not_with_a_pi
     monkeypatch.chdir(CONFIGS.parent)
 
     def losses_of(workdir, *more):
-        code, out, err = run(train.main, monkeypatch, capsys, *command, *flags(*more), f"--workdir={workdir}")
+        code, out, err = call(train.main, *command, *flags(*more), f"--workdir={workdir}")
         assert code == 0, err
         lines = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
         return out, {line["step"]: line["loss"] for line in lines if line["kind"] == "train"}
@@ -229,21 +219,19 @@ def test_a_streamed_folder_goes_on_on_4_devices_and_on_1_again_and_not_with_a_pi
     (tmp_path / "set" / "train" / "dark" / "99.jpg").write_bytes(
         (tmp_path / "set" / "train" / "dark" / "00.jpg").read_bytes()
     )
-    code, _, err = run(
-        train.main, monkeypatch, capsys, *command, "--config.train.devices=1", f"--workdir={tmp_path / 'run'}"
-    )
+    code, _, err = call(train.main, *command, "--config.train.devices=1", f"--workdir={tmp_path / 'run'}")
     assert (code, err.count("\n")) == (2, 1)
     assert "holds a run on other data: 24 train images, 25 now; set --config.data.dir to what it was" in err
 
 
-def test_a_damaged_picture_ends_the_run_in_one_line_that_names_it(tmp_path, monkeypatch, capsys):
+def test_a_damaged_picture_ends_the_run_in_one_line_that_names_it(tmp_path, monkeypatch):
     write_pictures(tmp_path / "set", per_class=4)
     damaged = tmp_path / "set" / "train" / "dark" / "02.jpg"
     damaged.write_bytes(damaged.read_bytes()[:200])
     settings = (*TINY, "model.classes=2", "data.name=folder", f"data.dir={tmp_path / 'set'}", "data.stream=True")
     command = ["--config=configs/digits_dense.py", *flags(*settings, "data.crop=resized")]
     monkeypatch.chdir(CONFIGS.parent)
-    code, _, err = run(train.main, monkeypatch, capsys, *command, f"--workdir={tmp_path / 'run'}")
+    code, _, err = call(train.main, *command, f"--workdir={tmp_path / 'run'}")
     assert code == 2
     assert err.count("\n") == 1
     assert f"{damaged} cannot be read as an image" in err
@@ -329,18 +317,18 @@ def write_imagenet(root: Path) -> None:
         writer.close()
 
 
-def test_the_imagenet_config_streams_a_tfds_set_and_tests_on_its_labelled_split(tmp_path, monkeypatch, capsys):
+def test_the_imagenet_config_streams_a_tfds_set_and_tests_on_its_labelled_split(tmp_path, monkeypatch):
     write_imagenet(tmp_path)
     small = ("model.depth=2", "model.width=8", "model.hidden=12", "model.heads=2", "model.image_size=32")
-    settings = (*small, f"data.dir={tmp_path}", "train.batch_size=4", "train.epochs=6", "train.devices=1")
+    settings = (*small, f"data.dir={tmp_path}", "train.batch_size=4", "train.epochs=2", "train.devices=1")
     command = ["--config=configs/imagenet_random.py", *flags(*settings, "train.platform=cpu", "train.log_every=1")]
     monkeypatch.chdir(CONFIGS.parent)
-    code, out, err = run(train.main, monkeypatch, capsys, *command, f"--workdir={tmp_path / 'run'}")
+    code, out, err = call(train.main, *command, f"--workdir={tmp_path / 'run'}")
     assert code == 0, err
     assert "12 train, 0 validation, 6 test" in out
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     losses = [line["loss"] for line in map(json.loads, lines) if line["kind"] == "train"]
-    assert len(losses) == 18
+    assert len(losses) == 6
     assert np.isfinite(losses).all()
     config = config_lib.loads((tmp_path / "run" / "config.json").read_text(), "config.json")
     test = decode(datasets.browse(config.data, config.model).test, config.data, config.model)
@@ -349,15 +337,15 @@ def test_the_imagenet_config_streams_a_tfds_set_and_tests_on_its_labelled_split(
 
 
 @pytest.mark.skipif(importlib.util.find_spec("tensorflow") is None, reason="TFDS encodes its mock data by TensorFlow")
-def test_mock_data_of_tfds_trains_as_a_stream_as_it_trains_on_the_device(tmp_path, monkeypatch, capsys):
+def test_mock_data_of_tfds_trains_as_a_stream_as_it_trains_on_the_device(tmp_path, monkeypatch):
     import tensorflow_datasets as tfds
     from tensorflow_datasets.testing import mocking
 
     # Of TFDS 4.9.10's own, which is a method without its object, Grain's request for several items falls short.
     monkeypatch.setattr(mocking, "_getitems", lambda *keys, generator: [generator[key] for key in keys[-1]])
     describe_set("cifar10", tmp_path / "sets", {"train": 20, "test": 20})
-    settings = (*TINY[2:], "model.image_size=32", "model.channels=3", "model.width=8", "model.hidden=12")
-    settings += ("data.name=cifar10", f"data.dir={tmp_path / 'sets'}", "data.flip=True", "routing.experts=2")
+    settings = (*TINY[3:], "model.image_size=32", "model.channels=3", "model.patch=8", "model.depth=1")
+    settings += ("data.name=cifar10", f"data.dir={tmp_path / 'sets'}", "data.flip=True")
     settings += ("optim.warmup_epochs=0",)
     command = ["--config=configs/digits_dense.py", *flags(*settings, "train.epochs=3", "train.log_every=1")]
     monkeypatch.chdir(CONFIGS.parent)
@@ -368,7 +356,7 @@ def test_mock_data_of_tfds_trains_as_a_stream_as_it_trains_on_the_device(tmp_pat
             num_examples=20, policy=tfds.testing.MockPolicy.USE_FILES, data_dir=str(tmp_path / "sets")
         ):
             arguments = (*command, f"--config.data.stream={streamed}", f"--workdir={workdir}")
-            code, out, err = run(train.main, monkeypatch, capsys, *arguments)
+            code, out, err = call(train.main, *arguments)
         assert code == 0, err
         assert "20 train, 0 validation, 20 test" in out
         found = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
