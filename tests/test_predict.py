@@ -41,8 +41,10 @@ def folder(digits, tmp_path):
 def test_files_and_arrays_get_the_same_classes(model, digits, folder):
     by_array = model(digits.images_NHWc[:3])
     assert model(sorted(folder.iterdir())) == by_array == model(folder)
-    assert model(str(folder / "digit1.png")) == [by_array[1]]
-    assert model(digits.images_NHWc[2]) == [by_array[2]]
+    assert model(str(folder / "digit1.png")) == model(digits.images_NHWc[1])
+    for number, (guesses,) in enumerate(map(model, digits.images_NHWc[:3])):  # another program than for three
+        assert [guess.label for guess in guesses] == [guess.label for guess in by_array[number]]
+        assert [g.probability for g in guesses] == pytest.approx([g.probability for g in by_array[number]], abs=1e-6)
 
 
 def test_predictions_are_sorted_named_and_sum_to_one(model, digits):

@@ -21,7 +21,7 @@ from jvitmoe.interop import load as load_lib
 from jvitmoe.interop import weight_names
 from jvitmoe.models import vit
 
-BATCH = 64  # images per call; the last batch is padded, so there is one compiled program
+BATCH = 64  # images per call
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +76,8 @@ class Classifier:
         logits_NC = np.empty((len(images_NHWc), self.config.classes), np.float32)
         for start in range(0, len(images_NHWc), BATCH):
             batch = images_NHWc[start : start + BATCH]
-            padded = np.concatenate([batch, np.zeros((BATCH - len(batch), *batch.shape[1:]), np.uint8)])
+            size = 1 << (len(batch) - 1).bit_length()  # a power of two, so there are at most seven compiled programs
+            padded = np.concatenate([batch, np.zeros((size - len(batch), *batch.shape[1:]), np.uint8)])
             with jax.default_matmul_precision("highest"):  # a GPU would otherwise round products to TF32
                 logits_NC[start : start + len(batch)] = np.asarray(self._run(self.params, padded))[: len(batch)]
         return logits_NC

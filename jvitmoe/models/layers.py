@@ -35,22 +35,28 @@ def recomputed(function: Callable[..., Any]) -> Callable[..., Any]:
 def dropout(x_B: jax.Array, key_B: jax.Array | None, site: int, rate: float) -> jax.Array:
     """Returns x with a share `rate` of its entries zeroed and the rest scaled by 1 / (1 - rate); x itself without keys.
 
-    Each image has its own key, so the mask does not depend on the number of devices. Each entry uses 32 random bits.
+    Each image has its own key, so the mask does not depend on the number of devices. Each entry uses 16 random bits:
+    the rate is rounded to a multiple of 2^-16, and the scale is that of the rounded rate, so the mean is exact.
     """
     if key_B is None or rate == 0.0:
         return x_B
-    key_B = fold_in(key_B, site)
-    threshold = np.uint32(min(round(rate * 2**32), 2**32 - 1))
-    # Without the barrier XLA copies the generator into every fusion that reads the mask.
-    kept_B = jax.lax.optimization_barrier(random_words(key_B, x_B.shape[1:]) >= threshold)
-    return jnp.where(kept_B, x_B * (1.0 / (1.0 - rate)), 0.0).astype(x_B.dtype)
+    rows, *rest = x_B.shape[1:]
+    words = random_words(fold_in(key_B, site), (-(-rows // 4), *rest))
+    threshold = min(round(rate * 2**16), 2**16 - 1)
+    kept = [(word >> shift & np.uint32(0xFFFF)) >= np.uint32(threshold) for word in words for shift in (0, 16)]
+    packed_B = sum((bits.astype(jnp.uint8) << n for n, bits in enumerate(kept)), start=np.uint8(0))
+    # Four masks in a byte take one pass, and a quarter of the memory until the backward pass. Without the barrier XLA
+    # copies the generator into every fusion that reads them.
+    packed_B = jax.lax.optimization_barrier(packed_B)
+    kept_B = jnp.concatenate([packed_B >> n & np.uint8(1) for n in range(4)], axis=1)[:, :rows]
+    return jnp.where(kept_B == 1, x_B * (1.0 / (1.0 - threshold / 2**16)), 0.0).astype(x_B.dtype)
 
 
-def random_words(key_B: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """Returns 32 random bits for each entry of each image, uint32 [B, *shape], a pure function of the image's key.
+def random_words(key_B: jax.Array, shape: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
+    """Returns 64 random bits for each entry of each image, two arrays uint32 [B, *shape], a pure function of the key.
 
-    They are the first output word of Threefry-2x32 with 20 rounds (Salmon et al., SC 2011; JAX's own generator) for
-    the input (index, 0). The rounds are written out so that XLA fuses them into one pass over the array: on a CPU
+    They are the output of Threefry-2x32 with 20 rounds (Salmon et al., SC 2011; JAX's own generator) for the input
+    (index, 0). The rounds are written out so that XLA fuses them into one pass over the array: on a CPU
     `jax.random.bits` makes many passes, which took 45 % of a step (docs/performance.md).
     """
     seed_B2 = jax.vmap(lambda key: jax.random.bits(key, (2,)))(key_B)
@@ -64,7 +70,7 @@ def random_words(key_B: jax.Array, shape: tuple[int, ...]) -> jax.Array:
             x = x + y
             y = (y << rotation | y >> (32 - rotation)) ^ x
         x, y = x + keys[(group + 1) % 3], y + keys[(group + 2) % 3] + np.uint32(group + 1)
-    return x
+    return x, y
 
 
 THREEFRY = (((13, 15, 26, 6), (17, 29, 16, 24)) * 3)[:5]  # rotations in bits, in groups of four rounds

@@ -22,7 +22,7 @@ from jvitmoe.config import Config
 from jvitmoe.errors import one_line
 from jvitmoe.runs import arrays, replicas
 from jvitmoe.runs.arrays import CheckpointError
-from jvitmoe.runs.checkpoints import ITEMS, Checkpoints, Meta, State, items, versions
+from jvitmoe.runs.checkpoints import DROPOUT_BITS, ITEMS, Checkpoints, Meta, State, items, versions
 from jvitmoe.runs.files import checksum
 
 DELETED, UNFINISHED = ".deleted", ".orbax-checkpoint-tmp"  # in names of folders that are being deleted and written
@@ -89,6 +89,7 @@ class CheckpointWriter(Checkpoints):
             "step": step,
             "config": config_lib.to_dict(config),
             "versions": versions(),
+            "dropout_bits": DROPOUT_BITS,
             "nll": nll,
             "files": dict(files or {}),
             "checksums": sums,

@@ -26,7 +26,7 @@ from jvitmoe.interop import load
 from jvitmoe.models import vit
 from jvitmoe.runs import history, results
 from jvitmoe.runs.checkpoint_writer import CheckpointWriter
-from jvitmoe.runs.checkpoints import list_steps
+from jvitmoe.runs.checkpoints import DROPOUT_BITS, Meta, list_steps
 from jvitmoe.runs.console import console, warnings_as_lines
 from jvitmoe.runs.files import METRICS, RESULT
 from jvitmoe.runs.folder import check_shared, open_run_folder
@@ -81,10 +81,10 @@ def train(config: Config, workdir: Path, stop: Stop, cleanup: contextlib.ExitSta
 
     evaluation = _Evaluation(config, model, mesh, data)
     checkpoints = CheckpointWriter(workdir / "checkpoints", config.train.keep)
-    state, checksums = _initial_or_restored(checkpoints, config, model, mesh, dense)
+    state, meta = _initial_or_restored(checkpoints, config, model, mesh, dense)
     start, total = int(state.step), config.train.epochs * data.order.steps_per_epoch
     if start:
-        _print_resumed(workdir, start, checksums)
+        _print_resumed(workdir, start, config, meta)
     watchdog = cleanup.enter_context(Watchdog(config.train.stall_minutes))
     train_step = step.make_train_step(config, model, mesh, data.order.steps_per_epoch)
     log_folder = workdir if processes.first() else None
@@ -152,12 +152,17 @@ def _print_setup(config: Config, workdir: Path, mesh: Mesh, data: _Data, init_no
         console.print(f"warm-up     {warmup:,} steps: at most half of all; config.optim.warmup_epochs is {asked:g}")
 
 
-def _print_resumed(workdir: Path, start: int, checksums: dict[str, str]) -> None:
-    """Prints the step that the run resumes from, and a warning if metrics.jsonl has lost lines since its save."""
+def _print_resumed(workdir: Path, start: int, config: Config, meta: Meta) -> None:
+    """Prints the step that the run resumes from, a note if an older version drew other dropout masks, and a warning if
+    metrics.jsonl has lost lines since its save."""
     console.print(f"resuming    from step {start:,}")
+    if config.model.dropout and meta.get("dropout_bits") != DROPOUT_BITS:
+        console.print(
+            "note: the version that saved this checkpoint drew other dropout masks; new ones are used from here"
+        )
     if processes.first():
         now = history.checksums(workdir, start).get(METRICS)
-        if not now or now != checksums.get(METRICS, now):
+        if not now or now != meta.get("files", {}).get(METRICS, now):
             console.print(f"warning: {METRICS} does not hold all that was recorded up to step {start}")
 
 
@@ -219,11 +224,11 @@ def _check_memory(config: Config, mesh: Mesh) -> None:
 
 def _initial_or_restored(
     checkpoints: CheckpointWriter, config: Config, model: vit.ViT, mesh: Mesh, dense: Any
-) -> tuple[TrainState, dict[str, str]]:
-    """Returns the state that training starts from, and the checksums that the files of the run folder had there."""
+) -> tuple[TrainState, Meta]:
+    """Returns the state that training starts from, and the `meta` of its checkpoint; {} for a new run."""
     with warnings_as_lines():
         restored = checkpoints.restore(abstract_state(config, model, mesh))
-    return (restored[0], restored[1].get("files", {})) if restored else (make_state(config, model, mesh, dense), {})
+    return restored or (make_state(config, model, mesh, dense), {})
 
 
 class _Loop:

@@ -3,6 +3,7 @@
 B batch · T tokens · D width · F hidden width · E experts
 """
 
+import itertools
 import math
 
 import chex
@@ -127,11 +128,37 @@ def test_each_bias_is_drawn_for_the_fan_in_of_its_layer():
 def test_dropout_zeroes_its_rate_and_keeps_the_mean(rate):
     x_B = jnp.ones((8, 50, 40))
     y_B = np.asarray(jax.jit(dropout, static_argnums=(2, 3))(x_B, images_keys(8), 0, rate))
-    dropped = y_B == 0
+    dropped, exact = y_B == 0, round(rate * 2**16) / 2**16
     sigma = math.sqrt(rate * (1 - rate) / y_B.size)
-    assert abs(dropped.mean() - rate) < 5 * sigma
-    np.testing.assert_allclose(y_B[~dropped], 1 / (1 - rate), rtol=1e-6)
+    assert abs(dropped.mean() - exact) < 5 * sigma
+    np.testing.assert_allclose(y_B[~dropped], 1 / (1 - exact), rtol=1e-6)
     assert abs(y_B.mean() - 1) < 5 * sigma / (1 - rate)
+    assert y_B.var() == pytest.approx(exact / (1 - exact), rel=0.05)
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.5, 1e-9, 0.999999])
+def test_dropout_zeroes_the_entries_whose_16_bits_are_below_the_rate(rate):
+    """The rate is exact, because the bits are uniform: a share of `threshold` of their 2^16 values is dropped."""
+    key_B, x_B = images_keys(3), jnp.ones((3, 7, 5))  # 7 rows are no multiple of 4
+    seeded_B = jax.vmap(jax.random.fold_in, (0, None))(key_B, 2)
+    words = [np.asarray(word_B) for word_B in random_words(seeded_B, (2, 5))]
+    bits_B = np.concatenate([word_B >> shift & 0xFFFF for word_B in words for shift in (0, 16)], axis=1)[:, :7]
+    threshold = min(round(rate * 2**16), 2**16 - 1)
+    np.testing.assert_array_equal(np.asarray(dropout(x_B, key_B, 2, rate)) == 0, bits_B < threshold)
+
+
+def test_entries_that_share_random_words_are_dropped_independently():
+    kept_BS = np.asarray(dropout(jnp.ones((16, 4, 500)), images_keys(16), 0, 0.5)) != 0
+    for one, other in itertools.combinations(range(4), 2):
+        same = (kept_BS[:, one] == kept_BS[:, other]).mean()
+        assert abs(same - 0.5) < 5 * 0.5 / math.sqrt(16 * 500), (one, other)
+
+
+def test_dropout_over_devices_is_that_of_one():
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    x_B, key_B = jnp.ones((8, 6, 5)), images_keys(8)
+    sharded = jax.shard_map(lambda x, key: dropout(x, key, 1, 0.3), mesh=mesh, in_specs=P("data"), out_specs=P("data"))
+    np.testing.assert_array_equal(jax.jit(sharded)(x_B, key_B), dropout(x_B, key_B, 1, 0.3))
 
 
 def test_dropout_masks_differ_between_images_and_between_sites():
@@ -142,11 +169,11 @@ def test_dropout_masks_differ_between_images_and_between_sites():
 
 
 def test_the_random_words_are_those_of_jax_own_generator():
-    words_BST = np.asarray(random_words(images_keys(3), (5, 4)))
-    for key, words_ST in zip(images_keys(3), words_BST, strict=True):
+    words_2BST = np.asarray(random_words(images_keys(3), (5, 4)))
+    for number, key in enumerate(images_keys(3)):
         count = jnp.concatenate([jnp.arange(20, dtype=jnp.uint32), jnp.zeros((20,), jnp.uint32)])
-        first_words = threefry_2x32(jax.random.bits(key, (2,)), count)[:20]
-        np.testing.assert_array_equal(words_ST, first_words.reshape(5, 4))
+        words = threefry_2x32(jax.random.bits(key, (2,)), count)
+        np.testing.assert_array_equal(words_2BST[:, number], words.reshape(2, 5, 4))
 
 
 def test_dropout_without_keys_or_without_rate_is_the_identity():

@@ -1,0 +1,131 @@
+"""Times the merged model beside timm and onnxruntime on the same weights, and `jvitmoe.predict` from files:
+
+    python scripts/bench_inference.py --peer_python .venv-peers/bin/python [--rounds 9] [--threads 2]
+
+All compute in float32 on the same cores. Every other engine runs in a process of its own that waits passively, so that
+no two compute at once. Needs timm in the peer's Python, and the extra "export" in this one.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+BATCHES = (1, 64)
+MODEL = {  # the original's sizes, with a head of one layer as in timm
+    **{"image_size": 32, "channels": 3, "classes": 10, "patch": 4},
+    **{"width": 300, "hidden": 1024, "depth": 12, "heads": 12},
+}
+Logits = Callable[[np.ndarray], np.ndarray]
+
+
+def engine(name: str, folder: Path) -> Logits:
+    """Returns the exported model as "timm eager", "timm compiled" or "onnxruntime" runs it, of channels-last inputs."""
+    if name == "onnxruntime":
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = len(os.sched_getaffinity(0))
+        session = onnxruntime.InferenceSession(str(folder / "onnx" / "model.onnx"), options)
+        return lambda inputs: np.asarray(session.run(None, {"images": inputs})[0])
+    import timm
+    import torch
+
+    model = timm.create_model(f"local-dir:{folder / 'timm'}", pretrained=True).eval()
+    run = torch.compile(model) if name == "timm compiled" else model
+    return torch.inference_mode()(lambda inputs: run(torch.from_numpy(inputs).movedim(3, 1)).numpy())
+
+
+def seconds(logits: Logits, inputs: np.ndarray, steps: int) -> float:
+    """Returns the mean seconds of a step."""
+    began = time.perf_counter()
+    for _ in range(steps):
+        logits(inputs)
+    return (time.perf_counter() - began) / steps
+
+
+def work(name: str, folder: Path) -> None:
+    """Prints how far the engine's logits are from ours, then answers each line "BATCH STEPS" with `seconds`."""
+    logits, inputs = engine(name, folder), np.load(folder / "inputs.npy")
+    print(float(np.abs(logits(inputs) - np.load(folder / "logits.npy")).max()), flush=True)
+    for line in sys.stdin:
+        batch, steps = map(int, line.split())
+        print(seconds(logits, inputs[:batch], steps), flush=True)
+
+
+def start(python: str, name: str, folder: Path) -> Callable[[int, int], float]:
+    """Returns (batch, steps) -> seconds of an engine in a process that ends with this one."""
+    environment = os.environ | {"OMP_NUM_THREADS": str(len(os.sched_getaffinity(0))), "OMP_WAIT_POLICY": "passive"}
+    command = [python, __file__, "--engine", name, "--folder", str(folder)]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
+    difference = float(process.stdout.readline())
+    assert difference < 1e-4, f"{name} computes other logits: the largest difference is {difference}"
+
+    def ask(batch: int, steps: int) -> float:
+        print(batch, steps, file=process.stdin, flush=True)
+        return float(process.stdout.readline())
+
+    return ask
+
+
+def measure(peer: str, rounds: int, folder: Path) -> None:
+    """Prints our images/s, their ratios to those of the engines with 95 % intervals, and the seconds of `predict`."""
+    import jax
+    from PIL import Image
+
+    from jvitmoe.config import ModelConfig
+    from jvitmoe.interop import classifier, load, weight_names
+    from jvitmoe.interop.targets import TARGETS
+    from jvitmoe.models import vit
+    from jvitmoe.runtime import timing
+
+    model = ModelConfig(**MODEL)
+    params = weight_names.flatten(jax.device_get(vit.init(vit.build(model), jax.random.key(0))))
+    for target in ("safetensors", "timm", "onnx"):
+        (folder / target).mkdir()
+        TARGETS[target].write(folder / target, load.Source(folder, "run", params, model), model)
+    ours = classifier.load(folder / "safetensors")
+    images = np.random.default_rng(0).integers(0, 256, (max(BATCHES), 32, 32, 3), np.uint8)
+    np.save(folder / "inputs.npy", (images / 127.5 - 1).astype("f"))
+    np.save(folder / "logits.npy", ours.logits(images))
+    peers = {name: start(peer, name, folder) for name in ("timm eager", "timm compiled")}
+    peers["onnxruntime"] = start(sys.executable, "onnxruntime", folder)
+    for batch in BATCHES:
+        cases = {name: lambda steps, ask=ask, batch=batch: ask(batch, steps) for name, ask in peers.items()}
+        cases["jvitmoe"] = lambda steps, batch=batch: seconds(ours.logits, images[:batch], steps)
+        times = timing.interleave(cases, rounds)
+        print(f"batch {batch}: {batch / np.median(times['jvitmoe']):,.0f} images/s", flush=True)
+        for name in peers:
+            middle, low, high = timing.ratio(times[name], times["jvitmoe"])
+            print(f"  {middle:.2f} ({low:.2f} to {high:.2f}) x the images/s of {name}", flush=True)
+    (folder / "pictures").mkdir()
+    for number in range(1000):
+        Image.fromarray(images[number % len(images)]).save(folder / "pictures" / f"{number}.png")
+    for pictures in ("pictures/0.png", "pictures"):
+        command = [sys.executable, "-m", "jvitmoe.predict", "--workdir", str(folder / "safetensors"), "--json"]
+        began = time.perf_counter()
+        found = subprocess.run([*command, str(folder / pictures)], check=True, stdout=subprocess.PIPE).stdout
+        print(f"predict: {len(json.loads(found)):,} files in {time.perf_counter() - began:.1f} s, start included")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
+    parser.add_argument("--peer_python", default=sys.executable, help="a Python that has timm")
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--threads", type=int, default=2, help="cores that every engine may use")
+    parser.add_argument("--engine", help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    chosen = parser.parse_args()
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: chosen.threads])  # before JAX counts them
+    if chosen.engine:
+        work(chosen.engine, chosen.folder)
+    else:
+        with tempfile.TemporaryDirectory() as temporary:
+            measure(chosen.peer_python, chosen.rounds, Path(temporary))
