@@ -40,7 +40,7 @@ def _evaluate(values: flags.FlagValues, workdir: Path) -> None:
     from jvitmoe.evaluation import mergeability, metrics, models
     from jvitmoe.experts import build, cost
     from jvitmoe.runs import arrays, plots
-    from jvitmoe.runs.checkpoints import Checkpoints, versions
+    from jvitmoe.runs.checkpoints import Checkpoints
     from jvitmoe.runtime import compilation, devices
     from jvitmoe.training import state
 
@@ -58,9 +58,8 @@ def _evaluate(values: flags.FlagValues, workdir: Path) -> None:
     test: Split | Records = find(config.data, config.model).test
     model = build.make_model(config, mesh.devices.flat[0].platform)
     active, total = cost.count_parameters(config)
-    hardware = devices.describe(mesh)
     console.print(f"run         {workdir}, checkpoint at step {saved.step:,}")
-    console.print(f"devices     {hardware}")
+    console.print(f"devices     {devices.describe(mesh)}")
     console.print(f"parameters  {active:,} active, {total:,} total ({model.dtype.name} compute)")
     abstract = state.abstract_state(config, model, mesh)
     params = arrays.to_devices(saved.params, abstract.params)
@@ -80,17 +79,10 @@ def _evaluate(values: flags.FlagValues, workdir: Path) -> None:
         )
         batches = eval_batches(len(few), config.train.batch_size, mesh)
         result["mergeability"] = mergeability.measure(config, params, evaluate, put(few, mesh), batches)
-    result |= {
-        "data": config.data.name,
-        "step": saved.step,
-        "seed": config.train.seed,
-        "active_parameters": active,
-        "total_parameters": total,
+    result |= models.facts(config, saved.step, mesh) | {
         "images_per_second": earlier.get("images_per_second"),
         "trained_on": earlier.get("trained_on") or earlier.get("hardware"),
         "seconds": time.monotonic() - began,
-        "hardware": hardware,
-        "versions": versions(),
     }
     if "mergeability" in result:
         plots.mergeability(result, workdir / files.MERGEABILITY)

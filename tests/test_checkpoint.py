@@ -33,7 +33,8 @@ from jvitmoe.training.state import TrainState, abstract_state, make_state
 def make_config(devices: int = 1) -> Config:
     # Hidden layers wide enough for leaves that are stored as chunks of their own, not inside an index.
     model = ModelConfig(width=8, hidden=1024, depth=2, heads=2)
-    return Config(model=model, routing=RoutingConfig(experts=2), train=TrainConfig(devices=devices, seed=3)).validate()
+    train = TrainConfig(devices=devices, batch_size=24, seed=3)
+    return Config(model=model, routing=RoutingConfig(experts=2), train=train).validate()
 
 
 @functools.cache
@@ -92,6 +93,7 @@ def test_later_changes_to_the_saved_arrays_do_not_reach_the_checkpoint(tmp_path)
     chex.assert_trees_all_equal(restore(tmp_path / "c", abstract)[0], expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("saved_on", "read_on"), [(8, 1), (1, 3), (3, 8)])
 def test_any_number_of_devices_reads_any_checkpoint(tmp_path, saved_on, read_on):
     state, _ = make(saved_on)
@@ -229,6 +231,7 @@ def test_a_run_never_starts_afresh_by_accident(tmp_path, damage, tally):
     tally("damaged checkpoints named and passed over", 1)
 
 
+@pytest.mark.slow
 def test_a_flipped_byte_anywhere_never_gives_other_values(tmp_path, tally):
     state, abstract = make()
     save_all(tmp_path / "sound", state, [1, 2])

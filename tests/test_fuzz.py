@@ -215,14 +215,17 @@ TINY = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # Orbax's
 @both_ways
-@tries(5)
+@tries(4)
 @given(
     st.lists(st.sampled_from(sorted(CHOSEN)), min_size=2, max_size=8, unique=True).flatmap(
         lambda names: st.fixed_dictionaries({name: st.sampled_from(CHOSEN[name]) for name in names})
     )
 )
+@example({"data.flip": True, "train.ema": 0.9})
+@example({"model.width": 8, "model.heads": 3})
 def test_any_mix_of_settings_trains_or_is_refused_in_one_line_and_leaves_a_whole_folder_or_none(chosen):
     overrides = [f"--config.{name}={value}" for name, value in {**TINY, **chosen}.items()]
     with tempfile.TemporaryDirectory() as folder:

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from jvitmoe.config import Config
 from jvitmoe.data.batches import Batches
@@ -12,6 +13,22 @@ from jvitmoe.evaluation.metrics import Evaluator, Result, Shown
 from jvitmoe.experts import merge, routes
 from jvitmoe.experts.cost import count_parameters, flops_per_image, tree_size
 from jvitmoe.experts.routes import Purpose
+from jvitmoe.runs.checkpoints import versions
+from jvitmoe.runtime import devices
+
+
+def facts(config: Config, step: int, mesh: Mesh) -> dict[str, Any]:
+    """Returns what result.json says of a run and the machine, besides what was measured."""
+    active, total = count_parameters(config)
+    return {
+        "data": config.data.name,
+        "step": step,
+        "seed": config.train.seed,
+        "active_parameters": active,
+        "total_parameters": total,
+        "hardware": devices.describe(mesh),
+        "versions": versions(),
+    }
 
 
 def evaluate_main(config: Config, params: Any, evaluate: Evaluator, split: Shown, batches: Batches) -> Result:

@@ -26,7 +26,7 @@ from jvitmoe.interop import load
 from jvitmoe.models import vit
 from jvitmoe.runs import history, results
 from jvitmoe.runs.checkpoint_writer import CheckpointWriter
-from jvitmoe.runs.checkpoints import list_steps, versions
+from jvitmoe.runs.checkpoints import list_steps
 from jvitmoe.runs.console import console, warnings_as_lines
 from jvitmoe.runs.files import METRICS, RESULT
 from jvitmoe.runs.folder import check_shared, open_run_folder
@@ -105,18 +105,10 @@ def train(config: Config, workdir: Path, stop: Stop, cleanup: contextlib.ExitSta
         tracker.testing()
         rows = evaluation.test(state)
     if processes.first():
-        active, everything = cost.count_parameters(config)
-        result = {
+        result = models.facts(config, total, mesh) | {
             "rows": rows,
-            "data": config.data.name,
-            "step": total,
-            "seed": config.train.seed,
-            "active_parameters": active,
-            "total_parameters": everything,
             "images_per_second": rate or _earlier_rate(workdir),  # a repeated command trains no step and has no rate
             "seconds": time.monotonic() - began,
-            "hardware": devices.describe(mesh),
-            "versions": versions(),
         }
         results.write_result(workdir, result)
 

@@ -16,6 +16,8 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from jvitmoe.errors import ConfigError
+from jvitmoe.experts import build
+from jvitmoe.models import vit
 from jvitmoe.models.mlp import Mlp, RoutedMlp
 from jvitmoe.models.routers import ROUTERS, RouterSettings, Statistics, z_loss
 from jvitmoe.models.routers.frozen import Frozen
@@ -359,6 +361,7 @@ def scanned_gradients(kind):
     return drawn(params), jax.jit(one), jax.jit(four)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["topk", "soft", "hash"])
 def test_gradients_of_scanned_layers_are_the_same_on_one_device_and_four(kind):
     params, one, four = scanned_gradients(kind)
@@ -462,3 +465,20 @@ def test_a_frozen_router_that_masks_ranks_equals_one_built_for_its_k(top_k):
     chex.assert_trees_all_close(
         differentiate(growing, params, images(), jnp.int32(top_k)), wanted, rtol=1e-5, atol=1e-6
     )
+
+
+@pytest.mark.parametrize("router", ["random", *ROUTERS])
+def test_a_model_and_its_gradient_promote_no_dtype_by_accident(tiny_config, router):
+    """Traced only, and in float32: Flax's LayerNorm promotes bfloat16, and Optax integers (`decay**count`)."""
+    config = tiny_config(model={"dropout": 0.1}, routing={"experts": 2, "router": router})
+    model = build.make_model(config, "cpu")
+    route = jnp.zeros((2,), jnp.int32) if router == "random" else None
+
+    def loss(params, images, keys):
+        return vit.logits(model, params, images, route, keys).sum()
+
+    with jax.numpy_dtype_promotion("strict"):
+        params = jax.eval_shape(lambda: vit.init(model, jax.random.key(0)))
+        keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 8))
+        gradient = jax.eval_shape(jax.grad(loss), params, jax.ShapeDtypeStruct((8, 8, 8, 1), jnp.float32), keys)
+    chex.assert_trees_all_equal_shapes_and_dtypes(gradient, params)

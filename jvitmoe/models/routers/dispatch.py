@@ -148,7 +148,7 @@ def fill_slots(
     """
     _, tokens, ranks = choice_BTK.shape
     most = count if limit is None else limit
-    choices = tokens * (ranks if chosen is None else chosen)
+    choices = tokens * (ranks if chosen is None else chosen.astype(jnp.float32))
     empty_EQ = tokens + jnp.arange(experts * count).reshape(experts, count)
 
     def one_image(choice_TK: jax.Array, weight_TK: jax.Array, priority_T: jax.Array | None) -> tuple[jax.Array, ...]:
