@@ -36,7 +36,8 @@ def dropout(x_B: jax.Array, key_B: jax.Array | None, site: int, rate: float) -> 
     """Returns x with a share `rate` of its entries zeroed and the rest scaled by 1 / (1 - rate); x itself without keys.
 
     Each image has its own key, so the mask does not depend on the number of devices. Each entry uses 16 random bits:
-    the rate is rounded to a multiple of 2^-16, and the scale is that of the rounded rate, so the mean is exact.
+    the rate is rounded to a multiple of 2^-16, and the scale is that of the rounded rate, so the mean is exact. A random
+    word serves four consecutive rows (the first axis after B), so masks of more rows begin with those of fewer.
     """
     if key_B is None or rate == 0.0:
         return x_B
@@ -48,7 +49,7 @@ def dropout(x_B: jax.Array, key_B: jax.Array | None, site: int, rate: float) -> 
     # Four masks in a byte take one pass, and a quarter of the memory until the backward pass. Without the barrier XLA
     # copies the generator into every fusion that reads them.
     packed_B = jax.lax.optimization_barrier(packed_B)
-    kept_B = jnp.concatenate([packed_B >> n & np.uint8(1) for n in range(4)], axis=1)[:, :rows]
+    kept_B = jnp.stack([packed_B >> n & np.uint8(1) for n in range(4)], axis=2).reshape(len(x_B), -1, *rest)[:, :rows]
     return jnp.where(kept_B == 1, x_B * (1.0 / (1.0 - threshold / 2**16)), 0.0).astype(x_B.dtype)
 
 

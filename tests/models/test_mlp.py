@@ -142,9 +142,17 @@ def test_dropout_zeroes_the_entries_whose_16_bits_are_below_the_rate(rate):
     key_B, x_B = images_keys(3), jnp.ones((3, 7, 5))  # 7 rows are no multiple of 4
     seeded_B = jax.vmap(jax.random.fold_in, (0, None))(key_B, 2)
     words = [np.asarray(word_B) for word_B in random_words(seeded_B, (2, 5))]
-    bits_B = np.concatenate([word_B >> shift & 0xFFFF for word_B in words for shift in (0, 16)], axis=1)[:, :7]
+    bits_B = np.stack([word_B >> shift & 0xFFFF for word_B in words for shift in (0, 16)], axis=2).reshape(3, 8, 5)[
+        :, :7
+    ]
     threshold = min(round(rate * 2**16), 2**16 - 1)
     np.testing.assert_array_equal(np.asarray(dropout(x_B, key_B, 2, rate)) == 0, bits_B < threshold)
+
+
+def test_the_mask_of_a_row_does_not_depend_on_how_many_rows_follow():
+    """So a model with fewer slots per expert drops what one with more slots drops in the slots they share."""
+    seven_B, three_B = (np.asarray(dropout(jnp.ones((2, rows, 50)), images_keys(2), 0, 0.5)) for rows in (7, 3))
+    np.testing.assert_array_equal(seven_B[:, :3], three_B)
 
 
 def test_entries_that_share_random_words_are_dropped_independently():
