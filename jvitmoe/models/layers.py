@@ -36,8 +36,8 @@ def dropout(x_B: jax.Array, key_B: jax.Array | None, site: int, rate: float) -> 
     """Returns x with a share `rate` of its entries zeroed and the rest scaled by 1 / (1 - rate); x itself without keys.
 
     Each image has its own key, so the mask does not depend on the number of devices. Each entry uses 16 random bits:
-    the rate is rounded to a multiple of 2^-16, and the scale is that of the rounded rate, so the mean is exact. A random
-    word serves four consecutive rows (the first axis after B), so masks of more rows begin with those of fewer.
+    the rate is rounded to a multiple of 2^-16, and the scale is that of the rounded rate, so the mean is exact. The
+    mask of a row (an index of the first axis after B) does not depend on the number of rows.
     """
     if key_B is None or rate == 0.0:
         return x_B
