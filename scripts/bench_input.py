@@ -108,9 +108,7 @@ def main() -> None:
                 print("go", file=torch.stdin, flush=True)
                 theirs, (seconds, images) = float(torch.stdout.readline()), next(ours)
                 rates.append((images / theirs, images / seconds))
-                print(
-                    f"round {number}: PyTorch {rates[-1][0]:.0f}, jvitmoe {rates[-1][1]:.0f} images/s", file=sys.stderr
-                )
+                print(f"{number}: PyTorch {rates[-1][0]:.0f}, jvitmoe {rates[-1][1]:.0f} images/s", file=sys.stderr)
             torch.stdin.close()
     theirs_R, ours_R, ratio_R = (column[1:] for column in np.array([(a, b, b / a) for a, b in rates]).T)
     interval = bootstrap((ratio_R,), np.median, method="percentile", rng=0).confidence_interval
