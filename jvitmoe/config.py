@@ -53,7 +53,7 @@ class ModelConfig:
     adapter: int = setting(0, "hidden units of an adapter beside the MLP, one per expert; as lora", at_least=0)
     dtype: str = setting("auto", "of computation; auto: bfloat16 on GPU and TPU", ("auto", "float32", "bfloat16"))
     attention: str = setting("auto", "auto: cudnn if it supports the shapes, else xla", ("auto", "xla", "cudnn"))
-    unroll: int = setting(0, "layers per iteration of the scan over depth; 0: by the machine", at_least=0, free=True)
+    unroll: int = setting(1, "layers per iteration of the scan over depth", above=0)
 
     @property
     def patches(self) -> int:

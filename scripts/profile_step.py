@@ -18,10 +18,11 @@ import jax
 from absl import flags
 from jax.profiler import ProfileData
 
-from jvitmoe import benchmark, cli
+from jvitmoe import cli
 from jvitmoe.runs import tables
 from jvitmoe.runs.console import console
 from jvitmoe.runtime import devices
+from jvitmoe.training import timed_step
 
 HOLDERS = ("while", "call", "conditional")  # whose time is that of what they hold
 Origin = tuple[str, str, str]  # pass, module, kind
@@ -32,8 +33,8 @@ def main(argv: list[str]) -> None:
     values = cli.parse(argv, define_flags, config=True)
     config = cli.experiment(values)
     mesh = devices.make_mesh(config.train)
-    images = benchmark.random_images(config, 10 * config.train.batch_size, mesh)
-    case = benchmark.Case("step", config, mesh, images)
+    images = timed_step.random_images(config, 10 * config.train.batch_size, mesh)
+    case = timed_step.TimedStep("step", config, mesh, images)
     case.seconds(1)
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):

@@ -9,6 +9,7 @@ from jvitmoe import benchmark, cli
 from jvitmoe.config import Config, ModelConfig, TrainConfig
 from jvitmoe.errors import UserError
 from jvitmoe.runtime import timing
+from jvitmoe.training import timed_step
 
 pytestmark = pytest.mark.slow
 
@@ -31,7 +32,7 @@ def arguments(tmp_path, *flags):
 def measured(tmp_path_factory):
     folder = tmp_path_factory.mktemp("benchmark")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(benchmark, "PRODUCT_SIDE", 256)
+        patch.setattr(timed_step, "PRODUCT_SIDE", 256)
         patch.setattr(timing, "VISIT_SECONDS", 0.05)
         benchmark.main(arguments(folder, "--only=dense,dense again,batch,sample", "--dtypes=float32", "--rounds=2"))
     return json.loads((folder / "out" / "benchmark.json").read_text()), folder / "out"
@@ -42,7 +43,7 @@ def test_learned_routers_are_measured_at_the_flops_of_dense_and_what_routing_add
         model=ModelConfig(width=64, hidden=512, depth=2, patch=1), train=TrainConfig(batch_size=8)
     ).validate()
     found = benchmark.cases(config)
-    flops = {name: benchmark.forward_flops(case) for name, case in found.items()}
+    flops = {name: timed_step.forward_flops(case) for name, case in found.items()}
     for name in ("switch", "top2"):
         assert flops["dense"] <= flops[name] <= 1.1 * flops["dense"]
 

@@ -33,7 +33,8 @@ from jvitmoe.training.state import TrainState, abstract_state, make_state
 def make_config(devices: int = 1) -> Config:
     # Hidden layers wide enough for leaves that are stored as chunks of their own, not inside an index.
     model = ModelConfig(width=8, hidden=1024, depth=2, heads=2)
-    return Config(model=model, routing=RoutingConfig(experts=2), train=TrainConfig(devices=devices, seed=3)).validate()
+    train = TrainConfig(devices=devices, batch_size=24, seed=3)
+    return Config(model=model, routing=RoutingConfig(experts=2), train=train).validate()
 
 
 @functools.cache

@@ -9,7 +9,6 @@ import pytest
 from jax.sharding import AxisType, PartitionSpec
 
 import processes
-from jvitmoe.experts import build
 from jvitmoe.runtime import compilation
 from run_folders import history
 
@@ -55,16 +54,6 @@ def test_options_are_for_bfloat16_on_a_cpu_with_amx_and_never_against_the_users_
     assert compilation.options(jnp.dtype("bfloat16"), "gpu") == {}
     monkeypatch.setenv("XLA_FLAGS", f"--{compilation.ONEDNN}=false")
     assert compilation.options(jnp.dtype("bfloat16"), "cpu") == {}
-
-
-def test_layers_are_unrolled_where_that_was_measured_faster_unless_the_user_says_otherwise(amx, tiny_config):
-    def unroll(**model):
-        return build.make_model(tiny_config(model={"dtype": "bfloat16", "depth": 4, **model}), "cpu").config.unroll
-
-    assert (unroll(), unroll(depth=12), unroll(depth=13), unroll(dtype="float32"), unroll(unroll=3)) == (4, 12, 1, 1, 3)
-    assert compilation.unroll(jnp.bfloat16, "gpu", 4) == 1
-    compilation.CPU_FLAGS.write_text("flags\t\t: fpu avx2\n")
-    assert unroll() == 1
 
 
 def test_a_cpu_without_amx_or_of_unknown_features_gets_no_options(amx):

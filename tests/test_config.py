@@ -177,7 +177,7 @@ def test_a_stream_of_pictures_cut_at_random_cannot_become_a_set_on_the_device():
 def test_a_run_may_resume_with_other_files_devices_and_outputs_only():
     """A setting marked free by mistake would change the numbers of a run without a word."""
     train = "devices expert_devices shard accumulate platform log_every eval_every checkpoint_every keep stall_minutes"
-    names = {"data.dir", "data.stream", "model.unroll", *(f"train.{name}" for name in train.split())}
+    names = {"data.dir", "data.stream", *(f"train.{name}" for name in train.split())}
     assert names == config_lib.FREE_ON_RESUME
 
 

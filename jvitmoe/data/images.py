@@ -28,6 +28,7 @@ MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # Pillow's name for 8-bit pixels of that 
 AREA = (0.08, 1.0)
 RATIO = (3 / 4, 4 / 3)
 TRIES = 10
+GAP = 2  # a JPEG is decoded at the smallest scale of which the crop still has this many times the pixels per side
 ORIENTATION = 0x0112  # EXIF's tag for how the camera was held; 1 is upright
 
 
@@ -61,8 +62,14 @@ def random_crop(picture: Picture, side: int, channels: int, seed: int | Sequence
     from PIL import Image
 
     with opened(picture) as file:
+        turned = file.getexif().get(ORIENTATION, 1) > 4  # rows become columns
+        width, height = file.size[::-1] if turned else file.size
+        left, top, right, bottom = box = _random_box(width, height, np.random.RandomState(seed))
+        needed = math.ceil(GAP * side * width / (right - left)), math.ceil(GAP * side * height / (bottom - top))
+        file.draft(None, needed[::-1] if turned else needed)  # only a JPEG can be decoded at a smaller size
         image = pixels(file, channels, picture.name)
-        box = _random_box(image.width, image.height, np.random.RandomState(seed))
+        scale = round(width / image.width)
+        box = tuple(edge / scale for edge in box)
         resized = image.resize((side, side), Image.Resampling.BILINEAR, box=box)
         return np.asarray(resized).reshape(side, side, channels)
 
@@ -141,7 +148,7 @@ def pixels(image: Any, channels: int, name: str) -> Any:
         image = image.convert("RGBA")
         if channels < 4:
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert(MODES[channels])
+    return image if image.mode == MODES[channels] else image.convert(MODES[channels])
 
 
 def is_image(path: Path) -> bool:

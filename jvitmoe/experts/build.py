@@ -1,6 +1,5 @@
 """The model of a config, and which of its parameters are not trained."""
 
-import dataclasses
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -11,7 +10,6 @@ from jvitmoe.config import Config
 from jvitmoe.errors import ConfigError
 from jvitmoe.models import adapters, routers, vit
 from jvitmoe.models.routers import Router, RouterSettings
-from jvitmoe.runtime import compilation
 
 
 def find_router(config: Config) -> type[Router] | None:
@@ -56,9 +54,7 @@ def make_model(config: Config, platform_name: str) -> vit.ViT:
     pattern = routed.pattern if routed.experts > 1 else ("experts",)
     experts = routed.experts, routed.init, routed.shared_layer
     fused = platform_name == "gpu" and _fuses_attention()
-    model = vit.build(config.model, *experts, settings, platform_name, pattern, fused)
-    unroll = config.model.unroll or compilation.unroll(model.dtype, platform_name, config.model.depth)
-    return model.clone(config=dataclasses.replace(config.model, unroll=unroll))
+    return vit.build(config.model, *experts, settings, platform_name, pattern, fused)
 
 
 def _fuses_attention() -> bool:

@@ -177,7 +177,7 @@ class ViT(nn.Module):
             split_rngs={"params": True},
             in_axes=(0, nn.broadcast, nn.broadcast),
             length=groups,
-            unroll=min(self.config.unroll or 1, groups),
+            unroll=min(self.config.unroll, groups),
         )(*settings, name="blocks")
         return blocks(x_BTD, layers, key_B, top_k)[0]
 

@@ -11,9 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 
 ONEDNN = "xla_cpu_experimental_onednn_custom_call"
-# Most layers that are worth unrolling, measured in docs/performance.md; without a row the scan has one per iteration.
-# Compiling takes twice as long at 12 layers and grows with depth.
-MOST_UNROLLED = {("cpu with AMX", "bfloat16"): 12}
 CPU_FLAGS = Path("/proc/cpuinfo")
 
 
@@ -28,12 +25,6 @@ def options(dtype: Any, platform: str) -> dict[str, bool]:
         return {}
     _stop_writing()
     return {ONEDNN: True} if _is_known(ONEDNN) else {}
-
-
-def unroll(dtype: Any, platform: str, depth: int) -> int:
-    """Returns how many layers an iteration of the scan over depth should have for the least time: all or one."""
-    machine = f"{platform} with AMX" if platform == "cpu" and _has_amx() else platform
-    return depth if depth <= MOST_UNROLLED.get((machine, jnp.dtype(dtype).name), 1) else 1
 
 
 def _has_amx() -> bool:

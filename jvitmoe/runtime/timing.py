@@ -5,8 +5,6 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 
-from scipy.stats import binom
-
 VISIT_SECONDS = 0.5  # least time that a visit measures
 Work = Callable[[int], float]  # runs this many steps; returns the mean seconds of one
 
@@ -42,6 +40,8 @@ def ratio(seconds: Sequence[float], reference: Sequence[float]) -> tuple[float, 
     low and high bound the median with at least 95 % confidence for any distribution (order statistics; Conover,
     Practical Nonparametric Statistics, section 3.2). Below six rounds no such bounds exist, and they are the extremes.
     """
+    from scipy.stats import binom  # takes half a second to import
+
     ratios = sorted(a / b for a, b in zip(seconds, reference, strict=True))
     outside = max(int(binom.ppf(0.025, len(ratios), 0.5)) - 1, 0)
     return statistics.median(ratios), ratios[outside], ratios[-1 - outside]

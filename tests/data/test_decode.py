@@ -16,6 +16,8 @@ from jvitmoe.data.images import (
     Picture,
     centre_crop,
     exact,
+    opened,
+    pixels,
     random_crop,
 )
 
@@ -56,6 +58,31 @@ def test_random_parts_lie_inside_and_obey_the_bounds_on_area_and_ratio(ramp):
     assert abs(np.log(ratio).mean()) < 0.05  # as often wide as high
     assert np.ptp(left) > WIDTH / 3
     assert np.ptp(top) > HEIGHT / 3
+
+
+def photograph(**options) -> bytes:
+    """Returns a JPEG of 300x400 smooth random pixels."""
+    coarse = np.random.default_rng(0).integers(0, 256, (30, 40, 3), dtype=np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(coarse).resize((400, 300), Image.Resampling.BICUBIC).save(file, "JPEG", quality=90, **options)
+    return file.getvalue()
+
+
+def test_a_large_jpeg_is_decoded_at_a_smaller_scale_to_almost_the_same_pixels():
+    """Within 8 levels, and 1 on average; to the bit if the crop needs the whole scale."""
+    exif = Image.Exif()
+    exif[ORIENTATION] = 6
+    for content in (photograph(), photograph(exif=exif)):
+        with opened(Picture("photograph", content)) as image:
+            whole = Picture("whole", np.asarray(pixels(image, 3, "photograph")))
+        apart = []
+        for seed in range(40):
+            small, exact_ = (random_crop(p, 24, 3, seed).astype(int) for p in (Picture("small", content), whole))
+            apart.append(np.abs(small - exact_))
+            crops = (random_crop(p, 200, 3, seed) for p in (Picture("small", content), whole))
+            np.testing.assert_array_equal(*crops)
+        assert max(difference.max() for difference in apart) <= 8
+        assert 0 < np.mean(apart) < 1
 
 
 def test_a_random_part_is_a_function_of_what_it_is_drawn_from(ramp):

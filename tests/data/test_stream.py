@@ -4,6 +4,8 @@ import importlib.util
 import io
 import json
 import shutil
+import threading
+import time
 import types
 from pathlib import Path
 from typing import Any
@@ -87,6 +89,20 @@ def test_a_stream_taken_up_at_any_step_gives_the_rest_and_reads_no_row_before_it
         chex.assert_trees_all_equal(rest, whole[start:])
         wanted = [order.on_host(s // 3)[s % 3] for s in range(start, 8)]
         assert sorted(seen) == sorted(np.concatenate([*wanted, []]).tolist())
+
+
+def test_a_stream_is_the_same_with_any_number_of_threads_and_ends_all_of_them(tiny_config, streamed, monkeypatch):
+    before, results = set(threading.enumerate()), []
+    for cores in (1, 8):
+        monkeypatch.setattr(stream.os, "cpu_count", lambda cores=cores: cores)
+        batches = streamed(tiny_config()).batches(0, 8)
+        results.append([jax.device_get(next(batches)) for _ in range(5)])
+        batches.close()  # in the middle
+    chex.assert_trees_all_equal(*results)
+    deadline = time.monotonic() + 30
+    while set(threading.enumerate()) - before and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not set(threading.enumerate()) - before
 
 
 @pytest.mark.parametrize("devices", [1, 4])
