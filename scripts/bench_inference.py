@@ -2,8 +2,8 @@
 
     python scripts/bench_inference.py --peer_python .venv-peers/bin/python [--rounds 9] [--threads 2]
 
-All compute in float32 on the same cores. Every other engine runs in a process of its own that waits passively, so that
-no two compute at once. Needs timm in the peer's Python, and the extra "export" in this one.
+All compute in float32 on the same cores, every other engine in a process of its own that waits passively. Needs timm in
+the peer's Python, and the extra "export" in this one.
 """
 
 import argparse
@@ -19,14 +19,9 @@ from pathlib import Path
 import numpy as np
 
 BATCHES = (1, 64)
-MODEL = {  # the original's sizes, with a head of one layer as in timm
-    **{"image_size": 32, "channels": 3, "classes": 10, "patch": 4},
-    **{"width": 300, "hidden": 1024, "depth": 12, "heads": 12},
-}
-Logits = Callable[[np.ndarray], np.ndarray]
 
 
-def engine(name: str, folder: Path) -> Logits:
+def engine(name: str, folder: Path) -> Callable[[np.ndarray], np.ndarray]:
     """Returns the exported model as "timm eager", "timm compiled" or "onnxruntime" runs it, of channels-last inputs."""
     if name == "onnxruntime":
         import onnxruntime
@@ -43,8 +38,7 @@ def engine(name: str, folder: Path) -> Logits:
     return torch.inference_mode()(lambda inputs: run(torch.from_numpy(inputs).movedim(3, 1)).numpy())
 
 
-def seconds(logits: Logits, inputs: np.ndarray, steps: int) -> float:
-    """Returns the mean seconds of a step."""
+def seconds(logits: Callable[[np.ndarray], np.ndarray], inputs: np.ndarray, steps: int) -> float:
     began = time.perf_counter()
     for _ in range(steps):
         logits(inputs)
@@ -55,18 +49,16 @@ def work(name: str, folder: Path) -> None:
     """Prints how far the engine's logits are from ours, then answers each line "BATCH STEPS" with `seconds`."""
     logits, inputs = engine(name, folder), np.load(folder / "inputs.npy")
     print(float(np.abs(logits(inputs) - np.load(folder / "logits.npy")).max()), flush=True)
-    for line in sys.stdin:
-        batch, steps = map(int, line.split())
+    for batch, steps in (map(int, line.split()) for line in sys.stdin):
         print(seconds(logits, inputs[:batch], steps), flush=True)
 
 
 def start(python: str, name: str, folder: Path) -> Callable[[int, int], float]:
     """Returns (batch, steps) -> seconds of an engine in a process that ends with this one."""
-    environment = os.environ | {"OMP_NUM_THREADS": str(len(os.sched_getaffinity(0))), "OMP_WAIT_POLICY": "passive"}
-    command = [python, __file__, "--engine", name, "--folder", str(folder)]
-    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
-    difference = float(process.stdout.readline())
-    assert difference < 1e-4, f"{name} computes other logits: the largest difference is {difference}"
+    threads = {"OMP_NUM_THREADS": str(len(os.sched_getaffinity(0))), "OMP_WAIT_POLICY": "passive"}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "env": os.environ | threads}
+    process = subprocess.Popen([python, __file__, "--work", name, str(folder)], **pipes)
+    assert float(process.stdout.readline()) < 1e-4, f"{name} computes other logits"
 
     def ask(batch: int, steps: int) -> float:
         print(batch, steps, file=process.stdin, flush=True)
@@ -86,7 +78,9 @@ def measure(peer: str, rounds: int, folder: Path) -> None:
     from jvitmoe.models import vit
     from jvitmoe.runtime import timing
 
-    model = ModelConfig(**MODEL)
+    model = ModelConfig(
+        32, channels=3, classes=10, patch=4, width=300, hidden=1024, depth=12, heads=12
+    )  # the original's
     params = weight_names.flatten(jax.device_get(vit.init(vit.build(model), jax.random.key(0))))
     for target in ("safetensors", "timm", "onnx"):
         (folder / target).mkdir()
@@ -103,13 +97,13 @@ def measure(peer: str, rounds: int, folder: Path) -> None:
         times = timing.interleave(cases, rounds)
         print(f"batch {batch}: {batch / np.median(times['jvitmoe']):,.0f} images/s", flush=True)
         for name in peers:
-            middle, low, high = timing.ratio(times[name], times["jvitmoe"])
-            print(f"  {middle:.2f} ({low:.2f} to {high:.2f}) x the images/s of {name}", flush=True)
+            ratio = "{:.2f} ({:.2f} to {:.2f})".format(*timing.ratio(times[name], times["jvitmoe"]))
+            print(f"  {ratio} x the images/s of {name}", flush=True)
     (folder / "pictures").mkdir()
-    for number in range(1000):
-        Image.fromarray(images[number % len(images)]).save(folder / "pictures" / f"{number}.png")
+    for n in range(1000):
+        Image.fromarray(images[n % len(images)]).save(folder / "pictures" / f"{n}.png")
+    command = [sys.executable, "-m", "jvitmoe.predict", "--workdir", str(folder / "safetensors"), "--json"]
     for pictures in ("pictures/0.png", "pictures"):
-        command = [sys.executable, "-m", "jvitmoe.predict", "--workdir", str(folder / "safetensors"), "--json"]
         began = time.perf_counter()
         found = subprocess.run([*command, str(folder / pictures)], check=True, stdout=subprocess.PIPE).stdout
         print(f"predict: {len(json.loads(found)):,} files in {time.perf_counter() - began:.1f} s, start included")
@@ -120,12 +114,10 @@ if __name__ == "__main__":
     parser.add_argument("--peer_python", default=sys.executable, help="a Python that has timm")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--threads", type=int, default=2, help="cores that every engine may use")
-    parser.add_argument("--engine", help=argparse.SUPPRESS)
-    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--work", nargs=2, help=argparse.SUPPRESS)  # engine and folder of a process that this starts
     chosen = parser.parse_args()
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: chosen.threads])  # before JAX counts them
-    if chosen.engine:
-        work(chosen.engine, chosen.folder)
-    else:
-        with tempfile.TemporaryDirectory() as temporary:
-            measure(chosen.peer_python, chosen.rounds, Path(temporary))
+    if chosen.work:
+        sys.exit(work(chosen.work[0], Path(chosen.work[1])))
+    with tempfile.TemporaryDirectory() as temporary:
+        measure(chosen.peer_python, chosen.rounds, Path(temporary))
