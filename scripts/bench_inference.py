@@ -1,6 +1,5 @@
 """Times the merged model beside timm and onnxruntime on the same weights, and `jvitmoe.predict` from files:
-
-    python scripts/bench_inference.py --peer_python .venv-peers/bin/python [--rounds 9] [--threads 2]
+`python scripts/bench_inference.py --peer_python .venv-peers/bin/python [--rounds 9] [--threads 2]`.
 
 All compute in float32 on the same cores, every other engine in a process of its own that waits passively. Needs timm in
 the peer's Python, and the extra "export" in this one.
@@ -105,7 +104,7 @@ def measure(peer: str, rounds: int, folder: Path) -> None:
     command = [sys.executable, "-m", "jvitmoe.predict", "--workdir", str(folder / "safetensors"), "--json"]
     for pictures in ("pictures/0.png", "pictures"):
         began = time.perf_counter()
-        found = subprocess.run([*command, str(folder / pictures)], check=True, stdout=subprocess.PIPE).stdout
+        found = subprocess.check_output([*command, str(folder / pictures)])
         print(f"predict: {len(json.loads(found)):,} files in {time.perf_counter() - began:.1f} s, start included")
 
 
