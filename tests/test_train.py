@@ -14,12 +14,22 @@ from jvitmoe import evaluate, report, train
 from jvitmoe.experts import build
 from jvitmoe.interop import load
 from jvitmoe.models import vit
-from jvitmoe.runs import metrics_log
+from jvitmoe.runs import checkpoints, files, metrics_log
 from jvitmoe.runtime.devices import make_mesh
 from jvitmoe.training import loop
 from jvitmoe.training.state import make_state
 from processes import call, wait_for_step
-from run_folders import assert_same_run, final_state, history, rows, saved_config, snapshot, tiny, write_experiment
+from run_folders import (
+    assert_same_run,
+    final_state,
+    history,
+    rows,
+    saved,
+    saved_config,
+    snapshot,
+    tiny,
+    write_experiment,
+)
 
 pytestmark = pytest.mark.process
 
@@ -77,6 +87,19 @@ def test_asked_to_stop_it_saves_exits_within_ten_seconds_and_goes_on_to_the_same
     ended = processes.run(processes.train(experiment, workdir))
     assert ended.code == 0, ended.err
     assert_same_run(workdir, undisturbed)
+
+
+def test_a_checkpoint_of_a_version_with_other_dropout_masks_resumes_with_a_note(tmp_path):
+    experiment = write_experiment(tmp_path / "tiny.py", tiny(model={"dropout": 0.1}, train={"epochs": 1}))
+    arguments = train.main, f"--config={experiment}", f"--workdir={tmp_path / 'run'}"
+    note = "note: the version that saved this checkpoint drew other dropout masks"
+    assert call(*arguments)[0] == 0
+    assert note not in call(*arguments)[1]
+    path = saved(tmp_path / "run")[-1] / checkpoints.META
+    meta = json.loads(path.read_text())
+    del meta["checksum"], meta["dropout_bits"]
+    path.write_text(json.dumps(meta | {"checksum": files.checksum(meta)}))
+    assert note in call(*arguments)[1]
 
 
 def test_a_warm_up_longer_than_half_of_the_run_is_capped_with_a_line_and_resumes_to_the_same_bits(experiment, tmp_path):
