@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, NamedTuple
+from unittest import mock
 
 import pytest
 
@@ -68,11 +69,13 @@ class Ended(NamedTuple):
 
 
 def call(main: Callable[[list[str]], Any], *arguments: object) -> tuple[int, str, str]:
-    """Returns (exit code, stdout, stderr) of a command that is run in this process."""
+    """Returns (exit code, stdout, stderr) of a command that is run in this process, 200 columns wide."""
     out, err, before = io.StringIO(), io.StringIO(), sys.argv
     sys.argv = ["command.py", *map(str, arguments)]
+    width = {"COLUMNS": "200"}
+    streams = contextlib.redirect_stdout(out), contextlib.redirect_stderr(err)
     try:
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), pytest.raises(SystemExit) as caught:
+        with streams[0], streams[1], mock.patch.dict(os.environ, width), pytest.raises(SystemExit) as caught:
             cli.run(main)
     finally:
         sys.argv = before
