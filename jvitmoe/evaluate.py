@@ -66,11 +66,9 @@ def _evaluate(values: flags.FlagValues, workdir: Path) -> None:
     ema = arrays.to_devices(saved.ema, abstract.ema) if saved.ema else None
 
     evaluate = metrics.make_evaluate(model, mesh)
-    batches = eval_batches(len(test), config.train.batch_size, mesh)
-    images: metrics.Shown
-    images = put(test, mesh) if isinstance(test, Split) else stream.EvalImages(test, batches, config, mesh)
+    shown = stream.eval_images(test, config, mesh)
     earlier = results.read_result(workdir)  # holds what only training can measure
-    result: dict[str, Any] = {"rows": models.evaluate_run(config, params, ema, evaluate, images, batches, values.paths)}
+    result: dict[str, Any] = {"rows": models.evaluate_run(config, params, ema, evaluate, *shown, values.paths)}
     if config.routing.experts > 1:
         few = (
             mergeability.subset(test)

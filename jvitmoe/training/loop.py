@@ -15,11 +15,11 @@ from jax.sharding import Mesh
 
 from jvitmoe.config import Config
 from jvitmoe.data import datasets, stream
-from jvitmoe.data.batches import Batches, Images, TrainOrder, eval_batches, put, resident_batches
-from jvitmoe.data.splits import Dataset, Records, Split
+from jvitmoe.data.batches import Images, TrainOrder, put, resident_batches
+from jvitmoe.data.splits import Dataset
 from jvitmoe.errors import ConfigError, UserError
 from jvitmoe.evaluation import models
-from jvitmoe.evaluation.metrics import Result, Shown, make_evaluate
+from jvitmoe.evaluation.metrics import Result, make_evaluate
 from jvitmoe.experts import build, cost, routes
 from jvitmoe.experts.routes import Purpose
 from jvitmoe.interop import load
@@ -77,7 +77,7 @@ def train(config: Config, workdir: Path, stop: Stop, cleanup: contextlib.ExitSta
     dense, init_notes = processes.together(lambda: load.start(config)) if from_source else (None, [])
     cleanup.enter_context(processes.together(lambda: open_run_folder(workdir, config, data.classes, data.counts)))
     processes.together(lambda: check_shared(workdir))
-    _print_setup(config, workdir, mesh, data, init_notes)
+    _print_setup(config, model, workdir, mesh, data, init_notes)
 
     evaluation = _Evaluation(config, model, mesh, data)
     checkpoints = CheckpointWriter(workdir / "checkpoints", config.train.keep)
@@ -134,13 +134,12 @@ def _load_data(config: Config, mesh: Mesh) -> _Data:
     return processes.together(split)
 
 
-def _print_setup(config: Config, workdir: Path, mesh: Mesh, data: _Data, init_notes: list[str]) -> None:
+def _print_setup(config: Config, model: vit.ViT, workdir: Path, mesh: Mesh, data: _Data, init_notes: list[str]) -> None:
     active, everything = cost.count_parameters(config)
-    dtype = build.make_model(config, mesh.devices.flat[0].platform).dtype.name
     epochs, steps_per_epoch = config.train.epochs, data.order.steps_per_epoch
     console.print(f"run         {workdir}")
     console.print(f"devices     {devices.describe(mesh)}")
-    console.print(f"parameters  {active:,} active, {everything:,} total ({dtype} compute)")
+    console.print(f"parameters  {active:,} active, {everything:,} total ({model.dtype.name} compute)")
     if (trained := cost.count_trained(config)) < everything:
         console.print(f"trained     {trained:,} of {everything:,} parameters")
     for note in init_notes:
@@ -182,10 +181,11 @@ class _Evaluation:
     """
 
     def __init__(self, config: Config, model: vit.ViT, mesh: Mesh, data: _Data) -> None:
-        self._config, self._mesh, self._evaluate = config, mesh, make_evaluate(model, mesh)
-        self._test_images = self._images(data.test)
-        self.watched = "validation" if len(data.validation) else "test"
-        self._watched_images = self._images(data.validation) if len(data.validation) else self._test_images
+        self._config, self._evaluate = config, make_evaluate(model, mesh)
+        self._test_images = stream.eval_images(data.test, config, mesh)
+        self.watched, self._watched_images = "test", self._test_images
+        if len(data.validation):
+            self.watched, self._watched_images = "validation", stream.eval_images(data.validation, config, mesh)
 
     def watch(self, state: TrainState) -> Result:
         return models.evaluate_main(self._config, state.params, self._evaluate, *self._watched_images)
@@ -193,12 +193,6 @@ class _Evaluation:
     def test(self, state: TrainState) -> list[dict[str, Any]]:
         """Returns the rows of the result table (`results.write_result`)."""
         return models.evaluate_run(self._config, state.params, state.ema, self._evaluate, *self._test_images)
-
-    def _images(self, split: Split | Records) -> tuple[Shown, Batches]:
-        batches = eval_batches(len(split), self._config.train.batch_size, self._mesh)
-        if isinstance(split, Split):
-            return put(split, self._mesh), batches
-        return stream.EvalImages(split, batches, self._config, self._mesh), batches
 
 
 def _earlier_rate(workdir: Path) -> float | None:

@@ -43,7 +43,7 @@ class TimedStep:
         model = build.make_model(config, platform)
         self.dtype, self.batch = model.dtype.name, batch
         key = routes.address(jax.random.key(config.train.seed), Purpose.ORDER)
-        order = batches.TrainOrder(len(images.labels_N), batch, key, mesh, config.slots)
+        self._order = order = batches.TrainOrder(len(images.labels_N), batch, key, mesh, config.slots)
         self._index_SB = order.epoch(0)
         train_step = step.make_train_step(config, model, mesh, order.steps_per_epoch)
         self._state = make_state(config, model, mesh)
@@ -104,11 +104,9 @@ class TimedStep:
             images, _ = augment.augment(config.data, key_B, split.images_NHWc[index_B], targets_BC)
             return augment.normalize(images)
 
-        key = jax.random.key(0)
-        order = batches.TrainOrder(len(self._images.labels_N), config.train.batch_size, key, self._mesh, config.slots)
         shares: tuple[tuple[Callable[[], Any], int], ...] = (
             (lambda: read(self._images, self._index_SB[0]), 1),
-            (lambda: order.epoch(1), order.steps_per_epoch),
+            (lambda: self._order.epoch(1), self._order.steps_per_epoch),
         )
         return sum(_median_seconds(work, repeats) / steps for work, steps in shares)
 
