@@ -2,8 +2,9 @@
 
     python scripts/bench_input.py --torch .venv-peers/bin/python [--data FOLDER] [--rounds 9] [--workers 2]
 
-Both read the same JPEG files, crop at random, resize to `--side` and give batches of uint8. They take turns: one pass
-over the images each. It prints the median ratio of a round and its interval (95 %, bootstrap). Needs an idle machine.
+Both read the same JPEG files, crop at random, resize to `--side` and give batches of uint8. They are timed in turns, as
+`jvitmoe.runtime.timing` does: a pass over the images each. Prints the ratio with a 95 % interval. Run it on an idle
+machine.
 Without --data, 2,000 files of 500x375 pixels are made: noise with the spectrum of photographs (1/f), and shapes.
 """
 
@@ -13,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -57,8 +58,8 @@ def serve_torch(data: str, side: int, batch: int, workers: int) -> None:
         print(time.perf_counter() - began, flush=True)
 
 
-def our_passes(data: str, side: int, batch: int) -> Iterator[tuple[float, int]]:
-    """Yields (seconds, images) of one pass over the images, again and again."""
+def our_passes(data: str, side: int, batch: int) -> Iterator[float]:
+    """Yields the seconds of one pass over the images, again and again."""
     import jax
 
     from jvitmoe.config import Config, DataConfig, ModelConfig, TrainConfig
@@ -78,7 +79,7 @@ def our_passes(data: str, side: int, batch: int) -> Iterator[tuple[float, int]]:
         began = time.perf_counter()
         for images in stream.train_batches(records, order, config, mesh, start, start + steps):
             jax.block_until_ready(images)
-        yield time.perf_counter() - began, steps * batch
+        yield time.perf_counter() - began
         start += steps
 
 
@@ -93,7 +94,7 @@ def main() -> None:
     if args.serve:
         serve_torch(args.data, args.side, args.batch, args.workers)
         return
-    from scipy.stats import bootstrap
+    from jvitmoe.runtime import timing
 
     with tempfile.TemporaryDirectory() as temporary:
         if not args.data:
@@ -103,17 +104,22 @@ def main() -> None:
         sizes = (f"--{name}={getattr(args, name)}" for name in ("data", "side", "batch", "workers"))
         command = [args.torch, __file__, "--serve", *sizes]
         with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as torch:
-            ours, rates = our_passes(args.data, args.side, args.batch), []
-            for number in range(args.rounds + 1):  # the first starts workers and compiles
+            ours = our_passes(args.data, args.side, args.batch)
+
+            def their_pass() -> float:
                 print("go", file=torch.stdin, flush=True)
-                theirs, (seconds, images) = float(torch.stdout.readline()), next(ours)
-                rates.append((images / theirs, images / seconds))
-                print(f"{number}: PyTorch {rates[-1][0]:.0f}, jvitmoe {rates[-1][1]:.0f} images/s", file=sys.stderr)
+                return float(torch.stdout.readline())
+
+            def mean(one_pass: Callable[[], float]) -> timing.Work:
+                return lambda passes: sum(one_pass() for _ in range(passes)) / passes
+
+            work = {"torch": mean(their_pass), "jvitmoe": mean(lambda: next(ours))}
+            seconds = timing.interleave(work, args.rounds, progress=lambda n, left: print(n, round(left), "s left"))
             torch.stdin.close()
-    theirs_R, ours_R, ratio_R = (column[1:] for column in np.array([(a, b, b / a) for a, b in rates]).T)
-    interval = bootstrap((ratio_R,), np.median, method="percentile", rng=0).confidence_interval
-    median = {"torch": np.median(theirs_R), "jvitmoe": np.median(ours_R), "ratio": np.median(ratio_R)}
-    print(json.dumps({name: round(float(value), 3) for name, value in (median | interval._asdict()).items()}))
+        images = sum(1 for _ in Path(args.data, "train").rglob("*.jpg")) // args.batch * args.batch
+    ratio, low, high = timing.ratio(seconds["torch"], seconds["jvitmoe"])
+    rates = {name: round(images / np.median(values), 1) for name, values in seconds.items()}
+    print(json.dumps(rates | {"ratio": round(ratio, 3), "low": round(low, 3), "high": round(high, 3)}))
 
 
 if __name__ == "__main__":
