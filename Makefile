@@ -32,13 +32,13 @@ check: install  ## lint, format and types
 	$(RUN) -m mypy
 
 # Two processes, a file each at a time: tests that run processes of their own wait for them, and would starve more.
-PYTEST := JVITMOE_PEERS=$(abspath $(PEERS)/bin/python) $(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+PYTEST := JVITMOE_PEERS=$(abspath $(PEERS)/bin/python) $(RUN) -m pytest --dist loadfile -n 2
 
 test: check $(PEERS)/installed  ## check, and all tests but the long ones
 	$(PYTEST) -m 'not long'
 
 test-fast: install  ## the tests that start no process and train no whole run (2 minutes), for the inner loop
-	$(PYTEST) -m 'not long and not process and not slow'
+	$(PYTEST) -n 3 -m 'not long and not process and not slow'
 
 test-long: install  ## a run killed twenty times, real processes timed, five times as many random inputs
 	JVITMOE_FUZZ=5 $(PYTEST) -m long

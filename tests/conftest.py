@@ -66,6 +66,13 @@ def _programs_of_other_files_are_let_go() -> Iterator[None]:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", CACHED_SECONDS)
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if "experiment_run" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.slow)
+
+
 TALLY = "tally: "
 
 

@@ -432,6 +432,7 @@ def test_other_threads_run_while_a_large_leaf_is_checksummed():
     assert min(longest_pause(lambda: checksums({"": array})) for _ in range(3)) < 1 / 8
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_each_checkpoint(tmp_path):
     state, _ = make()
 

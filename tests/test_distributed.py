@@ -252,6 +252,7 @@ FAULTS = [
 ]
 
 
+@pytest.mark.long
 def test_a_process_killed_frozen_or_failing_ends_the_others_within_30_seconds_which_name_it(tmp_path, tally):
     """Each run starts while those before it wait to be sure that one is lost."""
     experiment = write_experiment(tmp_path / "fails.py", EXPERIMENT, FAILS)

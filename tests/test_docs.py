@@ -50,6 +50,7 @@ def test_the_readme_s_experiment_is_valid():
     assert names["get_config"]().validate().slots == 1
 
 
+@pytest.mark.slow
 def test_the_example_of_merging_runs():
     (example,) = python_blocks("docs/routing.md")
     names: dict[str, Any] = {}

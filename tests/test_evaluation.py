@@ -12,6 +12,8 @@ from jvitmoe.experts.routes import Purpose, address
 from jvitmoe.models import vit
 from jvitmoe.runtime.devices import make_mesh
 
+pytestmark = pytest.mark.slow
+
 E, L = 3, 2
 
 

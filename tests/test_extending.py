@@ -23,6 +23,8 @@ from jvitmoe.models.routers.dispatch import statistics as statistics_of
 from jvitmoe.training import optimizer, state
 from jvitmoe.training.update import directions
 
+pytestmark = pytest.mark.slow
+
 
 class RoundRobin(Router):
     """Token t goes to the expert t mod E, scaled by a learned gate."""

@@ -125,6 +125,7 @@ sound = st.sampled_from([(name, value) for name, found in CHOSEN.items() for val
 values = scalars | st.lists(scalars | st.just("experts") | st.just("dense"), max_size=4) | st.just({})
 
 
+@pytest.mark.slow
 @both_ways
 @tries(400)
 @given(st.lists(sound | st.tuples(st.sampled_from(sorted(FIELDS)), values), min_size=1, max_size=3).map(dict))
@@ -215,7 +216,7 @@ TINY = {
 }
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # Orbax's
 @both_ways
 @tries(4)

@@ -11,6 +11,8 @@ from jvitmoe.experts import merge
 from jvitmoe.models import mlp, vit
 from jvitmoe.runtime.devices import make_mesh
 
+pytestmark = pytest.mark.slow
+
 E, L = 3, 2
 
 

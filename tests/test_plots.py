@@ -300,6 +300,7 @@ def test_a_panel_of_the_benchmark_shows_one_quantity(tmp_path, figures, name):
     assert len(figures[1].axes) == 1
 
 
+@pytest.mark.slow
 def test_the_pictures_in_results_can_be_drawn_again(tmp_path, figures, monkeypatch):
     monkeypatch.syspath_prepend(processes.ROOT / "scripts")
     import redraw

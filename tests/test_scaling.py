@@ -39,8 +39,11 @@ def load(name):
         sys.path.remove(str(processes.ROOT / "scripts"))
 
 
-@pytest.mark.parametrize("devices", [2, 8])
-@pytest.mark.parametrize("variant", ["dense", "random, batch", "random, sample, experts on every GPU", "axis"])
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("variant", "devices"),
+    [("dense", 8), ("random, batch", 8), ("random, sample, experts on every GPU", 8), ("axis", 8), ("axis", 2)],
+)
 def test_a_compiled_step_reduces_the_bytes_of_the_model_and_moves_no_image(
     scaling_check, monkeypatch, variant, devices
 ):

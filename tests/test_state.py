@@ -89,6 +89,7 @@ def test_a_dense_model_has_no_expert_state(tiny_config):
     assert state.create(dense, optimizer.direction(OptimConfig())).opt_state.experts is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["adam", "adamw"])
 def test_one_expert_trains_as_plain_optax_on_the_dense_model(tiny_config, training, name):
     config = tiny_config(optim={"name": name, "weight_decay": 0.1, "eps": 1e-3, "learning_rate": 1e-2})

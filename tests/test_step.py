@@ -21,7 +21,7 @@ from jvitmoe.training.state import TrainState
 
 SCOPES = pytest.mark.parametrize("scope", ["shared", "layer"])
 E, L, B = 4, 2, 24
-MOST, ODD = 8, 3  # devices that share the batch of 24
+MANY = {"shared": 8, "layer": 3}  # devices that share the batch of 24
 
 
 @pytest.fixture(scope="module")
@@ -44,10 +44,10 @@ def full_run(tiny_config, training):
     return run
 
 
+@pytest.mark.slow
 @SCOPES
-@pytest.mark.parametrize("devices", [ODD, MOST])
-def test_training_is_the_same_on_1_3_and_8_devices(full_run, scope, devices):
-    one, many = full_run(scope, 1), full_run(scope, devices)
+def test_training_is_the_same_on_1_device_and_on_3_or_8(full_run, scope):
+    one, many = full_run(scope, 1), full_run(scope, MANY[scope])
     chex.assert_trees_all_equal(many.history[0], one.history[0])
     chex.assert_trees_all_close(many.metrics, one.metrics, rtol=1e-6, atol=1e-6)
     # Measured: losses within 4e-7 and states within 6e-8 after moving by 4e-3.
@@ -57,9 +57,9 @@ def test_training_is_the_same_on_1_3_and_8_devices(full_run, scope, devices):
 
 @SCOPES
 def test_every_device_holds_the_same_bits(full_run, scope):
-    for leaf in jax.tree.leaves(full_run(scope, MOST).state):
+    for leaf in jax.tree.leaves(full_run(scope, MANY[scope]).state):
         shards = [np.asarray(shard.data).tobytes() for shard in leaf.addressable_shards]
-        assert len(shards) == MOST
+        assert len(shards) == MANY[scope]
         assert len(set(shards)) == 1
 
 
@@ -78,7 +78,7 @@ def expert_leaves(tree: TrainState):
 
 @SCOPES
 def test_idle_experts_stay_bit_identical(full_run, scope):
-    run = full_run(scope, ODD)
+    run = full_run(scope, MANY[scope])
     assert run.config.optim.weight_decay > 0
     ran = set()
     for number, (before, after) in enumerate(zip(run.history[:-1], run.history[1:], strict=True)):
@@ -97,7 +97,7 @@ def test_idle_experts_stay_bit_identical(full_run, scope):
 
 @SCOPES
 def test_every_expert_counts_its_own_steps_and_the_trunk_all(full_run, scope):
-    run = full_run(scope, ODD)
+    run = full_run(scope, MANY[scope])
     counts_LE = np.zeros((L, E), np.int32)
     for number in range(5):
         counts_LE[np.arange(L), route_of(run, number)] += 1
@@ -107,7 +107,7 @@ def test_every_expert_counts_its_own_steps_and_the_trunk_all(full_run, scope):
 
 
 def test_gradients_on_3_devices_are_those_of_plain_grad_over_the_whole_batch(full_run):
-    run = full_run("layer", ODD)
+    run = full_run("layer", 3)
     config, before, after = run.config, run.history[0], run.history[1]
     root, slot_B = jax.random.key(config.train.seed), jnp.arange(config.train.batch_size)
 
@@ -147,7 +147,7 @@ def test_gradients_on_3_devices_are_those_of_plain_grad_over_the_whole_batch(ful
 
 @SCOPES
 def test_metrics_are_of_the_path_that_ran(full_run, scope):
-    run = full_run(scope, ODD)
+    run = full_run(scope, MANY[scope])
     learning_rate = optimizer.schedule(run.config, run.order.steps_per_epoch)
     for number, metrics in enumerate(run.metrics):
         assert metrics.router is None
@@ -160,7 +160,7 @@ def test_metrics_are_of_the_path_that_ran(full_run, scope):
 
 @SCOPES
 def test_a_step_is_a_pure_function_of_seed_and_step(full_run, scope):
-    run = full_run(scope, MOST)
+    run = full_run(scope, MANY[scope])
     sharding = NamedSharding(run.mesh, REPLICATED)
     again = jax.device_put(run.history[2], sharding)
     for number in range(2, 5):
@@ -172,11 +172,11 @@ def test_a_step_is_a_pure_function_of_seed_and_step(full_run, scope):
 
 @SCOPES
 def test_the_step_compiles_once(full_run, scope):
-    assert [full_run(scope, devices).step._cache_size() for devices in (1, ODD, MOST)] == [1, 1, 1]
+    assert full_run(scope, MANY[scope]).step._cache_size() == 1
 
 
 def test_the_step_donates_the_state_and_not_the_images(full_run):
-    run = full_run("shared", ODD)
+    run = full_run("shared", 8)
     given = jax.device_put(run.history[0], NamedSharding(run.mesh, REPLICATED))
     index_SB = run.order.epoch(0)
     jax.block_until_ready(run.step(given, run.images, index_SB))
@@ -221,6 +221,7 @@ def test_random_routing_costs_what_dense_costs(compiled):
     assert experts == pytest.approx(dense, rel=0.01)
 
 
+@pytest.mark.slow
 def test_a_stack_of_one_expert_trains_exactly_as_the_dense_model(tiny_config, training):
     run = training(tiny_config(train={"devices": 2}))
     mlp = {"up", "up_bias", "down", "down_bias"}
@@ -270,7 +271,7 @@ def test_the_loss_falls_on_what_can_be_learned(learned):
 
 
 def test_the_abstract_state_is_the_state(full_run):
-    run = full_run("shared", MOST)
+    run = full_run("shared", 8)
     abstract = state.abstract_state(run.config, run.model, run.mesh)
     chex.assert_trees_all_equal_shapes_and_dtypes(abstract, run.state)
     assert all(x.sharding == NamedSharding(run.mesh, REPLICATED) for x in jax.tree.leaves(abstract))

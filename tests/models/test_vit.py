@@ -353,7 +353,7 @@ def test_the_last_layer_norm_has_the_epsilon_of_the_config():
             model = vit.build(
                 ModelConfig(width=8, hidden=12, depth=1, heads=2, patch=4, norm=norm, norm_epsilon=epsilon)
             )
-            params = vit.init(model, jax.random.key(0))
+            params = jax.jit(lambda key, m=model: vit.init(m, key))(jax.random.key(0))
             logits.append(vit.logits(model, params, jax.random.normal(jax.random.key(1), (2, 8, 8, 1))))
         chex.assert_trees_all_close(logits[1], jnp.broadcast_to(params["head"]["logits"]["bias"], (2, 10)), atol=1e-3)
         assert not np.allclose(logits[0], logits[1], atol=1e-2)
@@ -366,7 +366,7 @@ def test_layers_start_equal_where_asked(pattern):
 
     def start(init_layers):
         model = vit.build(dataclasses.replace(config, init_layers=init_layers), experts=2, pattern=pattern)
-        return vit.init(model, jax.random.key(0))
+        return jax.jit(lambda key: vit.init(model, key))(jax.random.key(0))
 
     equal, different = start("shared"), start("independent")
     chex.assert_trees_all_equal_shapes_and_dtypes(equal, different)
