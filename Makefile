@@ -40,7 +40,7 @@ test: check $(PEERS)/installed  ## check, and all tests but the long ones
 test-fast: install  ## the tests that start no process and train no whole run (2 minutes), for the inner loop
 	$(PYTEST) -n 3 -m 'not long and not process and not slow'
 
-test-long: install  ## a run killed twenty times, real processes timed, five times as many random inputs
+test-long: install $(PEERS)/installed  ## many kills, a page of commands run, five times as many random inputs
 	JVITMOE_FUZZ=5 $(PYTEST) -m long
 
 $(PEERS)/installed: requirements-peers.txt

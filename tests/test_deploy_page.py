@@ -12,8 +12,6 @@ from jvitmoe.config import Config
 from jvitmoe.data import datasets
 from processes import call
 
-pytestmark = pytest.mark.slow
-
 ROOT = Path(__file__).parents[1]
 BLOCKS = re.findall(r"```(bash|python)\n(.*?)```", (ROOT / "docs" / "deploy.md").read_text(), re.DOTALL)
 MAINS = {"train": train.main, "export": export.main, "predict": predict.main, "evaluate": evaluate.main}
@@ -31,6 +29,7 @@ def run(line: str) -> str:
     return out
 
 
+@pytest.mark.long
 def test_every_block_of_the_page_runs(peers, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "configs").symlink_to(ROOT / "configs")
