@@ -28,7 +28,7 @@ from jvitmoe.config import Config
 from jvitmoe.errors import UserError
 from jvitmoe.runs import files, results, tables
 from jvitmoe.runs.console import console
-from jvitmoe.runtime import timing
+from jvitmoe.runtime import memory, timing
 
 NO_TORCH = "install torch, or name a Python that has it with --peer_python"
 PEERS = {"PyTorch dense": "1 eager", "PyTorch random": "4 eager", "PyTorch compiled": "1 compiled"}  # torch_vit.py's
@@ -266,4 +266,5 @@ def _peer(name: str, python: str, config: Config) -> Iterator[Torch | None]:
 
 
 if __name__ == "__main__":
+    memory.use_huge_pages()
     cli.run(main)

@@ -12,7 +12,7 @@ from pathlib import Path
 from absl import flags
 
 from jvitmoe import cli
-from jvitmoe.runtime import rendezvous
+from jvitmoe.runtime import memory, rendezvous
 
 
 def main(argv: list[str]) -> None:
@@ -31,4 +31,5 @@ def _define_flags(values: flags.FlagValues) -> None:
 
 
 if __name__ == "__main__":
+    memory.use_huge_pages()
     cli.run(main)

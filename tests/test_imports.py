@@ -31,7 +31,7 @@ WITHOUT_JAX = (
     *("errors", "settings", "config", "cli", "report", "data.datasets", "data.images"),
     *("interop.weight_names", "interop.config_files"),
     *(f"runs.{name}" for name in ("console", "tables", "files", "lock", "plots", "results", "history", "metrics_log")),
-    *(f"runtime.{name}" for name in ("watchdog", "heartbeat", "rendezvous")),
+    *(f"runtime.{name}" for name in ("watchdog", "heartbeat", "memory", "rendezvous")),
 )
 # Package -> the folder, or the one file, that may import it.
 ONLY_IN = {

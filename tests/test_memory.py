@@ -1,0 +1,44 @@
+import os
+import resource
+import subprocess
+import sys
+
+import pytest
+
+import processes
+from jvitmoe.runtime import memory
+
+ALLOCATES = """
+import os, resource, sys
+from jvitmoe.runtime import memory
+memory.use_huge_pages()
+pages = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+b"x" * 2**26
+print(os.getpid(), sys.argv[1:], resource.getrusage(resource.RUSAGE_SELF).ru_minflt - pages)
+"""
+pytestmark = pytest.mark.skipif(not memory._on_request(), reason="the kernel gives huge pages to all or to none")
+
+
+def run(**environment: str) -> tuple[int, subprocess.Popen, str]:
+    env = {name: value for name, value in os.environ.items() if name != memory.TUNABLES} | environment
+    command = [sys.executable, "-c", ALLOCATES, "two words", "--flag"]
+    process = subprocess.Popen(command, env=env, cwd=processes.ROOT, stdout=subprocess.PIPE, text=True)
+    return process.pid, process, process.communicate()[0]
+
+
+@pytest.mark.process
+def test_a_command_is_started_anew_once_as_the_same_process_with_its_arguments_and_takes_huge_pages():
+    pid, process, out = run()
+    assert process.returncode == 0
+    name, pages = out.rsplit(maxsplit=1)
+    assert name == f"{pid} ['two words', '--flag']"
+    assert int(pages) < 2**26 / resource.getpagesize() / 10
+
+
+@pytest.mark.process
+def test_tunables_of_the_user_are_left_as_they_are():
+    pid, process, out = run(GLIBC_TUNABLES="")
+    assert process.returncode == 0
+    name, pages = out.rsplit(maxsplit=1)
+    assert name == f"{pid} ['two words', '--flag']"
+    assert int(pages) > 2**26 / resource.getpagesize() / 2
