@@ -12,24 +12,27 @@ import numpy as np
 
 ONEDNN = "xla_cpu_experimental_onednn_custom_call"
 CPU_FLAGS = Path("/proc/cpuinfo")
+# Products of the CPU in bfloat16. A training step of the original's size without oneDNN takes 3.3 x (amx_bf16, two Xeon
+# cores) and 2.9 x the time (avx512_bf16, two EPYC cores); docs/performance.md.
+BFLOAT16 = frozenset({"amx_bf16", "avx512_bf16"})
 
 
 def options(dtype: Any, platform: str) -> dict[str, bool]:
     """Returns XLA's options for programs that compute in `dtype` on "cpu", "gpu" or "tpu".
 
-    On a CPU with AMX, bfloat16 products with a transposed operand (gradients of weights) use AMX only through oneDNN:
-    without it, JAX 0.12's XLA takes several times as long. On other CPUs oneDNN is slower. XLA_FLAGS takes precedence.
-    A process that gets the option writes no more programs to the compilation cache.
+    On a CPU that multiplies in bfloat16, products with a transposed operand (gradients of weights) use that only
+    through oneDNN (BFLOAT16). On other CPUs oneDNN is slower. XLA_FLAGS takes precedence. A process that gets the option
+    writes no more programs to the compilation cache.
     """
-    if platform != "cpu" or dtype != jnp.bfloat16 or ONEDNN in os.environ.get("XLA_FLAGS", "") or not _has_amx():
+    if platform != "cpu" or dtype != jnp.bfloat16 or ONEDNN in os.environ.get("XLA_FLAGS", "") or not _has_bfloat16():
         return {}
     _stop_writing()
     return {ONEDNN: True} if _is_known(ONEDNN) else {}
 
 
-def _has_amx() -> bool:
+def _has_bfloat16() -> bool:
     try:
-        return "amx_bf16" in CPU_FLAGS.read_text().split()
+        return not BFLOAT16.isdisjoint(CPU_FLAGS.read_text().split())
     except OSError:
         return False
 
