@@ -39,16 +39,16 @@ def test_a_program_with_another_collective_has_no_such_count():
         compilation.reduced_bytes("%a = f32[2]{0} all-gather(%b), replica_groups=[1,2]<=[2]")
 
 
-@pytest.fixture
-def amx(monkeypatch, tmp_path):
-    """A CPU with AMX, and no XLA_FLAGS."""
+@pytest.fixture(params=["amx_bf16", "avx512_bf16"])
+def cpu(request, monkeypatch, tmp_path):
+    """A CPU that multiplies in bfloat16, and no XLA_FLAGS."""
     jax.devices()  # made while XLA_FLAGS still asks for several
     monkeypatch.delenv("XLA_FLAGS", raising=False)
     monkeypatch.setattr(compilation, "CPU_FLAGS", tmp_path / "cpuinfo")
-    compilation.CPU_FLAGS.write_text("flags\t\t: fpu amx_bf16 amx_tile\n")
+    compilation.CPU_FLAGS.write_text(f"flags\t\t: fpu {request.param} avx2\n")
 
 
-def test_options_are_for_bfloat16_on_a_cpu_with_amx_and_never_against_the_users_own(amx, monkeypatch):
+def test_options_are_for_bfloat16_on_a_cpu_that_has_it_and_never_against_the_users_own(cpu, monkeypatch):
     assert compilation.options(jnp.dtype("bfloat16"), "cpu") == {compilation.ONEDNN: True}
     assert compilation.options(jnp.dtype("float32"), "cpu") == {}
     assert compilation.options(jnp.dtype("bfloat16"), "gpu") == {}
@@ -56,14 +56,14 @@ def test_options_are_for_bfloat16_on_a_cpu_with_amx_and_never_against_the_users_
     assert compilation.options(jnp.dtype("bfloat16"), "cpu") == {}
 
 
-def test_a_cpu_without_amx_or_of_unknown_features_gets_no_options(amx):
+def test_a_cpu_without_bfloat16_or_of_unknown_features_gets_no_options(cpu):
     compilation.CPU_FLAGS.write_text("flags\t\t: fpu avx2 not_amx_bf16\n")
     assert compilation.options(jnp.dtype("bfloat16"), "cpu") == {}
     compilation.CPU_FLAGS.unlink()
     assert compilation.options(jnp.dtype("bfloat16"), "cpu") == {}
 
 
-def test_an_option_that_the_installed_jaxlib_has_not_is_left_out(amx, monkeypatch):
+def test_an_option_that_the_installed_jaxlib_has_not_is_left_out(cpu, monkeypatch):
     monkeypatch.setattr(compilation, "ONEDNN", "xla_option_that_never_was")
     assert compilation.options(jnp.dtype("bfloat16"), "cpu") == {}
 
