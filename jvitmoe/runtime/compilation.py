@@ -21,8 +21,8 @@ def options(dtype: Any, platform: str) -> dict[str, bool]:
     """Returns XLA's options for programs that compute in `dtype` on "cpu", "gpu" or "tpu".
 
     On a CPU that multiplies in bfloat16, products with a transposed operand (gradients of weights) use that only
-    through oneDNN (BFLOAT16). On other CPUs oneDNN is slower. XLA_FLAGS takes precedence. A process that gets the option
-    writes no more programs to the compilation cache.
+    through oneDNN (BFLOAT16). On other CPUs oneDNN is slower. XLA_FLAGS takes precedence. A process that gets the
+    option writes no more programs to the compilation cache.
     """
     if platform != "cpu" or dtype != jnp.bfloat16 or ONEDNN in os.environ.get("XLA_FLAGS", "") or not _has_bfloat16():
         return {}
