@@ -119,7 +119,8 @@ def kill(run: Run, turn: str, step: int, startup: float, chance: random.Random) 
     delay, end = chance.uniform(0, DELAY), time.monotonic() + chance.uniform(0, startup)
     run.start()
     if turn == TURNS[3]:
-        come = run.wait(lambda: time.monotonic() > end)
+        # A start may be much faster than the first was, so its first step counts too.
+        come = run.wait(lambda: time.monotonic() > end or run.trains())
     elif turn == TURNS[2]:  # a process takes long over its first evaluation only, and not long enough to sleep
         come = run.wait(lambda: run.trains() and run.evaluates())
     else:
