@@ -69,6 +69,7 @@ def _programs_of_other_files_are_let_go() -> Iterator[None]:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks what needs a whole run as slow."""
     for item in items:
         if "experiment_run" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.slow)

@@ -53,6 +53,7 @@ def test_training_is_the_same_on_1_device_and_on_3_or_8(full_run, scope):
     # Measured: losses within 4e-7 and states within 6e-8 after moving by 4e-3.
     chex.assert_trees_all_close(many.history, one.history, rtol=1e-6, atol=3e-7)
     chex.assert_tree_all_finite(many.history)
+    assert one.step._cache_size() == many.step._cache_size() == 1
 
 
 @SCOPES

@@ -13,10 +13,9 @@ def use_huge_pages() -> None:
 
     XLA allocates and frees the temporary arrays of a CPU program at every call: 1.5 GB in a training step of the
     original's size, 370,000 page faults. With pages of 2 MB these are 1,100. Nothing happens where the kernel gives
-    huge pages to all or to none, where there is no glibc, or where GLIBC_TUNABLES is set. Call it before imports that
-    take time.
+    huge pages to all or to none, or where GLIBC_TUNABLES is set. Call it before imports that take time.
     """
-    if TUNABLES in os.environ or not _on_request() or not os.confstr("CS_GNU_LIBC_VERSION"):
+    if TUNABLES in os.environ or not _on_request():
         return
     os.environ[TUNABLES] = "glibc.malloc.hugetlb=1"
     sys.stdout.flush()
