@@ -36,19 +36,32 @@ class ModelConfig:
     channels: int = setting(1, "channels of an image", above=0)
     classes: int = setting(10, "number of classes", above=0)
     patch: int = setting(2, "height and width of a patch in pixels", above=0)
+    stem: str = setting(
+        "patch", "conv: for each factor 2 of patch a 3x3 convolution, ReLU, max pooling (CCT)", ("patch", "conv")
+    )
     width: int = setting(64, "width of a token, D", above=0)
     hidden: int = setting(128, "hidden units of an MLP, F", above=0)
     depth: int = setting(4, "number of layers, L", above=0, at_most=10_000)
     heads: int = setting(4, "attention heads, G", above=0)
     norm: str = setting("pre", "LayerNorm before or after attention and MLP", ("pre", "post"))
-    pool: str = setting("cls", "input of the head: the CLS token, or the mean of the tokens", ("cls", "mean"))
+    pool: str = setting(
+        "cls",
+        "input of the head: CLS; mean of the patches, without or with CLS (cls_mean); seq: learned weights (CCT)",
+        ("cls", "mean", "cls_mean", "seq"),
+    )
+    registers: int = setting(0, "learned tokens beside the patches that the head does not see", at_least=0)
     positions: str = setting("learned", "position embeddings: learned, or fixed sines", ("learned", "sincos2d"))
     cls_position: bool = setting(False, "the CLS token has a learned position, as in timm and Hugging Face")
     position_rows: int = setting(0, "rows of the learned positions; 0: one per patch; original: 300", at_least=0)
     head_hidden: int = setting(0, "hidden units of a two-layer head; 0 is a one-layer head", at_least=0)
     norm_epsilon: float = setting(1e-5, "epsilon of LayerNorm; 1e-6 in timm, 1e-12 in Hugging Face", above=0)
     init_layers: str = setting("independent", "layers start different or equal", ("independent", "shared"))
+    layer_scale: float = setting(0.0, "initial value of a scale per channel on each branch; 0: none", at_least=0)
+    qk_norm: bool = setting(False, "LayerNorm of every head's query and key")
     dropout: float = setting(0.0, "rate after attention weights, GELU and both branches", at_least=0, below=1)
+    drop_path: float = setting(
+        0.0, "rate of dropping a branch of an image in the last layer; linear over depth from 0", at_least=0, below=1
+    )
     lora: int = setting(0, "rank of a LoRA on the MLP, one per expert; trains it and the head only", at_least=0)
     adapter: int = setting(0, "hidden units of an adapter beside the MLP, one per expert; as lora", at_least=0)
     dtype: str = setting("auto", "of computation; auto: bfloat16 on GPU and TPU", ("auto", "float32", "bfloat16"))
@@ -61,9 +74,19 @@ class ModelConfig:
         return (self.image_size // self.patch) ** 2
 
     @property
+    def has_cls(self) -> bool:
+        """True if the model has a CLS token."""
+        return self.pool in ("cls", "cls_mean")
+
+    @property
     def tokens(self) -> int:
-        """T: patches of an image, and the CLS token if there is one."""
-        return self.patches + (self.pool == "cls")
+        """T: the CLS token if there is one, registers, and the patches of an image."""
+        return self.has_cls + self.registers + self.patches
+
+    @property
+    def drops(self) -> bool:
+        """True if training needs random numbers for dropout or drop_path."""
+        return self.dropout > 0 or self.drop_path > 0
 
     @property
     def fits_cudnn(self) -> bool:
@@ -231,7 +254,9 @@ def _faults(config: Config) -> Iterator[tuple[str, str]]:
     if model.attention == "cudnn" and (not model.fits_cudnn or model.dtype == "float32"):
         fits = "bfloat16, heads of a multiple of 8 up to 128 and an even number of tokens"
         yield "model.attention", f"must be auto or xla except for {fits}"
-    if model.cls_position and model.pool != "cls":
+    if model.stem == "conv" and (model.patch < 2 or model.patch & (model.patch - 1)):
+        yield "model.patch", "must be a power of two for model.stem=conv, which halves the image at each convolution"
+    if model.cls_position and not model.has_cls:
         yield "model.cls_position", f"must be False for model.pool={model.pool}, which has no CLS token"
 
     if train.batch_size % slots:

@@ -181,6 +181,9 @@ def config_of(**model: object) -> Config:
     [
         ("timm", {"head_hidden": 8}, "--config.model.head_hidden=0"),
         ("timm", {"norm": "post"}, "--config.model.norm=pre"),
+        ("timm", {"pool": "seq"}, "--config.model.pool=cls"),
+        ("timm", {"stem": "conv"}, "--config.model.stem=patch"),
+        ("hf", {"registers": 1}, "--config.model.registers=0"),
         ("hf", {"pool": "mean"}, "--config.model.pool=cls"),
         ("hf", {"pool": "mean", "head_hidden": 8}, "--config.model.head_hidden=0 --config.model.pool=cls"),
     ],

@@ -40,6 +40,7 @@ SMALL_HF = {
     **{"image_size": 8, "patch_size": 2, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2},
     **{"intermediate_size": 24, "num_labels": 5},
 }
+PARTS = {"init_values": 0.5, "qk_norm": True}
 HALF = {"mean": [0.5] * 3, "std": [0.5] * 3}
 CLOSE = 1e-4  # the tolerance that exports promise
 
@@ -68,6 +69,9 @@ def made(peers, inputs, tmp_path_factory):
         "timm_avg": {"global_pool": "avg", "class_token": False},
         "timm_one_patch": {"patch_size": 8},
         "timm_one_patch_no_embed_class": {"patch_size": 8, "no_embed_class": True},
+        "timm_parts": {**PARTS, "no_embed_class": True, "reg_tokens": 2, "global_pool": "avg"},
+        "timm_reg_gap": {"reg_tokens": 1, "class_token": False, "no_embed_class": True, "global_pool": "avg"},
+        "timm_dinov2": {"architecture": "vit_small_patch14_reg4_dinov2"},
         "timm_flexivit": {"architecture": "flexivit_small"},  # no_embed_class by its architecture
         "timm_clip": {"architecture": "vit_base_patch16_clip_224", "pre_norm": False, "pretrained_cfg_overlay": HALF},
     }.items():
@@ -77,6 +81,7 @@ def made(peers, inputs, tmp_path_factory):
 
 
 NAMES = ("timm", "timm_no_embed_class", "timm_avg", "timm_clip", "hf")
+NAMES += ("timm_parts", "timm_reg_gap", "timm_dinov2")
 NAMES += ("timm_one_patch", "timm_one_patch_no_embed_class", "timm_flexivit")
 EPSILONS = {"hf": 1e-12, "timm_clip": 1e-5}  # timm's others have 1e-6
 

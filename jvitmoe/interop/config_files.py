@@ -20,13 +20,13 @@ About = Mapping[str, Any]
 
 def read_timm(arrays: Arrays, about: About, processor: About) -> ConfigValues:
     """timm's ViTs have an epsilon of 1e-6, those after CLIP 1e-5 (and, except the quickgelu ones, the same GELU)."""
-    has_cls = CLS[TIMM] in arrays
-    if has_cls == ("fc_norm.weight" in arrays):
+    has_cls, mean = CLS[TIMM] in arrays, "fc_norm.weight" in arrays
+    if not has_cls and not mean:
         raise UserError("its pooling must be CLS after `norm`, or the mean and then `fc_norm`; use a plain ViT")
     args, architecture = about.get("model_args") or {}, str(about.get("architecture", ""))
     args = {"global_pool": about.get("global_pool"), **args}
     ours = {"act_layer": "gelu", "norm_layer": "layernorm", "class_token": has_cls}
-    for name, value in {**ours, "global_pool": "token" if has_cls else "avg"}.items():
+    for name, value in {**ours, "global_pool": "avg" if mean else "token"}.items():
         if args.get(name) not in (value, None):
             raise UserError(f"its {name} is {args[name]!r}; it must be {value!r}")
     words = architecture.partition(".")[0].split("_")

@@ -31,7 +31,7 @@ from jvitmoe.runs.checkpoints import Checkpoints
 OURS = "jvitmoe"  # the format of our own exports, named in their config.json
 WEIGHTS, CONFIG, PROCESSOR = "model.safetensors", "config.json", "preprocessor_config.json"
 MOST_INFLATION = 20  # of an .npz: weights hardly compress, so a larger factor is an attack on memory
-MUST_MATCH = ("width", "hidden", "depth", "heads", "norm", "pool")
+MUST_MATCH = ("width", "hidden", "depth", "heads", "norm", "pool", "stem", "registers", "qk_norm")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -115,7 +115,9 @@ def adapt(source: Source, model: ModelConfig, fresh: Dict) -> tuple[Dict, list[s
     another grid as in timm (cubic, antialiased), kernels of patches by the pseudo-inverse (`resize_patches`).
     Raises ConfigError if the blocks have other shapes.
     """
-    differ = [name for name in MUST_MATCH if getattr(source.model, name) != getattr(model, name)]
+    names = MUST_MATCH + (("patch", "channels") if model.stem == "conv" else ())
+    differ = [name for name in names if getattr(source.model, name) != getattr(model, name)]
+    differ += ["layer_scale"] if bool(source.model.layer_scale) != bool(model.layer_scale) else []
     if differ:
         flags = " ".join(f"--config.model.{name}={getattr(source.model, name)}" for name in differ)
         raise ConfigError(
@@ -123,7 +125,8 @@ def adapt(source: Source, model: ModelConfig, fresh: Dict) -> tuple[Dict, list[s
             f"differ from this run's; set {flags}"
         )
     old, changes = dict(source.params), list(source.notes)
-    _fit_patches(old, source.model, model, changes)
+    if model.stem == "patch":
+        _fit_patches(old, source.model, model, changes)
     _fit_positions(old, source.model, model, fresh, changes)
     cls_position = old.pop("cls_position", None)
     if "cls" in old and model.cls_position:

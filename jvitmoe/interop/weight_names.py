@@ -8,7 +8,7 @@ L layers · D width · F hidden width · T patches of an image
 
 import itertools
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -47,6 +47,14 @@ BLOCK = (  # query, key and value are one array in timm's files, in this order
     *_rows("mlp.down", "mlp.fc2", "output.dense", "MlpBlock_3/Dense_1", BARE),
 )
 TIMM, HF, GOOGLE = "timm", "hf", "google"
+# Leaves that the blocks of some of timm's ViTs have besides: (ours, timm's).
+PARTS = (
+    *(("layer_scale1", "ls1.gamma"), ("layer_scale2", "ls2.gamma")),
+    *(("attention.query_norm.scale", "attn.q_norm.weight"), ("attention.query_norm.bias", "attn.q_norm.bias")),
+    *(("attention.key_norm.scale", "attn.k_norm.weight"), ("attention.key_norm.bias", "attn.k_norm.bias")),
+)
+LAYER_SCALE = 1e-5  # timm's usual initial value, which a file does not tell
+REGISTERS = "reg_token"  # timm's; of shape [1, registers, D]
 COLUMN = {TIMM: 1, HF: 2, GOOGLE: 3}
 BLOCKS = {TIMM: "blocks.{}.", HF: "encoder.layer.{}.", GOOGLE: "Transformer/encoderblock_{}/"}
 CLS = {TIMM: "cls_token", HF: "embeddings.cls_token", GOOGLE: "cls"}
@@ -79,26 +87,28 @@ def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
     return tree
 
 
-def write(ours: Arrays, style: str, cls_row: bool) -> Dict:
+def write(ours: Arrays, style: str, cls_row: bool, mean: bool = False) -> Dict:
     """Returns the arrays of a dense pre-norm ViT with a one-layer head as `style` names them, float32, C-contiguous.
 
     `ours` has "positions" [T, D] of the patches. With `cls_row` their table begins with the position of CLS, zeros
-    if CLS has none.
+    if CLS has none; without, that position is added to CLS. `mean` says that the head takes the mean of the patches.
     """
     theirs: Dict = {}
-    for name, members in _layout(style, len(ours["blocks.norm1.scale"])).items():
+    for name, members in _layout(style, len(ours["blocks.norm1.scale"]), _parts(ours)).items():
         leaves = [ours[our_name] if layer is None else ours[our_name][layer] for our_name, layer in members]
         if style != GOOGLE:
             leaves = [_to_torch(leaf, our_name) for leaf, (our_name, _) in zip(leaves, members, strict=True)]
         theirs[name] = np.concatenate(leaves)
     table_TD = ours["positions"]
+    if "registers" in ours:
+        theirs[REGISTERS] = ours["registers"][None]
     if "cls" in ours:
-        theirs[CLS[style]] = ours["cls"][None, None]
+        theirs[CLS[style]] = (ours["cls"] + (0 if cls_row else ours.get("cls_position", 0)))[None, None]
     if cls_row:
         row_D = ours.get("cls_position", np.zeros_like(ours["cls"]))
         table_TD = np.concatenate([row_D[None], table_TD])
     theirs[POSITIONS[style]] = table_TD[None]
-    if style == TIMM and "cls" not in ours:
+    if style == TIMM and mean:
         theirs = {re.sub(r"^norm\.", "fc_norm.", name): leaf for name, leaf in theirs.items()}
     elif style == HF:
         theirs = {name if name.startswith("classifier") else f"vit.{name}": leaf for name, leaf in theirs.items()}
@@ -126,10 +136,11 @@ def model_of(theirs: Arrays, style: str, config: ConfigValues) -> ModelConfig:
     block = re.compile(re.escape(BLOCKS[style]).replace(r"\{\}", r"(\d+)"))
     layers = {match[1] for match in map(block.match, named) if match}
     depth = next(layer for layer in itertools.count() if str(layer) not in layers)
-    has_cls = CLS[style] in named
+    has_cls, mean = CLS[style] in named, "fc_norm.weight" in theirs
+    parts = [name for name, timm in PARTS if style == TIMM and BLOCKS[TIMM].format(0) + timm in named]
     has_head = any(row[COLUMN[style]] in named for row in OUTER if row[0].startswith("head."))
     has_head &= not any(name.startswith("pre_logits") for name in named)  # a tanh layer before the head
-    _check_names(named, style, depth, has_head)
+    _check_names(named, style, depth, has_head, parts)
 
     def shape(our_name: str, ndim: int) -> tuple[int, ...]:
         name = next(name for name, members in _layout(style, 1).items() if members[0][0] == our_name)
@@ -151,7 +162,10 @@ def model_of(theirs: Arrays, style: str, config: ConfigValues) -> ModelConfig:
         hidden=shape("blocks.mlp.up_bias", 1)[0],
         depth=depth,
         heads=config.heads,
-        pool="cls" if has_cls else "mean",
+        pool=("cls_mean" if mean else "cls") if has_cls else "mean",
+        registers=_shape(named, REGISTERS, 3)[1] if style == TIMM and REGISTERS in named else 0,
+        layer_scale=LAYER_SCALE if "layer_scale1" in parts else 0.0,
+        qk_norm="attention.key_norm.scale" in parts,
         cls_position=cls_row,
         norm_epsilon=config.epsilon,
     )
@@ -193,14 +207,14 @@ def read(theirs: Arrays, style: str, model: ModelConfig, shapes: Shapes) -> tupl
     wanted = _wanted(style, model, shapes)
     loaded = load(named, wanted)
     table_TD = loaded.pop(POSITIONS[style])[0]
-    ours: Dict = {}
+    ours: Dict = {"registers": loaded.pop(REGISTERS)[0]} if model.registers else {}
     if CLS[style] in loaded:
         ours["cls"] = loaded.pop(CLS[style]).reshape(-1)
         if model.cls_position:
             ours["cls_position"], table_TD = table_TD[0], table_TD[1:]
     ours["positions"] = table_TD
     layers: dict[str, list[np.ndarray]] = {}
-    for name, members in _layout(style, model.depth, model.classes > 0).items():
+    for name, members in _layout(style, model.depth, _parts(shapes), model.classes > 0).items():
         for (our_name, layer), leaf in zip(members, np.split(loaded.pop(name), len(members)), strict=True):
             leaf = leaf if style == GOOGLE else _from_torch(leaf)
             if layer is None:
@@ -234,15 +248,25 @@ def style_of(names: Any) -> str | None:
     return next((style for style, name in patches if name in names or f"vit.{name}" in names), None)
 
 
-def _layout(style: str, depth: int, has_head: bool = True) -> dict[str, list[tuple[str, int | None]]]:
-    """Returns {their name: [(our name, layer or None)]} of every array except CLS and positions. Several of our leaves
-    in one of their arrays are concatenated along the first axis."""
+def _parts(ours: Arrays | Shapes) -> list[str]:
+    """Returns the names in PARTS that the blocks of our flat tree have."""
+    return [name for name, _ in PARTS if f"blocks.{name}" in ours]
+
+
+def _layout(
+    style: str, depth: int, parts: Sequence[str] = (), has_head: bool = True
+) -> dict[str, list[tuple[str, int | None]]]:
+    """Returns {their name: [(our name, layer or None)]} of every array except CLS, registers and positions. Several of
+    our leaves in one of their arrays are concatenated along the first axis. `parts` are names in PARTS."""
     column = COLUMN[style]
     layout: dict[str, list[tuple[str, int | None]]] = {
         row[column]: [(row[0], None)] for row in OUTER if has_head or not row[0].startswith("head.")
     }
     for layer, row in itertools.product(range(depth), BLOCK):
         layout.setdefault(BLOCKS[style].format(layer) + row[column], []).append((f"blocks.{row[0]}", layer))
+    for layer, (name, timm) in itertools.product(range(depth), PARTS):
+        if name in parts:
+            layout[BLOCKS[TIMM].format(layer) + timm] = [(f"blocks.{name}", layer)]
     return layout
 
 
@@ -254,13 +278,14 @@ def _plain_names(theirs: Arrays, style: str) -> Arrays:
     return {re.sub(old, new, name): leaf for name, leaf in theirs.items()}
 
 
-def _check_names(named: Arrays, style: str, depth: int, has_head: bool) -> None:
+def _check_names(named: Arrays, style: str, depth: int, has_head: bool, parts: Sequence[str]) -> None:
     """Raises UserError for an array that is missing, and for one that would change what a plain ViT computes."""
-    wanted = [*_layout(style, depth, has_head), POSITIONS[style]]
+    wanted = [*_layout(style, depth, parts, has_head), POSITIONS[style]]
     for name in wanted:
         if name not in named:
             raise UserError(f"the array {name!r} is missing; the file must hold a plain ViT")
-    odd = sorted(name for name in named.keys() - {*wanted, CLS[style]} if not SPARE.fullmatch(name))
+    known = {*wanted, CLS[style], *([REGISTERS] if style == TIMM else [])}
+    odd = sorted(name for name in named.keys() - known if not SPARE.fullmatch(name))
     if odd:
         raise UserError(f"the array {odd[0]!r} has no place in a plain ViT ({len(odd)} such); use another source")
 
@@ -268,13 +293,15 @@ def _check_names(named: Arrays, style: str, depth: int, has_head: bool) -> None:
 def _wanted(style: str, model: ModelConfig, shapes: Shapes) -> dict[str, tuple[int, ...]]:
     """Returns {their name: shape} of all arrays that `read` takes."""
     wanted: dict[str, tuple[int, ...]] = {}
-    for name, members in _layout(style, model.depth, model.classes > 0).items():
+    for name, members in _layout(style, model.depth, _parts(shapes), model.classes > 0).items():
         our_name, layer = members[0]
         shape = shapes[our_name] if layer is None else shapes[our_name][1:]
         rows, *rest = shape if style == GOOGLE else _to_torch(np.broadcast_to(np.float32(0), shape), our_name).shape
         wanted[name] = (rows * len(members), *rest)
-    if model.pool == "cls":
+    if model.has_cls:
         wanted[CLS[style]] = (1, 1, model.width)
+    if model.registers:
+        wanted[REGISTERS] = (1, model.registers, model.width)
     return wanted | {POSITIONS[style]: (1, model.patches + model.cls_position, model.width)}
 
 
@@ -291,7 +318,7 @@ def _to_torch(leaf: np.ndarray, our_name: str) -> np.ndarray:
     """Returns our array in PyTorch's layout: weights [out, in], of convolutions [out, in, rows, columns]."""
     if leaf.ndim == 4:
         return leaf.transpose(3, 2, 0, 1)
-    if our_name.endswith(("bias", "scale")):
+    if leaf.ndim == 1 or our_name.endswith("bias"):
         return leaf.reshape(-1)
     return leaf.reshape((-1, leaf.shape[-1]) if our_name.endswith("out.kernel") else (len(leaf), -1)).T
 

@@ -53,6 +53,16 @@ def dropout(x_B: jax.Array, key_B: jax.Array | None, site: int, rate: float) -> 
     return jnp.where(kept_B == 1, x_B * (1.0 / (1.0 - threshold / 2**16)), 0.0).astype(x_B.dtype)
 
 
+def drop_path(x_B: jax.Array, key_B: jax.Array | None, site: int, rate: jax.Array) -> jax.Array:
+    """Returns x with each image's entries all zeroed with probability `rate`, or scaled by 1 / (1 - rate); x itself
+    without keys. Source: stochastic depth (Huang et al., arXiv 1603.09382), as in timm."""
+    if key_B is None:
+        return x_B
+    kept_B = jax.vmap(jax.random.uniform)(fold_in(key_B, site)) >= rate
+    scale_B = jnp.where(kept_B, 1.0 / (1.0 - rate), 0.0).astype(x_B.dtype)
+    return x_B * scale_B.reshape(-1, *(1 for _ in x_B.shape[1:]))
+
+
 def random_words(key_B: jax.Array, shape: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
     """Returns 64 random bits for each entry of each image, two arrays uint32 [B, *shape], a pure function of the key.
 
@@ -154,13 +164,17 @@ class PatchEmbedding(nn.Module):
 class Attention(nn.Module):
     """Multi-head self-attention with biases; kernels query, key, value [D, G, V] and out [G, V, D].
 
-    cuDNN's fused attention has no dropout after the weights, so training with dropout uses XLA's.
+    With `qk_norm`, a LayerNorm over V of every head's query and key; heads share its scale and bias (Dehghani et al.,
+    arXiv 2302.05442, as in timm). cuDNN's fused attention has no dropout after the weights, so training with dropout
+    uses XLA's.
     """
 
     heads: int
     dropout: float
     dtype: Any
     implementation: str = "xla"  # xla | cudnn
+    qk_norm: bool = False
+    epsilon: float = 1e-5
 
     @nn.compact
     def __call__(self, x_BTD: jax.Array, key_B: jax.Array | None) -> jax.Array:
@@ -170,6 +184,9 @@ class Attention(nn.Module):
         kernel_DO, bias_O = (jnp.concatenate(weights, axis=-1) for weights in zip(*layers, strict=True))
         qkv_BTO = linear(x_BTD, (kernel_DO, bias_O), self.dtype)  # one product instead of three
         query_BTGV, key_BTGV, value_BTGV = (x.reshape(b, t, *heads) for x in jnp.split(qkv_BTO, 3, axis=-1))
+        if self.qk_norm:
+            query_BTGV = LayerNorm(self.epsilon, dtype=self.dtype, name="query_norm")(query_BTGV)
+            key_BTGV = LayerNorm(self.epsilon, dtype=self.dtype, name="key_norm")(key_BTGV)
         if self.implementation == "cudnn" and (key_B is None or self.dropout == 0):
             mixed_BTGV = jax.nn.dot_product_attention(query_BTGV, key_BTGV, value_BTGV, implementation="cudnn")
         else:

@@ -12,9 +12,10 @@ import jax
 import jax.numpy as jnp
 
 from jvitmoe.config import ModelConfig
-from jvitmoe.models.layers import Attention, Head, LayerNorm, PatchEmbedding, dropout, fold_in, sincos2d
+from jvitmoe.models.layers import Attention, Head, LayerNorm, PatchEmbedding, drop_path, dropout, fold_in, sincos2d
 from jvitmoe.models.mlp import Mlp, RoutedMlp
 from jvitmoe.models.routers import RouterSettings, Statistics
+from jvitmoe.models.stem import ConvStem, SequencePool
 
 BLOCK = "block"  # followed by a position in the pattern: the key of a layer's parameters
 POSITION = re.compile(rf"{BLOCK}(\d+)")
@@ -48,15 +49,23 @@ class Block(nn.Module):
         settings = config.hidden, *experts, rate, self.dtype, config.lora, config.adapter
 
         def attention(x_BTD: jax.Array) -> jax.Array:
-            y_BTD = Attention(config.heads, rate, self.dtype, self.attention, name="attention")(x_BTD, key_B)
-            return dropout(y_BTD, key_B, site=2, rate=rate)
+            parts = config.heads, rate, self.dtype, self.attention, config.qk_norm, config.norm_epsilon
+            y_BTD = Attention(*parts, name="attention")(x_BTD, key_B)
+            return finish(dropout(y_BTD, key_B, site=2, rate=rate), "layer_scale1", site=4)
 
         def mlp(x_BTD: jax.Array) -> jax.Array:
             if self.router is None:
                 y_BTD = Mlp(*settings, name="mlp")(x_BTD, route, key_B)
             else:
                 y_BTD = RoutedMlp(*settings, self.router, name="mlp")(x_BTD, key_B, top_k)
-            return dropout(y_BTD, key_B, site=3, rate=rate)
+            return finish(dropout(y_BTD, key_B, site=3, rate=rate), "layer_scale2", site=5)
+
+        def finish(y_BTD: jax.Array, scale: str, site: int) -> jax.Array:
+            if config.layer_scale:
+                init = nn.initializers.constant(config.layer_scale)
+                y_BTD = y_BTD * self.param(scale, init, (config.width,)).astype(self.dtype)
+            share = jnp.float32(index) / max(config.depth - 1, 1)
+            return drop_path(y_BTD, key_B, site, config.drop_path * share) if config.drop_path else y_BTD
 
         if config.norm == "pre":
             x_BTD = x_BTD + attention(norm1(x_BTD))
@@ -142,7 +151,8 @@ class ViT(nn.Module):
             top_k: K of a frozen router in this step, an integer scalar; None is that of its settings.
         """
         config = self.config
-        x_BTD = PatchEmbedding(config.patch, config.width, self.dtype, name="patches")(images_BHWc)
+        stem = ConvStem if config.stem == "conv" else PatchEmbedding
+        x_BTD = stem(config.patch, config.width, self.dtype, name="patches")(images_BHWc)
         b, patches, d = x_BTD.shape
         if config.positions == "learned":
             rows = config.position_rows or patches
@@ -150,14 +160,25 @@ class ViT(nn.Module):
         else:
             positions_TD = jnp.asarray(sincos2d(config.image_size // config.patch, d))
         x_BTD = x_BTD + positions_TD[None].astype(self.dtype)
-        if config.pool == "cls":  # joins after the positions are added: the original's CLS has no position
+        prefix = []  # joins after the positions are added: the original's CLS has no position
+        if config.has_cls:
             cls_D = self.param("cls", nn.initializers.normal(1.0), (d,)).astype(self.dtype)
             if config.cls_position:
                 cls_D = cls_D + self.param("cls_position", nn.initializers.zeros, (d,)).astype(self.dtype)
-            x_BTD = jnp.concatenate([jnp.broadcast_to(cls_D, (b, 1, d)), x_BTD], axis=1)
+            prefix.append(cls_D[None])
+        if config.registers:
+            registers_RD = self.param("registers", nn.initializers.normal(0.02), (config.registers, d))
+            prefix.append(registers_RD.astype(self.dtype))
+        if prefix:
+            tokens_TD = jnp.concatenate(prefix)
+            x_BTD = jnp.concatenate([jnp.broadcast_to(tokens_TD, (b, *tokens_TD.shape)), x_BTD], axis=1)
         x_BTD = self._scanned(x_BTD, route, key_B, top_k) if self.loops else self._unrolled(x_BTD)
-        pooled_BD = x_BTD[:, 0] if config.pool == "cls" else x_BTD.mean(axis=1)
-        pooled_BD = nn.LayerNorm(config.norm_epsilon, dtype=self.dtype, name="norm")(pooled_BD)
+        norm = nn.LayerNorm(config.norm_epsilon, dtype=self.dtype, name="norm")
+        patches_BTD = x_BTD[:, -patches:]
+        if config.pool == "seq":
+            pooled_BD = SequencePool(self.dtype, name="pool")(norm(patches_BTD))
+        else:
+            pooled_BD = norm(x_BTD[:, 0] if config.pool == "cls" else patches_BTD.mean(axis=1))
         return Head(config.classes, config.head_hidden, self.dtype, name="head")(pooled_BD).astype(jnp.float32)
 
     def _scanned(

@@ -176,7 +176,7 @@ def logits_of_pass(
     elif not plan.all_run:
         route = jnp.full((plan.config.model.depth,), number)  # expert p of what `state.take` selected is that of pass p
     index_b = shard.index_b + number * plan.config.train.batch_size
-    keys_b = image_keys(plan, Purpose.DROPOUT, step, index_b) if plan.config.model.dropout else None
+    keys_b = image_keys(plan, Purpose.DROPOUT, step, index_b) if plan.config.model.drops else None
     return vit.logits(plan.net, params, shard.images_bHWc, route, keys_b)
 
 

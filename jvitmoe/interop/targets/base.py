@@ -22,7 +22,8 @@ SAMPLE = 16  # test images in sample.npz
 CLOSE = 1e-4  # largest difference of logits that passes
 FIELDS = frozenset(field.name for field in dataclasses.fields(ModelConfig))
 # Fields that do not change what a trained, merged model computes in float32.
-NEUTRAL = frozenset(("position_rows", "init_layers", "dropout", "lora", "adapter", "dtype", "attention", "unroll"))
+NEUTRAL = frozenset(("position_rows", "init_layers", "dropout", "drop_path", "lora", "adapter"))
+NEUTRAL |= {"dtype", "attention", "unroll"}
 SIZES = ("image_size", "channels", "classes", "patch", "width", "hidden", "depth", "heads")
 
 Run = Callable[[np.ndarray], np.ndarray]  # inputs as the target takes them -> logits
@@ -85,7 +86,9 @@ class Target:
     def export(self, out: Path, source: load.Source, sample: weight_names.Dict) -> float:
         """Writes the model and the sample. Returns the largest difference between the logits of the files and of the
         sample. Raises UserError if it exceeds the tolerance."""
-        model = dataclasses.replace(source.model, position_rows=0, dtype="float32", dropout=0.0, unroll=1)
+        model = dataclasses.replace(
+            source.model, position_rows=0, dtype="float32", dropout=0.0, drop_path=0.0, unroll=1
+        )
         run = self.write(out, source, model)
         np.savez(out / "sample.npz", allow_pickle=False, **sample)
         counts = (1, len(sample["labels"]))

@@ -16,7 +16,7 @@ NORMS = {1e-5: "vit_base_patch16_clip_224", 1e-6: "vit_base_patch16_224"}
 @base.register
 class Timm(base.TorchTarget):
     name = library = "timm"
-    fields = base.TorchTarget.fields | {"pool"}
+    fields = base.TorchTarget.fields | {"pool", "registers", "layer_scale", "qk_norm"}
     use = """```python
 import timm
 
@@ -40,12 +40,15 @@ model.load_state_dict(load_file("model.safetensors"), strict=True)
     check = 'model(torch.from_numpy(sample["inputs"])).detach().numpy()'
 
     def write(self, out: Path, source: load.Source, model: ModelConfig) -> base.Run:
-        arrays = weight_names.write(source.params, weight_names.TIMM, cls_row=model.cls_position)
+        arrays = weight_names.write(source.params, weight_names.TIMM, _cls_row(model), model.pool != "cls")
         return base.save_weights(out, arrays, config_json(model, source.classes, source.crop))
+
+    def unsupported(self, model: ModelConfig) -> list[str]:
+        return super().unsupported(model) + (["pool"] if model.pool == "seq" else [])
 
     def remarks(self, config: Config) -> list[str]:
         found = super().remarks(config)
-        if config.model.pool == "cls" and not config.model.cls_position:
+        if config.model.has_cls and not config.model.cls_position:
             found.append(
                 "CLS has no position: timm's argument no_embed_class=True says so (model.cls_position=True has one)"
             )
@@ -62,12 +65,14 @@ model.load_state_dict(load_file("model.safetensors"), strict=True)
 def config_json(model: ModelConfig, classes: Sequence[str], crop: str) -> dict[str, Any]:
     """Returns timm's config.json: the architecture whose LayerNorm epsilon is nearest to ours, with our arguments;
     `crop` is the run's `data.crop`."""
-    cls = model.pool == "cls"
+    pool = "token" if model.pool == "cls" else "avg"
+    parts = {"reg_tokens": model.registers, "init_values": model.layer_scale, "qk_norm": model.qk_norm}
     args = {
         **{"img_size": model.image_size, "patch_size": model.patch, "in_chans": model.channels},
         **{"embed_dim": model.width, "depth": model.depth, "num_heads": model.heads},
-        **{"mlp_ratio": _ratio(model.hidden, model.width), "pre_norm": False, "class_token": cls},
-        **{"no_embed_class": not model.cls_position, "global_pool": "token" if cls else "avg"},
+        **{"mlp_ratio": _ratio(model.hidden, model.width), "pre_norm": False},
+        **{"class_token": model.has_cls, "no_embed_class": not _cls_row(model), "global_pool": pool},
+        **{name: value for name, value in parts.items() if value},
     }
     pixels = {"mean": [0.5] * model.channels, "std": [0.5] * model.channels}
     cfg = {
@@ -81,6 +86,11 @@ def config_json(model: ModelConfig, classes: Sequence[str], crop: str) -> dict[s
         **{"num_classes": model.classes, "num_features": model.width, "global_pool": args["global_pool"]},
         **{"model_args": args, "pretrained_cfg": cfg, **({"label_names": list(classes)} if classes else {})},
     }
+
+
+def _cls_row(model: ModelConfig) -> bool:
+    """True if timm's table of positions has a row for CLS; with registers it would then need rows for them too."""
+    return model.cls_position and not model.registers
 
 
 def _ratio(hidden: int, width: int) -> float:

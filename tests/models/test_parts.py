@@ -1,0 +1,175 @@
+"""Parts of the ViT that are off by default: convolutional stem, sequence pooling, registers, drop path, layer scale.
+
+Whole models with these parts are compared with timm in tests/test_peers.py.
+"""
+
+import dataclasses
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jvitmoe.config import Config, ModelConfig
+from jvitmoe.errors import ConfigError
+from jvitmoe.experts import cost
+from jvitmoe.models import layers, stem, vit
+
+SMALL = ModelConfig(image_size=8, channels=3, classes=5, patch=4, width=16, hidden=24, depth=3, heads=2, pool="mean")
+
+
+def small(**changes):
+    return dataclasses.replace(SMALL, **changes)
+
+
+def made(config, seed=0):
+    """Returns (model, parameters that are all moved from where they start)."""
+    model = vit.build(config)
+    params = vit.init(model, jax.random.key(seed))
+    keys = jax.random.split(jax.random.key(seed + 1), len(jax.tree.leaves(params)))
+    keys = jax.tree.unflatten(jax.tree.structure(params), list(keys))
+    return model, jax.tree.map(lambda x, key: x + 0.3 * jax.random.normal(key, x.shape), params, keys)
+
+
+IMAGES = np.random.default_rng(0).uniform(-1, 1, (4, 8, 8, 3)).astype("f")
+
+
+def tokens_by_loops(params, x_BHWc):
+    """CCT's tokenizer in NumPy, one window at a time: convolutions without bias, ReLU, maxima over 3 x 3."""
+    for name in sorted(params):
+        kernel = np.asarray(params[name]["kernel"])
+        b, side, _, _ = x_BHWc.shape
+        padded = np.pad(x_BHWc, ((0, 0), (1, 1), (1, 1), (0, 0)))
+        maps = np.zeros((b, side, side, kernel.shape[-1]), "f")
+        for row, column in np.ndindex(side, side):
+            window = padded[:, row : row + 3, column : column + 3]
+            maps[:, row, column] = np.maximum(np.einsum("bijc,ijcd->bd", window, kernel), 0)
+        padded = np.pad(maps, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=-np.inf)
+        x_BHWc = np.zeros((b, side // 2, side // 2, kernel.shape[-1]), "f")
+        for row, column in np.ndindex(side // 2, side // 2):
+            x_BHWc[:, row, column] = padded[:, 2 * row : 2 * row + 3, 2 * column : 2 * column + 3].max((1, 2))
+    return x_BHWc.reshape(len(x_BHWc), -1, x_BHWc.shape[-1])
+
+
+@pytest.mark.parametrize("patch", [2, 8])
+def test_the_convolutional_stem_is_that_of_cct(patch):
+    module = stem.ConvStem(patch, 6, jnp.float32)
+    tokens, variables = module.init_with_output(jax.random.key(0), IMAGES)
+    kernels = [layer["kernel"].shape for _, layer in sorted(variables["params"].items())]
+    assert kernels == ([(3, 3, 3, 6)] if patch == 2 else [(3, 3, 3, 64), (3, 3, 64, 64), (3, 3, 64, 6)])
+    np.testing.assert_allclose(tokens, tokens_by_loops(variables["params"], IMAGES), atol=2e-5)
+
+
+def test_the_gradient_of_max_pooling_goes_to_the_largest_value():
+    maps = np.random.default_rng(1).uniform(0.1, 1, (2, 6, 6, 3)).astype("f")
+    weights = np.random.default_rng(2).normal(size=(2, 3, 3, 3)).astype("f")
+    found = jax.grad(lambda x: (stem.max_pool(x) * weights).sum())(maps)
+    wanted = np.zeros_like(maps)
+    for b, row, column, c in np.ndindex(weights.shape):
+        rows, columns = np.mgrid[max(2 * row - 1, 0) : 2 * row + 2, max(2 * column - 1, 0) : 2 * column + 2]
+        best = maps[b, rows, columns, c].argmax()
+        wanted[b, rows.flat[best], columns.flat[best], c] += weights[b, row, column, c]
+    np.testing.assert_allclose(found, wanted, atol=1e-6)
+
+
+def test_sequence_pooling_weights_the_tokens():
+    x_BTD = np.random.default_rng(0).normal(size=(2, 5, 4)).astype("f")
+    pooled, variables = stem.SequencePool(jnp.float32).init_with_output(jax.random.key(0), x_BTD)
+    kernel, bias = (np.asarray(variables["params"]["scores"][name]) for name in ("kernel", "bias"))
+    scores_BT = x_BTD @ kernel[:, 0] + bias
+    weights_BT = np.exp(scores_BT) / np.exp(scores_BT).sum(1, keepdims=True)
+    np.testing.assert_allclose(pooled, np.einsum("bt,btd->bd", weights_BT, x_BTD), atol=1e-6)
+
+
+@pytest.mark.parametrize("pool", ["mean", "cls", "cls_mean", "seq"])
+def test_the_head_sees_the_patches_and_not_the_registers_themselves(pool):
+    """Without blocks that mix tokens, registers change nothing."""
+    config = small(pool=pool, registers=2)
+    model, params = made(config)
+    params["blocks"] = jax.tree.map(jnp.zeros_like, params["blocks"])
+    moved = params | {"registers": params["registers"] + 1}
+    chex.assert_trees_all_equal(vit.logits(model, moved, IMAGES), vit.logits(model, params, IMAGES))
+    mixing = made(config)[1]
+    moved = mixing | {"registers": mixing["registers"] + 1}
+    assert not np.allclose(vit.logits(model, moved, IMAGES), vit.logits(model, mixing, IMAGES), atol=1e-3)
+    assert config.tokens == 4 + 2 + (pool in ("cls", "cls_mean"))
+
+
+def test_drop_path_drops_whole_branches_of_images_more_often_in_later_layers(monkeypatch):
+    config = small(drop_path=0.6, depth=4, unroll=4)
+    model, params = made(config)
+    keys_B = jax.random.split(jax.random.key(3), 4)
+    rates = []
+    real = layers.drop_path
+
+    def record(x_B, key_B, site, rate):
+        rates.append((site, float(rate)))
+        return real(x_B, key_B, site, rate)
+
+    monkeypatch.setattr(vit, "drop_path", record)
+    block = vit.Block(config, 1, "independent", "none", jnp.float32, parent=None)
+    x_BTD = jnp.ones((4, 4, 16))
+    for index in range(4):
+        layer = jax.tree.map(lambda leaf: leaf[index], params["blocks"])  # noqa: B023
+        block.apply({"params": layer}, x_BTD, (jnp.int32(index), None), keys_B)
+    np.testing.assert_allclose([rate for _, rate in rates], np.repeat([0, 0.2, 0.4, 0.6], 2), rtol=1e-6)
+    assert [site for site, _ in rates] == [4, 5] * 4
+
+
+def test_drop_path_scales_what_is_kept_and_keys_alone_decide():
+    x_B = jnp.asarray(np.random.default_rng(0).normal(size=(4000, 3)), jnp.float32)
+    keys_B = jax.random.split(jax.random.key(0), 4000)
+    dropped = np.asarray(layers.drop_path(x_B, keys_B, 4, jnp.float32(0.25)))
+    kept_B = (dropped != 0).any(axis=1)
+    np.testing.assert_allclose(dropped[kept_B], np.asarray(x_B)[kept_B] / 0.75, rtol=1e-6)
+    assert abs(kept_B.mean() - 0.75) < 4 * (0.25 * 0.75 / 4000) ** 0.5
+    np.testing.assert_array_equal(layers.drop_path(x_B[7:9], keys_B[7:9], 4, jnp.float32(0.25)), dropped[7:9])
+    assert ((np.asarray(layers.drop_path(x_B, keys_B, 5, jnp.float32(0.25))) != 0).any(axis=1) != kept_B).any()
+    assert layers.drop_path(x_B, None, 4, jnp.float32(0.25)) is x_B
+
+
+def test_a_layer_scale_of_one_changes_nothing_and_of_zero_leaves_the_stem():
+    model, params = made(small(layer_scale=0.1))
+    first, second = params["blocks"].pop("layer_scale1"), params["blocks"].pop("layer_scale2")
+    chex.assert_shape([first, second], (3, 16))
+    assert (vit.init(model, jax.random.key(0))["blocks"]["layer_scale1"] == np.float32(0.1)).all()
+    plain = vit.logits(vit.build(SMALL), params, IMAGES)
+
+    def scaled(value):
+        scales = {name: jnp.full_like(first, value) for name in ("layer_scale1", "layer_scale2")}
+        return vit.logits(model, params | {"blocks": params["blocks"] | scales}, IMAGES)
+
+    chex.assert_trees_all_close(scaled(1.0), plain, rtol=1e-6)
+    zeros = jax.tree.map(jnp.zeros_like, params["blocks"])
+    chex.assert_trees_all_close(
+        scaled(0.0), vit.logits(vit.build(SMALL), params | {"blocks": zeros}, IMAGES), rtol=1e-6
+    )
+
+
+def test_layers_written_out_compute_what_the_loop_computes_with_every_part():
+    parts = {"stem": "conv", "pool": "seq", "registers": 1, "layer_scale": 0.5, "qk_norm": True, "drop_path": 0.5}
+    model, params = made(small(**parts))
+    wanted = vit.logits(model, params, IMAGES)
+    chex.assert_trees_all_close(vit.logits(model.clone(loops=False), params, IMAGES), wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_parameters_and_flops_of_cct_are_counted():
+    """CCT-2/3x2 has 284,000 parameters and 33 million multiply-adds (its paper, table 2, without the convolutions' bias
+    and with attention's; ours counts what XLA does besides)."""
+    parts = {"stem": "conv", "pool": "seq"}
+    config = Config(
+        model=ModelConfig(
+            image_size=32, channels=3, classes=10, patch=4, width=128, hidden=128, depth=2, heads=2, **parts
+        )
+    ).validate()
+    active, total = cost.count_parameters(config)
+    assert active == total
+    assert 0.28e6 < total < 0.29e6
+    assert 2 * 33e6 < cost.flops_per_image(vit.build(config.model), 2) < 2 * 40e6
+
+
+@pytest.mark.parametrize("patch", [1, 6])
+def test_the_convolutional_stem_needs_a_power_of_two(patch):
+    with pytest.raises(ConfigError, match="power of two"):
+        Config(model=small(stem="conv", patch=patch, image_size=24)).validate()
