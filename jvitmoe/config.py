@@ -144,14 +144,16 @@ class InitConfig:
 
 @dataclasses.dataclass
 class OptimConfig:
-    name: str = setting("adamw", "adam (weight decay in the gradient, the original) or adamw (decoupled)")
+    name: str = setting("adamw", "adam (weight decay in the gradient, the original), adamw, lion, or muon with adamw")
     learning_rate: float = setting(1e-3, "highest learning rate", above=0)
-    weight_decay: float = setting(0.05, "coefficient of weight decay; with adamw, of matrices only", at_least=0)
+    weight_decay: float = setting(0.05, "coefficient of weight decay; except with adam, of matrices only", at_least=0)
     schedule: str = setting("step", "cosine to 0 per step, or per epoch (the original)", ("step", "epoch"))
     warmup_epochs: float = setting(0.0, "linear from 0, at most half of training; only if schedule=step", at_least=0)
     clip_norm: float = setting(0.0, "largest global norm of the gradient; 0 does not clip", at_least=0)
-    b1: float = setting(0.9, "decay of Adam's first moment", at_least=0, below=1)
-    b2: float = setting(0.999, "decay of Adam's second moment", at_least=0, below=1)
+    b1: float = setting(0.9, "decay of Adam's first moment; for lion's update", at_least=0, below=1)
+    b2: float = setting(
+        0.999, "decay of Adam's second moment; of lion's momentum, 0.99 in its paper", at_least=0, below=1
+    )
     eps: float = setting(1e-8, "epsilon of Adam", above=0)
     skip_nonfinite: int = setting(0, "steps in a row to skip if loss or gradient is not finite; 0 stops", at_least=0)
 

@@ -166,6 +166,8 @@ def test_adam_is_the_same_but_for_rounding_when_it_sees_each_layer_alone(tiny_co
 
 
 def test_an_unknown_optimiser_is_refused_with_the_names_there_are():
-    message = r"config\.optim\.name is 'adamv'; it must be one of 'adam', 'adamw'; did you mean 'adam.?'\?"
+    message = (
+        r"config\.optim\.name is 'adamv'; it must be one of 'adam', 'adamw', 'lion', 'muon'; did you mean 'adam.?'\?"
+    )
     with pytest.raises(ConfigError, match=message):
         optimizer.direction(OptimConfig(name="adamv"))

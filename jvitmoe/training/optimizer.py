@@ -1,17 +1,27 @@
 """Learning-rate schedules and optimisers. To add an optimiser, append a line to OPTIMIZERS."""
 
 import difflib
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import optax
+from optax.contrib import MuonDimensionNumbers, scale_by_muon
 
 from jvitmoe.config import Config, OptimConfig
 from jvitmoe.errors import ConfigError
 from jvitmoe.experts import build, slices
 
 DECAYED = ("kernel", "up", "down")  # matrices; AdamW does not decay biases, norms, positions and CLS
+MUON_RMS = 0.2
+# Axes of inputs and of outputs, counted from the last: all before them (layers, experts) count matrices. Attention has
+# query, key and value [D, G, V] and out [G, V, D], each a matrix for all heads together.
+MATRICES = {
+    **dict.fromkeys(("query", "key", "value"), MuonDimensionNumbers((-3,), (-2, -1))),
+    "out": MuonDimensionNumbers((-3, -2), (-1,)),
+    **dict.fromkeys(("up", "down"), MuonDimensionNumbers((-2,), (-1,))),
+}
 
 
 def schedule(config: Config, steps_per_epoch: int) -> optax.Schedule:
@@ -44,17 +54,67 @@ def adam(optim: OptimConfig) -> optax.GradientTransformation:
 
 def adamw(optim: OptimConfig) -> optax.GradientTransformation:
     """Adds weight_decay * parameter after Adam, to matrices only (Loshchilov and Hutter, arXiv 1711.05101)."""
+    return optax.chain(optax.scale_by_adam(optim.b1, optim.b2, optim.eps), _decay_of_matrices(optim))
 
+
+def lion(optim: OptimConfig) -> optax.GradientTransformation:
+    """Returns Lion (Chen et al., arXiv 2302.06675) with AdamW's weight decay. Its paper has b2 = 0.99, and a learning
+    rate 3 to 10 times lower and a weight decay as many times higher than AdamW's."""
+    return optax.chain(optax.scale_by_lion(optim.b1, optim.b2), _decay_of_matrices(optim))
+
+
+def muon(optim: OptimConfig) -> optax.GradientTransformation:
+    """Returns Muon (Jordan et al., https://kellerjordan.github.io/posts/muon) for the MATRICES, and AdamW for the rest.
+
+    A layer's query, key, value, out, and each expert's up and down are one matrix each. The update is scaled to the RMS
+    of AdamW's, 0.2, so both share optim.learning_rate and optim.weight_decay (Liu et al., arXiv 2502.16982).
+    Momentum is 0.95 with Nesterov; optim.b1, b2 and eps are those of AdamW. The five Newton-Schulz iterations run in
+    the parameters' float32, as optax has them (a GPU may round products to TF32). LoRA and adapters go with AdamW.
+    """
+
+    def labels(params: Any) -> Any:
+        return jax.tree.map_with_path(lambda path, _: "muon" if is_matrix(path) else "adamw", params)
+
+    def axes(updates: Any) -> Any:
+        return jax.tree.map_with_path(lambda path, _: MATRICES[_name(path)], updates)
+
+    def match_adam(path: Sequence[Any], update: jax.Array) -> jax.Array:
+        fans = [math.prod(update.shape[n] for n in numbers) for numbers in MATRICES[_name(path)]]
+        return MUON_RMS * math.sqrt(max(fans)) * update
+
+    matrices = optax.chain(
+        scale_by_muon(beta=0.95, nesterov=True, weight_dimension_numbers=axes),
+        optax.stateless(lambda updates, _: jax.tree.map_with_path(match_adam, updates)),
+        _decay_of_matrices(optim),
+    )
+    return optax.partition({"muon": matrices, "adamw": adamw(optim)}, labels)
+
+
+def is_matrix(path: Sequence[Any]) -> bool:
+    """Returns True for the key path of a parameter that Muon takes as matrices."""
+    return _name(path) in MATRICES
+
+
+def _name(path: Sequence[Any]) -> str:
+    """Returns the name of a parameter by its key path; that of its layer for a kernel."""
+    return str(path[-2:][0].key if path[-1].key == "kernel" else path[-1].key)
+
+
+def _decay_of_matrices(optim: OptimConfig) -> optax.GradientTransformation:
     def decayed(params: Any) -> Any:
         return jax.tree.map_with_path(lambda path, _: path[-1].key in DECAYED, params)
 
-    decay = optax.add_decayed_weights(optim.weight_decay, mask=decayed)
-    return optax.chain(optax.scale_by_adam(optim.b1, optim.b2, optim.eps), decay)
+    return optax.add_decayed_weights(optim.weight_decay, mask=decayed)
 
 
 # optim.name -> the transformation from gradients to the direction that the learning rate multiplies. One that treats
 # a leaf as a whole (its norm, its rank) is wrapped in `per_layer`.
-OPTIMIZERS: dict[str, Callable[[OptimConfig], optax.GradientTransformation]] = {"adam": adam, "adamw": adamw}
+OPTIMIZERS: dict[str, Callable[[OptimConfig], optax.GradientTransformation]] = {
+    "adam": adam,
+    "adamw": adamw,
+    "lion": lion,
+    "muon": muon,
+}
 
 
 def per_layer(tx: optax.GradientTransformation) -> optax.GradientTransformation:
