@@ -85,8 +85,11 @@ def _take_config(argv: list[str]) -> tuple[str, list[str]]:
     return path, others
 
 
-def _load(path: str) -> Config:
-    """Returns the Config of an experiment file. Raises UserError with the line that fails."""
+def _load(name: str) -> Config:
+    """Returns the Config of an experiment file. `FILE.py:VARIANT` calls its get_config with the text VARIANT. Raises
+    UserError with the line that fails."""
+    path, suffix, variant = name.partition(".py:")
+    path += suffix.rstrip(":")
     if not os.path.isfile(path):
         problem = "is a folder" if os.path.isdir(path) else "does not exist"
         near = _nearest(path, Path("configs"))
@@ -98,7 +101,7 @@ def _load(path: str) -> Config:
     sys.path.insert(0, folder)  # an experiment may import files of its folder
     try:
         SourceFileLoader(path, path).exec_module(module)
-        config = module.get_config()
+        config = module.get_config(variant) if variant else module.get_config()
     except (Exception, SystemExit) as error:
         raise UserError(f"{_where(error, path)}; correct the config file") from error
     finally:

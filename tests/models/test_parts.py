@@ -97,8 +97,8 @@ def test_the_head_sees_the_patches_and_not_the_registers_themselves(pool):
 
 
 def test_drop_path_drops_whole_branches_of_images_more_often_in_later_layers(monkeypatch):
-    config = small(drop_path=0.6, depth=4, unroll=4)
-    model, params = made(config)
+    config = small(drop_path=0.6, depth=4)
+    params = made(config)[1]
     keys_B = jax.random.split(jax.random.key(3), 4)
     rates = []
     real = layers.drop_path
