@@ -37,7 +37,9 @@ class ModelConfig:
     classes: int = setting(10, "number of classes", above=0)
     patch: int = setting(2, "height and width of a patch in pixels", above=0)
     stem: str = setting(
-        "patch", "conv: for each factor 2 of patch a 3x3 convolution, ReLU, max pooling (CCT)", ("patch", "conv")
+        "patch",
+        "for each factor 2 of patch: conv, a 3x3 convolution, ReLU, max pooling (CCT); strided, one of stride 2, ReLU",
+        ("patch", "conv", "strided"),
     )
     width: int = setting(64, "width of a token, D", above=0)
     hidden: int = setting(128, "hidden units of an MLP, F", above=0)
@@ -256,8 +258,11 @@ def _faults(config: Config) -> Iterator[tuple[str, str]]:
     if model.attention == "cudnn" and (not model.fits_cudnn or model.dtype == "float32"):
         fits = "bfloat16, heads of a multiple of 8 up to 128 and an even number of tokens"
         yield "model.attention", f"must be auto or xla except for {fits}"
-    if model.stem == "conv" and (model.patch < 2 or model.patch & (model.patch - 1)):
-        yield "model.patch", "must be a power of two for model.stem=conv, which halves the image at each convolution"
+    if model.stem != "patch" and (model.patch < 2 or model.patch & (model.patch - 1)):
+        yield (
+            "model.patch",
+            f"must be a power of two for model.stem={model.stem}, which halves the image at each convolution",
+        )
     if model.cls_position and not model.has_cls:
         yield "model.cls_position", f"must be False for model.pool={model.pool}, which has no CLS token"
 

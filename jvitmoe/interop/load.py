@@ -115,7 +115,7 @@ def adapt(source: Source, model: ModelConfig, fresh: Dict) -> tuple[Dict, list[s
     another grid as in timm (cubic, antialiased), kernels of patches by the pseudo-inverse (`resize_patches`).
     Raises ConfigError if the blocks have other shapes.
     """
-    names = MUST_MATCH + (("patch", "channels") if model.stem == "conv" else ())
+    names = MUST_MATCH + (("patch", "channels") if model.stem != "patch" else ())
     differ = [name for name in names if getattr(source.model, name) != getattr(model, name)]
     differ += ["layer_scale"] if bool(source.model.layer_scale) != bool(model.layer_scale) else []
     if differ:

@@ -15,12 +15,14 @@ CHANNELS = 64  # of every convolution but the last, as in CCT
 
 
 class ConvStem(nn.Module):
-    """images_BHWc -> tokens_BTD. Each factor 2 of `patch` is a 3 x 3 convolution without bias, ReLU, and 3 x 3 max
-    pooling of stride 2, which halves H and W."""
+    """images_BHWc -> tokens_BTD. Each factor 2 of `patch` halves H and W by a 3 x 3 convolution without bias and ReLU,
+    either of stride 1 with 3 x 3 max pooling of stride 2 after it (CCT), or `strided`: of stride 2 (Xiao et al., arXiv
+    2106.14881, without normalisation), a fifth of the cost."""
 
     patch: int
     width: int
     dtype: Any
+    strided: bool = False
 
     @nn.compact
     def __call__(self, images_BHWc: jax.Array) -> jax.Array:
@@ -30,7 +32,9 @@ class ConvStem(nn.Module):
             features = self.width if layer == layers - 1 else CHANNELS
             init = nn.initializers.variance_scaling(2.0, "fan_in", "normal")  # He et al., arXiv 1502.01852
             settings = {"use_bias": False, "kernel_init": init, "dtype": self.dtype, "name": f"conv{layer}"}
-            x_BHWc = max_pool(nn.relu(nn.Conv(features, (3, 3), **settings)(x_BHWc)))
+            stride = 2 if self.strided else 1
+            x_BHWc = nn.relu(nn.Conv(features, (3, 3), stride, padding=1, **settings)(x_BHWc))
+            x_BHWc = x_BHWc if self.strided else max_pool(x_BHWc)
         return x_BHWc.reshape(len(x_BHWc), -1, self.width)
 
 

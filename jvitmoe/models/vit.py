@@ -63,7 +63,8 @@ class Block(nn.Module):
         def finish(y_BTD: jax.Array, scale: str, site: int) -> jax.Array:
             if config.layer_scale:
                 init = nn.initializers.constant(config.layer_scale)
-                y_BTD = y_BTD * self.param(scale, init, (config.width,)).astype(self.dtype)
+                scale_D = self.param(scale, init, (config.width,))
+                y_BTD = y_BTD * jnp.broadcast_to(scale_D, y_BTD.shape).astype(self.dtype)  # as `add_bias`
             share = jnp.float32(index) / max(config.depth - 1, 1)
             return drop_path(y_BTD, key_B, site, config.drop_path * share) if config.drop_path else y_BTD
 
@@ -151,8 +152,11 @@ class ViT(nn.Module):
             top_k: K of a frozen router in this step, an integer scalar; None is that of its settings.
         """
         config = self.config
-        stem = ConvStem if config.stem == "conv" else PatchEmbedding
-        x_BTD = stem(config.patch, config.width, self.dtype, name="patches")(images_BHWc)
+        size = config.patch, config.width, self.dtype
+        if config.stem == "patch":
+            x_BTD = PatchEmbedding(*size, name="patches")(images_BHWc)
+        else:
+            x_BTD = ConvStem(*size, config.stem == "strided", name="patches")(images_BHWc)
         b, patches, d = x_BTD.shape
         if config.positions == "learned":
             rows = config.position_rows or patches

@@ -35,8 +35,8 @@ def made(config, seed=0):
 IMAGES = np.random.default_rng(0).uniform(-1, 1, (4, 8, 8, 3)).astype("f")
 
 
-def tokens_by_loops(params, x_BHWc):
-    """CCT's tokenizer in NumPy, one window at a time: convolutions without bias, ReLU, maxima over 3 x 3."""
+def tokens_by_loops(params, x_BHWc, strided):
+    """The tokenizers in NumPy, one window at a time: convolutions without bias, ReLU, and CCT's maxima over 3 x 3."""
     for name in sorted(params):
         kernel = np.asarray(params[name]["kernel"])
         b, side, _, _ = x_BHWc.shape
@@ -45,6 +45,9 @@ def tokens_by_loops(params, x_BHWc):
         for row, column in np.ndindex(side, side):
             window = padded[:, row : row + 3, column : column + 3]
             maps[:, row, column] = np.maximum(np.einsum("bijc,ijcd->bd", window, kernel), 0)
+        if strided:
+            x_BHWc = maps[:, ::2, ::2]
+            continue
         padded = np.pad(maps, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=-np.inf)
         x_BHWc = np.zeros((b, side // 2, side // 2, kernel.shape[-1]), "f")
         for row, column in np.ndindex(side // 2, side // 2):
@@ -52,13 +55,13 @@ def tokens_by_loops(params, x_BHWc):
     return x_BHWc.reshape(len(x_BHWc), -1, x_BHWc.shape[-1])
 
 
-@pytest.mark.parametrize("patch", [2, 8])
-def test_the_convolutional_stem_is_that_of_cct(patch):
-    module = stem.ConvStem(patch, 6, jnp.float32)
+@pytest.mark.parametrize(("patch", "strided"), [(2, False), (8, False), (8, True)])
+def test_the_convolutional_stem_is_that_of_the_papers(patch, strided):
+    module = stem.ConvStem(patch, 6, jnp.float32, strided)
     tokens, variables = module.init_with_output(jax.random.key(0), IMAGES)
     kernels = [layer["kernel"].shape for _, layer in sorted(variables["params"].items())]
     assert kernels == ([(3, 3, 3, 6)] if patch == 2 else [(3, 3, 3, 64), (3, 3, 64, 64), (3, 3, 64, 6)])
-    np.testing.assert_allclose(tokens, tokens_by_loops(variables["params"], IMAGES), atol=2e-5)
+    np.testing.assert_allclose(tokens, tokens_by_loops(variables["params"], IMAGES, strided), atol=2e-5)
 
 
 def test_the_gradient_of_max_pooling_goes_to_the_largest_value():
@@ -88,10 +91,10 @@ def test_the_head_sees_the_patches_and_not_the_registers_themselves(pool):
     config = small(pool=pool, registers=2)
     model, params = made(config)
     params["blocks"] = jax.tree.map(jnp.zeros_like, params["blocks"])
-    moved = params | {"registers": params["registers"] + 1}
+    moved = params | {"registers": -params["registers"]}
     chex.assert_trees_all_equal(vit.logits(model, moved, IMAGES), vit.logits(model, params, IMAGES))
     mixing = made(config)[1]
-    moved = mixing | {"registers": mixing["registers"] + 1}
+    moved = mixing | {"registers": -mixing["registers"]}
     assert not np.allclose(vit.logits(model, moved, IMAGES), vit.logits(model, mixing, IMAGES), atol=1e-3)
     assert config.tokens == 4 + 2 + (pool in ("cls", "cls_mean"))
 
