@@ -125,7 +125,7 @@ OPTIMIZERS: dict[str, Callable[[OptimConfig], optax.GradientTransformation]] = {
 def per_layer(tx: optax.GradientTransformation) -> optax.GradientTransformation:
     """Returns tx with every layer's array as a leaf of its own, also where the model stacks layers in [L, ...].
 
-    LAMB's norms and Muon's matrices are then those of one layer. Adam does not need it. Experts reach tx without their
+    LAMB's norms are then those of one layer. Adam does not need it. Experts reach tx without their
     layer axis, because they have one optimiser state per layer.
     """
 
@@ -193,8 +193,11 @@ def layer_scales(config: Config, params: Any) -> Any:
 
 def groups(config: Config, params: Any) -> list[str]:
     """Returns one line for each group of parameters with the same optimiser and weight decay, and one for those that
-    are not trained. Arrays of each layer and expert are counted; learning rates are the highest of the schedule, without
-    what routing.tie_last multiplies. `params` may be shapes."""
+    are not trained. `params` may be shapes.
+
+    Arrays of each layer and expert are counted. Learning rates are at the peak of the schedule, without what
+    routing.tie_last multiplies. An optimiser that is new to this file is taken to decay matrices, as AdamW does.
+    """
     optim, frozen = config.optim, build.frozen(config)
     found: dict[str, list[tuple[float, int, int]]] = {}  # of each array: learning rate, arrays, parameters
 
