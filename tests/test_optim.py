@@ -195,7 +195,7 @@ def test_lion_is_optaxs_with_decay_of_matrices():
 
 @pytest.fixture(scope="module")
 def muon_run(tiny_config, training):
-    """Returns four steps of Muon, "sample" with a pattern and "batch" without: muon_run(granularity, devices, shard)."""
+    """Returns four steps of Muon, "sample" with a pattern, "batch" without: muon_run(granularity, devices, shard)."""
 
     @functools.cache
     def run(granularity="sample", devices=1, shard="none"):
