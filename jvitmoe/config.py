@@ -149,7 +149,10 @@ class OptimConfig:
     name: str = setting("adamw", "adam (weight decay in the gradient, the original), adamw, lion, or muon with adamw")
     learning_rate: float = setting(1e-3, "highest learning rate", above=0)
     weight_decay: float = setting(0.05, "coefficient of weight decay; except with adam, of matrices only", at_least=0)
-    schedule: str = setting("step", "cosine to 0 per step, or per epoch (the original)", ("step", "epoch"))
+    schedule: str = setting("step", "cosine per step, or per epoch (the original)", ("step", "epoch"))
+    final_rate: float = setting(
+        0.0, "learning rate that the cosine ends at, as a fraction of learning_rate", at_least=0, at_most=1
+    )
     warmup_epochs: float = setting(0.0, "linear from 0, at most half of training; only if schedule=step", at_least=0)
     clip_norm: float = setting(0.0, "largest global norm of the gradient; 0 does not clip", at_least=0)
     b1: float = setting(0.9, "decay of Adam's first moment; for lion's update", at_least=0, below=1)
@@ -157,6 +160,12 @@ class OptimConfig:
         0.999, "decay of Adam's second moment; of lion's momentum, 0.99 in its paper", at_least=0, below=1
     )
     eps: float = setting(1e-8, "epsilon of Adam", above=0)
+    layer_decay: float = setting(
+        1.0, "ratio of a layer's learning rate to that of the next layer, as in timm; 1 is off", above=0, at_most=1
+    )
+    freeze_layers: int = setting(
+        0, "first layers that are not trained, nor are embeddings; depth: only final norm and head are", at_least=0
+    )
     skip_nonfinite: int = setting(0, "steps in a row to skip if loss or gradient is not finite; 0 stops", at_least=0)
 
 
@@ -169,6 +178,7 @@ class TrainConfig:
     ema: float = setting(
         0.0, "decay of a running mean of the merged model, also tested; 0 is none", at_least=0, below=1
     )
+    ema_warmup: bool = setting(False, "decay of ema is at most (1 + t) / (10 + t) after t steps")
     devices: int = setting(0, "number of devices; 0 is all", free=True, at_least=0)
     expert_devices: int = setting(
         1, "devices along the expert axis; each holds its share of experts", free=True, above=0
@@ -278,6 +288,13 @@ def _faults(config: Config) -> Iterator[tuple[str, str]]:
         yield "train.expert_devices", f"must divide train.devices, which is {train.devices}"
     if config.optim.schedule == "epoch" and config.optim.warmup_epochs:
         yield "optim.warmup_epochs", "must be 0 for optim.schedule=epoch; warm-up needs optim.schedule=step"
+
+    if config.optim.freeze_layers > model.depth:
+        yield "optim.freeze_layers", f"must be at most model.depth, which is {model.depth}"
+    if config.optim.freeze_layers and routing.experts > 1 and (routing.pull or routing.tie_last):
+        yield "optim.freeze_layers", "must be 0 with routing.pull or routing.tie_last, which move experts of all layers"
+    if train.ema_warmup and not train.ema:
+        yield "train.ema_warmup", "must be False without train.ema, such as --config.train.ema=0.9999"
 
     if "experts" not in routing.pattern or not {*routing.pattern} <= {"experts", "dense"}:
         rule = "must be a tuple of 'experts' and 'dense', with 'experts' in it, such as "

@@ -20,6 +20,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from timm.layers import resample_abs_pos_embed
 from timm.layers.patch_embed import resample_patch_embed
+from timm.optim import param_groups_layer_decay
 
 
 def shaken(model: torch.nn.Module) -> torch.nn.Module:
@@ -95,6 +96,14 @@ def resample(arrays: str, out: str, grid: int, patch: int) -> dict:
     return {}
 
 
+def layer_scales(decay: float, **arguments: object) -> dict:
+    """Returns name -> what timm multiplies the learning rate of a parameter by."""
+    model = timm.create_model("vit_tiny_patch16_224", **arguments)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    found = param_groups_layer_decay(model, layer_decay=decay)
+    return {names[id(parameter)]: group["lr_scale"] for group in found for parameter in group["params"]}
+
+
 def pictures(timm_folder: str, hf_folder: str, files: list[str], out: str) -> dict:
     """Saves what the transforms of two exports make of pictures: of timm, and of transformers with both backends."""
     config = timm.data.resolve_model_data_config(timm.create_model(f"local-dir:{timm_folder}"))
@@ -126,7 +135,19 @@ def run_code(code: str) -> dict:
 
 ACTIONS = {
     f.__name__: f
-    for f in (make_timm, make_hf, timm_logits, hf_logits, timm_npz, resample, pictures, card, run_code, change_folder)
+    for f in (
+        make_timm,
+        make_hf,
+        timm_logits,
+        hf_logits,
+        timm_npz,
+        resample,
+        layer_scales,
+        pictures,
+        card,
+        run_code,
+        change_folder,
+    )
 }
 
 

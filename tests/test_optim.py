@@ -1,5 +1,7 @@
+import functools
 import math
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,8 +9,11 @@ import optax
 import pytest
 
 from jvitmoe.config import OptimConfig
+from jvitmoe.errors import ConfigError
+from jvitmoe.experts import build, cost, merge, slices
 from jvitmoe.models import vit
-from jvitmoe.training import optimizer
+from jvitmoe.runs.checkpoint_writer import CheckpointWriter
+from jvitmoe.training import optimizer, state, update
 
 STEPS, EPOCHS, PEAK = 7, 5, 3e-3  # of one epoch, of the run
 
@@ -42,6 +47,15 @@ def test_the_step_schedule_is_a_cosine_that_moves_every_step_to_0(config):
     np.testing.assert_allclose(rate_S, wanted, rtol=1e-5, atol=1e-9)
     assert (np.diff(rate_S) < 0).all()
     assert rate_S[-1] == pytest.approx(0, abs=1e-9)
+
+
+@pytest.mark.parametrize("fields", [{"schedule": "epoch"}, {"schedule": "step", "warmup_epochs": 1.0}])
+def test_the_cosine_ends_at_the_final_rate(config, fields):
+    to_0, floor = rates(config(**fields)), rates(config(**fields, final_rate=0.1))
+    warm = STEPS if "warmup_epochs" in fields else 0
+    np.testing.assert_array_equal(floor[:warm], to_0[:warm])
+    np.testing.assert_allclose(floor[warm:], 0.1 * PEAK + 0.9 * to_0[warm:], rtol=1e-5)
+    assert floor[-1] == pytest.approx(0.1 * PEAK)
 
 
 def test_warm_up_is_linear_from_0_per_step_and_the_cosine_fills_the_rest(config):
@@ -86,8 +100,8 @@ def test_the_direction_is_that_of_a_slow_numpy_adam(name):
         params = jax.tree.map(lambda x, d: x - 0.1 * d, params, direction)
 
 
-@pytest.mark.parametrize("name", ["adam", "adamw"])
-def test_adamw_decays_matrices_only_and_adam_everything(tiny_config, name):
+@pytest.mark.parametrize("name", optimizer.OPTIMIZERS)
+def test_all_but_adam_decay_matrices_only(tiny_config, name):
     config = tiny_config(model={"head_hidden": 4}, routing={"experts": 2}).model
     shapes = jax.eval_shape(lambda: vit.init(vit.build(config, 2), jax.random.key(0)))
     params = jax.tree.map(lambda x: np.ones(x.shape, x.dtype), shapes)
@@ -98,9 +112,284 @@ def test_adamw_decays_matrices_only_and_adam_everything(tiny_config, name):
         moved = np.unique(np.asarray(leaf))
         assert len(moved) == 1
         seen["decayed" if moved[0] else "left"].add(path[-1].key)
-        if name == "adamw":
+        if name != "adam":
             assert moved[0] in (0, 0.25)
     vectors = {"bias", "scale", "cls", "positions", "up_bias", "down_bias"}
     matrices = {"kernel", "up", "down"}
-    wanted = (matrices, vectors) if name == "adamw" else (matrices | vectors, set())
+    wanted = (matrices | vectors, set()) if name == "adam" else (matrices, vectors)
     assert (seen["decayed"], seen["left"]) == wanted
+
+
+def is_muons(path):
+    """Returns True for what Muon takes; written apart from `optimizer.is_matrix`."""
+    names = [entry.key for entry in path]
+    return names[-1] in ("up", "down") or (names[-1] == "kernel" and names[-3:-1][0] == "attention")
+
+
+def matrix_of(path, x):
+    """Returns the array of one layer and expert as the matrix of its inputs and outputs."""
+    if path[-1].key in ("up", "down"):
+        return x
+    return x.reshape(-1, x.shape[-1]) if path[-2].key == "out" else x.reshape(x.shape[0], -1)
+
+
+@pytest.mark.parametrize("routing", [{}, {"experts": 3}, {"experts": 2, "pattern": ("dense", "experts")}])
+def test_muon_is_optaxs_on_the_matrix_of_each_layer_and_expert_alone_and_adamw_on_the_rest(tiny_config, routing):
+    made, rng = tiny_config(routing=routing, model={"depth": 4, "head_hidden": 4}), np.random.default_rng(0)
+    shapes = vit.shapes(build.make_model(made, "cpu"))
+    noise = lambda: jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), jnp.float32), shapes)  # noqa: E731
+    params, grads_S = noise(), [noise() for _ in range(3)]
+    about = {"weight_decay": 0.3, "b1": 0.8, "b2": 0.95, "eps": 1e-3}
+    marks = slices.stacked(params)
+
+    def directions(name):
+        tx = optimizer.direction(OptimConfig(name=name, **about))
+        opt_state, found = state.create(params, tx).opt_state, None
+        move = jax.jit(lambda g, s: update.directions(tx, g, s, params, marks, all_run=True))
+        for grads in grads_S:
+            found, opt_state = move(grads, opt_state)
+        return found
+
+    tx = optax.contrib.muon(-1.0, beta=0.95, weight_decay=0.3, consistent_rms=0.2)  # -1: the direction, not the step
+    alone = jax.jit(lambda s, g, p: tx.update(g, s, p))
+
+    def check(path, ours, adamws, p, is_stacked, *grads):
+        if not is_muons(path):
+            np.testing.assert_allclose(ours, adamws, rtol=1e-6, atol=1e-7)
+            return
+        for place in np.ndindex(p.shape[: 1 + is_stacked]):
+            matrix = functools.partial(matrix_of, path)
+            opt_state = tx.init(matrix(p[place]))
+            for g in grads:
+                wanted, opt_state = alone(opt_state, matrix(g[place]), matrix(p[place]))
+            np.testing.assert_allclose(matrix(ours[place]), wanted, rtol=1e-4, atol=1e-5)
+
+    jax.tree.map_with_path(check, directions("muon"), directions("adamw"), params, marks, *grads_S)
+
+
+def test_muon_makes_singular_values_about_equal_and_the_rms_of_an_update_0_2():
+    rng = np.random.default_rng(0)
+    for rows, columns in ((16, 16), (16, 64), (64, 16)):
+        u, v = (np.linalg.qr(rng.normal(size=(n, 16)))[0] for n in (rows, columns))
+        gradient = {"up": jnp.asarray(u * np.geomspace(0.1, 1, 16) @ v.T, jnp.float32)}
+        tx = optimizer.direction(OptimConfig(name="muon", weight_decay=0.0))
+        found = np.asarray(tx.update(gradient, tx.init(gradient), gradient)[0]["up"])
+        # The band in which five Newton-Schulz iterations leave singular values (Jordan et al., "0.7 to 1.2").
+        values = np.linalg.svd(found, compute_uv=False) / (0.2 * max(rows, columns) ** 0.5)
+        assert 0.65 < values.min() < values.max() < 1.25
+        assert np.sqrt((found**2).mean()) == pytest.approx(0.2, rel=0.2)
+
+
+def test_lion_is_optaxs_with_decay_of_matrices():
+    rng = np.random.default_rng(0)
+    params = {"kernel": jnp.asarray(rng.normal(size=(3, 4)), jnp.float32), "bias": jnp.ones(4)}
+    ours = optimizer.direction(OptimConfig(name="lion", weight_decay=0.3, b1=0.8, b2=0.95))
+    theirs = optax.lion(-1.0, b1=0.8, b2=0.95, weight_decay=0.3, mask={"kernel": True, "bias": False})
+    states = ours.init(params), theirs.init(params)
+    for _ in range(4):
+        grads = jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), jnp.float32), params)
+        pairs = [tx.update(grads, now, params) for tx, now in zip((ours, theirs), states, strict=True)]
+        (found, wanted), states = zip(*pairs, strict=True)
+        chex.assert_trees_all_close(found, wanted, rtol=1e-6)
+
+
+@pytest.fixture(scope="module")
+def muon_run(tiny_config, training):
+    """Returns four steps of Muon, "sample" with a pattern, "batch" without: muon_run(granularity, devices, shard)."""
+
+    @functools.cache
+    def run(granularity="sample", devices=1, shard="none"):
+        pattern = ("experts",) if granularity == "batch" else ("dense", "experts")
+        made = tiny_config(
+            model={"depth": 2 if granularity == "batch" else 4},
+            routing={"experts": 2, "pattern": pattern, "granularity": granularity, "scope": "layer"},
+            optim={"name": "muon", "eps": 1e-3, "learning_rate": 1e-2},
+            train={"devices": devices, "shard": shard},
+        )
+        return training(made).run(4)
+
+    return run
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("granularity", "shard"), [("batch", "none"), ("sample", "optimizer"), ("sample", "parameters")]
+)
+def test_training_with_muon_is_the_same_on_1_and_4_devices(muon_run, granularity, shard):
+    one, many = muon_run(granularity), muon_run(granularity, 4, shard)
+    chex.assert_trees_all_close(many.metrics, one.metrics, rtol=1e-5, atol=1e-5)
+    chex.assert_trees_all_close(many.history[-1], one.history[-1], rtol=1e-5, atol=1e-5)
+    moments = [x for x in jax.tree.leaves(many.state.opt_state) if x.size > 100]
+    assert all((x.addressable_shards[0].data.size < x.size) == (shard != "none") for x in moments)
+
+
+def test_with_muon_idle_experts_and_their_moments_stay_bit_identical(muon_run):
+    run, idle = muon_run("batch"), 0
+    both = lambda now: jax.tree.leaves((slices.split(now.params, slices.stacked(now.params))[1], now.opt_state.experts))  # noqa: E731
+    for before, after in zip(run.history, run.history[1:], strict=False):
+        counts = [optax.tree.get(now.opt_state.experts, "count", filtering=is_muons_count) for now in (before, after)]
+        moved_LE = counts[1] != counts[0]
+        np.testing.assert_array_equal(moved_LE.sum(1), 1)
+        for place in zip(*np.nonzero(~moved_LE), strict=True):
+            chex.assert_trees_all_equal(*([x[place] for x in both(now)] for now in (before, after)))
+            idle += 1
+    assert idle == 8
+
+
+def is_muons_count(path, value):
+    return any(getattr(entry, "tuple_name", "") == "MuonState" for entry in path)
+
+
+@pytest.mark.slow
+def test_with_muon_a_run_that_was_saved_and_restored_is_the_uninterrupted_one(muon_run, training, tmp_path):
+    whole = muon_run("batch")
+    run = training(whole.config).run(2)
+    writer = CheckpointWriter(tmp_path / "c", 1)
+    writer.save(run.state, run.config, None)
+    writer.close()
+    again = training(whole.config)
+    writer = CheckpointWriter(tmp_path / "c", 1)
+    again.state, _ = writer.restore(state.abstract_state(again.config, again.model, again.mesh))
+    writer.close()
+    chex.assert_trees_all_equal(again.run(2).history[-1], whole.history[-1])
+
+
+@pytest.mark.parametrize("pool", ["cls", "mean"])
+@pytest.mark.parametrize("routing", [{}, {"experts": 2, "pattern": ("dense", "experts")}])
+def test_each_layer_learns_faster_than_the_one_before(tiny_config, pool, routing):
+    """The rule by hand; tests/test_peers.py compares it with timm's."""
+    made = tiny_config(optim={"layer_decay": 0.5}, model={"depth": 4, "pool": pool, "head_hidden": 4}, routing=routing)
+    shapes = vit.shapes(build.make_model(made, "cpu"))
+    scales = optimizer.layer_scales(made, shapes)
+    first = {"blocks": None, "norm": 0.5 if pool == "cls" else 1.0, "head": 1.0}
+
+    def check(path, scale, leaf):
+        np.broadcast_to(scale, leaf.shape)
+        if path[0].key != "blocks":
+            assert scale == first.get(path[0].key, 0.5**5)
+            return
+        position = {"block0": 0, "block1": 1}.get(path[1].key)
+        layers = range(4) if position is None else range(position, 4, 2)
+        np.testing.assert_array_equal(scale.ravel(), [0.5 ** (4 - layer) for layer in layers])
+
+    jax.tree.map_with_path(check, scales, shapes)
+
+
+@pytest.mark.parametrize("granularity", ["batch", "sample"])
+def test_layer_decay_multiplies_the_step_of_each_parameter(tiny_config, training, granularity):
+    def first_step(layer_decay):
+        routing = {"experts": 2, "granularity": granularity, "scope": "layer"}
+        return training(tiny_config(optim={"layer_decay": layer_decay, "eps": 1e-3}, routing=routing)).run(1)
+
+    plain, decayed = first_step(1.0), first_step(0.5)
+    scales = optimizer.layer_scales(decayed.config, plain.history[0].params)
+
+    def check(before, whole, scaled, scale):
+        np.testing.assert_allclose(scaled - before, (whole - before) * scale, atol=2e-7)
+
+    jax.tree.map(check, plain.history[0].params, plain.history[1].params, decayed.history[1].params, scales)
+
+
+FROZEN = [
+    (1, {"experts": 2, "granularity": "batch"}, "adamw"),
+    (1, {}, "muon"),
+    (3, {"experts": 2, "pattern": ("dense", "experts"), "granularity": "sample"}, "muon"),
+    (4, {"experts": 2}, "adam"),
+    (4, {}, "lion"),
+]
+
+
+@pytest.mark.parametrize(("layers", "routing", "name"), FROZEN)
+def test_frozen_layers_keep_their_bits_and_count_in_no_norm(tiny_config, training, layers, routing, name):
+    optim = {"name": name, "freeze_layers": layers, "learning_rate": 1e-2, "weight_decay": 0.1}
+    made = tiny_config(model={"depth": 4, "cls_position": True}, optim=optim, routing=routing)
+    run = training(made).run(3)
+    before, after = run.history[0].params, run.history[-1].params
+    trained = 0
+
+    def check(path, old, new):
+        nonlocal trained
+        if path[0].key not in ("blocks", "norm", "head"):
+            assert old.tobytes() == new.tobytes(), path
+        elif path[0].key == "blocks":
+            is_trained_L = np.arange(4) >= layers
+            if path[1].key in ("block0", "block1"):
+                is_trained_L = is_trained_L[int(path[1].key[-1]) :: 2]
+            moved_L = (old != new).any(tuple(range(1, old.ndim)))
+            assert not moved_L[~is_trained_L].any(), path
+            if path[-1].key in ("kernel", "up", "scale"):
+                np.testing.assert_array_equal(moved_L, is_trained_L)
+            trained += old.size // len(old) * is_trained_L.sum()
+        else:
+            assert (old != new).any()
+            trained += old.size
+
+    jax.tree.map_with_path(check, before, after)
+    assert cost.count_trained(made) == trained
+    if layers == 4:  # a linear probe: its gradient is that of norm and head, and nothing else has moments
+        moments = sum(x.size for x in jax.tree.leaves(run.state.opt_state) if x.dtype == jnp.float32)
+        assert moments == trained * {"adam": 2, "lion": 1}[name]
+    if not routing:
+        grads = plain_gradient(run)
+        kept = jax.tree.map(lambda g, s: g * (s > 0), grads, optimizer.layer_scales(made, grads))
+        kept = {part: kept[part] for part in ("blocks", "norm", "head")}
+        np.testing.assert_allclose(run.metrics[0].grad_norm, optax.tree.norm(kept), rtol=1e-5)
+
+
+def plain_gradient(run):
+    """Returns the gradient of the first step's loss of a dense model."""
+    index_B = np.asarray(run.order.epoch(0))[0]
+    images, labels = run.images.images_NHWc[index_B] / 127.5 - 1.0, run.images.labels_N[index_B]
+
+    def loss(params):
+        logits = vit.logits(run.model, params, images)
+        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+    return jax.jit(jax.grad(loss))(run.history[0].params)
+
+
+def test_the_warm_up_of_ema_lets_early_steps_count_more(tiny_config, training):
+    run = training(tiny_config(routing={"experts": 2}, train={"ema": 0.3, "ema_warmup": True})).run(6)
+    wanted = merge.average_experts(run.history[0].params)
+    for step, after in enumerate(run.history[1:]):
+        decay = min(0.3, (1 + step) / (10 + step))  # 0.1, 0.18, 0.25, 0.3, …
+        merged = merge.average_experts(after.params)
+        wanted = jax.tree.map(lambda mean, new, d=decay: d * mean + (1 - d) * new, wanted, merged)
+        chex.assert_trees_all_close(after.ema, wanted, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("sections", "rule"),
+    [
+        ({"optim": {"freeze_layers": 3}}, r"optim\.freeze_layers is 3; it must be at most model\.depth, which is 2"),
+        (
+            {"optim": {"freeze_layers": 1}, "routing": {"experts": 2, "pull": 0.1}},
+            r"optim\.freeze_layers is 1; it must be 0 with routing\.pull or routing\.tie_last",
+        ),
+        ({"train": {"ema_warmup": True}}, r"train\.ema_warmup is True; it must be False without train\.ema"),
+        ({"optim": {"layer_decay": 0}}, r"optim\.layer_decay is 0; it must be greater than 0 and at most 1"),
+        ({"optim": {"final_rate": 1.5}}, r"optim\.final_rate is 1\.5; it must be at least 0 and at most 1"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused(tiny_config, sections, rule):
+    with pytest.raises(ConfigError, match=rule):
+        tiny_config(**sections)
+
+
+def test_the_groups_of_an_optimiser_are_printed_with_what_they_hold(tiny_config):
+    optim = {"name": "muon", "layer_decay": 0.5, "freeze_layers": 1}
+    made = tiny_config(model={"head_hidden": 4}, routing={"experts": 3, "learning_rate": 2.0}, optim=optim)
+    shapes = vit.shapes(build.make_model(made, "cpu"))
+    lines = optimizer.groups(made, shapes)
+    d, f, experts, hidden, classes = 8, 12, 3, 4, 3
+    matrices = 4 * d * d + experts * 2 * d * f
+    assert (
+        f"muon, weight decay 0.05: {4 + 2 * experts} arrays, {matrices} parameters, learning rate 0.0005 to 0.001"
+        in lines
+    )
+    heads = hidden * (d + classes)
+    assert f"adamw, weight decay 0.05: 2 arrays, {heads} parameters, learning rate 0.001" in lines
+    active, total = cost.count_parameters(made)
+    assert any(line.endswith(f" {total - cost.count_trained(made):,} parameters") for line in lines)
+    assert len(lines) == 4
+    assert active < total

@@ -16,13 +16,14 @@ from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 from jvitmoe import errors, export
-from jvitmoe.config import Config
+from jvitmoe.config import Config, ModelConfig, OptimConfig
 from jvitmoe.evaluation import models
 from jvitmoe.experts import build, slices
 from jvitmoe.interop import classifier, load, weight_names
 from jvitmoe.interop.targets import TARGETS, timm
 from jvitmoe.models import vit
 from jvitmoe.runtime import devices
+from jvitmoe.training import optimizer
 from jvitmoe.training.state import make_state
 
 pytestmark = pytest.mark.process
@@ -198,6 +199,22 @@ def test_npz_of_google_research_reads_as_timm_reads_it(peers, made, pixels, inpu
     theirs = np.load(tmp_path / "logits.npz")["logits"]
     assert np.abs(theirs - expected(made / "timm")).max() > 1e-3
     np.testing.assert_allclose(classifier.load(tmp_path / "vit.npz").logits(pixels), theirs, atol=CLOSE)
+
+
+@pytest.mark.parametrize(("pool", "norm"), [("token", "norm"), ("avg", "fc_norm")])
+def test_layer_decay_is_timms_for_every_parameter(peers, pool, norm):
+    theirs = peers("layer_scales", decay=0.75, **SMALL, global_pool=pool, class_token=pool == "token")
+    model = ModelConfig(image_size=8, channels=3, classes=5, patch=2, width=16, hidden=24, depth=2, heads=2)
+    model.pool = "cls" if pool == "token" else "mean"
+    config = Config(model=model, optim=OptimConfig(layer_decay=0.75)).validate()
+    ours = weight_names.flatten(optimizer.layer_scales(config, vit.shapes(build.make_model(config, "cpu"))))
+    names = {ours: theirs.replace("norm", norm) for ours, theirs, *_ in weight_names.OUTER}
+    names |= {"cls": "cls_token", "positions": "pos_embed"}
+    found = {names[name]: float(scale) for name, scale in ours.items() if not name.startswith("blocks.")}
+    for ours_name, timms, *_ in weight_names.BLOCK:
+        for layer, scale in enumerate(ours[f"blocks.{ours_name}"].ravel()):
+            found[f"blocks.{layer}.{timms}"] = float(scale)
+    assert found == pytest.approx(theirs, rel=1e-6)
 
 
 @pytest.mark.parametrize(("grid", "patch"), [(7, 4), (3, 3), (8, 2)])

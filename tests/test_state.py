@@ -24,8 +24,8 @@ def params(tiny_config):
     return jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), x.dtype), shapes)
 
 
-@pytest.mark.parametrize("name", ["adam", "adamw"])
-def test_an_experts_state_is_that_of_a_dense_adam_that_saw_only_its_steps(params, name):
+@pytest.mark.parametrize("name", optimizer.OPTIMIZERS)
+def test_an_experts_state_is_that_of_a_dense_optimiser_that_saw_only_its_steps(params, name):
     tx = optimizer.direction(OptimConfig(name=name, weight_decay=0.1, eps=1e-3))
     marks = slices.stacked(params)
     now = state.create(params, tx)

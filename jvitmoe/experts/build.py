@@ -1,13 +1,18 @@
-"""The model of a config, and which of its parameters are not trained."""
+"""The model of a config, and which of its parameters are not trained.
+
+L layers
+"""
 
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 
 from jvitmoe.config import Config
 from jvitmoe.errors import ConfigError
+from jvitmoe.experts import slices
 from jvitmoe.models import adapters, routers, vit
 from jvitmoe.models.routers import Router, RouterSettings
 
@@ -33,13 +38,30 @@ def find_router(config: Config) -> type[Router] | None:
 
 def frozen(config: Config) -> Callable[[Sequence[Any]], bool] | None:
     """Returns a function that is True for the key path of a parameter that is not trained; None if all are trained.
-    Not trained are the router if it says so and, with LoRA or adapters, all except these and the head."""
+
+    Not trained are the router if it says so; with LoRA or adapters, all except these and the head; with
+    optim.freeze_layers, the embeddings, and the blocks if all of them are frozen. `trained_layers` tells which layers
+    of a block's leaf are, if some of them are frozen.
+    """
+    rules: list[Callable[[Sequence[Any]], bool]] = []
     if config.tuned:
-        return lambda path: path[0].key != "head" and path[-1].key not in (*adapters.LORA, *adapters.ADAPTER)
+        rules.append(lambda path: path[0].key != "head" and path[-1].key not in (*adapters.LORA, *adapters.ADAPTER))
     router = find_router(config)
     if router and not router.is_trained:
-        return lambda path: any(entry.key == "router" for entry in path)
-    return None
+        rules.append(lambda path: any(entry.key == "router" for entry in path))
+    if config.optim.freeze_layers:
+        blocks = () if config.optim.freeze_layers == config.model.depth else ("blocks",)
+        rules.append(lambda path: path[0].key not in ("norm", "head", *blocks))
+    return (lambda path: any(rule(path) for rule in rules)) if rules else None
+
+
+def trained_layers(config: Config, path: Sequence[Any], leaf: Any) -> np.ndarray:
+    """Returns which parts of a leaf optim.freeze_layers leaves trained, to broadcast to the leaf: bool [L, 1, ...] in
+    blocks, else True."""
+    if path[0].key != "blocks":
+        return np.array(True)
+    trained_L = np.arange(config.model.depth) >= config.optim.freeze_layers
+    return slices.of_group(path, trained_L, leaf.shape[0]).reshape(-1, *[1] * (leaf.ndim - 1))
 
 
 def make_model(config: Config, platform_name: str) -> vit.ViT:

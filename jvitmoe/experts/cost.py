@@ -48,8 +48,12 @@ def count_parameters(config: Config) -> tuple[int, int]:
 
 def count_trained(config: Config) -> int:
     """Returns the number of parameters that training may change, all experts together. Nothing is allocated."""
-    params, frozen = vit.shapes(build.make_model(config, "cpu")), build.frozen(config)
-    return sum(leaf.size for path, leaf in jax.tree.leaves_with_path(params) if frozen is None or not frozen(path))
+    params, frozen, total = vit.shapes(build.make_model(config, "cpu")), build.frozen(config), 0
+    for path, leaf in jax.tree.leaves_with_path(params):
+        if frozen is None or not frozen(path):
+            trained = build.trained_layers(config, path, leaf)
+            total += leaf.size // trained.size * int(trained.sum())
+    return total
 
 
 def tree_size(tree: Any) -> int:

@@ -3,14 +3,17 @@
 L layers · E experts · P paths: experts taken per layer
 """
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jvitmoe.models import adapters, vit
 
 Tree = Any
+Array = TypeVar("Array", jax.Array, np.ndarray)
 
 # Rank of each MLP leaf in the dense tree, its leading L axis included (models/mlp.py).
 DENSE_RANK = {
@@ -60,6 +63,6 @@ def _index(path: tuple[Any, ...], leaf: jax.Array, route: jax.Array) -> tuple[ja
     return jnp.arange(leaf.shape[0]).reshape(-1, *[1] * (route.ndim - 1)), route
 
 
-def of_group(path: tuple[Any, ...], x_L: jax.Array, groups: int) -> jax.Array:
+def of_group(path: Sequence[Any], x_L: Array, groups: int) -> Array:
     """Returns the layers of x_L that the leaf at this path has; with a pattern, those of its position in each group."""
     return x_L[vit.position_in_group(path) :: x_L.shape[0] // groups]

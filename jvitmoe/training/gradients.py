@@ -4,7 +4,7 @@ B global batch, b the share of one device · N images · C classes · L layers �
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -153,12 +153,17 @@ def loss_and_metrics(
 
 
 def trainable(plan: StepPlan, params: Any) -> Any:
-    """Returns the parameters as the network takes them, without gradients where LoRA or an adapter trains alone."""
+    """Returns the parameters as the network takes them, without gradients for what is not trained."""
     frozen = build.frozen(plan.config)
-    if plan.config.tuned and frozen:  # what is not trained costs no gradient and counts in no norm
-        params = jax.tree.map_with_path(
-            lambda path, leaf: jax.lax.stop_gradient(leaf) if frozen(path) else leaf, params
-        )
+
+    def stop(path: Sequence[Any], leaf: jax.Array) -> jax.Array:
+        if frozen and frozen(path):
+            return jax.lax.stop_gradient(leaf)
+        trained = build.trained_layers(plan.config, path, leaf)
+        return leaf if trained.all() else jnp.where(trained, leaf, jax.lax.stop_gradient(leaf))
+
+    if frozen:  # what is not trained costs no gradient and counts in no norm
+        params = jax.tree.map_with_path(stop, params)
     if plan.expert_devices > 1 and plan.net.experts == 1:  # the one expert here is a dense model
         trunk, experts = slices.split(params, slices.stacked(params))
         first_L = jnp.zeros((plan.config.model.depth,), jnp.int32)

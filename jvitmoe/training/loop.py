@@ -35,8 +35,7 @@ from jvitmoe.runtime import devices, processes
 from jvitmoe.runtime.signals import Stop
 from jvitmoe.runtime.watchdog import Watchdog
 from jvitmoe.settings import LARGEST
-from jvitmoe.training import step
-from jvitmoe.training.optimizer import make_direction, warmup_steps
+from jvitmoe.training import optimizer, step
 from jvitmoe.training.state import TrainState, abstract_state, make_state
 from jvitmoe.training.step import Metrics
 
@@ -128,7 +127,6 @@ def _load_data(config: Config, mesh: Mesh) -> _Data:
                 f"and an epoch has {order.steps_per_epoch}"
             )
         _check_memory(config, mesh)
-        make_direction(config)  # raises its ConfigError before the run folder exists
         return _Data(train_split, validation, dataset.test, dataset.class_names, order)
 
     return processes.together(split)
@@ -142,12 +140,13 @@ def _print_setup(config: Config, model: vit.ViT, workdir: Path, mesh: Mesh, data
     console.print(f"parameters  {active:,} active, {everything:,} total ({model.dtype.name} compute)")
     if (trained := cost.count_trained(config)) < everything:
         console.print(f"trained     {trained:,} of {everything:,} parameters")
+    console.print("optimizer   " + f"\n{'':12}".join(optimizer.groups(config, vit.shapes(model))))
     for note in init_notes:
         console.print(f"source      {note}")
     console.print(f"images      {', '.join(f'{count:,} {name}' for name, count in data.counts.items())}")
     console.print(f"steps       {epochs * steps_per_epoch:,} ({epochs} epochs of {steps_per_epoch})")
     if config.optim.warmup_epochs > epochs / 2:
-        warmup, asked = warmup_steps(config, steps_per_epoch), config.optim.warmup_epochs
+        warmup, asked = optimizer.warmup_steps(config, steps_per_epoch), config.optim.warmup_epochs
         console.print(f"warm-up     {warmup:,} steps: at most half of all; config.optim.warmup_epochs is {asked:g}")
 
 
@@ -204,9 +203,11 @@ def _earlier_rate(workdir: Path) -> float | None:
 
 
 def _check_memory(config: Config, mesh: Mesh) -> None:
-    """Raises ConfigError if parameters and moments alone exceed a device's memory."""
+    """Raises ConfigError if parameters and moments alone exceed a device's memory, or for an unknown optimiser."""
     _, everything = cost.count_parameters(config)
-    needed = (4 * everything + 8 * cost.count_trained(config)) // mesh.size
+    params = vit.shapes(build.make_model(config, "cpu"))
+    moments = jax.eval_shape(optimizer.make_direction(config).init, params)
+    needed = 4 * (everything + cost.tree_size(moments)) // mesh.size
     statistics = mesh.local_devices[0].memory_stats() or {}  # None on a CPU
     available = statistics.get("bytes_limit") or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if needed > available:

@@ -1,4 +1,7 @@
-"""Learning-rate schedules and optimisers. To add an optimiser, append a line to OPTIMIZERS."""
+"""Learning-rate schedules and optimisers. To add an optimiser, append a line to OPTIMIZERS.
+
+L layers
+"""
 
 import difflib
 import math
@@ -6,6 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 import optax
 from optax.contrib import MuonDimensionNumbers, scale_by_muon
 
@@ -25,18 +29,19 @@ MATRICES = {
 
 
 def schedule(config: Config, steps_per_epoch: int) -> optax.Schedule:
-    """Returns step -> learning rate: cosine to 0 over train.epochs.
+    """Returns step -> learning rate: cosine to optim.final_rate times the highest over train.epochs.
 
     "step": linear warm-up from 0; changes at every step. "epoch": changes only at the start of an epoch, as PyTorch's
     CosineAnnealingLR with one step per epoch; this is the recipe of the original.
     """
     optim, epochs = config.optim, config.train.epochs
     if optim.schedule == "epoch":
-        by_epoch = optax.cosine_decay_schedule(optim.learning_rate, epochs)
+        by_epoch = optax.cosine_decay_schedule(optim.learning_rate, epochs, optim.final_rate)
         return lambda step: by_epoch(step // steps_per_epoch)
     warmup = warmup_steps(config, steps_per_epoch)
     start = 0.0 if warmup else optim.learning_rate
-    return optax.warmup_cosine_decay_schedule(start, optim.learning_rate, warmup, epochs * steps_per_epoch)
+    end = optim.final_rate * optim.learning_rate
+    return optax.warmup_cosine_decay_schedule(start, optim.learning_rate, warmup, epochs * steps_per_epoch, end)
 
 
 def warmup_steps(config: Config, steps_per_epoch: int) -> int:
@@ -120,7 +125,7 @@ OPTIMIZERS: dict[str, Callable[[OptimConfig], optax.GradientTransformation]] = {
 def per_layer(tx: optax.GradientTransformation) -> optax.GradientTransformation:
     """Returns tx with every layer's array as a leaf of its own, also where the model stacks layers in [L, ...].
 
-    LAMB's norms and Muon's matrices are then those of one layer. Adam does not need it. Experts reach tx without their
+    LAMB's norms are then those of one layer. Adam does not need it. Experts reach tx without their
     layer axis, because they have one optimiser state per layer.
     """
 
@@ -165,3 +170,52 @@ def direction(
 def make_direction(config: Config) -> optax.GradientTransformation:
     """Returns the transformation from gradients to the direction that the learning rate multiplies."""
     return direction(config.optim, build.frozen(config))
+
+
+def layer_scales(config: Config, params: Any) -> Any:
+    """Returns what multiplies the learning rate of each parameter: float32 [L, 1, ...] in blocks, else scalars.
+
+    It is optim.layer_decay ** (L + 1 - n), where n is timm's layer (`param_groups_layer_decay`; BEiT, arXiv
+    2106.08254): 0 for patches, positions and CLS, l + 1 for block l, L + 1 for the head. The final norm has L, as has
+    the last block; with pool=mean timm calls it fc_norm, and it has L + 1. Layers that are frozen have a scale of 0.
+    """
+    depth = config.model.depth
+    layers = {"blocks": 1 + np.arange(depth), "norm": depth + (config.model.pool == "mean"), "head": depth + 1}
+
+    def scale(path: Sequence[Any], leaf: jax.Array) -> np.ndarray:
+        layer, trained = np.asarray(layers.get(path[0].key, 0)), build.trained_layers(config, path, leaf)
+        if layer.ndim:
+            layer = slices.of_group(path, layer, leaf.shape[0]).reshape(trained.shape)
+        return np.asarray(config.optim.layer_decay ** (depth + 1.0 - layer) * trained, np.float32)
+
+    return jax.tree.map_with_path(scale, params)
+
+
+def groups(config: Config, params: Any) -> list[str]:
+    """Returns one line for each group of parameters with the same optimiser and weight decay, and one for those that
+    are not trained. `params` may be shapes.
+
+    Arrays of each layer and expert are counted. Learning rates are at the peak of the schedule, without what
+    routing.tie_last multiplies. An optimiser that is new to this file is taken to decay matrices, as AdamW does.
+    """
+    optim, frozen = config.optim, build.frozen(config)
+    found: dict[str, list[tuple[float, int, int]]] = {}  # of each array: learning rate, arrays, parameters
+
+    def add(path: Sequence[Any], leaf: Any, scales: np.ndarray, is_stacked: bool) -> None:
+        name = "adamw" if optim.name == "muon" and not is_matrix(path) else optim.name
+        decayed = optim.weight_decay and (name == "adam" or path[-1].key in DECAYED)
+        name += f", weight decay {optim.weight_decay:g}" if decayed else ", no weight decay"
+        rate = optim.learning_rate * (config.routing.learning_rate if is_stacked else 1.0)
+        for scale in scales.flat:
+            is_frozen = scale == 0 or (frozen and frozen(path))
+            count = leaf.shape[slices.EXPERT_AXIS] if is_stacked else 1, leaf.size // scales.size
+            found.setdefault("not trained" if is_frozen else name, []).append((rate * scale, *count))
+
+    jax.tree.map_with_path(add, params, layer_scales(config, params), slices.stacked(params))
+    lines = []
+    for name, members in found.items():
+        rates, arrays, sizes = zip(*members, strict=True)
+        line = f"{name}: {sum(arrays):,} arrays, {sum(sizes):,} parameters"
+        ends = " to ".join(dict.fromkeys(f"{rate:g}" for rate in (min(rates), max(rates))))
+        lines.append(line if name == "not trained" else f"{line}, learning rate {ends}")
+    return lines

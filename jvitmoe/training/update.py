@@ -3,6 +3,7 @@
 L layers · E experts · P forward passes
 """
 
+import operator
 from typing import Any
 
 import jax
@@ -33,6 +34,8 @@ def update(
     every_expert = plan.all_run or plan.passes == 2
     scale = expert_scale(config, active.step, plan.total)
     direction, opt_state = directions(tx, grads, active.opt_state, params, stacked, every_expert, scale)
+    if config.optim.layer_decay < 1 or config.optim.freeze_layers:
+        direction = jax.tree.map(operator.mul, optimizer.layer_scales(config, params), direction)
     rate = learning_rate(plan, active.step)
     params = jax.tree.map(lambda p, d: p - rate * d, params, direction)
     skipped = active.skipped
@@ -53,7 +56,10 @@ def finish(plan: StepPlan, state: TrainState, finite: jax.Array) -> TrainState:
             pull = jnp.where(finite, pull, 0.0)
         params = jax.lax.cond(pull > 0, lambda tree: merge.pull(tree, pull), lambda tree: tree, params)
     if decay:
-        share = jnp.where(finite, 1.0 - decay, 0.0) if state.skipped else 1.0 - decay
+        share: Any = 1.0 - decay
+        if config.train.ema_warmup:
+            share = 1.0 - jnp.minimum(decay, (1 + state.step) / (10 + state.step))
+        share = jnp.where(finite, share, 0.0) if state.skipped else share
         ema = optax.incremental_update(merge.average_experts(params), ema, share)
     return state._replace(step=state.step + 1, params=params, ema=ema)
 
