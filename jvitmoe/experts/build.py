@@ -16,6 +16,8 @@ from jvitmoe.experts import slices
 from jvitmoe.models import adapters, routers, vit
 from jvitmoe.models.routers import Router, RouterSettings
 
+AFTER_BLOCKS = ("norm", "pool", "head")  # first keys of the parameters that follow the blocks
+
 
 def find_router(config: Config) -> type[Router] | None:
     """Returns the router of the model, or None for random routes. Raises ConfigError for an unknown name or a broken
@@ -51,7 +53,7 @@ def frozen(config: Config) -> Callable[[Sequence[Any]], bool] | None:
         rules.append(lambda path: any(entry.key == "router" for entry in path))
     if config.optim.freeze_layers:
         blocks = () if config.optim.freeze_layers == config.model.depth else ("blocks",)
-        rules.append(lambda path: path[0].key not in ("norm", "head", *blocks))
+        rules.append(lambda path: path[0].key not in (*AFTER_BLOCKS, *blocks))
     return (lambda path: any(rule(path) for rule in rules)) if rules else None
 
 
