@@ -176,8 +176,8 @@ def layer_scales(config: Config, params: Any) -> Any:
     """Returns what multiplies the learning rate of each parameter: float32 [L, 1, ...] in blocks, else scalars.
 
     It is optim.layer_decay ** (L + 1 - n), where n is timm's layer (`param_groups_layer_decay`; BEiT, arXiv
-    2106.08254): 0 for patches, positions, CLS and registers, l + 1 for block l, L + 1 for the head. The final norm has L, as has
-    the last block; after a mean of tokens timm calls it fc_norm, and it has L + 1. Layers that are frozen have a scale of 0.
+    2106.08254): 0 for patches, positions, CLS and registers, l + 1 for block l, L + 1 for the head. The final norm has
+    L, as has the last block; after a mean of tokens timm calls it fc_norm, and it has L + 1. Frozen layers have 0.
     """
     depth = config.model.depth
     is_fc_norm = config.model.pool in ("mean", "cls_mean")
