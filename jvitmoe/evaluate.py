@@ -1,10 +1,14 @@
 """Tests the models of a run: `python -m jvitmoe.evaluate --workdir runs/X [--checkpoint latest|best|STEP]`.
 
-Prints one row per model and writes result.json and report.md. For a run with experts it also measures why averaging
-works or fails, and draws it in mergeability.png. Takes the config from the run folder; any number of devices will do.
+Prints one row per model, writes result.json and report.md, and draws the confusion matrix of the dense or merged model
+in confusion.png. For a run with experts it also measures why averaging works or fails, and draws it in
+mergeability.png. Takes the config from the run folder; any number of devices will do.
+With --few_shot or --knn it also probes the features of the dense or merged model, and of the EMA, on the run's data set
+or on that of --probe_data; the shots are drawn with the fixed seeds 0, 1 and 2.
 With --verify it only reports which files of the run folder are sound, and exits with 1 if one is not.
 """
 
+import dataclasses
 import sys
 import time
 from pathlib import Path
@@ -14,6 +18,7 @@ from absl import flags
 
 from jvitmoe import cli
 from jvitmoe import config as config_lib
+from jvitmoe.config import Config
 from jvitmoe.errors import UserError
 from jvitmoe.runs import files, results
 from jvitmoe.runs.console import console, warnings_as_lines
@@ -25,6 +30,13 @@ def main(argv: list[str]) -> None:
     workdir = cli.run_folder(values)
     if values.paths < 0:
         raise UserError(f"--paths is {values.paths}; it must be the number of random paths, 0 or more")
+    for name in ("few_shot", "knn"):
+        if (images := getattr(values, name)) < 0:
+            raise UserError(f"--{name} is {images}; it must be a number of images, or 0 for no probe")
+    if values.probe_data and not (values.few_shot or values.knn):
+        raise UserError(f"--probe_data is {values.probe_data!r}; name a probe on it: --few_shot=10 or --knn=20")
+    if values.probe_dir and not values.probe_data:
+        raise UserError(f"--probe_dir is {values.probe_dir!r}; name the set in it: --probe_data=NAME")
     if values.verify:
         _verify(workdir)
     else:
@@ -36,8 +48,8 @@ def _evaluate(values: flags.FlagValues, workdir: Path) -> None:
     # Not above: these import JAX and matplotlib, and --help need not wait for that.
     from jvitmoe.data import datasets, stream
     from jvitmoe.data.batches import eval_batches, put
-    from jvitmoe.data.splits import Records, Split, decode
-    from jvitmoe.evaluation import mergeability, metrics, models
+    from jvitmoe.data.splits import Dataset, Records, SizeError, Split, decode
+    from jvitmoe.evaluation import mergeability, metrics, models, probes
     from jvitmoe.experts import build, cost
     from jvitmoe.runs import arrays, plots
     from jvitmoe.runs.checkpoints import Checkpoints
@@ -55,7 +67,14 @@ def _evaluate(values: flags.FlagValues, workdir: Path) -> None:
 
     mesh = devices.make_mesh(config.train)
     find = datasets.browse if config.data.stream else datasets.load
-    test: Split | Records = find(config.data, config.model).test
+    data: Dataset[Any] = find(config.data, config.model)
+    test: Split | Records = data.test
+    probe_config = _probe_config(values, config)
+    try:
+        probed = find(probe_config.data, probe_config.model) if values.probe_data else data
+    except SizeError as error:
+        remedy = "resize them into an image folder, and give --probe_data=folder --probe_dir=DIR"
+        raise UserError(f"--probe_data is {values.probe_data!r}, but {error.fault}; {remedy}") from error
     model = build.make_model(config, mesh.devices.flat[0].platform)
     active, total = cost.count_parameters(config)
     console.print(f"run         {workdir}, checkpoint at step {saved.step:,}")
@@ -68,7 +87,13 @@ def _evaluate(values: flags.FlagValues, workdir: Path) -> None:
     evaluate = metrics.make_evaluate(model, mesh)
     shown = stream.eval_images(test, config, mesh)
     earlier = results.read_result(workdir)  # holds what only training can measure
-    result: dict[str, Any] = {"rows": models.evaluate_run(config, params, ema, evaluate, *shown, values.paths)}
+    result: dict[str, Any] = {}
+    if values.few_shot or values.knn:  # first, because they refuse more images than there are
+        trees = {"dense" if config.routing.experts == 1 else "merged": models.dense_tree(config, params)}
+        trees |= {"EMA": ema} if ema is not None else {}
+        settings = probe_config, mesh, values.few_shot, values.knn
+        result["probes"] = probes.measure(evaluate.net, trees, probed, *settings)
+    result["rows"] = models.evaluate_run(config, params, ema, evaluate, *shown, values.paths)
     if config.routing.experts > 1:
         few = (
             mergeability.subset(test)
@@ -84,7 +109,15 @@ def _evaluate(values: flags.FlagValues, workdir: Path) -> None:
     }
     if "mergeability" in result:
         plots.mergeability(result, workdir / files.MERGEABILITY)
-    results.write_result(workdir, result)
+    results.write_result(workdir, result, plots.confusion(result, workdir))
+
+
+def _probe_config(values: flags.FlagValues, config: Config) -> Config:
+    """Returns the config with the data of --probe_data, if given, which may have any number of classes."""
+    if not values.probe_data:
+        return config
+    data = dataclasses.replace(config.data, name=values.probe_data, dir=values.probe_dir or config.data.dir)
+    return dataclasses.replace(config, data=data, model=dataclasses.replace(config.model, classes=0))
 
 
 def _verify(workdir: Path) -> None:
@@ -102,6 +135,10 @@ def _define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_string("checkpoint", "latest", "latest, best (on validation) or a step.", flag_values=values)
     flags.DEFINE_bool("verify", False, "Only report which files of the folder are sound.", flag_values=values)
     flags.DEFINE_integer("paths", 8, "Random paths to test: an expert drawn per layer.", flag_values=values)
+    flags.DEFINE_integer("few_shot", 0, "Linear probe on this many images per class; 0 is none.", flag_values=values)
+    flags.DEFINE_integer("knn", 0, "Vote of this many nearest training images; 0 is none.", flag_values=values)
+    flags.DEFINE_string("probe_data", "", "Set of the probes, if not the run's: a data.name.", flag_values=values)
+    flags.DEFINE_string("probe_dir", "", "Its folder, if not that of the run's data.", flag_values=values)
     flags.DEFINE_string("data_dir", "", "Where the data are, if not where training found them.", flag_values=values)
     flags.DEFINE_integer("devices", 0, "Devices to use; 0 is all local ones.", flag_values=values)
     flags.DEFINE_string("platform", "", "cpu, gpu or tpu; '' takes what JAX finds.", flag_values=values)

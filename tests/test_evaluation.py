@@ -40,7 +40,10 @@ def slowly(p_NC, labels_N):
         (m,) = [m for m in range(15) if m / 15 < confidence <= (m + 1) / 15]
         bins[m].append((right, confidence))
     ece = sum(len(held) / len(p_NC) * abs(np.subtract(*np.mean(held, axis=0))) for held in bins if held)
-    return Result(correct / len(p_NC), nll / len(p_NC), float(ece), len(p_NC))
+    classes, best_NC = p_NC.shape[1], np.argsort(-p_NC, axis=1)
+    top5 = float(np.mean([label in best_C[:5] for label, best_C in zip(labels_N, best_NC, strict=True)]))
+    confusion = [[sum((labels_N == c) & (best_NC[:, 0] == d)) for d in range(classes)] for c in range(classes)]
+    return Result(correct / len(p_NC), nll / len(p_NC), float(ece), len(p_NC), top5 if classes > 5 else None, confusion)
 
 
 def near(result):
@@ -91,6 +94,36 @@ def test_metrics_are_those_of_one_image_at_a_time_on_any_number_of_devices(
         assert ensemble != near(slowly(np.mean(p_PNC, axis=0), split.labels_N))
 
 
+@pytest.mark.parametrize("devices", [1, 2, 4])
+@pytest.mark.parametrize("classes", [5, 6, 9])
+def test_top5_and_confusion_are_those_of_one_image_at_a_time(tiny_config, tiny_split, devices, classes):
+    config = tiny_config(model={"classes": classes}, train={"devices": devices})
+    net, mesh, rng = vit.build(config.model), make_mesh(config.train), np.random.default_rng(1)
+    params = jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), x.dtype), vit.shapes(net))
+    split = Split(tiny_split.images_NHWc, rng.integers(0, classes, 26).astype(np.int32))
+    images = jnp.asarray(split.images_NHWc / 127.5 - 1, jnp.float32)
+    p_NC = np.asarray(jax.nn.softmax(vit.logits(net, params, images)), float)
+    found = make_evaluate(net, mesh)(params, put(split, mesh), eval_batches(26, 8, mesh))
+    slow = slowly(p_NC, split.labels_N)
+    assert found == near(slow)
+    assert [sum(row) for row in found.confusion] == np.bincount(split.labels_N, minlength=classes).tolist()
+    assert np.trace(found.confusion) / 26 == found.accuracy
+    if classes > 5:
+        assert 1 > found.top5 > found.accuracy > 0
+    else:
+        assert found.top5 is None
+
+
+def test_no_confusion_is_counted_for_more_than_1000_classes(tiny_config, split):
+    config = tiny_config(model={"classes": 1001})
+    net, mesh = vit.build(config.model), make_mesh(config.train)
+    evaluate, params = make_evaluate(net, mesh), vit.init(net, jax.random.key(0))
+    images, batches = put(split, mesh), eval_batches(26, 26, mesh)
+    assert evaluate(params, images, batches).confusion == []
+    (row,) = models.evaluate_run(config, params, None, evaluate, images, batches)
+    assert "confusion" not in row
+
+
 def test_an_ensemble_of_one_path_is_that_path(tiny_config, split, params_of):
     config = tiny_config(routing={"experts": E})
     mesh = make_mesh(config.train)
@@ -128,10 +161,14 @@ def test_a_run_of_experts_is_tested_merged_per_expert_on_random_paths_and_as_an_
     assert [row["model"] for row in rows] == ["merged", "EMA", *[f"expert {e}" for e in range(E)], *random, "ensemble"]
 
     def metrics(tree):
-        return near(evaluate(tree, images, batches))._asdict()
+        found = near(evaluate(tree, images, batches))
+        return {name: getattr(found, name) for name in ("accuracy", "nll", "ece", "images")}
 
     route_PL = models.path_routes(config, paths)
-    assert rows[0].items() >= metrics(merge.average_experts(params)).items()
+    merged = merge.average_experts(params)
+    assert rows[0].items() >= metrics(merged).items()
+    assert rows[0]["confusion"] == evaluate(merged, images, batches).confusion
+    assert not [row["model"] for row in rows[1:] if "confusion" in row]
     assert rows[1].items() >= metrics(params_of(1)).items()
     for e in range(E):
         assert rows[2 + e].items() >= metrics(merge.take_path(params, jnp.array([e, e]))).items()
@@ -158,7 +195,8 @@ def test_equal_experts_make_every_path_and_the_ensemble_the_merged_model(tiny_co
     merged = evaluate(dense, images, batches)
     assert len(rows) == E + 3
     for row in rows:
-        assert [row[name] for name in Result._fields] == pytest.approx(list(merged), rel=1e-5)
+        names = merged.numbers()
+        assert {name: row[name] for name in names} == pytest.approx(names, rel=1e-5)
 
 
 def test_random_paths_are_fixed_by_the_seed_and_fresh_per_layer_and_number(tiny_config):

@@ -19,7 +19,10 @@ from jvitmoe.runs import files, plots, results, tables
 
 MODELS = ("merged", "expert 0", "2 random paths", "ensemble")
 RESULTS = processes.ROOT / "results"
-UNIT = re.compile("^(step|layer|GPUs)$|, (nats|%|ms)|^images/s|^time / time of dense|^distance / size of the mean")
+UNIT = re.compile(
+    "^(step|layer|GPUs|(true|predicted) class)$|, (nats|%|ms)|^images/s|^time / time of dense|"
+    "^distance / size of the mean"
+)
 
 
 @pytest.fixture
@@ -75,6 +78,7 @@ def test_runs_that_differ_in_the_seed_become_one_group_with_mean_and_deviation(m
         "model": "merged",
         "seeds": "3",
         "accuracy": "63.33% ± 15.28%",
+        "top5": "-",
         "nll": "1.2667 ± 0.3055",
         "ece": "0.1000 ± 0.0000",
         "parameters": "5",
@@ -161,6 +165,72 @@ def test_the_mergeability_figure_and_report(make_run, capsys, experts):
     assert "![mergeability](mergeability.png)" in text
     assert "| 3 | 0.2000 | 0.2000 | 0.2000 | 0.2000 |" in text
     assert "0.5000 nats" in capsys.readouterr().out
+
+
+def confused(classes, images=60):
+    """Returns a result of a merged model that classifies about 80 % of the images of each class right."""
+    rng = np.random.default_rng(0)
+    wrong = [0.2 / (classes - 1)] * (classes - 1)
+    counts_CC = np.stack([np.roll(rng.multinomial(images, [0.8, *wrong]), c) for c in range(classes)])
+    row = {"model": "merged", "accuracy": np.trace(counts_CC) / counts_CC.sum(), "images": int(counts_CC.sum())}
+    return {"rows": [{"model": "routed"}, row | {"confusion": counts_CC.tolist()}]}
+
+
+@pytest.mark.parametrize("classes", [2, 10, 20, 21, 100])
+@pytest.mark.parametrize("name", ["", "a [name] $b$ as long as ImageNet's"])
+def test_the_confusion_matrix_names_its_classes_and_counts_up_to_20(tmp_path, figures, classes, name):
+    if name:
+        (tmp_path / "classes.json").write_text(json.dumps([f"{n} {name}" for n in range(classes)]))
+    result = confused(classes, 10_000)
+    assert plots.confusion(result, tmp_path)
+    check(figures[0])
+    axes = figures[0].axes[0]
+    counts_CC = np.array(result["rows"][1]["confusion"])
+    texts = {tuple(map(round, text.get_position())): text.get_text() for text in axes.texts}
+    cells = {(d, c): str(counts_CC[c, d]) for c, d in zip(*np.nonzero(counts_CC), strict=True)}
+    assert texts == (cells if classes <= 20 else {})
+    (picture,) = axes.get_images()
+    np.testing.assert_allclose(picture.get_array().sum(1), 100)
+    assert axes.get_yticklabels()[0].get_text() == ("0 a [name] $b$ as l…" if name else "0")
+    assert (tmp_path / "confusion.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_class_whose_name_the_font_lacks_is_shown_by_number():
+    assert plots._axis_names(["Löwe", "中", "a\nb", "\udcff", "x" * 21]) == ["Löwe", "1", "2", "3", "x" * 19 + "…"]
+
+
+def test_no_confusion_matrix_of_more_than_100_classes_or_of_an_old_result_is_drawn(tmp_path, make_run):
+    assert not plots.confusion(confused(101), tmp_path)
+    folder = make_run("old")
+    assert not plots.confusion(results.read_result(folder), folder)
+    assert not [*tmp_path.rglob("*.png")]
+
+
+def test_the_report_of_a_run_has_a_row_per_class(make_run, tmp_path):
+    folder = make_run("run")
+    result = results.read_result(folder) | {"seed": 0}
+    result["rows"][0]["confusion"] = [[8, 2, 0], [0, 0, 0], [1, 3, 0]]
+    (folder / "classes.json").write_text('["cat", "a|b", "dog"]')
+    for drawn in (True, False):
+        results.write_result(folder, result, drawn)
+        text = (folder / "report.md").read_text()
+        assert ("![confusion](confusion.png)" in text) == drawn
+    assert "| cat | 10 | 80.00% | a\\|b (20.00%) |" in text
+    assert "| a\\|b | 0 | - | - |" in text
+    assert "| dog | 4 | 0.00% | a\\|b (75.00%) |" in text
+    assert results.read_result(folder)["rows"][0]["confusion"] == result["rows"][0]["confusion"]
+    assert results.class_names(folder, 4) == ("0", "1", "2", "3")
+
+
+def test_top5_of_new_runs_stands_beside_old_runs_without_it(make_run):
+    old, new = make_run("old"), make_run("new", optim__learning_rate=0.5)
+    result = json.loads((new / "result.json").read_text())
+    for row in result["rows"]:
+        row["top5"] = 0.9
+    (new / "result.json").write_text(json.dumps(result))
+    rows = [row for name, group in read(old, new).items() for row in report.group_rows(name, group)]
+    assert [row["top5"] for row in rows] == ["-"] * 4 + ["90.00%"] * 4
+    assert len({tuple(row) for row in rows}) == 1  # one order of columns
 
 
 @pytest.fixture
@@ -314,7 +384,11 @@ def test_the_pictures_in_results_can_be_drawn_again(tmp_path, figures, monkeypat
 
 
 WRONG = {
-    "rows": ([], 3, [{"model": "merged"}], [{"model": [], "accuracy": 0.5}], [{"model": "merged", "accuracy": "0.5"}]),
+    "rows": (
+        *([], 3, [{"model": "merged"}], [{"model": [], "accuracy": 0.5}], [{"model": "merged", "accuracy": "0.5"}]),
+        *([{"model": "merged", "accuracy": 0.5, "confusion": wrong}] for wrong in (3, [], [[0.5]])),
+    ),
+    "probes": ([], [{"probe": "5-nn", "accuracy": 0.5}]),
     "step": ("2", None, 1e400),
     "active_parameters": ("5", 10**400),
     "total_parameters": ("9", None, []),

@@ -75,16 +75,25 @@ class Source(abc.ABC):
         """Returns what `datasets.browse` returns. Raises DataError."""
 
 
+class SizeError(DataError):
+    """The images of a set do not have the size and channels of the model."""
+
+    def __init__(self, fault: str, remedy: str) -> None:
+        super().__init__(f"{fault}; {remedy}")
+        self.fault = fault
+
+
 def check_fit(name: str, shape_HWc: Sequence[int], classes: int, model: ModelConfig) -> None:
-    """Raises DataError, with the settings to change, if images or classes of a set do not fit the model."""
+    """Raises DataError, with the settings to change, if images (SizeError) or classes of a set do not fit the model. A
+    model of 0 classes, used for its features only, fits any number of classes."""
     height, width, channels = shape_HWc
     if tuple(shape_HWc) != (model.image_size, model.image_size, model.channels):
         wanted = f"{model.image_size}x{model.image_size}x{model.channels}"
         flags = [f"--config.model.image_size={height}"] * (height != model.image_size)
         flags += [f"--config.model.channels={channels}"] * (channels != model.channels)
         remedy = f"set {' '.join(flags)}" if height == width else "only square images fit"
-        raise DataError(f"images of {name} are {height}x{width}x{channels} but config.model expects {wanted}; {remedy}")
-    if classes != model.classes:
+        raise SizeError(f"images of {name} are {height}x{width}x{channels} but config.model expects {wanted}", remedy)
+    if model.classes and classes != model.classes:
         rule = f"config.model.classes is {model.classes}; set --config.model.classes={classes}"
         raise DataError(f"{name} has {classes} classes but {rule}")
 

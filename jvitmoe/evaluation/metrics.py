@@ -20,6 +20,8 @@ from jvitmoe.runtime.devices import AXES, REPLICATED, settle
 
 Shown = Images | Iterable[Images]  # a whole split on the devices, or its batches one after the other
 BINS = 15  # M, as in Guo et al., arXiv 1706.04599
+TOP = 5  # classes that may hold the label; not reported for as few classes or fewer
+MOST_CLASSES = 1000  # with more, a confusion matrix takes too much memory per path, and none is counted
 
 
 class Sums(NamedTuple):
@@ -31,6 +33,8 @@ class Sums(NamedTuple):
     bin_seen_M: jax.Array  # int32, images by confidence: bin m holds (m/M, (m+1)/M]
     bin_correct_M: jax.Array  # int32
     bin_confidence_M: jax.Array  # float32
+    in_top: jax.Array  # int32, images whose label is among the TOP most probable classes
+    confusion_CC: jax.Array  # int32, images by label and predicted class; [0, 0] for more than MOST_CLASSES
 
 
 class Result(NamedTuple):
@@ -38,6 +42,14 @@ class Result(NamedTuple):
     nll: float  # mean negative log-likelihood, nats
     ece: float  # expected calibration error: mean distance of accuracy and confidence over 15 bins, weighted by images
     images: int
+    top5: (
+        float | None
+    )  # share of images whose label is among the five most probable classes; None for 5 classes or less
+    confusion: list[list[int]]  # images by label and predicted class; [] for more than MOST_CLASSES
+
+    def numbers(self) -> dict[str, float]:
+        """Returns the fields that are one number."""
+        return {name: value for name, value in self._asdict().items() if isinstance(value, int | float)}
 
 
 class Evaluator:
@@ -72,15 +84,18 @@ class Evaluator:
         (Lakshminarayanan et al., arXiv 1612.01474). Paths run one after the other, to save memory."""
         log_weight_P = jnp.where(jnp.arange(len(route_PL)) < members, -np.log(members), -jnp.inf)
         # On the mesh, as the step returns them; otherwise the second batch would compile a second program.
-        count, bins = (np.zeros((len(route_PL) + 1, *shape), np.int32) for shape in ((), (BINS,)))
-        zeros: Any = (count, count.astype(np.float32), count, bins, bins, bins.astype(np.float32))
+        shapes = (), (BINS,), (_confusion_side(self.net.config.classes),) * 2
+        count, bins, confusion = (np.zeros((len(route_PL) + 1, *shape), np.int32) for shape in shapes)
+        nll, confidence = count.astype(np.float32), bins.astype(np.float32)
+        zeros: Any = (count, nll, count, bins, bins, confidence, count, confusion)
         sums = Sums(*(to_devices(x, self._replicated) for x in zeros))
         whole = isinstance(split, Images)
         step = self._step if whole else self._streamed_step
         for s, images in enumerate([split] * len(batches.index_SB) if whole else split):
             sums = step(params, route_PL, log_weight_P, sums, images, batches, jnp.int32(s))
             settle(self._mesh, sums)
-        *results, ensemble = (_result(Sums(*row)) for row in zip(*jax.device_get(sums), strict=True))
+        rows = zip(*jax.device_get(sums), strict=True)
+        *results, ensemble = (_result(Sums(*row), self.net.config.classes) for row in rows)
         return results, ensemble
 
     def _batch_sums(
@@ -115,7 +130,12 @@ def make_evaluate(model: vit.ViT, mesh: Mesh) -> Evaluator:
 
 
 def _sums(log_p_bC: jax.Array, labels_b: jax.Array, mask_b: jax.Array) -> Sums:
-    right_b = (log_p_bC.argmax(-1) == labels_b) & mask_b
+    predicted_b, classes = log_p_bC.argmax(-1), log_p_bC.shape[-1]
+    right_b = (predicted_b == labels_b) & mask_b
+    top_b5 = jax.lax.top_k(log_p_bC, min(TOP, classes))[1]  # of equal classes it takes the first, as argmax does
+    confusion_CC = jnp.zeros((_confusion_side(classes),) * 2, jnp.int32)
+    if confusion_CC.size:
+        confusion_CC = confusion_CC.at[labels_b, predicted_b].add(mask_b.astype(jnp.int32))
     nll_b = -jnp.take_along_axis(log_p_bC, labels_b[:, None], axis=1)[:, 0]
     confidence_b = jnp.exp(log_p_bC.max(-1))
     bin_b = jnp.clip(jnp.ceil(confidence_b * BINS).astype(jnp.int32) - 1, 0, BINS - 1)
@@ -127,10 +147,19 @@ def _sums(log_p_bC: jax.Array, labels_b: jax.Array, mask_b: jax.Array) -> Sums:
         in_bin_bM.sum(0),
         (in_bin_bM & right_b[:, None]).sum(0),
         jnp.where(in_bin_bM, confidence_b[:, None], 0.0).sum(0),
+        ((top_b5 == labels_b[:, None]).any(-1) & mask_b).sum(),
+        confusion_CC,
     )
 
 
-def _result(sums: Sums) -> Result:
+def _confusion_side(classes: int) -> int:
+    """Returns the number of rows of the confusion matrix: 0 if it is not counted."""
+    return classes if classes <= MOST_CLASSES else 0
+
+
+def _result(sums: Sums, classes: int) -> Result:
     seen = int(sums.seen)
     ece = float(np.abs(sums.bin_correct_M - sums.bin_confidence_M).sum()) / seen
-    return Result(int(sums.correct) / seen, float(sums.nll) / seen, ece, seen)
+    top5 = int(sums.in_top) / seen if classes > TOP else None
+    confusion: Any = sums.confusion_CC.tolist()
+    return Result(int(sums.correct) / seen, float(sums.nll) / seen, ece, seen, top5, confusion)

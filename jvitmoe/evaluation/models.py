@@ -41,7 +41,8 @@ def evaluate_main(config: Config, params: Any, evaluate: Evaluator, split: Shown
 def evaluate_run(
     config: Config, params: Any, ema: Any, evaluate: Evaluator, split: Shown, batches: Batches, paths: int = 1
 ) -> list[dict[str, Any]]:
-    """Returns one row per tested model: the fields of `Result`, parameters and FLOPs per image.
+    """Returns one row per tested model: the numbers of `Result`, parameters and FLOPs per image. The row of the dense
+    or merged model also has the confusion matrix, if it was counted.
 
     A dense run has "dense". One with experts has "merged", "expert e" for each, `paths` random paths in one row (mean;
     of several, also the deviation as *_std) and the "ensemble" of the experts. "routed" and "EMA" if the run has them.
@@ -52,13 +53,15 @@ def evaluate_run(
     cost = {"parameters": dense_size, "flops_per_image": flops_per_image(evaluate.net, batch)}
 
     def row(name: str, result: Result) -> dict[str, Any]:
-        return {"model": name, **result._asdict(), **cost}
+        return {"model": name, **result.numbers(), **cost}
 
     rows = []
     if evaluate.routed:
         routed_cost = {"parameters": active, "flops_per_image": flops_per_image(evaluate.routed.net, batch)}
         rows.append(row("routed", evaluate.routed(params, split, batches)) | routed_cost)
-    rows.append(row("dense" if experts == 1 else "merged", evaluate(dense_tree(config, params), split, batches)))
+    shipped = evaluate(dense_tree(config, params), split, batches)
+    confusion = {"confusion": shipped.confusion} if shipped.confusion else {}
+    rows.append(row("dense" if experts == 1 else "merged", shipped) | confusion)
     if ema is not None:
         rows.append(row("EMA", evaluate(ema, split, batches)))
     if experts == 1:
@@ -66,10 +69,12 @@ def evaluate_run(
     results, ensemble = evaluate.paths(params, path_routes(config, paths), experts, split, batches)
     rows += [row(f"expert {e}", result) for e, result in enumerate(results[:experts])]
     if drawn := results[experts:]:
-        several = {name: [result._asdict()[name] for result in drawn] for name in ("accuracy", "nll", "ece")}
-        mean = Result(**{name: statistics.fmean(values) for name, values in several.items()}, images=drawn[0].images)
+        several = {
+            name: [result.numbers()[name] for result in drawn] for name in drawn[0].numbers() if name != "images"
+        }
+        mean = {name: statistics.fmean(values) for name, values in several.items()}
         spread = {f"{name}_std": statistics.stdev(values) for name, values in several.items() if paths > 1}
-        rows.append(row("random path" if paths == 1 else f"{paths} random paths", mean) | spread)
+        rows.append(row("random path" if paths == 1 else f"{paths} random paths", drawn[0]) | mean | spread)
     ensemble_cost = {"parameters": total, "flops_per_image": experts * cost["flops_per_image"]}
     return [*rows, row("ensemble", ensemble) | ensemble_cost]
 

@@ -142,8 +142,9 @@ class ViT(nn.Module):
         route: jax.Array | None = None,
         key_B: jax.Array | None = None,
         top_k: jax.Array | None = None,
+        head: bool = True,
     ) -> jax.Array:
-        """Returns float32 logits_BC.
+        """Returns float32 logits_BC; without `head` float32 features_BD, its input.
 
         Args:
             images_BHWc: normalised images, image_size x image_size x channels; sorted by slot for a route over slots.
@@ -183,6 +184,8 @@ class ViT(nn.Module):
             pooled_BD = SequencePool(self.dtype, name="pool")(norm(patches_BTD))
         else:
             pooled_BD = norm(x_BTD[:, 0] if config.pool == "cls" else patches_BTD.mean(axis=1))
+        if not head:
+            return pooled_BD.astype(jnp.float32)
         return Head(config.classes, config.head_hidden, self.dtype, name="head")(pooled_BD).astype(jnp.float32)
 
     def _scanned(
@@ -245,6 +248,11 @@ def logits(
 ) -> jax.Array:
     """Returns float32 logits_BC of the model with these parameters; arguments as `ViT.__call__`."""
     return cast(jax.Array, model.apply({"params": params}, images_BHWc, route, key_B))
+
+
+def features(model: ViT, params: Any, images_BHWc: jax.Array) -> jax.Array:
+    """Returns float32 features_BD of a dense model, the input of its head: pooled, after the last norm."""
+    return cast(jax.Array, model.apply({"params": params}, images_BHWc, head=False))
 
 
 def logits_and_statistics(

@@ -14,6 +14,7 @@ CONFIG, METRICS, RESULT = "config.json", "metrics.jsonl", "result.json"
 CLASSES = "classes.json"  # names of the classes, in the order of their labels
 IMAGES = "images.json"  # split -> number of images, to notice on resuming that the data have changed
 MERGEABILITY = "mergeability.png"
+CONFUSION = "confusion.png"
 UNFINISHED = ".part"  # suffix of a file that is being written
 
 
@@ -104,5 +105,5 @@ def _check_form(value: Any, form: Any, name: str) -> None:
         for key in {key.rstrip("?") for key in form} - {"*"}:
             if key in form or value.get(key) is not None:
                 _check_form(value.get(key), form.get(key, form.get(f"{key}?")), key)
-        for key in (value.keys() - form.keys()) if "*" in form else ():
+        for key in (value.keys() - {key.rstrip("?") for key in form}) if "*" in form else ():
             _check_form(value[key], form["*"], key)

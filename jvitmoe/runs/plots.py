@@ -1,4 +1,4 @@
-"""The figures: curves of runs, a comparison of runs, mergeability of one run, a benchmark."""
+"""The figures: curves of runs, a comparison of runs, mergeability and confusion of one run, a benchmark."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,10 +9,12 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
+from matplotlib.colors import LinearSegmentedColormap, PowerNorm
 from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties, findfont, get_font
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
-from jvitmoe.runs import files, history
+from jvitmoe.runs import files, history, results
 
 matplotlib.use("Agg")  # writes files without a display
 
@@ -29,6 +31,7 @@ MARKS = {
     **{"expert (mean)": ("P", COLOURS[0]), "ensemble": ("^", COLOURS[2])},
 }
 LEAST_ERROR = 1e-3  # shown instead of an error of 0, which a log scale has not
+MOST_CLASSES, MOST_COUNTED = 100, 20  # classes of a confusion matrix that is drawn, and of one with counts in its cells
 POINTS = 60  # most points of a line; more records are averaged
 
 
@@ -171,6 +174,46 @@ def mergeability(result: Mapping[str, Any], path: Path) -> None:
     for axes, columns in ((layer_axes, 1), (loss_axes, 3)):
         axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), fontsize=10, ncols=columns)
     save(figure, path)
+
+
+@in_style
+def confusion(result: Mapping[str, Any], workdir: Path) -> bool:
+    """Writes confusion.png of the dense or merged model of a run: a row is the share of the images of a class by
+    predicted class; for up to 20 classes, cells hold the counts. Returns False, and writes nothing, if the matrix was
+    not counted or has more than 100 classes."""
+    row = next((row for row in result["rows"] if 0 < len(row.get("confusion", ())) <= MOST_CLASSES), None)
+    if row is None:
+        return False
+    counts_CC = np.array(row["confusion"])
+    classes, counted = len(counts_CC), len(counts_CC) <= MOST_COUNTED
+    names = _axis_names(results.class_names(workdir, classes))
+    share_CC = 100 * counts_CC / np.maximum(counts_CC.sum(1, keepdims=True), 1)
+    side, size = (0.5, 9) if counted else (0.14, 7)  # of a cell, inches; of its text, points
+    figure, axes = plt.subplots(figsize=(max(side * classes, 3) + 2.5, max(side * classes, 3) + 1.5))
+    colours = LinearSegmentedColormap.from_list("confusion", ["white", COLOURS[0]])
+    # On a linear scale the errors of a good model, a few per cent, would look white.
+    picture = axes.imshow(share_CC, cmap=colours, norm=PowerNorm(0.5, 0, 100))
+    for label, predicted in zip(*np.nonzero(counts_CC), strict=True) if counted else ():
+        ink = "white" if share_CC[label, predicted] > 40 else "black"
+        text = str(counts_CC[label, predicted])
+        axes.text(predicted, label, text, color=ink, fontsize=size, ha="center", va="center")
+    upright = max(map(len, names)) > 3
+    style: Any = {"fontsize": size, "parse_math": False}
+    axes.set_xticks(range(classes), names, rotation=90 if upright or not counted else 0, **style)
+    axes.set_yticks(range(classes), names, **style)
+    axes.grid(visible=False)
+    title = f"{row['model']}: {row['images']:,} test images, {100 * row['accuracy']:.1f} % right"
+    axes.set(title=title, xlabel="predicted class", ylabel="true class")
+    figure.colorbar(picture, label="share of the true class, %", ticks=[0, 1, 5, 10, 25, 50, 100], shrink=0.8)
+    save(figure, workdir / files.CONFUSION)
+    return True
+
+
+def _axis_names(names: Sequence[str]) -> list[str]:
+    """Returns the names, cut to 20 characters; a number for a name with characters that the font does not have."""
+    glyphs = get_font(findfont(FontProperties()))
+    known = (name if all(map(glyphs.get_char_index, map(ord, name))) else str(n) for n, name in enumerate(names))
+    return [name if len(name) <= 20 else f"{name[:19]}…" for name in known]
 
 
 @in_style

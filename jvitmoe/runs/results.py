@@ -7,20 +7,26 @@ from typing import Any
 
 from jvitmoe.errors import UserError
 from jvitmoe.runs.console import console
-from jvitmoe.runs.files import MERGEABILITY, RESULT, checksum, read_json, write_text
+from jvitmoe.runs.files import CONFUSION, MERGEABILITY, RESULT, checksum, read_classes, read_json, write_text
 from jvitmoe.runs.tables import markdown, quantity, show
 
 RESULT_FORM = {  # as `read_json` takes it
-    "rows": [{"model": str, "accuracy": float, "*": float}],
+    "rows": [{"model": str, "accuracy": float, "confusion?": [[int]], "*": float}],
     **{"step": int, "active_parameters": int, "total_parameters": int, "hardware": str},
     **{"data?": str, "seed?": int, "images_per_second?": float, "trained_on?": str, "versions?": {"*": str}},
     "mergeability?": {"barrier": {"height": float}, "gap": [float]},
+    "probes?": [{"probe": str, "model": str, "data": str, "accuracy": float, "*": float}],
 }
 LEGEND = (
     "Spread: how far experts are from their mean, relative to it. Cosine: of two experts' weights, mean of pairs. "
     "Closest pair: largest cosine of two experts' differences from the mean, which average to about -1 / (E - 1). "
     "Layer gap: how far the output of the mean expert is from the mean of the experts' outputs, relative to it."
 )
+PROBES = (
+    "n-shot: ridge regression on n training images per class, mean ± sample deviation over three draws of them. "
+    "k-nn: weighted vote of the k nearest training images. Both see only the features, the input of the head."
+)
+METRICS = {"accuracy": ".2%", "top5": ".2%", "nll": ".4f", "ece": ".4f"}  # of a row of a model, and how they are shown
 LAYER_COLUMNS = {"spread": "spread", "cosine": "cosine", "closest pair": "difference_cosine", "layer gap": "gap"}
 
 
@@ -49,12 +55,48 @@ def result_rows(result: Mapping[str, Any]) -> list[dict[str, str]]:
 
 
 def metric_cells(row: Mapping[str, Any]) -> dict[str, str]:
-    """Returns the cells of those of accuracy, nll and ece that the row has, each with its deviation if it has one."""
-    formats = {name: form for name, form in (("accuracy", ".2%"), ("nll", ".4f"), ("ece", ".4f")) if name in row}
+    """Returns the cells of those of METRICS that the row has, each with its deviation if it has one."""
     return {
         name: f"{row[name]:{form}}" + (f" ± {row[f'{name}_std']:{form}}" if f"{name}_std" in row else "")
-        for name, form in formats.items()
+        for name, form in METRICS.items()
+        if name in row
     }
+
+
+def class_names(workdir: Path, classes: int) -> tuple[str, ...]:
+    """Returns the names of the classes; their numbers if the run kept no names."""
+    names = read_classes(workdir)
+    return names if len(names) == classes else tuple(map(str, range(classes)))
+
+
+def class_rows(confusion: Sequence[Sequence[int]], names: Sequence[str]) -> list[dict[str, str]]:
+    """Returns a row of text cells per class: its images, the share that is classified right, and the class that most of
+    the others are taken for. Row c of `confusion` counts the images of class c by predicted class."""
+    rows = []
+    for label, (name, counts) in enumerate(zip(names, confusion, strict=True)):
+        images, wrong = sum(counts), [count * (other != label) for other, count in enumerate(counts)]
+        most = max(wrong)
+        rows.append(
+            {
+                "class": name,
+                "images": f"{images:,}",
+                "accuracy": f"{counts[label] / images:.2%}" if images else "-",
+                "most often taken for": f"{names[wrong.index(most)]} ({most / images:.2%})" if most else "-",
+            }
+        )
+    return rows
+
+
+def probe_rows(probes: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
+    """Returns the rows of the probes as text cells."""
+    return [
+        {
+            **{name: row[name] for name in ("probe", "model", "data")},
+            **metric_cells(row),
+            **{f"{split} images": f"{row[f'{split}_images']:,}" for split in ("train", "test")},
+        }
+        for row in probes
+    ]
 
 
 def made_with(several: Sequence[Mapping[str, Any]]) -> str:
@@ -64,8 +106,12 @@ def made_with(several: Sequence[Mapping[str, Any]]) -> str:
     return f"Hardware: {'; '.join(hardware)}. Versions: {', '.join(versions) or 'not recorded'}."
 
 
-def write_result(workdir: Path, result: Mapping[str, Any]) -> None:
-    """Writes result.json and report.md and prints the tables."""
+def write_result(workdir: Path, result: Mapping[str, Any], confusion_drawn: bool = False) -> None:
+    """Writes result.json and report.md and prints the tables, but the one of classes, which may be long.
+
+    Args:
+        confusion_drawn: the report shows confusion.png.
+    """
     write_text(workdir / RESULT, json.dumps({**result, "checksum": checksum(result)}, indent=2) + "\n")
     rows = result_rows(result)
     show(rows, f"{workdir.name}: {result['data']} test split, step {result['step']}")
@@ -74,6 +120,9 @@ def write_result(workdir: Path, result: Mapping[str, Any]) -> None:
         f"Test split of {result['data']}, checkpoint at step {result['step']}, seed {result['seed']}. "
         f"Parameters: {result['active_parameters']:,} active, {result['total_parameters']:,} total.\n"
     )
+    if probes := probe_rows(result.get("probes") or ()):
+        text += f"\n## Probes\n\n{markdown(probes)}\n{PROBES}\n"
+        show(probes, "probes of the features")
     if why := result.get("mergeability"):
         layers = [
             {"layer": str(layer), **{title: f"{why[name][n]:.4f}" for title, name in LAYER_COLUMNS.items()}}
@@ -86,4 +135,9 @@ def write_result(workdir: Path, result: Mapping[str, Any]) -> None:
         )
         show(layers, "experts of each layer")
         console.print(barrier)
+    for row in result["rows"]:
+        if confusion := row.get("confusion"):
+            picture = f"![confusion]({CONFUSION})\n\n" if confusion_drawn else ""
+            table = markdown(class_rows(confusion, class_names(workdir, len(confusion))))
+            text += f"\n## Classes, {row['model']}\n\n{picture}{table}"
     write_text(workdir / "report.md", text)

@@ -9,7 +9,16 @@ from rich.table import Table
 
 from jvitmoe.runs.console import console
 
-LEFT = ("run", "model", "hardware", "image")  # columns of text; the others are right-aligned
+LEFT = (
+    "run",
+    "model",
+    "hardware",
+    "image",
+    "class",
+    "most often taken for",
+    "probe",
+    "data",
+)  # columns of text; the others are right-aligned
 
 
 def show(rows: Sequence[Mapping[str, Any]], title: str) -> None:
@@ -28,7 +37,8 @@ def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
     """Returns rows of text cells as a Markdown table."""
     names = list(rows[0])
     rules = [":--" if name in LEFT else "--:" for name in names]
-    lines = [names, rules, *([str(cell) for cell in row.values()] for row in rows)]
+    # A bar in a name of a class or a run would begin a new cell.
+    lines = [names, rules, *([str(cell).replace("|", "\\|") for cell in row.values()] for row in rows)]
     return "".join("| " + " | ".join(line) + " |\n" for line in lines)
 
 

@@ -1,0 +1,133 @@
+"""Probes: how well simple classifiers do on a model's features, the input of its head.
+
+N images · D width · C classes
+"""
+
+from collections.abc import Callable, Mapping
+from statistics import fmean, stdev
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from jvitmoe.config import Config
+from jvitmoe.data import augment, stream
+from jvitmoe.data.batches import Batches, Images
+from jvitmoe.data.splits import Dataset
+from jvitmoe.errors import UserError
+from jvitmoe.evaluation.metrics import Shown
+from jvitmoe.models import vit
+
+SEEDS = (0, 1, 2)  # of the draws of shots
+L2, BIAS = 2.0**10, 100.0
+TEMPERATURE = 0.07
+
+
+class Features(NamedTuple):
+    """The features of a split, and its labels."""
+
+    features_ND: np.ndarray  # float32
+    labels_N: np.ndarray  # int32
+
+
+def measure(
+    net: vit.ViT, trees: Mapping[str, Any], data: Dataset, config: Config, mesh: Mesh, shots: int, neighbours: int
+) -> list[dict[str, Any]]:
+    """Returns one row per probe and model: its name, the model's, the set's, accuracy on the test split, and images.
+
+    Args:
+        net: the dense model.
+        trees: {name of a model: its parameters}.
+        data: the set, whose images are seen as evaluation sees them. Its whole training split is passed through.
+        config: of the run, with the `data` settings of the set.
+        shots: images per class of `few_shot`, mean over SEEDS with the deviation as accuracy_std; 0 leaves it out.
+        neighbours: k of `nearest`; 0 leaves it out.
+
+    Raises UserError for more shots or neighbours than there are training images.
+    """
+    if neighbours > len(data.train):
+        raise UserError(f"--knn is {neighbours}; it must be at most the {len(data.train)} training images")
+    splits = [stream.eval_images(split, config, mesh) for split in (data.train, data.test)]
+    extract, names, rows = make_extract(net), data.class_names, []
+
+    for model, params in trees.items():
+        train, test = (extract(params, *split) for split in splits)
+        about = {"model": model, "data": config.data.name, "test_images": len(test.labels_N)}
+        if shots:
+            accuracies = [few_shot(train, test, names, shots, seed) for seed in SEEDS]
+            numbers = {"accuracy": fmean(accuracies), "accuracy_std": stdev(accuracies)}
+            rows.append({"probe": f"{shots}-shot", **about, **numbers, "train_images": shots * len(names)})
+        if neighbours:
+            accuracy = nearest(train, test, neighbours)
+            rows.append(
+                {"probe": f"{neighbours}-nn", **about, "accuracy": accuracy, "train_images": len(train.labels_N)}
+            )
+    return rows
+
+
+def make_extract(net: vit.ViT) -> Callable[[Any, Shown, Batches], Features]:
+    """Returns a function (params, split, batches) -> features of every image, in order, without padding."""
+
+    @jax.jit
+    def of_batch(params: Any, images: Images, index_B: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+        images_BHWc, labels_B = images if index_B is None else (x[index_B] for x in images)
+        return vit.features(net, params, augment.normalize(images_BHWc)), labels_B
+
+    def extract(params: Any, split: Shown, batches: Batches) -> Features:
+        whole = isinstance(split, Images)
+        shown = ((split, index_B) for index_B in batches.index_SB) if whole else ((images, None) for images in split)
+        found = [jax.device_get(of_batch(params, *batch)) for batch in shown]
+        mask_N = np.ravel(batches.mask_SB)
+        features_ND, labels_N = (np.concatenate(arrays)[mask_N] for arrays in zip(*found, strict=True))
+        return Features(features_ND, labels_N)
+
+    return extract
+
+
+def draw_shots(labels_N: np.ndarray, names: tuple[str, ...], shots: int, seed: int) -> np.ndarray:
+    """Returns the indices of `shots` images of each class, a function of labels and seed.
+
+    Raises UserError if a class has fewer.
+    """
+    images_C: np.ndarray = np.bincount(labels_N, minlength=len(names))
+    least = int(np.argmin(images_C))
+    if shots > images_C[least]:
+        rule = f"class {names[least]!r} has {images_C[least]} training images"
+        raise UserError(f"--few_shot is {shots}; {rule}; give at most that many, or another --probe_data")
+    random = np.random.RandomState(seed)  # unlike Generator's, its numbers are the same in every version of NumPy
+    return np.concatenate([random.permutation(np.flatnonzero(labels_N == c))[:shots] for c in range(len(names))])
+
+
+def few_shot(train: Features, test: Features, names: tuple[str, ...], shots: int, seed: int) -> float:
+    """Returns the accuracy on `test` of a ridge regression on `shots` training images per class (`draw_shots`).
+
+    As big_vision's evaluators/fewshot_lsr.py: features are standardised by mean and deviation of the shots and get a
+    constant of 100 for the bias, so that it is hardly regularised; targets are 1 for the label and -1 for other
+    classes; L2 is 2^10, which big_vision fixes for all sets. Raises UserError as `draw_shots`.
+    """
+    from sklearn.linear_model import Ridge  # not above: importing it takes as long as JAX
+
+    index = draw_shots(train.labels_N, names, shots, seed)
+    shots_ND = train.features_ND[index].astype(float)
+    mean_D, std_D = shots_ND.mean(0), shots_ND.std(0) + 1e-5
+
+    def inputs(features_ND: np.ndarray) -> np.ndarray:
+        return np.pad((features_ND - mean_D) / std_D, ((0, 0), (0, 1)), constant_values=BIAS)
+
+    targets_NC = 2 * np.eye(len(names))[train.labels_N[index]] - 1
+    ridge = Ridge(L2, fit_intercept=False).fit(inputs(shots_ND), targets_NC)
+    return float(np.mean(ridge.predict(inputs(test.features_ND)).argmax(1) == test.labels_N))
+
+
+def nearest(train: Features, test: Features, neighbours: int) -> float:
+    """Returns the accuracy on `test` of a vote of the `neighbours` nearest training images by cosine similarity s.
+
+    A vote weighs exp(s / 0.07) (Wu et al., arXiv 1805.01978, section 3.4), as DINO is tested (Caron et al.,
+    arXiv 2104.14294), where k = 20 is best.
+    """
+    from sklearn.neighbors import KNeighborsClassifier  # not above: importing it takes as long as JAX
+
+    # The distance is 1 - s; the constant factor changes no vote.
+    vote = KNeighborsClassifier(neighbours, weights=lambda distance: np.exp(-distance / TEMPERATURE), metric="cosine")
+    return float(vote.fit(*train).score(*test))

@@ -1,0 +1,200 @@
+"""Few-shot regression and nearest neighbours on features, and the command that reports them."""
+
+import json
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+from jvitmoe import evaluate
+from jvitmoe.config import Config
+from jvitmoe.data import datasets, stream
+from jvitmoe.data.batches import eval_batches, put
+from jvitmoe.data.splits import Dataset, Source, Split, check_fit, in_memory
+from jvitmoe.errors import UserError
+from jvitmoe.evaluation import probes
+from jvitmoe.evaluation.probes import Features
+from jvitmoe.models import vit
+from jvitmoe.models.layers import Head
+from jvitmoe.runtime.devices import make_mesh
+from processes import call
+
+NAMES = ("a", "b", "c", "d")
+
+
+@pytest.fixture(scope="module")
+def noise(tiny_config):
+    """Returns a maker of (model, random parameters) with other settings of the model."""
+
+    def make(**settings):
+        net, rng = vit.build(tiny_config(model=settings).model), np.random.default_rng(0)
+        return net, jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), x.dtype), vit.shapes(net))
+
+    return make
+
+
+@pytest.mark.parametrize("settings", [{"pool": "cls"}, {"pool": "mean"}, {"head_hidden": 6}])
+def test_the_head_on_the_features_gives_the_logits(noise, settings):
+    net, params = noise(**settings)
+    images = jax.random.normal(jax.random.key(0), (5, 8, 8, 1))
+    head = Head(3, net.config.head_hidden, net.dtype)
+    features_BD = vit.features(net, params, images)
+    assert features_BD.shape == (5, 8)
+    logits_BC = head.apply({"params": params["head"]}, features_BD)
+    np.testing.assert_allclose(logits_BC, vit.logits(net, params, images), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("devices", [1, 2, 4])
+def test_features_are_those_of_one_image_at_a_time_on_any_number_of_devices(tiny_config, tiny_split, noise, devices):
+    config = tiny_config(train={"devices": devices})
+    mesh, (net, params) = make_mesh(config.train), noise()
+    images_NHWc = jnp.asarray(tiny_split.images_NHWc / 127.5 - 1, jnp.float32)
+    expected_ND = np.concatenate([vit.features(net, params, image[None]) for image in images_NHWc])
+    extract, batches = probes.make_extract(net), eval_batches(26, 8, mesh)
+    streamed = stream.EvalImages(in_memory(tiny_split), batches, config, mesh)
+    for shown in (put(tiny_split, mesh), streamed):
+        features_ND, labels_N = extract(params, shown, batches)
+        np.testing.assert_allclose(features_ND, expected_ND, rtol=1e-5, atol=1e-5)
+        np.testing.assert_array_equal(labels_N, tiny_split.labels_N)
+
+
+def clusters(count, width, seed):
+    """Returns the features of four classes that overlap."""
+    rng = np.random.default_rng(seed)
+    labels_N = rng.permutation(np.arange(count) % len(NAMES)).astype(np.int32)
+    centres_CD = np.random.default_rng(9).normal(size=(len(NAMES), width))
+    scale_D = 1 + np.arange(width)
+    features_ND = (centres_CD[labels_N] * 1.5 * width**-0.5 + rng.normal(size=(count, width))) * scale_D + 3
+    return Features(features_ND.astype(np.float32), labels_N)
+
+
+@pytest.mark.parametrize(("shots", "width"), [(1, 6), (10, 6), (10, 64)])  # 64 features are more than 40 images
+def test_few_shot_is_the_closed_form_of_ridge_regression(shots, width):
+    train, test = clusters(200, width, 0), clusters(500, width, 1)
+    for seed in (0, 1):
+        index = probes.draw_shots(train.labels_N, NAMES, shots, seed)
+        x, y = train.features_ND[index].astype(float), -np.ones((len(index), len(NAMES)))
+        y[np.arange(len(index)), train.labels_N[index]] = 1
+        mean, std = x.mean(0), x.std(0) + 1e-5
+        x, z = (np.column_stack([(f - mean) / std, np.full(len(f), 100.0)]) for f in (x, test.features_ND))
+        weights = np.linalg.inv(x.T @ x + 1024 * np.eye(width + 1)) @ x.T @ y
+        expected = np.mean((z @ weights).argmax(1) == test.labels_N)
+        assert probes.few_shot(train, test, NAMES, shots, seed) == expected
+        assert 0.25 < expected < 1
+
+
+@pytest.mark.parametrize("neighbours", [1, 5, 20])
+def test_nearest_is_the_brute_force_vote(neighbours):
+    train, test = clusters(200, 6, 0), clusters(300, 6, 1)
+    unit = [f / np.linalg.norm(f, axis=1, keepdims=True) for f in (train.features_ND, test.features_ND)]
+    right = 0
+    for z, label in zip(unit[1], test.labels_N, strict=True):
+        similarity_N, votes = unit[0] @ z, np.zeros(len(NAMES))
+        for n in np.argsort(-similarity_N)[:neighbours]:
+            votes[train.labels_N[n]] += np.exp(similarity_N[n] / 0.07)
+        right += votes.argmax() == label
+    assert probes.nearest(train, test, neighbours) == right / 300
+    assert 0.25 < right / 300 < 1
+
+
+def test_shots_are_fixed_by_the_seed_and_even_over_classes():
+    labels_N = clusters(40, 2, 0).labels_N
+    first = probes.draw_shots(labels_N, NAMES, 3, 0)
+    assert np.bincount(labels_N[first]).tolist() == [3] * 4
+    assert len(set(first)) == 12
+    assert first.tolist() == probes.draw_shots(labels_N, NAMES, 3, 0).tolist()
+    assert first.tolist() != probes.draw_shots(labels_N, NAMES, 3, 1).tolist()
+    with pytest.raises(UserError, match="--few_shot is 11; class 'a' has 10 training images; give at most that many"):
+        probes.draw_shots(labels_N, NAMES, 11, 0)
+    with pytest.raises(UserError, match="class 'e' has 0 training images"):
+        probes.draw_shots(labels_N, (*NAMES, "e"), 1, 0)
+
+
+@pytest.fixture
+def workdir(experiment_run, tmp_path):
+    return shutil.copytree(experiment_run, tmp_path / "run")
+
+
+def test_evaluate_probes_and_counts_what_it_reports(workdir):
+    code, out, err = call(evaluate.main, f"--workdir={workdir}", "--paths=1", "--few_shot=5", "--knn=20", "--devices=2")
+    assert code == 0, err
+    result, text = json.loads((workdir / "result.json").read_text()), (workdir / "report.md").read_text()
+    few, near = result["probes"]
+    about = {"model": "merged", "data": "digits", "test_images": 360}
+    assert few.items() >= {**about, "probe": "5-shot", "train_images": 50}.items()
+    assert near.items() >= {**about, "probe": "20-nn", "train_images": 1437}.items()
+    assert min(few["accuracy"], near["accuracy"]) > 0.2  # chance is 0.1
+    assert few["accuracy_std"] > 0
+    assert "20-nn" in out
+    assert "| 5-shot | merged | digits |" in text
+    (row,) = (row for row in result["rows"] if "confusion" in row)
+    assert row["model"] == "merged"
+    assert np.trace(row["confusion"]) / np.sum(row["confusion"]) == row["accuracy"] <= row["top5"]
+    labels_N = datasets.load(Config().data, Config().model).test.labels_N
+    assert np.sum(row["confusion"], 1).tolist() == np.bincount(labels_N).tolist()
+    assert "## Classes, merged" in text
+    assert "(confusion.png)" in text
+    assert (workdir / "confusion.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_probes_take_another_set_with_another_number_of_classes(workdir, tmp_path):
+    rng = np.random.default_rng(0)
+    for split, name in ((split, name) for split in ("train", "test") for name in ("dark", "bright")):
+        folder = tmp_path / "set" / split / name
+        folder.mkdir(parents=True)
+        for n in range(6):
+            pixels = rng.integers(0, 60, (8, 8)) + 180 * (name == "bright")
+            Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{n}.png")
+    flags = ("--few_shot=4", "--knn=3", "--probe_data=folder", f"--probe_dir={tmp_path / 'set'}", "--paths=0")
+    code, _, err = call(evaluate.main, f"--workdir={workdir}", *flags)
+    assert code == 0, err
+    result = json.loads((workdir / "result.json").read_text())
+    assert [(row["data"], row["accuracy"], row["train_images"]) for row in result["probes"]] == [
+        ("folder", 1.0, 8),
+        ("folder", 1.0, 12),
+    ]
+    assert result["data"] == "digits"
+
+
+class Small(Source):
+    """Images of 4 x 4 pixels in colour."""
+
+    def browse(self):
+        check_fit("small", (4, 4, 3), 2, self.model)
+        raise AssertionError
+
+
+class Fitting(Source):
+    """Eight images of each of two classes."""
+
+    def browse(self):
+        images_NHWc = np.zeros((16, 8, 8, 1), np.uint8)
+        split = Split(images_NHWc, (np.arange(16) % 2).astype(np.int32))
+        return Dataset(in_memory(split), in_memory(split), ("even", "odd"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--few_shot=-1",), "--few_shot is -1; it must be a number of images, or 0 for no probe"),
+        (("--probe_data=digits",), "--probe_data is 'digits'; name a probe on it: --few_shot=10 or --knn=20"),
+        (("--knn=3", "--probe_dir=x"), "--probe_dir is 'x'; name the set in it: --probe_data=NAME"),
+        (("--knn=1438",), "--knn is 1438; it must be at most the 1437 training images"),
+        (("--few_shot=9", "--probe_data=fitting"), "--few_shot is 9; class 'even' has 8 training images"),
+        (
+            ("--knn=3", "--probe_data=small"),
+            "--probe_data is 'small', but images of small are 4x4x3 but config.model expects 8x8x1; "
+            "resize them into an image folder, and give --probe_data=folder --probe_dir=DIR",
+        ),
+    ],
+)
+def test_probes_are_refused_in_one_line(workdir, monkeypatch, arguments, message):
+    monkeypatch.setitem(datasets.SOURCES, "small", Small)
+    monkeypatch.setitem(datasets.SOURCES, "fitting", Fitting)
+    code, _, err = call(evaluate.main, f"--workdir={workdir}", "--paths=0", *arguments)
+    assert (code, err.count("\n")) == (2, 1), err
+    assert message in err
