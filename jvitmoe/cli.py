@@ -1,6 +1,7 @@
 """Shared by all commands: flags, the experiment file, and exit codes. A UserError is one line with exit code 2."""
 
 import difflib
+import inspect
 import io
 import logging as standard_logging
 import os
@@ -42,7 +43,7 @@ def parse_with_arguments(
     Args:
         argv: the command line, program name first.
         define: adds the command's own flags.
-        config: whether the command takes `--config=FILE.py` and `--config.a.b=value`.
+        config: whether the command takes `--config=FILE.py[:VARIANT]` and `--config.a.b=value`.
 
     Raises UserError for an unknown flag or field, a value of the wrong type, and an experiment file that fails.
     """
@@ -73,6 +74,12 @@ def config_path(argv: list[str]) -> str:
     return _take_config(argv)[0]
 
 
+def experiment_name(argv: list[str]) -> str:
+    """Returns the name of the experiment file without its suffix, and "_VARIANT" if one is given."""
+    path, _, variant = config_path(argv).partition(".py:")
+    return Path(path).name.removesuffix(".py") + (f"_{variant}" if variant else "")
+
+
 def _take_config(argv: list[str]) -> tuple[str, list[str]]:
     """Returns the value of --config, or "", and the other arguments."""
     path, others, arguments = "", [], iter(argv)
@@ -101,7 +108,11 @@ def _load(name: str) -> Config:
     sys.path.insert(0, folder)  # an experiment may import files of its folder
     try:
         SourceFileLoader(path, path).exec_module(module)
+        if variant and not inspect.signature(module.get_config).parameters:
+            raise UserError(f"config file {path!r} has no variants, such as {variant!r}; give --config={path}")
         config = module.get_config(variant) if variant else module.get_config()
+    except UserError:
+        raise
     except (Exception, SystemExit) as error:
         raise UserError(f"{_where(error, path)}; correct the config file") from error
     finally:

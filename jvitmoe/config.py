@@ -237,6 +237,21 @@ class Config:
         return 1 if self.routing.granularity == "batch" else self.routing.experts
 
 
+def routing_of(variant: str) -> RoutingConfig:
+    """Returns the routing of a variant of an experiment: "dense", or "random", with the settings that came closest to
+    dense: each image of a batch goes through one of four experts, whose learning rate is sqrt(4) times as high.
+
+    Raises ConfigError for another name.
+    """
+    if variant not in ("dense", "random"):
+        raise ConfigError(
+            f"the variant is {variant!r}; it must be 'dense' or 'random', such as --config=FILE.py:random"
+        )
+    if variant == "dense":
+        return RoutingConfig()
+    return RoutingConfig(experts=4, granularity="sample", init="shared", learning_rate=2.0, pull=0.1)
+
+
 SETTINGS = {  # {"section.field": field}
     f"{section.name}.{field.name}": field
     for section in dataclasses.fields(Config)

@@ -19,7 +19,7 @@ def main(argv: list[str]) -> None:
     """Trains to the end, tests, and writes result.json and report.md in the run folder."""
     values = cli.parse(argv, _define_flags, config=True)
     config = cli.experiment(values)
-    workdir = Path(values.workdir or Path("runs") / Path(cli.config_path(argv)).stem)
+    workdir = Path(values.workdir or Path("runs") / cli.experiment_name(argv))
     from jvitmoe.training.launch import launch  # not above: it imports JAX, and --help need not wait for that
 
     launch(values, config, workdir)

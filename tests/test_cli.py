@@ -12,7 +12,7 @@ from jvitmoe import cli
 from jvitmoe.errors import UserError
 
 PATTERN = """--config.routing.pattern='("dense","experts")'"""
-DIGITS = str(Path(__file__).parents[1] / "configs" / "digits_random.py")
+DIGITS, FAST = (str(Path(__file__).parents[1] / "configs" / f"{name}.py") for name in ("digits_random", "cifar10_fast"))
 
 
 def define(values):
@@ -41,6 +41,13 @@ def test_overrides_reach_the_config_in_their_types(arguments):
 def test_overrides_may_stand_anywhere_and_the_last_config_file_counts(arguments):
     assert experiment(*arguments).train.epochs == 3
     assert cli.config_path(["train.py", *arguments]) == DIGITS
+
+
+def test_a_variant_of_an_experiment_is_its_argument_and_part_of_its_name():
+    assert experiment(f"--config={FAST}:random").routing.experts == 4
+    assert experiment(f"--config={FAST}:dense") == experiment(f"--config={FAST}")
+    assert cli.experiment_name(["train.py", "--config", f"{FAST}:random"]) == "cifar10_fast_random"
+    assert cli.experiment_name(["train.py", f"--config={FAST}"]) == "cifar10_fast"
 
 
 @pytest.mark.parametrize(
@@ -73,6 +80,8 @@ def test_overrides_may_stand_anywhere_and_the_last_config_file_counts(arguments)
         ([DIGITS], f"write --config={DIGITS}"),
         (["digits_random", "--config.train.epochs=1"], "write --config=configs/digits_random.py"),
         (["--config=digits_radnom"], "'digits_radnom' does not exist; did you mean configs/digits_random.py?"),
+        ([f"--config={DIGITS}:dense"], f"has no variants, such as 'dense'; give --config={DIGITS}"),
+        ([f"--config={FAST}:dens"], "the variant is 'dens'; it must be 'dense' or 'random'"),
         (["--config=configs"], "'configs' is a folder; give one such as configs/digits_random.py"),
         ([f"--config={DIGITS}", "--config.routing.pattern=dense,experts"], PATTERN),
         ([f"--config={DIGITS}", "--config.routing.pattern=('dense' experts"], """='("experts",)'"""),

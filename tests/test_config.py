@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import inspect
 import importlib.util
 import json
 import subprocess
@@ -260,6 +261,10 @@ def test_every_experiment_is_valid_and_opens_with_its_command(path, monkeypatch)
     json.loads(config_lib.dumps(config))
     assert f"python -m jvitmoe.train --config configs/{path.name}" in module.__doc__
     assert (config.routing.experts > 1) == path.stem.endswith(("random", "switch"))
+    if inspect.signature(module.get_config).parameters:
+        assert f"configs/{path.name}:random" in module.__doc__
+        assert module.get_config("random").validate().routing.experts > 1
+        assert module.get_config("dense") == config
 
 
 def test_a_message_shows_control_characters_escaped_and_long_values_cut_between_value_and_remedy():
