@@ -2,8 +2,8 @@
 
 import copy
 import dataclasses
-import inspect
 import importlib.util
+import inspect
 import json
 import subprocess
 import sys
