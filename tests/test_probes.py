@@ -114,6 +114,20 @@ def test_shots_are_fixed_by_the_seed_and_even_over_classes():
         probes.draw_shots(labels_N, (*NAMES, "e"), 1, 0)
 
 
+@pytest.mark.slow
+def test_each_probe_has_a_row_for_each_model(tiny_config, tiny_split, noise):
+    config, (net, params) = tiny_config(), noise()
+    trees = {"merged": params, "EMA": jax.tree.map(lambda leaf: leaf**3, params)}
+    data = Dataset(tiny_split, tiny_split, ("a", "b", "c"))
+    rows = probes.measure(net, trees, data, config, make_mesh(config.train), 2, 1)
+    assert [(row["probe"], row["model"]) for row in rows] == [
+        *(("2-shot", "merged"), ("1-nn", "merged")),
+        *(("2-shot", "EMA"), ("1-nn", "EMA")),
+    ]
+    assert rows[0]["accuracy"] != rows[2]["accuracy"]
+    assert rows[1]["accuracy"] == rows[3]["accuracy"] == 1.0  # the nearest training image is the test image itself
+
+
 @pytest.fixture
 def workdir(experiment_run, tmp_path):
     return shutil.copytree(experiment_run, tmp_path / "run")
