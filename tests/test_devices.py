@@ -49,6 +49,39 @@ def test_an_expert_axis_changes_nothing_but_where_things_are(axis_run, devices, 
     assert counts.sharding.spec[1] == EXPERT
 
 
+MIXED = {"three_augment": True, "erase": 0.5, "mixup": 0.8, "cutmix": 1.0, "plain_last": 0.25}
+
+
+@pytest.mark.parametrize(
+    ("routing", "meshes"),
+    [
+        ({}, ((2, 1), (4, 1))),
+        ({"granularity": "sample"}, ((2, 1), (4, 4), (8, 2))),
+        ({"granularity": "sample", "scope": "layer"}, ((2, 1),)),
+    ],
+)
+def test_mixing_images_is_the_same_on_any_devices(tiny_config, training, routing, meshes):
+    """The partner of an image may be on another device, and where experts have devices, images are sorted by expert."""
+
+    def run(devices, expert_devices):
+        return training(
+            tiny_config(
+                data={"crop_padding": 1, "flip": True, **MIXED},
+                routing={"experts": 4, **routing},
+                optim={"eps": 1e-3},
+                train={"devices": devices, "expert_devices": expert_devices, "batch_size": 16, "epochs": 8},
+            )
+        ).run(8)
+
+    one = run(1, 1)
+    losses = [metrics.loss for metrics in one.metrics]
+    for mesh in meshes:
+        many = run(*mesh)
+        chex.assert_trees_all_close(many.metrics, one.metrics, rtol=1e-5, atol=1e-6)
+        chex.assert_trees_all_close(many.history[-1], one.history[-1], rtol=1e-5, atol=1e-6)
+    assert len({float(loss) for loss in losses}) == 8
+
+
 @pytest.mark.parametrize("shard", ["optimizer", "parameters"])
 def test_a_sharded_state_trains_the_same_on_less_memory(axis_run, shard):
     one, many = axis_run(1, 1), axis_run(4, 1, shard=shard)

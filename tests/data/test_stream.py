@@ -129,7 +129,7 @@ def test_a_streamed_split_is_evaluated_exactly_with_padding_masked(tiny_config, 
         train={"devices": 4, "batch_size": 8},
     )
     run = training(config)
-    found = make_evaluate(run.model, run.mesh)
+    found = make_evaluate(run.model, run.mesh, run.config.data)
     batches = eval_batches(len(tiny_split), 8, run.mesh)
     assert len(tiny_split) % 8 != 0
     records = in_memory(tiny_split)

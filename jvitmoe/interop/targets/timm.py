@@ -41,7 +41,8 @@ model.load_state_dict(load_file("model.safetensors"), strict=True)
 
     def write(self, out: Path, source: load.Source, model: ModelConfig) -> base.Run:
         arrays = weight_names.write(source.params, weight_names.TIMM, cls_row=model.cls_position)
-        return base.save_weights(out, arrays, config_json(model, source.classes, source.crop))
+        about = config_json(model, source.classes, source.crop, source.mean, source.std)
+        return base.save_weights(out, arrays, about)
 
     def remarks(self, config: Config) -> list[str]:
         found = super().remarks(config)
@@ -59,9 +60,15 @@ model.load_state_dict(load_file("model.safetensors"), strict=True)
         return [f"timm's config.json can express LayerNorm epsilons {known}, not {ours}"]
 
 
-def config_json(model: ModelConfig, classes: Sequence[str], crop: str) -> dict[str, Any]:
+def config_json(
+    model: ModelConfig,
+    classes: Sequence[str],
+    crop: str,
+    mean: Sequence[float] = (0.5,),
+    std: Sequence[float] = (0.5,),
+) -> dict[str, Any]:
     """Returns timm's config.json: the architecture whose LayerNorm epsilon is nearest to ours, with our arguments;
-    `crop` is the run's `data.crop`."""
+    `crop`, `mean` and `std` are those of the run's `data`."""
     cls = model.pool == "cls"
     args = {
         **{"img_size": model.image_size, "patch_size": model.patch, "in_chans": model.channels},
@@ -69,7 +76,7 @@ def config_json(model: ModelConfig, classes: Sequence[str], crop: str) -> dict[s
         **{"mlp_ratio": _ratio(model.hidden, model.width), "pre_norm": False, "class_token": cls},
         **{"no_embed_class": not model.cls_position, "global_pool": "token" if cls else "avg"},
     }
-    pixels = {"mean": [0.5] * model.channels, "std": [0.5] * model.channels}
+    pixels = {"mean": base.per_channel(mean, model), "std": base.per_channel(std, model)}
     cfg = {
         **{"num_classes": model.classes, "input_size": [model.channels, model.image_size, model.image_size], **pixels},
         **{"interpolation": "bilinear" if crop == "resized" else "bicubic", "crop_mode": "center"},
