@@ -198,6 +198,8 @@ def augment(
             if apply and (name in PLAIN) == plain:
                 key_b = jax.vmap(jax.random.fold_in, (0, None))(batch.key_b, position)
                 keys = batch._replace(key_b=key_b, key=jax.random.fold_in(batch.key, position))
+                if not plain:  # fused with the next one, what this one computes would be computed several times
+                    x_bHWc = jax.lax.optimization_barrier(x_bHWc)
                 x_bHWc, y_bC = apply(keys, x_bHWc, y_bC)
         return x_bHWc, y_bC
 
