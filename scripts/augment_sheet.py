@@ -1,11 +1,11 @@
-"""Draws images of CIFAR-10 after every operation of `data/augment.py`: `python scripts/augment_sheet.py [--data_dir DIR]`.
+"""Draws images of CIFAR-10 after every operation of `data/augment.py`: `python scripts/augment_sheet.py`.
 
-Writes results/augment/sheet.png: a row per operation, a column per image; the strength of an operation of TrivialAugment
-grows from left to right, from -1 to 1.
+Writes results/augment/sheet.png, a row per operation. The strength of an operation of TrivialAugment grows from -1 on
+the left to 1 on the right. Shifts are of up to 32 pixels, as in torchvision, so the largest leave nothing of an image.
 """
 
 import argparse
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -24,7 +24,14 @@ SETTINGS = {  # row -> settings of the augmentations drawn as in training
     "erasing": {"erase": 1.0},
     "mixup": {"mixup": 0.8},
     "cutmix": {"cutmix": 1.0},
-    "all but Trivial": {"crop_padding": 4, "flip": True, "three_augment": True, "erase": 0.25, "mixup": 0.8, "cutmix": 1.0},
+    "all but Trivial": {
+        "crop_padding": 4,
+        "flip": True,
+        "three_augment": True,
+        "erase": 0.25,
+        "mixup": 0.8,
+        "cutmix": 1.0,
+    },
 }
 
 

@@ -10,6 +10,7 @@ from jax._src.cudnn import fused_attention_stablehlo
 from jvitmoe.config import Config, ModelConfig
 from jvitmoe.data import batches
 from jvitmoe.errors import ConfigError
+from jvitmoe.evaluation.metrics import make_evaluate
 from jvitmoe.experts import build, slices
 from jvitmoe.models import vit
 from jvitmoe.runtime.compilation import for_reading, reduced_bytes
@@ -47,6 +48,21 @@ def test_an_expert_axis_changes_nothing_but_where_things_are(axis_run, devices, 
     assert leaf.addressable_shards[0].data.shape == (1, 4 // expert_devices, 8, 12)
     counts = optax.tree.get(many.state.opt_state.experts, "count")
     assert counts.sharding.spec[1] == EXPERT
+
+
+def test_a_mean_and_deviation_of_pixels_reach_training_and_evaluation(tiny_config, tiny_split, training):
+    """Pixels of half the deviation are twice as large: with patches of half the size nothing else changes."""
+    runs = {}
+    for std in (0.5, 0.25):
+        run = training(tiny_config(data={"std": (std,), "mean": (0.5,)}))
+        kernel = run.state.params["patches"]["kernel"] * (std / 0.5)
+        run.state = run.state._replace(
+            params=run.state.params | {"patches": run.state.params["patches"] | {"kernel": kernel}}
+        )
+        evaluate = make_evaluate(run.model, run.mesh, run.config.data)
+        found = evaluate(run.state.params, run.images, batches.eval_batches(len(tiny_split), 8, run.mesh))
+        runs[std] = found.nll, float(run.run(1).metrics[0].loss)
+    assert runs[0.25] == pytest.approx(runs[0.5], rel=1e-5)
 
 
 MIXED = {"three_augment": True, "erase": 0.5, "mixup": 0.8, "cutmix": 1.0, "plain_last": 0.25}
