@@ -15,6 +15,7 @@ from jvitmoe.errors import ConfigError
 from jvitmoe.settings import check, page, setting
 
 MOST_PARAMETERS = 10**13
+SMALLEST_STD = 1e-3  # of pixels from 0 to 1: a quarter of their smallest difference
 
 
 @dataclasses.dataclass
@@ -26,8 +27,18 @@ class DataConfig:
     flip: bool = setting(False, "mirror each image left to right with probability 1/2")
     stream: bool = setting(False, "read each batch from disk: for sets larger than a device's memory", free=True)
     crop: str = setting(
-        "pad", "pad: by crop_padding; resized: random parts of images of any size; needs stream", ("pad", "resized")
+        "pad",
+        "centre: images of any size, resized, their middle; resized: random parts of them, needs stream",
+        ("pad", "centre", "resized"),
     )
+    three_augment: bool = setting(False, "grey, solarize or blur, and colour jitter of 0.3 (3-Augment of DeiT III)")
+    trivial_augment: bool = setting(False, "one random operation of random strength (TrivialAugment, wide)")
+    erase: float = setting(0.0, "probability of erasing a random rectangle of an image", at_least=0, at_most=1)
+    mixup: float = setting(0.0, "alpha of mixup, 0 is off; with cutmix, each batch draws one of them", at_least=0)
+    cutmix: float = setting(0.0, "alpha of cutmix, 0 is off", at_least=0)
+    plain_last: float = setting(0.0, "last fraction of training with crop and flip only", at_least=0, below=1)
+    mean: tuple[float, ...] = setting((0.5,), "mean of pixels (0 to 1), 1 or per channel, subtracted from them")
+    std: tuple[float, ...] = setting((0.5,), "standard deviation of pixels, 1 or per channel; divides them")
 
 
 @dataclasses.dataclass
@@ -265,8 +276,14 @@ def _faults(config: Config) -> Iterator[tuple[str, str]]:
     """Yields (setting, rule) for each broken rule that joins several settings."""
     data, model, routing, init, train = config.data, config.model, config.routing, config.init, config.train
     slots, granularity, parameters = config.slots, routing.granularity, _about_parameters(config)
-    if data.crop != "pad" and not data.stream:
-        yield "data.crop", "must be 'pad' for sets that live on the device; 'resized' needs data.stream=True"
+    if data.crop == "resized" and not data.stream:
+        yield (
+            "data.crop",
+            "must be 'pad' or 'centre' for sets that live on the device; 'resized' needs data.stream=True",
+        )
+    for path, values, least in (("data.mean", data.mean, 0.0), ("data.std", data.std, SMALLEST_STD)):
+        if len(values) not in (1, model.channels) or not all(least <= value <= 1 for value in values):
+            yield path, f"must be one number or {model.channels}, one per channel, each from {least:g} to 1"
     if data.crop_padding > model.image_size:
         yield "data.crop_padding", f"must be at most model.image_size, which is {model.image_size}"
     if parameters > MOST_PARAMETERS:

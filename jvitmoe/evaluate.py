@@ -84,7 +84,7 @@ def _evaluate(values: flags.FlagValues, workdir: Path) -> None:
     params = arrays.to_devices(saved.params, abstract.params)
     ema = arrays.to_devices(saved.ema, abstract.ema) if saved.ema else None
 
-    evaluate = metrics.make_evaluate(model, mesh)
+    evaluate = metrics.make_evaluate(model, mesh, config.data)
     shown = stream.eval_images(test, config, mesh)
     earlier = results.read_result(workdir)  # holds what only training can measure
     result: dict[str, Any] = {}

@@ -72,6 +72,15 @@ def test_defaults_obey_their_own_rules():
         ("routing.pattern", "experts", "must be of type tuple"),
         ("routing.scope", "token", "must be one of 'shared', 'layer'"),
         ("model.norm", "rms", "must be one of 'pre', 'post'"),
+        ("data.crop", "resized", "must be 'pad' or 'centre' for sets that live on the device"),
+        ("data.erase", 1.5, "must be at least 0 and at most 1"),
+        ("data.mixup", -0.1, "must be at least 0"),
+        ("data.plain_last", 1.0, "must be at least 0 and below 1"),
+        ("data.mean", (), "must be one number or 1, one per channel, each from 0 to 1"),
+        ("data.mean", (0.5, 0.5), "must be one number or 1, one per channel"),
+        ("data.mean", (float("nan"),), "each from 0 to 1"),
+        ("data.mean", (1,), "must be of type tuple of float"),
+        ("data.std", (0.0,), "each from 0.001 to 1"),
     ],
 )
 def test_a_value_that_breaks_its_rule_is_named_with_the_rule(path, value, rule):

@@ -10,6 +10,7 @@ from jax._src.cudnn import fused_attention_stablehlo
 from jvitmoe.config import Config, ModelConfig
 from jvitmoe.data import batches
 from jvitmoe.errors import ConfigError
+from jvitmoe.evaluation.metrics import make_evaluate
 from jvitmoe.experts import build, slices
 from jvitmoe.models import vit
 from jvitmoe.runtime.compilation import for_reading, reduced_bytes
@@ -47,6 +48,54 @@ def test_an_expert_axis_changes_nothing_but_where_things_are(axis_run, devices, 
     assert leaf.addressable_shards[0].data.shape == (1, 4 // expert_devices, 8, 12)
     counts = optax.tree.get(many.state.opt_state.experts, "count")
     assert counts.sharding.spec[1] == EXPERT
+
+
+def test_a_mean_and_deviation_of_pixels_reach_training_and_evaluation(tiny_config, tiny_split, training):
+    """Pixels of half the deviation are twice as large: with patches of half the size nothing else changes."""
+    runs = {}
+    for std in (0.5, 0.25):
+        run = training(tiny_config(data={"std": (std,), "mean": (0.5,)}))
+        kernel = run.state.params["patches"]["kernel"] * (std / 0.5)
+        run.state = run.state._replace(
+            params=run.state.params | {"patches": run.state.params["patches"] | {"kernel": kernel}}
+        )
+        evaluate = make_evaluate(run.model, run.mesh, run.config.data)
+        found = evaluate(run.state.params, run.images, batches.eval_batches(len(tiny_split), 8, run.mesh))
+        runs[std] = found.nll, float(run.run(1).metrics[0].loss)
+    assert runs[0.25] == pytest.approx(runs[0.5], rel=1e-5)
+
+
+MIXED = {"three_augment": True, "erase": 0.5, "mixup": 0.8, "cutmix": 1.0, "plain_last": 0.25}
+
+
+@pytest.mark.parametrize(
+    ("routing", "meshes"),
+    [
+        ({}, ((2, 1), (4, 1))),
+        ({"granularity": "sample"}, ((2, 1), (4, 4), (8, 2))),
+        ({"granularity": "sample", "scope": "layer"}, ((2, 1),)),
+    ],
+)
+def test_mixing_images_is_the_same_on_any_devices(tiny_config, training, routing, meshes):
+    """The partner of an image may be on another device, and where experts have devices, images are sorted by expert."""
+
+    def run(devices, expert_devices):
+        return training(
+            tiny_config(
+                data={"crop_padding": 1, "flip": True, **MIXED},
+                routing={"experts": 4, **routing},
+                optim={"eps": 1e-3},
+                train={"devices": devices, "expert_devices": expert_devices, "batch_size": 16, "epochs": 8},
+            )
+        ).run(8)
+
+    one = run(1, 1)
+    losses = [metrics.loss for metrics in one.metrics]
+    for mesh in meshes:
+        many = run(*mesh)
+        chex.assert_trees_all_close(many.metrics, one.metrics, rtol=1e-5, atol=1e-6)
+        chex.assert_trees_all_close(many.history[-1], one.history[-1], rtol=1e-5, atol=1e-6)
+    assert len({float(loss) for loss in losses}) == 8
 
 
 @pytest.mark.parametrize("shard", ["optimizer", "parameters"])

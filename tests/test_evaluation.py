@@ -77,7 +77,7 @@ def test_metrics_are_those_of_one_image_at_a_time_on_any_number_of_devices(
 ):
     config = tiny_config(train={"devices": devices}, routing={"experts": E})
     mesh = make_mesh(config.train)
-    evaluate = make_evaluate(vit.build(config.model), mesh)
+    evaluate = make_evaluate(vit.build(config.model), mesh, config.data)
     images, dense, params = put(split, mesh), params_of(1), params_of(E)
     route_PL = models.path_routes(config, 1)
     p_PNC = [probabilities(merge.take_path(params, route_L)) for route_L in route_PL]
@@ -128,7 +128,7 @@ def test_an_ensemble_of_one_path_is_that_path(tiny_config, split, params_of):
     config = tiny_config(routing={"experts": E})
     mesh = make_mesh(config.train)
     images, batches = put(split, mesh), eval_batches(26, 8, mesh)
-    evaluate = make_evaluate(vit.build(config.model), mesh)
+    evaluate = make_evaluate(vit.build(config.model), mesh, config.data)
     (first, second, _), ensemble = evaluate.paths(params_of(E), models.path_routes(config, 0), 1, images, batches)
     assert ensemble == near(first)
     assert first != second
@@ -138,7 +138,7 @@ def test_an_ensemble_of_one_path_is_that_path(tiny_config, split, params_of):
 def test_images_outside_the_batches_do_not_count(tiny_config, split, params_of, count):
     config = tiny_config(train={"devices": 2})
     mesh = make_mesh(config.train)
-    evaluate = make_evaluate(vit.build(config.model), mesh)
+    evaluate = make_evaluate(vit.build(config.model), mesh, config.data)
     images, params = put(split, mesh), params_of(1)
     few = evaluate(params, images, eval_batches(count, 8, mesh))
     changed = split.images_NHWc.copy()
@@ -155,7 +155,7 @@ def test_a_run_of_experts_is_tested_merged_per_expert_on_random_paths_and_as_an_
     config, params = tiny_config(routing={"experts": E}, train={"seed": 5}), params_of(E)
     mesh = make_mesh(config.train)
     images, batches = put(split, mesh), eval_batches(26, 26, mesh)
-    evaluate = make_evaluate(vit.build(config.model), mesh)
+    evaluate = make_evaluate(vit.build(config.model), mesh, config.data)
     rows = models.evaluate_run(config, params, params_of(1), evaluate, images, batches, paths)
     random = {0: [], 1: ["random path"], 4: ["4 random paths"]}[paths]
     assert [row["model"] for row in rows] == ["merged", "EMA", *[f"expert {e}" for e in range(E)], *random, "ensemble"]
@@ -190,7 +190,7 @@ def test_equal_experts_make_every_path_and_the_ensemble_the_merged_model(tiny_co
     config, dense = tiny_config(routing={"experts": E}), params_of(1)
     mesh = make_mesh(config.train)
     images, batches = put(split, mesh), eval_batches(26, 26, mesh)
-    evaluate = make_evaluate(vit.build(config.model), mesh)
+    evaluate = make_evaluate(vit.build(config.model), mesh, config.data)
     rows = models.evaluate_run(config, merge.upcycle(dense, params_of(E)), None, evaluate, images, batches, 3)
     merged = evaluate(dense, images, batches)
     assert len(rows) == E + 3
@@ -215,7 +215,7 @@ def test_random_paths_are_fixed_by_the_seed_and_fresh_per_layer_and_number(tiny_
 def test_a_dense_run_has_one_row(tiny_config, split, params_of):
     config = tiny_config()
     mesh = make_mesh(config.train)
-    evaluate = make_evaluate(vit.build(config.model), mesh)
+    evaluate = make_evaluate(vit.build(config.model), mesh, config.data)
     (row,) = models.evaluate_run(config, params_of(1), None, evaluate, put(split, mesh), eval_batches(26, 26, mesh), 8)
     assert (row["model"], row["images"]) == ("dense", 26)
 

@@ -125,6 +125,29 @@ def test_stablehlo_is_for_cpu_and_cuda(exported):
     assert outside(code, exported("stablehlo")).stdout.strip() == "('cpu', 'cuda')"
 
 
+@pytest.mark.parametrize("target", ["safetensors", "timm", "hf", "stablehlo"])
+def test_a_mean_and_deviation_of_pixels_are_carried_by_every_export(experiment_run, tmp_path, target):
+    plain = load.read(experiment_run)
+    source = dataclasses.replace(plain, mean=(0.2,), std=(0.3,))
+    sample = TARGETS[target].sample(source, source.config)
+    inputs = sample["inputs"] if not TARGETS[target].torch else sample["inputs"].transpose(0, 2, 3, 1)
+    np.testing.assert_allclose(inputs, (sample["images"] / 255 - 0.2) / 0.3, atol=1e-5)
+    assert np.abs(sample["logits"] - classifier.from_source(plain).logits(sample["images"])).max() > 0.01
+    assert TARGETS[target].export(tmp_path, source, sample) < 1e-4
+    card = model_card.write(source, {}, TARGETS[target], [])
+    assert "`(pixels / 255 - 0.2) / 0.3` of 8-bit pixels" in card
+    if target != "stablehlo":
+        again = load.read(tmp_path)
+        assert (again.mean, again.std) == ((0.2,), (0.3,))
+        np.testing.assert_allclose(jvitmoe.load(tmp_path).logits(sample["images"]), sample["logits"], atol=1e-5)
+    if target == "timm":
+        told = json.loads((tmp_path / "config.json").read_text())["pretrained_cfg"]
+        assert (told["mean"], told["std"]) == ([0.2], [0.3])
+    if target == "hf":
+        told = json.loads((tmp_path / "preprocessor_config.json").read_text())
+        assert (told["image_mean"], told["image_std"]) == ([0.2], [0.3])
+
+
 @pytest.mark.parametrize("target", ["timm", "hf"])
 def test_what_they_would_load_reads_back_to_our_logits(exported, target):
     out = exported(target)

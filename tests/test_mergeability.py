@@ -130,7 +130,7 @@ def test_one_shared_layer_and_the_gap(setup):
 def test_the_line_starts_at_the_experts_and_ends_at_the_merged_model(tiny_config, setup):
     net, params, images, batches = setup()
     config = tiny_config(routing={"experts": E})
-    evaluate = metrics.make_evaluate(net, make_mesh(config.train))
+    evaluate = metrics.make_evaluate(net, make_mesh(config.train), config.data)
     route_PL = models.path_routes(config, 0)
 
     def losses(tree):

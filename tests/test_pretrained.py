@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from jvitmoe.config import Config, ModelConfig
+from jvitmoe.config import Config, DataConfig, ModelConfig
+from jvitmoe.data import augment
 from jvitmoe.errors import ConfigError, UserError
 from jvitmoe.interop import classifier, load, weight_names
 from jvitmoe.interop.targets import hf, safetensors, timm
@@ -40,7 +41,7 @@ def adapted(model: ModelConfig, **changes: object) -> tuple[ModelConfig, weight_
     """Returns (the other config, its fresh tree, what a ViT of MODEL becomes there, what was told)."""
     other = dataclasses.replace(model, **changes)
     fresh = dense(other, 1)
-    params, lines = load.adapt(source(model, dense(model)), other, fresh)
+    params, lines = load.adapt(source(model, dense(model)), other, fresh, DataConfig())
     assert {n: x.shape for n, x in params.items()} == {n: x.shape for n, x in fresh.items()}
     return other, fresh, params, "\n".join(lines)
 
@@ -77,7 +78,7 @@ def test_a_larger_image_gets_positions_resized_and_says_so():
     old["positions"][:] = old["positions"].mean(0)  # alike everywhere: they must stay so
     other = dataclasses.replace(MODEL, image_size=20, position_rows=30)
     fresh = dense(other, 1)
-    params, lines = load.adapt(source(MODEL, old), other, fresh)
+    params, lines = load.adapt(source(MODEL, old), other, fresh, DataConfig())
     assert params["positions"].shape == (30, 12)
     np.testing.assert_allclose(params["positions"][:25], np.repeat(old["positions"][:1], 25, 0), atol=1e-6)
     np.testing.assert_array_equal(params["positions"][25:], fresh["positions"][25:])
@@ -111,7 +112,7 @@ def test_what_cannot_be_kept_is_told():
 def test_blocks_of_another_shape_are_refused_with_the_flags_that_fit(change):
     other = dataclasses.replace(MODEL, cls_position=False, **change)
     with pytest.raises(ConfigError) as caught:
-        load.adapt(source(MODEL, dense(MODEL)), other, dense(other, 1))
+        load.adapt(source(MODEL, dense(MODEL)), other, dense(other, 1), DataConfig())
     (name,) = change
     assert f"--config.model.{name}={getattr(MODEL, name)}" in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -148,25 +149,42 @@ def test_a_folder_tells_everything_and_a_bare_file_needs_the_heads(tmp_path):
     )
 
 
-def test_another_mean_and_deviation_of_pixels_are_folded(tmp_path):
+def test_another_mean_and_deviation_of_pixels_are_kept(tmp_path):
     write_hf(tmp_path)
     plain = load.read(tmp_path)
     mean, std = [0.4, 0.5, 0.6], [0.2, 0.25, 0.3]
     (tmp_path / "preprocessor_config.json").write_text(json.dumps({"image_mean": mean, "image_std": std}))
-    folded = load.read(tmp_path)
+    other = load.read(tmp_path)
+    assert (other.mean, other.std) == (tuple(mean), tuple(std))
     pixels = np.random.default_rng(0).integers(0, 256, (3, 8, 8, 3), dtype=np.uint8)
     theirs = ((pixels / 255 - mean) / std).astype("f")
     np.testing.assert_allclose(
-        classifier.from_source(folded).logits(pixels), logits(MODEL, plain.params, theirs), atol=1e-4
+        classifier.from_source(other).logits(pixels), logits(MODEL, plain.params, theirs), atol=1e-4
     )
-    assert "folded" in folded.notes[0]
     (tmp_path / "preprocessor_config.json").write_text(json.dumps({"do_normalize": False}))
     np.testing.assert_allclose(
         classifier.load(tmp_path).logits(pixels), logits(MODEL, plain.params, (pixels / 255).astype("f")), atol=1e-4
     )
 
 
-def test_a_mean_and_deviation_that_the_user_gives_are_folded_and_must_be_possible(tmp_path):
+@pytest.mark.parametrize(("channels", "patch"), [(3, 4), (3, 8), (1, 4)])
+def test_a_run_with_other_means_than_its_source_folds_the_difference_into_the_patches(channels, patch):
+    told = dataclasses.replace(source(MODEL, dense(MODEL)), mean=(0.4, 0.5, 0.6), std=(0.2, 0.25, 0.3))
+    other = dataclasses.replace(MODEL, channels=channels, patch=patch)
+    pixels = np.repeat(np.random.default_rng(0).integers(0, 256, (3, 8, 8, 1)), channels, -1).astype(np.float32)
+    found = []
+    for mean, std in (((0.5,), (0.5,)), ((0.3,), (0.7,)), ((0.4, 0.5, 0.6)[:channels], (0.2, 0.25, 0.3)[:channels])):
+        params, lines = load.adapt(told, other, dense(other, 1), DataConfig(mean=mean, std=std))
+        found.append(logits(other, params, augment.normalize(pixels, mean, std)))
+        assert ("folded" in " ".join(lines)) == (mean != told.mean)
+    np.testing.assert_allclose(found[1], found[0], atol=1e-4)
+    np.testing.assert_allclose(found[2], found[0], atol=1e-4)
+    if other == MODEL:
+        np.testing.assert_array_equal(params["patches.kernel"], told.params["patches.kernel"])
+        np.testing.assert_array_equal(params["patches.bias"], told.params["patches.bias"])
+
+
+def test_a_mean_and_deviation_that_the_user_gives_are_taken_and_must_be_possible(tmp_path):
     write_timm(tmp_path)
     told, given = {"mean": [0.4, 0.5, 0.6], "std": [0.2, 0.25, 0.3]}, {"mean": (0.4, 0.5, 0.6), "std": (0.2, 0.25, 0.3)}
     about = json.loads((tmp_path / "config.json").read_text())
@@ -176,8 +194,7 @@ def test_a_mean_and_deviation_that_the_user_gives_are_folded_and_must_be_possibl
     assert "took 0.5 for mean or deviation of pixels" in " ".join(load.read(tmp_path).notes)
     found = load.read(tmp_path, **given)
     assert found.notes == wanted.notes
-    np.testing.assert_array_equal(found.params["patches.kernel"], wanted.params["patches.kernel"])
-    np.testing.assert_array_equal(found.params["patches.bias"], wanted.params["patches.bias"])
+    assert (found.mean, found.std) == (wanted.mean, wanted.std) == (given["mean"], given["std"])
     for odd in ({"std": (0.0,)}, {"mean": (0.1, 0.2)}, {"mean": (float("nan"),)}, {"std": (1.0, -1.0, 1.0)}):
         with pytest.raises(
             UserError, match=r"must be finite, one number or one for each of 3.*set init\.mean and init\.std"
@@ -288,7 +305,7 @@ def test_a_head_that_needs_pre_logits_is_left_out_and_told(tmp_path, style):
     with pytest.raises(UserError, match="has no head"):
         classifier.load(path) if style == "google" else classifier.load(_with_heads(path))
     fresh = dense(MODEL, 1)
-    params, lines = load.adapt(found, dataclasses.replace(MODEL, norm_epsilon=1e-6), fresh)
+    params, lines = load.adapt(found, dataclasses.replace(MODEL, norm_epsilon=1e-6), fresh, DataConfig())
     np.testing.assert_array_equal(params["head.logits.kernel"], fresh["head.logits.kernel"])
     assert "re-made the head for 5 classes (the source has none): head.logits.bias, head.logits.kernel" in lines
 

@@ -126,7 +126,8 @@ def test_gradients_on_3_devices_are_those_of_plain_grad_over_the_whole_batch(ful
     def loss_and_grads(params, route_L):
         def loss_fn(params):
             targets = 0.9 * jax.nn.one_hot(labels, 3) + 0.1 / 3
-            x, targets = augment.augment(config.data, keys_of(Purpose.AUGMENT), images, targets)
+            batch = augment.Batch(keys_of(Purpose.AUGMENT), jax.random.key(0), augment.reversed_rows)
+            x, targets = augment.augment(config.data, batch, images, targets)
             x = augment.normalize(x)
             log_p = jax.nn.log_softmax(run.model.apply({"params": params}, x, route_L, keys_of(Purpose.DROPOUT)))
             return -(targets * log_p).sum(-1).mean()

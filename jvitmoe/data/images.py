@@ -89,8 +89,8 @@ def _random_box(width: int, height: int, random: np.random.RandomState) -> tuple
 def centre_crop(picture: Picture, side: int, channels: int, crop: str = "resized") -> np.ndarray:
     """Returns uint8 [side, side, c]: the shorter side is resized and the centre cropped. Raises DataError.
 
-    crop="resized" resizes to 8/7 of `side`, bilinearly, as ImageNet is tested; "pad" to `side`, bicubically. Sizes and
-    offsets are rounded as in torchvision, so timm's transform gives the same pixels.
+    crop="resized" resizes to 8/7 of `side`, bilinearly, as ImageNet is tested; "pad" and "centre" to `side`,
+    bicubically. Sizes and offsets are rounded as in torchvision, so timm's transform gives the same pixels.
     """
     from PIL import Image
 

@@ -116,9 +116,11 @@ def read_pixels(
         seed: of the random crop of training; None gives what evaluation sees.
     """
     side, channels = model.image_size, model.channels
-    if data.crop == "resized":
-        return centre_crop(picture, side, channels) if seed is None else random_crop(picture, side, channels, seed)
-    remedy = "resize the image, set --config.model.image_size, or set --config.data.stream --config.data.crop=resized"
+    if data.crop == "resized" and seed is not None:
+        return random_crop(picture, side, channels, seed)
+    if data.crop != "pad":
+        return centre_crop(picture, side, channels, data.crop)
+    remedy = "set --config.data.crop=centre, --config.data.stream --config.data.crop=resized, or model.image_size"
     return exact(picture, (side, side, channels), f"config.model.image_size is {side}; {remedy}")
 
 

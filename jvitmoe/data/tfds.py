@@ -38,11 +38,11 @@ class Tfds(Source):
         self._builder = builder = _builder(data, others)
         self._image_key, self._label_key = _supervised_keys(data.name, builder)
         image, label = builder.info.features[self._image_key], builder.info.features[self._label_key]
-        any_size = data.stream and data.crop == "resized"
+        any_size = data.crop != "pad"
         if None in image.shape[:2] and not any_size:
             raise DataError(
-                f"images of {data.name} vary in size; set --config.data.stream --config.data.crop=resized, "
-                "or resize them into an image folder and set --config.data.name=folder"
+                f"images of {data.name} vary in size; set --config.data.crop=centre, or --config.data.stream "
+                "--config.data.crop=resized"
             )
         if image.np_dtype != np.uint8 or image.shape[-1] not in MODES:
             kind = f"{image.np_dtype} {image.shape}"

@@ -40,7 +40,7 @@ def measure(config: Config, params: Any, evaluate: Evaluator, split: Images, bat
         "images": len(split.labels_N),
         "layers": list(layers),
         **weight_geometry(params),
-        "gap": layer_gap(build.make_model(config, "cpu"), params, split, batches, layers),
+        "gap": layer_gap(build.make_model(config, "cpu"), params, split, batches, layers, evaluate.normalize),
         "barrier": barrier(params, losses),
     }
 
@@ -88,7 +88,12 @@ def _cosines(gram_LEE: np.ndarray) -> np.ndarray:
 
 
 def layer_gap(
-    model: vit.ViT, params: Any, split: Images, batches: Batches, expert_layers: Sequence[int]
+    model: vit.ViT,
+    params: Any,
+    split: Images,
+    batches: Batches,
+    expert_layers: Sequence[int],
+    normalize: Callable[[jax.Array], jax.Array] = augment.normalize,
 ) -> list[float]:
     """Returns, per layer with experts, how far averaging weights is from averaging outputs, in float32: the mean of
     ||mean_e f_e(x) - f_mean(x)|| over all tokens, divided by the mean of ||mean_e f_e(x)||. f_e is the layer's MLP with
@@ -99,7 +104,7 @@ def layer_gap(
     @jax.jit
     def batch_sums(params: Any, index_B: jax.Array, mask_B: jax.Array) -> jax.Array:
         merged = merge.average_experts(params)
-        images = augment.normalize(split.images_NHWc[index_B])
+        images = normalize(split.images_NHWc[index_B])
         sums, inputs = [], mlp_inputs(dense, merged, images)
         for layer in expert_layers:
             x_BTD = inputs[layer]

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from jvitmoe.config import DataConfig
 from jvitmoe.data import augment
 from jvitmoe.data.batches import Batches, Images, to_devices
 from jvitmoe.experts import merge
@@ -58,11 +59,13 @@ class Evaluator:
     Args:
         net: the model.
         mesh: of the devices that hold the batches.
+        data: `mean` and `std` of the pixels.
         routed: the evaluation of the same run with its router, if it has one.
     """
 
-    def __init__(self, net: vit.ViT, mesh: Mesh, routed: "Evaluator | None" = None) -> None:
+    def __init__(self, net: vit.ViT, mesh: Mesh, data: DataConfig, routed: "Evaluator | None" = None) -> None:
         self.net, self.routed, self._mesh, self._replicated = net, routed, mesh, NamedSharding(mesh, REPLICATED)
+        self.normalize = functools.partial(augment.normalize, mean=data.mean, std=data.std)
 
         def compiled(streamed: bool) -> Any:
             images = PartitionSpec(AXES) if streamed else REPLICATED
@@ -111,7 +114,7 @@ class Evaluator:
     ) -> Sums:
         mask_b = batches.mask_SB[s]
         index_b = jnp.arange(len(mask_b)) if streamed else batches.index_SB[s]
-        labels_b, images = split.labels_N[index_b], augment.normalize(split.images_NHWc[index_b])
+        labels_b, images = split.labels_N[index_b], self.normalize(split.images_NHWc[index_b])
 
         def log_p(route_L: jax.Array) -> jax.Array:
             tree = params if self.net.router else merge.take_path(params, route_L)
@@ -124,9 +127,9 @@ class Evaluator:
         return jax.tree.map(lambda total, of_batch: total + jax.lax.psum(of_batch, AXES), sums, batch_sums)
 
 
-def make_evaluate(model: vit.ViT, mesh: Mesh) -> Evaluator:
+def make_evaluate(model: vit.ViT, mesh: Mesh, data: DataConfig) -> Evaluator:
     """Returns the evaluation of the dense model of a run, with that of its router, if any, as `routed`."""
-    return Evaluator(model.plain(), mesh, Evaluator(model, mesh) if model.router else None)
+    return Evaluator(model.plain(), mesh, data, Evaluator(model, mesh, data) if model.router else None)
 
 
 def _sums(log_p_bC: jax.Array, labels_b: jax.Array, mask_b: jax.Array) -> Sums:

@@ -39,15 +39,25 @@ class Classifier:
         params: the dense tree.
         names: of the classes, in the order of labels; () uses numbers.
         crop: how pictures in files are cut, as `data.crop` of the run.
+        mean: of the pixels, as `data.mean` of the run.
+        std: of the pixels, as `data.std` of the run.
     """
 
-    def __init__(self, model: ModelConfig, params: Any, names: Sequence[str] = (), crop: str = "pad") -> None:
-        self.crop = crop
+    def __init__(
+        self,
+        model: ModelConfig,
+        params: Any,
+        names: Sequence[str] = (),
+        crop: str = "pad",
+        mean: Sequence[float] = (0.5,),
+        std: Sequence[float] = (0.5,),
+    ) -> None:
+        self.crop, self.mean, self.std = crop, mean, std
         self.config = dataclasses.replace(model, dtype="float32")
         self.names = tuple(names) if len(names) == model.classes else tuple(map(str, range(model.classes)))
         self.params = jax.tree.map(jnp.asarray, params)
         net = vit.build(self.config)
-        self._run = jax.jit(lambda p, x: vit.logits(net, p, augment.normalize(x)))
+        self._run = jax.jit(lambda p, x: vit.logits(net, p, augment.normalize(x, mean, std)))
 
     def __call__(self, inputs: Any, top: int = 5) -> list[list[Prediction]]:
         """Returns the `top` most probable classes of each input, most probable first.
@@ -122,7 +132,8 @@ def load(path: str | Path, checkpoint: str = "latest") -> Classifier:
 def from_source(source: load_lib.Source) -> Classifier:
     """Returns the Classifier of a source."""
     model = dataclasses.replace(source.model, position_rows=0)
-    return Classifier(model, weight_names.unflatten(dense_arrays(source)), source.classes, source.crop)
+    params = weight_names.unflatten(dense_arrays(source))
+    return Classifier(model, params, source.classes, source.crop, source.mean, source.std)
 
 
 def dense_arrays(source: load_lib.Source) -> weight_names.Dict:

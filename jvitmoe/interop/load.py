@@ -17,7 +17,7 @@ import numpy as np
 import safetensors
 
 from jvitmoe import config as config_lib
-from jvitmoe.config import Config, ModelConfig
+from jvitmoe.config import Config, DataConfig, ModelConfig
 from jvitmoe.errors import ConfigError, UserError, one_line, printable
 from jvitmoe.evaluation import models
 from jvitmoe.experts import routes
@@ -32,6 +32,7 @@ OURS = "jvitmoe"  # the format of our own exports, named in their config.json
 WEIGHTS, CONFIG, PROCESSOR = "model.safetensors", "config.json", "preprocessor_config.json"
 MOST_INFLATION = 20  # of an .npz: weights hardly compress, so a larger factor is an attack on memory
 MUST_MATCH = ("width", "hidden", "depth", "heads", "norm", "pool", "stem", "registers", "qk_norm")
+Pixels = tuple[tuple[float, ...], tuple[float, ...]]  # mean and standard deviation, each one number or one per channel
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -50,6 +51,8 @@ class Source:
     notes: tuple[str, ...] = ()
     config: Config | None = None  # of a run
     crop: str = "pad"  # how pictures in files are cut for it, as `data.crop`
+    mean: tuple[float, ...] = (0.5,)  # of its pixels, as `data.mean`
+    std: tuple[float, ...] = (0.5,)  # of its pixels, as `data.std`
     step: int = 0  # of a run's checkpoint
 
 
@@ -98,21 +101,22 @@ def start(config: Config) -> tuple[dict[str, Any], list[str]]:
     if (config.init.mean or config.init.std) and source.kind in ("run", OURS):
         raise ConfigError(
             f"config.init.mean is {config.init.mean} and config.init.std is {config.init.std}; they must be () for a "
-            f"source of our own, {str(source.path)!r}, which takes pixels from -1 to 1"
+            f"source of our own, {str(source.path)!r}, whose config has them"
         )
     wanted = dataclasses.replace(config.model, lora=0, adapter=0)
     model = vit.build(wanted)
     key = routes.address(jax.random.key(config.train.seed), Purpose.INIT)
     fresh = weight_names.flatten(jax.device_get(jax.jit(lambda: vit.init(model, key))()))
-    params, lines = adapt(source, wanted, fresh)
+    params, lines = adapt(source, wanted, fresh, config.data)
     return weight_names.unflatten(params), [printable(line) for line in lines]
 
 
-def adapt(source: Source, model: ModelConfig, fresh: Dict) -> tuple[Dict, list[str]]:
+def adapt(source: Source, model: ModelConfig, fresh: Dict, data: DataConfig) -> tuple[Dict, list[str]]:
     """Returns (the flat dense tree of `model`, lines that say what was loaded, resized, re-made and skipped).
 
     `fresh` is the flat dense tree of a new model, used for what the source does not have. Positions are resized to
-    another grid as in timm (cubic, antialiased), kernels of patches by the pseudo-inverse (`resize_patches`).
+    another grid as in timm (cubic, antialiased), kernels of patches by the pseudo-inverse (`resize_patches`). If
+    `data.mean` and `data.std` differ from the source's, the difference is folded into the patches.
     Raises ConfigError if the blocks have other shapes.
     """
     names = MUST_MATCH + (("patch", "channels") if model.stem != "patch" else ())
@@ -125,8 +129,20 @@ def adapt(source: Source, model: ModelConfig, fresh: Dict) -> tuple[Dict, list[s
             f"differ from this run's; set {flags}"
         )
     old, changes = dict(source.params), list(source.notes)
+    pixels, wanted = (source.mean, source.std), (data.mean, data.std)
     if model.stem == "patch":
+        # Before patches are resized, and before channels are joined: theirs then have one mean.
+        common = wanted if source.model.channels == model.channels else (DataConfig().mean, DataConfig().std)
+        _fold_pixels(old, pixels, common)
         _fit_patches(old, source.model, model, changes)
+        _fold_pixels(old, common, wanted)
+        if not _same_pixels(pixels, wanted):
+            changes.append("folded its mean and deviation of pixels into the patches: data.mean and data.std differ")
+    elif not _same_pixels(pixels, wanted):
+        raise ConfigError(
+            f"config.data.mean is {data.mean} and config.data.std is {data.std}; with model.stem={model.stem} they must "
+            f"be the source's, {source.mean} and {source.std}: convolutions pad with zeros"
+        )
     _fit_positions(old, source.model, model, fresh, changes)
     cls_position = old.pop("cls_position", None)
     if "cls" in old and model.cls_position:
@@ -205,7 +221,8 @@ def _read_run(path: Path, checkpoint: str) -> Source:
     notes: tuple[str, ...] = ("averaged the experts",) if config.routing.experts > 1 else ()
     notes += ("folded LoRA and adapters into the MLP",) if config.tuned else ()
     model, classes = config.model.plain(), files.read_classes(path)
-    return Source(path, "run", flat, model, classes, notes, config, config.data.crop, saved.step)
+    data = config.data
+    return Source(path, "run", flat, model, classes, notes, config, data.crop, data.mean, data.std, saved.step)
 
 
 def _table(model: ModelConfig, flat: Dict) -> np.ndarray:
@@ -282,10 +299,12 @@ def _read_file(path: Path, heads: int, mean: Any, std: Any) -> Source:
         notes.append(
             "took 0.5 for mean or deviation of pixels: no config file has it; set init.mean, init.std to change"
         )
-    mean, std = (0.5 if value is None else value for value in (values.mean, values.std))
-    _fold_pixels(flat, mean, std, notes)
-    classes = values.classes if len(values.classes) == model.classes else ()
-    return Source(path, style, flat, model, classes, tuple(notes), crop=config_files.crop_of(about, processor))
+    mean, std = _checked_pixels(values, model.channels)
+    classes, crop = (
+        values.classes if len(values.classes) == model.classes else (),
+        config_files.crop_of(about, processor),
+    )
+    return Source(path, style, flat, model, classes, tuple(notes), crop=crop, mean=mean, std=std)
 
 
 def _json(path: Path) -> Any:
@@ -301,7 +320,9 @@ def _read_ours(path: Path, arrays: weight_names.Arrays, about: dict[str, Any]) -
         raise UserError(f"the array {odd[0]!r} has no place in the model of its {CONFIG}; restore both from a copy")
     loaded = weight_names.load(arrays, shapes)
     loaded["positions"] = _table(model, loaded)
-    return Source(path, OURS, loaded, model, tuple(about.get("classes", ())), crop=about.get("crop", "pad"))
+    mean, std = (tuple(about.get(name, (0.5,))) for name in ("mean", "std"))  # older versions wrote none
+    classes, crop = tuple(about.get("classes", ())), about.get("crop", "pad")
+    return Source(path, OURS, loaded, model, classes, crop=crop, mean=mean, std=std)
 
 
 def _shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -310,22 +331,37 @@ def _shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
     return {jax.tree_util.keystr(path, simple=True, separator="."): leaf.shape for path, leaf in leaves}
 
 
-def _fold_pixels(flat: Dict, mean: Any, std: Any, notes: list[str]) -> None:
-    """Changes the patches from pixels (x - mean) / std, with x in [0, 1], to pixels in [-1, 1]; exact, because patches
-    see no padding."""
-    kernel_JJcD = flat["patches.kernel"]
-    channels = kernel_JJcD.shape[2]
+def _checked_pixels(values: weight_names.ConfigValues, channels: int) -> Pixels:
+    """Returns (mean, std) of the config values, 0.5 where they have none. Raises UserError for impossible ones."""
+    mean, std = (0.5 if value is None else value for value in (values.mean, values.std))
     try:
-        mean_c, std_c = (np.broadcast_to(np.asarray(value, np.float32), (channels,)) for value in (mean, std))
+        mean_c, std_c = (np.atleast_1d(np.asarray(value, float)) for value in (mean, std))
     except (ValueError, TypeError):
-        mean_c = std_c = np.full(channels, np.nan)
-    if not (np.isfinite(mean_c).all() and np.isfinite(std_c).all() and np.all(std_c > 0)):
+        mean_c = std_c = np.full(1, np.nan)
+    fits = mean_c.shape in ((1,), (channels,)) and std_c.shape in ((1,), (channels,))
+    if not (fits and np.isfinite(mean_c).all() and np.isfinite(std_c).all() and np.all(std_c > 0)):
         raise UserError(
             f"its pixels have mean {mean!r} and deviation {std!r}; they must be finite, one number or one for "
             f"each of {channels} channels, and deviations above 0: set init.mean and init.std"
         )
-    if np.any(mean_c != 0.5) or np.any(std_c != 0.5):
-        offset_c = (0.5 - mean_c) / std_c
-        flat["patches.bias"] = flat["patches.bias"] + np.einsum("pqcd,c->d", kernel_JJcD, offset_c)
-        flat["patches.kernel"] = kernel_JJcD / (2 * std_c)[None, None, :, None]
-        notes.append("folded its mean and deviation of pixels into the kernel of patches: ours take [-1, 1]")
+    return tuple(mean_c.tolist()), tuple(std_c.tolist())
+
+
+def _fold_pixels(flat: Dict, old: Pixels, new: Pixels) -> None:
+    """Changes the patches from pixels of one mean and deviation to those of another; exact, because patches see no
+    padding. Equal ones change no bit."""
+    if _same_pixels(old, new):
+        return
+    kernel_JJcD = flat["patches.kernel"]
+    channels = (kernel_JJcD.shape[2],)
+    old_mean_c, old_std_c, new_mean_c, new_std_c = (
+        np.broadcast_to(np.asarray(values, np.float32), channels) for values in (*old, *new)
+    )
+    offset_c = (new_mean_c - old_mean_c) / old_std_c
+    flat["patches.bias"] = flat["patches.bias"] + np.einsum("pqcd,c->d", kernel_JJcD, offset_c)
+    flat["patches.kernel"] = kernel_JJcD * (new_std_c / old_std_c)[None, None, :, None]
+
+
+def _same_pixels(one: Pixels, other: Pixels) -> bool:
+    """True if means and deviations are equal; one number stands for all channels."""
+    return all(a == b or (len({*a, *b}) == 1) for a, b in zip(one, other, strict=True))

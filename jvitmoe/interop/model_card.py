@@ -50,7 +50,7 @@ def write(source: Source, result: Mapping[str, Any], target: Target, remarks: Se
         f"trained with jvitmoe: {kind}. It is dense: no router, no experts, the cost of one ViT.",
         *(f"- {remark}" for remark in remarks),
         "## Use\n\nIn this folder:\n\n" + target.use.format(epsilon=model.norm_epsilon),
-        f"Inputs are float32 {layout}, `pixels / 127.5 - 1` of 8-bit pixels, at exactly {size}. Outputs are logits."
+        f"Inputs are float32 {layout}, `{_normalised(source)}` of 8-bit pixels, at exactly {size}. Outputs are logits."
         + (f" Classes in order: {', '.join(classes)}." if 0 < len(classes) <= 100 else ""),
         "## Check\n\n`sample.npz` contains test images (`images`, 8 bits), the model's `inputs` for them, their "
         "`labels` and the `logits` that JAX computed in float32.\n\n"
@@ -66,6 +66,13 @@ def write(source: Source, result: Mapping[str, Any], target: Target, remarks: Se
         f"## Made with\n\n{_made_with(result)}",
     ]
     return "\n\n".join(sections) + "\n"
+
+
+def _normalised(source: Source) -> str:
+    if (source.mean, source.std) == ((0.5,), (0.5,)):
+        return "pixels / 127.5 - 1"
+    mean, std = (list(values) if len(values) > 1 else values[0] for values in (source.mean, source.std))
+    return f"(pixels / 255 - {mean}) / {std}"
 
 
 def _accuracy(result: Mapping[str, Any], step: int) -> str:

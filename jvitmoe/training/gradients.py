@@ -104,9 +104,32 @@ def images_of_device(
     image_b = index_b - jax.lax.axis_index(DATA) * share if index_B is None else index_B[index_b]
     labels_b = split.labels_N[image_b]
     targets_bC = optax.smooth_labels(jax.nn.one_hot(labels_b, config.model.classes), config.train.label_smoothing)
-    keys_b = image_keys(plan, Purpose.AUGMENT, step, index_b)
-    images_bHWc, targets_bC = augment.augment(config.data, keys_b, split.images_NHWc[image_b], targets_bC)
-    return Shard(augment.normalize(images_bHWc), labels_b, targets_bC, index_b)
+    batch = augment.Batch(
+        key_b=image_keys(plan, Purpose.AUGMENT, step, index_b),
+        key=address(plan.root, Purpose.AUGMENT, step, config.train.batch_size),  # no image has this index
+        partner=functools.partial(partner_rows, plan, index_b),
+        plain=step >= round((1.0 - config.data.plain_last) * plan.total),
+    )
+    images_bHWc, targets_bC = augment.augment(config.data, batch, split.images_NHWc[image_b], targets_bC)
+    x_bHWc = augment.normalize(images_bHWc, config.data.mean, config.data.std)
+    return Shard(x_bHWc, labels_b, targets_bC, index_b)
+
+
+def partner_rows(plan: StepPlan, index_b: jax.Array, rows: Any) -> Any:
+    """Returns the rows [b, ...] of the images B - 1 - index_b, the reversed batch, from arrays of this device's images.
+
+    These lie on the mirrored device of the data axis; on the expert axis images may be sorted by expert, so its devices
+    exchange theirs.
+    """
+    last = plan.data_devices - 1
+    mirrored = [(device, last - device) for device in range(last + 1)]
+
+    def fetch(x_b: jax.Array) -> jax.Array:
+        return jax.lax.all_gather(jax.lax.ppermute(x_b, DATA, mirrored), EXPERT, tiled=True)
+
+    there_b = fetch(index_b)  # a permutation of consecutive indices
+    row_b = jnp.argsort(there_b)[plan.config.train.batch_size - 1 - index_b - there_b.min()]
+    return jax.tree.map(lambda x_b: fetch(x_b)[row_b], rows)
 
 
 def image_keys(plan: StepPlan, purpose: Purpose, step: jax.Array, index_b: jax.Array) -> jax.Array:

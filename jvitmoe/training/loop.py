@@ -180,7 +180,7 @@ class _Evaluation:
     """
 
     def __init__(self, config: Config, model: vit.ViT, mesh: Mesh, data: _Data) -> None:
-        self._config, self._evaluate = config, make_evaluate(model, mesh)
+        self._config, self._evaluate = config, make_evaluate(model, mesh, config.data)
         self._test_images = stream.eval_images(data.test, config, mesh)
         self.watched, self._watched_images = "test", self._test_images
         if len(data.validation):

@@ -101,8 +101,9 @@ class TimedStep:
         def read(split: batches.Images, index_B: jax.Array) -> jax.Array:
             key_B = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(0), jnp.arange(len(index_B)))
             targets_BC = jax.nn.one_hot(split.labels_N[index_B], config.model.classes)
-            images, _ = augment.augment(config.data, key_B, split.images_NHWc[index_B], targets_BC)
-            return augment.normalize(images)
+            batch = augment.Batch(key_B, jax.random.key(1), augment.reversed_rows)
+            images, _ = augment.augment(config.data, batch, split.images_NHWc[index_B], targets_BC)
+            return augment.normalize(images, config.data.mean, config.data.std)
 
         shares: tuple[tuple[Callable[[], Any], int], ...] = (
             (lambda: read(self._images, self._index_SB[0]), 1),

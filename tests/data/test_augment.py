@@ -5,9 +5,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
 from jvitmoe.config import DataConfig
-from jvitmoe.data.augment import augment, normalize
+from jvitmoe.data import augment as augment_lib
+from jvitmoe.data import trivial_augment
+from jvitmoe.data.augment import AUGMENTATIONS, Batch, augment, normalize, reversed_rows
 
 B, SIDE = 400, 6
 
@@ -25,9 +28,26 @@ def keys(seed=0):
 
 def run(key_B, images_BHWc, padding, flip):
     data, targets_BC = DataConfig(crop_padding=padding, flip=flip), jax.nn.one_hot(jnp.arange(len(images_BHWc)) % 3, 3)
-    images, targets = jax.jit(functools.partial(augment, data))(key_B, images_BHWc, targets_BC)
+    images, targets = apply(data, key_B, images_BHWc, targets_BC)
     np.testing.assert_array_equal(targets, targets_BC)
-    return np.asarray(images)
+    return images
+
+
+def augmenter(data):
+    """Returns (keys, images, targets, plain=False, seed=5) -> (images, targets) of a whole batch, compiled once."""
+
+    @jax.jit
+    def augmented(key_B, images_BHWc, targets_BC, plain, seed):
+        return augment(data, Batch(key_B, jax.random.key(seed), reversed_rows, plain), images_BHWc, targets_BC)
+
+    def run(key_B, images_BHWc, targets_BC, plain=False, seed=5):
+        return tuple(map(np.asarray, augmented(key_B, images_BHWc, targets_BC, plain, seed)))
+
+    return run
+
+
+def apply(data, *inputs, **options):
+    return augmenter(data)(*inputs, **options)
 
 
 def slow_crop(image_HWc, padding, row, column):
@@ -106,3 +126,219 @@ def test_normalize_spans_minus_1_to_1():
     assert x.dtype == jnp.float32
     np.testing.assert_allclose(x.ravel(), np.linspace(-1, 1, 256), atol=1e-6)
     assert (x.min(), x.max()) == (-1, 1)
+
+
+def test_normalize_with_a_mean_and_deviation_and_the_same_bits_without():
+    x = np.random.default_rng(0).integers(0, 256, (4, 5, 5, 3)).astype(np.uint8)
+    np.testing.assert_array_equal(jax.jit(normalize)(x), jax.jit(lambda x: x.astype(jnp.float32) / 127.5 - 1.0)(x))
+    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    np.testing.assert_allclose(normalize(x, mean, std), (x / 255 - np.array(mean)) / np.array(std), atol=1e-5)
+    np.testing.assert_allclose(normalize(x, (0.4,), std), (x / 255 - 0.4) / np.array(std), atol=1e-5)
+
+
+def smooth_images(count, channels=3, side=32):
+    """Returns uint8 images of smooth random colours, which have few flat parts and reach 0 and 255."""
+    rng, found = np.random.default_rng(1), []
+    for _ in range(count):
+        coarse = Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8))
+        found.append(np.asarray(coarse.resize((side, side), Image.Resampling.BICUBIC))[..., :channels])
+    return np.stack(found)
+
+
+def levels_apart(found, wanted):
+    return np.abs(np.asarray(found).astype(int) - np.stack([np.asarray(image) for image in wanted]).astype(int))
+
+
+AFFINE = {  # what torchvision hands to Pillow
+    "shear_x": lambda size, m: (1, 0.99 * m, 0, 0, 1, 0),
+    "shear_y": lambda size, m: (1, 0, 0, 0.99 * m, 1, 0),
+    "translate_x": lambda size, m: (1, 0, -int(32 * m), 0, 1, 0),
+    "translate_y": lambda size, m: (1, 0, 0, 0, 1, -int(32 * m)),
+}
+BY_PILLOW = {
+    "identity": lambda image, m: image,
+    **{
+        name: lambda image, m, matrix=matrix: image.transform(image.size, Image.Transform.AFFINE, matrix(image.size, m))
+        for name, matrix in AFFINE.items()
+    },
+    "rotate": lambda image, m: image.rotate(135 * m),
+    "brightness": lambda image, m: ImageEnhance.Brightness(image).enhance(1 + 0.99 * m),
+    "saturation": lambda image, m: ImageEnhance.Color(image).enhance(1 + 0.99 * m),
+    "contrast": lambda image, m: ImageEnhance.Contrast(image).enhance(1 + 0.99 * m),
+    "sharpness": lambda image, m: ImageEnhance.Sharpness(image).enhance(1 + 0.99 * m),
+    "posterize": lambda image, m: ImageOps.posterize(image, 8 - round(6 * abs(m))),
+    "solarize": lambda image, m: ImageOps.solarize(image, 255 - 255 * abs(m)),
+    "autocontrast": lambda image, m: ImageOps.autocontrast(image),
+    "equalize": lambda image, m: ImageOps.equalize(image),
+}
+
+
+@pytest.mark.parametrize("name", trivial_augment.OPERATIONS)
+def test_each_operation_of_trivial_augment_is_pillows(name):
+    """Colours within one level; positions of pixels the same for all but one in a hundred, where roundings differ."""
+    images = np.concatenate([smooth_images(15), smooth_images(15) // 2 + 40, np.full((1, 32, 32, 3), 77, np.uint8)])
+    strength_B = np.linspace(-1, 1, len(images)).astype(np.float32)
+    kind_B = np.full(len(images), trivial_augment.OPERATIONS.index(name), np.float32)
+    found = jax.jit(trivial_augment.apply)(kind_B, strength_B, images)
+    assert found.dtype == np.uint8
+    wanted = [BY_PILLOW[name](Image.fromarray(image), m) for image, m in zip(images, strength_B.tolist(), strict=True)]
+    apart = levels_apart(found, wanted)
+    if name in (*AFFINE, "rotate"):
+        assert (apart > 0).any(-1).mean() < 0.01
+    else:
+        assert apart.max() <= (name in ("brightness", "saturation", "contrast", "sharpness", "autocontrast"))
+    assert (name == "identity") == bool((np.asarray(found) == images).all())
+
+
+@pytest.mark.parametrize("name", augment_lib.THREE)
+def test_each_of_the_three_augmentations_is_pillows(name):
+    """To the bit; the blur within three levels and unbiased, because Pillow rounds after each of its six passes."""
+    images, radius_B = smooth_images(30), np.linspace(*augment_lib.RADIUS, 30).astype(np.float32)
+    kind_B = np.full(30, augment_lib.THREE.index(name), np.float32)
+    by_pillow = {
+        "grey": lambda image, _: image.convert("L").convert("RGB"),
+        "solarize": lambda image, _: ImageOps.solarize(image),
+        "blur": lambda image, radius: image.filter(ImageFilter.GaussianBlur(radius)),
+    }[name]
+    wanted = [
+        by_pillow(Image.fromarray(image), radius) for image, radius in zip(images, radius_B.tolist(), strict=True)
+    ]
+    found = jax.jit(augment_lib.one_of_three)(kind_B, radius_B, images)
+    apart = levels_apart(found, wanted)
+    assert apart.max() <= (3 if name == "blur" else 0)
+    assert apart.mean() < 0.5
+    assert abs(np.mean(found) - np.mean(wanted)) < 0.05
+
+
+def test_colour_jitter_is_pillows_in_one_order():
+    images = smooth_images(30)
+    factors_3B = np.random.default_rng(0).uniform(0.7, 1.3, (3, 30)).astype(np.float32)
+    wanted = []
+    for image, factors in zip(map(Image.fromarray, images), factors_3B.T.tolist(), strict=True):
+        for enhance, factor in zip(
+            (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color), factors, strict=True
+        ):
+            image = enhance(image).enhance(factor)
+        wanted.append(image)
+    found = jax.jit(augment_lib.colour_jitter)(factors_3B, images.astype(np.float32))
+    assert levels_apart(found, wanted).max() <= 2  # one level of an earlier step is more than one after the next
+
+
+TARGETS = np.asarray(jax.nn.one_hot(np.arange(B) % 4, 4))
+ON = {  # settings of each augmentation
+    "crop": {"crop_padding": 2},
+    "flip": {"flip": True},
+    "three_augment": {"three_augment": True},
+    "trivial_augment": {"trivial_augment": True},
+    "erase": {"erase": 0.5},
+    "mix_images": {"mixup": 0.8, "cutmix": 1.0},
+}
+
+
+def test_every_augmentation_is_off_by_default():
+    assert ON.keys() == AUGMENTATIONS.keys()
+    assert not any(make(DataConfig()) for make in AUGMENTATIONS.values())
+    for name, settings in ON.items():
+        assert [other for other, make in AUGMENTATIONS.items() if make(DataConfig(**settings))] == [name]
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("name", ["three_augment", "trivial_augment", "erase"])
+def test_an_image_after_each_augmentation_depends_on_its_own_key_only(name, channels):
+    images, data = smooth_images(B, channels, 8), DataConfig(**ON[name])
+    whole, targets = apply(data, keys(), images, TARGETS)
+    assert whole.dtype == np.uint8
+    np.testing.assert_array_equal(targets, TARGETS)
+    some = np.array([7, 3, 250, 4])
+    np.testing.assert_array_equal(apply(data, keys()[some], images[some], TARGETS[some])[0], whole[some])
+    assert (whole != images).any((1, 2, 3)).mean() > 0.4
+
+
+def test_three_augment_draws_the_three_equally_often_and_all_strengths():
+    """A flat image of two colours tells grey from solarized from blurred, even after jitter."""
+    image = np.zeros((8, 8, 3), np.uint8)
+    image[:, :4] = (200, 100, 50)
+    found = apply(DataConfig(three_augment=True), keys(), np.stack([image] * B), TARGETS)[0].astype(int)
+    grey = (np.ptp(found, -1) <= 1).all((1, 2))
+    blurred = ~grey & (found[:, 0, 3] != found[:, 0, 0]).any(-1)
+    for share in (grey.mean(), blurred.mean()):
+        assert abs(share - 1 / 3) < 4 * (2 / 9 / B) ** 0.5 + 0.06  # the smallest radii blur by less than a level
+    brightest = found[grey].max((1, 2, 3))
+    assert brightest.min() < 100 < 140 < brightest.max()
+
+
+def test_trivial_augment_draws_every_operation_and_every_strength_equally_often(monkeypatch):
+    drawn = []
+    monkeypatch.setattr(
+        trivial_augment, "apply", lambda kind, strength, images: drawn.append((kind, strength)) or images
+    )
+    batch = Batch(jax.random.split(jax.random.key(0), 5000), jax.random.key(0), reversed_rows)
+    augment_lib.trivial(batch, np.zeros((5000, 4, 4, 3), np.uint8), None)
+    kinds, strengths = (np.asarray(x) for x in drawn[0])
+    counts = np.bincount(kinds.astype(int), minlength=14)
+    assert ((counts - 5000 / 14) ** 2 / (5000 / 14)).sum() < 34.5  # 13 degrees of freedom: exceeded once in 1,000
+    levels = np.unique(np.round(strengths * 30).astype(int))
+    np.testing.assert_array_equal(levels, np.arange(-30, 31))
+    assert abs(strengths.mean()) < 0.05
+
+
+def test_erasing_fills_a_rectangle_of_timms_areas_and_ratios_with_the_mean():
+    images = np.maximum(smooth_images(B), 1)
+    images[images == 51] = 52
+    found = apply(DataConfig(erase=0.75, mean=(0.2,)), keys(), images, TARGETS)[0]
+    changed = (found != images).any(-1)
+    assert (found[changed] == 51).all()
+    erased = changed.any((1, 2))
+    assert abs(erased.mean() - 0.75) < 4 * (0.75 * 0.25 / B) ** 0.5
+    rows, columns = changed.any(2).sum(1)[erased], changed.any(1).sum(1)[erased]
+    np.testing.assert_array_equal(rows * columns, changed.sum((1, 2))[erased])  # a whole rectangle
+    share, ratio = rows * columns / 32**2, rows / columns
+    assert 0.01 < share.min() < 0.06
+    assert 0.28 < share.max() < 0.36
+    assert 0.2 < ratio.min() < 0.5
+    assert 2 < ratio.max() < 4.5
+    assert abs(np.log(ratio).mean()) < 0.15
+    assert changed.any((0, 1)).all()  # up to the edges
+    assert changed.any((0, 2)).all()
+
+
+@pytest.mark.parametrize(("mixup", "cutmix"), [(0.8, 0.0), (0.0, 1.0), (0.8, 1.0)])
+def test_mixing_keeps_the_sum_of_targets_and_mixes_pixels_by_the_same_share(mixup, cutmix):
+    """White images of class 0 are paired with black ones of class 1, so brightness is the share of class 0."""
+    white = np.arange(8) < 4
+    images = np.where(white[:, None, None, None], 255, 0) * np.ones((8, 16, 16, 3), np.uint8)
+    targets = np.eye(3, dtype=np.float32)[np.where(white, 0, 1)] * 0.9 + 0.1 / 3
+    run, shares, cut = augmenter(DataConfig(mixup=mixup, cutmix=cutmix)), [], []
+    for seed in range(60):
+        found, mixed = run(keys()[:8], images.astype(np.uint8), targets, seed=seed)
+        np.testing.assert_allclose(mixed.sum(1), 1, atol=1e-6)
+        np.testing.assert_allclose(found.mean((1, 2, 3)) / 255, (mixed[:, 0] - 0.1 / 3) / 0.9, atol=1e-4)
+        assert np.ptp(mixed[:4], 0).max() < 1e-6  # one share for the batch
+        shares.append(mixed[0, 0])
+        cut.append(set(np.unique(found)) <= {0.0, 255.0})
+    assert len({round(float(share), 6) for share in shares}) > 20
+    # Beta(alpha, alpha) has mean 1/2; the edge cuts boxes off, so cutmix keeps more of the own image.
+    assert abs(np.mean(shares) - (0.5 if not cutmix else 0.6)) < 0.16
+    assert np.mean(cut) == (0 if not cutmix else 1) or (mixup and cutmix and 0.25 < np.mean(cut) < 0.75)
+
+
+def test_the_partner_is_the_image_from_the_other_end_of_the_batch():
+    images, targets = smooth_images(6), np.eye(6, dtype=np.float32)
+    found, mixed = apply(DataConfig(mixup=1.0), keys()[:6], images, targets)
+    share = mixed[0, 0]
+    np.testing.assert_allclose(mixed, share * targets + (1 - share) * targets[::-1], atol=1e-6)
+    np.testing.assert_allclose(found, share * images + (1 - share) * images[::-1].astype(float), atol=1e-3)
+
+
+def test_in_the_last_part_only_crop_and_flip_go_on():
+    images = smooth_images(40, side=8)
+    settings = functools.reduce(lambda a, b: a | b, ON.values()) | {"plain_last": 0.5}
+    everything, plain = DataConfig(**settings), DataConfig(crop_padding=2, flip=True)
+    found, targets = apply(everything, keys()[:40], images, TARGETS[:40], plain=True)
+    np.testing.assert_array_equal(found, apply(plain, keys()[:40], images, TARGETS[:40])[0])
+    np.testing.assert_array_equal(targets, TARGETS[:40])
+    before = apply(everything, keys()[:40], images, TARGETS[:40], plain=False)
+    never = apply(DataConfig(**settings | {"plain_last": 0.0}), keys()[:40], images, TARGETS[:40])
+    np.testing.assert_array_equal(before[0], never[0])
+    np.testing.assert_array_equal(before[1], never[1])
+    assert (before[0] != found).any((1, 2, 3)).all()

@@ -20,6 +20,7 @@ from PIL import Image
 from jvitmoe import config as config_lib
 from jvitmoe import evaluate, train
 from jvitmoe.data import datasets, stream
+from jvitmoe.data import images as images_lib
 from jvitmoe.data.batches import TrainOrder, eval_batches
 from jvitmoe.data.images import DataError
 from jvitmoe.data.splits import Records, decode, in_memory
@@ -129,7 +130,7 @@ def test_a_streamed_split_is_evaluated_exactly_with_padding_masked(tiny_config, 
         train={"devices": 4, "batch_size": 8},
     )
     run = training(config)
-    found = make_evaluate(run.model, run.mesh)
+    found = make_evaluate(run.model, run.mesh, run.config.data)
     batches = eval_batches(len(tiny_split), 8, run.mesh)
     assert len(tiny_split) % 8 != 0
     records = in_memory(tiny_split)
@@ -261,6 +262,21 @@ def test_without_resizing_a_picture_of_another_size_is_refused_with_the_remedy(t
     records = datasets.browse(config.data, config.model).train
     with pytest.raises(DataError, match=r"config.model.image_size is 8; .*--config.data.crop=resized"):
         decode(records, config.data, config.model)
+
+
+def test_a_folder_of_all_sizes_is_resized_to_what_predict_sees(tmp_path, tiny_config):
+    write_pictures(tmp_path)
+    folder = {"name": "folder", "dir": str(tmp_path), "crop": "centre"}
+    config = tiny_config(data=folder, model={"channels": 3, "classes": 2})
+    loaded = datasets.load(config.data, config.model)
+    files = sorted((tmp_path / "val").rglob("*.jpg"))
+    wanted = np.stack([images_lib.read(file, 8, 3, crop="centre") for file in files])
+    np.testing.assert_array_equal(loaded.test.images_NHWc, wanted)
+    np.testing.assert_array_equal(wanted, [images_lib.read(file, 8, 3, crop="pad") for file in files])
+    assert loaded.train.images_NHWc.shape == (24, 8, 8, 3)
+    config.data.stream = True
+    streamed = decode(datasets.browse(config.data, config.model).train, config.data, config.model)
+    np.testing.assert_array_equal(streamed.images_NHWc, loaded.train.images_NHWc)
 
 
 def test_random_parts_are_a_function_of_seed_step_and_place(tmp_path, tiny_config):

@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +77,7 @@ class Target:
         """Returns the arrays of sample.npz: test images, the target's inputs for them, labels, and our logits."""
         records = datasets.browse(config.data, config.model).test
         test = splits.decode(records.select(np.arange(min(SAMPLE, len(records)))), config.data, config.model)
-        inputs = np.asarray(augment.normalize(jnp.asarray(test.images_NHWc)))
+        inputs = np.asarray(augment.normalize(jnp.asarray(test.images_NHWc), source.mean, source.std))
         if self.torch:
             inputs = np.ascontiguousarray(inputs.transpose(0, 3, 1, 2))
         logits_NC = classifier.from_source(source).logits(test.images_NHWc)
@@ -135,9 +135,15 @@ def save_weights(out: Path, arrays: weight_names.Dict, about: dict[str, Any]) ->
 
     def run(inputs: np.ndarray) -> np.ndarray:
         images = inputs if again.kind == load.OURS else inputs.transpose(0, 2, 3, 1)
-        return read_back.logits(np.rint((images + 1.0) * 127.5).astype(np.uint8))
+        pixels = 255 * (images * np.asarray(again.std) + np.asarray(again.mean))
+        return read_back.logits(np.rint(pixels).astype(np.uint8))
 
     return run
+
+
+def per_channel(values: Sequence[float], model: ModelConfig) -> list[float]:
+    """Returns the mean or deviation of pixels with one number per channel."""
+    return list(values) if len(values) == model.channels else list(values) * model.channels
 
 
 def forward(source: load.Source, model: ModelConfig) -> Callable[[jax.Array], jax.Array]:

@@ -25,7 +25,7 @@ processor = AutoImageProcessor.from_pretrained(".", backend="pil")
 
     def write(self, out: Path, source: load.Source, model: ModelConfig) -> base.Run:
         arrays = weight_names.write(source.params, weight_names.HF, cls_row=True)
-        files.write_text(out / load.PROCESSOR, json.dumps(_preprocessor(model, source.crop), indent=2) + "\n")
+        files.write_text(out / load.PROCESSOR, json.dumps(_preprocessor(model, source), indent=2) + "\n")
         return base.save_weights(out, arrays, config_json(model, source.classes))
 
     def remarks(self, config: Config) -> list[str]:
@@ -54,17 +54,18 @@ def config_json(model: ModelConfig, classes: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def _preprocessor(model: ModelConfig, crop: str) -> dict[str, Any]:
-    """Returns Hugging Face's preprocessor_config.json; `crop` is the run's `data.crop`.
+def _preprocessor(model: ModelConfig, source: load.Source) -> dict[str, Any]:
+    """Returns Hugging Face's preprocessor_config.json, with the crop, mean and deviation of the source.
 
     The processor is DINOv2's: transformers 4's slow ViTImageProcessor can neither keep the aspect ratio nor crop.
     """
-    side = model.image_size
+    side, crop = model.image_size, source.crop
     return {
         **{"image_processor_type": "BitImageProcessor", "do_convert_rgb": model.channels == 3, "do_resize": True},
         **{"size": {"shortest_edge": side * 8 // 7 if crop == "resized" else side}},
         **{"resample": 2 if crop == "resized" else 3},  # Pillow's bilinear, bicubic
         **{"do_center_crop": True, "crop_size": {"height": side, "width": side}},
         **{"do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True},
-        **{"image_mean": [0.5] * model.channels, "image_std": [0.5] * model.channels},
+        "image_mean": base.per_channel(source.mean, model),
+        "image_std": base.per_channel(source.std, model),
     }

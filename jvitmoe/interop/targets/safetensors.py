@@ -26,7 +26,8 @@ print(model(["picture.png"]))
 
     def write(self, out: Path, source: load.Source, model: ModelConfig) -> base.Run:
         arrays = {name: np.ascontiguousarray(leaf) for name, leaf in classifier.dense_arrays(source).items()}
-        return base.save_weights(out, arrays, config_json(model, source.classes, source.crop))
+        pixels = {"mean": list(source.mean), "std": list(source.std)}
+        return base.save_weights(out, arrays, config_json(model, source.classes, source.crop) | pixels)
 
 
 def config_json(model: ModelConfig, classes: Sequence[str], crop: str) -> dict[str, Any]:

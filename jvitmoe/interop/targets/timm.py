@@ -41,7 +41,8 @@ model.load_state_dict(load_file("model.safetensors"), strict=True)
 
     def write(self, out: Path, source: load.Source, model: ModelConfig) -> base.Run:
         arrays = weight_names.write(source.params, weight_names.TIMM, _cls_row(model), model.pool != "cls")
-        return base.save_weights(out, arrays, config_json(model, source.classes, source.crop))
+        about = config_json(model, source.classes, source.crop, source.mean, source.std)
+        return base.save_weights(out, arrays, about)
 
     def unsupported(self, model: ModelConfig) -> list[str]:
         return super().unsupported(model) + (["pool"] if model.pool == "seq" else [])
@@ -62,9 +63,15 @@ model.load_state_dict(load_file("model.safetensors"), strict=True)
         return [f"timm's config.json can express LayerNorm epsilons {known}, not {ours}"]
 
 
-def config_json(model: ModelConfig, classes: Sequence[str], crop: str) -> dict[str, Any]:
+def config_json(
+    model: ModelConfig,
+    classes: Sequence[str],
+    crop: str,
+    mean: Sequence[float] = (0.5,),
+    std: Sequence[float] = (0.5,),
+) -> dict[str, Any]:
     """Returns timm's config.json: the architecture whose LayerNorm epsilon is nearest to ours, with our arguments;
-    `crop` is the run's `data.crop`."""
+    `crop`, `mean` and `std` are those of the run's `data`."""
     pool = "token" if model.pool == "cls" else "avg"
     parts = {"reg_tokens": model.registers, "init_values": model.layer_scale, "qk_norm": model.qk_norm}
     args = {
@@ -74,7 +81,7 @@ def config_json(model: ModelConfig, classes: Sequence[str], crop: str) -> dict[s
         **{"class_token": model.has_cls, "no_embed_class": not _cls_row(model), "global_pool": pool},
         **{name: value for name, value in parts.items() if value},
     }
-    pixels = {"mean": [0.5] * model.channels, "std": [0.5] * model.channels}
+    pixels = {"mean": base.per_channel(mean, model), "std": base.per_channel(std, model)}
     cfg = {
         **{"num_classes": model.classes, "input_size": [model.channels, model.image_size, model.image_size], **pixels},
         **{"interpolation": "bilinear" if crop == "resized" else "bicubic", "crop_mode": "center"},
