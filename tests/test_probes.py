@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from jvitmoe import evaluate
-from jvitmoe.config import Config
+from jvitmoe.config import Config, DataConfig
 from jvitmoe.data import datasets, stream
 from jvitmoe.data.batches import eval_batches, put
 from jvitmoe.data.splits import Dataset, Source, Split, check_fit, in_memory
@@ -54,7 +54,7 @@ def test_features_are_those_of_one_image_at_a_time_on_any_number_of_devices(tiny
     mesh, (net, params) = make_mesh(config.train), noise()
     images_NHWc = jnp.asarray(tiny_split.images_NHWc / 127.5 - 1, jnp.float32)
     expected_ND = np.concatenate([vit.features(net, params, image[None]) for image in images_NHWc])
-    extract, batches = probes.make_extract(net), eval_batches(26, 8, mesh)
+    extract, batches = probes.make_extract(net, DataConfig()), eval_batches(26, 8, mesh)
     streamed = stream.EvalImages(in_memory(tiny_split), batches, config, mesh)
     for shown in (put(tiny_split, mesh), streamed):
         features_ND, labels_N = extract(params, shown, batches)

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from jvitmoe.config import Config
+from jvitmoe.config import Config, DataConfig
 from jvitmoe.data import augment, stream
 from jvitmoe.data.batches import Batches, Images
 from jvitmoe.data.splits import Dataset
@@ -49,7 +49,7 @@ def measure(
     if neighbours > len(data.train):
         raise UserError(f"--knn is {neighbours}; it must be at most the {len(data.train)} training images")
     splits = [stream.eval_images(split, config, mesh) for split in (data.train, data.test)]
-    extract, names, rows = make_extract(net), data.class_names, []
+    extract, names, rows = make_extract(net, config.data), data.class_names, []
 
     for model, params in trees.items():
         train, test = (extract(params, *split) for split in splits)
@@ -66,13 +66,13 @@ def measure(
     return rows
 
 
-def make_extract(net: vit.ViT) -> Callable[[Any, Shown, Batches], Features]:
+def make_extract(net: vit.ViT, data: DataConfig) -> Callable[[Any, Shown, Batches], Features]:
     """Returns a function (params, split, batches) -> features of every image, in order, without padding."""
 
     @jax.jit
     def of_batch(params: Any, images: Images, index_B: jax.Array | None) -> tuple[jax.Array, jax.Array]:
         images_BHWc, labels_B = images if index_B is None else (x[index_B] for x in images)
-        return vit.features(net, params, augment.normalize(images_BHWc)), labels_B
+        return vit.features(net, params, augment.normalize(images_BHWc, data.mean, data.std)), labels_B
 
     def extract(params: Any, split: Shown, batches: Batches) -> Features:
         whole = isinstance(split, Images)

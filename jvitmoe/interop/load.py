@@ -140,8 +140,8 @@ def adapt(source: Source, model: ModelConfig, fresh: Dict, data: DataConfig) -> 
             changes.append("folded its mean and deviation of pixels into the patches: data.mean and data.std differ")
     elif not _same_pixels(pixels, wanted):
         raise ConfigError(
-            f"config.data.mean is {data.mean} and config.data.std is {data.std}; with model.stem={model.stem} they must "
-            f"be the source's, {source.mean} and {source.std}: convolutions pad with zeros"
+            f"config.data.mean is {data.mean} and config.data.std is {data.std}; for model.stem={model.stem}, which "
+            f"pads with zeros, they must be the source's, {source.mean} and {source.std}"
         )
     _fit_positions(old, source.model, model, fresh, changes)
     cls_position = old.pop("cls_position", None)
