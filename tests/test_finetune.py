@@ -1,0 +1,60 @@
+"""configs/finetune.py end to end, on a small ViT of timm's names with random weights and a folder of pictures."""
+
+import json
+import math
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+from safetensors.numpy import save_file
+
+from jvitmoe import train
+from jvitmoe.config import ModelConfig
+from jvitmoe.interop import load, weight_names
+from jvitmoe.interop.targets import timm
+from jvitmoe.models import vit
+
+pytestmark = pytest.mark.slow
+
+SIZES = {"image_size": 32, "classes": 3, "patch": 16, "width": 24, "hidden": 48, "depth": 2, "heads": 2}
+
+
+@pytest.fixture
+def files(tmp_path):
+    """Returns (a folder with timm's weights and config, an image folder of three colours)."""
+    source, pictures = tmp_path / "vit", tmp_path / "pictures"
+    source.mkdir()
+    model = ModelConfig(channels=3, cls_position=True, norm_epsilon=1e-6, **SIZES | {"classes": 7})
+    flat = weight_names.flatten(jax.device_get(vit.init(vit.build(model), jax.random.key(0))))
+    save_file(weight_names.write(flat, weight_names.TIMM, cls_row=True), source / "model.safetensors")
+    about = timm.config_json(model, (), "resized", (0.4, 0.5, 0.6), (0.2, 0.3, 0.4))
+    (source / "config.json").write_text(json.dumps(about))
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 16), ("test", 4)):
+        for label in range(3):
+            folder = pictures / split / "rgb"[label]
+            folder.mkdir(parents=True)
+            for n in range(count):
+                pixels = rng.integers(0, 120, (40, 50, 3), np.uint8)
+                pixels[..., label] += 120
+                Image.fromarray(pixels).save(folder / f"{n}.png")
+    return source, pictures
+
+
+@pytest.mark.parametrize("variant", ["dense", "random"])
+def test_a_vit_of_timm_is_tuned_on_a_folder_of_pictures(files, tmp_path, variant):
+    source, pictures = files
+    workdir = tmp_path / "run"
+    sizes = [f"--config.model.{name}={value}" for name, value in SIZES.items()]
+    settings = {"data.dir": pictures, "init.source": source / "model.safetensors", "train.batch_size": 16}
+    settings |= {"train.epochs": 8, "train.devices": 1, "train.platform": "cpu", "train.log_every": 1}
+    flags = [f"--config.{name}={value}" for name, value in settings.items()]
+    train.main(["train", f"--config=configs/finetune.py:{variant}", f"--workdir={workdir}", *sizes, *flags])
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    losses = [line["loss"] for line in lines if line["kind"] == "train"]
+    assert all(map(math.isfinite, losses))
+    assert np.mean(losses[-3:]) < np.mean(losses[:3])
+    rows = {row["model"]: row for row in json.loads((workdir / "result.json").read_text())["rows"]}
+    assert rows["merged" if variant == "random" else "dense"]["accuracy"] > 0.5
+    assert load.read(workdir).model.patch == 16
