@@ -65,7 +65,7 @@ def test_a_mean_and_deviation_of_pixels_reach_training_and_evaluation(tiny_confi
     assert runs[0.25] == pytest.approx(runs[0.5], rel=1e-5)
 
 
-MIXED = {"three_augment": True, "erase": 0.5, "mixup": 0.8, "cutmix": 1.0, "plain_last": 0.25}
+MIXED = {"three_augment": True, "trivial_augment": True, "erase": 0.5, "mixup": 0.8, "cutmix": 1.0, "plain_last": 0.25}
 
 
 @pytest.mark.parametrize(

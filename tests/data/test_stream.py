@@ -69,7 +69,12 @@ def streamed(tiny_split, training):
 )
 def test_a_streamed_run_equals_a_run_on_the_device_to_the_bits(tiny_config, training, streamed, routed, meshes):
     def config():
-        return tiny_config(data={"crop_padding": 1, "flip": True}, model={"dropout": 0.2}, routing=routed, train=meshes)
+        return tiny_config(
+            data={"crop_padding": 1, "flip": True, "mixup": 0.8, "cutmix": 1.0},
+            model={"dropout": 0.2},
+            routing=routed,
+            train=meshes,
+        )
 
     resident = training(config()).run(4)  # over the end of an epoch of three steps
     state, metrics = streamed(config()).run(4)
