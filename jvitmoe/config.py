@@ -333,6 +333,10 @@ def _faults(config: Config) -> Iterator[tuple[str, str]]:
         yield "routing.pattern", rule + """--config.routing.pattern='("dense","experts")'"""
     elif model.depth % len(routing.pattern):
         yield "routing.pattern", f"must have a length that divides model.depth, which is {model.depth}"
+    several = routing.pattern.count("experts") > 1 and routing.experts > 1 and not config.routes_in_model
+    if several and (granularity, routing.scope) == ("batch", "layer"):
+        # The layers of one optimiser state must have one route.
+        yield "routing.pattern", "must have one 'experts', for granularity=batch and scope=layer"
     if routing.consistency and routing.experts == 1:
         yield "routing.consistency", "must be 0 with one expert: two passes need two routes"
     if config.routes_in_model and (routing.experts == 1 or routing.granularity != "batch" or routing.consistency):

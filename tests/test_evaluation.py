@@ -103,7 +103,7 @@ def test_top5_and_confusion_are_those_of_one_image_at_a_time(tiny_config, tiny_s
     split = Split(tiny_split.images_NHWc, rng.integers(0, classes, 26).astype(np.int32))
     images = jnp.asarray(split.images_NHWc / 127.5 - 1, jnp.float32)
     p_NC = np.asarray(jax.nn.softmax(vit.logits(net, params, images)), float)
-    found = make_evaluate(net, mesh)(params, put(split, mesh), eval_batches(26, 8, mesh))
+    found = make_evaluate(net, mesh, config.data)(params, put(split, mesh), eval_batches(26, 8, mesh))
     slow = slowly(p_NC, split.labels_N)
     assert found == near(slow)
     assert [sum(row) for row in found.confusion] == np.bincount(split.labels_N, minlength=classes).tolist()
@@ -117,7 +117,7 @@ def test_top5_and_confusion_are_those_of_one_image_at_a_time(tiny_config, tiny_s
 def test_no_confusion_is_counted_for_more_than_1000_classes(tiny_config, split):
     config = tiny_config(model={"classes": 1001})
     net, mesh = vit.build(config.model), make_mesh(config.train)
-    evaluate, params = make_evaluate(net, mesh), vit.init(net, jax.random.key(0))
+    evaluate, params = make_evaluate(net, mesh, config.data), vit.init(net, jax.random.key(0))
     images, batches = put(split, mesh), eval_batches(26, 26, mesh)
     assert evaluate(params, images, batches).confusion == []
     (row,) = models.evaluate_run(config, params, None, evaluate, images, batches)

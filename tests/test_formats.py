@@ -46,7 +46,7 @@ def test_reading_takes_back_what_writing_gave(style, cls_position):
 
 def test_a_mean_pooled_vit_has_timms_other_name_for_its_last_norm():
     ours = tree(dataclasses.replace(MODEL, pool="mean"))
-    theirs = weight_names.write(ours, "timm", cls_row=False)
+    theirs = weight_names.write(ours, "timm", cls_row=False, mean=True)
     assert "fc_norm.weight" in theirs
     assert "norm.weight" not in theirs
     assert "cls_token" not in theirs
@@ -81,7 +81,7 @@ def test_query_key_and_value_lie_in_this_order_and_head_by_head():
     [
         (lambda a: a.pop("blocks.1.mlp.fc1.weight"), "'blocks.1.mlp.fc1.weight' is missing"),
         (lambda a: a.pop("pos_embed"), "'pos_embed' is missing"),
-        (lambda a: a.update({"blocks.0.ls1.gamma": np.ones(12)}), "'blocks.0.ls1.gamma' has no place"),
+        (lambda a: a.update({"blocks.0.attn.norm.weight": np.ones(12)}), "'blocks.0.attn.norm.weight' has no place"),
         (lambda a: a.update({"norm_pre.weight": np.ones(12)}), "'norm_pre.weight' has no place"),
         (
             lambda a: a.update({"blocks.0.mlp.fc1.weight": np.ones((7, 12))}),

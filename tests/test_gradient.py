@@ -25,16 +25,16 @@ TOLERANCES = {"float32": 1e-5, "bfloat16": 3e-2}
 
 
 def loss(params, model, dtype, images_BHWc, labels_B):
-    log_p_BC = jax.nn.log_softmax(vit.logits(vit.build(model).clone(dtype=dtype), params, images_BHWc))
+    log_p_BC = jax.nn.log_softmax(vit.logits(vit.build(MODELS[model]).clone(dtype=dtype), params, images_BHWc))
     return -jnp.take_along_axis(log_p_BC, labels_B[:, None], axis=1).mean()
 
 
 @pytest.fixture(scope="module", params=MODELS)
 def batch(request):
-    """Returns (model, (parameters all moved from where they start, images_BHWc, labels_B)), on the host."""
-    model = MODELS[request.param]
+    """Returns (name in MODELS, (parameters all moved from where they start, images_BHWc, labels_B)), on the host."""
+    model = request.param
     rng = np.random.default_rng(0)
-    params = jax.jit(lambda: vit.init(vit.build(model), jax.random.key(0)))()
+    params = jax.jit(lambda: vit.init(vit.build(MODELS[model]), jax.random.key(0)))()
     params = jax.tree.map(lambda x: x + 0.1 * rng.normal(size=x.shape).astype("f"), jax.device_get(params))
     images_BHWc = rng.uniform(-1, 1, (B, 32, 32, 3)).astype("f")
     return model, (params, images_BHWc, rng.integers(0, MODEL.classes, B).astype(np.int32))
@@ -64,7 +64,7 @@ def errors(found, exact):
 @pytest.mark.parametrize("dtype", TOLERANCES)
 def test_the_compiled_gradient_over_4160_rows_is_that_of_float64(batch, exact, dtype):
     model, (params, images_BHWc, labels_B) = batch
-    assert model.tokens == TOKENS
+    assert MODELS[model].tokens == TOKENS
     # As training compiles it, not as the other tests do, which leave out LLVM's optimisation.
     options = {"xla_backend_optimization_level": 3, **compilation.options(jnp.dtype(dtype), "cpu")}
     gradient = jax.jit(jax.grad(loss), static_argnums=(1, 2), compiler_options=options)

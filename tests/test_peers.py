@@ -72,7 +72,7 @@ def made(peers, inputs, tmp_path_factory):
         "timm_one_patch_no_embed_class": {"patch_size": 8, "no_embed_class": True},
         "timm_parts": {**PARTS, "no_embed_class": True, "reg_tokens": 2, "global_pool": "avg"},
         "timm_reg_gap": {"reg_tokens": 1, "class_token": False, "no_embed_class": True, "global_pool": "avg"},
-        "timm_dinov2": {"architecture": "vit_small_patch14_reg4_dinov2"},
+        "timm_dinov2": {"architecture": "vit_small_patch14_reg4_dinov2", "pretrained_cfg_overlay": HALF},
         "timm_flexivit": {"architecture": "flexivit_small"},  # no_embed_class by its architecture
         "timm_clip": {"architecture": "vit_base_patch16_clip_224", "pre_norm": False, "pretrained_cfg_overlay": HALF},
     }.items():
@@ -233,9 +233,9 @@ def test_positions_and_patches_are_resized_as_timm_resizes_them(peers, tmp_path,
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"init_values": 0.1}, "no place in a plain ViT"),
-        ({"reg_tokens": 2}, "no place in a plain ViT"),
-        ({"qk_norm": True}, "no place in a plain ViT"),
+        ({"reg_tokens": 2}, "its table has 18 positions of patches; they must make a square"),
+        ({"scale_attn_norm": True}, "no place in a plain ViT"),
+        ({"final_norm": True, "fc_norm": True}, "its pooling must be CLS"),
         ({"pre_norm": True}, "must hold a plain ViT"),
         ({"qkv_bias": False}, "must hold a plain ViT"),
         ({"norm_layer": "rmsnorm"}, "its norm_layer is 'rmsnorm'"),

@@ -377,7 +377,11 @@ def test_the_pictures_in_results_can_be_drawn_again(tmp_path, figures, monkeypat
 
     monkeypatch.setattr("sys.argv", ["redraw.py", f"--out={tmp_path}"])
     redraw.main()
-    committed = {str(path.relative_to(RESULTS)) for path in RESULTS.glob("*/*.png") if path.name != "curves.png"}
+    committed = {
+        str(path.relative_to(RESULTS))
+        for path in RESULTS.glob("*/*.png")
+        if path.name not in ("curves.png", "sheet.png")
+    }
     assert {str(path.relative_to(tmp_path)) for path in tmp_path.glob("*/*.png")} == committed
     for figure in figures:
         check(figure)

@@ -7,7 +7,7 @@ import pytest
 
 from jvitmoe.config import OptimConfig
 from jvitmoe.data import augment
-from jvitmoe.experts import merge, slices
+from jvitmoe.experts import build, merge, slices
 from jvitmoe.models import vit
 from jvitmoe.training import optimizer, state, update
 from jvitmoe.training.state import OptState
@@ -124,3 +124,34 @@ def test_one_expert_trains_as_plain_optax_on_the_dense_model(tiny_config, traini
         for moment in ("mu", "nu"):
             ours = optax.tree.get(after.opt_state.trunk, moment)
             chex.assert_trees_all_close(ours, optax.tree.get(opt_state, moment), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("pattern", [("experts", "dense"), ("dense", "experts"), ("dense", "dense", "experts")])
+def test_with_a_pattern_an_experts_count_of_steps_is_taken_and_put_with_its_parameters(tiny_config, pattern):
+    config = tiny_config(model={"depth": 6}, routing={"experts": E, "scope": "layer", "pattern": pattern})
+    model = build.make_model(config, "cpu")
+    made = jax.jit(lambda: state.create(vit.init(model, jax.random.key(0)), optimizer.make_direction(config)))()
+    groups = 6 // len(pattern)
+
+    def numbered(tree):
+        """Returns the tree with each leaf [groups, E, ...] filled with the number of its group and expert."""
+        number = np.arange(groups * E).reshape(groups, E)
+        return jax.tree.map(
+            lambda x: jnp.broadcast_to(number.reshape(groups, E, *[1] * (x.ndim - 2)), x.shape).astype(x.dtype), tree
+        )
+
+    trunk, experts = slices.split(made.params, slices.stacked(made.params))
+    made = made._replace(
+        params=slices.join(trunk, numbered(experts)),
+        opt_state=made.opt_state._replace(experts=numbered(made.opt_state.experts)),
+    )
+    route_L = np.array([3, 0, 2, 1, 1, 2])
+    route_G = route_L[pattern.index("experts") :: len(pattern)]
+    active = state.take(made, jnp.asarray(route_L))
+    for leaf in jax.tree.leaves(active.opt_state.experts):
+        np.testing.assert_array_equal(np.asarray(leaf).reshape(groups, -1)[:, 0], np.arange(groups) * E + route_G)
+    counted = active._replace(opt_state=jax.tree.map(lambda x: x - x - 1, active.opt_state))
+    after = state.put(made, counted, jnp.asarray(route_L))
+    for leaf in jax.tree.leaves(after.opt_state.experts):
+        changed = np.asarray(leaf).reshape(groups, E, -1)[..., 0] == -1
+        np.testing.assert_array_equal(changed, np.arange(E) == route_G[:, None])

@@ -3,6 +3,7 @@
 L layers · E experts · P paths: experts taken per layer
 """
 
+import functools
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
@@ -42,7 +43,8 @@ def join(trunk: Tree, experts: Tree) -> Tree:
 
 def take(experts: Tree, route: jax.Array) -> Tree:
     """Returns expert route[l] of each layer l: leaves [L, ...] from [L, E, ...]; with a route [L, P], [L, P, ...]."""
-    return jax.tree.map_with_path(lambda path, leaf: leaf[_index(path, leaf, route)], experts)
+    index = functools.partial(_index, experts, route)
+    return jax.tree.map_with_path(lambda path, leaf: leaf[index(path, leaf)], experts)
 
 
 def put(experts: Tree, taken: Tree, route: jax.Array) -> Tree:
@@ -52,17 +54,21 @@ def put(experts: Tree, taken: Tree, route: jax.Array) -> Tree:
     """
 
     def write(path: tuple[Any, ...], leaf: jax.Array, new: jax.Array) -> jax.Array:
-        return leaf.at[_index(path, leaf, route)].set(new, unique_indices=True)
+        return leaf.at[_index(experts, route, path, leaf)].set(new, unique_indices=True)
 
     return jax.tree.map_with_path(write, experts, taken)
 
 
-def _index(path: tuple[Any, ...], leaf: jax.Array, route: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _index(experts: Tree, route: jax.Array, path: Sequence[Any], leaf: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Returns (layer, expert) that index the leaf, in the shape of its part of the route."""
-    route = of_group(path, route, leaf.shape[0])
+    groups = leaf.shape[0]
+    if route.shape[0] > groups and vit.position_in_group(path) is None:
+        # Of a pattern, the optimiser's count of steps belongs to no position: it is that of the layers with experts.
+        path = next(path for path, _ in jax.tree.leaves_with_path(experts) if vit.position_in_group(path) is not None)
+    route = of_group(path, route, groups)
     return jnp.arange(leaf.shape[0]).reshape(-1, *[1] * (route.ndim - 1)), route
 
 
 def of_group(path: Sequence[Any], x_L: Array, groups: int) -> Array:
     """Returns the layers of x_L that the leaf at this path has; with a pattern, those of its position in each group."""
-    return x_L[vit.position_in_group(path) :: x_L.shape[0] // groups]
+    return x_L[vit.position_in_group(path) or 0 :: x_L.shape[0] // groups]

@@ -108,11 +108,11 @@ def in_layers(blocks: Any) -> Any:
     return jax.tree.map(lambda *leaves: jnp.stack(leaves, 1).reshape(-1, *leaves[0].shape[1:]), *trees)
 
 
-def position_in_group(path: Sequence[Any]) -> int:
-    """Returns the position in the pattern of a leaf of parameters or optimiser state, by its key path; 0 without a
-    pattern."""
+def position_in_group(path: Sequence[Any]) -> int | None:
+    """Returns the position in the pattern of a leaf of parameters or optimiser state, by its key path; None if the path
+    has none, as without a pattern."""
     matches = (POSITION.fullmatch(str(getattr(entry, "key", ""))) for entry in path)
-    return next((int(match[1]) for match in matches if match), 0)
+    return next((int(match[1]) for match in matches if match), None)
 
 
 class ViT(nn.Module):
