@@ -235,7 +235,7 @@ def test_positions_and_patches_are_resized_as_timm_resizes_them(peers, tmp_path,
     [
         ({"reg_tokens": 2}, "its table has 18 positions of patches; they must make a square"),
         ({"scale_attn_norm": True}, "no place in a plain ViT"),
-        ({"final_norm": True, "fc_norm": True}, "its pooling must be CLS"),
+        ({"fc_norm": True}, "its global_pool is 'token'; it must be 'avg'"),
         ({"pre_norm": True}, "must hold a plain ViT"),
         ({"qkv_bias": False}, "must hold a plain ViT"),
         ({"norm_layer": "rmsnorm"}, "its norm_layer is 'rmsnorm'"),

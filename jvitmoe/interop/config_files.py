@@ -21,7 +21,7 @@ About = Mapping[str, Any]
 def read_timm(arrays: Arrays, about: About, processor: About) -> ConfigValues:
     """timm's ViTs have an epsilon of 1e-6, those after CLIP 1e-5 (and, except the quickgelu ones, the same GELU)."""
     has_cls, mean = CLS[TIMM] in arrays, "fc_norm.weight" in arrays
-    if mean == ("norm.weight" in arrays) or not (has_cls or mean):
+    if (mean and "norm.weight" in arrays) or not (has_cls or mean):
         raise UserError("its pooling must be CLS after `norm`, or the mean and then `fc_norm`; use a plain ViT")
     args, architecture = about.get("model_args") or {}, str(about.get("architecture", ""))
     args = {"global_pool": about.get("global_pool"), **args}
