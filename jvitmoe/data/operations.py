@@ -1,8 +1,8 @@
 """Operations on a batch of 8-bit images, each with parameters per image, equal to Pillow's.
 
 Pixels are float32 whole numbers in [0, 255], so that XLA fuses operations; results are rounded as Pillow rounds them.
-Own functions and not dm-pix's: dm-pix computes on pixels in [0, 1] without Pillow's rounding, takes one parameter per
-batch, and lacks posterize, autocontrast, equalize and sharpness.
+Own functions and not dm-pix's: dm-pix computes on pixels in [0, 1] without Pillow's rounding, and lacks posterize,
+autocontrast, equalize and sharpness.
 
 b images · H, W rows and columns · c colour channels
 """
