@@ -76,8 +76,14 @@ def config_path(argv: list[str]) -> str:
 
 def experiment_name(argv: list[str]) -> str:
     """Returns the name of the experiment file without its suffix, and "_VARIANT" if one is given."""
-    path, _, variant = config_path(argv).partition(".py:")
-    return Path(path).name.removesuffix(".py") + (f"_{variant}" if variant else "")
+    path, variant = _split_variant(config_path(argv))
+    return Path(path).stem + (f"_{variant}" if variant else "")
+
+
+def _split_variant(name: str) -> tuple[str, str]:
+    """Returns (FILE.py, VARIANT) of `FILE.py:VARIANT`; the variant is "" without one."""
+    path, mark, variant = name.partition(".py:")
+    return path + mark.removesuffix(":"), variant
 
 
 def _take_config(argv: list[str]) -> tuple[str, list[str]]:
@@ -95,8 +101,7 @@ def _take_config(argv: list[str]) -> tuple[str, list[str]]:
 def _load(name: str) -> Config:
     """Returns the Config of an experiment file. `FILE.py:VARIANT` calls its get_config with the text VARIANT. Raises
     UserError with the line that fails."""
-    path, suffix, variant = name.partition(".py:")
-    path += suffix.rstrip(":")
+    path, variant = _split_variant(name)
     if not os.path.isfile(path):
         problem = "is a folder" if os.path.isdir(path) else "does not exist"
         near = _nearest(path, Path("configs"))

@@ -21,19 +21,20 @@ from jvitmoe.training.state import TrainState
 
 SCOPES = pytest.mark.parametrize("scope", ["shared", "layer"])
 E, L, B = 4, 2, 24
+PARTS = {"stem": "strided", "pool": "seq", "registers": 1, "layer_scale": 0.5, "drop_path": 0.3}
 MANY = {"shared": 8, "layer": 3}  # devices that share the batch of 24
 
 
 @pytest.fixture(scope="module")
 def full_run(tiny_config, training):
     """Returns the five steps, run once, of four experts with everything on: full_run(scope, devices). Scope "shared"
-    goes with Adam, "layer" with AdamW."""
+    goes with Adam, "layer" with AdamW and parts of the model."""
 
     @functools.cache
     def run(scope, devices):
         config = tiny_config(
             data={"crop_padding": 1, "flip": True},
-            model={"dropout": 0.2},
+            model={"dropout": 0.2} | (PARTS if scope == "layer" else {}),
             routing={"experts": E, "scope": scope},
             # The gradient of an attention key's bias is 0 but for rounding; at eps=1e-8 Adam would blow that noise up.
             optim={"name": "adam" if scope == "shared" else "adamw", "clip_norm": 0.3, "eps": 1e-3},

@@ -43,9 +43,7 @@ class Result(NamedTuple):
     nll: float  # mean negative log-likelihood, nats
     ece: float  # expected calibration error: mean distance of accuracy and confidence over 15 bins, weighted by images
     images: int
-    top5: (
-        float | None
-    )  # share of images whose label is among the five most probable classes; None for 5 classes or less
+    top5: float | None  # share of images whose label is among the TOP most probable classes; None for TOP or less
     confusion: list[list[int]]  # images by label and predicted class; [] for more than MOST_CLASSES
 
     def numbers(self) -> dict[str, float]:

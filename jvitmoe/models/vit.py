@@ -65,8 +65,10 @@ class Block(nn.Module):
                 init = nn.initializers.constant(config.layer_scale)
                 scale_D = self.param(scale, init, (config.width,))
                 y_BTD = y_BTD * jnp.broadcast_to(scale_D, y_BTD.shape).astype(self.dtype)  # as `add_bias`
-            share = jnp.float32(index) / max(config.depth - 1, 1)
-            return drop_path(y_BTD, key_B, site, config.drop_path * share) if config.drop_path else y_BTD
+            if config.drop_path:
+                share = jnp.float32(index) / max(config.depth - 1, 1)
+                y_BTD = drop_path(y_BTD, key_B, site, config.drop_path * share)
+            return y_BTD
 
         if config.norm == "pre":
             x_BTD = x_BTD + attention(norm1(x_BTD))
