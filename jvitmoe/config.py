@@ -6,6 +6,7 @@ be overridden with `--config.a.b=value`. `python -m jvitmoe.config > docs/settin
 
 import dataclasses
 import difflib
+import itertools
 import json
 import operator
 from collections.abc import Iterator
@@ -127,19 +128,33 @@ class RoutingConfig:
     shared_layer: str = setting(
         "none", "MLP layer that all experts share; with up, merging is exactly their mean", ("none", "up", "down")
     )
-    learning_rate: float = setting(1.0, "experts' learning rate, as a multiple of optim.learning_rate", above=0)
+    learning_rate: float = setting(
+        1.0, "learning rate of experts (of the MLPs, if dense), as a multiple of optim.learning_rate", above=0
+    )
     pull: float = setting(0.0, "share of the way to their mean that experts move (EWA, PAPA)", at_least=0, at_most=1)
-    pull_every: int = setting(1, "steps from one pull to the next", above=0)
-    pull_schedule: str = setting("constant", "rising: linearly from 0 to pull over training", ("constant", "rising"))
+    pull_every: int = setting(1, "steps from one pull to the next; qsr: at the highest learning rate", above=0)
+    pull_schedule: str = setting(
+        "constant",
+        "pull over training: rising from 0, as the learning_rate, or rarer while that falls (QSR)",
+        ("constant", "rising", "learning_rate", "qsr"),
+    )
     top_k: int = setting(2, "experts of a token: topk; frozen at the start, growing to all experts", above=0)
     capacity: float = setting(1.25, "tokens an expert takes, in even shares: switch, topk, expert_choice", above=0)
     eval_capacity: float = setting(2.0, "capacity in evaluation: switch, topk", above=0)
     balance_loss: float = setting(0.01, "coefficient of the load-balancing loss, averaged over layers", at_least=0)
     z_loss: float = setting(0.0, "coefficient of mean(logsumexp(router logits)^2); 1e-3 in ST-MoE", at_least=0)
-    consistency: float = setting(
-        0.0, "weight of the divergence of two passes on two routes; doubles the cost", at_least=0
+    consistency: float = setting(0.0, "weight of the divergence of two passes; doubles the cost", at_least=0)
+    consistency_loss: str = setting(
+        "adamix",
+        "adamix: gradients of one pass; thor: of both (R-Drop with one expert); cosub: passes are each other's targets",
+        ("adamix", "thor", "cosub"),
     )
-    consistency_loss: str = setting("adamix", "gradient of one pass, or of both (thor)", ("adamix", "thor"))
+    augment_spread: float = setting(
+        0.0,
+        "1: from none (first expert) to all (last) of an expert's images get more than crop and flip",
+        at_least=0,
+        at_most=1,
+    )
     tie_last: float = setting(0.0, "last fraction of training with all experts equal", at_least=0, below=1)
 
 
@@ -222,7 +237,8 @@ class Config:
         """Returns itself if every rule holds. Raises ConfigError naming the first setting that breaks one."""
         for path, field in SETTINGS.items():
             check(path, field, operator.attrgetter(path)(self))
-        for path, rule in _faults(self):
+        faults = (_data_faults, _model_faults, _train_faults, _routing_faults)
+        for path, rule in itertools.chain.from_iterable(find(self) for find in faults):
             raise ConfigError(f"config.{path} is {operator.attrgetter(path)(self)!r}; it {rule}")
         return self
 
@@ -272,10 +288,9 @@ SETTINGS = {  # {"section.field": field}
 FREE_ON_RESUME = frozenset(path for path, field in SETTINGS.items() if field.metadata["free"])
 
 
-def _faults(config: Config) -> Iterator[tuple[str, str]]:
-    """Yields (setting, rule) for each broken rule that joins several settings."""
-    data, model, routing, init, train = config.data, config.model, config.routing, config.init, config.train
-    slots, granularity, parameters = config.slots, routing.granularity, _about_parameters(config)
+def _data_faults(config: Config) -> Iterator[tuple[str, str]]:
+    """Yields (setting, rule) for each broken rule that joins several settings; so do those of the other sections."""
+    data, model = config.data, config.model
     if data.crop == "resized" and not data.stream:
         yield (
             "data.crop",
@@ -286,6 +301,10 @@ def _faults(config: Config) -> Iterator[tuple[str, str]]:
             yield path, f"must be one number or {model.channels}, one per channel, each from {least:g} to 1"
     if data.crop_padding > model.image_size:
         yield "data.crop_padding", f"must be at most model.image_size, which is {model.image_size}"
+
+
+def _model_faults(config: Config) -> Iterator[tuple[str, str]]:
+    model, parameters = config.model, _about_parameters(config)
     if parameters > MOST_PARAMETERS:
         about = f"makes about {parameters:.1e} parameters with the other sizes"
         yield "model.width", f"{about}; they must be at most {MOST_PARAMETERS:.1e}"
@@ -301,46 +320,62 @@ def _faults(config: Config) -> Iterator[tuple[str, str]]:
         fits = "bfloat16, heads of a multiple of 8 up to 128 and an even number of tokens"
         yield "model.attention", f"must be auto or xla except for {fits}"
     if model.stem != "patch" and (model.patch < 2 or model.patch & (model.patch - 1)):
-        yield (
-            "model.patch",
-            f"must be a power of two for model.stem={model.stem}, which halves the image at each convolution",
-        )
+        halves = f"model.stem={model.stem}, which halves the image at each convolution"
+        yield "model.patch", f"must be a power of two for {halves}"
     if model.cls_position and not model.has_cls:
         yield "model.cls_position", f"must be False for model.pool={model.pool}, which has no CLS token"
 
+
+def _train_faults(config: Config) -> Iterator[tuple[str, str]]:
+    optim, routing, train, slots = config.optim, config.routing, config.train, config.slots
     if train.batch_size % slots:
-        yield "train.batch_size", f"must be a multiple of routing.experts, {slots}, for granularity={granularity}"
+        rule = f"must be a multiple of routing.experts, {slots}, for granularity={routing.granularity}"
+        yield "train.batch_size", rule
     if train.devices and train.batch_size % train.devices:
         yield "train.batch_size", f"must be a multiple of train.devices, which is {train.devices}"
-    splits = (granularity, routing.scope, routing.consistency) == ("sample", "shared", 0)
+    splits = (routing.granularity, routing.scope, routing.consistency) == ("sample", "shared", 0)
     if train.expert_devices > 1 and (slots % train.expert_devices or not splits):
         rule = "must be 1, or divide routing.experts for granularity sample, scope shared and no consistency"
         yield "train.expert_devices", rule
     if train.devices % train.expert_devices:
         yield "train.expert_devices", f"must divide train.devices, which is {train.devices}"
-    if config.optim.schedule == "epoch" and config.optim.warmup_epochs:
-        yield "optim.warmup_epochs", "must be 0 for optim.schedule=epoch; warm-up needs optim.schedule=step"
-
-    if config.optim.freeze_layers > model.depth:
-        yield "optim.freeze_layers", f"must be at most model.depth, which is {model.depth}"
-    if config.optim.freeze_layers and routing.experts > 1 and (routing.pull or routing.tie_last):
-        yield "optim.freeze_layers", "must be 0 with routing.pull or routing.tie_last, which move experts of all layers"
     if train.ema_warmup and not train.ema:
         yield "train.ema_warmup", "must be False without train.ema, such as --config.train.ema=0.9999"
+    if optim.schedule == "epoch" and optim.warmup_epochs:
+        yield "optim.warmup_epochs", "must be 0 for optim.schedule=epoch; warm-up needs optim.schedule=step"
+    if optim.freeze_layers > config.model.depth:
+        yield "optim.freeze_layers", f"must be at most model.depth, which is {config.model.depth}"
+    if optim.freeze_layers and routing.experts > 1 and (routing.pull or routing.tie_last):
+        yield "optim.freeze_layers", "must be 0 with routing.pull or routing.tie_last, which move experts of all layers"
 
+
+def _routing_faults(config: Config) -> Iterator[tuple[str, str]]:
+    model, routing, init = config.model, config.routing, config.init
+    is_random = routing.experts > 1 and not config.routes_in_model
     if "experts" not in routing.pattern or not {*routing.pattern} <= {"experts", "dense"}:
         rule = "must be a tuple of 'experts' and 'dense', with 'experts' in it, such as "
         yield "routing.pattern", rule + """--config.routing.pattern='("dense","experts")'"""
     elif model.depth % len(routing.pattern):
         yield "routing.pattern", f"must have a length that divides model.depth, which is {model.depth}"
-    several = routing.pattern.count("experts") > 1 and routing.experts > 1 and not config.routes_in_model
-    if several and (granularity, routing.scope) == ("batch", "layer"):
+    if (
+        is_random
+        and routing.pattern.count("experts") > 1
+        and (routing.granularity, routing.scope) == ("batch", "layer")
+    ):
         # The layers of one optimiser state must have one route.
         yield "routing.pattern", "must have one 'experts', for granularity=batch and scope=layer"
-    if routing.consistency and routing.experts == 1:
-        yield "routing.consistency", "must be 0 with one expert: two passes need two routes"
     if config.routes_in_model and (routing.experts == 1 or routing.granularity != "batch" or routing.consistency):
         yield "routing.router", "must be 'random' with one expert, granularity sample or token, or consistency"
+    if routing.consistency and routing.experts == 1 and not model.drops:
+        rule = "must be 0 with one expert, without model.dropout and model.drop_path: both passes are equal"
+        yield "routing.consistency", rule
+    if routing.consistency > 1 and routing.consistency_loss == "cosub":
+        yield "routing.consistency", "must be at most 1 for consistency_loss=cosub: it is a share of the loss"
+    if routing.augment_spread and (not is_random or routing.scope == "layer" or routing.granularity == "token"):
+        rule = "must be 0 but for random routing of scope shared and granularity batch or sample: an expert per image"
+        yield "routing.augment_spread", rule
+    if routing.pull_schedule == "qsr" and config.optim.schedule == "epoch":
+        yield "routing.pull_schedule", "must not be 'qsr' for optim.schedule=epoch; it needs the rate of every step"
     if config.tuned and not init.source:
         yield "init.source", "must name a trained ViT for model.lora and model.adapter, which keep it frozen"
     if config.tuned and (routing.router, routing.pattern, routing.shared_layer) != ("random", ("experts",), "none"):

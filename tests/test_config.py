@@ -56,7 +56,7 @@ def test_defaults_obey_their_own_rules():
         ("routing.router", "switch", "must be 'random' with one expert"),
         ("routing.capacity", 0.0, "must be greater than 0"),
         ("routing.consistency", 1.0, "must be 0 with one expert"),
-        ("routing.consistency_loss", "kl", "must be one of 'adamix', 'thor'"),
+        ("routing.consistency_loss", "kl", "must be one of 'adamix', 'thor', 'cosub'"),
         ("routing.pull", 1.5, "must be at least 0 and at most 1"),
         ("model.depth", 10_001, "must be greater than 0 and at most 10,000"),
         ("routing.tie_last", 1.0, "must be at least 0 and below 1"),

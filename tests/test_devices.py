@@ -72,7 +72,7 @@ MIXED = {"three_augment": True, "trivial_augment": True, "erase": 0.5, "mixup": 
     ("routing", "meshes"),
     [
         ({}, ((2, 1), (4, 1))),
-        ({"granularity": "sample"}, ((2, 1), (4, 4), (8, 2))),
+        ({"granularity": "sample", "augment_spread": 1.0}, ((2, 1), (4, 4), (8, 2))),
         ({"granularity": "sample", "scope": "layer"}, ((2, 1),)),
     ],
 )
@@ -96,6 +96,7 @@ def test_mixing_images_is_the_same_on_any_devices(tiny_config, training, routing
         chex.assert_trees_all_close(many.metrics, one.metrics, rtol=1e-5, atol=1e-6)
         chex.assert_trees_all_close(many.history[-1], one.history[-1], rtol=1e-5, atol=1e-6)
     assert len({float(loss) for loss in losses}) == 8
+    assert one.step._cache_size() == 1  # the last steps are without augmentation
 
 
 @pytest.mark.parametrize("shard", ["optimizer", "parameters"])

@@ -184,6 +184,17 @@ def test_a_run_with_other_means_than_its_source_folds_the_difference_into_the_pa
         np.testing.assert_array_equal(params["patches.bias"], told.params["patches.bias"])
 
 
+def test_a_stem_that_pads_with_zeros_keeps_the_means_of_its_source():
+    model = dataclasses.replace(MODEL, stem="conv")
+    told = dataclasses.replace(source(model, dense(model)), mean=(0.4, 0.5, 0.6), std=(0.2, 0.25, 0.3))
+    params, _ = load.adapt(told, model, dense(model, 1), DataConfig(mean=told.mean, std=told.std))
+    np.testing.assert_array_equal(params["patches.conv0.kernel"], told.params["patches.conv0.kernel"])
+    with pytest.raises(
+        ConfigError, match=r"config\.data\.mean is \(0\.5,\).*they must be the source's, \(0\.4, 0\.5, 0\.6\)"
+    ):
+        load.adapt(told, model, dense(model, 1), DataConfig())
+
+
 def test_a_mean_and_deviation_that_the_user_gives_are_taken_and_must_be_possible(tmp_path):
     write_timm(tmp_path)
     told, given = {"mean": [0.4, 0.5, 0.6], "std": [0.2, 0.25, 0.3]}, {"mean": (0.4, 0.5, 0.6), "std": (0.2, 0.25, 0.3)}

@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from jvitmoe.config import Config, RoutingConfig
+from jvitmoe.config import Config, OptimConfig, RoutingConfig, TrainConfig
 from jvitmoe.data import augment
 from jvitmoe.experts import build, merge, routes, slices
 from jvitmoe.experts.routes import Purpose
@@ -103,26 +103,60 @@ def test_tied_batch_routing_takes_the_dense_step(tiny_config, training):
     chex.assert_trees_all_close(merged, dense.history[1].params, rtol=1e-5, atol=1e-7)
 
 
-def test_experts_move_by_their_own_learning_rate(tiny_config, training):
+@pytest.mark.parametrize("routed", [{"experts": 2, "granularity": "sample"}, {}])
+def test_experts_and_the_mlps_of_a_dense_model_move_by_their_own_learning_rate(tiny_config, training, routed):
     moved = []
     for times in (1.0, 3.0):
-        routed = {"experts": 2, "granularity": "sample", "learning_rate": times}
-        run = training(tiny_config(routing=routed)).run(1)
+        run = training(tiny_config(routing=routed | {"learning_rate": times})).run(1)
         before, after = run.history[:2]
         moved.append(jax.tree.map(lambda a, b: b - a, before.params, after.params))
-    for once, thrice, is_stacked in zip(
-        *map(jax.tree.leaves, (moved[0], moved[1], slices.stacked(before.params))), strict=True
-    ):
-        np.testing.assert_allclose(thrice, (3 if is_stacked else 1) * once, rtol=1e-3, atol=1e-7)
+
+    def check(path, once, thrice):
+        is_mlp = any(entry.key == "mlp" for entry in path)
+        np.testing.assert_allclose(thrice, (3 if is_mlp else 1) * once, rtol=1e-3, atol=1e-7)
+
+    jax.tree.map_with_path(check, *moved)
+
+
+def make_plan(config, steps_per_epoch=1):
+    return StepPlan(config, build.make_model(config, "cpu"), make_mesh(config.train), steps_per_epoch)
+
+
+def pulls_of(config, steps_per_epoch=1):
+    plan = make_plan(config, steps_per_epoch)
+    return np.asarray(jax.jit(jax.vmap(functools.partial(update.pull_share, plan)))(jnp.arange(plan.total)))
 
 
 def test_pull_follows_its_schedule():
-    config = Config()
+    config = Config(train=TrainConfig(epochs=10))
     config.routing = RoutingConfig(experts=4, pull=0.2, pull_every=2, pull_schedule="rising", tie_last=0.2)
-    steps = [jnp.int32(s) for s in range(10)]
-    pulls = [float(update.pull_share(config, s, total=10)) for s in steps]
-    np.testing.assert_allclose(pulls, [0, 0.04, 0, 0.08, 0, 0.12, 0, 1, 1, 1], rtol=1e-6)
-    assert [float(update.expert_scale(config, s, total=10)) for s in steps] == [1.0] * 8 + [4.0] * 2
+    np.testing.assert_allclose(pulls_of(config), [0, 0.04, 0, 0.08, 0, 0.12, 0, 1, 1, 1], rtol=1e-6)
+    scales = [float(update.expert_scale(config, jnp.int32(s), total=10)) for s in range(10)]
+    assert scales == [1.0] * 8 + [4.0] * 2
+
+
+def test_pull_follows_the_learning_rate():
+    config = Config(train=TrainConfig(epochs=3), optim=OptimConfig(learning_rate=0.03, warmup_epochs=1))
+    config.routing = RoutingConfig(experts=4, pull=0.2, pull_schedule="learning_rate")
+    plan = make_plan(config, 4)
+    rates = np.asarray(jax.vmap(functools.partial(update.learning_rate, plan))(jnp.arange(12)))
+    assert rates[0] == 0 < rates.max() == pytest.approx(0.03)
+    np.testing.assert_allclose(pulls_of(config, 4), 0.2 * rates / 0.03, rtol=1e-5)
+
+
+def test_intervals_between_pulls_grow_as_the_learning_rate_falls():
+    """QSR: H = max(H_0, floor((alpha / rate)^2)) where an interval begins, and H_0 in the warm-up."""
+    config = Config(train=TrainConfig(epochs=20), optim=OptimConfig(learning_rate=0.03, warmup_epochs=2))
+    config.routing = RoutingConfig(experts=4, pull=1.0, pull_every=4, pull_schedule="qsr")
+    ends = np.flatnonzero(pulls_of(config, 10)) + 1
+    begins = np.array([0, *ends[:-1]])
+    rate = 0.03 * np.where(begins < 20, 1.0, (1 + np.cos(np.pi * (begins - 20) / 180)) / 2)
+    wanted = np.maximum(4, np.floor((np.sqrt(4) * 0.03 / rate) ** 2))
+    assert (np.diff(ends, prepend=0)[:-1] == wanted[:-1]).all()
+    assert ends[-1] == 200  # the last interval is cut off
+    assert (wanted[:6] == 4).all()
+    assert wanted[-2] > 20
+    assert (np.diff(wanted) >= 0).all()
 
 
 def test_consistency_of_equal_logits_costs_nothing_and_equals_the_formula_otherwise():
@@ -140,6 +174,27 @@ def test_consistency_of_equal_logits_costs_nothing_and_equals_the_formula_otherw
     # AdaMix's form moves p toward q only as far as KL(q || p) asks: its slope is (p - q) / 2 per image.
     slope = jax.grad(lambda x: gradients.consistency(x, jnp.asarray(q), True))(jnp.asarray(p))
     np.testing.assert_allclose(slope, 0.5 * (np.exp(log_p) - np.exp(log_q)) / 5, rtol=1e-4, atol=1e-6)
+
+
+def test_cosub_equals_its_formula():
+    """Quarters of both cross-entropies and of both with the other pass as target, at the paper's weight of 1/2."""
+    rng = np.random.default_rng(0)
+    p, q = rng.normal(size=(2, 5, 4))
+    y = np.eye(4)[rng.integers(0, 4, 5)]
+    config = Config(routing=RoutingConfig(experts=2, consistency=0.5, consistency_loss="cosub"))
+
+    def loss(p, q):
+        return gradients.classification_loss(make_plan(config), [p, q], jnp.asarray(y))
+
+    def log_softmax(x):
+        return x - np.log(np.exp(x).sum(-1, keepdims=True))
+
+    targets = [(p, y), (q, y), (p, np.exp(log_softmax(q))), (q, np.exp(log_softmax(p)))]
+    np.testing.assert_allclose(loss(p, q), sum(-(t * log_softmax(x)).sum(-1).mean() for x, t in targets) / 4, rtol=1e-5)
+    # Targets have no gradient: that of the logits is the mean of (softmax - target).
+    slope = jax.grad(loss)(jnp.asarray(p), jnp.asarray(q))
+    wanted = sum(np.exp(log_softmax(p)) - t for t in (y, np.exp(log_softmax(q)))) / 4 / 5
+    np.testing.assert_allclose(slope, wanted, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize(("granularity", "form", "times"), [("batch", "adamix", 1), ("sample", "thor", 2)])
@@ -189,6 +244,28 @@ def test_two_passes_give_the_gradients_of_the_whole_stack(tiny_config, training)
     loss, grads = jax.jit(jax.value_and_grad(loss_fn))(before.params)
     np.testing.assert_allclose(run.metrics[0].loss, loss, rtol=1e-6)
     np.testing.assert_allclose(run.metrics[0].grad_norm, optax.tree.norm(grads), rtol=1e-5)
+
+
+@pytest.mark.parametrize("drops", [{"dropout": 0.3}, {"drop_path": 0.5}])
+def test_a_dense_model_s_two_passes_differ_in_what_they_drop(tiny_config, training, drops):
+    """R-Drop: the loss is that of both passes, and they are those of one pass under their own keys."""
+    routed = {"consistency": 2.0, "consistency_loss": "thor"}
+    made = [tiny_config(model=drops, routing=routed, optim={"eps": 1e-3}, train={"devices": n}) for n in (1, 2)]
+    runs = [training(config).run(2) for config in made]
+    before, config = runs[0].history[0], runs[0].config
+    index_B = np.asarray(runs[0].order.epoch(0))[0]
+    batch = config.train.batch_size
+    key = routes.address(jax.random.key(config.train.seed), Purpose.DROPOUT, 0)
+    x = augment.normalize(np.asarray(runs[0].images.images_NHWc)[index_B])
+    labels_B = np.asarray(runs[0].images.labels_N)[index_B]
+    numbers = (np.arange(batch), np.arange(batch) + batch)
+    keys = [jax.vmap(jax.random.fold_in, (None, 0))(key, number_B) for number_B in numbers]
+    p, q = (vit.logits(runs[0].model, before.params, x, None, keys_B) for keys_B in keys)
+    assert jnp.abs(p - q).max() > 1e-3
+    wanted = sum(optax.softmax_cross_entropy_with_integer_labels(logits, labels_B).mean() for logits in (p, q))
+    wanted += 2.0 * gradients.consistency(p, q, False)
+    np.testing.assert_allclose(runs[0].metrics[0].loss, wanted, rtol=1e-5)
+    chex.assert_trees_all_close(runs[0].state.params, runs[1].state.params, rtol=1e-5, atol=1e-6)
 
 
 @pytest.fixture(scope="module")

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import optax
 from optax.losses import kl_divergence_with_log_targets
 
+from jvitmoe.config import RoutingConfig
 from jvitmoe.data import augment
 from jvitmoe.data.batches import Images
 from jvitmoe.experts import build, slices
@@ -64,7 +65,7 @@ def local_gradients(
     index_B says which images of `split` make the batch. It is None for a streamed batch, of which `split` holds the
     rows of this device.
     """
-    shard = images_of_device(plan, split, index_B, step, batch_indices(plan, routes[0]))
+    shard = images_of_device(plan, split, index_B, step, batch_indices(plan, routes[0]), routes[0])
     # Each device differentiates its own copy, so gradients are reduced once, at the end, and not where a parameter
     # first meets the images: inside the scan over layers, and the CLS token once per image.
     axes = jax.tree.map(lambda leaf: (DATA,) if leaf else AXES, on_expert_axis(plan, params))
@@ -96,7 +97,7 @@ def batch_indices(plan: StepPlan, route: jax.Array) -> jax.Array:
 
 
 def images_of_device(
-    plan: StepPlan, split: Images, index_B: jax.Array | None, step: jax.Array, index_b: jax.Array
+    plan: StepPlan, split: Images, index_B: jax.Array | None, step: jax.Array, index_b: jax.Array, route: jax.Array
 ) -> Shard:
     """Returns the images at these indices of the batch and their targets, augmented."""
     config = plan.config
@@ -109,10 +110,19 @@ def images_of_device(
         key=address(plan.root, Purpose.AUGMENT, step, config.train.batch_size),  # no image has this index
         partner=functools.partial(partner_rows, plan, index_b),
         plain=step >= round((1.0 - config.data.plain_last) * plan.total),
+        share_b=augmented_share(config.routing, route, index_b) if config.routing.augment_spread else None,
     )
     images_bHWc, targets_bC = augment.augment(config.data, batch, split.images_NHWc[image_b], targets_bC)
     x_bHWc = augment.normalize(images_bHWc, config.data.mean, config.data.std)
     return Shard(x_bHWc, labels_b, targets_bC, index_b)
+
+
+def augmented_share(routing: RoutingConfig, route: jax.Array, index_b: jax.Array) -> jax.Array:
+    """Returns the probability that an image is augmented beyond crop and flip: 1 - augment_spread for the images of the
+    first expert, rising linearly to 1 for those of the last. In PAPA too, members see different augmentations (arXiv
+    2304.03094)."""
+    expert_b = jnp.broadcast_to(route[0], index_b.shape) if route.ndim == 1 else route[0, index_b % routing.experts]
+    return 1.0 - routing.augment_spread * (1.0 - expert_b / (routing.experts - 1))
 
 
 def partner_rows(plan: StepPlan, index_b: jax.Array, rows: Any) -> Any:
@@ -228,16 +238,27 @@ def router_losses(plan: StepPlan, statistics: Statistics) -> jax.Array:
 def classification_loss(plan: StepPlan, passes: list[jax.Array], targets_bC: jax.Array) -> jax.Array:
     """Returns the mean cross-entropy with the targets; with two passes, plus their weighted divergence.
 
-    AdaMix (arXiv 2205.12410) takes the cross-entropy of the first pass, THOR (arXiv 2110.04260) the sum of both.
+    AdaMix (arXiv 2205.12410) takes the cross-entropy of the first pass, THOR (arXiv 2110.04260) the sum of both, and so
+    does R-Drop (arXiv 2106.14448), whose two passes differ in dropout. cosub (arXiv 2212.04884) weighs the mean of both
+    by 1 - w, w = routing.consistency, and by w that of each pass with the other's probabilities as targets.
     """
     config = plan.config
-    loss = optax.softmax_cross_entropy(passes[0], targets_bC).mean()
-    if len(passes) == 2:
-        name = config.routing.consistency_loss
-        if name == "thor":
-            loss += optax.softmax_cross_entropy(passes[1], targets_bC).mean()
-        loss += config.routing.consistency * consistency(passes[0], passes[1], name == "adamix")
-    return loss
+    losses = [optax.softmax_cross_entropy(logits_bC, targets_bC).mean() for logits_bC in passes]
+    if len(passes) == 1:
+        return losses[0]
+    weight, name = config.routing.consistency, config.routing.consistency_loss
+    if name == "cosub":
+        return (1 - weight) * (losses[0] + losses[1]) / 2 + weight * mutual_cross_entropy(passes[0], passes[1])
+    own = losses[0] if name == "adamix" else losses[0] + losses[1]
+    return own + weight * consistency(passes[0], passes[1], name == "adamix")
+
+
+def mutual_cross_entropy(logits_p_BC: jax.Array, logits_q_BC: jax.Array) -> jax.Array:
+    """Returns the mean over the batch of the cross-entropies of each pass with the other's probabilities as targets,
+    which have no gradient; nats."""
+    target_p_BC, target_q_BC = (jax.lax.stop_gradient(jax.nn.softmax(x)) for x in (logits_p_BC, logits_q_BC))
+    first_B = optax.softmax_cross_entropy(logits_p_BC, target_q_BC)
+    return 0.5 * jnp.mean(first_B + optax.softmax_cross_entropy(logits_q_BC, target_p_BC))
 
 
 def consistency(logits_p_BC: jax.Array, logits_q_BC: jax.Array, stop_gradients: bool) -> jax.Array:

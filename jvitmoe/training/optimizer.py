@@ -172,12 +172,19 @@ def make_direction(config: Config) -> optax.GradientTransformation:
     return direction(config.optim, build.frozen(config))
 
 
+def scales_differ(config: Config) -> bool:
+    """True if some of `layer_scales` is not 1."""
+    optim, routing = config.optim, config.routing
+    return optim.layer_decay < 1 or optim.freeze_layers > 0 or (routing.experts == 1 and routing.learning_rate != 1)
+
+
 def layer_scales(config: Config, params: Any) -> Any:
     """Returns what multiplies the learning rate of each parameter: float32 [L, 1, ...] in blocks, else scalars.
 
     It is optim.layer_decay ** (L + 1 - n), where n is timm's layer (`param_groups_layer_decay`; BEiT, arXiv
     2106.08254): 0 for patches, positions, CLS and registers, l + 1 for block l, L + 1 for the head. The final norm has
     L, as has the last block; after a mean of tokens timm calls it fc_norm, and it has L + 1. Frozen layers have 0.
+    The MLPs of a dense model have routing.learning_rate times as much; experts get theirs from `update.expert_scale`.
     """
     depth = config.model.depth
     is_fc_norm = config.model.pool in ("mean", "cls_mean")
@@ -187,7 +194,9 @@ def layer_scales(config: Config, params: Any) -> Any:
         layer, trained = np.asarray(layers.get(path[0].key, 0)), build.trained_layers(config, path, leaf)
         if layer.ndim:
             layer = slices.of_group(path, layer, leaf.shape[0]).reshape(trained.shape)
-        return np.asarray(config.optim.layer_decay ** (depth + 1.0 - layer) * trained, np.float32)
+        is_dense_mlp = config.routing.experts == 1 and any(entry.key == "mlp" for entry in path)
+        rate = config.routing.learning_rate if is_dense_mlp else 1.0
+        return np.asarray(rate * config.optim.layer_decay ** (depth + 1.0 - layer) * trained, np.float32)
 
     return jax.tree.map_with_path(scale, params)
 

@@ -31,7 +31,8 @@ class StepPlan:
 
     @property
     def passes(self) -> int:
-        """Number of forward passes per step; the consistency loss compares two."""
+        """Number of forward passes per step. The consistency loss compares two, on two routes, if there are several
+        experts, and with two draws of dropout and drop_path."""
         return 2 if self.config.routing.consistency else 1
 
     @property
@@ -57,5 +58,5 @@ class StepPlan:
     @property
     def net(self) -> vit.ViT:
         """The model of one device: with its share of all experts, or with the selected expert of each pass."""
-        experts = self.model.experts // self.expert_devices if self.all_run else self.passes
+        experts = self.model.experts // self.expert_devices if self.all_run else min(self.passes, self.model.experts)
         return self.model if experts == self.model.experts else self.model.clone(experts=experts)

@@ -110,12 +110,12 @@ def apply_gradients(
 
 
 def draw_routes(plan: StepPlan, step: jax.Array) -> Routes:
-    """Returns the route of each forward pass of a step; two differ everywhere."""
+    """Returns the route of each forward pass of a step; two differ everywhere, if there are several experts."""
     config = plan.config
     key = address(plan.root, Purpose.ROUTE, step)
     route = draw_route(key, config.routing, config.model.depth, config.model.tokens)
-    if plan.passes == 1:
-        return (route,)
+    if plan.passes == 1 or config.routing.experts == 1:
+        return (route,) * plan.passes
     key = address(plan.root, Purpose.SECOND_ROUTE, step)
     return route, distinct_route(key, route, config.routing)
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from jvitmoe.config import Config
@@ -34,7 +35,7 @@ def update(
     every_expert = plan.all_run or plan.passes == 2
     scale = expert_scale(config, active.step, plan.total)
     direction, opt_state = directions(tx, grads, active.opt_state, params, stacked, every_expert, scale)
-    if config.optim.layer_decay < 1 or config.optim.freeze_layers:
+    if optimizer.scales_differ(config):
         direction = jax.tree.map(operator.mul, optimizer.layer_scales(config, params), direction)
     rate = learning_rate(plan, active.step)
     params = jax.tree.map(lambda p, d: p - rate * d, params, direction)
@@ -51,7 +52,7 @@ def finish(plan: StepPlan, state: TrainState, finite: jax.Array) -> TrainState:
     config, params, ema = plan.config, state.params, state.ema
     routed, decay = config.routing, config.train.ema
     if routed.experts > 1 and (routed.pull > 0 or routed.tie_last > 0):
-        pull = pull_share(config, state.step, plan.total)
+        pull = pull_share(plan, state.step)
         if state.skipped:
             pull = jnp.where(finite, pull, 0.0)
         params = jax.lax.cond(pull > 0, lambda tree: merge.pull(tree, pull), lambda tree: tree, params)
@@ -108,16 +109,43 @@ def expert_scale(config: Config, step: jax.Array, total: int) -> jax.Array:
     return jnp.where(step >= _first_tied(config, total), times * routed.learning_rate, routed.learning_rate)
 
 
-def pull_share(config: Config, step: jax.Array, total: int) -> jax.Array:
-    """Returns the share of the way to their mean that experts move after a step of `total`.
+def pull_share(plan: StepPlan, step: jax.Array) -> jax.Array:
+    """Returns the share of the way to their mean that experts move after a step.
 
     In the last `tie_last` of training it is 1, so experts are equal from the first of these steps on.
     """
-    routed = config.routing
-    rise = (step + 1) / total if routed.pull_schedule == "rising" else 1.0
-    pull = jnp.where((step + 1) % routed.pull_every == 0, routed.pull * rise, 0.0)
-    return jnp.where(step + 1 >= _first_tied(config, total), 1.0, pull)
+    routed, total = plan.config.routing, plan.total
+    share: Any = routed.pull
+    if routed.pull_schedule == "rising":
+        share *= (step + 1) / total
+    elif routed.pull_schedule == "learning_rate":  # PAPA, arXiv 2304.03094
+        share *= learning_rate(plan, step) / plan.config.optim.learning_rate
+    is_due = (
+        jnp.asarray(qsr_pulls(plan))[step] if routed.pull_schedule == "qsr" else (step + 1) % routed.pull_every == 0
+    )
+    return jnp.where(step + 1 >= _first_tied(plan.config, total), 1.0, jnp.where(is_due, share, 0.0))
+
+
+def qsr_pulls(plan: StepPlan) -> np.ndarray:
+    """Returns bool [steps of the run], True for a step that a pull follows.
+
+    The quadratic synchronization rule (Gu et al., arXiv 2310.14423): an interval that begins at learning rate r has
+    max(pull_every, floor((alpha / r)^2)) steps. alpha is sqrt(pull_every) * optim.learning_rate, with which an interval
+    at the highest learning rate has pull_every steps. So have those that begin in the warm-up, as in the paper.
+    """
+    config, total = plan.config, plan.total
+    with jax.ensure_compile_time_eval():
+        rates = np.asarray(optimizer.schedule(config, plan.steps_per_epoch)(jnp.arange(total)), np.float64)
+    rates[: optimizer.warmup_steps(config, plan.steps_per_epoch)] = config.optim.learning_rate
+    pulls, step = np.zeros(total, bool), 0
+    while step < total:
+        relative = max(rates[step] / config.optim.learning_rate, 1e-9)
+        step += min(max(config.routing.pull_every, int(config.routing.pull_every / relative**2)), total)
+        pulls[min(step, total) - 1] = True  # the last interval ends with the run
+    return pulls
 
 
 def _first_tied(config: Config, total: int) -> int:
-    return round((1.0 - config.routing.tie_last) * total)
+    """Returns the first step at which all experts are equal; without tie_last none of the run, not even its end."""
+    tie_last = config.routing.tie_last
+    return round((1.0 - tie_last) * total) if tie_last else total + 1

@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
-from jvitmoe.config import DataConfig
+from jvitmoe.config import DataConfig, RoutingConfig
 from jvitmoe.data import augment as augment_lib
 from jvitmoe.data import trivial_augment
 from jvitmoe.data.augment import AUGMENTATIONS, Batch, augment, normalize, reversed_rows
+from jvitmoe.training import gradients
 
 B, SIDE = 400, 6
 
@@ -252,6 +253,36 @@ def test_an_image_after_each_augmentation_depends_on_its_own_key_only(name, chan
     some = np.array([7, 3, 250, 4])
     np.testing.assert_array_equal(apply(data, keys()[some], images[some], TARGETS[some])[0], whole[some])
     assert (whole != images).any((1, 2, 3)).mean() > 0.4
+
+
+@pytest.mark.parametrize("name", ["three_augment", "mix_images"])
+def test_a_share_of_the_images_is_augmented_the_others_are_only_cropped_and_flipped(name):
+    images, plain = smooth_images(B, 3, 8), {"crop_padding": 2, "flip": True}
+    whole, targets = apply(DataConfig(**plain, **ON[name]), keys(), images, TARGETS)
+    cropped, _ = apply(DataConfig(**plain), keys(), images, TARGETS)
+    share_B = np.repeat([0.0, 0.25, 1.0, 0.75], B // 4).astype("f")
+
+    @jax.jit
+    def run(key_B):
+        batch = Batch(key_B, jax.random.key(5), reversed_rows, share_b=share_B)
+        return augment(DataConfig(**plain, **ON[name]), batch, images, TARGETS)
+
+    found, mixed = map(np.asarray, run(keys()))
+    is_whole_B, is_plain_B = ((found == x).all((1, 2, 3)) for x in (whole, cropped))
+    assert (is_whole_B | is_plain_B).all()
+    np.testing.assert_array_equal(mixed[~is_plain_B], targets[~is_plain_B])
+    np.testing.assert_array_equal(mixed[~is_whole_B], TARGETS[~is_whole_B])
+    counts = (~is_plain_B).reshape(4, -1).mean(1)
+    assert counts[0] == 0
+    np.testing.assert_allclose(counts[1:], share_B.reshape(4, -1)[1:, 0], atol=0.15)
+
+
+def test_the_last_expert_is_augmented_most():
+    routing = RoutingConfig(experts=3, granularity="sample", augment_spread=0.8)
+    index_b = jnp.arange(6)
+    by_slot = gradients.augmented_share(routing, jnp.array([[2, 0, 1], [2, 0, 1]]), index_b)
+    np.testing.assert_allclose(by_slot, [1.0, 0.2, 0.6] * 2, rtol=1e-6)
+    np.testing.assert_allclose(gradients.augmented_share(routing, jnp.array([1, 1]), index_b), [0.6] * 6, rtol=1e-6)
 
 
 def test_three_augment_draws_the_three_equally_often_and_all_strengths():

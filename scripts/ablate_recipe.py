@@ -1,0 +1,80 @@
+"""Takes away the ingredients of a recipe, one at a time, or adds one, in its dense and in its random variant.
+
+    python scripts/ablate_recipe.py --config configs/cifar10_fast.py --runs runs/ablation --out results/recipe \
+        -- --config.data.dir=DIR --config.train.epochs=4
+
+The report ends with a line per ingredient. Started again it goes on: see scripts/sweep.py.
+"""
+
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from sweep import Variant, main
+
+from jvitmoe import report
+from jvitmoe.runs import files, tables
+
+INGREDIENTS: dict[str, dict[str, object]] = {
+    "recipe": {},
+    "patch_stem": {"model.stem": "patch"},
+    "mean_pool": {"model.pool": "mean"},
+    # AdamW gets two rates: that of Muon, and a usual one.
+    "adamw": {"optim.name": "adamw"},
+    "adamw_quarter_rate": {"optim.name": "adamw", "optim.learning_rate": 1e-3},
+    "no_crop_and_flip": {"data.crop_padding": 0, "data.flip": False},
+    "no_smoothing": {"train.label_smoothing": 0.0},
+    "no_decay": {"optim.weight_decay": 0.0},
+    "plus_augment": {"data.three_augment": True, "data.cutmix": 1.0, "data.plain_last": 0.1},
+}
+RANDOM_ONLY: dict[str, dict[str, object]] = {
+    "no_pull": {"routing.pull": 0.0},
+    "same_rate": {"routing.learning_rate": 1.0},
+    "independent_init": {"routing.init": "independent"},
+    "route_per_batch": {"routing.granularity": "batch"},
+}
+MODELS = {"dense": "dense", "random": "merged"}  # variant of the file -> the model that is compared
+
+
+def variants() -> dict[str, Variant]:
+    """Returns name -> what differs from the dense config; the recipe itself first, then those of both kinds."""
+    both = {f"{kind}_{name}": Variant(settings, kind) for name, settings in INGREDIENTS.items() for kind in MODELS}
+    return both | {f"random_{name}": Variant(settings, "random") for name, settings in RANDOM_ONLY.items()}
+
+
+def table(runs: Path) -> list[dict[str, str]]:
+    """Returns the text cells of a row per ingredient: accuracy, and its difference from the recipe's on the same seeds,
+    mean ± sample deviation."""
+    recipe = {kind: _accuracies(runs, f"{kind}_recipe", model) for kind, model in MODELS.items()}
+    rows = []
+    for name in INGREDIENTS | RANDOM_ONLY:
+        row = {"ingredient": name.replace("_", " ")}
+        for kind, model in MODELS.items():
+            own = _accuracies(runs, f"{kind}_{name}", model)
+            differences = [value - recipe[kind][seed] for seed, value in own.items() if seed in recipe[kind]]
+            row |= {model: _cell(list(own.values()), ".2f"), f"{model} - recipe": _cell(differences, "+.2f")}
+        if len(set(row.values())) > 2:  # not only the name and dashes
+            rows.append(row)
+    return rows
+
+
+def _accuracies(runs: Path, name: str, model: str) -> Mapping[str, float]:
+    """Returns seed -> accuracy of a model on the test split, %."""
+    found = {}
+    for folder in sorted(runs.glob(f"{name}-seed*")):
+        if (folder / files.RESULT).exists():
+            found[folder.name.rpartition("-")[2]] = 100 * report.by_seed([report.read_run(folder)])[model][0]
+    return found
+
+
+def _cell(values: Sequence[float], form: str) -> str:
+    if not values:
+        return "-"
+    deviation = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):{form}}{deviation}"
+
+
+if __name__ == "__main__":
+    out = main(__doc__, variants())
+    with (out / "report.md").open("a") as text:
+        text.write(f"\n## Ingredients\n\nAccuracy on the test split, %.\n\n{tables.markdown(table(out / 'runs'))}")

@@ -1,0 +1,122 @@
+"""Trains variants of an experiment, several seeds each, and reports them in one table. The scripts beside it that list
+variants import it.
+
+What a report reads of a finished run is kept in OUT/runs. A sweep that is started again, also from another clone,
+trains only what is not there; a run that was stopped goes on from RUNS. What follows `--` on the command line goes to
+every `jvitmoe.train`.
+"""
+
+import argparse
+import dataclasses
+import os
+import queue
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+from jvitmoe import config
+from jvitmoe.runs import files
+
+
+class Variant(NamedTuple):
+    """What a run changes: settings of the config, and which variant of the file it is, such as FILE.py:random."""
+
+    settings: Mapping[str, object]
+    of_file: str = "dense"
+
+
+def main(description: str | None, variants: Mapping[str, Variant], figures: tuple[str, ...] = ()) -> Path:
+    """Runs the command line of a script and returns its --out.
+
+    Args:
+        description: the script's docstring.
+        figures: variants whose picture of mergeability is kept, of seed 0.
+    """
+    options = _options(description, variants)
+    kept = options.out / "runs"
+    kept.mkdir(parents=True, exist_ok=True)
+    options.runs.mkdir(parents=True, exist_ok=True)
+    # Seed by seed, so that a table of all variants can be had after the first third.
+    names = [name for name in variants if not options.only or name in options.only]
+    every = {f"{name}-seed{seed}": (variants[name], seed) for seed in range(options.seeds) for name in names}
+    todo = {name: item for name, item in every.items() if not (kept / name / files.RESULT).exists()}
+    print(f"{len(every)} runs, {len(every) - len(todo)} of them kept in {kept}", flush=True)
+    failed = _train(todo, options)
+    folders = [str(kept / name) for name in every if name not in failed]
+    subprocess.run([sys.executable, "-m", "jvitmoe.report", *folders, f"--out={options.out}"], check=True)
+    for name in figures:
+        if (figure := options.runs / f"{name}-seed0" / files.MERGEABILITY).exists():
+            shutil.copy(figure, options.out / f"mergeability_{name}.png")
+    with (options.out / "report.md").open("a") as report:
+        report.write(
+            f"\nWritten by `python {shlex.join(sys.argv)}`, {options.jobs} runs at a time, each on its share of the "
+            "CPUs: images/s are those of a shared machine.\n"
+        )
+    if failed:
+        sys.exit(f"{len(failed)} runs failed: {', '.join(failed)}; see their logs in {options.runs}")
+    return options.out
+
+
+def _options(description: str | None, variants: Mapping[str, Variant]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", required=True, help="a dense experiment")
+    parser.add_argument("--runs", type=Path, required=True, help="where the run folders go")
+    parser.add_argument("--out", type=Path, required=True, help="where the table goes, and what is kept of the runs")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
+    parser.add_argument("--only", nargs="+", choices=variants, metavar="VARIANT", help=", ".join(variants))
+    parser.add_argument("arguments", nargs="*", help="after --: flags for every jvitmoe.train")
+    return parser.parse_args()
+
+
+def _train(todo: Mapping[str, tuple[Variant, int]], options: argparse.Namespace) -> list[str]:
+    """Trains and evaluates runs, prints progress, and returns the names of those that failed."""
+    # Each job keeps to CPUs of its own: two runs of one core each train about 1.2 times as much as two of two cores.
+    cpus = sorted(os.sched_getaffinity(0))
+    shares: queue.SimpleQueue[list[int]] = queue.SimpleQueue()
+    for job in range(options.jobs):
+        shares.put(cpus[job :: options.jobs] or cpus)
+
+    def run(name: str) -> int:
+        (variant, seed), workdir = todo[name], options.runs / name
+        flags = [f"--config={options.config}" + (f":{variant.of_file}" if variant.of_file != "dense" else "")]
+        flags += [f"--config.{field}={value}" for field, value in variant.settings.items()]
+        train = ["jvitmoe.train", *flags, f"--config.train.seed={seed}", f"--workdir={workdir}", *options.arguments]
+        share = shares.get()
+        try:
+            with (options.runs / f"{name}.log").open("a") as log:
+                for command in (train, ["jvitmoe.evaluate", f"--workdir={workdir}"]):
+                    process = subprocess.Popen([sys.executable, "-m", *command], stdout=log, stderr=log)
+                    os.sched_setaffinity(process.pid, share)
+                    if code := process.wait():
+                        return code
+        finally:
+            shares.put(share)
+        _keep(workdir, options.out / "runs" / name)
+        return 0
+
+    began, failed = time.monotonic(), []
+    with ThreadPoolExecutor(options.jobs) as pool:
+        for done, (name, code) in enumerate(zip(todo, pool.map(run, todo), strict=True), start=1):
+            left = (time.monotonic() - began) / done * (len(todo) - done)
+            outcome = f"  FAILED ({code})" if code else ""
+            print(f"{done}/{len(todo)}  {name}{outcome}  {left / 60:.0f} min left", flush=True)
+            failed += [name] if code else []
+    return failed
+
+
+def _keep(workdir: Path, folder: Path) -> None:
+    """Copies to `folder` what a report reads of a run, without the place of its data on this machine."""
+    folder.mkdir(exist_ok=True)
+    source = workdir / files.CONFIG
+    loaded = config.loads(source.read_text(), str(source))
+    loaded = dataclasses.replace(loaded, data=dataclasses.replace(loaded.data, dir=""))
+    files.write_text(folder / files.CONFIG, config.dumps(loaded))
+    shutil.copy(workdir / files.METRICS, folder)
+    shutil.copy(workdir / files.RESULT, folder)  # last: the run counts as kept from here on

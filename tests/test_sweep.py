@@ -1,0 +1,57 @@
+"""A sweep keeps what a report reads of each run, and trains only what is not kept."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import processes
+
+pytestmark = [pytest.mark.process, pytest.mark.slow]
+
+EXPERIMENT = """
+from jvitmoe.config import Config, ModelConfig, OptimConfig, TrainConfig, routing_of
+
+def get_config(variant="dense"):
+    model = ModelConfig(image_size=8, channels=1, patch=4, width=8, hidden=8, depth=1, heads=2)
+    train = TrainConfig(epochs=1, batch_size=256, log_every=2)
+    return Config(model=model, routing=routing_of(variant), optim=OptimConfig(warmup_epochs=0), train=train)
+"""
+
+
+def sweep(folder: Path) -> str:
+    """Returns what the ablation of a tiny recipe prints, of one seed and two runs."""
+    command = [sys.executable, str(processes.ROOT / "scripts" / "ablate_recipe.py"), "--seeds=1"]
+    command += [f"--config={folder / 'tiny.py'}", f"--runs={folder / 'runs'}", f"--out={folder / 'out'}"]
+    command += ["--only", "dense_recipe", "random_recipe", "--", f"--config.data.dir={folder}"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def test_a_sweep_started_again_trains_only_what_is_not_kept(tmp_path):
+    (tmp_path / "tiny.py").write_text(EXPERIMENT)
+    printed = sweep(tmp_path)
+    assert "2 runs, 0 of them kept" in printed
+    assert "FAILED" not in printed
+    report = (tmp_path / "out" / "report.md").read_text()
+    (row,) = re.findall(r"\| recipe \| (\S+) \| (\S+) \| (\S+) \| (\S+) \|", report)
+    kept = {folder.name: folder for folder in (tmp_path / "out" / "runs").iterdir()}
+    assert set(kept) == {"dense_recipe-seed0", "random_recipe-seed0"}
+    for name, model, shown in (("dense_recipe-seed0", "dense", row[0]), ("random_recipe-seed0", "merged", row[2])):
+        folder = kept[name]
+        result = json.loads((folder / "result.json").read_text())
+        (accuracy,) = (r["accuracy"] for r in result["rows"] if r["model"] == model)
+        assert float(shown) == pytest.approx(100 * accuracy, abs=0.005)
+        assert str(tmp_path) not in (folder / "config.json").read_text()
+
+    # In another clone there are no checkpoints: what is kept is enough, and what is missing is trained again.
+    shutil.rmtree(tmp_path / "runs")
+    shutil.rmtree(kept["random_recipe-seed0"])
+    printed = sweep(tmp_path)
+    assert "2 runs, 1 of them kept" in printed
+    assert [folder.name for folder in (tmp_path / "runs").iterdir() if folder.is_dir()] == ["random_recipe-seed0"]
+    again = (tmp_path / "out" / "report.md").read_text()
+    assert re.findall(r"\| recipe \|.*", again) == re.findall(r"\| recipe \|.*", report)
