@@ -4,7 +4,7 @@
     python -m jvitmoe.train --config configs/cifar10_fast.py:random
 
 12 of its 16 epochs on 45,000 images gave 81.1 % on the other 5,000 and on the test set (JPEG copy, one seed, the dense
-variant; results/recipe). All of it takes about 18 minutes on two cores of an EPYC Zen 5; it was not yet run.
+variant; results/recipe_search). All of it takes about 18 minutes on two cores of an EPYC Zen 5; it was not yet run.
 """
 
 from jvitmoe.config import Config, DataConfig, ModelConfig, OptimConfig, TrainConfig, routing_of

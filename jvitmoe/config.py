@@ -204,6 +204,12 @@ class TrainConfig:
     ema: float = setting(
         0.0, "decay of a running mean of the merged model, also tested; 0 is none", at_least=0, below=1
     )
+    distil_last: float = setting(
+        0.0,
+        "last fraction of training, in which one model learns, by half of its loss, from the mean of the experts",
+        at_least=0,
+        below=1,
+    )
     ema_warmup: bool = setting(False, "decay of ema is at most (1 + t) / (10 + t) after t steps")
     devices: int = setting(0, "number of devices; 0 is all", free=True, at_least=0)
     expert_devices: int = setting(
@@ -251,6 +257,11 @@ class Config:
     def tuned(self) -> bool:
         """True if only LoRA or adapters, and the head, are trained."""
         return self.model.lora > 0 or self.model.adapter > 0
+
+    @property
+    def tied_last(self) -> float:
+        """Last fraction of training with all experts equal."""
+        return max(self.routing.tie_last, self.train.distil_last)
 
     @property
     def expert_layers(self) -> tuple[int, ...]:
@@ -345,8 +356,12 @@ def _train_faults(config: Config) -> Iterator[tuple[str, str]]:
         yield "optim.warmup_epochs", "must be 0 for optim.schedule=epoch; warm-up needs optim.schedule=step"
     if optim.freeze_layers > config.model.depth:
         yield "optim.freeze_layers", f"must be at most model.depth, which is {config.model.depth}"
-    if optim.freeze_layers and routing.experts > 1 and (routing.pull or routing.tie_last):
-        yield "optim.freeze_layers", "must be 0 with routing.pull or routing.tie_last, which move experts of all layers"
+    if optim.freeze_layers and routing.experts > 1 and (routing.pull or config.tied_last):
+        rule = "must be 0 with routing.pull, routing.tie_last or train.distil_last, which move experts of all layers"
+        yield "optim.freeze_layers", rule
+    if train.distil_last and (train.expert_devices > 1 or config.routes_in_model or config.tuned):
+        rule = "must be 0 with train.expert_devices, learned routers, LoRA and adapters: all experts see each image"
+        yield "train.distil_last", rule
 
 
 def _routing_faults(config: Config) -> Iterator[tuple[str, str]]:

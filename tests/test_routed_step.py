@@ -131,7 +131,7 @@ def test_pull_follows_its_schedule():
     config = Config(train=TrainConfig(epochs=10))
     config.routing = RoutingConfig(experts=4, pull=0.2, pull_every=2, pull_schedule="rising", tie_last=0.2)
     np.testing.assert_allclose(pulls_of(config), [0, 0.04, 0, 0.08, 0, 0.12, 0, 1, 1, 1], rtol=1e-6)
-    scales = [float(update.expert_scale(config, jnp.int32(s), total=10)) for s in range(10)]
+    scales = [float(update.expert_scale(make_plan(config), jnp.int32(s))) for s in range(10)]
     assert scales == [1.0] * 8 + [4.0] * 2
 
 
@@ -266,6 +266,39 @@ def test_a_dense_model_s_two_passes_differ_in_what_they_drop(tiny_config, traini
     wanted += 2.0 * gradients.consistency(p, q, False)
     np.testing.assert_allclose(runs[0].metrics[0].loss, wanted, rtol=1e-5)
     chex.assert_trees_all_close(runs[0].state.params, runs[1].state.params, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("routed", [{"experts": 3, "granularity": "sample"}, {"experts": 3}, {}])
+def test_in_the_end_one_model_learns_from_the_mean_of_the_experts(tiny_config, training, routed):
+    more = {"optim": {"eps": 1e-3}, "routing": {"init": "shared", "scope": "layer"} | routed}
+    plain, one, two = (
+        training(tiny_config(**more, train={"epochs": 2, "batch_size": 12, "distil_last": last, "devices": n}))
+        for last, n in ((0.0, 1), (0.5, 1), (0.5, 2))
+    )
+    first = one.order.steps_per_epoch
+    plain.run(first), one.run(first + 2), two.run(first + 2)
+    chex.assert_trees_all_close(one.metrics[:first], plain.metrics)  # nothing changes before
+    chex.assert_trees_all_close(one.metrics, two.metrics, rtol=1e-5, atol=1e-6)
+
+    before, teacher = one.history[first], plain.history[first].params
+    chex.assert_trees_all_equal(one.state.teacher, before.teacher)
+    chex.assert_trees_all_close(before.teacher, teacher, rtol=1e-6, atol=1e-7)
+    chex.assert_trees_all_close(before.params, merge.pull(teacher, 1.0), rtol=1e-6, atol=1e-7)  # all experts are one
+    index_B = np.asarray(one.order.epoch(1))[0]
+    x, labels_B = (
+        augment.normalize(np.asarray(one.images.images_NHWc)[index_B]),
+        np.asarray(one.images.labels_N)[index_B],
+    )
+    net = one.model.plain()
+    experts = routed.get("experts", 1)
+    paths = [merge.take_path(teacher, routes.constant_route(e, one.config.model.depth)) for e in range(experts)]
+    q = sum(jax.nn.softmax(vit.logits(net, path, x)) for path in paths) / experts
+    p = jax.nn.log_softmax(vit.logits(net, merge.average_experts(before.params), x))
+    loss = -p[np.arange(len(p)), labels_B].mean() / 2 + (q * (jnp.log(q) - p)).sum(-1).mean() / 2
+    np.testing.assert_allclose(one.metrics[first].loss, loss, rtol=1e-5)
+    ends = [merge.take_path(one.state.params, routes.constant_route(e, one.config.model.depth)) for e in range(experts)]
+    for end in ends[1:]:
+        chex.assert_trees_all_equal(end, ends[0])
 
 
 @pytest.fixture(scope="module")

@@ -25,7 +25,13 @@ from jvitmoe.runs.files import checksum
 from jvitmoe.settings import LARGEST
 
 META = Path("meta", "metadata")
-ITEMS = ("params", "opt_state", "ema", "skipped")  # fields of the training state that are saved; the step is the name
+ITEMS = (
+    "params",
+    "opt_state",
+    "ema",
+    "skipped",
+    "teacher",
+)  # fields of the training state that are saved; the step is the name
 PACKAGES = ("jvitmoe", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorstore", "numpy")
 DROPOUT_BITS = 16  # random bits per entry (`models.layers.dropout`); checkpoints without this number had 32
 State = Any  # `training.state.TrainState`, a NamedTuple with `step` and the fields of ITEMS

@@ -10,12 +10,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from optax.losses import kl_divergence_with_log_targets
+from optax.losses import kl_divergence, kl_divergence_with_log_targets
 
 from jvitmoe.config import RoutingConfig
 from jvitmoe.data import augment
 from jvitmoe.data.batches import Images
-from jvitmoe.experts import build, slices
+from jvitmoe.experts import build, merge, slices
 from jvitmoe.experts.routes import Purpose, address
 from jvitmoe.models import routers, vit
 from jvitmoe.models.routers import Statistics
@@ -44,7 +44,13 @@ class Shard(NamedTuple):
 
 
 def gradients(
-    plan: StepPlan, params: Any, split: Images, index_B: jax.Array | None, step: jax.Array, routes: Routes
+    plan: StepPlan,
+    params: Any,
+    split: Images,
+    index_B: jax.Array | None,
+    step: jax.Array,
+    routes: Routes,
+    teacher: Any = None,
 ) -> Gradients:
     """Returns `local_gradients` of all devices as whole arrays; the arguments are whole arrays too."""
     spec = jax.tree.map(lambda leaf: BY_EXPERT if leaf else REPLICATED, on_expert_axis(plan, params))
@@ -52,13 +58,19 @@ def gradients(
     return jax.shard_map(
         functools.partial(local_gradients, plan),
         mesh=plan.mesh,
-        in_specs=(spec, BY_DATA if plan.config.data.stream else whole, whole, whole, whole),
+        in_specs=(spec, BY_DATA if plan.config.data.stream else whole, whole, whole, whole, whole),
         out_specs=Gradients(whole, whole, whole, spec),
-    )(params, split, index_B, step, routes)
+    )(params, split, index_B, step, routes, teacher)
 
 
 def local_gradients(
-    plan: StepPlan, params: Any, split: Images, index_B: jax.Array | None, step: jax.Array, routes: Routes
+    plan: StepPlan,
+    params: Any,
+    split: Images,
+    index_B: jax.Array | None,
+    step: jax.Array,
+    routes: Routes,
+    teacher: Any,
 ) -> Gradients:
     """Returns the gradients of the global batch for the parameters of `plan.net` that this device holds.
 
@@ -72,7 +84,7 @@ def local_gradients(
     own = jax.tree.map(lambda x, over: jax.lax.pcast(x, over, to="varying"), params, axes)
 
     def differentiate(part: Shard) -> Any:
-        return jax.value_and_grad(loss_and_metrics, has_aux=True)(own, plan, part, step, routes)
+        return jax.value_and_grad(loss_and_metrics, has_aux=True)(own, plan, part, step, routes, teacher)
 
     (loss, (accuracy, statistics)), grads = accumulate(plan, differentiate, shard)
     return Gradients(loss, accuracy, statistics, jax.tree.map(jax.lax.psum, grads, axes))
@@ -169,7 +181,7 @@ def accumulate(plan: StepPlan, differentiate: Callable[[Shard], Any], shard: Sha
 
 
 def loss_and_metrics(
-    params: Any, plan: StepPlan, shard: Shard, step: jax.Array, routes: Routes
+    params: Any, plan: StepPlan, shard: Shard, step: jax.Array, routes: Routes, teacher: Any
 ) -> tuple[jax.Array, tuple[jax.Array, Statistics | None]]:
     """Returns (loss, (accuracy, statistics of a learned router)), each a mean over the shards of all devices."""
     params = trainable(plan, params)
@@ -180,6 +192,9 @@ def loss_and_metrics(
         passes = [logits_of_pass(plan, params, shard, step, routes, number) for number in range(plan.passes)]
         statistics, auxiliary = None, jnp.float32(0)
     loss = classification_loss(plan, passes, shard.targets_bC)
+    if teacher is not None:
+        is_taught = step >= plan.first_tied
+        loss = jax.lax.cond(is_taught, lambda: (loss + divergence(plan, teacher, shard, passes[0])) / 2, lambda: loss)
     accuracy = (passes[0].argmax(-1) == shard.labels_b).mean()
     # The mean over devices belongs inside: auxiliary losses are of the global batch.
     return jax.lax.pmean(loss, AXES) + auxiliary, (jax.lax.pmean(accuracy, AXES), statistics)
@@ -259,6 +274,18 @@ def mutual_cross_entropy(logits_p_BC: jax.Array, logits_q_BC: jax.Array) -> jax.
     target_p_BC, target_q_BC = (jax.lax.stop_gradient(jax.nn.softmax(x)) for x in (logits_p_BC, logits_q_BC))
     first_B = optax.softmax_cross_entropy(logits_p_BC, target_q_BC)
     return 0.5 * jnp.mean(first_B + optax.softmax_cross_entropy(logits_q_BC, target_p_BC))
+
+
+def divergence(plan: StepPlan, teacher: Any, shard: Shard, logits_bC: jax.Array) -> jax.Array:
+    """Returns the mean over the images of KL(q || p), nats: p are the probabilities of these logits, q is the mean of
+    those of the teacher's experts, each in all layers. Distillation of Hinton et al. (arXiv 1503.02531)."""
+
+    def probabilities(expert: jax.Array) -> jax.Array:
+        path = merge.take_path(teacher, jnp.broadcast_to(expert, (plan.config.model.depth,)))
+        return jax.nn.softmax(vit.logits(plan.model.plain(), path, shard.images_bHWc))
+
+    q_bC = jax.lax.map(probabilities, jnp.arange(plan.config.routing.experts)).mean(0)
+    return kl_divergence(jax.nn.log_softmax(logits_bC), q_bC).mean()
 
 
 def consistency(logits_p_BC: jax.Array, logits_q_BC: jax.Array, stop_gradients: bool) -> jax.Array:

@@ -30,6 +30,12 @@ class StepPlan:
         return self.config.train.epochs * self.steps_per_epoch
 
     @property
+    def first_tied(self) -> int:
+        """First step at which all experts are equal; without tied_last none of the run, not even its end."""
+        tied_last = self.config.tied_last
+        return round((1.0 - tied_last) * self.total) if tied_last else self.total + 1
+
+    @property
     def passes(self) -> int:
         """Number of forward passes per step. The consistency loss compares two, on two routes, if there are several
         experts, and with two draws of dropout and drop_path."""

@@ -40,15 +40,22 @@ class TrainState(NamedTuple):
     opt_state: OptState
     ema: Any = None  # exponential moving average of the merged tree; None if train.ema is 0
     skipped: Skipped | None = None  # None if a non-finite step ends the run
+    teacher: Any = None  # as params: those before train.distil_last began, zeros until then; None if that is 0
 
 
-def create(params: Any, tx: optax.GradientTransformation, ema: bool = False, skips: bool = False) -> TrainState:
+def create(
+    params: Any, tx: optax.GradientTransformation, ema: bool = False, skips: bool = False, teaches: bool = False
+) -> TrainState:
     """Returns the state of a run at step 0."""
     trunk, experts = slices.split(params, slices.stacked(params))
     expert_state = jax.vmap(jax.vmap(tx.init))(experts) if jax.tree.leaves(experts) else None
     average = merge.average_experts(params) if ema else None
     skipped = Skipped(jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32)) if skips else None
-    return TrainState(jnp.zeros((), jnp.int32), params, OptState(tx.init(trunk), expert_state), average, skipped)
+    opt_state, teacher = (
+        OptState(tx.init(trunk), expert_state),
+        jax.tree.map(jnp.zeros_like, params) if teaches else None,
+    )
+    return TrainState(jnp.zeros((), jnp.int32), params, opt_state, average, skipped, teacher)
 
 
 def take(state: TrainState, route: jax.Array) -> TrainState:
@@ -109,15 +116,17 @@ def abstract_state(config: Config, model: vit.ViT, mesh: Mesh) -> TrainState:
     def shard_tree(tree: Any, is_stacked: bool, split: bool) -> Any:
         return jax.tree.map(lambda x: shard_leaf(x, is_stacked, split), tree)
 
+    params = jax.tree.map(lambda x, is_stacked: shard_leaf(x, is_stacked, shard == "parameters"), shapes.params, marks)
     return TrainState(
         shard_tree(shapes.step, False, False),
-        jax.tree.map(lambda x, is_stacked: shard_leaf(x, is_stacked, shard == "parameters"), shapes.params, marks),
+        params,
         OptState(
             shard_tree(shapes.opt_state.trunk, False, shard != "none"),
             shard_tree(shapes.opt_state.experts, True, shard != "none"),
         ),
         shard_tree(shapes.ema, False, shard != "none"),
         shard_tree(shapes.skipped, False, False),
+        None if shapes.teacher is None else params,
     )
 
 
@@ -128,4 +137,5 @@ def _create(config: Config, model: vit.ViT, dense: Any = None) -> TrainState:
         if config.init.noise:
             key = routes.address(jax.random.key(config.train.seed), Purpose.NOISE)
             params = merge.add_noise(params, key, config.init.noise)
-    return create(params, make_direction(config), config.train.ema > 0, config.optim.skip_nonfinite > 0)
+    optional = config.train.ema > 0, config.optim.skip_nonfinite > 0, config.train.distil_last > 0
+    return create(params, make_direction(config), *optional)

@@ -94,7 +94,7 @@ def train_step(
     routes = draw_routes(plan, step)
     index_B = None if index_SB is None else index_SB[step % plan.steps_per_epoch]
     active = take(plan, before, routes)
-    loss, accuracy, statistics, grads = gradients(plan, active.params, split, index_B, step, routes)
+    loss, accuracy, statistics, grads = gradients(plan, active.params, split, index_B, step, routes, before.teacher)
     after, norm = apply_gradients(plan, before, active, routes, loss, grads)
     return after, Metrics(loss, accuracy, norm, learning_rate(plan, step), statistics, after.skipped)
 

@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jvitmoe.config import Config
 from jvitmoe.experts import merge, slices
 from jvitmoe.training import optimizer
 from jvitmoe.training.plan import StepPlan
@@ -33,7 +32,7 @@ def update(
         grads = jax.tree.map(lambda g: g * scale, grads)
     tx = optimizer.make_direction(config)
     every_expert = plan.all_run or plan.passes == 2
-    scale = expert_scale(config, active.step, plan.total)
+    scale = expert_scale(plan, active.step)
     direction, opt_state = directions(tx, grads, active.opt_state, params, stacked, every_expert, scale)
     if optimizer.scales_differ(config):
         direction = jax.tree.map(operator.mul, optimizer.layer_scales(config, params), direction)
@@ -48,10 +47,13 @@ def update(
 
 
 def finish(plan: StepPlan, state: TrainState, finite: jax.Array) -> TrainState:
-    """Returns the whole state with experts pulled toward their mean, the EMA updated and the step counted."""
-    config, params, ema = plan.config, state.params, state.ema
+    """Returns the whole state with experts pulled toward their mean, the EMA updated and the step counted. The teacher
+    is the model before the pull that makes all experts equal."""
+    config, params, ema, teacher = plan.config, state.params, state.ema, state.teacher
     routed, decay = config.routing, config.train.ema
-    if routed.experts > 1 and (routed.pull > 0 or routed.tie_last > 0):
+    if config.train.distil_last:
+        teacher = jax.lax.cond(state.step + 1 == plan.first_tied, lambda: params, lambda: teacher)
+    if routed.experts > 1 and (routed.pull > 0 or config.tied_last > 0):
         pull = pull_share(plan, state.step)
         if state.skipped:
             pull = jnp.where(finite, pull, 0.0)
@@ -62,7 +64,7 @@ def finish(plan: StepPlan, state: TrainState, finite: jax.Array) -> TrainState:
             share = 1.0 - jnp.minimum(decay, (1 + state.step) / (10 + state.step))
         share = jnp.where(finite, share, 0.0) if state.skipped else share
         ema = optax.incremental_update(merge.average_experts(params), ema, share)
-    return state._replace(step=state.step + 1, params=params, ema=ema)
+    return state._replace(step=state.step + 1, params=params, ema=ema, teacher=teacher)
 
 
 def learning_rate(plan: StepPlan, step: jax.Array) -> jax.Array:
@@ -96,34 +98,34 @@ def directions(
     return slices.join(trunk, experts), OptState(trunk_state, expert_state)
 
 
-def expert_scale(config: Config, step: jax.Array, total: int) -> jax.Array:
-    """Returns what multiplies the experts' learning rate at a step of `total`.
+def expert_scale(plan: StepPlan, step: jax.Array) -> jax.Array:
+    """Returns what multiplies the experts' learning rate at a step.
 
-    In the last `tie_last` of training all experts are equal. If one expert runs per batch, its step is then multiplied
+    In the last `tied_last` of training all experts are equal. If one expert runs per batch, its step is then multiplied
     by E (two experts: E/2 each). The mean of E equal experts moves 1/E as far as the one that was updated, so the
     factor gives the merged MLP the step of a dense one.
     """
-    routed = config.routing
-    one_runs = routed.granularity == "batch" and not config.routes_in_model
-    times = routed.experts / (2 if routed.consistency else 1) if one_runs else 1
-    return jnp.where(step >= _first_tied(config, total), times * routed.learning_rate, routed.learning_rate)
+    routed = plan.config.routing
+    one_runs = routed.granularity == "batch" and not plan.config.routes_in_model
+    times = routed.experts / plan.passes if one_runs else 1
+    return jnp.where(step >= plan.first_tied, times * routed.learning_rate, routed.learning_rate)
 
 
 def pull_share(plan: StepPlan, step: jax.Array) -> jax.Array:
     """Returns the share of the way to their mean that experts move after a step.
 
-    In the last `tie_last` of training it is 1, so experts are equal from the first of these steps on.
+    In the last `tied_last` of training it is 1, so experts are equal from the first of these steps on.
     """
-    routed, total = plan.config.routing, plan.total
+    routed = plan.config.routing
     share: Any = routed.pull
     if routed.pull_schedule == "rising":
-        share *= (step + 1) / total
+        share *= (step + 1) / plan.total
     elif routed.pull_schedule == "learning_rate":  # PAPA, arXiv 2304.03094
         share *= learning_rate(plan, step) / plan.config.optim.learning_rate
     is_due = (
         jnp.asarray(qsr_pulls(plan))[step] if routed.pull_schedule == "qsr" else (step + 1) % routed.pull_every == 0
     )
-    return jnp.where(step + 1 >= _first_tied(plan.config, total), 1.0, jnp.where(is_due, share, 0.0))
+    return jnp.where(step + 1 >= plan.first_tied, 1.0, jnp.where(is_due, share, 0.0))
 
 
 def qsr_pulls(plan: StepPlan) -> np.ndarray:
@@ -143,9 +145,3 @@ def qsr_pulls(plan: StepPlan) -> np.ndarray:
         step += min(max(config.routing.pull_every, int(config.routing.pull_every / relative**2)), total)
         pulls[min(step, total) - 1] = True  # the last interval ends with the run
     return pulls
-
-
-def _first_tied(config: Config, total: int) -> int:
-    """Returns the first step at which all experts are equal; without tie_last none of the run, not even its end."""
-    tie_last = config.routing.tie_last
-    return round((1.0 - tie_last) * total) if tie_last else total + 1
