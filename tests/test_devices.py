@@ -11,11 +11,12 @@ from jvitmoe.config import Config, ModelConfig
 from jvitmoe.data import batches
 from jvitmoe.errors import ConfigError
 from jvitmoe.evaluation.metrics import make_evaluate
-from jvitmoe.experts import build, slices
+from jvitmoe.experts import build, cost, slices
 from jvitmoe.models import vit
 from jvitmoe.runtime.compilation import for_reading, reduced_bytes
 from jvitmoe.runtime.devices import EXPERT, make_mesh
-from jvitmoe.training import state, step
+from jvitmoe.training import state, step, update
+from jvitmoe.training.plan import StepPlan
 
 pytestmark = pytest.mark.slow
 
@@ -120,10 +121,11 @@ def test_a_batch_in_parts_is_the_batch(axis_run, parts, devices, expert_devices)
     chex.assert_trees_all_close(many.history[-1], one.history[-1], rtol=1e-6, atol=3e-7)
 
 
-def test_an_expert_axis_reduces_the_trunk_alone_and_moves_no_image(tiny_config, tiny_split):
+@pytest.mark.parametrize("pull", [0.0, 0.1])
+def test_an_expert_axis_reduces_the_trunk_and_what_is_pulled_and_moves_no_image(tiny_config, tiny_split, pull):
     config = tiny_config(
         model={"width": 32, "hidden": 64, "patch": 2},
-        routing={"experts": 4, "granularity": "sample"},
+        routing={"experts": 4, "granularity": "sample", "pull": pull},
         train={"devices": 4, "expert_devices": 4, "batch_size": 16},
     )
     mesh = make_mesh(config.train)
@@ -132,10 +134,12 @@ def test_an_expert_axis_reduces_the_trunk_alone_and_moves_no_image(tiny_config, 
     train_step = step.make_train_step(config, model, mesh, order.steps_per_epoch)
     given = state.abstract_state(config, model, mesh)
     text = for_reading(train_step.lower(given, batches.put(tiny_split, mesh), order.epoch(0))).as_text()
-    trunk, _ = slices.split(given.params, slices.stacked(given.params))
-    size = sum(x.size for x in jax.tree.leaves(trunk))
+    trunk, experts = slices.split(given.params, slices.stacked(given.params))
+    size = cost.tree_size(trunk) + (cost.tree_size(experts) // 4 if pull else 0)
     # Every gradient of the trunk, the loss and the accuracy; and the sum of squares of the experts' part of the norm.
     assert 4 * (size + 2) <= reduced_bytes(text) <= 4 * (size + 2 + 8)
+    plan = StepPlan(config, model, mesh, order.steps_per_epoch)
+    assert [update.reduced_bytes(plan)(done) for done in range(4)] == [0, 4 * size, 8 * size, 12 * size]
 
 
 @pytest.mark.parametrize(

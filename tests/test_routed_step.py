@@ -10,7 +10,7 @@ import pytest
 
 from jvitmoe.config import Config, OptimConfig, RoutingConfig, TrainConfig
 from jvitmoe.data import augment
-from jvitmoe.experts import build, merge, routes, slices
+from jvitmoe.experts import build, cost, merge, routes, slices
 from jvitmoe.experts.routes import Purpose
 from jvitmoe.models import routers, vit
 from jvitmoe.runtime.devices import make_mesh
@@ -174,6 +174,27 @@ def test_consistency_of_equal_logits_costs_nothing_and_equals_the_formula_otherw
     # AdaMix's form moves p toward q only as far as KL(q || p) asks: its slope is (p - q) / 2 per image.
     slope = jax.grad(lambda x: gradients.consistency(x, jnp.asarray(q), True))(jnp.asarray(p))
     np.testing.assert_allclose(slope, 0.5 * (np.exp(log_p) - np.exp(log_q)) / 5, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "routed",
+    [
+        {"pull": 0.1, "pull_every": 3},
+        {"pull": 0.1, "pull_schedule": "rising", "tie_last": 0.2},
+        {"pull": 1.0, "pull_every": 2, "pull_schedule": "qsr", "tie_last": 0.1},
+        {"tie_last": 0.3},
+        {},
+    ],
+)
+def test_the_bytes_of_pulls_are_counted(routed):
+    config = Config(train=TrainConfig(epochs=10))
+    config.routing = RoutingConfig(experts=4, granularity="sample", **routed)
+    plan = make_plan(config, 3)
+    count = update.reduced_bytes(plan)
+    found = np.diff([count(done) for done in range(plan.total + 1)])
+    pulled = pulls_of(config, 3) > 0 if routed else np.zeros(plan.total, bool)
+    trunk, experts = slices.split(vit.shapes(plan.model), slices.stacked(vit.shapes(plan.model)))
+    np.testing.assert_array_equal(found, 4 * cost.tree_size(trunk) + pulled * cost.tree_size(experts))
 
 
 def test_cosub_equals_its_formula():

@@ -35,11 +35,13 @@ from jvitmoe.runtime import devices, processes
 from jvitmoe.runtime.signals import Stop
 from jvitmoe.runtime.watchdog import Watchdog
 from jvitmoe.settings import LARGEST
-from jvitmoe.training import optimizer, step
+from jvitmoe.training import optimizer, step, update
+from jvitmoe.training.plan import StepPlan
 from jvitmoe.training.state import TrainState, abstract_state, make_state
 from jvitmoe.training.step import Metrics
 
 SLOW_SECONDS = 0.1  # a step that takes longer is waited for, so that at most one is queued
+MOST_QSR_STEPS = 10**7  # the rule is a constant of the program, a byte per step
 Batch = tuple[Images, jax.Array | None]  # (images, index_SB), the inputs of `step.train_step`
 
 
@@ -91,7 +93,8 @@ def train(config: Config, workdir: Path, stop: Stop, cleanup: contextlib.ExitSta
         contextlib.closing(_train_batches(config, mesh, data, start, total)) as batches,
         Tracker(log_folder, start, total, config.train.batch_size) as tracker,
     ):
-        loop = _Loop(config, total, data.order.steps_per_epoch, mesh, checkpoints, evaluation, tracker, stop, watchdog)
+        plan = StepPlan(config, model, mesh, data.order.steps_per_epoch)
+        loop = _Loop(plan, checkpoints, evaluation, tracker, stop, watchdog)
         try:
             state = loop.run(state, batches, train_step)
         except BaseException:
@@ -125,6 +128,11 @@ def _load_data(config: Config, mesh: Mesh) -> _Data:
             raise ConfigError(
                 f"config.train.epochs is {config.train.epochs}; it must make at most {LARGEST:,} steps, "
                 f"and an epoch has {order.steps_per_epoch}"
+            )
+        if config.routing.pull_schedule == "qsr" and config.train.epochs * order.steps_per_epoch > MOST_QSR_STEPS:
+            raise ConfigError(
+                f"config.routing.pull_schedule is 'qsr'; it is planned for at most {MOST_QSR_STEPS:,} steps; lower "
+                "config.train.epochs"
             )
         _check_memory(config, mesh)
         return _Data(train_split, validation, dataset.test, dataset.class_names, order)
@@ -231,17 +239,15 @@ class _Loop:
 
     def __init__(
         self,
-        config: Config,
-        total: int,
-        steps_per_epoch: int,
-        mesh: Mesh,
+        plan: StepPlan,
         checkpoints: CheckpointWriter,
         evaluation: _Evaluation,
         tracker: Tracker,
         stop: Stop,
         watchdog: Watchdog,
     ) -> None:
-        self._config, self._total, self._steps_per_epoch, self._mesh = config, total, steps_per_epoch, mesh
+        self._config, self._total, self._mesh = plan.config, plan.total, plan.mesh
+        self._steps_per_epoch, self._reduced_bytes = plan.steps_per_epoch, update.reduced_bytes(plan)
         self._checkpoints, self._evaluation, self._tracker = checkpoints, evaluation, tracker
         self._stop, self._watchdog = stop, watchdog
         self._unread: list[tuple[int, Metrics]] = []  # metrics that are still on the device
@@ -304,6 +310,7 @@ class _Loop:
             logs = done % self._config.train.log_every == 0
             if logs or (done == steps[-1] and tracker.is_due()):
                 numbers = step.as_floats(values, self._config.expert_layers)
+                numbers["reduced_bytes"] = self._reduced_bytes(done)
                 tracker.train(done, numbers) if logs else tracker.show(done, numbers)
         self._slow = tracker.step_seconds(steps[-1]) > SLOW_SECONDS
 

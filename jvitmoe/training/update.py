@@ -4,6 +4,7 @@ L layers · E experts · P forward passes
 """
 
 import operator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -11,7 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jvitmoe.experts import merge, slices
+from jvitmoe.experts import cost, merge, slices
+from jvitmoe.models import vit
 from jvitmoe.training import optimizer
 from jvitmoe.training.plan import StepPlan
 from jvitmoe.training.state import OptState, Skipped, TrainState
@@ -145,3 +147,31 @@ def qsr_pulls(plan: StepPlan) -> np.ndarray:
         step += min(max(config.routing.pull_every, int(config.routing.pull_every / relative**2)), total)
         pulls[min(step, total) - 1] = True  # the last interval ends with the run
     return pulls
+
+
+def reduced_bytes(plan: StepPlan) -> Callable[[int], int]:
+    """Returns a function of the number of steps done: the bytes that each device has reduced with others until then, in
+    gradients and pulls, scalars apart.
+
+    It is what moves if each expert of granularity "sample" and scope "shared" has a device of the expert axis: its
+    gradients stay there, and a pull reduces its weights. Otherwise every device has all experts and reduces every
+    gradient, and a pull moves nothing.
+    """
+    params, routed = vit.shapes(plan.model), plan.config.routing
+    trunk, experts = (4 * cost.tree_size(tree) for tree in slices.split(params, slices.stacked(params)))
+    one = experts // routed.experts
+    if not (routed.experts > 1 and plan.images_move):
+        ran = experts if plan.all_run else min(plan.passes, routed.experts) * one
+        return lambda done: done * (trunk + ran)
+    qsr = np.flatnonzero(qsr_pulls(plan)) if routed.pull and routed.pull_schedule == "qsr" else None
+
+    def pulls(done: int) -> int:
+        if not routed.pull:
+            return 0
+        return done // routed.pull_every if qsr is None else int(np.searchsorted(qsr, done))
+
+    def so_far(done: int) -> int:
+        untied = min(done, plan.first_tied - 1)
+        return done * trunk + (pulls(untied) + done - untied) * one
+
+    return so_far
