@@ -1,18 +1,46 @@
-"""Lists the commands: `python -m jvitmoe`."""
+"""All commands under one name: `jvitmoe train …` is `python -m jvitmoe.train …`, and so for the others."""
 
+import difflib
+import importlib
 import sys
 
+from jvitmoe import cli
+from jvitmoe.errors import UserError
+from jvitmoe.runtime import memory
+
 COMMANDS = {
-    "train": "--config configs/digits_random.py",
+    "train": "--config digits_random",
     "evaluate": "--workdir runs/digits_random",
     "report": "runs/digits_dense runs/digits_random",
     "predict": "--workdir runs/digits_random IMAGE…",
     "export": "--workdir runs/digits_random --to timm --out exports/digits",
-    "benchmark": "--config configs/cifar10_random.py",
+    "benchmark": "--config cifar10_random",
+    "configs": "",
 }
+STEPS = ("train", "benchmark")  # run training steps
+
+
+def main() -> None:
+    """Runs the command that the first argument names; without one, lists them."""
+    name = sys.argv[1] if len(sys.argv) > 1 else ""
+    if name not in COMMANDS:
+        cli.run(_list)
+    if name in STEPS:
+        memory.use_huge_pages()
+    sys.argv = sys.argv[1:]
+    cli.run(importlib.import_module(f"jvitmoe.{name}").main)
+
+
+def _list(argv: list[str]) -> None:
+    """Prints the commands. Raises UserError for a name that is none of them."""
+    if argv[1:] and argv[1] not in ("--help", "-h", "help"):
+        near = difflib.get_close_matches(argv[1], COMMANDS, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"they are {', '.join(COMMANDS)}"
+        raise UserError(f"{argv[1]!r} is not a command; {hint}")
+    print("--help after a command lists its flags:")
+    for name, arguments in COMMANDS.items():
+        print(f"  jvitmoe {name} {arguments}".rstrip())
+
 
 if __name__ == "__main__":
-    print("A command is a module; --help after it lists its flags:")
-    for name, arguments in COMMANDS.items():
-        print(f"  python -m jvitmoe.{name} {arguments}")
-    sys.exit(2 if sys.argv[1:] else 0)
+    main()

@@ -22,28 +22,29 @@ from jvitmoe.config import SETTINGS, Config, unknown_field
 from jvitmoe.errors import UserError, one_line
 from jvitmoe.settings import help_text
 
-MISSING = "--config is missing; give an experiment file, such as --config=configs/digits_random.py"
+MISSING = "--config is missing; give an experiment, such as --config=digits_random, or a file, --config=my_images.py"
 
 
 def parse(argv: list[str], define: Callable[[flags.FlagValues], None], config: bool = False) -> flags.FlagValues:
     """As `parse_with_arguments`, for a command that takes only flags and, if `config`, needs `--config`."""
-    values, arguments = parse_with_arguments(argv, define, config)
-    if arguments:
-        raise UserError(f"{arguments[0]!r} is not a flag; write {_as_flag(arguments[0], argv, values)}")
+    values, others = parse_with_arguments(argv, define, config)
+    if others:
+        raise UserError(f"{others[0]!r} is not a flag; write {_as_flag(others[0], argv, values)}")
     if config and not config_path(argv):
         raise UserError(MISSING)
     return values
 
 
 def parse_with_arguments(
-    argv: list[str], define: Callable[[flags.FlagValues], None], config: bool = False
+    argv: list[str], define: Callable[[flags.FlagValues], None], config: bool = False, arguments: str = ""
 ) -> tuple[flags.FlagValues, list[str]]:
     """Returns the parsed flags of a command and its other arguments; prints the help and exits for --help.
 
     Args:
         argv: the command line, program name first.
         define: adds the command's own flags.
-        config: whether the command takes `--config=FILE.py[:VARIANT]` and `--config.a.b=value`.
+        config: whether the command takes `--config=NAME[:VARIANT]` and `--config.a.b=value`.
+        arguments: what the help calls the other arguments.
 
     Raises UserError for an unknown flag or field, a value of the wrong type, and an experiment file that fails.
     """
@@ -56,17 +57,17 @@ def parse_with_arguments(
             loaded = _load(path) if path else Config()
             config_flags.DEFINE_config_dataclass("config", loaded, "Experiment file.", values, sys_argv=argv)
             values["config"].default_as_str = None  # --help would print all fields on one line
-        arguments = values(argv)[1:]
+        others = values(argv)[1:]
     except UserError:
         raise
     except Exception as error:  # config_flags raises several types for a field that does not exist
         raise UserError(_explain(error, values, argv)) from error
     if values.help:
-        print(f"usage: python -m jvitmoe.{Path(argv[0]).stem} [flags]\n{values.get_help()}")
+        print(f"usage: python -m jvitmoe.{Path(argv[0]).stem} [flags] {arguments}".rstrip() + f"\n{values.get_help()}")
         if config:
             print(help_text(SETTINGS, shutil.get_terminal_size().columns))
         sys.exit(0)
-    return values, arguments
+    return values, others
 
 
 def config_path(argv: list[str]) -> str:
@@ -75,15 +76,26 @@ def config_path(argv: list[str]) -> str:
 
 
 def experiment_name(argv: list[str]) -> str:
-    """Returns the name of the experiment file without its suffix, and "_VARIANT" if one is given."""
+    """Returns the name of the experiment without a suffix, and "_VARIANT" if one is given."""
     path, variant = _split_variant(config_path(argv))
     return Path(path).stem + (f"_{variant}" if variant else "")
 
 
+def experiments() -> Path:
+    """Returns the folder of jvitmoe's own experiments: beside this file in a wheel, else in the checkout."""
+    installed = Path(__file__).parent / "experiments"
+    return installed if installed.is_dir() else Path(__file__).parents[1] / "configs"
+
+
 def _split_variant(name: str) -> tuple[str, str]:
-    """Returns (FILE.py, VARIANT) of `FILE.py:VARIANT`; the variant is "" without one."""
-    path, mark, variant = name.partition(".py:")
-    return path + mark.removesuffix(":"), variant
+    """Returns (path, VARIANT) of `FILE.py:VARIANT` and `NAME:VARIANT`; the variant is "" without one. NAME is that of
+    an experiment of ours, unless a file is called so."""
+    path, mark, variant = name.partition(".py:") if ".py:" in name else name.partition(":")
+    path += mark.removesuffix(":")
+    ours = experiments() / f"{path}.py"
+    if not os.path.isfile(path) and os.path.basename(path) == path and ours.is_file():
+        path = str(ours)
+    return path, variant
 
 
 def _take_config(argv: list[str]) -> tuple[str, list[str]]:
@@ -99,13 +111,13 @@ def _take_config(argv: list[str]) -> tuple[str, list[str]]:
 
 
 def _load(name: str) -> Config:
-    """Returns the Config of an experiment file. `FILE.py:VARIANT` calls its get_config with the text VARIANT. Raises
-    UserError with the line that fails."""
+    """Returns the Config of an experiment, `FILE.py` or NAME; with `:VARIANT` after it, of that variant, a text for its
+    get_config. Raises UserError with the line that fails."""
     path, variant = _split_variant(name)
     if not os.path.isfile(path):
         problem = "is a folder" if os.path.isdir(path) else "does not exist"
-        near = _nearest(path, Path("configs"))
-        hint = f"did you mean {near}?" if near else "give one such as configs/digits_random.py"
+        near = _nearest(path, Path("configs")) or Path(_nearest(path, experiments()) or "").stem
+        hint = f"did you mean {near}?" if near else "give a file, or one of those that jvitmoe.configs lists"
         raise UserError(f"config file {path!r} {problem}; {hint}")
     folder, module = str(Path(path).parent), types.ModuleType(path)
     module.__file__ = path

@@ -22,7 +22,7 @@ from jvitmoe.runs.console import console
 
 def main(argv: list[str]) -> None:
     """Runs the command. Raises UserError for a flag or a model that does not fit."""
-    values, arguments = cli.parse_with_arguments(argv, _define_flags)
+    values, arguments = cli.parse_with_arguments(argv, _define_flags, arguments="IMAGE or FOLDER…")
     if not values.workdir:
         raise UserError(
             "--workdir is missing; give a run folder or an exported one, such as --workdir=runs/digits_random"

@@ -47,7 +47,7 @@ Groups = dict[str, list[Run]]
 
 def main(argv: list[str]) -> None:
     """Runs the command. Raises UserError where a folder holds no finished run or a group may not be averaged."""
-    values, arguments = cli.parse_with_arguments(argv, _define_flags)
+    values, arguments = cli.parse_with_arguments(argv, _define_flags, arguments="RUN… [GROUP=RUN,RUN…]")
     out = Path(values.out)
     groups: Groups = {}
     runs = []

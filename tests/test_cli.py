@@ -1,5 +1,6 @@
 """Flags and exit codes: what a user mistypes ends in one line and exit code 2."""
 
+import functools
 import re
 import subprocess
 import sys
@@ -8,7 +9,8 @@ from pathlib import Path
 import pytest
 from absl import flags
 
-from jvitmoe import cli
+import processes
+from jvitmoe import cli, configs
 from jvitmoe.errors import UserError
 
 PATTERN = """--config.routing.pattern='("dense","experts")'"""
@@ -82,7 +84,8 @@ def test_a_variant_of_an_experiment_is_its_argument_and_part_of_its_name():
         (["--config=digits_radnom"], "'digits_radnom' does not exist; did you mean configs/digits_random.py?"),
         ([f"--config={DIGITS}:dense"], f"has no variants, such as 'dense'; give --config={DIGITS}"),
         ([f"--config={FAST}:dens"], "the variant is 'dens'; it must be 'dense' or 'random'"),
-        (["--config=configs"], "'configs' is a folder; give one such as configs/digits_random.py"),
+        (["--config=configs"], "'configs' is a folder; give a file, or one of those that jvitmoe.configs lists"),
+        (["--config=cifar10_fast:dens"], "the variant is 'dens'; it must be 'dense' or 'random'"),
         ([f"--config={DIGITS}", "--config.routing.pattern=dense,experts"], PATTERN),
         ([f"--config={DIGITS}", "--config.routing.pattern=('dense' experts"], """='("experts",)'"""),
     ],
@@ -175,7 +178,7 @@ def test_help_names_the_flags_and_exits_0(capsys):
 
 @pytest.mark.process
 @pytest.mark.parametrize("arguments", [["--help"], ["--no_such_flag"]])
-@pytest.mark.parametrize("command", ["train", "evaluate", "predict", "export", "report", "benchmark"])
+@pytest.mark.parametrize("command", ["train", "evaluate", "predict", "export", "report", "benchmark", "configs"])
 def test_help_and_wrong_flags_do_not_wait_for_the_import_of_jax(command, arguments):
     program = f"""
 import sys
@@ -190,15 +193,45 @@ print(sorted({{"jax", "matplotlib"}} & sys.modules.keys()))
     assert done.stdout.splitlines()[-1] == "[]", done.stderr
 
 
+def test_an_experiment_of_ours_needs_no_path(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert experiment("--config=cifar10_fast:random") == experiment(f"--config={FAST}:random")
+    assert cli.experiment_name(["train.py", "--config=cifar10_fast:random"]) == "cifar10_fast_random"
+    (tmp_path / "digits_random").write_text(Path(FAST).read_text())  # a file of the user's own comes first
+    assert experiment("--config=digits_random") == experiment(f"--config={FAST}")
+    with pytest.raises(UserError, match="did you mean digits_dense"):
+        experiment("--config=digits_dens")
+
+
+def test_configs_says_what_each_experiment_is_and_gives(capsys):
+    call = functools.partial(processes.call, configs.main)
+    code, listed, _ = call()
+    assert code == 0
+    names = [path.stem for path in Path(DIGITS).parent.glob("*.py")]
+    assert set(names) == set(re.findall(r"^(\w+) ", listed, re.MULTILINE))
+    assert "Expect about 98 % test accuracy" in " ".join(listed.split())
+    code, shown, _ = call("digits_dense")
+    assert (code, "python -m jvitmoe.train --config configs/digits_dense.py" in shown) == (0, True)
+    assert call("digits_dens")[0::2] == (2, "error: 'digits_dens' is not an experiment; jvitmoe configs lists them\n")
+
+
 @pytest.mark.process
-def test_the_package_run_as_a_module_lists_its_commands():
+def test_the_package_run_as_a_module_lists_and_runs_its_commands():
     root = Path(DIGITS).parents[1]
-    for arguments, code in ((), 0), (("train", "--config=configs/digits_random.py"), 2):
-        command = [sys.executable, "-m", "jvitmoe", *arguments]
-        done = subprocess.run(command, capture_output=True, text=True, cwd=root)
-        listed = re.findall(r"^  python -m jvitmoe\.(\w+) ", done.stdout, re.MULTILINE)
-        modules = {path.stem for path in (root / "jvitmoe").glob("*.py") if "\n    cli.run(" in path.read_text()}
-        assert (done.returncode, done.stderr, set(listed)) == (code, "", modules)
+    modules = {path.stem for path in (root / "jvitmoe").glob("[!_]*.py") if "\n    cli.run(" in path.read_text()}
+
+    def run(*arguments):
+        done = subprocess.run([sys.executable, "-m", "jvitmoe", *arguments], capture_output=True, text=True, cwd=root)
+        return done.returncode, done.stdout, done.stderr
+
+    code, out, err = run()
+    assert (code, err, set(re.findall(r"^  jvitmoe (\w+)", out, re.MULTILINE))) == (0, "", modules)
+    assert run("trian") == (2, "", "error: 'trian' is not a command; did you mean 'train'?\n")
+    assert run("predict", "--help")[1].startswith("usage: python -m jvitmoe.predict [flags] IMAGE or FOLDER…\n")
+    assert run("train", "--config=digits_random", "--config.train.epochs=0")[0::2] == (
+        2,
+        "error: config.train.epochs is 0; it must be greater than 0\n",
+    )
 
 
 @pytest.mark.process

@@ -9,7 +9,7 @@ import jvitmoe
 
 ROOT = Path(jvitmoe.__file__).parent
 FILES = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in sorted(ROOT.rglob("*.py"))}
-COMMANDS = ("train", "evaluate", "predict", "export", "report", "benchmark")
+COMMANDS = ("train", "evaluate", "predict", "export", "report", "benchmark", "configs")
 
 # A file imports from folders (and top-level files) to the left of its own; those of one group never import each other.
 ORDER = (
@@ -28,7 +28,7 @@ RANK = {folder: rank for rank, group in enumerate(ORDER) for folder in group}
 
 JAX = {"jax", "jaxlib", "flax", "optax", "orbax", "tensorstore", "chex"}
 WITHOUT_JAX = (
-    *("errors", "settings", "config", "cli", "report", "data.datasets", "data.images"),
+    *("errors", "settings", "config", "cli", "report", "configs", "data.datasets", "data.images"),
     *("interop.weight_names", "interop.config_files"),
     *(f"runs.{name}" for name in ("console", "tables", "files", "lock", "plots", "results", "history", "metrics_log")),
     *(f"runtime.{name}" for name in ("watchdog", "heartbeat", "memory", "rendezvous")),

@@ -275,7 +275,10 @@ def test_a_batch_that_does_not_divide_over_all_devices_is_named(experiment, tmp_
 def test_a_real_process_shows_no_traceback(tmp_path):
     ended = processes.run(processes.train("no/such.py", tmp_path / "x"), cold=True)
     assert ended.code == 2
-    assert ended.err == "error: config file 'no/such.py' does not exist; give one such as configs/digits_random.py\n"
+    assert (
+        ended.err
+        == "error: config file 'no/such.py' does not exist; give a file, or one of those that jvitmoe.configs lists\n"
+    )
 
 
 def test_a_run_that_blows_up_stops_and_names_step_value_and_last_good_checkpoint(experiment, tmp_path):

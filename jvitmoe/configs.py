@@ -1,0 +1,38 @@
+"""Lists the experiments that come with jvitmoe: `jvitmoe configs [NAME]`.
+
+Says what each experiment is and what to expect of it. With a name it prints the whole description, with the command.
+"""
+
+import ast
+import shutil
+import textwrap
+
+from jvitmoe import cli
+from jvitmoe.errors import UserError
+
+INDENT = 18  # columns of the names
+
+
+def main(argv: list[str]) -> None:
+    """Runs the command. Raises UserError for a name that is no experiment."""
+    _, names = cli.parse_with_arguments(argv, lambda values: None, arguments="[NAME…]")
+    folder = cli.experiments()
+    about = {path.stem: ast.get_docstring(ast.parse(path.read_text())) or "" for path in sorted(folder.glob("*.py"))}
+    for name in names:
+        if name not in about:
+            raise UserError(f"{name!r} is not an experiment; jvitmoe configs lists them")
+        print(f"{folder / name}.py\n\n{about[name]}\n")
+    width = shutil.get_terminal_size().columns - INDENT
+    for name, text in about.items() if not names else ():
+        first, *rest = textwrap.wrap(_summary(text), max(width, 40))
+        print(f"{name:<{INDENT}}{first}", *(" " * INDENT + line for line in rest), sep="\n")
+
+
+def _summary(text: str) -> str:
+    """Returns the first paragraph of a description and the third, after the command: what to expect."""
+    paragraphs = [" ".join(paragraph.split()) for paragraph in text.split("\n\n")]
+    return " ".join([paragraphs[0], *paragraphs[2:3]])
+
+
+if __name__ == "__main__":
+    cli.run(main)
