@@ -15,12 +15,20 @@ help:  ## list these targets
 
 install: $(VENV)/installed  ## install jvitmoe with everything for development into $(VENV)
 
-$(VENV)/installed: pyproject.toml $(CONSTRAINTS)
+PIP := $(RUN) -m pip install --disable-pip-version-check -c $(CONSTRAINTS)
+
+$(VENV)/base: pyproject.toml $(CONSTRAINTS)
+	@echo "Installing jvitmoe into $(VENV): about 1 GB."
 	$(PYTHON) -m venv $(VENV)
-	$(RUN) -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e '.[dev]'
+	$(PIP) -e .
 	touch $@
 
-demo: install  ## train a dense and a random-routed ViT on digits, one table (minutes on a CPU)
+$(VENV)/installed: $(VENV)/base
+	@echo "Installing the tools for development into $(VENV), TensorFlow and ONNX among them: about 2 GB more."
+	$(PIP) -e '.[dev]'
+	touch $@
+
+demo: $(VENV)/base  ## train a dense and a random-routed ViT on digits, one table (minutes on a CPU)
 	rm -rf runs/demo
 	$(RUN) -m jvitmoe.train --config configs/digits_dense.py --workdir runs/demo/dense
 	$(RUN) -m jvitmoe.train --config configs/digits_random.py --workdir runs/demo/random

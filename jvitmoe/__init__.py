@@ -3,12 +3,16 @@
 from typing import Any
 
 __version__ = "0.1.0"
-__all__ = ["load", "merging"]
+__all__ = ["Run", "load", "merging", "train"]
 
 
 def __getattr__(name: str) -> Any:
-    """Imports `load` (interop/classifier.py) and `merging` (experts/merge.py) on first use: `import jvitmoe` alone does
-    not import JAX."""
+    """Imports `load` (interop/classifier.py), `merging` (experts/merge.py), `train` and `Run` (api.py) on first use:
+    `import jvitmoe` alone does not import JAX."""
+    if name in ("Run", "train"):
+        from jvitmoe import api
+
+        return getattr(api, name)
     if name == "load":
         from jvitmoe.interop.classifier import load
 

@@ -54,7 +54,7 @@ def parse_with_arguments(
     try:
         if config:
             path, argv = _take_config(argv)
-            loaded = _load(path) if path else Config()
+            loaded = load_experiment(path) if path else Config()
             config_flags.DEFINE_config_dataclass("config", loaded, "Experiment file.", values, sys_argv=argv)
             values["config"].default_as_str = None  # --help would print all fields on one line
         others = values(argv)[1:]
@@ -110,7 +110,7 @@ def _take_config(argv: list[str]) -> tuple[str, list[str]]:
     return path, others
 
 
-def _load(name: str) -> Config:
+def load_experiment(name: str) -> Config:
     """Returns the Config of an experiment, `FILE.py` or NAME; with `:VARIANT` after it, of that variant, a text for its
     get_config. Raises UserError with the line that fails."""
     path, variant = _split_variant(name)

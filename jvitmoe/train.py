@@ -7,12 +7,19 @@ A run may use several processes, connected by --distributed or --coordinator. Pr
 one process stops all after the same step, and a failure of one ends all.
 """
 
+import sys
+import types
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from absl import flags
 
 from jvitmoe import cli
+from jvitmoe.config import Config
 from jvitmoe.runtime import memory, rendezvous
+
+if TYPE_CHECKING:
+    from jvitmoe.api import Run
 
 
 def main(argv: list[str]) -> None:
@@ -22,13 +29,24 @@ def main(argv: list[str]) -> None:
     workdir = Path(values.workdir or Path("runs") / cli.experiment_name(argv))
     from jvitmoe.training.launch import launch  # not above: it imports JAX, and --help need not wait for that
 
-    launch(values, config, workdir)
+    launch(config, workdir, values)
 
 
 def _define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_string("workdir", "", "Run folder; by default runs/<name of the config file>.", flag_values=values)
     rendezvous.define_flags(values)
 
+
+class _Callable(types.ModuleType):
+    """This module, so that `jvitmoe.train("digits_random")` trains whether or not the module has been imported."""
+
+    def __call__(self, config: Config | str, workdir: Path | str = "") -> "Run":
+        from jvitmoe.api import train
+
+        return train(config, workdir)
+
+
+sys.modules[__name__].__class__ = _Callable
 
 if __name__ == "__main__":
     memory.use_huge_pages()

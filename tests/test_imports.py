@@ -22,7 +22,9 @@ ORDER = (
     ("interop",),
     ("training",),
     ("cli",),
-    (*COMMANDS, "__main__", "__init__"),
+    tuple(name for name in COMMANDS if name != "train"),
+    ("api",),
+    ("train", "__main__", "__init__"),
 )
 RANK = {folder: rank for rank, group in enumerate(ORDER) for folder in group}
 

@@ -17,20 +17,22 @@ from jvitmoe.runtime.signals import Stop
 from jvitmoe.training.loop import train
 
 
-def launch(values: flags.FlagValues, config: Config, workdir: Path) -> None:
+def launch(config: Config, workdir: Path, values: flags.FlagValues | None = None, stop: Stop | None = None) -> None:
     """Trains a run. Raises UserError.
 
     Args:
-        values: the flags of `rendezvous.define_flags`.
         config: validated.
         workdir: the run folder.
+        values: the flags of `rendezvous.define_flags`; None: processes, if several, are connected already.
+        stop: what asks the run to stop; None: signals, which may end the process.
     """
-    processes.guard(lambda: _launch(values, config, workdir))
+    processes.guard(lambda: _launch(config, workdir, values, stop))
 
 
-def _launch(values: flags.FlagValues, config: Config, workdir: Path) -> None:
+def _launch(config: Config, workdir: Path, values: flags.FlagValues | None, stop: Stop | None) -> None:
     compilation.use_cache()
-    processes.join(values, checkpoints.versions)
+    if values:
+        processes.join(values, checkpoints.versions)
     console.quiet = not processes.first()
 
     def check() -> None:
@@ -38,7 +40,7 @@ def _launch(values: flags.FlagValues, config: Config, workdir: Path) -> None:
         check_folder(workdir, config)
 
     with contextlib.ExitStack() as cleanup:
-        stop = cleanup.enter_context(Stop())
+        stop = cleanup.enter_context(stop or Stop())
         processes.together(check, f"{workdir} {config}")
         try:
             train(config, workdir, stop, cleanup)

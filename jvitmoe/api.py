@@ -1,0 +1,101 @@
+"""Training from Python or a notebook, and what a run gives: `run = jvitmoe.train("digits_random", workdir="runs/x")`."""
+
+import signal
+import threading
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from absl import logging
+
+from jvitmoe import cli, report
+from jvitmoe.config import Config
+from jvitmoe.interop import classifier
+from jvitmoe.runs import files, history, results
+from jvitmoe.runtime.signals import Stop
+from jvitmoe.training import launch
+
+
+class Run:
+    """A run folder."""
+
+    def __init__(self, workdir: Path | str) -> None:
+        self.workdir = Path(workdir)
+
+    def __repr__(self) -> str:
+        return f"Run({str(self.workdir)!r})"
+
+    @property
+    def config(self) -> Config:
+        """The settings of the run. Raises UserError where the folder holds no finished run."""
+        return report.read_run(self.workdir).config
+
+    @property
+    def history(self) -> list[dict[str, Any]]:
+        """Lines of metrics.jsonl: step, kind ("train", "validation" or "test"), and its figures."""
+        return history.read_metrics(self.workdir / files.METRICS)
+
+    @property
+    def results(self) -> dict[str, Any]:
+        """result.json: a row per model, hardware, versions; {} before the end. Raises UserError if it is damaged."""
+        return results.read_result(self.workdir)
+
+    def accuracy(self, model: str = "") -> float:
+        """Returns the test accuracy of a model, such as "merged"; by default of the first row: dense or merged."""
+        rows = {row["model"]: row["accuracy"] for row in self.results["rows"]}
+        return rows[model] if model else next(iter(rows.values()))
+
+    def classifier(self, checkpoint: str = "latest") -> classifier.Classifier:
+        """Returns the dense or merged model, for pictures and arrays (`jvitmoe.load`)."""
+        return classifier.load(self.workdir, checkpoint)
+
+    def report(self, *others: "Run | Path | str", out: Path | str = "") -> Path:
+        """Compares this run with others: writes report.md and its pictures into `out`, by default <workdir>/report, and
+        returns that folder. Raises UserError as jvitmoe.report does."""
+        folder = Path(out or self.workdir / "report")
+        workdirs = [str(run.workdir if isinstance(run, Run) else run) for run in (self, *others)]
+        report.main(["report", *workdirs, f"--out={folder}"])
+        return folder
+
+
+def train(config: Config | str, workdir: Path | str = "") -> Run:
+    """Trains an experiment to its end, tests it, and returns the run. Called again it resumes.
+
+    A first interrupt (Ctrl-C, or a notebook's stop button) ends the current step, saves and raises KeyboardInterrupt; a
+    second one raises it at once.
+
+    Args:
+        config: the settings, or an experiment as the command line takes it: "digits_random", "my_images.py".
+        workdir: the run folder; by default runs/<name of the experiment>, "runs/run" for settings.
+
+    Raises UserError, in one line, for what a user can correct.
+    """
+    name = "run" if isinstance(config, Config) else cli.experiment_name(["", f"--config={config}"])
+    run = Run(workdir or Path("runs") / name)
+    logging.set_verbosity(logging.FATAL)  # Orbax logs a lot
+    settings = config if isinstance(config, Config) else cli.load_experiment(config)
+    try:
+        launch.launch(settings.validate(), run.workdir, stop=_Interrupts())
+    except SystemExit as error:
+        raise KeyboardInterrupt("stopped and saved; train again to go on") from error
+    return run
+
+
+class _Interrupts(Stop):
+    """Stop for a process that goes on after the run: interrupts only, and they raise. Outside the main thread, where
+    Python handles no signals, none."""
+
+    def __enter__(self) -> "_Interrupts":
+        self._before: Any = None
+        if threading.current_thread() is threading.main_thread():
+            self._before = signal.signal(signal.SIGINT, self._handle)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._before is not None:
+            signal.signal(signal.SIGINT, self._before)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.signal is not None or not self.unsaved:
+            raise KeyboardInterrupt
+        self.signal = number

@@ -1,0 +1,90 @@
+"""Training from Python: what a run gives, and how it is interrupted."""
+
+import dataclasses
+import signal
+import subprocess
+import sys
+import threading
+
+import numpy as np
+import pytest
+
+import jvitmoe
+import processes
+from jvitmoe import api
+from jvitmoe.errors import UserError
+from run_folders import tiny
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    return tiny(train={"epochs": 2, "batch_size": 256, "log_every": 1})
+
+
+@pytest.fixture(scope="module")
+def run(config, tmp_path_factory):
+    return jvitmoe.train(config, workdir=tmp_path_factory.mktemp("api") / "run")
+
+
+def test_a_run_gives_its_config_history_results_classifier_and_report(run, config, capsys):
+    assert run.config == config
+    losses = [line["loss"] for line in run.history if line["kind"] == "train"]
+    assert len(losses) == run.results["step"] == run.history[-1]["step"]
+    assert run.accuracy() == run.accuracy("merged") == run.results["rows"][0]["accuracy"]
+    pictures = np.zeros((2, 8, 8, 1), np.uint8)
+    np.testing.assert_array_equal(run.classifier().logits(pictures), jvitmoe.load(run.workdir).logits(pictures))
+    assert "| run |" in (run.report() / "report.md").read_text()
+    assert repr(run) == f"Run({str(run.workdir)!r})"
+    with pytest.raises(UserError, match="give a folder whose training has ended"):
+        jvitmoe.Run(run.workdir / "nothing").config  # noqa: B018
+
+
+def test_the_function_and_the_module_have_one_name(run, config, tmp_path):
+    """`python -m jvitmoe.train`, `import jvitmoe.train` and jvitmoe.train(…) all work, in any order."""
+    import jvitmoe.train
+
+    again = jvitmoe.train(config, workdir=run.workdir)  # has ended: trains no step
+    assert again.history == run.history
+    assert callable(jvitmoe.train.main)
+    with pytest.raises(UserError, match="'no_such' does not exist"):
+        jvitmoe.train("no_such", workdir=tmp_path / "x")
+
+
+def test_an_interrupt_saves_and_the_same_call_goes_on(run, config, tmp_path, monkeypatch):
+    before = signal.getsignal(signal.SIGINT)
+    asked = api._Interrupts.asked
+
+    def press(self, step):
+        if step == 3:
+            signal.raise_signal(signal.SIGINT)
+        return asked(self, step)
+
+    monkeypatch.setattr(api._Interrupts, "asked", press)
+    with pytest.raises(KeyboardInterrupt, match="train again to go on"):
+        jvitmoe.train(config, workdir=tmp_path / "run")
+    assert signal.getsignal(signal.SIGINT) == before
+    monkeypatch.undo()
+    resumed = jvitmoe.train(config, workdir=tmp_path / "run")
+    assert [line["loss"] for line in resumed.history if line["kind"] == "train"] == [
+        line["loss"] for line in run.history if line["kind"] == "train"
+    ]
+    assert resumed.results["rows"] == run.results["rows"]
+
+
+def test_it_trains_in_another_thread_too(config, tmp_path):
+    """As in a worker of Ray."""
+    one = dataclasses.replace(config, train=dataclasses.replace(config.train, epochs=1))
+    found = []
+    thread = threading.Thread(target=lambda: found.append(jvitmoe.train(one, workdir=tmp_path / "run")))
+    thread.start()
+    thread.join()
+    assert found[0].results["step"] == 5
+
+
+@pytest.mark.process
+def test_importing_the_package_imports_no_jax():
+    program = "import sys, jvitmoe, jvitmoe.train; print(callable(jvitmoe.train), 'jax' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=processes.ROOT)
+    assert done.stdout == "True False\n", done.stderr
