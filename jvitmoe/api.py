@@ -1,4 +1,4 @@
-"""Training from Python or a notebook, and what a run gives: `run = jvitmoe.train("digits_random", workdir="runs/x")`."""
+"""Training from Python or a notebook: `run = jvitmoe.train("digits_random", workdir="runs/x")`, and what it returns."""
 
 import signal
 import threading

@@ -17,32 +17,51 @@ from scipy import stats
 from sweep import Variant, main
 
 from jvitmoe import report
-from jvitmoe.runs import files, tables
+from jvitmoe.runs import files, history, tables
 
 Arms = dict[str, Variant]
 PARITY = 0.5  # points: an arm loses nothing if the interval of its difference is above -PARITY
-STRONG = {"data.three_augment": True, "data.cutmix": 1.0, "data.plain_last": 0.1}
+SIZE = {"model.patch": 8, "data.validation": 5000, "train.epochs": 10, "train.eval_every": 10, "train.ema": 0.99}
+FEW = {"data.validation": 40_000, "train.batch_size": 512, "train.epochs": 80, "train.eval_every": 80}
 
 
-def dense(**settings: object) -> Variant:
-    return Variant({name.replace("__", "."): value for name, value in settings.items()})
+def dense(settings: dict[str, object] | None = None) -> Variant:
+    return Variant(SIZE | (settings or {}))
 
 
-def random(granularity: str, rate: float, pull: float, **settings: object) -> Variant:
-    chosen = {"granularity": granularity, "learning_rate": rate, "pull": pull}
-    routing = {f"routing.{name}": value for name, value in chosen.items()}
-    return Variant(routing | dict(dense(**settings).settings), "random")
+def random(granularity: str, rate: float, pull: float, settings: dict[str, object] | None = None) -> Variant:
+    routing = {"routing.granularity": granularity, "routing.learning_rate": rate, "routing.pull": pull}
+    return Variant(SIZE | routing | (settings or {}), "random")
 
 
 def parity_search() -> Arms:
-    """Returns the arms of A's search: one seed, compared on the validation images."""
-    found = {f"dense_rate{rate}": dense(routing__learning_rate=rate) for rate in (1, 2, 4)}
+    found = {f"dense_rate{rate}": dense({"routing.learning_rate": rate}) for rate in (1, 2, 4)}
     grid = itertools.product(("batch", "sample"), (1, 2, 4), (0, 0.01, 0.1, 1))
     return found | {f"{kind}_rate{rate}_pull{pull}": random(kind, rate, pull) for kind, rate, pull in grid}
 
 
-# Name -> the arms. The first is what the others are compared with.
-EXPERIMENTS: dict[str, Callable[[], Arms]] = {"A_search": parity_search}
+def rare_meetings() -> Arms:
+    found = {"dense": dense(FEW), "dense_rate2": dense(FEW | {"routing.learning_rate": 2})}
+    found["dense_batch128"] = dense(FEW | {"train.batch_size": 128})
+    how_often = {"every_step": {}, "every_4": {"routing.pull_every": 4}}
+    how_often["qsr"] = {"routing.pull_every": 4, "routing.pull_schedule": "qsr"}
+    for (name, settings), rate in itertools.product(how_often.items(), (1, 2)):
+        found[f"{name}_rate{rate}"] = random("sample", rate, 1, FEW | settings)
+    return found
+
+
+# Name -> the arms; the first is what the others are compared with. A search compares by validation accuracy.
+EXPERIMENTS: dict[str, Callable[[], Arms]] = {"A_search": parity_search, "B": rare_meetings}
+
+
+def found_on_validation(runs: Path, arms: Mapping[str, Variant]) -> list[dict[str, str]]:
+    """Returns the text cells of a row per arm, the best first: accuracy on validation images after the last step."""
+    found = {}
+    for name in arms:
+        lines = history.read_metrics(runs / f"{name}-seed0" / files.METRICS)
+        if values := [line["accuracy"] for line in lines if line["kind"] == "validation"]:
+            found[name] = values[-1]
+    return [{"arm": name, "validation": f"{found[name]:.2%}"} for name in sorted(found, key=lambda name: -found[name])]
 
 
 def verdicts(runs: Path, arms: Mapping[str, Variant]) -> list[dict[str, str]]:
@@ -94,12 +113,11 @@ def _accuracies(runs: Path, name: str) -> dict[str, dict[str, float]]:
 
 
 if __name__ == "__main__":
-    experiment = (
-        sys.argv.pop(1)
-        if sys.argv[1:2] and sys.argv[1] in EXPERIMENTS
-        else sys.exit(f"the first argument must be one of {', '.join(EXPERIMENTS)}")
-    )
+    if sys.argv[1:2] == [] or sys.argv[1] not in EXPERIMENTS:
+        sys.exit(f"the first argument must be one of {', '.join(EXPERIMENTS)}")
+    experiment = sys.argv.pop(1)
     arms = EXPERIMENTS[experiment]()
     out = main(__doc__, arms)
     with (out / "report.md").open("a") as text:
-        text.write(f"\n## Verdicts\n\n{tables.markdown(verdicts(out / 'runs', arms))}")
+        rows = found_on_validation if experiment.endswith("_search") else verdicts
+        text.write(f"\n## Verdicts\n\n{tables.markdown(rows(out / 'runs', arms))}")
