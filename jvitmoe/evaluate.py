@@ -1,8 +1,8 @@
 """Tests the models of a run: `python -m jvitmoe.evaluate --workdir runs/X [--checkpoint latest|best|STEP]`.
 
-Prints one row per model, writes result.json and report.md, and draws the confusion matrix of the dense or merged model
-in confusion.png. For a run with experts it also measures why averaging works or fails, and draws it in
-mergeability.png. Takes the config from the run folder; any number of devices will do.
+Prints one row per model, writes result.json and report.md, and draws what the dense or merged model says: of all images
+in confusion.png, of 16 in samples.png. For a run with experts it also measures why averaging works or fails, and draws
+it in mergeability.png. Takes the config from the run folder; any number of devices will do.
 With --few_shot or --knn it also probes the features of the dense or merged model, and of the EMA, on the run's data set
 or on that of --probe_data; the shots are drawn with the fixed seeds 0, 1 and 2.
 With --verify it only reports which files of the run folder are sound, and exits with 1 if one is not.
@@ -46,11 +46,16 @@ def main(argv: list[str]) -> None:
 
 def _evaluate(values: flags.FlagValues, workdir: Path) -> None:
     # Not above: these import JAX and matplotlib, and --help need not wait for that.
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
     from jvitmoe.data import datasets, stream
     from jvitmoe.data.batches import eval_batches, put
     from jvitmoe.data.splits import Dataset, Records, SizeError, Split, decode
     from jvitmoe.evaluation import mergeability, metrics, models, probes
     from jvitmoe.experts import build, cost
+    from jvitmoe.models import vit
     from jvitmoe.runs import arrays, plots
     from jvitmoe.runs.checkpoints import Checkpoints
     from jvitmoe.runtime import compilation, devices
@@ -84,6 +89,10 @@ def _evaluate(values: flags.FlagValues, workdir: Path) -> None:
     params = arrays.to_devices(saved.params, abstract.params)
     ema = arrays.to_devices(saved.ema, abstract.ema) if saved.ema else None
 
+    def some(most: int) -> Split:
+        chosen = test.select(mergeability.spread(len(test), most))
+        return chosen if isinstance(chosen, Split) else decode(chosen, config.data, config.model)
+
     evaluate = metrics.make_evaluate(model, mesh, config.data)
     shown = stream.eval_images(test, config, mesh)
     earlier = results.read_result(workdir)  # holds what only training can measure
@@ -95,11 +104,7 @@ def _evaluate(values: flags.FlagValues, workdir: Path) -> None:
         result["probes"] = probes.measure(evaluate.net, trees, probed, *settings)
     result["rows"] = models.evaluate_run(config, params, ema, evaluate, *shown, values.paths)
     if config.routing.experts > 1:
-        few = (
-            mergeability.subset(test)
-            if isinstance(test, Split)
-            else decode(mergeability.subset(test), config.data, config.model)
-        )
+        few = some(mergeability.IMAGES)
         batches = eval_batches(len(few), config.train.batch_size, mesh)
         result["mergeability"] = mergeability.measure(config, params, evaluate, put(few, mesh), batches)
     result |= models.facts(config, saved.step, mesh) | {
@@ -109,6 +114,13 @@ def _evaluate(values: flags.FlagValues, workdir: Path) -> None:
     }
     if "mergeability" in result:
         plots.mergeability(result, workdir / files.MERGEABILITY)
+    few = some(plots.MOST_SAMPLES)
+    logits_NC = vit.logits(
+        evaluate.net, models.dense_tree(config, params), evaluate.normalize(jnp.asarray(few.images_NHWc))
+    )
+    names = results.class_names(workdir, config.model.classes)
+    shares_NC = np.asarray(jax.nn.softmax(logits_NC))
+    plots.samples(few.images_NHWc, few.labels_N, shares_NC, names, workdir / files.SAMPLES)
     results.write_result(workdir, result, plots.confusion(result, workdir))
 
 

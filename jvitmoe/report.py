@@ -1,7 +1,8 @@
 """Compares runs: `python -m jvitmoe.report runs/* [--out runs/report]`.
 
 Runs that differ only in their seed form a group: mean ± sample deviation. `name=runs/a,runs/b` names a group. Prints a
-table and writes report.md, comparison.png, curves.png, and runs.json: the config and the results of each group.
+table and writes report.md, comparison.png, curves.png, and runs.json: the config and the results of each group. --html
+adds report.html, one page that needs no network.
 """
 
 import itertools
@@ -62,7 +63,8 @@ def main(argv: list[str]) -> None:
         raise UserError("no run folder was given; name one or more, such as runs/digits_dense runs/digits_random")
     from jvitmoe.runs import plots  # not above: it imports matplotlib, and --help need not wait for that
 
-    rows = [row for name, group in groups.items() for row in group_rows(name, group)]
+    cells = {name: group_rows(name, group) for name, group in groups.items()}
+    rows = [row for group in cells.values() for row in group]
     overview = [overview_row(name, group) for name, group in groups.items()]
     out.mkdir(parents=True, exist_ok=True)
     plots.curves(families(groups), out / "curves.png")
@@ -75,11 +77,21 @@ def main(argv: list[str]) -> None:
         f"\n## Every model\n\n{tables.markdown(rows)}\n{NOTE}\n",
     )
     files.write_text(out / "runs.json", json.dumps({n: record(group) for n, group in groups.items()}, indent=1) + "\n")
+    if values.html:
+        from jvitmoe.runs import page  # not above: it needs the extra `html`
+
+        shown = [
+            page.Shown(name, cells[name], [run.folder for run in group], record(group)["config"], group[0].result)
+            for name, group in groups.items()
+        ]
+        page.write(out / "report.html", opening(groups), shown)
     short = [{name: cell for name, cell in row.items() if name != "hardware"} for row in rows]
     tables.show(short if len(groups) <= MANY else overview, "test split")
     for hardware in dict.fromkeys(row["hardware"] for row in rows):
         console.print(f"hardware    {hardware}")
     console.print(f"pictures    {out / 'comparison.png'}, {out / 'curves.png'}")
+    if values.html:
+        console.print(f"page        {out / 'report.html'}")
 
 
 def opening(groups: Groups) -> str:
@@ -91,6 +103,7 @@ def opening(groups: Groups) -> str:
 
 def _define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_string("out", "runs/report", "Folder for report.md, runs.json and the pictures.", flag_values=values)
+    flags.DEFINE_bool("html", False, "Also write report.html: one page, sortable, with charts.", flag_values=values)
 
 
 def read_run(folder: Path) -> Run:

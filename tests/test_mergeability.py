@@ -5,7 +5,6 @@ import pytest
 
 from jvitmoe.data import augment
 from jvitmoe.data.batches import eval_batches, put
-from jvitmoe.data.splits import Split
 from jvitmoe.evaluation import mergeability, metrics, models
 from jvitmoe.experts import merge
 from jvitmoe.models import mlp, vit
@@ -156,8 +155,7 @@ def test_the_line_starts_at_the_experts_and_ends_at_the_merged_model(tiny_config
 
 @pytest.mark.parametrize("count", [1, 26, 1000, 3001])
 def test_the_subset_is_fixed_even_and_at_most_a_thousand(count):
-    part = mergeability.subset(Split(np.arange(count).reshape(-1, 1, 1, 1), np.arange(count)))
-    assert len(part) == len(set(part.labels_N)) == min(count, 1000)
-    np.testing.assert_array_equal(part.images_NHWc.ravel(), part.labels_N)
-    assert np.ptp(np.diff(part.labels_N)) <= 1 if count > 1 else True
-    assert {0, count - 1} <= set(part.labels_N.tolist())
+    chosen = mergeability.spread(count)
+    assert len(chosen) == len(set(chosen)) == min(count, 1000)
+    assert np.ptp(np.diff(chosen)) <= 1 if count > 1 else True
+    assert {0, count - 1} <= set(chosen.tolist())

@@ -13,7 +13,6 @@ import numpy as np
 from jvitmoe.config import Config
 from jvitmoe.data import augment
 from jvitmoe.data.batches import Batches, Images
-from jvitmoe.data.splits import S
 from jvitmoe.evaluation import models
 from jvitmoe.evaluation.metrics import Evaluator
 from jvitmoe.experts import build, merge, slices
@@ -24,9 +23,9 @@ IMAGES = 1000  # most images that the layer gap and the losses are measured on
 TINY = 1e-30
 
 
-def subset(split: S) -> S:
-    """Returns at most 1,000 images, evenly spaced over the split; the same at each call."""
-    return split.select(np.linspace(0, len(split) - 1, min(len(split), IMAGES)).astype(int))
+def spread(images: int, most: int = IMAGES) -> np.ndarray:
+    """Returns the indices of at most `most` images, evenly spaced over a split of `images`."""
+    return np.linspace(0, images - 1, min(images, most)).astype(int)
 
 
 def measure(config: Config, params: Any, evaluate: Evaluator, split: Images, batches: Batches) -> dict[str, Any]:

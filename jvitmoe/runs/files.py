@@ -15,6 +15,7 @@ CLASSES = "classes.json"  # names of the classes, in the order of their labels
 IMAGES = "images.json"  # split -> number of images, to notice on resuming that the data have changed
 MERGEABILITY = "mergeability.png"
 CONFUSION = "confusion.png"
+SAMPLES = "samples.png"
 UNFINISHED = ".part"  # suffix of a file that is being written
 
 

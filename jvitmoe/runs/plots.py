@@ -32,6 +32,7 @@ MARKS = {
 }
 LEAST_ERROR = 1e-3  # shown instead of an error of 0, which a log scale has not
 MOST_CLASSES, MOST_COUNTED = 100, 20  # classes of a confusion matrix that is drawn, and of one with counts in its cells
+MOST_SAMPLES = 16  # images of `samples`
 POINTS = 60  # most points of a line; more records are averaged
 
 
@@ -207,6 +208,27 @@ def confusion(result: Mapping[str, Any], workdir: Path) -> bool:
     figure.colorbar(picture, label="share of the true class, %", ticks=[0, 1, 5, 10, 25, 50, 100], shrink=0.8)
     save(figure, workdir / files.CONFUSION)
     return True
+
+
+@in_style
+def samples(
+    images_NHWc: np.ndarray, labels_N: np.ndarray, probabilities_NC: np.ndarray, names: Sequence[str], path: Path
+) -> None:
+    """Writes one PNG of up to 16 images, each with the class that it is taken for, and its own if that is another."""
+    count = min(len(labels_N), MOST_SAMPLES)
+    columns = min(count, 8)
+    rows = -(-count // columns)
+    names = _axis_names(names)
+    figure, grid = plt.subplots(rows, columns, squeeze=False, figsize=(1.35 * columns, 1.75 * rows))
+    for axes in grid.flat:
+        axes.set_axis_off()
+    for axes, image_HWc, label, share_C in zip(grid.flat, images_NHWc, labels_N, probabilities_NC, strict=False):
+        axes.imshow(image_HWc.squeeze(), cmap="gray", vmin=0, vmax=255)
+        predicted = int(share_C.argmax())
+        is_right = predicted == label
+        text = f"{names[predicted]} {share_C[predicted]:.0%}" + ("" if is_right else f"\nnot {names[label]}")
+        axes.set_title(text, fontsize=9, color="black" if is_right else COLOURS[1], parse_math=False)
+    save(figure, path)
 
 
 def _axis_names(names: Sequence[str]) -> list[str]:

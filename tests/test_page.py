@@ -1,0 +1,121 @@
+"""The page of jvitmoe.report --html: whole without a network, and working in a browser."""
+
+import json
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+import processes
+from jvitmoe import config as config_lib
+from jvitmoe import report
+from jvitmoe.config import Config, RoutingConfig, TrainConfig
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+QUIET = ("no-sandbox", "disable-gpu", "disable-background-networking", "disable-component-update", "disable-sync")
+HOSTILE = "<b>&{{data}}<!--<script>"  # a name that is no markup
+
+
+def write_run(folder: Path, seed: int, experts: int, accuracy: float) -> str:
+    """Writes what a report reads of a run of two steps, and returns the folder's path."""
+    folder.mkdir()
+    config = Config(routing=RoutingConfig(experts=experts), train=TrainConfig(seed=seed))
+    (folder / "config.json").write_text(config_lib.dumps(config))
+    models = ("dense",) if experts == 1 else ("merged", "ensemble")
+    row = {"nll": 1.0, "ece": 0.1, "images": 10, "parameters": 5, "confusion": [[4, 1], [2, 3]]}
+    rows = [{"model": model, "accuracy": accuracy + n / 100, **row} for n, model in enumerate(models)]
+    result = {"rows": rows, "step": 2, "active_parameters": 5, "total_parameters": 9, "hardware": "1 x cpu"}
+    if experts > 1:
+        line = {"share": [0.0, 1.0], "losses": [[0.1, 0.2]] * (experts - 1) + [[0.1, float("nan")]], "height": 0.1}
+        result["mergeability"] = {"layers": [0, 1], "gap": [0.1, 0.2], "barrier": line}
+    (folder / "result.json").write_text(json.dumps(result))
+    lines = [{"step": s, "kind": k, "loss": 2.0 / s, "accuracy": s / 9} for s in (1, 2) for k in ("train", "test")]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return str(folder)
+
+
+def write_runs(folder: Path, name: str) -> list[str]:
+    """Writes a dense run of two seeds and a random one of that name, and returns their folders."""
+    folders = [write_run(folder / f"dense-seed{seed}", seed, 1, 0.5 + seed / 10) for seed in (0, 1)]
+    return [*folders, write_run(folder / name, 0, 4, 0.7)]
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory):
+    """Returns the page about two seeds of a dense run and one of random routing, whose name is hostile."""
+    out = tmp_path_factory.mktemp("page")
+    folders = write_runs(tmp_path_factory.mktemp("runs"), HOSTILE)
+    code, _, err = processes.call(report.main, *folders, "--html", f"--out={out}")
+    assert code == 0, err
+    return out / "report.html"
+
+
+def test_a_page_needs_nothing_else(page):
+    text = page.read_text()
+    assert len(text) < 5e6
+    own = text.replace(re.search(r"<script>(.*?)</script>", text, re.DOTALL)[1], "")  # Vega's scripts name addresses
+    assert not re.findall(r"(?:src|href)=\"(?!data:)|https?://(?!vega\.github\.io/schema)", own)
+    assert len(re.findall("</script>", text)) == 3
+
+
+@pytest.fixture(scope="module")
+def browser():
+    if not CHROMIUM:
+        pytest.skip("needs Chromium: apt-get install chromium")
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as started:
+        chromium = started.chromium.launch(executable_path=CHROMIUM, args=[f"--{flag}" for flag in QUIET])
+        yield chromium
+        chromium.close()
+
+
+@pytest.mark.process
+@pytest.mark.parametrize(("width", "scheme"), [(1600, "light"), (400, "dark")])
+def test_the_page_works_in_a_browser(page, browser, width, scheme):
+    tab, problems = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme), []
+    tab.on("console", lambda message: problems.append(message.text))
+    tab.on("pageerror", lambda error: problems.append(str(error)))
+    tab.on("request", lambda request: problems.append(request.url) if request.url.startswith("http") else None)
+    tab.goto(page.as_uri())
+    lines = tab.locator("[data-title=accuracy] .mark-line path")
+    tab.wait_for_selector("[data-title=accuracy] .mark-line path")
+    assert lines.count() == 2
+
+    def column(name):
+        names = tab.locator("#table th").all_inner_texts()
+        return tab.locator(f"#table tbody td:nth-child({names.index(name) + 1})").all_inner_texts()
+
+    tab.locator("#table th", has_text="accuracy").click()
+    rising = column("accuracy")
+    tab.locator("#table th", has_text="accuracy").click()
+    assert rising == column("accuracy")[::-1] == sorted(rising, key=lambda text: float(text.split("%")[0]))
+    assert len(set(rising)) > 1
+
+    tab.locator("#table input[data-run=dense]").first.uncheck()
+    tab.wait_for_function("document.querySelectorAll('[data-title=accuracy] .mark-line path').length == 1")
+    tab.locator("#all").click()
+    tab.wait_for_function("document.querySelectorAll('[data-title=accuracy] .mark-line path').length == 2")
+
+    assert tab.locator("#difference tbody tr td:first-child").all_inner_texts() == ["routing.experts"]
+    tab.locator("#run").select_option(index=1)
+    tab.wait_for_selector("#details .mark-line path")
+    assert "straight line" in tab.locator("#details h3").first.inner_text()
+
+    assert tab.evaluate("document.documentElement.scrollWidth") <= width
+    assert (tab.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)") == (
+        scheme == "light"
+    )
+    assert not problems
+    tab.close()
+
+
+def test_without_altair_the_option_says_what_to_install(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "vl_convert", None)
+    monkeypatch.delitem(sys.modules, "jvitmoe.runs.page", raising=False)
+    monkeypatch.delattr("jvitmoe.runs.page", raising=False)
+    folders = write_runs(tmp_path, "random")
+    code, _, err = processes.call(report.main, *folders, "--html", f"--out={tmp_path / 'out'}")
+    assert (code, err) == (2, "error: --html needs Altair; install it with pip install 'jvitmoe[html]'\n")
