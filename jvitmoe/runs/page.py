@@ -59,10 +59,7 @@ def write(path: Path, opening: str, groups: Sequence[Shown]) -> None:
     for mark, value in (
         ("{{opening}}", _escape(opening)),
         ("{{vega}}", vl_convert.javascript_bundle(vl_version=version)),  # type: ignore[call-arg]
-        (
-            "{{data}}",
-            json.dumps(_finite(data)).replace("<", "\\u003c"),
-        ),  # neither ends the script element nor begins a comment
+        ("{{data}}", inside),
     ):
         text = text.replace(mark, value)
     files.write_text(path, text)
