@@ -1,5 +1,6 @@
 """Vision Transformers with randomly routed experts, averaged into one plain ViT, in JAX."""
 
+import importlib
 from typing import Any
 
 __version__ = "0.1.0"
@@ -7,12 +8,14 @@ __all__ = ["Run", "load", "merging", "train"]
 
 
 def __getattr__(name: str) -> Any:
-    """Imports `load` (interop/classifier.py), `merging` (experts/merge.py), `train` and `Run` (api.py) on first use:
-    `import jvitmoe` alone does not import JAX."""
-    if name in ("Run", "train"):
-        from jvitmoe import api
+    """Imports `load` (interop/classifier.py), `merging` (experts/merge.py), `Run` (api.py) and `train` (a module that can
+    be called) on first use: `import jvitmoe` alone does not import JAX."""
+    if name == "train":
+        return importlib.import_module("jvitmoe.train")
+    if name == "Run":
+        from jvitmoe.api import Run
 
-        return getattr(api, name)
+        return Run
     if name == "load":
         from jvitmoe.interop.classifier import load
 

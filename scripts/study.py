@@ -50,8 +50,51 @@ def rare_meetings() -> Arms:
     return found
 
 
+def bytes_against_accuracy() -> Arms:
+    found = {"dense": dense()}
+    found |= {f"every_{steps}": random("sample", 2, 1, {"routing.pull_every": steps}) for steps in (1, 8, 64, 512)}
+    qsr = {"routing.pull_every": 8, "routing.pull_schedule": "qsr"}
+    return found | {"qsr": random("sample", 2, 1, qsr)}
+
+
+def small(epochs: int) -> dict[str, object]:
+    """Returns the settings of a run on 5,000 images."""
+    return {"data.validation": 45_000, "train.epochs": epochs, "train.eval_every": epochs}
+
+
+def teaching_routes() -> Arms:
+    cosub = {"routing.consistency": 0.5, "routing.consistency_loss": "cosub"}
+    r_drop = {"routing.consistency": 0.5, "routing.consistency_loss": "thor", "model.dropout": 0.1}
+    drops, once = {"model.drop_path": 0.1}, small(150)
+    return {
+        "dense_300": dense(small(300)),
+        "dense": dense(once),
+        "dense_drop_path": dense(once | drops),
+        "dense_cosub": dense(once | drops | cosub),
+        "dense_r_drop": dense(once | r_drop),
+        "routes_cosub": random("sample", 2, 0.1, once | cosub),
+    }
+
+
+def ensemble_into_one() -> Arms:
+    taught, tied = {"train.distil_last": 0.3}, {"routing.tie_last": 0.3}
+    return {
+        "dense": dense(small(200)),
+        "dense_280": dense(small(280)),
+        "dense_taught": dense(small(200) | taught),
+        "random_taught": random("sample", 2, 0, small(200) | taught),
+        "random_tied": random("sample", 2, 0, small(200) | tied),
+    }
+
+
 # Name -> the arms; the first is what the others are compared with. A search compares by validation accuracy.
-EXPERIMENTS: dict[str, Callable[[], Arms]] = {"A_search": parity_search, "B": rare_meetings}
+EXPERIMENTS: dict[str, Callable[[], Arms]] = {
+    "A_search": parity_search,
+    "B": rare_meetings,
+    "C": bytes_against_accuracy,
+    "E": teaching_routes,
+    "F": ensemble_into_one,
+}
 
 
 def found_on_validation(runs: Path, arms: Mapping[str, Variant]) -> list[dict[str, str]]:

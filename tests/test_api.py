@@ -85,6 +85,7 @@ def test_it_trains_in_another_thread_too(config, tmp_path):
 
 @pytest.mark.process
 def test_importing_the_package_imports_no_jax():
-    program = "import sys, jvitmoe, jvitmoe.train; print(callable(jvitmoe.train), 'jax' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=processes.ROOT)
-    assert done.stdout == "True False\n", done.stderr
+    for imports in ("import jvitmoe", "import jvitmoe.train", "from jvitmoe import train; import jvitmoe"):
+        program = f"import sys; {imports}; print(callable(jvitmoe.train), jvitmoe.train.__name__, 'jax' in sys.modules)"
+        done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=processes.ROOT)
+        assert done.stdout == "True jvitmoe.train False\n", done.stderr

@@ -1,5 +1,6 @@
 """A sweep keeps what a report reads of each run, and trains only what is not kept."""
 
+import importlib
 import json
 import re
 import shutil
@@ -8,10 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from scipy import stats
 
 import processes
-
-pytestmark = [pytest.mark.process, pytest.mark.slow]
+from jvitmoe import cli, train
 
 EXPERIMENT = """
 from jvitmoe.config import Config, ModelConfig, OptimConfig, TrainConfig, routing_of
@@ -31,6 +32,38 @@ def sweep(folder: Path) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
+@pytest.fixture(scope="module")
+def scripts():
+    """Returns the modules of the sweeps: scripts(name)."""
+    folder = str(processes.ROOT / "scripts")
+    sys.path.insert(0, folder)
+    yield importlib.import_module
+    sys.path.remove(folder)
+
+
+def test_every_variant_is_an_experiment_of_its_own(scripts):
+    sweeps = [scripts("ablate_recipe").variants(), *(make() for make in scripts("study").EXPERIMENTS.values())]
+    for variants in sweeps:
+        configs = []
+        for variant in variants.values():
+            flags = [f"--config.{field}={value}" for field, value in variant.settings.items()]
+            argv = ["train", f"--config=cifar10_fast:{variant.of_file}", *flags]
+            configs.append(cli.experiment(cli.parse(argv, train._define_flags, config=True)))
+        assert len(set(map(repr, configs))) == len(configs) > 3
+
+
+def test_the_verdict_is_that_of_students_interval(scripts):
+    study, paired = scripts("study"), [0.3, 0.5, 0.2, 0.6, 0.4]
+    low, high = stats.ttest_1samp(paired, 0).confidence_interval(0.95)
+    assert study._difference(paired) == {"difference": f"+0.40 ({low:+.2f} to {high:+.2f})", "verdict": "better"}
+    for shift, verdict in ((-1.0, "worse"), (-0.4, "not decided, loses nothing"), (-0.5, "not decided, loses nothing")):
+        assert study._difference([value + shift for value in paired])["verdict"] == verdict
+    assert study._difference([2.0, -2.0])["verdict"] == "not decided"
+    assert study._difference([0.25]) == {"difference": "+0.25"}
+
+
+@pytest.mark.process
+@pytest.mark.slow
 def test_a_sweep_started_again_trains_only_what_is_not_kept(tmp_path):
     (tmp_path / "tiny.py").write_text(EXPERIMENT)
     printed = sweep(tmp_path)
