@@ -1,15 +1,18 @@
 """Training from Python or a notebook: `run = jvitmoe.train("digits_random", workdir="runs/x")`, and what it returns."""
 
+import copy
 import signal
 import threading
+from collections.abc import Mapping
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from absl import logging
 
-from jvitmoe import cli, report
-from jvitmoe.config import Config
+from jvitmoe import cli, evaluate, export, report
+from jvitmoe.config import SETTINGS, Config, unknown_field
+from jvitmoe.errors import ConfigError
 from jvitmoe.interop import classifier
 from jvitmoe.runs import files, history, results
 from jvitmoe.runtime.signals import Stop
@@ -49,6 +52,17 @@ class Run:
         """Returns the dense or merged model, for pictures and arrays (`jvitmoe.load`)."""
         return classifier.load(self.workdir, checkpoint)
 
+    def evaluate(self, **options: object) -> dict[str, Any]:
+        """Tests the run again, draws mergeability.png, confusion.png and samples.png into its folder, and returns the
+        results. Options are the flags of jvitmoe.evaluate, such as few_shot=10."""
+        evaluate.main(["evaluate", f"--workdir={self.workdir}", *(f"--{name}={v}" for name, v in options.items())])
+        return self.results
+
+    def export(self, to: str, out: Path | str) -> Path:
+        """Writes the dense or merged model for another library, as jvitmoe.export, and returns the folder."""
+        export.main(["export", f"--workdir={self.workdir}", f"--to={to}", f"--out={out}"])
+        return Path(out)
+
     def report(self, *others: "Run | Path | str", out: Path | str = "") -> Path:
         """Compares this run with others: writes report.md and its pictures into `out`, by default <workdir>/report, and
         returns that folder. Raises UserError as jvitmoe.report does."""
@@ -58,7 +72,7 @@ class Run:
         return folder
 
 
-def train(config: Config | str, workdir: Path | str = "") -> Run:
+def train(config: Config | str, workdir: Path | str = "", overrides: Mapping[str, object] | None = None) -> Run:
     """Trains an experiment to its end, tests it, and returns the run. Called again it resumes.
 
     A first interrupt (Ctrl-C, or a notebook's stop button) ends the current step, saves and raises KeyboardInterrupt; a
@@ -67,13 +81,19 @@ def train(config: Config | str, workdir: Path | str = "") -> Run:
     Args:
         config: the settings, or an experiment as the command line takes it: "digits_random", "my_images.py".
         workdir: the run folder; by default runs/<name of the experiment>, "runs/run" for settings.
+        overrides: other values of settings, such as {"train.epochs": 30}.
 
     Raises UserError, in one line, for what a user can correct.
     """
     name = "run" if isinstance(config, Config) else cli.experiment_name(["", f"--config={config}"])
     run = Run(workdir or Path("runs") / name)
     logging.set_verbosity(logging.FATAL)  # Orbax logs a lot
-    settings = config if isinstance(config, Config) else cli.load_experiment(config)
+    settings = copy.deepcopy(config) if isinstance(config, Config) else cli.load_experiment(config)
+    for path, value in (overrides or {}).items():
+        if path not in SETTINGS:
+            raise ConfigError(unknown_field(path))
+        section, _, field = path.partition(".")
+        setattr(getattr(settings, section), field, value)
     try:
         launch.launch(settings.validate(), run.workdir, stop=_Interrupts())
     except SystemExit as error:

@@ -9,6 +9,7 @@ one process stops all after the same step, and a failure of one ends all.
 
 import sys
 import types
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -40,10 +41,12 @@ def _define_flags(values: flags.FlagValues) -> None:
 class _Callable(types.ModuleType):
     """This module, so that `jvitmoe.train("digits_random")` trains whether or not the module has been imported."""
 
-    def __call__(self, config: Config | str, workdir: Path | str = "") -> "Run":
+    def __call__(
+        self, config: Config | str, workdir: Path | str = "", overrides: Mapping[str, object] | None = None
+    ) -> "Run":
         from jvitmoe.api import train
 
-        return train(config, workdir)
+        return train(config, workdir, overrides)
 
 
 sys.modules[__name__].__class__ = _Callable

@@ -36,6 +36,11 @@ def test_a_run_gives_its_config_history_results_classifier_and_report(run, confi
     pictures = np.zeros((2, 8, 8, 1), np.uint8)
     np.testing.assert_array_equal(run.classifier().logits(pictures), jvitmoe.load(run.workdir).logits(pictures))
     assert "| run |" in (run.report() / "report.md").read_text()
+    assert run.evaluate(knn=5)["probes"][0]["probe"] == "5-nn"
+    assert (run.workdir / "samples.png").is_file()
+    np.testing.assert_array_equal(
+        jvitmoe.load(run.export("safetensors", run.workdir / "out")).logits(pictures), run.classifier().logits(pictures)
+    )
     assert repr(run) == f"Run({str(run.workdir)!r})"
     with pytest.raises(UserError, match="give a folder whose training has ended"):
         jvitmoe.Run(run.workdir / "nothing").config  # noqa: B018
@@ -48,6 +53,11 @@ def test_the_function_and_the_module_have_one_name(run, config, tmp_path):
     again = jvitmoe.train(config, workdir=run.workdir)  # has ended: trains no step
     assert again.history == run.history
     assert callable(jvitmoe.train.main)
+    with pytest.raises(UserError, match=r"config\.train\.epochs is 0; it must be greater than 0"):
+        jvitmoe.train(config, workdir=tmp_path / "x", overrides={"train.epochs": 0})
+    with pytest.raises(UserError, match=r"did you mean config\.train\.epochs"):
+        jvitmoe.train(config, workdir=tmp_path / "x", overrides={"train.epoch": 0})
+    assert config.train.epochs == 2
     with pytest.raises(UserError, match="'no_such' does not exist"):
         jvitmoe.train("no_such", workdir=tmp_path / "x")
 
