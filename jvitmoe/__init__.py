@@ -8,8 +8,8 @@ __all__ = ["Run", "load", "merging", "train"]
 
 
 def __getattr__(name: str) -> Any:
-    """Imports `load`, `merging` (experts/merge.py), `Run` and `train`, a module that one can call, on first use. `import
-    jvitmoe` alone does not import JAX."""
+    """Imports `load`, `merging` (experts/merge.py), `Run`, and `train`, a module that one can call, on first use. The
+    package alone does not import JAX."""
     if name == "train":
         return importlib.import_module("jvitmoe.train")
     if name == "Run":
