@@ -43,13 +43,6 @@ def python_blocks(page: str) -> list[str]:
     return re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
 
 
-def test_the_readme_s_experiment_is_valid():
-    (experiment,) = (block for block in python_blocks("README.md") if "get_config" in block)
-    names: dict[str, Any] = {}
-    exec(experiment, names)
-    assert names["get_config"]().validate().slots == 1
-
-
 @pytest.mark.slow
 def test_the_example_of_merging_runs():
     (example,) = python_blocks("docs/routing.md")
