@@ -51,10 +51,8 @@ def create(
     expert_state = jax.vmap(jax.vmap(tx.init))(experts) if jax.tree.leaves(experts) else None
     average = merge.average_experts(params) if ema else None
     skipped = Skipped(jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32)) if skips else None
-    opt_state, teacher = (
-        OptState(tx.init(trunk), expert_state),
-        jax.tree.map(jnp.zeros_like, params) if teaches else None,
-    )
+    opt_state = OptState(tx.init(trunk), expert_state)
+    teacher = jax.tree.map(jnp.zeros_like, params) if teaches else None
     return TrainState(jnp.zeros((), jnp.int32), params, opt_state, average, skipped, teacher)
 
 
