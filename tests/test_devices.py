@@ -84,6 +84,7 @@ def test_mixing_images_is_the_same_on_any_devices(tiny_config, training, routing
         return training(
             tiny_config(
                 data={"crop_padding": 1, "flip": True, **MIXED},
+                model={"stem": "strided"},
                 routing={"experts": 4, **routing},
                 optim={"eps": 1e-3},
                 train={"devices": devices, "expert_devices": expert_devices, "batch_size": 16, "epochs": 8},

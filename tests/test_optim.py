@@ -364,7 +364,7 @@ def test_the_warm_up_of_ema_lets_early_steps_count_more(tiny_config, training):
         ({"optim": {"freeze_layers": 3}}, r"optim\.freeze_layers is 3; it must be at most model\.depth, which is 2"),
         (
             {"optim": {"freeze_layers": 1}, "routing": {"experts": 2, "pull": 0.1}},
-            r"optim\.freeze_layers is 1; it must be 0 with routing\.pull or routing\.tie_last",
+            r"optim\.freeze_layers is 1; it must be 0 with routing\.pull, routing\.tie_last or train",
         ),
         ({"train": {"ema_warmup": True}}, r"train\.ema_warmup is True; it must be False without train\.ema"),
         ({"optim": {"layer_decay": 0}}, r"optim\.layer_decay is 0; it must be greater than 0 and at most 1"),
