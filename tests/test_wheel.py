@@ -34,7 +34,7 @@ def installed(tmp_path_factory) -> Path:
 
 def commands() -> list[str]:
     """Returns the README's commands from installing to the report of one's own pictures."""
-    block = next(b for b in re.findall(r"```\n(.*?)```", README, re.DOTALL) if "--html" in b)
+    block = next(b for b in re.findall(r"^```\w*\n(.*?)^```$", README, re.DOTALL | re.MULTILINE) if "--html" in b)
     return [line.partition("#")[0].strip() for line in block.splitlines()]
 
 
