@@ -3,7 +3,7 @@
 import copy
 import signal
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -15,6 +15,7 @@ from jvitmoe.config import SETTINGS, Config, unknown_field
 from jvitmoe.errors import ConfigError
 from jvitmoe.interop import classifier
 from jvitmoe.runs import files, history, results
+from jvitmoe.runs.trackers import DEFAULT
 from jvitmoe.runtime.signals import Stop
 from jvitmoe.training import launch
 
@@ -72,7 +73,12 @@ class Run:
         return folder
 
 
-def train(config: Config | str, workdir: Path | str = "", overrides: Mapping[str, object] | None = None) -> Run:
+def train(
+    config: Config | str,
+    workdir: Path | str = "",
+    overrides: Mapping[str, object] | None = None,
+    trackers: Sequence[str] = DEFAULT,
+) -> Run:
     """Trains an experiment to its end, tests it, and returns the run. Called again it resumes.
 
     A first interrupt (Ctrl-C, or a notebook's stop button) ends the current step, saves and raises KeyboardInterrupt; a
@@ -82,6 +88,7 @@ def train(config: Config | str, workdir: Path | str = "", overrides: Mapping[str
         config: the settings, or an experiment as the command line takes it: "digits_random", "my_images.py".
         workdir: the run folder; by default runs/<name of the experiment>, "runs/run" for settings.
         overrides: other values of settings, such as {"train.epochs": 30}.
+        trackers: where figures go beside metrics.jsonl: "tensorboard", "wandb", "mlflow", "trackio".
 
     Raises UserError, in one line, for what a user can correct.
     """
@@ -95,7 +102,7 @@ def train(config: Config | str, workdir: Path | str = "", overrides: Mapping[str
         section, _, field = path.partition(".")
         setattr(getattr(settings, section), field, value)
     try:
-        launch.launch(settings.validate(), run.workdir, stop=_Interrupts())
+        launch.launch(settings.validate(), run.workdir, stop=_Interrupts(), trackers=trackers)
     except SystemExit as error:
         raise KeyboardInterrupt("stopped and saved; train again to go on") from error
     return run

@@ -21,8 +21,11 @@ SMALLEST_STD = 1e-3  # of pixels from 0 to 1: a quarter of their smallest differ
 
 @dataclasses.dataclass
 class DataConfig:
-    name: str = setting("digits", "digits, folder (train/CLASS/FILE and test/CLASS/FILE), or the name of a TFDS set")
-    dir: str = setting("", "the image folder, or where TFDS keeps its sets; empty is TFDS's default", free=True)
+    name: str = setting(
+        "digits",
+        "digits; folder (train/CLASS/… and test/CLASS/…); hf:NAME, a set or folder of Hugging Face; or a TFDS set",
+    )
+    dir: str = setting("", "the image folder, or where TFDS or Hugging Face keep sets; empty: their default", free=True)
     validation: int = setting(0, "training images held out, class by class, to choose a checkpoint on", at_least=0)
     crop_padding: int = setting(0, "zero pixels added on each side before a random crop; 0 is no crop", at_least=0)
     flip: bool = setting(False, "mirror each image left to right with probability 1/2")

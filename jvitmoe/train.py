@@ -9,7 +9,7 @@ one process stops all after the same step, and a failure of one ends all.
 
 import sys
 import types
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,11 +30,13 @@ def main(argv: list[str]) -> None:
     workdir = Path(values.workdir or Path("runs") / cli.experiment_name(argv))
     from jvitmoe.training.launch import launch  # not above: it imports JAX, and --help need not wait for that
 
-    launch(config, workdir, values)
+    launch(config, workdir, values, trackers=values.trackers)
 
 
 def _define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_string("workdir", "", "Run folder; by default runs/<name of the config file>.", flag_values=values)
+    about = "Where figures go beside metrics.jsonl: tensorboard, wandb, mlflow, trackio; empty: nowhere."
+    flags.DEFINE_list("trackers", ["tensorboard"], about, flag_values=values)
     rendezvous.define_flags(values)
 
 
@@ -42,11 +44,15 @@ class _Callable(types.ModuleType):
     """This module, so that `jvitmoe.train("digits_random")` trains whether or not the module has been imported."""
 
     def __call__(
-        self, config: Config | str, workdir: Path | str = "", overrides: Mapping[str, object] | None = None
+        self,
+        config: Config | str,
+        workdir: Path | str = "",
+        overrides: Mapping[str, object] | None = None,
+        trackers: Sequence[str] = ("tensorboard",),
     ) -> "Run":
         from jvitmoe.api import train
 
-        return train(config, workdir, overrides)
+        return train(config, workdir, overrides, trackers)
 
 
 sys.modules[__name__].__class__ = _Callable

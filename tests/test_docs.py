@@ -1,13 +1,51 @@
-"""The README and the pages in docs/: what they point to exists."""
+"""The README, the pages in docs/ and their site: what they point to exists, and their code runs."""
 
+import glob
+import importlib
+import os
 import re
+import shlex
+import shutil
+import subprocess
+import sys
+from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
+from markdown_it import MarkdownIt
+from PIL import Image
+
+import jvitmoe
+from jvitmoe import api
+from processes import call
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCS = sorted((ROOT / "docs").glob("*.md"))
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *DOCS]
+
+# The tests that run the Python and bash blocks of a page: one for each block, in their order, or one for all of them.
+DEPLOY = "test_deploy_page.py::test_every_block_of_the_page_runs"
+CI = "test_checkout.py::test_ci_runs_the_readme_s_commands_in_its_order_and_the_long_tests"
+WHEEL = "test_wheel.py::test_five_commands_lead_from_pictures_to_a_page"
+PYTHON = "test_docs.py::test_the_examples_in_python_run"
+EXPORT = "test_docs.py::test_the_readme_s_prediction_and_export_run"
+RUN_BY = {
+    "README.md": (CI, PYTHON, WHEEL, EXPORT, PYTHON, EXPORT),
+    "docs/commands.md": (PYTHON,),
+    "docs/deploy.md": (DEPLOY,),
+    "docs/routing.md": ("test_docs.py::test_the_example_of_merging_runs",),
+}
+COMMAND = r"^\s*(\$|>>>|(sudo|python3?|pip|make|jvitmoe|sbatch|kubectl|scripts/\S+|import|from)) "  # of a line of code
+
+# One epoch of a small model.
+SHORT = {"train.epochs": 1, "train.eval_every": 1, "train.batch_size": 256, "train.devices": 1}
+SHORT |= {"optim.warmup_epochs": 0, "model.width": 8, "model.hidden": 12, "model.depth": 2, "model.heads": 2}
+
+# Tags of the site. Any other one is a placeholder such as <name> that a page or docstring does not write as `code`.
+TAGS = "html head meta title link script body header main footer article nav form input label button div span p br hr"
+TAGS += " a code em img li ol pre small strong svg path ul table tbody td th thead tr h1 h2 h3 h4 h5 h6"
 
 
 def anchors(page: Path) -> set[str]:
@@ -30,7 +68,7 @@ def test_links_of_a_page_lead_somewhere(page):
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_files_named_in_a_page_exist(page):
     text = page.read_text()
-    named = re.findall(r"`((?:tests|scripts|configs|results)/[\w/.-]+\.\w+)`", text)
+    named = re.findall(r"`((?:tests|scripts|configs|results|jvitmoe)/[\w/.-]+\.\w+)`", text)
     named += [f"tests/{name}" for name in re.findall(r"`((?:data/|models/)?test_\w+\.py)`", text)]
     assert not [name for name in named if not (ROOT / name).exists()]
 
@@ -39,16 +77,97 @@ def test_the_readme_is_short():
     assert len((ROOT / "README.md").read_text().splitlines()) <= 120
 
 
-def python_blocks(page: str) -> list[str]:
-    return re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
+def test_the_site_opens_as_the_readme_does():
+    readme, start = ((ROOT / page).read_text().splitlines() for page in ("README.md", "docs/index.md"))
+    assert readme[:3] == start[:3]  # the title and the sentence
+    assert blocks("README.md")[0].code == blocks("docs/index.md")[0].code
+
+
+class Block(NamedTuple):
+    language: str
+    code: str
+    reason: str  # why it is not run, from `<!-- not run: reason -->` before it; "" if a test runs it
+
+
+def blocks(page: str) -> list[Block]:
+    """Returns the blocks of code of a page."""
+    tokens = MarkdownIt().parse((ROOT / page).read_text())
+    found = []
+    for before, token in zip([None, *tokens], tokens, strict=False):
+        if token.type in ("fence", "code_block"):
+            mark = before and before.type == "html_block" and re.fullmatch(r"<!-- not run: (.+) -->\s*", before.content)
+            found.append(Block(token.info.strip(), token.content, mark[1] if mark else ""))
+    return found
+
+
+def code(page: str, test: str) -> list[str]:
+    """Returns the blocks of a page that a test runs."""
+    run = [block.code for block in blocks(page) if block.language in ("bash", "python") and not block.reason]
+    tests = RUN_BY[page] if len(RUN_BY[page]) > 1 else RUN_BY[page] * len(run)
+    return [text for text, runner in zip(run, tests, strict=True) if runner == test]
+
+
+@pytest.mark.parametrize("page", ["README.md", *(f"docs/{page.name}" for page in DOCS)])
+def test_every_block_of_code_is_run_by_a_test_or_says_why_not(page):
+    found = blocks(page)
+    assert {block.language for block in found} <= {"bash", "python", "text"}
+    assert not [block for block in found if block.language == "text" and re.search(COMMAND, block.code, re.MULTILINE)]
+    run = [block for block in found if block.language != "text" and not block.reason]
+    tests = RUN_BY.get(page, ())
+    assert len(run) == len(tests) or (run and len(tests) == 1), run
+    for test in tests:
+        file, _, name = test.partition("::")
+        assert f"def {name}(" in (ROOT / "tests" / file).read_text()
 
 
 @pytest.mark.slow
 def test_the_example_of_merging_runs():
-    (example,) = python_blocks("docs/routing.md")
+    (example,) = code("docs/routing.md", "test_docs.py::test_the_example_of_merging_runs")
     names: dict[str, Any] = {}
     exec(example, names)
     assert names["logits"].shape == (2, 10)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """Returns a folder with what the examples begin with: two short runs, and a picture."""
+    folder = tmp_path_factory.mktemp("examples")
+    jvitmoe.train("digits_dense", folder / "runs" / "digits_dense", SHORT)
+    jvitmoe.train("digits_random", folder / "runs" / "random", SHORT)
+    shutil.copytree(folder / "runs" / "random", folder / "runs" / "demo" / "random")
+    (folder / "shapes" / "test" / "disc").mkdir(parents=True)
+    Image.fromarray(np.full((20, 30, 3), 200, np.uint8)).save(folder / "shapes" / "test" / "disc" / "0.png")
+    return folder
+
+
+@pytest.mark.slow
+def test_the_examples_in_python_run(folder, monkeypatch):
+    """With short runs."""
+    monkeypatch.chdir(folder)
+    train = api.train
+    monkeypatch.setattr(api, "train", lambda config, workdir, *_: train(config, workdir, SHORT))
+    names: dict[str, Any] = {}
+    for example in code("README.md", PYTHON):
+        exec(example, names)
+    assert names["run"].results["step"] == 5
+    for example in code("docs/commands.md", PYTHON):
+        exec(example, names)
+    assert (names["folder"] / "report.md").is_file()
+
+
+@pytest.mark.slow
+def test_the_readme_s_prediction_and_export_run(folder, monkeypatch, peers):
+    """After the commands that tests/test_wheel.py runs, which leave runs/random."""
+    monkeypatch.chdir(folder)
+    commands, check = code("README.md", EXPORT)
+    for line in commands.splitlines():
+        jvitmoe, command, *words = shlex.split(line)
+        assert jvitmoe == "jvitmoe"
+        arguments = [path for word in words for path in (sorted(glob.glob(word)) if "*" in word else [word])]
+        status, _, err = call(importlib.import_module(f"jvitmoe.{command}").main, *arguments)
+        assert status == 0, err
+    peers("change_folder", folder=folder)
+    peers("run_code", code=check)
 
 
 def test_the_readme_s_results_are_those_of_the_report():
@@ -56,3 +175,62 @@ def test_the_readme_s_results_are_those_of_the_report():
     results = re.findall(r"([\d.]+) ± ([\d.]+) %", (ROOT / "README.md").read_text())
     assert len(results) == 4
     assert not [(mean, deviation) for mean, deviation in results if f"{mean}% ± {deviation}%" not in report]
+
+
+class Page(HTMLParser):
+    """A page of the site: its tags, and the files that it loads."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: set[str] = set()
+        self.loaded: set[str] = set()
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.tags.add(tag)
+        if tag in ("img", "script", "link"):
+            self.loaded |= {value for name, value in attributes if name in ("src", "href") and value}
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory) -> Path:
+    """Returns the site, built with warnings as errors."""
+    site = tmp_path_factory.mktemp("site")
+    build = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", site]
+    env = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}  # Material's announcement, which would hide the warnings
+    done = subprocess.run(build, cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return site
+
+
+@pytest.mark.process
+def test_the_site_has_every_page_and_needs_nothing_else(site):
+    assert not [page.name for page in DOCS if not (site / page.name).with_suffix(".html").is_file()]
+    assert (site / "results" / "digits" / "report.html").is_file()
+    missing, foreign = [], []
+    for path in site.rglob("*.html"):
+        for address in Page(path.read_text()).loaded:
+            file = re.split("[?#]", address)[0]
+            if re.match(r"[a-z]+:|//", address):
+                foreign.append((path.name, address))
+            elif not (site / file[1:] if file.startswith("/") else path.parent / file).is_file():
+                missing.append((path.name, address))
+    foreign += [
+        path.name for path in site.rglob("*.css") if re.search(r"(url\(|@import ).?(https?:|//)", path.read_text())
+    ]
+    assert not missing
+    assert not foreign
+
+
+@pytest.mark.process
+def test_the_site_swallows_no_placeholder(site):
+    found = {(path.name, tag) for path in site.rglob("*.html") for tag in Page(path.read_text()).tags}
+    assert not [(page, tag) for page, tag in found if tag not in TAGS.split()]
+
+
+@pytest.mark.process
+def test_the_site_has_a_picture_for_every_one_in_the_pages(site):
+    for page in DOCS:
+        shown = re.findall(r"!\[[^]]*\]\(([^)]+)\)", page.read_text())
+        loaded = Page((site / page.name).with_suffix(".html").read_text()).loaded
+        assert {Path(picture).name for picture in shown} <= {Path(address).name for address in loaded}

@@ -102,9 +102,9 @@ def test_a_second_signal_ends_it_at_once_and_so_does_the_first_where_there_is_no
 STOPS_ON_A_TERMINAL = """
 import sys, time
 from jvitmoe.runtime.signals import Stop
-from jvitmoe.runs.metrics_log import Tracker
+from jvitmoe.runs.metrics_log import MetricsLog
 
-with Stop() as stop, Tracker(None, 0, 10, 4) as tracker:
+with Stop() as stop, MetricsLog(None, 0, 10, 4) as log:
     stop.unsaved = {unsaved}
     while not stop.asked(0):
         time.sleep(0.01)

@@ -9,7 +9,7 @@ from rich.console import Console
 
 from jvitmoe.errors import UserError
 from jvitmoe.runs import console, files, history, metrics_log, results, tables
-from jvitmoe.runs.metrics_log import Tracker
+from jvitmoe.runs.metrics_log import MetricsLog
 
 VALUES = {"loss": 1.0, "accuracy": 0.5, "grad_norm": 2.0, "learning_rate": 0.1}
 
@@ -19,28 +19,28 @@ def steps(workdir):
 
 
 def test_lines_past_the_restored_step_and_a_torn_last_line_are_dropped(tmp_path):
-    with Tracker(tmp_path, start=0, total=10, batch_size=4) as tracker:
+    with MetricsLog(tmp_path, start=0, total=10, batch_size=4) as log:
         for step in range(1, 7):
-            tracker.train(step, VALUES)
+            log.train(step, VALUES)
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 7, "ki')
     assert [line["step"] for line in history.read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4, 5, 6]
-    with Tracker(tmp_path, start=4, total=10, batch_size=4) as tracker:
-        tracker.train(5, VALUES)
+    with MetricsLog(tmp_path, start=4, total=10, batch_size=4) as log:
+        log.train(5, VALUES)
     assert steps(tmp_path) == [1, 2, 3, 4, 5]
 
 
 def test_pauses_do_not_count_as_training_time(tmp_path, monkeypatch):
     now = [100.0]
     monkeypatch.setattr(metrics_log.time, "monotonic", lambda: now[0])
-    with Tracker(tmp_path, start=0, total=10, batch_size=4) as tracker:
-        assert tracker.images_per_second(1) == 0.0
-        tracker.started(1, 0.5)
+    with MetricsLog(tmp_path, start=0, total=10, batch_size=4) as log:
+        assert log.images_per_second(1) == 0.0
+        log.started(1, 0.5)
         now[0] += 2.0
-        assert tracker.images_per_second(6) == 5 * 4 / 2.0
+        assert log.images_per_second(6) == 5 * 4 / 2.0
         now[0] += 50.0
-        tracker.paused(50.0)
-        assert tracker.images_per_second(6) == 5 * 4 / 2.0
+        log.paused(50.0)
+        assert log.images_per_second(6) == 5 * 4 / 2.0
 
 
 def printed(renderable, width):
@@ -68,18 +68,18 @@ def test_the_progress_line_drops_its_last_parts_where_the_terminal_is_narrow(mon
 def test_the_first_step_is_shown_with_its_time_and_the_time_left_for_all(monkeypatch, capsys):
     now = [100.0]
     monkeypatch.setattr(metrics_log.time, "monotonic", lambda: now[0])
-    with Tracker(None, start=0, total=201, batch_size=4) as tracker:
-        assert tracker.is_due()
-        tracker.started(1, 25.0)
-        tracker.show(1, VALUES)
+    with MetricsLog(None, start=0, total=201, batch_size=4) as log:
+        assert log.is_due()
+        log.started(1, 25.0)
+        log.show(1, VALUES)
         assert capsys.readouterr().out == "1:23:20 left  step 1/201  loss 1.0000  accuracy 50.0%  first step 25.0 s\n"
         now[0] += 19.0
-        assert not tracker.is_due()
+        assert not log.is_due()
         now[0] += 2.0
-        assert tracker.is_due()
-        tracker.show(2, VALUES)
+        assert log.is_due()
+        log.show(2, VALUES)
         assert "1:09:39 left  step 2/201" in capsys.readouterr().out
-        assert not tracker.is_due()
+        assert not log.is_due()
 
 
 @pytest.mark.parametrize("columns", ["60", ""])
@@ -93,9 +93,9 @@ def test_a_table_in_a_file_is_as_wide_as_columns_says(monkeypatch, capsys, colum
 
 
 def test_tensorboard_gets_the_same_numbers(tmp_path):
-    with Tracker(tmp_path, start=0, total=10, batch_size=4) as tracker:
-        tracker.train(1, VALUES)
-        tracker.evaluation(1, "test", {"accuracy": 0.25, "nll": 1.5})
+    with MetricsLog(tmp_path, start=0, total=10, batch_size=4, trackers=["tensorboard"]) as log:
+        log.train(1, VALUES)
+        log.evaluation(1, "test", {"accuracy": 0.25, "nll": 1.5})
     events = b"".join(path.read_bytes() for path in (tmp_path / "tb").iterdir())
     for tag in (b"train/loss", b"train/learning_rate", b"test/accuracy", b"test/nll"):
         assert tag in events
@@ -185,11 +185,11 @@ def test_a_file_that_may_not_be_read_is_one_line_that_names_it(tmp_path, name, m
 
 def test_the_checksum_of_a_history_is_the_same_while_it_grows_and_when_it_is_read_again(tmp_path):
     (tmp_path / "classes.json").write_text("[]")
-    with Tracker(tmp_path, start=0, total=10, batch_size=4) as tracker:
+    with MetricsLog(tmp_path, start=0, total=10, batch_size=4) as log:
         for step in range(1, 7):
-            tracker.train(step, VALUES | {"loss": step / 3 if step % 2 else float("nan")})
-            assert tracker.sync() == history.checksums(tmp_path, step)
-    with Tracker(tmp_path, start=4, total=10, batch_size=4) as tracker:
-        assert tracker.sync() == history.checksums(tmp_path, 4)
-        tracker.train(5, VALUES)
-        assert tracker.sync() == history.checksums(tmp_path, 5) != history.checksums(tmp_path, 4)
+            log.train(step, VALUES | {"loss": step / 3 if step % 2 else float("nan")})
+            assert log.sync() == history.checksums(tmp_path, step)
+    with MetricsLog(tmp_path, start=4, total=10, batch_size=4) as log:
+        assert log.sync() == history.checksums(tmp_path, 4)
+        log.train(5, VALUES)
+        assert log.sync() == history.checksums(tmp_path, 5) != history.checksums(tmp_path, 4)

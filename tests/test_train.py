@@ -239,7 +239,7 @@ def test_a_folder_with_other_things_and_a_file_are_refused(experiment, tmp_path)
         ("--config.train.batch_size=-1", "must be greater than 0"),
         ("--config.train.batch_size=2000", "must be at most the 1337 training images"),
         ("--config.routing.experts=0", "must be greater than 0"),
-        ("--config.data.name=no_such_set", "must be digits, folder or the name of a TFDS set"),
+        ("--config.data.name=no_such_set", "must be digits, folder, hf:NAME or the name of a TFDS set"),
         ("--config.data.validation=5000", "below the number of training images"),
         ("--config.model.image_size=12", "images of digits are 8x8x1 but config.model expects 12x12x1"),
         ("--config.model.classes=9", "digits has 10 classes but config.model.classes is 9"),

@@ -1,4 +1,4 @@
-"""Data sets by name: digits, an image folder, or a set of TFDS; and validation images held out of the training images.
+"""Data sets by name (digits, image folders, sets of Hugging Face and of TFDS), and validation images held out.
 
 N images · H rows · W columns · c channels
 """
@@ -11,6 +11,7 @@ import numpy as np
 from jvitmoe import config as config_lib
 from jvitmoe.config import Config, DataConfig, ModelConfig
 from jvitmoe.data.folder import ImageFolder
+from jvitmoe.data.hugging_face import HuggingFace
 from jvitmoe.data.images import DataError
 from jvitmoe.data.splits import Dataset, Records, S, Source, Split, check_fit, decode, in_memory
 from jvitmoe.data.tfds import Tfds
@@ -29,7 +30,8 @@ class Digits(Source):
         return Dataset(in_memory(train), in_memory(test), tuple("0123456789"))
 
 
-SOURCES: dict[str, type[Source]] = {"digits": Digits, "folder": ImageFolder}  # any other name is a TFDS set's
+# By `data.name`, or its part up to a colon; any other name is a TFDS set's.
+SOURCES: dict[str, type[Source]] = {"digits": Digits, "folder": ImageFolder, "hf:": HuggingFace}
 
 
 def load(data: DataConfig, model: ModelConfig) -> Dataset[Split]:
@@ -44,8 +46,14 @@ def browse(data: DataConfig, model: ModelConfig) -> Dataset[Records]:
     Downloads a TFDS set into `data.dir` and prepares it there if it is absent. Raises DataError if the data are absent
     or damaged, or their size or number of classes is not the model's.
     """
-    source = SOURCES[data.name](data, model) if data.name in SOURCES else Tfds(data, model, tuple(SOURCES))
+    kind = _kind(data)
+    others = [name + "NAME" * name.endswith(":") for name in SOURCES]
+    source = Tfds(data, model, others) if kind is Tfds else kind(data, model)
     return source.browse()
+
+
+def _kind(data: DataConfig) -> type[Source]:
+    return SOURCES.get(data.name) or SOURCES.get(data.name.partition(":")[0] + ":", Tfds)
 
 
 def differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
@@ -55,8 +63,7 @@ def differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
     records: streaming then holds out other images.
     """
     changed, streams = config_lib.differences(old, new), (old.data.stream, new.data.stream)
-    knows_labels = SOURCES.get(old.data.name, Tfds).knows_labels
-    if streams[0] != streams[1] and old.data.validation and not knows_labels:
+    if streams[0] != streams[1] and old.data.validation and not _kind(old.data).knows_labels:
         changed["data.stream"] = streams
     return changed
 

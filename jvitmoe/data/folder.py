@@ -1,7 +1,7 @@
-"""Image folders: train/<class>/*.png and test/<class>/*.png."""
+"""Image folders: train/<class>/*.png and test/<class>/*.png; a class folder may hold folders."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -54,18 +54,24 @@ def _class_files(folder: Path) -> Files:
     """Returns class -> its images. Raises DataError for an empty class, or an image outside a class folder."""
     try:
         entries = visible(folder)
-        classes = {entry.name: visible(entry) for entry in entries if entry.is_dir()}
-        beside = (entry for entry in entries if not entry.is_dir())
-        below = (path.rglob("*") for inside in classes.values() for path in inside if not is_image(path))
-        misplaced = next(filter(is_image, itertools.chain(beside, itertools.chain.from_iterable(below))), None)
+        files = {entry.name: list(_images_below(entry)) for entry in entries if entry.is_dir()}
+        misplaced = next((entry for entry in entries if is_image(entry) and not entry.is_dir()), None)
     except OSError as error:
         raise DataError(f"cannot list {folder} ({one_line(error)}); let it be read") from error
-    if not classes:
+    if not files:
         raise DataError(f"{folder} holds no class folders; it must hold one folder of images for each class")
     if misplaced:
-        raise DataError(f"{misplaced} is not directly in a class folder, {folder}/<class>; move it there or elsewhere")
-    files = {name: list(filter(is_image, inside)) for name, inside in classes.items()}
+        raise DataError(f"{misplaced} is not in a class folder, {folder}/<class>; move it there or elsewhere")
     for name, paths in files.items():
         if not paths:
             raise DataError(f"class folder {folder / name} holds no images; add some or remove the folder")
     return files
+
+
+def _images_below(folder: Path) -> Iterator[Path]:
+    """Yields the images of a folder and the folders in it. Raises OSError."""
+    for entry in visible(folder):
+        if entry.is_dir():
+            yield from _images_below(entry)
+        elif is_image(entry):
+            yield entry

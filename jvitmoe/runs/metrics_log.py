@@ -1,4 +1,4 @@
-"""The log of a running training: it writes metrics.jsonl and TensorBoard events, and shows the progress line."""
+"""The log of a running training: it writes metrics.jsonl, feeds trackers, and shows the progress line."""
 
 import contextlib
 import json
@@ -6,23 +6,22 @@ import math
 import os
 import time
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from rich.live import Live
-from tensorboardX import summary
-from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from jvitmoe.runs import history
 from jvitmoe.runs.console import ProgressLine, console, duration
 from jvitmoe.runs.files import METRICS, write_text, writing
+from jvitmoe.runs.trackers import Feed, Followed
 
 PLAIN_SECONDS = 2.0  # shortest time between two progress lines in a file
 SHOW_SECONDS = 20.0  # longest time without progress shown, unless one step, evaluation or save takes longer
 
 
-class Tracker:
+class MetricsLog:
     """The log of one run; a context manager.
 
     Args:
@@ -30,21 +29,29 @@ class Tracker:
         start: steps done.
         total: steps of the whole run.
         batch_size: images per step, for images/s.
+        trackers: names in `trackers.TRACKERS`.
+        settings: {"section.field": value} of the run, for the trackers.
     """
 
-    def __init__(self, workdir: Path | None, start: int, total: int, batch_size: int) -> None:
-        self._file, self._tensorboard = None, None
+    def __init__(
+        self,
+        workdir: Path | None,
+        start: int,
+        total: int,
+        batch_size: int,
+        trackers: Iterable[str] = (),
+        settings: Mapping[str, Any] | None = None,
+    ) -> None:
+        self._file, self._feeds = None, list[Feed]()
         self._checksums: dict[str, str] = {}
         if workdir and (start < total or (workdir / METRICS).exists()):  # a finished run does not make an empty file
             self._path = workdir / METRICS
             write_text(self._path, history.up_to(workdir, start))
             self._checksums = history.checksums(workdir, start)
             with writing(self._path):
-                (workdir / "tb").mkdir(exist_ok=True)
                 self._file = self._path.open("a")
-                # Not SummaryWriter: its thread ends when the disk is full, and then every call waits for it forever.
-                self._tensorboard = EventsWriter(str(workdir / "tb" / "events"))
-                self._tensorboard.write_event(Event(step=start + 1, session_log=SessionLog(status=SessionLog.START)))
+        if workdir and start < total:
+            self._feeds = [Feed(name, Followed(workdir, start, settings or {})) for name in trackers]
         self._total, self._batch = total, batch_size
         self._clock: tuple[int, float] | None = None  # step and time at which the measured interval starts
         self._first_seconds = 0.0  # duration of the step before that
@@ -52,19 +59,20 @@ class Tracker:
         self._line = ProgressLine(["compiling"], start, total)
         self._live = Live(self._line, console=console) if console.is_terminal else None
 
-    def __enter__(self) -> "Tracker":
+    def __enter__(self) -> "MetricsLog":
         if self._live:
             self._live.start()
             console.show_cursor(True)  # rich hides it, and a killed process cannot show it again
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if self._live:
             self._live.stop()
+        for feed in self._feeds:
+            feed.close(finished=kind is None)
         with contextlib.suppress(OSError):  # the disk is full, which an earlier write has reported
-            if self._file and self._tensorboard:
+            if self._file:
                 self._file.close()
-                self._tensorboard.close()
 
     def sync(self) -> dict[str, str]:
         """Returns `history.checksums` after the disk holds all records. Called before a checkpoint is saved, so that no
@@ -130,18 +138,22 @@ class Tracker:
         self._record(step, split, values)
         console.print(f"step {step}/{self._total}  {split}: accuracy {values['accuracy']:.2%}  nll {values['nll']:.4f}")
 
+    def tested(self, step: int, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Hands accuracy and NLL of each tested model to the trackers, as "final/merged/accuracy"."""
+        figures = {f"final/{row['model']}/{name}": row[name] for row in rows for name in ("accuracy", "nll")}
+        self._feed(step, {name: value for name, value in figures.items() if math.isfinite(value)})
+
     def _record(self, step: int, kind: str, values: Mapping[str, float]) -> None:
-        if not self._file or not self._tensorboard:
+        if not self._file:
             return
-        event = Event(step=step, wall_time=time.time())
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}  # JSON has no nan
-        for name, value in finite.items():
-            if value is not None:
-                event.summary.value.extend(summary.scalar(f"{kind}/{name}", value).value)
         line = json.dumps({"step": step, "kind": kind, **finite}) + "\n"
         self._checksums[METRICS] = f"{zlib.crc32(line.encode(), int(self._checksums[METRICS], 16)):08x}"
         with writing(self._path):
             self._file.write(line)
             self._file.flush()
-            self._tensorboard.write_event(event)
-            self._tensorboard.flush()
+        self._feed(step, {f"{kind}/{name}": value for name, value in finite.items() if value is not None})
+
+    def _feed(self, step: int, figures: Mapping[str, float]) -> None:
+        for feed in self._feeds:
+            feed.record(step, figures)

@@ -1,6 +1,7 @@
 """Starts a run: connects its processes, checks the folder, and trains until the end, a signal or an error."""
 
 import contextlib
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -12,12 +13,20 @@ from jvitmoe.experts import build
 from jvitmoe.runs import checkpoints
 from jvitmoe.runs.console import console
 from jvitmoe.runs.folder import check_folder
+from jvitmoe.runs.trackers import DEFAULT
+from jvitmoe.runs.trackers import check as check_trackers
 from jvitmoe.runtime import compilation, processes
 from jvitmoe.runtime.signals import Stop
 from jvitmoe.training.loop import train
 
 
-def launch(config: Config, workdir: Path, values: flags.FlagValues | None = None, stop: Stop | None = None) -> None:
+def launch(
+    config: Config,
+    workdir: Path,
+    values: flags.FlagValues | None = None,
+    stop: Stop | None = None,
+    trackers: Sequence[str] = DEFAULT,
+) -> None:
     """Trains a run. Raises UserError.
 
     Args:
@@ -25,17 +34,21 @@ def launch(config: Config, workdir: Path, values: flags.FlagValues | None = None
         workdir: the run folder.
         values: the flags of `rendezvous.define_flags`; None: processes, if several, are connected already.
         stop: what asks the run to stop; None: signals, which may end the process.
+        trackers: names in `runs.trackers.TRACKERS`.
     """
-    processes.guard(lambda: _launch(config, workdir, values, stop))
+    processes.guard(lambda: _launch(config, workdir, values, stop, trackers))
 
 
-def _launch(config: Config, workdir: Path, values: flags.FlagValues | None, stop: Stop | None) -> None:
+def _launch(
+    config: Config, workdir: Path, values: flags.FlagValues | None, stop: Stop | None, trackers: Sequence[str]
+) -> None:
     compilation.use_cache()
     if values:
         processes.join(values, checkpoints.versions)
     console.quiet = not processes.first()
 
     def check() -> None:
+        check_trackers(trackers)
         build.find_router(config)  # raises ConfigError before any data are read
         check_folder(workdir, config)
 
@@ -43,7 +56,7 @@ def _launch(config: Config, workdir: Path, values: flags.FlagValues | None, stop
         stop = cleanup.enter_context(stop or Stop())
         processes.together(check, f"{workdir} {config}")
         try:
-            train(config, workdir, stop, cleanup)
+            train(config, workdir, stop, cleanup, trackers)
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise

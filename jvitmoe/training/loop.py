@@ -6,14 +6,14 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 from jax.sharding import Mesh
 
-from jvitmoe.config import Config
+from jvitmoe.config import Config, flatten
 from jvitmoe.data import datasets, stream
 from jvitmoe.data.batches import Images, TrainOrder, put, resident_batches
 from jvitmoe.data.splits import Dataset
@@ -30,7 +30,7 @@ from jvitmoe.runs.checkpoints import DROPOUT_BITS, Meta, list_steps
 from jvitmoe.runs.console import console, warnings_as_lines
 from jvitmoe.runs.files import METRICS, RESULT
 from jvitmoe.runs.folder import check_shared, open_run_folder
-from jvitmoe.runs.metrics_log import Tracker
+from jvitmoe.runs.metrics_log import MetricsLog
 from jvitmoe.runtime import devices, processes
 from jvitmoe.runtime.signals import Stop
 from jvitmoe.runtime.watchdog import Watchdog
@@ -65,7 +65,9 @@ class _Data(NamedTuple):
         return {"train": len(self.train), "validation": len(self.validation), "test": len(self.test)}
 
 
-def train(config: Config, workdir: Path, stop: Stop, cleanup: contextlib.ExitStack) -> None:
+def train(
+    config: Config, workdir: Path, stop: Stop, cleanup: contextlib.ExitStack, trackers: Sequence[str] = ()
+) -> None:
     """Trains from the newest sound checkpoint, or from the initial state, to the last step, and then tests.
 
     The lock of the run folder and the watchdog are entered into `cleanup`, which the caller closes. Raises UserError.
@@ -91,10 +93,10 @@ def train(config: Config, workdir: Path, stop: Stop, cleanup: contextlib.ExitSta
     log_folder = workdir if processes.first() else None
     with (
         contextlib.closing(_train_batches(config, mesh, data, start, total)) as batches,
-        Tracker(log_folder, start, total, config.train.batch_size) as tracker,
+        MetricsLog(log_folder, start, total, config.train.batch_size, trackers, flatten(config)) as log,
     ):
         plan = StepPlan(config, model, mesh, data.order.steps_per_epoch)
-        loop = _Loop(plan, checkpoints, evaluation, tracker, stop, watchdog)
+        loop = _Loop(plan, checkpoints, evaluation, log, stop, watchdog)
         try:
             state = loop.run(state, batches, train_step)
         except BaseException:
@@ -103,9 +105,10 @@ def train(config: Config, workdir: Path, stop: Stop, cleanup: contextlib.ExitSta
             raise
         checkpoints.close()
         stop.unsaved = False
-        rate = tracker.images_per_second(total)
-        tracker.testing()
+        rate = log.images_per_second(total)
+        log.testing()
         rows = evaluation.test(state)
+        log.tested(total, rows)
     if processes.first():
         result = models.facts(config, total, mesh) | {
             "rows": rows,
@@ -242,13 +245,13 @@ class _Loop:
         plan: StepPlan,
         checkpoints: CheckpointWriter,
         evaluation: _Evaluation,
-        tracker: Tracker,
+        log: MetricsLog,
         stop: Stop,
         watchdog: Watchdog,
     ) -> None:
         self._config, self._total, self._mesh = plan.config, plan.total, plan.mesh
         self._steps_per_epoch, self._reduced_bytes = plan.steps_per_epoch, update.reduced_bytes(plan)
-        self._checkpoints, self._evaluation, self._tracker = checkpoints, evaluation, tracker
+        self._checkpoints, self._evaluation, self._log = checkpoints, evaluation, log
         self._stop, self._watchdog = stop, watchdog
         self._unread: list[tuple[int, Metrics]] = []  # metrics that are still on the device
         self._saved: int | None = None
@@ -266,12 +269,12 @@ class _Loop:
             devices.settle(self._mesh, metrics)
             if self._slow:  # with more than one step queued, progress and a stop would have to wait for all of them
                 jax.block_until_ready(self._unread)
-            if (done - 1) % config.log_every == 0 or self._tracker.is_due():
+            if (done - 1) % config.log_every == 0 or self._log.is_due():
                 self._read()  # reads the steps before this one, which runs meanwhile
             self._unread.append((done, metrics))
             if done == start + 1:
                 jax.block_until_ready(metrics)
-                self._tracker.started(done, time.monotonic() - began)
+                self._log.started(done, time.monotonic() - began)
                 self._stop.unsaved = True  # before the step is shown: a signal may come at once
                 self._read()
             self._watchdog.progress(f"step {done}")
@@ -291,16 +294,16 @@ class _Loop:
         began, nll = time.monotonic(), None
         if evaluates:
             result, watched = self._evaluation.watch(state), self._evaluation.watched
-            self._tracker.evaluation(done, watched, {"accuracy": result.accuracy, "nll": result.nll})
+            self._log.evaluation(done, watched, {"accuracy": result.accuracy, "nll": result.nll})
             nll = result.nll if watched == "validation" else None
         self._watchdog.progress(f"the evaluation at step {done}")
-        self._checkpoints.save(state, self._config, nll, self._tracker.sync())
+        self._checkpoints.save(state, self._config, nll, self._log.sync())
         self._saved = done
-        self._tracker.paused(time.monotonic() - began)
+        self._log.paused(time.monotonic() - began)
 
     def _read(self) -> None:
         """Fetches the metrics of all steps not read yet, checks them, and records those that are due."""
-        tracker = self._tracker
+        log = self._log
         if not self._unread:
             return
         steps, metrics = zip(*self._unread, strict=True)
@@ -308,11 +311,11 @@ class _Loop:
         for done, values in zip(steps, jax.device_get(metrics), strict=True):
             self._check_finite(done, values)
             logs = done % self._config.train.log_every == 0
-            if logs or (done == steps[-1] and tracker.is_due()):
+            if logs or (done == steps[-1] and log.is_due()):
                 numbers = step.as_floats(values, self._config.expert_layers)
                 numbers["reduced_bytes"] = self._reduced_bytes(done)
-                tracker.train(done, numbers) if logs else tracker.show(done, numbers)
-        self._slow = tracker.step_seconds(steps[-1]) > SLOW_SECONDS
+                log.train(done, numbers) if logs else log.show(done, numbers)
+        self._slow = log.step_seconds(steps[-1]) > SLOW_SECONDS
 
     def _check_finite(self, done: int, values: Metrics) -> None:
         """Prints a warning for a skipped step. Raises TrainingError if no step, or no further step, may be skipped."""

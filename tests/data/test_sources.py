@@ -193,17 +193,13 @@ FOLDER_MISTAKES = {
         lambda p: [shutil.copytree(p / "test" / "dog", p / "test" / name) for name in "abcdefg"],
         "/train lacks a, b, c, d, e, …; both must",
     ),
-    "a folder in a class": (
-        lambda p: shutil.copytree(p / "train" / "cat", p / "train" / "dog" / "more" / "deep"),
-        "/train/dog/more/deep/",
-    ),
     "a folder around classes": (
         lambda p: (p / "train").rename(p / "inner") and (p / "inner").rename(mkdir(p / "train") / "inner"),
-        "is not directly in a class folder, {root}/train/<class>; move it",
+        "{root}/train lacks cat, dog; {root}/test lacks inner; both must hold the same classes",
     ),
     "an image beside classes": (
         lambda p: shutil.copy(png(p), p / "train"),
-        "/train/004.png is not directly in a class",
+        "/train/004.png is not in a class folder, {root}/train/<class>; move it",
     ),
     "another size": (lambda p: Image.new("RGB", (10, 12)).save(png(p)), "004.png is 12x10 pixels but config.model.im"),
     "a bomb": (lambda p: bomb(png(p)), "004.png cannot be read as an image (DecompressionBombWarning"),
@@ -228,6 +224,17 @@ def test_a_mistake_in_a_folder_is_one_line_that_names_the_place(tmp_path, mistak
         folder(tmp_path)
     assert message.format(root=tmp_path) in one_line(error)
     assert str(tmp_path) in one_line(error)
+
+
+def test_images_in_folders_of_a_class_folder_are_of_that_class(tmp_path):
+    write_folder(tmp_path)
+    plain = folder(tmp_path)
+    deep = tmp_path / "train" / "dog" / "more" / "deep"
+    deep.mkdir(parents=True)
+    for file in list((tmp_path / "train" / "dog").glob("*.png")):
+        file.rename(deep / file.name)
+    np.testing.assert_array_equal(folder(tmp_path).train.images_NHWc, plain.train.images_NHWc)
+    np.testing.assert_array_equal(folder(tmp_path).train.labels_N, plain.train.labels_N)
 
 
 def test_other_files_and_hidden_folders_in_an_image_folder_are_left_alone(tmp_path):
@@ -325,7 +332,10 @@ def test_a_prepared_set_is_read_whole_without_tensorflow_or_jax():
         ("cifra10", "did you mean 'cifar10'?"),
         ("digit", "did you mean 'digits'?"),
         ("CIFAR-10", "config.data.name is 'CIFAR-10'"),
-        ("huggingface:mnist", "config.data.name is 'huggingface:mnist'; it must be digits, folder or the name"),
+        (
+            "huggingface:mnist",
+            "config.data.name is 'huggingface:mnist'; it must be digits, folder, hf:NAME or the name",
+        ),
         ("cifar10:1.0.0", "cannot be loaded at version 1.0.0"),
         ("tf_flowers", "vary in size"),
         ("ag_news_subset", "must pair one image with one class label"),

@@ -1,0 +1,130 @@
+"""Image classification sets of Hugging Face's `datasets`: of its hub, or a local folder of parquet or image files."""
+
+import contextlib
+import os
+import urllib.parse
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jvitmoe.config import DataConfig, ModelConfig
+from jvitmoe.data.images import MODES, DataError, Picture
+from jvitmoe.data.splits import Dataset, Record, Records, Source, check_fit
+from jvitmoe.errors import one_line
+
+OPTIONS = ("config", "revision", "image", "label")
+TESTS = ("test", "validation", "valid", "val")
+
+
+class HuggingFace(Source):
+    """`hf:NAME`, a set of the hub or a folder; `hf:NAME?revision=COMMIT&label=COLUMN` says more.
+
+    The options are config and revision of the set, and the columns of images and labels where there are several. A set
+    of the hub is downloaded into `data.dir`, by default the cache of `datasets`.
+    """
+
+    def __init__(self, data: DataConfig, model: ModelConfig) -> None:
+        super().__init__(data, model)
+        self._name, _, query = data.name.removeprefix("hf:").partition("?")
+        self._options = dict(urllib.parse.parse_qsl(query, keep_blank_values=True))
+        unknown = self._options.keys() - set(OPTIONS)
+        if not self._name or unknown:
+            problem = (
+                f"{', '.join(sorted(unknown))} is not one of {', '.join(OPTIONS)}" if unknown else "a name is missing"
+            )
+            raise DataError(f"config.data.name is {data.name!r}; {problem}; write hf:NAME?revision=COMMIT&label=COLUMN")
+        if model.channels not in MODES:
+            raise DataError(f"config.model.channels is {model.channels}; pictures have 1, 3 or 4")
+
+    def browse(self) -> Dataset[Records]:
+        splits = self._load()
+        if "train" not in splits:
+            raise DataError(f"{self._name} has the splits {', '.join(splits)}; it must have train")
+        image, label = (self._column(splits["train"].features, kind) for kind in ("image", "label"))
+        labels = {name: np.asarray(split[label], np.int32) for name, split in splits.items()}
+        tests = [name for name in TESTS if name in splits and len(labels[name]) and labels[name].min() >= 0]
+        if not tests or not len(labels["train"]) or labels["train"].min() < 0:
+            raise DataError(
+                f"{self._name} has the splits {', '.join(splits)}; train and one of {', '.join(TESTS)} must hold labels"
+            )
+        names = getattr(splits["train"].features[label], "names", None)
+        classes = tuple(names or map(str, range(labels["train"].max() + 1)))
+        side = self.model.image_size
+        check_fit(self._name, (side, side, self.model.channels), len(classes), self.model)
+        if (most := max(labels[name].max() for name in ("train", tests[0]))) >= len(classes):
+            raise DataError(f"{self._name} has the label {most} but {len(classes)} classes; use another set")
+        train, test = (self._records(splits[name], name, image, labels[name]) for name in ("train", tests[0]))
+        return Dataset(train, test, classes)
+
+    def _load(self) -> Any:
+        """Returns the splits by name, downloaded if need be."""
+        try:
+            import datasets as hf
+        except ImportError as error:
+            raise DataError(
+                f"config.data.name is {self.data.name!r}; it needs datasets: pip install 'jvitmoe[hf]'"
+            ) from error
+        path = Path(self._name).expanduser()
+        local = path.exists() or self._name.startswith((".", "/", "~"))
+        try:
+            return hf.load_dataset(
+                str(path) if local else self._name,
+                self._options.get("config"),
+                revision=self._options.get("revision"),
+                cache_dir=os.path.expanduser(self.data.dir) or None,
+            )
+        except Exception as error:
+            remedy = "give a folder of parquet or image files" if local else "give OWNER/NAME of a set on the hub"
+            raise DataError(f"cannot load {self.data.name} ({one_line(error)}); {remedy}") from error
+
+    def _column(self, features: Any, kind: str) -> str:
+        """Returns the column of images, or of labels: the one asked for, the one of that name, or the only one."""
+        import datasets as hf
+
+        def fits(feature: Any) -> bool:
+            if kind == "image":
+                return isinstance(feature, hf.Image)
+            return isinstance(feature, hf.ClassLabel) or getattr(feature, "dtype", "").startswith(("int", "uint"))
+
+        found = [name for name, feature in features.items() if fits(feature)]
+        classes = [name for name in found if isinstance(features[name], hf.ClassLabel)]
+        wanted = self._options.get(kind)
+        if wanted in found:
+            return str(wanted)
+        for choice in [] if wanted else [[name for name in found if name == kind], classes, found]:
+            if len(choice) == 1:
+                return str(choice[0])
+        rule = f"one must be chosen: hf:{self._name}?{kind}=COLUMN" if found else "use a set for image classification"
+        raise DataError(
+            f"{self._name} has the columns {', '.join(features)}, of which {', '.join(found) or 'none'} can be the "
+            f"{kind}; {rule}"
+        )
+
+    def _records(self, split: Any, name: str, image: str, labels_N: np.ndarray) -> Records:
+        import datasets as hf
+
+        encoded = split.select_columns([image]).cast_column(image, hf.Image(decode=False))
+
+        def read(numbers: Sequence[int]) -> list[Record]:
+            with self._reading(name):
+                files = encoded[list(numbers)][image]
+            return [
+                (
+                    Picture(f"image {n} of the {name} split of {self._name}", file["bytes"] or Path(file["path"])),
+                    int(labels_N[n]),
+                )
+                for n, file in zip(numbers, files, strict=True)
+            ]
+
+        return Records(read, np.arange(len(labels_N)), labels_N)
+
+    @contextlib.contextmanager
+    def _reading(self, split: str) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            raise DataError(
+                f"cannot read the {split} split of {self._name} ({one_line(error)}); load it again"
+            ) from error

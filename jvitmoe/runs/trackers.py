@@ -1,0 +1,219 @@
+"""Trackers: what follows a run beside its metrics.jsonl, chosen with `--trackers tensorboard,wandb`.
+
+Each one works in a thread of its own, so that one that is slow, hangs or fails neither delays nor stops the run. A run
+that resumes goes on in the same run of the tracker, whose id is kept in <run folder>/trackers.
+"""
+
+import abc
+import importlib.util
+import os
+import queue
+import threading
+import time
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tensorboardX import summary
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+
+from jvitmoe.errors import UserError, one_line
+from jvitmoe.runs.console import console
+from jvitmoe.runs.files import write_text
+
+DEFAULT = ("tensorboard",)
+PROJECT = "jvitmoe"  # wandb's and trackio's project, MLflow's experiment
+CLOSE_SECONDS = 30.0  # how long the end of a run waits for what a tracker still has to send
+LONGEST_PARAM = 500  # characters of a setting, for MLflow's servers
+
+
+class Followed(NamedTuple):
+    """The run that a tracker follows."""
+
+    workdir: Path
+    start: int  # steps done
+    settings: Mapping[str, Any]  # {"section.field": value}
+
+
+class Tracker(abc.ABC):
+    """Where figures of a run go. Methods may raise any exception: the run then goes on without the tracker."""
+
+    package = ""  # that it needs, if that is not one of ours
+
+    @abc.abstractmethod
+    def __init__(self, run: Followed) -> None: ...
+
+    @abc.abstractmethod
+    def record(self, step: int, seconds: float, figures: Mapping[str, float]) -> None:
+        """Takes {"train/loss": 0.5} of a step, at a time in seconds since 1970. A resumed run may repeat steps, with
+        the same figures."""
+
+    @abc.abstractmethod
+    def close(self, finished: bool) -> None:
+        """Ends the record; `finished` is False if the run stopped before its last step."""
+
+
+class TensorBoard(Tracker):
+    """Event files in <run folder>/tb."""
+
+    def __init__(self, run: Followed) -> None:
+        folder = run.workdir / "tb"
+        folder.mkdir(exist_ok=True)
+        # Not SummaryWriter: its thread ends when the disk is full, and then every call waits for it forever.
+        self._writer = EventsWriter(str(folder / "events"))
+        self._writer.write_event(Event(step=run.start + 1, session_log=SessionLog(status=SessionLog.START)))
+
+    def record(self, step: int, seconds: float, figures: Mapping[str, float]) -> None:
+        event = Event(step=step, wall_time=seconds)
+        for name, value in figures.items():
+            event.summary.value.extend(summary.scalar(name, value).value)
+        self._writer.write_event(event)
+        self._writer.flush()
+
+    def close(self, finished: bool) -> None:
+        self._writer.close()
+
+
+class Wandb(Tracker):
+    """Weights & Biases; with WANDB_MODE=offline into <run folder>/trackers/wandb, for `wandb sync`."""
+
+    package = "wandb"
+
+    def __init__(self, run: Followed) -> None:
+        import wandb
+
+        settings = wandb.setup().settings
+        if settings.mode == "online" and not wandb.login(prompt=False):  # wandb.init would ask for a key
+            raise UserError("there is no key; run wandb login, or set WANDB_MODE=offline")
+        self._run = wandb.init(
+            project=settings.project or PROJECT,
+            name=run.workdir.name,
+            id=_id(run, "wandb", _new_id),
+            resume="allow",
+            config=dict(run.settings),
+            dir=run.workdir / "trackers",
+            settings=wandb.Settings(silent=True, console="off"),
+        )
+        self._run.define_metric("*", step_metric="step")  # wandb's own step must not fall, as ours does on resuming
+
+    def record(self, step: int, seconds: float, figures: Mapping[str, float]) -> None:
+        self._run.log({"step": step, **figures})
+
+    def close(self, finished: bool) -> None:
+        self._run.finish(exit_code=0 if finished else 1)
+
+
+class Mlflow(Tracker):
+    """MLflow: the server or file of MLFLOW_TRACKING_URI, by default mlflow.db in the working directory."""
+
+    package = "mlflow"
+
+    def __init__(self, run: Followed) -> None:
+        import mlflow
+        from mlflow.entities import Metric, Param
+
+        self._client, self._metric = mlflow.MlflowClient(), Metric
+
+        def create() -> str:
+            name = os.environ.get("MLFLOW_EXPERIMENT_NAME", PROJECT)
+            experiment = self._client.get_experiment_by_name(name)
+            number = experiment.experiment_id if experiment else self._client.create_experiment(name)
+            created = self._client.create_run(number, run_name=run.workdir.name).info.run_id
+            params = [Param(name, str(value)[:LONGEST_PARAM]) for name, value in run.settings.items()]
+            for first in range(0, len(params), 100):  # the most of one request
+                self._client.log_batch(created, params=params[first : first + 100])
+            return str(created)
+
+        self._id = _id(run, "mlflow", create)
+        self._client.update_run(self._id, status="RUNNING")
+
+    def record(self, step: int, seconds: float, figures: Mapping[str, float]) -> None:
+        milliseconds = round(1000 * seconds)
+        metrics = [self._metric(name, value, milliseconds, step) for name, value in figures.items()]
+        self._client.log_batch(self._id, metrics=metrics)
+
+    def close(self, finished: bool) -> None:
+        self._client.set_terminated(self._id, "FINISHED" if finished else "KILLED")
+
+
+class Trackio(Tracker):
+    """Hugging Face's Trackio: a local database in TRACKIO_DIR; `trackio show` draws it."""
+
+    package = "trackio"
+
+    def __init__(self, run: Followed) -> None:
+        import trackio
+
+        self._run = trackio.init(
+            PROJECT,
+            name=_id(run, "trackio", lambda: f"{run.workdir.name}-{_new_id()}"),  # a name is its id
+            resume="allow",
+            config=dict(run.settings),
+            embed=False,
+        )
+
+    def record(self, step: int, seconds: float, figures: Mapping[str, float]) -> None:
+        self._run.log(dict(figures), step=step)
+
+    def close(self, finished: bool) -> None:
+        self._run.finish()
+
+
+TRACKERS: dict[str, type[Tracker]] = {"tensorboard": TensorBoard, "wandb": Wandb, "mlflow": Mlflow, "trackio": Trackio}
+
+
+def check(names: Sequence[str]) -> None:
+    """Raises UserError for a tracker that does not exist, or whose package is not installed."""
+    for name in names:
+        if name not in TRACKERS:
+            raise UserError(f"--trackers is {','.join(names)!r}; {name!r} is not one of {', '.join(TRACKERS)}")
+        package = TRACKERS[name].package
+        if package and importlib.util.find_spec(package) is None:
+            raise UserError(f"--trackers {name} needs {package}; install it with pip install 'jvitmoe[{name}]'")
+
+
+class Feed:
+    """A tracker at work in its thread."""
+
+    def __init__(self, name: str, run: Followed) -> None:
+        self._name, self._run = name, run
+        self._records: queue.SimpleQueue[tuple[int, float, Mapping[str, float]] | bool] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._work, name=f"tracker {name}", daemon=True)
+        self._thread.start()
+
+    def record(self, step: int, figures: Mapping[str, float]) -> None:
+        """Hands figures of a step over; returns at once."""
+        if self._thread.is_alive():
+            self._records.put((step, time.time(), figures))
+
+    def close(self, finished: bool) -> None:
+        """Waits at most CLOSE_SECONDS for what is not sent yet."""
+        self._records.put(finished)
+        self._thread.join(CLOSE_SECONDS)
+        if self._thread.is_alive():
+            console.print(f"warning: tracker {self._name} did not end in {CLOSE_SECONDS:g} s; its record may be short")
+
+    def _work(self) -> None:
+        try:
+            tracker = TRACKERS[self._name](self._run)
+            while not isinstance(record := self._records.get(), bool):
+                tracker.record(*record)
+            tracker.close(record)
+        except (Exception, SystemExit) as error:
+            reason = str(error) if isinstance(error, UserError) else one_line(error)
+            console.print(f"warning: tracker {self._name} failed ({reason}); the run goes on without it")
+
+
+def _id(run: Followed, name: str, create: Callable[[], str]) -> str:
+    """Returns the tracker's id of this run: the one kept in the run folder, or else a new one, which is kept."""
+    path = run.workdir / "trackers" / f"{name}.id"
+    path.parent.mkdir(exist_ok=True)
+    if not path.exists():
+        write_text(path, create())
+    return path.read_text().strip()
+
+
+def _new_id() -> str:
+    return uuid.uuid4().hex[:12]

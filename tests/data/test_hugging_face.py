@@ -1,0 +1,126 @@
+"""Sets of Hugging Face's `datasets`, from local folders: no test reaches the hub."""
+
+import json
+
+import datasets as hf
+import numpy as np
+import pytest
+from PIL import Image
+
+from jvitmoe.config import DataConfig, ModelConfig
+from jvitmoe.data import datasets
+from jvitmoe.data.images import DataError
+
+MODEL = ModelConfig(image_size=8, channels=3, classes=2)
+NAMES = ("ant", "bee")
+
+
+@pytest.fixture(autouse=True)
+def offline(tmp_path, monkeypatch):
+    monkeypatch.setattr(hf.config, "HF_HUB_OFFLINE", True)
+    hf.disable_progress_bars()
+
+
+def pixels(split: str, count: int) -> np.ndarray:
+    return np.random.default_rng(len(split)).integers(0, 255, (count, 8, 8, 3)).astype(np.uint8)
+
+
+def write_parquet(root, labels=None, splits=(("train", 6), ("test", 4)), **columns):
+    """Writes a set as the hub keeps it: one parquet file per split, pictures encoded in it."""
+    (root / "data").mkdir(parents=True)
+    labels = labels or hf.ClassLabel(names=list(NAMES))
+    for split, count in splits:
+        features = hf.Features(
+            {"image": hf.Image(), "label": labels, **{name: kind for name, (kind, _) in columns.items()}}
+        )
+        values = {
+            "image": [Image.fromarray(image) for image in pixels(split, count)],
+            "label": [number % 2 for number in range(count)],
+            **{name: [value] * count for name, (_, value) in columns.items()},
+        }
+        hf.Dataset.from_dict(values, features).to_parquet(root / "data" / f"{split}-00000-of-00001.parquet")
+    return root
+
+
+def write_images(root):
+    for split, count in (("train", 6), ("test", 4)):
+        for number, image in enumerate(pixels(split, count)):
+            folder = root / split / NAMES[number % 2]
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image).save(folder / f"{number}.png")
+    return root
+
+
+def load(root, query="", model=MODEL):
+    return datasets.load(DataConfig(name=f"hf:{root}{query}", dir=str(root.parent / "cache")), model)
+
+
+@pytest.mark.parametrize("write", [write_parquet, write_images])
+def test_pictures_labels_and_names_are_those_of_the_set(tmp_path, write):
+    dataset = load(write(tmp_path / "set"))
+    assert dataset.class_names == NAMES
+    for split, count, name in ((dataset.train, 6, "train"), (dataset.test, 4, "test")):
+        written = {bytes(image): number % 2 for number, image in enumerate(pixels(name, count))}
+        read = {bytes(image): int(label) for image, label in zip(split.images_NHWc, split.labels_N, strict=True)}
+        assert read == written
+
+
+def test_validation_images_are_the_same_streamed_or_not(tmp_path):
+    root = write_parquet(tmp_path / "set", splits=(("train", 20), ("validation", 4)))
+    data = DataConfig(name=f"hf:{root}", dir=str(tmp_path / "cache"))
+    whole = datasets.hold_out(datasets.load(data, MODEL).train, 6)[1]
+    stream = datasets.hold_out(datasets.browse(data, MODEL).train, 6)[1]
+    np.testing.assert_array_equal(stream.labels_N, whole.labels_N)
+    assert [label for _, label in (stream[n] for n in range(6))] == whole.labels_N.tolist()
+
+
+def test_numbers_without_names_are_called_by_number(tmp_path):
+    assert load(write_parquet(tmp_path / "set", hf.Value("int64"))).class_names == ("0", "1")
+
+
+def test_a_column_is_chosen_where_there_are_several(tmp_path):
+    fine = {"fine": (hf.ClassLabel(names=["a", "b", "c"]), 2)}
+    root = write_parquet(tmp_path / "set", **fine)
+    assert load(root).class_names == NAMES  # the one called label
+    chosen = load(root, "?label=fine", ModelConfig(image_size=8, channels=3, classes=3))
+    assert chosen.train.labels_N.tolist() == [2] * 6
+
+
+@pytest.mark.parametrize(
+    ("query", "model", "message"),
+    [
+        ("?color=red", MODEL, "color is not one of config, revision, image, label; write hf:NAME"),
+        ("?label=image", MODEL, "of which label can be the label; one must be chosen"),
+        ("", ModelConfig(image_size=8, channels=3), "set --config.model.classes=2"),
+        ("", ModelConfig(image_size=16, channels=3, classes=2), "config.model.image_size is 16"),
+        ("", ModelConfig(image_size=8, channels=2, classes=2), "config.model.channels is 2; pictures have 1, 3 or 4"),
+    ],
+)
+def test_what_does_not_fit_is_one_line_with_the_remedy(tmp_path, query, model, message):
+    with pytest.raises(DataError) as error:
+        load(write_parquet(tmp_path / "set"), query, model)
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("hf:", "a name is missing"),
+        ("hf:./absent", "give a folder of parquet or image files"),
+        ("hf:nobody/nothing", "give OWNER/NAME of a set on the hub"),
+    ],
+)
+def test_a_set_that_is_not_there_is_one_line_with_the_remedy(name, message):
+    with pytest.raises(DataError) as error:
+        datasets.load(DataConfig(name=name), MODEL)
+    assert message in str(error.value)
+
+
+def test_a_set_without_a_test_split_or_labels_is_refused(tmp_path):
+    with pytest.raises(DataError, match="train and one of test, validation"):
+        load(write_parquet(tmp_path / "set", splits=(("train", 6),)))
+    (tmp_path / "text").mkdir()
+    for split in ("train", "test"):
+        (tmp_path / "text" / f"{split}.jsonl").write_text(json.dumps({"text": "a", "label": 1}) + "\n")
+    with pytest.raises(DataError, match="of which none can be the image; use a set for image classification"):
+        load(tmp_path / "text")

@@ -1,0 +1,195 @@
+"""What other engines are given to start a run: manifests for Kubernetes, JobSet and Kubeflow, and a script for Ray.
+
+No cluster runs here. Manifests are compared with their schemas, and their commands with jvitmoe's flags.
+"""
+
+import copy
+import json
+import os
+import re
+import secrets
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import kubernetes_validate
+import pydantic
+import pytest
+import yaml
+from jax._src.clusters.k8s_cluster import K8sCluster
+from kubeflow_trainer_api import models
+
+import processes
+from jvitmoe import cli, train
+from jvitmoe.runtime.processes import _detect
+from run_folders import rows, tiny, write_experiment
+
+MODELS = {"JobSet": models.JobsetV1alpha2JobSet, "TrainJob": models.TrainerV1alpha1TrainJob}
+VERSIONS = {"JobSet": "jobset.x-k8s.io/v1alpha2", "TrainJob": "trainer.kubeflow.org/v1alpha1"}
+REFUSED = AssertionError, KeyError, kubernetes_validate.ValidationError, pydantic.ValidationError
+FREE = "limits", "selector"  # maps whose keys are the user's
+# What Kubeflow's runtime sets in the pods of the TrainJob.
+RUNTIME = {
+    "JAX_COORDINATOR_ADDRESS": "jvitmoe-node-0-0.jvitmoe:1234",
+    "JAX_NUM_PROCESSES": "8",
+    "JAX_PROCESS_ID": "3",
+}
+
+
+def manifests() -> list[dict[str, Any]]:
+    """Returns the documents of all manifests."""
+    paths = sorted((processes.ROOT / "scripts").glob("*.yaml"))
+    return [document for path in paths for document in yaml.safe_load_all(path.read_text())]
+
+
+def kind(name: str) -> dict[str, Any]:
+    """Returns the only document of that kind."""
+    (document,) = (document for document in manifests() if document["kind"] == name)
+    return document
+
+
+def check(document: dict[str, Any]) -> None:
+    """Raises one of REFUSED unless the document fits its schema. Kubeflow's models ignore unknown fields, so what they
+    have read is compared with the document."""
+    model = MODELS.get(document["kind"])
+    if model is None:
+        kubernetes_validate.validate(document, kubernetes_validate.latest_version(), strict=True)
+    else:
+        assert document["apiVersion"] == VERSIONS[document["kind"]]
+        assert model.from_dict(document).to_dict() == document
+
+
+def maps(node: object) -> Iterator[dict[str, Any]]:
+    """Yields every map below a node whose keys are fields."""
+    if isinstance(node, dict):
+        yield node
+    for key, child in node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ():
+        if key not in FREE:
+            yield from maps(child)
+
+
+def jobs() -> dict[str, tuple[str, dict[str, Any]]]:
+    """Returns kind -> (name of the Job in the cluster, its spec), for those in which JAX finds its processes."""
+    job, (replicated,) = kind("Job"), kind("JobSet")["spec"]["replicatedJobs"]
+    name = f"{kind('JobSet')['metadata']['name']}-{replicated['name']}-0"
+    return {"Job": (job["metadata"]["name"], job["spec"]), "JobSet": (name, replicated["template"]["spec"])}
+
+
+def commands() -> dict[str, list[str]]:
+    """Returns kind -> command line of a pod, with its variables replaced as Kubernetes does."""
+    pods = {name: spec["template"]["spec"]["containers"] for name, (_, spec) in jobs().items()}
+    found = {name: container["command"] + container["args"] for name, (container,) in pods.items()}
+    trainer = kind("TrainJob")["spec"]["trainer"]
+    return found | {"TrainJob": expand(trainer["command"] + trainer["args"], RUNTIME)}
+
+
+def expand(command: list[str], variables: dict[str, str]) -> list[str]:
+    return [re.sub(r"\$\((\w+)\)", lambda match: variables[match[1]], word) for word in command]
+
+
+@pytest.mark.parametrize("document", manifests(), ids=lambda document: document["kind"])
+def test_a_manifest_fits_its_schema_and_any_misspelt_field_does_not(document):
+    check(document)
+    changed = copy.deepcopy(document)
+    fields = [(node, key) for node in maps(changed) for key in list(node)]
+    assert len(fields) > 5
+    for node, key in fields:
+        node[f"{key}s"] = node.pop(key)
+        with pytest.raises(REFUSED):
+            check(changed)
+        node[key] = node.pop(f"{key}s")
+    check(changed)
+
+
+@pytest.mark.parametrize("path", [("numNodes",), ("resourcesPerNode", "limits"), ("command",)])
+def test_a_value_of_another_type_is_refused(path):
+    document = kind("TrainJob")
+    *parents, last = path
+    node = document["spec"]["trainer"]
+    for key in parents:
+        node = node[key]
+    node[last] = "text"
+    with pytest.raises((*REFUSED, AttributeError)):
+        check(document)
+
+
+def test_manifests_start_the_same_run_with_flags_that_exist(monkeypatch):
+    monkeypatch.chdir(processes.ROOT)
+    for name, command in commands().items():
+        start = command.index("python")
+        assert command[start : start + 3] == ["python", "-m", "jvitmoe.train"]
+        values = cli.parse(["train.py", *command[start + 3 :]], train._define_flags, config=True)
+        cli.experiment(values)
+        assert cli.config_path(command) == "configs/cifar10_random.py"
+        assert values.workdir == "/runs/cifar10_random"
+        assert values.join_seconds == 600
+        if name == "TrainJob":
+            joined = values.coordinator, str(values.processes), str(values.process)
+            assert (values.distributed, *joined) == (False, *RUNTIME.values())
+        else:
+            assert (values.distributed, values.coordinator) == (True, "")
+
+
+@pytest.mark.parametrize("name", ["Job", "JobSet"])
+def test_jax_finds_the_processes_of_a_job(monkeypatch, name):
+    """JAX asks Kubernetes for the pod and its Job. Here it gets them from the manifest, named as controllers do."""
+    job_name, spec = jobs()[name]
+    assert spec["completions"] == spec["parallelism"] == 8
+    assert kind("JobSet")["spec"]["replicatedJobs"][0]["replicas"] == 1
+    labels = {"jobset.sigs.k8s.io/jobset-name": kind("JobSet")["metadata"]["name"]} if name == "JobSet" else {}
+    job = SimpleNamespace(
+        metadata=SimpleNamespace(name=job_name, labels=labels),
+        spec=SimpleNamespace(parallelism=spec["parallelism"]),
+    )
+    pod = SimpleNamespace(spec=SimpleNamespace(subdomain=spec["template"]["spec"].get("subdomain")))
+    answers = {"is_env_present": True, "_job": job, "_pod": pod, "_controller": SimpleNamespace(kind="Job")}
+    for method, answer in answers.items():
+        monkeypatch.setattr(K8sCluster, method, classmethod(lambda cls, answer=answer: answer))
+    (variable,) = spec["template"]["spec"]["containers"][0]["env"]
+    monkeypatch.setenv(variable["name"], variable["value"])
+    monkeypatch.setenv("JOB_COMPLETION_INDEX", "3")
+    assert _detect(0) == (variable["value"], 8, 3, None)
+    monkeypatch.delenv(variable["name"])
+    monkeypatch.setenv("JAX_COORDINATOR_PORT", "1234")
+    assert _detect(0) == (variable["value"], 8, 3, None)
+
+
+def test_the_service_of_the_job_selects_its_pods():
+    service, (name, spec) = kind("Service"), jobs()["Job"]
+    assert service["spec"] == {"clusterIP": "None", "selector": {"job-name": name}}
+    assert service["metadata"]["name"] == spec["template"]["spec"]["subdomain"]
+
+
+@pytest.mark.process
+def test_two_pods_of_the_trainjob_train_one_run(tmp_path):
+    experiment = write_experiment(tmp_path / "tiny.py", tiny(train={"epochs": 1, "devices": 0}))
+    trainer = kind("TrainJob")["spec"]["trainer"]
+    own = {"configs/cifar10_random.py": str(experiment), "/runs/cifar10_random": str(tmp_path / "run")}
+    command = trainer["command"] + [re.sub("=(.*)", lambda m: "=" + own.get(m[1], m[1]), a) for a in trainer["args"]]
+    env = processes.environment() | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    env |= {"JAX_COORDINATOR_ADDRESS": f"localhost:{processes.free_port()}", "JAX_NUM_PROCESSES": "2"}
+    pods = [env | {"JAX_PROCESS_ID": str(number)} for number in range(2)]
+    ended = processes.collect([processes.start(expand(command, pod), pod) for pod in pods])
+    assert [one.code for one in ended] == [0, 0], ended
+    assert "2 processes" in ended[0].out
+    assert rows(tmp_path / "run")[0]["images"] == 360
+
+
+@pytest.mark.process
+@pytest.mark.long
+def test_two_workers_of_ray_train_one_run(tmp_path):
+    experiment = write_experiment(tmp_path / "tiny.py", tiny(train={"epochs": 1, "devices": 0}))
+    workdir = tmp_path / "run"
+    arguments = f"--config={experiment}", f"--workdir={workdir}", "--workers=2"
+    # Ray's sockets need a short path. Without a token of its own Ray would write one into the home folder.
+    with tempfile.TemporaryDirectory(prefix="ray-") as folder:
+        private = {"RAY_TMPDIR": folder, "RAY_AUTH_TOKEN": secrets.token_hex(32), "RAY_USAGE_STATS_ENABLED": "0"}
+        env = processes.environment() | private
+        ended = processes.run([sys.executable, "scripts/ray_train.py", *arguments], env)
+    assert ended.code == 0, ended
+    result = json.loads((workdir / "result.json").read_text())
+    assert result["hardware"].endswith("2 processes")
+    assert result["rows"][0]["images"] == 360

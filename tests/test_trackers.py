@@ -1,0 +1,143 @@
+"""Trackers in their offline or local mode: the same figures, one run per run folder, and none that stops a run."""
+
+import contextlib
+import json
+import os
+import sqlite3
+import time
+
+import pytest
+import wandb
+
+import jvitmoe
+from jvitmoe.errors import UserError
+from jvitmoe.runs import trackers
+from jvitmoe.runs.metrics_log import MetricsLog
+from run_folders import tiny
+
+pytestmark = pytest.mark.filterwarnings("default")  # theirs are not ours to mend
+VALUES = {"loss": 1.0, "accuracy": 0.5}
+SETTINGS = {"train.epochs": 3, "routing.pattern": ("experts",)}
+
+
+@pytest.fixture(autouse=True)
+def local(tmp_path, monkeypatch):
+    """No tracker reaches a network, or a file outside the test's folder."""
+    monkeypatch.chdir(tmp_path)
+    for name in list(os.environ):
+        if name.startswith(("WANDB_", "MLFLOW_", "TRACKIO_")):
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
+
+
+def follow(workdir, names, start, steps):
+    workdir.mkdir(exist_ok=True)
+    with MetricsLog(workdir, start, total=10, batch_size=4, trackers=names, settings=SETTINGS) as log:
+        for step in steps:
+            log.train(step, VALUES | {"loss": step / 4})
+        log.evaluation(steps[-1], "test", {"accuracy": 0.25, "nll": 1.5})
+
+
+def test_mlflow_gets_figures_and_settings_and_a_resumed_run_goes_on_in_it(tmp_path, capsys):
+    follow(tmp_path / "a", ["mlflow"], 0, [1, 2])
+    follow(tmp_path / "a", ["mlflow"], 2, [3])
+    follow(tmp_path / "b", ["mlflow"], 0, [1])
+    with contextlib.closing(sqlite3.connect(tmp_path / "mlflow.db")) as database:
+        runs = dict(database.execute("select run_uuid, name from runs where status = 'FINISHED'").fetchall())
+        assert sorted(runs.values()) == ["a", "b"]
+        metrics = database.execute("select run_uuid, step, value from metrics where key = 'train/loss'").fetchall()
+        params = database.execute("select run_uuid, value from params where key = 'train.epochs'").fetchall()
+    assert sorted((runs[run], step, value) for run, step, value in metrics) == [
+        ("a", 1, 0.25),
+        ("a", 2, 0.5),
+        ("a", 3, 0.75),
+        ("b", 1, 0.25),
+    ]
+    assert sorted((runs[run], value) for run, value in params) == [("a", "3"), ("b", "3")]
+    assert "warning" not in capsys.readouterr().out
+
+
+def test_trackio_gets_figures_and_a_resumed_run_goes_on_in_it(tmp_path, capsys):
+    follow(tmp_path / "a", ["trackio"], 0, [1, 2])
+    follow(tmp_path / "a", ["trackio"], 2, [3])
+    with contextlib.closing(sqlite3.connect(tmp_path / "trackio" / "jvitmoe.db")) as database:
+        lines = database.execute("select run_name, step, metrics from metrics").fetchall()
+    figures = [(step, json.loads(text)) for _, step, text in lines]
+    losses = sorted((step, values["train/loss"]) for step, values in figures if "train/loss" in values)
+    assert losses == [(1, 0.25), (2, 0.5), (3, 0.75)]
+    assert len({run for run, _, _ in lines}) == 1
+    assert "warning" not in capsys.readouterr().out
+
+
+def test_wandb_offline_keeps_figures_and_a_resumed_run_has_the_same_id(tmp_path, capsys):
+    follow(tmp_path / "a", ["wandb"], 0, [1, 2])
+    follow(tmp_path / "a", ["wandb"], 2, [3])
+    own = (tmp_path / "a" / "trackers" / "wandb.id").read_text()
+    records = sorted((tmp_path / "a" / "trackers" / "wandb").glob("offline-run-*/*.wandb"))
+    assert records
+    assert {path.name for path in records} == {f"run-{own}.wandb"}
+    assert b"train/loss" in b"".join(path.read_bytes() for path in records)
+    assert "warning" not in capsys.readouterr().out
+
+
+def test_a_tracker_that_cannot_start_is_one_warning_and_the_run_goes_on(tmp_path, monkeypatch, capsys):
+    wandb.teardown()  # it keeps the environment of its first use
+    monkeypatch.delenv("WANDB_MODE")  # online, without a key
+    follow(tmp_path / "a", ["wandb"], 0, [1, 2])
+    out = capsys.readouterr().out
+    assert out.count("warning: tracker wandb failed (there is no key; run wandb login") == 1
+    assert len((tmp_path / "a" / "metrics.jsonl").read_text().splitlines()) == 3
+
+
+class Broken(trackers.Tracker):
+    def __init__(self, run):
+        self.seen = 0
+
+    def record(self, step, seconds, figures):
+        self.seen += 1
+        if self.seen == 2:
+            raise ConnectionError("the server is\ngone")
+
+    def close(self, finished):
+        raise AssertionError("a tracker that failed is not used again")
+
+
+class Hanging(Broken):
+    def record(self, step, seconds, figures):
+        time.sleep(600)
+
+
+def test_a_tracker_that_fails_or_hangs_later_never_stops_a_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(trackers.TRACKERS, "broken", Broken)
+    monkeypatch.setitem(trackers.TRACKERS, "hanging", Hanging)
+    monkeypatch.setattr(trackers, "CLOSE_SECONDS", 0.2)
+    began = time.monotonic()
+    follow(tmp_path / "a", ["broken", "hanging", "tensorboard"], 0, [1, 2, 3, 4])
+    assert time.monotonic() - began < 5
+    out = capsys.readouterr().out
+    assert out.count("tracker broken failed (ConnectionError: the server is gone); the run goes on without it") == 1
+    assert out.count("tracker hanging did not end in 0.2 s") == 1
+    events = b"".join(path.read_bytes() for path in (tmp_path / "a" / "tb").iterdir())
+    assert events.count(b"train/loss") == 4
+
+
+@pytest.mark.slow
+def test_a_training_takes_trackers_and_sends_the_last_test_too(tmp_path):
+    run = jvitmoe.train(tiny(train={"epochs": 1}), tmp_path / "run", trackers=["mlflow"])
+    with contextlib.closing(sqlite3.connect(tmp_path / "mlflow.db")) as database:
+        metrics = dict(database.execute("select key, value from latest_metrics").fetchall())
+    assert metrics["final/merged/accuracy"] == run.accuracy("merged")
+    assert not (run.workdir / "tb").exists()
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [(["tensorboard", "wanbd"], "'wanbd' is not one of tensorboard, wandb"), (["absent"], "pip install 'jvitmoe")],
+)
+def test_an_unknown_tracker_and_one_that_is_not_installed_are_refused_before_training(monkeypatch, names, message):
+    monkeypatch.setitem(trackers.TRACKERS, "absent", type("Absent", (Broken,), {"package": "absent_package"}))
+    with pytest.raises(UserError, match=message):
+        trackers.check(names)
