@@ -8,7 +8,7 @@ PEERS_PYTHON ?= $(shell python3.11 -c 'import sys; print(sys.executable)' 2>/dev
 CONSTRAINTS := $(shell $(PYTHON) -c 'import sys; print("constraints-py311.txt" if sys.version_info < (3, 12) else "constraints.txt")')
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast test-long check format install clean
+.PHONY: help demo test test-fast test-long check site format install clean
 
 help:  ## list these targets
 	@sed -n 's/^\([a-z-]*\):.*## /make \1 \t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 16
@@ -55,6 +55,9 @@ $(PEERS)/installed: requirements-peers.txt
 	$(PEERS_PYTHON) -m venv $(PEERS)
 	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-peers.txt
 	touch $@
+
+site: install  ## build the documentation into build/site, warnings are errors
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict
 
 format: install  ## format the code and apply lint fixes
 	$(RUN) -m ruff check --fix .

@@ -65,8 +65,8 @@ class Run:
         return Path(out)
 
     def report(self, *others: "Run | Path | str", out: Path | str = "") -> Path:
-        """Compares this run with others: writes report.md and its pictures into `out`, by default <workdir>/report, and
-        returns that folder. Raises UserError as jvitmoe.report does."""
+        """Compares this run with others: writes report.md and its pictures into `out`, by default `<workdir>/report`,
+        and returns that folder. Raises UserError as jvitmoe.report does."""
         folder = Path(out or self.workdir / "report")
         workdirs = [str(run.workdir if isinstance(run, Run) else run) for run in (self, *others)]
         report.main(["report", *workdirs, f"--out={folder}"])
@@ -86,7 +86,7 @@ def train(
 
     Args:
         config: the settings, or an experiment as the command line takes it: "digits_random", "my_images.py".
-        workdir: the run folder; by default runs/<name of the experiment>, "runs/run" for settings.
+        workdir: the run folder; by default `runs/<name of the experiment>`, "runs/run" for settings.
         overrides: other values of settings, such as {"train.epochs": 30}.
         trackers: where figures go beside metrics.jsonl: "tensorboard", "wandb", "mlflow", "trackio".
 

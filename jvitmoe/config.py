@@ -165,7 +165,11 @@ class RoutingConfig:
 class InitConfig:
     """A trained ViT to start from. Read when a run starts, not when it resumes."""
 
-    source: str = setting("", "trained ViT: run or export folder, .safetensors or .npz; experts start as its MLPs")
+    source: str = setting(
+        "",
+        "trained ViT: run or export folder, .safetensors, .npz, hf://OWNER/NAME@REVISION or timm://NAME; its MLPs are "
+        "what experts start as",
+    )
     mean: tuple[float, ...] = setting(
         (), "mean of the source's pixels (0 to 1), 1 or per channel; (): from its config, or 0.5"
     )

@@ -22,7 +22,7 @@ from jvitmoe.errors import ConfigError, UserError, one_line, printable
 from jvitmoe.evaluation import models
 from jvitmoe.experts import routes
 from jvitmoe.experts.routes import Purpose
-from jvitmoe.interop import config_files, weight_names
+from jvitmoe.interop import config_files, hub, weight_names
 from jvitmoe.interop.weight_names import Dict
 from jvitmoe.models import layers, vit
 from jvitmoe.runs import files
@@ -62,7 +62,7 @@ def read(
     """Returns the dense ViT in a run folder, an exported folder, a .safetensors or an .npz file.
 
     Args:
-        path: folder or file; the config.json beside a .safetensors is read too.
+        path: folder or file, or a name on the hub (`hub.fetch`); the config.json beside a .safetensors is read too.
         heads: number of attention heads, for files that do not have it.
         checkpoint: of a run folder: latest, best or a step.
         mean: of pixels, one or one per channel, for files of other libraries; () is that of their config, or 0.5.
@@ -70,6 +70,10 @@ def read(
 
     Raises UserError (one line with the path) if the path is missing or damaged, or its ViT differs from ours.
     """
+    if hub.is_name(path):
+        folder = hub.fetch(str(path))
+        source = read(folder, heads, checkpoint, mean, std)
+        return dataclasses.replace(source, notes=(f"{path} is commit {folder.name}", *source.notes))
     path = Path(path).expanduser()
     if (path / "checkpoints").is_dir():
         return _read_run(path, checkpoint)

@@ -1,0 +1,134 @@
+"""Weights of the hub, from a server of this machine that answers as the hub does: no test reaches a network."""
+
+import hashlib
+import http.server
+import json
+import threading
+
+import huggingface_hub.constants
+import pytest
+
+import jvitmoe
+from jvitmoe import export, train
+from jvitmoe.errors import UserError
+from jvitmoe.interop import hub, load
+from processes import call
+from run_folders import tiny, write_experiment
+
+COMMIT = hashlib.sha1(b"jvitmoe").hexdigest()
+
+
+class Hub:
+    """A server with one repository, and the paths that it was asked for."""
+
+    def __init__(self, repository, files):
+        self.asked = asked = []
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_GET(self, head=False):
+                path = self.path.partition("?")[0]
+                asked.append(path)
+                body = None
+                if path in (f"/api/models/{repository}/revision/{name}" for name in ("main", COMMIT, "v1")):
+                    siblings = [{"rfilename": name} for name in files]
+                    body = json.dumps({"id": repository, "sha": COMMIT, "siblings": siblings}).encode()
+                elif path == f"/api/models/{repository}/tree/{COMMIT}":
+                    tree = [{"type": "file", "path": n, "size": len(b), "oid": COMMIT} for n, b in files.items()]
+                    body = json.dumps(tree).encode()
+                elif path.startswith(start := f"/{repository}/resolve/{COMMIT}/"):
+                    body = files.get(path.removeprefix(start))
+                self.send_response(200 if body is not None else 404)
+                if body is not None:
+                    self.send_header("ETag", f'"{hashlib.sha256(body).hexdigest()}"')
+                    self.send_header("X-Repo-Commit", COMMIT)
+                    self.send_header("Content-Type", "application/json")
+                self.send_header("Content-Length", str(len(body or b"")))
+                self.end_headers()
+                if body and not head:
+                    self.wfile.write(body)
+
+            def do_HEAD(self):
+                self.do_GET(head=True)
+
+            def log_message(self, *_):
+                pass
+
+        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        self.address = f"http://127.0.0.1:{self.server.server_port}"
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """Returns the folder of a tiny run, exported for timm."""
+    root = tmp_path_factory.mktemp("hub")
+    model = {"width": 8, "hidden": 12, "depth": 2, "heads": 2, "patch": 4, "pool": "cls"}
+    experiment = write_experiment(root / "tiny.py", tiny(model=model, train={"epochs": 1}))
+    assert call(train.main, f"--config={experiment}", f"--workdir={root / 'run'}")[0] == 0
+    assert call(export.main, f"--workdir={root / 'run'}", "--to=timm", f"--out={root / 'timm'}")[0] == 0
+    return root / "timm"
+
+
+@pytest.fixture
+def serve(tmp_path, monkeypatch):
+    """Returns a function that starts a hub with files and lets huggingface_hub use it."""
+    servers = []
+
+    def start(repository, files):
+        servers.append(Hub(repository, files))
+        template = servers[-1].address + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", servers[-1].address)
+        monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
+        return servers[-1]
+
+    yield start
+    for hub_server in servers:
+        hub_server.server.shutdown()
+        hub_server.server.server_close()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("repository", "name"),
+    [
+        ("someone/digits", "hf://someone/digits"),
+        ("someone/digits", f"hf://someone/digits@{COMMIT}"),
+        ("timm/vit_x", "timm://vit_x"),
+    ],
+)
+def test_an_export_on_the_hub_is_the_same_model_and_is_fetched_once(exported, serve, repository, name):
+    files = {path.name: path.read_bytes() for path in exported.iterdir()} | {"pytorch_model.bin": b"pickle"}
+    server = serve(repository, files)
+    source = load.read(name)
+    assert source.notes[0] == f"{name} is commit {COMMIT}"
+    assert {path.rpartition("/")[2] for path in server.asked if "/resolve/" in path} == {
+        "model.safetensors",
+        "config.json",
+    }
+    local = jvitmoe.load(exported)
+    images = (255 * (load_digits() > 8)).astype("uint8")
+    assert (jvitmoe.load(name).logits(images) == local.logits(images)).all()
+    fetched = [path for path in server.asked if path.endswith("model.safetensors")]
+    assert len(fetched) <= 2  # a question about it, and the file itself
+
+
+def load_digits():
+    from sklearn.datasets import load_digits as digits
+
+    return digits().images[:4, :, :, None]
+
+
+def test_a_repository_without_safetensors_and_one_that_is_absent_are_one_line(serve):
+    serve("someone/digits", {"pytorch_model.bin": b"pickle", "config.json": b"{}"})
+    with pytest.raises(UserError, match=r"hf://someone/digits' holds no model.safetensors; only safetensors are read"):
+        load.read("hf://someone/digits")
+    with pytest.raises(UserError, match=r"hf://someone/other' cannot be fetched \(.*; give a folder that you have"):
+        load.read("hf://someone/other")
+
+
+@pytest.mark.parametrize("name", ["hf://digits", "hf://a/b/c", "hf:///x", "timm://", "timm://a/b"])
+def test_a_name_of_another_form_is_refused(name):
+    with pytest.raises(UserError, match="write hf://OWNER/NAME@REVISION or timm://NAME"):
+        hub.fetch(name)
