@@ -26,7 +26,7 @@ def fetch(name: str) -> Path:
     except ImportError as error:
         raise UserError(f"{name!r} needs huggingface_hub; install it with pip install 'jvitmoe[hf]'") from error
     try:
-        folder = Path(huggingface_hub.snapshot_download(repository, revision=revision or None, allow_patterns=FILES))
+        folder = Path(huggingface_hub.snapshot_download(repository, revision=revision or None, allow_patterns=[*FILES]))
     except Exception as error:  # of the hub's client, its HTTP library and the disk
         raise UserError(f"{name!r} cannot be fetched ({one_line(error)}); give a folder that you have") from error
     if not (folder / FILES[0]).is_file():
