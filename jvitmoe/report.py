@@ -2,7 +2,8 @@
 
 Runs that differ only in their seed form a group: mean ± sample deviation. `name=runs/a,runs/b` names a group. Prints a
 table and writes report.md, comparison.png, curves.png, and runs.json: the config and the results of each group. --html
-adds report.html, one page that needs no network.
+adds report.html, one page that needs no network. --serve writes nothing: it serves that page on this machine, with runs
+that have not ended, and renews it while they go on.
 """
 
 import itertools
@@ -22,7 +23,7 @@ from jvitmoe import config as config_lib
 from jvitmoe.config import Config
 from jvitmoe.data import datasets
 from jvitmoe.errors import UserError, one_line
-from jvitmoe.runs import files, results, tables
+from jvitmoe.runs import files, history, results, tables
 from jvitmoe.runs.console import console
 
 NOTE = (
@@ -50,17 +51,13 @@ def main(argv: list[str]) -> None:
     """Runs the command. Raises UserError where a folder holds no finished run or a group may not be averaged."""
     values, arguments = cli.parse_with_arguments(argv, _define_flags, arguments="RUN… [GROUP=RUN,RUN…]")
     out = Path(values.out)
-    groups: Groups = {}
-    runs = []
-    for argument in arguments:
-        name, equals, members = argument.partition("=")
-        if equals and not Path(argument).exists():
-            _add(groups, name, [read_run(Path(member)) for member in members.split(",")])
-        elif Path(argument).resolve() != out.resolve():  # runs/* may include it
-            runs.append(read_run(Path(argument)))
-    groups = in_order(group_runs(runs, groups))
-    if not groups:
+    arguments = [argument for argument in arguments if Path(argument).resolve() != out.resolve()]  # it may be in runs/*
+    if not arguments:
         raise UserError("no run folder was given; name one or more, such as runs/digits_dense runs/digits_random")
+    if values.serve:
+        _serve(arguments, values.port)
+        return
+    groups = _read_groups(arguments)
     from jvitmoe.runs import plots  # not above: it imports matplotlib, and --help need not wait for that
 
     cells = {name: group_rows(name, group) for name, group in groups.items()}
@@ -78,13 +75,7 @@ def main(argv: list[str]) -> None:
     )
     files.write_text(out / "runs.json", json.dumps({n: record(group) for n, group in groups.items()}, indent=1) + "\n")
     if values.html:
-        from jvitmoe.runs import page  # not above: it needs the extra `html`
-
-        shown = [
-            page.Shown(name, cells[name], [run.folder for run in group], record(group)["config"], group[0].result)
-            for name, group in groups.items()
-        ]
-        page.write(out / "report.html", opening(groups), shown)
+        files.write_text(out / "report.html", _page(groups))
     short = [{name: cell for name, cell in row.items() if name != "hardware"} for row in rows]
     tables.show(short if len(groups) <= MANY else overview, "test split")
     for hardware in dict.fromkeys(row["hardware"] for row in rows):
@@ -92,6 +83,74 @@ def main(argv: list[str]) -> None:
     console.print(f"pictures    {out / 'comparison.png'}, {out / 'curves.png'}")
     if values.html:
         console.print(f"page        {out / 'report.html'}")
+
+
+def _read_groups(arguments: Sequence[str]) -> Groups:
+    """Returns the groups of RUN and GROUP=RUN,RUN arguments, in order."""
+    groups: Groups = {}
+    runs = []
+    for argument in arguments:
+        name, members = _members(argument)
+        if name:
+            _add(groups, name, [read_run(member) for member in members])
+        else:
+            runs += [read_run(member) for member in members]
+    return in_order(group_runs(runs, groups))
+
+
+def _members(argument: str) -> tuple[str, list[Path]]:
+    """Returns (name of the group or "", its run folders) of an argument."""
+    name, equals, members = argument.partition("=")
+    if equals and not Path(argument).exists():
+        return name, [Path(member) for member in members.split(",")]
+    return "", [Path(argument)]
+
+
+def _page(groups: Groups, going: Sequence[Path] = (), stamp: str = "") -> str:
+    """Returns the page about groups, and about runs that have not ended; `stamp` as `page.text`."""
+    from jvitmoe.runs import page  # not above: it needs the extra `html`
+
+    shown = [
+        page.Shown(name, group_rows(name, group), [r.folder for r in group], record(group)["config"], group[0].result)
+        for name, group in groups.items()
+    ]
+    for folder in going:
+        row = _row_so_far(folder)
+        shown.append(page.Shown(row["run"], [row], [folder], config_lib.flatten(_read_config(folder)), {}))
+    about = [opening(groups)] * bool(groups) + [f"Runs that have not ended: {len(going)}."] * bool(stamp)
+    return page.text(" ".join(about), shown, stamp)
+
+
+def _serve(arguments: Sequence[str], port: int) -> None:
+    """Serves the page about the runs that the arguments name."""
+    from jvitmoe.runs import serve
+
+    named = [_members(argument) for argument in arguments]
+    folders = [folder for _, members in named for folder in members]
+
+    def make(stamp: str) -> str:
+        going = [folder for folder in folders if not (folder / files.RESULT).exists()]
+        ended = [(name, [str(folder) for folder in members if folder not in going]) for name, members in named]
+        groups = _read_groups([f"{name}={','.join(inside)}" if name else inside[0] for name, inside in ended if inside])
+        return _page(groups, going, stamp)
+
+    serve.serve(make, folders, port)
+
+
+def _row_so_far(folder: Path) -> dict[str, str]:
+    """Returns the text cells of a run that has not ended: those of `group_rows`, with its newest figures."""
+    lines = history.read_metrics(folder / files.METRICS)
+    rates = [line["images_per_second"] for line in lines if line.get("images_per_second")]
+    watched = [line for line in lines if line["kind"] != "train"]
+    return {
+        "run": f"{folder.name} (training)",
+        "model": f"at step {max((line['step'] for line in lines), default=0):,}",
+        "seeds": "1",
+        **dict.fromkeys(results.METRICS, "-"),
+        **results.metric_cells(watched[-1] if watched else {}),
+        **dict.fromkeys(("parameters", "total", "FLOPs/image"), "-"),
+        "images/s": f"{rates[-1]:,.0f}" if rates else "-",
+    }
 
 
 def opening(groups: Groups) -> str:
@@ -103,19 +162,26 @@ def opening(groups: Groups) -> str:
 
 def _define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_string("out", "runs/report", "Folder for report.md, runs.json and the pictures.", flag_values=values)
+    flags.DEFINE_bool("serve", False, "Serve that page while runs go on, and write nothing.", flag_values=values)
+    flags.DEFINE_integer("port", 8000, "Of --serve; 0: any that is free.", flag_values=values)
     flags.DEFINE_bool("html", False, "Also write report.html: one page, sortable, with charts.", flag_values=values)
 
 
 def read_run(folder: Path) -> Run:
     """Returns a run that was tested. Raises UserError where the folder holds none."""
-    result, config = results.read_result(folder), folder / files.CONFIG
+    result = results.read_result(folder)
     if not result:
         raise UserError(f"{str(folder)!r} holds no {files.RESULT}; give a folder whose training has ended")
+    return Run(folder, _read_config(folder), result)
+
+
+def _read_config(folder: Path) -> Config:
+    path = folder / files.CONFIG
     try:
-        text = config.read_text()
+        text = path.read_text()
     except (OSError, ValueError) as error:
-        raise UserError(f"{config} cannot be read: {one_line(error)}; restore it from a copy") from error
-    return Run(folder, config_lib.loads(text, str(config)), result)
+        raise UserError(f"{path} cannot be read: {one_line(error)}; restore it from a copy") from error
+    return config_lib.loads(text, str(path))
 
 
 def group_runs(runs: Sequence[Run], named: Groups | None = None) -> Groups:

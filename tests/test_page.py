@@ -1,9 +1,13 @@
 """The page of jvitmoe.report --html: whole without a network, and working in a browser."""
 
+import contextlib
 import json
 import re
 import shutil
+import signal
 import sys
+import urllib.error
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -110,6 +114,65 @@ def test_the_page_works_in_a_browser(page, browser, width, scheme):
     )
     assert not problems
     tab.close()
+
+
+def going_on(folder: Path) -> Path:
+    """Writes what a run has left before its end, and returns its folder."""
+    write_run(folder, 3, 1, 0.5)
+    (folder / "result.json").unlink()
+    return folder
+
+
+@contextlib.contextmanager
+def served(*arguments: object):
+    """Yields the address of a page that the command serves, in a process of its own."""
+    server = processes.start([sys.executable, "-m", "jvitmoe.report", *arguments, "--serve", "--port=0"])
+    try:
+        processes.wait_for_output(server, "until Ctrl-C")
+        yield re.search(r"http://127\.0\.0\.1:\d+", Path(server.out.name).read_text())[0]
+    finally:
+        server.process.send_signal(signal.SIGINT)
+        (ended,) = processes.collect([server], 30)
+    assert (ended.code, ended.err) == (0, "")
+
+
+@pytest.mark.process
+def test_a_served_page_follows_a_run_until_its_end(browser, tmp_path):
+    folders, run = write_runs(tmp_path, "random"), going_on(tmp_path / "later")
+    with served(*folders, run) as address:
+        tab, problems = browser.new_page(), []
+        tab.on("console", lambda message: problems.append(message.text))
+        tab.on("pageerror", lambda error: problems.append(str(error)))
+        tab.goto(address)
+        row = "#table tr:has-text('later (training)')"
+        assert "at step 2" in tab.locator(row).inner_text()
+        tab.locator("#table input[data-run=random]").first.uncheck()
+        with (run / "metrics.jsonl").open("a") as file:
+            file.write('{"step": 3, "kind": "train", "loss": 0.5, "accuracy": 0.6}\n')
+        tab.wait_for_selector("#table tr:has-text('at step 3')", timeout=15_000)
+        assert not tab.locator("#table input[data-run=random]").first.is_checked()  # a choice outlives the reload
+        (run / "result.json").write_text((Path(folders[0]) / "result.json").read_text())
+        tab.wait_for_selector("#table tr:has-text('at step 3')", state="detached", timeout=15_000)
+        assert "Runs that have not ended: 0." in tab.locator("body").inner_text()
+        assert not problems
+        tab.close()
+
+
+@pytest.mark.process
+def test_a_page_is_served_to_this_machine_only(tmp_path):
+    with served(going_on(tmp_path / "only")) as address:
+        for host, path, code in (
+            ("localhost", "/", 200),
+            ("evil.example", "/", 403),
+            ("127.0.0.1", "/config.json", 404),
+        ):
+            request = urllib.request.Request(address + path, headers={"Host": host})
+            with contextlib.suppress(urllib.error.HTTPError) if code != 200 else contextlib.nullcontext():
+                assert urllib.request.urlopen(request, timeout=10).status == code == 200
+        port = address.rpartition(":")[2]
+        taken, _, err = processes.call(report.main, tmp_path / "only", "--serve", f"--port={port}")
+        assert taken == 2
+        assert f"--port is {port}; it cannot be listened at" in err
 
 
 def test_without_altair_the_option_says_what_to_install(monkeypatch, tmp_path):

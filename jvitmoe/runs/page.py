@@ -40,11 +40,16 @@ class Shown(NamedTuple):
     result: Mapping[str, Any]  # of its first seed
 
 
-def write(path: Path, opening: str, groups: Sequence[Shown]) -> None:
-    """Writes the page."""
+def text(opening: str, groups: Sequence[Shown], stamp: str = "") -> str:
+    """Returns the page.
+
+    Args:
+        stamp: of the runs, for a page that is served and loads itself again when that changes (runs/serve.py).
+    """
     names = [group.name for group in groups]
     colours = {name: COLOURS[n % len(COLOURS)] for n, name in enumerate(names)}
     data = {
+        "stamp": stamp,
         "names": names,
         "colours": colours,
         "shown": names[:FIRST_SHOWN],
@@ -54,15 +59,15 @@ def write(path: Path, opening: str, groups: Sequence[Shown]) -> None:
         "details": {group.name: _details(group) for group in groups},
     }
     inside = json.dumps(_finite(data)).replace("<", "\\u003c")  # neither ends the script element nor begins a comment
-    text = TEMPLATE.read_text()
+    page = TEMPLATE.read_text()
     version = ".".join(alt.SCHEMA_VERSION.removeprefix("v").split(".")[:2])
     for mark, value in (
         ("{{opening}}", _escape(opening)),
         ("{{vega}}", vl_convert.javascript_bundle(vl_version=version)),  # type: ignore[call-arg]
         ("{{data}}", inside),
     ):
-        text = text.replace(mark, value)
-    files.write_text(path, text)
+        page = page.replace(mark, value)
+    return page
 
 
 def _curves(title: str, groups: Sequence[Shown], colours: Mapping[str, str]) -> dict[str, Any]:
@@ -124,7 +129,7 @@ def _details(group: Shown) -> dict[str, Any]:
         bar = alt.Chart(alt.Data(values=layers)).mark_bar()
         y = alt.Y("gap:Q", title="relative gap")
         found["what the mean does to each layer's output"] = _spec(bar.encode(x="layer:O", y=y, tooltip=["gap:Q"]))
-    for row in group.result["rows"][:1]:
+    for row in group.result.get("rows", ())[:1]:
         if matrix := row.get("confusion"):
             names = results.class_names(folder, len(matrix))
             cells = [
