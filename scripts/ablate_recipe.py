@@ -7,13 +7,12 @@ The report ends with a line per ingredient. Started again it goes on: see script
 """
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
-from sweep import Variant, main
+from sweep import Variant, accuracies, main
 
-from jvitmoe import report
-from jvitmoe.runs import files, tables
+from jvitmoe.runs import tables
 
 INGREDIENTS: dict[str, dict[str, object]] = {
     "recipe": {},
@@ -45,26 +44,17 @@ def variants() -> dict[str, Variant]:
 def table(runs: Path) -> list[dict[str, str]]:
     """Returns the text cells of a row per ingredient: accuracy, and its difference from the recipe's on the same seeds,
     mean ± sample deviation."""
-    recipe = {kind: _accuracies(runs, f"{kind}_recipe", model) for kind, model in MODELS.items()}
+    recipe = {kind: accuracies(runs, f"{kind}_recipe").get(model, {}) for kind, model in MODELS.items()}
     rows = []
     for name in INGREDIENTS | RANDOM_ONLY:
         row = {"ingredient": name.replace("_", " ")}
         for kind, model in MODELS.items():
-            own = _accuracies(runs, f"{kind}_{name}", model)
+            own = accuracies(runs, f"{kind}_{name}").get(model, {})
             differences = [value - recipe[kind][seed] for seed, value in own.items() if seed in recipe[kind]]
             row |= {model: _cell(list(own.values()), ".2f"), f"{model} - recipe": _cell(differences, "+.2f")}
         if len(set(row.values())) > 2:  # not only the name and dashes
             rows.append(row)
     return rows
-
-
-def _accuracies(runs: Path, name: str, model: str) -> Mapping[str, float]:
-    """Returns seed -> accuracy of a model on the test split, %."""
-    found = {}
-    for folder in sorted(runs.glob(f"{name}-seed*")):
-        if (folder / files.RESULT).exists():
-            found[folder.name.rpartition("-")[2]] = 100 * report.by_seed([report.read_run(folder)])[model][0]
-    return found
 
 
 def _cell(values: Sequence[float], form: str) -> str:

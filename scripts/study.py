@@ -1,6 +1,6 @@
 """Runs one experiment of the study (docs/study.md) and writes the verdict of every arm.
 
-    python scripts/study.py A --config configs/cifar10_study.py --seeds 5 --runs runs/study/A --out results/study/A \\
+    python scripts/study.py A --config configs/cifar10_fast.py --seeds 5 --runs runs/study/A --out results/study/A \\
         -- --config.data.dir=DIR
 
 Started again it goes on: see scripts/sweep.py.
@@ -14,9 +14,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from scipy import stats
-from sweep import Variant, main
+from sweep import Variant, accuracies, main
 
-from jvitmoe import report
 from jvitmoe.runs import files, history, tables
 
 Arms = dict[str, Variant]
@@ -111,7 +110,7 @@ def verdicts(runs: Path, arms: Mapping[str, Variant]) -> list[dict[str, str]]:
     """Returns the text cells of a row per model: test accuracy, mean ± sample deviation, and the difference from the
     dense model of the first arm on the same seeds, mean with a 95 % interval (Student's t), in points."""
     first = next(iter(arms))
-    found = {name: _accuracies(runs, name) for name in arms}
+    found = {name: accuracies(runs, name) for name in arms}
     reference = found[first].get("dense", {})
     rows = []
     for name, models in found.items():
@@ -141,18 +140,6 @@ def _difference(paired: list[float]) -> dict[str, str]:
     verdict = "better" if low > 0 else "worse" if high < 0 else "not decided"
     verdict += ", loses nothing" if -PARITY < low <= 0 else ""
     return {"difference": f"{mean:+.2f} ({low:+.2f} to {high:+.2f})", "verdict": verdict}
-
-
-def _accuracies(runs: Path, name: str) -> dict[str, dict[str, float]]:
-    """Returns model -> seed -> accuracy on the test split, %, of the models that are one dense ViT."""
-    found: dict[str, dict[str, float]] = {}
-    for folder in sorted(runs.glob(f"{name}-seed*")):
-        if (folder / files.RESULT).exists():
-            by_model = report.by_seed([report.read_run(folder)])
-            for model in ("dense", "merged", "EMA"):
-                if model in by_model:
-                    found.setdefault(model, {})[folder.name.rpartition("-")[2]] = 100 * by_model[model][0]
-    return found
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-from jvitmoe import config
+from jvitmoe import config, report
 from jvitmoe.runs import files
 
 
@@ -61,6 +61,18 @@ def main(description: str | None, variants: Mapping[str, Variant], figures: tupl
     if failed:
         sys.exit(f"{len(failed)} runs failed: {', '.join(failed)}; see their logs in {options.runs}")
     return options.out
+
+
+def accuracies(runs: Path, name: str) -> dict[str, dict[str, float]]:
+    """Returns model -> seed -> accuracy on the test split, %, of a variant's models that are one dense ViT."""
+    found: dict[str, dict[str, float]] = {}
+    for folder in sorted(runs.glob(f"{name}-seed*")):
+        if (folder / files.RESULT).exists():
+            by_model = report.by_seed([report.read_run(folder)])
+            for model in ("dense", "merged", "EMA"):
+                if model in by_model:
+                    found.setdefault(model, {})[folder.name.rpartition("-")[2]] = 100 * by_model[model][0]
+    return found
 
 
 def _options(description: str | None, variants: Mapping[str, Variant]) -> argparse.Namespace:
