@@ -15,7 +15,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -32,7 +32,7 @@ class Variant(NamedTuple):
 
 
 def main(description: str | None, variants: Mapping[str, Variant], figures: tuple[str, ...] = ()) -> Path:
-    """Runs the command line of a script and returns its --out.
+    """Runs the command line of a script and returns its --out; with --dry_run it prints commands and exits.
 
     Args:
         description: the script's docstring.
@@ -40,36 +40,41 @@ def main(description: str | None, variants: Mapping[str, Variant], figures: tupl
     """
     options = _options(description, variants)
     kept = options.out / "runs"
-    kept.mkdir(parents=True, exist_ok=True)
-    options.runs.mkdir(parents=True, exist_ok=True)
     # Seed by seed, so that a table of all variants can be had after the first third.
     names = [name for name in variants if not options.only or name in options.only]
     every = {f"{name}-seed{seed}": (variants[name], seed) for seed in range(options.seeds) for name in names}
     todo = {name: item for name, item in every.items() if not (kept / name / files.RESULT).exists()}
     print(f"{len(every)} runs, {len(every) - len(todo)} of them kept in {kept}", flush=True)
+    if options.dry_run:
+        print("\n".join(shlex.join(["python", "-m", *_command(name, *todo[name], options)]) for name in todo))
+        sys.exit()
+    kept.mkdir(parents=True, exist_ok=True)
+    options.runs.mkdir(parents=True, exist_ok=True)
     failed = _train(todo, options)
     folders = [str(kept / name) for name in every if name not in failed]
     subprocess.run([sys.executable, "-m", "jvitmoe.report", *folders, f"--out={options.out}"], check=True)
     for name in figures:
         if (figure := options.runs / f"{name}-seed0" / files.MERGEABILITY).exists():
             shutil.copy(figure, options.out / f"mergeability_{name}.png")
-    with (options.out / "report.md").open("a") as report:
-        report.write(
-            f"\nWritten by `python {shlex.join(sys.argv)}`, {options.jobs} runs at a time, each on its share of the "
-            "CPUs: images/s are those of a shared machine.\n"
+    with (options.out / "report.md").open("a") as text:
+        shared = (
+            f", {options.jobs} runs at a time, each on its share of the CPUs: images/s are those of a shared machine"
         )
+        text.write(f"\nWritten by `python {shlex.join(sys.argv)}`{shared if options.jobs > 1 else ''}.\n")
     if failed:
         sys.exit(f"{len(failed)} runs failed: {', '.join(failed)}; see their logs in {options.runs}")
     return options.out
 
 
-def accuracies(runs: Path, name: str) -> dict[str, dict[str, float]]:
-    """Returns model -> seed -> accuracy on the test split, %, of a variant's models that are one dense ViT."""
+def accuracies(
+    runs: Path, name: str, models: Sequence[str] = ("dense", "merged", "EMA")
+) -> dict[str, dict[str, float]]:
+    """Returns model -> seed -> accuracy on the test split, %, of a variant's models."""
     found: dict[str, dict[str, float]] = {}
     for folder in sorted(runs.glob(f"{name}-seed*")):
         if (folder / files.RESULT).exists():
             by_model = report.by_seed([report.read_run(folder)])
-            for model in ("dense", "merged", "EMA"):
+            for model in models:
                 if model in by_model:
                     found.setdefault(model, {})[folder.name.rpartition("-")[2]] = 100 * by_model[model][0]
     return found
@@ -83,6 +88,7 @@ def _options(description: str | None, variants: Mapping[str, Variant]) -> argpar
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
     parser.add_argument("--only", nargs="+", choices=variants, metavar="VARIANT", help=", ".join(variants))
+    parser.add_argument("--dry_run", action="store_true", help="print the commands that are missing, run none")
     parser.add_argument("arguments", nargs="*", help="after --: flags for every jvitmoe.train")
     return parser.parse_args()
 
@@ -96,10 +102,7 @@ def _train(todo: Mapping[str, tuple[Variant, int]], options: argparse.Namespace)
         shares.put(cpus[job :: options.jobs] or cpus)
 
     def run(name: str) -> int:
-        (variant, seed), workdir = todo[name], options.runs / name
-        flags = [f"--config={options.config}" + (f":{variant.of_file}" if variant.of_file != "dense" else "")]
-        flags += [f"--config.{field}={value}" for field, value in variant.settings.items()]
-        train = ["jvitmoe.train", *flags, f"--config.train.seed={seed}", f"--workdir={workdir}", *options.arguments]
+        workdir, train = options.runs / name, _command(name, *todo[name], options)
         share = shares.get()
         try:
             with (options.runs / f"{name}.log").open("a") as log:
@@ -121,6 +124,19 @@ def _train(todo: Mapping[str, tuple[Variant, int]], options: argparse.Namespace)
             print(f"{done}/{len(todo)}  {name}{outcome}  {left / 60:.0f} min left", flush=True)
             failed += [name] if code else []
     return failed
+
+
+def _command(name: str, variant: Variant, seed: int, options: argparse.Namespace) -> list[str]:
+    """Returns the module and the arguments that train a run."""
+    flags = [f"--config={options.config}" + (f":{variant.of_file}" if variant.of_file != "dense" else "")]
+    flags += [f"--config.{field}={value}" for field, value in variant.settings.items()]
+    return [
+        "jvitmoe.train",
+        *flags,
+        f"--config.train.seed={seed}",
+        f"--workdir={options.runs / name}",
+        *options.arguments,
+    ]
 
 
 def _keep(workdir: Path, folder: Path) -> None:

@@ -1,8 +1,10 @@
 """A sweep keeps what a report reads of each run, and trains only what is not kept."""
 
 import importlib
+import itertools
 import json
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -62,9 +64,30 @@ def test_the_verdict_is_that_of_students_interval(scripts):
     assert study._difference([0.25]) == {"difference": "+0.25"}
 
 
+def test_a_dry_run_of_the_original_s_table_prints_the_commands_of_its_experiments(
+    scripts, tmp_path, monkeypatch, capsys
+):
+    original = scripts("reproduce_original")
+    arguments = ["--config=cifar10_dense", "--jobs=1", f"--runs={tmp_path / 'runs'}", f"--out={tmp_path / 'out'}"]
+    monkeypatch.setattr(sys, "argv", ["reproduce_original.py", *arguments, "--dry_run", "--", "--config.data.dir=D"])
+    with pytest.raises(SystemExit) as ended:
+        scripts("sweep").main("about", original.variants())
+    assert not ended.value.code
+    first, *lines = capsys.readouterr().out.splitlines()
+    assert first.startswith("9 runs, 0 of them kept")
+    names = ("dense", "switch", "random")
+    for line, (seed, name) in zip(lines, itertools.product(range(3), names), strict=True):
+        python, m, module, *argv = shlex.split(line)
+        assert (python, m, module) == ("python", "-m", "jvitmoe.train")
+        expected = cli.load_experiment(f"cifar10_{name}")
+        expected.train.seed, expected.data.dir = seed, "D"
+        assert cli.experiment(cli.parse(["train", *argv], train._define_flags, config=True)) == expected
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.process
 @pytest.mark.slow
-def test_a_sweep_started_again_trains_only_what_is_not_kept(tmp_path):
+def test_a_sweep_started_again_trains_only_what_is_not_kept(scripts, tmp_path):
     (tmp_path / "tiny.py").write_text(EXPERIMENT)
     printed = sweep(tmp_path)
     assert "2 runs, 0 of them kept" in printed
@@ -79,6 +102,14 @@ def test_a_sweep_started_again_trains_only_what_is_not_kept(tmp_path):
         (accuracy,) = (r["accuracy"] for r in result["rows"] if r["model"] == model)
         assert float(shown) == pytest.approx(100 * accuracy, abs=0.005)
         assert str(tmp_path) not in (folder / "config.json").read_text()
+
+    for seed in (0, 1):
+        shutil.copytree(kept["dense_recipe-seed0"], tmp_path / "original" / f"dense-seed{seed}")
+    dense, switch, _ = scripts("reproduce_original").table(tmp_path / "original")
+    result = json.loads((kept["dense_recipe-seed0"] / "result.json").read_text())
+    assert (dense["seeds"], dense["accuracy"]) == ("2", f"{100 * result['rows'][0]['accuracy']:.2f} ± 0.00")
+    assert float(dense["s per 60,000 images"]) == pytest.approx(60_000 / result["images_per_second"], abs=0.005)
+    assert (switch["seeds"], switch["accuracy"], switch["original"]) == ("0", "-", "71.1")
 
     # In another clone there are no checkpoints: what is kept is enough, and what is missing is trained again.
     shutil.rmtree(tmp_path / "runs")

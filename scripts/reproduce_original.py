@@ -1,0 +1,57 @@
+"""Repeats the original's table on one GPU: dense, Switch and random routing, 100 epochs, three seeds, and their time.
+
+    python scripts/reproduce_original.py --config configs/cifar10_dense.py --jobs 1 --runs runs/original \\
+        --out results/original -- --config.data.dir=DIR
+
+The original kept the model with the lowest loss on the test set; this reports the last checkpoint. With --dry_run it
+prints the commands only. Started again it goes on: see scripts/sweep.py.
+"""
+
+import statistics
+from pathlib import Path
+
+from sweep import Variant, accuracies, main
+
+from jvitmoe import cli, config, report
+from jvitmoe.runs import files, tables
+
+# Model that is compared, accuracy in %, seconds per 60,000 images on four RTX 8000, as the original reports them.
+ORIGINAL = {"dense": ("dense", 71.06, 52.70), "switch": ("routed", 71.1, 71.80), "random": ("merged", 72.18, 131.24)}
+
+
+def variants() -> dict[str, Variant]:
+    """Returns what the experiments of the original's rows change in its dense one."""
+    dense = cli.load_experiment("cifar10_dense")
+    others = {name: cli.load_experiment(f"cifar10_{name}") for name in ORIGINAL}
+    changes = {name: config.differences(dense, other) for name, other in others.items()}
+    return {name: Variant({field: new for field, (_, new) in changed.items()}) for name, changed in changes.items()}
+
+
+def table(runs: Path) -> list[dict[str, str]]:
+    """Returns the text cells of a row per kind of run: accuracy, mean ± sample deviation, and time, beside what the
+    original reports."""
+    rows = []
+    for name, (model, accuracy, seconds) in ORIGINAL.items():
+        folders = [folder for folder in sorted(runs.glob(f"{name}-seed*")) if (folder / files.RESULT).exists()]
+        results = [report.read_run(folder).result for folder in folders]
+        values = list(accuracies(runs, name, (model,)).get(model, {}).values())
+        deviation = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+        rates = [result["images_per_second"] for result in results if result.get("images_per_second")]
+        rows.append(
+            {
+                "run": name,
+                "model": model,
+                "seeds": str(len(values)),
+                "accuracy": f"{statistics.fmean(values):.2f}{deviation}" if values else "-",
+                "original": f"{accuracy}",
+                "s per 60,000 images": f"{60_000 / statistics.fmean(rates):.2f}" if rates else "-",
+                "original, four RTX 8000": f"{seconds:.2f}",
+            }
+        )
+    return rows
+
+
+if __name__ == "__main__":
+    out = main(__doc__, variants())
+    with (out / "report.md").open("a") as text:
+        text.write(f"\n## Beside the original\n\n{tables.markdown(table(out / 'runs'))}")
