@@ -20,7 +20,8 @@ from jvitmoe.runs import files, history, tables
 
 Arms = dict[str, Variant]
 PARITY = 0.5  # points: an arm loses nothing if the interval of its difference is above -PARITY
-SIZE = {"model.patch": 8, "data.validation": 5000, "train.epochs": 10, "train.eval_every": 10, "train.ema": 0.99}
+SIZE = {"model.patch": 8, "model.stem": "patch", "train.epochs": 10, "train.eval_every": 10, "train.ema": 0.99}
+SIZE |= {"data.validation": 5000}
 FEW = {"data.validation": 40_000, "train.batch_size": 512, "train.epochs": 80, "train.eval_every": 80}
 
 
@@ -56,9 +57,42 @@ def bytes_against_accuracy() -> Arms:
     return found | {"qsr": random("sample", 2, 1, qsr)}
 
 
-def small(epochs: int) -> dict[str, object]:
+def epochs(count: int) -> dict[str, object]:
+    """Returns the settings of a run that is evaluated at its end."""
+    return {"train.epochs": count, "train.eval_every": count}
+
+
+def small(count: int) -> dict[str, object]:
     """Returns the settings of a run on 5,000 images."""
-    return {"data.validation": 45_000, "train.epochs": epochs, "train.eval_every": epochs}
+    return {"data.validation": 45_000} | epochs(count)
+
+
+def pretrained() -> Arms:
+    first = {"data.name": "hf:data/halves/first", "model.classes": 6} | epochs(20)
+    return {"dense": dense(first)}
+
+
+def fine_tuning_search() -> Arms:
+    tuning = {"data.name": "hf:data/halves/second", "model.classes": 4, "data.validation": 17_500}
+    tuning |= {"init.source": "runs/study/D_pretrained/dense-seed0", "optim.name": "adamw"}
+    adamix = {"routing.granularity": "batch", "routing.scope": "layer", "routing.init": "shared"}
+    adamix |= {"routing.experts": 4, "routing.consistency": 1.0}
+    r_drop = {"routing.consistency": 0.5, "routing.consistency_loss": "thor", "model.dropout": 0.1}
+    found: Arms = {}
+    for rate in (3e-3, 1e-3, 3e-4):
+        once = tuning | epochs(40) | {"optim.learning_rate": rate}
+        found |= {
+            f"dense_{rate:g}": dense(once),
+            f"dense_80_{rate:g}": dense(once | epochs(80)),
+            f"r_drop_{rate:g}": dense(once | r_drop),
+            f"adamix_{rate:g}": dense(once | adamix | {"routing.shared_layer": "up"}),
+            f"sample_{rate:g}": random("sample", 2, 0.1, once),
+        }
+        for part, size in (("lora", 8), ("adapter", 64)):
+            tuned = once | {f"model.{part}": size}
+            found |= {f"{part}_{rate:g}": dense(tuned), f"{part}_80_{rate:g}": dense(tuned | epochs(80))}
+            found[f"{part}_adamix_{rate:g}"] = dense(tuned | adamix)
+    return found
 
 
 def teaching_routes() -> Arms:
@@ -91,6 +125,8 @@ EXPERIMENTS: dict[str, Callable[[], Arms]] = {
     "A_search": parity_search,
     "B": rare_meetings,
     "C": bytes_against_accuracy,
+    "D_pretrained": pretrained,
+    "D_search": fine_tuning_search,
     "E": teaching_routes,
     "F": ensemble_into_one,
 }

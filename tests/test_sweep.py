@@ -51,7 +51,7 @@ def test_every_variant_is_an_experiment_of_its_own(scripts):
             flags = [f"--config.{field}={value}" for field, value in variant.settings.items()]
             argv = ["train", f"--config=cifar10_fast:{variant.of_file}", *flags]
             configs.append(cli.experiment(cli.parse(argv, train._define_flags, config=True)))
-        assert len(set(map(repr, configs))) == len(configs) > 3
+        assert len(set(map(repr, configs))) == len(configs)
 
 
 def test_the_verdict_is_that_of_students_interval(scripts):

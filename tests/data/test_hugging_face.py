@@ -1,6 +1,8 @@
 """Sets of Hugging Face's `datasets`, from local folders: no test reaches the hub."""
 
 import json
+import sys
+from pathlib import Path
 
 import datasets as hf
 import numpy as np
@@ -10,6 +12,7 @@ from PIL import Image
 from jvitmoe.config import DataConfig, ModelConfig
 from jvitmoe.data import datasets
 from jvitmoe.data.images import DataError
+from jvitmoe.data.splits import Split
 
 MODEL = ModelConfig(image_size=8, channels=3, classes=2)
 NAMES = ("ant", "bee")
@@ -124,3 +127,20 @@ def test_a_set_without_a_test_split_or_labels_is_refused(tmp_path):
         (tmp_path / "text" / f"{split}.jsonl").write_text(json.dumps({"text": "a", "label": 1}) + "\n")
     with pytest.raises(DataError, match="of which none can be the image; use a set for image classification"):
         load(tmp_path / "text")
+
+
+def test_the_halves_of_the_study_hold_the_images_of_their_classes(tmp_path):
+    sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
+    try:
+        import split_classes
+    finally:
+        sys.path.pop(0)
+    rng = np.random.default_rng(0)
+    split = Split(rng.integers(0, 255, (20, 8, 8, 3)).astype(np.uint8), np.arange(20, dtype=np.int32) % 10)
+    for name in ("train", "test"):
+        split_classes.write(
+            split, ("g", "h", "i", "j"), 6, tmp_path / "second" / "data" / f"{name}-00000-of-00001.parquet"
+        )
+    second = load(tmp_path / "second", model=ModelConfig(image_size=8, channels=3, classes=4)).train
+    assert second.labels_N.tolist() == [0, 1, 2, 3] * 2
+    np.testing.assert_array_equal(second.images_NHWc, split.images_NHWc[split.labels_N >= 6])
