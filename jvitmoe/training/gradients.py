@@ -25,6 +25,16 @@ from jvitmoe.training.plan import StepPlan
 Routes = tuple[jax.Array, ...]  # one for each forward pass (experts.routes.draw_route)
 
 
+class Inputs(NamedTuple):
+    """What the gradients of a step depend on, besides the parameters."""
+
+    split: Images
+    index_B: jax.Array | None  # which images of `split` make the batch; None if a stream gives just them
+    step: jax.Array
+    routes: Routes
+    teacher: Any  # experts that the last part of training learns from (`train.distil_last`), or None
+
+
 class Gradients(NamedTuple):
     """Means over the global batch."""
 
@@ -43,48 +53,30 @@ class Shard(NamedTuple):
     index_b: jax.Array  # of each image in the global batch
 
 
-def gradients(
-    plan: StepPlan,
-    params: Any,
-    split: Images,
-    index_B: jax.Array | None,
-    step: jax.Array,
-    routes: Routes,
-    teacher: Any = None,
-) -> Gradients:
+def gradients(plan: StepPlan, params: Any, inputs: Inputs) -> Gradients:
     """Returns `local_gradients` of all devices as whole arrays; the arguments are whole arrays too."""
     spec = jax.tree.map(lambda leaf: BY_EXPERT if leaf else REPLICATED, on_expert_axis(plan, params))
     whole: Any = REPLICATED
+    images: Any = BY_DATA if plan.config.data.stream else whole
     return jax.shard_map(
         functools.partial(local_gradients, plan),
         mesh=plan.mesh,
-        in_specs=(spec, BY_DATA if plan.config.data.stream else whole, whole, whole, whole, whole),
+        in_specs=(spec, Inputs(images, whole, whole, whole, whole)),
         out_specs=Gradients(whole, whole, whole, spec),
-    )(params, split, index_B, step, routes, teacher)
+    )(params, inputs)
 
 
-def local_gradients(
-    plan: StepPlan,
-    params: Any,
-    split: Images,
-    index_B: jax.Array | None,
-    step: jax.Array,
-    routes: Routes,
-    teacher: Any,
-) -> Gradients:
-    """Returns the gradients of the global batch for the parameters of `plan.net` that this device holds.
-
-    index_B says which images of `split` make the batch. It is None for a streamed batch, of which `split` holds the
-    rows of this device.
-    """
-    shard = images_of_device(plan, split, index_B, step, batch_indices(plan, routes[0]), routes[0])
+def local_gradients(plan: StepPlan, params: Any, inputs: Inputs) -> Gradients:
+    """Returns the gradients of the global batch for the parameters of `plan.net` that this device holds. Of a streamed
+    batch, `inputs.split` holds the rows of this device."""
+    shard = images_of_device(plan, inputs, batch_indices(plan, inputs.routes[0]))
     # Each device differentiates its own copy, so gradients are reduced once, at the end, and not where a parameter
     # first meets the images: inside the scan over layers, and the CLS token once per image.
     axes = jax.tree.map(lambda leaf: (DATA,) if leaf else AXES, on_expert_axis(plan, params))
     own = jax.tree.map(lambda x, over: jax.lax.pcast(x, over, to="varying"), params, axes)
 
     def differentiate(part: Shard) -> Any:
-        return jax.value_and_grad(loss_and_metrics, has_aux=True)(own, plan, part, step, routes, teacher)
+        return jax.value_and_grad(loss_and_metrics, has_aux=True)(own, plan, part, inputs)
 
     (loss, (accuracy, statistics)), grads = accumulate(plan, differentiate, shard)
     return Gradients(loss, accuracy, statistics, jax.tree.map(jax.lax.psum, grads, axes))
@@ -108,11 +100,9 @@ def batch_indices(plan: StepPlan, route: jax.Array) -> jax.Array:
     return jax.lax.axis_index(DATA) * share + index_eb.reshape(-1)
 
 
-def images_of_device(
-    plan: StepPlan, split: Images, index_B: jax.Array | None, step: jax.Array, index_b: jax.Array, route: jax.Array
-) -> Shard:
+def images_of_device(plan: StepPlan, inputs: Inputs, index_b: jax.Array) -> Shard:
     """Returns the images at these indices of the batch and their targets, augmented."""
-    config = plan.config
+    config, (split, index_B, step, routes, _) = plan.config, inputs
     share = config.train.batch_size // plan.data_devices
     image_b = index_b - jax.lax.axis_index(DATA) * share if index_B is None else index_B[index_b]
     labels_b = split.labels_N[image_b]
@@ -122,7 +112,7 @@ def images_of_device(
         key=address(plan.root, Purpose.AUGMENT, step, config.train.batch_size),  # no image has this index
         partner=functools.partial(partner_rows, plan, index_b),
         plain=step >= round((1.0 - config.data.plain_last) * plan.total),
-        share_b=augmented_share(config.routing, route, index_b) if config.routing.augment_spread else None,
+        share_b=augmented_share(config.routing, routes[0], index_b) if config.routing.augment_spread else None,
     )
     images_bHWc, targets_bC = augment.augment(config.data, batch, split.images_NHWc[image_b], targets_bC)
     x_bHWc = augment.normalize(images_bHWc, config.data.mean, config.data.std)
@@ -181,19 +171,19 @@ def accumulate(plan: StepPlan, differentiate: Callable[[Shard], Any], shard: Sha
 
 
 def loss_and_metrics(
-    params: Any, plan: StepPlan, shard: Shard, step: jax.Array, routes: Routes, teacher: Any
+    params: Any, plan: StepPlan, shard: Shard, inputs: Inputs
 ) -> tuple[jax.Array, tuple[jax.Array, Statistics | None]]:
     """Returns (loss, (accuracy, statistics of a learned router)), each a mean over the shards of all devices."""
     params = trainable(plan, params)
     if plan.config.routes_in_model:
-        logits_bC, statistics = routed_logits(plan, params, shard, step)
+        logits_bC, statistics = routed_logits(plan, params, shard, inputs.step)
         passes, auxiliary = [logits_bC], router_losses(plan, statistics)
     else:
-        passes = [logits_of_pass(plan, params, shard, step, routes, number) for number in range(plan.passes)]
+        passes = [logits_of_pass(plan, params, shard, inputs, number) for number in range(plan.passes)]
         statistics, auxiliary = None, jnp.float32(0)
     loss = classification_loss(plan, passes, shard.targets_bC)
-    if teacher is not None:
-        is_taught = step >= plan.first_tied
+    if (teacher := inputs.teacher) is not None:
+        is_taught = inputs.step >= plan.first_tied
         loss = jax.lax.cond(is_taught, lambda: (loss + divergence(plan, teacher, shard, passes[0])) / 2, lambda: loss)
     accuracy = (passes[0].argmax(-1) == shard.labels_b).mean()
     # The mean over devices belongs inside: auxiliary losses are of the global batch.
@@ -219,17 +209,15 @@ def trainable(plan: StepPlan, params: Any) -> Any:
     return params
 
 
-def logits_of_pass(
-    plan: StepPlan, params: Any, shard: Shard, step: jax.Array, routes: Routes, number: int
-) -> jax.Array:
+def logits_of_pass(plan: StepPlan, params: Any, shard: Shard, inputs: Inputs, number: int) -> jax.Array:
     """Returns logits_bC of forward pass `number`, by its random route."""
-    route: jax.Array | None = routes[number]
+    route: jax.Array | None = inputs.routes[number]
     if plan.images_move:
         route = None  # the images of expert e are in slot e
     elif not plan.all_run:
         route = jnp.full((plan.config.model.depth,), number)  # expert p of what `state.take` selected is that of pass p
     index_b = shard.index_b + number * plan.config.train.batch_size
-    keys_b = image_keys(plan, Purpose.DROPOUT, step, index_b) if plan.config.model.drops else None
+    keys_b = image_keys(plan, Purpose.DROPOUT, inputs.step, index_b) if plan.config.model.drops else None
     return vit.logits(plan.net, params, shard.images_bHWc, route, keys_b)
 
 

@@ -25,7 +25,7 @@ from jvitmoe.models.routers import Statistics
 from jvitmoe.runtime import compilation
 from jvitmoe.runtime.devices import REPLICATED
 from jvitmoe.training import state
-from jvitmoe.training.gradients import Routes, gradients
+from jvitmoe.training.gradients import Inputs, Routes, gradients
 from jvitmoe.training.plan import StepPlan
 from jvitmoe.training.state import TrainState, abstract_state
 from jvitmoe.training.update import finish, learning_rate, update
@@ -94,7 +94,8 @@ def train_step(
     routes = draw_routes(plan, step)
     index_B = None if index_SB is None else index_SB[step % plan.steps_per_epoch]
     active = take(plan, before, routes)
-    loss, accuracy, statistics, grads = gradients(plan, active.params, split, index_B, step, routes, before.teacher)
+    inputs = Inputs(split, index_B, step, routes, before.teacher)
+    loss, accuracy, statistics, grads = gradients(plan, active.params, inputs)
     after, norm = apply_gradients(plan, before, active, routes, loss, grads)
     return after, Metrics(loss, accuracy, norm, learning_rate(plan, step), statistics, after.skipped)
 
