@@ -18,9 +18,9 @@ install: $(VENV)/installed  ## install jvitmoe with everything for development i
 PIP := $(RUN) -m pip install --disable-pip-version-check -c $(CONSTRAINTS)
 
 $(VENV)/base: pyproject.toml $(CONSTRAINTS)
-	@echo "Installing jvitmoe into $(VENV): about 1 GB."
+	@echo "Installing jvitmoe into $(VENV): about 1 GB, half a minute or more."
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) -e .
+	$(PIP) --no-compile -e .  # bytecode of all packages would be 150 MB, and take as long as the download
 	touch $@
 
 $(VENV)/installed: $(VENV)/base
