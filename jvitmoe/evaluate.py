@@ -12,7 +12,7 @@ import dataclasses
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from absl import flags
 
@@ -44,57 +44,29 @@ def main(argv: list[str]) -> None:
         _evaluate(values, workdir)
 
 
+class _Restored(NamedTuple):
+    """A checkpoint on the devices."""
+
+    config: Config
+    step: int
+    mesh: Any
+    model: Any
+    params: Any
+    ema: Any  # None if the run has none
+
+
 def _evaluate(values: flags.FlagValues, workdir: Path) -> None:
     # Not above: these import JAX and matplotlib, and --help need not wait for that.
-    import jax
-    import jax.numpy as jnp
-    import numpy as np
-
-    from jvitmoe.data import datasets, stream
+    from jvitmoe.data import stream
     from jvitmoe.data.batches import eval_batches, put
-    from jvitmoe.data.splits import Dataset, Records, SizeError, Split, decode
     from jvitmoe.evaluation import mergeability, metrics, models, probes
-    from jvitmoe.experts import build, cost
-    from jvitmoe.models import vit
-    from jvitmoe.runs import arrays, plots
-    from jvitmoe.runs.checkpoints import Checkpoints
-    from jvitmoe.runtime import compilation, devices
-    from jvitmoe.training import state
+    from jvitmoe.runs import plots
 
     began = time.monotonic()
-    compilation.use_cache()
-    with warnings_as_lines():
-        saved = Checkpoints(workdir / "checkpoints").read(values.checkpoint)
-    config = config_lib.from_dict(saved.meta["config"])
-    config.data.dir = values.data_dir or config.data.dir
-    config.train.devices, config.train.platform = values.devices, values.platform
-    config.validate()
-
-    mesh = devices.make_mesh(config.train)
-    find = datasets.browse if config.data.stream else datasets.load
-    data: Dataset[Any] = find(config.data, config.model)
-    test: Split | Records = data.test
-    probe_config = _probe_config(values, config)
-    try:
-        probed = find(probe_config.data, probe_config.model) if values.probe_data else data
-    except SizeError as error:
-        remedy = "resize them into an image folder, and give --probe_data=folder --probe_dir=DIR"
-        raise UserError(f"--probe_data is {values.probe_data!r}, but {error.fault}; {remedy}") from error
-    model = build.make_model(config, mesh.devices.flat[0].platform)
-    active, total = cost.count_parameters(config)
-    console.print(f"run         {workdir}, checkpoint at step {saved.step:,}")
-    console.print(f"devices     {devices.describe(mesh)}")
-    console.print(f"parameters  {active:,} active, {total:,} total ({model.dtype.name} compute)")
-    abstract = state.abstract_state(config, model, mesh)
-    params = arrays.to_devices(saved.params, abstract.params)
-    ema = arrays.to_devices(saved.ema, abstract.ema) if saved.ema else None
-
-    def some(most: int) -> Split:
-        chosen = test.select(mergeability.spread(len(test), most))
-        return chosen if isinstance(chosen, Split) else decode(chosen, config.data, config.model)
-
+    config, step, mesh, model, params, ema = _restore(values, workdir)
+    data, probed, probe_config = _data(values, config)
     evaluate = metrics.make_evaluate(model, mesh, config.data)
-    shown = stream.eval_images(test, config, mesh)
+    shown = stream.eval_images(data.test, config, mesh)
     earlier = results.read_result(workdir)  # holds what only training can measure
     result: dict[str, Any] = {}
     if values.few_shot or values.knn:  # first, because they refuse more images than there are
@@ -104,24 +76,83 @@ def _evaluate(values: flags.FlagValues, workdir: Path) -> None:
         result["probes"] = probes.measure(evaluate.net, trees, probed, *settings)
     result["rows"] = models.evaluate_run(config, params, ema, evaluate, *shown, values.paths)
     if config.routing.experts > 1:
-        few = some(mergeability.IMAGES)
+        few = _some(data.test, mergeability.IMAGES, config)
         batches = eval_batches(len(few), config.train.batch_size, mesh)
         result["mergeability"] = mergeability.measure(config, params, evaluate, put(few, mesh), batches)
-    result |= models.facts(config, saved.step, mesh) | {
+    result |= models.facts(config, step, mesh) | {
         "images_per_second": earlier.get("images_per_second"),
         "trained_on": earlier.get("trained_on") or earlier.get("hardware"),
         "seconds": time.monotonic() - began,
     }
     if "mergeability" in result:
         plots.mergeability(result, workdir / files.MERGEABILITY)
-    few = some(plots.MOST_SAMPLES)
-    logits_NC = vit.logits(
-        evaluate.net, models.dense_tree(config, params), evaluate.normalize(jnp.asarray(few.images_NHWc))
-    )
-    names = results.class_names(workdir, config.model.classes)
-    shares_NC = np.asarray(jax.nn.softmax(logits_NC))
-    plots.samples(few.images_NHWc, few.labels_N, shares_NC, names, workdir / files.SAMPLES)
+    _draw_samples(evaluate, models.dense_tree(config, params), _some(data.test, plots.MOST_SAMPLES, config), workdir)
     results.write_result(workdir, result, plots.confusion(result, workdir))
+
+
+def _restore(values: flags.FlagValues, workdir: Path) -> _Restored:
+    """Returns the checkpoint that the flags name, and prints what it is."""
+    from jvitmoe.experts import build, cost
+    from jvitmoe.runs import arrays
+    from jvitmoe.runs.checkpoints import Checkpoints
+    from jvitmoe.runtime import compilation, devices
+    from jvitmoe.training import state
+
+    compilation.use_cache()
+    with warnings_as_lines():
+        saved = Checkpoints(workdir / "checkpoints").read(values.checkpoint)
+    config = config_lib.from_dict(saved.meta["config"])
+    config.data.dir = values.data_dir or config.data.dir
+    config.train.devices, config.train.platform = values.devices, values.platform
+    config.validate()
+    mesh = devices.make_mesh(config.train)
+    model = build.make_model(config, mesh.devices.flat[0].platform)
+    active, total = cost.count_parameters(config)
+    console.print(f"run         {workdir}, checkpoint at step {saved.step:,}")
+    console.print(f"devices     {devices.describe(mesh)}")
+    console.print(f"parameters  {active:,} active, {total:,} total ({model.dtype.name} compute)")
+    abstract = state.abstract_state(config, model, mesh)
+    ema = arrays.to_devices(saved.ema, abstract.ema) if saved.ema else None
+    return _Restored(config, saved.step, mesh, model, arrays.to_devices(saved.params, abstract.params), ema)
+
+
+def _data(values: flags.FlagValues, config: Config) -> tuple[Any, Any, Config]:
+    """Returns (the run's data set, that of the probes, the config with the latter)."""
+    from jvitmoe.data import datasets
+    from jvitmoe.data.splits import SizeError
+
+    find = datasets.browse if config.data.stream else datasets.load
+    data: Any = find(config.data, config.model)
+    probe_config = _probe_config(values, config)
+    try:
+        return data, find(probe_config.data, probe_config.model) if values.probe_data else data, probe_config
+    except SizeError as error:
+        remedy = "resize them into an image folder, and give --probe_data=folder --probe_dir=DIR"
+        raise UserError(f"--probe_data is {values.probe_data!r}, but {error.fault}; {remedy}") from error
+
+
+def _some(test: Any, most: int, config: Config) -> Any:
+    """Returns at most that many images of a split, in memory."""
+    from jvitmoe.data.splits import Split, decode
+    from jvitmoe.evaluation import mergeability
+
+    chosen = test.select(mergeability.spread(len(test), most))
+    return chosen if isinstance(chosen, Split) else decode(chosen, config.data, config.model)
+
+
+def _draw_samples(evaluate: Any, params: Any, few: Any, workdir: Path) -> None:
+    """Draws what the dense or merged model says of some images."""
+    import jax
+    import jax.numpy as jnp
+
+    from jvitmoe.models import vit
+    from jvitmoe.runs import plots
+
+    logits_NC = vit.logits(evaluate.net, params, evaluate.normalize(jnp.asarray(few.images_NHWc)))
+    names = results.class_names(workdir, logits_NC.shape[1])
+    plots.samples(
+        few.images_NHWc, few.labels_N, jax.device_get(jax.nn.softmax(logits_NC)), names, workdir / files.SAMPLES
+    )
 
 
 def _probe_config(values: flags.FlagValues, config: Config) -> Config:

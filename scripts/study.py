@@ -12,6 +12,7 @@ import statistics
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 from scipy import stats
 from sweep import Variant, accuracies, main
@@ -142,40 +143,56 @@ def found_on_validation(runs: Path, arms: Mapping[str, Variant]) -> list[dict[st
     return [{"arm": name, "validation": f"{found[name]:.2%}"} for name in sorted(found, key=lambda name: -found[name])]
 
 
-def verdicts(runs: Path, arms: Mapping[str, Variant]) -> list[dict[str, str]]:
-    """Returns the text cells of a row per model: test accuracy, mean ± sample deviation, and the difference from the
-    dense model of the first arm on the same seeds, mean with a 95 % interval (Student's t), in points."""
+class Compared(NamedTuple):
+    """A model of an arm, over seeds; accuracies on the test split in %, differences in points."""
+
+    arm: str
+    model: str
+    accuracies: list[float]
+    paired: list[float]  # minus that of the dense model of the first arm on the same seed; [] for this one itself
+
+
+def compare(runs: Path, arms: Mapping[str, Variant]) -> list[Compared]:
+    """Returns the dense, merged and EMA models of all arms."""
     first = next(iter(arms))
     found = {name: accuracies(runs, name) for name in arms}
     reference = found[first].get("dense", {})
-    rows = []
+    compared = []
     for name, models in found.items():
         for model, by_seed in models.items():
-            values = list(by_seed.values())
             paired = [value - reference[seed] for seed, value in by_seed.items() if seed in reference]
-            row = {
-                "arm": name,
-                "model": model,
-                "seeds": str(len(values)),
-                "accuracy": f"{statistics.fmean(values):.2f}",
-            }
-            if len(values) > 1:
-                row["accuracy"] += f" ± {statistics.stdev(values):.2f}"
-            is_reference = (name, model) == (first, "dense")
-            rows.append(row | {"difference": "", "verdict": ""} | ({} if is_reference else _difference(paired)))
+            compared.append(Compared(name, model, [*by_seed.values()], [] if by_seed is reference else paired))
+    return compared
+
+
+def interval(paired: list[float]) -> tuple[float, float]:
+    """Returns the 95 % interval (Student's t) of the mean of at least two differences."""
+    half = stats.t.ppf(0.975, len(paired) - 1) * statistics.stdev(paired) / math.sqrt(len(paired))
+    return statistics.fmean(paired) - float(half), statistics.fmean(paired) + float(half)
+
+
+def verdicts(runs: Path, arms: Mapping[str, Variant]) -> list[dict[str, str]]:
+    """Returns the text cells of a row per model: accuracy, mean ± sample deviation; the mean of its differences from
+    dense with their interval; and what follows by the rule of docs/study.md."""
+    rows = []
+    for arm, model, values, paired in compare(runs, arms):
+        deviation = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+        row = {"arm": arm, "model": model, "seeds": str(len(values))}
+        row |= {"accuracy": f"{statistics.fmean(values):.2f}{deviation}", "difference": "", "verdict": ""}
+        if paired:
+            row["difference"] = f"{statistics.fmean(paired):+.2f}"
+        if len(paired) > 1:
+            low, high = interval(paired)
+            row["difference"] += f" ({low:+.2f} to {high:+.2f})"
+            row["verdict"] = verdict(low, high)
+        rows.append(row)
     return rows
 
 
-def _difference(paired: list[float]) -> dict[str, str]:
-    """Returns the mean of paired differences with its interval, and what follows by the rule of docs/study.md."""
-    if len(paired) < 2:
-        return {"difference": f"{paired[0]:+.2f}" if paired else "-"}
-    mean, error = statistics.fmean(paired), statistics.stdev(paired) / math.sqrt(len(paired))
-    half = float(stats.t.ppf(0.975, len(paired) - 1)) * error
-    low, high = mean - half, mean + half
-    verdict = "better" if low > 0 else "worse" if high < 0 else "not decided"
-    verdict += ", loses nothing" if -PARITY < low <= 0 else ""
-    return {"difference": f"{mean:+.2f} ({low:+.2f} to {high:+.2f})", "verdict": verdict}
+def verdict(low: float, high: float) -> str:
+    """Returns what follows from an interval."""
+    loses_nothing = ", loses nothing" if -PARITY < low <= 0 else ""
+    return ("better" if low > 0 else "worse" if high < 0 else "not decided") + loses_nothing
 
 
 if __name__ == "__main__":

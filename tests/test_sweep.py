@@ -14,7 +14,8 @@ import pytest
 from scipy import stats
 
 import processes
-from jvitmoe import cli, train
+from jvitmoe import cli, config, train
+from jvitmoe.config import Config
 
 EXPERIMENT = """
 from jvitmoe.config import Config, ModelConfig, OptimConfig, TrainConfig, routing_of
@@ -56,12 +57,39 @@ def test_every_variant_is_an_experiment_of_its_own(scripts):
 
 def test_the_verdict_is_that_of_students_interval(scripts):
     study, paired = scripts("study"), [0.3, 0.5, 0.2, 0.6, 0.4]
-    low, high = stats.ttest_1samp(paired, 0).confidence_interval(0.95)
-    assert study._difference(paired) == {"difference": f"+0.40 ({low:+.2f} to {high:+.2f})", "verdict": "better"}
+    found = study.interval(paired)
+    assert found == pytest.approx(stats.ttest_1samp(paired, 0).confidence_interval(0.95))
+    assert study.verdict(*found) == "better"
     for shift, verdict in ((-1.0, "worse"), (-0.4, "not decided, loses nothing"), (-0.5, "not decided, loses nothing")):
-        assert study._difference([value + shift for value in paired])["verdict"] == verdict
-    assert study._difference([2.0, -2.0])["verdict"] == "not decided"
-    assert study._difference([0.25]) == {"difference": "+0.25"}
+        assert study.verdict(*study.interval([value + shift for value in paired])) == verdict
+    assert study.verdict(*study.interval([2.0, -2.0])) == "not decided"
+
+
+def kept_run(folder: Path, accuracies: dict[str, float], reduced: float = 0.0) -> None:
+    """Writes what a sweep keeps of a run."""
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(config.dumps(Config()))
+    rows = [{"model": model, "accuracy": accuracy} for model, accuracy in accuracies.items()]
+    result = {"rows": rows, "step": 2, "active_parameters": 5, "total_parameters": 9, "hardware": "1 x cpu"}
+    (folder / "result.json").write_text(json.dumps(result))
+    line = {"step": 2, "kind": "train", "loss": 1.0, "reduced_bytes": reduced}
+    (folder / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+
+
+def test_differences_are_taken_seed_by_seed_and_the_study_is_drawn(scripts, tmp_path):
+    study, figures = scripts("study"), scripts("study_figures")
+    for seed, dense, merged in ((0, 0.80, 0.81), (1, 0.70, 0.72), (2, 0.75, 0.78)):
+        kept_run(tmp_path / "C" / "runs" / f"dense-seed{seed}", {"dense": dense, "EMA": dense}, reduced=1e9)
+        kept_run(tmp_path / "C" / "runs" / f"every_8-seed{seed}", {"merged": merged}, reduced=1e8)
+    kept_run(tmp_path / "C" / "runs" / "every_64-seed1", {"merged": 0.69}, reduced=1e7)
+    dense, ema, every_8, every_64 = study.verdicts(tmp_path / "C" / "runs", study.EXPERIMENTS["C"]())
+    assert (dense["accuracy"], dense["difference"]) == ("75.00 ± 5.00", "")
+    assert (ema["difference"], ema["verdict"]) == ("+0.00 (+0.00 to +0.00)", "not decided, loses nothing")
+    assert every_8["difference"] == "+2.00 (-0.48 to +4.48)"
+    assert (every_64["difference"], every_64["verdict"]) == ("-1.00", "")
+    figures.main(tmp_path, tmp_path)
+    for name in ("differences.png", "bytes.png"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_dry_run_of_the_original_s_table_prints_the_commands_of_its_experiments(
