@@ -19,5 +19,8 @@ def test_the_quick_start_runs(tmp_path, monkeypatch):
     printed = "".join(output.get("text", "") for output in shown)
     assert "resume" not in printed
     assert "timm.create_model" in printed
+    bars = [output for output in shown if "<progress" in output.get("data", {}).get("text/html", "")]
+    assert len(bars) == 1  # one line that is updated, not a line every two seconds
+    assert 'value="1320" max="1320"' in bars[0]["data"]["text/html"]
     predictions = next(cell for cell in notebook.cells if "top=2" in cell.source)
     assert "Prediction(label=" in predictions.outputs[-1]["data"]["text/plain"]

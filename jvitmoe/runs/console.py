@@ -1,6 +1,7 @@
 """The console of all commands, and the progress line of a training run."""
 
 import contextlib
+import html
 import time
 import warnings
 from collections.abc import Iterator
@@ -27,8 +28,8 @@ def warnings_as_lines() -> Iterator[None]:
 
 
 class ProgressLine:
-    """One line of progress on a terminal, drawn several times a second: as many of `texts` and the elapsed time as fit,
-    then a bar."""
+    """One line of progress. A terminal, where it is drawn several times a second, gets as many of `texts` and the elapsed
+    time as fit, then a bar; a notebook gets a bar, then all of them."""
 
     def __init__(self, texts: list[str], done: int, total: int) -> None:
         self.texts, self.done, self._total = texts, done, total
@@ -43,6 +44,11 @@ class ProgressLine:
         row = Table.grid(padding=(0, 2))
         row.add_row(text, *bar)
         yield row
+
+    def _repr_html_(self) -> str:
+        """Returns what a notebook shows."""
+        texts = [*self.texts, f"{duration(time.monotonic() - self._began)} elapsed"]
+        return f'<progress value="{self.done}" max="{self._total}"></progress> {html.escape("  ".join(texts))}'
 
 
 def duration(seconds: float) -> str:

@@ -58,6 +58,7 @@ class MetricsLog:
         self._shown = self._printed = -math.inf  # time when a step was last shown, and printed
         self._line = ProgressLine(["compiling"], start, total)
         self._live = Live(self._line, console=console) if console.is_terminal else None
+        self._cell = _cell(self._line) if workdir and console.is_jupyter else None
 
     def __enter__(self) -> "MetricsLog":
         if self._live:
@@ -123,14 +124,18 @@ class MetricsLog:
             f"{rate:,.0f} images/s" if rate else f"first step {seconds:.1f} s",
         ]
         self._shown = now = time.monotonic()
-        if not self._live and (now - self._printed > PLAIN_SECONDS or step == self._total):
+        if self._cell:
+            self._cell.update(self._line)
+        elif not self._live and (now - self._printed > PLAIN_SECONDS or step == self._total):
             self._printed = now
             console.print("  ".join(self._line.texts))
 
     def testing(self) -> None:
         """Shows that the test of the run has begun."""
         self._line.texts = ["testing"]
-        if not self._live:
+        if self._cell:
+            self._cell.update(self._line)
+        elif not self._live:
             console.print("testing")
 
     def evaluation(self, step: int, split: str, values: Mapping[str, float]) -> None:
@@ -139,9 +144,12 @@ class MetricsLog:
         console.print(f"step {step}/{self._total}  {split}: accuracy {values['accuracy']:.2%}  nll {values['nll']:.4f}")
 
     def tested(self, step: int, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Hands accuracy and NLL of each tested model to the trackers, as "final/merged/accuracy"."""
+        """Hands accuracy and NLL of each tested model to the trackers, as "final/merged/accuracy", and shows the end."""
         figures = {f"final/{row['model']}/{name}": row[name] for row in rows for name in ("accuracy", "nll")}
         self._feed(step, {name: value for name, value in figures.items() if math.isfinite(value)})
+        if self._cell:
+            self._line.texts = ["tested"]
+            self._cell.update(self._line)
 
     def _record(self, step: int, kind: str, values: Mapping[str, float]) -> None:
         if not self._file:
@@ -157,3 +165,10 @@ class MetricsLog:
     def _feed(self, step: int, figures: Mapping[str, float]) -> None:
         for feed in self._feeds:
             feed.record(step, figures)
+
+
+def _cell(line: ProgressLine) -> Any:
+    """Returns the place in a notebook's output where a line is shown, to update it."""
+    from IPython.display import display  # a notebook has it
+
+    return display(line, display_id=True)
