@@ -28,8 +28,8 @@ def warnings_as_lines() -> Iterator[None]:
 
 
 class ProgressLine:
-    """One line of progress. A terminal, where it is drawn several times a second, gets as many of `texts` and the elapsed
-    time as fit, then a bar; a notebook gets a bar, then all of them."""
+    """One line of progress. A terminal, where it is drawn several times a second, gets as many of `texts` and the
+    elapsed time as fit, then a bar; a notebook gets a bar, then all of them."""
 
     def __init__(self, texts: list[str], done: int, total: int) -> None:
         self.texts, self.done, self._total = texts, done, total

@@ -144,7 +144,7 @@ class MetricsLog:
         console.print(f"step {step}/{self._total}  {split}: accuracy {values['accuracy']:.2%}  nll {values['nll']:.4f}")
 
     def tested(self, step: int, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Hands accuracy and NLL of each tested model to the trackers, as "final/merged/accuracy", and shows the end."""
+        """Hands accuracy and NLL of each tested model to the trackers, as "final/merged/accuracy"; shows the end."""
         figures = {f"final/{row['model']}/{name}": row[name] for row in rows for name in ("accuracy", "nll")}
         self._feed(step, {name: value for name, value in figures.items() if math.isfinite(value)})
         if self._cell:
