@@ -17,10 +17,11 @@ install: $(VENV)/installed  ## install jvitmoe with everything for development i
 
 PIP := $(RUN) -m pip install --disable-pip-version-check -c $(CONSTRAINTS)
 
+# --no-compile: the bytecode of all packages would take more than 100 MB; Python writes what it needs when it imports.
 $(VENV)/base: pyproject.toml $(CONSTRAINTS)
 	@echo "Installing jvitmoe into $(VENV): about 1 GB, half a minute or more."
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) --no-compile -e .  # bytecode of all packages would be 150 MB, and take as long as the download
+	$(PIP) --no-compile -e .
 	touch $@
 
 $(VENV)/installed: $(VENV)/base

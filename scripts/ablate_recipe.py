@@ -10,7 +10,7 @@ import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
-from sweep import Variant, accuracies, main
+from sweep import Variant, accuracies, interval, main
 
 from jvitmoe.runs import tables
 
@@ -57,6 +57,18 @@ def table(runs: Path) -> list[dict[str, str]]:
     return rows
 
 
+def against_dense(runs: Path) -> str:
+    """Returns the line about merged minus dense of the recipe, seed by seed; "" for fewer than two seeds."""
+    dense, merged = (accuracies(runs, f"{kind}_recipe").get(model, {}) for kind, model in MODELS.items())
+    paired = [merged[seed] - dense[seed] for seed in dense.keys() & merged.keys()]
+    if len(paired) < 2:
+        return ""
+    low, high = interval(paired)
+    return (
+        f"\nRecipe, merged - dense: {statistics.fmean(paired):+.2f} points, 95 % interval {low:+.2f} to {high:+.2f}.\n"
+    )
+
+
 def _cell(values: Sequence[float], form: str) -> str:
     if not values:
         return "-"
@@ -68,3 +80,4 @@ if __name__ == "__main__":
     out = main(__doc__, variants())
     with (out / "report.md").open("a") as text:
         text.write(f"\n## Ingredients\n\nAccuracy on the test split, %.\n\n{tables.markdown(table(out / 'runs'))}")
+        text.write(against_dense(out / "runs"))

@@ -7,15 +7,13 @@ Started again it goes on: see scripts/sweep.py.
 """
 
 import itertools
-import math
 import statistics
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from scipy import stats
-from sweep import Variant, accuracies, main
+from sweep import Variant, accuracies, interval, main
 
 from jvitmoe.runs import files, history, tables
 
@@ -163,12 +161,6 @@ def compare(runs: Path, arms: Mapping[str, Variant]) -> list[Compared]:
             paired = [value - reference[seed] for seed, value in by_seed.items() if seed in reference]
             compared.append(Compared(name, model, [*by_seed.values()], [] if by_seed is reference else paired))
     return compared
-
-
-def interval(paired: list[float]) -> tuple[float, float]:
-    """Returns the 95 % interval (Student's t) of the mean of at least two differences."""
-    half = stats.t.ppf(0.975, len(paired) - 1) * statistics.stdev(paired) / math.sqrt(len(paired))
-    return statistics.fmean(paired) - float(half), statistics.fmean(paired) + float(half)
 
 
 def verdicts(runs: Path, arms: Mapping[str, Variant]) -> list[dict[str, str]]:

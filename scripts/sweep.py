@@ -8,10 +8,12 @@ every `jvitmoe.train`.
 
 import argparse
 import dataclasses
+import math
 import os
 import queue
 import shlex
 import shutil
+import statistics
 import subprocess
 import sys
 import time
@@ -19,6 +21,8 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
+
+from scipy import stats
 
 from jvitmoe import config, report
 from jvitmoe.runs import files
@@ -78,6 +82,12 @@ def accuracies(
                 if model in by_model:
                     found.setdefault(model, {})[folder.name.rpartition("-")[2]] = 100 * by_model[model][0]
     return found
+
+
+def interval(paired: list[float]) -> tuple[float, float]:
+    """Returns the 95 % interval (Student's t) of the mean of at least two differences."""
+    half = stats.t.ppf(0.975, len(paired) - 1) * statistics.stdev(paired) / math.sqrt(len(paired))
+    return statistics.fmean(paired) - float(half), statistics.fmean(paired) + float(half)
 
 
 def _options(description: str | None, variants: Mapping[str, Variant]) -> argparse.Namespace:

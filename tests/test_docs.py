@@ -172,6 +172,8 @@ def test_the_readme_s_prediction_and_export_run(folder, monkeypatch, peers):
 
 def test_the_readme_s_results_are_those_of_the_report():
     readme = (ROOT / "README.md").read_text()
+    (interval,) = re.findall(r"paired difference: (\S+ to [+-][\d.]+);", readme)
+    assert f"95 % interval {interval}." in (ROOT / "results" / "cifar10_fast" / "report.md").read_text()
     for name, folder in (("CIFAR-10", "cifar10_fast"), ("digits", "digits")):
         (row,) = re.findall(rf"^\| {name} .*$", readme, re.MULTILINE)
         results = re.findall(r"([\d.]+) ± ([\d.]+) %", row)
