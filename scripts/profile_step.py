@@ -73,7 +73,7 @@ def _origins(text: str) -> dict[str, Origin]:
         path = origin[1] if origin else ""
         part = "backward" if "transpose(" in path else "forward" if "jvp(" in path else "around"
         module = next((module for module in MODULES if f"/{module}/" in path), "")
-        found[name] = part, module, path.rsplit("/", 1)[-1] if path else f"unnamed {opcode}"
+        found[name.removesuffix(".clone")] = part, module, path.rsplit("/", 1)[-1] if path else f"unnamed {opcode}"
     return found
 
 
@@ -83,7 +83,8 @@ def _spent(trace: ProfileData, origins: dict[str, Origin]) -> collections.Counte
     for plane in trace.planes:
         for line in plane.lines:
             for event in line.events:
-                name = re.sub(r"(\.clone)?__onednn\$.*", "", event.name)  # a library's calls have longer names here
+                # Calls of a library have names such as custom-call.3.clone__onednn$matmul.
+                name = event.name.partition("__onednn$")[0].removesuffix(".clone")
                 if name in origins:
                     spent[origins[name]] += event.duration_ns
     return spent

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import sqlite3
+import sys
 import time
 
 import pytest
@@ -122,6 +123,16 @@ def test_a_tracker_that_fails_or_hangs_later_never_stops_a_run(tmp_path, monkeyp
     assert out.count("tracker hanging did not end in 0.2 s") == 1
     events = b"".join(path.read_bytes() for path in (tmp_path / "a" / "tb").iterdir())
     assert events.count(b"train/loss") == 4
+
+
+def test_trackers_that_hang_delay_a_stopped_run_by_one_short_wait_together(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(trackers.TRACKERS, "hanging", Hanging)
+    began = time.monotonic()
+    with contextlib.suppress(SystemExit), MetricsLog(tmp_path, 0, 10, 4, trackers=["hanging"] * 4) as log:
+        log.train(1, VALUES)
+        sys.exit(143)
+    assert time.monotonic() - began < 6  # a signal promises 10 s, and the state is saved in them too
+    assert capsys.readouterr().out.count("tracker hanging did not end in 3 s") == 4
 
 
 @pytest.mark.slow

@@ -1,9 +1,8 @@
 """Image classification sets of Hugging Face's `datasets`: of its hub, or a local folder of parquet or image files."""
 
-import contextlib
 import os
 import urllib.parse
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -108,8 +107,12 @@ class HuggingFace(Source):
         encoded = split.select_columns([image]).cast_column(image, hf.Image(decode=False))
 
         def read(numbers: Sequence[int]) -> list[Record]:
-            with self._reading(name):
+            try:
                 files = encoded[list(numbers)][image]
+            except Exception as error:
+                raise DataError(
+                    f"cannot read the {name} split of {self._name} ({one_line(error)}); load it again"
+                ) from error
             return [
                 (
                     Picture(f"image {n} of the {name} split of {self._name}", file["bytes"] or Path(file["path"])),
@@ -119,12 +122,3 @@ class HuggingFace(Source):
             ]
 
         return Records(read, np.arange(len(labels_N)), labels_N)
-
-    @contextlib.contextmanager
-    def _reading(self, split: str) -> Iterator[None]:
-        try:
-            yield
-        except Exception as error:
-            raise DataError(
-                f"cannot read the {split} split of {self._name} ({one_line(error)}); load it again"
-            ) from error

@@ -15,7 +15,7 @@ from rich.live import Live
 from jvitmoe.runs import history
 from jvitmoe.runs.console import ProgressLine, console, duration
 from jvitmoe.runs.files import METRICS, write_text, writing
-from jvitmoe.runs.trackers import Feed, Followed
+from jvitmoe.runs.trackers import Feed, Followed, close_all
 
 PLAIN_SECONDS = 2.0  # shortest time between two progress lines in a file
 SHOW_SECONDS = 20.0  # longest time without progress shown, unless one step, evaluation or save takes longer
@@ -69,8 +69,7 @@ class MetricsLog:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if self._live:
             self._live.stop()
-        for feed in self._feeds:
-            feed.close(finished=kind is None)
+        close_all(self._feeds, finished=kind is None)
         with contextlib.suppress(OSError):  # the disk is full, which an earlier write has reported
             if self._file:
                 self._file.close()

@@ -25,7 +25,8 @@ from jvitmoe.runs.files import write_text
 
 DEFAULT = ("tensorboard",)
 PROJECT = "jvitmoe"  # wandb's and trackio's project, MLflow's experiment
-CLOSE_SECONDS = 30.0  # how long the end of a run waits for what a tracker still has to send
+CLOSE_SECONDS = 30.0  # how long the end of a run waits for what its trackers still have to send
+STOP_SECONDS = 3.0  # the same where a run stops early: a signal promises an end within 10 s
 LONGEST_PARAM = 500  # characters of a setting, for MLflow's servers
 
 
@@ -178,7 +179,7 @@ class Feed:
     """A tracker at work in its thread."""
 
     def __init__(self, name: str, run: Followed) -> None:
-        self._name, self._run = name, run
+        self.name, self._run = name, run
         self._records: queue.SimpleQueue[tuple[int, float, Mapping[str, float]] | bool] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._work, name=f"tracker {name}", daemon=True)
         self._thread.start()
@@ -188,22 +189,35 @@ class Feed:
         if self._thread.is_alive():
             self._records.put((step, time.time(), figures))
 
-    def close(self, finished: bool) -> None:
-        """Waits at most CLOSE_SECONDS for what is not sent yet."""
+    def end(self, finished: bool) -> None:
+        """Says that no figures follow; returns at once."""
         self._records.put(finished)
-        self._thread.join(CLOSE_SECONDS)
-        if self._thread.is_alive():
-            console.print(f"warning: tracker {self._name} did not end in {CLOSE_SECONDS:g} s; its record may be short")
+
+    def has_ended(self, seconds: float) -> bool:
+        """Waits at most so long for what is not sent yet."""
+        self._thread.join(max(seconds, 0))
+        return not self._thread.is_alive()
 
     def _work(self) -> None:
         try:
-            tracker = TRACKERS[self._name](self._run)
+            tracker = TRACKERS[self.name](self._run)
             while not isinstance(record := self._records.get(), bool):
                 tracker.record(*record)
             tracker.close(record)
         except (Exception, SystemExit) as error:
             reason = str(error) if isinstance(error, UserError) else one_line(error)
-            console.print(f"warning: tracker {self._name} failed ({reason}); the run goes on without it")
+            console.print(f"warning: tracker {self.name} failed ({reason}); the run goes on without it")
+
+
+def close_all(feeds: Sequence[Feed], finished: bool) -> None:
+    """Ends the feeds. Together they get CLOSE_SECONDS, or STOP_SECONDS if the run stopped before its last step."""
+    limit = CLOSE_SECONDS if finished else STOP_SECONDS
+    deadline = time.monotonic() + limit
+    for feed in feeds:
+        feed.end(finished)
+    for feed in feeds:
+        if not feed.has_ended(deadline - time.monotonic()):
+            console.print(f"warning: tracker {feed.name} did not end in {limit:g} s; its record may be short")
 
 
 def _id(run: Followed, name: str, create: Callable[[], str]) -> str:
