@@ -1,23 +1,27 @@
 """Runs one experiment of the study (docs/study.md) and writes the verdict of every arm.
 
-    python scripts/study.py A --config configs/cifar10_fast.py --seeds 5 --runs runs/study/A --out results/study/A \\
+    python scripts/study.py B --config configs/cifar10_fast.py --seeds 5 --runs runs/study/B --out results/study/B \\
         -- --config.data.dir=DIR
 
-Started again it goes on: see scripts/sweep.py.
+Started again it goes on: see scripts/sweep.py. The arms of A, A_augmented and D are those that were best in A_search
+and D_search, whose results must lie beside --out.
 """
 
+import argparse
 import itertools
 import statistics
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from sweep import Variant, accuracies, interval, main
 
+from jvitmoe.errors import UserError
 from jvitmoe.runs import files, history, tables
 
 Arms = dict[str, Variant]
+AUGMENTED = {"data.three_augment": True, "data.cutmix": 1.0, "data.plain_last": 0.1}
 PARITY = 0.5  # points: an arm loses nothing if the interval of its difference is above -PARITY
 SIZE = {"model.patch": 8, "model.stem": "patch", "train.epochs": 10, "train.eval_every": 10, "train.ema": 0.99}
 SIZE |= {"data.validation": 5000}
@@ -37,6 +41,20 @@ def parity_search() -> Arms:
     found = {f"dense_rate{rate}": dense({"routing.learning_rate": rate}) for rate in (1, 2, 4)}
     grid = itertools.product(("batch", "sample"), (1, 2, 4), (0, 0.01, 0.1, 1))
     return found | {f"{kind}_rate{rate}_pull{pull}": random(kind, rate, pull) for kind, rate, pull in grid}
+
+
+def parity(results: Path, settings: dict[str, object] | None = None) -> Arms:
+    """Returns dense, its controls, and the best arms of A_search, all with these settings."""
+    arms = parity_search()
+    samples = [name for name in arms if name.startswith("sample")]
+    synchronous = best(results, "A_search", [name for name in samples if name.endswith("pull1")])
+    drifting = best(results, "A_search", [name for name in samples if not name.endswith("pull1")])
+    batch = best(results, "A_search", [name for name in arms if name.startswith("batch")])
+    tuned = best(results, "A_search", [name for name in arms if name.startswith("dense")])
+    control = f"dense_{synchronous.split('_')[1]}"
+    chosen = dict.fromkeys(("dense_rate1", tuned, control, synchronous, drifting, batch))  # each of them once
+    named = {"dense" if name == "dense_rate1" else name: arms[name] for name in chosen}
+    return {name: Variant({**arm.settings, **(settings or {})}, arm.of_file) for name, arm in named.items()}
 
 
 def rare_meetings() -> Arms:
@@ -94,6 +112,15 @@ def fine_tuning_search() -> Arms:
     return found
 
 
+def fine_tuning(results: Path) -> Arms:
+    """Returns every method of D_search at its best rate, the reference first."""
+    arms, tries = fine_tuning_search(), dict[str, list[str]]()
+    for name in arms:
+        tries.setdefault(name.rpartition("_")[0], []).append(name)
+    found = {method: arms[best(results, "D_search", names)] for method, names in tries.items()}
+    return {"dense_80": found.pop("dense_80"), **found}
+
+
 def teaching_routes() -> Arms:
     cosub = {"routing.consistency": 0.5, "routing.consistency_loss": "cosub"}
     r_drop = {"routing.consistency": 0.5, "routing.consistency_loss": "thor", "model.dropout": 0.1}
@@ -129,15 +156,40 @@ EXPERIMENTS: dict[str, Callable[[], Arms]] = {
     "E": teaching_routes,
     "F": ensemble_into_one,
 }
+# Those whose arms follow from the results of a search, in a folder with the results of the study.
+AFTER_SEARCH: dict[str, Callable[[Path], Arms]] = {
+    "A": parity,
+    "A_augmented": lambda results: parity(results, AUGMENTED),
+    "D": fine_tuning,
+}
 
 
-def found_on_validation(runs: Path, arms: Mapping[str, Variant]) -> list[dict[str, str]]:
-    """Returns the text cells of a row per arm, the best first: accuracy on validation images after the last step."""
+def arms_of(experiment: str, results: Path) -> Arms:
+    """Returns the arms of an experiment. Raises UserError if the results of its search are not all there."""
+    return AFTER_SEARCH[experiment](results) if experiment in AFTER_SEARCH else EXPERIMENTS[experiment]()
+
+
+def best(results: Path, search: str, names: Sequence[str]) -> str:
+    """Returns the arm with the best validation accuracy. Raises UserError if one of the arms has no result."""
+    found = validation_accuracies(results / search / "runs", names)
+    if missing := set(names) - set(found):
+        raise UserError(f"{results / search} has no result of {', '.join(sorted(missing))}; run {search} first")
+    return max(found, key=lambda name: found[name])
+
+
+def validation_accuracies(runs: Path, names: Iterable[str]) -> dict[str, float]:
+    """Returns the accuracy of arms on validation images after the last step of seed 0, where there is one."""
     found = {}
-    for name in arms:
+    for name in names:
         lines = history.read_metrics(runs / f"{name}-seed0" / files.METRICS)
         if values := [line["accuracy"] for line in lines if line["kind"] == "validation"]:
             found[name] = values[-1]
+    return found
+
+
+def ranking(runs: Path, arms: Iterable[str]) -> list[dict[str, str]]:
+    """Returns the text cells of a row per arm of a search, the best first."""
+    found = validation_accuracies(runs, arms)
     return [{"arm": name, "validation": f"{found[name]:.2%}"} for name in sorted(found, key=lambda name: -found[name])]
 
 
@@ -187,12 +239,23 @@ def verdict(low: float, high: float) -> str:
     return ("better" if low > 0 else "worse" if high < 0 else "not decided") + loses_nothing
 
 
-if __name__ == "__main__":
-    if sys.argv[1:2] == [] or sys.argv[1] not in EXPERIMENTS:
-        sys.exit(f"the first argument must be one of {', '.join(EXPERIMENTS)}")
+def run() -> None:
+    """Runs the command line; see the top of the file."""
+    known = sorted([*EXPERIMENTS, *AFTER_SEARCH])
+    if sys.argv[1:2] == [] or sys.argv[1] not in known:
+        sys.exit(f"the first argument must be one of {', '.join(known)}")
     experiment = sys.argv.pop(1)
-    arms = EXPERIMENTS[experiment]()
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--out", type=Path, default=Path())
+    try:
+        arms = arms_of(experiment, parser.parse_known_args()[0].out.parent)
+    except UserError as error:
+        sys.exit(str(error))
     out = main(__doc__, arms)
     with (out / "report.md").open("a") as text:
-        rows = found_on_validation if experiment.endswith("_search") else verdicts
+        rows = ranking if experiment.endswith("_search") else verdicts
         text.write(f"\n## Verdicts\n\n{tables.markdown(rows(out / 'runs', arms))}")
+
+
+if __name__ == "__main__":
+    run()

@@ -13,13 +13,17 @@ import study
 
 from jvitmoe.runs import files, history, plots
 
+NOT_COMPARED = ("A_search", "D_search", "D_pretrained")  # one seed each
+
 
 def main(results: Path, out: Path) -> None:
     """Draws what there is of results/study into a folder."""
     found = {}
-    for name, arms in study.EXPERIMENTS.items():
-        if "_" not in name and (compared := study.compare(results / name / "runs", arms())):
-            found[name] = [model for model in compared if model.paired]
+    for name in sorted([*study.EXPERIMENTS, *study.AFTER_SEARCH]):
+        if name in NOT_COMPARED or not (results / name / "runs").is_dir():
+            continue
+        compared = study.compare(results / name / "runs", study.arms_of(name, results))
+        found[name] = [model for model in compared if model.paired]
     differences(found, out / "differences.png")
     if "C" in found:
         bytes_against_accuracy(results / "C" / "runs", out / "bytes.png")

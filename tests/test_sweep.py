@@ -16,6 +16,7 @@ from scipy import stats
 import processes
 from jvitmoe import cli, config, train
 from jvitmoe.config import Config
+from jvitmoe.errors import UserError
 
 EXPERIMENT = """
 from jvitmoe.config import Config, ModelConfig, OptimConfig, TrainConfig, routing_of
@@ -53,6 +54,36 @@ def test_every_variant_is_an_experiment_of_its_own(scripts):
             argv = ["train", f"--config=cifar10_fast:{variant.of_file}", *flags]
             configs.append(cli.experiment(cli.parse(argv, train._define_flags, config=True)))
         assert len(set(map(repr, configs))) == len(configs)
+
+
+def test_the_arms_after_a_search_are_its_best_and_must_all_have_been_tried(scripts, tmp_path):
+    study = scripts("study")
+
+    def search(name: str, best: set[str]) -> None:
+        for arm in study.EXPERIMENTS[name]():
+            kept_run(tmp_path / name / "runs" / f"{arm}-seed0", {})
+            line = {"step": 2, "kind": "validation", "accuracy": 0.7 if arm in best else 0.6}
+            (tmp_path / name / "runs" / f"{arm}-seed0" / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+
+    search("A_search", {"dense_rate4", "sample_rate2_pull1", "sample_rate1_pull0.01", "batch_rate4_pull0.1"})
+    arms, searched = study.arms_of("A", tmp_path), study.EXPERIMENTS["A_search"]()
+    assert arms == {"dense": searched["dense_rate1"]} | {
+        name: searched[name]
+        for name in ("dense_rate4", "dense_rate2", "sample_rate2_pull1", "sample_rate1_pull0.01", "batch_rate4_pull0.1")
+    }
+    augmented = study.arms_of("A_augmented", tmp_path)
+    assert list(augmented) == list(arms)
+    assert all(arm.settings == {**arms[name].settings, **study.AUGMENTED} for name, arm in augmented.items())
+
+    search("D_search", {"lora_80_0.001", "adamix_0.0003"})
+    tuned, searched = study.arms_of("D", tmp_path), study.EXPERIMENTS["D_search"]()
+    assert len(tuned) == 11
+    assert next(iter(tuned)) == "dense_80"
+    assert (tuned["lora_80"], tuned["adamix"]) == (searched["lora_80_0.001"], searched["adamix_0.0003"])
+
+    shutil.rmtree(tmp_path / "D_search" / "runs" / "adamix_0.003-seed0")
+    with pytest.raises(UserError, match=r"D_search has no result of adamix_0\.003; run D_search first"):
+        study.arms_of("D", tmp_path)
 
 
 def test_the_verdict_is_that_of_students_interval(scripts):
