@@ -2,7 +2,8 @@
 
     python -m jvitmoe.train --config configs/digits_dense.py
 
-Expect about 98 % test accuracy. Sizes and recipe were chosen on a validation split (--config.data.validation=360).
+Expect about 99 % test accuracy (98.98 ± 0.32 %, three seeds; results/digits). Sizes and recipe were chosen on a
+validation split (--config.data.validation=360).
 """
 
 from jvitmoe.config import Config, DataConfig, ModelConfig, OptimConfig, TrainConfig

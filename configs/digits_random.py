@@ -2,8 +2,8 @@
 
     python -m jvitmoe.train --config configs/digits_random.py
 
-Expect about 98 % test accuracy after merging, as digits_dense has it. The experts start equal: those that start
-different do not average well.
+Expect about 99 % test accuracy after merging (98.89 ± 0.28 %, three seeds; results/digits), as digits_dense has it. The
+experts start equal: those that start different do not average well.
 """
 
 import digits_dense

@@ -45,7 +45,8 @@ class Run:
         return results.read_result(self.workdir)
 
     def accuracy(self, model: str = "") -> float:
-        """Returns the test accuracy of a model, such as "merged"; by default of the first row: dense or merged."""
+        """Returns the test accuracy of a model, such as "merged"; by default that of the first row: dense, merged or
+        routed."""
         rows = {row["model"]: row["accuracy"] for row in self.results["rows"]}
         return rows[model] if model else next(iter(rows.values()))
 
@@ -126,3 +127,4 @@ class _Interrupts(Stop):
         if self.signal is not None or not self.unsaved:
             raise KeyboardInterrupt
         self.signal = number
+        self._tell_others()

@@ -107,6 +107,7 @@ def main(argv: list[str]) -> None:
     by_dtype = {dtype: {name: _in_dtype(case, dtype) for name, case in chosen.items()} for dtype in values.dtypes}
     if values.rounds < 1:
         raise UserError(f"--rounds is {values.rounds}; it must be at least 1")
+    files.make_folder(Path(values.out))  # before the measurement, which takes minutes
     # Not above: these import JAX, and --help need not wait for that.
     import jax
 
@@ -201,7 +202,6 @@ def _measure(
 
 def _write(result: dict[str, Any], out: Path) -> None:
     """Writes what was measured as JSON, as a table and as a picture, and prints the table."""
-    out.mkdir(parents=True, exist_ok=True)
     files.write_text(out / "benchmark.json", json.dumps(result, indent=1) + "\n")
     from jvitmoe.runs import plots  # imports matplotlib
     from jvitmoe.training import timed_step

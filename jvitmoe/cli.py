@@ -116,7 +116,7 @@ def load_experiment(name: str) -> Config:
     path, variant = _split_variant(name)
     if not os.path.isfile(path):
         problem = "is a folder" if os.path.isdir(path) else "does not exist"
-        near = _nearest(path, Path("configs")) or Path(_nearest(path, experiments()) or "").stem
+        near = _nearest_experiment(path)
         hint = f"did you mean {near}?" if near else "give a file, or one of those that jvitmoe.configs lists"
         raise UserError(f"config file {path!r} {problem}; {hint}")
     folder, module = str(Path(path).parent), types.ModuleType(path)
@@ -157,6 +157,11 @@ def _nearest(path: str, folder: Path) -> str | None:
     names = {entry.stem: str(entry) for entry in folder.glob("[!_]*")}
     near = difflib.get_close_matches(Path(path).stem, names, n=1)
     return names[near[0]] if near else None
+
+
+def _nearest_experiment(path: str) -> str:
+    """Returns the path in ./configs, or the name of an experiment of ours, that is most similar to `path`, or ""."""
+    return _nearest(path, Path("configs")) or Path(_nearest(path, experiments()) or "").stem
 
 
 def run_folder(values: flags.FlagValues) -> Path:
@@ -227,7 +232,7 @@ def _as_flag(argument: str, argv: list[str], values: flags.FlagValues) -> str:
     if before.startswith("-") and "=" not in before:
         return f"{before}={argument}"  # a bool, which takes its value only after "="
     if "config" in values and not config_path(argv):
-        return f"--config={argument if argument.endswith('.py') else _nearest(argument, Path('configs')) or 'FILE.py'}"
+        return f"--config={argument if argument.endswith('.py') else _nearest_experiment(argument) or 'FILE.py'}"
     return f"--workdir={argument}" if "workdir" in values and not values.workdir else "--name=value"
 
 

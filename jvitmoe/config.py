@@ -32,7 +32,7 @@ class DataConfig:
     stream: bool = setting(False, "read each batch from disk: for sets larger than a device's memory", free=True)
     crop: str = setting(
         "pad",
-        "centre: images of any size, resized, their middle; resized: random parts of them, needs stream",
+        "pad: images of the model's size; centre: any size, resized, their middle; resized: random parts, needs stream",
         ("pad", "centre", "resized"),
     )
     three_augment: bool = setting(False, "grey, solarize or blur, and colour jitter of 0.3 (3-Augment of DeiT III)")
@@ -63,7 +63,7 @@ class ModelConfig:
     norm: str = setting("pre", "LayerNorm before or after attention and MLP", ("pre", "post"))
     pool: str = setting(
         "cls",
-        "input of the head: CLS; mean of the patches, without or with CLS (cls_mean); seq: learned weights (CCT)",
+        "input of the head: CLS; mean of the patches; cls_mean: the same, with a CLS beside them; seq: weighted (CCT)",
         ("cls", "mean", "cls_mean", "seq"),
     )
     registers: int = setting(0, "learned tokens beside the patches that the head does not see", at_least=0)
@@ -81,7 +81,7 @@ class ModelConfig:
     )
     lora: int = setting(0, "rank of a LoRA on the MLP, one per expert; trains it and the head only", at_least=0)
     adapter: int = setting(0, "hidden units of an adapter beside the MLP, one per expert; as lora", at_least=0)
-    dtype: str = setting("auto", "of computation; auto: bfloat16 on GPU and TPU", ("auto", "float32", "bfloat16"))
+    dtype: str = setting("auto", "dtype of computation; auto: bfloat16 on GPU and TPU", ("auto", "float32", "bfloat16"))
     attention: str = setting("auto", "auto: cudnn if it supports the shapes, else xla", ("auto", "xla", "cudnn"))
     unroll: int = setting(1, "layers per iteration of the scan over depth", above=0)
 
@@ -135,15 +135,19 @@ class RoutingConfig:
         1.0, "learning rate of experts (of the MLPs, if dense), as a multiple of optim.learning_rate", above=0
     )
     pull: float = setting(0.0, "share of the way to their mean that experts move (EWA, PAPA)", at_least=0, at_most=1)
-    pull_every: int = setting(1, "steps from one pull to the next; qsr: at the highest learning rate", above=0)
+    pull_every: int = setting(1, "steps between two pulls; with qsr, at the highest learning rate", above=0)
     pull_schedule: str = setting(
         "constant",
         "pull over training: rising from 0, as the learning_rate, or rarer while that falls (QSR)",
         ("constant", "rising", "learning_rate", "qsr"),
     )
     top_k: int = setting(2, "experts of a token: topk; frozen at the start, growing to all experts", above=0)
-    capacity: float = setting(1.25, "tokens an expert takes, in even shares: switch, topk, expert_choice", above=0)
-    eval_capacity: float = setting(2.0, "capacity in evaluation: switch, topk", above=0)
+    capacity: float = setting(
+        1.25,
+        "tokens an expert takes of an image, relative to an even share: switch, topk, frozen, expert_choice",
+        above=0,
+    )
+    eval_capacity: float = setting(2.0, "capacity in evaluation: switch, topk, frozen", above=0)
     balance_loss: float = setting(0.01, "coefficient of the load-balancing loss, averaged over layers", at_least=0)
     z_loss: float = setting(0.0, "coefficient of mean(logsumexp(router logits)^2); 1e-3 in ST-MoE", at_least=0)
     consistency: float = setting(0.0, "weight of the divergence of two passes; doubles the cost", at_least=0)
@@ -154,7 +158,7 @@ class RoutingConfig:
     )
     augment_spread: float = setting(
         0.0,
-        "1: from none (first expert) to all (last) of an expert's images get more than crop and flip",
+        "0: experts' images are augmented alike; 1: none (first expert) to all (last) get more than crop and flip",
         at_least=0,
         at_most=1,
     )
@@ -188,7 +192,9 @@ class OptimConfig:
     )
     warmup_epochs: float = setting(0.0, "linear from 0, at most half of training; only if schedule=step", at_least=0)
     clip_norm: float = setting(0.0, "largest global norm of the gradient; 0 does not clip", at_least=0)
-    b1: float = setting(0.9, "decay of Adam's first moment; for lion's update", at_least=0, below=1)
+    b1: float = setting(
+        0.9, "decay of Adam's first moment; with lion, weight of the momentum in the update", at_least=0, below=1
+    )
     b2: float = setting(
         0.999, "decay of Adam's second moment; of lion's momentum, 0.99 in its paper", at_least=0, below=1
     )
@@ -213,7 +219,7 @@ class TrainConfig:
     )
     distil_last: float = setting(
         0.0,
-        "last fraction of training, in which one model learns, by half of its loss, from the mean of the experts",
+        "last fraction of training: experts are equal, and half of the loss is to match the mean of what they were",
         at_least=0,
         below=1,
     )
@@ -369,6 +375,8 @@ def _train_faults(config: Config) -> Iterator[tuple[str, str]]:
     if train.distil_last and (train.expert_devices > 1 or config.routes_in_model or config.tuned):
         rule = "must be 0 with train.expert_devices, learned routers, LoRA and adapters: all experts see each image"
         yield "train.distil_last", rule
+    if train.distil_last and routing.tie_last:
+        yield "routing.tie_last", "must be 0 with train.distil_last, which makes experts equal where it begins"
 
 
 def _routing_faults(config: Config) -> Iterator[tuple[str, str]]:
@@ -403,8 +411,9 @@ def _routing_faults(config: Config) -> Iterator[tuple[str, str]]:
     if config.tuned and (routing.router, routing.pattern, routing.shared_layer) != ("random", ("experts",), "none"):
         needed = "'random', with pattern ('experts',) and shared_layer 'none'"
         yield "routing.router", f"must be {needed}, for model.lora and model.adapter"
-    if init.noise and (routing.experts == 1 or not init.source):
-        yield "init.noise", "must be 0 without an init.source and with one expert: it sets copies apart"
+    if init.noise and (routing.experts == 1 or not init.source or config.tuned):
+        rule = "must be 0 without an init.source, with one expert, LoRA or adapters: it sets copies of the MLP apart"
+        yield "init.noise", rule
 
 
 def _about_parameters(config: Config) -> int:

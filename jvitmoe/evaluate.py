@@ -10,7 +10,6 @@ With --verify it only reports which files of the run folder are sound, and exits
 
 import dataclasses
 import sys
-import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -62,7 +61,6 @@ def _evaluate(values: flags.FlagValues, workdir: Path) -> None:
     from jvitmoe.evaluation import mergeability, metrics, models, probes
     from jvitmoe.runs import plots
 
-    began = time.monotonic()
     config, step, mesh, model, params, ema = _restore(values, workdir)
     data, probed, probe_config = _data(values, config)
     evaluate = metrics.make_evaluate(model, mesh, config.data)
@@ -82,7 +80,6 @@ def _evaluate(values: flags.FlagValues, workdir: Path) -> None:
     result |= models.facts(config, step, mesh) | {
         "images_per_second": earlier.get("images_per_second"),
         "trained_on": earlier.get("trained_on") or earlier.get("hardware"),
-        "seconds": time.monotonic() - began,
     }
     if "mergeability" in result:
         plots.mergeability(result, workdir / files.MERGEABILITY)
@@ -103,9 +100,10 @@ def _restore(values: flags.FlagValues, workdir: Path) -> _Restored:
         saved = Checkpoints(workdir / "checkpoints").read(values.checkpoint)
     config = config_lib.from_dict(saved.meta["config"])
     config.data.dir = values.data_dir or config.data.dir
-    config.train.devices, config.train.platform = values.devices, values.platform
     config.validate()
-    mesh = devices.make_mesh(config.train)
+    # Evaluation has no expert axis, and fills up its batches, so any number of devices will do.
+    where = {"devices": values.devices, "platform": values.platform, "expert_devices": 1}
+    mesh = devices.make_mesh(dataclasses.replace(config.train, **where))
     model = build.make_model(config, mesh.devices.flat[0].platform)
     active, total = cost.count_parameters(config)
     console.print(f"run         {workdir}, checkpoint at step {saved.step:,}")
@@ -136,7 +134,7 @@ def _some(test: Any, most: int, config: Config) -> Any:
     from jvitmoe.data.splits import Split, decode
     from jvitmoe.evaluation import mergeability
 
-    chosen = test.select(mergeability.spread(len(test), most))
+    chosen = test.select(mergeability.evenly_spaced(len(test), most))
     return chosen if isinstance(chosen, Split) else decode(chosen, config.data, config.model)
 
 
@@ -183,7 +181,7 @@ def _define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_string("probe_data", "", "Set of the probes, if not the run's: a data.name.", flag_values=values)
     flags.DEFINE_string("probe_dir", "", "Its folder, if not that of the run's data.", flag_values=values)
     flags.DEFINE_string("data_dir", "", "Where the data are, if not where training found them.", flag_values=values)
-    flags.DEFINE_integer("devices", 0, "Devices to use; 0 is all local ones.", flag_values=values)
+    flags.DEFINE_integer("devices", 0, "Devices to use; 0 is all local ones.", lower_bound=0, flag_values=values)
     flags.DEFINE_string("platform", "", "cpu, gpu or tpu; '' takes what JAX finds.", flag_values=values)
 
 

@@ -22,8 +22,8 @@ def main(argv: list[str]) -> None:
     if not values.out:
         raise UserError("--out is missing; give a new folder, such as --out=exports/digits_timm")
     out = Path(values.out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"--out is {values.out!r}, which is not empty; give a new folder")
+    if out.name in ("", "..") or (out.exists() and (not out.is_dir() or any(out.iterdir()))):
+        raise UserError(f"--out is {values.out!r}, which is not a new or empty folder; give one that is")
     # Not above: these import JAX, and --help need not wait for that.
     from jvitmoe.interop import load, model_card
     from jvitmoe.interop.targets import TARGETS
@@ -44,7 +44,7 @@ def main(argv: list[str]) -> None:
 
     unfinished = out.with_name(out.name + files.UNFINISHED)  # renamed at the end, so `out` is never incomplete
     shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
+    files.make_folder(unfinished)
     try:
         difference = target.export(unfinished, source, sample)
         card = model_card.write(source, results.read_result(workdir), target, remarks)

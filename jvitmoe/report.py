@@ -63,7 +63,7 @@ def main(argv: list[str]) -> None:
     cells = {name: group_rows(name, group) for name, group in groups.items()}
     rows = [row for group in cells.values() for row in group]
     overview = [overview_row(name, group) for name, group in groups.items()]
-    out.mkdir(parents=True, exist_ok=True)
+    files.make_folder(out)
     plots.curves(families(groups), out / "curves.png")
     images = next(iter(groups.values()))[0].result["rows"][0]["images"]
     plots.comparison({name: by_seed(group) for name, group in groups.items()}, images, out / "comparison.png")
@@ -225,6 +225,8 @@ def _faults(run: Run, other: Run) -> Iterator[str]:
     if (step := run.result["step"]) != other.result["step"]:
         steps = f"{step} and {other.result['step']}"
         yield f"were tested at steps {steps}; run jvitmoe.evaluate on each with the same --checkpoint"
+    if _images(run) != _images(other):
+        yield "were trained on other images or classes; give each a group of its own"
     if _models(run) != _models(other):
         yield "were tested as different models; run jvitmoe.evaluate on each with the same --paths"
 
@@ -319,9 +321,16 @@ def _models(run: Run) -> list[str]:
 
 
 def _key(run: Run, ignored: tuple[str, ...]) -> str:
-    """Returns the config as text, without fields that change no number and those that start with one of `ignored`."""
+    """Returns the config and the data as text, without fields that change no number and those that start with one of
+    `ignored`."""
     fields = config_lib.flatten(run.config).items()
-    return repr([(k, v) for k, v in fields if k not in config_lib.FREE_ON_RESUME and not k.startswith(ignored)])
+    kept = [(k, v) for k, v in fields if k not in config_lib.FREE_ON_RESUME and not k.startswith(ignored)]
+    return repr((kept, _images(run)))
+
+
+def _images(run: Run) -> tuple[tuple[str, ...], dict[str, int] | None]:
+    """Returns names of the classes and numbers of images, by which sets of one `data.name` are told apart."""
+    return files.read_classes(run.folder), files.read_images(run.folder)
 
 
 def _shared_name(names: Sequence[str]) -> str:

@@ -1,6 +1,6 @@
 """Draws the pictures in results/ again, from the numbers beside them: `python scripts/redraw.py [--out DIR]`.
 
-The curves (curves.png) are left alone: they need the runs' metrics.jsonl, which are not kept in results/.
+The curves (curves.png) are left alone: they need the metrics.jsonl of all runs, and results/ keeps only some of them.
 """
 
 import argparse
@@ -10,6 +10,7 @@ from typing import Any
 
 import scaling_check
 import scaling_model
+import study_figures
 
 from jvitmoe import report
 from jvitmoe.config import Config
@@ -51,9 +52,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder to write to, with a subfolder per result")
     chosen = parser.parse_args()
-    for folder in sorted(RESULTS.iterdir()):
-        (chosen.out / folder.name).mkdir(parents=True, exist_ok=True)
-        redraw(folder, chosen.out / folder.name)
+    for folder in sorted({path.parent for path in RESULTS.rglob("*.json") if path.parent.parent.name != "runs"}):
+        out = chosen.out / folder.relative_to(RESULTS)
+        out.mkdir(parents=True, exist_ok=True)
+        redraw(folder, out)
+    if (RESULTS / "study").is_dir():
+        study_figures.main(RESULTS / "study", chosen.out / "study")
 
 
 if __name__ == "__main__":

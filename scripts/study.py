@@ -199,14 +199,20 @@ class Compared(NamedTuple):
     arm: str
     model: str
     accuracies: list[float]
-    paired: list[float]  # minus that of the dense model of the first arm on the same seed; [] for this one itself
+    paired: list[float]  # minus that of the reference on the same seed; [] for the reference itself
 
 
-def compare(runs: Path, arms: Mapping[str, Variant]) -> list[Compared]:
-    """Returns the dense, merged and EMA models of all arms."""
-    first = next(iter(arms))
+def references(arms: Iterable[str]) -> list[tuple[str, str]]:
+    """Returns (arm, model) of what the others are compared with: the dense model of the first arm, its EMA, and the
+    controls, dense models whose MLPs have the rate of a random arm."""
+    first, *others = arms
+    return [(first, "dense"), (first, "EMA"), *((name, "dense") for name in others if name.startswith("dense_rate"))]
+
+
+def compare(runs: Path, arms: Mapping[str, Variant], arm: str = "", model: str = "dense") -> list[Compared]:
+    """Returns the dense, merged and EMA models of all arms, compared with a model of an arm, by default the first."""
     found = {name: accuracies(runs, name) for name in arms}
-    reference = found[first].get("dense", {})
+    reference = found[arm or next(iter(arms))].get(model, {})
     compared = []
     for name, models in found.items():
         for model, by_seed in models.items():
@@ -216,13 +222,17 @@ def compare(runs: Path, arms: Mapping[str, Variant]) -> list[Compared]:
 
 
 def verdicts(runs: Path, arms: Mapping[str, Variant]) -> list[dict[str, str]]:
-    """Returns the text cells of a row per model: accuracy, mean ± sample deviation; the mean of its differences from
-    dense with their interval; and what follows by the rule of docs/study.md."""
+    """Returns the text cells of a row per model and reference: accuracy, mean ± sample deviation; the mean of its
+    differences from the reference with their interval; and what follows by the rule of docs/study.md."""
     rows = []
-    for arm, model, values, paired in compare(runs, arms):
+    compared = [(reference, item) for reference in references(arms) for item in compare(runs, arms, *reference)]
+    for (against, of), (arm, model, values, paired) in compared:
+        if not paired and (against, of) != (arm, model):
+            continue  # no seed of the reference
         deviation = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
         row = {"arm": arm, "model": model, "seeds": str(len(values))}
-        row |= {"accuracy": f"{statistics.fmean(values):.2f}{deviation}", "difference": "", "verdict": ""}
+        row |= {"accuracy": f"{statistics.fmean(values):.2f}{deviation}", "minus": f"{against}, {of}" if paired else ""}
+        row |= {"difference": "", "verdict": ""}
         if paired:
             row["difference"] = f"{statistics.fmean(paired):+.2f}"
         if len(paired) > 1:

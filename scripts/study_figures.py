@@ -45,7 +45,8 @@ def differences(found: dict[str, list[study.Compared]], path: Path) -> None:
         axes.axvline(-study.PARITY, color="black", linewidth=0.8, linestyle=":")
         axes.set_yticks(range(len(rows)), [f"{row.arm}, {row.model}" for row in rows])
         axes.set(title=f"{name}: test accuracy minus that of dense", ylim=(len(rows) - 0.5, -0.5))
-    panels[-1, 0].set_xlabel("points, mean and 95 % interval over seeds; one right of the dotted line loses nothing")
+    label = "difference of the mean over seeds, points; an interval right of the dotted line loses nothing"
+    panels[-1, 0].set_xlabel(label)
     plots.save(figure, path)
 
 
@@ -59,7 +60,8 @@ def bytes_against_accuracy(runs: Path, path: Path) -> None:
         deviation = statistics.stdev(accuracies) if len(accuracies) > 1 else 0.0
         axes.errorbar(reduced, statistics.fmean(accuracies), yerr=deviation, fmt="o", color=plots.COLOURS[0])
         axes.annotate(name, (reduced, statistics.fmean(accuracies)), xytext=(6, 4), textcoords="offset points")
-    axes.set(xscale="log", xlabel="bytes reduced per device in a run", ylabel="test accuracy, %")
+    axes.set(xscale="log", xlabel="reduced per device in a run, GB", ylabel="test accuracy, %")
+    plots.plain_ticks(axes.xaxis, 1e-9)
     axes.set_title("Accuracy against communication, one expert per device")
     plots.save(figure, path)
 

@@ -55,6 +55,9 @@ def main(description: str | None, variants: Mapping[str, Variant], figures: tupl
     kept.mkdir(parents=True, exist_ok=True)
     options.runs.mkdir(parents=True, exist_ok=True)
     failed = _train(todo, options)
+    problem = f"{len(failed)} runs failed: {', '.join(failed)}; see their logs in {options.runs}"
+    if len(failed) == len(every):
+        sys.exit(problem)
     folders = [str(kept / name) for name in every if name not in failed]
     subprocess.run([sys.executable, "-m", "jvitmoe.report", *folders, f"--out={options.out}"], check=True)
     for name in figures:
@@ -66,7 +69,7 @@ def main(description: str | None, variants: Mapping[str, Variant], figures: tupl
         )
         text.write(f"\nWritten by `python {shlex.join(sys.argv)}`{shared if options.jobs > 1 else ''}.\n")
     if failed:
-        sys.exit(f"{len(failed)} runs failed: {', '.join(failed)}; see their logs in {options.runs}")
+        sys.exit(problem)
     return options.out
 
 

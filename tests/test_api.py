@@ -1,5 +1,6 @@
 """Training from Python: what a run gives, and how it is interrupted."""
 
+import ctypes
 import dataclasses
 import signal
 import subprocess
@@ -13,6 +14,7 @@ import jvitmoe
 import processes
 from jvitmoe import api
 from jvitmoe.errors import UserError
+from jvitmoe.runtime import signals
 from run_folders import tiny
 
 pytestmark = pytest.mark.slow
@@ -81,6 +83,24 @@ def test_an_interrupt_saves_and_the_same_call_goes_on(run, config, tmp_path, mon
         line["loss"] for line in run.history if line["kind"] == "train"
     ]
     assert resumed.results["rows"] == run.results["rows"]
+
+
+def test_an_interrupt_of_one_of_several_processes_tells_the_others_and_leaves_their_handler(monkeypatch):
+    """JAX stops all of them together by its handler of SIGTERM, which C code has set."""
+    told, libc = [], ctypes.CDLL(None)
+    libc.signal.restype, libc.signal.argtypes = ctypes.c_void_p, [ctypes.c_int, ctypes.c_void_p]
+    handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(told.append)
+    address = ctypes.cast(handler, ctypes.c_void_p).value
+    monkeypatch.setattr(signals.processes, "alone", lambda: False)
+    before = libc.signal(signal.SIGTERM, address)
+    try:
+        with api._Interrupts() as stop:
+            stop.unsaved = True
+            signal.raise_signal(signal.SIGINT)
+        assert told == [signal.SIGTERM]
+        assert libc.signal(signal.SIGTERM, address) == address
+    finally:
+        libc.signal(signal.SIGTERM, before)
 
 
 def test_it_trains_in_another_thread_too(config, tmp_path):

@@ -45,6 +45,13 @@ def test_overrides_may_stand_anywhere_and_the_last_config_file_counts(arguments)
     assert cli.config_path(["train.py", *arguments]) == DIGITS
 
 
+def test_an_experiment_without_its_flag_is_named_outside_a_checkout_too(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    for argument, hint in (("digits_random", "digits_random"), ("zzz", "FILE.py")):
+        with pytest.raises(UserError, match=f"'{argument}' is not a flag; write --config={hint}$"):
+            experiment(argument)
+
+
 def test_a_variant_of_an_experiment_is_its_argument_and_part_of_its_name():
     assert experiment(f"--config={FAST}:random").routing.experts == 4
     assert experiment(f"--config={FAST}:dense") == experiment(f"--config={FAST}")

@@ -63,6 +63,7 @@ def test_defaults_obey_their_own_rules():
         ("routing.learning_rate", 0.0, "must be greater than 0"),
         ("init.noise", 0.1, "must be 0 without an init.source"),
         ("init.noise", -0.1, "must be at least 0"),
+        ("train.distil_last", 1.0, "must be at least 0 and below 1"),
         ("model.lora", 4, "must name a trained ViT for model.lora"),
         ("model.adapter", -1, "must be at least 0"),
         ("model.norm_epsilon", 0.0, "must be greater than 0"),
@@ -93,6 +94,14 @@ def test_a_value_that_breaks_its_rule_is_named_with_the_rule(path, value, rule):
 
 
 def test_rules_across_fields_hold():
+    config = Config()
+    config.routing.tie_last, config.train.distil_last = 0.5, 0.1
+    with pytest.raises(ConfigError, match=r"routing\.tie_last is 0\.5; it must be 0 with train\.distil_last"):
+        config.validate()
+    config = Config()
+    config.routing.experts, config.model.lora, config.init.source, config.init.noise = 2, 4, "run", 0.1
+    with pytest.raises(ConfigError, match=r"init\.noise is 0\.1; it must be 0 .* LoRA or adapters"):
+        config.validate()
     config = Config()
     config.routing.experts, config.routing.granularity = 3, "sample"
     with pytest.raises(ConfigError, match=r"train\.batch_size is 128; it must be a multiple of routing\.experts, 3"):

@@ -15,7 +15,7 @@ from jvitmoe.experts import build, cost, slices
 from jvitmoe.models import vit
 from jvitmoe.runtime.compilation import for_reading, reduced_bytes
 from jvitmoe.runtime.devices import EXPERT, make_mesh
-from jvitmoe.training import state, step, update
+from jvitmoe.training import loop, state, step, update
 from jvitmoe.training.plan import StepPlan
 
 pytestmark = pytest.mark.slow
@@ -115,6 +115,23 @@ def test_a_sharded_state_trains_the_same_on_less_memory(axis_run, shard):
     assert share(many.state.params) == 1.0 if shard == "optimizer" else share(many.state.params) < 0.3
 
 
+@pytest.mark.parametrize("shard", ["none", "optimizer", "parameters"])
+def test_the_memory_that_a_start_asks_for_is_what_a_device_holds(tiny_config, monkeypatch, shard):
+    config = tiny_config(
+        routing={"experts": 2, "granularity": "sample"},
+        train={"devices": 4, "expert_devices": 2, "batch_size": 8, "shard": shard, "ema": 0.9},
+    )
+    mesh = make_mesh(config.train)
+    made = jax.tree.leaves(state.make_state(config, build.make_model(config, "cpu"), mesh))
+    held = sum(leaf.addressable_shards[0].data.nbytes for leaf in made)
+    memory = {"SC_PAGE_SIZE": 1, "SC_PHYS_PAGES": held}
+    monkeypatch.setattr(loop.os, "sysconf", memory.__getitem__)
+    loop._check_memory(config, mesh)
+    memory["SC_PHYS_PAGES"] -= 1
+    with pytest.raises(ConfigError, match="the state of training needs"):
+        loop._check_memory(config, mesh)
+
+
 @pytest.mark.parametrize(("parts", "devices", "expert_devices"), [(2, 2, 2), (4, 1, 1)])
 def test_a_batch_in_parts_is_the_batch(axis_run, parts, devices, expert_devices):
     one, many = axis_run(1, 1), axis_run(devices, expert_devices, accumulate=parts)
@@ -174,7 +191,7 @@ def test_the_step_lowers_for_cuda_where_there_is_no_gpu(tiny_config, tiny_split,
     )
     mesh = make_mesh(config.train)
     order = batches.TrainOrder(len(tiny_split), 8, jax.random.key(0), mesh)
-    model = build.make_model(config, "cpu")
+    model = vit.build(config.model, 4, platform="gpu")
     given = state.abstract_state(config, model, mesh), batches.put(tiny_split, mesh), order.epoch(0)
     program = step.make_train_step(config, model, mesh, order.steps_per_epoch)
     text = program.trace(*given).lower(lowering_platforms=("cuda",)).as_text()
@@ -200,6 +217,7 @@ def test_attention_is_cudnns_where_a_gpu_has_it_and_it_takes_the_shapes(model, f
     assert vit.build(config, platform="gpu", fused=True).attention == ("cudnn" if fits else "xla")
     assert vit.build(config, platform="gpu", fused=False).attention == "xla"
     config.attention = "cudnn"
+    assert vit.build(config, platform="cpu", fused=False).attention == "xla"
     if fits:
         assert vit.build(Config(model=config).validate().model, platform="gpu").attention == "cudnn"
     else:

@@ -18,7 +18,7 @@ from jvitmoe.errors import ConfigError
 from jvitmoe.experts import build, cost, slices
 from jvitmoe.models import vit
 from jvitmoe.models.routers import ROUTERS, find
-from jvitmoe.models.routers.dispatch import Router, fill_slots
+from jvitmoe.models.routers.dispatch import Router, RouterSettings, fill_slots
 from jvitmoe.models.routers.dispatch import statistics as statistics_of
 from jvitmoe.training import optimizer, state
 from jvitmoe.training.update import directions
@@ -74,8 +74,20 @@ def test_a_router_that_is_unknown_or_breaks_its_rule_is_refused(tiny_config, rou
 
 
 def test_each_router_says_how_many_experts_a_token_passes_through():
-    found = {name: find(name).active_experts(2, 8) for name in ROUTERS}
-    assert found == {"switch": 1, "topk": 2, "expert_choice": 1, "soft": 1, "hash": 1, "frozen": 8}
+    most = {name: find(name).most_experts(2, 8) for name in ROUTERS}
+    settings = {name: RouterSettings(name, top_k, capacity=1.5) for name, top_k in most.items()}
+    found = {name: find(name).active_experts(settings[name], 8) for name in ROUTERS}
+    assert found == {"switch": 1, "topk": 2, "expert_choice": 1.5, "soft": 1, "hash": 1, "frozen": 8}
+
+
+@pytest.mark.parametrize("capacity", [1.0, 1.5, 4.0])
+def test_the_parameters_of_a_token_under_expert_choice_follow_its_capacity(tiny_config, capacity):
+    routing = {"experts": 2, "router": "expert_choice", "capacity": capacity}
+    config = tiny_config(routing=routing)
+    active, total = cost.count_parameters(config)
+    params = vit.shapes(build.make_model(config, "cpu"))
+    experts = slices.split(params, slices.stacked(params))[1]
+    assert active == total - round((1 - min(capacity, 2) / 2) * cost.tree_size(experts))
 
 
 def changed(config, section, **fields):

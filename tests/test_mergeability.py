@@ -155,7 +155,7 @@ def test_the_line_starts_at_the_experts_and_ends_at_the_merged_model(tiny_config
 
 @pytest.mark.parametrize("count", [1, 26, 1000, 3001])
 def test_the_subset_is_fixed_even_and_at_most_a_thousand(count):
-    chosen = mergeability.spread(count)
+    chosen = mergeability.evenly_spaced(count)
     assert len(chosen) == len(set(chosen)) == min(count, 1000)
     assert np.ptp(np.diff(chosen)) <= 1 if count > 1 else True
     assert {0, count - 1} <= set(chosen.tolist())

@@ -16,6 +16,7 @@ import processes
 from jvitmoe import config as config_lib
 from jvitmoe import report
 from jvitmoe.config import Config, RoutingConfig, TrainConfig
+from jvitmoe.runs import page as page_lib
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 QUIET = ("no-sandbox", "disable-gpu", "disable-background-networking", "disable-component-update", "disable-sync")
@@ -32,6 +33,8 @@ def write_run(folder: Path, seed: int, experts: int, accuracy: float) -> str:
     rows = [{"model": model, "accuracy": accuracy + n / 100, **row} for n, model in enumerate(models)]
     result = {"rows": rows, "step": 2, "active_parameters": 5, "total_parameters": 9, "hardware": "1 x cpu"}
     if experts > 1:
+        rows.insert(0, {**rows[0], "model": "routed"})  # as of a learned router, whose matrix is not kept
+        del rows[0]["confusion"]
         line = {"share": [0.0, 1.0], "losses": [[0.1, 0.2]] * (experts - 1) + [[0.1, float("nan")]], "height": 0.1}
         result["mergeability"] = {"layers": [0, 1], "gap": [0.1, 0.2], "barrier": line}
     (folder / "result.json").write_text(json.dumps(result))
@@ -173,6 +176,19 @@ def test_a_page_is_served_to_this_machine_only(tmp_path):
         taken, _, err = processes.call(report.main, tmp_path / "only", "--serve", f"--port={port}")
         assert taken == 2
         assert f"--port is {port}; it cannot be listened at" in err
+        (tmp_path / "only" / "config.json").write_text("{")
+        with pytest.raises(urllib.error.HTTPError) as error:
+            urllib.request.urlopen(address, timeout=10)
+        assert (error.value.code, error.value.headers["Refresh"]) == (503, "2")
+
+
+def test_an_accuracy_of_zero_is_a_point_and_a_loss_that_is_not_finite_a_dash(tmp_path):
+    lines = [{"step": 1, "kind": "test", "accuracy": 0.0}, {"step": 2, "kind": "test", "accuracy": 0.5}]
+    assert [point["mean"] for point in page_lib._points([lines], training=False)] == [0.0, 0.5]
+    run = going_on(tmp_path / "nan")
+    (run / "metrics.jsonl").write_text(json.dumps(lines[0] | {"nll": None}) + "\n")
+    row = report._row_so_far(run)
+    assert (row["accuracy"], row["nll"]) == ("0.00%", "-")
 
 
 def test_without_altair_the_option_says_what_to_install(monkeypatch, tmp_path):

@@ -16,11 +16,12 @@ from jvitmoe import report
 from jvitmoe.config import Config
 from jvitmoe.errors import UserError
 from jvitmoe.runs import files, plots, results, tables
+from run_folders import write_kept_run
 
 MODELS = ("merged", "expert 0", "2 random paths", "ensemble")
 RESULTS = processes.ROOT / "results"
 UNIT = re.compile(
-    "^(step|layer|GPUs|(true|predicted) class)$|, (nats|%|ms)|^images/s|^time / time of dense|"
+    "^(step|layer|GPUs|(true|predicted) class)$|, (nats|%|ms|points|GB)|^images/s|^time / time of dense|"
     "^distance / size of the mean"
 )
 
@@ -114,6 +115,13 @@ def test_what_may_not_be_averaged_is_refused(make_run):
     faster = report.read_run(make_run("a_3", optim__learning_rate=0.5, train__seed=1))
     with pytest.raises(UserError, match=r"differ in optim.learning_rate \(0.001 and 0.5\); only seeds may differ"):
         report.check_group("mine", [report.read_run(first), faster])
+    cats, dogs = (make_run(name, train__seed=seed) for seed, name in enumerate(("pets_0", "pets_1"), start=5))
+    assert len(read(cats, dogs)) == 1
+    for folder, names in ((cats, ["tabby", "lynx"]), (dogs, ["pug", "husky"])):
+        (folder / "classes.json").write_text(json.dumps(names))
+    assert len(read(cats, dogs)) == 2  # image folders of two sets, whose place is no part of what a run is
+    with pytest.raises(UserError, match="trained on other images or classes"):
+        report.check_group("mine", [report.read_run(cats), report.read_run(dogs)])
     (first.parent / "more").mkdir()
     with pytest.raises(UserError, match="two groups are called"):
         read(first, make_run("more/a_0", optim__learning_rate=0.5))
@@ -370,6 +378,25 @@ def test_a_panel_of_the_benchmark_shows_one_quantity(tmp_path, figures, name):
     assert len(figures[1].axes) == 1
 
 
+def test_the_figures_of_the_study_are_sound(tmp_path, figures, monkeypatch):
+    monkeypatch.syspath_prepend(processes.ROOT / "scripts")
+    import study
+    import study_figures
+
+    random = np.random.default_rng(0)
+    for name in ("B", "C"):
+        for number, (arm, variant) in enumerate(study.EXPERIMENTS[name]().items()):
+            models = ("dense", "EMA") if variant.of_file == "dense" else ("merged", "EMA")
+            for seed in range(3):
+                runs = tmp_path / name / "runs" / f"{arm}-seed{seed}"
+                accuracies = {model: random.normal(0.8 - number / 200, 0.003) for model in models}
+                write_kept_run(runs, accuracies, reduced=1e12 / 4**number)
+    study_figures.main(tmp_path, tmp_path)
+    assert len(figures) == 2
+    for figure in figures:
+        check(figure)
+
+
 @pytest.mark.slow
 def test_the_pictures_in_results_can_be_drawn_again(tmp_path, figures, monkeypatch):
     monkeypatch.syspath_prepend(processes.ROOT / "scripts")
@@ -379,10 +406,10 @@ def test_the_pictures_in_results_can_be_drawn_again(tmp_path, figures, monkeypat
     redraw.main()
     committed = {
         str(path.relative_to(RESULTS))
-        for path in RESULTS.glob("*/*.png")
+        for path in RESULTS.glob("**/*.png")
         if path.name not in ("curves.png", "sheet.png")
     }
-    assert {str(path.relative_to(tmp_path)) for path in tmp_path.glob("*/*.png")} == committed
+    assert {str(path.relative_to(tmp_path)) for path in tmp_path.glob("**/*.png")} == committed
     for figure in figures:
         check(figure)
 

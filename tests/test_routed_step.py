@@ -428,6 +428,13 @@ def test_layers_without_experts_train_as_the_trunk_does(patterned_run, granulari
         assert (moved_LE.sum(1) == (1 if granularity == "batch" else 2)).all()
 
 
+def test_a_last_part_that_is_nearly_all_of_training_begins_after_a_step(tiny_config):
+    """The end of the step before it makes experts equal, and keeps the teacher."""
+    config = tiny_config(routing={"experts": 2}, train={"distil_last": 0.95, "epochs": 6})
+    plan = StepPlan(config, build.make_model(config, "cpu"), make_mesh(config.train), steps_per_epoch=1)
+    assert plan.first_tied == 1
+
+
 @pytest.mark.parametrize(("granularity", "parts"), [("batch", 4), ("sample", 2)])
 def test_accumulated_parts_have_equal_shares_of_every_slot_and_a_mean(tiny_config, granularity, parts):
     config = tiny_config(

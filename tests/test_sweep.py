@@ -14,9 +14,9 @@ import pytest
 from scipy import stats
 
 import processes
-from jvitmoe import cli, config, train
-from jvitmoe.config import Config
+from jvitmoe import cli, train
 from jvitmoe.errors import UserError
+from run_folders import write_kept_run
 
 EXPERIMENT = """
 from jvitmoe.config import Config, ModelConfig, OptimConfig, TrainConfig, routing_of
@@ -61,7 +61,7 @@ def test_the_arms_after_a_search_are_its_best_and_must_all_have_been_tried(scrip
 
     def search(name: str, best: set[str]) -> None:
         for arm in study.EXPERIMENTS[name]():
-            kept_run(tmp_path / name / "runs" / f"{arm}-seed0", {})
+            write_kept_run(tmp_path / name / "runs" / f"{arm}-seed0", {})
             line = {"step": 2, "kind": "validation", "accuracy": 0.7 if arm in best else 0.6}
             (tmp_path / name / "runs" / f"{arm}-seed0" / "metrics.jsonl").write_text(json.dumps(line) + "\n")
 
@@ -96,31 +96,20 @@ def test_the_verdict_is_that_of_students_interval(scripts):
     assert study.verdict(*study.interval([2.0, -2.0])) == "not decided"
 
 
-def kept_run(folder: Path, accuracies: dict[str, float], reduced: float = 0.0) -> None:
-    """Writes what a sweep keeps of a run."""
-    folder.mkdir(parents=True)
-    (folder / "config.json").write_text(config.dumps(Config()))
-    rows = [{"model": model, "accuracy": accuracy} for model, accuracy in accuracies.items()]
-    result = {"rows": rows, "step": 2, "active_parameters": 5, "total_parameters": 9, "hardware": "1 x cpu"}
-    (folder / "result.json").write_text(json.dumps(result))
-    line = {"step": 2, "kind": "train", "loss": 1.0, "reduced_bytes": reduced}
-    (folder / "metrics.jsonl").write_text(json.dumps(line) + "\n")
-
-
-def test_differences_are_taken_seed_by_seed_and_the_study_is_drawn(scripts, tmp_path):
-    study, figures = scripts("study"), scripts("study_figures")
+def test_differences_are_taken_seed_by_seed(scripts, tmp_path):
+    study = scripts("study")
     for seed, dense, merged in ((0, 0.80, 0.81), (1, 0.70, 0.72), (2, 0.75, 0.78)):
-        kept_run(tmp_path / "C" / "runs" / f"dense-seed{seed}", {"dense": dense, "EMA": dense}, reduced=1e9)
-        kept_run(tmp_path / "C" / "runs" / f"every_8-seed{seed}", {"merged": merged}, reduced=1e8)
-    kept_run(tmp_path / "C" / "runs" / "every_64-seed1", {"merged": 0.69}, reduced=1e7)
-    dense, ema, every_8, every_64 = study.verdicts(tmp_path / "C" / "runs", study.EXPERIMENTS["C"]())
+        write_kept_run(tmp_path / "C" / "runs" / f"dense-seed{seed}", {"dense": dense, "EMA": dense}, reduced=1e9)
+        write_kept_run(tmp_path / "C" / "runs" / f"every_8-seed{seed}", {"merged": merged}, reduced=1e8)
+    write_kept_run(tmp_path / "C" / "runs" / "every_64-seed1", {"merged": 0.69}, reduced=1e7)
+    dense, ema, every_8, every_64, *by_ema = study.verdicts(tmp_path / "C" / "runs", study.EXPERIMENTS["C"]())
+    assert {row["minus"] for row in by_ema if row["arm"] != "dense"} == {"dense, EMA"}
+    assert [row["difference"] for row in by_ema if row["arm"] == "every_8"] == ["+2.00 (-0.48 to +4.48)"]
+    assert study.references(["dense", "dense_rate2", "sample"])[2:] == [("dense_rate2", "dense")]
     assert (dense["accuracy"], dense["difference"]) == ("75.00 ± 5.00", "")
     assert (ema["difference"], ema["verdict"]) == ("+0.00 (+0.00 to +0.00)", "not decided, loses nothing")
     assert every_8["difference"] == "+2.00 (-0.48 to +4.48)"
     assert (every_64["difference"], every_64["verdict"]) == ("-1.00", "")
-    figures.main(tmp_path, tmp_path)
-    for name in ("differences.png", "bytes.png"):
-        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_dry_run_of_the_original_s_table_prints_the_commands_of_its_experiments(
@@ -169,6 +158,14 @@ def test_a_sweep_started_again_trains_only_what_is_not_kept(scripts, tmp_path):
     assert (dense["seeds"], dense["accuracy"]) == ("2", f"{100 * result['rows'][0]['accuracy']:.2f} ± 0.00")
     assert float(dense["s per 60,000 images"]) == pytest.approx(60_000 / result["images_per_second"], abs=0.005)
     assert (switch["seeds"], switch["accuracy"], switch["original"]) == ("0", "-", "71.1")
+
+    argv = [sys.executable, str(processes.ROOT / "scripts" / "ablate_recipe.py"), "--seeds=1", "--only=dense_recipe"]
+    argv += [f"--config={tmp_path / 'tiny.py'}", f"--runs={tmp_path / 'wrong'}", f"--out={tmp_path / 'none'}"]
+    ended = subprocess.run([*argv, "--", "--config.train.devices=99"], capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stderr) == (
+        1,
+        f"1 runs failed: dense_recipe-seed0; see their logs in {tmp_path / 'wrong'}\n",
+    )
 
     # In another clone there are no checkpoints: what is kept is enough, and what is missing is trained again.
     shutil.rmtree(tmp_path / "runs")

@@ -187,6 +187,33 @@ def test_evaluate_needs_only_the_folder_and_any_number_of_devices(copy):
     assert "merged" in out
 
 
+def test_train_repeated_after_evaluate_keeps_what_evaluate_found_and_the_hardware_of_the_training(experiment, copy):
+    code, _, err = call(evaluate.main, f"--workdir={copy}", "--devices=8", "--paths=1", "--knn=5")
+    assert code == 0, err
+    before = json.loads((copy / "result.json").read_text())
+    code, _, err = call(train.main, f"--config={experiment}", f"--workdir={copy}")
+    assert code == 0, err
+    after = json.loads((copy / "result.json").read_text())
+    for name in ("mergeability", "probes", "trained_on", "images_per_second"):
+        assert after[name] == before[name]
+    assert "(mergeability.png)" in (copy / "report.md").read_text()
+
+
+def test_a_run_with_an_expert_axis_is_tested_on_any_number_of_devices(experiment, tmp_path):
+    arguments = ("granularity=sample", "scope=shared")
+    arguments = [f"--config.routing.{argument}" for argument in arguments]
+    arguments += ["--config.train.epochs=1", "--config.train.batch_size=255"]
+    arguments += ["--config.train.devices=3", "--config.train.expert_devices=3", f"--workdir={tmp_path / 'axis'}"]
+    code, _, err = call(train.main, f"--config={experiment}", *arguments)
+    assert code == 0, err
+    (trained, *_) = json.loads((tmp_path / "axis" / "result.json").read_text())["rows"]
+    for devices in ("--devices=1", "--devices=2"):
+        code, _, err = call(evaluate.main, f"--workdir={tmp_path / 'axis'}", "--paths=0", devices)
+        assert code == 0, err
+        (found, *_) = json.loads((tmp_path / "axis" / "result.json").read_text())["rows"]
+        assert (found["model"], found["accuracy"]) == (trained["model"], trained["accuracy"])
+
+
 def test_evaluate_tests_any_checkpoint(copy):
     for which in ("best", f"{STEPS - 2}"):
         code, out, err = call(evaluate.main, f"--workdir={copy}", f"--checkpoint={which}")
@@ -245,6 +272,12 @@ def test_a_folder_with_other_things_and_a_file_are_refused(experiment, tmp_path)
         ("--config.model.classes=9", "digits has 10 classes but config.model.classes is 9"),
         ("--config.train.devices=64 --config.train.batch_size=128", "must be at most 8"),
         ("--config.train.devices=3 --config.train.batch_size=128", "must be a multiple of train.devices"),
+        ("--config.train.accumulate=3", "must be a multiple of the 1 devices x 3 parts of train.accumulate"),
+        (
+            "--config.model.attention=cudnn --config.model.dtype=bfloat16 --config.model.width=16 "
+            "--config.model.pool=mean",
+            "config.model.attention is 'cudnn'; it needs a GPU; set --config.model.attention=auto",
+        ),
         ("--config.train.platform=gpu", "config.train.platform is 'gpu'; JAX finds cpu devices only"),
         ("--config.data.name=folder --config.data.dir=no/such/folder", "no/such/folder"),
         ("--config.data.crop_padding=9", "must be at most model.image_size, which is 8"),
@@ -297,6 +330,7 @@ def test_a_run_that_blows_up_stops_and_names_step_value_and_last_good_checkpoint
         (("--workdir={run}", "--paths=-1"), "--paths is -1"),
         (("--workdir=no/such/run",), "'no/such/run' does not exist; give the folder that training wrote"),
         (("--workdir={run}", "--checkpoint=999"), "checkpoint '999' does not exist"),
+        (("--workdir={run}", "--devices=-1"), "--devices is -1"),
         (("--workdir={run}", "--devices=64"), "config.train.devices is 64; it must be at most 8"),
     ],
 )

@@ -46,14 +46,16 @@ def to_devices(array: np.ndarray, sharding: NamedSharding) -> jax.Array:
 class TrainOrder:
     """Order of the training images: a new permutation in every epoch, without the images that fill no batch.
 
-    `slots` are the equal parts of a data device's images: one per expert if all experts run.
-    Raises ConfigError if the batch is no multiple of devices and slots, or is larger than the split.
+    `slots` are the equal parts of a data device's images: one per expert if all experts run; `parts` run in turn.
+    Raises ConfigError if the batch does not divide into all of them, or is larger than the split.
     """
 
-    def __init__(self, count: int, batch_size: int, key: jax.Array, mesh: Mesh, slots: int = 1) -> None:
+    def __init__(self, count: int, batch_size: int, key: jax.Array, mesh: Mesh, slots: int = 1, parts: int = 1) -> None:
         divisor, rule = mesh.size, f"{mesh.size} devices"
         if slots > 1:
             divisor, rule = mesh.shape["data"] * slots, f"{mesh.shape['data']} data devices x {slots} experts"
+        if parts > 1:
+            divisor, rule = divisor * parts, f"{rule} x {parts} parts of train.accumulate"
         if batch_size % divisor:
             rule = f"it must be a multiple of the {rule}; change it or set --config.train.devices"
             raise ConfigError(f"config.train.batch_size is {batch_size}; {rule}")

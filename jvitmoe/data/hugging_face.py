@@ -42,7 +42,7 @@ class HuggingFace(Source):
         if "train" not in splits:
             raise DataError(f"{self._name} has the splits {', '.join(splits)}; it must have train")
         image, label = (self._column(splits["train"].features, kind) for kind in ("image", "label"))
-        labels = {name: np.asarray(split[label], np.int32) for name, split in splits.items()}
+        labels = {name: _labels(split[label]) for name, split in splits.items()}
         tests = [name for name in TESTS if name in splits and len(labels[name]) and labels[name].min() >= 0]
         if not tests or not len(labels["train"]) or labels["train"].min() < 0:
             raise DataError(
@@ -113,12 +113,17 @@ class HuggingFace(Source):
                 raise DataError(
                     f"cannot read the {name} split of {self._name} ({one_line(error)}); load it again"
                 ) from error
-            return [
-                (
-                    Picture(f"image {n} of the {name} split of {self._name}", file["bytes"] or Path(file["path"])),
-                    int(labels_N[n]),
-                )
-                for n, file in zip(numbers, files, strict=True)
-            ]
+            return [(picture(n, file), int(labels_N[n])) for n, file in zip(numbers, files, strict=True)]
+
+        def picture(number: int, file: Any) -> Picture:
+            about = f"image {number} of the {name} split of {self._name}"
+            if file is None:
+                raise DataError(f"{about} is absent; remove its row, or use another set")
+            return Picture(about, file["bytes"] or Path(file["path"]))
 
         return Records(read, np.arange(len(labels_N)), labels_N)
+
+
+def _labels(values: Sequence[int | None]) -> np.ndarray:
+    """Returns labels_N; an image without one has -1, as the sets of the hub write it too."""
+    return np.asarray([-1 if value is None else value for value in values], np.int32)

@@ -23,7 +23,7 @@ IMAGES = 1000  # most images that the layer gap and the losses are measured on
 TINY = 1e-30
 
 
-def spread(images: int, most: int = IMAGES) -> np.ndarray:
+def evenly_spaced(images: int, most: int = IMAGES) -> np.ndarray:
     """Returns the indices of at most `most` images, evenly spaced over a split of `images`."""
     return np.linspace(0, images - 1, min(images, most)).astype(int)
 
@@ -98,7 +98,7 @@ def layer_gap(
     ||mean_e f_e(x) - f_mean(x)|| over all tokens, divided by the mean of ||mean_e f_e(x)||. f_e is the layer's MLP with
     expert e, and x is its input in the merged model.
     """
-    dense, depth = model.plain().clone(dtype=jnp.dtype("float32")), model.config.depth
+    dense, depth = model.plain().clone(dtype=jnp.dtype("float32"), attention="xla"), model.config.depth
 
     @jax.jit
     def batch_sums(params: Any, index_B: jax.Array, mask_B: jax.Array) -> jax.Array:

@@ -73,7 +73,7 @@ def make_model(config: Config, platform_name: str) -> vit.ViT:
     """
     routed, router, settings = config.routing, find_router(config), None
     if router:
-        top_k = router.active_experts(routed.top_k, routed.experts)
+        top_k = router.most_experts(routed.top_k, routed.experts)
         settings = RouterSettings(routed.router, top_k, routed.capacity, routed.eval_capacity)
     pattern = routed.pattern if routed.experts > 1 else ("experts",)
     experts = routed.experts, routed.init, routed.shared_layer

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from jvitmoe.config import Config
 from jvitmoe.experts import build, slices
-from jvitmoe.models import vit
+from jvitmoe.models import routers, vit
 from jvitmoe.runtime import compilation
 
 
@@ -42,8 +42,9 @@ def count_parameters(config: Config) -> tuple[int, int]:
     model = build.make_model(config, "cpu")
     params = vit.shapes(model)
     trunk, experts = slices.split(params, slices.stacked(params))
-    active = model.router.top_k if model.router else 1
-    return tree_size(trunk) + active * tree_size(experts) // model.experts, tree_size(params)
+    router = model.router
+    active = routers.find(router.kind).active_experts(router, model.experts) if router else 1
+    return tree_size(trunk) + round(active * tree_size(experts) / model.experts), tree_size(params)
 
 
 def count_trained(config: Config) -> int:

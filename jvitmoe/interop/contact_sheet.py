@@ -9,6 +9,7 @@ from matplotlib.ft2font import FT2Font
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from jvitmoe.data import images
+from jvitmoe.runs import files
 
 CELL, LINE, GAP = 180, 18, 12  # pixels: side of a picture, height of a line of text, space between cells
 FONT = Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")  # Latin, Greek, Cyrillic and more; no CJK
@@ -17,7 +18,8 @@ WHITE, INK, FAINT, BAR = "#ffffff", "#1a1a1a", "#6b6b6b", "#c9dcf2"
 
 
 def draw(path: Path, cells: Sequence[tuple[Path, Sequence[tuple[str, float]]]]) -> None:
-    """Writes the sheet as a PNG; cells are (file of the picture, (name, probability) of each guess, best first)."""
+    """Writes the sheet as a PNG; cells are (file of the picture, (name, probability) of each guess, best first).
+    Raises UserError where it cannot be written."""
     columns = min(len(cells), max(1, round(math.sqrt(len(cells) * 1.4))))
     rows = math.ceil(len(cells) / columns)
     high = CELL + LINES * LINE
@@ -38,7 +40,8 @@ def draw(path: Path, cells: Sequence[tuple[Path, Sequence[tuple[str, float]]]]) 
             width = pen.textlength(share, font)
             pen.text((left + 3, line), _fit(pen, font, _escaped(name, glyphs), CELL - width - 12), INK, font)
             pen.text((left + CELL - width - 2, line), share, INK, font)
-    sheet.save(path, "PNG")
+    with files.writing(path):
+        sheet.save(path, "PNG")
 
 
 def _thumbnail(image: Image.Image) -> Image.Image:

@@ -14,7 +14,7 @@ from jvitmoe.models.adapters import fold
 from jvitmoe.models.layers import add_bias, dropout, fold_in, gelu, torch_uniform
 from jvitmoe.models.routers import RouterSettings, find
 
-EXPERT_DROPOUT = 5  # site of its random draws; 0 to 3 are those of dropout in a block, 4 that of a router's noise
+EXPERT_DROPOUT = 5  # site of its random draws; in a block 0 to 3 are dropout, 4 a router's noise, 6 and 7 drop_path
 START_AT_ZERO = ("up_b", "down_b", "adapter_down", "adapter_down_bias")  # so every expert starts as the MLP
 
 

@@ -51,14 +51,14 @@ class Block(nn.Module):
         def attention(x_BTD: jax.Array) -> jax.Array:
             parts = config.heads, rate, self.dtype, self.attention, config.qk_norm, config.norm_epsilon
             y_BTD = Attention(*parts, name="attention")(x_BTD, key_B)
-            return finish(dropout(y_BTD, key_B, site=2, rate=rate), "layer_scale1", site=4)
+            return finish(dropout(y_BTD, key_B, site=2, rate=rate), "layer_scale1", site=6)
 
         def mlp(x_BTD: jax.Array) -> jax.Array:
             if self.router is None:
                 y_BTD = Mlp(*settings, name="mlp")(x_BTD, route, key_B)
             else:
                 y_BTD = RoutedMlp(*settings, self.router, name="mlp")(x_BTD, key_B, top_k)
-            return finish(dropout(y_BTD, key_B, site=3, rate=rate), "layer_scale2", site=5)
+            return finish(dropout(y_BTD, key_B, site=3, rate=rate), "layer_scale2", site=7)
 
         def finish(y_BTD: jax.Array, scale: str, site: int) -> jax.Array:
             if config.layer_scale:
@@ -237,11 +237,12 @@ def build(
     """Returns the model in its compute dtype; "auto" is bfloat16 on a GPU or TPU and float32 on a CPU.
 
     Attention "auto" is cuDNN's if the platform has it (`fused`), the dtype is bfloat16 and the shapes fit
-    (`ModelConfig.fits_cudnn`).
+    (`ModelConfig.fits_cudnn`). A model that was trained with "cudnn" runs with "xla" where there is no GPU.
     """
     name = config.dtype if config.dtype != "auto" else "float32" if platform == "cpu" else "bfloat16"
     takes_cudnn = fused and name == "bfloat16" and config.fits_cudnn
-    attention = config.attention if config.attention != "auto" else "cudnn" if takes_cudnn else "xla"
+    asked_for = config.attention == "cudnn" and platform == "gpu" and name == "bfloat16"
+    attention = "cudnn" if asked_for or (config.attention == "auto" and takes_cudnn) else "xla"
     return ViT(config, experts, expert_init, shared_layer, jnp.dtype(name), router, pattern, attention)
 
 

@@ -62,6 +62,12 @@ def writing(path: Path) -> Iterator[None]:
         raise UserError(f"{path} cannot be written: {error.strerror}; {remedy}") from error
 
 
+def make_folder(path: Path) -> None:
+    """Makes a folder if there is none. Raises UserError where it cannot be made."""
+    with writing(path):
+        path.mkdir(parents=True, exist_ok=True)
+
+
 def read_classes(workdir: Path) -> tuple[str, ...]:
     """Returns the names of the classes; () if the run kept none. Raises UserError where the file is damaged."""
     remedy = "delete it, and classes are called by number"

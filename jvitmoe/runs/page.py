@@ -99,7 +99,11 @@ def _points(runs: Sequence[Sequence[Mapping[str, Any]]], training: bool) -> list
     """Returns step, mean, low and high of at most POINTS averages over the steps that all seeds recorded."""
     figure = "loss" if training else "accuracy"
     values = [
-        {line["step"]: line[figure] for line in run if (line["kind"] == "train") == training and line.get(figure)}
+        {
+            line["step"]: line[figure]
+            for line in run
+            if (line["kind"] == "train") == training and line.get(figure) is not None
+        }
         for run in runs
     ]
     steps = sorted(set.intersection(*map(set, values)))
@@ -129,7 +133,7 @@ def _details(group: Shown) -> dict[str, Any]:
         bar = alt.Chart(alt.Data(values=layers)).mark_bar()
         y = alt.Y("gap:Q", title="relative gap")
         found["what the mean does to each layer's output"] = _spec(bar.encode(x="layer:O", y=y, tooltip=["gap:Q"]))
-    for row in group.result.get("rows", ())[:1]:
+    for row in group.result.get("rows", ()):
         if matrix := row.get("confusion"):
             names = results.class_names(folder, len(matrix))
             cells = [

@@ -288,5 +288,7 @@ def plain_ticks(axis: Axis, scale: float = 1) -> None:
 
 
 def save(figure: Figure, path: Path) -> None:
-    figure.savefig(path)
+    """Writes the figure and forgets it. Raises UserError where it cannot be written."""
+    with files.writing(path):
+        figure.savefig(path)
     plt.close(figure)

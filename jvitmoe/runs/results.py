@@ -59,7 +59,7 @@ def metric_cells(row: Mapping[str, Any]) -> dict[str, str]:
     return {
         name: f"{row[name]:{form}}" + (f" ± {row[f'{name}_std']:{form}}" if f"{name}_std" in row else "")
         for name, form in METRICS.items()
-        if name in row
+        if row.get(name) is not None  # a line of metrics.jsonl has null for nan
     }
 
 

@@ -37,7 +37,7 @@ def serve(make: Callable[[str], str], folders: Sequence[Path], port: int) -> Non
                     if kept[0] != now:
                         kept[:] = now, make(now)
                     self._answer(200, "text/html", kept[1])
-                except UserError as error:  # a file that is being written; the browser asks again
+                except UserError as error:  # such as a file that is being written
                     self._answer(503, "text/plain", str(error))
             else:
                 self._answer(404, "text/plain", "there is only /")
@@ -48,6 +48,8 @@ def serve(make: Callable[[str], str], folders: Sequence[Path], port: int) -> Non
             self.send_header("Content-Type", f"{kind}; charset=utf-8")
             self.send_header("Content-Length", str(len(body)))
             self.send_header("Cache-Control", "no-store")
+            if code == 503:
+                self.send_header("Refresh", "2")  # seconds; this answer has no script that asks again
             with contextlib.suppress(ConnectionError):  # the browser has left
                 self.end_headers()
                 self.wfile.write(body)

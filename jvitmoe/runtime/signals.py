@@ -58,14 +58,20 @@ class Stop:
                 name = signal.Signals(number).name
                 heartbeat.leave(f"stopped at once by {name}, {saved}; the same command goes on\n", 128 + number)
             self.signal = number
-            if self._jax_handler:
-                self._jax_handler(signal.SIGTERM)
+            self._tell_others()
+
+    def _tell_others(self) -> None:
+        """Makes the other processes stop too, if there are any."""
+        if self._jax_handler:
+            self._jax_handler(signal.SIGTERM)
 
 
 def _handler_in_c(number: int) -> Any:
-    """Returns the handler that C code has set for a signal, or None. Python's `signal` can neither see nor keep it."""
+    """Returns the handler that C code has set for a signal, or None. Python's `signal` cannot see it."""
     default, ignore, failed = 0, 1, ctypes.c_void_p(-1).value
     swap = ctypes.CDLL(None).signal
     swap.restype, swap.argtypes = ctypes.c_void_p, [ctypes.c_int, ctypes.c_void_p]
     address = swap(number, default) or default
+    if address != failed:
+        swap(number, address)
     return None if address in (default, ignore, failed) else ctypes.CFUNCTYPE(None, ctypes.c_int)(address)

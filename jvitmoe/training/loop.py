@@ -72,10 +72,11 @@ def train(
 
     The lock of the run folder and the watchdog are entered into `cleanup`, which the caller closes. Raises UserError.
     """
-    began = time.monotonic()
     mesh = processes.together(lambda: devices.make_mesh(config.train))
     data = _load_data(config, mesh)
     model = build.make_model(config, mesh.devices.flat[0].platform)
+    if config.model.attention == "cudnn" != model.attention:
+        raise ConfigError("config.model.attention is 'cudnn'; it needs a GPU; set --config.model.attention=auto")
     from_source = config.init.source and not list_steps(workdir / "checkpoints")  # a checkpoint includes the source
     dense, init_notes = processes.together(lambda: load.start(config)) if from_source else (None, [])
     cleanup.enter_context(processes.together(lambda: open_run_folder(workdir, config, data.classes, data.counts)))
@@ -112,10 +113,9 @@ def train(
     if processes.first():
         result = models.facts(config, total, mesh) | {
             "rows": rows,
-            "images_per_second": rate or _earlier_rate(workdir),  # a repeated command trains no step and has no rate
-            "seconds": time.monotonic() - began,
+            "images_per_second": rate,
         }
-        results.write_result(workdir, result)
+        results.write_result(workdir, result if rate else _as_trained(workdir, result))
 
 
 def _load_data(config: Config, mesh: Mesh) -> _Data:
@@ -126,7 +126,7 @@ def _load_data(config: Config, mesh: Mesh) -> _Data:
     def split() -> _Data:
         train_split, validation = datasets.hold_out(dataset.train, config.data.validation)
         key = routes.address(jax.random.key(config.train.seed), Purpose.ORDER)
-        order = TrainOrder(len(train_split), config.train.batch_size, key, mesh, config.slots)
+        order = TrainOrder(len(train_split), config.train.batch_size, key, mesh, config.slots, config.train.accumulate)
         if config.train.epochs * order.steps_per_epoch > LARGEST:
             raise ConfigError(
                 f"config.train.epochs is {config.train.epochs}; it must make at most {LARGEST:,} steps, "
@@ -205,25 +205,34 @@ class _Evaluation:
         return models.evaluate_run(self._config, state.params, state.ema, self._evaluate, *self._test_images)
 
 
-def _earlier_rate(workdir: Path) -> float | None:
+def _as_trained(workdir: Path, result: dict[str, Any]) -> dict[str, Any]:
+    """Returns the result of a command that trained no step, with what earlier ones found out: the rate, the hardware of
+    the training, and what evaluate adds."""
     try:
-        return results.read_result(workdir).get("images_per_second")
+        earlier = results.read_result(workdir)
     except UserError:
         console.print(f"warning: {RESULT} is damaged; it is rewritten without images/s")
-        return None
+        earlier = {}
+    trained_on = earlier.get("trained_on") or earlier.get("hardware")
+    kept = ("mergeability", "probes") if earlier.get("step") == result["step"] else ()
+    return {
+        **result,
+        "images_per_second": earlier.get("images_per_second"),
+        **({"trained_on": trained_on} if trained_on else {}),
+        **{name: earlier[name] for name in kept if name in earlier},
+    }
 
 
 def _check_memory(config: Config, mesh: Mesh) -> None:
-    """Raises ConfigError if parameters and moments alone exceed a device's memory, or for an unknown optimiser."""
+    """Raises ConfigError if the state alone exceeds a device's memory, or for an unknown optimiser."""
     _, everything = cost.count_parameters(config)
-    params = vit.shapes(build.make_model(config, "cpu"))
-    moments = jax.eval_shape(optimizer.make_direction(config).init, params)
-    needed = 4 * (everything + cost.tree_size(moments)) // mesh.size
+    leaves = jax.tree.leaves(abstract_state(config, build.make_model(config, "cpu"), mesh))
+    needed = sum(leaf.dtype.itemsize * math.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in leaves)
     statistics = mesh.local_devices[0].memory_stats() or {}  # None on a CPU
     available = statistics.get("bytes_limit") or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if needed > available:
         raise ConfigError(
-            f"config.model has {everything:,} parameters; with their moments they need {needed / 2**30:,.1f} GiB of "
+            f"config.model has {everything:,} parameters; the state of training needs {needed / 2**30:,.1f} GiB of "
             f"a device that has {available / 2**30:,.1f} GiB; lower model.width, model.hidden or routing.experts"
         )
 

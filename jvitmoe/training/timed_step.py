@@ -43,7 +43,9 @@ class TimedStep:
         model = build.make_model(config, platform)
         self.dtype, self.batch = model.dtype.name, batch
         key = routes.address(jax.random.key(config.train.seed), Purpose.ORDER)
-        self._order = order = batches.TrainOrder(len(images.labels_N), batch, key, mesh, config.slots)
+        self._order = order = batches.TrainOrder(
+            len(images.labels_N), batch, key, mesh, config.slots, config.train.accumulate
+        )
         self._index_SB = order.epoch(0)
         train_step = step.make_train_step(config, model, mesh, order.steps_per_epoch)
         self._state = make_state(config, model, mesh)

@@ -129,6 +129,22 @@ def test_a_set_without_a_test_split_or_labels_is_refused(tmp_path):
         load(tmp_path / "text")
 
 
+def test_images_without_a_label_or_without_pixels_are_refused_where_they_are_used(tmp_path):
+    root = write_parquet(tmp_path / "set", splits=(("train", 6), ("validation", 4)))
+    features = hf.Features({"image": hf.Image(), "label": hf.ClassLabel(names=list(NAMES))})
+    pictures = [Image.fromarray(image) for image in pixels("test", 2)]
+
+    def write(split, images, labels):
+        rows = hf.Dataset.from_dict({"image": images, "label": labels}, features)
+        rows.to_parquet(root / "data" / f"{split}-00000-of-00001.parquet")
+
+    write("test", pictures, [None, None])  # as the hub has test splits whose labels are kept back
+    assert len(load(root).test) == 4
+    write("train", [pictures[0], None], [0, 1])
+    with pytest.raises(DataError, match=r"image 1 of the train split of .* is absent"):
+        load(root)
+
+
 def test_the_halves_of_the_study_hold_the_images_of_their_classes(tmp_path):
     sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
     try:

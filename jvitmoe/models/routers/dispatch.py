@@ -99,9 +99,14 @@ class Router(nn.Module):
         return jnp.zeros(())
 
     @staticmethod
-    def active_experts(top_k: int, experts: int) -> int:
-        """Returns the number of experts that a token passes through in evaluation (on average, if it varies)."""
+    def most_experts(top_k: int, experts: int) -> int:
+        """Returns K, the most experts that a token chooses, for routing.top_k of E."""
         return 1
+
+    @staticmethod
+    def active_experts(settings: RouterSettings, experts: int) -> float:
+        """Returns the number of experts that a token passes through in evaluation (on average, if it varies)."""
+        return settings.top_k
 
     @staticmethod
     def top_k_at(step: jax.Array, total: int, top_k: int, experts: int) -> jax.Array | None:

@@ -4,7 +4,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jvitmoe.models.routers.dispatch import Router, Slots, Statistics, slots_per_expert, statistics
+from jvitmoe.models.routers.dispatch import Router, RouterSettings, Slots, Statistics, slots_per_expert, statistics
 
 
 class ExpertChoice(Router):
@@ -23,3 +23,7 @@ class ExpertChoice(Router):
         load_E = jnp.full((self.experts,), 1.0 / self.experts)
         slots = Slots(token_EBQ, weight_EBQ, once=False)
         return slots, statistics(logits_BTE, load_E, 1.0 - taken_BT.mean())
+
+    @staticmethod
+    def active_experts(settings: RouterSettings, experts: int) -> float:
+        return min(settings.capacity, experts)

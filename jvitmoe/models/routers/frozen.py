@@ -34,7 +34,7 @@ class Frozen(Router):
         return slots, statistics(logits_BTE, load_E, dropped)
 
     @staticmethod
-    def active_experts(top_k: int, experts: int) -> int:
+    def most_experts(top_k: int, experts: int) -> int:
         return experts
 
     @staticmethod

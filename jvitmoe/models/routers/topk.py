@@ -37,7 +37,7 @@ class TopK(Router):
         return (_cv_squared(statistics.probability_E) + _cv_squared(statistics.smooth_load_E)).mean() / 2
 
     @staticmethod
-    def active_experts(top_k: int, experts: int) -> int:
+    def most_experts(top_k: int, experts: int) -> int:
         return top_k
 
 
