@@ -29,6 +29,8 @@ def main(argv: list[str]) -> None:
     workdir = cli.run_folder(values)
     if values.paths < 0:
         raise UserError(f"--paths is {values.paths}; it must be the number of random paths, 0 or more")
+    if values.devices < 0:
+        raise UserError(f"--devices is {values.devices}; it must be a number of devices, or 0 for all of them")
     for name in ("few_shot", "knn"):
         if (images := getattr(values, name)) < 0:
             raise UserError(f"--{name} is {images}; it must be a number of images, or 0 for no probe")
@@ -181,7 +183,7 @@ def _define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_string("probe_data", "", "Set of the probes, if not the run's: a data.name.", flag_values=values)
     flags.DEFINE_string("probe_dir", "", "Its folder, if not that of the run's data.", flag_values=values)
     flags.DEFINE_string("data_dir", "", "Where the data are, if not where training found them.", flag_values=values)
-    flags.DEFINE_integer("devices", 0, "Devices to use; 0 is all local ones.", lower_bound=0, flag_values=values)
+    flags.DEFINE_integer("devices", 0, "Devices to use; 0 is all local ones.", flag_values=values)
     flags.DEFINE_string("platform", "", "cpu, gpu or tpu; '' takes what JAX finds.", flag_values=values)
 
 

@@ -175,7 +175,7 @@ def test_the_readme_s_results_are_those_of_the_report():
     (interval,) = re.findall(r"paired difference: (\S+ to [+-][\d.]+);", readme)
     assert f"95 % interval {interval}." in (ROOT / "results" / "cifar10_fast" / "report.md").read_text()
     for name, folder in (("CIFAR-10", "cifar10_fast"), ("digits", "digits")):
-        (row,) = re.findall(rf"^\| {name} .*$", readme, re.MULTILINE)
+        (row,) = re.findall(rf"^\| {name}\b.*$", readme, re.MULTILINE)
         results = re.findall(r"([\d.]+) ± ([\d.]+) %", row)
         report = (ROOT / "results" / folder / "report.md").read_text()
         assert len(results) == 2
