@@ -31,10 +31,10 @@ class StepPlan:
 
     @property
     def first_tied(self) -> int:
-        """First step at which all experts are equal, at least 1, because they become so at the end of the step before;
-        without tied_last none of the run, not even its end."""
+        """First step at which all experts are equal; without tied_last none of the run, not even its end."""
         tied_last = self.config.tied_last
-        return max(round((1.0 - tied_last) * self.total), 1) if tied_last else self.total + 1
+        first = round((1.0 - tied_last) * self.total) if tied_last else self.total + 1
+        return max(first, 1) if self.config.train.distil_last else first  # the step before it makes the teacher
 
     @property
     def passes(self) -> int:
