@@ -11,7 +11,7 @@ import argparse
 import itertools
 import statistics
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -209,10 +209,17 @@ def references(arms: Iterable[str]) -> list[tuple[str, str]]:
     return [(first, "dense"), (first, "EMA"), *((name, "dense") for name in others if name.startswith("dense_rate"))]
 
 
-def compare(runs: Path, arms: Mapping[str, Variant], arm: str = "", model: str = "dense") -> list[Compared]:
-    """Returns the dense, merged and EMA models of all arms, compared with a model of an arm, by default the first."""
-    found = {name: accuracies(runs, name) for name in arms}
-    reference = found[arm or next(iter(arms))].get(model, {})
+Found = dict[str, dict[str, dict[str, float]]]  # arm -> model -> seed -> accuracy on the test split, %
+
+
+def read(runs: Path, arms: Iterable[str]) -> Found:
+    """Returns the accuracies of all arms."""
+    return {name: accuracies(runs, name) for name in arms}
+
+
+def compare(found: Found, reference_arm: str, reference_model: str) -> list[Compared]:
+    """Returns the dense, merged and EMA models of all arms, compared with one of them."""
+    reference = found[reference_arm].get(reference_model, {})
     compared = []
     for name, models in found.items():
         for model, by_seed in models.items():
@@ -221,11 +228,11 @@ def compare(runs: Path, arms: Mapping[str, Variant], arm: str = "", model: str =
     return compared
 
 
-def verdicts(runs: Path, arms: Mapping[str, Variant]) -> list[dict[str, str]]:
+def verdicts(runs: Path, arms: Iterable[str]) -> list[dict[str, str]]:
     """Returns the text cells of a row per model and reference: accuracy, mean ± sample deviation; the mean of its
     differences from the reference with their interval; and what follows by the rule of docs/study.md."""
-    rows = []
-    compared = [(reference, item) for reference in references(arms) for item in compare(runs, arms, *reference)]
+    rows, found = [], read(runs, arms)
+    compared = [(reference, item) for reference in references(found) for item in compare(found, *reference)]
     for (against, of), (arm, model, values, paired) in compared:
         if not paired and (against, of) != (arm, model):
             continue  # no seed of the reference

@@ -22,11 +22,16 @@ def main(results: Path, out: Path) -> None:
     for name in sorted([*study.EXPERIMENTS, *study.AFTER_SEARCH]):
         if name in NOT_COMPARED or not (results / name / "runs").is_dir():
             continue
-        compared = study.compare(results / name / "runs", study.arms_of(name, results))
+        compared = from_dense(results / name / "runs", study.arms_of(name, results))
         found[name] = [model for model in compared if model.paired]
     differences(found, out / "differences.png")
     if "C" in found:
         bytes_against_accuracy(results / "C" / "runs", out / "bytes.png")
+
+
+def from_dense(runs: Path, arms: study.Arms) -> list[study.Compared]:
+    """Returns the models of all arms, compared with the dense model of the first arm."""
+    return study.compare(study.read(runs, arms), *study.references(arms)[0])
 
 
 @plots.in_style
@@ -54,7 +59,7 @@ def differences(found: dict[str, list[study.Compared]], path: Path) -> None:
 def bytes_against_accuracy(runs: Path, path: Path) -> None:
     """Writes accuracy, mean ± sample deviation, against the bytes that a device reduces in a run."""
     figure, axes = plt.subplots(figsize=(7, 4.5))
-    for name, _, accuracies, _ in (row for row in study.compare(runs, study.EXPERIMENTS["C"]()) if row.model != "EMA"):
+    for name, _, accuracies, _ in (row for row in from_dense(runs, study.EXPERIMENTS["C"]()) if row.model != "EMA"):
         lines = history.read_metrics(next(runs.glob(f"{name}-seed*")) / files.METRICS)
         (reduced, *_) = [line["reduced_bytes"] for line in reversed(lines) if "reduced_bytes" in line]
         deviation = statistics.stdev(accuracies) if len(accuracies) > 1 else 0.0

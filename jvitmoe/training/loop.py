@@ -75,7 +75,7 @@ def train(
     mesh = processes.together(lambda: devices.make_mesh(config.train))
     data = _load_data(config, mesh)
     model = build.make_model(config, mesh.devices.flat[0].platform)
-    if config.model.attention == "cudnn" != model.attention:
+    if config.model.attention == "cudnn" and model.attention != "cudnn":
         raise ConfigError("config.model.attention is 'cudnn'; it needs a GPU; set --config.model.attention=auto")
     from_source = config.init.source and not list_steps(workdir / "checkpoints")  # a checkpoint includes the source
     dense, init_notes = processes.together(lambda: load.start(config)) if from_source else (None, [])
