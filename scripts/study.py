@@ -37,14 +37,19 @@ def random(granularity: str, rate: float, pull: float, settings: dict[str, objec
     return Variant(SIZE | routing | (settings or {}), "random")
 
 
+def epochs(count: int) -> dict[str, object]:
+    """Returns the settings of a run that is evaluated at its end."""
+    return {"train.epochs": count, "train.eval_every": count}
+
+
 def parity_search() -> Arms:
-    found = {f"dense_rate{rate}": dense({"routing.learning_rate": rate}) for rate in (1, 2, 4)}
+    found = {f"dense_rate{rate}": dense(epochs(6) | {"routing.learning_rate": rate}) for rate in (1, 2, 4)}
     grid = itertools.product(("batch", "sample"), (1, 2, 4), (0, 0.01, 0.1, 1))
-    return found | {f"{kind}_rate{rate}_pull{pull}": random(kind, rate, pull) for kind, rate, pull in grid}
+    return found | {f"{kind}_rate{rate}_pull{pull}": random(kind, rate, pull, epochs(6)) for kind, rate, pull in grid}
 
 
 def parity(results: Path, settings: dict[str, object] | None = None) -> Arms:
-    """Returns dense, its controls, and the best arms of A_search, all with these settings."""
+    """Returns dense, its controls, and the best arms of A_search, all trained for longer and with these settings."""
     arms = parity_search()
     samples = [name for name in arms if name.startswith("sample")]
     synchronous = best(results, "A_search", [name for name in samples if name.endswith("pull1")])
@@ -54,7 +59,8 @@ def parity(results: Path, settings: dict[str, object] | None = None) -> Arms:
     control = f"dense_{synchronous.split('_')[1]}"
     chosen = dict.fromkeys(("dense_rate1", tuned, control, synchronous, drifting, batch))  # each of them once
     named = {"dense" if name == "dense_rate1" else name: arms[name] for name in chosen}
-    return {name: Variant({**arm.settings, **(settings or {})}, arm.of_file) for name, arm in named.items()}
+    changed = epochs(10) | (settings or {})
+    return {name: Variant({**arm.settings, **changed}, arm.of_file) for name, arm in named.items()}
 
 
 def rare_meetings() -> Arms:
@@ -62,9 +68,7 @@ def rare_meetings() -> Arms:
     found["dense_batch128"] = dense(FEW | {"train.batch_size": 128})
     how_often = {"every_step": {}, "every_4": {"routing.pull_every": 4}}
     how_often["qsr"] = {"routing.pull_every": 4, "routing.pull_schedule": "qsr"}
-    for (name, settings), rate in itertools.product(how_often.items(), (1, 2)):
-        found[f"{name}_rate{rate}"] = random("sample", rate, 1, FEW | settings)
-    return found
+    return found | {name: random("sample", 2, 1, FEW | settings) for name, settings in how_often.items()}
 
 
 def bytes_against_accuracy() -> Arms:
@@ -72,11 +76,6 @@ def bytes_against_accuracy() -> Arms:
     found |= {f"every_{steps}": random("sample", 2, 1, {"routing.pull_every": steps}) for steps in (1, 8, 64, 512)}
     qsr = {"routing.pull_every": 8, "routing.pull_schedule": "qsr"}
     return found | {"qsr": random("sample", 2, 1, qsr)}
-
-
-def epochs(count: int) -> dict[str, object]:
-    """Returns the settings of a run that is evaluated at its end."""
-    return {"train.epochs": count, "train.eval_every": count}
 
 
 def small(count: int) -> dict[str, object]:
@@ -124,9 +123,9 @@ def fine_tuning(results: Path) -> Arms:
 def teaching_routes() -> Arms:
     cosub = {"routing.consistency": 0.5, "routing.consistency_loss": "cosub"}
     r_drop = {"routing.consistency": 0.5, "routing.consistency_loss": "thor", "model.dropout": 0.1}
-    drops, once = {"model.drop_path": 0.1}, small(150)
+    drops, once = {"model.drop_path": 0.1}, small(80)
     return {
-        "dense_300": dense(small(300)),
+        "dense_160": dense(small(160)),
         "dense": dense(once),
         "dense_drop_path": dense(once | drops),
         "dense_cosub": dense(once | drops | cosub),
@@ -138,11 +137,11 @@ def teaching_routes() -> Arms:
 def ensemble_into_one() -> Arms:
     taught, tied = {"train.distil_last": 0.3}, {"routing.tie_last": 0.3}
     return {
-        "dense": dense(small(200)),
-        "dense_280": dense(small(280)),
-        "dense_taught": dense(small(200) | taught),
-        "random_taught": random("sample", 2, 0, small(200) | taught),
-        "random_tied": random("sample", 2, 0, small(200) | tied),
+        "dense": dense(small(120)),
+        "dense_168": dense(small(168)),
+        "dense_taught": dense(small(120) | taught),
+        "random_taught": random("sample", 2, 0, small(120) | taught),
+        "random_tied": random("sample", 2, 0, small(120) | tied),
     }
 
 

@@ -67,10 +67,11 @@ def test_the_arms_after_a_search_are_its_best_and_must_all_have_been_tried(scrip
 
     search("A_search", {"dense_rate4", "sample_rate2_pull1", "sample_rate1_pull0.01", "batch_rate4_pull0.1"})
     arms, searched = study.arms_of("A", tmp_path), study.EXPERIMENTS["A_search"]()
-    assert arms == {"dense": searched["dense_rate1"]} | {
-        name: searched[name]
-        for name in ("dense_rate4", "dense_rate2", "sample_rate2_pull1", "sample_rate1_pull0.01", "batch_rate4_pull0.1")
-    }
+    found = ("dense_rate1", "dense_rate4", "dense_rate2")
+    found += ("sample_rate2_pull1", "sample_rate1_pull0.01", "batch_rate4_pull0.1")
+    assert list(arms) == ["dense", *found[1:]]
+    longer = study.epochs(10)
+    assert [*arms.values()] == [(searched[name].settings | longer, searched[name].of_file) for name in found]
     augmented = study.arms_of("A_augmented", tmp_path)
     assert list(augmented) == list(arms)
     assert all(arm.settings == {**arms[name].settings, **study.AUGMENTED} for name, arm in augmented.items())
