@@ -76,8 +76,11 @@ def _cell(values: Sequence[float], form: str) -> str:
     return f"{statistics.fmean(values):{form}}{deviation}"
 
 
+def conclusion(runs: Path) -> str:
+    """Returns the end of the report."""
+    ingredients = f"\n## Ingredients\n\nAccuracy on the test split, %.\n\n{tables.markdown(table(runs))}"
+    return ingredients + against_dense(runs)
+
+
 if __name__ == "__main__":
-    out = main(__doc__, variants())
-    with (out / "report.md").open("a") as text:
-        text.write(f"\n## Ingredients\n\nAccuracy on the test split, %.\n\n{tables.markdown(table(out / 'runs'))}")
-        text.write(against_dense(out / "runs"))
+    main(__doc__, variants(), conclusion=conclusion)

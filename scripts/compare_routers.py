@@ -35,4 +35,4 @@ def variants() -> dict[str, Variant]:
 
 
 if __name__ == "__main__":
-    main(__doc__, variants(), FIGURES)
+    main(__doc__, variants(), figures=FIGURES)

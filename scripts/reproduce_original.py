@@ -51,7 +51,10 @@ def table(runs: Path) -> list[dict[str, str]]:
     return rows
 
 
+def conclusion(runs: Path) -> str:
+    """Returns the end of the report."""
+    return f"\n## Beside the original\n\n{tables.markdown(table(runs))}"
+
+
 if __name__ == "__main__":
-    out = main(__doc__, variants())
-    with (out / "report.md").open("a") as text:
-        text.write(f"\n## Beside the original\n\n{tables.markdown(table(out / 'runs'))}")
+    main(__doc__, variants(), conclusion=conclusion)

@@ -1,6 +1,6 @@
 """Writes CIFAR-10 as two sets of six and four classes, for the study of fine-tuning: parquet files that hf:OUT/… reads.
 
-    python scripts/split_classes.py --data_dir DIR --out data/halves
+    python scripts/split_classes.py --data_dir DIR --out runs/study/halves
 
 `first` has the labels 0 to 5, `second` 6 to 9. The numbers of classes differ, so that a run on the second that starts
 from a model of the first gets a new head.

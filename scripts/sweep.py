@@ -17,7 +17,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -33,20 +33,31 @@ class Variant(NamedTuple):
 
     settings: Mapping[str, object]
     of_file: str = "dense"
+    against: tuple[str, ...] = ()  # names of the variants that it is compared with, see verdicts.py
 
 
-def main(description: str | None, variants: Mapping[str, Variant], figures: tuple[str, ...] = ()) -> Path:
-    """Runs the command line of a script and returns its --out; with --dry_run it prints commands and exits.
+def main(
+    description: str | None,
+    variants: Mapping[str, Variant],
+    *,
+    figures: Sequence[str] = (),
+    evaluate: Sequence[str] = (),
+    conclusion: Callable[[Path], str] = lambda runs: "",
+) -> None:
+    """Runs the command line of a script and exits if a run failed; with --dry_run it prints commands and exits.
 
     Args:
         description: the script's docstring.
         figures: variants whose picture of mergeability is kept, of seed 0.
+        evaluate: flags for every `jvitmoe.evaluate`.
+        conclusion: returns the end of the report from the folder with what is kept of the runs.
     """
     options = _options(description, variants)
     kept = options.out / "runs"
     # Seed by seed, so that a table of all variants can be had after the first third.
     names = [name for name in variants if not options.only or name in options.only]
-    every = {f"{name}-seed{seed}": (variants[name], seed) for seed in range(options.seeds) for name in names}
+    seeds = range(options.first_seed, options.first_seed + options.seeds)
+    every = {f"{name}-seed{seed}": (variants[name], seed) for seed in seeds for name in names}
     todo = {name: item for name, item in every.items() if not (kept / name / files.RESULT).exists()}
     print(f"{len(every)} runs, {len(every) - len(todo)} of them kept in {kept}", flush=True)
     if options.dry_run:
@@ -54,7 +65,7 @@ def main(description: str | None, variants: Mapping[str, Variant], figures: tupl
         sys.exit()
     kept.mkdir(parents=True, exist_ok=True)
     options.runs.mkdir(parents=True, exist_ok=True)
-    failed = _train(todo, options)
+    failed = _train(todo, options, evaluate)
     problem = f"{len(failed)} runs failed: {', '.join(failed)}; see their logs in {options.runs}"
     if len(failed) == len(every):
         sys.exit(problem)
@@ -68,13 +79,13 @@ def main(description: str | None, variants: Mapping[str, Variant], figures: tupl
             f", {options.jobs} runs at a time, each on its share of the CPUs: images/s are those of a shared machine"
         )
         text.write(f"\nWritten by `python {shlex.join(sys.argv)}`{shared if options.jobs > 1 else ''}.\n")
+        text.write(conclusion(kept))
     if failed:
         sys.exit(problem)
-    return options.out
 
 
 def accuracies(
-    runs: Path, name: str, models: Sequence[str] = ("dense", "merged", "EMA")
+    runs: Path, name: str, models: Sequence[str] = ("dense", "merged", "ensemble", "EMA")
 ) -> dict[str, dict[str, float]]:
     """Returns model -> seed -> accuracy on the test split, %, of a variant's models."""
     found: dict[str, dict[str, float]] = {}
@@ -98,7 +109,8 @@ def _options(description: str | None, variants: Mapping[str, Variant]) -> argpar
     parser.add_argument("--config", required=True, help="a dense experiment")
     parser.add_argument("--runs", type=Path, required=True, help="where the run folders go")
     parser.add_argument("--out", type=Path, required=True, help="where the table goes, and what is kept of the runs")
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, default=3, help="how many")
+    parser.add_argument("--first_seed", type=int, default=0, help="new ones repeat what was found, in another --out")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
     parser.add_argument("--only", nargs="+", choices=variants, metavar="VARIANT", help=", ".join(variants))
     parser.add_argument("--dry_run", action="store_true", help="print the commands that are missing, run none")
@@ -106,7 +118,7 @@ def _options(description: str | None, variants: Mapping[str, Variant]) -> argpar
     return parser.parse_args()
 
 
-def _train(todo: Mapping[str, tuple[Variant, int]], options: argparse.Namespace) -> list[str]:
+def _train(todo: Mapping[str, tuple[Variant, int]], options: argparse.Namespace, evaluate: Sequence[str]) -> list[str]:
     """Trains and evaluates runs, prints progress, and returns the names of those that failed."""
     # Each job keeps to CPUs of its own: two runs of one core each train about 1.2 times as much as two of two cores.
     cpus = sorted(os.sched_getaffinity(0))
@@ -119,7 +131,7 @@ def _train(todo: Mapping[str, tuple[Variant, int]], options: argparse.Namespace)
         share = shares.get()
         try:
             with (options.runs / f"{name}.log").open("a") as log:
-                for command in (train, ["jvitmoe.evaluate", f"--workdir={workdir}"]):
+                for command in (train, ["jvitmoe.evaluate", f"--workdir={workdir}", *evaluate]):
                     process = subprocess.Popen([sys.executable, "-m", *command], stdout=log, stderr=log)
                     os.sched_setaffinity(process.pid, share)
                     if code := process.wait():

@@ -385,7 +385,7 @@ def test_the_figures_of_the_study_are_sound(tmp_path, figures, monkeypatch):
 
     random = np.random.default_rng(0)
     for name in ("B", "C"):
-        for number, (arm, variant) in enumerate(study.EXPERIMENTS[name]().items()):
+        for number, (arm, variant) in enumerate(study.EXPERIMENTS[name](tmp_path).items()):
             models = ("dense", "EMA") if variant.of_file == "dense" else ("merged", "EMA")
             for seed in range(3):
                 runs = tmp_path / name / "runs" / f"{arm}-seed{seed}"

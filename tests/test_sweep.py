@@ -46,8 +46,12 @@ def scripts():
 
 
 def test_every_variant_is_an_experiment_of_its_own(scripts):
-    sweeps = [scripts("ablate_recipe").variants(), *(make() for make in scripts("study").EXPERIMENTS.values())]
-    for variants in sweeps:
+    study = scripts("study")
+    names = ("A_search", "B", "C", "D_pretrained", "D_search", "E", "F")
+    experiments = {name: study.EXPERIMENTS[name](None) for name in names}
+    for name, variants in {"ablation": scripts("ablate_recipe").variants(), **experiments}.items():
+        if name != "D_search":  # whose arms are compared in D
+            assert {other for variant in variants.values() for other in variant.against} <= {*variants}
         configs = []
         for variant in variants.values():
             flags = [f"--config.{field}={value}" for field, value in variant.settings.items()]
@@ -59,58 +63,97 @@ def test_every_variant_is_an_experiment_of_its_own(scripts):
 def test_the_arms_after_a_search_are_its_best_and_must_all_have_been_tried(scripts, tmp_path):
     study = scripts("study")
 
-    def search(name: str, best: set[str]) -> None:
-        for arm in study.EXPERIMENTS[name]():
+    def search(name: str, best: set[str]) -> dict:
+        arms = study.EXPERIMENTS[name](tmp_path)
+        for arm in arms:
             write_kept_run(tmp_path / name / "runs" / f"{arm}-seed0", {})
             line = {"step": 2, "kind": "validation", "accuracy": 0.7 if arm in best else 0.6}
             (tmp_path / name / "runs" / f"{arm}-seed0" / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+        return arms
 
-    search("A_search", {"dense_rate4", "sample_rate2_pull1", "sample_rate1_pull0.01", "batch_rate4_pull0.1"})
-    arms, searched = study.arms_of("A", tmp_path), study.EXPERIMENTS["A_search"]()
-    found = ("dense_rate1", "dense_rate4", "dense_rate2")
-    found += ("sample_rate2_pull1", "sample_rate1_pull0.01", "batch_rate4_pull0.1")
-    assert list(arms) == ["dense", *found[1:]]
-    longer = study.epochs(10)
-    assert [*arms.values()] == [(searched[name].settings | longer, searched[name].of_file) for name in found]
-    augmented = study.arms_of("A_augmented", tmp_path)
-    assert list(augmented) == list(arms)
-    assert all(arm.settings == {**arms[name].settings, **study.AUGMENTED} for name, arm in augmented.items())
+    chosen = ("sample_rate2_pull1", "sample_rate1_pull0.01", "batch_rate4_pull0.1")
+    searched = search("A_search", {"dense_rate4", *chosen})
+    arms = study.EXPERIMENTS["A"](tmp_path)
+    controls = ("dense", "dense_rate4", "dense_rate2")
+    assert {name: arm.against for name, arm in arms.items()} == (
+        dict(zip(controls, ((), ("dense",), ("dense",)), strict=True)) | dict.fromkeys(chosen, controls)
+    )
+    for name, arm in arms.items():
+        of_search = searched["dense_rate1" if name == "dense" else name]
+        assert (arm.settings, arm.of_file) == (of_search.settings | study.epochs(10), of_search.of_file)
+    augmented = study.EXPERIMENTS["A_augmented"](tmp_path)
+    assert augmented == {name: arm._replace(settings=arm.settings | study.AUGMENTED) for name, arm in arms.items()}
 
-    search("D_search", {"lora_80_0.001", "adamix_0.0003"})
-    tuned, searched = study.arms_of("D", tmp_path), study.EXPERIMENTS["D_search"]()
+    searched = search("D_search", {"lora_80_0.001", "adamix_0.0003"})
+    tuned = study.EXPERIMENTS["D"](tmp_path)
     assert len(tuned) == 11
-    assert next(iter(tuned)) == "dense_80"
     assert (tuned["lora_80"], tuned["adamix"]) == (searched["lora_80_0.001"], searched["adamix_0.0003"])
+    assert not {name for arm in tuned.values() for name in arm.against} - {*tuned}
 
     shutil.rmtree(tmp_path / "D_search" / "runs" / "adamix_0.003-seed0")
     with pytest.raises(UserError, match=r"D_search has no result of adamix_0\.003; run D_search first"):
-        study.arms_of("D", tmp_path)
+        study.EXPERIMENTS["D"](tmp_path)
 
 
 def test_the_verdict_is_that_of_students_interval(scripts):
-    study, paired = scripts("study"), [0.3, 0.5, 0.2, 0.6, 0.4]
-    found = study.interval(paired)
+    verdicts, paired = scripts("verdicts"), [0.3, 0.5, 0.2, 0.6, 0.4]
+    found = scripts("sweep").interval(paired)
     assert found == pytest.approx(stats.ttest_1samp(paired, 0).confidence_interval(0.95))
-    assert study.verdict(*found) == "better"
-    for shift, verdict in ((-1.0, "worse"), (-0.4, "not decided, loses nothing"), (-0.5, "not decided, loses nothing")):
-        assert study.verdict(*study.interval([value + shift for value in paired])) == verdict
-    assert study.verdict(*study.interval([2.0, -2.0])) == "not decided"
+
+    def verdict(paired: list[float]) -> str:
+        return verdicts.rows([verdicts.Comparison("a", "merged", "b", "dense", paired)])[0]["verdict"]
+
+    assert verdict(paired) == "better"
+    for shift, expected in (
+        (-1.0, "worse"),
+        (-0.4, "not decided, loses nothing"),
+        (-0.5, "not decided, loses nothing"),
+    ):
+        assert verdict([value + shift for value in paired]) == expected
+    assert verdict([2.0, -2.0]) == "not decided"
+    assert verdict([2.0]) == "-"
 
 
-def test_differences_are_taken_seed_by_seed(scripts, tmp_path):
-    study = scripts("study")
-    for seed, dense, merged in ((0, 0.80, 0.81), (1, 0.70, 0.72), (2, 0.75, 0.78)):
-        write_kept_run(tmp_path / "C" / "runs" / f"dense-seed{seed}", {"dense": dense, "EMA": dense}, reduced=1e9)
-        write_kept_run(tmp_path / "C" / "runs" / f"every_8-seed{seed}", {"merged": merged}, reduced=1e8)
-    write_kept_run(tmp_path / "C" / "runs" / "every_64-seed1", {"merged": 0.69}, reduced=1e7)
-    dense, ema, every_8, every_64, *by_ema = study.verdicts(tmp_path / "C" / "runs", study.EXPERIMENTS["C"]())
-    assert {row["minus"] for row in by_ema if row["arm"] != "dense"} == {"dense, EMA"}
-    assert [row["difference"] for row in by_ema if row["arm"] == "every_8"] == ["+2.00 (-0.48 to +4.48)"]
-    assert study.references(["dense", "dense_rate2", "sample"])[2:] == [("dense_rate2", "dense")]
-    assert (dense["accuracy"], dense["difference"]) == ("75.00 ± 5.00", "")
-    assert (ema["difference"], ema["verdict"]) == ("+0.00 (+0.00 to +0.00)", "not decided, loses nothing")
-    assert every_8["difference"] == "+2.00 (-0.48 to +4.48)"
-    assert (every_64["difference"], every_64["verdict"]) == ("-1.00", "")
+def test_differences_are_taken_seed_by_seed_from_every_reference(scripts, tmp_path):
+    verdicts, variant = scripts("verdicts"), scripts("sweep").Variant
+    arms = {
+        "dense": variant({}),
+        "control": variant({}, against=("dense",)),
+        "random": variant({}, "random", ("dense", "control")),
+        "once": variant({}, "random", ("dense",)),
+        "missing": variant({}, "random", ("dense",)),
+    }
+    for seed, dense, merged in ((0, 0.80, 0.84), (1, 0.70, 0.75), (2, 0.75, 0.81)):
+        write_kept_run(tmp_path / f"dense-seed{seed}", {"dense": dense, "EMA": dense + 0.01})
+        write_kept_run(tmp_path / f"control-seed{seed}", {"dense": dense + 0.02})
+        write_kept_run(tmp_path / f"random-seed{seed}", {"merged": merged, "EMA": merged, "ensemble": 0.9})
+    write_kept_run(tmp_path / "once-seed1", {"merged": 0.69})
+    found = verdicts.read(tmp_path, arms)
+    rows = verdicts.rows(verdicts.comparisons(found, arms))
+    differences = {(row["arm"], row["model"], row["minus"]): row["difference"] for row in rows}
+    assert differences == {
+        ("control", "dense", "dense, dense"): "+2.00",
+        ("control", "dense", "dense, EMA"): "+1.00",
+        ("random", "merged", "dense, dense"): "+5.00",
+        ("random", "merged", "dense, EMA"): "+4.00",
+        ("random", "merged", "control, dense"): "+3.00",
+        ("random", "EMA", "dense, EMA"): "+4.00",
+        ("random", "ensemble", "dense, dense"): "+15.00",
+        ("random", "ensemble", "dense, EMA"): "+14.00",
+        ("random", "ensemble", "control, dense"): "+13.00",
+        ("once", "merged", "dense, dense"): "-1.00",
+        ("once", "merged", "dense, EMA"): "-2.00",
+    }
+    (row,) = (row for row in rows if (row["arm"], row["model"], row["minus"]) == ("random", "merged", "control, dense"))
+    assert (row["interval"], row["verdict"]) == ("+0.52 to +5.48", "better")
+    (row,) = (row for row in verdicts.summary(found) if (row["arm"], row["model"]) == ("dense", "dense"))
+    assert (row["accuracy"], row["seeds"]) == ("75.00 ± 5.00", "3")
+    text = verdicts.conclusion(tmp_path, arms)
+    assert text.endswith("Better than all that it is compared with: control, random.\n")  # one seed decides nothing
+    shutil.rmtree(tmp_path / "control-seed2")
+    write_kept_run(tmp_path / "control-seed2", {"dense": 0.86})  # random - control: +2, +3, -5
+    assert verdicts.conclusion(tmp_path, arms).endswith("compared with: no arm.\n")
+    assert "No two arms" in verdicts.conclusion(tmp_path / "none", arms)
 
 
 def test_a_dry_run_of_the_original_s_table_prints_the_commands_of_its_experiments(
