@@ -48,9 +48,9 @@ def mlp_rate(rate: float) -> dict[str, object]:
 
 
 def parity_search() -> Arms:
-    found = {f"dense_rate{rate}": dense(epochs(6) | mlp_rate(rate)) for rate in (1, 2, 4)}
+    found = {f"dense_rate{rate}": dense(epochs(5) | mlp_rate(rate)) for rate in (1, 2, 4)}
     grid = itertools.product(("batch", "sample"), (1, 2, 4), (0, 0.01, 0.1, 1))
-    return found | {f"{kind}_rate{rate}_pull{pull}": random(kind, rate, pull, epochs(6)) for kind, rate, pull in grid}
+    return found | {f"{kind}_rate{rate}_pull{pull}": random(kind, rate, pull, epochs(5)) for kind, rate, pull in grid}
 
 
 def parity(results: Path, settings: dict[str, object] | None = None) -> Arms:
@@ -84,10 +84,10 @@ def rare_meetings() -> Arms:
 
 
 def bytes_against_accuracy() -> Arms:
-    found = {"dense": dense(epochs(8)), "every_1": random("sample", 2, 1, epochs(8), "dense")}
+    found = {"dense": dense(epochs(7)), "every_1": random("sample", 2, 1, epochs(7), "dense")}
     for name, steps in (("every_8", 8), ("every_64", 64), ("every_512", 512), ("qsr", 8)):
         schedule = {"routing.pull_schedule": "qsr"} if name == "qsr" else {}
-        settings = epochs(8) | schedule | {"routing.pull_every": steps}
+        settings = epochs(7) | schedule | {"routing.pull_every": steps}
         found[name] = random("sample", 2, 1, settings, "dense", "every_1")
     return found
 

@@ -79,6 +79,7 @@ def main(
             f", {options.jobs} runs at a time, each on its share of the CPUs: images/s are those of a shared machine"
         )
         text.write(f"\nWritten by `python {shlex.join(sys.argv)}`{shared if options.jobs > 1 else ''}.\n")
+        text.writelines(f"\n{name} failed: {_last_line(options.runs / f'{name}.log')}\n" for name in failed)
         text.write(conclusion(kept))
     if failed:
         sys.exit(problem)
@@ -162,6 +163,11 @@ def _command(name: str, variant: Variant, seed: int, options: argparse.Namespace
         f"--workdir={options.runs / name}",
         *options.arguments,
     ]
+
+
+def _last_line(log: Path) -> str:
+    lines = log.read_text(errors="replace").split("\n")
+    return next((line.strip() for line in reversed(lines) if line.strip()), "its log is empty")
 
 
 def _keep(workdir: Path, folder: Path) -> None:

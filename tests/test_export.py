@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -20,6 +21,7 @@ from jvitmoe.data import datasets, images
 from jvitmoe.errors import ConfigError, UserError
 from jvitmoe.interop import classifier, load, model_card, weight_names
 from jvitmoe.interop.targets import TARGETS, base
+from jvitmoe.models import vit
 from processes import call
 
 pytestmark = pytest.mark.slow
@@ -217,6 +219,33 @@ def test_what_has_no_counterpart_is_refused_with_the_config_that_has(target, mod
     assert flags in str(caught.value)
     assert "\n" not in str(caught.value)
     assert TARGETS["stablehlo"].examine(config_of(**model)) == []
+
+
+@pytest.mark.parametrize("target", ["safetensors", "stablehlo", pytest.param("onnx", marks=WITH_ONNX)])
+@pytest.mark.parametrize(
+    "parts",
+    [
+        {"stem": "conv", "pool": "seq"},
+        {"stem": "strided", "pool": "seq", "qk_norm": True},
+        {"registers": 2, "pool": "cls_mean", "layer_scale": 0.1},
+    ],
+    ids=["conv", "strided", "registers"],
+)
+def test_a_model_of_any_parts_is_the_same_where_it_goes(parts, target, tmp_path, capfd):
+    model = config_of(image_size=8, channels=3, patch=4, width=16, hidden=24, depth=2, heads=2, **parts).model
+    random = np.random.default_rng(0)
+    params = jax.tree.map(
+        lambda x: x + 0.1 * random.standard_normal(x.shape, "f"), vit.init(vit.build(model), jax.random.key(0))
+    )
+    source = load.Source(Path("run"), "run", weight_names.flatten(params), model)
+    pixels = random.integers(0, 256, (5, 8, 8, 3), np.uint8)
+    logits = classifier.from_source(source).logits(pixels)
+    capfd.readouterr()
+    run = TARGETS[target].write(tmp_path, source, model)
+    assert capfd.readouterr().out == ""
+    for count in (1, 5):
+        found = run((pixels[:count] / 127.5 - 1).astype("f"))
+        np.testing.assert_allclose(found, logits[:count], rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 
+from jvitmoe import config as config_lib
 from jvitmoe.config import ModelConfig, OptimConfig
 from jvitmoe.data import augment, datasets
 from jvitmoe.data.batches import put
@@ -20,8 +21,8 @@ from jvitmoe.models import vit
 from jvitmoe.models.routers import ROUTERS, find
 from jvitmoe.models.routers.dispatch import Router, RouterSettings, fill_slots
 from jvitmoe.models.routers.dispatch import statistics as statistics_of
-from jvitmoe.training import optimizer, state
-from jvitmoe.training.update import directions
+from jvitmoe.training import gradients, optimizer, state
+from jvitmoe.training.update import PULL_SCHEDULES, directions
 
 pytestmark = pytest.mark.slow
 
@@ -71,6 +72,12 @@ def test_a_router_is_a_class_and_a_line_in_its_registry(monkeypatch, tiny_config
 def test_a_router_that_is_unknown_or_breaks_its_rule_is_refused(tiny_config, routing, rule):
     with pytest.raises(ConfigError, match=rule):
         build.make_model(tiny_config(routing={"experts": 2, **routing}), "cpu")
+
+
+def test_the_choices_of_a_setting_are_the_names_of_its_registry():
+    choices = {path: field.metadata["choices"] for path, field in config_lib.SETTINGS.items()}
+    assert choices["routing.pull_schedule"] == tuple(PULL_SCHEDULES)
+    assert choices["routing.consistency_loss"] == tuple(gradients.CONSISTENCY_LOSSES)
 
 
 def test_each_router_says_how_many_experts_a_token_passes_through():

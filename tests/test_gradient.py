@@ -16,7 +16,10 @@ pytestmark = pytest.mark.slow
 B, TOKENS = 64, 65  # 4,160 rows, where sums were wrong
 MODEL = ModelConfig(image_size=32, channels=3, patch=4, width=32, hidden=64, depth=2, heads=2, pool="cls")
 PARTS = {"stem": "conv", "pool": "seq", "registers": 1, "layer_scale": 0.5, "qk_norm": True}
-MODELS = {"plain": MODEL, "parts": dataclasses.replace(MODEL, **PARTS)}
+OTHERS = {"stem": "strided", "pool": "cls_mean"}
+MODELS = {
+    name: dataclasses.replace(MODEL, **parts) for name, parts in (("plain", {}), ("parts", PARTS), ("others", OTHERS))
+}
 # Leaf -> the leaf to whose norm its error is relative: the gradient of what moves all scores of a softmax alike is 0.
 NEARLY_ZERO = {f"['key{x}']['bias']": f"['query{x}']['bias']" for x in ("", "_norm")}
 NEARLY_ZERO["['scores']['bias']"] = "['scores']['kernel']"

@@ -182,12 +182,14 @@ def test_consistency_of_equal_logits_costs_nothing_and_equals_the_formula_otherw
         {"pull": 0.1, "pull_every": 3},
         {"pull": 0.1, "pull_schedule": "rising", "tie_last": 0.2},
         {"pull": 1.0, "pull_every": 2, "pull_schedule": "qsr", "tie_last": 0.1},
+        {"pull": 0.1, "pull_schedule": "learning_rate"},
+        {"pull": 0.1, "pull_every": 2, "pull_schedule": "learning_rate", "tie_last": 0.1},
         {"tie_last": 0.3},
         {},
     ],
 )
 def test_the_bytes_of_pulls_are_counted(routed):
-    config = Config(train=TrainConfig(epochs=10))
+    config = Config(train=TrainConfig(epochs=10), optim=OptimConfig(warmup_epochs=1))
     config.routing = RoutingConfig(experts=4, granularity="sample", **routed)
     plan = make_plan(config, 3)
     count = update.reduced_bytes(plan)
@@ -267,10 +269,12 @@ def test_two_passes_give_the_gradients_of_the_whole_stack(tiny_config, training)
     np.testing.assert_allclose(run.metrics[0].grad_norm, optax.tree.norm(grads), rtol=1e-5)
 
 
-@pytest.mark.parametrize("drops", [{"dropout": 0.3}, {"drop_path": 0.5}])
-def test_a_dense_model_s_two_passes_differ_in_what_they_drop(tiny_config, training, drops):
-    """R-Drop: the loss is that of both passes, and they are those of one pass under their own keys."""
-    routed = {"consistency": 2.0, "consistency_loss": "thor"}
+@pytest.mark.parametrize(
+    ("drops", "form"), [({"dropout": 0.3}, "thor"), ({"drop_path": 0.5}, "thor"), ({"drop_path": 0.5}, "cosub")]
+)
+def test_a_dense_model_s_two_passes_differ_in_what_they_drop(tiny_config, training, drops, form):
+    """R-Drop and cosub: the loss is that of both passes, and they are those of one pass under their own keys."""
+    routed = {"consistency": 0.5, "consistency_loss": form}
     made = [tiny_config(model=drops, routing=routed, optim={"eps": 1e-3}, train={"devices": n}) for n in (1, 2)]
     runs = [training(config).run(2) for config in made]
     before, config = runs[0].history[0], runs[0].config
@@ -283,8 +287,8 @@ def test_a_dense_model_s_two_passes_differ_in_what_they_drop(tiny_config, traini
     keys = [jax.vmap(jax.random.fold_in, (None, 0))(key, number_B) for number_B in numbers]
     p, q = (vit.logits(runs[0].model, before.params, x, None, keys_B) for keys_B in keys)
     assert jnp.abs(p - q).max() > 1e-3
-    wanted = sum(optax.softmax_cross_entropy_with_integer_labels(logits, labels_B).mean() for logits in (p, q))
-    wanted += 2.0 * gradients.consistency(p, q, False)
+    losses = [optax.softmax_cross_entropy_with_integer_labels(logits, labels_B).mean() for logits in (p, q)]
+    wanted = gradients.CONSISTENCY_LOSSES[form](losses, [p, q], 0.5)
     np.testing.assert_allclose(runs[0].metrics[0].loss, wanted, rtol=1e-5)
     chex.assert_trees_all_close(runs[0].state.params, runs[1].state.params, rtol=1e-5, atol=1e-6)
 

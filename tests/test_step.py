@@ -22,7 +22,7 @@ from jvitmoe.training.state import TrainState
 SCOPES = pytest.mark.parametrize("scope", ["shared", "layer"])
 E, L, B = 4, 2, 24
 # No stem: where a ReLU gets 0 but for rounding, the gradient jumps. test_devices.py has one, in wider bounds.
-PARTS = {"pool": "seq", "registers": 1, "layer_scale": 0.5, "drop_path": 0.3}
+PARTS = {"pool": "seq", "registers": 1, "layer_scale": 0.5, "drop_path": 0.3, "qk_norm": True}
 MANY = {"shared": 8, "layer": 3}  # devices that share the batch of 24
 
 

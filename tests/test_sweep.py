@@ -4,6 +4,7 @@ import importlib
 import itertools
 import json
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
@@ -163,7 +164,7 @@ def test_a_dry_run_of_the_original_s_table_prints_the_commands_of_its_experiment
     arguments = ["--config=cifar10_dense", "--jobs=1", f"--runs={tmp_path / 'runs'}", f"--out={tmp_path / 'out'}"]
     monkeypatch.setattr(sys, "argv", ["reproduce_original.py", *arguments, "--dry_run", "--", "--config.data.dir=D"])
     with pytest.raises(SystemExit) as ended:
-        scripts("sweep").main("about", original.variants())
+        runpy.run_path(original.__file__, run_name="__main__")
     assert not ended.value.code
     first, *lines = capsys.readouterr().out.splitlines()
     assert first.startswith("9 runs, 0 of them kept")
@@ -205,7 +206,8 @@ def test_a_sweep_started_again_trains_only_what_is_not_kept(scripts, tmp_path):
 
     argv = [sys.executable, str(processes.ROOT / "scripts" / "ablate_recipe.py"), "--seeds=1", "--only=dense_recipe"]
     argv += [f"--config={tmp_path / 'tiny.py'}", f"--runs={tmp_path / 'wrong'}", f"--out={tmp_path / 'none'}"]
-    ended = subprocess.run([*argv, "--", "--config.train.devices=99"], capture_output=True, text=True, check=False)
+    argv += ["--", "--config.train.devices=99"]
+    ended = subprocess.run(argv, capture_output=True, text=True, check=False)
     assert (ended.returncode, ended.stderr) == (
         1,
         f"1 runs failed: dense_recipe-seed0; see their logs in {tmp_path / 'wrong'}\n",

@@ -35,7 +35,7 @@ class ConvStem(nn.Module):
             stride = 2 if self.strided else 1
             x_BHWc = nn.relu(nn.Conv(features, (3, 3), stride, padding=1, **settings)(x_BHWc))
             x_BHWc = x_BHWc if self.strided else max_pool(x_BHWc)
-        return x_BHWc.reshape(len(x_BHWc), -1, self.width)
+        return x_BHWc.reshape(x_BHWc.shape[0], -1, self.width)  # B may be symbolic: no len()
 
 
 def max_pool(x_BHWc: jax.Array) -> jax.Array:
@@ -43,9 +43,9 @@ def max_pool(x_BHWc: jax.Array) -> jax.Array:
     for axis in (1, 2):
         # Slices and maxima: XLA's reduce_window is slow to differentiate on a CPU.
         even, odd = (jax.lax.slice_in_dim(x_BHWc, start, None, 2, axis) for start in (0, 1))
-        before = jnp.roll(odd, 1, axis)
-        first = jax.lax.broadcasted_iota(jnp.int32, (1, *even.shape[1:]), axis) == 0
-        x_BHWc = jnp.maximum(jnp.maximum(even, odd), jnp.where(first, 0, before))
+        first, last = (jax.lax.slice_in_dim(odd, *ends, axis=axis) for ends in ((0, 1), (0, -1)))
+        before = jax.lax.concatenate([jnp.zeros_like(first), last], axis)
+        x_BHWc = jnp.maximum(jnp.maximum(even, odd), before)
     return x_BHWc
 
 

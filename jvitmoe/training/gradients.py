@@ -239,21 +239,29 @@ def router_losses(plan: StepPlan, statistics: Statistics) -> jax.Array:
 
 
 def classification_loss(plan: StepPlan, passes: list[jax.Array], targets_bC: jax.Array) -> jax.Array:
-    """Returns the mean cross-entropy with the targets; with two passes, plus their weighted divergence.
-
-    AdaMix (arXiv 2205.12410) takes the cross-entropy of the first pass, THOR (arXiv 2110.04260) the sum of both, and so
-    does R-Drop (arXiv 2106.14448), whose two passes differ in dropout. cosub (arXiv 2212.04884) weighs the mean of both
-    by 1 - w, w = routing.consistency, and by w that of each pass with the other's probabilities as targets.
-    """
-    config = plan.config
+    """Returns the mean cross-entropy with the targets; of two passes, the one of CONSISTENCY_LOSSES."""
     losses = [optax.softmax_cross_entropy(logits_bC, targets_bC).mean() for logits_bC in passes]
     if len(passes) == 1:
         return losses[0]
-    weight, name = config.routing.consistency, config.routing.consistency_loss
-    if name == "cosub":
-        return (1 - weight) * (losses[0] + losses[1]) / 2 + weight * mutual_cross_entropy(passes[0], passes[1])
-    own = losses[0] if name == "adamix" else losses[0] + losses[1]
-    return own + weight * consistency(passes[0], passes[1], name == "adamix")
+    routed = plan.config.routing
+    return CONSISTENCY_LOSSES[routed.consistency_loss](losses, passes, routed.consistency)
+
+
+def adamix(losses: list[jax.Array], passes: list[jax.Array], weight: float) -> jax.Array:
+    """Returns the loss of AdaMix (arXiv 2205.12410): the cross-entropy of the first pass, and the divergence."""
+    return losses[0] + weight * consistency(passes[0], passes[1], stop_gradients=True)
+
+
+def thor(losses: list[jax.Array], passes: list[jax.Array], weight: float) -> jax.Array:
+    """Returns the loss of THOR (arXiv 2110.04260): the cross-entropies of both passes, and the divergence. R-Drop
+    (arXiv 2106.14448) has the same loss; its passes differ in dropout."""
+    return losses[0] + losses[1] + weight * consistency(passes[0], passes[1], stop_gradients=False)
+
+
+def cosub(losses: list[jax.Array], passes: list[jax.Array], weight: float) -> jax.Array:
+    """Returns the loss of cosub (arXiv 2212.04884) for softmax: (1 - weight) times the mean of both cross-entropies,
+    and weight times that of each pass with the other's probabilities as targets."""
+    return (1 - weight) * (losses[0] + losses[1]) / 2 + weight * mutual_cross_entropy(passes[0], passes[1])
 
 
 def mutual_cross_entropy(logits_p_BC: jax.Array, logits_q_BC: jax.Array) -> jax.Array:
@@ -287,3 +295,11 @@ def consistency(logits_p_BC: jax.Array, logits_q_BC: jax.Array, stop_gradients: 
     kl_q_p_B = kl_divergence_with_log_targets(p_BC, target_q_BC)
     kl_p_q_B = kl_divergence_with_log_targets(q_BC, target_p_BC)
     return 0.5 * jnp.mean(kl_q_p_B + kl_p_q_B)
+
+
+# Name -> the loss of two passes: (their cross-entropies, their logits, routing.consistency) -> a scalar.
+CONSISTENCY_LOSSES: dict[str, Callable[[list[jax.Array], list[jax.Array], float], jax.Array]] = {
+    "adamix": adamix,
+    "thor": thor,
+    "cosub": cosub,
+}

@@ -119,15 +119,25 @@ def pull_share(plan: StepPlan, step: jax.Array) -> jax.Array:
     In the last `tied_last` of training it is 1, so experts are equal from the first of these steps on.
     """
     routed = plan.config.routing
-    share: Any = routed.pull
-    if routed.pull_schedule == "rising":
-        share *= (step + 1) / plan.total
-    elif routed.pull_schedule == "learning_rate":  # PAPA, arXiv 2304.03094
-        share *= learning_rate(plan, step) / plan.config.optim.learning_rate
-    is_due = (
-        jnp.asarray(qsr_pulls(plan))[step] if routed.pull_schedule == "qsr" else (step + 1) % routed.pull_every == 0
-    )
-    return jnp.where(step + 1 >= plan.first_tied, 1.0, jnp.where(is_due, share, 0.0))
+    share = routed.pull * PULL_SCHEDULES[routed.pull_schedule](plan, step)
+    return jnp.where(step + 1 >= plan.first_tied, 1.0, share)
+
+
+def is_due(plan: StepPlan, step: jax.Array) -> jax.Array:
+    """Returns 1 for every `pull_every`-th step, else 0."""
+    return ((step + 1) % plan.config.routing.pull_every == 0).astype(jnp.float32)
+
+
+# Name -> what multiplies routing.pull after a step, 0 to 1.
+PULL_SCHEDULES: dict[str, Callable[[StepPlan, jax.Array], jax.Array]] = {
+    "constant": is_due,
+    "rising": lambda plan, step: is_due(plan, step) * (step + 1) / plan.total,
+    # PAPA, arXiv 2304.03094
+    "learning_rate": lambda plan, step: (
+        is_due(plan, step) * learning_rate(plan, step) / plan.config.optim.learning_rate
+    ),
+    "qsr": lambda plan, step: jnp.asarray(qsr_pulls(plan), jnp.float32)[step],
+}
 
 
 def qsr_pulls(plan: StepPlan) -> np.ndarray:
@@ -164,11 +174,15 @@ def reduced_bytes(plan: StepPlan) -> Callable[[int], int]:
         ran = experts if plan.all_run else min(plan.passes, routed.experts) * one
         return lambda done: done * (trunk + ran)
     qsr = np.flatnonzero(qsr_pulls(plan)) if routed.pull and routed.pull_schedule == "qsr" else None
+    # A warm-up begins at learning rate 0, so a pull in proportion to it moves nothing after the first step.
+    none_at_first = routed.pull_every == 1 and not pull_share(plan, jnp.int32(0))
 
     def pulls(done: int) -> int:
         if not routed.pull:
             return 0
-        return done // routed.pull_every if qsr is None else int(np.searchsorted(qsr, done))
+        if qsr is not None:
+            return int(np.searchsorted(qsr, done))
+        return done // routed.pull_every - (none_at_first and done > 0)
 
     def so_far(done: int) -> int:
         untied = min(done, plan.first_tied - 1)

@@ -1,6 +1,8 @@
 """ONNX with a free batch size, read back by onnxruntime."""
 
+import contextlib
 import importlib.util
+import io
 import logging
 from pathlib import Path
 from typing import Any
@@ -32,7 +34,8 @@ run = lambda inputs: model.run(None, {{model.get_inputs()[0].name: inputs}})[0]
         return super().examine(config)
 
     def write(self, out: Path, source: load.Source, model: ModelConfig) -> base.Run:
-        # They log dozens of unknown shapes, and tracebacks of plugins that do not support this JAX.
+        # They log dozens of unknown shapes, and tracebacks of plugins that do not support this JAX; they print each
+        # convolution.
         for name in ("onnx_ir", "jax2onnx"):
             logging.getLogger(name).setLevel(logging.CRITICAL)
         import jax2onnx
@@ -40,7 +43,7 @@ run = lambda inputs: model.run(None, {{model.get_inputs()[0].name: inputs}})[0]
         import onnxruntime
 
         shape = ("B", model.image_size, model.image_size, model.channels)
-        with jax.default_matmul_precision("highest"):
+        with jax.default_matmul_precision("highest"), contextlib.redirect_stdout(io.StringIO()):
             proto = jax2onnx.to_onnx(base.forward(source, model), [shape], model_name="vit")
         _name_and_pad(proto.graph)
         onnx.checker.check_model(proto)
