@@ -270,11 +270,12 @@ def test_two_passes_give_the_gradients_of_the_whole_stack(tiny_config, training)
 
 
 @pytest.mark.parametrize(
-    ("drops", "form"), [({"dropout": 0.3}, "thor"), ({"drop_path": 0.5}, "thor"), ({"drop_path": 0.5}, "cosub")]
+    ("drops", "form", "weight"),
+    [({"dropout": 0.3}, "thor", 2.0), ({"drop_path": 0.5}, "thor", 2.0), ({"drop_path": 0.5}, "cosub", 0.5)],
 )
-def test_a_dense_model_s_two_passes_differ_in_what_they_drop(tiny_config, training, drops, form):
+def test_a_dense_model_s_two_passes_differ_in_what_they_drop(tiny_config, training, drops, form, weight):
     """R-Drop and cosub: the loss is that of both passes, and they are those of one pass under their own keys."""
-    routed = {"consistency": 0.5, "consistency_loss": form}
+    routed = {"consistency": weight, "consistency_loss": form}
     made = [tiny_config(model=drops, routing=routed, optim={"eps": 1e-3}, train={"devices": n}) for n in (1, 2)]
     runs = [training(config).run(2) for config in made]
     before, config = runs[0].history[0], runs[0].config
@@ -287,8 +288,12 @@ def test_a_dense_model_s_two_passes_differ_in_what_they_drop(tiny_config, traini
     keys = [jax.vmap(jax.random.fold_in, (None, 0))(key, number_B) for number_B in numbers]
     p, q = (vit.logits(runs[0].model, before.params, x, None, keys_B) for keys_B in keys)
     assert jnp.abs(p - q).max() > 1e-3
-    losses = [optax.softmax_cross_entropy_with_integer_labels(logits, labels_B).mean() for logits in (p, q)]
-    wanted = gradients.CONSISTENCY_LOSSES[form](losses, [p, q], 0.5)
+    wanted = sum(optax.softmax_cross_entropy_with_integer_labels(logits, labels_B).mean() for logits in (p, q))
+    if form == "thor":
+        wanted += weight * gradients.consistency(p, q, False)
+    else:  # the other pass is the target as often as the label
+        wanted += sum(optax.softmax_cross_entropy(x, jax.nn.softmax(y)).mean() for x, y in ((p, q), (q, p)))
+        wanted /= 4
     np.testing.assert_allclose(runs[0].metrics[0].loss, wanted, rtol=1e-5)
     chex.assert_trees_all_close(runs[0].state.params, runs[1].state.params, rtol=1e-5, atol=1e-6)
 

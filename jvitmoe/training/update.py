@@ -175,7 +175,7 @@ def reduced_bytes(plan: StepPlan) -> Callable[[int], int]:
         return lambda done: done * (trunk + ran)
     qsr = np.flatnonzero(qsr_pulls(plan)) if routed.pull and routed.pull_schedule == "qsr" else None
     # A warm-up begins at learning rate 0, so a pull in proportion to it moves nothing after the first step.
-    none_at_first = routed.pull_every == 1 and not pull_share(plan, jnp.int32(0))
+    none_at_first = qsr is None and routed.pull_every == 1 and not pull_share(plan, jnp.int32(0))
 
     def pulls(done: int) -> int:
         if not routed.pull:
