@@ -7,8 +7,8 @@
 The source is a file of timm's weights, with its config.json beside it: on the Hugging Face Hub
 timm/vit_small_patch16_224.augreg_in21k. For another ViT set model.width, model.depth and so on; a message says which
 differ. Layers near the input learn slower (layer decay 0.75, arXiv 2106.08254). Not measured here: it needs a GPU and
-the weights; tests/test_finetune.py runs it with random weights, smaller and at 32 pixels. For a TFDS set instead of a
-folder: --config.data.name=NAME --config.data.dir=DIR.
+the weights; tests/test_finetune.py runs it on a smaller ViT with random weights. For a TFDS set instead of a folder:
+--config.data.name=NAME --config.data.dir=DIR.
 """
 
 from jvitmoe.config import Config, DataConfig, InitConfig, ModelConfig, OptimConfig, TrainConfig, routing_of

@@ -7,7 +7,10 @@ import functools
 import json
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -18,6 +21,7 @@ import torch
 import transformers
 from PIL import Image
 from safetensors.torch import load_file
+from timm.data import Mixup, random_erasing
 from timm.layers import resample_abs_pos_embed
 from timm.layers.patch_embed import resample_patch_embed
 from timm.optim import param_groups_layer_decay
@@ -117,6 +121,47 @@ def pictures(timm_folder: str, hf_folder: str, files: list[str], out: str) -> di
     return {}
 
 
+def erasing(arrays: str, out: str) -> dict:
+    """Erases images [b, c, H, W] as timm does if it draws numbers [b, 4, tries]: area, ratio, top and left of a try."""
+
+    def drawn(rest: list[list[float]]) -> SimpleNamespace:
+        left_of_try: list[float] = []
+
+        def uniform(low: float, high: float) -> float:
+            if len(left_of_try) != 3:  # not the ratio: the next try
+                left_of_try[:] = rest.pop(0)
+            return low + (high - low) * left_of_try.pop(0)
+
+        def randint(low: int, high: int) -> int:
+            return low + int((high + 1 - low) * left_of_try.pop(0))
+
+        return SimpleNamespace(random=lambda: 0.0, uniform=uniform, randint=randint)
+
+    with np.load(arrays) as file:
+        images, draws = torch.from_numpy(file["images"]), file["draws"]
+    for image, tries in zip(images, draws, strict=True):
+        with mock.patch.object(random_erasing, "random", drawn(tries.T.tolist())):
+            random_erasing.RandomErasing(probability=1, device="cpu")(image)
+    np.savez(out, images=images.numpy())
+    return {}
+
+
+def mixing(arrays: str, out: str, cuts: bool, share: float, centre: list[float], **arguments: object) -> dict:
+    """Mixes images [b, c, H, W] as timm does if it draws this share, and this centre of the box in [0, 1)."""
+    with np.load(arrays) as file:
+        images, labels = torch.from_numpy(file["images"]), torch.from_numpy(file["labels"])
+    rest = list(centre)
+    draws: dict[str, Callable] = {
+        "rand": lambda: 0.0 if cuts else 0.75,
+        "beta": lambda *_: share,
+        "randint": lambda low, high, size: low + int((high - low) * rest.pop(0)),
+    }
+    with mock.patch.multiple(np.random, **draws):
+        images, targets = Mixup(**arguments)(images, labels)
+    np.savez(out, images=images.numpy(), targets=targets.numpy())
+    return {}
+
+
 def card(folder: str) -> dict:
     """Returns the metadata that the hub reads from a card."""
     return huggingface_hub.ModelCard.load(Path(folder) / "README.md").data.to_dict()
@@ -144,6 +189,8 @@ ACTIONS = {
         resample,
         layer_scales,
         pictures,
+        erasing,
+        mixing,
         card,
         run_code,
         change_folder,

@@ -1,4 +1,4 @@
-"""configs/finetune.py end to end, on a small ViT of timm's names with random weights and a folder of pictures."""
+"""configs/finetune.py end to end at 224 pixels, on a small ViT with random weights and a folder of pictures."""
 
 import json
 import math
@@ -17,7 +17,7 @@ from jvitmoe.models import vit
 
 pytestmark = pytest.mark.slow
 
-SIZES = {"image_size": 32, "classes": 3, "patch": 16, "width": 24, "hidden": 48, "depth": 2, "heads": 2}
+SIZES = {"image_size": 224, "classes": 3, "patch": 16, "width": 24, "hidden": 48, "depth": 2, "heads": 2}
 
 
 @pytest.fixture

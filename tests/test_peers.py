@@ -17,6 +17,7 @@ from safetensors.numpy import load_file, save_file
 
 from jvitmoe import errors, export
 from jvitmoe.config import Config, ModelConfig, OptimConfig
+from jvitmoe.data import augment
 from jvitmoe.evaluation import models
 from jvitmoe.experts import build, slices
 from jvitmoe.interop import classifier, load, weight_names
@@ -43,7 +44,7 @@ SMALL_HF = {
 }
 PARTS = {"init_values": 0.5, "qk_norm": True}
 HALF = {"mean": [0.5] * 3, "std": [0.5] * 3}
-CLOSE = 1e-4  # the tolerance that exports promise
+CLOSE = 1e-5  # float32 logits and pixels; exports promise 1e-4
 
 
 @pytest.fixture(scope="module")
@@ -273,6 +274,46 @@ def our_vit(**overrides: object) -> load.Source:
     flat = weight_names.flatten(jax.tree.unflatten(structure, leaves))
     flat["positions"] = load._table(model, flat)
     return load.Source(Path("ours"), "run", flat, model, tuple("abcde"))
+
+
+def test_erasing_is_timms(peers, tmp_path):
+    """The rectangles that timm erases when it draws our numbers, but for the rounding of one image in a thousand."""
+    images_BHWc = np.ones((1000, 32, 32, 3), np.uint8)
+
+    def keys():
+        return jax.random.split(jax.random.key(0), 1000)
+
+    batch = augment.Batch(keys(), jax.random.key(1), augment.reversed_rows)
+    ours = augment.erase(batch, images_BHWc, None, probability=1.0, mean=(0.0,))[0]
+    draws_B4t = np.asarray(augment._uniform(keys(), 1 + 4 * augment.ERASING_TRIES))[1:].T.reshape(1000, 4, -1)
+    np.savez(tmp_path / "in.npz", images=images_BHWc.transpose(0, 3, 1, 2).astype("f"), draws=draws_B4t)
+    peers("erasing", arrays=tmp_path / "in.npz", out=tmp_path / "out.npz")
+    theirs = np.load(tmp_path / "out.npz")["images"].transpose(0, 2, 3, 1)
+    assert (ours != theirs).any((1, 2, 3)).sum() <= 1
+    area_B, ratio_B = 32**2 * (0.02 + draws_B4t[:, 0, 0] * (1 / 3 - 0.02)), 0.3 ** (1 - 2 * draws_B4t[:, 1, 0])
+    assert ((area_B * ratio_B > 32**2) | (area_B / ratio_B > 32**2)).any()  # a first try that does not fit
+
+
+@pytest.mark.parametrize(("mixup", "cutmix"), [(0.8, 0.0), (0.0, 1.0), (0.8, 1.0)])
+def test_mixing_is_timms(peers, tmp_path, mixup, cutmix):
+    rng = np.random.default_rng(0)
+    images_BHWc, labels_B = rng.integers(0, 256, (6, 32, 24, 3)).astype("f"), np.array([0, 1, 2, 3, 4, 0])
+    np.savez(tmp_path / "in.npz", images=images_BHWc.transpose(0, 3, 1, 2), labels=labels_B)
+    targets_BC, kinds = 0.9 * jax.nn.one_hot(labels_B, 5) + 0.1 / 5, set()
+    settings = {"mixup_alpha": mixup, "cutmix_alpha": cutmix, "label_smoothing": 0.1, "num_classes": 5}
+    for seed in range(12):
+        batch = augment.Batch(jax.random.split(jax.random.key(0), 6), jax.random.key(seed), augment.reversed_rows)
+        images, targets = augment.mix(batch, images_BHWc, targets_BC, mixup, cutmix)
+        switch_key, share_key, box_key = jax.random.split(jax.random.key(seed), 3)
+        cuts = bool(jax.random.bernoulli(switch_key)) if mixup and cutmix else cutmix > 0
+        share = float(jax.random.beta(share_key, *[np.float32(cutmix if cuts else mixup)] * 2))
+        draws = {"cuts": cuts, "share": share, "centre": jax.random.uniform(box_key, (2,)).tolist()}
+        peers("mixing", arrays=tmp_path / "in.npz", out=tmp_path / "out.npz", **draws, **settings)
+        theirs = np.load(tmp_path / "out.npz")
+        np.testing.assert_allclose(images, theirs["images"].transpose(0, 2, 3, 1), atol=1e-3)  # of 255
+        np.testing.assert_allclose(targets, theirs["targets"], atol=1e-6)
+        kinds.add(cuts)
+    assert len(kinds) == 1 + bool(mixup and cutmix)
 
 
 # (height, width); in the last three transformers rounds the offset of a crop down and torchvision rounds it up.

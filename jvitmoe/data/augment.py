@@ -145,8 +145,9 @@ def mix(
     alpha = jnp.where(cuts, cutmix, mixup)
     share = jax.random.beta(share_key, alpha, alpha)
     centre_2 = jnp.floor(jax.random.uniform(box_key, (2,)) * jnp.asarray((height, width)))
-    half_2 = jnp.floor(jnp.sqrt(1 - share) * jnp.asarray((height, width))) // 2
-    box_1HW1 = _box(height, width, *(centre_2 - half_2)[:, None], *(centre_2 + half_2)[:, None])
+    size_2 = jnp.floor(jnp.sqrt(1 - share) * jnp.asarray((height, width)))
+    start_2 = centre_2 - size_2 // 2
+    box_1HW1 = _box(height, width, *start_2[:, None], *(start_2 + size_2)[:, None])
     own_1HW1 = jnp.where(cuts, 1.0 - box_1HW1, share)
     own_share = jnp.where(cuts, own_1HW1.mean(), share)  # a box at the edge is cut off
     other_images, other_targets = batch.partner((images_bHWc, targets_bC))

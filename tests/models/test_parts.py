@@ -175,6 +175,36 @@ def test_parameters_and_flops_of_cct_are_counted():
     assert 2 * 33e6 < cost.flops_per_image(vit.build(config.model), 2) < 2 * 40e6
 
 
+D, DEPTH, TOKENS = 128, 2, 16
+
+
+@pytest.mark.parametrize(
+    ("part", "parameters", "tokens"),  # both beside those of a ViT that pools by the mean
+    [
+        ({"registers": 4}, 4 * D, 4),
+        ({"pool": "cls"}, D, 1),
+        ({"pool": "cls", "cls_position": True}, 2 * D, 1),
+        ({"pool": "cls_mean"}, D, 1),
+        ({"pool": "seq"}, D + 1, 0),
+        ({"layer_scale": 0.1}, DEPTH * 2 * D, 0),
+        ({"qk_norm": True}, DEPTH * 2 * 2 * D // 4, 0),  # scale and bias of the queries and keys of one head
+        ({"drop_path": 0.5}, 0, 0),
+    ],
+)
+def test_each_part_adds_its_parameters_and_the_products_of_its_tokens(part, parameters, tokens):
+    base = small(image_size=16, width=D, hidden=D, depth=DEPTH, heads=4)
+    with_part = dataclasses.replace(base, **part)
+    counts = [cost.count_parameters(Config(model=model).validate()) for model in (base, with_part)]
+    assert counts[1] == tuple(count + parameters for count in counts[0])
+
+    def products(count):
+        return DEPTH * 2 * (count * 6 * D**2 + 2 * count**2 * D)
+
+    flops = [cost.flops_per_image(vit.build(model), 2) for model in (base, with_part)]
+    grown = products(TOKENS + tokens) - products(TOKENS)
+    assert flops[1] - flops[0] == pytest.approx(grown, abs=0.02 * products(TOKENS))
+
+
 @pytest.mark.parametrize("patch", [1, 6])
 def test_the_convolutional_stem_needs_a_power_of_two(patch):
     with pytest.raises(ConfigError, match="power of two"):
