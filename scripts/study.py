@@ -209,17 +209,18 @@ def run() -> None:
     """Runs the command line; see the top of the file."""
     if sys.argv[1:2] == [] or sys.argv[1] not in EXPERIMENTS:
         sys.exit(f"the first argument must be one of {', '.join(EXPERIMENTS)}")
-    experiment = sys.argv.pop(1)
+    experiment, *arguments = sys.argv[1:]
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--out", type=Path, default=Path())
     try:
-        arms = EXPERIMENTS[experiment](parser.parse_known_args()[0].out.parent)
+        arms = EXPERIMENTS[experiment](parser.parse_known_args(arguments)[0].out.parent)
     except UserError as error:
         sys.exit(str(error))
     if experiment.endswith("_search"):
-        main(__doc__, arms, evaluate=["--paths=0"], conclusion=lambda runs: ranking(runs, arms))
+        conclusion = partial(ranking, arms=arms)
+        main(__doc__, arms, evaluate=["--paths=0"], conclusion=conclusion, arguments=arguments)
     else:
-        main(__doc__, arms, conclusion=lambda runs: verdicts.conclusion(runs, arms))
+        main(__doc__, arms, conclusion=partial(verdicts.conclusion, arms=arms), arguments=arguments)
 
 
 if __name__ == "__main__":

@@ -43,6 +43,7 @@ def main(
     figures: Sequence[str] = (),
     evaluate: Sequence[str] = (),
     conclusion: Callable[[Path], str] = lambda runs: "",
+    arguments: Sequence[str] | None = None,
 ) -> None:
     """Runs the command line of a script and exits if a run failed; with --dry_run it prints commands and exits.
 
@@ -51,8 +52,9 @@ def main(
         figures: variants whose picture of mergeability is kept, of seed 0.
         evaluate: flags for every `jvitmoe.evaluate`.
         conclusion: returns the end of the report from the folder with what is kept of the runs.
+        arguments: of the command line, without those that the script has read itself; None for all.
     """
-    options = _options(description, variants)
+    options = _options(description, variants, arguments)
     kept = options.out / "runs"
     # Seed by seed, so that a table of all variants can be had after the first third.
     names = [name for name in variants if not options.only or name in options.only]
@@ -105,7 +107,9 @@ def interval(paired: list[float]) -> tuple[float, float]:
     return statistics.fmean(paired) - float(half), statistics.fmean(paired) + float(half)
 
 
-def _options(description: str | None, variants: Mapping[str, Variant]) -> argparse.Namespace:
+def _options(
+    description: str | None, variants: Mapping[str, Variant], arguments: Sequence[str] | None
+) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, help="a dense experiment")
     parser.add_argument("--runs", type=Path, required=True, help="where the run folders go")
@@ -116,7 +120,7 @@ def _options(description: str | None, variants: Mapping[str, Variant]) -> argpar
     parser.add_argument("--only", nargs="+", choices=variants, metavar="VARIANT", help=", ".join(variants))
     parser.add_argument("--dry_run", action="store_true", help="print the commands that are missing, run none")
     parser.add_argument("arguments", nargs="*", help="after --: flags for every jvitmoe.train")
-    return parser.parse_args()
+    return parser.parse_args(arguments)
 
 
 def _train(todo: Mapping[str, tuple[Variant, int]], options: argparse.Namespace, evaluate: Sequence[str]) -> list[str]:

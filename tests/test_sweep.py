@@ -213,6 +213,13 @@ def test_a_sweep_started_again_trains_only_what_is_not_kept(scripts, tmp_path):
         f"1 runs failed: dense_recipe-seed0; see their logs in {tmp_path / 'wrong'}\n",
     )
 
+    out = tmp_path / "study" / "D_pretrained"
+    shutil.copytree(kept["dense_recipe-seed0"], out / "runs" / "dense-seed0")
+    argv = [sys.executable, str(processes.ROOT / "scripts" / "study.py"), "D_pretrained", "--seeds=1"]
+    argv += [f"--config={tmp_path / 'tiny.py'}", f"--runs={tmp_path / 'pretrained'}", f"--out={out}"]
+    subprocess.run(argv, capture_output=True, check=True)
+    assert "study.py D_pretrained --seeds=1" in (out / "report.md").read_text()
+
     # In another clone there are no checkpoints: what is kept is enough, and what is missing is trained again.
     shutil.rmtree(tmp_path / "runs")
     shutil.rmtree(kept["random_recipe-seed0"])
