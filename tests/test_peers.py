@@ -44,7 +44,8 @@ SMALL_HF = {
 }
 PARTS = {"init_values": 0.5, "qk_norm": True}
 HALF = {"mean": [0.5] * 3, "std": [0.5] * 3}
-CLOSE = 1e-5  # float32 logits and pixels; exports promise 1e-4
+CLOSE = 1e-5  # float32 logits and pixels
+PROMISED = 1e-4  # by exports
 
 
 @pytest.fixture(scope="module")
@@ -375,7 +376,7 @@ def test_an_epsilon_that_timm_cannot_have_is_bounded_or_refused(
     export.main(command)
     printed = re.sub(r"\s+", " ", capsys.readouterr().out)
     bound = float(re.search(r"read back by jvitmoe: logits of 16 images within (\S+) of ours", printed)[1])
-    assert 0 < bound < CLOSE
+    assert 0 < bound < PROMISED
     sample = tmp_path / "out" / "sample.npz"
     peers("timm_logits", folder=tmp_path / "out", inputs=sample, out=tmp_path / "logits.npz", epsilon=epsilon)
     apart = np.abs(np.load(tmp_path / "logits.npz")["by_config"] - np.load(sample)["logits"]).max()
