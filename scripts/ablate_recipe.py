@@ -43,17 +43,18 @@ def variants() -> dict[str, Variant]:
 
 def table(runs: Path) -> list[dict[str, str]]:
     """Returns the text cells of a row per ingredient: accuracy, and its difference from the recipe's on the same seeds,
-    mean ± sample deviation."""
+    mean ± sample deviation; and how many seeds there are of the dense and of the random variant."""
     recipe = {kind: accuracies(runs, f"{kind}_recipe").get(model, {}) for kind, model in MODELS.items()}
     rows = []
     for name in INGREDIENTS | RANDOM_ONLY:
-        row = {"ingredient": name.replace("_", " ")}
+        row, seeds = {"ingredient": name.replace("_", " ")}, []
         for kind, model in MODELS.items():
             own = accuracies(runs, f"{kind}_{name}").get(model, {})
             differences = [value - recipe[kind][seed] for seed, value in own.items() if seed in recipe[kind]]
             row |= {model: _cell(list(own.values()), ".2f"), f"{model} - recipe": _cell(differences, "+.2f")}
-        if len(set(row.values())) > 2:  # not only the name and dashes
-            rows.append(row)
+            seeds.append(len(own))
+        if any(seeds):
+            rows.append(row | {"seeds": ", ".join(map(str, seeds))})
     return rows
 
 
@@ -64,9 +65,8 @@ def against_dense(runs: Path) -> str:
     if len(paired) < 2:
         return ""
     low, high = interval(paired)
-    return (
-        f"\nRecipe, merged - dense: {statistics.fmean(paired):+.2f} points, 95 % interval {low:+.2f} to {high:+.2f}.\n"
-    )
+    difference = f"{statistics.fmean(paired):+.2f} points, 95 % interval {low:+.2f} to {high:+.2f}"
+    return f"\nRecipe, merged - dense: {difference}, {len(paired)} seeds.\n"
 
 
 def _cell(values: Sequence[float], form: str) -> str:
@@ -78,8 +78,8 @@ def _cell(values: Sequence[float], form: str) -> str:
 
 def conclusion(runs: Path) -> str:
     """Returns the end of the report."""
-    ingredients = f"\n## Ingredients\n\nAccuracy on the test split, %.\n\n{tables.markdown(table(runs))}"
-    return ingredients + against_dense(runs)
+    legend = "Accuracy on the test split, %. Seeds: of the dense and of the random variant."
+    return f"\n## Ingredients\n\n{legend}\n\n{tables.markdown(table(runs))}{against_dense(runs)}"
 
 
 if __name__ == "__main__":

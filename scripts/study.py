@@ -216,11 +216,9 @@ def run() -> None:
         arms = EXPERIMENTS[experiment](parser.parse_known_args(arguments)[0].out.parent)
     except UserError as error:
         sys.exit(str(error))
-    if experiment.endswith("_search"):
-        conclusion = partial(ranking, arms=arms)
-        main(__doc__, arms, evaluate=["--paths=0"], conclusion=conclusion, arguments=arguments)
-    else:
-        main(__doc__, arms, conclusion=partial(verdicts.conclusion, arms=arms), arguments=arguments)
+    is_search = experiment.endswith("_search")
+    conclusion = partial(ranking if is_search else verdicts.conclusion, arms=arms)
+    main(__doc__, arms, evaluate=["--paths=0"] if is_search else [], conclusion=conclusion, arguments=arguments)
 
 
 if __name__ == "__main__":
