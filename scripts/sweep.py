@@ -131,25 +131,27 @@ def _train(todo: Mapping[str, tuple[Variant, int]], options: argparse.Namespace,
     for job in range(options.jobs):
         shares.put(cpus[job :: options.jobs] or cpus)
 
-    def run(name: str) -> int:
+    def run(name: str) -> tuple[int, float]:
+        """Returns the exit status and the seconds that the run took."""
         workdir, train = options.runs / name, _command(name, *todo[name], options)
-        share = shares.get()
+        share, began = shares.get(), time.monotonic()
         try:
             with (options.runs / f"{name}.log").open("a") as log:
                 for command in (train, ["jvitmoe.evaluate", f"--workdir={workdir}", *evaluate]):
                     process = subprocess.Popen([sys.executable, "-m", *command], stdout=log, stderr=log)
                     os.sched_setaffinity(process.pid, share)
                     if code := process.wait():
-                        return code
+                        return code, time.monotonic() - began
         finally:
             shares.put(share)
         _keep(workdir, options.out / "runs" / name)
-        return 0
+        return 0, time.monotonic() - began
 
-    began, failed = time.monotonic(), []
+    spent, failed = 0.0, []
     with ThreadPoolExecutor(options.jobs) as pool:
-        for done, (name, code) in enumerate(zip(todo, pool.map(run, todo), strict=True), start=1):
-            left = (time.monotonic() - began) / done * (len(todo) - done)
+        for done, (name, (code, seconds)) in enumerate(zip(todo, pool.map(run, todo), strict=True), start=1):
+            spent += seconds
+            left = spent / done * math.ceil((len(todo) - done) / options.jobs)
             outcome = f"  FAILED ({code})" if code else ""
             print(f"{done}/{len(todo)}  {name}{outcome}  {left / 60:.0f} min left", flush=True)
             failed += [name] if code else []
