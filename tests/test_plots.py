@@ -364,7 +364,7 @@ def test_accuracies_of_96_and_97_percent_are_seen_to_differ(tmp_path, figures):
     assert len(axes.containers) == 2  # whiskers
 
 
-@pytest.mark.parametrize("name", ["benchmark", "benchmark_amx", "benchmark_epyc", "benchmark_small"])
+@pytest.mark.parametrize("name", ["benchmark", "benchmark_amx", "benchmark_epyc", "benchmark_fast", "benchmark_small"])
 def test_a_panel_of_the_benchmark_shows_one_quantity(tmp_path, figures, name):
     rows = numbers(name, "benchmark.json")["rows"]
     plots.throughput(rows, tmp_path / "benchmark.png")
