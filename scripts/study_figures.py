@@ -1,7 +1,7 @@
 """Draws the study (docs/study.md): `python scripts/study_figures.py --results results/study`.
 
-differences.png: for each experiment, every arm minus what it is compared with, and the 95 % interval. bytes.png:
-accuracy against the bytes that a device reduces, of experiment C.
+differences.png: for each experiment, every arm minus what it is compared with, and the 95 % interval, which takes two
+seeds. bytes.png: accuracy against the bytes that a device reduces, of experiment C.
 """
 
 import argparse
@@ -19,7 +19,7 @@ NOT_COMPARED = ("A_search", "D_search", "D_pretrained")  # one seed each
 
 
 def main(results: Path, out: Path) -> None:
-    """Draws what there is of results/study into a folder."""
+    """Draws what there is of results/study into a folder; nothing where no arm has two seeds."""
     found = {}
     for name, arms_of in study.EXPERIMENTS.items():
         runs = results / name / "runs"
@@ -27,8 +27,11 @@ def main(results: Path, out: Path) -> None:
             continue
         arms = arms_of(results)
         compared = verdicts.comparisons(verdicts.read(runs, arms), arms)
-        found[name] = [item for item in compared if "EMA" not in (item.model, item.reference_model)]
-    differences(found, out / "differences.png")
+        final = [item for item in compared if "EMA" not in (item.model, item.reference_model)]
+        if repeated := [item for item in final if len(item.paired) > 1]:
+            found[name] = repeated
+    if found:
+        differences(found, out / "differences.png")
     if "C" in found:
         bytes_against_accuracy(results / "C" / "runs", out / "bytes.png")
 
@@ -36,13 +39,13 @@ def main(results: Path, out: Path) -> None:
 @plots.in_style
 def differences(found: dict[str, list[verdicts.Comparison]], path: Path) -> None:
     """Writes one panel per experiment: a row per comparison, whiskers from the lower to the upper limit."""
-    heights = [max(1, len(compared)) for compared in found.values()]
+    heights = [len(compared) for compared in found.values()]
     size = (10, 1.5 + 0.28 * sum(heights) + 0.6 * len(heights))
     figure, panels = plt.subplots(len(found), 1, figsize=size, height_ratios=heights, sharex=True, squeeze=False)
     for axes, (name, compared) in zip(panels[:, 0], found.items(), strict=True):
         for y, item in enumerate(compared):
             mean = statistics.fmean(item.paired)
-            low, high = interval(item.paired) if len(item.paired) > 1 else (mean, mean)
+            low, high = interval(item.paired)
             marker, colour = plots.MARKS[item.model]
             axes.errorbar(mean, y, xerr=[[mean - low], [high - mean]], fmt=marker, color=colour)
         axes.axvline(0, color="black", linewidth=0.8)

@@ -384,15 +384,17 @@ def test_the_figures_of_the_study_are_sound(tmp_path, figures, monkeypatch):
     import study_figures
 
     random = np.random.default_rng(0)
-    for name in ("B", "C"):
+    for name, seeds in (("B", 3), ("C", 3), ("E", 1)):
         for number, (arm, variant) in enumerate(study.EXPERIMENTS[name](tmp_path).items()):
             models = ("dense", "EMA") if variant.of_file == "dense" else ("merged", "EMA")
-            for seed in range(3):
+            for seed in range(seeds):
                 runs = tmp_path / name / "runs" / f"{arm}-seed{seed}"
                 accuracies = {model: random.normal(0.8 - number / 200, 0.003) for model in models}
                 write_kept_run(runs, accuracies, reduced=1e12 / 4**number)
+    study_figures.main(tmp_path / "empty", tmp_path)
+    assert figures == []
     study_figures.main(tmp_path, tmp_path)
-    assert len(figures) == 2
+    assert [len(figure.axes) for figure in figures] == [2, 1]  # B and C, but not E: one seed has no interval
     for figure in figures:
         check(figure)
 
