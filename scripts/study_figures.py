@@ -15,20 +15,18 @@ from sweep import interval
 
 from jvitmoe.runs import files, history, plots
 
-NOT_COMPARED = ("A_search", "D_search", "D_pretrained")  # one seed each
-
 
 def main(results: Path, out: Path) -> None:
     """Draws what there is of results/study into a folder; nothing where no arm has two seeds."""
     found = {}
     for name, arms_of in study.EXPERIMENTS.items():
         runs = results / name / "runs"
-        if name in NOT_COMPARED or not runs.is_dir():
+        if not runs.is_dir():
             continue
         arms = arms_of(results)
         compared = verdicts.comparisons(verdicts.read(runs, arms), arms)
         final = [item for item in compared if "EMA" not in (item.model, item.reference_model)]
-        if repeated := [item for item in final if len(item.paired) > 1]:
+        if repeated := [item for item in final if len(item.paired) > 1]:  # not the searches, of one seed
             found[name] = repeated
     if found:
         differences(found, out / "differences.png")

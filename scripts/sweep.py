@@ -131,8 +131,7 @@ def _train(todo: Mapping[str, tuple[Variant, int]], options: argparse.Namespace,
     for job in range(options.jobs):
         shares.put(cpus[job :: options.jobs] or cpus)
 
-    def run(name: str) -> tuple[int, float]:
-        """Returns the exit status and the seconds that the run took."""
+    def run(name: str) -> int:
         workdir, train = options.runs / name, _command(name, *todo[name], options)
         share, began = shares.get(), time.monotonic()
         try:
@@ -141,17 +140,18 @@ def _train(todo: Mapping[str, tuple[Variant, int]], options: argparse.Namespace,
                     process = subprocess.Popen([sys.executable, "-m", *command], stdout=log, stderr=log)
                     os.sched_setaffinity(process.pid, share)
                     if code := process.wait():
-                        return code, time.monotonic() - began
+                        return code
         finally:
+            seconds.append(time.monotonic() - began)
             shares.put(share)
         _keep(workdir, options.out / "runs" / name)
-        return 0, time.monotonic() - began
+        return 0
 
-    spent, failed = 0.0, []
+    seconds: list[float] = []  # of every run that has ended
+    failed = []
     with ThreadPoolExecutor(options.jobs) as pool:
-        for done, (name, (code, seconds)) in enumerate(zip(todo, pool.map(run, todo), strict=True), start=1):
-            spent += seconds
-            left = spent / done * math.ceil((len(todo) - done) / options.jobs)
+        for done, (name, code) in enumerate(zip(todo, pool.map(run, todo), strict=True), start=1):
+            left = statistics.fmean(seconds) * math.ceil((len(todo) - len(seconds)) / options.jobs)
             outcome = f"  FAILED ({code})" if code else ""
             print(f"{done}/{len(todo)}  {name}{outcome}  {left / 60:.0f} min left", flush=True)
             failed += [name] if code else []
