@@ -73,19 +73,20 @@ def parity(results: Path, settings: dict[str, object] | None = None) -> Arms:
 def rare_meetings() -> Arms:
     few = SHORT | {"data.validation": 40_000, "train.batch_size": 512} | epochs(60)
     every_4 = few | {"routing.pull_every": 4}
+    references = (*CONTROLLED, "dense_batch128")
     return {
         "dense": dense(few),
         "dense_rate2": dense(few | mlp_rate(2), "dense"),
         "dense_batch128": dense(few | {"train.batch_size": 128}, "dense"),
-        "every_step": random("sample", 2, 1, few, *CONTROLLED),
-        "every_4": random("sample", 2, 1, every_4, *CONTROLLED, "every_step"),
-        "qsr": random("sample", 2, 1, every_4 | {"routing.pull_schedule": "qsr"}, *CONTROLLED, "every_4"),
+        "every_step": random("sample", 2, 1, few, *references),
+        "every_4": random("sample", 2, 1, every_4, *references, "every_step"),
+        "qsr": random("sample", 2, 1, every_4 | {"routing.pull_schedule": "qsr"}, *references, "every_4"),
     }
 
 
 def bytes_against_accuracy() -> Arms:
     found = {"dense": dense(epochs(7)), "every_1": random("sample", 2, 1, epochs(7), "dense")}
-    for name, steps in (("every_8", 8), ("every_64", 64), ("every_512", 512), ("qsr", 8)):
+    for name, steps in (("every_2", 2), ("every_8", 8), ("every_64", 64), ("qsr", 8)):
         schedule = {"routing.pull_schedule": "qsr"} if name == "qsr" else {}
         settings = epochs(7) | schedule | {"routing.pull_every": steps}
         found[name] = random("sample", 2, 1, settings, "dense", "every_1")
@@ -107,16 +108,19 @@ def fine_tuning_search() -> Arms:
         once = tuning | epochs(40) | {"optim.learning_rate": rate}
         found |= {
             f"dense_{rate:g}": dense(once, "dense_80"),
+            f"dense_rate2_{rate:g}": dense(once | mlp_rate(2), "dense"),
             f"dense_80_{rate:g}": dense(once | epochs(80)),
-            f"r_drop_{rate:g}": dense(once | r_drop, "dense_80"),
-            f"adamix_{rate:g}": dense(once | adamix | {"routing.shared_layer": "up"}, "dense_80", "r_drop"),
-            f"sample_{rate:g}": random("sample", 2, 0.1, once, "dense"),
+            f"r_drop_{rate:g}": dense(once | r_drop, "dense", "dense_80"),
+            f"adamix_{rate:g}": dense(once | adamix | {"routing.shared_layer": "up"}, "dense", "dense_80", "r_drop"),
+            f"sample_{rate:g}": random("sample", 2, 0.1, once, *CONTROLLED),
         }
-        for part, size in (("lora", 8), ("adapter", 64)):
-            tuned = once | {f"model.{part}": size}
-            found[f"{part}_{rate:g}"] = dense(tuned, "dense")
-            found[f"{part}_80_{rate:g}"] = dense(tuned | epochs(80), "dense_80")
-            found[f"{part}_adamix_{rate:g}"] = dense(tuned | adamix, f"{part}_80")
+    for (part, size), rate in itertools.product((("lora", 8), ("adapter", 64)), (1e-2, 3e-3, 1e-3)):
+        tuned = tuning | epochs(40) | {"optim.learning_rate": rate, f"model.{part}": size}
+        found |= {
+            f"{part}_{rate:g}": dense(tuned, "dense"),
+            f"{part}_80_{rate:g}": dense(tuned | epochs(80), "dense_80"),
+            f"{part}_adamix_{rate:g}": dense(tuned | adamix, part, f"{part}_80"),
+        }
     return found
 
 
@@ -135,31 +139,30 @@ def few_images(count: int) -> dict[str, object]:
 
 def teaching_routes() -> Arms:
     cosub = {"routing.consistency": 0.5, "routing.consistency_loss": "cosub"}
-    r_drop = {"routing.consistency": 0.5, "routing.consistency_loss": "thor", "model.dropout": 0.1}
     twice, drops = few_images(100), {"model.drop_path": 0.3}
-    routes = (*CONTROLLED, "routes", "dense_cosub")
+    references = (*CONTROLLED, "dense_50")
     return {
         "dense": dense(twice),
         "dense_rate2": dense(twice | mlp_rate(2), "dense"),
+        "dense_50": dense(few_images(50), "dense"),
         "dense_drop_path": dense(twice | drops, "dense"),
-        "dense_cosub": dense(few_images(50) | drops | cosub, "dense", "dense_drop_path"),
-        "dense_r_drop": dense(few_images(50) | r_drop, "dense"),
-        "routes": random("sample", 2, 0.1, twice, *CONTROLLED),
-        "routes_cosub": random("sample", 2, 0.1, few_images(50) | cosub, *routes),
+        "dense_cosub": dense(few_images(50) | drops | cosub, "dense", "dense_50", "dense_drop_path"),
+        "routes": random("sample", 2, 0.01, twice, *references),
+        "routes_cosub": random("sample", 2, 0.01, few_images(50) | cosub, *references, "routes", "dense_cosub"),
     }
 
 
 def ensemble_into_one() -> Arms:
     once, taught = few_images(80), {"train.distil_last": 0.3}
-    longer = ("dense_112", "dense_rate2", "dense_taught", "random_tied")
+    references = (*CONTROLLED, "dense_112")
     return {
         "dense": dense(once),
         "dense_rate2": dense(once | mlp_rate(2), "dense"),
-        "dense_112": dense(few_images(112), "dense"),
-        "dense_taught": dense(once | taught, "dense_112"),
-        "random_free": random("sample", 2, 0, once, *CONTROLLED),
-        "random_tied": random("sample", 2, 0, once | {"routing.tie_last": 0.3}, *CONTROLLED, "random_free"),
-        "random_taught": random("sample", 2, 0, once | taught, *longer),
+        "dense_112": dense(few_images(112) | mlp_rate(2), "dense_rate2"),
+        "random_free": random("sample", 2, 0, once, *references),
+        "random_tied": random("sample", 2, 0, once | {"routing.tie_last": 0.3}, *references),
+        "random_taught": random("sample", 2, 0, once | taught, *references, "dense_taught", "random_tied"),
+        "dense_taught": dense(once | mlp_rate(2) | taught, "dense_rate2", "dense_112"),
     }
 
 
@@ -218,7 +221,7 @@ def run() -> None:
         sys.exit(str(error))
     is_search = experiment.endswith("_search")
     conclusion = partial(ranking if is_search else verdicts.conclusion, arms=arms)
-    main(__doc__, arms, evaluate=["--paths=0"] if is_search else [], conclusion=conclusion, arguments=arguments)
+    main(__doc__, arms, evaluate=[] if experiment == "A" else ["--paths=0"], conclusion=conclusion, arguments=arguments)
 
 
 if __name__ == "__main__":

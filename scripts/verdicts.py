@@ -11,7 +11,7 @@ from jvitmoe.runs import tables
 
 Arms = Mapping[str, Variant]
 Found = Mapping[str, Mapping[str, Mapping[str, float]]]  # arm -> model -> seed -> accuracy on the test split, %
-PARITY = 0.5  # points: an arm loses nothing if the interval of its difference is above -PARITY
+PARITY = 0.5  # points: an arm loses nothing if its interval is above -PARITY, and gains nothing if below PARITY
 
 
 class Comparison(NamedTuple):
@@ -90,8 +90,11 @@ def rows(compared: list[Comparison]) -> list[dict[str, str]]:
 
 def verdict(low: float, high: float) -> str:
     """Returns what follows from an interval."""
-    loses_nothing = ", loses nothing" if -PARITY < low <= 0 else ""
-    return ("better" if low > 0 else "worse" if high < 0 else "not decided") + loses_nothing
+    if low > 0:
+        return "better"
+    loses_nothing = ", loses nothing" if low > -PARITY else ""
+    gains_nothing = ", gains nothing" if 0 <= high < PARITY else ""
+    return ("worse" if high < 0 else "not decided") + loses_nothing + gains_nothing
 
 
 def winners(compared: list[Comparison], arms: Arms) -> list[str]:

@@ -87,7 +87,7 @@ def test_the_arms_after_a_search_are_its_best_and_must_all_have_been_tried(scrip
 
     searched = search("D_search", {"lora_80_0.001", "adamix_0.0003"})
     tuned = study.EXPERIMENTS["D"](tmp_path)
-    assert len(tuned) == 11
+    assert len(tuned) == 12
     assert (tuned["lora_80"], tuned["adamix"]) == (searched["lora_80_0.001"], searched["adamix_0.0003"])
     assert not {name for arm in tuned.values() for name in arm.against} - {*tuned}
 
@@ -105,12 +105,12 @@ def test_the_verdict_is_that_of_students_interval(scripts):
         return verdicts.rows([verdicts.Comparison("a", "merged", "b", "dense", paired)])[0]["verdict"]
 
     assert verdict(paired) == "better"
-    for shift, expected in (
-        (-1.0, "worse"),
-        (-0.4, "not decided, loses nothing"),
-        (-0.5, "not decided, loses nothing"),
-    ):
-        assert verdict([value + shift for value in paired]) == expected
+    assert verdict([value - 1 for value in paired]) == "worse"
+    assert verdict([value - 0.7 for value in paired]) == "worse, loses nothing"
+    assert verdict([value - 0.4 for value in paired]) == "not decided, loses nothing, gains nothing"
+    wide = [0.8, 0.6, -0.2, 0.4, 0.4]
+    assert verdict(wide) == "not decided, loses nothing"
+    assert verdict([-value for value in wide]) == "not decided, gains nothing"
     assert verdict([2.0, -2.0]) == "not decided"
     assert verdict([2.0]) == "-"
 
