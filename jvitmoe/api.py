@@ -12,7 +12,7 @@ from absl import logging
 
 from jvitmoe import cli, evaluate, export, report
 from jvitmoe.config import SETTINGS, Config, unknown_field
-from jvitmoe.errors import ConfigError
+from jvitmoe.errors import ConfigError, UserError
 from jvitmoe.interop import classifier
 from jvitmoe.runs import files, history, results
 from jvitmoe.runs.trackers import DEFAULT
@@ -46,8 +46,10 @@ class Run:
 
     def accuracy(self, model: str = "") -> float:
         """Returns the test accuracy of a model, such as "merged"; by default that of the first row: dense, merged or
-        routed."""
-        rows = {row["model"]: row["accuracy"] for row in self.results["rows"]}
+        routed. Raises UserError before the end, and for a model that was not tested."""
+        rows = {row["model"]: row["accuracy"] for row in report.read_run(self.workdir).result["rows"]}
+        if model and model not in rows:
+            raise UserError(f"{model!r} was not tested; the models are {', '.join(rows)}")
         return rows[model] if model else next(iter(rows.values()))
 
     def classifier(self, checkpoint: str = "latest") -> classifier.Classifier:
@@ -75,7 +77,7 @@ class Run:
 
 
 def train(
-    config: Config | str,
+    config: Config | Path | str,
     workdir: Path | str = "",
     overrides: Mapping[str, object] | None = None,
     trackers: Sequence[str] = DEFAULT,

@@ -15,7 +15,7 @@ import shlex
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -34,9 +34,12 @@ NO_TORCH = "install torch, or name a Python that has it with --peer_python"
 PEERS = {"PyTorch dense": "1 eager", "PyTorch random": "4 eager", "PyTorch compiled": "1 compiled"}  # torch_vit.py's
 
 
-def cases(config: Config) -> dict[str, Config]:
-    """Returns name -> config. Every router has the active FLOPs of the dense model: capacity is an even share of the
-    tokens, and of two experts per token each has half the hidden width."""
+def cases(config: Config, only: Collection[str] = ()) -> dict[str, Config]:
+    """Returns name -> config of all cases, or of those in `only`. Every router has the active FLOPs of the dense model:
+    capacity is an even share of the tokens, and of two experts per token each has half the hidden width.
+
+    Raises UserError for a name that is no case, and where the config of a case breaks a rule.
+    """
     experts = max(config.routing.experts, 4)
     settings: dict[str, dict[str, Any]] = {
         **{name: {} for name in ("dense", "dense again")},
@@ -45,8 +48,12 @@ def cases(config: Config) -> dict[str, Config]:
         "top2": {"experts": experts, "router": "topk", "top_k": 2, "capacity": 1.0},
         "soft": {"experts": experts, "router": "soft"},
     }
+    if unknown := set(only) - set(settings):
+        raise UserError(f"--only is {', '.join(sorted(unknown))}; it must name some of {', '.join(settings)}")
     found = {}
     for name, values in settings.items():
+        if only and name not in only:
+            continue
         case = copy.deepcopy(config)
         case.routing = config_lib.RoutingConfig(init="shared", **values)
         if name == "top2":
@@ -100,10 +107,11 @@ def main(argv: list[str]) -> None:
     """Measures, prints one table, and writes it with its figures and its picture."""
     values = cli.parse(argv, define_flags, config=True)
     config = cli.experiment(values)
-    chosen = cases(config)
-    if unknown := set(values.only) - set(chosen):
-        raise UserError(f"--only is {', '.join(sorted(unknown))}; it must name some of {', '.join(chosen)}")
-    chosen = {name: case for name, case in chosen.items() if not values.only or name in values.only}
+    chosen = cases(config, values.only)
+    if not values.dtypes:
+        raise UserError("--dtypes is empty; name one or more, such as float32,bfloat16")
+    if values.images < config.train.batch_size:
+        raise UserError(f"--images is {values.images}; it must be at least a batch, {config.train.batch_size}")
     by_dtype = {dtype: {name: _in_dtype(case, dtype) for name, case in chosen.items()} for dtype in values.dtypes}
     if values.rounds < 1:
         raise UserError(f"--rounds is {values.rounds}; it must be at least 1")
@@ -226,7 +234,8 @@ NOTE = (
     "Step: median over rounds, with the fastest and the slowest. Times dense: median of the ratio to the dense step of "
     "the same round, with a 95 % interval. `dense again` is the dense case once more: its ratio is the error of the "
     "measurement. FLOP/s: three forward passes as XLA counts them. Memory: planned by XLA. Update: optimiser, pull and "
-    "EMA, compiled apart. Input: selecting and augmenting a batch, and its share of drawing the order."
+    "EMA, compiled apart. Input: time to select and augment one batch, plus the time to draw an epoch's order over its "
+    "steps."
 )
 
 

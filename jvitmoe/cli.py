@@ -110,16 +110,16 @@ def _take_config(argv: list[str]) -> tuple[str, list[str]]:
     return path, others
 
 
-def load_experiment(name: str) -> Config:
+def load_experiment(name: str | Path) -> Config:
     """Returns the Config of an experiment, `FILE.py` or NAME; with `:VARIANT` after it, of that variant, a text for its
     get_config. Raises UserError with the line that fails."""
-    path, variant = _split_variant(name)
+    path, variant = _split_variant(str(name))
     if not os.path.isfile(path):
         problem = "is a folder" if os.path.isdir(path) else "does not exist"
         near = _nearest_experiment(path)
         hint = f"did you mean {near}?" if near else "give a file, or one of those that jvitmoe.configs lists"
         raise UserError(f"config file {path!r} {problem}; {hint}")
-    folder, module = str(Path(path).parent), types.ModuleType(path)
+    folder, module, before = str(Path(path).parent), types.ModuleType(path), set(sys.modules)
     module.__file__ = path
     sys.modules[path] = module  # dataclasses look up the module that defines them
     sys.path.insert(0, folder)  # an experiment may import files of its folder
@@ -134,6 +134,10 @@ def load_experiment(name: str) -> Config:
         raise UserError(f"{_where(error, path)}; correct the config file") from error
     finally:
         sys.path.remove(folder)
+        for imported in sys.modules.keys() - before:  # else a later experiment would get these, edited or not
+            file = getattr(sys.modules[imported], "__file__", None)
+            if file and Path(file).resolve().parent == Path(folder).resolve():
+                del sys.modules[imported]
     if not isinstance(config, Config):
         kind = type(config).__name__
         raise UserError(f"get_config() of {path!r} returns {kind}; it must return jvitmoe.config.Config")

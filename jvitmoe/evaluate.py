@@ -54,6 +54,7 @@ class _Restored(NamedTuple):
     model: Any
     params: Any
     ema: Any  # None if the run has none
+    versions: dict[str, str]  # that trained it
 
 
 def _evaluate(values: flags.FlagValues, workdir: Path) -> None:
@@ -63,7 +64,7 @@ def _evaluate(values: flags.FlagValues, workdir: Path) -> None:
     from jvitmoe.evaluation import mergeability, metrics, models, probes
     from jvitmoe.runs import plots
 
-    config, step, mesh, model, params, ema = _restore(values, workdir)
+    config, step, mesh, model, params, ema, trained_with = _restore(values, workdir)
     data, probed, probe_config = _data(values, config)
     evaluate = metrics.make_evaluate(model, mesh, config.data)
     shown = stream.eval_images(data.test, config, mesh)
@@ -82,6 +83,7 @@ def _evaluate(values: flags.FlagValues, workdir: Path) -> None:
     result |= models.facts(config, step, mesh) | {
         "images_per_second": earlier.get("images_per_second"),
         "trained_on": earlier.get("trained_on") or earlier.get("hardware"),
+        "trained_with": trained_with,
     }
     if "mergeability" in result:
         plots.mergeability(result, workdir / files.MERGEABILITY)
@@ -105,7 +107,7 @@ def _restore(values: flags.FlagValues, workdir: Path) -> _Restored:
     config.validate()
     # Evaluation has no expert axis, and fills up its batches, so any number of devices will do.
     where = {"devices": values.devices, "platform": values.platform, "expert_devices": 1}
-    mesh = devices.make_mesh(dataclasses.replace(config.train, **where))
+    mesh = devices.make_mesh(dataclasses.replace(config.train, **where), settings="--")
     model = build.make_model(config, mesh.devices.flat[0].platform)
     active, total = cost.count_parameters(config)
     console.print(f"run         {workdir}, checkpoint at step {saved.step:,}")
@@ -113,7 +115,8 @@ def _restore(values: flags.FlagValues, workdir: Path) -> _Restored:
     console.print(f"parameters  {active:,} active, {total:,} total ({model.dtype.name} compute)")
     abstract = state.abstract_state(config, model, mesh)
     ema = arrays.to_devices(saved.ema, abstract.ema) if saved.ema else None
-    return _Restored(config, saved.step, mesh, model, arrays.to_devices(saved.params, abstract.params), ema)
+    params = arrays.to_devices(saved.params, abstract.params)
+    return _Restored(config, saved.step, mesh, model, params, ema, saved.meta["versions"])
 
 
 def _data(values: flags.FlagValues, config: Config) -> tuple[Any, Any, Config]:

@@ -4,6 +4,7 @@ Writes the model, a model card and sample.npz (test images and their logits), th
 logits. A model that the target cannot express is refused before anything is written.
 """
 
+import os
 import shutil
 from pathlib import Path
 
@@ -42,8 +43,8 @@ def main(argv: list[str]) -> None:
         console.print(f"note        {remark}")
     sample = target.sample(source, config)
 
-    unfinished = out.with_name(out.name + files.UNFINISHED)  # renamed at the end, so `out` is never incomplete
-    shutil.rmtree(unfinished, ignore_errors=True)
+    # Renamed at the end, so `out` is never incomplete. With the process in its name it is no folder of the user.
+    unfinished = out.with_name(f"{out.name}.{os.getpid()}{files.UNFINISHED}")
     files.make_folder(unfinished)
     try:
         difference = target.export(unfinished, source, sample)

@@ -114,8 +114,9 @@ def _page(groups: Groups, going: Sequence[Path] = (), stamp: str = "") -> str:
         page.Shown(name, group_rows(name, group), [r.folder for r in group], record(group)["config"], group[0].result)
         for name, group in groups.items()
     ]
+    names = [folder.name for folder in going]
     for folder in going:
-        row = _row_so_far(folder)
+        row = _row_so_far(folder, folder.name if names.count(folder.name) == 1 else str(folder))
         shown.append(page.Shown(row["run"], [row], [folder], config_lib.flatten(_read_config(folder)), {}))
     about = [opening(groups)] * bool(groups) + [f"Runs that have not ended: {len(going)}."] * bool(stamp)
     return page.text(" ".join(about), shown, stamp)
@@ -137,13 +138,13 @@ def _serve(arguments: Sequence[str], port: int) -> None:
     serve.serve(make, folders, port)
 
 
-def _row_so_far(folder: Path) -> dict[str, str]:
+def _row_so_far(folder: Path, name: str) -> dict[str, str]:
     """Returns the text cells of a run that has not ended: those of `group_rows`, with its newest figures."""
     lines = history.read_metrics(folder / files.METRICS)
     rates = [line["images_per_second"] for line in lines if line.get("images_per_second")]
     watched = [line for line in lines if line["kind"] != "train"]
     return {
-        "run": f"{folder.name} (training)",
+        "run": f"{name} (training)",
         "model": f"at step {max((line['step'] for line in lines), default=0):,}",
         "seeds": "1",
         **dict.fromkeys(results.METRICS, "-"),

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 def main(argv: list[str]) -> None:
     """Trains to the end, tests, and writes result.json and report.md in the run folder."""
-    values = cli.parse(argv, _define_flags, config=True)
+    values = cli.parse(argv, define_flags, config=True)
     config = cli.experiment(values)
     workdir = Path(values.workdir or Path("runs") / cli.experiment_name(argv))
     from jvitmoe.training.launch import launch  # not above: it imports JAX, and --help need not wait for that
@@ -33,7 +33,7 @@ def main(argv: list[str]) -> None:
     launch(config, workdir, values, trackers=values.trackers)
 
 
-def _define_flags(values: flags.FlagValues) -> None:
+def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_string("workdir", "", "Run folder; by default runs/<name of the config file>.", flag_values=values)
     about = "Where figures go beside metrics.jsonl: tensorboard, wandb, mlflow, trackio; empty: nowhere."
     flags.DEFINE_list("trackers", ["tensorboard"], about, flag_values=values)
@@ -45,7 +45,7 @@ class _Callable(types.ModuleType):
 
     def __call__(
         self,
-        config: Config | str,
+        config: Config | Path | str,
         workdir: Path | str = "",
         overrides: Mapping[str, object] | None = None,
         trackers: Sequence[str] = ("tensorboard",),

@@ -2,8 +2,8 @@
 variants import it.
 
 What a report reads of a finished run is kept in OUT/runs. A sweep that is started again, also from another clone,
-trains only what is not there; a run that was stopped goes on from RUNS. What follows `--` on the command line goes to
-every `jvitmoe.train`.
+trains only what is not there, and exits where that was trained with other settings; a run that was stopped goes on from
+RUNS. What follows `--` on the command line goes to every `jvitmoe.train`.
 """
 
 import argparse
@@ -24,7 +24,8 @@ from typing import NamedTuple
 
 from scipy import stats
 
-from jvitmoe import config, report
+from jvitmoe import cli, config, report, train
+from jvitmoe.data import datasets
 from jvitmoe.runs import files
 
 
@@ -61,6 +62,9 @@ def main(
     seeds = range(options.first_seed, options.first_seed + options.seeds)
     every = {f"{name}-seed{seed}": (variants[name], seed) for seed in seeds for name in names}
     todo = {name: item for name, item in every.items() if not (kept / name / files.RESULT).exists()}
+    for name in every.keys() - todo.keys():
+        if changed := _changed(kept / name, _command(name, *every[name], options)):
+            sys.exit(f"{kept / name} was trained with {changed}; give another --out")
     print(f"{len(every)} runs, {len(every) - len(todo)} of them kept in {kept}", flush=True)
     if options.dry_run:
         print("\n".join(shlex.join(["python", "-m", *_command(name, *todo[name], options)]) for name in todo))
@@ -169,6 +173,14 @@ def _command(name: str, variant: Variant, seed: int, options: argparse.Namespace
         f"--workdir={options.runs / name}",
         *options.arguments,
     ]
+
+
+def _changed(folder: Path, command: list[str]) -> str:
+    """Returns in words the first setting in which a kept run differs from what a command would train, or ""."""
+    source = folder / files.CONFIG
+    asked = cli.experiment(cli.parse(command, train.define_flags, config=True))
+    changed = datasets.differences(config.loads(source.read_text(), str(source)), asked)
+    return next((f"{path}={old!r}, not {new!r}" for path, (old, new) in changed.items()), "")
 
 
 def _last_line(log: Path) -> str:

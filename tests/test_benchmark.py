@@ -48,6 +48,13 @@ def test_learned_routers_are_measured_at_the_flops_of_dense_and_what_routing_add
         assert flops["dense"] <= flops[name] <= 1.1 * flops["dense"]
 
 
+def test_only_the_cases_that_are_measured_must_fit_the_config():
+    config = Config(train=TrainConfig(batch_size=30)).validate()
+    assert list(benchmark.cases(config, ["dense", "batch"])) == ["dense", "batch"]
+    with pytest.raises(UserError, match=r"train\.batch_size is 30; it must be a multiple of routing\.experts, 4"):
+        benchmark.cases(config)
+
+
 def test_every_case_is_measured_in_every_round_and_beside_dense(measured):
     result, _ = measured
     rows = {row["model"]: row for row in result["rows"]}
@@ -79,6 +86,8 @@ def test_the_report_names_command_hardware_and_versions(measured):
         ("--only=dense,sparse", "--only is sparse; it must name some of dense, dense again, batch"),
         ("--rounds=0", "--rounds is 0; it must be at least 1"),
         ("--dtypes=float64", "model.dtype"),
+        ("--dtypes=", "--dtypes is empty; name one or more"),
+        ("--images=-1", "--images is -1; it must be at least a batch, 8"),
     ],
 )
 def test_what_cannot_be_measured_is_refused(tmp_path, flag, says):

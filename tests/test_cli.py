@@ -136,6 +136,17 @@ def test_a_broken_experiment_file_is_one_line_with_the_place_that_fails(tmp_path
     assert "\n" not in str(caught.value)
 
 
+def test_an_experiment_imports_the_files_of_its_folder_as_they_are_now(tmp_path):
+    """Also where another experiment, or an earlier call, has imported a file of that name."""
+    for folder, epochs in (("a", 2), ("b", 3), ("a", 4)):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        (tmp_path / folder / "base.py").write_text(f"EPOCHS = {epochs}  # {'x' * epochs}\n")
+        text = "from base import EPOCHS\nfrom jvitmoe.config import Config, TrainConfig\n"
+        (tmp_path / folder / "exp.py").write_text(text + "get_config = lambda: Config(train=TrainConfig(EPOCHS))\n")
+        assert cli.load_experiment(tmp_path / folder / "exp.py").train.epochs == epochs
+        assert "base" not in sys.modules
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -121,7 +121,7 @@ def test_manifests_start_the_same_run_with_flags_that_exist(monkeypatch):
     for name, command in commands().items():
         start = command.index("python")
         assert command[start : start + 3] == ["python", "-m", "jvitmoe.train"]
-        values = cli.parse(["train.py", *command[start + 3 :]], train._define_flags, config=True)
+        values = cli.parse(["train.py", *command[start + 3 :]], train.define_flags, config=True)
         cli.experiment(values)
         assert cli.config_path(command) == "configs/cifar10_random.py"
         assert values.workdir == "/runs/cifar10_random"

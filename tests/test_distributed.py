@@ -218,7 +218,7 @@ def test_the_launchers_use_flags_and_fields_that_exist(monkeypatch):
     slurm = line.replace('"$@"', "--config configs/cifar10_random.py").split()
     for command in (container["command"] + container["args"], slurm[slurm.index("python") :]):
         assert command[:3] == ["python", "-m", "jvitmoe.train"]
-        values = cli.parse(["train.py", *command[3:]], train._define_flags, config=True)
+        values = cli.parse(["train.py", *command[3:]], train.define_flags, config=True)
         assert values.distributed
         cli.experiment(values)
 

@@ -124,6 +124,15 @@ def test_no_confusion_is_counted_for_more_than_1000_classes(tiny_config, split):
     assert "confusion" not in row
 
 
+def test_progress_is_told_after_every_batch_of_every_model(tiny_config, split, params_of):
+    config, told = tiny_config(routing={"experts": E}), []
+    mesh = make_mesh(config.train)
+    images, batches = put(split, mesh), eval_batches(26, 8, mesh)
+    evaluate = make_evaluate(vit.build(config.model), mesh, config.data, lambda: told.append(1))
+    models.evaluate_run(config, params_of(E), params_of(1), evaluate, images, batches)
+    assert len(told) == 3 * len(batches.index_SB)  # merged, EMA, and all paths
+
+
 def test_an_ensemble_of_one_path_is_that_path(tiny_config, split, params_of):
     config = tiny_config(routing={"experts": E})
     mesh = make_mesh(config.train)

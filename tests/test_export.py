@@ -332,6 +332,15 @@ def test_export_refuses_in_one_line(experiment_run, tmp_path, arguments, message
     assert not (tmp_path / "new").exists()
 
 
+def test_a_folder_beside_the_export_stays(experiment_run, tmp_path):
+    (tmp_path / "x.part").mkdir()
+    (tmp_path / "x.part" / "mine").touch()
+    export.main(["export", f"--workdir={experiment_run}", "--to=safetensors", f"--out={tmp_path / 'x'}"])
+    assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if "README" not in path.name) == (
+        sorted(["x", "x.part", "x.part/mine", "x/config.json", "x/model.safetensors", "x/sample.npz"])
+    )
+
+
 def test_an_export_that_computes_something_else_is_not_finished(experiment_run, tmp_path, monkeypatch):
     real = weight_names.write
 

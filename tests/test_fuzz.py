@@ -218,7 +218,7 @@ def test_any_command_line_is_refused_in_one_line_or_gives_a_config(arguments):
     accepted = []
 
     def main(argv: list[str]) -> None:
-        accepted.append(cli.experiment(cli.parse(argv, train._define_flags, config=True)))
+        accepted.append(cli.experiment(cli.parse(argv, train.define_flags, config=True)))
 
     code, out, err = call(main, f"--config={DIGITS}", *arguments)
     OUTCOMES["refused" if code else "accepted"] += 1

@@ -73,6 +73,11 @@ def test_arrays_of_another_shape_or_type_are_refused(model, array):
         model(array)
 
 
+def test_images_of_several_sizes_are_refused(model):
+    with pytest.raises(UserError, match=r"the images have several sizes; each must be \(8, 8, 1\)"):
+        model([np.zeros((8, 8, 1), np.uint8), np.zeros((9, 9, 1), np.uint8)])
+
+
 def test_hidden_files_in_a_folder_are_skipped_as_in_training(folder):
     before, _ = images.find([folder])
     for name in (".hidden.png", "._digit0.png"):  # macOS writes the second, which is no image

@@ -1,6 +1,7 @@
 """What may happen to a run, made to happen to real processes in real folders: signals, hangs, full and locked disks,
 damage, and two writers."""
 
+import errno
 import json
 import math
 import os
@@ -20,6 +21,8 @@ import pytest
 
 import processes
 from jvitmoe import evaluate, train
+from jvitmoe.errors import UserError
+from jvitmoe.runs import lock
 from processes import call, wait_for_output, wait_for_step
 from run_folders import (
     assert_same_run,
@@ -355,6 +358,15 @@ def test_a_folder_that_may_not_be_used_is_one_line_and_stays_as_it_is(experiment
     (copy / place).chmod(0o755)
     one_error(ended, message)
     assert {name: text for name, text in snapshot(copy).items() if name.startswith("checkpoints")} == before
+
+
+def test_a_lock_that_does_not_fit_on_the_disk_is_one_line(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(json, "dump", full)
+    with pytest.raises(UserError, match=r"lock cannot be written: No space left on device; make room"):
+        lock.Lock(tmp_path)
 
 
 # saying what is sound

@@ -1,4 +1,5 @@
 import functools
+import re
 
 import chex
 import jax
@@ -298,3 +299,6 @@ def test_devices_that_are_not_there_are_an_error_of_one_line(train, says):
         make_mesh(train)
     assert says in str(error.value)
     assert "\n" not in str(error.value)
+    with pytest.raises(ConfigError, match=re.escape(says.replace("config.train.", "--"))) as error:  # of `evaluate`
+        make_mesh(train, settings="--")
+    assert "config.train" not in str(error.value)

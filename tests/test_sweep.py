@@ -15,7 +15,7 @@ import pytest
 from scipy import stats
 
 import processes
-from jvitmoe import cli, train
+from jvitmoe import cli, config, train
 from jvitmoe.errors import UserError
 from run_folders import write_kept_run
 
@@ -57,7 +57,7 @@ def test_every_variant_is_an_experiment_of_its_own(scripts):
         for variant in variants.values():
             flags = [f"--config.{field}={value}" for field, value in variant.settings.items()]
             argv = ["train", f"--config=cifar10_fast:{variant.of_file}", *flags]
-            configs.append(cli.experiment(cli.parse(argv, train._define_flags, config=True)))
+            configs.append(cli.experiment(cli.parse(argv, train.define_flags, config=True)))
         assert len(set(map(repr, configs))) == len(configs)
 
 
@@ -174,7 +174,7 @@ def test_a_dry_run_of_the_original_s_table_prints_the_commands_of_its_experiment
         assert (python, m, module) == ("python", "-m", "jvitmoe.train")
         expected = cli.load_experiment(f"cifar10_{name}")
         expected.train.seed, expected.data.dir = seed, "D"
-        assert cli.experiment(cli.parse(["train", *argv], train._define_flags, config=True)) == expected
+        assert cli.experiment(cli.parse(["train", *argv], train.define_flags, config=True)) == expected
     assert not list(tmp_path.iterdir())
 
 
@@ -217,6 +217,13 @@ def test_a_sweep_started_again_trains_only_what_is_not_kept(scripts, tmp_path):
     shutil.copytree(kept["dense_recipe-seed0"], out / "runs" / "dense-seed0")
     argv = [sys.executable, str(processes.ROOT / "scripts" / "study.py"), "D_pretrained", "--seeds=1"]
     argv += [f"--config={tmp_path / 'tiny.py'}", f"--runs={tmp_path / 'pretrained'}", f"--out={out}"]
+    ended = subprocess.run(argv, capture_output=True, text=True, check=False)
+    refusal = f"{out / 'runs' / 'dense-seed0'} was trained with data.name='digits', not 'hf:runs/study/halves/first'"
+    assert (ended.returncode, ended.stderr) == (1, f"{refusal}; give another --out\n")
+    settings = scripts("study").EXPERIMENTS["D_pretrained"](tmp_path)["dense"].settings
+    flags = [f"--config={tmp_path / 'tiny.py'}", *(f"--config.{field}={value}" for field, value in settings.items())]
+    asked = cli.experiment(cli.parse(["train", *flags], train.define_flags, config=True))
+    (out / "runs" / "dense-seed0" / "config.json").write_text(config.dumps(asked))
     subprocess.run(argv, capture_output=True, check=True)
     assert "study.py D_pretrained --seeds=1" in (out / "report.md").read_text()
 

@@ -14,7 +14,7 @@ from jvitmoe import evaluate, report, train
 from jvitmoe.experts import build
 from jvitmoe.interop import load
 from jvitmoe.models import vit
-from jvitmoe.runs import checkpoints, files, metrics_log
+from jvitmoe.runs import checkpoints, files, metrics_log, results
 from jvitmoe.runtime.devices import make_mesh
 from jvitmoe.training import loop
 from jvitmoe.training.state import make_state
@@ -176,6 +176,7 @@ def test_evaluate_needs_only_the_folder_and_any_number_of_devices(copy):
         assert found[name] == expected[name] | near
     assert result["images_per_second"] == trained["images_per_second"]
     assert result["trained_on"] == trained["hardware"] != result["hardware"]
+    assert result["trained_with"] == trained["versions"]
     why, text = result["mergeability"], (copy / "report.md").read_text()
     assert [len(why[name]) for name in ("spread", "cosine", "difference_cosine", "gap")] == [2] * 4
     # 360 test images are fewer than a thousand, so the line starts and ends at rows of the table.
@@ -187,16 +188,29 @@ def test_evaluate_needs_only_the_folder_and_any_number_of_devices(copy):
     assert "merged" in out
 
 
-def test_train_repeated_after_evaluate_keeps_what_evaluate_found_and_the_hardware_of_the_training(experiment, copy):
-    code, _, err = call(evaluate.main, f"--workdir={copy}", "--devices=8", "--paths=1", "--knn=5")
+def test_a_tested_run_that_is_trained_again_stays_as_evaluate_left_it(experiment, copy):
+    code, _, err = call(evaluate.main, f"--workdir={copy}", "--devices=8", "--paths=2", "--knn=5")
     assert code == 0, err
-    before = json.loads((copy / "result.json").read_text())
+    before = {path: path.read_bytes() for path in copy.iterdir() if path.suffix in (".json", ".jsonl", ".md", ".png")}
+    assert {"result.json", "report.md", "confusion.png"} <= {path.name for path in before}
+    code, out, err = call(train.main, f"--config={experiment}", f"--workdir={copy}")
+    assert code == 0, err
+    assert "the run was trained and tested before; jvitmoe.evaluate tests it again" in out
+    assert {path: path.read_bytes() for path in before} == before
+
+
+def test_a_run_whose_test_was_lost_is_tested_again_with_the_versions_of_its_training(experiment, undisturbed, copy):
+    (copy / "result.json").unlink()
     code, _, err = call(train.main, f"--config={experiment}", f"--workdir={copy}")
     assert code == 0, err
-    after = json.loads((copy / "result.json").read_text())
-    for name in ("mergeability", "probes", "trained_on", "images_per_second"):
-        assert after[name] == before[name]
-    assert "(mergeability.png)" in (copy / "report.md").read_text()
+    before, after = (json.loads((folder / "result.json").read_text()) for folder in (undisturbed, copy))
+    assert after["rows"] == before["rows"]
+    assert after["trained_with"] == before["versions"]
+
+
+def test_a_report_lists_the_versions_that_trained_and_those_that_tested():
+    run = {"hardware": "b", "trained_on": "a", "versions": {"jax": "2", "numpy": "1"}, "trained_with": {"jax": "1"}}
+    assert results.made_with([run]) == "Hardware: a; b. Versions: jax 1, jax 2, numpy 1."
 
 
 def test_a_run_with_an_expert_axis_is_tested_on_any_number_of_devices(experiment, tmp_path):

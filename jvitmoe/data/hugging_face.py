@@ -15,6 +15,7 @@ from jvitmoe.errors import one_line
 
 OPTIONS = ("config", "revision", "image", "label")
 TESTS = ("test", "validation", "valid", "val")
+MOST_CLASSES = 10**6  # of a set with fewer images; a greater number is an id
 
 
 class HuggingFace(Source):
@@ -49,13 +50,19 @@ class HuggingFace(Source):
                 f"{self._name} has the splits {', '.join(splits)}; train and one of {', '.join(TESTS)} must hold labels"
             )
         names = getattr(splits["train"].features[label], "names", None)
-        classes = tuple(names or map(str, range(labels["train"].max() + 1)))
-        side = self.model.image_size
-        check_fit(self._name, (side, side, self.model.channels), len(classes), self.model)
-        if (most := max(labels[name].max() for name in ("train", tests[0]))) >= len(classes):
-            raise DataError(f"{self._name} has the label {most} but {len(classes)} classes; use another set")
-        train, test = (self._records(splits[name], name, image, labels[name]) for name in ("train", tests[0]))
-        return Dataset(train, test, classes)
+        count, side = len(names) if names else int(labels["train"].max()) + 1, self.model.image_size
+        if count > max(MOST_CLASSES, len(labels["train"])):
+            raise DataError(
+                f"column {label} of {self._name} has the value {count - 1}, which is no label; name another: "
+                f"hf:{self._name}?label=COLUMN"
+            )
+        check_fit(self._name, (side, side, self.model.channels), count, self.model)
+        if (most := max(labels[name].max() for name in ("train", tests[0]))) >= count:
+            raise DataError(f"{self._name} has the label {most} but {count} classes; use another set")
+        train, test = (
+            self._records(splits[name], name, image, labels[name].astype(np.int32)) for name in ("train", tests[0])
+        )
+        return Dataset(train, test, tuple(names or map(str, range(count))))
 
     def _load(self) -> Any:
         """Returns the splits by name, downloaded if need be."""
@@ -126,4 +133,4 @@ class HuggingFace(Source):
 
 def _labels(values: Sequence[int | None]) -> np.ndarray:
     """Returns labels_N; an image without one has -1, as the sets of the hub write it too."""
-    return np.asarray([-1 if value is None else value for value in values], np.int32)
+    return np.asarray([-1 if value is None else value for value in values], np.int64)

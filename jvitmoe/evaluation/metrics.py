@@ -4,7 +4,7 @@ b images of a batch on one device · S batches · N images · L layers · P path
 """
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -59,10 +59,19 @@ class Evaluator:
         mesh: of the devices that hold the batches.
         data: `mean` and `std` of the pixels.
         routed: the evaluation of the same run with its router, if it has one.
+        progress: called after every batch.
     """
 
-    def __init__(self, net: vit.ViT, mesh: Mesh, data: DataConfig, routed: "Evaluator | None" = None) -> None:
+    def __init__(
+        self,
+        net: vit.ViT,
+        mesh: Mesh,
+        data: DataConfig,
+        routed: "Evaluator | None" = None,
+        progress: Callable[[], None] = lambda: None,
+    ) -> None:
         self.net, self.routed, self._mesh, self._replicated = net, routed, mesh, NamedSharding(mesh, REPLICATED)
+        self._progress = progress
         self.normalize = functools.partial(augment.normalize, mean=data.mean, std=data.std)
 
         def compiled(streamed: bool) -> Any:
@@ -95,6 +104,7 @@ class Evaluator:
         for s, images in enumerate([split] * len(batches.index_SB) if whole else split):
             sums = step(params, route_PL, log_weight_P, sums, images, batches, jnp.int32(s))
             settle(self._mesh, sums)
+            self._progress()
         rows = zip(*jax.device_get(sums), strict=True)
         *results, ensemble = (_result(Sums(*row), self.net.config.classes) for row in rows)
         return results, ensemble
@@ -125,9 +135,13 @@ class Evaluator:
         return jax.tree.map(lambda total, of_batch: total + jax.lax.psum(of_batch, AXES), sums, batch_sums)
 
 
-def make_evaluate(model: vit.ViT, mesh: Mesh, data: DataConfig) -> Evaluator:
-    """Returns the evaluation of the dense model of a run, with that of its router, if any, as `routed`."""
-    return Evaluator(model.plain(), mesh, data, Evaluator(model, mesh, data) if model.router else None)
+def make_evaluate(
+    model: vit.ViT, mesh: Mesh, data: DataConfig, progress: Callable[[], None] = lambda: None
+) -> Evaluator:
+    """Returns the evaluation of the dense model of a run, with that of its router, if any, as `routed`. `progress` is
+    called after every batch."""
+    routed = Evaluator(model, mesh, data, progress=progress) if model.router else None
+    return Evaluator(model.plain(), mesh, data, routed, progress)
 
 
 def _sums(log_p_bC: jax.Array, labels_b: jax.Array, mask_b: jax.Array) -> Sums:

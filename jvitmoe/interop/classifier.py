@@ -105,7 +105,10 @@ class Classifier:
             if complaints:
                 raise UserError(complaints[0])
             return np.array([self.read(path) for path in files], np.uint8).reshape(-1, size, size, channels)
-        array = np.asarray(inputs)
+        try:
+            array = np.asarray(inputs)
+        except ValueError as error:
+            raise UserError(f"the images have several sizes; each must be ({size}, {size}, {channels})") from error
         array = array[None] if array.ndim == 3 else array
         if array.dtype != np.uint8 or array.shape[1:] != (size, size, channels):
             raise UserError(

@@ -1,5 +1,6 @@
 """One writer per run folder: a lock that the system releases when its process ends, however it ends."""
 
+import contextlib
 import fcntl
 import json
 import os
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import IO
 
 from jvitmoe.errors import UserError
+from jvitmoe.runs import files
 
 NAME = "lock"
 
@@ -37,10 +39,16 @@ class Lock:
             ) from error
         except OSError:  # some network disks have no locks; the name in the file still helps a person
             pass
-        self._file.seek(0)
-        self._file.truncate()
-        json.dump({"pid": os.getpid(), "host": socket.gethostname()}, self._file)
-        self._file.flush()
+        try:
+            with files.writing(path):
+                self._file.seek(0)
+                self._file.truncate()
+                json.dump({"pid": os.getpid(), "host": socket.gethostname()}, self._file)
+                self._file.flush()
+        except UserError:
+            with contextlib.suppress(OSError):  # closing tries to write it again
+                self._file.close()
+            raise
 
     def __enter__(self) -> "Lock":
         return self

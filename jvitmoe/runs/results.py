@@ -13,7 +13,8 @@ from jvitmoe.runs.tables import markdown, quantity, show
 RESULT_FORM = {  # as `read_json` takes it
     "rows": [{"model": str, "accuracy": float, "confusion?": [[int]], "*": float}],
     **{"step": int, "active_parameters": int, "total_parameters": int, "hardware": str},
-    **{"data?": str, "seed?": int, "images_per_second?": float, "trained_on?": str, "versions?": {"*": str}},
+    **{"data?": str, "seed?": int, "images_per_second?": float, "trained_on?": str},
+    **{"trained_with?": {"*": str}, "versions?": {"*": str}},
     "mergeability?": {"barrier": {"height": float}, "gap": [float]},
     "probes?": [{"probe": str, "model": str, "data": str, "accuracy": float, "*": float}],
 }
@@ -102,7 +103,8 @@ def probe_rows(probes: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
 def made_with(several: Sequence[Mapping[str, Any]]) -> str:
     """Returns the line that a report opens with: hardware and versions of training and tests."""
     hardware = dict.fromkeys(r[name] for r in several for name in ("trained_on", "hardware") if r.get(name))
-    versions = dict.fromkeys(f"{name} {version}" for r in several for name, version in r.get("versions", {}).items())
+    used = [r.get(name) or {} for r in several for name in ("trained_with", "versions")]
+    versions = dict.fromkeys(f"{name} {version}" for each in used for name, version in each.items())
     return f"Hardware: {'; '.join(hardware)}. Versions: {', '.join(versions) or 'not recorded'}."
 
 

@@ -20,25 +20,24 @@ BY_DATA = PartitionSpec(DATA)  # rows of a streamed batch
 BY_EXPERT = PartitionSpec(None, EXPERT)  # leaves [L, E, ...]
 
 
-def make_mesh(train: TrainConfig) -> Mesh:
-    """Returns the mesh ("data", "expert") over the devices of all processes.
+def make_mesh(train: TrainConfig, settings: str = "config.train.") -> Mesh:
+    """Returns the mesh ("data", "expert") over the devices of all processes. `settings` is what the user's names of
+    platform and devices begin with.
 
     Raises ConfigError if the platform or the number of devices is not available.
     """
     try:
         devices = jax.devices(train.platform or None)
     except RuntimeError as error:
-        remedy = "install jvitmoe[cuda12] or jvitmoe[cuda13], or set --config.train.platform=''"
+        remedy = f"install jvitmoe[cuda12] or jvitmoe[cuda13], or set --{settings.lstrip('-')}platform=''"
         rule = f"JAX finds {jax.default_backend()} devices only"
-        raise ConfigError(f"config.train.platform is {train.platform!r}; {rule}; {remedy}") from error
+        raise ConfigError(f"{settings}platform is {train.platform!r}; {rule}; {remedy}") from error
     chosen = train.platform or os.environ.get("JAX_PLATFORMS")
     if not chosen and devices[0].platform == "cpu" and Path("/dev/nvidia0").exists():
         warnings.warn("an NVIDIA GPU is here but JAX finds only the CPU; install jvitmoe[cuda12]", RuntimeWarning, 2)
     count, available = train.devices or len(devices), len(devices)
     if count > available:
-        raise ConfigError(
-            f"config.train.devices is {count}; it must be at most {available}, the devices that JAX finds"
-        )
+        raise ConfigError(f"{settings}devices is {count}; it must be at most {available}, the devices that JAX finds")
     if count < available and jax.process_count() > 1:
         raise ConfigError(f"config.train.devices is {count}; it must be 0 or {available}, the devices of all processes")
     if count % train.expert_devices:

@@ -1,6 +1,7 @@
 """One run: load the data, restore or make the state, train, evaluate, save, and test."""
 
 import contextlib
+import functools
 import math
 import os
 import signal
@@ -83,13 +84,18 @@ def train(
     processes.together(lambda: check_shared(workdir))
     _print_setup(config, model, workdir, mesh, data, init_notes)
 
-    evaluation = _Evaluation(config, model, mesh, data)
+    watchdog = Watchdog(config.train.stall_minutes)
+    evaluation = _Evaluation(config, model, mesh, data, watchdog)
     checkpoints = CheckpointWriter(workdir / "checkpoints", config.train.keep)
     state, meta = _initial_or_restored(checkpoints, config, model, mesh, dense)
     start, total = int(state.step), config.train.epochs * data.order.steps_per_epoch
     if start:
         _print_resumed(workdir, start, config, meta)
-    watchdog = cleanup.enter_context(Watchdog(config.train.stall_minutes))
+    if start == total and _is_tested(workdir, total):
+        console.print("ended       the run was trained and tested before; jvitmoe.evaluate tests it again")
+        checkpoints.close()
+        return
+    cleanup.enter_context(watchdog)
     train_step = step.make_train_step(config, model, mesh, data.order.steps_per_epoch)
     log_folder = workdir if processes.first() else None
     with (
@@ -115,7 +121,7 @@ def train(
             "rows": rows,
             "images_per_second": rate,
         }
-        results.write_result(workdir, result if rate else _as_trained(workdir, result))
+        results.write_result(workdir, result if rate else _as_trained(workdir, result, meta))
 
 
 def _load_data(config: Config, mesh: Mesh) -> _Data:
@@ -190,8 +196,9 @@ class _Evaluation:
     Without validation images the test split is watched. It then selects nothing: the last checkpoint is the result.
     """
 
-    def __init__(self, config: Config, model: vit.ViT, mesh: Mesh, data: _Data) -> None:
-        self._config, self._evaluate = config, make_evaluate(model, mesh, config.data)
+    def __init__(self, config: Config, model: vit.ViT, mesh: Mesh, data: _Data, watchdog: Watchdog) -> None:
+        progress = functools.partial(watchdog.progress, "a batch of an evaluation")
+        self._config, self._evaluate = config, make_evaluate(model, mesh, config.data, progress)
         self._test_images = stream.eval_images(data.test, config, mesh)
         self.watched, self._watched_images = "test", self._test_images
         if len(data.validation):
@@ -205,21 +212,27 @@ class _Evaluation:
         return models.evaluate_run(self._config, state.params, state.ema, self._evaluate, *self._test_images)
 
 
-def _as_trained(workdir: Path, result: dict[str, Any]) -> dict[str, Any]:
-    """Returns the result of a command that trained no step, with what earlier ones found out: the rate, the hardware of
-    the training, and what evaluate adds."""
+def _is_tested(workdir: Path, step: int) -> bool:
+    """True if the run folder has a sound result of this step."""
+    with contextlib.suppress(UserError):  # a damaged one is written anew
+        return bool(results.read_result(workdir).get("step") == step)
+    return False
+
+
+def _as_trained(workdir: Path, result: dict[str, Any], meta: Meta) -> dict[str, Any]:
+    """Returns the result of a command that trained no step, with what earlier ones found out: the rate, the hardware
+    and the versions of the training."""
     try:
         earlier = results.read_result(workdir)
     except UserError:
         console.print(f"warning: {RESULT} is damaged; it is rewritten without images/s")
         earlier = {}
     trained_on = earlier.get("trained_on") or earlier.get("hardware")
-    kept = ("mergeability", "probes") if earlier.get("step") == result["step"] else ()
     return {
         **result,
         "images_per_second": earlier.get("images_per_second"),
         **({"trained_on": trained_on} if trained_on else {}),
-        **{name: earlier[name] for name in kept if name in earlier},
+        "trained_with": meta["versions"],
     }
 
 

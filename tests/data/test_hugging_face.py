@@ -105,6 +105,13 @@ def test_what_does_not_fit_is_one_line_with_the_remedy(tmp_path, query, model, m
     assert message in str(error.value)
 
 
+@pytest.mark.parametrize("number", [10**9, 2**31 - 1, 2**40])
+def test_a_column_of_ids_is_not_taken_for_labels(tmp_path, number):
+    root = write_parquet(tmp_path / "set", identity=(hf.Value("int64"), number))
+    with pytest.raises(DataError, match=f"column identity of .* has the value {number}, which is no label; name anoth"):
+        load(root, "?label=identity")
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [
