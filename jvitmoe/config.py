@@ -158,7 +158,8 @@ class RoutingConfig:
     )
     augment_spread: float = setting(
         0.0,
-        "0: experts' images are augmented alike; 1: none (first expert) to all (last) get more than crop and flip",
+        "how much the share of images that get more than crop and flip differs: 0: not; 1: from none of the first "
+        "expert's images to all of the last one's",
         at_least=0,
         at_most=1,
     )

@@ -7,10 +7,9 @@ The report ends with a line per ingredient. Started again it goes on: see script
 """
 
 import statistics
-from collections.abc import Sequence
 from pathlib import Path
 
-from sweep import Variant, accuracies, interval, main
+from sweep import Variant, accuracies, interval, main, mean_cell
 
 from jvitmoe.runs import tables
 
@@ -51,7 +50,7 @@ def table(runs: Path) -> list[dict[str, str]]:
         for kind, model in MODELS.items():
             own = accuracies(runs, f"{kind}_{name}").get(model, {})
             differences = [value - recipe[kind][seed] for seed, value in own.items() if seed in recipe[kind]]
-            row |= {model: _cell(list(own.values()), ".2f"), f"{model} - recipe": _cell(differences, "+.2f")}
+            row |= {model: mean_cell(list(own.values()), ".2f"), f"{model} - recipe": mean_cell(differences, "+.2f")}
             seeds.append(len(own))
         if any(seeds):
             rows.append(row | {"seeds": ", ".join(map(str, seeds))})
@@ -67,13 +66,6 @@ def against_dense(runs: Path) -> str:
     low, high = interval(paired)
     difference = f"{statistics.fmean(paired):+.2f} points, 95 % interval {low:+.2f} to {high:+.2f}"
     return f"\nRecipe, merged - dense: {difference}, {len(paired)} seeds.\n"
-
-
-def _cell(values: Sequence[float], form: str) -> str:
-    if not values:
-        return "-"
-    deviation = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
-    return f"{statistics.fmean(values):{form}}{deviation}"
 
 
 def conclusion(runs: Path) -> str:

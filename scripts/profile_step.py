@@ -3,10 +3,9 @@
     python scripts/profile_step.py --config configs/cifar10_dense.py --config.train.batch_size=64 \\
         --config.model.dtype=bfloat16 --config.routing.experts=4
 
-Images are random numbers. A kind is the primitive of JAX that XLA's instruction comes from (of a fusion, the one that
-its result comes from), apart for the module it stands in and for the forward pass, the backward pass, and what is
-around them. Instructions without a name are XLA's own, as the filling of buffers with zeros is. Where instructions run
-beside each other their times add up to more than the step.
+Images are random numbers. Time is added up by JAX primitive, module and pass: forward, backward, or neither. A fusion
+counts under the primitive that produces its result. Instructions without a name are XLA's own, such as filling buffers
+with zeros. Where instructions run beside each other, their times add up to more than the step.
 """
 
 import collections

@@ -10,7 +10,7 @@ prints the commands only. Started again it goes on: see scripts/sweep.py.
 import statistics
 from pathlib import Path
 
-from sweep import Variant, accuracies, main
+from sweep import Variant, accuracies, main, mean_cell
 
 from jvitmoe import cli, config, report
 from jvitmoe.runs import files, tables
@@ -35,14 +35,13 @@ def table(runs: Path) -> list[dict[str, str]]:
         folders = [folder for folder in sorted(runs.glob(f"{name}-seed*")) if (folder / files.RESULT).exists()]
         results = [report.read_run(folder).result for folder in folders]
         values = list(accuracies(runs, name, (model,)).get(model, {}).values())
-        deviation = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
         rates = [result["images_per_second"] for result in results if result.get("images_per_second")]
         rows.append(
             {
                 "run": name,
                 "model": model,
                 "seeds": str(len(values)),
-                "accuracy": f"{statistics.fmean(values):.2f}{deviation}" if values else "-",
+                "accuracy": mean_cell(values),
                 "original": f"{accuracy}",
                 "s per 60,000 images": f"{60_000 / statistics.fmean(rates):.2f}" if rates else "-",
                 "original, four RTX 8000": f"{seconds:.2f}",

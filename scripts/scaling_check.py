@@ -5,7 +5,8 @@ their times as far as its cores allow.
 
 Every process has one device and is held to one core, in turn. It times three things: sums of known sizes, for the two
 numbers that describe a link; the work of each variant on its own images beside the other processes', with nothing to
-reduce; and the training step itself. The model is that a step takes the second and, from the first, its all-reduces.
+reduce; and the training step itself. The predicted time of a step is the second plus its all-reduces, which follow from
+the first.
 """
 
 import argparse

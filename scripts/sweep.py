@@ -105,6 +105,14 @@ def accuracies(
     return found
 
 
+def mean_cell(values: Sequence[float], form: str = ".2f") -> str:
+    """Returns the text of a mean ± sample deviation; "-" without values."""
+    if not values:
+        return "-"
+    deviation = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):{form}}{deviation}"
+
+
 def interval(paired: list[float]) -> tuple[float, float]:
     """Returns the 95 % interval (Student's t) of the mean of at least two differences."""
     half = stats.t.ppf(0.975, len(paired) - 1) * statistics.stdev(paired) / math.sqrt(len(paired))
@@ -119,7 +127,9 @@ def _options(
     parser.add_argument("--runs", type=Path, required=True, help="where the run folders go")
     parser.add_argument("--out", type=Path, required=True, help="where the table goes, and what is kept of the runs")
     parser.add_argument("--seeds", type=int, default=3, help="how many")
-    parser.add_argument("--first_seed", type=int, default=0, help="new ones repeat what was found, in another --out")
+    parser.add_argument(
+        "--first_seed", type=int, default=0, help="to repeat a result with new seeds, 5 and another --out"
+    )
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
     parser.add_argument("--only", nargs="+", choices=variants, metavar="VARIANT", help=", ".join(variants))
     parser.add_argument("--dry_run", action="store_true", help="print the commands that are missing, run none")

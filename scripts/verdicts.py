@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from sweep import Variant, accuracies, interval
+from sweep import Variant, accuracies, interval, mean_cell
 
 from jvitmoe.runs import tables
 
@@ -69,9 +69,7 @@ def summary(found: Found) -> list[dict[str, str]]:
     for arm, models in found.items():
         for model, by_seed in models.items():
             values = list(by_seed.values())
-            deviation = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
-            accuracy = f"{statistics.fmean(values):.2f}{deviation}"
-            cells.append({"arm": arm, "model": model, "seeds": str(len(values)), "accuracy": accuracy})
+            cells.append({"arm": arm, "model": model, "seeds": str(len(values)), "accuracy": mean_cell(values)})
     return cells
 
 

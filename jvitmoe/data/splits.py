@@ -65,7 +65,7 @@ class Dataset(Generic[S]):
 class Source(abc.ABC):
     """A kind of data set. A new one defines `browse` and gets a line in `datasets.SOURCES`."""
 
-    knows_labels = True  # without reading records; if False, a stream holds out other validation images than a set
+    knows_labels = True  # without reading records; if False, data.stream changes which images are held out
 
     def __init__(self, data: DataConfig, model: ModelConfig) -> None:
         self.data, self.model = data, model

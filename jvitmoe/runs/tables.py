@@ -9,16 +9,10 @@ from rich.table import Table
 
 from jvitmoe.runs.console import console
 
-LEFT = (
-    "run",
-    "model",
-    "hardware",
-    "image",
-    "class",
-    "most often taken for",
-    "probe",
-    "data",
-)  # columns of text; the others are right-aligned
+LEFT = {  # columns of text; the others are right-aligned
+    *("run", "model", "hardware", "image", "class", "most often taken for", "probe", "data"),  # of the commands
+    *("arm", "ingredient", "kind", "minus", "module", "pass", "verdict"),  # of the scripts
+}
 
 
 def show(rows: Sequence[Mapping[str, Any]], title: str) -> None:

@@ -10,7 +10,7 @@ Work = Callable[[int], float]  # runs this many steps; returns the mean seconds 
 
 
 def interleave(
-    work: Mapping[str, Work], rounds: int, seed: int = 0, progress: Callable[[int, float], None] | None = None
+    work: Mapping[str, Work], rounds: int, progress: Callable[[int, float], None] | None = None
 ) -> dict[str, list[float]]:
     """Returns name -> the seconds per step of each round.
 
@@ -21,7 +21,7 @@ def interleave(
     for name, run in work.items():
         run(1)  # includes work that is done once
         steps[name] = max(1, round(VISIT_SECONDS / run(1)))
-    order, shuffle = list(work), random.Random(seed).shuffle
+    order, shuffle = list(work), random.Random(0).shuffle
     seconds: dict[str, list[float]] = {name: [] for name in work}
     began = time.monotonic()
     for number in range(1, rounds + 1):
