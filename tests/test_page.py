@@ -182,12 +182,21 @@ def test_a_page_is_served_to_this_machine_only(tmp_path):
         assert (error.value.code, error.value.headers["Refresh"]) == (503, "2")
 
 
+def test_going_runs_of_one_folder_name_are_told_apart(tmp_path):
+    for parent in "ab":
+        (tmp_path / parent).mkdir()
+    page = report._page({}, [going_on(tmp_path / a) for a in ("a/same", "b/same", "b/other")], "now")
+    (data,) = re.findall(r'<script[^>]*type="application/json"[^>]*>(.*?)</script>', page, re.DOTALL)
+    names = [f"{tmp_path / 'a' / 'same'} (training)", f"{tmp_path / 'b' / 'same'} (training)", "other (training)"]
+    assert json.loads(data)["names"] == names
+
+
 def test_an_accuracy_of_zero_is_a_point_and_a_loss_that_is_not_finite_a_dash(tmp_path):
     lines = [{"step": 1, "kind": "test", "accuracy": 0.0}, {"step": 2, "kind": "test", "accuracy": 0.5}]
     assert [point["mean"] for point in page_lib._points([lines], training=False)] == [0.0, 0.5]
     run = going_on(tmp_path / "nan")
     (run / "metrics.jsonl").write_text(json.dumps(lines[0] | {"nll": None}) + "\n")
-    row = report._row_so_far(run)
+    row = report._row_so_far(run, "nan")
     assert (row["accuracy"], row["nll"]) == ("0.00%", "-")
 
 
