@@ -165,11 +165,16 @@ def _train(todo: Mapping[str, tuple[Variant, int]], options: argparse.Namespace,
     failed = []
     with ThreadPoolExecutor(options.jobs) as pool:
         for done, (name, code) in enumerate(zip(todo, pool.map(run, todo), strict=True), start=1):
-            left = statistics.fmean(seconds) * math.ceil((len(todo) - len(seconds)) / options.jobs)
             outcome = f"  FAILED ({code})" if code else ""
-            print(f"{done}/{len(todo)}  {name}{outcome}  {left / 60:.0f} min left", flush=True)
+            left = minutes_left(seconds, len(todo), options.jobs)
+            print(f"{done}/{len(todo)}  {name}{outcome}  {left:.0f} min left", flush=True)
             failed += [name] if code else []
     return failed
+
+
+def minutes_left(seconds: Sequence[float], runs: int, jobs: int) -> float:
+    """Returns the time until all runs have ended, from the seconds that those which have ended took."""
+    return statistics.fmean(seconds) * math.ceil((runs - len(seconds)) / jobs) / 60
 
 
 def _command(name: str, variant: Variant, seed: int, options: argparse.Namespace) -> list[str]:

@@ -178,6 +178,11 @@ def test_a_dry_run_of_the_original_s_table_prints_the_commands_of_its_experiment
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(("ended", "jobs", "minutes"), [(1, 1, 27), (2, 2, 12), (3, 2, 12), (10, 2, 0)])
+def test_the_time_left_is_that_of_runs_side_by_side(scripts, ended, jobs, minutes):
+    assert scripts("sweep").minutes_left([180.0] * ended, runs=10, jobs=jobs) == minutes
+
+
 @pytest.mark.process
 @pytest.mark.slow
 def test_a_sweep_started_again_trains_only_what_is_not_kept(scripts, tmp_path):
