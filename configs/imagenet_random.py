@@ -8,7 +8,7 @@ smoothing), without their mixup and RandAugment. It streams `imagenet2012` as TF
 and tests on its 50,000 validation images. On eight GPUs: scripts/launch_node.sh 8 and the command above.
 """
 
-from jvitmoe.config import Config, DataConfig, ModelConfig, OptimConfig, RoutingConfig, TrainConfig
+from jvitmoe.config import Config, DataConfig, ModelConfig, OptimConfig, TrainConfig, routing_of
 
 
 def get_config() -> Config:
@@ -26,7 +26,7 @@ def get_config() -> Config:
             pool="mean",
             positions="sincos2d",
         ),
-        routing=RoutingConfig(experts=4, granularity="sample", scope="shared", init="shared", pull=0.1),
+        routing=routing_of("random"),
         optim=OptimConfig(name="adamw", learning_rate=1e-3, weight_decay=0.05, warmup_epochs=5, clip_norm=1.0),
         train=TrainConfig(epochs=90, batch_size=1024, label_smoothing=0.1, log_every=50),
     )
