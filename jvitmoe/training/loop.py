@@ -220,8 +220,8 @@ def _is_tested(workdir: Path, step: int) -> bool:
 
 
 def _as_trained(workdir: Path, result: dict[str, Any], meta: Meta) -> dict[str, Any]:
-    """Returns the result of a command that trained no step, with what earlier ones found out: the rate, the hardware
-    and the versions of the training."""
+    """Returns the result of a command that timed no step, with what earlier ones found out: the rate, the hardware and
+    the versions of the training."""
     try:
         earlier = results.read_result(workdir)
     except UserError:
@@ -232,7 +232,7 @@ def _as_trained(workdir: Path, result: dict[str, Any], meta: Meta) -> dict[str, 
         **result,
         "images_per_second": earlier.get("images_per_second"),
         **({"trained_on": trained_on} if trained_on else {}),
-        "trained_with": meta["versions"],
+        **({"trained_with": meta["versions"]} if meta else {}),  # else this command trained the one step
     }
 
 
