@@ -108,6 +108,12 @@ def made_with(several: Sequence[Mapping[str, Any]]) -> str:
     return f"Hardware: {'; '.join(hardware)}. Versions: {', '.join(versions) or 'not recorded'}."
 
 
+def show_models(workdir: Path, result: Mapping[str, Any]) -> None:
+    """Prints the table of the tested models."""
+    data = f"{result['data']} " if result.get("data") else ""  # old versions did not record it
+    show(result_rows(result), f"{workdir.name}: {data}test split, step {result['step']}")
+
+
 def write_result(workdir: Path, result: Mapping[str, Any], confusion_drawn: bool = False) -> None:
     """Writes result.json and report.md and prints the tables, but the one of classes, which may be long.
 
@@ -115,10 +121,9 @@ def write_result(workdir: Path, result: Mapping[str, Any], confusion_drawn: bool
         confusion_drawn: the report shows confusion.png.
     """
     write_text(workdir / RESULT, json.dumps({**result, "checksum": checksum(result)}, indent=2) + "\n")
-    rows = result_rows(result)
-    show(rows, f"{workdir.name}: {result['data']} test split, step {result['step']}")
+    show_models(workdir, result)
     text = (
-        f"# {workdir.name}\n\n{made_with([result])} n (seeds): 1.\n\n{markdown(rows)}\n"
+        f"# {workdir.name}\n\n{made_with([result])} n (seeds): 1.\n\n{markdown(result_rows(result))}\n"
         f"Test split of {result['data']}, checkpoint at step {result['step']}, seed {result['seed']}. "
         f"Parameters: {result['active_parameters']:,} active, {result['total_parameters']:,} total.\n"
     )

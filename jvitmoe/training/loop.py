@@ -91,8 +91,9 @@ def train(
     start, total = int(state.step), config.train.epochs * data.order.steps_per_epoch
     if start:
         _print_resumed(workdir, start, config, meta)
-    if start == total and _is_tested(workdir, total):
+    if start == total and (tested := _tested(workdir, total)):
         console.print("ended       the run was trained and tested before; jvitmoe.evaluate tests it again")
+        results.show_models(workdir, tested)
         checkpoints.close()
         return
     cleanup.enter_context(watchdog)
@@ -212,11 +213,12 @@ class _Evaluation:
         return models.evaluate_run(self._config, state.params, state.ema, self._evaluate, *self._test_images)
 
 
-def _is_tested(workdir: Path, step: int) -> bool:
-    """True if the run folder has a sound result of this step."""
+def _tested(workdir: Path, step: int) -> dict[str, Any]:
+    """Returns the result of this step that is in the run folder; {} if there is none or it is damaged."""
     with contextlib.suppress(UserError):  # a damaged one is written anew
-        return bool(results.read_result(workdir).get("step") == step)
-    return False
+        if (result := results.read_result(workdir)).get("step") == step:
+            return result
+    return {}
 
 
 def _as_trained(workdir: Path, result: dict[str, Any], meta: Meta) -> dict[str, Any]:
