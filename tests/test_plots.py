@@ -245,6 +245,7 @@ def test_top5_of_new_runs_stands_beside_old_runs_without_it(make_run):
 def figures(monkeypatch):
     """Collects each figure where it would be closed."""
     found = []
+    monkeypatch.setitem(plt.rcParams, "figure.max_open_warning", 0)  # pyplot keeps all of them until the test ends
     monkeypatch.setattr(plt, "close", found.append)
     yield found
     monkeypatch.undo()
