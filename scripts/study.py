@@ -221,6 +221,7 @@ def run() -> None:
         sys.exit(str(error))
     is_search = experiment.endswith("_search")
     conclusion = partial(ranking if is_search else verdicts.conclusion, arms=arms)
+    # No verdict needs random paths. A's first runs were tested on some, and a report takes only runs tested alike.
     main(__doc__, arms, evaluate=[] if experiment == "A" else ["--paths=0"], conclusion=conclusion, arguments=arguments)
 
 

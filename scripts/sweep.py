@@ -146,11 +146,11 @@ def _train(todo: Mapping[str, tuple[Variant, int]], options: argparse.Namespace,
         shares.put(cpus[job :: options.jobs] or cpus)
 
     def run(name: str) -> int:
-        workdir, train = options.runs / name, _command(name, *todo[name], options)
+        workdir, training = options.runs / name, _command(name, *todo[name], options)
         share, began = shares.get(), time.monotonic()
         try:
             with (options.runs / f"{name}.log").open("a") as log:
-                for command in (train, ["jvitmoe.evaluate", f"--workdir={workdir}", *evaluate]):
+                for command in (training, ["jvitmoe.evaluate", f"--workdir={workdir}", *evaluate]):
                     process = subprocess.Popen([sys.executable, "-m", *command], stdout=log, stderr=log)
                     os.sched_setaffinity(process.pid, share)
                     if code := process.wait():

@@ -93,7 +93,8 @@ def train(
         _print_resumed(workdir, start, config, meta)
     if start == total and (tested := _tested(workdir, total)):
         console.print("ended       the run was trained and tested before; jvitmoe.evaluate tests it again")
-        results.show_models(workdir, tested)
+        if processes.first():
+            results.show_models(workdir, tested)
         checkpoints.close()
         return
     cleanup.enter_context(watchdog)
