@@ -4,7 +4,8 @@
 
 Not trained here: no accuracy is claimed. Sizes and recipe are those the field uses for ViT-S/16 (arXiv 2205.01580 for
 pooling, positions, 90 epochs, batch 1024 and the peak learning rate; DeiT, arXiv 2012.12877, for decay, warm-up and
-smoothing), without their mixup and RandAugment. It streams `imagenet2012` as TFDS prepares it (ArrayRecord, 150 GB)
+smoothing), without their mixup and RandAugment; but experts have four times that rate, which is measured with Muon on
+CIFAR-10 only (docs/study.md, A). It streams `imagenet2012` as TFDS prepares it (ArrayRecord, 150 GB)
 and tests on its 50,000 validation images. On eight GPUs: scripts/launch_node.sh 8 and the command above.
 """
 
