@@ -58,8 +58,12 @@ class Run:
 
     def evaluate(self, **options: object) -> dict[str, Any]:
         """Tests the run again, draws mergeability.png, confusion.png and samples.png into its folder, and returns the
-        results. Options are the flags of jvitmoe.evaluate, such as few_shot=10."""
-        evaluate.main(["evaluate", f"--workdir={self.workdir}", *(f"--{name}={v}" for name, v in options.items())])
+        results. Options are the flags of jvitmoe.evaluate, such as few_shot=10. Raises UserError where verify=True
+        finds damage."""
+        try:
+            evaluate.main(["evaluate", f"--workdir={self.workdir}", *(f"--{name}={v}" for name, v in options.items())])
+        except SystemExit as error:
+            raise UserError(f"{self.workdir} is damaged: see the list above") from error
         return self.results
 
     def export(self, to: str, out: Path | str) -> Path:

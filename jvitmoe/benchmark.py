@@ -30,6 +30,7 @@ from jvitmoe.runs import files, results, tables
 from jvitmoe.runs.console import console
 from jvitmoe.runtime import memory, timing
 
+DTYPES = ("float32", "bfloat16")
 NO_TORCH = "install torch, or name a Python that has it with --peer_python"
 PEERS = {"PyTorch dense": "1 eager", "PyTorch random": "4 eager", "PyTorch compiled": "1 compiled"}  # torch_vit.py's
 
@@ -55,6 +56,7 @@ def cases(config: Config, only: Collection[str] = ()) -> dict[str, Config]:
         if only and name not in only:
             continue
         case = copy.deepcopy(config)
+        case.data.stream, case.data.crop = False, "pad"  # the images are made up, on the devices
         case.routing = config_lib.RoutingConfig(init="shared", **values)
         if name == "top2":
             case.model.hidden //= 2
@@ -110,6 +112,8 @@ def main(argv: list[str]) -> None:
     chosen = cases(config, values.only)
     if not values.dtypes:
         raise UserError("--dtypes is empty; name one or more, such as float32,bfloat16")
+    if unknown := set(values.dtypes) - set(DTYPES):
+        raise UserError(f"--dtypes is {', '.join(sorted(unknown))}; it must name some of {', '.join(DTYPES)}")
     if values.images < config.train.batch_size:
         raise UserError(f"--images is {values.images}; it must be at least a batch, {config.train.batch_size}")
     by_dtype = {dtype: {name: _in_dtype(case, dtype) for name, case in chosen.items()} for dtype in values.dtypes}
@@ -159,7 +163,7 @@ def main(argv: list[str]) -> None:
 def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_string("out", "runs/benchmark", "Folder for the results.", flag_values=values)
     flags.DEFINE_list("only", [], "Cases to measure, such as dense,batch. Default: all.", flag_values=values)
-    flags.DEFINE_list("dtypes", ["float32", "bfloat16"], "Compute dtypes.", flag_values=values)
+    flags.DEFINE_list("dtypes", DTYPES, "Compute dtypes.", flag_values=values)
     flags.DEFINE_integer("rounds", 11, "Number of rounds; each visits every case once.", flag_values=values)
     flags.DEFINE_integer("images", 50_000, "Number of random images.", flag_values=values)
     flags.DEFINE_enum("peer", "", ["", "torch"], "Another implementation to measure.", flag_values=values)

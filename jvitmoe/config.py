@@ -153,13 +153,13 @@ class RoutingConfig:
     consistency: float = setting(0.0, "weight of the divergence of two passes; doubles the cost", at_least=0)
     consistency_loss: str = setting(
         "adamix",
-        "adamix: gradients of one pass; thor: of both (R-Drop with one expert); cosub: passes are each other's targets",
+        "adamix: cross-entropy of one pass; thor: of both (R-Drop if one expert); cosub: each is the other's target",
         ("adamix", "thor", "cosub"),
     )
     augment_spread: float = setting(
         0.0,
-        "how much the share of images that get more than crop and flip differs: 0: not; 1: from none of the first "
-        "expert's images to all of the last one's",
+        "0: every image gets all augmentations; s: of the first expert's images only the share 1 - s does, rising "
+        "linearly to all of the last expert's",
         at_least=0,
         at_most=1,
     )
@@ -491,6 +491,8 @@ def loads(text: str, name: str) -> Config:
     """Returns the Config of `dumps`. Raises ConfigError with the file's name if the text is not a config."""
     try:
         return from_dict(json.loads(text))
+    except ConfigError as error:
+        raise ConfigError(f"{name}: {error}") from error
     except (ValueError, AttributeError, RecursionError) as error:
         raise ConfigError(f"{name} is not the config of a run: {error}; restore it from a copy") from error
 

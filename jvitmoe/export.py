@@ -13,7 +13,7 @@ from absl import flags
 from jvitmoe import cli
 from jvitmoe.errors import UserError, printable
 from jvitmoe.runs import files, results
-from jvitmoe.runs.console import console
+from jvitmoe.runs.console import console, warnings_as_lines
 
 
 def main(argv: list[str]) -> None:
@@ -23,7 +23,9 @@ def main(argv: list[str]) -> None:
     if not values.out:
         raise UserError("--out is missing; give a new folder, such as --out=exports/digits_timm")
     out = Path(values.out)
-    if out.name in ("", "..") or (out.exists() and (not out.is_dir() or any(out.iterdir()))):
+    with files.writing(out):
+        is_new = not os.path.lexists(out) or (out.is_dir() and not out.is_symlink() and not any(out.iterdir()))
+    if out.name in ("", "..") or not is_new:
         raise UserError(f"--out is {values.out!r}, which is not a new or empty folder; give one that is")
     # Not above: these import JAX, and --help need not wait for that.
     from jvitmoe.interop import load, model_card
@@ -33,7 +35,8 @@ def main(argv: list[str]) -> None:
     if values.to not in TARGETS:
         raise UserError(f"--to is {values.to!r}; it must be one of {', '.join(TARGETS)}")
     compilation.use_cache()
-    source = load.read(workdir, checkpoint=values.checkpoint)
+    with warnings_as_lines():
+        source = load.read(workdir, checkpoint=values.checkpoint)
     assert source.config is not None, "a run has a config"
     config = source.config
     config.data.dir = values.data_dir or config.data.dir
@@ -47,12 +50,13 @@ def main(argv: list[str]) -> None:
     unfinished = out.with_name(f"{out.name}.{os.getpid()}{files.UNFINISHED}")
     files.make_folder(unfinished)
     try:
-        difference = target.export(unfinished, source, sample)
-        card = model_card.write(source, results.read_result(workdir), target, remarks)
-        files.write_text(unfinished / "README.md", card)
-        if out.exists():
-            out.rmdir()
-        unfinished.rename(out)
+        with files.writing(out):
+            difference = target.export(unfinished, source, sample)
+            card = model_card.write(source, results.read_result(workdir), target, remarks)
+            files.write_text(unfinished / "README.md", card)
+            if out.exists():
+                out.rmdir()
+            unfinished.rename(out)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     console.print(f"exported    {printable(str(out))}, checkpoint at step {source.step:,}, as {target.name}")

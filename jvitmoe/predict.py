@@ -5,6 +5,7 @@ skipped, and the exit code is 1.
 """
 
 import dataclasses
+import functools
 import json
 import sys
 from pathlib import Path
@@ -17,7 +18,7 @@ from jvitmoe.data import images
 from jvitmoe.data.images import DataError
 from jvitmoe.errors import UserError, printable
 from jvitmoe.runs import tables
-from jvitmoe.runs.console import console
+from jvitmoe.runs.console import console, warnings_as_lines
 
 
 def main(argv: list[str]) -> None:
@@ -39,7 +40,8 @@ def main(argv: list[str]) -> None:
     from jvitmoe.runtime import compilation
 
     compilation.use_cache()
-    model = classifier.load(values.workdir, values.checkpoint)
+    with warnings_as_lines(functools.partial(print, file=sys.stderr)):
+        model = classifier.load(values.workdir, values.checkpoint)
     paths, unreadable = images.find(arguments)
     pixels: list[tuple[Path, np.ndarray]] = []
     for path in paths:

@@ -65,7 +65,7 @@ def main(argv: list[str]) -> None:
     overview = [overview_row(name, group) for name, group in groups.items()]
     files.make_folder(out)
     plots.curves(families(groups), out / "curves.png")
-    images = next(iter(groups.values()))[0].result["rows"][0]["images"]
+    images = {name: group[0].result["rows"][0]["images"] for name, group in groups.items()}
     plots.comparison({name: by_seed(group) for name, group in groups.items()}, images, out / "comparison.png")
     files.write_text(
         out / "report.md",
@@ -101,7 +101,7 @@ def _read_groups(arguments: Sequence[str]) -> Groups:
 def _members(argument: str) -> tuple[str, list[Path]]:
     """Returns (name of the group or "", its run folders) of an argument."""
     name, equals, members = argument.partition("=")
-    if equals and not Path(argument).exists():
+    if equals and not os.path.exists(argument):  # unlike Path.exists, it raises for no name
         return name, [Path(member) for member in members.split(",")]
     return "", [Path(argument)]
 
@@ -114,9 +114,9 @@ def _page(groups: Groups, going: Sequence[Path] = (), stamp: str = "") -> str:
         page.Shown(name, group_rows(name, group), [r.folder for r in group], record(group)["config"], group[0].result)
         for name, group in groups.items()
     ]
-    names = [folder.name for folder in going]
-    for folder in going:
-        row = _row_so_far(folder, folder.name if names.count(folder.name) == 1 else str(folder))
+    names = [folder.resolve().name for folder in going]
+    for folder, name in zip(going, names, strict=True):
+        row = _row_so_far(folder, name if names.count(name) == 1 else str(folder))
         shown.append(page.Shown(row["run"], [row], [folder], config_lib.flatten(_read_config(folder)), {}))
     about = [opening(groups)] * bool(groups) + [f"Runs that have not ended: {len(going)}."] * bool(stamp)
     return page.text(" ".join(about), shown, stamp)

@@ -40,7 +40,7 @@ def redraw(folder: Path, out: Path) -> None:
 def compare(results: dict[str, list[dict[str, Any]]], out: Path) -> None:
     groups = {name: [report.Run(Path(), Config(), result) for result in group] for name, group in results.items()}
     table = {name: report.by_seed(group) for name, group in groups.items()}
-    images = next(iter(results.values()))[0]["rows"][0]["images"]
+    images = {name: group[0]["rows"][0]["images"] for name, group in results.items()}
     plots.comparison(table, images, out / "comparison.png")
 
 

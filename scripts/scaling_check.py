@@ -40,6 +40,7 @@ from jvitmoe.runs import checkpoints, plots
 from jvitmoe.runtime import compilation, processes, rendezvous
 from jvitmoe.runtime.devices import AXES, describe, make_mesh
 from jvitmoe.training import step
+from jvitmoe.training.plan import StepPlan
 from jvitmoe.training.state import make_state
 
 EXPERTS, IMAGES = 8, 16  # experts in all; images of one device
@@ -92,7 +93,7 @@ def program(config: Config, mesh: Mesh) -> tuple[Any, tuple[Any, ...]]:
     order = batches.TrainOrder(len(split), config.train.batch_size, key, mesh, config.slots)
     model = build.make_model(config, "cpu")
     given = make_state(config, model, mesh), batches.put(split, mesh), order.epoch(0)
-    return step.make_train_step(config, model, mesh, order.steps_per_epoch).lower(*given), given
+    return step.make_train_step(StepPlan(config, model, mesh, order.steps_per_epoch)).lower(*given), given
 
 
 # one of the processes

@@ -44,6 +44,7 @@ from jvitmoe.models import vit
 from jvitmoe.runtime import signals
 from jvitmoe.runtime.devices import make_mesh
 from jvitmoe.training import loop
+from jvitmoe.training.plan import StepPlan
 from jvitmoe.training.state import TrainState, make_state
 from jvitmoe.training.step import Metrics, TrainStep, make_train_step
 
@@ -156,7 +157,7 @@ def training(tiny_split: Split) -> Callable[[Config], Training]:
         key = routes.address(jax.random.key(config.train.seed), Purpose.ORDER)
         order = batches.TrainOrder(len(tiny_split), config.train.batch_size, key, mesh, config.slots)
         model = build.make_model(config, "cpu")
-        train_step = make_train_step(config, model, mesh, order.steps_per_epoch)
+        train_step = make_train_step(StepPlan(config, model, mesh, order.steps_per_epoch))
         state = make_state(config, model, mesh)
         return Training(config, mesh, model, batches.put(tiny_split, mesh), order, train_step, state)
 

@@ -1,6 +1,7 @@
 """Tiny experiments, and what their run folders hold."""
 
 import json
+import shutil
 from pathlib import Path
 
 import chex
@@ -66,6 +67,12 @@ def rows(workdir: Path) -> list[dict]:
     return json.loads((workdir / "result.json").read_text())["rows"]
 
 
+def lose_newest(workdir: Path) -> None:
+    """Deletes the newest checkpoint and the result, so that the run goes on from the checkpoint before."""
+    shutil.rmtree(saved(workdir)[-1])
+    (workdir / "result.json").unlink()
+
+
 def assert_same_run(workdir: Path, undisturbed: Path) -> None:
     """Compares two finished runs: state, history and result, to the bit."""
     chex.assert_trees_all_equal(final_state(workdir), final_state(undisturbed))
@@ -83,7 +90,8 @@ def write_kept_run(folder: Path, accuracies: dict[str, float], reduced: float = 
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(config_lib.dumps(Config()))
     rows = [{"model": model, "accuracy": accuracy} for model, accuracy in accuracies.items()]
-    result = {"rows": rows, "step": 2, "active_parameters": 5, "total_parameters": 9, "hardware": "1 x cpu"}
+    result = {"rows": rows, "data": "digits", "step": 2, "seed": 0}
+    result |= {"active_parameters": 5, "total_parameters": 9, "hardware": "1 x cpu"}
     (folder / "result.json").write_text(json.dumps(result))
     line = {"step": 2, "kind": "train", "loss": 1.0, "reduced_bytes": reduced}
     (folder / "metrics.jsonl").write_text(json.dumps(line) + "\n")

@@ -2,6 +2,7 @@
 
 import ctypes
 import dataclasses
+import shutil
 import signal
 import subprocess
 import sys
@@ -50,6 +51,14 @@ def test_a_run_gives_its_config_history_results_classifier_and_report(run, confi
         jvitmoe.Run(run.workdir / "nothing").accuracy()
     with pytest.raises(UserError, match="'dense' was not tested; the models are merged, "):
         run.accuracy("dense")
+
+
+def test_verifying_a_damaged_run_raises_what_a_notebook_can_show(run, tmp_path):
+    copy = jvitmoe.Run(shutil.copytree(run.workdir, tmp_path / "copy"))
+    assert copy.evaluate(verify=True) == run.results
+    (copy.workdir / "classes.json").write_text("{")
+    with pytest.raises(UserError, match="is damaged: see the list above"):
+        copy.evaluate(verify=True)
 
 
 def test_the_function_and_the_module_have_one_name(run, config, tmp_path):

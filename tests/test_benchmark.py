@@ -55,6 +55,13 @@ def test_only_the_cases_that_are_measured_must_fit_the_config():
         benchmark.cases(config)
 
 
+def test_a_config_that_streams_is_measured_on_images_that_live_on_the_devices():
+    config = Config()
+    config.data.stream, config.data.crop = True, "resized"
+    (case,) = benchmark.cases(config.validate(), ["dense"]).values()
+    assert not case.data.stream
+
+
 def test_every_case_is_measured_in_every_round_and_beside_dense(measured):
     result, _ = measured
     rows = {row["model"]: row for row in result["rows"]}
@@ -85,7 +92,7 @@ def test_the_report_names_command_hardware_and_versions(measured):
     [
         ("--only=dense,sparse", "--only is sparse; it must name some of dense, dense again, batch"),
         ("--rounds=0", "--rounds is 0; it must be at least 1"),
-        ("--dtypes=float64", "model.dtype"),
+        ("--dtypes=float32,auto", "--dtypes is auto; it must name some of float32, bfloat16"),
         ("--dtypes=", "--dtypes is empty; name one or more"),
         ("--images=-1", "--images is -1; it must be at least a batch, 8"),
     ],

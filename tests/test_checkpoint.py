@@ -4,6 +4,7 @@ import contextlib
 import functools
 import itertools
 import json
+import math
 import os
 import shutil
 import threading
@@ -115,6 +116,14 @@ def test_the_best_is_kept_besides_the_newest(tmp_path):
     with opened(tmp_path / "c", read_only=True) as checkpoints:
         assert checkpoints.steps() == [2, 4]
         assert (checkpoints.find("best"), checkpoints.find("latest"), checkpoints.find("2")) == (2, 4, 2)
+
+
+def test_a_loss_that_is_not_finite_is_never_the_best(tmp_path):
+    state, _ = make()
+    save_all(tmp_path / "c", state, [1, 2, 3], nlls=[math.nan, 0.4, 0.5], keep=1)
+    with opened(tmp_path / "c", read_only=True) as checkpoints:
+        assert checkpoints.steps() == [2, 3]
+        assert checkpoints.find("best") == 2
 
 
 def test_a_checkpoint_that_cannot_be_read_back_costs_no_older_one(tmp_path):

@@ -1,6 +1,7 @@
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import jax
@@ -63,8 +64,20 @@ def test_a_cpu_without_bfloat16_or_of_unknown_features_gets_no_options(cpu):
     assert compilation.options(jnp.dtype("bfloat16"), "cpu") == {}
 
 
-def test_an_option_that_the_installed_jaxlib_has_not_is_left_out(cpu, monkeypatch):
+def test_without_a_home_folder_nothing_is_cached(monkeypatch):
+    def none():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(compilation.Path, "home", none)
+    unset = types.SimpleNamespace(values={"jax_compilation_cache_dir": None}, update=lambda *_: pytest.fail("a folder"))
+    monkeypatch.setattr(compilation.jax, "config", unset)
+    compilation.use_cache()
+
+
+def test_an_option_that_the_installed_jaxlib_has_not_is_left_out_and_the_cache_stays(cpu, monkeypatch):
     monkeypatch.setattr(compilation, "ONEDNN", "xla_option_that_never_was")
+    monkeypatch.setattr(compilation, "_stop_writing", lambda: pytest.fail("programs are no longer cached"))
     assert compilation.options(jnp.dtype("bfloat16"), "cpu") == {}
 
 

@@ -173,6 +173,7 @@ def test_a_damaged_saved_config_is_one_clear_line(text, message):
     with pytest.raises(ConfigError, match=message) as caught:
         config_lib.loads(text, "runs/x/config.json")
     assert "\n" not in str(caught.value)
+    assert str(caught.value).startswith("runs/x/config.json")
 
 
 def test_only_what_changes_numbers_counts_as_a_difference():

@@ -149,7 +149,7 @@ def test_an_expert_axis_reduces_the_trunk_and_what_is_pulled_and_moves_no_image(
     mesh = make_mesh(config.train)
     model = build.make_model(config, "cpu")
     order = batches.TrainOrder(len(tiny_split), 16, jax.random.key(0), mesh, config.slots)
-    train_step = step.make_train_step(config, model, mesh, order.steps_per_epoch)
+    train_step = step.make_train_step(StepPlan(config, model, mesh, order.steps_per_epoch))
     given = state.abstract_state(config, model, mesh)
     text = for_reading(train_step.lower(given, batches.put(tiny_split, mesh), order.epoch(0))).as_text()
     trunk, experts = slices.split(given.params, slices.stacked(given.params))
@@ -193,7 +193,7 @@ def test_the_step_lowers_for_cuda_where_there_is_no_gpu(tiny_config, tiny_split,
     order = batches.TrainOrder(len(tiny_split), 8, jax.random.key(0), mesh)
     model = vit.build(config.model, 4, platform="gpu")
     given = state.abstract_state(config, model, mesh), batches.put(tiny_split, mesh), order.epoch(0)
-    program = step.make_train_step(config, model, mesh, order.steps_per_epoch)
+    program = step.make_train_step(StepPlan(config, model, mesh, order.steps_per_epoch))
     text = program.trace(*given).lower(lowering_platforms=("cuda",)).as_text()
     products = re.findall(r"stablehlo.dot_general.*-> tensor<\S*x(\w+)>", text)
     assert set(products) == {"bf16"}

@@ -114,7 +114,7 @@ def test_a_bad_launch_ends_in_one_line_within_30_seconds(experiment, tmp_path, c
 def test_processes_that_cannot_be_one_run_say_so_in_one_line_each_within_30_seconds(experiment, tmp_path):
     copy = tmp_path / "copy" / "jvitmoe"
     shutil.copytree(processes.ROOT / "jvitmoe", copy, ignore=shutil.ignore_patterns("__pycache__"))
-    with (copy / "optim.py").open("a") as file:
+    with (copy / "training" / "optimizer.py").open("a") as file:
         file.write("# changed\n")
     here, changed = processes.environment(), processes.environment()
     changed |= {"PYTHONPATH": str(copy.parent), "PYTHONSAFEPATH": "1"}
@@ -122,7 +122,7 @@ def test_processes_that_cannot_be_one_run_say_so_in_one_line_each_within_30_seco
         "the port is taken by another program": [(0, 2, here), (1, 2, here)],
         "process 1 of 3 was started twice (pid ": [(0, 3, here), (1, 3, here), (1, 3, here)],
         "process 1 was started with --processes=3 and process 0 with --processes=2": [(0, 2, here), (1, 3, here)],
-        ") has other code than process 0: optim.py is ": [(0, 2, here), (1, 2, changed)],
+        ") has other code than process 0: training/optimizer.py is ": [(0, 2, here), (1, 2, changed)],
     }
     command = processes.train(experiment, tmp_path / "x")
     with socket.create_server(("127.0.0.1", 0)) as taken:

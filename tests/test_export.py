@@ -1,6 +1,7 @@
 """Exports: what is written gives our logits where it goes; what has no counterpart is refused and nothing written."""
 
 import dataclasses
+import errno
 import importlib.util
 import json
 import os
@@ -195,6 +196,15 @@ def test_a_run_that_was_not_tested_says_so(exported, experiment_run):
     assert "The exported checkpoint is another one, at step 3" in card
 
 
+@pytest.mark.parametrize(("name", "shown"), [("hf:/home/me/private/set?label=x", "hf:set"), ("hf:me/set", "hf:me/set")])
+def test_the_card_names_a_local_set_without_its_folder(experiment_run, name, shown):
+    source = load.read(experiment_run)
+    source.config.data.name = name
+    card = model_card.write(source, {}, TARGETS["onnx"], [])
+    assert card.count(shown) == 3
+    assert "private" not in card
+
+
 def config_of(**model: object) -> Config:
     config = Config()
     config.model = dataclasses.replace(config.model, **model)
@@ -339,6 +349,37 @@ def test_a_folder_beside_the_export_stays(experiment_run, tmp_path):
     assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if "README" not in path.name) == (
         sorted(["x", "x.part", "x.part/mine", "x/config.json", "x/model.safetensors", "x/sample.npz"])
     )
+
+
+def test_an_export_onto_a_full_disk_is_one_line_and_leaves_nothing(experiment_run, tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(base.np, "savez", full)
+    code, _, err = call(export.main, f"--workdir={experiment_run}", "--to=timm", f"--out={tmp_path / 'x'}")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "cannot be written: No space left on device" in err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_link_to_an_empty_folder_is_refused_before_the_work(experiment_run, tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "empty")
+    with pytest.raises(UserError, match="which is not a new or empty folder"):
+        export.main(["export", f"--workdir={experiment_run}", "--to=timm", f"--out={tmp_path / 'link'}"])
+
+
+def test_logits_that_are_no_numbers_do_not_pass(experiment_run, tmp_path, monkeypatch):
+    real = base.Target.sample
+
+    def with_nan(*arguments):
+        sample = real(*arguments)
+        sample["logits"][3] = np.nan
+        return sample
+
+    monkeypatch.setattr(base.Target, "sample", with_nan)
+    with pytest.raises(UserError, match="logits are nan from ours"):
+        export.main(["export", f"--workdir={experiment_run}", "--to=timm", f"--out={tmp_path / 'x'}"])
 
 
 def test_an_export_that_computes_something_else_is_not_finished(experiment_run, tmp_path, monkeypatch):

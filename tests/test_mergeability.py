@@ -119,6 +119,15 @@ def test_equal_experts_have_no_spread_no_gap_and_no_barrier(setup):
     assert mergeability.layer_gap(net, params, images, batches, range(L)) == pytest.approx([0.0] * L, abs=1e-6)
 
 
+def test_experts_that_differ_by_the_rounding_of_their_mean_are_equal():
+    weight = np.float32(12582914 * 2.0**-23)  # the mean of three of it, in float32, is the next number
+    assert (weight + weight + weight) / np.float32(3) != weight
+    leaf = np.full((1, 3, 4, 4), weight)
+    names = {"up": leaf, "down": leaf, "up_bias": leaf[..., 0], "down_bias": leaf[..., 0]}
+    geometry = mergeability.weight_geometry({"blocks": {"mlp": names}})
+    assert (geometry["spread"], geometry["difference_cosine"]) == ([0.0], [0.0])
+
+
 def test_one_shared_layer_and_the_gap(setup):
     """The MLP is linear in `down`, so that a mean over `down` alone is the mean of outputs; `up` sits in the GELU."""
     gaps = [mergeability.layer_gap(*setup(shared_layer=name), range(L)) for name in ("up", "down")]

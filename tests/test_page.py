@@ -31,7 +31,8 @@ def write_run(folder: Path, seed: int, experts: int, accuracy: float) -> str:
     models = ("dense",) if experts == 1 else ("merged", "ensemble")
     row = {"nll": 1.0, "ece": 0.1, "images": 10, "parameters": 5, "confusion": [[4, 1], [2, 3]]}
     rows = [{"model": model, "accuracy": accuracy + n / 100, **row} for n, model in enumerate(models)]
-    result = {"rows": rows, "step": 2, "active_parameters": 5, "total_parameters": 9, "hardware": "1 x cpu"}
+    result = {"rows": rows, "data": "digits", "step": 2, "seed": 0}
+    result |= {"active_parameters": 5, "total_parameters": 9, "hardware": "1 x cpu"}
     if experts > 1:
         rows.insert(0, {**rows[0], "model": "routed"})  # as of a learned router, whose matrix is not kept
         del rows[0]["confusion"]

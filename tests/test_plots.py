@@ -46,6 +46,7 @@ def make_run(tmp_path):
         result = {
             "rows": rows,
             "step": 2,
+            "seed": config.train.seed,
             "active_parameters": 5,
             "total_parameters": 9,
             "data": "digits",
@@ -155,7 +156,8 @@ def test_a_group_is_called_what_its_folders_share(names):
 
 
 def test_numbers_in_three_digits():
-    wanted = {999: "999", 5_462_046: "5.46 M", 17.6e9: "17.6 G", 1234: "1.23 k"}
+    wanted = {999: "999", 5_462_046: "5.46 M", 17.6e9: "17.6 G", 1234: "1.23 k", 1.33e12: "1.33 T", 2e15: "2 P"}
+    wanted |= {999.6e6: "1 G", 999.4e6: "999 M"}
     assert {number: tables.quantity(number) for number in wanted} == wanted
 
 
@@ -351,6 +353,57 @@ def test_a_few_runs_of_one_seed_make_sound_figures(make_run, tmp_path, figures, 
     for figure in figures:
         check(figure)
     assert "one seed ± standard error over 10 images" in figures[1].axes[0].get_title()
+
+
+def test_the_standard_error_of_each_run_is_of_its_own_images(make_run, tmp_path, figures):
+    runs = [make_run("few", 0.8, models=("dense",)), make_run("many", 0.8, models=("dense",), optim__eps=1.0)]
+    result = json.loads((runs[1] / "result.json").read_text())
+    result["rows"][0]["images"] = 1000
+    (runs[1] / "result.json").write_text(json.dumps(result))
+    report.main(["report", *map(str, runs), f"--out={tmp_path / 'report'}"])
+    (axes,) = figures[1].axes
+    whiskers = [bars.get_segments()[0] for bars in axes.collections if isinstance(bars, LineCollection)]
+    found = [segment[1, 0] - 0.2 for segment in whiskers]
+    assert found == pytest.approx([(0.2 * 0.8 / 10) ** 0.5, (0.2 * 0.8 / 1000) ** 0.5])
+    assert "standard error over 10 or 1,000 images" in axes.get_title()
+
+
+def test_the_overview_is_the_mean_over_experts_and_seeds_and_the_worst_layer(make_run):
+    runs = [make_run(f"run_s{seed}", models=("expert 0", "expert 1"), train__seed=seed) for seed in (0, 1)]
+    group = [report.read_run(folder) for folder in runs]
+    for number, run in enumerate(group):
+        for expert, row in enumerate(run.result["rows"]):
+            row["accuracy"] = 0.5 + 0.1 * expert + 0.2 * number
+        run.result["mergeability"] = {"barrier": {"height": 0.1 + 0.2 * number}, "gap": [0.3, 0.1 + 0.4 * number]}
+    row = report.overview_row("run", group)
+    assert (row["experts"], row["barrier"], row["gap"]) == ("65.00%", "0.2000", "0.400")
+
+
+def test_a_result_is_written_after_its_report_because_it_marks_a_tested_run(make_run, monkeypatch):
+    folder = make_run("run")
+    result = results.read_result(folder)
+    (folder / "result.json").unlink()
+    monkeypatch.setattr(results, "show", lambda *_: 1 / 0)  # standard output is full
+    with pytest.raises(ZeroDivisionError):
+        results.write_result(folder, result)
+    assert not (folder / "result.json").exists()
+    monkeypatch.undo()
+    results.write_result(folder, result)
+    assert {"result.json", "report.md"} <= {path.name for path in folder.iterdir()}
+
+
+def test_a_class_named_by_bytes_that_are_no_text_is_in_the_report(make_run):
+    folder = make_run("run")
+    result = results.read_result(folder)
+    result["rows"][0]["confusion"] = [[1, 0], [0, 1]]
+    (folder / "classes.json").write_text(json.dumps(["caf\udce9", "dog"]))
+    results.write_result(folder, result)
+    assert r"| caf\udce9 | 1 |" in (folder / "report.md").read_text()
+
+
+def test_a_report_on_a_name_too_long_for_a_file_is_one_line(tmp_path):
+    with pytest.raises(UserError, match=r"holds no result\.json"):
+        report.main(["report", "group=" + ",".join(["a" * 90] * 4), f"--out={tmp_path / 'report'}"])
 
 
 def test_accuracies_of_96_and_97_percent_are_seen_to_differ(tmp_path, figures):

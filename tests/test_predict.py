@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -12,13 +13,14 @@ from matplotlib.ft2font import FT2Font
 from PIL import Image
 
 import jvitmoe
-from jvitmoe import predict
+from jvitmoe import export, predict
 from jvitmoe.config import Config
 from jvitmoe.data import datasets, images
 from jvitmoe.data.images import DataError
 from jvitmoe.errors import UserError
 from jvitmoe.interop import contact_sheet
 from processes import call
+from run_folders import saved
 
 
 @pytest.fixture(scope="module")
@@ -119,6 +121,18 @@ def test_the_table_and_the_json_tell_the_same(experiment_run, folder):
         assert len(entry["classes"]) == 2
         for guess in entry["classes"]:
             assert f"{guess['name']} {guess['probability']:.1%}" in table
+
+
+def test_a_damaged_checkpoint_is_a_line_of_warning_beside_the_json(experiment_run, folder, tmp_path):
+    workdir = shutil.copytree(experiment_run, tmp_path / "run")
+    newest = saved(workdir)[-1]
+    shutil.copytree(newest, newest.with_name("999"))
+    code, out, err = call(predict.main, f"--workdir={workdir}", "--json", folder)
+    assert (code, err) == (0, "warning: checkpoint 999 skipped: ValueError: it is the checkpoint of step 44\n")
+    assert len(json.loads(out)) == 3
+    code, out, err = call(export.main, f"--workdir={workdir}", "--to=safetensors", f"--out={tmp_path / 'out'}")
+    assert (code, err) == (0, "")
+    assert "warning: checkpoint 999 skipped: " in out
 
 
 def test_unreadable_files_are_reported_skipped_and_the_rest_is_done(experiment_run, folder):

@@ -399,6 +399,12 @@ def test_damaged_and_foreign_sources_are_one_line_with_the_path(tmp_path):
     assert not (tmp_path / "executed").exists()
 
 
+@pytest.mark.parametrize("path", ["a" * 300, "~no_such_user/run"])
+def test_a_path_that_no_file_can_have_is_one_line(path):
+    with pytest.raises(UserError, match="is not a file; give a run folder"):
+        load.read(path)
+
+
 def test_a_source_that_fails_names_the_field():
     config = Config()
     config.init.source = "no/where"

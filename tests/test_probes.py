@@ -128,6 +128,15 @@ def test_each_probe_has_a_row_for_each_model(tiny_config, tiny_split, noise):
     assert rows[1]["accuracy"] == rows[3]["accuracy"] == 1.0  # the nearest training image is the test image itself
 
 
+def test_few_shot_is_told_as_mean_and_deviation_over_three_draws(tiny_config, tiny_split, noise, monkeypatch):
+    monkeypatch.setattr(probes, "few_shot", lambda *arguments: {0: 0.1, 1: 0.2, 2: 0.6}[arguments[-1]])
+    config, (net, params) = tiny_config(), noise()
+    data = Dataset(tiny_split, tiny_split, ("a", "b", "c"))
+    (row,) = probes.measure(net, {"merged": params}, data, config, make_mesh(config.train), 2, 0)
+    assert row["accuracy"] == pytest.approx(0.3)
+    assert row["accuracy_std"] == pytest.approx((0.14 / 2) ** 0.5)
+
+
 @pytest.fixture
 def workdir(experiment_run, tmp_path):
     return shutil.copytree(experiment_run, tmp_path / "run")

@@ -16,6 +16,7 @@ from jvitmoe.models import routers, vit
 from jvitmoe.runtime.devices import make_mesh
 from jvitmoe.training import gradients, step, update
 from jvitmoe.training.plan import StepPlan
+from jvitmoe.training.state import make_state
 
 pytestmark = pytest.mark.slow
 
@@ -185,6 +186,7 @@ def test_consistency_of_equal_logits_costs_nothing_and_equals_the_formula_otherw
         {"pull": 0.1, "pull_schedule": "learning_rate"},
         {"pull": 0.1, "pull_every": 2, "pull_schedule": "learning_rate", "tie_last": 0.1},
         {"tie_last": 0.3},
+        {"tie_last": 0.99},
         {},
     ],
 )
@@ -435,6 +437,29 @@ def test_layers_without_experts_train_as_the_trunk_does(patterned_run, granulari
         assert (dense_moved_L.shape, moved_LE.shape) == ((2,), (2, 2))
         assert dense_moved_L.all()
         assert (moved_LE.sum(1) == (1 if granularity == "batch" else 2)).all()
+
+
+def test_frozen_layers_of_a_pattern_have_counts_of_steps_only_and_train_the_head(tiny_config, training):
+    routed = {"experts": 2, "pattern": ("dense", "experts")}
+    config = tiny_config(model={"depth": 4}, routing=routed, optim={"freeze_layers": 4})
+    first, *_, last = training(config).run(3).history
+    chex.assert_trees_all_equal(first.params["blocks"], last.params["blocks"])
+    assert (first.params["head"]["logits"]["kernel"] != last.params["head"]["logits"]["kernel"]).any()
+
+
+@pytest.mark.parametrize(("step", "equal"), [(3, False), (4, True)])
+def test_a_skipped_step_is_pulled_only_where_the_last_part_begins(tiny_config, step, equal):
+    config = tiny_config(routing={"experts": 2, "pull": 0.5, "tie_last": 0.5}, optim={"skip_nonfinite": 1})
+    config.train.epochs = 10
+    plan = make_plan(config)
+    assert plan.first_tied == 5
+    before = make_state(config, plan.model, plan.mesh)._replace(step=jnp.int32(step))
+    experts = before.params["blocks"]["mlp"]["up"]
+    assert (experts[:, 0] != experts[:, 1]).any()
+    after = update.finish(plan, before, jnp.bool_(False))
+    found = after.params["blocks"]["mlp"]["up"]
+    assert (found[:, 0] == found[:, 1]).all() == equal
+    assert (found == experts).all() == (not equal)
 
 
 def test_a_last_part_that_is_nearly_all_of_training_begins_after_a_step(tiny_config):

@@ -18,6 +18,7 @@ from jvitmoe.models import vit
 from jvitmoe.runtime.compilation import for_reading, reduced_bytes
 from jvitmoe.runtime.devices import REPLICATED, describe, make_mesh
 from jvitmoe.training import optimizer, state, step
+from jvitmoe.training.plan import StepPlan
 from jvitmoe.training.state import TrainState
 
 SCOPES = pytest.mark.parametrize("scope", ["shared", "layer"])
@@ -204,7 +205,7 @@ def compiled(tiny_config, tiny_split):
         model = vit.build(config.model, experts)
         images = batches.put(tiny_split, mesh)
         order = batches.TrainOrder(len(tiny_split), 16, jax.random.key(0), mesh)
-        train_step = step.make_train_step(config, model, mesh, order.steps_per_epoch)
+        train_step = step.make_train_step(StepPlan(config, model, mesh, order.steps_per_epoch))
         given = state.abstract_state(config, model, mesh)
         programs[experts] = for_reading(train_step.lower(given, images, order.epoch(0)))
         programs[f"active of {experts}"] = sum(

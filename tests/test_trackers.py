@@ -144,6 +144,23 @@ def test_a_training_takes_trackers_and_sends_the_last_test_too(tmp_path):
     assert not (run.workdir / "tb").exists()
 
 
+def test_a_run_that_was_trained_but_not_tested_still_sends_its_test(tmp_path):
+    follow(tmp_path / "run", ["mlflow"], 0, [9, 10])
+    with MetricsLog(tmp_path / "run", start=10, total=10, batch_size=4, trackers=["mlflow"]) as log:
+        log.tested(10, [{"model": "merged", "accuracy": 0.75, "nll": 0.5}])
+    with contextlib.closing(sqlite3.connect(tmp_path / "mlflow.db")) as database:
+        metrics = dict(database.execute("select key, value from latest_metrics").fetchall())
+    assert metrics["final/merged/accuracy"] == 0.75
+
+
+def test_mlflow_calls_a_run_that_was_stopped_killed(tmp_path):
+    with contextlib.suppress(SystemExit), MetricsLog(tmp_path, 0, 10, 4, trackers=["mlflow"]) as log:
+        log.train(1, VALUES)
+        sys.exit(143)
+    with contextlib.closing(sqlite3.connect(tmp_path / "mlflow.db")) as database:
+        assert database.execute("select status from runs").fetchall() == [("KILLED",)]
+
+
 @pytest.mark.parametrize(
     ("names", "message"),
     [(["tensorboard", "wanbd"], "'wanbd' is not one of tensorboard, wandb"), (["absent"], "pip install 'jvitmoe")],

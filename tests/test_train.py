@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import signal
+import time
 
 import chex
 import jax
@@ -24,6 +25,7 @@ from run_folders import (
     assert_same_run,
     final_state,
     history,
+    lose_newest,
     rows,
     saved,
     saved_config,
@@ -88,6 +90,29 @@ def test_asked_to_stop_it_saves_exits_within_ten_seconds_and_goes_on_to_the_same
     assert ended.code == 0, ended.err
     assert f"resuming    from step {stopped_at}" in ended.out
     assert_same_run(workdir, undisturbed)
+
+
+def test_a_signal_in_the_last_evaluation_ends_the_run_before_its_test(experiment, tmp_path, monkeypatch):
+    whole, workdir = tmp_path / "whole", tmp_path / "run"
+    short = train.main, f"--config={experiment}", "--config.train.epochs=1", "--trackers="
+    assert call(*short, f"--workdir={whole}")[0] == 0
+    assert not (whole / "tb").exists()
+    watch = models.evaluate_main
+
+    def interrupted(*arguments):
+        assert signal.getsignal(signal.SIGTERM) not in (signal.SIG_DFL, signal.SIG_IGN)
+        signal.raise_signal(signal.SIGTERM)
+        time.sleep(0.5)  # a thread takes it
+        return watch(*arguments)
+
+    monkeypatch.setattr(models, "evaluate_main", interrupted)
+    code, out, err = call(*short, f"--workdir={workdir}")
+    assert (code, err) == (128 + signal.SIGTERM, "")
+    assert "stopped at step 5 by SIGTERM; the same command goes on" in out
+    assert not (workdir / "result.json").exists()
+    monkeypatch.undo()
+    assert call(*short, f"--workdir={workdir}")[0] == 0
+    assert_same_run(workdir, whole)
 
 
 def test_a_checkpoint_of_a_version_with_other_dropout_masks_resumes_with_a_note(tmp_path):
@@ -231,11 +256,19 @@ def test_a_run_with_an_expert_axis_is_tested_on_any_number_of_devices(experiment
         assert (found["model"], found["accuracy"]) == (trained["model"], trained["accuracy"])
 
 
-def test_evaluate_tests_any_checkpoint(copy):
-    for which in ("best", f"{STEPS - 2}"):
+def test_evaluate_tests_any_checkpoint_and_training_again_tests_the_last(experiment, undisturbed, copy):
+    watched = {line["step"]: line["nll"] for line in history(copy) if line["kind"] == "validation"}
+    best = min(watched, key=lambda step: (watched[step], -step))
+    for which, step in (("best", best), (f"{STEPS - 2}", STEPS - 2)):
         code, out, err = call(evaluate.main, f"--workdir={copy}", f"--checkpoint={which}")
         assert code == 0, err
-        assert which == "best" or f"checkpoint at step {which}" in out
+        assert json.loads((copy / "result.json").read_text())["step"] == step
+        assert f"checkpoint at step {step}" in out
+    # The result of an earlier step is not that of the run.
+    code, _, err = call(train.main, f"--config={experiment}", f"--workdir={copy}")
+    assert code == 0, err
+    assert json.loads((copy / "result.json").read_text())["step"] == STEPS
+    assert rows(copy) == rows(undisturbed)
 
 
 def test_report_puts_runs_side_by_side(undisturbed, tmp_path):
@@ -382,10 +415,13 @@ def test_upcycling_starts_from_the_dense_models_own_predictions_and_resumes_with
     assert f"source      {source} (run): " in out
     assert "source      averaged the experts" in out
     shutil.rmtree(source)  # from here on the checkpoint has all
+    whole = shutil.copytree(tmp_path / "up", tmp_path / "whole")
+    lose_newest(tmp_path / "up")
     code, out, err = call(train.main, *arguments)
     assert code == 0, err
-    assert "resuming" in out
+    assert "resuming    from step 4" in out
     assert "source  " not in out
+    assert_same_run(tmp_path / "up", whole)
 
 
 @pytest.mark.parametrize(
@@ -405,12 +441,22 @@ def test_a_source_that_does_not_fit_is_refused_before_a_folder_is_made(
     assert not (tmp_path / "x").exists()
 
 
+def trained_and_resumed(experiment, workdir, *arguments):
+    """Trains a run, and again from its last checkpoint but one, to the same bits."""
+    arguments = train.main, f"--config={experiment}", f"--workdir={workdir}", *arguments
+    code, _, err = call(*arguments)
+    assert code == 0, err
+    whole = shutil.copytree(workdir, workdir.with_name("whole"))
+    lose_newest(workdir)
+    code, out, err = call(*arguments)
+    assert code == 0, err
+    assert f"resuming    from step {saved(whole)[-2].name}" in out
+    assert_same_run(workdir, whole)
+
+
 def test_routing_over_slots_with_ema_trains_resumes_and_is_tested(experiment, tmp_path):
     arguments = ("--config.routing.granularity=token", "--config.train.batch_size=255", "--config.train.ema=0.9")
-    for _ in range(2):
-        code, out, err = call(train.main, f"--config={experiment}", *arguments, f"--workdir={tmp_path / 'slots'}")
-        assert code == 0, err
-    assert "resuming" in out
+    trained_and_resumed(experiment, tmp_path / "slots", *arguments)
     code, out, err = call(evaluate.main, f"--workdir={tmp_path / 'slots'}")
     assert code == 0, err
     assert "EMA" in out
@@ -418,11 +464,7 @@ def test_routing_over_slots_with_ema_trains_resumes_and_is_tested(experiment, tm
 
 def test_a_learned_router_trains_resumes_and_is_tested_routed_and_merged(experiment, tmp_path):
     workdir = tmp_path / "switch"
-    arguments = ("--config.routing.router=switch", "--config.train.epochs=1", f"--workdir={workdir}")
-    for _ in range(2):
-        code, out, err = call(train.main, f"--config={experiment}", *arguments)
-        assert code == 0, err
-    assert "resuming" in out
+    trained_and_resumed(experiment, workdir, "--config.routing.router=switch", "--config.train.epochs=1")
     code, _, err = call(evaluate.main, f"--workdir={workdir}")
     assert code == 0, err
     result = json.loads((workdir / "result.json").read_text())

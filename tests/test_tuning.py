@@ -24,6 +24,7 @@ from jvitmoe.models import adapters, vit
 from jvitmoe.runtime import devices, signals
 from jvitmoe.training import loop
 from jvitmoe.training.state import TrainState, make_state
+from run_folders import assert_same_run, lose_newest
 
 pytestmark = pytest.mark.slow
 
@@ -169,7 +170,7 @@ def test_a_run_tunes_prints_resumes_without_its_source_and_ships_a_plain_vit(exp
     config = config_lib.loads((experiment_run / "config.json").read_text(), "config.json")
     config.model.lora, config.model.adapter = 2, 3
     config.init.source, config.routing.granularity, config.routing.consistency = str(source), "batch", 0.1
-    config.train.epochs = 1
+    config.train.epochs, config.train.checkpoint_every = 1, 2
     config.validate()
 
     def run():
@@ -181,8 +182,11 @@ def test_a_run_tunes_prints_resumes_without_its_source_and_ships_a_plain_vit(exp
     assert f"trained     {cost.count_trained(config):,} of" in out
     assert "(run): " in out
     shutil.rmtree(source)
+    whole = shutil.copytree(tmp_path / "run", tmp_path / "whole")
+    lose_newest(tmp_path / "run")
     run()
-    assert "resuming" in capsys.readouterr().out
+    assert "resuming    from step 4" in capsys.readouterr().out
+    assert_same_run(tmp_path / "run", whole)
     found = load.read(tmp_path / "run")
     assert found.model == dataclasses.replace(config.model.plain(), position_rows=found.model.position_rows)
     assert found.params["blocks.mlp.up"].shape == (2, 8, 12 + 3)

@@ -46,7 +46,8 @@ def to_devices(array: np.ndarray, sharding: NamedSharding) -> jax.Array:
 class TrainOrder:
     """Order of the training images: a new permutation in every epoch, without the images that fill no batch.
 
-    `slots` are the equal parts of a data device's images: one per expert if all experts run; `parts` run in turn.
+    `slots` are the equal parts of a data device's images: E for granularity sample and token, else 1. `parts` are the
+    parts of train.accumulate, which run in turn.
     Raises ConfigError if the batch does not divide into all of them, or is larger than the split.
     """
 

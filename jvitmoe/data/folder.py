@@ -1,6 +1,7 @@
 """Image folders: train/<class>/*.png and test/<class>/*.png; a class folder may hold folders."""
 
 import itertools
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -22,11 +23,11 @@ class ImageFolder(Source):
             raise DataError("config.data.dir is ''; data.name=folder needs the folder: set --config.data.dir=...")
         if model.channels not in (1, 3):
             raise DataError(f"config.model.channels is {model.channels}; it must be 1 or 3 for data.name=folder")
-        root = Path(data.dir).expanduser()
+        root = Path(os.path.expanduser(data.dir))
         roots = [root / "train", root / "test"]
-        roots[1] = next((root / name for name in ("test", "val", "validation") if (root / name).is_dir()), roots[1])
+        roots[1] = next((root / name for name in ("test", "val", "validation") if os.path.isdir(root / name)), roots[1])
         for folder in roots:
-            if not folder.is_dir():
+            if not os.path.isdir(folder):  # unlike Path.is_dir, it raises for no name
                 rule = "an image folder holds train/<class>/*.png and test/<class>/*.png: set --config.data.dir=..."
                 raise DataError(f"{folder} is not a folder; {rule}")
         train, test = map(_class_files, roots)

@@ -72,11 +72,11 @@ class HuggingFace(Source):
             raise DataError(
                 f"config.data.name is {self.data.name!r}; it needs datasets: pip install 'jvitmoe[hf]'"
             ) from error
-        path = Path(self._name).expanduser()
-        local = path.exists() or self._name.startswith((".", "/", "~"))
+        path = os.path.expanduser(self._name)
+        local = os.path.exists(path) or self._name.startswith((".", "/", "~"))
         try:
             return hf.load_dataset(
-                str(path) if local else self._name,
+                path if local else self._name,
                 self._options.get("config"),
                 revision=self._options.get("revision"),
                 cache_dir=os.path.expanduser(self.data.dir) or None,
@@ -124,7 +124,7 @@ class HuggingFace(Source):
 
         def picture(number: int, file: Any) -> Picture:
             about = f"image {number} of the {name} split of {self._name}"
-            if file is None:
+            if not file or not (file["bytes"] or file["path"]):
                 raise DataError(f"{about} is absent; remove its row, or use another set")
             return Picture(about, file["bytes"] or Path(file["path"]))
 

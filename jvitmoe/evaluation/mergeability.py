@@ -1,6 +1,6 @@
 """Why averaging experts works or fails: distances of their weights and outputs, and the loss between them.
 
-B batch · T tokens · L layers · E, f experts · S points on the line to the mean
+B batch · T tokens · L layers · X layers that have experts · E, f experts · S points on the line to the mean
 """
 
 from collections.abc import Callable, Sequence
@@ -21,6 +21,7 @@ from jvitmoe.models import mlp, vit
 SHARES = tuple(i / 8 for i in range(9))
 IMAGES = 1000  # most images that the layer gap and the losses are measured on
 TINY = 1e-30
+ROUNDING = 1e-6  # relative distance below which experts are equal
 
 
 def evenly_spaced(images: int, most: int = IMAGES) -> np.ndarray:
@@ -60,30 +61,32 @@ def weight_geometry(params: Any) -> dict[str, list[float]]:
         return _gram(experts), _gram(differences)
 
     with jax.default_matmul_precision("highest"):
-        weights_LEE, differences_LEE = (np.asarray(x, float) for x in grams(merge.expert_layers(params)))
-    mean_norm_L = np.sqrt(weights_LEE.mean((1, 2)))
+        weights_XEE, differences_XEE = (np.array(x, float) for x in grams(merge.expert_layers(params)))
+    mean_norm_X = np.sqrt(weights_XEE.mean((1, 2)))
+    # The mean of equal experts may differ from them by its rounding, the same for all of them.
+    differences_XEE[_norms(differences_XEE).max(1) < ROUNDING * mean_norm_X] = 0
     return {
-        "spread": (_norms(differences_LEE).mean(1) / mean_norm_L).tolist(),
-        "cosine": _cosines(weights_LEE).mean(1).tolist(),
-        "difference_cosine": _cosines(differences_LEE).max(1).tolist(),
+        "spread": (_norms(differences_XEE).mean(1) / mean_norm_X).tolist(),
+        "cosine": _cosines(weights_XEE).mean(1).tolist(),
+        "difference_cosine": _cosines(differences_XEE).max(1).tolist(),
     }
 
 
 def _gram(experts: Any) -> jax.Array:
-    """Returns [L, E, E], the inner products of the experts' vectors."""
+    """Returns [X, E, E], the inner products of the experts' vectors."""
     flat = [leaf.reshape(*leaf.shape[:2], -1) for leaf in jax.tree.leaves(experts)]
     return jnp.stack([jnp.einsum("lep,lfp->lef", leaf, leaf) for leaf in flat]).sum(0)
 
 
-def _norms(gram_LEE: np.ndarray) -> np.ndarray:
-    return np.sqrt(np.diagonal(gram_LEE, axis1=1, axis2=2))
+def _norms(gram_XEE: np.ndarray) -> np.ndarray:
+    return np.sqrt(np.diagonal(gram_XEE, axis1=1, axis2=2))
 
 
-def _cosines(gram_LEE: np.ndarray) -> np.ndarray:
-    """Returns [L, pairs] of different experts."""
-    norm_LE = _norms(gram_LEE)
-    cosine_LEE = gram_LEE / np.maximum(norm_LE[:, :, None] * norm_LE[:, None], TINY)
-    return cosine_LEE[:, *np.triu_indices(gram_LEE.shape[1], 1)]
+def _cosines(gram_XEE: np.ndarray) -> np.ndarray:
+    """Returns [X, pairs] of different experts."""
+    norm_XE = _norms(gram_XEE)
+    cosine_XEE = gram_XEE / np.maximum(norm_XE[:, :, None] * norm_XE[:, None], TINY)
+    return cosine_XEE[:, *np.triu_indices(gram_XEE.shape[1], 1)]
 
 
 def layer_gap(
@@ -114,8 +117,8 @@ def layer_gap(
         return jnp.stack(sums).reshape(-1, 2)
 
     with jax.default_matmul_precision("highest"):
-        sums_L2 = np.sum([np.asarray(batch_sums(params, *batch), float) for batch in zip(*batches, strict=True)], 0)
-    return (sums_L2[:, 0] / np.maximum(sums_L2[:, 1], TINY)).tolist()
+        sums_X2 = np.sum([np.asarray(batch_sums(params, *batch), float) for batch in zip(*batches, strict=True)], 0)
+    return (sums_X2[:, 0] / np.maximum(sums_X2[:, 1], TINY)).tolist()
 
 
 def mlp_inputs(dense: vit.ViT, params: Any, images_BHWc: jax.Array) -> jax.Array:

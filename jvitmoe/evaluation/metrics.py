@@ -93,11 +93,11 @@ class Evaluator:
         """Returns the Result of each path, and of the ensemble of the first `members`: the mean of their probabilities
         (Lakshminarayanan et al., arXiv 1612.01474). Paths run one after the other, to save memory."""
         log_weight_P = jnp.where(jnp.arange(len(route_PL)) < members, -np.log(members), -jnp.inf)
-        # On the mesh, as the step returns them; otherwise the second batch would compile a second program.
         shapes = (), (BINS,), (_confusion_side(self.net.config.classes),) * 2
         count, bins, confusion = (np.zeros((len(route_PL) + 1, *shape), np.int32) for shape in shapes)
         nll, confidence = count.astype(np.float32), bins.astype(np.float32)
         zeros: Any = (count, nll, count, bins, bins, confidence, count, confusion)
+        # On the mesh, as the step returns them; otherwise the second batch would compile a second program.
         sums = Sums(*(to_devices(x, self._replicated) for x in zeros))
         whole = isinstance(split, Images)
         step = self._step if whole else self._streamed_step

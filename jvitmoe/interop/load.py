@@ -7,6 +7,7 @@ T patches of an image · D width · J side of a patch · c colour channels
 import dataclasses
 import functools
 import json
+import os
 import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -27,6 +28,7 @@ from jvitmoe.interop.weight_names import Dict
 from jvitmoe.models import layers, vit
 from jvitmoe.runs import files
 from jvitmoe.runs.checkpoints import Checkpoints
+from jvitmoe.runs.console import warnings_as_lines
 
 OURS = "jvitmoe"  # the format of our own exports, named in their config.json
 WEIGHTS, CONFIG, PROCESSOR = "model.safetensors", "config.json", "preprocessor_config.json"
@@ -74,12 +76,12 @@ def read(
         folder = hub.fetch(str(path))
         source = read(folder, heads, checkpoint, mean, std)
         return dataclasses.replace(source, notes=(f"{path} is commit {folder.name}", *source.notes))
-    path = Path(path).expanduser()
-    if (path / "checkpoints").is_dir():
+    path = Path(os.path.expanduser(path))
+    if os.path.isdir(path / "checkpoints"):  # unlike Path's, these raise for no name
         return _read_run(path, checkpoint)
-    if path.is_dir():
+    if os.path.isdir(path):
         path = path / WEIGHTS
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise UserError(
             f"{str(path)!r} is not a file; give a run folder, a folder with {WEIGHTS}, a .safetensors or a .npz file"
         )
@@ -99,7 +101,8 @@ def start(config: Config) -> tuple[dict[str, Any], list[str]]:
     Raises ConfigError if the source cannot be read or has other blocks.
     """
     try:
-        source = read(config.init.source, config.model.heads, mean=config.init.mean, std=config.init.std)
+        with warnings_as_lines():
+            source = read(config.init.source, config.model.heads, mean=config.init.mean, std=config.init.std)
     except UserError as error:
         raise ConfigError(f"config.init.source cannot be read: {error}") from error
     if (config.init.mean or config.init.std) and source.kind in ("run", OURS):

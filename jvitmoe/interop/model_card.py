@@ -1,6 +1,8 @@
 """The model card of an export: data, recipe, accuracy, how to use and check it. All facts come from the run folder."""
 
+import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from jvitmoe import config as config_lib
@@ -44,9 +46,10 @@ def write(source: Source, result: Mapping[str, Any], target: Target, remarks: Se
     experts = config.routing.experts
     kind = f"{experts} experts per MLP, averaged into one" if experts > 1 else "trained dense"
     torch = "import torch\n" if target.torch else ""
+    data = _public_name(config.data.name)
     sections = [
         HEADER.format(library=target.library),
-        f"# {config.data.name} ViT\n\nA plain Vision Transformer for images of {size} and {model.classes} classes, "
+        f"# {data} ViT\n\nA plain Vision Transformer for images of {size} and {model.classes} classes, "
         f"trained with jvitmoe: {kind}. It is dense: no router, no experts, the cost of one ViT.",
         *(f"- {remark}" for remark in remarks),
         "## Use\n\nIn this folder:\n\n" + target.use.format(epsilon=model.norm_epsilon),
@@ -57,7 +60,7 @@ def write(source: Source, result: Mapping[str, Any], target: Target, remarks: Se
         f'```python\nimport numpy as np\n{torch}\nsample = np.load("sample.npz")\n'
         f'assert np.abs({target.check} - sample["logits"]).max() < 1e-4\n```',
         f"## Accuracy\n\n{_accuracy(result, step)}",
-        f"## Data\n\n`{config.data.name}`, trained on its training split"
+        f"## Data\n\n`{data}`, trained on its training split"
         + (f" without {config.data.validation:,} images held out to choose on" if config.data.validation else "")
         + f". Licence of the data: {LICENCES.get(config.data.name.partition(':')[0], UNKNOWN)} "
         "No licence is chosen for these weights: choose one and write it as `license` at the top of this card.",
@@ -85,10 +88,18 @@ def _accuracy(result: Mapping[str, Any], step: int) -> str:
     return text + " This export is the row `merged`, or `dense`."
 
 
+def _public_name(data: str) -> str:
+    """Returns `data.name` without the folders that a local set of Hugging Face lies in."""
+    name = data.removeprefix("hf:").partition("?")[0]
+    local = name.startswith((".", "/", "~")) or os.path.exists(name)
+    return f"hf:{Path(name).name}" if data.startswith("hf:") and local else data
+
+
 def _recipe(config: Config) -> str:
-    default = config_lib.flatten(Config())
+    default, fields = config_lib.flatten(Config()), config_lib.flatten(config)
+    fields["data.name"] = _public_name(config.data.name)
     paths = ("data.dir", "init.source")  # of the machine it was trained on
-    rows = [f"| `{k}` | `{v}` |" for k, v in config_lib.flatten(config).items() if v != default[k] and k not in paths]
+    rows = [f"| `{k}` | `{v}` |" for k, v in fields.items() if v != default[k] and k not in paths]
     start = "It started from another trained ViT (`init.source`).\n\n" if config.init.source else ""
     return start + "\n".join(["| field | value |", "|---|---|", *rows])
 

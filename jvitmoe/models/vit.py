@@ -261,7 +261,7 @@ def features(model: ViT, params: Any, images_BHWc: jax.Array) -> jax.Array:
 def logits_and_statistics(
     model: ViT, params: Any, images_BHWc: jax.Array, key_B: jax.Array | None = None, top_k: jax.Array | None = None
 ) -> tuple[jax.Array, Statistics]:
-    """Returns (logits_BC, Statistics) of a model with a router; leaves [L, ...] over the layers with experts."""
+    """Returns (logits_BC, Statistics) of a model with a router; leaves [X, ...] over the layers with experts."""
     logits_BC, sown = model.apply({"params": params}, images_BHWc, None, key_B, top_k, mutable=["statistics"])
     return cast(jax.Array, logits_BC), in_layers(sown["statistics"]["blocks"])["mlp"]["routing"]
 

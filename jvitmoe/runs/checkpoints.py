@@ -7,6 +7,7 @@ each leaf, and every read compares it.
 """
 
 import json
+import math
 import re
 import warnings
 from collections.abc import Callable, Iterable, Sequence
@@ -162,9 +163,9 @@ class Checkpoints:
         return None
 
     def _best(self, steps: Sequence[int]) -> int | None:
-        """Returns the step of least validation NLL among the sound ones that have one; of equals, the newest."""
+        """Returns the step of least finite validation NLL among the sound ones that have one; of equals, the newest."""
         metas: dict[int, Any] = {step: self._checked[step] for step in steps if self.check(step) is None}
-        rated = [step for step, meta in metas.items() if meta["nll"] is not None]
+        rated = [step for step, meta in metas.items() if meta["nll"] is not None and math.isfinite(meta["nll"])]
         return min(rated, key=lambda step: (metas[step]["nll"], -step), default=None)
 
     def _read_and_check(

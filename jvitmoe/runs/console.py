@@ -4,7 +4,7 @@ import contextlib
 import html
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from rich.console import Console, ConsoleOptions
 from rich.progress_bar import ProgressBar
@@ -15,8 +15,8 @@ console = Console(highlight=False, markup=False, soft_wrap=True)  # no markup: f
 
 
 @contextlib.contextmanager
-def warnings_as_lines() -> Iterator[None]:
-    """Prints each RuntimeWarning as one line, without file and line number of the code."""
+def warnings_as_lines(show: Callable[[str], object] | None = None) -> Iterator[None]:
+    """Prints each RuntimeWarning as one line, without file and line number of the code; with `show` if it is given."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", RuntimeWarning)
         try:
@@ -24,7 +24,7 @@ def warnings_as_lines() -> Iterator[None]:
         finally:
             for warning in caught:
                 if issubclass(warning.category, RuntimeWarning):
-                    console.print(f"warning: {warning.message}")
+                    (show or console.print)(f"warning: {warning.message}")
 
 
 class ProgressLine:

@@ -41,7 +41,8 @@ def write_text(path: Path, text: str) -> None:
     with writing(path):
         try:
             unfinished.unlink(missing_ok=True)
-            with unfinished.open("x") as file:  # "x" does not follow a link of this name
+            # "x" does not follow a link of this name; a class may be named by bytes that are no UTF-8.
+            with unfinished.open("x", encoding="utf-8", errors="backslashreplace") as file:
                 file.write(text)
                 file.flush()
                 os.fsync(file.fileno())

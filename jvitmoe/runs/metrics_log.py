@@ -50,7 +50,7 @@ class MetricsLog:
             self._checksums = history.checksums(workdir, start)
             with writing(self._path):
                 self._file = self._path.open("a")
-        if workdir and start < total:
+        if workdir:
             self._feeds = [Feed(name, Followed(workdir, start, settings or {})) for name in trackers]
         self._total, self._batch = total, batch_size
         self._clock: tuple[int, float] | None = None  # step and time at which the measured interval starts

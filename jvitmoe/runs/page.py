@@ -20,7 +20,7 @@ try:
     import altair as alt
     import vl_convert
 except ImportError as error:
-    raise UserError("--html needs Altair; install it with pip install 'jvitmoe[html]'") from error
+    raise UserError("--html and --serve need Altair; install it with pip install 'jvitmoe[html]'") from error
 
 TEMPLATE = Path(__file__).with_name("page.html")
 POINTS = 100  # most points of a line

@@ -102,9 +102,10 @@ def _mean_line(axes: Axes, runs: Sequence[Mapping[int, float]], least: float, **
 
 
 @in_style
-def comparison(table: Mapping[str, Mapping[str, Sequence[float]]], images: int, path: Path) -> None:
+def comparison(table: Mapping[str, Mapping[str, Sequence[float]]], images: Mapping[str, int], path: Path) -> None:
     """Writes one PNG of {group: {model: accuracy of each seed}}: a mark per model at its mean error, and one for all
-    experts. Whiskers: the deviation over seeds; if all groups have one seed, the standard error over `images`."""
+    experts. Whiskers: the deviation over seeds; if all groups have one seed, the standard error over the group's
+    `images`."""
     counts = {name: len(next(iter(models.values()))) for name, models in table.items()}
     shown: list[dict[str, Any]] = []
     for models in table.values():
@@ -114,12 +115,12 @@ def comparison(table: Mapping[str, Mapping[str, Sequence[float]]], images: int, 
     spacing = 0.86 / max(map(len, shown))
     figure, axes = plt.subplots(figsize=(9, 1.4 + 0.1 / spacing * len(shown)))
     handles: Any = {}
-    for band, errors in enumerate(shown):
+    for band, (name, errors) in enumerate(zip(table, shown, strict=True)):
         axes.axhspan(band - 0.5, band + 0.5, color="0.95" if band % 2 else "white")
         for number, (model, values) in enumerate(errors.items()):
             marker, colour = MARKS[model]
             error = max(values.mean(), LEAST_ERROR)
-            one = (error * (1 - error) / images) ** 0.5 if max(counts.values()) == 1 else 0.0
+            one = (error * (1 - error) / images[name]) ** 0.5 if max(counts.values()) == 1 else 0.0
             whisker = values.std(ddof=1) if len(values) > 1 else one
             y = band + (number - (len(errors) - 1) / 2) * spacing
             limits = [[min(whisker, error - LEAST_ERROR)], [whisker]]
@@ -127,7 +128,9 @@ def comparison(table: Mapping[str, Mapping[str, Sequence[float]]], images: int, 
     if "dense" in shown[0]:
         axes.axvline(max(shown[0]["dense"].mean(), LEAST_ERROR), color=MARKS["dense"][1], linewidth=0.8, linestyle=":")
     labels, statistics = _seeds(counts)
-    title = f"Test error, {statistics or f'one seed ± standard error over {images:,} images'}"
+    numbers = sorted(set(images.values()))
+    counted = f"{' or '.join(f'{number:,}' for number in numbers)} images"
+    title = f"Test error, {statistics or f'one seed ± standard error over {counted}'}"
     axes.set(title=title, xlabel="error, % (left is better)", xscale="log", ylim=(len(shown) - 0.5, -0.5))
     axes.set_yticks(range(len(shown)), labels.values())
     axes.grid(axis="y", visible=False)

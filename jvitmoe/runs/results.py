@@ -12,8 +12,9 @@ from jvitmoe.runs.tables import markdown, quantity, show
 
 RESULT_FORM = {  # as `read_json` takes it
     "rows": [{"model": str, "accuracy": float, "confusion?": [[int]], "*": float}],
-    **{"step": int, "active_parameters": int, "total_parameters": int, "hardware": str},
-    **{"data?": str, "seed?": int, "images_per_second?": float, "trained_on?": str},
+    **{"data": str, "step": int, "seed": int},
+    **{"active_parameters": int, "total_parameters": int, "hardware": str},
+    **{"images_per_second?": float, "trained_on?": str},
     **{"trained_with?": {"*": str}, "versions?": {"*": str}},
     "mergeability?": {"barrier": {"height": float}, "gap": [float]},
     "probes?": [{"probe": str, "model": str, "data": str, "accuracy": float, "*": float}],
@@ -110,20 +111,19 @@ def made_with(several: Sequence[Mapping[str, Any]]) -> str:
 
 def show_models(workdir: Path, result: Mapping[str, Any]) -> None:
     """Prints the table of the tested models."""
-    data = f"{result['data']} " if result.get("data") else ""  # old versions did not record it
-    show(result_rows(result), f"{workdir.name}: {data}test split, step {result['step']}")
+    show(result_rows(result), f"{workdir.resolve().name}: {result['data']} test split, step {result['step']}")
 
 
 def write_result(workdir: Path, result: Mapping[str, Any], confusion_drawn: bool = False) -> None:
-    """Writes result.json and report.md and prints the tables, but the one of classes, which may be long.
+    """Writes report.md, prints the tables, but the one of classes, which may be long, and writes result.json: last,
+    because it marks a run that was tested.
 
     Args:
         confusion_drawn: the report shows confusion.png.
     """
-    write_text(workdir / RESULT, json.dumps({**result, "checksum": checksum(result)}, indent=2) + "\n")
     show_models(workdir, result)
     text = (
-        f"# {workdir.name}\n\n{made_with([result])} n (seeds): 1.\n\n{markdown(result_rows(result))}\n"
+        f"# {workdir.resolve().name}\n\n{made_with([result])} n (seeds): 1.\n\n{markdown(result_rows(result))}\n"
         f"Test split of {result['data']}, checkpoint at step {result['step']}, seed {result['seed']}. "
         f"Parameters: {result['active_parameters']:,} active, {result['total_parameters']:,} total.\n"
     )
@@ -148,3 +148,4 @@ def write_result(workdir: Path, result: Mapping[str, Any], confusion_drawn: bool
             table = markdown(class_rows(confusion, class_names(workdir, len(confusion))))
             text += f"\n## Classes, {row['model']}\n\n{picture}{table}"
     write_text(workdir / "report.md", text)
+    write_text(workdir / RESULT, json.dumps({**result, "checksum": checksum(result)}, indent=2) + "\n")

@@ -38,7 +38,7 @@ def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
 
 def quantity(number: float) -> str:
     """Returns a large number in three digits: 5.46 M."""
-    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
-        if number >= size:
+    for unit, size in (("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= 0.9995 * size:  # 999.5 k is 1e+03 k in three digits
             return f"{number / size:.3g} {unit}"
     return f"{number:.3g}"

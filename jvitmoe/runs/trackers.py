@@ -90,7 +90,7 @@ class Wandb(Tracker):
             raise UserError("there is no key; run wandb login, or set WANDB_MODE=offline")
         self._run = wandb.init(
             project=settings.project or PROJECT,
-            name=run.workdir.name,
+            name=run.workdir.resolve().name,
             id=_id(run, "wandb", _new_id),
             resume="allow",
             config=dict(run.settings),
@@ -121,7 +121,7 @@ class Mlflow(Tracker):
             name = os.environ.get("MLFLOW_EXPERIMENT_NAME", PROJECT)
             experiment = self._client.get_experiment_by_name(name)
             number = experiment.experiment_id if experiment else self._client.create_experiment(name)
-            created = self._client.create_run(number, run_name=run.workdir.name).info.run_id
+            created = self._client.create_run(number, run_name=run.workdir.resolve().name).info.run_id
             params = [Param(name, str(value)[:LONGEST_PARAM]) for name, value in run.settings.items()]
             for first in range(0, len(params), 100):  # the most of one request
                 self._client.log_batch(created, params=params[first : first + 100])
@@ -149,7 +149,7 @@ class Trackio(Tracker):
 
         self._run = trackio.init(
             PROJECT,
-            name=_id(run, "trackio", lambda: f"{run.workdir.name}-{_new_id()}"),  # a name is its id
+            name=_id(run, "trackio", lambda: f"{run.workdir.resolve().name}-{_new_id()}"),  # a name is its id
             resume="allow",
             config=dict(run.settings),
             embed=False,

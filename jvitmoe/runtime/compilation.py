@@ -26,8 +26,10 @@ def options(dtype: Any, platform: str) -> dict[str, bool]:
     """
     if platform != "cpu" or dtype != jnp.bfloat16 or ONEDNN in os.environ.get("XLA_FLAGS", "") or not _has_bfloat16():
         return {}
+    if not _is_known(ONEDNN):
+        return {}
     _stop_writing()
-    return {ONEDNN: True} if _is_known(ONEDNN) else {}
+    return {ONEDNN: True}
 
 
 def _has_bfloat16() -> bool:
@@ -69,10 +71,10 @@ def use_cache() -> None:
         _stop_writing()
     if jax.config.values["jax_compilation_cache_dir"] is not None:
         return
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jvitmoe" / "compiled"
     try:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jvitmoe" / "compiled"
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    except OSError:  # without a cache a run only compiles longer
+    except (OSError, RuntimeError):  # no home folder, or none to write to: a run only compiles longer
         return
     jax.config.update("jax_compilation_cache_dir", str(folder))
 

@@ -1,6 +1,7 @@
 """The loss and its gradients, computed by each device on its images and reduced once.
 
-B global batch, b the share of one device · N images · C classes · L layers · E experts, e the share of one device
+B global batch, b the share of one device · N images · C classes · L layers, X those with experts · E experts, e
+the share of one device
 """
 
 import functools
@@ -40,7 +41,7 @@ class Gradients(NamedTuple):
 
     loss: jax.Array  # nats
     accuracy: jax.Array
-    statistics: Statistics | None  # of a learned router, leaves [L, ...]
+    statistics: Statistics | None  # of a learned router, leaves [X, ...] over the layers with experts
     grads: Any  # shaped as the parameters
 
 
@@ -264,12 +265,12 @@ def cosub(losses: list[jax.Array], passes: list[jax.Array], weight: float) -> ja
     return (1 - weight) * (losses[0] + losses[1]) / 2 + weight * mutual_cross_entropy(passes[0], passes[1])
 
 
-def mutual_cross_entropy(logits_p_BC: jax.Array, logits_q_BC: jax.Array) -> jax.Array:
-    """Returns the mean over the batch of the cross-entropies of each pass with the other's probabilities as targets,
-    which have no gradient; nats."""
-    target_p_BC, target_q_BC = (jax.lax.stop_gradient(jax.nn.softmax(x)) for x in (logits_p_BC, logits_q_BC))
-    first_B = optax.softmax_cross_entropy(logits_p_BC, target_q_BC)
-    return 0.5 * jnp.mean(first_B + optax.softmax_cross_entropy(logits_q_BC, target_p_BC))
+def mutual_cross_entropy(logits_p_bC: jax.Array, logits_q_bC: jax.Array) -> jax.Array:
+    """Returns the mean over the device's images of the cross-entropies of each pass with the other's probabilities as
+    targets, which have no gradient; nats."""
+    target_p_bC, target_q_bC = (jax.lax.stop_gradient(jax.nn.softmax(x)) for x in (logits_p_bC, logits_q_bC))
+    first_b = optax.softmax_cross_entropy(logits_p_bC, target_q_bC)
+    return 0.5 * jnp.mean(first_b + optax.softmax_cross_entropy(logits_q_bC, target_p_bC))
 
 
 def divergence(plan: StepPlan, teacher: Any, shard: Shard, logits_bC: jax.Array) -> jax.Array:
@@ -284,17 +285,17 @@ def divergence(plan: StepPlan, teacher: Any, shard: Shard, logits_bC: jax.Array)
     return kl_divergence(jax.nn.log_softmax(logits_bC), q_bC).mean()
 
 
-def consistency(logits_p_BC: jax.Array, logits_q_BC: jax.Array, stop_gradients: bool) -> jax.Array:
-    """Returns the mean over the batch of (KL(q || p) + KL(p || q)) / 2, nats; 0 for equal logits.
+def consistency(logits_p_bC: jax.Array, logits_q_bC: jax.Array, stop_gradients: bool) -> jax.Array:
+    """Returns the mean over the device's images of (KL(q || p) + KL(p || q)) / 2, nats; 0 for equal logits.
 
     With stop_gradients the targets q and p of the two terms have no gradient (AdaMix, arXiv 2205.12410); without, both
     arguments have one (THOR, arXiv 2110.04260).
     """
-    p_BC, q_BC = jax.nn.log_softmax(logits_p_BC), jax.nn.log_softmax(logits_q_BC)
-    target_p_BC, target_q_BC = jax.lax.stop_gradient((p_BC, q_BC)) if stop_gradients else (p_BC, q_BC)
-    kl_q_p_B = kl_divergence_with_log_targets(p_BC, target_q_BC)
-    kl_p_q_B = kl_divergence_with_log_targets(q_BC, target_p_BC)
-    return 0.5 * jnp.mean(kl_q_p_B + kl_p_q_B)
+    p_bC, q_bC = jax.nn.log_softmax(logits_p_bC), jax.nn.log_softmax(logits_q_bC)
+    target_p_bC, target_q_bC = jax.lax.stop_gradient((p_bC, q_bC)) if stop_gradients else (p_bC, q_bC)
+    kl_q_p_b = kl_divergence_with_log_targets(p_bC, target_q_bC)
+    kl_p_q_b = kl_divergence_with_log_targets(q_bC, target_p_bC)
+    return 0.5 * jnp.mean(kl_q_p_b + kl_p_q_b)
 
 
 # Name -> the loss of two passes: (their cross-entropies, their logits, routing.consistency) -> a scalar.

@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import jax
 from jax.sharding import Mesh
@@ -75,9 +75,7 @@ def train(
     """
     mesh = processes.together(lambda: devices.make_mesh(config.train))
     data = _load_data(config, mesh)
-    model = build.make_model(config, mesh.devices.flat[0].platform)
-    if config.model.attention == "cudnn" and model.attention != "cudnn":
-        raise ConfigError("config.model.attention is 'cudnn'; it needs a GPU; set --config.model.attention=auto")
+    model = processes.together(lambda: _make_model(config, mesh))
     from_source = config.init.source and not list_steps(workdir / "checkpoints")  # a checkpoint includes the source
     dense, init_notes = processes.together(lambda: load.start(config)) if from_source else (None, [])
     cleanup.enter_context(processes.together(lambda: open_run_folder(workdir, config, data.classes, data.counts)))
@@ -98,23 +96,24 @@ def train(
         checkpoints.close()
         return
     cleanup.enter_context(watchdog)
-    train_step = step.make_train_step(config, model, mesh, data.order.steps_per_epoch)
+    plan = StepPlan(config, model, mesh, data.order.steps_per_epoch)
     log_folder = workdir if processes.first() else None
     with (
         contextlib.closing(_train_batches(config, mesh, data, start, total)) as batches,
         MetricsLog(log_folder, start, total, config.train.batch_size, trackers, flatten(config)) as log,
     ):
-        plan = StepPlan(config, model, mesh, data.order.steps_per_epoch)
         loop = _Loop(plan, checkpoints, evaluation, log, stop, watchdog)
         try:
-            state = loop.run(state, batches, train_step)
+            state = loop.run(state, batches, step.make_train_step(plan))
         except BaseException:
             if processes.alone():  # with several processes, close() would wait for the others, and they for this one
                 checkpoints.close()
             raise
+        rate = log.images_per_second(total)
         checkpoints.close()
         stop.unsaved = False
-        rate = log.images_per_second(total)
+        if stop.signal is not None and processes.alone():  # others would wait for this process
+            _exit(total, stop.signal)
         log.testing()
         rows = evaluation.test(state)
         log.tested(total, rows)
@@ -124,6 +123,19 @@ def train(
             "images_per_second": rate,
         }
         results.write_result(workdir, result if rate else _as_trained(workdir, result, meta))
+
+
+def _exit(done: int, number: int) -> NoReturn:
+    """Ends the process after a step that is saved, because of a signal."""
+    console.print(f"stopped at step {done} by {signal.Signals(number).name}; the same command goes on")
+    sys.exit(128 + number)
+
+
+def _make_model(config: Config, mesh: Mesh) -> vit.ViT:
+    model = build.make_model(config, mesh.devices.flat[0].platform)
+    if config.model.attention == "cudnn" and model.attention != "cudnn":
+        raise ConfigError("config.model.attention is 'cudnn'; it needs a GPU; set --config.model.attention=auto")
+    return model
 
 
 def _load_data(config: Config, mesh: Mesh) -> _Data:
@@ -309,8 +321,7 @@ class _Loop:
                 self._save(state, done, evaluates)
             if stop and done < self._total:
                 self._checkpoints.close()
-                console.print(f"stopped at step {done} by {signal.Signals(stop).name}; the same command goes on")
-                sys.exit(128 + stop)
+                _exit(done, stop)
         return state
 
     def _save(self, state: TrainState, done: int, evaluates: bool) -> None:

@@ -31,7 +31,7 @@ class StepPlan:
 
     @property
     def first_tied(self) -> int:
-        """First step at which all experts are equal; without tied_last none of the run, not even its end."""
+        """First step at which all experts are equal. Without tied_last it lies after the end of the run."""
         tied_last = self.config.tied_last
         first = round((1.0 - tied_last) * self.total) if tied_last else self.total + 1
         return max(first, 1) if self.config.train.distil_last else first  # the step before it makes the teacher

@@ -14,13 +14,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import NamedSharding
 
-from jvitmoe.config import Config
 from jvitmoe.data.batches import Images
 from jvitmoe.experts import slices
 from jvitmoe.experts.routes import Purpose, address, distinct_route, draw_route
-from jvitmoe.models import vit
 from jvitmoe.models.routers import Statistics
 from jvitmoe.runtime import compilation
 from jvitmoe.runtime.devices import REPLICATED
@@ -64,15 +62,14 @@ class TrainStep(Protocol):
     def trace(self, before: TrainState, split: Images, index_SB: jax.Array | None) -> Any: ...
 
 
-def make_train_step(config: Config, model: vit.ViT, mesh: Mesh, steps_per_epoch: int) -> TrainStep:
+def make_train_step(plan: StepPlan) -> TrainStep:
     """Returns `train_step` compiled for a run; the state is donated."""
-    plan = StepPlan(config, model, mesh, steps_per_epoch)
-    shardings = jax.tree.map(lambda x: x.sharding, abstract_state(config, model, mesh))
+    shardings = jax.tree.map(lambda x: x.sharding, abstract_state(plan.config, plan.model, plan.mesh))
     jitted = jax.jit(
         functools.partial(train_step, plan),
         donate_argnums=0,
-        out_shardings=(shardings, NamedSharding(mesh, REPLICATED)),
-        compiler_options=compilation.options(model.dtype, mesh.devices.flat[0].platform),
+        out_shardings=(shardings, NamedSharding(plan.mesh, REPLICATED)),
+        compiler_options=compilation.options(plan.model.dtype, plan.mesh.devices.flat[0].platform),
     )
     return cast(TrainStep, jitted)
 

@@ -47,7 +47,8 @@ class TimedStep:
             len(images.labels_N), batch, key, mesh, config.slots, config.train.accumulate
         )
         self._index_SB = order.epoch(0)
-        train_step = step.make_train_step(config, model, mesh, order.steps_per_epoch)
+        self._plan = StepPlan(config, model, mesh, order.steps_per_epoch)
+        train_step = step.make_train_step(self._plan)
         self._state = make_state(config, model, mesh)
         began = time.perf_counter()
         self._step = train_step.lower(self._state, self._images, self._index_SB).compile()
@@ -62,7 +63,6 @@ class TimedStep:
             # A backward pass costs two forward passes: gradients of the weights and of the activations.
             "flops": 3 * batch * forward_flops(config),
         }
-        self._plan = StepPlan(config, model, mesh, order.steps_per_epoch)
 
     def text(self) -> str:
         """Returns the HLO text of the compiled step."""

@@ -57,8 +57,8 @@ def finish(plan: StepPlan, state: TrainState, finite: jax.Array) -> TrainState:
         teacher = jax.lax.cond(state.step + 1 == plan.first_tied, lambda: params, lambda: teacher)
     if routed.experts > 1 and (routed.pull > 0 or config.tied_last > 0):
         pull = pull_share(plan, state.step)
-        if state.skipped:
-            pull = jnp.where(finite, pull, 0.0)
+        if state.skipped:  # a skipped step changes nothing, except that experts must be equal from first_tied on
+            pull = jnp.where(finite | (state.step + 1 == max(plan.first_tied, 1)), pull, 0.0)
         params = jax.lax.cond(pull > 0, lambda tree: merge.pull(tree, pull), lambda tree: tree, params)
     if decay:
         share: Any = 1.0 - decay
@@ -116,7 +116,7 @@ def expert_scale(plan: StepPlan, step: jax.Array) -> jax.Array:
 def pull_share(plan: StepPlan, step: jax.Array) -> jax.Array:
     """Returns the share of the way to their mean that experts move after a step.
 
-    In the last `tied_last` of training it is 1, so experts are equal from the first of these steps on.
+    From the step before `first_tied` on it is 1, so experts are equal when the last part of training begins.
     """
     routed = plan.config.routing
     share = routed.pull * PULL_SCHEDULES[routed.pull_schedule](plan, step)
@@ -136,7 +136,7 @@ PULL_SCHEDULES: dict[str, Callable[[StepPlan, jax.Array], jax.Array]] = {
     "learning_rate": lambda plan, step: (
         is_due(plan, step) * learning_rate(plan, step) / plan.config.optim.learning_rate
     ),
-    "qsr": lambda plan, step: jnp.asarray(qsr_pulls(plan), jnp.float32)[step],
+    "qsr": lambda plan, step: jnp.asarray(qsr_pulls(plan))[step].astype(jnp.float32),
 }
 
 
@@ -145,7 +145,8 @@ def qsr_pulls(plan: StepPlan) -> np.ndarray:
 
     The quadratic synchronization rule (Gu et al., arXiv 2310.14423): an interval that begins at learning rate r has
     max(pull_every, floor((alpha / r)^2)) steps. alpha is sqrt(pull_every) * optim.learning_rate, with which an interval
-    at the highest learning rate has pull_every steps. So have those that begin in the warm-up, as in the paper.
+    at the highest learning rate has pull_every steps. Intervals that begin in the warm-up have as many, as in the
+    paper.
     """
     config, total = plan.config, plan.total
     with jax.ensure_compile_time_eval():
@@ -185,7 +186,7 @@ def reduced_bytes(plan: StepPlan) -> Callable[[int], int]:
         return done // routed.pull_every - (none_at_first and done > 0)
 
     def so_far(done: int) -> int:
-        untied = min(done, plan.first_tied - 1)
+        untied = min(done, max(plan.first_tied - 1, 0))
         return done * trunk + (pulls(untied) + done - untied) * one
 
     return so_far

@@ -150,6 +150,9 @@ def test_images_without_a_label_or_without_pixels_are_refused_where_they_are_use
     write("train", [pictures[0], None], [0, 1])
     with pytest.raises(DataError, match=r"image 1 of the train split of .* is absent"):
         load(root)
+    write("train", [{"bytes": b"", "path": None}, pictures[0]], [0, 1])
+    with pytest.raises(DataError, match=r"image 0 of the train split of .* is absent"):
+        load(root)
 
 
 def test_the_halves_of_the_study_hold_the_images_of_their_classes(tmp_path):

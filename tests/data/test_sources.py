@@ -252,6 +252,8 @@ def test_other_files_and_hidden_folders_in_an_image_folder_are_left_alone(tmp_pa
         (DataConfig(name="folder"), {}, "set --config.data.dir"),
         (DataConfig(name="folder", dir="nowhere"), {}, "nowhere/train is not a folder"),
         (DataConfig(name="folder", dir="nowhere"), {"channels": 2}, "must be 1 or 3"),
+        (DataConfig(name="folder", dir="a" * 300), {}, "/train is not a folder"),
+        (DataConfig(name="folder", dir="~no_such_user/set"), {}, "~no_such_user/set/train is not a folder"),
     ],
 )
 def test_a_folder_that_was_not_given_is_one_line_with_the_remedy(data, model, message):

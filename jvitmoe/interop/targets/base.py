@@ -92,7 +92,7 @@ class Target:
         run = self.write(out, source, model)
         np.savez(out / "sample.npz", allow_pickle=False, **sample)
         counts = (1, len(sample["labels"]))
-        apart = max(float(np.abs(run(sample["inputs"][:n]) - sample["logits"][:n]).max()) for n in counts)
+        apart = float(np.max([np.abs(run(sample["inputs"][:n]) - sample["logits"][:n]).max() for n in counts]))
         if not apart < CLOSE:
             cause = "".join(f" ({difference})" for difference in self.differences(model))
             exact = [target.name for target in TARGETS.values() if target.fields == FIELDS]

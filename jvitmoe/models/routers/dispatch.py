@@ -94,7 +94,7 @@ class Router(nn.Module):
 
     @staticmethod
     def loss(statistics: Statistics) -> jax.Array:
-        """Returns the balance loss of statistics [L, ...], a scalar: the mean over layers; 0 for a router that is
+        """Returns the balance loss of statistics [X, ...], a scalar: the mean over layers; 0 for a router that is
         balanced by construction."""
         return jnp.zeros(())
 
