@@ -30,7 +30,7 @@ from jvitmoe.runs import files, results, tables
 from jvitmoe.runs.console import console
 from jvitmoe.runtime import memory, timing
 
-DTYPES = ("float32", "bfloat16")
+DTYPES = ["float32", "bfloat16"]
 NO_TORCH = "install torch, or name a Python that has it with --peer_python"
 PEERS = {"PyTorch dense": "1 eager", "PyTorch random": "4 eager", "PyTorch compiled": "1 compiled"}  # torch_vit.py's
 

@@ -207,4 +207,4 @@ def test_without_altair_the_option_says_what_to_install(monkeypatch, tmp_path):
     monkeypatch.delattr("jvitmoe.runs.page", raising=False)
     folders = write_runs(tmp_path, "random")
     code, _, err = processes.call(report.main, *folders, "--html", f"--out={tmp_path / 'out'}")
-    assert (code, err) == (2, "error: --html needs Altair; install it with pip install 'jvitmoe[html]'\n")
+    assert (code, err) == (2, "error: --html and --serve need Altair; install it with pip install 'jvitmoe[html]'\n")
