@@ -6,8 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jvitmoe.config import RoutingConfig
-from jvitmoe.experts.routes import Purpose, address, constant_route, distinct_route, draw_route
+from jvitmoe.config import Config, RoutingConfig
+from jvitmoe.experts.routes import Purpose, address, constant_route, describe, distinct_route, draw_route
 
 
 def bits(key: jax.Array) -> tuple[int, ...]:
@@ -36,6 +36,27 @@ def test_purposes_are_pinned():
         "SECOND_ROUTE": 6,
         "NOISE": 7,
     }
+
+
+@pytest.mark.parametrize(
+    ("routing", "says"),
+    [
+        ({}, "one is drawn for each batch; never pulled together"),
+        (
+            {"tie_last": 0.2},
+            "one is drawn for each batch; never pulled together; all equal in the last 20% of training",
+        ),
+        (
+            {"granularity": "token", "pull": 0.1, "pull_schedule": "rising"},
+            "a random share of the tokens; pulled together by 0.1 (rising)",
+        ),
+        ({"granularity": "sample", "pull": 1.0}, "images; averaged after every step, so all are equal"),
+        ({"granularity": "sample", "pull": 1.0, "pull_every": 2}, "images; pulled together by 1 (constant)"),
+        ({"router": "switch", "pull": 0.1}, "4 experts per MLP: switch routes the tokens"),
+    ],
+)
+def test_a_run_says_how_it_routes(routing, says):
+    assert describe(Config(routing=RoutingConfig(experts=4, **routing))).endswith(says)
 
 
 def test_an_address_is_pure():

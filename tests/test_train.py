@@ -150,6 +150,7 @@ def test_a_finished_run_started_again_changes_nothing_and_tells_what_one_needs(e
         "devices     1 x cpu",
         "active",
         "total",
+        "routing     3 experts per MLP: one is drawn for each batch; never pulled together",
         "1,337 train, 100 validation, 360 test",
         f"steps       {STEPS}",
         f"resuming    from step {STEPS}",

@@ -8,7 +8,7 @@ import enum
 import jax
 import jax.numpy as jnp
 
-from jvitmoe.config import RoutingConfig
+from jvitmoe.config import Config, RoutingConfig
 
 
 class Purpose(enum.IntEnum):
@@ -24,12 +24,37 @@ class Purpose(enum.IntEnum):
     NOISE = 7  # on copies of a source's MLPs
 
 
+TRAINED = {  # granularity -> what an expert is trained on
+    "batch": "one is drawn for each batch",
+    "sample": "each gets a random share of every batch's images",
+    "token": "each gets a random share of the tokens",
+}
+
+
 def address(root: jax.Array, purpose: Purpose, *numbers: int | jax.Array) -> jax.Array:
     """Returns the key at (purpose, *numbers): a pure function, so a resumed run draws the same numbers."""
     key = jax.random.fold_in(root, purpose)
     for number in numbers:
         key = jax.random.fold_in(key, number)
     return key
+
+
+def describe(config: Config) -> str:
+    """Returns what the first lines of a run with experts say of its routing."""
+    routing = config.routing
+    experts = f"{routing.experts} experts per MLP"
+    if routing.router != "random":
+        return f"{experts}: {routing.router} routes the tokens"
+    if routing.pull == routing.pull_every == 1 and routing.pull_schedule == "constant":
+        pull = "averaged after every step, so all are equal"
+    else:
+        pull = (
+            f"pulled together by {routing.pull:g} ({routing.pull_schedule})"
+            if routing.pull
+            else "never pulled together"
+        )
+    tied = f"; all equal in the last {config.tied_last:.0%} of training" if config.tied_last else ""
+    return f"{experts}: {TRAINED[routing.granularity]}; {pull}{tied}"
 
 
 def draw_route(key: jax.Array, routing: RoutingConfig, depth: int, tokens: int) -> jax.Array:

@@ -171,6 +171,8 @@ def _print_setup(config: Config, model: vit.ViT, workdir: Path, mesh: Mesh, data
     console.print(f"parameters  {active:,} active, {everything:,} total ({model.dtype.name} compute)")
     if (trained := cost.count_trained(config)) < everything:
         console.print(f"trained     {trained:,} of {everything:,} parameters")
+    if config.routing.experts > 1:
+        console.print(f"routing     {routes.describe(config)}")
     console.print("optimizer   " + f"\n{'':12}".join(optimizer.groups(config, vit.shapes(model))))
     for note in init_notes:
         console.print(f"source      {note}")
