@@ -17,6 +17,8 @@ from sweep import interval
 from jvitmoe.runs import files, history, plots
 
 LEAST_SEEDS = 3  # of a comparison that is drawn
+EDGE = 4.0  # points; a larger difference is a number at the edge, so that the small ones can be told apart
+EQUAL = 0.05  # points; an ensemble that is so close to the merged model in every seed is not drawn beside it
 
 
 def main(results: Path, out: Path) -> None:
@@ -29,12 +31,20 @@ def main(results: Path, out: Path) -> None:
         arms = arms_of(results)
         compared = verdicts.comparisons(verdicts.read(runs, arms), arms)
         final = [item for item in compared if "EMA" not in (item.model, item.reference_model)]
-        if repeated := [item for item in final if len(item.paired) >= LEAST_SEEDS]:
-            found[name] = repeated
+        merged = {(item.arm, item.reference): item.paired for item in final if item.model == "merged"}
+        repeated = [item for item in final if len(item.paired) >= LEAST_SEEDS]
+        if shown := [item for item in repeated if item.model != "ensemble" or apart(item, merged)]:
+            found[name] = shown
     if found:
         differences(found, out / "differences.png")
     if "C" in found:
         bytes_against_accuracy(results / "C" / "runs", out / "bytes.png")
+
+
+def apart(item: verdicts.Comparison, merged: dict[tuple[str, str], list[float]]) -> bool:
+    """True if the ensemble of an arm differs from its merged model in a seed."""
+    pairs = zip(item.paired, merged[item.arm, item.reference], strict=True)
+    return any(abs(ensemble - mean) > EQUAL for ensemble, mean in pairs)
 
 
 @plots.in_style
@@ -48,7 +58,15 @@ def differences(found: dict[str, list[verdicts.Comparison]], path: Path) -> None
             mean = statistics.fmean(item.paired)
             low, high = interval(item.paired)
             marker, colour = plots.MARKS[item.model]
-            axes.errorbar(mean, y, xerr=[[mean - low], [high - mean]], fmt=marker, color=colour)
+            if abs(mean) > EDGE:
+                side = 1 if mean > 0 else -1
+                axes.plot(side * EDGE, y, ">" if mean > 0 else "<", color=colour)
+                text, at = f"{mean:+.1f} ({low:+.1f} to {high:+.1f})", (side * EDGE, y)
+                where = {"xytext": (-10 * side, 0), "textcoords": "offset points", "va": "center", "fontsize": 9}
+                axes.annotate(text, at, ha="right" if mean > 0 else "left", **where)
+                continue
+            ends = [max(low, -EDGE), min(high, EDGE)]
+            axes.errorbar(mean, y, xerr=[[mean - ends[0]], [ends[1] - mean]], fmt=marker, color=colour)
         axes.axvline(0, color="black", linewidth=0.8)
         axes.axvline(-verdicts.PARITY, color="black", linewidth=0.8, linestyle=":")
         axes.set_yticks(range(len(compared)), [f"{item.arm} ({item.model}) - {item.reference}" for item in compared])

@@ -440,15 +440,24 @@ def test_the_figures_of_the_study_are_sound(tmp_path, figures, monkeypatch):
     random = np.random.default_rng(0)
     for name, seeds in (("B", 3), ("C", 3), ("E", 1)):
         for number, (arm, variant) in enumerate(study.EXPERIMENTS[name](tmp_path).items()):
-            models = ("dense", "EMA") if variant.of_file == "dense" else ("merged", "EMA")
+            models = ("dense", "EMA") if variant.of_file == "dense" else ("merged", "ensemble", "EMA")
             for seed in range(seeds):
                 runs = tmp_path / name / "runs" / f"{arm}-seed{seed}"
                 accuracies = {model: random.normal(0.8 - number / 200, 0.003) for model in models}
+                if arm == "qsr":
+                    accuracies["ensemble"] = accuracies["merged"]
+                if arm == "every_4":
+                    accuracies["merged"] -= 0.3
                 write_kept_run(runs, accuracies, reduced=1e12 / 4**number)
     study_figures.main(tmp_path / "empty", tmp_path)
     assert figures == []
     study_figures.main(tmp_path, tmp_path)
     assert [len(figure.axes) for figure in figures] == [2, 1]  # B and C, but not E: one seed has no interval
+    labels = [label.get_text() for label in figures[0].axes[0].get_yticklabels()]
+    assert "every_step (ensemble) - dense" in labels
+    assert "qsr (merged) - dense" in labels
+    assert "qsr (ensemble) - dense" not in labels  # it is the merged model
+    assert sum(bool(re.match(r"-3\d\.\d \(", text.get_text())) for text in figures[0].axes[0].texts) == 4
     for figure in figures:
         check(figure)
 

@@ -47,12 +47,10 @@ def describe(config: Config) -> str:
         return f"{experts}: {routing.router} routes the tokens"
     if routing.pull == routing.pull_every == 1 and routing.pull_schedule == "constant":
         pull = "averaged after every step, so all are equal"
+    elif routing.pull:
+        pull = f"pulled together by {routing.pull:g} ({routing.pull_schedule})"
     else:
-        pull = (
-            f"pulled together by {routing.pull:g} ({routing.pull_schedule})"
-            if routing.pull
-            else "never pulled together"
-        )
+        pull = "never pulled together"
     tied = f"; all equal in the last {config.tied_last:.0%} of training" if config.tied_last else ""
     return f"{experts}: {TRAINED[routing.granularity]}; {pull}{tied}"
 
