@@ -18,6 +18,11 @@ TESTS = ("test", "validation", "valid", "val")
 MOST_CLASSES = 10**6  # of a set with fewer images; a greater number is an id
 
 
+def is_local(name: str) -> bool:
+    """True if the NAME of `hf:NAME` is a folder, not a set of the hub."""
+    return name.startswith((".", "/", "~")) or os.path.exists(name)
+
+
 class HuggingFace(Source):
     """`hf:NAME`, a set of the hub or a folder; `hf:NAME?revision=COMMIT&label=COLUMN` says more.
 
@@ -72,11 +77,10 @@ class HuggingFace(Source):
             raise DataError(
                 f"config.data.name is {self.data.name!r}; it needs datasets: pip install 'jvitmoe[hf]'"
             ) from error
-        path = os.path.expanduser(self._name)
-        local = os.path.exists(path) or self._name.startswith((".", "/", "~"))
+        local = is_local(self._name)
         try:
             return hf.load_dataset(
-                path if local else self._name,
+                os.path.expanduser(self._name) if local else self._name,
                 self._options.get("config"),
                 revision=self._options.get("revision"),
                 cache_dir=os.path.expanduser(self.data.dir) or None,

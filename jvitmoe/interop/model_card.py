@@ -1,12 +1,12 @@
 """The model card of an export: data, recipe, accuracy, how to use and check it. All facts come from the run folder."""
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from jvitmoe import config as config_lib
 from jvitmoe.config import Config
+from jvitmoe.data.hugging_face import is_local
 from jvitmoe.interop.load import Source
 from jvitmoe.interop.targets.base import Target
 from jvitmoe.runs import checkpoints, results, tables
@@ -91,8 +91,7 @@ def _accuracy(result: Mapping[str, Any], step: int) -> str:
 def _public_name(data: str) -> str:
     """Returns `data.name` without the folders that a local set of Hugging Face lies in."""
     name = data.removeprefix("hf:").partition("?")[0]
-    local = name.startswith((".", "/", "~")) or os.path.exists(name)
-    return f"hf:{Path(name).name}" if data.startswith("hf:") and local else data
+    return f"hf:{Path(name).name}" if data.startswith("hf:") and is_local(name) else data
 
 
 def _recipe(config: Config) -> str:
