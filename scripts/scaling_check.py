@@ -45,7 +45,9 @@ from jvitmoe.training.state import make_state
 
 EXPERTS, IMAGES = 8, 16  # experts in all; images of one device
 MODEL = ModelConfig(patch=2, width=128, hidden=512, depth=2, heads=4, pool="mean")
-CHECKED = [name for name, (variant, _) in scaling_model.VARIANTS.items() if variant != "learned"]  # see docs/scaling.md
+CHECKED = [  # see docs/scaling.md
+    name for name, (variant, _, pulled) in scaling_model.VARIANTS.items() if variant != "learned" and not pulled
+]
 PROBES = ((1, 1), (32, 1), (1, 2**18), (32, 2**13), (1, 2**21))  # (arrays, floats in each) of a timed sum
 WARM = 5
 RESULT = "SCALING "  # what the line of a worker's result starts with
@@ -53,11 +55,11 @@ RESULT = "SCALING "  # what the line of a worker's result starts with
 
 def config(name: str, devices: int) -> Config:
     """Returns the experiment of a variant of the model on that many CPU devices."""
-    variant, spreads = scaling_model.VARIANTS[name]
+    variant, spreads, pulled = scaling_model.VARIANTS[name]
     routed = {
         "dense": RoutingConfig(),
         "batch": RoutingConfig(experts=EXPERTS),
-        "sample": RoutingConfig(experts=EXPERTS, granularity="sample"),
+        "sample": RoutingConfig(experts=EXPERTS, granularity="sample", pull=float(pulled)),
     }[variant]
     train = TrainConfig(
         batch_size=IMAGES * devices, devices=devices, platform="cpu", expert_devices=devices if spreads else 1
@@ -76,14 +78,14 @@ def alone(name: str, devices: int) -> Config:
 
 
 def predicted_bytes(name: str, devices: int) -> int:
-    """Returns the bytes that a device reduces in a step by the model: gradients, and what a step says of itself.
+    """Returns the bytes that a device reduces in a step by the model: parameters, and what a step says of itself.
 
     That is loss and accuracy, and with an expert axis, for the norm, a sum of squares of each array of experts.
     """
-    variant, spreads = scaling_model.VARIANTS[name]
+    variant, spreads, pulled = scaling_model.VARIANTS[name]
     work = scaling_model.work(MODEL, EXPERTS, IMAGES)
-    gradients = scaling_model.reduced_bytes(work, variant, devices, devices if spreads else 1)
-    return gradients + scaling_model.FLOAT * ((2 + 4 * spreads) if devices > 1 else 0)
+    parameters = scaling_model.reduced_bytes(work, variant, devices, devices if spreads else 1, pulled)
+    return parameters + scaling_model.FLOAT * ((2 + 4 * spreads) if devices > 1 else 0)
 
 
 def program(config: Config, mesh: Mesh) -> tuple[Any, tuple[Any, ...]]:

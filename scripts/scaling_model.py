@@ -92,23 +92,28 @@ def all_to_all_seconds(size: float, devices: int, m: Machine) -> float:
     return seconds + size * to_others / (m.outside * m.achieved_link) + (devices > n) * m.latency_outside
 
 
-def reduced_bytes(w: Work, variant: str, devices: int, spread: int = 1) -> int:
-    """Returns the bytes of gradients that each GPU puts into all-reduces in one step.
+def reduced_bytes(w: Work, variant: str, devices: int, spread: int = 1, pulled: bool = False) -> int:
+    """Returns the bytes of gradients, and of weights in a pull, that each GPU puts into all-reduces in one step.
 
     Args:
         variant: "dense"; "batch" or "sample", random routing; "learned".
         spread: GPUs that the experts are spread over, `train.expert_devices`; 1 holds all on each.
+        pulled: whether the step ends with a pull. Each GPU gives it the mean of the experts that it holds.
     """
     if devices == 1:
         return 0
     if variant in ("dense", "batch"):
         return FLOAT * (w.trunk + w.expert)
     held = w.experts // spread
-    return FLOAT * (w.trunk + (held * w.expert if devices > spread else 0))
+    experts = held * (devices > spread) + (pulled and spread > 1)
+    return FLOAT * (w.trunk + experts * w.expert)
 
 
-def step_seconds(w: Work, variant: str, devices: int, m: Machine, spread: int = 1) -> dict[str, float]:
-    """Returns the seconds of one step by part. Nothing overlaps: this code reduces once, after the backward pass."""
+def step_seconds(
+    w: Work, variant: str, devices: int, m: Machine, spread: int = 1, pulled: bool = False
+) -> dict[str, float]:
+    """Returns the seconds of one step by part, as of `reduced_bytes`. Nothing overlaps: this code reduces once, after
+    the backward pass."""
     parts = {"compute": compute_seconds(w, m, w.capacity if variant == "learned" else 1.0)}
     if variant in ("dense", "batch"):
         parts["all-reduce"] = all_reduce_seconds(FLOAT * (w.trunk + w.expert), devices, m)
@@ -116,18 +121,21 @@ def step_seconds(w: Work, variant: str, devices: int, m: Machine, spread: int = 
     held = w.experts // spread
     parts["all-reduce"] = all_reduce_seconds(FLOAT * w.trunk, devices, m)
     parts["all-reduce"] += all_reduce_seconds(FLOAT * held * w.expert, devices // spread, m, spread)
+    if pulled:
+        parts["all-reduce"] += all_reduce_seconds(FLOAT * w.expert, spread, m)
     if variant == "learned" and spread > 1:
         size = HALF * w.capacity * w.images * w.tokens * w.width
         parts["all-to-all"] = 4 * w.layers * all_to_all_seconds(size, spread, m)  # there and back, twice
     return parts
 
 
-VARIANTS = {  # name -> (variant, whether experts are spread over GPUs)
-    "dense": ("dense", False),
-    "random, batch": ("batch", False),
-    "random, sample, experts on every GPU": ("sample", False),
-    "random, sample, expert axis": ("sample", True),
-    "learned, all-to-all": ("learned", True),
+VARIANTS = {  # name -> (variant, whether experts are spread over GPUs, whether every step ends with a pull)
+    "dense": ("dense", False, False),
+    "random, batch": ("batch", False, False),
+    "random, sample, experts on every GPU": ("sample", False, False),
+    "random, sample, expert axis": ("sample", True, False),
+    "random, sample, expert axis, pull": ("sample", True, True),
+    "learned, all-to-all": ("learned", True, False),
 }
 VIT_S = ModelConfig(
     image_size=224, channels=3, classes=1000, patch=16, width=384, hidden=1536, depth=12, heads=6, pool="mean"
@@ -142,10 +150,10 @@ CASES = {
 def table(w: Work, m: Machine) -> list[dict]:
     """Returns one row per variant and number of GPUs."""
     rows = []
-    for name, (variant, spreads) in VARIANTS.items():
+    for name, (variant, spreads, pulled) in VARIANTS.items():
         for devices in DEVICES:
             spread = min(w.experts, devices) if spreads else 1
-            parts = step_seconds(w, variant, devices, m, spread)
+            parts = step_seconds(w, variant, devices, m, spread, pulled)
             seconds = sum(parts.values())
             held = w.experts // spread if variant not in ("dense",) else 1
             rows.append(
@@ -153,7 +161,7 @@ def table(w: Work, m: Machine) -> list[dict]:
                     **{"variant": name, "gpus": devices, "expert_devices": spread, "seconds": seconds, **parts},
                     "images_per_second": devices * w.images / seconds,
                     "efficiency": compute_seconds(w, m) / seconds,
-                    "reduced_bytes": reduced_bytes(w, variant, devices, spread),
+                    "reduced_bytes": reduced_bytes(w, variant, devices, spread, pulled),
                     "state_bytes": 3 * FLOAT * (w.trunk + held * w.expert),  # parameters and Adam's two moments
                 }
             )

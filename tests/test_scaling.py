@@ -42,19 +42,27 @@ def load(name):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("variant", "devices"),
-    [("dense", 8), ("random, batch", 8), ("random, sample, experts on every GPU", 8), ("axis", 8), ("axis", 2)],
+    [
+        ("dense", 8),
+        ("random, batch", 8),
+        ("random, sample, experts on every GPU", 8),
+        ("random, sample, expert axis", 8),
+        ("random, sample, expert axis", 2),
+        ("random, sample, expert axis, pull", 8),
+        ("random, sample, expert axis, pull", 2),
+    ],
 )
 def test_a_compiled_step_reduces_the_bytes_of_the_model_and_moves_no_image(
     scaling_check, monkeypatch, variant, devices
 ):
-    name = "random, sample, expert axis" if variant == "axis" else variant
+    spreads = scaling_check.scaling_model.VARIANTS[variant][1]
     monkeypatch.setattr(scaling_check, "MODEL", ModelConfig(patch=4, width=16, hidden=24, depth=2, heads=2))
     lowered, _ = scaling_check.program(
-        scaling_check.config(name, devices),
-        make_mesh(TrainConfig(devices=devices, platform="cpu", expert_devices=devices if variant == "axis" else 1)),
+        scaling_check.config(variant, devices),
+        make_mesh(TrainConfig(devices=devices, platform="cpu", expert_devices=devices if spreads else 1)),
     )
     assert compilation.reduced_bytes(compilation.for_reading(lowered).as_text()) == scaling_check.predicted_bytes(
-        name, devices
+        variant, devices
     )
 
 
@@ -76,6 +84,10 @@ def test_the_model_knows_what_each_way_of_routing_saves(scaling_model):
         assert scaling_model.reduced_bytes(w, "sample", devices) == 4 * (w.trunk + 8 * w.expert)
         expected = 4 * (w.trunk + (w.expert if devices > 8 else 0)) if devices >= 8 else 4 * w.trunk
         assert scaling_model.reduced_bytes(w, "sample", devices, spread) == expected
+        pulled = scaling_model.reduced_bytes(w, "sample", devices, spread, pulled=True)
+        assert pulled == expected + 4 * w.expert
+        assert (pulled == scaling_model.reduced_bytes(w, "dense", devices)) == (devices <= 8)
+        assert scaling_model.reduced_bytes(w, "sample", devices, 1, pulled=True) == 4 * (w.trunk + 8 * w.expert)
 
 
 def test_sums_and_exchanges_take_the_time_of_a_ring(scaling_model):
