@@ -1,11 +1,10 @@
 """All commands under one name: `jvitmoe train …` is `python -m jvitmoe.train …`, and so for the others."""
 
-import difflib
 import importlib
 import sys
 
 from jvitmoe import cli
-from jvitmoe.errors import UserError
+from jvitmoe.errors import UserError, did_you_mean
 from jvitmoe.runtime import memory
 
 COMMANDS = {
@@ -34,9 +33,8 @@ def main() -> None:
 def _list(argv: list[str]) -> None:
     """Prints the commands. Raises UserError for a name that is none of them."""
     if argv[1:] and argv[1] not in ("--help", "-h", "help"):
-        near = difflib.get_close_matches(argv[1], COMMANDS, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"they are {', '.join(COMMANDS)}"
-        raise UserError(f"{argv[1]!r} is not a command; {hint}")
+        hint = did_you_mean(argv[1], COMMANDS) or f"; they are {', '.join(COMMANDS)}"
+        raise UserError(f"{argv[1]!r} is not a command{hint}")
     print("--help after a command lists its flags:")
     for name, arguments in COMMANDS.items():
         print(f"  jvitmoe {name} {arguments}".rstrip())

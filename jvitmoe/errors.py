@@ -1,5 +1,8 @@
 """Errors that the user can correct: commands print them as one line and exit with code 2."""
 
+import difflib
+from collections.abc import Iterable
+
 LONGEST_WORD, LONGEST_LINE = 300, 1200  # characters of a message
 
 
@@ -11,6 +14,10 @@ class UserError(Exception):
 
     def __str__(self) -> str:
         return printable(super().__str__())
+
+
+class ConfigError(UserError):
+    """A setting has a value that breaks its rule."""
 
 
 def printable(text: str) -> str:
@@ -26,9 +33,11 @@ def one_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {text[:200]}" if text else type(error).__name__
 
 
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Returns "; did you mean 'x'?" with the most similar known name, or "" if none is similar."""
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
 def _cut(text: str, longest: int) -> str:
     return text if len(text) <= longest else f"{text[: longest // 2]}...{text[-(longest // 2) :]}"
-
-
-class ConfigError(UserError):
-    """A setting has a value that breaks its rule."""

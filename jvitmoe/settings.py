@@ -1,7 +1,6 @@
 """Settings: dataclass fields with a description and a rule, and the checks and texts made from these."""
 
 import dataclasses
-import difflib
 import itertools
 import math
 import operator
@@ -9,7 +8,7 @@ import textwrap
 import typing
 from typing import Any
 
-from jvitmoe.errors import ConfigError
+from jvitmoe.errors import ConfigError, did_you_mean
 
 LARGEST = 2**31 - 1  # sizes, steps and seeds are int32 on the devices
 LARGEST_FLOAT = 3e38  # float32
@@ -65,14 +64,13 @@ def _broken_rule(field: dataclasses.Field, value: Any) -> str:
     if not fits or (inside and not all(type(entry) is inside[0] for entry in value)):
         return f"of type {_type_name(field)}"
     if isinstance(value, int) and abs(value) > LARGEST:
-        return f"at most {LARGEST:,}"
+        return f"at most {LARGEST:,} in size"
     if is_number and not math.isfinite(value):
         return "finite"
     if is_number and abs(value) > LARGEST_FLOAT:
-        return f"at most {LARGEST_FLOAT}"
+        return f"at most {LARGEST_FLOAT} in size"
     if choices and value not in choices:
-        near = difflib.get_close_matches(value, choices, n=1)
-        return f"{rule}; did you mean {near[0]!r}?" if near else rule
+        return rule + did_you_mean(value, choices)
     return "" if all(BOUNDS[name][1](value, limit) for name, limit in bounds.items()) else rule
 
 

@@ -191,6 +191,8 @@ def test_processes_given_different_settings_are_refused(experiment, tmp_path):
     ("arguments", "says"),
     [
         (["--processes=2"], "--processes is 2 without --coordinator"),
+        (["--process=1"], "--process is 1 without --coordinator"),
+        (["--coordinator=localhost:1", "--processes=0"], "--processes is 0; it must be at least 1"),
         (["--coordinator=here"], "--coordinator is 'here'; it must be HOST:PORT"),
         (["--coordinator=no.such.host.invalid:1", "--processes=2"], "its host is not known here"),
         (["--coordinator=localhost:1", "--processes=2", "--process=2"], "--process is 2; it must be from 0 to 1"),

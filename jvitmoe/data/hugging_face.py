@@ -41,7 +41,7 @@ class HuggingFace(Source):
             )
             raise DataError(f"config.data.name is {data.name!r}; {problem}; write hf:NAME?revision=COMMIT&label=COLUMN")
         if model.channels not in MODES:
-            raise DataError(f"config.model.channels is {model.channels}; pictures have 1, 3 or 4")
+            raise DataError(f"config.model.channels is {model.channels}; it must be 1, 3 or 4 for data.name=hf:NAME")
 
     def browse(self) -> Dataset[Records]:
         splits = self._load()
@@ -107,9 +107,10 @@ class HuggingFace(Source):
             if len(choice) == 1:
                 return str(choice[0])
         rule = f"one must be chosen: hf:{self._name}?{kind}=COLUMN" if found else "use a set for image classification"
+        asked = f"has no {kind} column {wanted!r}; it " if wanted else ""
         raise DataError(
-            f"{self._name} has the columns {', '.join(features)}, of which {', '.join(found) or 'none'} can be the "
-            f"{kind}; {rule}"
+            f"{self._name} {asked}has the columns {', '.join(features)}, of which {', '.join(found) or 'none'} can be "
+            f"the {kind}; {rule}"
         )
 
     def _records(self, split: Any, name: str, image: str, labels_N: np.ndarray) -> Records:

@@ -1,7 +1,6 @@
 """Image classification sets of TensorFlow Datasets (TFDS)."""
 
 import contextlib
-import difflib
 import importlib.util
 import os
 import queue
@@ -19,7 +18,7 @@ import numpy as np
 from jvitmoe.config import DataConfig, ModelConfig
 from jvitmoe.data.images import MODES, DataError, Picture
 from jvitmoe.data.splits import Dataset, Record, Records, Source, check_fit
-from jvitmoe.errors import one_line
+from jvitmoe.errors import did_you_mean, one_line
 
 PROBE_SECONDS = 6.0
 
@@ -46,7 +45,9 @@ class Tfds(Source):
             )
         if image.np_dtype != np.uint8 or image.shape[-1] not in MODES:
             kind = f"{image.np_dtype} {image.shape}"
-            raise DataError(f"images of {data.name} are {kind}; they must have 8 bits per channel")
+            raise DataError(
+                f"images of {data.name} are {kind}; they must have 1, 3 or 4 channels of 8 bits; use another set"
+            )
         shape_HWc = (model.image_size, model.image_size, image.shape[-1]) if any_size else image.shape
         check_fit(data.name, shape_HWc, label.num_classes or model.classes, model)  # before a download of hours
         _prepare(data.name, builder)
@@ -116,12 +117,13 @@ def _builder(data: DataConfig, others: Sequence[str]) -> Any:
         return tfds.builder(data.name, data_dir=os.path.expanduser(data.dir) or None)
     except tfds.core.DatasetNotFoundError as error:
         names = [*others, *tfds.list_builders(with_community_datasets=False)]
-        near = difflib.get_close_matches(base.lower(), names, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]!r}?" if near else "names are in the catalogue of TensorFlow Datasets"
+        hint = did_you_mean(base.lower(), names) or "; names are in the catalogue of TensorFlow Datasets"
         rule = f"it must be {', '.join(others)} or the name of a TFDS set"
-        raise DataError(f"config.data.name is {data.name!r}; {rule}; {hint}") from error
+        raise DataError(f"config.data.name is {data.name!r}; {rule}{hint}") from error
     except Exception as error:
-        problem = f"TFDS cannot open it in config.data.dir={data.dir!r}: {error}"
+        problem = (
+            f"TFDS cannot open it in config.data.dir={data.dir!r}: {error}; set --config.data.dir to another folder"
+        )
         raise DataError(f"config.data.name is {data.name!r}; {problem}") from error
 
 
@@ -131,7 +133,9 @@ def _supervised_keys(name: str, builder: Any) -> tuple[str, str]:
     keys, features = builder.info.supervised_keys, builder.info.features
     kinds = [type(features[key]) if isinstance(key, str) else None for key in keys or ()]
     if kinds != [tfds.features.Image, tfds.features.ClassLabel]:
-        raise DataError(f"{name} is not a set for image classification; it must pair one image with one class label")
+        raise DataError(
+            f"{name} is not a set for image classification; it must pair one image with one class label; use another"
+        )
     return keys
 
 
@@ -162,7 +166,7 @@ def _prepare(name: str, builder: Any) -> None:
             file_format="array_record", download_config=tfds.download.DownloadConfig(try_download_gcs=False)
         )
     except Exception as error:
-        raise DataError(f"cannot prepare {name} in {root}: {error}; or {remedies}") from error
+        raise DataError(f"cannot prepare {name} in {root}: {error}; {remedies}") from error
 
 
 def _on_disk(builder: Any, url: str, info: Any) -> bool:

@@ -43,7 +43,8 @@ def join(values: flags.FlagValues, versions: Callable[[], Mapping[str, str]]) ->
     by_hand = bool(values.coordinator)
     if not by_hand and not values.distributed:
         if values.processes != 1 or values.process != 0:
-            raise UserError(f"--processes is {values.processes} without --coordinator; give --coordinator=HOST:PORT")
+            name = "processes" if values.processes != 1 else "process"
+            raise UserError(f"--{name} is {values[name].value} without --coordinator; give --coordinator=HOST:PORT")
         return
     if values.join_seconds < 1:
         raise UserError(f"--join_seconds is {values.join_seconds}; it must be at least 1")
@@ -73,14 +74,17 @@ def join(values: flags.FlagValues, versions: Callable[[], Mapping[str, str]]) ->
             client = internals.global_state.client
             _heartbeats.append(Heartbeat(client, address, jax.process_index(), jax.process_count()))
     except (ValueError, RuntimeError) as error:
-        problem = " ".join(str(error).split())[:200]
-        raise UserError(f"cannot join at {where}: {problem}; check --coordinator, or start it in a job") from error
+        raise UserError(
+            f"cannot join at {where}: {str(error)[:200]}; check --coordinator, or start it in a job"
+        ) from error
     finally:
         timer.cancel()
 
 
 def _check(values: flags.FlagValues) -> None:
     """Raises UserError unless --process and --coordinator are possible."""
+    if values.processes < 1:
+        raise UserError(f"--processes is {values.processes}; it must be at least 1")
     if not 0 <= values.process < values.processes:
         raise UserError(f"--process is {values.process}; it must be from 0 to {values.processes - 1}, by --processes")
     address = values.coordinator

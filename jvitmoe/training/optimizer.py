@@ -3,7 +3,6 @@
 L layers
 """
 
-import difflib
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -14,7 +13,7 @@ import optax
 from optax.contrib import MuonDimensionNumbers, scale_by_muon
 
 from jvitmoe.config import Config, OptimConfig
-from jvitmoe.errors import ConfigError
+from jvitmoe.errors import ConfigError, did_you_mean
 from jvitmoe.experts import build, slices
 
 DECAYED = ("kernel", "up", "down")  # matrices; AdamW does not decay biases, norms, positions and CLS
@@ -153,10 +152,8 @@ def direction(
     Raises ConfigError for an unknown name.
     """
     if optim.name not in OPTIMIZERS:
-        near = difflib.get_close_matches(optim.name, OPTIMIZERS, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        names = ", ".join(map(repr, OPTIMIZERS))
-        raise ConfigError(f"config.optim.name is {optim.name!r}; it must be one of {names}{hint}")
+        rule = f"it must be one of {', '.join(map(repr, OPTIMIZERS))}{did_you_mean(optim.name, OPTIMIZERS)}"
+        raise ConfigError(f"config.optim.name is {optim.name!r}; {rule}")
     tx = OPTIMIZERS[optim.name](optim)
     if frozen is None:
         return tx

@@ -94,9 +94,10 @@ def test_a_column_is_chosen_where_there_are_several(tmp_path):
     [
         ("?color=red", MODEL, "color is not one of config, revision, image, label; write hf:NAME"),
         ("?label=image", MODEL, "of which label can be the label; one must be chosen"),
+        ("?label=foo", MODEL, "has no label column 'foo'; it has the columns "),
         ("", ModelConfig(image_size=8, channels=3), "set --config.model.classes=2"),
         ("", ModelConfig(image_size=16, channels=3, classes=2), "config.model.image_size is 16"),
-        ("", ModelConfig(image_size=8, channels=2, classes=2), "config.model.channels is 2; pictures have 1, 3 or 4"),
+        ("", ModelConfig(image_size=8, channels=2, classes=2), "config.model.channels is 2; it must be 1, 3 or 4"),
     ],
 )
 def test_what_does_not_fit_is_one_line_with_the_remedy(tmp_path, query, model, message):

@@ -1,10 +1,8 @@
 """Routers, which select the expert of each token inside the model. To add one: a class, and a line in ROUTERS."""
 
-import difflib
-
 import jax
 
-from jvitmoe.errors import ConfigError
+from jvitmoe.errors import ConfigError, did_you_mean
 from jvitmoe.models.routers.dispatch import Router, RouterSettings, Statistics
 from jvitmoe.models.routers.expert_choice import ExpertChoice
 from jvitmoe.models.routers.frozen import Frozen
@@ -30,9 +28,8 @@ def find(name: str) -> type[Router]:
     """Returns the router of this name. Raises ConfigError if there is none."""
     if name not in ROUTERS:
         names = "random", *ROUTERS
-        near = difflib.get_close_matches(name, names, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ConfigError(f"config.routing.router is {name!r}; it must be one of {', '.join(map(repr, names))}{hint}")
+        rule = f"it must be one of {', '.join(map(repr, names))}{did_you_mean(name, names)}"
+        raise ConfigError(f"config.routing.router is {name!r}; {rule}")
     return ROUTERS[name]
 
 
