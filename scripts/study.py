@@ -73,22 +73,26 @@ def parity(results: Path, settings: dict[str, object] | None = None) -> Arms:
 def rare_meetings() -> Arms:
     few = SHORT | {"data.validation": 40_000, "train.batch_size": 512} | epochs(60)
     every_4 = few | {"routing.pull_every": 4}
-    references = (*CONTROLLED, "dense_batch128")
+    references = (*CONTROLLED, "dense_batch128", "dense_batch128_rate2")
+    small = few | {"train.batch_size": 128}
     return {
         "dense": dense(few),
         "dense_rate2": dense(few | mlp_rate(2), "dense"),
-        "dense_batch128": dense(few | {"train.batch_size": 128}, "dense"),
+        "dense_batch128": dense(small, "dense"),
+        "dense_batch128_rate2": dense(small | mlp_rate(2), "dense_batch128"),
         "every_step": random("sample", 2, 1, few, *references),
         "every_4": random("sample", 2, 1, every_4, *references, "every_step"),
-        "qsr": random("sample", 2, 1, every_4 | {"routing.pull_schedule": "qsr"}, *references, "every_4"),
+        "qsr": random("sample", 2, 1, every_4 | {"routing.pull_schedule": "qsr"}, *references, "every_step", "every_4"),
     }
 
 
 def bytes_against_accuracy() -> Arms:
-    found = {"dense": dense(epochs(7)), "every_1": random("sample", 2, 1, epochs(7), "dense")}
+    # An EMA of the merged model would reduce one expert at every step, so only dense has one.
+    once = epochs(7) | {"train.ema": 0.0}
+    found = {"dense": dense(epochs(7)), "every_1": random("sample", 2, 1, once, "dense")}
     for name, steps in (("every_2", 2), ("every_8", 8), ("every_64", 64), ("qsr", 8)):
         schedule = {"routing.pull_schedule": "qsr"} if name == "qsr" else {}
-        settings = epochs(7) | schedule | {"routing.pull_every": steps}
+        settings = once | schedule | {"routing.pull_every": steps}
         found[name] = random("sample", 2, 1, settings, "dense", "every_1")
     return found
 
@@ -102,7 +106,10 @@ def fine_tuning_search() -> Arms:
     tuning |= SHORT | {"init.source": "runs/study/D_pretrained/dense-seed0", "optim.name": "adamw"}
     adamix = {"routing.granularity": "batch", "routing.scope": "layer", "routing.init": "shared"}
     adamix |= {"routing.experts": 4, "routing.consistency": 1.0}
-    r_drop = {"routing.consistency": 0.5, "routing.consistency_loss": "thor", "model.dropout": 0.1}
+    adamix_mlp = adamix | {"routing.shared_layer": "down"}  # AdaMix shares the layer that follows the nonlinearity
+    dropout = {"model.dropout": 0.1}
+    r_drop = dropout | {"routing.consistency": 0.6, "routing.consistency_loss": "thor"}
+    longer = ("dense", "dense_80", "dense_dropout_80")
     found: Arms = {}
     for rate in (3e-3, 1e-3, 3e-4):
         once = tuning | epochs(40) | {"optim.learning_rate": rate}
@@ -110,8 +117,9 @@ def fine_tuning_search() -> Arms:
             f"dense_{rate:g}": dense(once, "dense_80"),
             f"dense_rate2_{rate:g}": dense(once | mlp_rate(2), "dense"),
             f"dense_80_{rate:g}": dense(once | epochs(80)),
-            f"r_drop_{rate:g}": dense(once | r_drop, "dense", "dense_80"),
-            f"adamix_{rate:g}": dense(once | adamix | {"routing.shared_layer": "up"}, "dense", "dense_80", "r_drop"),
+            f"dense_dropout_80_{rate:g}": dense(once | epochs(80) | dropout, "dense_80"),
+            f"r_drop_{rate:g}": dense(once | r_drop, *longer),
+            f"adamix_{rate:g}": dense(once | adamix_mlp, *longer, "r_drop"),
             f"sample_{rate:g}": random("sample", 2, 0.1, once, *CONTROLLED),
         }
     for (part, size), rate in itertools.product((("lora", 8), ("adapter", 64)), (1e-2, 3e-3, 1e-3)):

@@ -11,7 +11,7 @@ from jvitmoe.runs import tables
 
 Arms = Mapping[str, Variant]
 Found = Mapping[str, Mapping[str, Mapping[str, float]]]  # arm -> model -> seed -> accuracy on the test split, %
-PARITY = 0.5  # points: an arm loses nothing if its interval is above -PARITY, and gains nothing if below PARITY
+PARITY = 0.5  # points: an arm that is not better loses nothing if its interval is above -PARITY; see `verdict`
 
 
 class Comparison(NamedTuple):
@@ -91,8 +91,9 @@ def verdict(low: float, high: float) -> str:
     if low > 0:
         return "better"
     loses_nothing = ", loses nothing" if low > -PARITY else ""
-    gains_nothing = ", gains nothing" if 0 <= high < PARITY else ""
-    return ("worse" if high < 0 else "not decided") + loses_nothing + gains_nothing
+    if high < 0:
+        return f"worse{loses_nothing}"
+    return f"not decided{loses_nothing}{', gains nothing' if high < PARITY else ''}"
 
 
 def winners(compared: list[Comparison], arms: Arms) -> list[str]:

@@ -139,12 +139,12 @@ def test_a_batch_in_parts_is_the_batch(axis_run, parts, devices, expert_devices)
     chex.assert_trees_all_close(many.history[-1], one.history[-1], rtol=1e-6, atol=3e-7)
 
 
-@pytest.mark.parametrize("pull", [0.0, 0.1])
-def test_an_expert_axis_reduces_the_trunk_and_what_is_pulled_and_moves_no_image(tiny_config, tiny_split, pull):
+@pytest.mark.parametrize(("pull", "ema"), [(0.0, 0.0), (0.1, 0.0), (0.1, 0.9)])
+def test_an_expert_axis_reduces_the_trunk_and_means_of_experts_and_moves_no_image(tiny_config, tiny_split, pull, ema):
     config = tiny_config(
         model={"width": 32, "hidden": 64, "patch": 2},
         routing={"experts": 4, "granularity": "sample", "pull": pull},
-        train={"devices": 4, "expert_devices": 4, "batch_size": 16},
+        train={"devices": 4, "expert_devices": 4, "batch_size": 16, "ema": ema},
     )
     mesh = make_mesh(config.train)
     model = build.make_model(config, "cpu")
@@ -153,7 +153,7 @@ def test_an_expert_axis_reduces_the_trunk_and_what_is_pulled_and_moves_no_image(
     given = state.abstract_state(config, model, mesh)
     text = for_reading(train_step.lower(given, batches.put(tiny_split, mesh), order.epoch(0))).as_text()
     trunk, experts = slices.split(given.params, slices.stacked(given.params))
-    size = cost.tree_size(trunk) + (cost.tree_size(experts) // 4 if pull else 0)
+    size = cost.tree_size(trunk) + cost.tree_size(experts) // 4 * (bool(pull) + bool(ema))
     # Every gradient of the trunk, the loss and the accuracy; and the sum of squares of the experts' part of the norm.
     assert 4 * (size + 2) <= reduced_bytes(text) <= 4 * (size + 2 + 8)
     plan = StepPlan(config, model, mesh, order.steps_per_epoch)

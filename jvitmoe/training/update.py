@@ -162,11 +162,11 @@ def qsr_pulls(plan: StepPlan) -> np.ndarray:
 
 def reduced_bytes(plan: StepPlan) -> Callable[[int], int]:
     """Returns a function of the number of steps done: the bytes that each device has reduced with others until then, in
-    gradients and pulls, scalars apart.
+    gradients, pulls and the EMA, scalars apart.
 
     It is what moves if each expert of granularity "sample" and scope "shared" has a device of the expert axis: its
-    gradients stay there, and a pull reduces its weights. Otherwise every device has all experts and reduces every
-    gradient, and a pull moves nothing.
+    gradients stay there, a pull reduces its weights, and so does an EMA of the merged model, at every step. Otherwise
+    every device has all experts and reduces every gradient, and pulls and EMA move nothing.
     """
     params, routed = vit.shapes(plan.model), plan.config.routing
     trunk, experts = (4 * cost.tree_size(tree) for tree in slices.split(params, slices.stacked(params)))
@@ -187,6 +187,7 @@ def reduced_bytes(plan: StepPlan) -> Callable[[int], int]:
 
     def so_far(done: int) -> int:
         untied = min(done, max(plan.first_tied - 1, 0))
-        return done * trunk + (pulls(untied) + done - untied) * one
+        averaged = pulls(untied) + done - untied + (done if plan.config.train.ema else 0)
+        return done * trunk + averaged * one
 
     return so_far
