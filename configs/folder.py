@@ -3,7 +3,9 @@
     python -m jvitmoe.train --config configs/folder.py --config.data.dir=FOLDER --config.model.classes=N
     python -m jvitmoe.train --config configs/folder.py:random --config.data.dir=FOLDER --config.model.classes=N
 
-A start, not a recipe: what it gives depends on the pictures. Copy the file to change more than a few settings.
+A start, not a recipe: what it gives depends on the pictures. Copy the file to change more than a few settings. In the
+random variant the experts have four times the learning rate, which is measured with Muon on CIFAR-10 only: if the loss
+rises, set --config.routing.learning_rate=1. To export it to Hugging Face, train with --config.model.pool=cls.
 """
 
 from jvitmoe.config import Config, DataConfig, ModelConfig, OptimConfig, TrainConfig, routing_of

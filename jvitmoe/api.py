@@ -52,9 +52,9 @@ class Run:
             raise UserError(f"{model!r} was not tested; the models are {', '.join(rows)}")
         return rows[model] if model else next(iter(rows.values()))
 
-    def classifier(self, checkpoint: str = "latest") -> classifier.Classifier:
-        """Returns the dense or merged model, for pictures and arrays (`jvitmoe.load`)."""
-        return classifier.load(self.workdir, checkpoint)
+    def classifier(self, checkpoint: str = "latest", ema: bool = False) -> classifier.Classifier:
+        """Returns the dense or merged model, or its EMA, for pictures and arrays (`jvitmoe.load`)."""
+        return classifier.load(self.workdir, checkpoint, ema)
 
     def evaluate(self, **options: object) -> dict[str, Any]:
         """Tests the run again, draws mergeability.png, confusion.png and samples.png into its folder, and returns the
@@ -66,9 +66,10 @@ class Run:
             raise UserError(f"{self.workdir} is damaged: see the list above") from error
         return self.results
 
-    def export(self, to: str, out: Path | str) -> Path:
-        """Writes the dense or merged model for another library, as jvitmoe.export, and returns the folder."""
-        export.main(["export", f"--workdir={self.workdir}", f"--to={to}", f"--out={out}"])
+    def export(self, to: str, out: Path | str, ema: bool = False) -> Path:
+        """Writes the dense or merged model, or its EMA, for another library, as jvitmoe.export, and returns the
+        folder."""
+        export.main(["export", f"--workdir={self.workdir}", f"--to={to}", f"--out={out}", f"--ema={ema}"])
         return Path(out)
 
     def report(self, *others: "Run | Path | str", out: Path | str = "") -> Path:

@@ -1,5 +1,6 @@
 """Shared by all commands: flags, the experiment file, and exit codes. A UserError is one line with exit code 2."""
 
+import contextlib
 import difflib
 import inspect
 import io
@@ -10,7 +11,7 @@ import shutil
 import sys
 import traceback
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from typing import Any, NoReturn
@@ -19,6 +20,7 @@ from absl import flags, logging
 from ml_collections import config_flags
 
 from jvitmoe.config import SETTINGS, Config, unknown_field
+from jvitmoe.data.images import DataError
 from jvitmoe.errors import UserError, one_line
 from jvitmoe.settings import help_text
 
@@ -166,6 +168,21 @@ def _nearest(path: str, folder: Path) -> str | None:
 def _nearest_experiment(path: str) -> str:
     """Returns the path in ./configs, or the name of an experiment of ours, that is most similar to `path`, or ""."""
     return _nearest(path, Path("configs")) or Path(_nearest(path, experiments()) or "").stem
+
+
+@contextlib.contextmanager
+def data_dir_flag() -> Iterator[None]:
+    """In its body an error about data names the flag of commands on a run folder, --data_dir."""
+    try:
+        yield
+    except DataError as error:
+        raise DataError(str(error).replace("--config.data.dir", "--data_dir")) from error
+
+
+def define_weights(values: flags.FlagValues) -> None:
+    """Defines the flags that choose weights of a run folder."""
+    flags.DEFINE_string("checkpoint", "latest", "latest, best (on validation) or a step.", flag_values=values)
+    flags.DEFINE_bool("ema", False, "The EMA of the weights (train.ema), not the last weights.", flag_values=values)
 
 
 def run_folder(values: flags.FlagValues) -> Path:

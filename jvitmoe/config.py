@@ -158,8 +158,8 @@ class RoutingConfig:
     )
     augment_spread: float = setting(
         0.0,
-        "0: every image gets all augmentations; s: of the first expert's images only the share 1 - s does, rising "
-        "linearly to all of the last expert's",
+        "0: every image gets all augmentations; s: an image of expert e gets them with probability 1 - s (1 - e / (E - "
+        "1)), which is 1 - s for the first expert and 1 for the last",
         at_least=0,
         at_most=1,
     )
@@ -220,7 +220,8 @@ class TrainConfig:
     )
     distil_last: float = setting(
         0.0,
-        "last fraction of training: experts are equal, and half of the loss is to match the mean of what they were",
+        "last fraction of training: experts stay equal, and half of the loss is the divergence from the mean of the "
+        "probabilities that they gave before it",
         at_least=0,
         below=1,
     )
@@ -397,7 +398,11 @@ def _routing_faults(config: Config) -> Iterator[tuple[str, str]]:
         # The layers of one optimiser state must have one route.
         yield "routing.pattern", "must have one 'experts', for granularity=batch and scope=layer"
     if config.routes_in_model and (routing.experts == 1 or routing.granularity != "batch" or routing.consistency):
-        yield "routing.router", "must be 'random' with one expert, granularity sample or token, or consistency"
+        needed = "routing.experts above 1, routing.granularity=batch and routing.consistency=0"
+        yield "routing.router", f"must be 'random', or have {needed}"
+    if config.routes_in_model and routing.pull == routing.pull_every == 1 and routing.pull_schedule == "constant":
+        rule = "must be below 1 with a learned router, or all experts would be equal after every step; set it to 0"
+        yield "routing.pull", rule
     if routing.consistency and routing.experts == 1 and not model.drops:
         rule = "must be 0 with one expert, without model.dropout and model.drop_path: both passes are equal"
         yield "routing.consistency", rule

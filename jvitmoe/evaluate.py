@@ -125,7 +125,8 @@ def _data(values: flags.FlagValues, config: Config) -> tuple[Any, Any, Config]:
     from jvitmoe.data.splits import SizeError
 
     find = datasets.browse if config.data.stream else datasets.load
-    data: Any = find(config.data, config.model)
+    with cli.data_dir_flag():
+        data: Any = find(config.data, config.model)
     probe_config = _probe_config(values, config)
     try:
         return data, find(probe_config.data, probe_config.model) if values.probe_data else data, probe_config

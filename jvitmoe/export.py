@@ -36,7 +36,7 @@ def main(argv: list[str]) -> None:
         raise UserError(f"--to is {values.to!r}; it must be one of {', '.join(TARGETS)}")
     compilation.use_cache()
     with warnings_as_lines():
-        source = load.read(workdir, checkpoint=values.checkpoint)
+        source = load.read(workdir, checkpoint=values.checkpoint, ema=values.ema)
     assert source.config is not None, "a run has a config"
     config = source.config
     config.data.dir = values.data_dir or config.data.dir
@@ -44,7 +44,8 @@ def main(argv: list[str]) -> None:
     remarks = target.examine(config)
     for remark in remarks:
         console.print(f"note        {remark}")
-    sample = target.sample(source, config)
+    with cli.data_dir_flag():
+        sample = target.sample(source, config)
 
     # Renamed at the end, so `out` is never incomplete. With the process in its name it is no folder of the user.
     unfinished = out.with_name(f"{out.name}.{os.getpid()}{files.UNFINISHED}")
@@ -59,7 +60,8 @@ def main(argv: list[str]) -> None:
             unfinished.rename(out)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
-    console.print(f"exported    {printable(str(out))}, checkpoint at step {source.step:,}, as {target.name}")
+    weights = "EMA" if source.ema else "checkpoint"
+    console.print(f"exported    {printable(str(out))}, {weights} at step {source.step:,}, as {target.name}")
     compared = f"logits of {len(sample['labels'])} images within {difference:.2g} of ours"
     console.print(f"checked     read back by {target.reader}: {compared}")
     if target.torch:
@@ -68,7 +70,7 @@ def main(argv: list[str]) -> None:
 
 def _define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_string("workdir", "", "Run folder that training wrote.", flag_values=values)
-    flags.DEFINE_string("checkpoint", "latest", "latest, best (on validation) or a step.", flag_values=values)
+    cli.define_weights(values)
     flags.DEFINE_string("to", "", "What to write: hf, onnx, safetensors, stablehlo or timm.", flag_values=values)
     flags.DEFINE_string("out", "", "New folder to write to.", flag_values=values)
     flags.DEFINE_string("data_dir", "", "Where the data are, if not where training found them.", flag_values=values)

@@ -41,7 +41,7 @@ def main(argv: list[str]) -> None:
 
     compilation.use_cache()
     with warnings_as_lines(functools.partial(print, file=sys.stderr)):
-        model = classifier.load(values.workdir, values.checkpoint)
+        model = classifier.load(values.workdir, values.checkpoint, values.ema)
     paths, unreadable = images.find(arguments)
     pixels: list[tuple[Path, np.ndarray]] = []
     for path in paths:
@@ -73,7 +73,7 @@ def main(argv: list[str]) -> None:
 
 def _define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_string("workdir", "", "Run folder, or a folder that jvitmoe.export wrote.", flag_values=values)
-    flags.DEFINE_string("checkpoint", "latest", "latest, best (on validation) or a step.", flag_values=values)
+    cli.define_weights(values)
     flags.DEFINE_integer("top", 5, "Classes per picture.", flag_values=values)
     flags.DEFINE_bool("json", False, "JSON on standard output, instead of a table.", flag_values=values)
     flags.DEFINE_string("sheet", "", "PNG to draw the pictures in, with the classes below them.", flag_values=values)

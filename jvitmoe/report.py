@@ -52,6 +52,10 @@ def main(argv: list[str]) -> None:
     values, arguments = cli.parse_with_arguments(argv, _define_flags, arguments="RUN… [GROUP=RUN,RUN…]")
     out = Path(values.out)
     arguments = [argument for argument in arguments if Path(argument).resolve() != out.resolve()]  # it may be in runs/*
+    others = [argument for argument in arguments if _is_other_folder(Path(argument))]
+    if others and len(others) < len(arguments):
+        console.print(f"left out    {', '.join(others)}: no run folder")
+        arguments = [argument for argument in arguments if argument not in others]
     if not arguments:
         raise UserError("no run folder was given; name one or more, such as runs/digits_dense runs/digits_random")
     if values.serve:
@@ -83,6 +87,11 @@ def main(argv: list[str]) -> None:
     console.print(f"pictures    {out / 'comparison.png'}, {out / 'curves.png'}")
     if values.html:
         console.print(f"page        {out / 'report.html'}")
+
+
+def _is_other_folder(folder: Path) -> bool:
+    """True for a folder that no run wrote, which `runs/*` may hold."""
+    return os.path.isdir(folder) and not os.path.exists(folder / files.CONFIG)
 
 
 def _read_groups(arguments: Sequence[str]) -> Groups:

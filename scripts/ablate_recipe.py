@@ -3,7 +3,7 @@
     python scripts/ablate_recipe.py --config configs/cifar10_fast.py --runs runs/ablation --out results/recipe \
         -- --config.data.dir=DIR --config.train.epochs=4
 
-The report ends with a line per ingredient. Started again it goes on: see scripts/sweep.py.
+The report ends with a line per ingredient. Repeat the command to resume: see scripts/sweep.py.
 """
 
 import statistics

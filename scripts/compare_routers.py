@@ -4,7 +4,7 @@
     python scripts/compare_routers.py --config configs/cifar10_small.py --seeds 1 --only dense switch … \
         --runs runs/routers_cifar10 --out results/cifar10_small -- --config.data.dir=DIR
 
-Started again it goes on: see scripts/sweep.py.
+Repeat the command to resume: see scripts/sweep.py. On a GPU: --jobs 1.
 """
 
 from sweep import Variant, main

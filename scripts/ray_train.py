@@ -1,8 +1,9 @@
 """Trains one experiment with Ray: `python scripts/ray_train.py --config digits_random --workdir runs/x --workers 2`.
 
 Ray's JaxTrainer starts the workers and connects them by jax.distributed: on CPUs, or on GPUs with `--gpus`. On GPUs
-start one worker per node, with all GPUs of the node: JaxTrainer gives each worker the devices from 0 on. Repeat the
-command to resume. This has been run with two workers on the CPUs of one machine, never on GPUs or several nodes.
+start one worker per node, with all GPUs of the node: JaxTrainer gives each worker the devices from 0 on. Settings go
+into an experiment file. Repeat the command to resume. This has been run with two workers on the CPUs of one machine,
+never on GPUs or several nodes.
 """
 
 import argparse

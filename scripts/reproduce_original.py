@@ -4,7 +4,7 @@
         --out results/original -- --config.data.dir=DIR
 
 The original kept the model with the lowest loss on the test set; this reports the last checkpoint. With --dry_run it
-prints the commands only. Started again it goes on: see scripts/sweep.py.
+prints the commands only. Repeat the command to resume: see scripts/sweep.py.
 """
 
 import statistics

@@ -3,8 +3,8 @@
     python scripts/study.py B --config configs/cifar10_fast.py --seeds 5 --runs runs/study/B --out results/study/B \\
         -- --config.data.dir=DIR
 
-Started again it goes on: see scripts/sweep.py. The arms of A, A_augmented and D are those that were best in A_search
-and D_search, whose results must lie beside --out.
+Repeat the command to resume: see scripts/sweep.py. The arms of A, A_augmented and D are those that were best in
+A_search and D_search, whose results must lie beside --out.
 """
 
 import argparse

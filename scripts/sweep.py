@@ -130,7 +130,7 @@ def _options(
     parser.add_argument(
         "--first_seed", type=int, default=0, help="to repeat a result with new seeds, 5 and another --out"
     )
-    parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time; 1 on a GPU")
     parser.add_argument("--only", nargs="+", choices=variants, metavar="VARIANT", help=", ".join(variants))
     parser.add_argument("--dry_run", action="store_true", help="print the commands that are missing, run none")
     parser.add_argument("arguments", nargs="*", help="after --: flags for every jvitmoe.train")

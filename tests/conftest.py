@@ -166,14 +166,15 @@ def training(tiny_split: Split) -> Callable[[Config], Training]:
 
 @pytest.fixture(scope="session")
 def experiment_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Returns the folder of a finished run of four experts on digits, tiny: what exports and predictions start from."""
+    """Returns the folder of a finished run of four experts on digits, tiny, with an EMA: what exports and predictions
+    start from."""
     workdir = tmp_path_factory.mktemp("exported") / "run"
     config = config_lib.from_dict(
         {
             "model": {**TINY["model"], "classes": 10},
             "routing": {"experts": 4, "init": "shared"},
             "optim": {"learning_rate": 1e-2},
-            "train": {**TINY["train"], "batch_size": 64, "epochs": 2, "eval_every": 2},
+            "train": {**TINY["train"], "batch_size": 64, "epochs": 2, "eval_every": 2, "ema": 0.9},
         }
     )
     with contextlib.ExitStack() as held:

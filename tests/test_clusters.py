@@ -123,7 +123,8 @@ def test_manifests_start_the_same_run_with_flags_that_exist(monkeypatch):
         assert command[start : start + 3] == ["python", "-m", "jvitmoe.train"]
         values = cli.parse(["train.py", *command[start + 3 :]], train.define_flags, config=True)
         cli.experiment(values)
-        assert cli.config_path(command) == "configs/cifar10_random.py"
+        assert cli.config_path(command) == "cifar10_random"
+        assert values.config.data.dir == "/runs/tfds"
         assert values.workdir == "/runs/cifar10_random"
         assert values.join_seconds == 600
         if name == "TrainJob":
@@ -167,7 +168,7 @@ def test_the_service_of_the_job_selects_its_pods():
 def test_two_pods_of_the_trainjob_train_one_run(tmp_path):
     experiment = write_experiment(tmp_path / "tiny.py", tiny(train={"epochs": 1, "devices": 0}))
     trainer = kind("TrainJob")["spec"]["trainer"]
-    own = {"configs/cifar10_random.py": str(experiment), "/runs/cifar10_random": str(tmp_path / "run")}
+    own = {"cifar10_random": str(experiment), "/runs/cifar10_random": str(tmp_path / "run")}
     command = trainer["command"] + [re.sub("=(.*)", lambda m: "=" + own.get(m[1], m[1]), a) for a in trainer["args"]]
     env = processes.environment() | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     env |= {"JAX_COORDINATOR_ADDRESS": f"localhost:{processes.free_port()}", "JAX_NUM_PROCESSES": "2"}

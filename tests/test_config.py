@@ -53,7 +53,7 @@ def test_defaults_obey_their_own_rules():
         ("train.devices", 3, "must be a multiple of train.devices, which is 3"),
         ("optim.warmup_epochs", -1, "must be at least 0"),
         ("routing.init", "sharde", "did you mean 'shared'?"),
-        ("routing.router", "switch", "must be 'random' with one expert"),
+        ("routing.router", "switch", "must be 'random', or have routing.experts above 1"),
         ("routing.capacity", 0.0, "must be greater than 0"),
         ("routing.consistency", 1.0, "must be 0 with one expert"),
         ("routing.consistency_loss", "kl", "must be one of 'adamix', 'thor', 'cosub'"),

@@ -75,6 +75,27 @@ def test_our_own_export_loads_to_the_same_logits(exported, experiment_run, monke
     exec(code_of(out / "README.md").replace('print(model(["picture.png"]))', ""), {})
 
 
+def test_the_ema_of_a_run_is_exported_and_classifies_as_it_was_tested(experiment_run, exported, tmp_path):
+    rows = {row["model"]: row for row in jvitmoe.Run(experiment_run).results["rows"]}
+    test = datasets.load(Config().data, Config().model).test
+    out = jvitmoe.Run(experiment_run).export("safetensors", tmp_path / "ema", ema=True)
+    logits = jvitmoe.load(out).logits(test.images_NHWc)
+    np.testing.assert_array_equal(logits, jvitmoe.Run(experiment_run).classifier(ema=True).logits(test.images_NHWc))
+    assert (logits.argmax(1) == test.labels_N).mean() == pytest.approx(rows["EMA"]["accuracy"])
+    assert (logits != jvitmoe.load(experiment_run).logits(test.images_NHWc)).any()
+    assert "This export is the row `EMA`." in (out / "README.md").read_text()
+    assert "This export is the row `merged`, or `dense`." in (exported("safetensors") / "README.md").read_text()
+    with pytest.raises(UserError, match="is not a run folder, so it has no EMA"):
+        jvitmoe.load(out, ema=True)
+
+
+def test_a_run_without_an_ema_says_how_to_have_one(experiment_run, monkeypatch):
+    read = load.Checkpoints.read
+    monkeypatch.setattr(load.Checkpoints, "read", lambda self, which: read(self, which)._replace(ema=None))
+    with pytest.raises(UserError, match=r"has no EMA; leave --ema out, or train with --config\.train\.ema"):
+        jvitmoe.load(experiment_run, ema=True)
+
+
 def test_the_sample_holds_real_test_images_and_what_the_model_takes(exported):
     test = datasets.load(Config().data, Config().model).test
     for target in ("safetensors", "timm"):
@@ -347,7 +368,7 @@ def test_a_folder_beside_the_export_stays(experiment_run, tmp_path):
     (tmp_path / "x.part" / "mine").touch()
     export.main(["export", f"--workdir={experiment_run}", "--to=safetensors", f"--out={tmp_path / 'x'}"])
     assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if "README" not in path.name) == (
-        sorted(["x", "x.part", "x.part/mine", "x/config.json", "x/model.safetensors", "x/sample.npz"])
+        sorted(["x", "x.part", "x.part/mine", "x/classes.json", "x/config.json", "x/model.safetensors", "x/sample.npz"])
     )
 
 

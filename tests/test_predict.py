@@ -67,6 +67,15 @@ def test_it_knows_most_digits_in_any_number_of_images(model, digits):
     assert model(digits.images_NHWc[:0]) == []
 
 
+def test_the_bytes_of_a_file_are_the_picture_in_it(model, folder):
+    paths = sorted(folder.iterdir())
+    assert model([path.read_bytes() for path in paths]) == model(paths)
+    assert model([paths[0].read_bytes(), paths[1]]) == model(paths[:2])
+    assert model(paths[0].read_bytes()) == model(paths[0])
+    with pytest.raises(DataError, match="the picture"):
+        model(b"no picture")
+
+
 @pytest.mark.parametrize(
     "array", [np.zeros((2, 8, 8, 1), np.float32), np.zeros((2, 9, 9, 1), np.uint8), np.zeros((8, 8), np.uint8)]
 )

@@ -52,7 +52,8 @@ def test_purposes_are_pinned():
         ),
         ({"granularity": "sample", "pull": 1.0}, "images; averaged after every step, so all are equal"),
         ({"granularity": "sample", "pull": 1.0, "pull_every": 2}, "images; pulled together by 1 (constant)"),
-        ({"router": "switch", "pull": 0.1}, "4 experts per MLP: switch routes the tokens"),
+        ({"router": "switch"}, "4 experts per MLP: switch routes the tokens; never pulled together"),
+        ({"router": "switch", "pull": 0.1}, "switch routes the tokens; pulled together by 0.1 (constant)"),
     ],
 )
 def test_a_run_says_how_it_routes(routing, says):

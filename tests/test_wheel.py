@@ -49,7 +49,7 @@ def test_five_commands_lead_from_pictures_to_a_page(installed, tmp_path):
                 pixels = rng.integers(0, 255, (48 + 8 * label, 60 + number, 3)).astype(np.uint8)
                 Image.fromarray(pixels).save(folder / f"{number}.png")
     first, *others = commands()
-    assert first == "pip install '.[html]'"
+    assert first == "pip install -e '.[html]'"
     assert [line.split()[:2] for line in others] == [
         ["jvitmoe", name] for name in ("train", "train", "evaluate", "report")
     ]

@@ -1,5 +1,6 @@
 """Image folders: train/<class>/*.png and test/<class>/*.png; a class folder may hold folders."""
 
+import contextlib
 import itertools
 import os
 from collections.abc import Iterator, Sequence
@@ -11,6 +12,7 @@ from jvitmoe.data.images import DataError, Picture, is_image, visible
 from jvitmoe.data.splits import Dataset, Record, Records, Source, check_fit
 from jvitmoe.errors import one_line
 
+TESTS = ("test", "val", "validation")  # names of the test split; the first with class folders is taken
 Files = dict[str, list[Path]]  # class -> its images
 
 
@@ -24,12 +26,15 @@ class ImageFolder(Source):
         if model.channels not in (1, 3):
             raise DataError(f"config.model.channels is {model.channels}; it must be 1 or 3 for data.name=folder")
         root = Path(os.path.expanduser(data.dir))
-        roots = [root / "train", root / "test"]
-        roots[1] = next((root / name for name in ("test", "val", "validation") if os.path.isdir(root / name)), roots[1])
+        tests = [
+            folder for name in TESTS if os.path.isdir(folder := root / name)
+        ]  # unlike Path's, it raises for no name
+        labelled = [folder for folder in tests if _has_folders(folder)]  # ImageNet's `test` has no classes
+        roots = [root / "train", (labelled or tests or [root / TESTS[0]])[0]]
         for folder in roots:
-            if not os.path.isdir(folder):  # unlike Path.is_dir, it raises for no name
-                rule = "an image folder holds train/<class>/*.png and test/<class>/*.png: set --config.data.dir=..."
-                raise DataError(f"{folder} is not a folder; {rule}")
+            if not os.path.isdir(folder):
+                rule = "an image folder holds train/<class>/*.png and test/<class>/*.png"
+                raise DataError(f"{folder} is not a folder; {rule}: move them there, or set --config.data.dir=...")
         train, test = map(_class_files, roots)
         lacks = []
         for folder, absent in zip(roots, (sorted(test.keys() - train), sorted(train.keys() - test)), strict=True):
@@ -39,6 +44,12 @@ class ImageFolder(Source):
             raise DataError(f"{'; '.join(lacks)}; both must hold the same classes: add or remove their folders")
         check_fit(str(root), (model.image_size, model.image_size, model.channels), len(train), model)
         return Dataset(_records(train), _records(test), tuple(train))
+
+
+def _has_folders(folder: Path) -> bool:
+    with contextlib.suppress(OSError):  # `_class_files` says what is wrong with it
+        return any(entry.is_dir() for entry in visible(folder))
+    return False
 
 
 def _records(files: Files) -> Records:

@@ -86,7 +86,8 @@ class HuggingFace(Source):
                 cache_dir=os.path.expanduser(self.data.dir) or None,
             )
         except Exception as error:
-            remedy = "give a folder of parquet or image files" if local else "give OWNER/NAME of a set on the hub"
+            hub = "give OWNER/NAME of a set on the hub, and for a gated one run hf auth login"
+            remedy = "give a folder of parquet or image files" if local else hub
             raise DataError(f"cannot load {self.data.name} ({one_line(error)}); {remedy}") from error
 
     def _column(self, features: Any, kind: str) -> str:

@@ -180,11 +180,12 @@ def find(paths: Sequence[str | Path]) -> tuple[list[Path], list[str]]:
     return files, complaints
 
 
-def read(path: str | Path, size: int, channels: int, crop: str = "pad") -> np.ndarray:
-    """Returns the `centre_crop` of a file. Raises DataError for what cannot be read, or claims more pixels than
-    photographs have."""
+def read(picture: str | Path | bytes, size: int, channels: int, crop: str = "pad") -> np.ndarray:
+    """Returns the `centre_crop` of a path or of a file's bytes. Raises DataError for what cannot be read, or claims
+    more pixels than photographs have."""
     if channels not in MODES:
         raise DataError(f"the model takes {channels} channels; pictures have 1, 3 or 4: classify arrays instead")
+    named = Picture("the picture", picture) if isinstance(picture, bytes) else Picture(str(picture), Path(picture))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow warns about sizes that `opened` refuses
-        return centre_crop(Picture(str(path), Path(path)), size, channels, crop)
+        return centre_crop(named, size, channels, crop)

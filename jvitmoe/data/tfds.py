@@ -154,7 +154,7 @@ def _prepare(name: str, builder: Any) -> None:
     missing = {url: info for url, info in (builder.url_infos or {}).items() if not _on_disk(builder, url, info)}
     if missing and not _any_reachable(missing):
         hosts = sorted({urllib.parse.urlsplit(url).netloc for url in missing})
-        files = sorted({info.filename for info in missing.values() if info.filename})
+        files = sorted({named for url, info in missing.items() if (named := _manual_name(builder, url, info))})
         if files:
             remedies += f", put {', '.join(files[:3])} into {root / 'downloads' / 'manual'}"
         remedies += ", or train without a download: --config configs/digits_random.py"
@@ -175,10 +175,18 @@ def _on_disk(builder: Any, url: str, info: Any) -> bool:
 
     downloads, cached = Path(builder.data_dir_root) / "downloads", resource.get_dl_fname(url, info.checksum)
     return (
-        (info.filename is not None and (downloads / "manual" / info.filename).is_file())
+        ((name := _manual_name(builder, url, info)) is not None and (downloads / "manual" / name).is_file())
         or resource.is_locally_cached(downloads / builder.name / cached)
         or resource.is_locally_cached(downloads / cached)
     )
+
+
+def _manual_name(builder: Any, url: str, info: Any) -> str | None:
+    """Returns the name by which TFDS knows a download that the user puts into the folder `manual`, or None if it asks
+    for none. Sets that are downloaded by hand, such as ImageNet, look for the last part of the URL."""
+    by_hand = bool(builder.MANUAL_DOWNLOAD_INSTRUCTIONS)
+    name: str | None = info.filename or (Path(urllib.parse.urlsplit(url).path).name if by_hand else None)
+    return name
 
 
 def _any_reachable(urls: Iterable[str]) -> bool:

@@ -42,9 +42,8 @@ def address(root: jax.Array, purpose: Purpose, *numbers: int | jax.Array) -> jax
 def describe(config: Config) -> str:
     """Returns what the first lines of a run with experts say of its routing."""
     routing = config.routing
-    experts = f"{routing.experts} experts per MLP"
-    if routing.router != "random":
-        return f"{experts}: {routing.router} routes the tokens"
+    random = routing.router == "random"
+    trained = TRAINED[routing.granularity] if random else f"{routing.router} routes the tokens"
     if routing.pull == routing.pull_every == 1 and routing.pull_schedule == "constant":
         pull = "averaged after every step, so all are equal"
     elif routing.pull:
@@ -52,7 +51,7 @@ def describe(config: Config) -> str:
     else:
         pull = "never pulled together"
     tied = f"; all equal in the last {config.tied_last:.0%} of training" if config.tied_last else ""
-    return f"{experts}: {TRAINED[routing.granularity]}; {pull}{tied}"
+    return f"{routing.experts} experts per MLP: {trained}; {pull}{tied}"
 
 
 def draw_route(key: jax.Array, routing: RoutingConfig, depth: int, tokens: int) -> jax.Array:

@@ -32,7 +32,8 @@ class Prediction:
 
 
 class Classifier:
-    """A dense ViT. Inputs are arrays, uint8 [N, H, W, c] or [H, W, c] of the model's size, or files of any size.
+    """A dense ViT. Inputs are arrays, uint8 [N, H, W, c] or [H, W, c] of the model's size, or pictures of any size:
+    paths, or the bytes in a file.
 
     Args:
         model: the architecture; it runs in float32.
@@ -63,10 +64,10 @@ class Classifier:
         """Returns the `top` most probable classes of each input, most probable first.
 
         Args:
-            inputs: a uint8 array, a path, or a sequence of paths; a folder stands for the images in it.
+            inputs: a uint8 array, or one or a sequence of paths and bytes; a folder stands for the images in it.
             top: largest number of classes per input.
 
-        Raises UserError for arrays of another type or shape, and for files that cannot be read.
+        Raises UserError for arrays of another type or shape, and for pictures that cannot be read.
         """
         found = []
         for probability_C in self.probabilities(inputs):
@@ -92,19 +93,25 @@ class Classifier:
                 logits_NC[start : start + len(batch)] = np.asarray(self._run(self.params, padded))[: len(batch)]
         return logits_NC
 
-    def read(self, path: str | Path) -> np.ndarray:
-        """Returns the picture in a file as the model sees it, uint8 [H, W, c]. Raises UserError."""
-        return images_lib.read(path, self.config.image_size, self.config.channels, self.crop)
+    def read(self, picture: str | Path | bytes) -> np.ndarray:
+        """Returns a picture, a path or the bytes in a file, as the model sees it, uint8 [H, W, c]. Raises UserError."""
+        return images_lib.read(picture, self.config.image_size, self.config.channels, self.crop)
 
     def _images(self, inputs: Any) -> np.ndarray:
         size, channels = self.config.image_size, self.config.channels
-        if isinstance(inputs, str | Path):
+        if isinstance(inputs, str | Path | bytes):
             inputs = [inputs]
-        if isinstance(inputs, list | tuple) and all(isinstance(path, str | Path) for path in inputs):
-            files, complaints = images_lib.find(inputs)
-            if complaints:
-                raise UserError(complaints[0])
-            return np.array([self.read(path) for path in files], np.uint8).reshape(-1, size, size, channels)
+        if isinstance(inputs, list | tuple) and all(isinstance(entry, str | Path | bytes) for entry in inputs):
+            pictures: list[Path | bytes] = []
+            for entry in inputs:
+                if isinstance(entry, bytes):
+                    pictures.append(entry)
+                    continue
+                files, complaints = images_lib.find([entry])
+                if complaints:
+                    raise UserError(complaints[0])
+                pictures += files
+            return np.array([self.read(picture) for picture in pictures], np.uint8).reshape(-1, size, size, channels)
         try:
             array = np.asarray(inputs)
         except ValueError as error:
@@ -118,13 +125,13 @@ class Classifier:
         return array
 
 
-def load(path: str | Path, checkpoint: str = "latest") -> Classifier:
+def load(path: str | Path, checkpoint: str = "latest", ema: bool = False) -> Classifier:
     """Returns the Classifier of a run folder (experts merged), an exported folder, or a ViT of timm, Hugging Face or
     google-research whose files have the number of heads. Arguments and errors as `load.read`."""
     verbosity = logging.get_verbosity()
     logging.set_verbosity(min(verbosity, logging.ERROR))  # Orbax warns that a folder opened read-only is read-only
     try:
-        source = load_lib.read(path, checkpoint=checkpoint)
+        source = load_lib.read(path, checkpoint=checkpoint, ema=ema)
     finally:
         logging.set_verbosity(verbosity)
     if "head.logits.kernel" not in source.params:

@@ -56,10 +56,16 @@ class Source:
     mean: tuple[float, ...] = (0.5,)  # of its pixels, as `data.mean`
     std: tuple[float, ...] = (0.5,)  # of its pixels, as `data.std`
     step: int = 0  # of a run's checkpoint
+    ema: bool = False  # True if the parameters are a run's EMA
 
 
 def read(
-    path: Path | str, heads: int = 0, checkpoint: str = "latest", mean: Sequence[float] = (), std: Sequence[float] = ()
+    path: Path | str,
+    heads: int = 0,
+    checkpoint: str = "latest",
+    mean: Sequence[float] = (),
+    std: Sequence[float] = (),
+    ema: bool = False,
 ) -> Source:
     """Returns the dense ViT in a run folder, an exported folder, a .safetensors or an .npz file.
 
@@ -69,16 +75,19 @@ def read(
         checkpoint: of a run folder: latest, best or a step.
         mean: of pixels, one or one per channel, for files of other libraries; () is that of their config, or 0.5.
         std: their standard deviation, likewise.
+        ema: of a run folder that has one, the EMA of the weights, not the last weights.
 
     Raises UserError (one line with the path) if the path is missing or damaged, or its ViT differs from ours.
     """
     if hub.is_name(path):
         folder = hub.fetch(str(path))
-        source = read(folder, heads, checkpoint, mean, std)
+        source = read(folder, heads, checkpoint, mean, std, ema)
         return dataclasses.replace(source, notes=(f"{path} is commit {folder.name}", *source.notes))
     path = Path(os.path.expanduser(path))
     if os.path.isdir(path / "checkpoints"):  # unlike Path's, these raise for no name
-        return _read_run(path, checkpoint)
+        return _read_run(path, checkpoint, ema)
+    if ema:
+        raise UserError(f"{str(path)!r} is not a run folder, so it has no EMA; leave --ema out")
     if os.path.isdir(path):
         path = path / WEIGHTS
     if not os.path.isfile(path):
@@ -220,16 +229,21 @@ def _fit_positions(params: Dict, old: ModelConfig, new: ModelConfig, fresh: Dict
     params["positions"] = np.concatenate([params["positions"], fresh["positions"][grid * grid :]])
 
 
-def _read_run(path: Path, checkpoint: str) -> Source:
+def _read_run(path: Path, checkpoint: str, ema: bool) -> Source:
     saved = Checkpoints(path / "checkpoints").read(checkpoint)
     config = config_lib.from_dict(saved.meta["config"])
-    flat = weight_names.flatten(jax.device_get(models.dense_tree(config, weight_names.unflatten(saved.params))))
+    if not ema:
+        flat = weight_names.flatten(jax.device_get(models.dense_tree(config, weight_names.unflatten(saved.params))))
+    elif saved.ema is None:
+        raise UserError(f"{path} has no EMA; leave --ema out, or train with --config.train.ema=0.999")
+    else:
+        flat = dict(saved.ema)
     flat["positions"] = _table(config.model, flat)
     notes: tuple[str, ...] = ("averaged the experts",) if config.routing.experts > 1 else ()
     notes += ("folded LoRA and adapters into the MLP",) if config.tuned else ()
     model, classes = config.model.plain(), files.read_classes(path)
     data = config.data
-    return Source(path, "run", flat, model, classes, notes, config, data.crop, data.mean, data.std, saved.step)
+    return Source(path, "run", flat, model, classes, notes, config, data.crop, data.mean, data.std, saved.step, ema)
 
 
 def _table(model: ModelConfig, flat: Dict) -> np.ndarray:

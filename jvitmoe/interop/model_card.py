@@ -54,12 +54,13 @@ def write(source: Source, result: Mapping[str, Any], target: Target, remarks: Se
         *(f"- {remark}" for remark in remarks),
         "## Use\n\nIn this folder:\n\n" + target.use.format(epsilon=model.norm_epsilon),
         f"Inputs are float32 {layout}, `{_normalised(source)}` of 8-bit pixels, at exactly {size}. Outputs are logits."
-        + (f" Classes in order: {', '.join(classes)}." if 0 < len(classes) <= 100 else ""),
+        + (" Their classes in order are in `classes.json`" if classes else "")
+        + (f": {', '.join(classes)}." if 0 < len(classes) <= 100 else "." * bool(classes)),
         "## Check\n\n`sample.npz` contains test images (`images`, 8 bits), the model's `inputs` for them, their "
         "`labels` and the `logits` that JAX computed in float32.\n\n"
         f'```python\nimport numpy as np\n{torch}\nsample = np.load("sample.npz")\n'
         f'assert np.abs({target.check} - sample["logits"]).max() < 1e-4\n```',
-        f"## Accuracy\n\n{_accuracy(result, step)}",
+        f"## Accuracy\n\n{_accuracy(result, source)}",
         f"## Data\n\n`{data}`, trained on its training split"
         + (f" without {config.data.validation:,} images held out to choose on" if config.data.validation else "")
         + f". Licence of the data: {LICENCES.get(config.data.name.partition(':')[0], UNKNOWN)} "
@@ -78,14 +79,14 @@ def _normalised(source: Source) -> str:
     return f"(pixels / 255 - {mean}) / {std}"
 
 
-def _accuracy(result: Mapping[str, Any], step: int) -> str:
+def _accuracy(result: Mapping[str, Any], source: Source) -> str:
     if not result.get("rows"):
         return "Not tested. `python -m jvitmoe.evaluate --workdir …` measures it; export again to have it here."
     text = tables.markdown(results.result_rows(result))
     text += f"\nTest split, checkpoint at step {result['step']:,}, seed {result['seed']}: one run, no deviation known."
-    if result["step"] != step:
-        text += f" **The exported checkpoint is another one, at step {step:,}.**"
-    return text + " This export is the row `merged`, or `dense`."
+    if result["step"] != source.step:
+        text += f" **The exported checkpoint is another one, at step {source.step:,}.**"
+    return f"{text} This export is the row {'`EMA`' if source.ema else '`merged`, or `dense`'}."
 
 
 def _public_name(data: str) -> str:

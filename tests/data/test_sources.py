@@ -476,6 +476,25 @@ def test_an_archive_in_the_manual_folder_needs_no_network_and_its_set_obeys_the_
 
 
 @needs_tensorflow
+@needs_tensorflow
+def test_imagenet_is_prepared_without_a_network_from_the_archives_that_its_owner_downloaded(tmp_path, monkeypatch):
+    model = ModelConfig(image_size=32, channels=3, classes=1000)
+    monkeypatch.setattr(tfds, "_any_reachable", lambda urls: False)
+
+    def problem() -> str:
+        with pytest.raises(DataError) as error:
+            load(DataConfig(name="imagenet2012", dir=str(tmp_path), crop="centre"), model)
+        return one_line(error)
+
+    manual = tmp_path / "downloads" / "manual"
+    archives = ("ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar")
+    assert f"put {', '.join(archives)} into {manual}" in problem()
+    manual.mkdir(parents=True)
+    for name in archives:
+        (manual / name).write_bytes(b"")
+    assert "cannot prepare imagenet2012" in problem()  # TFDS has opened them: they are empty
+
+
 @pytest.mark.parametrize("fault", ["checksum", "missing"])
 def test_a_preparation_that_fails_is_one_line_and_leaves_nothing_to_be_taken_for_a_set(tmp_path, monkeypatch, fault):
     (tmp_path / "web").mkdir()

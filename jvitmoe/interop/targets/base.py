@@ -91,6 +91,8 @@ class Target:
         )
         run = self.write(out, source, model)
         np.savez(out / "sample.npz", allow_pickle=False, **sample)
+        if source.classes:
+            files.write_text(out / files.CLASSES, json.dumps(source.classes) + "\n")
         counts = (1, len(sample["labels"]))
         apart = float(np.max([np.abs(run(sample["inputs"][:n]) - sample["logits"][:n]).max() for n in counts]))
         if not apart < CLOSE:

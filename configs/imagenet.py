@@ -1,18 +1,20 @@
-"""ViT-S/16 on ImageNet-1k with four experts per MLP, routed at random over the samples of each batch, then averaged.
+"""ViT-S/16 on ImageNet-1k.
 
-    python -m jvitmoe.train --config configs/imagenet_random.py --config.data.dir=/data/tfds
+    python -m jvitmoe.train --config configs/imagenet.py --config.data.dir=/data/tfds
+    python -m jvitmoe.train --config configs/imagenet.py:random --config.data.dir=/data/tfds
 
 Not trained here: no accuracy is claimed. Sizes and recipe are those the field uses for ViT-S/16 (arXiv 2205.01580 for
 pooling, positions, 90 epochs, batch 1024 and the peak learning rate; DeiT, arXiv 2012.12877, for decay, warm-up and
-smoothing), without their mixup and RandAugment; but experts have four times that rate, which is measured with Muon on
-CIFAR-10 only (docs/study.md, A). It streams `imagenet2012` as TFDS prepares it (ArrayRecord, 150 GB)
-and tests on its 50,000 validation images. On eight GPUs: scripts/launch_node.sh 8 and the command above.
+smoothing), without their mixup and RandAugment. In the random variant experts have four times that rate, which is
+measured with Muon on CIFAR-10 only (docs/study.md, A): if the loss rises, set --config.routing.learning_rate=1.
+It streams `imagenet2012` as TFDS prepares it (ArrayRecord, 150 GB) and tests on its 50,000 validation images; for an
+image folder, --config.data.name=folder (docs/multi_gpu.md). On eight GPUs: scripts/launch_node.sh 8 and the command.
 """
 
 from jvitmoe.config import Config, DataConfig, ModelConfig, OptimConfig, TrainConfig, routing_of
 
 
-def get_config() -> Config:
+def get_config(variant: str = "dense") -> Config:
     return Config(
         data=DataConfig(name="imagenet2012", stream=True, crop="resized", flip=True),
         model=ModelConfig(
@@ -27,7 +29,7 @@ def get_config() -> Config:
             pool="mean",
             positions="sincos2d",
         ),
-        routing=routing_of("random"),
+        routing=routing_of(variant),
         optim=OptimConfig(name="adamw", learning_rate=1e-3, weight_decay=0.05, warmup_epochs=5, clip_norm=1.0),
         train=TrainConfig(epochs=90, batch_size=1024, label_smoothing=0.1, log_every=50),
     )
