@@ -57,6 +57,7 @@ def cases(config: Config, only: Collection[str] = ()) -> dict[str, Config]:
             continue
         case = copy.deepcopy(config)
         case.data.stream, case.data.crop = False, "pad"  # the images are made up, on the devices
+        case.data.plain_last = case.train.distil_last = 0.0  # the last part of a run has another step
         case.routing = config_lib.RoutingConfig(init="shared", **values)
         if name == "top2":
             case.model.hidden //= 2
@@ -102,7 +103,10 @@ class Torch:
             answer = ""
         if not answer:
             raise UserError(f"the PyTorch peer ended; {NO_TORCH}")
-        return json.loads(answer)
+        try:
+            return json.loads(answer)
+        except ValueError as error:
+            raise UserError(f"the PyTorch peer printed {answer.strip()!r}; it must print numbers only") from error
 
 
 def main(argv: list[str]) -> None:

@@ -3,8 +3,9 @@
 #
 #   scripts/launch_node.sh 4 python -m jvitmoe.train --config configs/cifar10_random.py
 #
-# SIGTERM and SIGINT go to all of them. When one fails, so do the others; the first failure's code is returned.
+# SIGTERM, SIGINT and SIGHUP go to all of them. When one fails, so do the others; the first failure's code is returned.
 set -uo pipefail
+set -m # a process group for each child: Ctrl-C then reaches this script only, which passes it on once
 if [[ $# -lt 2 || ! $1 =~ ^[1-9][0-9]*$ ]]; then
     echo "usage: $0 PROCESSES COMMAND [FLAGS]" >&2
     exit 2
@@ -17,7 +18,7 @@ for ((i = 0; i < processes; i++)); do
     JAX_LOCAL_DEVICE_IDS=$i "$@" --coordinator="localhost:$port" --processes="$processes" --process="$i" &
     children+=($!)
 done
-trap 'kill -TERM "${children[@]}" 2>/dev/null' TERM
+trap 'kill -TERM "${children[@]}" 2>/dev/null' TERM HUP
 trap 'kill -INT "${children[@]}" 2>/dev/null' INT
 code=0
 for child in "${children[@]}"; do

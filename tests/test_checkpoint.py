@@ -19,11 +19,12 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from jax.experimental import multihost_utils
 
 from jvitmoe import config as config_lib
 from jvitmoe.config import Config, ModelConfig, RoutingConfig, TrainConfig
 from jvitmoe.experts import build
-from jvitmoe.runs.arrays import CheckpointError, checksums
+from jvitmoe.runs.arrays import CheckpointError, checksums, flatten
 from jvitmoe.runs.arrays import to_devices as place
 from jvitmoe.runs.checkpoint_writer import CheckpointWriter
 from jvitmoe.runs.checkpoints import Checkpoints, list_steps
@@ -56,6 +57,16 @@ def opened(folder, read_only=False, keep=1):
         yield checkpoints
     finally:
         checkpoints.close()
+
+
+def test_a_reader_on_its_own_waits_for_no_other_process(tmp_path, monkeypatch):
+    state, _ = make()
+    save_all(tmp_path, state, [1, 2])
+    for name in ("broadcast_one_to_all", "process_allgather", "sync_global_devices"):
+        monkeypatch.setattr(multihost_utils, name, lambda *_: pytest.fail("it waits for other processes"))
+    found = Checkpoints(tmp_path, shared=False).read("latest")
+    assert found.step == 2
+    chex.assert_trees_all_equal(found.params, flatten(jax.device_get(at(state, 2).params)))
 
 
 def restore(folder, abstract):

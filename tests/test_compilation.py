@@ -148,6 +148,7 @@ def test_a_second_start_finds_the_programs_of_the_first(tmp_path):
     assert folder == str(tmp_path / "jvitmoe" / "compiled")
     assert (tmp_path / "jvitmoe" / "compiled").stat().st_mode & 0o077 == 0
     assert first == 0
+    assert list(Path(folder).glob("*-cache"))
     assert start(XDG_CACHE_HOME=str(tmp_path))[1] > 0
 
 

@@ -4,6 +4,7 @@ Results are compared within 1e-6 and not bit for bit, because a sum over process
 order.
 """
 
+import os
 import shutil
 import signal
 import socket
@@ -86,6 +87,19 @@ def test_two_processes_of_the_node_launcher_take_up_the_run_of_one_and_stream_wh
     merged, other = rows(workdir)[0], rows(one)[0]
     assert merged["images"] == other["images"] == 360
     assert merged["nll"] == pytest.approx(other["nll"], abs=1e-6)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
+def test_a_signal_to_all_processes_of_a_terminal_reaches_those_of_the_launcher_once(experiment, tmp_path, number):
+    command = ["setsid", "scripts/launch_node.sh", "2", *processes.train(experiment, tmp_path / "run")]
+    launcher = processes.start(command)
+    wait_for_step(tmp_path / "run", 2, launcher)
+    os.killpg(launcher.process.pid, number)  # as Ctrl-C, or a terminal that closes, does
+    (ended,) = processes.collect([launcher])
+    assert ended.code > 128, ended
+    assert "stopped at step" in ended.out
+    assert "at once" not in ended.err
+    assert steps_saved(tmp_path / "run") == [len(losses(tmp_path / "run"))]
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import pty
+import select
 import shutil
 import signal
 import socket
@@ -23,10 +24,10 @@ import processes
 from jvitmoe import evaluate, train
 from jvitmoe.errors import UserError
 from jvitmoe.runs import lock
+from jvitmoe.runs.checkpoints import Checkpoints
 from processes import call, wait_for_output, wait_for_step
 from run_folders import (
     assert_same_run,
-    final_state,
     history,
     rows,
     saved,
@@ -87,7 +88,7 @@ with Stop() as stop:
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 @pytest.mark.parametrize("unsaved", [True, False])
 def test_a_second_signal_ends_it_at_once_and_so_does_the_first_where_there_is_nothing_to_save(number, unsaved):
     one = processes.start([*PYTHON, STOPS.format(unsaved=unsaved)])
@@ -123,17 +124,22 @@ def test_ctrl_c_under_the_progress_line_says_so_in_one_line_and_leaves_the_curso
     command = ["setsid", "--ctty", sys.executable, "-c", STOPS_ON_A_TERMINAL.format(unsaved=unsaved)]
     process = subprocess.Popen(command, stdin=end, stdout=end, stderr=end, env=ON_A_TERMINAL)
     os.close(end)
-    shown = b""
-    for awaited in [b"compiling", b"asked", None] if unsaved else [b"compiling", None]:
-        while awaited is None or awaited not in shown:
-            try:
-                shown += os.read(terminal, 4096)
-            except OSError:  # the end
-                break
-        if awaited:
-            os.write(terminal, b"\x03")
-    os.close(terminal)
-    assert process.wait(timeout=60) == 130
+    shown, deadline = b"", time.monotonic() + 60
+    try:
+        for awaited in [b"compiling", b"asked", None] if unsaved else [b"compiling", None]:
+            while awaited is None or awaited not in shown:
+                assert select.select([terminal], [], [], max(0.0, deadline - time.monotonic()))[0], shown
+                try:
+                    shown += os.read(terminal, 4096)
+                except OSError:  # the end
+                    break
+            if awaited:
+                os.write(terminal, b"\x03")
+        assert process.wait(timeout=60) == 130
+    finally:
+        process.kill()
+        process.wait()
+        os.close(terminal)
     assert b"?25h" in shown.rpartition(b"?25l")[2]
     last = "without saving the last steps" if unsaved else "with no step to save"
     assert shown.endswith(f"\r\nstopped at once by SIGINT, {last}; the same command goes on\r\n".encode())
@@ -225,18 +231,21 @@ def test_a_step_that_is_not_finite_is_skipped_counted_and_changes_nothing(tiny_c
     assert int(run.state.step) == 5
 
 
-def test_a_run_that_stays_sick_skips_up_to_its_limit_and_names_the_last_sound_checkpoint(experiment, tmp_path):
+def test_a_run_that_stays_sick_skips_up_to_its_limit_and_names_and_keeps_a_checkpoint_from_before(experiment, tmp_path):
+    """A warm-up of two steps begins at learning rate 0: the second update, after step 2, makes all numbers huge."""
     arguments = (
         "--config.optim.learning_rate=1e30",
+        f"--config.optim.warmup_epochs={2 / (1337 // 256)}",
         "--config.optim.skip_nonfinite=3",
         "--config.train.checkpoint_every=1",
+        "--config.train.keep=2",
     )
     ended = processes.run(processes.train(experiment, tmp_path / "run", *arguments))
-    one_error(ended, "it must be finite, but for 3 steps in a row; the last good checkpoint is step ")
+    one_error(ended, "it must be finite, but for 3 steps in a row; the last good checkpoint is step 1; ")
     assert ended.out.count(" skipped: ") == 3
-    named = int(ended.err.partition("checkpoint is step ")[2].partition(";")[0])
-    assert named == int(saved(tmp_path / "run")[-1].name)
-    assert int(final_state(tmp_path / "run").step) == named
+    assert [int(path.name) for path in saved(tmp_path / "run")] == [1, 2, 5]  # 2 is not known to be sick; 5 is
+    good = Checkpoints(tmp_path / "run" / "checkpoints").read("1")
+    assert max(abs(leaf).max() for leaf in good.params.values()) < 10
 
 
 # one writer

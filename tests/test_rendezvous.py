@@ -84,15 +84,19 @@ def talking(port):
 
     with socketserver.TCPServer(("127.0.0.1", port), Answer) as server:
         threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
-        yield
-        server.shutdown()
+        try:
+            yield
+        finally:
+            server.shutdown()
 
 
 @contextlib.contextmanager
 def coordinator(port):
     service = _jax.get_distributed_runtime_service(f"[::]:{port}", 1)
-    yield
-    service.shutdown()
+    try:
+        yield
+    finally:
+        service.shutdown()
 
 
 @pytest.mark.parametrize("other", [silent, talking, coordinator])

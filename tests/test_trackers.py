@@ -114,13 +114,13 @@ class Hanging(Broken):
 def test_a_tracker_that_fails_or_hangs_later_never_stops_a_run(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(trackers.TRACKERS, "broken", Broken)
     monkeypatch.setitem(trackers.TRACKERS, "hanging", Hanging)
-    monkeypatch.setattr(trackers, "CLOSE_SECONDS", 0.2)
+    monkeypatch.setattr(trackers, "CLOSE_SECONDS", 1.0)  # TensorBoard's thread needs some on a busy machine
     began = time.monotonic()
     follow(tmp_path / "a", ["broken", "hanging", "tensorboard"], 0, [1, 2, 3, 4])
     assert time.monotonic() - began < 5
     out = capsys.readouterr().out
     assert out.count("tracker broken failed (ConnectionError: the server is gone); the run goes on without it") == 1
-    assert out.count("tracker hanging did not end in 0.2 s") == 1
+    assert out.count("tracker hanging did not end in 1 s") == 1
     events = b"".join(path.read_bytes() for path in (tmp_path / "a" / "tb").iterdir())
     assert events.count(b"train/loss") == 4
 

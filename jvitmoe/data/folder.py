@@ -84,6 +84,7 @@ def _images_below(folder: Path) -> Iterator[Path]:
     """Yields the images of a folder and the folders in it. Raises OSError."""
     for entry in visible(folder):
         if entry.is_dir():
-            yield from _images_below(entry)
+            if not (entry.is_symlink() and folder.resolve().is_relative_to(entry.resolve())):  # a circle
+                yield from _images_below(entry)
         elif is_image(entry):
             yield entry

@@ -48,7 +48,10 @@ class HuggingFace(Source):
         if "train" not in splits:
             raise DataError(f"{self._name} has the splits {', '.join(splits)}; it must have train")
         image, label = (self._column(splits["train"].features, kind) for kind in ("image", "label"))
-        labels = {name: _labels(split[label]) for name, split in splits.items()}
+        try:
+            labels = {name: _labels(split[label]) for name, split in splits.items()}
+        except OverflowError as error:  # of uint64, such as a hash
+            raise self._no_label(label, max(filter(None, splits["train"][label]))) from error
         tests = [name for name in TESTS if name in splits and len(labels[name]) and labels[name].min() >= 0]
         if not tests or not len(labels["train"]) or labels["train"].min() < 0:
             raise DataError(
@@ -57,10 +60,7 @@ class HuggingFace(Source):
         names = getattr(splits["train"].features[label], "names", None)
         count, side = len(names) if names else int(labels["train"].max()) + 1, self.model.image_size
         if count > max(MOST_CLASSES, len(labels["train"])):
-            raise DataError(
-                f"column {label} of {self._name} has the value {count - 1}, which is no label; name another: "
-                f"hf:{self._name}?label=COLUMN"
-            )
+            raise self._no_label(label, count - 1)
         check_fit(self._name, (side, side, self.model.channels), count, self.model)
         if (most := max(labels[name].max() for name in ("train", tests[0]))) >= count:
             raise DataError(f"{self._name} has the label {most} but {count} classes; use another set")
@@ -113,6 +113,10 @@ class HuggingFace(Source):
             f"{self._name} {asked}has the columns {', '.join(features)}, of which {', '.join(found) or 'none'} can be "
             f"the {kind}; {rule}"
         )
+
+    def _no_label(self, column: str, value: int) -> DataError:
+        found = f"column {column} of {self._name} has the value {value}, which is no label"
+        return DataError(f"{found}; name another: hf:{self._name}?label=COLUMN")
 
     def _records(self, split: Any, name: str, image: str, labels_N: np.ndarray) -> Records:
         import datasets as hf

@@ -230,7 +230,8 @@ def _fit_positions(params: Dict, old: ModelConfig, new: ModelConfig, fresh: Dict
 
 
 def _read_run(path: Path, checkpoint: str, ema: bool) -> Source:
-    saved = Checkpoints(path / "checkpoints").read(checkpoint)
+    # Each process reads it on its own: one that cannot raises an error, and must not leave others waiting.
+    saved = Checkpoints(path / "checkpoints", shared=False).read(checkpoint)
     config = config_lib.from_dict(saved.meta["config"])
     if not ema:
         flat = weight_names.flatten(jax.device_get(models.dense_tree(config, weight_names.unflatten(saved.params))))

@@ -33,12 +33,13 @@ class CheckpointWriter(Checkpoints):
 
     Args:
         directory: made if absent.
-        keep: newest sound checkpoints kept; the sound one of least validation NLL is kept too.
+        keep: newest sound checkpoints kept, besides those of skipped steps; the newest of all and the sound one of
+            least validation NLL are kept too.
 
     Raises CheckpointError where the folder cannot be made or listed.
     """
 
-    def __init__(self, directory: Path, keep: int = 1) -> None:
+    def __init__(self, directory: Path, keep: int) -> None:
         super().__init__(directory)
         self._keep = keep
         self._writing: int | None = None  # the step that is being written
@@ -58,6 +59,8 @@ class CheckpointWriter(Checkpoints):
             if jax.process_index() == 0:
                 self._delete_remains()
             self._manager = ocp.CheckpointManager(self.directory, options=options, item_handlers=handlers)
+            # Its thread would ask JAX whether an older step is the last one, and reset what `processes.stops_at` asked.
+            self._manager.reached_preemption = lambda step: False
         except OSError as error:
             raise CheckpointError(f"{self.directory} cannot be used: {one_line(error)}; make it readable") from error
 
@@ -67,7 +70,14 @@ class CheckpointWriter(Checkpoints):
             self._delete_old()
         return restored
 
-    def save(self, state: State, config: Config, nll: float | None, files: Mapping[str, str] | None = None) -> None:
+    def save(
+        self,
+        state: State,
+        config: Config,
+        nll: float | None,
+        files: Mapping[str, str] | None = None,
+        skipped: int = 0,
+    ) -> None:
         """Starts to write the state; returns when the arrays are copied, so that they may be donated. First waits for
         the previous write, reads it back, and deletes what is no longer kept.
 
@@ -76,6 +86,7 @@ class CheckpointWriter(Checkpoints):
             config: the run's config, for commands that have only the folder.
             nll: validation NLL, to choose the best checkpoint; None without a validation split.
             files: name -> checksum of other files of the run folder at this step.
+            skipped: steps in a row up to this one that were skipped. Above 0 it replaces no other checkpoint.
 
         Raises CheckpointError when this write or the previous one fails, and when replicas of processes differ.
         """
@@ -92,6 +103,7 @@ class CheckpointWriter(Checkpoints):
             "versions": versions(),
             "dropout_bits": DROPOUT_BITS,
             "nll": nll,
+            "skipped": skipped,
             "files": dict(files or {}),
             "checksums": sums,
         }
@@ -165,13 +177,14 @@ class CheckpointWriter(Checkpoints):
         self._manager.reload()
 
     def _delete_old(self) -> None:
-        """Deletes the sound checkpoints that are neither the best nor among the newest. Damaged ones stay, because a
-        person may still need them."""
+        """Deletes the sound checkpoints that are neither the best nor among the newest; those of skipped steps count
+        only as the newest of all. Damaged ones stay, because a person may still need them."""
         steps = self.steps()
         if len(steps) <= self._keep:
             return
-        sound = [step for step in steps if self.check(step) is None]
-        for step in set(sound[: -self._keep]) - {self._best(sound)}:
+        sound: dict[int, Any] = {step: self._checked[step] for step in steps if self.check(step) is None}
+        trained = [step for step, meta in sound.items() if not meta.get("skipped")]  # older versions did not write it
+        for step in sound.keys() - {*trained[-self._keep :], max(sound, default=0), self._best(steps)}:
             del self._checked[step]
             if jax.process_index() == 0:
                 path = self.directory / str(step)

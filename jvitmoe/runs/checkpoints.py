@@ -71,16 +71,23 @@ class Saved(NamedTuple):
 
 
 class Checkpoints:
-    """The `checkpoints/` folder of a run, which this class only reads. All processes must call the same methods."""
+    """The `checkpoints/` folder of a run, which this class only reads.
 
-    def __init__(self, directory: Path) -> None:
-        self.directory = Path(directory).absolute()
+    Args:
+        directory: the folder.
+        shared: if all processes call the same methods, and agree on what they find; otherwise each is on its own.
+    """
+
+    def __init__(self, directory: Path, shared: bool = True) -> None:
+        self.directory, self._shared = directory.absolute(), shared
         self._checked: dict[int, Meta | str] = {}  # by step: meta of a sound checkpoint, or the fault of a damaged one
 
     def steps(self) -> list[int]:
         """Returns the steps of all checkpoints, sound or not, ascending; the same in all processes. Raises
         CheckpointError where the folder cannot be listed."""
         steps = list_steps(self.directory)
+        if not self._shared:
+            return steps
         count = int(multihost_utils.broadcast_one_to_all(np.int32(len(steps))))
         listed = np.resize(np.array(steps, np.int32), count)
         return np.asarray(multihost_utils.broadcast_one_to_all(listed)).tolist() if count else []
@@ -179,6 +186,8 @@ class Checkpoints:
             result, self._checked[step] = use(trees), meta
         except Exception as error:  # damage raises errors of any type
             self._checked[step] = one_line(error)
+        if not self._shared:
+            return result
         sound_P = multihost_utils.process_allgather(np.array(isinstance(self._checked[step], dict)))
         if isinstance(self._checked[step], dict) and not sound_P.all():
             self._checked[step] = f"process {int(np.argmin(sound_P))} cannot read it"

@@ -126,6 +126,11 @@ def wait() -> None:
         multihost_utils.sync_global_devices("jvitmoe")
 
 
+def of_first(value: bool) -> bool:
+    """Returns the value of process 0, in all processes: what they see on a disk may differ."""
+    return value if alone() else bool(multihost_utils.broadcast_one_to_all(np.array(value)))
+
+
 def together(work: Callable[[], T], what: str = "") -> T:
     """Returns the result of `work` when all processes have done it. If one raises UserError, all end.
 

@@ -1,4 +1,5 @@
-"""SIGTERM and SIGINT: the first lets the step end and the state be saved, the second ends the process at once."""
+"""SIGTERM, SIGINT and SIGHUP: the first lets the step end and the state be saved, the second ends the process at
+once."""
 
 import ctypes
 import os
@@ -8,7 +9,7 @@ from typing import Any
 
 from jvitmoe.runtime import heartbeat, processes
 
-STOPS = (signal.SIGTERM, signal.SIGINT)
+STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 class Stop:
@@ -29,7 +30,8 @@ class Stop:
     def __enter__(self) -> "Stop":
         self._read, self._write = os.pipe()
         os.set_blocking(self._write, False)
-        self._handlers_before = {number: signal.signal(number, lambda *_: None) for number in STOPS}
+        ignored = {signal.SIGHUP} if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else set()  # by nohup
+        self._handlers_before = {number: signal.signal(number, lambda *_: None) for number in {*STOPS} - ignored}
         self._fd_before = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
         self._thread = threading.Thread(target=self._listen, name="signals", daemon=True)
         self._thread.start()

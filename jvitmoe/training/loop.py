@@ -26,8 +26,9 @@ from jvitmoe.experts.routes import Purpose
 from jvitmoe.interop import load
 from jvitmoe.models import vit
 from jvitmoe.runs import history, results
+from jvitmoe.runs.arrays import CheckpointError
 from jvitmoe.runs.checkpoint_writer import CheckpointWriter
-from jvitmoe.runs.checkpoints import DROPOUT_BITS, Meta, list_steps
+from jvitmoe.runs.checkpoints import DROPOUT_BITS, Meta, list_steps, versions
 from jvitmoe.runs.console import console, warnings_as_lines
 from jvitmoe.runs.files import METRICS, RESULT
 from jvitmoe.runs.folder import check_shared, open_run_folder
@@ -76,7 +77,8 @@ def train(
     mesh = processes.together(lambda: devices.make_mesh(config.train))
     data = _load_data(config, mesh)
     model = processes.together(lambda: _make_model(config, mesh))
-    from_source = config.init.source and not list_steps(workdir / "checkpoints")  # a checkpoint includes the source
+    steps = processes.together(lambda: list_steps(workdir / "checkpoints"))
+    from_source = config.init.source and processes.of_first(not steps)  # a checkpoint includes the source
     dense, init_notes = processes.together(lambda: load.start(config)) if from_source else (None, [])
     cleanup.enter_context(processes.together(lambda: open_run_folder(workdir, config, data.classes, data.counts)))
     processes.together(lambda: check_shared(workdir))
@@ -89,7 +91,7 @@ def train(
     start, total = int(state.step), config.train.epochs * data.order.steps_per_epoch
     if start:
         _print_resumed(workdir, start, config, meta)
-    if start == total and (tested := _tested(workdir, total)):
+    if start == total and processes.of_first(bool(tested := _tested(workdir, total))):
         console.print("ended       the run was trained and tested before; jvitmoe.evaluate tests it again")
         if processes.first():
             results.show_models(workdir, tested)
@@ -184,9 +186,12 @@ def _print_setup(config: Config, model: vit.ViT, workdir: Path, mesh: Mesh, data
 
 
 def _print_resumed(workdir: Path, start: int, config: Config, meta: Meta) -> None:
-    """Prints the step that the run resumes from, a note if an older version drew other dropout masks, and a warning if
-    metrics.jsonl has lost lines since its save."""
+    """Prints the step that the run resumes from, notes on other versions, and a warning if metrics.jsonl has lost lines
+    since its save."""
     console.print(f"resuming    from step {start:,}")
+    installed, then = versions(), meta.get("versions", {})
+    if changed := [f"{n} {then[n]} (now {installed.get(n)})" for n in then if then[n] != installed.get(n)]:
+        console.print(f"note: this checkpoint was saved by {', '.join(changed)}")
     if config.model.dropout and meta.get("dropout_bits") != DROPOUT_BITS:
         console.print(
             "note: the version that saved this checkpoint drew other dropout masks; new ones are used from here"
@@ -293,22 +298,37 @@ class _Loop:
         self._checkpoints, self._evaluation, self._log = checkpoints, evaluation, log
         self._stop, self._watchdog = stop, watchdog
         self._unread: list[tuple[int, Metrics]] = []  # metrics that are still on the device
-        self._saved: int | None = None
+        self._saved = 0  # step of the newest checkpoint
+        self._in_a_row = 0  # steps that were skipped, up to the last one read
         self._slow = False
 
     def run(self, state: TrainState, batches: Iterator[Batch], train_step: step.TrainStep) -> TrainState:
-        """Returns the state after the last step. Exits with 128 + signal if a signal asks for it, the state saved."""
-        config, start = self._config.train, int(state.step)
-        self._saved = start or None
+        """Returns the state after the last step. Exits with 128 + signal if a signal asks for it, the state saved. An
+        error that is not one of the state, such as a picture that cannot be read, is raised after a save."""
+        self._state = state
+        try:
+            self._run_steps(batches, train_step)
+        except (TrainingError, CheckpointError):
+            raise
+        except UserError:
+            self._save_before_error()
+            raise
+        return self._state
+
+    def _run_steps(self, batches: Iterator[Batch], train_step: step.TrainStep) -> None:
+        config, start = self._config.train, int(self._state.step)
+        self._saved = start
         for done, (images, index_SB) in zip(range(start + 1, self._total + 1), batches, strict=True):
             if done == start + 1:
-                compiled = train_step.lower(state, images, index_SB).compile()  # apart, to time the first step alone
+                # Apart, to time the first step alone.
+                compiled = train_step.lower(self._state, images, index_SB).compile()
                 began = time.monotonic()
-            state, metrics = compiled(state, images, index_SB)
+            self._state, metrics = compiled(self._state, images, index_SB)
             devices.settle(self._mesh, metrics)
             if self._slow:  # with more than one step queued, progress and a stop would have to wait for all of them
                 jax.block_until_ready(self._unread)
-            if (done - 1) % config.log_every == 0 or self._log.is_due():
+            # By the clock only if this process is the only one: each has its own, and reading may end the run together.
+            if (done - 1) % config.log_every == 0 or (processes.alone() and self._log.is_due()):
                 self._read()  # reads the steps before this one, which runs meanwhile
             self._unread.append((done, metrics))
             if done == start + 1:
@@ -320,22 +340,30 @@ class _Loop:
             stop = self._stop.asked(done)
             evaluates = done == self._total or done % (config.eval_every * self._steps_per_epoch) == 0
             if stop or evaluates or (config.checkpoint_every and done % config.checkpoint_every == 0):
-                self._save(state, done, evaluates)
+                self._save(done, evaluates)
             if stop and done < self._total:
                 self._checkpoints.close()
                 _exit(done, stop)
-        return state
 
-    def _save(self, state: TrainState, done: int, evaluates: bool) -> None:
+    def _save_before_error(self) -> None:
+        """Saves the last step, if nothing prevents it. Other processes do not save now, so several save nothing."""
+        if not processes.alone() or not self._stop.unsaved or int(self._state.step) == self._saved:
+            return
+        with contextlib.suppress(UserError):
+            self._read()
+            self._checkpoints.save(self._state, self._config, None, self._log.sync(), self._in_a_row)
+            self._checkpoints.close()
+
+    def _save(self, done: int, evaluates: bool) -> None:
         """Saves a checkpoint, after an evaluation if asked for."""
         self._read()
         began, nll = time.monotonic(), None
         if evaluates:
-            result, watched = self._evaluation.watch(state), self._evaluation.watched
+            result, watched = self._evaluation.watch(self._state), self._evaluation.watched
             self._log.evaluation(done, watched, {"accuracy": result.accuracy, "nll": result.nll})
             nll = result.nll if watched == "validation" else None
         self._watchdog.progress(f"the evaluation at step {done}")
-        self._checkpoints.save(state, self._config, nll, self._log.sync())
+        self._checkpoints.save(self._state, self._config, nll, self._log.sync(), self._in_a_row)
         self._saved = done
         self._log.paused(time.monotonic() - began)
 
@@ -360,14 +388,17 @@ class _Loop:
         numbers = [(name, float(getattr(values, name))) for name in ("loss", "grad_norm")]
         nonfinite = [(name, value) for name, value in numbers if not math.isfinite(value)]
         if not nonfinite:
+            self._in_a_row = 0
             return
         (name, value), limit = nonfinite[0], self._config.optim.skip_nonfinite
-        in_a_row = int(values.skipped.in_a_row) if values.skipped else 1
-        if in_a_row <= limit:
+        self._in_a_row = int(values.skipped.in_a_row) if values.skipped else 1
+        if self._in_a_row <= limit:
             console.print(f"warning: step {done} skipped: {name} is {value}")
             return
         self._checkpoints.close()  # waits for the last save and reads it back, so that the step it names is sound
-        good = f"the last good checkpoint is step {self._saved}" if self._saved else "no checkpoint was saved yet"
+        # Whether the parameters of a checkpoint are good shows in the loss of the step that follows it.
+        steps = [saved for saved in self._checkpoints.steps() if saved < done - self._in_a_row]
+        good = f"the last good checkpoint is step {steps[-1]}" if steps else "no good checkpoint was saved yet"
         rule = f"it must be finite, but for {limit} steps in a row" if limit else "it must be finite"
         raise TrainingError(
             f"{name} is {value} at step {done}; {rule}; {good}; "

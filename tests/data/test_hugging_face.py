@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from jvitmoe.config import DataConfig, ModelConfig
-from jvitmoe.data import datasets
+from jvitmoe.data import datasets, hugging_face
 from jvitmoe.data.images import DataError
 from jvitmoe.data.splits import Split
 
@@ -111,6 +111,13 @@ def test_a_column_of_ids_is_not_taken_for_labels(tmp_path, number):
     root = write_parquet(tmp_path / "set", identity=(hf.Value("int64"), number))
     with pytest.raises(DataError, match=f"column identity of .* has the value {number}, which is no label; name anoth"):
         load(root, "?label=identity")
+
+
+def test_a_column_of_hashes_is_not_taken_for_labels(tmp_path, monkeypatch):
+    labels_of = hugging_face._labels
+    monkeypatch.setattr(hugging_face, "_labels", lambda values: labels_of([*values, 2**63]))
+    with pytest.raises(DataError, match=r"column label of .*, which is no label; name another"):
+        load(write_parquet(tmp_path / "set"))
 
 
 @pytest.mark.parametrize(

@@ -237,6 +237,26 @@ def test_images_in_folders_of_a_class_folder_are_of_that_class(tmp_path):
     np.testing.assert_array_equal(folder(tmp_path).train.labels_N, plain.train.labels_N)
 
 
+def test_links_to_the_folders_around_them_are_not_followed_in_a_circle(tmp_path):
+    write_folder(tmp_path)
+    for name in (".", "..", "../..", str(tmp_path / "train")):
+        (tmp_path / "train" / "dog" / f"link{len(name)}").symlink_to(name)
+    outside = mkdir(tmp_path / "outside")
+    shutil.copy(tmp_path / "train" / "dog" / "003.png", outside / "other.png")
+    assert len(folder(tmp_path).train) == 6
+    (tmp_path / "train" / "dog" / "more").symlink_to(outside)
+    assert len(folder(tmp_path).train) == 7
+
+
+def test_a_test_folder_without_classes_gives_way_to_the_validation_folder(tmp_path):
+    pixels = write_folder(tmp_path, parts=("train", "val"))
+    shutil.copytree(tmp_path / "val" / "dog", tmp_path / "test")  # as ImageNet's, which has no labels
+    np.testing.assert_array_equal(folder(tmp_path).test.images_NHWc, pixels[1])
+    shutil.rmtree(tmp_path / "val")
+    with pytest.raises(DataError, match="/test holds no class folders"):
+        folder(tmp_path)
+
+
 def test_other_files_and_hidden_folders_in_an_image_folder_are_left_alone(tmp_path):
     write_folder(tmp_path)
     for place in ("train", "train/dog"):
@@ -409,11 +429,13 @@ def server(folder: Path):
             asked.append(self.path)
 
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Handler, directory=folder)) as httpd:
-        thread = threading.Thread(target=httpd.serve_forever)
+        thread = threading.Thread(target=httpd.serve_forever, args=(0.05,))
         thread.start()
-        yield f"http://127.0.0.1:{httpd.server_address[1]}", asked
-        httpd.shutdown()
-        thread.join()
+        try:
+            yield f"http://127.0.0.1:{httpd.server_address[1]}", asked
+        finally:
+            httpd.shutdown()
+            thread.join()
 
 
 def assert_holds(dataset: splits.Dataset, labels: dict[bytes, int]) -> None:

@@ -30,6 +30,7 @@ from jvitmoe.experts import routes
 from jvitmoe.experts.routes import Purpose
 from jvitmoe.runtime.devices import make_mesh
 from processes import call
+from run_folders import assert_same_run
 
 pytestmark = pytest.mark.slow
 
@@ -257,6 +258,32 @@ def test_a_damaged_picture_ends_the_run_in_one_line_that_names_it(tmp_path, monk
     assert code == 2
     assert err.count("\n") == 1
     assert f"{damaged} cannot be read as an image" in err
+
+
+def test_a_picture_that_cannot_be_read_for_a_while_costs_no_step(tmp_path, monkeypatch):
+    write_pictures(tmp_path / "set", per_class=6)
+    settings = (*TINY, "model.classes=2", "data.name=folder", f"data.dir={tmp_path / 'set'}", "data.stream=True")
+    settings += ("train.batch_size=4", "train.epochs=2", "train.log_every=1")
+    command = ["--config=configs/digits_dense.py", *flags(*settings, "data.crop=resized")]
+    monkeypatch.chdir(CONFIGS.parent)
+    code, _, err = call(train.main, *command, f"--workdir={tmp_path / 'whole'}")
+    assert code == 0, err
+    config = config_lib.loads((tmp_path / "whole" / "config.json").read_text(), "config.json")
+    key = routes.address(jax.random.key(config.train.seed), routes.Purpose.ORDER)
+    order = TrainOrder(12, 4, key, make_mesh(config.train), config.slots)
+    files = sorted((tmp_path / "set" / "train").glob("*/*"))
+    last = files[order.on_host(0)[2, 0]]  # seen at step 3
+    content = last.read_bytes()
+    last.write_bytes(content[:100])
+    code, _, err = call(train.main, *command, f"--workdir={tmp_path / 'run'}")
+    assert (code, err.count("\n")) == (2, 1)
+    assert f"{last} cannot be read" in err
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["2"]
+    last.write_bytes(content)
+    code, out, err = call(train.main, *command, f"--workdir={tmp_path / 'run'}")
+    assert code == 0, err
+    assert "resuming    from step 2" in out
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
 
 
 def test_without_resizing_a_picture_of_another_size_is_refused_with_the_remedy(tmp_path, tiny_config):
