@@ -32,12 +32,12 @@ ALL_REDUCE = (
     ],
 )
 def test_bytes_are_counted_where_several_devices_reduce(groups, total):
-    assert compilation.reduced_bytes(f"ROOT {ALL_REDUCE.replace('GROUPS', groups)}\n") == total
+    assert sum(compilation.reduced_sizes(f"ROOT {ALL_REDUCE.replace('GROUPS', groups)}\n")) == total
 
 
 def test_a_program_with_another_collective_has_no_such_count():
     with pytest.raises(ValueError, match="all-gather"):
-        compilation.reduced_bytes("%a = f32[2]{0} all-gather(%b), replica_groups=[1,2]<=[2]")
+        compilation.reduced_sizes("%a = f32[2]{0} all-gather(%b), replica_groups=[1,2]<=[2]")
 
 
 @pytest.fixture(params=["amx_bf16", "avx512_bf16"])

@@ -13,9 +13,9 @@ from jvitmoe.errors import ConfigError
 from jvitmoe.evaluation.metrics import make_evaluate
 from jvitmoe.experts import build, cost, slices
 from jvitmoe.models import vit
-from jvitmoe.runtime.compilation import for_reading, reduced_bytes
+from jvitmoe.runtime.compilation import for_reading, reduced_sizes
 from jvitmoe.runtime.devices import EXPERT, make_mesh
-from jvitmoe.training import loop, state, step, update
+from jvitmoe.training import communication, loop, state, step
 from jvitmoe.training.plan import StepPlan
 
 pytestmark = pytest.mark.slow
@@ -155,9 +155,9 @@ def test_an_expert_axis_reduces_the_trunk_and_means_of_experts_and_moves_no_imag
     trunk, experts = slices.split(given.params, slices.stacked(given.params))
     size = cost.tree_size(trunk) + cost.tree_size(experts) // 4 * (bool(pull) + bool(ema))
     # Every gradient of the trunk, the loss and the accuracy; and the sum of squares of the experts' part of the norm.
-    assert 4 * (size + 2) <= reduced_bytes(text) <= 4 * (size + 2 + 8)
+    assert 4 * (size + 2) <= sum(reduced_sizes(text)) <= 4 * (size + 2 + 8)
     plan = StepPlan(config, model, mesh, order.steps_per_epoch)
-    assert [update.reduced_bytes(plan)(done) for done in range(4)] == [0, 4 * size, 8 * size, 12 * size]
+    assert [communication.bytes_reduced(plan)(done) for done in range(4)] == [0, 4 * size, 8 * size, 12 * size]
 
 
 @pytest.mark.parametrize(

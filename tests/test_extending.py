@@ -21,7 +21,7 @@ from jvitmoe.models import vit
 from jvitmoe.models.routers import ROUTERS, find
 from jvitmoe.models.routers.dispatch import Router, RouterSettings, fill_slots
 from jvitmoe.models.routers.dispatch import statistics as statistics_of
-from jvitmoe.training import gradients, optimizer, state
+from jvitmoe.training import losses, optimizer, state
 from jvitmoe.training.update import PULL_SCHEDULES, directions
 
 pytestmark = pytest.mark.slow
@@ -77,7 +77,7 @@ def test_a_router_that_is_unknown_or_breaks_its_rule_is_refused(tiny_config, rou
 def test_the_choices_of_a_setting_are_the_names_of_its_registry():
     choices = {path: field.metadata["choices"] for path, field in config_lib.SETTINGS.items()}
     assert choices["routing.pull_schedule"] == tuple(PULL_SCHEDULES)
-    assert choices["routing.consistency_loss"] == tuple(gradients.CONSISTENCY_LOSSES)
+    assert choices["routing.consistency_loss"] == tuple(losses.CONSISTENCY_LOSSES)
 
 
 def test_each_router_says_how_many_experts_a_token_passes_through():

@@ -14,7 +14,7 @@ from jvitmoe.experts import build, cost, merge, routes, slices
 from jvitmoe.experts.routes import Purpose
 from jvitmoe.models import routers, vit
 from jvitmoe.runtime.devices import make_mesh
-from jvitmoe.training import gradients, step, update
+from jvitmoe.training import communication, gradients, losses, step, update
 from jvitmoe.training.plan import StepPlan
 from jvitmoe.training.state import make_state
 
@@ -163,7 +163,7 @@ def test_intervals_between_pulls_grow_as_the_learning_rate_falls():
 def test_consistency_of_equal_logits_costs_nothing_and_equals_the_formula_otherwise():
     rng = np.random.default_rng(0)
     p, q = rng.normal(size=(2, 5, 4))
-    assert gradients.consistency(p, p, True) == 0
+    assert losses.consistency(p, p, True) == 0
 
     def log_softmax(x):
         return x - np.log(np.exp(x).sum(-1, keepdims=True))
@@ -171,9 +171,9 @@ def test_consistency_of_equal_logits_costs_nothing_and_equals_the_formula_otherw
     log_p, log_q = log_softmax(p), log_softmax(q)
     wanted = 0.5 * ((np.exp(log_q) * (log_q - log_p)).sum(-1) + (np.exp(log_p) * (log_p - log_q)).sum(-1)).mean()
     for stop in (True, False):
-        np.testing.assert_allclose(gradients.consistency(p, q, stop), wanted, rtol=1e-5)
+        np.testing.assert_allclose(losses.consistency(p, q, stop), wanted, rtol=1e-5)
     # AdaMix's form moves p toward q only as far as KL(q || p) asks: its slope is (p - q) / 2 per image.
-    slope = jax.grad(lambda x: gradients.consistency(x, jnp.asarray(q), True))(jnp.asarray(p))
+    slope = jax.grad(lambda x: losses.consistency(x, jnp.asarray(q), True))(jnp.asarray(p))
     np.testing.assert_allclose(slope, 0.5 * (np.exp(log_p) - np.exp(log_q)) / 5, rtol=1e-4, atol=1e-6)
 
 
@@ -194,7 +194,7 @@ def test_the_bytes_of_pulls_are_counted(routed):
     config = Config(train=TrainConfig(epochs=10), optim=OptimConfig(warmup_epochs=1))
     config.routing = RoutingConfig(experts=4, granularity="sample", **routed)
     plan = make_plan(config, 3)
-    count = update.reduced_bytes(plan)
+    count = communication.bytes_reduced(plan)
     found = np.diff([count(done) for done in range(plan.total + 1)])
     pulled = pulls_of(config, 3) > 0 if routed else np.zeros(plan.total, bool)
     trunk, experts = slices.split(vit.shapes(plan.model), slices.stacked(vit.shapes(plan.model)))
@@ -209,7 +209,7 @@ def test_cosub_equals_its_formula():
     config = Config(routing=RoutingConfig(experts=2, consistency=0.5, consistency_loss="cosub"))
 
     def loss(p, q):
-        return gradients.classification_loss(make_plan(config), [p, q], jnp.asarray(y))
+        return losses.classification_loss(make_plan(config), [p, q], jnp.asarray(y))
 
     def log_softmax(x):
         return x - np.log(np.exp(x).sum(-1, keepdims=True))
@@ -264,7 +264,7 @@ def test_two_passes_give_the_gradients_of_the_whole_stack(tiny_config, training)
     def loss_fn(params):
         p, q = (vit.logits(run.model, params, x, route) for route in (first, second))
         ce = sum(optax.softmax_cross_entropy_with_integer_labels(logits, labels_B).mean() for logits in (p, q))
-        return ce + 2.0 * gradients.consistency(p, q, False)
+        return ce + 2.0 * losses.consistency(p, q, False)
 
     loss, grads = jax.jit(jax.value_and_grad(loss_fn))(before.params)
     np.testing.assert_allclose(run.metrics[0].loss, loss, rtol=1e-6)
@@ -292,7 +292,7 @@ def test_a_dense_model_s_two_passes_differ_in_what_they_drop(tiny_config, traini
     assert jnp.abs(p - q).max() > 1e-3
     wanted = sum(optax.softmax_cross_entropy_with_integer_labels(logits, labels_B).mean() for logits in (p, q))
     if form == "thor":
-        wanted += weight * gradients.consistency(p, q, False)
+        wanted += weight * losses.consistency(p, q, False)
     else:  # the other pass is the target as often as the label
         wanted += sum(optax.softmax_cross_entropy(x, jax.nn.softmax(y)).mean() for x, y in ((p, q), (q, p)))
         wanted /= 4

@@ -86,6 +86,6 @@ def distinct_route(key: jax.Array, route: jax.Array, routing: RoutingConfig) -> 
     return (route + shift) % routing.experts
 
 
-def constant_route(expert: int, depth: int) -> jax.Array:
+def constant_route(expert: int | jax.Array, depth: int) -> jax.Array:
     """Returns route_L of the path with the same expert in every layer."""
     return jnp.full((depth,), expert, jnp.int32)

@@ -79,14 +79,9 @@ def use_cache() -> None:
     jax.config.update("jax_compilation_cache_dir", str(folder))
 
 
-def reduced_bytes(text: str) -> int:
-    """Returns the input bytes, on one device, of all all-reduces over several devices in a compiled program's HLO text.
-    Raises ValueError if there is any other collective."""
-    return sum(reduced_sizes(text))
-
-
 def reduced_sizes(text: str) -> list[int]:
-    """As `reduced_bytes`, for each array that is reduced."""
+    """Returns the bytes, on one device, of each array that an all-reduce over several devices takes, from a compiled
+    program's HLO text. Raises ValueError if there is any other collective."""
     if other := re.search(r" (all-gather|all-to-all|reduce-scatter|collective-permute)(-start)?\(", text):
         raise ValueError(f"the program holds an {other[1]}")
     sizes = []

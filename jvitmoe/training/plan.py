@@ -48,7 +48,7 @@ class StepPlan:
         return self.config.slots > 1 or self.config.routes_in_model
 
     @property
-    def images_move(self) -> bool:
+    def sorts_images(self) -> bool:
         """True if the images are sorted by expert before the first layer. If all layers have the same route, this
         replaces gathering the weights in each layer."""
         routed = self.config.routing
@@ -63,7 +63,7 @@ class StepPlan:
         return self.mesh.shape[EXPERT]
 
     @property
-    def net(self) -> vit.ViT:
+    def local_model(self) -> vit.ViT:
         """The model of one device: with its share of all experts, or with the selected expert of each pass."""
         experts = self.model.experts // self.expert_devices if self.all_run else min(self.passes, self.model.experts)
         return self.model if experts == self.model.experts else self.model.clone(experts=experts)
