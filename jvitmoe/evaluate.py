@@ -60,8 +60,9 @@ class _Restored(NamedTuple):
 def _evaluate(values: flags.FlagValues, workdir: Path) -> None:
     # Not above: these import JAX and matplotlib, and --help need not wait for that.
     from jvitmoe.data import stream
-    from jvitmoe.data.batches import eval_batches, put
+    from jvitmoe.data.batches import eval_batches, on_devices
     from jvitmoe.evaluation import mergeability, metrics, models, probes
+    from jvitmoe.experts import build
     from jvitmoe.runs import plots
 
     config, step, mesh, model, params, ema, trained_with = _restore(values, workdir)
@@ -71,7 +72,7 @@ def _evaluate(values: flags.FlagValues, workdir: Path) -> None:
     earlier = results.read_result(workdir)  # holds what only training can measure
     result: dict[str, Any] = {}
     if values.few_shot or values.knn:  # first, because they refuse more images than there are
-        trees = {"dense" if config.routing.experts == 1 else "merged": models.dense_tree(config, params)}
+        trees = {"dense" if config.routing.experts == 1 else "merged": build.dense_tree(config, params)}
         trees |= {"EMA": ema} if ema is not None else {}
         settings = probe_config, mesh, values.few_shot, values.knn
         result["probes"] = probes.measure(evaluate.net, trees, probed, *settings)
@@ -79,7 +80,7 @@ def _evaluate(values: flags.FlagValues, workdir: Path) -> None:
     if config.routing.experts > 1:
         few = _some(data.test, mergeability.IMAGES, config)
         batches = eval_batches(len(few), config.train.batch_size, mesh)
-        result["mergeability"] = mergeability.measure(config, params, evaluate, put(few, mesh), batches)
+        result["mergeability"] = mergeability.measure(config, params, evaluate, on_devices(few, mesh), batches)
     result |= models.facts(config, step, mesh) | {
         "images_per_second": earlier.get("images_per_second"),
         "trained_on": earlier.get("trained_on") or earlier.get("hardware"),
@@ -87,7 +88,7 @@ def _evaluate(values: flags.FlagValues, workdir: Path) -> None:
     }
     if "mergeability" in result:
         plots.mergeability(result, workdir / files.MERGEABILITY)
-    _draw_samples(evaluate, models.dense_tree(config, params), _some(data.test, plots.MOST_SAMPLES, config), workdir)
+    _draw_samples(evaluate, build.dense_tree(config, params), _some(data.test, plots.MOST_SAMPLES, config), workdir)
     results.write_result(workdir, result, plots.confusion(result, workdir))
 
 

@@ -38,7 +38,7 @@ from jvitmoe.experts import build, routes
 from jvitmoe.experts.routes import Purpose
 from jvitmoe.runs import checkpoints, plots
 from jvitmoe.runtime import compilation, processes, rendezvous
-from jvitmoe.runtime.devices import AXES, describe, make_mesh
+from jvitmoe.runtime.devices import AXES, describe, make_mesh, to_devices
 from jvitmoe.training import step
 from jvitmoe.training.plan import StepPlan
 from jvitmoe.training.state import make_state
@@ -94,7 +94,7 @@ def program(config: Config, mesh: Mesh) -> tuple[Any, tuple[Any, ...]]:
     key = routes.address(jax.random.key(0), Purpose.ORDER)
     order = batches.TrainOrder(len(split), config.train.batch_size, key, mesh, config.slots)
     model = build.make_model(config, "cpu")
-    given = make_state(config, model, mesh), batches.put(split, mesh), order.epoch(0)
+    given = make_state(config, model, mesh), batches.on_devices(split, mesh), order.epoch(0)
     return step.make_train_step(StepPlan(config, model, mesh, order.steps_per_epoch)).lower(*given), given
 
 
@@ -108,7 +108,7 @@ def worker(values: flags.FlagValues) -> None:
     local = jax.make_mesh((1, 1), AXES, axis_types=(jax.sharding.AxisType.Auto,) * 2, devices=jax.local_devices())
 
     def say(**found: Any) -> None:
-        if processes.first():
+        if processes.is_first():
             print(RESULT + json.dumps({"processes": count, **found}), flush=True)
 
     if count > 1:
@@ -131,7 +131,7 @@ def worker(values: flags.FlagValues) -> None:
 def _sums(arrays: int, floats: int) -> Callable[[], Any]:
     mesh = make_mesh(TrainConfig(platform="cpu"))
     here = NamedSharding(mesh, PartitionSpec(AXES))
-    given = [batches.to_devices(np.ones((mesh.size, floats), np.float32), here)] * arrays
+    given = [to_devices(np.ones((mesh.size, floats), np.float32), here)] * arrays
 
     def on_device(parts: list[jax.Array]) -> list[jax.Array]:
         return [jax.lax.psum(part + number, AXES) for number, part in enumerate(parts)]

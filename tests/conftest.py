@@ -159,7 +159,7 @@ def training(tiny_split: Split) -> Callable[[Config], Training]:
         model = build.make_model(config, "cpu")
         train_step = make_train_step(StepPlan(config, model, mesh, order.steps_per_epoch))
         state = make_state(config, model, mesh)
-        return Training(config, mesh, model, batches.put(tiny_split, mesh), order, train_step, state)
+        return Training(config, mesh, model, batches.on_devices(tiny_split, mesh), order, train_step, state)
 
     return make
 

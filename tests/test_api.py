@@ -106,7 +106,7 @@ def test_an_interrupt_of_one_of_several_processes_tells_the_others_and_leaves_th
     libc.signal.restype, libc.signal.argtypes = ctypes.c_void_p, [ctypes.c_int, ctypes.c_void_p]
     handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(told.append)
     address = ctypes.cast(handler, ctypes.c_void_p).value
-    monkeypatch.setattr(signals.processes, "alone", lambda: False)
+    monkeypatch.setattr(signals.processes, "is_single", lambda: False)
     before = libc.signal(signal.SIGTERM, address)
     try:
         with api._Interrupts() as stop:

@@ -151,7 +151,7 @@ def test_an_expert_axis_reduces_the_trunk_and_means_of_experts_and_moves_no_imag
     order = batches.TrainOrder(len(tiny_split), 16, jax.random.key(0), mesh, config.slots)
     train_step = step.make_train_step(StepPlan(config, model, mesh, order.steps_per_epoch))
     given = state.abstract_state(config, model, mesh)
-    text = for_reading(train_step.lower(given, batches.put(tiny_split, mesh), order.epoch(0))).as_text()
+    text = for_reading(train_step.lower(given, batches.on_devices(tiny_split, mesh), order.epoch(0))).as_text()
     trunk, experts = slices.split(given.params, slices.stacked(given.params))
     size = cost.tree_size(trunk) + cost.tree_size(experts) // 4 * (bool(pull) + bool(ema))
     # Every gradient of the trunk, the loss and the accuracy; and the sum of squares of the experts' part of the norm.
@@ -192,7 +192,7 @@ def test_the_step_lowers_for_cuda_where_there_is_no_gpu(tiny_config, tiny_split,
     mesh = make_mesh(config.train)
     order = batches.TrainOrder(len(tiny_split), 8, jax.random.key(0), mesh)
     model = vit.build(config.model, 4, platform="gpu")
-    given = state.abstract_state(config, model, mesh), batches.put(tiny_split, mesh), order.epoch(0)
+    given = state.abstract_state(config, model, mesh), batches.on_devices(tiny_split, mesh), order.epoch(0)
     program = step.make_train_step(StepPlan(config, model, mesh, order.steps_per_epoch))
     text = program.trace(*given).lower(lowering_platforms=("cuda",)).as_text()
     products = re.findall(r"stablehlo.dot_general.*-> tensor<\S*x(\w+)>", text)

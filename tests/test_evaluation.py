@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jvitmoe.data.batches import eval_batches, put
+from jvitmoe.data.batches import eval_batches, on_devices
 from jvitmoe.data.splits import Split
 from jvitmoe.evaluation import models
 from jvitmoe.evaluation.metrics import Result, make_evaluate
@@ -78,7 +78,7 @@ def test_metrics_are_those_of_one_image_at_a_time_on_any_number_of_devices(
     config = tiny_config(train={"devices": devices}, routing={"experts": E})
     mesh = make_mesh(config.train)
     evaluate = make_evaluate(vit.build(config.model), mesh, config.data)
-    images, dense, params = put(split, mesh), params_of(1), params_of(E)
+    images, dense, params = on_devices(split, mesh), params_of(1), params_of(E)
     route_PL = models.path_routes(config, 1)
     p_PNC = [probabilities(merge.take_path(params, route_L)) for route_L in route_PL]
     slow = slowly(probabilities(dense), split.labels_N)
@@ -103,7 +103,7 @@ def test_top5_and_confusion_are_those_of_one_image_at_a_time(tiny_config, tiny_s
     split = Split(tiny_split.images_NHWc, rng.integers(0, classes, 26).astype(np.int32))
     images = jnp.asarray(split.images_NHWc / 127.5 - 1, jnp.float32)
     p_NC = np.asarray(jax.nn.softmax(vit.logits(net, params, images)), float)
-    found = make_evaluate(net, mesh, config.data)(params, put(split, mesh), eval_batches(26, 8, mesh))
+    found = make_evaluate(net, mesh, config.data)(params, on_devices(split, mesh), eval_batches(26, 8, mesh))
     slow = slowly(p_NC, split.labels_N)
     assert found == near(slow)
     assert [sum(row) for row in found.confusion] == np.bincount(split.labels_N, minlength=classes).tolist()
@@ -118,7 +118,7 @@ def test_no_confusion_is_counted_for_more_than_1000_classes(tiny_config, split):
     config = tiny_config(model={"classes": 1001})
     net, mesh = vit.build(config.model), make_mesh(config.train)
     evaluate, params = make_evaluate(net, mesh, config.data), vit.init(net, jax.random.key(0))
-    images, batches = put(split, mesh), eval_batches(26, 26, mesh)
+    images, batches = on_devices(split, mesh), eval_batches(26, 26, mesh)
     assert evaluate(params, images, batches).confusion == []
     (row,) = models.evaluate_run(config, params, None, evaluate, images, batches)
     assert "confusion" not in row
@@ -127,7 +127,7 @@ def test_no_confusion_is_counted_for_more_than_1000_classes(tiny_config, split):
 def test_progress_is_told_after_every_batch_of_every_model(tiny_config, split, params_of):
     config, told = tiny_config(routing={"experts": E}), []
     mesh = make_mesh(config.train)
-    images, batches = put(split, mesh), eval_batches(26, 8, mesh)
+    images, batches = on_devices(split, mesh), eval_batches(26, 8, mesh)
     evaluate = make_evaluate(vit.build(config.model), mesh, config.data, lambda: told.append(1))
     models.evaluate_run(config, params_of(E), params_of(1), evaluate, images, batches)
     assert len(told) == 3 * len(batches.index_SB)  # merged, EMA, and all paths
@@ -136,7 +136,7 @@ def test_progress_is_told_after_every_batch_of_every_model(tiny_config, split, p
 def test_an_ensemble_of_one_path_is_that_path(tiny_config, split, params_of):
     config = tiny_config(routing={"experts": E})
     mesh = make_mesh(config.train)
-    images, batches = put(split, mesh), eval_batches(26, 8, mesh)
+    images, batches = on_devices(split, mesh), eval_batches(26, 8, mesh)
     evaluate = make_evaluate(vit.build(config.model), mesh, config.data)
     (first, second, _), ensemble = evaluate.paths(params_of(E), models.path_routes(config, 0), 1, images, batches)
     assert ensemble == near(first)
@@ -148,11 +148,11 @@ def test_images_outside_the_batches_do_not_count(tiny_config, split, params_of, 
     config = tiny_config(train={"devices": 2})
     mesh = make_mesh(config.train)
     evaluate = make_evaluate(vit.build(config.model), mesh, config.data)
-    images, params = put(split, mesh), params_of(1)
+    images, params = on_devices(split, mesh), params_of(1)
     few = evaluate(params, images, eval_batches(count, 8, mesh))
     changed = split.images_NHWc.copy()
     changed[count:] = 255
-    images = put(Split(changed, split.labels_N), mesh)
+    images = on_devices(Split(changed, split.labels_N), mesh)
     assert few == evaluate(params, images, eval_batches(count, 8, mesh))
     assert few.images == count
 
@@ -163,7 +163,7 @@ def test_a_run_of_experts_is_tested_merged_per_expert_on_random_paths_and_as_an_
 ):
     config, params = tiny_config(routing={"experts": E}, train={"seed": 5}), params_of(E)
     mesh = make_mesh(config.train)
-    images, batches = put(split, mesh), eval_batches(26, 26, mesh)
+    images, batches = on_devices(split, mesh), eval_batches(26, 26, mesh)
     evaluate = make_evaluate(vit.build(config.model), mesh, config.data)
     rows = models.evaluate_run(config, params, params_of(1), evaluate, images, batches, paths)
     random = {0: [], 1: ["random path"], 4: ["4 random paths"]}[paths]
@@ -198,7 +198,7 @@ def test_a_run_of_experts_is_tested_merged_per_expert_on_random_paths_and_as_an_
 def test_equal_experts_make_every_path_and_the_ensemble_the_merged_model(tiny_config, split, params_of):
     config, dense = tiny_config(routing={"experts": E}), params_of(1)
     mesh = make_mesh(config.train)
-    images, batches = put(split, mesh), eval_batches(26, 26, mesh)
+    images, batches = on_devices(split, mesh), eval_batches(26, 26, mesh)
     evaluate = make_evaluate(vit.build(config.model), mesh, config.data)
     rows = models.evaluate_run(config, merge.upcycle(dense, params_of(E)), None, evaluate, images, batches, 3)
     merged = evaluate(dense, images, batches)
@@ -225,7 +225,9 @@ def test_a_dense_run_has_one_row(tiny_config, split, params_of):
     config = tiny_config()
     mesh = make_mesh(config.train)
     evaluate = make_evaluate(vit.build(config.model), mesh, config.data)
-    (row,) = models.evaluate_run(config, params_of(1), None, evaluate, put(split, mesh), eval_batches(26, 26, mesh), 8)
+    (row,) = models.evaluate_run(
+        config, params_of(1), None, evaluate, on_devices(split, mesh), eval_batches(26, 26, mesh), 8
+    )
     assert (row["model"], row["images"]) == ("dense", 26)
 
 

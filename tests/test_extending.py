@@ -10,9 +10,9 @@ import optax
 import pytest
 
 from jvitmoe import config as config_lib
-from jvitmoe.config import ModelConfig, OptimConfig
+from jvitmoe.config import Config, ModelConfig, OptimConfig
 from jvitmoe.data import augment, datasets
-from jvitmoe.data.batches import put
+from jvitmoe.data.batches import on_devices
 from jvitmoe.data.images import DataError
 from jvitmoe.data.splits import Dataset, Source, check_fit, in_memory
 from jvitmoe.errors import ConfigError
@@ -113,7 +113,7 @@ def test_a_data_source_is_a_class_and_a_line(tiny_config, tiny_split, training, 
     found, records = datasets.load(config.data, config.model), datasets.browse(config.data, config.model)
     assert (len(found.train), len(found.test), len(records.train)) == (26, 9, 26)
     run = training(config)
-    run.images = put(found.train, run.mesh)
+    run.images = on_devices(found.train, run.mesh)
     assert all(np.isfinite(metrics.loss) for metrics in run.run(2).metrics)
     with pytest.raises(DataError, match="toy has 3 classes"):
         datasets.load(config.data, ModelConfig())
@@ -179,7 +179,7 @@ def test_each_layer_is_a_leaf_of_its_own_to_an_optimiser_that_asks(tiny_config, 
 def test_adam_is_the_same_but_for_rounding_when_it_sees_each_layer_alone(tiny_config):
     params = vit.init(vit.build(tiny_config().model), jax.random.key(0))
     grads = jax.tree.map(jnp.sin, params)
-    whole = optimizer.direction(OptimConfig())
+    whole = optimizer.direction(Config())
     found = [jax.jit(tx.update)(grads, tx.init(params), params)[0] for tx in (whole, optimizer.per_layer(whole))]
     jax.tree.map(lambda a, b: np.testing.assert_array_max_ulp(a, b, 2), *jax.device_get(found))
 
@@ -189,4 +189,4 @@ def test_an_unknown_optimiser_is_refused_with_the_names_there_are():
         r"config\.optim\.name is 'adamv'; it must be one of 'adam', 'adamw', 'lion', 'muon'; did you mean 'adam.?'\?"
     )
     with pytest.raises(ConfigError, match=message):
-        optimizer.direction(OptimConfig(name="adamv"))
+        optimizer.direction(Config(optim=OptimConfig(name="adamv")))

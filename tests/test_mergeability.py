@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from jvitmoe.data import augment
-from jvitmoe.data.batches import eval_batches, put
+from jvitmoe.data.batches import eval_batches, on_devices
 from jvitmoe.evaluation import mergeability, metrics, models
 from jvitmoe.experts import merge
 from jvitmoe.models import mlp, vit
@@ -26,7 +26,7 @@ def setup(tiny_config, tiny_split):
         shapes = jax.eval_shape(lambda: vit.init(net, jax.random.key(0)))
         rng = np.random.default_rng(0)
         params = jax.tree.map(lambda x: jnp.asarray(0.5 * rng.normal(size=x.shape), x.dtype), shapes)
-        return net, params, put(tiny_split, mesh), eval_batches(26, 8, mesh)
+        return net, params, on_devices(tiny_split, mesh), eval_batches(26, 8, mesh)
 
     return make
 

@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from jvitmoe.config import OptimConfig
+from jvitmoe.config import Config, OptimConfig
 from jvitmoe.errors import ConfigError
 from jvitmoe.experts import build, cost, merge, slices
 from jvitmoe.models import vit
@@ -82,7 +82,7 @@ def test_the_direction_is_that_of_a_slow_numpy_adam(name):
     p = {"kernel": rng.normal(size=(3, 4)), "bias": rng.normal(size=4)}
     m, v = ({k: np.zeros_like(x) for k, x in p.items()} for _ in range(2))
     params = {k: jnp.asarray(x, jnp.float32) for k, x in p.items()}
-    tx = optimizer.direction(optim_config)
+    tx = optimizer.direction(Config(optim=optim_config))
     opt_state, update = tx.init(params), jax.jit(tx.update)
     for t in range(1, 7):
         grads = {k: rng.normal(size=x.shape) for k, x in p.items()}
@@ -105,7 +105,7 @@ def test_all_but_adam_decay_matrices_only(tiny_config, name):
     config = tiny_config(model={"head_hidden": 4}, routing={"experts": 2}).model
     shapes = jax.eval_shape(lambda: vit.init(vit.build(config, 2), jax.random.key(0)))
     params = jax.tree.map(lambda x: np.ones(x.shape, x.dtype), shapes)
-    tx = optimizer.direction(OptimConfig(name=name, weight_decay=0.25))
+    tx = optimizer.direction(Config(optim=OptimConfig(name=name, weight_decay=0.25)))
     direction = jax.jit(lambda p: tx.update(optax.tree.zeros_like(p), tx.init(p), p)[0])(params)
     seen = {"decayed": set(), "left": set()}
     for path, leaf in jax.tree_util.tree_leaves_with_path(direction):
@@ -143,7 +143,7 @@ def test_muon_is_optaxs_on_the_matrix_of_each_layer_and_expert_alone_and_adamw_o
     marks = slices.stacked(params)
 
     def directions(name):
-        tx = optimizer.direction(OptimConfig(name=name, **about))
+        tx = optimizer.direction(Config(optim=OptimConfig(name=name, **about)))
         opt_state, found = state.create(params, tx).opt_state, None
         move = jax.jit(lambda g, s: update.directions(tx, g, s, params, marks, all_run=True))
         for grads in grads_S:
@@ -172,7 +172,7 @@ def test_muon_makes_singular_values_about_equal_and_the_rms_of_an_update_0_2():
     for rows, columns in ((16, 16), (16, 64), (64, 16)):
         u, v = (np.linalg.qr(rng.normal(size=(n, 16)))[0] for n in (rows, columns))
         gradient = {"up": jnp.asarray(u * np.geomspace(0.1, 1, 16) @ v.T, jnp.float32)}
-        tx = optimizer.direction(OptimConfig(name="muon", weight_decay=0.0))
+        tx = optimizer.direction(Config(optim=OptimConfig(name="muon", weight_decay=0.0)))
         found = np.asarray(tx.update(gradient, tx.init(gradient), gradient)[0]["up"])
         # The band in which five Newton-Schulz iterations leave singular values (Jordan et al., "0.7 to 1.2").
         values = np.linalg.svd(found, compute_uv=False) / (0.2 * max(rows, columns) ** 0.5)
@@ -183,7 +183,7 @@ def test_muon_makes_singular_values_about_equal_and_the_rms_of_an_update_0_2():
 def test_lion_is_optaxs_with_decay_of_matrices():
     rng = np.random.default_rng(0)
     params = {"kernel": jnp.asarray(rng.normal(size=(3, 4)), jnp.float32), "bias": jnp.ones(4)}
-    ours = optimizer.direction(OptimConfig(name="lion", weight_decay=0.3, b1=0.8, b2=0.95))
+    ours = optimizer.direction(Config(optim=OptimConfig(name="lion", weight_decay=0.3, b1=0.8, b2=0.95)))
     theirs = optax.lion(-1.0, b1=0.8, b2=0.95, weight_decay=0.3, mask={"kernel": True, "bias": False})
     states = ours.init(params), theirs.init(params)
     for _ in range(4):

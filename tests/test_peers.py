@@ -18,7 +18,6 @@ from safetensors.numpy import load_file, save_file
 from jvitmoe import errors, export
 from jvitmoe.config import Config, ModelConfig, OptimConfig
 from jvitmoe.data import augment
-from jvitmoe.evaluation import models
 from jvitmoe.experts import build, slices
 from jvitmoe.interop import classifier, load, weight_names
 from jvitmoe.interop.targets import TARGETS, timm
@@ -119,7 +118,7 @@ def upcycled_and_merged(source: load.Source, experts: int) -> dict:
     dense, _ = load.start(config)
     state = make_state(config, build.make_model(config, "cpu"), mesh, dense)
     assert any(jax.tree.leaves(slices.stacked(state.params)))
-    return models.dense_tree(config, state.params)
+    return build.dense_tree(config, state.params)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -12,7 +12,7 @@ from PIL import Image
 from jvitmoe import evaluate
 from jvitmoe.config import Config, DataConfig
 from jvitmoe.data import datasets, stream
-from jvitmoe.data.batches import eval_batches, put
+from jvitmoe.data.batches import eval_batches, on_devices
 from jvitmoe.data.splits import Dataset, Source, Split, check_fit, in_memory
 from jvitmoe.errors import UserError
 from jvitmoe.evaluation import probes
@@ -56,7 +56,7 @@ def test_features_are_those_of_one_image_at_a_time_on_any_number_of_devices(tiny
     expected_ND = np.concatenate([vit.features(net, params, image[None]) for image in images_NHWc])
     extract, batches = probes.make_extract(net, DataConfig()), eval_batches(26, 8, mesh)
     streamed = stream.EvalImages(in_memory(tiny_split), batches, config, mesh)
-    for shown in (put(tiny_split, mesh), streamed):
+    for shown in (on_devices(tiny_split, mesh), streamed):
         features_ND, labels_N = extract(params, shown, batches)
         np.testing.assert_allclose(features_ND, expected_ND, rtol=1e-5, atol=1e-5)
         np.testing.assert_array_equal(labels_N, tiny_split.labels_N)

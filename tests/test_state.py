@@ -5,7 +5,7 @@ import numpy as np
 import optax
 import pytest
 
-from jvitmoe.config import OptimConfig
+from jvitmoe.config import Config, OptimConfig
 from jvitmoe.data import augment
 from jvitmoe.experts import build, merge, slices
 from jvitmoe.models import vit
@@ -26,7 +26,7 @@ def params(tiny_config):
 
 @pytest.mark.parametrize("name", optimizer.OPTIMIZERS)
 def test_an_experts_state_is_that_of_a_dense_optimiser_that_saw_only_its_steps(params, name):
-    tx = optimizer.direction(OptimConfig(name=name, weight_decay=0.1, eps=1e-3))
+    tx = optimizer.direction(Config(optim=OptimConfig(name=name, weight_decay=0.1, eps=1e-3)))
     marks = slices.stacked(params)
     now = state.create(params, tx)
     rng = np.random.default_rng(0)
@@ -65,14 +65,14 @@ def test_an_experts_state_is_that_of_a_dense_optimiser_that_saw_only_its_steps(p
 
 
 def test_what_is_taken_and_put_back_unchanged_changes_nothing(params):
-    before = state.create(params, optimizer.direction(OptimConfig()))
+    before = state.create(params, optimizer.direction(Config()))
     route_L = jnp.array([3, 1])
     after = state.put(before, state.take(before, route_L), route_L)
     chex.assert_trees_all_equal(after, before)
 
 
 def test_the_active_slice_is_the_dense_models_tree(params, tiny_config):
-    tx = optimizer.direction(OptimConfig())
+    tx = optimizer.direction(Config())
     dense = jax.eval_shape(lambda: vit.init(vit.build(tiny_config().model), jax.random.key(0)))
     active = state.take(state.create(params, tx), jnp.array([3, 1]))
     chex.assert_trees_all_equal_shapes_and_dtypes(active.params, dense)
@@ -86,7 +86,7 @@ def test_a_dense_model_has_no_expert_state(tiny_config):
         lambda x: jnp.zeros(x.shape),
         jax.eval_shape(lambda: vit.init(vit.build(tiny_config().model), jax.random.key(0))),
     )
-    assert state.create(dense, optimizer.direction(OptimConfig())).opt_state.experts is None
+    assert state.create(dense, optimizer.direction(Config())).opt_state.experts is None
 
 
 @pytest.mark.slow
@@ -130,7 +130,7 @@ def test_one_expert_trains_as_plain_optax_on_the_dense_model(tiny_config, traini
 def test_with_a_pattern_an_experts_count_of_steps_is_taken_and_put_with_its_parameters(tiny_config, pattern):
     config = tiny_config(model={"depth": 6}, routing={"experts": E, "scope": "layer", "pattern": pattern})
     model = build.make_model(config, "cpu")
-    made = jax.jit(lambda: state.create(vit.init(model, jax.random.key(0)), optimizer.make_direction(config)))()
+    made = jax.jit(lambda: state.create(vit.init(model, jax.random.key(0)), optimizer.direction(config)))()
     groups = 6 // len(pattern)
 
     def numbered(tree):

@@ -203,7 +203,7 @@ def compiled(tiny_config, tiny_split):
         )
         mesh = make_mesh(config.train)
         model = vit.build(config.model, experts)
-        images = batches.put(tiny_split, mesh)
+        images = batches.on_devices(tiny_split, mesh)
         order = batches.TrainOrder(len(tiny_split), 16, jax.random.key(0), mesh)
         train_step = step.make_train_step(StepPlan(config, model, mesh, order.steps_per_epoch))
         given = state.abstract_state(config, model, mesh)
@@ -234,7 +234,7 @@ def test_a_stack_of_one_expert_trains_exactly_as_the_dense_model(tiny_config, tr
     params = jax.tree.map_with_path(
         lambda path, x: np.array(x)[:, None] if path[-1].key in mlp else np.array(x), run.state.params
     )
-    tx = optimizer.direction(run.config.optim)
+    tx = optimizer.direction(run.config)
     one = jax.device_put(jax.jit(lambda p: state.create(p, tx))(params), NamedSharding(run.mesh, REPLICATED))
     assert sum(jax.tree.leaves(slices.stacked(one.params))) == 4
     run.run(4)

@@ -17,7 +17,6 @@ import pytest
 import jvitmoe
 from jvitmoe import config as config_lib
 from jvitmoe.config import Config
-from jvitmoe.evaluation import models
 from jvitmoe.experts import build, cost, merge
 from jvitmoe.interop import load
 from jvitmoe.models import adapters, vit
@@ -132,7 +131,7 @@ def test_training_moves_what_is_tuned_and_the_head_and_not_one_bit_more(tiny_con
     assert moved == tuned | {("head", "kernel"), ("head", "bias")}
     wanted = jax.eval_shape(lambda: vit.init(run.model.plain(), jax.random.key(0)))
     chex.assert_trees_all_equal_shapes(after.ema, wanted)
-    chex.assert_trees_all_equal_shapes(models.dense_tree(config, after.params), wanted)
+    chex.assert_trees_all_equal_shapes(build.dense_tree(config, after.params), wanted)
 
 
 def test_the_trained_parameters_are_counted_and_only_they_have_moments(start):

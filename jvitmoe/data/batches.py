@@ -15,6 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jvitmoe.data.splits import Split
 from jvitmoe.errors import ConfigError
+from jvitmoe.runtime.devices import DATA, REPLICATED, to_devices
 
 
 class Images(NamedTuple):
@@ -32,15 +33,10 @@ class Batches(NamedTuple):
     mask_SB: jax.Array  # bool
 
 
-def put(split: Split, mesh: Mesh) -> Images:
+def on_devices(split: Split, mesh: Mesh) -> Images:
     """Returns the split on every device of the mesh."""
-    sharding = NamedSharding(mesh, PartitionSpec())
+    sharding = NamedSharding(mesh, REPLICATED)
     return Images(to_devices(split.images_NHWc, sharding), to_devices(split.labels_N, sharding))
-
-
-def to_devices(array: np.ndarray, sharding: NamedSharding) -> jax.Array:
-    """Returns the array on the devices. Every process must hold all of it; each copies its own shards."""
-    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
 
 class TrainOrder:
@@ -54,7 +50,7 @@ class TrainOrder:
     def __init__(self, count: int, batch_size: int, key: jax.Array, mesh: Mesh, slots: int = 1, parts: int = 1) -> None:
         divisor, rule = mesh.size, f"{mesh.size} devices"
         if slots > 1:
-            divisor, rule = mesh.shape["data"] * slots, f"{mesh.shape['data']} data devices x {slots} experts"
+            divisor, rule = mesh.shape[DATA] * slots, f"{mesh.shape[DATA]} data devices x {slots} experts"
         if parts > 1:
             divisor, rule = divisor * parts, f"{rule} x {parts} parts of train.accumulate"
         if batch_size % divisor:
@@ -71,7 +67,7 @@ class TrainOrder:
 
         self._lock, self._on_host = threading.Lock(), functools.lru_cache(maxsize=2)(self._draw_on_host)
         self._mesh, self._draw = mesh, jax.jit(order)
-        self._order = jax.jit(order, out_shardings=NamedSharding(mesh, PartitionSpec()))
+        self._order = jax.jit(order, out_shardings=NamedSharding(mesh, REPLICATED))
 
     def epoch(self, number: int) -> jax.Array:
         """Returns index_SB of an epoch, on every device. It is a pure function of (seed, epoch)."""

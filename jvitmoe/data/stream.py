@@ -17,8 +17,9 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jvitmoe.config import Config
-from jvitmoe.data.batches import Batches, Images, TrainOrder, eval_batches, put
+from jvitmoe.data.batches import Batches, Images, TrainOrder, eval_batches, on_devices
 from jvitmoe.data.splits import Records, Split, read_pixels
+from jvitmoe.runtime.devices import BY_DATA
 
 AHEAD = 2  # batches that wait on the devices; as many wait decoded on the host
 CROP = 0x43726F70  # distinguishes these random numbers from others that depend on (seed, step, row)
@@ -36,14 +37,14 @@ def train_batches(
         picture, label = records[order.on_host(epoch)[step_of_epoch, row]]
         return read_pixels(picture, config.data, config.model, (CROP, *seed, step, row)), np.int32(label)
 
-    sharding = NamedSharding(mesh, PartitionSpec("data"))
+    sharding = NamedSharding(mesh, BY_DATA)
     return _batches(read, range(start, total), config.train.batch_size, sharding)
 
 
 def eval_images(split: Split | Records, config: Config, mesh: Mesh) -> "tuple[Images | EvalImages, Batches]":
     """Returns (images, batches) to evaluate a split: whole on the devices, or read from disk batch by batch."""
     batches = eval_batches(len(split), config.train.batch_size, mesh)
-    images = put(split, mesh) if isinstance(split, Split) else EvalImages(split, batches, config, mesh)
+    images = on_devices(split, mesh) if isinstance(split, Split) else EvalImages(split, batches, config, mesh)
     return images, batches
 
 

@@ -14,10 +14,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jvitmoe.config import DataConfig
 from jvitmoe.data import augment
-from jvitmoe.data.batches import Batches, Images, to_devices
+from jvitmoe.data.batches import Batches, Images
 from jvitmoe.experts import merge
 from jvitmoe.models import vit
-from jvitmoe.runtime.devices import AXES, REPLICATED, settle
+from jvitmoe.runtime.devices import AXES, REPLICATED, settle, to_devices
 
 Shown = Images | Iterable[Images]  # a whole split on the devices, or its batches one after the other
 BINS = 15  # M, as in Guo et al., arXiv 1706.04599

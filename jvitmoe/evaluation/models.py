@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 from jvitmoe.config import Config
 from jvitmoe.data.batches import Batches
 from jvitmoe.evaluation.metrics import Evaluator, Result, Shown
-from jvitmoe.experts import merge, routes
+from jvitmoe.experts import build, merge, routes
 from jvitmoe.experts.cost import count_parameters, flops_per_image, tree_size
 from jvitmoe.experts.routes import Purpose
 from jvitmoe.runs.checkpoints import versions
@@ -35,7 +35,7 @@ def evaluate_main(config: Config, params: Any, evaluate: Evaluator, split: Shown
     """Returns the Result of a run's main model: with its router if it has one, otherwise dense or merged."""
     if evaluate.routed:
         return evaluate.routed(params, split, batches)
-    return evaluate(dense_tree(config, params), split, batches)
+    return evaluate(build.dense_tree(config, params), split, batches)
 
 
 def evaluate_run(
@@ -59,7 +59,7 @@ def evaluate_run(
     if evaluate.routed:
         routed_cost = {"parameters": active, "flops_per_image": flops_per_image(evaluate.routed.net, batch)}
         rows.append(row("routed", evaluate.routed(params, split, batches)) | routed_cost)
-    shipped = evaluate(dense_tree(config, params), split, batches)
+    shipped = evaluate(build.dense_tree(config, params), split, batches)
     confusion = {"confusion": shipped.confusion} if shipped.confusion else {}
     rows.append(row("dense" if experts == 1 else "merged", shipped) | confusion)
     if ema is not None:
@@ -85,9 +85,3 @@ def path_routes(config: Config, paths: int) -> jax.Array:
     depth, experts, root = config.model.depth, config.routing.experts, jax.random.key(config.train.seed)
     drawn = [jax.random.randint(routes.address(root, Purpose.PATH, p), (depth,), 0, experts) for p in range(paths)]
     return jnp.stack([*(routes.constant_route(e, depth) for e in range(experts)), *drawn])
-
-
-def dense_tree(config: Config, params: Any) -> Any:
-    """Returns the dense tree of a run: the merged model, or the parameters themselves of a dense run."""
-    plain = config.routing.experts == 1 and not config.tuned
-    return params if plain else jax.jit(merge.average_experts)(params)

@@ -1,4 +1,4 @@
-"""The model of a config, and which of its parameters are not trained.
+"""The model of a config, which of its parameters are not trained, and its dense tree.
 
 L layers
 """
@@ -12,7 +12,7 @@ import numpy as np
 
 from jvitmoe.config import Config
 from jvitmoe.errors import ConfigError
-from jvitmoe.experts import slices
+from jvitmoe.experts import merge, slices
 from jvitmoe.models import adapters, routers, vit
 from jvitmoe.models.routers import Router, RouterSettings
 
@@ -85,3 +85,9 @@ def _fuses_attention() -> bool:
     """True if the local GPUs have compute capability 8.0 (A100) or more, which cuDNN's fused attention needs."""
     capability = str(getattr(jax.local_devices(backend="gpu")[0], "compute_capability", ""))
     return re.fullmatch(r"\d+\.\d+", capability) is not None and float(capability) >= 8.0
+
+
+def dense_tree(config: Config, params: Any) -> Any:
+    """Returns the dense tree of a run: the merged model, or the parameters themselves of a dense run."""
+    plain = config.routing.experts == 1 and not config.tuned
+    return params if plain else jax.jit(merge.average_experts)(params)

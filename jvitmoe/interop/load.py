@@ -20,8 +20,7 @@ import safetensors
 from jvitmoe import config as config_lib
 from jvitmoe.config import Config, DataConfig, ModelConfig
 from jvitmoe.errors import ConfigError, UserError, one_line, printable
-from jvitmoe.evaluation import models
-from jvitmoe.experts import routes
+from jvitmoe.experts import build, routes
 from jvitmoe.experts.routes import Purpose
 from jvitmoe.interop import config_files, hub, weight_names
 from jvitmoe.interop.weight_names import Dict
@@ -234,7 +233,7 @@ def _read_run(path: Path, checkpoint: str, ema: bool) -> Source:
     saved = Checkpoints(path / "checkpoints", shared=False).read(checkpoint)
     config = config_lib.from_dict(saved.meta["config"])
     if not ema:
-        flat = weight_names.flatten(jax.device_get(models.dense_tree(config, weight_names.unflatten(saved.params))))
+        flat = weight_names.flatten(jax.device_get(build.dense_tree(config, weight_names.unflatten(saved.params))))
     elif saved.ema is None:
         raise UserError(f"{path} has no EMA; leave --ema out, or train with --config.train.ema=0.999")
     else:

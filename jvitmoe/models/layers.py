@@ -4,6 +4,7 @@ B batch · T tokens · D width · G heads · V width of a head · I, O inputs an
 J side of a patch · C classes · c colour channels
 """
 
+import enum
 import math
 from collections.abc import Callable
 from typing import Any
@@ -13,6 +14,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.linen.initializers import Initializer
+
+
+class Site(enum.IntEnum):
+    """Where in a layer random numbers are drawn: what is folded into an image's key. Values are part of a run's
+    identity: add at the end, never renumber."""
+
+    HIDDEN = 0  # dropout of the hidden units of an MLP
+    WEIGHTS = 1  # dropout of the weights of attention
+    ATTENTION = 2  # dropout of the output of attention
+    MLP = 3  # dropout of the output of the MLP
+    ROUTER_NOISE = 4
+    EXPERTS = 5  # followed by the index of the expert that a router chose, and the site in it
+    ATTENTION_PATH = 6  # drop_path of attention
+    MLP_PATH = 7  # drop_path of the MLP
 
 
 def torch_uniform(fan_in: int) -> Initializer:
@@ -32,7 +47,7 @@ def recomputed(function: Callable[..., Any]) -> Callable[..., Any]:
     return jax.checkpoint(function, prevent_cse=False)  # in the scan over layers XLA cannot merge the two passes
 
 
-def dropout(x_B: jax.Array, key_B: jax.Array | None, site: int, rate: float) -> jax.Array:
+def dropout(x_B: jax.Array, key_B: jax.Array | None, site: Site, rate: float) -> jax.Array:
     """Returns x with a share `rate` of its entries zeroed and the rest scaled by 1 / (1 - rate); x itself without keys.
 
     Each image has its own key, so the mask does not depend on the number of devices. Each entry uses 16 random bits:
@@ -53,7 +68,7 @@ def dropout(x_B: jax.Array, key_B: jax.Array | None, site: int, rate: float) -> 
     return jnp.where(kept_B == 1, x_B * (1.0 / (1.0 - threshold / 2**16)), 0.0).astype(x_B.dtype)
 
 
-def drop_path(x_B: jax.Array, key_B: jax.Array | None, site: int, rate: jax.Array) -> jax.Array:
+def drop_path(x_B: jax.Array, key_B: jax.Array | None, site: Site, rate: jax.Array) -> jax.Array:
     """Returns x with each image's entries all zeroed with probability `rate`, or scaled by 1 / (1 - rate); x itself
     without keys. Source: stochastic depth (Huang et al., arXiv 1603.09382), as in timm."""
     if key_B is None:
@@ -191,7 +206,7 @@ class Attention(nn.Module):
             mixed_BTGV = jax.nn.dot_product_attention(query_BTGV, key_BTGV, value_BTGV, implementation="cudnn")
         else:
             scores_BGTT = jnp.einsum("bqhk,bthk->bhqt", query_BTGV * heads[1] ** -0.5, key_BTGV)
-            weights_BGTT = dropout(_softmax(scores_BGTT), key_B, site=1, rate=self.dropout)
+            weights_BGTT = dropout(_softmax(scores_BGTT), key_B, Site.WEIGHTS, self.dropout)
             mixed_BTGV = jnp.einsum("bhqt,bthk->bqhk", weights_BGTT, value_BTGV)
         return linear(mixed_BTGV.reshape(b, t, width), Linear(heads, (width,), name="out")(), self.dtype)
 

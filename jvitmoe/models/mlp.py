@@ -11,17 +11,16 @@ import jax
 import jax.numpy as jnp
 
 from jvitmoe.models.adapters import fold
-from jvitmoe.models.layers import add_bias, dropout, fold_in, gelu, torch_uniform
+from jvitmoe.models.layers import Site, add_bias, dropout, fold_in, gelu, torch_uniform
 from jvitmoe.models.routers import RouterSettings, find
 
-EXPERT_DROPOUT = 5  # site of its random draws; in a block 0 to 3 are dropout, 4 a router's noise, 6 and 7 drop_path
 START_AT_ZERO = ("up_b", "down_b", "adapter_down", "adapter_down_bias")  # so every expert starts as the MLP
 
 
 def two_layers(x_BTD: jax.Array, key_B: jax.Array | None, weights: tuple[jax.Array, ...], rate: float) -> jax.Array:
     """Returns down(dropout(gelu(up(x)))), [B, T, D], of one expert or of the dense model."""
     up_DF, up_bias_F, down_FD, down_bias_D = weights
-    h_BTF = dropout(gelu(add_bias(x_BTD @ up_DF, up_bias_F)), key_B, site=0, rate=rate)
+    h_BTF = dropout(gelu(add_bias(x_BTD @ up_DF, up_bias_F)), key_B, Site.HIDDEN, rate)
     return add_bias(h_BTF @ down_FD, down_bias_D)
 
 
@@ -141,7 +140,7 @@ class RoutedMlp(Mlp):
         weights, stacked = self._weights(x_BTD.shape[-1])
         key_EB = None
         if key_B is not None and self.dropout:
-            key_EB = jax.vmap(fold_in, (None, 0))(fold_in(key_B, EXPERT_DROPOUT), jnp.arange(self.experts))
+            key_EB = jax.vmap(fold_in, (None, 0))(fold_in(key_B, Site.EXPERTS), jnp.arange(self.experts))
         router = find(self.settings.kind)(self.experts, self.settings, top_k, name="router")
         slots, statistics = router.route(jnp.asarray(x_BTD, jnp.float32), key_B)
         self.sow("statistics", "routing", statistics, reduce_fn=lambda _, new: new)

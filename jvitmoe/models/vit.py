@@ -12,7 +12,17 @@ import jax
 import jax.numpy as jnp
 
 from jvitmoe.config import ModelConfig
-from jvitmoe.models.layers import Attention, Head, LayerNorm, PatchEmbedding, drop_path, dropout, fold_in, sincos2d
+from jvitmoe.models.layers import (
+    Attention,
+    Head,
+    LayerNorm,
+    PatchEmbedding,
+    Site,
+    drop_path,
+    dropout,
+    fold_in,
+    sincos2d,
+)
 from jvitmoe.models.mlp import Mlp, RoutedMlp
 from jvitmoe.models.routers import RouterSettings, Statistics
 from jvitmoe.models.stem import ConvStem, SequencePool
@@ -45,22 +55,39 @@ class Block(nn.Module):
         key_B = None if key_B is None else fold_in(key_B, index)
         norm1 = LayerNorm(config.norm_epsilon, dtype=self.dtype, name="norm1")
         norm2 = LayerNorm(config.norm_epsilon, dtype=self.dtype, name="norm2")
-        experts = self.experts, self.expert_init, self.shared_layer
-        settings = config.hidden, *experts, rate, self.dtype, config.lora, config.adapter
+        settings: dict[str, Any] = {
+            "hidden": config.hidden,
+            "experts": self.experts,
+            "expert_init": self.expert_init,
+            "shared_layer": self.shared_layer,
+            "dropout": rate,
+            "dtype": self.dtype,
+            "lora": config.lora,
+            "adapter": config.adapter,
+            "name": "mlp",
+        }
 
         def attention(x_BTD: jax.Array) -> jax.Array:
-            parts = config.heads, rate, self.dtype, self.attention, config.qk_norm, config.norm_epsilon
-            y_BTD = Attention(*parts, name="attention")(x_BTD, key_B)
-            return finish(dropout(y_BTD, key_B, site=2, rate=rate), "layer_scale1", site=6)
+            module = Attention(
+                heads=config.heads,
+                dropout=rate,
+                dtype=self.dtype,
+                implementation=self.attention,
+                qk_norm=config.qk_norm,
+                epsilon=config.norm_epsilon,
+                name="attention",
+            )
+            y_BTD = dropout(module(x_BTD, key_B), key_B, Site.ATTENTION, rate)
+            return finish(y_BTD, "layer_scale1", Site.ATTENTION_PATH)
 
         def mlp(x_BTD: jax.Array) -> jax.Array:
             if self.router is None:
-                y_BTD = Mlp(*settings, name="mlp")(x_BTD, route, key_B)
+                y_BTD = Mlp(**settings)(x_BTD, route, key_B)
             else:
-                y_BTD = RoutedMlp(*settings, self.router, name="mlp")(x_BTD, key_B, top_k)
-            return finish(dropout(y_BTD, key_B, site=3, rate=rate), "layer_scale2", site=7)
+                y_BTD = RoutedMlp(**settings, settings=self.router)(x_BTD, key_B, top_k)
+            return finish(dropout(y_BTD, key_B, Site.MLP, rate), "layer_scale2", Site.MLP_PATH)
 
-        def finish(y_BTD: jax.Array, scale: str, site: int) -> jax.Array:
+        def finish(y_BTD: jax.Array, scale: str, site: Site) -> jax.Array:
             if config.layer_scale:
                 init = nn.initializers.constant(config.layer_scale)
                 scale_D = self.param(scale, init, (config.width,))

@@ -1,7 +1,6 @@
 """Arrays of a checkpoint: from the devices to named arrays on the host, their checksums, reading, and back."""
 
 import re
-import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,8 +10,9 @@ import numpy as np
 import tensorstore as ts
 from jax.experimental import multihost_utils
 
-from jvitmoe.data import batches
 from jvitmoe.errors import UserError
+from jvitmoe.runs.files import crc32
+from jvitmoe.runtime import devices
 
 Arrays = dict[str, np.ndarray]  # dotted path of a leaf ("blocks.mlp.up") -> its value on the host
 
@@ -45,15 +45,12 @@ def to_devices(arrays: Arrays, abstract: Any) -> Any:
         form, expected = ((x[name].shape, x[name].dtype) if name in x else None for x in (arrays, wanted))
         if form != expected:
             raise CheckpointError(f"{name} is {form} in the checkpoint and {expected} in the model")
-    return jax.tree.map_with_path(lambda path, leaf: batches.to_devices(arrays[_dotted(path)], leaf.sharding), abstract)
+    return jax.tree.map_with_path(lambda path, leaf: devices.to_devices(arrays[_dotted(path)], leaf.sharding), abstract)
 
 
 def checksums(arrays: Mapping[str, np.ndarray]) -> dict[str, str]:
     """Returns name -> CRC-32 of the values. Copies no array, and other threads run meanwhile."""
-    return {
-        name: f"{zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data):08x}"
-        for name, array in arrays.items()
-    }
+    return {name: crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data) for name, array in arrays.items()}
 
 
 def read(folder: Path, expected: Mapping[str, str]) -> Arrays:

@@ -15,7 +15,6 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from jax.experimental import multihost_utils
 
 from jvitmoe import config as config_lib
 from jvitmoe.config import Config
@@ -24,6 +23,7 @@ from jvitmoe.runs import arrays, replicas
 from jvitmoe.runs.arrays import CheckpointError
 from jvitmoe.runs.checkpoints import DROPOUT_BITS, ITEMS, Checkpoints, Meta, State, items, versions
 from jvitmoe.runs.files import checksum
+from jvitmoe.runtime import processes
 
 DELETED, UNFINISHED = ".deleted", ".orbax-checkpoint-tmp"  # in names of folders that are being deleted and written
 
@@ -56,7 +56,7 @@ class CheckpointWriter(Checkpoints):
         options = ocp.CheckpointManagerOptions(create=False)
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
-            if jax.process_index() == 0:
+            if processes.is_first():
                 self._delete_remains()
             self._manager = ocp.CheckpointManager(self.directory, options=options, item_handlers=handlers)
             # Its thread would ask JAX whether an older step is the last one, and reset what `processes.stops_at` asked.
@@ -109,7 +109,7 @@ class CheckpointWriter(Checkpoints):
         }
         self._checked.pop(step, None)
         try:
-            if jax.process_index() == 0:  # raises OSError at once if the disk is full; Orbax would wait for minutes
+            if processes.is_first():  # raises OSError at once if the disk is full; Orbax would wait for minutes
                 trial = self.directory / f"trial{DELETED}"
                 trial.mkdir(exist_ok=True)
                 trial.rmdir()
@@ -144,7 +144,7 @@ class CheckpointWriter(Checkpoints):
             return
         try:
             self._manager.wait_until_finished()
-            if jax.process_index() == 0:
+            if processes.is_first():
                 _flush(self.directory / str(step))
         except Exception as error:
             raise self._write_error(step, error) from error
@@ -158,7 +158,7 @@ class CheckpointWriter(Checkpoints):
     def _write_error(self, step: int, error: BaseException) -> CheckpointError:
         """Returns the error of a failed write, after deleting what the write left."""
         self._write_failed = True
-        if jax.process_index() == 0:
+        if processes.is_first():
             with contextlib.suppress(OSError):  # arrays may still be written there; the next start deletes the rest
                 self._delete_remains()
         return CheckpointError(
@@ -169,11 +169,11 @@ class CheckpointWriter(Checkpoints):
     def _move_damaged(self, step: int) -> None:
         """Moves away a folder of this step, which was skipped as damaged: Orbax would not save over it."""
         folder = self.directory / str(step)
-        if not multihost_utils.broadcast_one_to_all(np.array(folder.exists())):
+        if not processes.of_first(folder.exists()):
             return
-        if jax.process_index() == 0:
+        if processes.is_first():
             folder.rename(self.directory.parent / f"damaged-checkpoint-{step}-{time.time_ns()}")
-        multihost_utils.sync_global_devices("the damaged checkpoint is moved")
+        processes.barrier()
         self._manager.reload()
 
     def _delete_old(self) -> None:
@@ -186,13 +186,13 @@ class CheckpointWriter(Checkpoints):
         trained = [step for step, meta in sound.items() if not meta.get("skipped")]  # older versions did not write it
         for step in sound.keys() - {*trained[-self._keep :], max(sound, default=0), self._best(steps)}:
             del self._checked[step]
-            if jax.process_index() == 0:
+            if processes.is_first():
                 path = self.directory / str(step)
                 try:
                     _delete(path.rename(path.with_suffix(DELETED)))  # renamed first: a kill leaves no half of it
                 except OSError as error:
                     raise CheckpointError(f"{path} cannot be deleted: {one_line(error)}; make it writable") from error
-        multihost_utils.sync_global_devices("old checkpoints are deleted")
+        processes.barrier()
 
     def _delete_remains(self) -> None:
         """Deletes the remains of killed writes and killed deletions."""

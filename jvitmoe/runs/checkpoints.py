@@ -18,11 +18,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from jax.experimental import multihost_utils
 
-from jvitmoe.data import batches
 from jvitmoe.errors import one_line
 from jvitmoe.runs import arrays
 from jvitmoe.runs.arrays import Arrays, CheckpointError
 from jvitmoe.runs.files import checksum
+from jvitmoe.runtime import devices
 from jvitmoe.settings import LARGEST
 
 META = Path("meta", "metadata")
@@ -162,7 +162,7 @@ class Checkpoints:
         for step in reversed(steps):
             trees = self._read_and_check(step, wanted, placed)
             if isinstance(meta := self._checked[step], dict):
-                number = batches.to_devices(np.array(step, np.int32), abstract.step.sharding)
+                number = devices.to_devices(np.array(step, np.int32), abstract.step.sharding)
                 return abstract._replace(step=number, **trees), meta
             self._warn(step)
         if steps:

@@ -21,7 +21,12 @@ UNFINISHED = ".part"  # suffix of a file that is being written
 
 def checksum(value: Any) -> str:
     """Returns the CRC-32 of a value's JSON, independent of the order of keys."""
-    return f"{zlib.crc32(json.dumps(value, sort_keys=True).encode()):08x}"
+    return crc32(json.dumps(value, sort_keys=True).encode())
+
+
+def crc32(data: bytes | memoryview, start: str = "0") -> str:
+    """Returns the CRC-32 of data in hexadecimal digits, `start` being that of the data before it."""
+    return f"{zlib.crc32(data, int(start, 16)):08x}"
 
 
 def refuse_links(workdir: Path) -> None:

@@ -48,7 +48,7 @@ def open_run_folder(
     Raises UserError where that fails, and ConfigError where another experiment started in the folder after
     `check_folder`, or the data differ from those of the folder's checkpoints.
     """
-    if not processes.first():
+    if not processes.is_first():
         return contextlib.nullcontext()
     try:
         workdir.mkdir(parents=True, exist_ok=True)

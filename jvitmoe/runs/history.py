@@ -1,12 +1,11 @@
 """The history of a run, metrics.jsonl: one JSON line per step and kind ("train", "validation" or "test")."""
 
 import json
-import zlib
 from pathlib import Path
 from typing import Any
 
 from jvitmoe.errors import UserError
-from jvitmoe.runs.files import CLASSES, IMAGES, METRICS
+from jvitmoe.runs.files import CLASSES, IMAGES, METRICS, crc32
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -41,4 +40,4 @@ def checksums(workdir: Path, step: int) -> dict[str, str]:
     texts = {name: (workdir / name).read_bytes() for name in (CLASSES, IMAGES) if (workdir / name).is_file()}
     if (workdir / METRICS).exists():
         texts[METRICS] = up_to(workdir, step).encode()
-    return {name: f"{zlib.crc32(text):08x}" for name, text in texts.items()}
+    return {name: crc32(text) for name, text in texts.items()}

@@ -5,7 +5,6 @@ import json
 import math
 import os
 import time
-import zlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from rich.live import Live
 
 from jvitmoe.runs import history
 from jvitmoe.runs.console import ProgressLine, console, duration
-from jvitmoe.runs.files import METRICS, write_text, writing
+from jvitmoe.runs.files import METRICS, crc32, write_text, writing
 from jvitmoe.runs.trackers import Feed, Followed, close_all
 
 PLAIN_SECONDS = 2.0  # shortest time between two progress lines in a file
@@ -155,7 +154,7 @@ class MetricsLog:
             return
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}  # JSON has no nan
         line = json.dumps({"step": step, "kind": kind, **finite}) + "\n"
-        self._checksums[METRICS] = f"{zlib.crc32(line.encode(), int(self._checksums[METRICS], 16)):08x}"
+        self._checksums[METRICS] = crc32(line.encode(), self._checksums[METRICS])
         with writing(self._path):
             self._file.write(line)
             self._file.flush()

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from jax.sharding import AxisType, Mesh, PartitionSpec
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jvitmoe.config import TrainConfig
 from jvitmoe.errors import ConfigError
@@ -44,6 +45,11 @@ def make_mesh(train: TrainConfig, settings: str = "config.train.") -> Mesh:
         raise ConfigError(f"config.train.expert_devices is {train.expert_devices}; it must divide the {count} devices")
     shape = count // train.expert_devices, train.expert_devices
     return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 2, devices=devices[:count])
+
+
+def to_devices(array: np.ndarray, sharding: NamedSharding) -> jax.Array:
+    """Returns the array on the devices. Every process must hold all of it; each copies its own shards."""
+    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
 
 def describe(mesh: Mesh) -> str:

@@ -110,25 +110,25 @@ def _detect(seconds: int) -> tuple[str, int, int, list[int] | None]:
     return address, count, process, list(device_ids) if device_ids is not None else None
 
 
-def alone() -> bool:
+def is_single() -> bool:
     """True if this process is the only one."""
     return not jax.distributed.is_initialized() or jax.process_count() == 1
 
 
-def first() -> bool:
+def is_first() -> bool:
     """True in the process that prints and writes."""
-    return alone() or jax.process_index() == 0
+    return is_single() or jax.process_index() == 0
 
 
-def wait() -> None:
+def barrier() -> None:
     """Returns when all processes have called it."""
-    if not alone():
+    if not is_single():
         multihost_utils.sync_global_devices("jvitmoe")
 
 
 def of_first(value: bool) -> bool:
     """Returns the value of process 0, in all processes: what they see on a disk may differ."""
-    return value if alone() else bool(multihost_utils.broadcast_one_to_all(np.array(value)))
+    return value if is_single() else bool(multihost_utils.broadcast_one_to_all(np.array(value)))
 
 
 def together(work: Callable[[], T], what: str = "") -> T:
@@ -141,7 +141,7 @@ def together(work: Callable[[], T], what: str = "") -> T:
         work: done by every process.
         what: must be equal in all of them, such as the config; otherwise raises UserError.
     """
-    if alone():
+    if is_single():
         return work()
     error, result = None, None
     try:
@@ -162,8 +162,8 @@ def together(work: Callable[[], T], what: str = "") -> T:
 
 def one_first(work: Callable[[], T]) -> T:
     """As `together`, but process 0 does it before the others: for work that writes files which the others then read."""
-    result = together(lambda: work() if first() else None)
-    return together(lambda: result if first() else work())  # type: ignore[return-value]
+    result = together(lambda: work() if is_first() else None)
+    return together(lambda: result if is_first() else work())  # type: ignore[return-value]
 
 
 def stops_at(step: int) -> bool:
@@ -171,7 +171,7 @@ def stops_at(step: int) -> bool:
 
     All must ask after every step. JAX's coordinator chooses a step that none has passed.
     """
-    return not alone() and multihost_utils.reached_preemption_sync_point(step)
+    return not is_single() and multihost_utils.reached_preemption_sync_point(step)
 
 
 def guard(main: Callable[[], Any]) -> None:
@@ -182,10 +182,10 @@ def guard(main: Callable[[], Any]) -> None:
     """
     try:
         main()
-        wait()  # a process that ends long before process 0 has written would count as lost
+        barrier()  # a process that ends long before process 0 has written would count as lost
         _stop_heartbeat()
     except BaseException as error:
-        if alone():
+        if is_single():
             raise
         code: Any = error.code if isinstance(error, SystemExit) else 2 if isinstance(error, UserError) else 1
         if code in (0, None) or (isinstance(error, SystemExit) and code > 128):  # all stop together: a clean end
@@ -201,8 +201,8 @@ def guard(main: Callable[[], Any]) -> None:
                 heartbeat.tell(one_line(error))
         who = f"process {jax.process_index()} of {jax.process_count()}"
         if isinstance(error, UserError):
-            silent = error.everywhere and not first()
-            leave("" if silent else f"error: {error}\n" if first() else f"error: {error} ({who})\n", code)
+            silent = error.everywhere and not is_first()
+            leave("" if silent else f"error: {error}\n" if is_first() else f"error: {error} ({who})\n", code)
         text = "" if isinstance(error, SystemExit) else traceback.format_exc()
         leave(f"{text}{who} ends, and the others with it\n", code)
 

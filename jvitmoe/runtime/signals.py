@@ -25,7 +25,7 @@ class Stop:
     def __init__(self) -> None:
         self.signal: int | None = None
         self.unsaved = False  # True if no checkpoint holds the last steps; set by the loop
-        self._jax_handler = None if processes.alone() else _handler_in_c(signal.SIGTERM)
+        self._jax_handler = None if processes.is_single() else _handler_in_c(signal.SIGTERM)
 
     def __enter__(self) -> "Stop":
         self._read, self._write = os.pipe()
@@ -47,7 +47,7 @@ class Stop:
 
     def asked(self, step: int) -> int | None:
         """Returns the signal that makes this step the last, or None. All processes must call it after every step."""
-        if processes.alone():
+        if processes.is_single():
             return self.signal
         return signal.SIGTERM if processes.stops_at(step) else None
 
@@ -55,7 +55,7 @@ class Stop:
         while numbers := os.read(self._read, 1):
             if (number := numbers[0]) not in STOPS:
                 continue
-            if self.signal is not None or (processes.alone() and not self.unsaved):
+            if self.signal is not None or (processes.is_single() and not self.unsaved):
                 saved = "without saving the last steps" if self.unsaved else "with no step to save"
                 name = signal.Signals(number).name
                 heartbeat.leave(f"stopped at once by {name}, {saved}; the same command goes on\n", 128 + number)

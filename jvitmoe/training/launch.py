@@ -45,7 +45,7 @@ def _launch(
     compilation.use_cache()
     if values:
         processes.join(values, checkpoints.versions)
-    console.quiet = not processes.first()
+    console.quiet = not processes.is_first()
 
     def check() -> None:
         check_trackers(trackers)

@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 
 from jvitmoe.config import Config, flatten
 from jvitmoe.data import datasets, stream
-from jvitmoe.data.batches import Images, TrainOrder, put, resident_batches
+from jvitmoe.data.batches import Images, TrainOrder, on_devices, resident_batches
 from jvitmoe.data.splits import Dataset
 from jvitmoe.errors import ConfigError, UserError
 from jvitmoe.evaluation import models
@@ -93,13 +93,13 @@ def train(
         _print_resumed(workdir, start, config, meta)
     if start == total and processes.of_first(bool(tested := _tested(workdir, total))):
         console.print("ended       the run was trained and tested before; jvitmoe.evaluate tests it again")
-        if processes.first():
+        if processes.is_first():
             results.show_models(workdir, tested)
         checkpoints.close()
         return
     cleanup.enter_context(watchdog)
     plan = StepPlan(config, model, mesh, data.order.steps_per_epoch)
-    log_folder = workdir if processes.first() else None
+    log_folder = workdir if processes.is_first() else None
     with (
         contextlib.closing(_train_batches(config, mesh, data, start, total)) as batches,
         MetricsLog(log_folder, start, total, config.train.batch_size, trackers, flatten(config)) as log,
@@ -108,18 +108,18 @@ def train(
         try:
             state = loop.run(state, batches, step.make_train_step(plan))
         except BaseException:
-            if processes.alone():  # with several processes, close() would wait for the others, and they for this one
+            if processes.is_single():  # of several, close() would wait for the others, and they for this one
                 checkpoints.close()
             raise
         rate = log.images_per_second(total)
         checkpoints.close()
         stop.unsaved = False
-        if stop.signal is not None and processes.alone():  # others would wait for this process
+        if stop.signal is not None and processes.is_single():  # others would wait for it
             _exit(total, stop.signal)
         log.testing()
         rows = evaluation.test(state)
         log.tested(total, rows)
-    if processes.first():
+    if processes.is_first():
         result = models.facts(config, total, mesh) | {
             "rows": rows,
             "images_per_second": rate,
@@ -196,7 +196,7 @@ def _print_resumed(workdir: Path, start: int, config: Config, meta: Meta) -> Non
         console.print(
             "note: the version that saved this checkpoint drew other dropout masks; new ones are used from here"
         )
-    if processes.first():
+    if processes.is_first():
         now = history.checksums(workdir, start).get(METRICS)
         if not now or now != meta.get("files", {}).get(METRICS, now):
             console.print(f"warning: {METRICS} does not hold all that was recorded up to step {start}")
@@ -208,7 +208,7 @@ def _train_batches(config: Config, mesh: Mesh, data: _Data, start: int, total: i
             for images in batches:
                 yield images, None
     else:
-        yield from resident_batches(put(data.train, mesh), data.order, start, total)
+        yield from resident_batches(on_devices(data.train, mesh), data.order, start, total)
 
 
 class _Evaluation:
@@ -328,7 +328,7 @@ class _Loop:
             if self._slow:  # with more than one step queued, progress and a stop would have to wait for all of them
                 jax.block_until_ready(self._unread)
             # By the clock only if this process is the only one: each has its own, and reading may end the run together.
-            if (done - 1) % config.log_every == 0 or (processes.alone() and self._log.is_due()):
+            if (done - 1) % config.log_every == 0 or (processes.is_single() and self._log.is_due()):
                 self._read()  # reads the steps before this one, which runs meanwhile
             self._unread.append((done, metrics))
             if done == start + 1:
@@ -347,7 +347,7 @@ class _Loop:
 
     def _save_before_error(self) -> None:
         """Saves the last step, if nothing prevents it. Other processes do not save now, so several save nothing."""
-        if not processes.alone() or not self._stop.unsaved or int(self._state.step) == self._saved:
+        if not processes.is_single() or not self._stop.unsaved or int(self._state.step) == self._saved:
             return
         with contextlib.suppress(UserError):
             self._read()

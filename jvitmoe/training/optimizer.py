@@ -143,14 +143,13 @@ def per_layer(tx: optax.GradientTransformation) -> optax.GradientTransformation:
     return optax.partition({"layers": optax.GradientTransformation(init, update), "whole": tx}, labels)
 
 
-def direction(
-    optim: OptimConfig, frozen: Callable[[Sequence[Any]], bool] | None = None
-) -> optax.GradientTransformation:
-    """Returns the transformation that `optim.name` selects; the learning rate multiplies what it returns.
+def direction(config: Config) -> optax.GradientTransformation:
+    """Returns the transformation from gradients to the direction that the learning rate multiplies, by `optim.name`.
 
-    Parameters whose path is `frozen` have no direction, no decay and no moments.
+    Parameters that are not trained (`build.frozen`) have no direction, no decay and no moments.
     Raises ConfigError for an unknown name.
     """
+    optim, frozen = config.optim, build.frozen(config)
     if optim.name not in OPTIMIZERS:
         rule = f"it must be one of {', '.join(map(repr, OPTIMIZERS))}{did_you_mean(optim.name, OPTIMIZERS)}"
         raise ConfigError(f"config.optim.name is {optim.name!r}; {rule}")
@@ -162,11 +161,6 @@ def direction(
         return jax.tree.map_with_path(lambda path, _: "frozen" if frozen(path) else "trained", params)
 
     return optax.partition({"trained": tx, "frozen": optax.set_to_zero()}, labels)
-
-
-def make_direction(config: Config) -> optax.GradientTransformation:
-    """Returns the transformation from gradients to the direction that the learning rate multiplies."""
-    return direction(config.optim, build.frozen(config))
 
 
 def scales_differ(config: Config) -> bool:

@@ -19,7 +19,7 @@ from jvitmoe.experts import merge, routes, slices
 from jvitmoe.experts.routes import Purpose
 from jvitmoe.models import vit
 from jvitmoe.runtime.devices import DATA, EXPERT
-from jvitmoe.training.optimizer import make_direction
+from jvitmoe.training.optimizer import direction
 
 
 class OptState(NamedTuple):
@@ -136,4 +136,4 @@ def _create(config: Config, model: vit.ViT, dense: Any = None) -> TrainState:
             key = routes.address(jax.random.key(config.train.seed), Purpose.NOISE)
             params = merge.add_noise(params, key, config.init.noise)
     optional = config.train.ema > 0, config.optim.skip_nonfinite > 0, config.train.distil_last > 0
-    return create(params, make_direction(config), *optional)
+    return create(params, direction(config), *optional)

@@ -119,7 +119,7 @@ def random_images(config: Config, count: int, mesh: Mesh) -> batches.Images:
     rng, model = np.random.default_rng(0), config.model
     shape = count, model.image_size, model.image_size, model.channels
     pixels, labels = rng.integers(0, 256, shape, np.uint8), rng.integers(0, model.classes, shape[:1], np.int32)
-    return batches.put(Split(pixels, labels), mesh)
+    return batches.on_devices(Split(pixels, labels), mesh)
 
 
 def peak_flops(dtype: str, mesh: Mesh) -> float:

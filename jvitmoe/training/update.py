@@ -31,7 +31,7 @@ def update(
     if config.optim.clip_norm:
         scale = jnp.minimum(1.0, config.optim.clip_norm / norm)
         grads = jax.tree.map(lambda g: g * scale, grads)
-    tx = optimizer.make_direction(config)
+    tx = optimizer.direction(config)
     every_expert = plan.all_run or plan.passes == 2
     scale = expert_scale(plan, active.step)
     direction, opt_state = directions(tx, grads, active.opt_state, params, stacked, every_expert, scale)

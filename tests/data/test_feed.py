@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from jvitmoe.config import TrainConfig
-from jvitmoe.data.batches import TrainOrder, eval_batches, put
+from jvitmoe.data.batches import TrainOrder, eval_batches, on_devices
 from jvitmoe.errors import ConfigError
 from jvitmoe.runtime.devices import make_mesh
 
@@ -87,7 +87,7 @@ def test_evaluation_visits_every_image_exactly_once(devices, batch_size):
 
 
 def test_a_split_lies_whole_on_every_device(tiny_split):
-    images = put(tiny_split, mesh_of(4))
+    images = on_devices(tiny_split, mesh_of(4))
     assert len(images.images_NHWc.addressable_shards) == 4
     assert images.images_NHWc.dtype == jnp.uint8
     for shard in images.images_NHWc.addressable_shards:

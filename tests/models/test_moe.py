@@ -18,10 +18,11 @@ from jax.sharding import PartitionSpec as P
 from jvitmoe.errors import ConfigError
 from jvitmoe.experts import build
 from jvitmoe.models import vit
+from jvitmoe.models.layers import Site
 from jvitmoe.models.mlp import Mlp, RoutedMlp
 from jvitmoe.models.routers import ROUTERS, RouterSettings, Statistics, z_loss
 from jvitmoe.models.routers.frozen import Frozen
-from jvitmoe.models.routers.topk import NOISE, upper_tail
+from jvitmoe.models.routers.topk import upper_tail
 
 BATCH, TOKENS, WIDTH, HIDDEN, EXPERTS = 4, 9, 5, 6, 4
 KINDS = ("switch", "topk", "expert_choice", "soft", "hash")
@@ -141,7 +142,9 @@ def test_outputs_and_gradients_are_those_of_a_loop_over_tokens(kind, train):
     x_BTD, key_B = images(), keys() if train else None
     noise_BTE = np.zeros((BATCH, TOKENS, EXPERTS), np.float32)
     if kind == "topk" and train:
-        noise_BTE = jax.vmap(lambda k: jax.random.normal(jax.random.fold_in(k, NOISE), noise_BTE.shape[1:]))(key_B)
+        noise_BTE = jax.vmap(
+            lambda k: jax.random.normal(jax.random.fold_in(k, Site.ROUTER_NOISE), noise_BTE.shape[1:])
+        )(key_B)
         noise_BTE = np.asarray(noise_BTE) / EXPERTS
     factor = {"topk": 2 * (0.75 if train else 1.25), "hash": EXPERTS, "expert_choice": 0.75}.get(
         kind, 0.75 if train else 1.25

@@ -14,8 +14,7 @@ import pytest
 from jvitmoe.config import Config, ModelConfig
 from jvitmoe.errors import ConfigError
 from jvitmoe.experts import cost
-from jvitmoe.models import layers, mlp, stem, vit
-from jvitmoe.models.routers import topk
+from jvitmoe.models import layers, stem, vit
 
 SMALL = ModelConfig(image_size=8, channels=3, classes=5, patch=4, width=16, hidden=24, depth=3, heads=2, pool="mean")
 
@@ -118,9 +117,7 @@ def test_drop_path_drops_whole_branches_of_images_more_often_in_later_layers(mon
         layer = jax.tree.map(lambda leaf: leaf[index], params["blocks"])  # noqa: B023
         block.apply({"params": layer}, x_BTD, (jnp.int32(index), None), keys_B)
     np.testing.assert_allclose([rate for _, rate in rates], np.repeat([0, 0.2, 0.4, 0.6], 2), rtol=1e-6)
-    assert [site for site, _ in rates] == [6, 7] * 4
-    # Two draws of one site would be the same bits.
-    assert not {6, 7} & {0, 1, 2, 3, topk.NOISE, mlp.EXPERT_DROPOUT}
+    assert [site for site, _ in rates] == [layers.Site.ATTENTION_PATH, layers.Site.MLP_PATH] * 4
 
 
 def test_drop_path_scales_what_is_kept_and_keys_alone_decide():

@@ -4,9 +4,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from jvitmoe.models.layers import Site, fold_in
 from jvitmoe.models.routers.dispatch import Router, Slots, Statistics, fill_slots, statistics
-
-NOISE = 4  # site of its random draws (EXPERT_DROPOUT in mlp.py lists the others)
 
 
 class TopK(Router):
@@ -21,8 +20,8 @@ class TopK(Router):
         tokens, experts, top_k = x_BTD.shape[1], self.experts, self.settings.top_k
         logits_BTE = noisy_BTE = self.logits(x_BTD)
         if key_B is not None:
-            draw = jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, NOISE), (tokens, experts)))
-            noisy_BTE = logits_BTE + draw(key_B) / experts
+            draw = jax.vmap(lambda key: jax.random.normal(key, (tokens, experts)))
+            noisy_BTE = logits_BTE + draw(fold_in(key_B, Site.ROUTER_NOISE)) / experts
         top_BTK, choice_BTK = jax.lax.top_k(noisy_BTE, top_k)
         weight_BTK = jnp.take_along_axis(jax.nn.softmax(noisy_BTE), choice_BTK, axis=-1)
         count = self.capacity(tokens, key_B, top_k)
