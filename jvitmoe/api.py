@@ -14,7 +14,7 @@ from jvitmoe import cli, evaluate, export, report
 from jvitmoe.config import SETTINGS, Config, unknown_field
 from jvitmoe.errors import ConfigError, UserError
 from jvitmoe.interop import classifier
-from jvitmoe.runs import files, history, results
+from jvitmoe.runs import files, groups, history, results
 from jvitmoe.runs.trackers import DEFAULT
 from jvitmoe.runtime.signals import Stop
 from jvitmoe.training import launch
@@ -31,8 +31,8 @@ class Run:
 
     @property
     def config(self) -> Config:
-        """The settings of the run. Raises UserError where the folder holds no finished run."""
-        return report.read_run(self.workdir).config
+        """The settings of the run, also before its end. Raises UserError where the folder holds none."""
+        return groups.read_config(self.workdir)
 
     @property
     def history(self) -> list[dict[str, Any]]:
@@ -47,7 +47,7 @@ class Run:
     def accuracy(self, model: str = "") -> float:
         """Returns the test accuracy of a model, such as "merged"; by default that of the first row: dense, merged or
         routed. Raises UserError before the end, and for a model that was not tested."""
-        rows = {row["model"]: row["accuracy"] for row in report.read_run(self.workdir).result["rows"]}
+        rows = {row["model"]: row["accuracy"] for row in groups.read_run(self.workdir).result["rows"]}
         if model and model not in rows:
             raise UserError(f"{model!r} was not tested; the models are {', '.join(rows)}")
         return rows[model] if model else next(iter(rows.values()))

@@ -69,7 +69,7 @@ def _evaluate(values: flags.FlagValues, workdir: Path) -> None:
     data, probed, probe_config = _data(values, config)
     evaluate = metrics.make_evaluate(model, mesh, config.data)
     shown = stream.eval_images(data.test, config, mesh)
-    earlier = results.read_result(workdir)  # holds what only training can measure
+    known = results.of_training(workdir, trained_with)
     result: dict[str, Any] = {}
     if values.few_shot or values.knn:  # first, because they refuse more images than there are
         trees = {"dense" if config.routing.experts == 1 else "merged": build.dense_tree(config, params)}
@@ -77,16 +77,11 @@ def _evaluate(values: flags.FlagValues, workdir: Path) -> None:
         settings = probe_config, mesh, values.few_shot, values.knn
         result["probes"] = probes.measure(evaluate.net, trees, probed, *settings)
     result["rows"] = models.evaluate_run(config, params, ema, evaluate, *shown, values.paths)
+    result |= models.facts(config, step, mesh) | known
     if config.routing.experts > 1:
         few = _some(data.test, mergeability.IMAGES, config)
         batches = eval_batches(len(few), config.train.batch_size, mesh)
         result["mergeability"] = mergeability.measure(config, params, evaluate, on_devices(few, mesh), batches)
-    result |= models.facts(config, step, mesh) | {
-        "images_per_second": earlier.get("images_per_second"),
-        "trained_on": earlier.get("trained_on") or earlier.get("hardware"),
-        "trained_with": trained_with,
-    }
-    if "mergeability" in result:
         plots.mergeability(result, workdir / files.MERGEABILITY)
     _draw_samples(evaluate, build.dense_tree(config, params), _some(data.test, plots.MOST_SAMPLES, config), workdir)
     results.write_result(workdir, result, plots.confusion(result, workdir))

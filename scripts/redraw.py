@@ -12,9 +12,7 @@ import scaling_check
 import scaling_model
 import study_figures
 
-from jvitmoe import report
-from jvitmoe.config import Config
-from jvitmoe.runs import plots
+from jvitmoe.runs import groups, plots
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 
@@ -38,8 +36,7 @@ def redraw(folder: Path, out: Path) -> None:
 
 
 def compare(results: dict[str, list[dict[str, Any]]], out: Path) -> None:
-    groups = {name: [report.Run(Path(), Config(), result) for result in group] for name, group in results.items()}
-    table = {name: report.by_seed(group) for name, group in groups.items()}
+    table = {name: groups.by_seed(group) for name, group in results.items()}
     images = {name: group[0]["rows"][0]["images"] for name, group in results.items()}
     plots.comparison(table, images, out / "comparison.png")
 

@@ -12,8 +12,8 @@ from pathlib import Path
 
 from sweep import Variant, accuracies, main, mean_cell
 
-from jvitmoe import cli, config, report
-from jvitmoe.runs import files, tables
+from jvitmoe import cli, config
+from jvitmoe.runs import files, groups, tables
 
 # Model that is compared, accuracy in %, seconds per 60,000 images on four RTX 8000, as the original reports them.
 ORIGINAL = {"dense": ("dense", 71.06, 52.70), "switch": ("routed", 71.1, 71.80), "random": ("merged", 72.18, 131.24)}
@@ -33,7 +33,7 @@ def table(runs: Path) -> list[dict[str, str]]:
     rows = []
     for name, (model, accuracy, seconds) in ORIGINAL.items():
         folders = [folder for folder in sorted(runs.glob(f"{name}-seed*")) if (folder / files.RESULT).exists()]
-        results = [report.read_run(folder).result for folder in folders]
+        results = [groups.read_run(folder).result for folder in folders]
         values = list(accuracies(runs, name, (model,)).get(model, {}).values())
         rates = [result["images_per_second"] for result in results if result.get("images_per_second")]
         rows.append(

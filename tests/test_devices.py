@@ -15,7 +15,7 @@ from jvitmoe.experts import build, cost, slices
 from jvitmoe.models import vit
 from jvitmoe.runtime.compilation import for_reading, reduced_sizes
 from jvitmoe.runtime.devices import EXPERT, make_mesh
-from jvitmoe.training import communication, loop, state, step
+from jvitmoe.training import communication, setup, state, step
 from jvitmoe.training.plan import StepPlan
 
 pytestmark = pytest.mark.slow
@@ -125,11 +125,11 @@ def test_the_memory_that_a_start_asks_for_is_what_a_device_holds(tiny_config, mo
     made = jax.tree.leaves(state.make_state(config, build.make_model(config, "cpu"), mesh))
     held = sum(leaf.addressable_shards[0].data.nbytes for leaf in made)
     memory = {"SC_PAGE_SIZE": 1, "SC_PHYS_PAGES": held}
-    monkeypatch.setattr(loop.os, "sysconf", memory.__getitem__)
-    loop._check_memory(config, mesh)
+    monkeypatch.setattr(setup.os, "sysconf", memory.__getitem__)
+    setup.check_memory(config, mesh)
     memory["SC_PHYS_PAGES"] -= 1
     with pytest.raises(ConfigError, match="the state of training needs"):
-        loop._check_memory(config, mesh)
+        setup.check_memory(config, mesh)
 
 
 @pytest.mark.parametrize(("parts", "devices", "expert_devices"), [(2, 2, 2), (4, 1, 1)])

@@ -33,7 +33,10 @@ JAX = {"jax", "jaxlib", "flax", "optax", "orbax", "tensorstore", "chex"}
 WITHOUT_JAX = (
     *("errors", "settings", "config", "cli", "report", "configs", "data.datasets", "data.images"),
     *("interop.weight_names", "interop.config_files"),
-    *(f"runs.{name}" for name in ("console", "tables", "files", "lock", "plots", "results", "history", "metrics_log")),
+    *(
+        f"runs.{name}"
+        for name in ("console", "tables", "files", "lock", "plots", "results", "groups", "history", "metrics_log")
+    ),
     *(f"runtime.{name}" for name in ("watchdog", "heartbeat", "memory", "rendezvous")),
 )
 # Package -> the folder, or the one file, that may import it.

@@ -15,7 +15,7 @@ from jvitmoe import config as config_lib
 from jvitmoe import report
 from jvitmoe.config import Config
 from jvitmoe.errors import UserError
-from jvitmoe.runs import files, plots, results, tables
+from jvitmoe.runs import files, groups, plots, results, tables
 from run_folders import write_kept_run
 
 MODELS = ("merged", "expert 0", "2 random paths", "ensemble")
@@ -61,7 +61,7 @@ def make_run(tmp_path):
 
 
 def read(*folders):
-    return report.group_runs([report.read_run(folder) for folder in folders])
+    return groups.group_runs([groups.read_run(folder) for folder in folders])
 
 
 def test_runs_that_differ_in_the_seed_become_one_group_with_mean_and_deviation(make_run):
@@ -73,7 +73,7 @@ def test_runs_that_differ_in_the_seed_become_one_group_with_mean_and_deviation(m
     ((name, group),) = read(*reversed(runs)).items()
     assert name == "random"
     assert [run.folder for run in group] == runs
-    rows = report.group_rows(name, group)
+    rows = groups.group_rows(name, group)
     assert [row["model"] for row in rows] == list(MODELS)
     assert rows[0] == {
         "run": "random",
@@ -93,7 +93,7 @@ def test_runs_that_differ_in_the_seed_become_one_group_with_mean_and_deviation(m
     assert rows[2]["FLOPs/image"] == "2.5 M"
     assert rows[2]["accuracy"] == "63.33% ± 15.28%"  # over seeds
     (one,) = read(runs[0]).values()
-    assert report.group_rows("one", one)[2]["accuracy"] == "50.00% ± 25.00%"  # over paths
+    assert groups.group_rows("one", one)[2]["accuracy"] == "50.00% ± 25.00%"  # over paths
 
 
 def test_the_dense_run_of_the_same_config_stands_first(make_run):
@@ -101,7 +101,7 @@ def test_the_dense_run_of_the_same_config_stands_first(make_run):
     many = make_run("many", routing__experts=8, routing__pull=0.1)
     dense = make_run("dense", models=("dense",))
     few = make_run("few", routing__experts=4)
-    assert list(report.in_order(read(other, many, dense, few))) == ["other", "dense", "many", "few"]
+    assert list(groups.in_order(read(other, many, dense, few))) == ["other", "dense", "many", "few"]
 
 
 def test_what_may_not_be_averaged_is_refused(make_run):
@@ -110,19 +110,19 @@ def test_what_may_not_be_averaged_is_refused(make_run):
         read(first, again)
     with pytest.raises(UserError, match="tested as different models"):
         read(first, make_run("a_2", models=("merged",), train__seed=1))
-    early = report.read_run(make_run("a_4", train__seed=1))
+    early = groups.read_run(make_run("a_4", train__seed=1))
     with pytest.raises(UserError, match=r"tested at steps 2 and 1; run jvitmoe.evaluate"):
-        report.check_group("mine", [report.read_run(first), early._replace(result=early.result | {"step": 1})])
-    faster = report.read_run(make_run("a_3", optim__learning_rate=0.5, train__seed=1))
+        groups.check_group("mine", [groups.read_run(first), early._replace(result=early.result | {"step": 1})])
+    faster = groups.read_run(make_run("a_3", optim__learning_rate=0.5, train__seed=1))
     with pytest.raises(UserError, match=r"differ in optim.learning_rate \(0.001 and 0.5\); only seeds may differ"):
-        report.check_group("mine", [report.read_run(first), faster])
+        groups.check_group("mine", [groups.read_run(first), faster])
     cats, dogs = (make_run(name, train__seed=seed) for seed, name in enumerate(("pets_0", "pets_1"), start=5))
     assert len(read(cats, dogs)) == 1
     for folder, names in ((cats, ["tabby", "lynx"]), (dogs, ["pug", "husky"])):
         (folder / "classes.json").write_text(json.dumps(names))
     assert len(read(cats, dogs)) == 2  # image folders of two sets, whose place is no part of what a run is
     with pytest.raises(UserError, match="trained on other images or classes"):
-        report.check_group("mine", [report.read_run(cats), report.read_run(dogs)])
+        groups.check_group("mine", [groups.read_run(cats), groups.read_run(dogs)])
     (first.parent / "more").mkdir()
     with pytest.raises(UserError, match="two groups are called"):
         read(first, make_run("more/a_0", optim__learning_rate=0.5))
@@ -142,7 +142,7 @@ def test_the_command_names_groups_skips_its_own_folder_and_writes_both_files(mak
         assert (out / picture).read_bytes().startswith(b"\x89PNG")
     assert "| mine | 2 | - | 50.00% ± 0.00% | - | - | 50.00% ± 0.00% | 50.00% | - | - |" in text
     record = json.loads((out / "runs.json").read_text())["mine"]
-    assert record["seeds"]["2"] == report.read_run(b).result
+    assert record["seeds"]["2"] == groups.read_run(b).result
     assert record["config"]["train.batch_size"] == 128
     with pytest.raises(UserError, match="two groups are called 'mine'"):
         report.main(["report", f"mine={a}", f"mine={b}", f"--out={out}"])
@@ -238,7 +238,7 @@ def test_top5_of_new_runs_stands_beside_old_runs_without_it(make_run):
     for row in result["rows"]:
         row["top5"] = 0.9
     (new / "result.json").write_text(json.dumps(result))
-    rows = [row for name, group in read(old, new).items() for row in report.group_rows(name, group)]
+    rows = [row for name, group in read(old, new).items() for row in groups.group_rows(name, group)]
     assert [row["top5"] for row in rows] == ["-"] * 4 + ["90.00%"] * 4
     assert len({tuple(row) for row in rows}) == 1  # one order of columns
 
@@ -370,12 +370,12 @@ def test_the_standard_error_of_each_run_is_of_its_own_images(make_run, tmp_path,
 
 def test_the_overview_is_the_mean_over_experts_and_seeds_and_the_worst_layer(make_run):
     runs = [make_run(f"run_s{seed}", models=("expert 0", "expert 1"), train__seed=seed) for seed in (0, 1)]
-    group = [report.read_run(folder) for folder in runs]
+    group = [groups.read_run(folder) for folder in runs]
     for number, run in enumerate(group):
         for expert, row in enumerate(run.result["rows"]):
             row["accuracy"] = 0.5 + 0.1 * expert + 0.2 * number
         run.result["mergeability"] = {"barrier": {"height": 0.1 + 0.2 * number}, "gap": [0.3, 0.1 + 0.4 * number]}
-    row = report.overview_row("run", group)
+    row = groups.overview_row("run", group)
     assert (row["experts"], row["barrier"], row["gap"]) == ("65.00%", "0.2000", "0.400")
 
 
@@ -500,7 +500,7 @@ def test_a_result_of_wrong_types_is_refused_in_one_line_by_the_report(make_run, 
     result = json.loads((folder / "result.json").read_text()) | {name: value}
     (folder / "result.json").write_text(json.dumps(result))
     with pytest.raises(UserError, match=r"result\.json is not a result: ") as caught:
-        report.read_run(folder)
+        groups.read_run(folder)
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 500
 
@@ -508,4 +508,4 @@ def test_a_result_of_wrong_types_is_refused_in_one_line_by_the_report(make_run, 
 def test_a_loss_that_is_not_finite_has_no_deviation(make_run):
     runs = [make_run(f"random_s{s}", value, train__seed=s) for s, value in enumerate((0.5, float("inf")))]
     ((name, group),) = read(*runs).items()
-    assert "nan" in report.group_rows(name, group)[0]["nll"]
+    assert "nan" in groups.group_rows(name, group)[0]["nll"]

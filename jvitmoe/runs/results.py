@@ -1,5 +1,6 @@
 """result.json and report.md of a run."""
 
+import contextlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -40,6 +41,27 @@ def read_result(workdir: Path) -> dict[str, Any]:
     if result.get("checksum") not in (None, checksum(rest)):
         raise UserError(f"{path} does not match its checksum; {remedy}")
     return result
+
+
+def of_step(workdir: Path, step: int) -> dict[str, Any]:
+    """Returns the result of this step that is in the run folder; {} if there is none or it is damaged."""
+    with contextlib.suppress(UserError):  # a damaged one is written anew
+        if (result := read_result(workdir)).get("step") == step:
+            return result
+    return {}
+
+
+def of_training(workdir: Path, versions: Mapping[str, str] | None) -> dict[str, Any]:
+    """Returns what only training could measure, for a command that tests its checkpoint: the rate, the hardware and the
+    versions, which the checkpoint has."""
+    try:
+        earlier = read_result(workdir)
+    except UserError:
+        console.print(f"warning: {RESULT} is damaged; it is rewritten without images/s")
+        earlier = {}
+    found = {"trained_on": earlier.get("trained_on") or earlier.get("hardware"), "trained_with": versions}
+    known = {name: value for name, value in found.items() if value}
+    return {"images_per_second": earlier.get("images_per_second"), **known}
 
 
 def result_rows(result: Mapping[str, Any]) -> list[dict[str, str]]:

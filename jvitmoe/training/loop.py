@@ -3,47 +3,41 @@
 import contextlib
 import functools
 import math
-import os
 import signal
 import sys
 import time
 from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NoReturn
 
 import jax
 from jax.sharding import Mesh
 
 from jvitmoe.config import Config, flatten
-from jvitmoe.data import datasets, stream
-from jvitmoe.data.batches import Images, TrainOrder, on_devices, resident_batches
-from jvitmoe.data.splits import Dataset
-from jvitmoe.errors import ConfigError, UserError
+from jvitmoe.data import stream
+from jvitmoe.data.batches import Images, on_devices, resident_batches
+from jvitmoe.errors import UserError
 from jvitmoe.evaluation import models
 from jvitmoe.evaluation.metrics import Result, make_evaluate
-from jvitmoe.experts import build, cost, routes
-from jvitmoe.experts.routes import Purpose
 from jvitmoe.interop import load
 from jvitmoe.models import vit
-from jvitmoe.runs import history, results
+from jvitmoe.runs import results
 from jvitmoe.runs.arrays import CheckpointError
 from jvitmoe.runs.checkpoint_writer import CheckpointWriter
-from jvitmoe.runs.checkpoints import DROPOUT_BITS, Meta, list_steps, versions
+from jvitmoe.runs.checkpoints import Meta, list_steps
 from jvitmoe.runs.console import console, warnings_as_lines
-from jvitmoe.runs.files import METRICS, RESULT
 from jvitmoe.runs.folder import check_shared, open_run_folder
 from jvitmoe.runs.metrics_log import MetricsLog
 from jvitmoe.runtime import devices, processes
 from jvitmoe.runtime.signals import Stop
 from jvitmoe.runtime.watchdog import Watchdog
-from jvitmoe.settings import LARGEST
-from jvitmoe.training import communication, optimizer, step
+from jvitmoe.training import communication, setup, step
 from jvitmoe.training.plan import StepPlan
+from jvitmoe.training.setup import RunData
 from jvitmoe.training.state import TrainState, abstract_state, make_state
 from jvitmoe.training.step import Metrics
 
 SLOW_SECONDS = 0.1  # a step that takes longer is waited for, so that at most one is queued
-MOST_QSR_STEPS = 10**7  # the rule is a constant of the program, a byte per step
 Batch = tuple[Images, jax.Array | None]  # (images, index_SB), the inputs of `step.train_step`
 
 
@@ -51,20 +45,6 @@ class TrainingError(UserError):
     """A loss or gradient norm is not finite. The message names the step, the value and the last good checkpoint."""
 
     everywhere = known = True
-
-
-class _Data(NamedTuple):
-    """The splits of a run. All of them are `Records` if `data.stream` is set, otherwise `Split`."""
-
-    train: Any
-    validation: Any
-    test: Any
-    classes: tuple[str, ...]
-    order: TrainOrder
-
-    @property
-    def counts(self) -> dict[str, int]:
-        return {"train": len(self.train), "validation": len(self.validation), "test": len(self.test)}
 
 
 def train(
@@ -75,33 +55,33 @@ def train(
     The lock of the run folder and the watchdog are entered into `cleanup`, which the caller closes. Raises UserError.
     """
     mesh = processes.together(lambda: devices.make_mesh(config.train))
-    data = _load_data(config, mesh)
-    model = processes.together(lambda: _make_model(config, mesh))
+    data = setup.load_data(config, mesh)
+    model = processes.together(lambda: setup.make_model(config, mesh))
+    plan = StepPlan(config, model, mesh, data.order.steps_per_epoch)
     steps = processes.together(lambda: list_steps(workdir / "checkpoints"))
     from_source = config.init.source and processes.of_first(not steps)  # a checkpoint includes the source
     dense, init_notes = processes.together(lambda: load.start(config)) if from_source else (None, [])
     cleanup.enter_context(processes.together(lambda: open_run_folder(workdir, config, data.classes, data.counts)))
     processes.together(lambda: check_shared(workdir))
-    _print_setup(config, model, workdir, mesh, data, init_notes)
+    setup.print_setup(plan, workdir, data, init_notes)
 
     watchdog = Watchdog(config.train.stall_minutes)
-    evaluation = _Evaluation(config, model, mesh, data, watchdog)
+    evaluation = _Evaluation(plan, data, watchdog)
     checkpoints = CheckpointWriter(workdir / "checkpoints", config.train.keep)
     state, meta = _initial_or_restored(checkpoints, config, model, mesh, dense)
-    start, total = int(state.step), config.train.epochs * data.order.steps_per_epoch
+    start, total = int(state.step), plan.total
     if start:
-        _print_resumed(workdir, start, config, meta)
-    if start == total and processes.of_first(bool(tested := _tested(workdir, total))):
+        setup.print_resumed(workdir, start, config, meta)
+    if start == total and processes.of_first(bool(tested := results.of_step(workdir, total))):
         console.print("ended       the run was trained and tested before; jvitmoe.evaluate tests it again")
         if processes.is_first():
             results.show_models(workdir, tested)
         checkpoints.close()
         return
     cleanup.enter_context(watchdog)
-    plan = StepPlan(config, model, mesh, data.order.steps_per_epoch)
     log_folder = workdir if processes.is_first() else None
     with (
-        contextlib.closing(_train_batches(config, mesh, data, start, total)) as batches,
+        contextlib.closing(_train_batches(plan, data, start)) as batches,
         MetricsLog(log_folder, start, total, config.train.batch_size, trackers, flatten(config)) as log,
     ):
         loop = _Loop(plan, checkpoints, evaluation, log, stop, watchdog)
@@ -120,11 +100,10 @@ def train(
         rows = evaluation.test(state)
         log.tested(total, rows)
     if processes.is_first():
-        result = models.facts(config, total, mesh) | {
-            "rows": rows,
-            "images_per_second": rate,
-        }
-        results.write_result(workdir, result if rate else _as_trained(workdir, result, meta))
+        result = models.facts(config, total, mesh) | {"rows": rows, "images_per_second": rate}
+        if not rate:  # this command timed no step; earlier ones did
+            result |= results.of_training(workdir, meta.get("versions"))
+        results.write_result(workdir, result)
 
 
 def _exit(done: int, number: int) -> NoReturn:
@@ -133,82 +112,14 @@ def _exit(done: int, number: int) -> NoReturn:
     sys.exit(128 + number)
 
 
-def _make_model(config: Config, mesh: Mesh) -> vit.ViT:
-    model = build.make_model(config, mesh.devices.flat[0].platform)
-    if config.model.attention == "cudnn" and model.attention != "cudnn":
-        raise ConfigError("config.model.attention is 'cudnn'; it needs a GPU; set --config.model.attention=auto")
-    return model
-
-
-def _load_data(config: Config, mesh: Mesh) -> _Data:
-    """Returns the splits and the order of the training images. Raises ConfigError for settings that do not fit them."""
-    find = datasets.browse if config.data.stream else datasets.load
-    dataset: Dataset[Any] = processes.one_first(lambda: find(config.data, config.model))
-
-    def split() -> _Data:
-        train_split, validation = datasets.hold_out(dataset.train, config.data.validation)
-        key = routes.address(jax.random.key(config.train.seed), Purpose.ORDER)
-        order = TrainOrder(len(train_split), config.train.batch_size, key, mesh, config.slots, config.train.accumulate)
-        if config.train.epochs * order.steps_per_epoch > LARGEST:
-            raise ConfigError(
-                f"config.train.epochs is {config.train.epochs}; it must make at most {LARGEST:,} steps, "
-                f"and an epoch has {order.steps_per_epoch}"
-            )
-        if config.routing.pull_schedule == "qsr" and config.train.epochs * order.steps_per_epoch > MOST_QSR_STEPS:
-            raise ConfigError(
-                f"config.routing.pull_schedule is 'qsr'; it is planned for at most {MOST_QSR_STEPS:,} steps; lower "
-                "config.train.epochs"
-            )
-        _check_memory(config, mesh)
-        return _Data(train_split, validation, dataset.test, dataset.class_names, order)
-
-    return processes.together(split)
-
-
-def _print_setup(config: Config, model: vit.ViT, workdir: Path, mesh: Mesh, data: _Data, init_notes: list[str]) -> None:
-    active, everything = cost.count_parameters(config)
-    epochs, steps_per_epoch = config.train.epochs, data.order.steps_per_epoch
-    console.print(f"run         {workdir}")
-    console.print(f"devices     {devices.describe(mesh)}")
-    console.print(f"parameters  {active:,} active, {everything:,} total ({model.dtype.name} compute)")
-    if (trained := cost.count_trained(config)) < everything:
-        console.print(f"trained     {trained:,} of {everything:,} parameters")
-    if config.routing.experts > 1:
-        console.print(f"routing     {routes.describe(config)}")
-    console.print("optimizer   " + f"\n{'':12}".join(optimizer.groups(config, vit.shapes(model))))
-    for note in init_notes:
-        console.print(f"source      {note}")
-    console.print(f"images      {', '.join(f'{count:,} {name}' for name, count in data.counts.items())}")
-    console.print(f"steps       {epochs * steps_per_epoch:,} ({epochs} epochs of {steps_per_epoch})")
-    if config.optim.warmup_epochs > epochs / 2:
-        warmup, asked = optimizer.warmup_steps(config, steps_per_epoch), config.optim.warmup_epochs
-        console.print(f"warm-up     {warmup:,} steps: at most half of all; config.optim.warmup_epochs is {asked:g}")
-
-
-def _print_resumed(workdir: Path, start: int, config: Config, meta: Meta) -> None:
-    """Prints the step that the run resumes from, notes on other versions, and a warning if metrics.jsonl has lost lines
-    since its save."""
-    console.print(f"resuming    from step {start:,}")
-    installed, then = versions(), meta.get("versions", {})
-    if changed := [f"{n} {then[n]} (now {installed.get(n)})" for n in then if then[n] != installed.get(n)]:
-        console.print(f"note: this checkpoint was saved by {', '.join(changed)}")
-    if config.model.dropout and meta.get("dropout_bits") != DROPOUT_BITS:
-        console.print(
-            "note: the version that saved this checkpoint drew other dropout masks; new ones are used from here"
-        )
-    if processes.is_first():
-        now = history.checksums(workdir, start).get(METRICS)
-        if not now or now != meta.get("files", {}).get(METRICS, now):
-            console.print(f"warning: {METRICS} does not hold all that was recorded up to step {start}")
-
-
-def _train_batches(config: Config, mesh: Mesh, data: _Data, start: int, total: int) -> Generator[Batch, None, None]:
-    if config.data.stream:
-        with contextlib.closing(stream.train_batches(data.train, data.order, config, mesh, start, total)) as batches:
+def _train_batches(plan: StepPlan, data: RunData, start: int) -> Generator[Batch, None, None]:
+    if plan.config.data.stream:
+        streamed = stream.train_batches(data.train, data.order, plan.config, plan.mesh, start, plan.total)
+        with contextlib.closing(streamed) as batches:
             for images in batches:
                 yield images, None
     else:
-        yield from resident_batches(on_devices(data.train, mesh), data.order, start, total)
+        yield from resident_batches(on_devices(data.train, plan.mesh), data.order, start, plan.total)
 
 
 class _Evaluation:
@@ -217,9 +128,10 @@ class _Evaluation:
     Without validation images the test split is watched. It then selects nothing: the last checkpoint is the result.
     """
 
-    def __init__(self, config: Config, model: vit.ViT, mesh: Mesh, data: _Data, watchdog: Watchdog) -> None:
+    def __init__(self, plan: StepPlan, data: RunData, watchdog: Watchdog) -> None:
+        config, mesh = plan.config, plan.mesh
         progress = functools.partial(watchdog.progress, "a batch of an evaluation")
-        self._config, self._evaluate = config, make_evaluate(model, mesh, config.data, progress)
+        self._config, self._evaluate = config, make_evaluate(plan.model, mesh, config.data, progress)
         self._test_images = stream.eval_images(data.test, config, mesh)
         self.watched, self._watched_images = "test", self._test_images
         if len(data.validation):
@@ -231,45 +143,6 @@ class _Evaluation:
     def test(self, state: TrainState) -> list[dict[str, Any]]:
         """Returns the rows of the result table (`results.write_result`)."""
         return models.evaluate_run(self._config, state.params, state.ema, self._evaluate, *self._test_images)
-
-
-def _tested(workdir: Path, step: int) -> dict[str, Any]:
-    """Returns the result of this step that is in the run folder; {} if there is none or it is damaged."""
-    with contextlib.suppress(UserError):  # a damaged one is written anew
-        if (result := results.read_result(workdir)).get("step") == step:
-            return result
-    return {}
-
-
-def _as_trained(workdir: Path, result: dict[str, Any], meta: Meta) -> dict[str, Any]:
-    """Returns the result of a command that timed no step, with what earlier ones found out: the rate, the hardware and
-    the versions of the training."""
-    try:
-        earlier = results.read_result(workdir)
-    except UserError:
-        console.print(f"warning: {RESULT} is damaged; it is rewritten without images/s")
-        earlier = {}
-    trained_on = earlier.get("trained_on") or earlier.get("hardware")
-    return {
-        **result,
-        "images_per_second": earlier.get("images_per_second"),
-        **({"trained_on": trained_on} if trained_on else {}),
-        **({"trained_with": meta["versions"]} if meta else {}),  # else this command trained the one step
-    }
-
-
-def _check_memory(config: Config, mesh: Mesh) -> None:
-    """Raises ConfigError if the state alone exceeds a device's memory, or for an unknown optimiser."""
-    _, everything = cost.count_parameters(config)
-    leaves = jax.tree.leaves(abstract_state(config, build.make_model(config, "cpu"), mesh))
-    needed = sum(leaf.dtype.itemsize * math.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in leaves)
-    statistics = mesh.local_devices[0].memory_stats() or {}  # None on a CPU
-    available = statistics.get("bytes_limit") or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if needed > available:
-        raise ConfigError(
-            f"config.model has {everything:,} parameters; the state of training needs {needed / 2**30:,.1f} GiB of "
-            f"a device that has {available / 2**30:,.1f} GiB; lower model.width, model.hidden or routing.experts"
-        )
 
 
 def _initial_or_restored(

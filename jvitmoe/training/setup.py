@@ -1,0 +1,128 @@
+"""What a run needs before its first step: the data, the model, and what the first lines say of them."""
+
+import math
+import os
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+from jax.sharding import Mesh
+
+from jvitmoe.config import Config
+from jvitmoe.data import datasets
+from jvitmoe.data.batches import TrainOrder
+from jvitmoe.data.splits import Dataset
+from jvitmoe.errors import ConfigError
+from jvitmoe.experts import build, cost, routes
+from jvitmoe.experts.routes import Purpose
+from jvitmoe.models import vit
+from jvitmoe.runs import history
+from jvitmoe.runs.checkpoints import DROPOUT_BITS, Meta, versions
+from jvitmoe.runs.console import console
+from jvitmoe.runs.files import METRICS
+from jvitmoe.runtime import devices, processes
+from jvitmoe.settings import LARGEST
+from jvitmoe.training import optimizer
+from jvitmoe.training.plan import StepPlan
+from jvitmoe.training.state import abstract_state
+
+MOST_QSR_STEPS = 10**7  # the rule is a constant of the program, a byte per step
+
+
+class RunData(NamedTuple):
+    """The splits of a run. All of them are `Records` if `data.stream` is set, otherwise `Split`."""
+
+    train: Any
+    validation: Any
+    test: Any
+    classes: tuple[str, ...]
+    order: TrainOrder
+
+    @property
+    def counts(self) -> dict[str, int]:
+        return {"train": len(self.train), "validation": len(self.validation), "test": len(self.test)}
+
+
+def make_model(config: Config, mesh: Mesh) -> vit.ViT:
+    """Returns the model of a run on these devices. Raises ConfigError if it needs others."""
+    model = build.make_model(config, mesh.devices.flat[0].platform)
+    if config.model.attention == "cudnn" and model.attention != "cudnn":
+        raise ConfigError("config.model.attention is 'cudnn'; it needs a GPU; set --config.model.attention=auto")
+    return model
+
+
+def load_data(config: Config, mesh: Mesh) -> RunData:
+    """Returns the splits and the order of the training images. Raises ConfigError for settings that do not fit them."""
+    find = datasets.browse if config.data.stream else datasets.load
+    dataset: Dataset[Any] = processes.one_first(lambda: find(config.data, config.model))
+
+    def split() -> RunData:
+        train_split, validation = datasets.hold_out(dataset.train, config.data.validation)
+        key = routes.address(jax.random.key(config.train.seed), Purpose.ORDER)
+        order = TrainOrder(len(train_split), config.train.batch_size, key, mesh, config.slots, config.train.accumulate)
+        if config.train.epochs * order.steps_per_epoch > LARGEST:
+            raise ConfigError(
+                f"config.train.epochs is {config.train.epochs}; it must make at most {LARGEST:,} steps, "
+                f"and an epoch has {order.steps_per_epoch}"
+            )
+        if config.routing.pull_schedule == "qsr" and config.train.epochs * order.steps_per_epoch > MOST_QSR_STEPS:
+            raise ConfigError(
+                f"config.routing.pull_schedule is 'qsr'; it is planned for at most {MOST_QSR_STEPS:,} steps; lower "
+                "config.train.epochs"
+            )
+        check_memory(config, mesh)
+        return RunData(train_split, validation, dataset.test, dataset.class_names, order)
+
+    return processes.together(split)
+
+
+def print_setup(plan: StepPlan, workdir: Path, data: RunData, init_notes: list[str]) -> None:
+    """Prints the first lines of a run. `init_notes` says what was loaded from `init.source`."""
+    config = plan.config
+    active, everything = cost.count_parameters(config)
+    console.print(f"run         {workdir}")
+    console.print(f"devices     {devices.describe(plan.mesh)}")
+    console.print(f"parameters  {active:,} active, {everything:,} total ({plan.model.dtype.name} compute)")
+    if (trained := cost.count_trained(config)) < everything:
+        console.print(f"trained     {trained:,} of {everything:,} parameters")
+    if config.routing.experts > 1:
+        console.print(f"routing     {routes.describe(config)}")
+    console.print("optimizer   " + f"\n{'':12}".join(optimizer.groups(config, vit.shapes(plan.model))))
+    for note in init_notes:
+        console.print(f"source      {note}")
+    console.print(f"images      {', '.join(f'{count:,} {name}' for name, count in data.counts.items())}")
+    console.print(f"steps       {plan.total:,} ({config.train.epochs} epochs of {plan.steps_per_epoch})")
+    if config.optim.warmup_epochs > config.train.epochs / 2:
+        warmup, asked = optimizer.warmup_steps(config, plan.steps_per_epoch), config.optim.warmup_epochs
+        console.print(f"warm-up     {warmup:,} steps: at most half of all; config.optim.warmup_epochs is {asked:g}")
+
+
+def print_resumed(workdir: Path, start: int, config: Config, meta: Meta) -> None:
+    """Prints the step that the run resumes from, notes on other versions, and a warning if metrics.jsonl has lost lines
+    since its save."""
+    console.print(f"resuming    from step {start:,}")
+    installed, then = versions(), meta.get("versions", {})
+    if changed := [f"{n} {then[n]} (now {installed.get(n)})" for n in then if then[n] != installed.get(n)]:
+        console.print(f"note: this checkpoint was saved by {', '.join(changed)}")
+    if config.model.dropout and meta.get("dropout_bits") != DROPOUT_BITS:
+        console.print(
+            "note: the version that saved this checkpoint drew other dropout masks; new ones are used from here"
+        )
+    if processes.is_first():
+        now = history.checksums(workdir, start).get(METRICS)
+        if not now or now != meta.get("files", {}).get(METRICS, now):
+            console.print(f"warning: {METRICS} does not hold all that was recorded up to step {start}")
+
+
+def check_memory(config: Config, mesh: Mesh) -> None:
+    """Raises ConfigError if the state alone exceeds a device's memory, or for an unknown optimiser."""
+    _, everything = cost.count_parameters(config)
+    leaves = jax.tree.leaves(abstract_state(config, build.make_model(config, "cpu"), mesh))
+    needed = sum(leaf.dtype.itemsize * math.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in leaves)
+    statistics = mesh.local_devices[0].memory_stats() or {}  # None on a CPU
+    available = statistics.get("bytes_limit") or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > available:
+        raise ConfigError(
+            f"config.model has {everything:,} parameters; the state of training needs {needed / 2**30:,.1f} GiB of "
+            f"a device that has {available / 2**30:,.1f} GiB; lower model.width, model.hidden or routing.experts"
+        )
