@@ -21,6 +21,8 @@ SMALLEST_STD = 1e-3  # of pixels from 0 to 1: a quarter of their smallest differ
 
 @dataclasses.dataclass
 class DataConfig:
+    """The data, and what is done to pixels."""
+
     name: str = setting(
         "digits",
         "digits; folder (train/CLASS/… and test/CLASS/…); hf:NAME, a set or folder of Hugging Face; or a TFDS set",
@@ -47,6 +49,8 @@ class DataConfig:
 
 @dataclasses.dataclass
 class ModelConfig:
+    """The Vision Transformer."""
+
     image_size: int = setting(8, "height and width of an image in pixels", above=0)
     channels: int = setting(1, "channels of an image", above=0)
     classes: int = setting(10, "number of classes", above=0)
@@ -118,6 +122,8 @@ class ModelConfig:
 
 @dataclasses.dataclass
 class RoutingConfig:
+    """The experts: how many, which of them runs, and what keeps them together."""
+
     experts: int = setting(1, "experts per MLP, E; 1 is the dense model", above=0)
     router: str = setting("random", "random, or switch, topk, expert_choice, soft, hash, frozen with granularity=batch")
     pattern: tuple[str, ...] = setting(("experts",), """kinds of layers, repeated over depth: '("dense","experts")'""")
@@ -184,6 +190,8 @@ class InitConfig:
 
 @dataclasses.dataclass
 class OptimConfig:
+    """The optimiser and its schedule."""
+
     name: str = setting("adamw", "adam (weight decay in the gradient, the original), adamw, lion, or muon with adamw")
     learning_rate: float = setting(1e-3, "highest learning rate", above=0)
     weight_decay: float = setting(0.05, "coefficient of weight decay; except with adam, of matrices only", at_least=0)
@@ -211,6 +219,8 @@ class OptimConfig:
 
 @dataclasses.dataclass
 class TrainConfig:
+    """Length, batch, loss, devices and checkpoints of a run."""
+
     epochs: int = setting(10, "passes over the training images", above=0)
     batch_size: int = setting(128, "images per step over all devices, B", above=0)
     seed: int = setting(0, "seed of all random numbers of training", at_least=0)
@@ -247,6 +257,8 @@ class TrainConfig:
 
 @dataclasses.dataclass
 class Config:
+    """All settings of a run, in six sections. `get_config()` of an experiment returns one; `validate` checks it."""
+
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     routing: RoutingConfig = dataclasses.field(default_factory=RoutingConfig)
@@ -259,7 +271,8 @@ class Config:
         for path, field in SETTINGS.items():
             check(path, field, operator.attrgetter(path)(self))
         faults = (_data_faults, _model_faults, _train_faults, _routing_faults)
-        for path, rule in itertools.chain.from_iterable(find(self) for find in faults):
+        if fault := next(itertools.chain.from_iterable(find(self) for find in faults), None):
+            path, rule = fault
             raise ConfigError(f"config.{path} is {operator.attrgetter(path)(self)!r}; it {rule}")
         return self
 

@@ -22,8 +22,10 @@ def main(argv: list[str]) -> None:
         if name not in about:
             raise UserError(f"{name!r} is not an experiment; jvitmoe configs lists them")
         print(f"{folder / name}.py\n\n{about[name]}\n")
+    if names:
+        return
     width = shutil.get_terminal_size().columns - INDENT
-    for name, text in about.items() if not names else ():
+    for name, text in about.items():
         first, *rest = textwrap.wrap(_summary(text), max(width, 40))
         print(f"{name:<{INDENT}}{first}", *(" " * INDENT + line for line in rest), sep="\n")
 

@@ -23,8 +23,10 @@ def main(argv: list[str]) -> None:
     if not values.out:
         raise UserError("--out is missing; give a new folder, such as --out=exports/digits_timm")
     out = Path(values.out)
-    with files.writing(out):
+    try:
         is_new = not os.path.lexists(out) or (out.is_dir() and not out.is_symlink() and not any(out.iterdir()))
+    except OSError as error:
+        raise UserError(f"--out is {values.out!r}; it cannot be listed: {error.strerror}; give a new folder") from error
     if out.name in ("", "..") or not is_new:
         raise UserError(f"--out is {values.out!r}, which is not a new or empty folder; give one that is")
     # Not above: these import JAX, and --help need not wait for that.

@@ -115,19 +115,21 @@ def _members(argument: str) -> tuple[str, list[Path]]:
     return "", [Path(argument)]
 
 
-def _page(groups: Groups, going: Sequence[Path] = (), stamp: str = "") -> str:
+def _page(groups: Groups, unfinished: Sequence[Path] = (), stamp: str = "") -> str:
     """Returns the page about groups, and about runs that have not ended; `stamp` as `page.text`."""
     from jvitmoe.runs import page  # not above: it needs the extra `html`
 
     shown = [
-        page.Shown(name, group_rows(name, group), [r.folder for r in group], record(group)["config"], group[0].result)
+        page.GroupOnPage(
+            name, group_rows(name, group), [r.folder for r in group], record(group)["config"], group[0].result
+        )
         for name, group in groups.items()
     ]
-    names = [folder.resolve().name for folder in going]
-    for folder, name in zip(going, names, strict=True):
+    names = [folder.resolve().name for folder in unfinished]
+    for folder, name in zip(unfinished, names, strict=True):
         row = _row_so_far(folder, name if names.count(name) == 1 else str(folder))
-        shown.append(page.Shown(row["run"], [row], [folder], config_lib.flatten(read_config(folder)), {}))
-    about = [opening(groups)] * bool(groups) + [f"Runs that have not ended: {len(going)}."] * bool(stamp)
+        shown.append(page.GroupOnPage(row["run"], [row], [folder], config_lib.flatten(read_config(folder)), {}))
+    about = [opening(groups)] * bool(groups) + [f"Runs that have not ended: {len(unfinished)}."] * bool(stamp)
     return page.text(" ".join(about), shown, stamp)
 
 
@@ -139,10 +141,10 @@ def _serve(arguments: Sequence[str], port: int) -> None:
     folders = [folder for _, members in named for folder in members]
 
     def make(stamp: str) -> str:
-        going = [folder for folder in folders if not (folder / files.RESULT).exists()]
-        ended = [(name, [str(folder) for folder in members if folder not in going]) for name, members in named]
+        unfinished = [folder for folder in folders if not (folder / files.RESULT).exists()]
+        ended = [(name, [str(folder) for folder in members if folder not in unfinished]) for name, members in named]
         groups = _read_groups([f"{name}={','.join(inside)}" if name else inside[0] for name, inside in ended if inside])
-        return _page(groups, going, stamp)
+        return _page(groups, unfinished, stamp)
 
     serve.serve(make, folders, port)
 
@@ -156,7 +158,7 @@ def _row_so_far(folder: Path, name: str) -> dict[str, str]:
         "run": f"{name} (training)",
         "model": f"at step {max((line['step'] for line in lines), default=0):,}",
         "seeds": "1",
-        **dict.fromkeys(results.METRICS, "-"),
+        **dict.fromkeys(results.METRIC_FORMATS, "-"),
         **results.metric_cells(watched[-1] if watched else {}),
         **dict.fromkeys(("parameters", "total", "FLOPs/image"), "-"),
         "images/s": f"{rates[-1]:,.0f}" if rates else "-",

@@ -1,4 +1,4 @@
-"""Shows that a killed run goes on to the same bits: trains undisturbed, then again with SIGKILL at random moments.
+"""Shows that a killed run goes on to the same bits: trains uninterrupted, then again with SIGKILL at random moments.
 
     python scripts/kill_and_resume.py --out runs/killed --steps 20 --kills 2 -- \
         --config configs/cifar10_random.py --config.train.batch_size=8 --config.train.checkpoint_every=5
@@ -134,7 +134,12 @@ def kill(run: Run, turn: str, step: int, startup: float, chance: random.Random) 
 def finish(run: Run, steps: int) -> None:
     """Trains to the end, or with `steps` until that many are shown."""
     run.start()
-    reached = run.wait(lambda: run.reached(steps) if steps else run.trains() and False)
+
+    def moment() -> bool:
+        run.trains()  # notes when the first step is shown
+        return bool(steps) and run.reached(steps)
+
+    reached = run.wait(moment)
     run.end(signal.SIGTERM if reached else None)
 
 
@@ -163,10 +168,10 @@ def main() -> None:
 
     # Both must have one checkpoint in common, and what SIGTERM stops is saved at another step each time.
     arguments = [*options.arguments, *(["--config.train.keep=1000"] if options.steps else [])]
-    undisturbed = Run(options.out / "undisturbed", arguments)
-    finish(undisturbed, options.steps)
-    print(f"undisturbed: first step shown {undisturbed.startup:.1f} s after the start", flush=True)
-    lines = read_metrics(undisturbed.workdir / files.METRICS)
+    uninterrupted = Run(options.out / "uninterrupted", arguments)
+    finish(uninterrupted, options.steps)
+    print(f"uninterrupted: first step shown {uninterrupted.startup:.1f} s after the start", flush=True)
+    lines = read_metrics(uninterrupted.workdir / files.METRICS)
     evaluations = frozenset(line["step"] for line in lines if line["kind"] != "train")
     killed = Run(options.out / "killed", arguments, evaluations)
 
@@ -174,15 +179,15 @@ def main() -> None:
     # The last tenth is room to be hit in.
     reaches = chance.sample(range(2, 2 + lines[-1]["step"] * 9 // 10), options.kills)
     for number, step in enumerate(sorted(reaches)):
-        kill(killed, TURNS[number % len(TURNS)], step, undisturbed.startup, chance)
+        kill(killed, TURNS[number % len(TURNS)], step, uninterrupted.startup, chance)
         done[killed.doing()] += 1
         print(f"killed with SIGKILL {killed.doing()}; the last step shown is {killed.shown()}", flush=True)
     finish(killed, options.steps)
 
-    last = max(undisturbed.checkpoints() & killed.checkpoints())
-    expected, found = checksums(undisturbed.workdir, last), checksums(killed.workdir, last)
+    last = max(uninterrupted.checkpoints() & killed.checkpoints())
+    expected, found = checksums(uninterrupted.workdir, last), checksums(killed.workdir, last)
     different = [leaf for leaf in expected if found.get(leaf) != expected[leaf]]
-    same = history(undisturbed.workdir, last) == history(killed.workdir, last)
+    same = history(uninterrupted.workdir, last) == history(killed.workdir, last)
     print(f"{done.total()} kills: " + ", ".join(f"{done[turn]} {turn}" for turn in TURNS))
     print(f"step {last}: {len(different)} of {len(expected)} leaves differ; histories equal: {same}")
     sys.exit(1 if different or not same else 0)

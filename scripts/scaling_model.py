@@ -155,7 +155,7 @@ def table(w: Work, m: Machine) -> list[dict]:
             spread = min(w.experts, devices) if spreads else 1
             parts = step_seconds(w, variant, devices, m, spread, pulled)
             seconds = sum(parts.values())
-            held = w.experts // spread if variant not in ("dense",) else 1
+            held = w.experts // spread if variant != "dense" else 1
             rows.append(
                 {
                     **{"variant": name, "gpus": devices, "expert_devices": spread, "seconds": seconds, **parts},

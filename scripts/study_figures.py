@@ -1,8 +1,8 @@
 """Draws the study (docs/study.md): `python scripts/study_figures.py --results results/study`.
 
-differences.png: for each experiment, every arm minus what it is compared with, and the 95 % interval, of three seeds or
-more: that of two is 12.7 standard errors wide on each side. bytes.png: accuracy against the bytes that a device
-reduces, of experiment C.
+differences.png: for each experiment, every arm minus what it is compared with, and the 95 % interval. Comparisons of
+fewer than three seeds are not drawn: with two, the interval reaches 12.7 standard errors to each side. bytes.png:
+accuracy against the bytes that a device reduces, of experiment C.
 """
 
 import argparse
@@ -42,7 +42,7 @@ def main(results: Path, out: Path) -> None:
 
 
 def apart(item: verdicts.Comparison, merged: dict[tuple[str, str], list[float]]) -> bool:
-    """True if the ensemble of an arm differs from its merged model in a seed."""
+    """True if the ensemble of an arm differs from its merged model by more than EQUAL points in a seed."""
     pairs = zip(item.paired, merged[item.arm, item.reference], strict=True)
     return any(abs(ensemble - mean) > EQUAL for ensemble, mean in pairs)
 
@@ -83,7 +83,7 @@ def bytes_against_accuracy(runs: Path, path: Path) -> None:
     for name, models in verdicts.read(runs, study.bytes_against_accuracy()).items():
         accuracies = list(models[verdicts.final(models)].values())
         lines = history.read_metrics(next(runs.glob(f"{name}-seed*")) / files.METRICS)
-        (reduced, *_) = [line["reduced_bytes"] for line in reversed(lines) if "reduced_bytes" in line]
+        reduced = next(line["reduced_bytes"] for line in reversed(lines) if "reduced_bytes" in line)
         deviation = statistics.stdev(accuracies) if len(accuracies) > 1 else 0.0
         axes.errorbar(reduced, statistics.fmean(accuracies), yerr=deviation, fmt="o", color=plots.COLOURS[0])
         axes.annotate(name, (reduced, statistics.fmean(accuracies)), xytext=(6, 4), textcoords="offset points")

@@ -73,11 +73,11 @@ def lose_newest(workdir: Path) -> None:
     (workdir / "result.json").unlink()
 
 
-def assert_same_run(workdir: Path, undisturbed: Path) -> None:
+def assert_same_run(workdir: Path, uninterrupted: Path) -> None:
     """Compares two finished runs: state, history and result, to the bit."""
-    chex.assert_trees_all_equal(final_state(workdir), final_state(undisturbed))
-    assert history(workdir) == history(undisturbed)
-    assert rows(workdir) == rows(undisturbed)
+    chex.assert_trees_all_equal(final_state(workdir), final_state(uninterrupted))
+    assert history(workdir) == history(uninterrupted)
+    assert rows(workdir) == rows(uninterrupted)
 
 
 def snapshot(folder: Path) -> dict[str, bytes]:

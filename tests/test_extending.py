@@ -159,7 +159,7 @@ def test_each_layer_is_a_leaf_of_its_own_to_an_optimiser_that_asks(tiny_config, 
 
     @jax.jit
     def update(grads, params):
-        return directions(tx, grads, state.create(params, tx).opt_state, params, marks, all_run=True)[0]
+        return directions(tx, grads, state.create(params, tx).opt_state, params, marks, per_expert=True)[0]
 
     def alone(g, p):
         norms = np.linalg.norm(g), np.linalg.norm(p)

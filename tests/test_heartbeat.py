@@ -35,7 +35,7 @@ class Store:
 @pytest.fixture
 def run(monkeypatch):
     """Three processes that share a store, ten times faster: (store, heartbeats, what each ended with)."""
-    for name in ("BEAT", "SILENT", "HEARD", "VERDICT"):
+    for name in ("BEAT", "SILENT", "PROPAGATION_SECONDS", "DETECTION_SECONDS"):
         monkeypatch.setattr(heartbeat, name, getattr(heartbeat, name) / 10)
     store, ended = Store(), {}
 
@@ -70,7 +70,7 @@ def test_a_silent_process_is_named_by_all_others_and_not_process_0_for_it(run):
 
 def test_an_error_while_all_others_live_is_told_to_them(run):
     _, heartbeats, ended = run
-    heartbeats[1].tell_unless_lost("its own fault")
+    heartbeats[1].announce_unless_lost("its own fault")
     wait(lambda: {0, 2} <= ended.keys())
     assert ended[0] == ended[2] == "process 1 of 3 is lost (its own fault)"
 
@@ -78,7 +78,7 @@ def test_an_error_while_all_others_live_is_told_to_them(run):
 def test_an_error_from_the_loss_of_another_is_not_told_as_ones_own(run):
     _, heartbeats, ended = run
     heartbeats[2]._over.set()
-    heartbeats[1].tell_unless_lost("not its own fault")
+    heartbeats[1].announce_unless_lost("not its own fault")
     wait(lambda: {0, 1} <= ended.keys())
     assert all("process 2 of 3" in ended[process] for process in (0, 1))
 
@@ -87,8 +87,8 @@ def test_one_that_left_as_it_should_is_not_lost_and_not_waited_for(run):
     _, heartbeats, ended = run
     heartbeats[2].stop()
     began = time.monotonic()
-    heartbeats[1].tell_unless_lost("its own fault")
-    assert time.monotonic() - began < heartbeat.VERDICT
+    heartbeats[1].announce_unless_lost("its own fault")
+    assert time.monotonic() - began < heartbeat.DETECTION_SECONDS
     wait(lambda: 0 in ended)
     assert ended[0] == "process 1 of 3 is lost (its own fault)"
 
@@ -97,6 +97,6 @@ def test_a_store_that_does_not_answer_proves_nobody_alive(run):
     store, heartbeats, ended = run
     store.answers = False
     began = time.monotonic()
-    heartbeats[1].tell_unless_lost("perhaps its own fault")
-    assert time.monotonic() - began > heartbeat.VERDICT
+    heartbeats[1].announce_unless_lost("perhaps its own fault")
+    assert time.monotonic() - began > heartbeat.DETECTION_SECONDS
     assert "process 0 of 3 is lost (RuntimeError: UNAVAILABLE)" in ended[1]

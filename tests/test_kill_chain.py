@@ -38,12 +38,12 @@ def test_killed_twenty_times_a_run_equals_the_undisturbed_one_bit_for_bit(tmp_pa
     assert total == KILLS
     assert min(by_moment) >= 1, done.stdout
 
-    undisturbed, killed = (tmp_path / "runs" / name for name in ("undisturbed", "killed"))
-    assert_same_run(killed, undisturbed)
+    uninterrupted, killed = (tmp_path / "runs" / name for name in ("uninterrupted", "killed"))
+    assert_same_run(killed, uninterrupted)
     places = [(line["step"], line["kind"]) for line in history(killed)]
     assert len(places) == len(set(places))
     assert [n for n, kind in places if kind == "train"] == list(range(1, places[-1][0] + 1))
-    kept = [sorted(path.name for path in (folder / "checkpoints").iterdir()) for folder in (killed, undisturbed)]
+    kept = [sorted(path.name for path in (folder / "checkpoints").iterdir()) for folder in (killed, uninterrupted)]
     assert kept[0] == kept[1]  # nothing is left of killed writes and deletions, and the best is the same
     assert not list(killed.glob("damaged-*"))
     assert os.listdir(killed / "checkpoints")

@@ -145,7 +145,7 @@ def test_muon_is_optaxs_on_the_matrix_of_each_layer_and_expert_alone_and_adamw_o
     def directions(name):
         tx = optimizer.direction(Config(optim=OptimConfig(name=name, **about)))
         opt_state, found = state.create(params, tx).opt_state, None
-        move = jax.jit(lambda g, s: update.directions(tx, g, s, params, marks, all_run=True))
+        move = jax.jit(lambda g, s: update.directions(tx, g, s, params, marks, per_expert=True))
         for grads in grads_S:
             found, opt_state = move(grads, opt_state)
         return found

@@ -53,16 +53,16 @@ def experiment(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def undisturbed(experiment):
-    workdir = experiment.parent / "undisturbed"
+def uninterrupted(experiment):
+    workdir = experiment.parent / "uninterrupted"
     ended = processes.run(processes.train(experiment, workdir))
     assert ended.code == 0, ended.err
     return workdir
 
 
 @pytest.fixture
-def copy(undisturbed, tmp_path):
-    return shutil.copytree(undisturbed, tmp_path / "copy")
+def copy(uninterrupted, tmp_path):
+    return shutil.copytree(uninterrupted, tmp_path / "copy")
 
 
 def one_error(ended: processes.Ended, message: str) -> None:
@@ -297,7 +297,7 @@ needs_mounts = pytest.mark.skipif(
 
 @needs_mounts
 def test_a_disk_that_fills_up_ends_the_run_in_one_line_and_with_room_it_goes_on_to_the_same_bits(
-    experiment, undisturbed, tmp_path
+    experiment, uninterrupted, tmp_path
 ):
     (tmp_path / "disk").mkdir()
     sizes = ("24k", "200k", "320k", "64m")
@@ -320,7 +320,7 @@ def test_a_disk_that_fills_up_ends_the_run_in_one_line_and_with_room_it_goes_on_
         assert "cannot be written" in error
         assert "make room" in error
     assert any("checkpoint" in error.partition(":")[2][:30] for error in errors), errors
-    assert_same_run(tmp_path / "run", undisturbed)
+    assert_same_run(tmp_path / "run", uninterrupted)
 
 
 # Takes away root's right to read and write everything.
@@ -336,7 +336,7 @@ def train_without_rights(experiment: Path, workdir: Path) -> processes.Ended:
     return processes.run([python, "-c", WITHOUT_RIGHTS, *module_and_flags])
 
 
-def test_a_checkpoint_that_may_not_be_read_is_skipped_and_named(experiment, undisturbed, copy):
+def test_a_checkpoint_that_may_not_be_read_is_skipped_and_named(experiment, uninterrupted, copy):
     shutil.rmtree(saved(copy)[-1])
     (copy / "result.json").unlink()
     newest, before = saved(copy)[-1], saved(copy)[-2]
@@ -345,7 +345,7 @@ def test_a_checkpoint_that_may_not_be_read_is_skipped_and_named(experiment, undi
     assert ended.code == 0, ended.err
     assert f"warning: checkpoint {newest.name} skipped: " in ended.out
     assert f"resuming    from step {before.name}" in ended.out
-    assert_same_run(copy, undisturbed)
+    assert_same_run(copy, uninterrupted)
     assert len(list(copy.glob(f"damaged-checkpoint-{newest.name}-*"))) == 1
 
 
@@ -390,10 +390,10 @@ def verify(workdir: Path) -> tuple[int, dict[str, str]]:
     return code, {line[:16].strip(): line[17:] for line in out.splitlines()}
 
 
-def test_verify_calls_every_part_of_a_sound_run_sound(undisturbed):
-    code, found = verify(undisturbed)
+def test_verify_calls_every_part_of_a_sound_run_sound(uninterrupted):
+    code, found = verify(uninterrupted)
     files = ("config.json", "classes.json", "images.json", "metrics.jsonl", "result.json")
-    parts = [*files, *(f"checkpoint {path.name}" for path in saved(undisturbed))]
+    parts = [*files, *(f"checkpoint {path.name}" for path in saved(uninterrupted))]
     assert (code, found) == (0, dict.fromkeys(parts, "sound"))
 
 
@@ -430,7 +430,7 @@ def test_a_run_folder_of_version_0_1_0_verifies_evaluates_and_resumes_to_its_num
     assert (code, set(found.values())) == (0, {"sound"})
 
 
-def test_a_finished_run_says_what_is_missing_and_writes_a_damaged_result_anew(experiment, undisturbed, copy):
+def test_a_finished_run_says_what_is_missing_and_writes_a_damaged_result_anew(experiment, uninterrupted, copy):
     (copy / "metrics.jsonl").unlink()
     (copy / "result.json").write_text('{"rows": 3}')
     code, out, err = call(train.main, f"--config={experiment}", f"--workdir={copy}")
@@ -438,7 +438,7 @@ def test_a_finished_run_says_what_is_missing_and_writes_a_damaged_result_anew(ex
     assert f"warning: metrics.jsonl does not hold all that was recorded up to step {STEPS}" in out
     assert "warning: result.json is damaged; it is rewritten" in out
     assert not (copy / "metrics.jsonl").exists()
-    assert rows(copy) == rows(undisturbed)
+    assert rows(copy) == rows(uninterrupted)
 
 
 def test_a_run_that_goes_on_says_when_its_history_was_edited(experiment, copy):

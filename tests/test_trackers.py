@@ -154,7 +154,7 @@ def test_a_run_that_was_trained_but_not_tested_still_sends_its_test(tmp_path):
 
 
 def test_mlflow_calls_a_run_that_was_stopped_killed(tmp_path):
-    tracker = trackers.TRACKERS["mlflow"](trackers.Followed(tmp_path, 0, SETTINGS))
+    tracker = trackers.TRACKERS["mlflow"](trackers.TrackedRun(tmp_path, 0, SETTINGS))
     tracker.close(finished=False)
     with contextlib.closing(sqlite3.connect(tmp_path / "mlflow.db")) as database:
         assert database.execute("select status from runs").fetchall() == [("KILLED",)]

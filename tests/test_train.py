@@ -46,19 +46,19 @@ def experiment(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def undisturbed(experiment):
+def uninterrupted(experiment):
     """An uninterrupted run, made by a fresh process."""
-    ended = processes.run(processes.train(experiment, experiment.parent / "undisturbed"), cold=True)
+    ended = processes.run(processes.train(experiment, experiment.parent / "uninterrupted"), cold=True)
     assert ended.code == 0, ended.err
-    return experiment.parent / "undisturbed"
+    return experiment.parent / "uninterrupted"
 
 
 @pytest.fixture
-def copy(undisturbed, tmp_path):
-    return shutil.copytree(undisturbed, tmp_path / "copy")
+def copy(uninterrupted, tmp_path):
+    return shutil.copytree(uninterrupted, tmp_path / "copy")
 
 
-def test_killed_and_resumed_equals_uninterrupted(experiment, undisturbed, tmp_path):
+def test_killed_and_resumed_equals_uninterrupted(experiment, uninterrupted, tmp_path):
     workdir = tmp_path / "killed"
     one = processes.start(processes.train(experiment, workdir))
     wait_for_step(workdir, 9, one)
@@ -68,11 +68,11 @@ def test_killed_and_resumed_equals_uninterrupted(experiment, undisturbed, tmp_pa
     ended = processes.run(processes.train(experiment, workdir))
     assert ended.code == 0, ended.err
     assert "resuming    from step" in ended.out
-    assert_same_run(workdir, undisturbed)
+    assert_same_run(workdir, uninterrupted)
 
 
 def test_asked_to_stop_it_saves_exits_within_ten_seconds_and_goes_on_to_the_same_bits(
-    experiment, undisturbed, tmp_path
+    experiment, uninterrupted, tmp_path
 ):
     workdir, stopped_at = tmp_path / "stopped", 0
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -89,7 +89,7 @@ def test_asked_to_stop_it_saves_exits_within_ten_seconds_and_goes_on_to_the_same
     ended = processes.run(processes.train(experiment, workdir))
     assert ended.code == 0, ended.err
     assert f"resuming    from step {stopped_at}" in ended.out
-    assert_same_run(workdir, undisturbed)
+    assert_same_run(workdir, uninterrupted)
 
 
 def test_a_signal_in_the_last_evaluation_ends_the_run_before_its_test(experiment, tmp_path, monkeypatch):
@@ -143,7 +143,7 @@ def test_a_warm_up_longer_than_half_of_the_run_is_capped_with_a_line_and_resumes
     assert_same_run(cut, whole)
 
 
-def test_a_finished_run_started_again_changes_nothing_and_tells_what_one_needs(experiment, undisturbed, copy):
+def test_a_finished_run_started_again_changes_nothing_and_tells_what_one_needs(experiment, uninterrupted, copy):
     code, out, _ = call(train.main, f"--config={experiment}", f"--workdir={copy}")
     assert code == 0
     for wanted in (
@@ -160,8 +160,8 @@ def test_a_finished_run_started_again_changes_nothing_and_tells_what_one_needs(e
         assert row in out
     files = {"config.json", "metrics.jsonl", "checkpoints", "tb", "report.md", "result.json"}
     assert {path.name for path in copy.iterdir()} >= files
-    assert history(copy) == history(undisturbed)
-    assert rows(copy) == rows(undisturbed)
+    assert history(copy) == history(uninterrupted)
+    assert rows(copy) == rows(uninterrupted)
 
 
 def test_steps_are_shown_where_none_was_for_long_and_the_history_stays_the_same(experiment, tmp_path, monkeypatch):
@@ -181,8 +181,8 @@ def test_steps_are_shown_where_none_was_for_long_and_the_history_stays_the_same(
     assert history(tmp_path / "0.0") == history(tmp_path / "1000000000.0")
 
 
-def test_each_step_stands_once_in_the_history(undisturbed):
-    lines = [(line["step"], line["kind"]) for line in history(undisturbed)]
+def test_each_step_stands_once_in_the_history(uninterrupted):
+    lines = [(line["step"], line["kind"]) for line in history(uninterrupted)]
     assert len(lines) == len(set(lines))
     assert [number for number, kind in lines if kind == "train"] == list(range(2, STEPS + 1, 2))
 
@@ -226,13 +226,13 @@ def test_a_tested_run_that_is_trained_again_stays_as_evaluate_left_it(experiment
 
 
 def test_a_run_whose_test_was_lost_is_tested_again_with_the_versions_of_its_training(
-    experiment, undisturbed, copy, monkeypatch
+    experiment, uninterrupted, copy, monkeypatch
 ):
     monkeypatch.setattr(models, "versions", lambda: {"jax": "of the test"})
     (copy / "result.json").unlink()
     code, _, err = call(train.main, f"--config={experiment}", f"--workdir={copy}")
     assert code == 0, err
-    before, after = (json.loads((folder / "result.json").read_text()) for folder in (undisturbed, copy))
+    before, after = (json.loads((folder / "result.json").read_text()) for folder in (uninterrupted, copy))
     assert after["rows"] == before["rows"]
     assert (after["trained_with"], after["versions"]) == (before["versions"], {"jax": "of the test"})
 
@@ -257,7 +257,7 @@ def test_a_run_with_an_expert_axis_is_tested_on_any_number_of_devices(experiment
         assert (found["model"], found["accuracy"]) == (trained["model"], trained["accuracy"])
 
 
-def test_evaluate_tests_any_checkpoint_and_training_again_tests_the_last(experiment, undisturbed, copy):
+def test_evaluate_tests_any_checkpoint_and_training_again_tests_the_last(experiment, uninterrupted, copy):
     watched = {line["step"]: line["nll"] for line in history(copy) if line["kind"] == "validation"}
     best = min(watched, key=lambda step: (watched[step], -step))
     for which, step in (("best", best), (f"{STEPS - 2}", STEPS - 2)):
@@ -269,13 +269,13 @@ def test_evaluate_tests_any_checkpoint_and_training_again_tests_the_last(experim
     code, _, err = call(train.main, f"--config={experiment}", f"--workdir={copy}")
     assert code == 0, err
     assert json.loads((copy / "result.json").read_text())["step"] == STEPS
-    assert rows(copy) == rows(undisturbed)
+    assert rows(copy) == rows(uninterrupted)
 
 
-def test_report_puts_runs_side_by_side(undisturbed, tmp_path):
-    code, out, err = call(report.main, undisturbed, f"--out={tmp_path / 'r'}")
+def test_report_puts_runs_side_by_side(uninterrupted, tmp_path):
+    code, out, err = call(report.main, uninterrupted, f"--out={tmp_path / 'r'}")
     assert code == 0, err
-    assert "undisturbed" in out
+    assert "uninterrupted" in out
     assert (tmp_path / "r" / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert "| merged |" in (tmp_path / "r" / "report.md").read_text()
 
@@ -288,13 +288,13 @@ def test_report_puts_runs_side_by_side(undisturbed, tmp_path):
         ("--config.train.batch_size=255", "train.batch_size was 256 and is 255 now"),
     ],
 )
-def test_a_folder_with_another_experiment_is_left_as_it_is(experiment, undisturbed, override, message):
-    before = snapshot(undisturbed)
-    code, _, err = call(train.main, f"--config={experiment}", f"--workdir={undisturbed}", override)
+def test_a_folder_with_another_experiment_is_left_as_it_is(experiment, uninterrupted, override, message):
+    before = snapshot(uninterrupted)
+    code, _, err = call(train.main, f"--config={experiment}", f"--workdir={uninterrupted}", override)
     assert code == 2
     assert message in err
     assert err.count("\n") == 1
-    assert snapshot(undisturbed) == before
+    assert snapshot(uninterrupted) == before
 
 
 def test_a_folder_with_other_things_and_a_file_are_refused(experiment, tmp_path):
@@ -386,17 +386,17 @@ def test_a_run_that_blows_up_stops_and_names_step_value_and_last_good_checkpoint
         (("--workdir={run}", "--platform=gpu"), "or set --platform=''"),
     ],
 )
-def test_evaluate_refuses_in_one_line(undisturbed, arguments, message):
-    code, _, err = call(evaluate.main, *(a.format(run=undisturbed) for a in arguments))
+def test_evaluate_refuses_in_one_line(uninterrupted, arguments, message):
+    code, _, err = call(evaluate.main, *(a.format(run=uninterrupted) for a in arguments))
     assert (code, err.count("\n")) == (2, 1)
     assert message in err
 
 
 def test_upcycling_starts_from_the_dense_models_own_predictions_and_resumes_without_it(
-    experiment, undisturbed, tmp_path
+    experiment, uninterrupted, tmp_path
 ):
-    config = saved_config(undisturbed)
-    config.init.source, config.routing.experts = str(undisturbed), 4
+    config = saved_config(uninterrupted)
+    config.init.source, config.routing.experts = str(uninterrupted), 4
     mesh = make_mesh(config.validate().train)
     dense, told = load.start(config)
     assert "(run): " in told[0]
@@ -408,7 +408,7 @@ def test_upcycling_starts_from_the_dense_models_own_predictions_and_resumes_with
         vit.logits(model, state.params, images, jax.numpy.array([3, 1])), wanted, rtol=1e-6, atol=1e-6
     )
     source = tmp_path / "source"
-    shutil.copytree(undisturbed, source)
+    shutil.copytree(uninterrupted, source)
     arguments = (f"--config={experiment}", f"--config.init.source={source}", "--config.init.noise=0.01")
     arguments += ("--config.train.epochs=1", f"--workdir={tmp_path / 'up'}")
     code, out, err = call(train.main, *arguments)
@@ -433,9 +433,9 @@ def test_upcycling_starts_from_the_dense_models_own_predictions_and_resumes_with
     ],
 )
 def test_a_source_that_does_not_fit_is_refused_before_a_folder_is_made(
-    experiment, undisturbed, tmp_path, source, override, message
+    experiment, uninterrupted, tmp_path, source, override, message
 ):
-    arguments = (f"--config.init.source={source.format(run=undisturbed)}", override, f"--workdir={tmp_path / 'x'}")
+    arguments = (f"--config.init.source={source.format(run=uninterrupted)}", override, f"--workdir={tmp_path / 'x'}")
     code, _, err = call(train.main, f"--config={experiment}", *arguments)
     assert (code, err.count("\n")) == (2, 1)
     assert message in err

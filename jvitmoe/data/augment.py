@@ -20,7 +20,7 @@ from jvitmoe.config import DataConfig
 from jvitmoe.data import operations, trivial_augment
 from jvitmoe.data.operations import per_image
 
-SHARE = 2**31 - 1  # in place of a position in AUGMENTATIONS: of the draw that `Batch.share_b` decides
+SHARE_DRAW = 2**31 - 1  # folded into an image's key for the draw against Batch.share_b; no position reaches it
 PLAIN = ("crop", "flip")  # those that go on in the last part of training, `data.plain_last`
 THREE = ("grey", "solarize", "blur")  # of 3-Augment
 RADIUS = (0.1, operations.LARGEST_RADIUS)  # of its blur
@@ -208,20 +208,20 @@ def augment(
 
     images_bHWc, targets_bC = run(True, images_bHWc, targets_bC)
 
-    def all_of_them() -> tuple[jax.Array, jax.Array]:
+    def fully_augmented() -> tuple[jax.Array, jax.Array]:
         x_bHWc, y_bC = run(False, images_bHWc, targets_bC)
         if batch.share_b is None:
             return x_bHWc, y_bC
-        (draw_b,) = _uniform(jax.vmap(jax.random.fold_in, (0, None))(batch.key_b, SHARE), 1)
+        (draw_b,) = _uniform(jax.vmap(jax.random.fold_in, (0, None))(batch.key_b, SHARE_DRAW), 1)
         is_drawn_b = draw_b < batch.share_b
         x_bHWc = jnp.where(per_image(is_drawn_b), x_bHWc, images_bHWc.astype(x_bHWc.dtype))
         return x_bHWc, jnp.where(is_drawn_b[:, None], y_bC, targets_bC)
 
     if not data.plain_last:
-        return all_of_them()
+        return fully_augmented()
     in_float = functools.partial(jax.tree.map, lambda x: x.astype(jnp.float32))
     plain = in_float((images_bHWc, targets_bC))
-    return jax.lax.cond(batch.plain, lambda: plain, lambda: in_float(all_of_them()))
+    return jax.lax.cond(batch.plain, lambda: plain, lambda: in_float(fully_augmented()))
 
 
 def normalize(images_bHWc: jax.Array, mean: Sequence[float] = (0.5,), std: Sequence[float] = (0.5,)) -> jax.Array:

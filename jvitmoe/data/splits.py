@@ -21,6 +21,8 @@ Record = tuple[Picture, int]  # a picture and its label
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Split:
+    """Images of one size in memory."""
+
     images_NHWc: np.ndarray  # uint8, C-contiguous
     labels_N: np.ndarray  # int32
 
@@ -57,6 +59,8 @@ S = TypeVar("S", Split, Records)
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Dataset(Generic[S]):
+    """The splits of a set, and the names of its classes in the order of their labels."""
+
     train: S
     test: S
     class_names: tuple[str, ...]

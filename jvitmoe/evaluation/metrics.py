@@ -19,7 +19,7 @@ from jvitmoe.experts import merge
 from jvitmoe.models import vit
 from jvitmoe.runtime.devices import AXES, REPLICATED, settle, to_devices
 
-Shown = Images | Iterable[Images]  # a whole split on the devices, or its batches one after the other
+SplitImages = Images | Iterable[Images]  # a whole split on the devices, or its batches one after the other
 BINS = 15  # M, as in Guo et al., arXiv 1706.04599
 TOP = 5  # classes that may hold the label; not reported for as few classes or fewer
 MOST_CLASSES = 1000  # with more, a confusion matrix takes too much memory per path, and none is counted
@@ -82,13 +82,13 @@ class Evaluator:
 
         self._step, self._streamed_step = compiled(False), compiled(True)
 
-    def __call__(self, params: Any, split: Shown, batches: Batches) -> Result:
+    def __call__(self, params: Any, split: SplitImages, batches: Batches) -> Result:
         """Returns the Result of the net with these parameters. All trees use the same compiled program."""
         unused_PL = jnp.zeros((1, self.net.config.depth), jnp.int32)  # the tree has no expert axis
         return self.paths(params, unused_PL, 1, split, batches)[0][0]
 
     def paths(
-        self, params: Any, route_PL: jax.Array, members: int, split: Shown, batches: Batches
+        self, params: Any, route_PL: jax.Array, members: int, split: SplitImages, batches: Batches
     ) -> tuple[list[Result], Result]:
         """Returns the Result of each path, and of the ensemble of the first `members`: the mean of their probabilities
         (Lakshminarayanan et al., arXiv 1612.01474). Paths run one after the other, to save memory."""

@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 
 from jvitmoe.config import Config
 from jvitmoe.data.batches import Batches
-from jvitmoe.evaluation.metrics import Evaluator, Result, Shown
+from jvitmoe.evaluation.metrics import Evaluator, Result, SplitImages
 from jvitmoe.experts import build, merge, routes
 from jvitmoe.experts.cost import count_parameters, flops_per_image, tree_size
 from jvitmoe.experts.routes import Purpose
@@ -31,7 +31,7 @@ def facts(config: Config, step: int, mesh: Mesh) -> dict[str, Any]:
     }
 
 
-def evaluate_main(config: Config, params: Any, evaluate: Evaluator, split: Shown, batches: Batches) -> Result:
+def evaluate_main(config: Config, params: Any, evaluate: Evaluator, split: SplitImages, batches: Batches) -> Result:
     """Returns the Result of a run's main model: with its router if it has one, otherwise dense or merged."""
     if evaluate.routed:
         return evaluate.routed(params, split, batches)
@@ -39,7 +39,7 @@ def evaluate_main(config: Config, params: Any, evaluate: Evaluator, split: Shown
 
 
 def evaluate_run(
-    config: Config, params: Any, ema: Any, evaluate: Evaluator, split: Shown, batches: Batches, paths: int = 1
+    config: Config, params: Any, ema: Any, evaluate: Evaluator, split: SplitImages, batches: Batches, paths: int = 1
 ) -> list[dict[str, Any]]:
     """Returns one row per tested model: the numbers of `Result`, parameters and FLOPs per image. The row of the dense
     or merged model also has the confusion matrix, if it was counted.

@@ -16,7 +16,7 @@ from jvitmoe.data import augment, stream
 from jvitmoe.data.batches import Batches, Images
 from jvitmoe.data.splits import Dataset
 from jvitmoe.errors import UserError
-from jvitmoe.evaluation.metrics import Shown
+from jvitmoe.evaluation.metrics import SplitImages
 from jvitmoe.models import vit
 
 SEEDS = (0, 1, 2)  # of the draws of shots
@@ -66,7 +66,7 @@ def measure(
     return rows
 
 
-def make_extract(net: vit.ViT, data: DataConfig) -> Callable[[Any, Shown, Batches], Features]:
+def make_extract(net: vit.ViT, data: DataConfig) -> Callable[[Any, SplitImages, Batches], Features]:
     """Returns a function (params, split, batches) -> features of every image, in order, without padding."""
 
     @jax.jit
@@ -74,7 +74,7 @@ def make_extract(net: vit.ViT, data: DataConfig) -> Callable[[Any, Shown, Batche
         images_BHWc, labels_B = images if index_B is None else (x[index_B] for x in images)
         return vit.features(net, params, augment.normalize(images_BHWc, data.mean, data.std)), labels_B
 
-    def extract(params: Any, split: Shown, batches: Batches) -> Features:
+    def extract(params: Any, split: SplitImages, batches: Batches) -> Features:
         whole = isinstance(split, Images)
         shown = ((split, index_B) for index_B in batches.index_SB) if whole else ((images, None) for images in split)
         found = [jax.device_get(of_batch(params, *batch)) for batch in shown]

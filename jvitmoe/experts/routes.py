@@ -1,4 +1,5 @@
-"""Addresses of randomness, and random routes. Every draw of a run is `address(root, purpose, number, …)`.
+"""Addresses of randomness, and random routes. Every draw on the devices is `address(root, purpose, number, …)`;
+the crops of a stream are drawn on the host from (seed, step, row).
 
 L layers · E experts · T tokens of one image, CLS included
 """
@@ -16,8 +17,8 @@ class Purpose(enum.IntEnum):
 
     INIT = 0  # parameters
     ORDER = 1  # order of the training images; numbered by epoch
-    AUGMENT = 2  # numbered by step, then by index in the global batch
-    DROPOUT = 3  # numbered by step, then by index in the global batch
+    AUGMENT = 2  # numbered by step, then by index in the global batch; index B is the key of the batch
+    DROPOUT = 3  # numbered by step, then by index in the global batch plus B times the number of the pass
     ROUTE = 4  # numbered by step
     PATH = 5  # random paths at evaluation; numbered by path
     SECOND_ROUTE = 6  # of the second forward pass; numbered by step

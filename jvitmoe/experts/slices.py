@@ -63,8 +63,8 @@ def _index(experts: Tree, route: jax.Array, path: Sequence[Any], leaf: jax.Array
     """Returns (layer, expert) that index the leaf, in the shape of its part of the route."""
     groups = leaf.shape[0]
     if route.shape[0] > groups and vit.position_in_group(path) is None:
-        # Of a pattern, the optimiser's count of steps belongs to no position: it is that of the layers with experts. An
-        # optimiser that has counts only, as that of frozen layers, needs no more than an index in range.
+        # With a pattern, a step count lies outside the blocks, so its path has no position: it takes that of the other
+        # leaves. If no leaf has one (a state of counts only, as for frozen layers), any index in range will do.
         positioned = (path for path, _ in jax.tree.leaves_with_path(experts) if vit.position_in_group(path) is not None)
         path = next(positioned, path)
     route = of_group(path, route, groups)

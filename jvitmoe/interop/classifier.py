@@ -26,6 +26,8 @@ BATCH = 64  # images per call
 
 @dataclasses.dataclass(frozen=True)
 class Prediction:
+    """A class of an input, and its probability."""
+
     label: int
     name: str  # of the class; its number if the names are unknown
     probability: float

@@ -118,7 +118,7 @@ def group_rows(name: str, group: Sequence[TestedRun]) -> list[dict[str, str]]:
     rows, result = [], group[0].result
     for several in zip(*(run.result["rows"] for run in group), strict=True):
         numbers = dict(several[0])
-        for metric in results.METRICS:
+        for metric in results.METRIC_FORMATS:
             values = [row[metric] for row in several if metric in row]
             if len(values) == len(group) > 1:
                 numbers |= {metric: statistics.fmean(values), f"{metric}_std": _deviation(values)}
@@ -127,7 +127,7 @@ def group_rows(name: str, group: Sequence[TestedRun]) -> list[dict[str, str]]:
                 "run": name,
                 "model": numbers["model"],
                 "seeds": str(len(group)),
-                **{**dict.fromkeys(results.METRICS, "-"), **results.metric_cells(numbers)},
+                **{**dict.fromkeys(results.METRIC_FORMATS, "-"), **results.metric_cells(numbers)},
                 "parameters": f"{numbers.get('parameters', result['active_parameters']):,}",
                 "total": f"{result['total_parameters']:,}",
                 "FLOPs/image": tables.quantity(numbers["flops_per_image"]) if "flops_per_image" in numbers else "-",

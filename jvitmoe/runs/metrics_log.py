@@ -14,7 +14,7 @@ from rich.live import Live
 from jvitmoe.runs import history
 from jvitmoe.runs.console import ProgressLine, console, duration
 from jvitmoe.runs.files import METRICS, crc32, write_text, writing
-from jvitmoe.runs.trackers import Feed, Followed, close_all
+from jvitmoe.runs.trackers import Feed, TrackedRun, close_all
 
 PLAIN_SECONDS = 2.0  # shortest time between two progress lines in a file
 SHOW_SECONDS = 20.0  # longest time without progress shown, unless one step, evaluation or save takes longer
@@ -50,7 +50,7 @@ class MetricsLog:
             with writing(self._path):
                 self._file = self._path.open("a")
         if workdir:
-            self._feeds = [Feed(name, Followed(workdir, start, settings or {})) for name in trackers]
+            self._feeds = [Feed(name, TrackedRun(workdir, start, settings or {})) for name in trackers]
         self._total, self._batch = total, batch_size
         self._clock: tuple[int, float] | None = None  # step and time at which the measured interval starts
         self._first_seconds = 0.0  # duration of the step before that

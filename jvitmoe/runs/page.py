@@ -30,7 +30,7 @@ HEIGHT = 260  # of a chart, pixels
 PICTURES = {"samples": files.SAMPLES}  # of a run folder, shown as they are
 
 
-class Shown(NamedTuple):
+class GroupOnPage(NamedTuple):
     """A group of runs that differ in their seed."""
 
     name: str
@@ -40,7 +40,7 @@ class Shown(NamedTuple):
     result: Mapping[str, Any]  # of its first seed
 
 
-def text(opening: str, groups: Sequence[Shown], stamp: str = "") -> str:
+def text(opening: str, groups: Sequence[GroupOnPage], stamp: str = "") -> str:
     """Returns the page.
 
     Args:
@@ -70,7 +70,7 @@ def text(opening: str, groups: Sequence[Shown], stamp: str = "") -> str:
     return page
 
 
-def _curves(title: str, groups: Sequence[Shown], colours: Mapping[str, str]) -> dict[str, Any]:
+def _curves(title: str, groups: Sequence[GroupOnPage], colours: Mapping[str, str]) -> dict[str, Any]:
     """Returns the chart of training loss or of evaluated accuracy: a line per group, the mean over its seeds, in a band
     from the lowest seed to the highest."""
     points = []
@@ -115,7 +115,7 @@ def _points(runs: Sequence[Sequence[Mapping[str, Any]]], training: bool) -> list
     return points
 
 
-def _details(group: Shown) -> dict[str, Any]:
+def _details(group: GroupOnPage) -> dict[str, Any]:
     """Returns the charts and pictures of the first seed of a group, by title."""
     folder, found = group.folders[0], dict[str, Any]()
     if why := group.result.get("mergeability"):

@@ -29,7 +29,12 @@ PROBES = (
     "n-shot: ridge regression on n training images per class, mean ± sample deviation over three draws of them. "
     "k-nn: weighted vote of the k nearest training images. Both see only the features, the input of the head."
 )
-METRICS = {"accuracy": ".2%", "top5": ".2%", "nll": ".4f", "ece": ".4f"}  # of a row of a model, and how they are shown
+METRIC_FORMATS = {
+    "accuracy": ".2%",
+    "top5": ".2%",
+    "nll": ".4f",
+    "ece": ".4f",
+}  # of a row of a model, and how they are shown
 LAYER_COLUMNS = {"spread": "spread", "cosine": "cosine", "closest pair": "difference_cosine", "layer gap": "gap"}
 
 
@@ -79,10 +84,10 @@ def result_rows(result: Mapping[str, Any]) -> list[dict[str, str]]:
 
 
 def metric_cells(row: Mapping[str, Any]) -> dict[str, str]:
-    """Returns the cells of those of METRICS that the row has, each with its deviation if it has one."""
+    """Returns the cells of those of METRIC_FORMATS that the row has, each with its deviation if it has one."""
     return {
         name: f"{row[name]:{form}}" + (f" ± {row[f'{name}_std']:{form}}" if f"{name}_std" in row else "")
-        for name, form in METRICS.items()
+        for name, form in METRIC_FORMATS.items()
         if row.get(name) is not None  # a line of metrics.jsonl has null for nan
     }
 

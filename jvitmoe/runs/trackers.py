@@ -30,7 +30,7 @@ STOP_SECONDS = 3.0  # the same where a run stops early: a signal promises an end
 LONGEST_PARAM = 500  # characters of a setting, for MLflow's servers
 
 
-class Followed(NamedTuple):
+class TrackedRun(NamedTuple):
     """The run that a tracker follows."""
 
     workdir: Path
@@ -44,7 +44,7 @@ class Tracker(abc.ABC):
     package = ""  # that it needs, if that is not one of ours
 
     @abc.abstractmethod
-    def __init__(self, run: Followed) -> None: ...
+    def __init__(self, run: TrackedRun) -> None: ...
 
     @abc.abstractmethod
     def record(self, step: int, seconds: float, figures: Mapping[str, float]) -> None:
@@ -59,7 +59,7 @@ class Tracker(abc.ABC):
 class TensorBoard(Tracker):
     """Event files in <run folder>/tb."""
 
-    def __init__(self, run: Followed) -> None:
+    def __init__(self, run: TrackedRun) -> None:
         folder = run.workdir / "tb"
         folder.mkdir(exist_ok=True)
         # Not SummaryWriter: its thread ends when the disk is full, and then every call waits for it forever.
@@ -82,7 +82,7 @@ class Wandb(Tracker):
 
     package = "wandb"
 
-    def __init__(self, run: Followed) -> None:
+    def __init__(self, run: TrackedRun) -> None:
         import wandb
 
         settings = wandb.setup().settings
@@ -111,7 +111,7 @@ class Mlflow(Tracker):
 
     package = "mlflow"
 
-    def __init__(self, run: Followed) -> None:
+    def __init__(self, run: TrackedRun) -> None:
         import mlflow
         from mlflow.entities import Metric, Param
 
@@ -144,7 +144,7 @@ class Trackio(Tracker):
 
     package = "trackio"
 
-    def __init__(self, run: Followed) -> None:
+    def __init__(self, run: TrackedRun) -> None:
         import trackio
 
         self._run = trackio.init(
@@ -178,7 +178,7 @@ def check(names: Sequence[str]) -> None:
 class Feed:
     """A tracker at work in its thread."""
 
-    def __init__(self, name: str, run: Followed) -> None:
+    def __init__(self, name: str, run: TrackedRun) -> None:
         self.name, self._run = name, run
         self._records: queue.SimpleQueue[tuple[int, float, Mapping[str, float]] | bool] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._work, name=f"tracker {name}", daemon=True)
@@ -220,7 +220,7 @@ def close_all(feeds: Sequence[Feed], finished: bool) -> None:
             console.print(f"warning: tracker {feed.name} did not end in {limit:g} s; its record may be short")
 
 
-def _id(run: Followed, name: str, create: Callable[[], str]) -> str:
+def _id(run: TrackedRun, name: str, create: Callable[[], str]) -> str:
     """Returns the tracker's id of this run: the one kept in the run folder, or else a new one, which is kept."""
     path = run.workdir / "trackers" / f"{name}.id"
     path.parent.mkdir(exist_ok=True)

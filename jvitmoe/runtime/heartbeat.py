@@ -20,8 +20,8 @@ from jvitmoe.errors import one_line
 
 BEAT = 2.0  # seconds between two beats
 SILENT = 15.0  # seconds without a beat after which a process counts as lost
-HEARD = 2 * BEAT  # seconds until the others have read an announcement
-VERDICT = SILENT + HEARD + 2 * BEAT  # seconds from the loss of a process until all others have named it and ended
+PROPAGATION_SECONDS = 2 * BEAT  # seconds until the others have read an announcement
+DETECTION_SECONDS = SILENT + PROPAGATION_SECONDS + 2 * BEAT  # from the loss of a process until all others have ended
 CODE = 1
 ALIVE, LOST = "jvitmoe/alive/", "jvitmoe/lost/"
 LEFT = "left"  # the last beat of a process that ended normally
@@ -56,24 +56,24 @@ class Heartbeat:
         with contextlib.suppress(Exception):
             self._client.key_value_set(f"{ALIVE}{self._process}", LEFT, allow_overwrite=True)
 
-    def tell(self, why: str) -> None:
+    def announce_failure(self, why: str) -> None:
         """Announces that this process is about to end. Returns after the others have had time to read it."""
         self._announce(self._process, why)
         self._wait_for_readers()
 
-    def tell_unless_lost(self, why: str) -> None:
-        """Waits until every other process has sent a new beat, then calls `tell`. If one is lost, this process ends
-        and names that one instead. For an error whose cause may be the loss of another process.
+    def announce_unless_lost(self, why: str) -> None:
+        """Waits until every other process has sent a new beat, then calls `announce_failure`. If one is lost, this
+        process ends and names that one instead. For an error whose cause may be the loss of another process.
         """
         self._probe()
         time.sleep(BEAT)  # a beat from before the error may still arrive
         before = self._beats()
-        for _ in range(math.ceil(VERDICT / BEAT)):
+        for _ in range(math.ceil(DETECTION_SECONDS / BEAT)):
             time.sleep(BEAT)
             now = self._beats()
             if before and all(beat == LEFT or now.get(key, beat) != beat for key, beat in before.items()):
                 break
-        self.tell(why)
+        self.announce_failure(why)
 
     def _announce_aborts(self) -> None:
         """Lets a process that aborts call `tell_unless_lost`. Threads of JAX and Gloo abort, without a name, if another
@@ -81,8 +81,10 @@ class Heartbeat:
         """
 
         def handle(_: int) -> None:
-            signal.alarm(int(VERDICT + 3 * HEARD))  # ends the process if the aborted thread holds a needed lock
-            thread = threading.Thread(target=self.tell_unless_lost, args=("it aborted",), daemon=True)
+            signal.alarm(
+                int(DETECTION_SECONDS + 3 * PROPAGATION_SECONDS)
+            )  # ends the process if the aborted thread holds a needed lock
+            thread = threading.Thread(target=self.announce_unless_lost, args=("it aborted",), daemon=True)
             thread.start()  # a new thread, because this one was interrupted at an arbitrary point
             thread.join()
 
@@ -121,7 +123,7 @@ class Heartbeat:
             if self._process:
                 socket.create_connection((host.strip("[]"), int(port)), timeout=BEAT).close()
         except ConnectionRefusedError:
-            self._end(_lost(0, self._count, "nobody answers at the coordinator's address"))
+            self._end(_lost(0, self._count, "no answer at the coordinator's address"))
         except OSError:  # it or the network hangs: SILENT decides
             pass
 
@@ -147,7 +149,7 @@ class Heartbeat:
 
     def _wait_for_readers(self) -> None:
         if self._process == 0:  # the store ends with this process
-            time.sleep(HEARD)
+            time.sleep(PROPAGATION_SECONDS)
 
     def _end(self, text: str) -> None:
         self._over.set()

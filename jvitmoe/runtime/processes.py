@@ -21,14 +21,14 @@ from jax.experimental import multihost_utils
 
 from jvitmoe.errors import UserError, one_line
 from jvitmoe.runtime import rendezvous
-from jvitmoe.runtime.heartbeat import VERDICT, Heartbeat, leave
+from jvitmoe.runtime.heartbeat import DETECTION_SECONDS, Heartbeat, leave
 
 T = TypeVar("T")
 _heartbeats: list[Heartbeat] = []  # one, after several processes have joined
 
 # Seconds without a heartbeat of JAX until JAX ends all processes. It sends one every half of this, so half may have
-# passed when a process is lost; the rest must be longer than VERDICT, because JAX does not name the lost process.
-HEARTBEAT_SECONDS = int(2 * VERDICT + 8)
+# passed when a process is lost; the rest must be longer than DETECTION_SECONDS, because JAX does not name it.
+HEARTBEAT_SECONDS = int(2 * DETECTION_SECONDS + 8)
 SHUTDOWN_SECONDS = 15
 GRACE_SECONDS = 5  # for JAX to connect processes that are all present
 
@@ -195,10 +195,10 @@ def guard(main: Callable[[], Any]) -> None:
             sys.stderr.write(f"{one_line(error)}\n")
             sys.stderr.flush()
             for heartbeat in _heartbeats:
-                heartbeat.tell_unless_lost(one_line(error))
+                heartbeat.announce_unless_lost(one_line(error))
         elif not (isinstance(error, UserError) and error.known):
             for heartbeat in _heartbeats:
-                heartbeat.tell(one_line(error))
+                heartbeat.announce_failure(one_line(error))
         who = f"process {jax.process_index()} of {jax.process_count()}"
         if isinstance(error, UserError):
             silent = error.everywhere and not is_first()

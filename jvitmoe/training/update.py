@@ -29,12 +29,12 @@ def update(
     """
     config, params = plan.config, active.params
     if config.optim.clip_norm:
-        scale = jnp.minimum(1.0, config.optim.clip_norm / norm)
-        grads = jax.tree.map(lambda g: g * scale, grads)
+        clip = jnp.minimum(1.0, config.optim.clip_norm / norm)
+        grads = jax.tree.map(lambda g: g * clip, grads)
     tx = optimizer.direction(config)
-    every_expert = plan.all_run or plan.passes == 2
+    per_expert = plan.all_run or plan.passes == 2
     scale = expert_scale(plan, active.step)
-    direction, opt_state = directions(tx, grads, active.opt_state, params, stacked, every_expert, scale)
+    direction, opt_state = directions(tx, grads, active.opt_state, params, stacked, per_expert, scale)
     if optimizer.scales_differ(config):
         direction = jax.tree.map(operator.mul, optimizer.layer_scales(config, params), direction)
     rate = learning_rate(plan, active.step)
@@ -79,12 +79,12 @@ def directions(
     opt_state: OptState,
     params: Any,
     stacked: Any,
-    all_run: bool = False,
+    per_expert: bool = False,
     expert_scale: jax.Array | float = 1.0,
 ) -> tuple[Any, OptState]:
     """Returns (direction, opt_state) of `tx` for the tree that ran: the whole one or what `state.take` selected.
 
-    `stacked` marks the leaves that experts own. With all_run they are [L, E, ...] or [L, P, ...], else [L, ...]. The
+    `stacked` marks the leaves that experts own. With per_expert they are [L, E, ...] or [L, P, ...], else [L, ...]. The
     direction of experts is multiplied by `expert_scale`.
     """
     grads_trunk, grads_experts = slices.split(grads, stacked)
@@ -93,7 +93,7 @@ def directions(
     if opt_state.experts is None:
         return trunk, OptState(trunk_state, None)
     # One Adam per layer, and per expert where several run: each has run its own number of steps.
-    update_experts = jax.vmap(jax.vmap(tx.update)) if all_run else jax.vmap(tx.update)
+    update_experts = jax.vmap(jax.vmap(tx.update)) if per_expert else jax.vmap(tx.update)
     experts, expert_state = update_experts(grads_experts, opt_state.experts, params_experts)
     experts = jax.tree.map(lambda x: x * expert_scale, experts)
     return slices.join(trunk, experts), OptState(trunk_state, expert_state)
