@@ -134,15 +134,7 @@ def adapt(source: Source, model: ModelConfig, fresh: Dict, data: DataConfig) -> 
     `data.mean` and `data.std` differ from the source's, the difference is folded into the patches.
     Raises ConfigError if the blocks have other shapes.
     """
-    names = MUST_MATCH + (("patch", "channels") if model.stem != "patch" else ())
-    differ = [name for name in names if getattr(source.model, name) != getattr(model, name)]
-    differ += ["layer_scale"] if bool(source.model.layer_scale) != bool(model.layer_scale) else []
-    if differ:
-        flags = " ".join(f"--config.model.{name}={getattr(source.model, name)}" for name in differ)
-        raise ConfigError(
-            f"config.init.source is {str(source.path)!r}, a ViT whose {', '.join(f'model.{n}' for n in differ)} "
-            f"differ from this run's; set {flags}"
-        )
+    _check_blocks(source, model)
     old, changes = dict(source.params), list(source.notes)
     pixels, wanted = (source.mean, source.std), (data.mean, data.std)
     if model.stem == "patch":
@@ -159,19 +151,8 @@ def adapt(source: Source, model: ModelConfig, fresh: Dict, data: DataConfig) -> 
             f"pads with zeros, they must be the source's, {source.mean} and {source.std}"
         )
     _fit_positions(old, source.model, model, fresh, changes)
-    cls_position = old.pop("cls_position", None)
-    if "cls" in old and model.cls_position:
-        old["cls_position"] = np.zeros_like(old["cls"]) if cls_position is None else cls_position
-    elif cls_position is not None:
-        old["cls"] = old["cls"] + cls_position
-        changes.append("folded the position of CLS into CLS")
-    head = {name for name in {*old, *fresh} if name.startswith("head.")}
-    if any(name not in old or name not in fresh or old[name].shape != fresh[name].shape for name in head):
-        changes.append(
-            f"re-made the head for {model.classes} classes (the source has {source.model.classes or 'none'}): "
-            f"{', '.join(sorted(head & fresh.keys()))}"
-        )
-        old = {name: leaf for name, leaf in old.items() if name not in head}
+    _fit_cls(old, model, changes)
+    _fit_head(old, source.model, model, fresh, changes)
     if source.model.norm_epsilon != model.norm_epsilon:
         changes.append(
             f"kept model.norm_epsilon={model.norm_epsilon:g}, where the source has {source.model.norm_epsilon:g}"
@@ -180,6 +161,19 @@ def adapt(source: Source, model: ModelConfig, fresh: Dict, data: DataConfig) -> 
     count, total = (sum(leaf.size for leaf in tree.values()) for tree in (loaded, fresh))
     lines = [f"{source.path} ({source.kind}): {count:,} of {total:,} parameters loaded", *changes]
     return {**fresh, **loaded}, lines
+
+
+def _check_blocks(source: Source, model: ModelConfig) -> None:
+    """Raises ConfigError, with the flags to change, if the blocks of the source do not fit the model."""
+    names = MUST_MATCH + (("patch", "channels") if model.stem != "patch" else ())
+    differ = [name for name in names if getattr(source.model, name) != getattr(model, name)]
+    differ += ["layer_scale"] if bool(source.model.layer_scale) != bool(model.layer_scale) else []
+    if differ:
+        flags = " ".join(f"--config.model.{name}={getattr(source.model, name)}" for name in differ)
+        raise ConfigError(
+            f"config.init.source is {str(source.path)!r}, a ViT whose {', '.join(f'model.{n}' for n in differ)} "
+            f"differ from this run's; set {flags}"
+        )
 
 
 def resize_positions(table_TD: np.ndarray, grid: int) -> np.ndarray:
@@ -226,6 +220,28 @@ def _fit_positions(params: Dict, old: ModelConfig, new: ModelConfig, fresh: Dict
         params["positions"] = resize_positions(params["positions"], grid)
         changes.append(f"resized positions from {old_grid}x{old_grid} to {grid}x{grid}")
     params["positions"] = np.concatenate([params["positions"], fresh["positions"][grid * grid :]])
+
+
+def _fit_cls(params: Dict, new: ModelConfig, changes: list[str]) -> None:
+    position = params.pop("cls_position", None)
+    if "cls" in params and new.cls_position:
+        params["cls_position"] = np.zeros_like(params["cls"]) if position is None else position
+    elif position is not None:
+        params["cls"] = params["cls"] + position
+        changes.append("folded the position of CLS into CLS")
+
+
+def _fit_head(params: Dict, old: ModelConfig, new: ModelConfig, fresh: Dict, changes: list[str]) -> None:
+    """Removes a head that does not fit; `adapt` then takes the fresh one."""
+    head = {name for name in {*params, *fresh} if name.startswith("head.")}
+    if all(name in params and name in fresh and params[name].shape == fresh[name].shape for name in head):
+        return
+    for name in head & params.keys():
+        del params[name]
+    changes.append(
+        f"re-made the head for {new.classes} classes (the source has {old.classes or 'none'}): "
+        f"{', '.join(sorted(head & fresh.keys()))}"
+    )
 
 
 def _read_run(path: Path, checkpoint: str, ema: bool) -> Source:

@@ -181,6 +181,16 @@ class ViT(nn.Module):
             key_B: one dropout key per image; None is deterministic.
             top_k: K of a frozen router in this step, an integer scalar; None is that of its settings.
         """
+        x_BTD, patches = self._embed(images_BHWc)
+        x_BTD = self._scanned(x_BTD, route, key_B, top_k) if self.loops else self._unrolled(x_BTD)
+        pooled_BD = self._pooled(x_BTD, patches)
+        if not head:
+            return pooled_BD.astype(jnp.float32)
+        config = self.config
+        return Head(config.classes, config.head_hidden, self.dtype, name="head")(pooled_BD).astype(jnp.float32)
+
+    def _embed(self, images_BHWc: jax.Array) -> tuple[jax.Array, int]:
+        """Returns (x_BTD, number of patches): CLS, registers, and patches with their positions."""
         config = self.config
         size = config.patch, config.width, self.dtype
         if config.stem == "patch":
@@ -206,16 +216,15 @@ class ViT(nn.Module):
         if prefix:
             tokens_TD = jnp.concatenate(prefix)
             x_BTD = jnp.concatenate([jnp.broadcast_to(tokens_TD, (b, *tokens_TD.shape)), x_BTD], axis=1)
-        x_BTD = self._scanned(x_BTD, route, key_B, top_k) if self.loops else self._unrolled(x_BTD)
-        norm = nn.LayerNorm(config.norm_epsilon, dtype=self.dtype, name="norm")
+        return x_BTD, patches
+
+    def _pooled(self, x_BTD: jax.Array, patches: int) -> jax.Array:
+        """Returns the features [B, D] that the head sees."""
+        norm = nn.LayerNorm(self.config.norm_epsilon, dtype=self.dtype, name="norm")
         patches_BTD = x_BTD[:, -patches:]
-        if config.pool == "seq":
-            pooled_BD = SequencePool(self.dtype, name="pool")(norm(patches_BTD))
-        else:
-            pooled_BD = norm(x_BTD[:, 0] if config.pool == "cls" else patches_BTD.mean(axis=1))
-        if not head:
-            return pooled_BD.astype(jnp.float32)
-        return Head(config.classes, config.head_hidden, self.dtype, name="head")(pooled_BD).astype(jnp.float32)
+        if self.config.pool == "seq":
+            return SequencePool(self.dtype, name="pool")(norm(patches_BTD))
+        return norm(x_BTD[:, 0] if self.config.pool == "cls" else patches_BTD.mean(axis=1))
 
     def _scanned(
         self, x_BTD: jax.Array, route: jax.Array | None, key_B: jax.Array | None, top_k: jax.Array | None
