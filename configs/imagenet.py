@@ -8,7 +8,7 @@ pooling, positions, 90 epochs, batch 1024 and the peak learning rate; DeiT, arXi
 smoothing), without their mixup and RandAugment. In the random variant experts have four times that rate, which is
 measured with Muon on CIFAR-10 only (docs/study.md, A): if the loss rises, set --config.routing.learning_rate=1.
 It streams `imagenet2012` as TFDS prepares it (ArrayRecord, 150 GB) and tests on its 50,000 validation images; for an
-image folder, --config.data.name=folder (docs/multi_gpu.md). On eight GPUs: scripts/launch_node.sh 8 and the command.
+image folder, --config.data.name=folder (docs/data.md). On eight GPUs: scripts/launch_node.sh 8 and the command.
 """
 
 from jvitmoe.config import Config, DataConfig, ModelConfig, OptimConfig, TrainConfig, routing_of

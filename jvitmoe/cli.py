@@ -2,6 +2,7 @@
 
 import contextlib
 import difflib
+import errno
 import inspect
 import io
 import logging as standard_logging
@@ -20,7 +21,6 @@ from absl import flags, logging
 from ml_collections import config_flags
 
 from jvitmoe.config import SETTINGS, Config, unknown_field
-from jvitmoe.data.images import DataError
 from jvitmoe.errors import UserError, one_line
 from jvitmoe.settings import help_text
 
@@ -173,6 +173,8 @@ def _nearest_experiment(path: str) -> str:
 @contextlib.contextmanager
 def data_dir_flag() -> Iterator[None]:
     """In its body an error about data names the flag of commands on a run folder, --data_dir."""
+    from jvitmoe.data.images import DataError  # here, because it imports NumPy
+
     try:
         yield
     except DataError as error:
@@ -229,13 +231,16 @@ def run(main: Callable[[list[str]], Any]) -> NoReturn:
 
 
 class _Stdout(io.FileIO):
-    """Standard output that raises UserError if it cannot be written, and drops later writes."""
+    """Standard output that raises UserError if it cannot be written, and drops later writes. On a terminal that has
+    closed (EIO) nobody reads, so there the command goes on."""
 
     def write(self, data: Any, /) -> int:
         try:
             return super().write(data)
         except OSError as error:
             os.dup2(os.open(os.devnull, os.O_WRONLY), self.fileno())
+            if error.errno == errno.EIO:
+                return len(data)
             message = f"standard output cannot be written: {error.strerror}; make room or send it elsewhere"
             raise UserError(message) from error
 

@@ -5,7 +5,6 @@
 #
 # SIGTERM, SIGINT and SIGHUP go to all of them. When one fails, so do the others; the first failure's code is returned.
 set -uo pipefail
-set -m # a process group for each child: Ctrl-C then reaches this script only, which passes it on once
 if [[ $# -lt 2 || ! $1 =~ ^[1-9][0-9]*$ ]]; then
     echo "usage: $0 PROCESSES COMMAND [FLAGS]" >&2
     exit 2
@@ -14,12 +13,14 @@ processes=$1
 shift
 port=$(python3 -c 'import socket; s = socket.socket(); s.bind(("localhost", 0)); print(s.getsockname()[1])')
 children=()
-for ((i = 0; i < processes; i++)); do
-    JAX_LOCAL_DEVICE_IDS=$i "$@" --coordinator="localhost:$port" --processes="$processes" --process="$i" &
+stopped=0
+# Children have sessions of their own: Ctrl-C reaches this script only, which passes it on once. It passes SIGTERM on,
+# because bash starts children with SIGINT ignored.
+trap 'stopped=1; kill -TERM ${children[@]+"${children[@]}"} 2>/dev/null' TERM INT HUP
+for ((i = 0; i < processes && !stopped; i++)); do
+    JAX_LOCAL_DEVICE_IDS=$i setsid "$@" --coordinator="localhost:$port" --processes="$processes" --process="$i" &
     children+=($!)
 done
-trap 'kill -TERM "${children[@]}" 2>/dev/null' TERM HUP
-trap 'kill -INT "${children[@]}" 2>/dev/null' INT
 code=0
 for child in "${children[@]}"; do
     wait "$child"

@@ -155,7 +155,7 @@ def _timed(work: Callable[[], Any], times: int) -> float:
     """Returns the median time in seconds of one call, the mean over all processes: they start together."""
     for _ in range(WARM):
         jax.block_until_ready(work())
-    processes.wait()
+    processes.barrier()
     seconds = []
     for _ in range(times):
         began = time.perf_counter()

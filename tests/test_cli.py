@@ -1,6 +1,7 @@
 """Flags and exit codes: what a user mistypes ends in one line and exit code 2."""
 
 import functools
+import os
 import re
 import subprocess
 import sys
@@ -234,6 +235,14 @@ def test_configs_says_what_each_experiment_is_and_gives(capsys):
 
 
 @pytest.mark.process
+def test_a_terminal_that_has_closed_ends_no_command():
+    master, terminal = os.openpty()
+    os.close(master)
+    with cli._Stdout(terminal, "w") as stdout:
+        assert stdout.write(b"nobody reads this") == 17
+        assert stdout.write(b"nor this") == 8
+
+
 def test_the_package_run_as_a_module_lists_and_runs_its_commands():
     root = Path(DIGITS).parents[1]
     modules = {path.stem for path in (root / "jvitmoe").glob("[!_]*.py") if "\n    cli.run(" in path.read_text()}

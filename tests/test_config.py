@@ -116,6 +116,14 @@ def test_rules_across_fields_hold():
         config.validate()
 
 
+def test_a_learned_router_refuses_a_pull_that_makes_its_experts_equal():
+    config = Config(routing=RoutingConfig(experts=4, router="switch", pull=1.0))
+    with pytest.raises(ConfigError, match=r"routing\.pull is 1\.0; it must be below 1 with a learned router"):
+        config.validate()
+    config.routing.pull_every = 8
+    config.validate()
+
+
 def test_lora_and_adapters_go_with_random_routing_over_whole_mlps():
     for field, value in (("router", "switch"), ("pattern", ("dense", "experts")), ("shared_layer", "up")):
         config = Config()

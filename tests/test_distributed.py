@@ -253,7 +253,7 @@ def error(*_):
 def abort(*_):
     ctypes.CDLL(None).abort()
 
-for number, fault in ((signal.SIGUSR1, bug), (signal.SIGUSR2, error), (signal.SIGHUP, abort)):
+for number, fault in ((signal.SIGUSR1, bug), (signal.SIGUSR2, error), (signal.SIGVTALRM, abort)):
     signal.signal(number, fault)
 """
 FAULTS = [
@@ -264,7 +264,7 @@ FAULTS = [
     (2, 0, signal.SIGUSR1),
     (3, 1, signal.SIGUSR1),
     (2, 1, signal.SIGUSR2),
-    (2, 1, signal.SIGHUP),
+    (2, 1, signal.SIGVTALRM),
 ]
 
 
@@ -286,7 +286,7 @@ def test_a_process_killed_frozen_or_failing_ends_the_others_within_30_seconds_wh
                 before.append([processes.seconds(other) for other in joined])
                 victims[-1].process.send_signal(fault)
                 if count > 2 and fault == signal.SIGKILL:  # Gloo aborts where what it gets does not fit
-                    joined[-1].process.send_signal(signal.SIGHUP)
+                    joined[-1].process.send_signal(signal.SIGVTALRM)
                 others.append(pool.submit(processes.collect, joined, 120))
     finally:
         for one in started:
@@ -301,6 +301,6 @@ def test_a_process_killed_frozen_or_failing_ends_the_others_within_30_seconds_wh
             assert failed.code == 1
             assert "a bug" in failed.err
             assert failed.err.endswith(f"process {victim} of {count} ends, and the others with it\n")
-        if fault == signal.SIGHUP:
+        if fault == signal.SIGVTALRM:
             assert failed.code == -signal.SIGABRT
     tally("processes killed, frozen or failing, and named by their peers within 30 s", len(FAULTS))

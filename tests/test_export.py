@@ -6,6 +6,7 @@ import importlib.util
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,13 +17,14 @@ import pytest
 from PIL import Image
 
 import jvitmoe
-from jvitmoe import export
+from jvitmoe import evaluate, export
 from jvitmoe.config import Config, DataConfig
 from jvitmoe.data import datasets, images
 from jvitmoe.errors import ConfigError, UserError
 from jvitmoe.interop import classifier, load, model_card, weight_names
 from jvitmoe.interop.targets import TARGETS, base
 from jvitmoe.models import vit
+from jvitmoe.runs import files
 from processes import call
 
 pytestmark = pytest.mark.slow
@@ -361,6 +363,24 @@ def test_export_refuses_in_one_line(experiment_run, tmp_path, arguments, message
     assert (code, err.count("\n")) == (2, 1)
     assert message in err
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("command", [export.main, evaluate.main], ids=["export", "evaluate"])
+def test_data_that_have_moved_are_looked_for_by_the_flag_of_the_command(tmp_path, experiment_run, command):
+    run = shutil.copytree(experiment_run, tmp_path / "run")
+    config = json.loads((run / "config.json").read_text())
+    config["data"] |= {"name": "folder", "dir": str(tmp_path / "gone")}
+    (run / "config.json").write_text(json.dumps(config))
+    for meta in run.glob("checkpoints/*/meta/metadata"):
+        kept = json.loads(meta.read_text())
+        kept["config"]["data"] = config["data"]
+        kept.pop("checksum")
+        meta.write_text(json.dumps(kept | {"checksum": files.checksum(kept)}))
+    more = ["--to=safetensors", f"--out={tmp_path / 'out'}"] if command is export.main else []
+    code, _, err = call(command, f"--workdir={run}", *more)
+    assert (code, err.count("\n")) == (2, 1)
+    assert f"{tmp_path / 'gone' / 'train'} is not a folder" in err
+    assert "set --data_dir=..." in err
 
 
 def test_a_folder_beside_the_export_stays(experiment_run, tmp_path):

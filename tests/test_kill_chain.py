@@ -19,7 +19,7 @@ KILLS = 20
 
 
 @pytest.mark.long
-def test_killed_twenty_times_a_run_equals_the_undisturbed_one_bit_for_bit(tmp_path, tally):
+def test_killed_twenty_times_a_run_equals_the_uninterrupted_one_bit_for_bit(tmp_path, tally):
     experiment = write_experiment(tmp_path / "tiny.py", EXPERIMENT)
     script = [sys.executable, "scripts/kill_and_resume.py", f"--out={tmp_path / 'runs'}", f"--kills={KILLS}"]
     done = subprocess.run(

@@ -131,11 +131,15 @@ def test_what_may_not_be_averaged_is_refused(make_run):
         read(first)
 
 
-def test_the_command_names_groups_skips_its_own_folder_and_writes_both_files(make_run, tmp_path):
+def test_the_command_names_groups_skips_other_folders_and_writes_both_files(make_run, tmp_path, capsys):
     a, b, dense = make_run("x", train__seed=1), make_run("y", train__seed=2), make_run("z=1", optim__eps=1.0)
-    out = tmp_path / "report"
+    out, other = tmp_path / "report", tmp_path / "demo"
+    other.mkdir()  # of `runs/*`
     for _ in range(2):  # the second time the folder is there
-        report.main(["report", f"mine={a},{b}", str(dense), str(out), f"--out={out}"])
+        report.main(["report", f"mine={a},{b}", str(dense), str(out), str(other), f"--out={out}"])
+        assert f"left out    {other}: no run folder" in capsys.readouterr().out.replace("\n", "")
+    with pytest.raises(UserError, match=r"holds no result\.json"):
+        report.main(["report", str(other), f"--out={out}"])
     text = (out / "report.md").read_text()
     assert text.count("| mine |") == text.count("| z=1 |") == 1 + len(MODELS)
     for picture in ("curves.png", "comparison.png"):

@@ -88,7 +88,20 @@ with Stop() as stop:
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_terminal_that_closes_sends_sighup_twice_and_ends_nothing_at_once():
+    one = processes.start([*PYTHON, STOPS.format(unsaved=True)])
+    wait_for_output(one, "ready\n")
+    one.process.send_signal(signal.SIGHUP)
+    wait_for_output(one, f"asked {int(signal.SIGHUP)}\n")
+    one.process.send_signal(signal.SIGHUP)
+    time.sleep(0.5)
+    assert one.process.poll() is None
+    one.process.send_signal(signal.SIGTERM)
+    (ended,) = processes.collect([one], 30)
+    assert ended.code == 128 + signal.SIGTERM
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize("unsaved", [True, False])
 def test_a_second_signal_ends_it_at_once_and_so_does_the_first_where_there_is_nothing_to_save(number, unsaved):
     one = processes.start([*PYTHON, STOPS.format(unsaved=unsaved)])

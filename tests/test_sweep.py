@@ -87,7 +87,7 @@ def test_the_arms_after_a_search_are_its_best_and_must_all_have_been_tried(scrip
 
     searched = search("D_search", {"lora_80_0.001", "adamix_0.0003"})
     tuned = study.EXPERIMENTS["D"](tmp_path)
-    assert len(tuned) == 12
+    assert len(tuned) == 13
     assert (tuned["lora_80"], tuned["adamix"]) == (searched["lora_80_0.001"], searched["adamix_0.0003"])
     assert not {name for arm in tuned.values() for name in arm.against} - {*tuned}
 

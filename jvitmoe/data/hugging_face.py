@@ -51,7 +51,8 @@ class HuggingFace(Source):
         try:
             labels = {name: _labels(split[label]) for name, split in splits.items()}
         except OverflowError as error:  # of uint64, such as a hash
-            raise self._no_label(label, max(filter(None, splits["train"][label]))) from error
+            largest = max(value for split in splits.values() for value in split[label] if value is not None)
+            raise self._no_label(label, largest) from error
         tests = [name for name in TESTS if name in splits and len(labels[name]) and labels[name].min() >= 0]
         if not tests or not len(labels["train"]) or labels["train"].min() < 0:
             raise DataError(

@@ -17,7 +17,7 @@ from jvitmoe.runs.files import METRICS, crc32, write_text, writing
 from jvitmoe.runs.trackers import Feed, TrackedRun, close_all
 
 PLAIN_SECONDS = 2.0  # shortest time between two progress lines in a file
-SHOW_SECONDS = 20.0  # longest time without progress shown, unless one step, evaluation or save takes longer
+SHOW_SECONDS = 20.0  # longest time without progress of one process, unless a step, evaluation or save takes longer
 
 
 class MetricsLog:

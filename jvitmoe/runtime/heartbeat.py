@@ -76,8 +76,8 @@ class Heartbeat:
         self.announce_failure(why)
 
     def _announce_aborts(self) -> None:
-        """Lets a process that aborts call `tell_unless_lost`. Threads of JAX and Gloo abort, without a name, if another
-        process is lost or if a message does not fit after the loss of a third.
+        """Lets a process that aborts call `announce_unless_lost`. Threads of JAX and Gloo abort, without a name, if
+        another process is lost or if a message does not fit after the loss of a third.
         """
 
         def handle(_: int) -> None:

@@ -53,7 +53,9 @@ class Stop:
 
     def _listen(self) -> None:
         while numbers := os.read(self._read, 1):
-            if (number := numbers[0]) not in STOPS:
+            number = numbers[0]
+            # A terminal that closes may send two SIGHUPs, its shell's and the kernel's.
+            if number not in STOPS or (number == signal.SIGHUP and self.signal is not None):
                 continue
             if self.signal is not None or (processes.is_single() and not self.unsaved):
                 saved = "without saving the last steps" if self.unsaved else "with no step to save"

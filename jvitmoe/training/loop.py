@@ -22,7 +22,6 @@ from jvitmoe.evaluation.metrics import Result, make_evaluate
 from jvitmoe.interop import load
 from jvitmoe.models import vit
 from jvitmoe.runs import results
-from jvitmoe.runs.arrays import CheckpointError
 from jvitmoe.runs.checkpoint_writer import CheckpointWriter
 from jvitmoe.runs.checkpoints import Meta, list_steps
 from jvitmoe.runs.console import console, warnings_as_lines
@@ -58,9 +57,11 @@ def train(
     data = setup.load_data(config, mesh)
     model = processes.together(lambda: setup.make_model(config, mesh))
     plan = StepPlan(config, model, mesh, data.order.steps_per_epoch)
-    steps = processes.together(lambda: list_steps(workdir / "checkpoints"))
-    from_source = config.init.source and processes.of_first(not steps)  # a checkpoint includes the source
-    dense, init_notes = processes.together(lambda: load.start(config)) if from_source else (None, [])
+    dense, init_notes = None, list[str]()
+    if config.init.source:
+        steps = processes.together(lambda: list_steps(workdir / "checkpoints"))
+        if processes.of_first(not steps):  # a checkpoint includes the source
+            dense, init_notes = processes.together(lambda: load.start(config))
     cleanup.enter_context(processes.together(lambda: open_run_folder(workdir, config, data.classes, data.counts)))
     processes.together(lambda: check_shared(workdir))
     setup.print_setup(plan, workdir, data, init_notes)
@@ -176,22 +177,16 @@ class _Loop:
         self._slow = False
 
     def run(self, state: TrainState, batches: Iterator[Batch], train_step: step.TrainStep) -> TrainState:
-        """Returns the state after the last step. Exits with 128 + signal if a signal asks for it, the state saved. An
-        error that is not one of the state, such as a picture that cannot be read, is raised after a save."""
-        self._state = state
-        try:
-            self._run_steps(batches, train_step)
-        except (TrainingError, CheckpointError):
-            raise
-        except UserError:
-            self._save_before_error()
-            raise
-        return self._state
-
-    def _run_steps(self, batches: Iterator[Batch], train_step: step.TrainStep) -> None:
-        config, start = self._config.train, int(self._state.step)
-        self._saved = start
-        for done, (images, index_SB) in zip(range(start + 1, self._total + 1), batches, strict=True):
+        """Returns the state after the last step. Exits with 128 + signal if a signal asks for it, the state saved. A
+        picture that cannot be read is an error after a save."""
+        config, start = self._config.train, int(state.step)
+        self._state, self._saved = state, start
+        for done in range(start + 1, self._total + 1):
+            try:
+                images, index_SB = next(batches)
+            except UserError:
+                self._save_before_error()
+                raise
             if done == start + 1:
                 # Apart, to time the first step alone.
                 compiled = train_step.lower(self._state, images, index_SB).compile()
@@ -217,10 +212,12 @@ class _Loop:
             if stop and done < self._total:
                 self._checkpoints.close()
                 _exit(done, stop)
+        return self._state
 
     def _save_before_error(self) -> None:
-        """Saves the last step, if nothing prevents it. Other processes do not save now, so several save nothing."""
-        if not processes.is_single() or not self._stop.unsaved or int(self._state.step) == self._saved:
+        """Saves the last step, if it is not saved and nothing prevents it. Other processes do not save now, so several
+        save nothing."""
+        if not processes.is_single() or int(self._state.step) == self._saved:
             return
         with contextlib.suppress(UserError):
             self._read()
@@ -270,7 +267,7 @@ class _Loop:
             return
         self._checkpoints.close()  # waits for the last save and reads it back, so that the step it names is sound
         # Whether the parameters of a checkpoint are good shows in the loss of the step that follows it.
-        steps = [saved for saved in self._checkpoints.steps() if saved < done - self._in_a_row]
+        steps = [s for s in self._checkpoints.steps() if s < done - self._in_a_row and not self._checkpoints.check(s)]
         good = f"the last good checkpoint is step {steps[-1]}" if steps else "no good checkpoint was saved yet"
         rule = f"it must be finite, but for {limit} steps in a row" if limit else "it must be finite"
         raise TrainingError(

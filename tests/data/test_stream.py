@@ -385,7 +385,7 @@ def test_the_imagenet_config_streams_a_tfds_set_and_tests_on_its_labelled_split(
     write_imagenet(tmp_path)
     small = ("model.depth=2", "model.width=8", "model.hidden=12", "model.heads=2", "model.image_size=32")
     settings = (*small, f"data.dir={tmp_path}", "train.batch_size=4", "train.epochs=2", "train.devices=1")
-    command = ["--config=configs/imagenet_random.py", *flags(*settings, "train.platform=cpu", "train.log_every=1")]
+    command = ["--config=configs/imagenet.py:random", *flags(*settings, "train.platform=cpu", "train.log_every=1")]
     monkeypatch.chdir(CONFIGS.parent)
     code, out, err = call(train.main, *command, f"--workdir={tmp_path / 'run'}")
     assert code == 0, err
