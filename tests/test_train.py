@@ -92,9 +92,12 @@ def test_asked_to_stop_it_saves_exits_within_ten_seconds_and_goes_on_to_the_same
     assert_same_run(workdir, uninterrupted)
 
 
-def test_a_signal_in_the_last_evaluation_ends_the_run_before_its_test(experiment, tmp_path, monkeypatch):
+@pytest.mark.parametrize("epochs", [1, 2])
+def test_a_signal_in_an_evaluation_ends_the_run_after_it_also_before_its_test(
+    experiment, tmp_path, monkeypatch, epochs
+):
     whole, workdir = tmp_path / "whole", tmp_path / "run"
-    short = train.main, f"--config={experiment}", "--config.train.epochs=1", "--trackers="
+    short = train.main, f"--config={experiment}", f"--config.train.epochs={epochs}", "--trackers="
     assert call(*short, f"--workdir={whole}")[0] == 0
     assert not (whole / "tb").exists()
     watch = models.evaluate_main

@@ -209,6 +209,8 @@ class _Loop:
             evaluates = done == self._total or done % (config.eval_every * self._steps_per_epoch) == 0
             if stop or evaluates or (config.checkpoint_every and done % config.checkpoint_every == 0):
                 self._save(done, evaluates)
+                if processes.is_single():
+                    stop = self._stop.asked(done)  # again: an evaluation takes long, and all is saved now
             if stop and done < self._total:
                 self._checkpoints.close()
                 _exit(done, stop)
