@@ -97,7 +97,8 @@ def test_a_signal_in_an_evaluation_ends_the_run_after_it_also_before_its_test(
     experiment, tmp_path, monkeypatch, epochs
 ):
     whole, workdir = tmp_path / "whole", tmp_path / "run"
-    short = train.main, f"--config={experiment}", f"--config.train.epochs={epochs}", "--trackers="
+    settings = f"--config.train.epochs={epochs}", "--config.train.eval_every=1"
+    short = train.main, f"--config={experiment}", *settings, "--trackers="
     assert call(*short, f"--workdir={whole}")[0] == 0
     assert not (whole / "tb").exists()
     watch = models.evaluate_main
