@@ -22,6 +22,7 @@ from ml_collections import config_flags
 
 from jvitmoe.config import SETTINGS, Config, unknown_field
 from jvitmoe.errors import UserError, one_line
+from jvitmoe.runs import files
 from jvitmoe.settings import help_text
 
 MISSING = "--config is missing; give an experiment, such as --config=digits_random, or a file, --config=my_images.py"
@@ -192,7 +193,7 @@ def run_folder(values: flags.FlagValues) -> Path:
     if not values.workdir:
         raise UserError("--workdir is missing; give a run folder, such as --workdir=runs/digits_random")
     workdir = Path(values.workdir)
-    if os.path.isdir(workdir / "checkpoints"):
+    if os.path.isdir(workdir / files.CHECKPOINTS):
         return workdir
     exists, near = os.path.exists(workdir), _nearest(values.workdir, workdir.parent)
     problem = "holds no checkpoints" if exists else "does not exist"

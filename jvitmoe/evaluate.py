@@ -97,7 +97,7 @@ def _restore(values: flags.FlagValues, workdir: Path) -> _Restored:
 
     compilation.use_cache()
     with warnings_as_lines():
-        saved = Checkpoints(workdir / "checkpoints").read(values.checkpoint)
+        saved = Checkpoints(workdir / files.CHECKPOINTS).read(values.checkpoint)
     config = config_lib.from_dict(saved.meta["config"])
     config.data.dir = values.data_dir or config.data.dir
     config.validate()

@@ -83,7 +83,7 @@ class Run:
         return self._last().get("step", 0)
 
     def writes(self) -> bool:
-        folder = self.workdir / "checkpoints"
+        folder = self.workdir / files.CHECKPOINTS
         return folder.is_dir() and any(UNFINISHED in name for name in os.listdir(folder))
 
     def evaluates(self) -> bool:
@@ -92,7 +92,7 @@ class Run:
         return last.get("kind") == "train" and last["step"] in self._evaluations
 
     def checkpoints(self) -> set[int]:
-        return set(list_steps(self.workdir / "checkpoints"))
+        return set(list_steps(self.workdir / files.CHECKPOINTS))
 
     def doing(self) -> str:
         """Returns which of TURNS the process was killed in, as the disk tells."""
@@ -145,7 +145,7 @@ def finish(run: Run, steps: int) -> None:
 
 def checksums(workdir: Path, number: int) -> dict[str, str]:
     """Returns leaf -> CRC-32, parameters and optimiser state, of one checkpoint."""
-    meta = Checkpoints(workdir / "checkpoints").read(str(number)).meta
+    meta = Checkpoints(workdir / files.CHECKPOINTS).read(str(number)).meta
     return {f"{item}.{leaf}": value for item, leaves in meta["checksums"].items() for leaf, value in leaves.items()}
 
 

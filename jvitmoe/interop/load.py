@@ -83,7 +83,7 @@ def read(
         source = read(folder, heads, checkpoint, mean, std, ema)
         return dataclasses.replace(source, notes=(f"{path} is commit {folder.name}", *source.notes))
     path = Path(os.path.expanduser(path))
-    if os.path.isdir(path / "checkpoints"):  # unlike Path's, these raise for no name
+    if os.path.isdir(path / files.CHECKPOINTS):  # unlike Path's, these raise for no name
         return _read_run(path, checkpoint, ema)
     if ema:
         raise UserError(f"{str(path)!r} is not a run folder, so it has no EMA; leave --ema out")
@@ -246,7 +246,7 @@ def _fit_head(params: Dict, old: ModelConfig, new: ModelConfig, fresh: Dict, cha
 
 def _read_run(path: Path, checkpoint: str, ema: bool) -> Source:
     # Each process reads it on its own: one that cannot raises an error, and must not leave others waiting.
-    saved = Checkpoints(path / "checkpoints", shared=False).read(checkpoint)
+    saved = Checkpoints(path / files.CHECKPOINTS, shared=False).read(checkpoint)
     config = config_lib.from_dict(saved.meta["config"])
     if not ema:
         flat = weight_names.flatten(jax.device_get(build.dense_tree(config, weight_names.unflatten(saved.params))))

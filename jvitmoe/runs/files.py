@@ -11,6 +11,7 @@ from typing import Any
 from jvitmoe.errors import UserError, one_line
 
 CONFIG, METRICS, RESULT = "config.json", "metrics.jsonl", "result.json"
+CHECKPOINTS = "checkpoints"  # a folder
 CLASSES = "classes.json"  # names of the classes, in the order of their labels
 IMAGES = "images.json"  # split -> number of images, to notice on resuming that the data have changed
 MERGEABILITY = "mergeability.png"

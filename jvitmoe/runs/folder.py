@@ -57,7 +57,7 @@ def open_run_folder(
     with contextlib.ExitStack() as stack:
         stack.enter_context(lock.Lock(workdir))
         check_folder(workdir, config)
-        if checkpoints.list_steps(workdir / "checkpoints"):
+        if checkpoints.list_steps(workdir / files.CHECKPOINTS):
             _check_data(workdir, class_names, counts)
         files.write_text(workdir / files.CONFIG, config_lib.dumps(config))
         files.write_text(workdir / files.CLASSES, json.dumps(list(class_names), indent=1) + "\n")

@@ -19,10 +19,10 @@ def verify(workdir: Path) -> Iterator[tuple[str, bool, str]]:
 
     Covers the checkpoints and the files that other commands read; `tb/`, `report.md` and the pictures repeat them.
     """
-    checkpoints = Checkpoints(workdir / "checkpoints")
+    checkpoints = Checkpoints(workdir / files.CHECKPOINTS)
     faults = {step: checkpoints.check(step) for step in checkpoints.steps()}
     if not faults:
-        yield "checkpoints", False, "there is none"
+        yield files.CHECKPOINTS, False, "there is none"
     for step, fault in faults.items():
         yield f"checkpoint {step}", not fault, fault or "sound"
     sound = [step for step, fault in faults.items() if not fault]

@@ -21,7 +21,7 @@ from jvitmoe.evaluation import models
 from jvitmoe.evaluation.metrics import Result, make_evaluate
 from jvitmoe.interop import load
 from jvitmoe.models import vit
-from jvitmoe.runs import results
+from jvitmoe.runs import files, results
 from jvitmoe.runs.checkpoint_writer import CheckpointWriter
 from jvitmoe.runs.checkpoints import Meta, list_steps
 from jvitmoe.runs.console import console, warnings_as_lines
@@ -59,7 +59,7 @@ def train(
     plan = StepPlan(config, model, mesh, data.order.steps_per_epoch)
     dense, init_notes = None, list[str]()
     if config.init.source:
-        steps = processes.together(lambda: list_steps(workdir / "checkpoints"))
+        steps = processes.together(lambda: list_steps(workdir / files.CHECKPOINTS))
         if processes.of_first(not steps):  # a checkpoint includes the source
             dense, init_notes = processes.together(lambda: load.start(config))
     cleanup.enter_context(processes.together(lambda: open_run_folder(workdir, config, data.classes, data.counts)))
@@ -68,7 +68,7 @@ def train(
 
     watchdog = Watchdog(config.train.stall_minutes)
     evaluation = _Evaluation(plan, data, watchdog)
-    checkpoints = CheckpointWriter(workdir / "checkpoints", config.train.keep)
+    checkpoints = CheckpointWriter(workdir / files.CHECKPOINTS, config.train.keep)
     state, meta = _initial_or_restored(checkpoints, config, model, mesh, dense)
     start, total = int(state.step), plan.total
     if start:
