@@ -18,7 +18,7 @@ from jvitmoe.runs import files, history, plots
 
 LEAST_SEEDS = 3  # of a comparison that is drawn
 EDGE = 4.0  # points; a larger difference is a number at the edge, so that the small ones can be told apart
-EQUAL = 0.05  # points; an ensemble that is so close to the merged model in every seed is not drawn beside it
+EQUAL = 0.2  # points; an ensemble that is so close to the merged model in every seed is not drawn beside it
 
 
 def main(results: Path, out: Path) -> None:
