@@ -42,6 +42,7 @@ def serve() -> list[str]:
 def become(request: dict) -> None:
     """Gives this process the standard files, folder, environment and signals of the request."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup ignores it
     for number, path in enumerate((os.devnull, request["out"], request["err"])):
         file = os.open(path, os.O_RDONLY if number == 0 else os.O_WRONLY | os.O_APPEND)
         os.dup2(file, number)

@@ -45,7 +45,7 @@ def test_a_run_gives_its_config_history_results_classifier_and_report(run, confi
         jvitmoe.load(run.export("safetensors", run.workdir / "out")).logits(pictures), run.classifier().logits(pictures)
     )
     assert repr(run) == f"Run({str(run.workdir)!r})"
-    with pytest.raises(UserError, match="give a folder whose training has ended"):
+    with pytest.raises(UserError, match=r"holds no config\.json; give a folder that training wrote"):
         jvitmoe.Run(run.workdir / "nothing").config  # noqa: B018
     with pytest.raises(UserError, match="give a folder whose training has ended"):
         jvitmoe.Run(run.workdir / "nothing").accuracy()

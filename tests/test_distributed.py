@@ -91,7 +91,8 @@ def test_two_processes_of_the_node_launcher_take_up_the_run_of_one_and_stream_wh
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
 def test_a_signal_to_all_processes_of_a_terminal_reaches_those_of_the_launcher_once(experiment, tmp_path, number):
-    command = ["setsid", "scripts/launch_node.sh", "2", *processes.train(experiment, tmp_path / "run")]
+    plain = ["env", "--default-signal=INT,HUP", "setsid"]  # also if the tests run in the background, or under nohup
+    command = [*plain, "scripts/launch_node.sh", "2", *processes.train(experiment, tmp_path / "run")]
     launcher = processes.start(command)
     wait_for_step(tmp_path / "run", 2, launcher)
     os.killpg(launcher.process.pid, number)  # as Ctrl-C, or a terminal that closes, does

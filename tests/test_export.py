@@ -314,7 +314,12 @@ def test_a_target_takes_one_class(experiment_run, tmp_path, monkeypatch):
     code, out, err = call(export.main, f"--workdir={experiment_run}", "--to=toy", f"--out={tmp_path / 'x'}")
     assert (code, err) == (0, "")
     assert "as toy" in out
-    assert sorted(path.name for path in (tmp_path / "x").iterdir()) == ["README.md", "sample.npz", "toy.npz"]
+    assert sorted(path.name for path in (tmp_path / "x").iterdir()) == [
+        "README.md",
+        "classes.json",
+        "sample.npz",
+        "toy.npz",
+    ]
     assert "library_name: toy" in (tmp_path / "x" / "README.md").read_text()
     with pytest.raises(UserError, match=r"toy has no counterpart of model\.pool=mean; .*--config\.model\.pool=cls, or"):
         TARGETS["toy"].examine(config_of(pool="mean"))

@@ -146,7 +146,8 @@ def test_evaluate_probes_and_counts_what_it_reports(workdir):
     code, out, err = call(evaluate.main, f"--workdir={workdir}", "--paths=1", "--few_shot=5", "--knn=20", "--devices=2")
     assert code == 0, err
     result, text = json.loads((workdir / "result.json").read_text()), (workdir / "report.md").read_text()
-    few, near = result["probes"]
+    few, near, *of_ema = result["probes"]
+    assert [(probe["probe"], probe["model"]) for probe in of_ema] == [("5-shot", "EMA"), ("20-nn", "EMA")]
     about = {"model": "merged", "data": "digits", "test_images": 360}
     assert few.items() >= {**about, "probe": "5-shot", "train_images": 50}.items()
     assert near.items() >= {**about, "probe": "20-nn", "train_images": 1437}.items()
@@ -179,7 +180,7 @@ def test_probes_take_another_set_with_another_number_of_classes(workdir, tmp_pat
     assert [(row["data"], row["accuracy"], row["train_images"]) for row in result["probes"]] == [
         ("folder", 1.0, 8),
         ("folder", 1.0, 12),
-    ]
+    ] * 2  # merged and EMA
     assert result["data"] == "digits"
 
 

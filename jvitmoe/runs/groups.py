@@ -40,6 +40,8 @@ def read_config(folder: Path) -> Config:
     path = folder / files.CONFIG
     try:
         text = path.read_text()
+    except FileNotFoundError as error:
+        raise UserError(f"{str(folder)!r} holds no {files.CONFIG}; give a folder that training wrote") from error
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read: {one_line(error)}; restore it from a copy") from error
     return config_lib.loads(text, str(path))

@@ -210,7 +210,7 @@ class _Loop:
             if stop or evaluates or (config.checkpoint_every and done % config.checkpoint_every == 0):
                 self._save(done, evaluates)
                 if processes.is_single():
-                    stop = self._stop.asked(done)  # again: an evaluation takes long, and all is saved now
+                    stop = self._stop.signal  # which may have come in the evaluation; all is saved now
             if stop and done < self._total:
                 self._checkpoints.close()
                 _exit(done, stop)
