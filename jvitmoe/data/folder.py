@@ -26,9 +26,8 @@ class ImageFolder(Source):
         if model.channels not in (1, 3):
             raise DataError(f"config.model.channels is {model.channels}; it must be 1 or 3 for data.name=folder")
         root = Path(os.path.expanduser(data.dir))
-        tests = [
-            folder for name in TESTS if os.path.isdir(folder := root / name)
-        ]  # unlike Path's, it raises for no name
+        # Unlike Path.is_dir, os.path.isdir raises for no name.
+        tests = [folder for name in TESTS if os.path.isdir(folder := root / name)]
         labelled = [folder for folder in tests if _has_folders(folder)]  # ImageNet's `test` has no classes
         roots = [root / "train", (labelled or tests or [root / TESTS[0]])[0]]
         for folder in roots:
@@ -80,11 +79,13 @@ def _class_files(folder: Path) -> Files:
     return files
 
 
-def _images_below(folder: Path) -> Iterator[Path]:
-    """Yields the images of a folder and the folders in it. Raises OSError."""
+def _images_below(folder: Path, above: tuple[Path, ...] = ()) -> Iterator[Path]:
+    """Yields the images of a folder and the folders in it; links back to it, and to those `above` or around it, are not
+    followed. Raises OSError."""
+    seen = (*above, folder.resolve())
     for entry in visible(folder):
         if entry.is_dir():
-            if not (entry.is_symlink() and folder.resolve().is_relative_to(entry.resolve())):  # a circle
-                yield from _images_below(entry)
+            if not (entry.is_symlink() and any(path.is_relative_to(entry.resolve()) for path in seen)):
+                yield from _images_below(entry, seen)
         elif is_image(entry):
             yield entry

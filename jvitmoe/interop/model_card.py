@@ -47,6 +47,7 @@ def write(source: Source, result: Mapping[str, Any], target: Target, remarks: Se
     kind = f"{experts} experts per MLP, averaged into one" if experts > 1 else "trained dense"
     torch = "import torch\n" if target.torch else ""
     data = _public_name(config.data.name)
+    listed = f": {', '.join(classes)}" if len(classes) <= 100 else ""
     sections = [
         HEADER.format(library=target.library),
         f"# {data} ViT\n\nA plain Vision Transformer for images of {size} and {model.classes} classes, "
@@ -54,8 +55,7 @@ def write(source: Source, result: Mapping[str, Any], target: Target, remarks: Se
         *(f"- {remark}" for remark in remarks),
         "## Use\n\nIn this folder:\n\n" + target.use.format(epsilon=model.norm_epsilon),
         f"Inputs are float32 {layout}, `{_normalised(source)}` of 8-bit pixels, at exactly {size}. Outputs are logits."
-        + (" Their classes in order are in `classes.json`" if classes else "")
-        + (f": {', '.join(classes)}." if 0 < len(classes) <= 100 else "." * bool(classes)),
+        + (f" Their classes in order are in `classes.json`{listed}." if classes else ""),
         "## Check\n\n`sample.npz` contains test images (`images`, 8 bits), the model's `inputs` for them, their "
         "`labels` and the `logits` that JAX computed in float32.\n\n"
         f'```python\nimport numpy as np\n{torch}\nsample = np.load("sample.npz")\n'

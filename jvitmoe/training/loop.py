@@ -222,9 +222,7 @@ class _Loop:
         if not processes.is_single() or int(self._state.step) == self._saved:
             return
         with contextlib.suppress(UserError):
-            self._read()
-            self._checkpoints.save(self._state, self._config, None, self._log.sync(), self._in_a_row)
-            self._checkpoints.close()
+            self._save(int(self._state.step), evaluates=False)
 
     def _save(self, done: int, evaluates: bool) -> None:
         """Saves a checkpoint, after an evaluation if asked for."""

@@ -241,7 +241,9 @@ def test_links_to_the_folders_around_them_are_not_followed_in_a_circle(tmp_path)
     write_folder(tmp_path)
     for name in (".", "..", "../..", str(tmp_path / "train")):
         (tmp_path / "train" / "dog" / f"link{len(name)}").symlink_to(name)
-    outside = mkdir(tmp_path / "outside")
+    outside, there = mkdir(tmp_path / "outside"), mkdir(tmp_path / "there")
+    (tmp_path / "train" / "dog" / "there").symlink_to(there)
+    (there / "and back").symlink_to(tmp_path / "train" / "dog")
     shutil.copy(tmp_path / "train" / "dog" / "003.png", outside / "other.png")
     assert len(folder(tmp_path).train) == 6
     (tmp_path / "train" / "dog" / "more").symlink_to(outside)
