@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import functools
 import io
+import itertools
 import json
 import os
 import re
@@ -26,6 +27,8 @@ from jvitmoe import cli
 
 ROOT = Path(__file__).resolve().parents[1]
 HANGS = 600  # seconds after which a process is given up, on a machine that does much besides
+WORKER = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+PORTS = itertools.count(20_000 + 1_000 * (WORKER % 12) + os.getpid() % 500)  # a thousand for each worker
 SET_CHILD_SUBREAPER = 36  # of prctl: an orphan below this process becomes its child
 
 
@@ -90,9 +93,11 @@ def environment(devices: int = 1) -> dict[str, str]:
 
 
 def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
+    """Returns a port that no other test gets, from below those that the system gives to connections."""
+    while True:
+        port = next(PORTS)
+        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return port
 
 
 @functools.cache
