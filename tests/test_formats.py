@@ -24,7 +24,7 @@ def tree(model: ModelConfig) -> dict[str, np.ndarray]:
 
 
 def read(theirs: weight_names.Arrays, style: str, cls_row: bool | None, heads: int = MODEL.heads) -> tuple:
-    """Returns (ours, names left over) of arrays, as `pretrained` reads them."""
+    """Returns (ours, names left over) of arrays, as `load` reads them."""
     model = weight_names.model_of(theirs, style, weight_names.ConfigValues(heads, MODEL.norm_epsilon, None, cls_row))
     shapes = {name: leaf.shape for name, leaf in tree(model).items()}
     return weight_names.read(theirs, style, model, shapes)

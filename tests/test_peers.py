@@ -19,7 +19,7 @@ from jvitmoe import errors, export
 from jvitmoe.config import Config, ModelConfig, OptimConfig
 from jvitmoe.data import augment
 from jvitmoe.experts import build, slices
-from jvitmoe.interop import classifier, load, weight_names
+from jvitmoe.interop import classifier, load, pretrained, weight_names
 from jvitmoe.interop.targets import TARGETS, timm
 from jvitmoe.models import vit
 from jvitmoe.runtime import devices
@@ -115,7 +115,7 @@ def upcycled_and_merged(source: load.Source, experts: int) -> dict:
     config.routing.experts, config.init.source = experts, str(source.path)
     config.train.batch_size, config.train.devices, config.train.platform = 8, 1, "cpu"
     mesh = devices.make_mesh(config.validate().train)
-    dense, _ = load.start(config)
+    dense, _ = pretrained.start(config)
     state = make_state(config, build.make_model(config, "cpu"), mesh, dense)
     assert any(jax.tree.leaves(slices.stacked(state.params)))
     return build.dense_tree(config, state.params)
@@ -226,8 +226,8 @@ def test_positions_and_patches_are_resized_as_timm_resizes_them(peers, tmp_path,
     np.savez(tmp_path / "old.npz", positions=table_TD, kernel=torch_kernel)
     peers("resample", arrays=tmp_path / "old.npz", out=tmp_path / "new.npz", grid=grid, patch=patch)
     new = np.load(tmp_path / "new.npz")
-    np.testing.assert_allclose(load.resize_positions(table_TD, grid), new["positions"], atol=1e-5)
-    resized = load.resize_patches(kernel_PPcD.astype(np.float32), patch).transpose(3, 2, 0, 1)
+    np.testing.assert_allclose(pretrained.resize_positions(table_TD, grid), new["positions"], atol=1e-5)
+    resized = pretrained.resize_patches(kernel_PPcD.astype(np.float32), patch).transpose(3, 2, 0, 1)
     np.testing.assert_allclose(resized, new["kernel"], rtol=1e-4, atol=1e-4)
 
 

@@ -14,7 +14,7 @@ from safetensors.numpy import save_file
 from jvitmoe.config import Config, DataConfig, ModelConfig
 from jvitmoe.data import augment
 from jvitmoe.errors import ConfigError, UserError
-from jvitmoe.interop import classifier, load, weight_names
+from jvitmoe.interop import classifier, load, pretrained, weight_names
 from jvitmoe.interop.targets import hf, safetensors, timm
 from jvitmoe.models import vit
 from jvitmoe.runs.checkpoints import Checkpoints
@@ -41,7 +41,7 @@ def adapted(model: ModelConfig, **changes: object) -> tuple[ModelConfig, weight_
     """Returns (the other config, its fresh tree, what a ViT of MODEL becomes there, what was told)."""
     other = dataclasses.replace(model, **changes)
     fresh = dense(other, 1)
-    params, lines = load.adapt(source(model, dense(model)), other, fresh, DataConfig())
+    params, lines = pretrained.adapt(source(model, dense(model)), other, fresh, DataConfig())
     assert {n: x.shape for n, x in params.items()} == {n: x.shape for n, x in fresh.items()}
     return other, fresh, params, "\n".join(lines)
 
@@ -79,7 +79,7 @@ def test_a_larger_image_gets_positions_resized_and_says_so():
     old["positions"][:] = old["positions"].mean(0)  # alike everywhere: they must stay so
     other = dataclasses.replace(MODEL, image_size=20, position_rows=30)
     fresh = dense(other, 1)
-    params, lines = load.adapt(source(MODEL, old), other, fresh, DataConfig())
+    params, lines = pretrained.adapt(source(MODEL, old), other, fresh, DataConfig())
     assert params["positions"].shape == (30, 12)
     np.testing.assert_allclose(params["positions"][:25], np.repeat(old["positions"][:1], 25, 0), atol=1e-6)
     np.testing.assert_array_equal(params["positions"][25:], fresh["positions"][25:])
@@ -88,7 +88,7 @@ def test_a_larger_image_gets_positions_resized_and_says_so():
 
 def test_a_kernel_of_smaller_patches_gives_on_enlarged_images_what_it_gave():
     kernel = np.random.default_rng(0).normal(size=(4, 4, 3, 6)).astype("f")
-    larger = load.resize_patches(kernel, 8)
+    larger = pretrained.resize_patches(kernel, 8)
     patch = np.random.default_rng(1).normal(size=(4, 4, 3)).astype("f")
     enlarged = np.asarray(jax.image.resize(patch, (8, 8, 3), "cubic"))
     before, after = np.einsum("pqc,pqcd->d", patch, kernel), np.einsum("pqc,pqcd->d", enlarged, larger)
@@ -113,7 +113,7 @@ def test_what_cannot_be_kept_is_told():
 def test_blocks_of_another_shape_are_refused_with_the_flags_that_fit(change):
     other = dataclasses.replace(MODEL, cls_position=False, **change)
     with pytest.raises(ConfigError) as caught:
-        load.adapt(source(MODEL, dense(MODEL)), other, dense(other, 1), DataConfig())
+        pretrained.adapt(source(MODEL, dense(MODEL)), other, dense(other, 1), DataConfig())
     (name,) = change
     assert f"--config.model.{name}={getattr(MODEL, name)}" in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -175,7 +175,7 @@ def test_a_run_with_other_means_than_its_source_folds_the_difference_into_the_pa
     pixels = np.repeat(np.random.default_rng(0).integers(0, 256, (3, 8, 8, 1)), channels, -1).astype(np.float32)
     found = []
     for mean, std in (((0.5,), (0.5,)), ((0.3,), (0.7,)), ((0.4, 0.5, 0.6)[:channels], (0.2, 0.25, 0.3)[:channels])):
-        params, lines = load.adapt(told, other, dense(other, 1), DataConfig(mean=mean, std=std))
+        params, lines = pretrained.adapt(told, other, dense(other, 1), DataConfig(mean=mean, std=std))
         found.append(logits(other, params, augment.normalize(pixels, mean, std)))
         assert ("folded" in " ".join(lines)) == (mean != told.mean)
     np.testing.assert_allclose(found[1], found[0], atol=1e-4)
@@ -188,12 +188,12 @@ def test_a_run_with_other_means_than_its_source_folds_the_difference_into_the_pa
 def test_a_stem_that_pads_with_zeros_keeps_the_means_of_its_source():
     model = dataclasses.replace(MODEL, stem="conv")
     told = dataclasses.replace(source(model, dense(model)), mean=(0.4, 0.5, 0.6), std=(0.2, 0.25, 0.3))
-    params, _ = load.adapt(told, model, dense(model, 1), DataConfig(mean=told.mean, std=told.std))
+    params, _ = pretrained.adapt(told, model, dense(model, 1), DataConfig(mean=told.mean, std=told.std))
     np.testing.assert_array_equal(params["patches.conv0.kernel"], told.params["patches.conv0.kernel"])
     with pytest.raises(
         ConfigError, match=r"config\.data\.mean is \(0\.5,\).*they must be the source's, \(0\.4, 0\.5, 0\.6\)"
     ):
-        load.adapt(told, model, dense(model, 1), DataConfig())
+        pretrained.adapt(told, model, dense(model, 1), DataConfig())
 
 
 def test_a_mean_and_deviation_that_the_user_gives_are_taken_and_must_be_possible(tmp_path):
@@ -218,7 +218,7 @@ def test_a_source_of_ours_takes_no_mean(experiment_run):
     config = Config()
     config.init.source, config.init.mean = str(experiment_run), (0.4,)
     with pytest.raises(ConfigError, match=r"config\.init\.mean is \(0\.4,\).*must be \(\)"):
-        load.start(config)
+        pretrained.start(config)
 
 
 def test_npz_is_read_and_tells_its_heads(tmp_path):
@@ -317,7 +317,7 @@ def test_a_head_that_needs_pre_logits_is_left_out_and_told(tmp_path, style):
     with pytest.raises(UserError, match="has no head"):
         classifier.load(path) if style == "google" else classifier.load(_with_heads(path))
     fresh = dense(MODEL, 1)
-    params, lines = load.adapt(found, dataclasses.replace(MODEL, norm_epsilon=1e-6), fresh, DataConfig())
+    params, lines = pretrained.adapt(found, dataclasses.replace(MODEL, norm_epsilon=1e-6), fresh, DataConfig())
     np.testing.assert_array_equal(params["head.logits.kernel"], fresh["head.logits.kernel"])
     assert "re-made the head for 5 classes (the source has none): head.logits.bias, head.logits.kernel" in lines
 
@@ -335,7 +335,7 @@ def test_names_from_a_file_are_printed_escaped_and_cut(tmp_path):
     save_file(arrays, tmp_path / "model.safetensors")
     config = Config(model=dataclasses.replace(MODEL, norm_epsilon=1e-12))
     config.init.source = str(tmp_path)
-    for line in load.start(config)[1]:
+    for line in pretrained.start(config)[1]:
         assert line.isprintable()
         assert len(line) < 1300
 
@@ -410,7 +410,7 @@ def test_a_source_that_fails_names_the_field():
     config = Config()
     config.init.source = "no/where"
     with pytest.raises(ConfigError, match=r"config\.init\.source cannot be read: 'no/where'"):
-        load.start(config)
+        pretrained.start(config)
 
 
 def test_a_run_of_an_older_version_is_read(experiment_run, tmp_path, monkeypatch):

@@ -14,7 +14,7 @@ import processes
 from jvitmoe import evaluate, report, train
 from jvitmoe.evaluation import models
 from jvitmoe.experts import build
-from jvitmoe.interop import load
+from jvitmoe.interop import pretrained
 from jvitmoe.models import vit
 from jvitmoe.runs import checkpoints, files, metrics_log, results
 from jvitmoe.runtime.devices import make_mesh
@@ -402,7 +402,7 @@ def test_upcycling_starts_from_the_dense_models_own_predictions_and_resumes_with
     config = saved_config(uninterrupted)
     config.init.source, config.routing.experts = str(uninterrupted), 4
     mesh = make_mesh(config.validate().train)
-    dense, told = load.start(config)
+    dense, told = pretrained.start(config)
     assert "(run): " in told[0]
     model = build.make_model(config, "cpu")
     state = make_state(config, model, mesh, dense)

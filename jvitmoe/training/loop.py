@@ -19,7 +19,7 @@ from jvitmoe.data.batches import Images, on_devices, resident_batches
 from jvitmoe.errors import UserError
 from jvitmoe.evaluation import models
 from jvitmoe.evaluation.metrics import Result, make_evaluate
-from jvitmoe.interop import load
+from jvitmoe.interop import pretrained
 from jvitmoe.models import vit
 from jvitmoe.runs import files, results
 from jvitmoe.runs.checkpoint_writer import CheckpointWriter
@@ -61,7 +61,7 @@ def train(
     if config.init.source:
         steps = processes.together(lambda: list_steps(workdir / files.CHECKPOINTS))
         if processes.of_first(not steps):  # a checkpoint includes the source
-            dense, init_notes = processes.together(lambda: load.start(config))
+            dense, init_notes = processes.together(lambda: pretrained.start(config))
     cleanup.enter_context(processes.together(lambda: open_run_folder(workdir, config, data.classes, data.counts)))
     processes.together(lambda: check_shared(workdir))
     setup.print_setup(plan, workdir, data, init_notes)

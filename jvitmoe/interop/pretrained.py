@@ -1,0 +1,183 @@
+"""Starts a run from a trained ViT: fits the weights that `load` read to the run's model.
+
+T patches of an image · D width · J side of a patch · c colour channels
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import numpy as np
+
+from jvitmoe.config import Config, DataConfig, ModelConfig
+from jvitmoe.errors import ConfigError, UserError, printable
+from jvitmoe.experts import routes
+from jvitmoe.experts.routes import Purpose
+from jvitmoe.interop import weight_names
+from jvitmoe.interop.load import OURS, Pixels, Source, read
+from jvitmoe.interop.weight_names import Dict
+from jvitmoe.models import vit
+from jvitmoe.runs.console import warnings_as_lines
+
+MUST_MATCH = ("width", "hidden", "depth", "heads", "norm", "pool", "stem", "registers", "qk_norm")
+
+
+def start(config: Config) -> tuple[dict[str, Any], list[str]]:
+    """Returns (the dense tree that a run starts from, read from `config.init.source`; lines that say what was changed).
+
+    Raises ConfigError if the source cannot be read or has other blocks.
+    """
+    try:
+        with warnings_as_lines():
+            source = read(config.init.source, config.model.heads, mean=config.init.mean, std=config.init.std)
+    except UserError as error:
+        raise ConfigError(f"config.init.source cannot be read: {error}") from error
+    if (config.init.mean or config.init.std) and source.kind in ("run", OURS):
+        raise ConfigError(
+            f"config.init.mean is {config.init.mean} and config.init.std is {config.init.std}; they must be () for a "
+            f"source of our own, {str(source.path)!r}, whose config has them"
+        )
+    wanted = dataclasses.replace(config.model, lora=0, adapter=0)
+    model = vit.build(wanted)
+    key = routes.address(jax.random.key(config.train.seed), Purpose.INIT)
+    fresh = weight_names.flatten(jax.device_get(jax.jit(lambda: vit.init(model, key))()))
+    params, lines = adapt(source, wanted, fresh, config.data)
+    return weight_names.unflatten(params), [printable(line) for line in lines]
+
+
+def adapt(source: Source, model: ModelConfig, fresh: Dict, data: DataConfig) -> tuple[Dict, list[str]]:
+    """Returns (the flat dense tree of `model`, lines that say what was loaded, resized, re-made and skipped).
+
+    `fresh` is the flat dense tree of a new model, used for what the source does not have. Positions are resized to
+    another grid as in timm (cubic, antialiased), kernels of patches by the pseudo-inverse (`resize_patches`). If
+    `data.mean` and `data.std` differ from the source's, the difference is folded into the patches.
+    Raises ConfigError if the blocks have other shapes.
+    """
+    _check_blocks(source, model)
+    old, changes = dict(source.params), list(source.notes)
+    pixels, wanted = (source.mean, source.std), (data.mean, data.std)
+    if model.stem == "patch":
+        # Before patches are resized, and before channels are joined: theirs then have one mean.
+        common = wanted if source.model.channels == model.channels else (DataConfig().mean, DataConfig().std)
+        _fold_pixels(old, pixels, common)
+        _fit_patches(old, source.model, model, changes)
+        _fold_pixels(old, common, wanted)
+        if not _same_pixels(pixels, wanted):
+            changes.append("folded its mean and deviation of pixels into the patches: data.mean and data.std differ")
+    elif not _same_pixels(pixels, wanted):
+        raise ConfigError(
+            f"config.data.mean is {data.mean} and config.data.std is {data.std}; for model.stem={model.stem}, which "
+            f"pads with zeros, they must be the source's, {source.mean} and {source.std}"
+        )
+    _fit_positions(old, source.model, model, fresh, changes)
+    _fit_cls(old, model, changes)
+    _fit_head(old, source.model, model, fresh, changes)
+    if source.model.norm_epsilon != model.norm_epsilon:
+        changes.append(
+            f"kept model.norm_epsilon={model.norm_epsilon:g}, where the source has {source.model.norm_epsilon:g}"
+        )
+    loaded = {name: leaf.astype(np.float32) for name, leaf in old.items()}
+    count, total = (sum(leaf.size for leaf in tree.values()) for tree in (loaded, fresh))
+    lines = [f"{source.path} ({source.kind}): {count:,} of {total:,} parameters loaded", *changes]
+    return {**fresh, **loaded}, lines
+
+
+def _check_blocks(source: Source, model: ModelConfig) -> None:
+    """Raises ConfigError, with the flags to change, if the blocks of the source do not fit the model."""
+    names = MUST_MATCH + (("patch", "channels") if model.stem != "patch" else ())
+    differ = [name for name in names if getattr(source.model, name) != getattr(model, name)]
+    differ += ["layer_scale"] if bool(source.model.layer_scale) != bool(model.layer_scale) else []
+    if differ:
+        flags = " ".join(f"--config.model.{name}={getattr(source.model, name)}" for name in differ)
+        raise ConfigError(
+            f"config.init.source is {str(source.path)!r}, a ViT whose {', '.join(f'model.{n}' for n in differ)} "
+            f"differ from this run's; set {flags}"
+        )
+
+
+def resize_positions(table_TD: np.ndarray, grid: int) -> np.ndarray:
+    """Returns positions [grid * grid, D] from those of another square grid: cubic, antialiased."""
+    side, width = round(len(table_TD) ** 0.5), table_TD.shape[1]
+    if side == grid:
+        return table_TD
+    square = table_TD.reshape(side, side, width).astype(np.float32)
+    resized = jax.image.resize(square, (grid, grid, width), "cubic", antialias=True)
+    return np.asarray(resized).reshape(grid * grid, width)
+
+
+def resize_patches(kernel_JJcD: np.ndarray, patch: int) -> np.ndarray:
+    """Returns kernels for patches of another side, [patch, patch, c, D]. On enlarged images they compute what the given
+    kernels compute on the images before enlarging (FlexiViT, arXiv 2212.08013, eq. 4)."""
+    side, _, channels, width = kernel_JJcD.shape
+    if side == patch:
+        return kernel_JJcD
+    basis = np.eye(side * side, dtype=np.float32).reshape(side, side, -1)
+    resize = np.asarray(jax.image.resize(basis, (patch, patch, side * side), "cubic", antialias=True))
+    inverse = np.linalg.pinv(resize.reshape(patch * patch, side * side).T)
+    resized = inverse.astype(np.float32).reshape(patch * patch, side * side) @ kernel_JJcD.reshape(side * side, -1)
+    return resized.reshape(patch, patch, channels, width)
+
+
+def _fit_patches(params: Dict, old: ModelConfig, new: ModelConfig, changes: list[str]) -> None:
+    kernel = params["patches.kernel"]
+    if old.patch != new.patch:
+        kernel = resize_patches(kernel, new.patch)
+        changes.append(f"resized the kernel of patches from {old.patch} to {new.patch} pixels")
+    if old.channels != new.channels:  # exact for grey images, whose channels are equal
+        kernel = np.repeat(kernel.sum(2, keepdims=True) / new.channels, new.channels, axis=2)
+        changes.append(f"shared the kernel of {old.channels} channels out over {new.channels}")
+    params["patches.kernel"] = kernel
+
+
+def _fit_positions(params: Dict, old: ModelConfig, new: ModelConfig, fresh: Dict, changes: list[str]) -> None:
+    if new.positions != "learned":
+        changes.append("skipped the positions, which model.positions=sincos2d computes")
+        del params["positions"]
+        return
+    old_grid, grid = old.image_size // old.patch, new.image_size // new.patch
+    if old_grid != grid:
+        params["positions"] = resize_positions(params["positions"], grid)
+        changes.append(f"resized positions from {old_grid}x{old_grid} to {grid}x{grid}")
+    params["positions"] = np.concatenate([params["positions"], fresh["positions"][grid * grid :]])
+
+
+def _fit_cls(params: Dict, new: ModelConfig, changes: list[str]) -> None:
+    position = params.pop("cls_position", None)
+    if "cls" in params and new.cls_position:
+        params["cls_position"] = np.zeros_like(params["cls"]) if position is None else position
+    elif position is not None:
+        params["cls"] = params["cls"] + position
+        changes.append("folded the position of CLS into CLS")
+
+
+def _fit_head(params: Dict, old: ModelConfig, new: ModelConfig, fresh: Dict, changes: list[str]) -> None:
+    """Removes a head that does not fit; `adapt` then takes the fresh one."""
+    head = {name for name in {*params, *fresh} if name.startswith("head.")}
+    if all(name in params and name in fresh and params[name].shape == fresh[name].shape for name in head):
+        return
+    for name in head & params.keys():
+        del params[name]
+    changes.append(
+        f"re-made the head for {new.classes} classes (the source has {old.classes or 'none'}): "
+        f"{', '.join(sorted(head & fresh.keys()))}"
+    )
+
+
+def _fold_pixels(flat: Dict, old: Pixels, new: Pixels) -> None:
+    """Changes the patches from pixels of one mean and deviation to those of another; exact, because patches see no
+    padding. Equal ones change no bit."""
+    if _same_pixels(old, new):
+        return
+    kernel_JJcD = flat["patches.kernel"]
+    channels = (kernel_JJcD.shape[2],)
+    old_mean_c, old_std_c, new_mean_c, new_std_c = (
+        np.broadcast_to(np.asarray(values, np.float32), channels) for values in (*old, *new)
+    )
+    offset_c = (new_mean_c - old_mean_c) / old_std_c
+    flat["patches.bias"] = flat["patches.bias"] + np.einsum("pqcd,c->d", kernel_JJcD, offset_c)
+    flat["patches.kernel"] = kernel_JJcD * (new_std_c / old_std_c)[None, None, :, None]
+
+
+def _same_pixels(one: Pixels, other: Pixels) -> bool:
+    """True if means and deviations are equal; one number stands for all channels."""
+    return all(a == b or (len({*a, *b}) == 1) for a, b in zip(one, other, strict=True))
