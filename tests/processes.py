@@ -26,6 +26,7 @@ import pytest
 from jvitmoe import cli
 
 ROOT = Path(__file__).resolve().parents[1]
+INHERITED = dict(os.environ)  # now: some packages set variables when they are imported
 HANGS = 600  # seconds after which a process is given up, on a machine that does much besides
 WORKER = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
 PORTS = itertools.count(20_000 + 1_000 * (WORKER % 12) + os.getpid() % 500)  # a thousand for each worker
@@ -88,8 +89,7 @@ def call(main: Callable[[list[str]], Any], *arguments: object) -> tuple[int, str
 def environment(devices: int = 1) -> dict[str, str]:
     """Returns the environment of a process with that many CPU devices, fast to compile."""
     flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
-    inherited = {name: value for name, value in os.environ.items() if name != "PYTEST_CURRENT_TEST"}
-    return {**inherited, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "COLUMNS": "200"}
+    return {**INHERITED, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "COLUMNS": "200"}
 
 
 def free_port() -> int:

@@ -188,6 +188,7 @@ def test_two_workers_of_ray_train_one_run(tmp_path):
     # Ray's sockets need a short path. Without a token of its own Ray would write one into the home folder.
     with tempfile.TemporaryDirectory(prefix="ray-") as folder:
         private = {"RAY_TMPDIR": folder, "RAY_AUTH_TOKEN": secrets.token_hex(32), "RAY_USAGE_STATS_ENABLED": "0"}
+        private["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(processes.HANGS)
         env = processes.environment() | private
         ended = processes.run([sys.executable, "scripts/ray_train.py", *arguments], env)
     assert ended.code == 0, ended

@@ -28,7 +28,7 @@ def test_killed_twenty_times_a_run_equals_the_uninterrupted_one_bit_for_bit(tmp_
         cwd=processes.ROOT,
         capture_output=True,
         text=True,
-        timeout=1200,
+        timeout=3600,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     survived = re.search(

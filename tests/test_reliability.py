@@ -137,7 +137,7 @@ def test_ctrl_c_under_the_progress_line_says_so_in_one_line_and_leaves_the_curso
     command = ["setsid", "--ctty", sys.executable, "-c", STOPS_ON_A_TERMINAL.format(unsaved=unsaved)]
     process = subprocess.Popen(command, stdin=end, stdout=end, stderr=end, env=ON_A_TERMINAL)
     os.close(end)
-    shown, deadline = b"", time.monotonic() + 60
+    shown, deadline = b"", time.monotonic() + processes.HANGS
     try:
         for awaited in [b"compiling", b"asked", None] if unsaved else [b"compiling", None]:
             while awaited is None or awaited not in shown:

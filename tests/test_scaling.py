@@ -160,7 +160,9 @@ def test_the_page_shows_the_check_as_it_was_measured(scaling_check):
 def test_the_check_runs_with_two_real_processes(tmp_path):
     command = [sys.executable, "scripts/scaling_check.py", "--counts=1,2", "--steps=2", f"--out={tmp_path}"]
     hurry = {**os.environ, "XLA_FLAGS": "--xla_backend_optimization_level=0"}  # and not this process's 8 devices
-    done = subprocess.run(command, cwd=processes.ROOT, env=hurry, capture_output=True, text=True, timeout=240)
+    done = subprocess.run(
+        command, cwd=processes.ROOT, env=hurry, capture_output=True, text=True, timeout=processes.HANGS
+    )
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "check.json").read_text())
     assert [row["bytes"] for row in found["rows"]] == [row["predicted_bytes"] for row in found["rows"]]

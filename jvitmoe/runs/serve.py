@@ -2,6 +2,7 @@
 
 import contextlib
 import http.server
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -22,7 +23,7 @@ def serve(make: Callable[[str], str], folders: Sequence[Path], port: int) -> Non
         folders: the run folders.
         port: to listen at; 0 is any that is free.
     """
-    kept = [now := stamp(folders), make(now)]
+    kept, making = [now := stamp(folders), make(now)], threading.Lock()
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -34,9 +35,11 @@ def serve(make: Callable[[str], str], folders: Sequence[Path], port: int) -> Non
                 self._answer(200, "text/plain", now)
             elif self.path == "/":
                 try:
-                    if kept[0] != now:
-                        kept[:] = now, make(now)
-                    self._answer(200, "text/html", kept[1])
+                    with making:
+                        if kept[0] != now:
+                            kept[:] = now, make(now)
+                        page = kept[1]
+                    self._answer(200, "text/html", page)
                 except UserError as error:  # such as a file that is being written
                     self._answer(503, "text/plain", str(error))
             else:

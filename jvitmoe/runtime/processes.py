@@ -51,22 +51,23 @@ def join(values: flags.FlagValues, versions: Callable[[], Mapping[str, str]]) ->
     if by_hand:
         _check(values)
     where = f"--coordinator={values.coordinator}" if by_hand else "what --distributed found"
-    seconds = values.join_seconds + GRACE_SECONDS
-    late = f"error: this process could not join at {where} within {seconds} s; check that all hosts reach each other\n"
+    seconds = values.join_seconds + rendezvous.LINGER + GRACE_SECONDS
+    code = {**versions(), **rendezvous.source_hashes()}
+    late = f"error: this process cannot join at {where} within {seconds:g} s; check that all hosts reach each other\n"
     timer = threading.Timer(seconds, leave, (late, 2))  # JAX would abort or wait for ever
     timer.daemon = True
     timer.start()
     try:
         by_flags = values.coordinator, values.processes, values.process, None
         address, count, process, device_ids = by_flags if by_hand else _detect(values.join_seconds)
-        rendezvous.meet(address, process, count, {**versions(), **rendezvous.source_hashes()}, values.join_seconds)
+        rendezvous.meet(address, process, count, code, values.join_seconds)
         jax.distributed.initialize(
             coordinator_address=address,
             num_processes=count,
             process_id=process,
             local_device_ids=device_ids,
             cluster_detection_method="deactivate",
-            initialization_timeout=10 * seconds,  # the timer ends it earlier
+            initialization_timeout=int(10 * seconds),  # the timer ends it earlier
             heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
             shutdown_timeout_seconds=SHUTDOWN_SECONDS,
         )

@@ -31,6 +31,7 @@ class Watchdog:
 
     def __enter__(self) -> "Watchdog":
         if self._seconds:
+            self._arm()  # here too: C code may take the GIL before the thread first runs
             self._thread.start()
         return self
 
@@ -43,12 +44,15 @@ class Watchdog:
         """Restarts the time. `done` names what has just been done, such as "step 7"."""
         self._done, self._idle = done, 0.0
 
+    def _arm(self) -> None:
+        backstop = min(max(BACKSTOP * self._seconds, LEAST_BACKSTOP), threading.TIMEOUT_MAX)
+        faulthandler.dump_traceback_later(backstop, exit=True, file=self._stream)
+
     def _watch(self) -> None:
         interval = min(self._seconds / LOOKS, LONGEST)
-        backstop = min(max(BACKSTOP * self._seconds, LEAST_BACKSTOP), threading.TIMEOUT_MAX)
         before = time.monotonic()
         while True:
-            faulthandler.dump_traceback_later(backstop, exit=True, file=self._stream)
+            self._arm()
             if self._over.wait(interval):
                 break
             now = time.monotonic()
