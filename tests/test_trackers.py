@@ -119,7 +119,7 @@ def test_a_tracker_that_fails_or_hangs_later_never_stops_a_run(tmp_path, monkeyp
     monkeypatch.setattr(trackers, "CLOSE_SECONDS", 5.0)  # TensorBoard's thread needs some on a busy machine
     began = time.monotonic()
     follow(tmp_path / "a", ["broken", "hanging", "tensorboard"], 0, [1, 2, 3, 4])
-    assert time.monotonic() - began < 60
+    assert time.monotonic() - began < 9
     out = capsys.readouterr().out
     assert out.count("tracker broken failed (ConnectionError: the server is gone); the run goes on without it") == 1
     assert out.count("tracker hanging did not end in 5 s") == 1
@@ -133,7 +133,7 @@ def test_trackers_that_hang_delay_a_stopped_run_by_one_short_wait_together(tmp_p
     with contextlib.suppress(SystemExit), MetricsLog(tmp_path, 0, 10, 4, trackers=["hanging"] * 4) as log:
         log.train(1, VALUES)
         sys.exit(143)
-    assert time.monotonic() - began < 10  # a signal promises 10 s, and the state is saved in them too
+    assert time.monotonic() - began < 6  # a signal promises 10 s, and the state is saved in them too
     assert capsys.readouterr().out.count("tracker hanging did not end in 3 s") == 4
 
 

@@ -31,7 +31,7 @@ class Watchdog:
 
     def __enter__(self) -> "Watchdog":
         if self._seconds:
-            self._arm()  # here too: C code may take the GIL before the thread first runs
+            self._arm()  # not in the thread: C code may take the GIL before it first runs
             self._thread.start()
         return self
 
@@ -51,10 +51,7 @@ class Watchdog:
     def _watch(self) -> None:
         interval = min(self._seconds / LOOKS, LONGEST)
         before = time.monotonic()
-        while True:
-            self._arm()
-            if self._over.wait(interval):
-                break
+        while not self._over.wait(interval):
             now = time.monotonic()
             self._idle += min(now - before, 2 * interval)  # if longer, this process itself was stopped
             before = now
@@ -65,4 +62,5 @@ class Watchdog:
                 self._stream.write(f"error: {since} (config.train.stall_minutes); {remedy}\n")
                 self._stream.flush()
                 os._exit(CODE)
+            self._arm()
         faulthandler.cancel_dump_traceback_later()

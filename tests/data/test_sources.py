@@ -580,7 +580,7 @@ def test_a_name_server_that_never_answers_does_not_hold_up_the_error(monkeypatch
     monkeypatch.setattr(socket, "create_connection", never)
     start = time.monotonic()
     assert not tfds._any_reachable(["https://a.invalid/x", "https://b.invalid/y"])
-    assert time.monotonic() - start < 1.9
+    assert time.monotonic() - start < 1
 
 
 def test_behind_a_proxy_the_proxy_is_what_must_be_reachable(monkeypatch):
