@@ -15,7 +15,7 @@ from processes import call
 ROOT = Path(__file__).parents[1]
 BLOCKS = re.findall(r"(?<!-->\n)```(bash|python)\n(.*?)```", (ROOT / "docs" / "deploy.md").read_text(), re.DOTALL)
 MAINS = {"train": train.main, "export": export.main, "predict": predict.main, "evaluate": evaluate.main}
-THEIRS = re.compile(r"\b(timm|torch|transformers)\b")
+THEIRS = re.compile(r"^(import|from) .*\b(timm|torch|transformers)\b", re.MULTILINE)
 SHORT = ("--config.train.epochs=1", "--config.optim.warmup_epochs=0", "--config.train.eval_every=1")
 
 
