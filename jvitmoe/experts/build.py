@@ -41,9 +41,9 @@ def find_router(config: Config) -> type[Router] | None:
 def frozen(config: Config) -> Callable[[Sequence[Any]], bool] | None:
     """Returns a function that is True for the key path of a parameter that is not trained; None if all are trained.
 
-    Not trained are the router if it says so; with LoRA or adapters, all except these and the head; with
-    optim.freeze_layers, the embeddings, and the blocks if all of them are frozen. `trained_layers` tells which layers
-    of a block's leaf are, if some of them are frozen.
+    These are not trained: the router, if it says so; with LoRA or adapters, all except these and the head; with
+    optim.freeze_layers, the embeddings, and the blocks if all of them are frozen. If some layers are frozen,
+    `trained_layers` tells which layers of a block's leaf are trained.
     """
     rules: list[Callable[[Sequence[Any]], bool]] = []
     if config.tuned:

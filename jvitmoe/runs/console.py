@@ -28,8 +28,8 @@ def warnings_as_lines(show: Callable[[str], object] | None = None) -> Iterator[N
 
 
 class ProgressLine:
-    """One line of progress. A terminal, where it is drawn several times a second, gets as many of `texts` and the
-    elapsed time as fit, then a bar; a notebook gets a bar, then all of them."""
+    """One line of progress. A terminal, where it is drawn several times a second, shows as many of `texts` and the
+    elapsed time as fit, then a bar; a notebook shows a bar, then all texts."""
 
     def __init__(self, texts: list[str], done: int, total: int) -> None:
         self.texts, self.done, self._total = texts, done, total

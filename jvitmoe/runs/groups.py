@@ -48,8 +48,8 @@ def read_config(folder: Path) -> Config:
 
 
 def group_runs(runs: Sequence[TestedRun], named: Groups | None = None) -> Groups:
-    """Returns `named` and the groups of `runs` that differ only in their seed. A group is called what the names of its
-    folders share. Raises UserError as `check_group` does, and for two groups of one name."""
+    """Returns `named` and the groups of `runs` that differ only in their seed. The name of a group is what the
+    names of its folders share. Raises UserError as `check_group` does, and for two groups of one name."""
     groups, by_config = dict(named or {}), Groups()
     for run in runs:
         by_config.setdefault(_key(run, ("train.seed",)), []).append(run)

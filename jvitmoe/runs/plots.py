@@ -217,7 +217,7 @@ def confusion(result: Mapping[str, Any], workdir: Path) -> bool:
 def samples(
     images_NHWc: np.ndarray, labels_N: np.ndarray, probabilities_NC: np.ndarray, names: Sequence[str], path: Path
 ) -> None:
-    """Writes one PNG of up to 16 images, each with the class that it is taken for, and its own if that is another."""
+    """Writes one PNG of up to 16 images, each with its predicted class, and its true class if that differs."""
     count = min(len(labels_N), MOST_SAMPLES)
     columns = min(count, 8)
     rows = -(-count // columns)

@@ -142,7 +142,7 @@ def show_models(workdir: Path, result: Mapping[str, Any]) -> None:
 
 
 def write_result(workdir: Path, result: Mapping[str, Any], confusion_drawn: bool = False) -> None:
-    """Writes report.md, prints the tables, but the one of classes, which may be long, and writes result.json: last,
+    """Prints the tables, except that of the classes, which may be long, and writes report.md. Writes result.json last,
     because it marks a run that was tested.
 
     Args:

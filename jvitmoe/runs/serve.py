@@ -18,8 +18,8 @@ def serve(make: Callable[[str], str], folders: Sequence[Path], port: int) -> Non
     """Serves what `make` returns until an interrupt. Raises UserError as `make` does, or if the port is taken.
 
     Args:
-        make: makes the page for the `stamp` of the folders; the page asks for /stamp, and loads itself again if that is
-            another.
+        make: returns the page for a `stamp` of the folders. The page asks for /stamp, and loads itself again when the
+            stamp has changed.
         folders: the run folders.
         port: to listen at; 0 is any that is free.
     """

@@ -15,9 +15,9 @@ def bytes_reduced(plan: StepPlan) -> Callable[[int], int]:
     """Returns a function of the number of steps done: the bytes that each device has reduced with others until then, in
     gradients, pulls and the EMA, scalars apart.
 
-    It is what moves if each expert of granularity "sample" and scope "shared" has a device of the expert axis: its
-    gradients stay there, a pull reduces its weights, and so does an EMA of the merged model, at every step. Otherwise
-    every device has all experts and reduces every gradient, and pulls and EMA move nothing.
+    With granularity "sample" and scope "shared", each expert counts as alone on a device of the expert axis: its
+    gradients stay there, a pull reduces its weights, and an EMA of the merged model reduces them at every step.
+    Otherwise every device has all experts and reduces every gradient, and pulls and EMA move nothing.
     """
     params, routed = vit.shapes(plan.model), plan.config.routing
     trunk, experts = (4 * cost.tree_size(tree) for tree in slices.split(params, slices.stacked(params)))

@@ -131,8 +131,8 @@ def augmented_share(routing: RoutingConfig, route: jax.Array, index_b: jax.Array
 def partner_rows(plan: StepPlan, index_b: jax.Array, rows: Any) -> Any:
     """Returns the rows [b, ...] of the images B - 1 - index_b, the reversed batch, from arrays of this device's images.
 
-    These lie on the mirrored device of the data axis; on the expert axis images may be sorted by expert, so its devices
-    exchange theirs.
+    They lie on the mirrored device of the data axis. Images may be sorted by expert, so the devices of the expert axis
+    exchange their images.
     """
     last = plan.data_devices - 1
     mirrored = [(device, last - device) for device in range(last + 1)]
@@ -196,7 +196,7 @@ def loss_and_metrics(
 
 
 def stop_frozen(plan: StepPlan, params: Any) -> Any:
-    """Returns the parameters, without gradients for what is not trained: it costs no gradient and counts in no norm."""
+    """Returns the parameters, with no gradient for those that are not trained: they cost none and count in no norm."""
     frozen = build.frozen(plan.config)
     if not frozen:
         return params

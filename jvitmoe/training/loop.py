@@ -177,8 +177,8 @@ class _Loop:
         self._slow = False
 
     def run(self, state: TrainState, batches: Iterator[Batch], train_step: step.TrainStep) -> TrainState:
-        """Returns the state after the last step. Exits with 128 + signal if a signal asks for it, the state saved. A
-        picture that cannot be read is an error after a save."""
+        """Returns the state after the last step. On a signal it saves the state and exits with 128 + signal. If a
+        picture cannot be read, it saves the last step and raises UserError."""
         config, start = self._config.train, int(state.step)
         self._state, self._saved = state, start
         for done in range(start + 1, self._total + 1):
@@ -217,8 +217,8 @@ class _Loop:
         return self._state
 
     def _save_before_error(self) -> None:
-        """Saves the last step, if it is not saved and nothing prevents it. Other processes do not save now, so several
-        save nothing."""
+        """Saves the last step if it is not saved yet; a failure to save is ignored. One of several processes saves
+        nothing, because the others do not save at this time."""
         if not processes.is_single() or int(self._state.step) == self._saved:
             return
         with contextlib.suppress(UserError):

@@ -84,8 +84,8 @@ def put(state: TrainState, active: TrainState, route: jax.Array) -> TrainState:
 def make_state(config: Config, model: vit.ViT, mesh: Mesh, dense: Any = None) -> TrainState:
     """Returns the state at step 0, sharded as the config says: a pure function of config and `dense`.
 
-    With a trained dense tree, experts are copies of its MLPs, `init.noise` apart, and the trunk is its trunk: sparse
-    upcycling.
+    With a trained dense tree, the trunk is that of the tree, and the experts are copies of its MLPs with noise of
+    `init.noise`: sparse upcycling.
     """
     shardings = jax.tree.map(lambda x: x.sharding, abstract_state(config, model, mesh))
     return jax.jit(functools.partial(_create, config, model), out_shardings=shardings)(dense)

@@ -84,8 +84,8 @@ def train_step(
     Routes, augmentation and dropout are addressed by (seed, step, index in the global batch), so the result does not
     depend on the number of devices beyond the order of floating-point sums. With granularity "batch" only the dense
     model on the route is differentiated, reduced over devices and updated. Otherwise every expert runs: on its slot of
-    images (index in the batch modulo E), or on the tokens that a router sends to it. The consistency loss makes two
-    passes, on two distinct routes, at twice the cost.
+    images (index in the batch modulo E), or on the tokens that a route or a router gives it. The consistency loss
+    makes two passes, on two distinct routes, at twice the cost.
     """
     step = before.step
     routes = draw_routes(plan, step)
