@@ -102,17 +102,20 @@ def train(
     """
     name = "run" if isinstance(config, Config) else cli.experiment_name(["", f"--config={config}"])
     run = Run(workdir or Path("runs") / name)
-    logging.set_verbosity(logging.FATAL)  # Orbax logs a lot
     settings = copy.deepcopy(config) if isinstance(config, Config) else cli.load_experiment(config)
     for path, value in (overrides or {}).items():
         if path not in SETTINGS:
             raise ConfigError(unknown_field(path))
         section, _, field = path.partition(".")
         setattr(getattr(settings, section), field, value)
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity(logging.FATAL)  # Orbax logs a lot
     try:
         launch.launch(settings.validate(), run.workdir, stop=_Interrupts(), trackers=trackers)
     except SystemExit as error:
         raise KeyboardInterrupt("stopped and saved; train again to go on") from error
+    finally:
+        logging.set_verbosity(verbosity)
     return run
 
 

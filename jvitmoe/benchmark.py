@@ -32,6 +32,9 @@ from jvitmoe.runtime import memory, timing
 
 DTYPES = ["float32", "bfloat16"]
 NO_TORCH = "install torch, or name a Python that has it with --peer_python"
+# Fields of the model that PyTorch's ViT has; all others must have their default.
+PEER_FIELDS = {"image_size", "channels", "classes", "patch", "width", "hidden", "depth", "heads", "norm", "pool"}
+PEER_FIELDS |= {"position_rows", "head_hidden", "dropout", "init_layers", "dtype", "attention", "unroll"}
 PEERS = {"PyTorch dense": "1 eager", "PyTorch random": "4 eager", "PyTorch compiled": "1 compiled"}  # torch_vit.py's
 
 
@@ -72,6 +75,10 @@ class Torch:
         worker = Path(__file__).parents[1] / "scripts" / "torch_vit.py"
         if not worker.is_file():
             raise UserError(f"--peer=torch needs {worker}, which is part of the repository; run it in a checkout")
+        odd = config.model.set_beyond(PEER_FIELDS - ({"pool"} if config.model.pool not in ("cls", "mean") else set()))
+        if odd:
+            found = ", ".join(f"model.{name}={getattr(config.model, name)}" for name in odd)
+            raise UserError(f"--peer=torch has no counterpart of {found}; leave --peer out")
         command = [python, "-P", str(worker)]  # -P: files in scripts/ must not shadow modules
         env = os.environ | {"OMP_WAIT_POLICY": "passive"}  # its threads must not spin while others are timed
         try:

@@ -172,14 +172,15 @@ def _nearest_experiment(path: str) -> str:
 
 
 @contextlib.contextmanager
-def data_dir_flag() -> Iterator[None]:
-    """In its body an error about data names the flag of commands on a run folder, --data_dir."""
+def data_dir_flag(flag: str = "--data_dir") -> Iterator[None]:
+    """In its body an error about data names the flag of commands on a run folder."""
     from jvitmoe.data.images import DataError  # here, because it imports NumPy
 
     try:
         yield
     except DataError as error:
-        raise DataError(str(error).replace("--config.data.dir", "--data_dir")) from error
+        error.args = (str(error).replace("--config.data.dir", flag),)
+        raise
 
 
 def define_weights(values: flags.FlagValues) -> None:
@@ -207,7 +208,8 @@ def experiment(values: flags.FlagValues) -> Config:
 
 
 def run(main: Callable[[list[str]], Any]) -> NoReturn:
-    """Runs a command on sys.argv and exits with 0, or with 2 and one line on standard error for a UserError."""
+    """Runs a command on sys.argv and exits with 0, or with 2 and one line on standard error for a UserError or a device
+    without memory."""
     stdout = sys.__stdout__
     if stdout and sys.stdout is stdout:  # not replaced by a test runner
         raw = io.BufferedWriter(_Stdout(stdout.fileno(), "w", closefd=False))
@@ -228,6 +230,12 @@ def run(main: Callable[[list[str]], Any]) -> NoReturn:
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
+    except Exception as error:  # JAX's, which is not imported here
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        remedy = "free it, or set JAX_PLATFORMS=cpu"
+        print(f"error: the memory of a device is too small ({one_line(error)}); {remedy}", file=sys.stderr)
+        sys.exit(2)
     sys.exit(0)
 
 

@@ -9,7 +9,7 @@ import difflib
 import itertools
 import json
 import operator
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 from jvitmoe.errors import ConfigError
@@ -114,6 +114,11 @@ class ModelConfig:
         """True if JAX can differentiate cuDNN's fused attention for these shapes."""
         head_width = self.width // self.heads
         return head_width % 8 == 0 and head_width <= 128 and self.tokens % 2 == 0
+
+    def set_beyond(self, fields: Collection[str]) -> list[str]:
+        """Returns the names of the fields, except these, whose value is not the default."""
+        named = ((field.name, field.default) for field in dataclasses.fields(self) if field.name not in fields)
+        return sorted(name for name, default in named if getattr(self, name) != default)
 
     def plain(self) -> "ModelConfig":
         """Returns the model after LoRA and adapters are folded into the MLP. An adapter becomes more hidden units."""

@@ -97,7 +97,7 @@ def _restore(values: flags.FlagValues, workdir: Path) -> _Restored:
 
     compilation.use_cache()
     with warnings_as_lines():
-        saved = Checkpoints(workdir / files.CHECKPOINTS).read(values.checkpoint)
+        saved = Checkpoints(workdir / files.CHECKPOINTS, shared=False).read(values.checkpoint)
     config = config_lib.from_dict(saved.meta["config"])
     config.data.dir = values.data_dir or config.data.dir
     config.validate()
@@ -125,7 +125,8 @@ def _data(values: flags.FlagValues, config: Config) -> tuple[Any, Any, Config]:
         data: Any = find(config.data, config.model)
     probe_config = _probe_config(values, config)
     try:
-        return data, find(probe_config.data, probe_config.model) if values.probe_data else data, probe_config
+        with cli.data_dir_flag("--probe_dir"):
+            return data, find(probe_config.data, probe_config.model) if values.probe_data else data, probe_config
     except SizeError as error:
         remedy = "resize them into an image folder, and give --probe_data=folder --probe_dir=DIR"
         raise UserError(f"--probe_data is {values.probe_data!r}, but {error.fault}; {remedy}") from error
@@ -156,10 +157,11 @@ def _draw_samples(evaluate: Any, params: Any, few: Any, workdir: Path) -> None:
 
 
 def _probe_config(values: flags.FlagValues, config: Config) -> Config:
-    """Returns the config with the data of --probe_data, if given, which may have any number of classes."""
+    """Returns the config with the data of --probe_data, if given, which may have any number of classes and any size."""
     if not values.probe_data:
         return config
-    data = dataclasses.replace(config.data, name=values.probe_data, dir=values.probe_dir or config.data.dir)
+    crop = "centre" if config.data.crop == "pad" else config.data.crop
+    data = dataclasses.replace(config.data, name=values.probe_data, dir=values.probe_dir or config.data.dir, crop=crop)
     return dataclasses.replace(config, data=data, model=dataclasses.replace(config.model, classes=0))
 
 

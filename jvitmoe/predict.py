@@ -37,20 +37,26 @@ def main(argv: list[str]) -> None:
         raise UserError(f"--sheet is {values.sheet!r}; it must be a .png in a folder that exists")
     # Not above: these import JAX and matplotlib, and --help need not wait for that.
     from jvitmoe.interop import classifier, contact_sheet
-    from jvitmoe.runtime import compilation
+    from jvitmoe.runtime import compilation, devices
 
     compilation.use_cache()
+    devices.start()
     with warnings_as_lines(functools.partial(print, file=sys.stderr)):
         model = classifier.load(values.workdir, values.checkpoint, values.ema)
+    for note in model.notes:
+        print(f"source      {note}", file=sys.stderr)
     paths, unreadable = images.find(arguments)
-    pixels: list[tuple[Path, np.ndarray]] = []
-    for path in paths:
-        try:
-            pixels.append((path, model.read(path)))
-        except DataError as error:
-            unreadable.append(str(error))
-    found = model(np.stack([image for _, image in pixels]), values.top) if pixels else []
-    classes = [(path, top) for (path, _), top in zip(pixels, found, strict=True)]
+    classes: list[tuple[Path, list[classifier.Prediction]]] = []
+    for start in range(0, len(paths), classifier.BATCH):
+        pixels: list[tuple[Path, np.ndarray]] = []
+        for path in paths[start : start + classifier.BATCH]:
+            try:
+                pixels.append((path, model.read(path)))
+            except DataError as error:
+                unreadable.append(str(error))
+        if pixels:
+            found = model(np.stack([image for _, image in pixels]), values.top)
+            classes += [(path, top) for (path, _), top in zip(pixels, found, strict=True)]
     if values.json:
         listed = [{"file": str(path), "classes": [dataclasses.asdict(c) for c in top]} for path, top in classes]
         print(json.dumps(listed, indent=1))

@@ -94,6 +94,7 @@ def main() -> None:
     if args.serve:
         serve_torch(args.data, args.side, args.batch, args.workers)
         return
+    from jvitmoe.data.images import is_image
     from jvitmoe.runtime import timing
 
     with tempfile.TemporaryDirectory() as temporary:
@@ -116,7 +117,7 @@ def main() -> None:
             work = {"torch": mean(their_pass), "jvitmoe": mean(lambda: next(ours))}
             seconds = timing.interleave(work, args.rounds, progress=lambda n, left: print(n, round(left), "s left"))
             torch.stdin.close()
-        images = sum(1 for _ in Path(args.data, "train").rglob("*.jpg")) // args.batch * args.batch
+        images = sum(map(is_image, Path(args.data, "train").rglob("*"))) // args.batch * args.batch
     ratio, low, high = timing.ratio(seconds["torch"], seconds["jvitmoe"])
     rates = {name: round(images / np.median(values), 1) for name, values in seconds.items()}
     print(json.dumps(rates | {"ratio": round(ratio, 3), "low": round(low, 3), "high": round(high, 3)}))

@@ -11,6 +11,7 @@ from jvitmoe.runs import tables
 
 Arms = Mapping[str, Variant]
 Found = Mapping[str, Mapping[str, Mapping[str, float]]]  # arm -> model -> seed -> accuracy on the test split, %
+CLAIM = 5  # seeds
 PARITY = 0.5  # points: an arm that is not better loses nothing if its interval is above -PARITY; see `verdict`
 
 
@@ -97,12 +98,12 @@ def verdict(low: float, high: float) -> str:
 
 
 def winners(compared: list[Comparison], arms: Arms) -> list[str]:
-    """Returns the arms whose final model is better than both models of all references."""
+    """Returns the arms whose final model is better than both models of all references, on enough seeds for a claim."""
     won = []
     for name, arm in arms.items():
         own = [item for item in compared if item.arm == name and item.model in ("dense", "merged")]
         tried = {item.reference for item in own}
-        decided = own and tried == set(arm.against) and all(len(item.paired) > 1 for item in own)
+        decided = own and tried == set(arm.against) and all(len(item.paired) >= CLAIM for item in own)
         if decided and all(interval(item.paired)[0] > 0 for item in own):
             won.append(name)
     return won

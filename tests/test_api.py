@@ -10,6 +10,7 @@ import threading
 
 import numpy as np
 import pytest
+from absl import logging
 
 import jvitmoe
 import processes
@@ -28,7 +29,10 @@ def config(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def run(config, tmp_path_factory):
-    return jvitmoe.train(config, workdir=tmp_path_factory.mktemp("api") / "run")
+    before = logging.get_verbosity()
+    run = jvitmoe.train(config, workdir=tmp_path_factory.mktemp("api") / "run")
+    assert logging.get_verbosity() == before
+    return run
 
 
 def test_a_run_gives_its_config_history_results_classifier_and_report(run, config, capsys):

@@ -102,6 +102,12 @@ def test_what_cannot_be_measured_is_refused(tmp_path, flag, says):
         benchmark.main(arguments(tmp_path, flag))
 
 
+def test_a_model_that_the_peer_cannot_have_is_refused():
+    model = ModelConfig(pool="seq", stem="strided")
+    with pytest.raises(UserError, match=r"no counterpart of model\.pool=seq, model\.stem=strided; leave --peer out"):
+        benchmark.Torch(sys.executable, Config(model=model))
+
+
 def test_a_python_without_pytorch_is_refused_in_one_line(tmp_path):
     python = tmp_path / "python"
     python.write_text(f"#!/bin/sh\nexec {sys.executable} -S -c 'import torch'\n")

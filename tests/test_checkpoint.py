@@ -27,6 +27,7 @@ from jvitmoe.runs.arrays import CheckpointError, checksums, flatten
 from jvitmoe.runs.arrays import to_devices as place
 from jvitmoe.runs.checkpoint_writer import CheckpointWriter
 from jvitmoe.runs.checkpoints import Checkpoints, list_steps
+from jvitmoe.runtime import devices
 from jvitmoe.runtime.devices import make_mesh
 from jvitmoe.training.state import TrainState, abstract_state, make_state
 
@@ -66,6 +67,18 @@ def test_a_reader_on_its_own_waits_for_no_other_process(tmp_path, monkeypatch):
     found = Checkpoints(tmp_path, shared=False).read("latest")
     assert found.step == 2
     chex.assert_trees_all_equal(found.params, flatten(jax.device_get(at(state, 2).params)))
+
+
+def test_a_device_without_memory_is_no_damage(tmp_path, monkeypatch):
+    state, abstract = make()
+    save_all(tmp_path, state, [1, 2])
+
+    def full(*_):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
+
+    monkeypatch.setattr(devices, "to_devices", full)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="RESOURCE_EXHAUSTED"):
+        restore(tmp_path, abstract)
 
 
 def restore(folder, abstract):

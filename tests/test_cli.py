@@ -167,7 +167,17 @@ def test_a_run_folder_that_is_not_there_is_one_line(tmp_path, monkeypatch, argum
 
 
 @pytest.mark.parametrize(
-    ("raised", "code", "shown"), [(UserError("bad value"), 2, "error: bad value\n"), (KeyboardInterrupt(), 130, "")]
+    ("raised", "code", "shown"),
+    [
+        (UserError("bad value"), 2, "error: bad value\n"),
+        (KeyboardInterrupt(), 130, ""),
+        (
+            RuntimeError("RESOURCE_EXHAUSTED: Out of memory\nwhile"),
+            2,
+            "error: the memory of a device is too small (RuntimeError: RESOURCE_EXHAUSTED: Out of memory while); "
+            "free it, or set JAX_PLATFORMS=cpu\n",
+        ),
+    ],
 )
 def test_run_turns_mistakes_into_exit_codes(monkeypatch, capsys, raised, code, shown):
     def main(argv):

@@ -3,12 +3,14 @@ import re
 
 import chex
 import jax
+import numpy as np
 import optax
 import pytest
 from jax._src.cudnn import fused_attention_stablehlo
 
 from jvitmoe.config import Config, ModelConfig
 from jvitmoe.data import batches
+from jvitmoe.data.splits import Dataset, Split
 from jvitmoe.errors import ConfigError
 from jvitmoe.evaluation.metrics import make_evaluate
 from jvitmoe.experts import build, cost, slices
@@ -126,10 +128,19 @@ def test_the_memory_that_a_start_asks_for_is_what_a_device_holds(tiny_config, mo
     held = sum(leaf.addressable_shards[0].data.nbytes for leaf in made)
     memory = {"SC_PAGE_SIZE": 1, "SC_PHYS_PAGES": held}
     monkeypatch.setattr(setup.os, "sysconf", memory.__getitem__)
-    setup.check_memory(config, mesh)
+    split = Split(np.zeros((3, 8, 8, 1), np.uint8), np.zeros(3, np.int32))
+    dataset = Dataset(split, split, ("one",))
+    memory["SC_PHYS_PAGES"] += 2 * split.images_NHWc.nbytes
+    setup.check_memory(config, mesh, dataset)
+    memory["SC_PHYS_PAGES"] -= 1
+    with pytest.raises(ConfigError, match=r"the images need .*; set --config.data.stream=true"):
+        setup.check_memory(config, mesh, dataset)
+    config.data.stream = True
+    memory["SC_PHYS_PAGES"] = held
+    setup.check_memory(config, mesh, dataset)
     memory["SC_PHYS_PAGES"] -= 1
     with pytest.raises(ConfigError, match="the state of training needs"):
-        setup.check_memory(config, mesh)
+        setup.check_memory(config, mesh, dataset)
 
 
 @pytest.mark.parametrize(("parts", "devices", "expert_devices"), [(2, 2, 2), (4, 1, 1)])

@@ -228,6 +228,20 @@ def test_the_card_names_a_local_set_without_its_folder(experiment_run, name, sho
     assert "private" not in card
 
 
+@pytest.mark.parametrize(("start", "base"), [("hf://a/vit@main", "a/vit"), ("timm://vit_x", "timm/vit_x")])
+def test_the_card_names_the_public_vit_that_training_started_from(experiment_run, start, base):
+    source = load.read(experiment_run)
+    source.config.init.source = start
+    card = model_card.write(source, {}, TARGETS["timm"], [])
+    assert f"- jvitmoe\nbase_model: {base}\n---" in card
+    assert f"| `init.source` | `{start}` |" in card
+    assert f"Training started from `{base}`, so its licence applies too." in card
+    source.config.init.source = "/home/me/vit"
+    card = model_card.write(source, {}, TARGETS["timm"], [])
+    assert "base_model" not in card
+    assert "/home/me" not in card
+
+
 def config_of(**model: object) -> Config:
     config = Config()
     config.model = dataclasses.replace(config.model, **model)
@@ -288,6 +302,7 @@ def test_a_model_of_any_parts_is_the_same_where_it_goes(parts, target, tmp_path,
         ("hf", {}, "it is zeros"),
         ("timm", {"norm_epsilon": 1e-3}, "not model.norm_epsilon=0.001"),
         ("timm", {"positions": "sincos2d"}, "positions are computed here"),
+        ("onnx", {}, "operator set 23 of ONNX"),
     ],
 )
 def test_what_differs_there_is_said(target, model, remark):
@@ -446,6 +461,11 @@ def test_without_jax2onnx_one_line_says_what_to_install(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"pip install 'jvitmoe\[export\]'"):
         TARGETS["onnx"].examine(Config())
+
+
+def test_more_parameters_than_a_message_of_protobuf_holds_are_refused_at_once():
+    with pytest.raises(UserError, match=r"the parameters have 2,5\d\d,.* bytes; --to=onnx writes at most 2,146,4"):
+        TARGETS["onnx"].examine(config_of(image_size=224, patch=14, channels=3, width=1280, hidden=5120, depth=32))
 
 
 def test_a_safetensors_file_that_does_not_fit_its_config_is_refused(exported, tmp_path):

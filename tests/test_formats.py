@@ -106,7 +106,8 @@ def test_heads_that_do_not_divide_are_named():
 def test_heads_of_other_tasks_are_left_over_and_told():
     arrays = weight_names.write(tree(MODEL), "hf", cls_row=True)
     arrays |= {"vit.pooler.dense.weight": np.ones((12, 12), np.float32)}
-    assert read(arrays, "hf", True)[1] == ["pooler.dense.weight"]
+    arrays |= {"vit.embeddings.mask_token": np.ones((1, 1, 12), np.float32)}
+    assert read(arrays, "hf", True)[1] == ["embeddings.mask_token", "pooler.dense.weight"]
 
 
 def test_a_vit_without_a_head_is_read_without_one():
@@ -160,7 +161,30 @@ def test_the_epsilon_that_reads_back_is_the_one_that_timm_has(epsilon, nearest):
     assert told[:4] == (model.heads, nearest, (model.image_size,) * 2, model.cls_position)
 
 
+@pytest.mark.parametrize(
+    ("about", "processor", "crop", "theirs"),
+    [
+        ({"crop_pct": 1.0, "interpolation": "bicubic", "crop_mode": "center"}, {}, "pad", ""),
+        ({"crop_pct": 0.875, "interpolation": "bilinear"}, {}, "resized", ""),
+        ({"crop_pct": 0.9, "interpolation": "bicubic"}, {}, "pad", "shorter side 248 pixels, bicubic, centre cropped"),
+        ({"crop_pct": 0.9, "interpolation": "bilinear"}, {}, "resized", "shorter side 248 pixels, bilinear"),
+        ({"crop_pct": 1.0, "interpolation": "bicubic", "crop_mode": "squash"}, {}, "pad", "cropped, crop_mode squash"),
+        ({}, {"size": {"shortest_edge": 256}, "resample": 2, "do_center_crop": True}, "resized", ""),
+        ({}, {"size": {"shortest_edge": 224}, "resample": 3, "do_center_crop": True}, "pad", ""),
+        ({}, {"size": {"shortest_edge": 224}, "resample": 3}, "pad", "'shorter side 224 pixels, bicubic'"),
+        ({}, {"size": {"height": 224, "width": 224}, "resample": 2}, "pad", "squeezed to 224 x 224 pixels, bilinear"),
+        ({}, {"size": 224, "resample": 0}, "pad", "squeezed to 224 x 224 pixels, resample 0"),
+        ({}, {}, "pad", ""),
+    ],
+)
+def test_the_nearest_test_transform_is_taken_and_another_one_is_told(about, processor, crop, theirs):
+    found, note = config_files.crop_of({"pretrained_cfg": about}, processor, 224)
+    assert (found, bool(note)) == (crop, bool(theirs))
+    assert theirs in note
+
+
 @pytest.mark.parametrize(("crop", "share", "filter"), [("pad", 1.0, "bicubic"), ("resized", 224 / 256, "bilinear")])
 def test_timm_is_told_how_the_run_cut_its_test_images(crop, share, filter):
     cfg = timm.config_json(MODEL, (), crop)["pretrained_cfg"]
     assert (cfg["crop_pct"], cfg["interpolation"]) == (share, filter)
+    assert config_files.crop_of({"pretrained_cfg": cfg}, {}, MODEL.image_size) == (crop, "")

@@ -18,7 +18,7 @@ from jvitmoe.config import Config
 from jvitmoe.data import datasets, images
 from jvitmoe.data.images import DataError
 from jvitmoe.errors import UserError
-from jvitmoe.interop import contact_sheet
+from jvitmoe.interop import classifier, contact_sheet
 from processes import call
 from run_folders import saved
 
@@ -144,6 +144,29 @@ def test_a_damaged_checkpoint_is_a_line_of_warning_beside_the_json(experiment_ru
     assert "warning: checkpoint 999 skipped: " in out
 
 
+def test_many_pictures_are_read_a_few_at_a_time(experiment_run, folder, monkeypatch):
+    def best() -> list[tuple[str, str]]:
+        code, out, err = call(predict.main, f"--workdir={experiment_run}", "--json", folder)
+        assert (code, err) == (0, "")
+        return [(entry["file"], entry["classes"][0]["name"]) for entry in json.loads(out)]
+
+    at_once = best()
+    assert len(at_once) == 3
+    monkeypatch.setattr(classifier, "BATCH", 2)
+    assert best() == at_once
+
+
+def test_what_was_assumed_of_weights_of_another_library_is_told(experiment_run, folder, tmp_path):
+    out = tmp_path / "timm"
+    export.main(["export", f"--workdir={experiment_run}", "--to=timm", f"--out={out}"])
+    about = json.loads((out / "config.json").read_text())
+    about["pretrained_cfg"]["crop_pct"] = 0.5
+    (out / "config.json").write_text(json.dumps(about))
+    code, _, err = call(predict.main, f"--workdir={out}", folder)
+    assert code == 0
+    assert "source      its test transform is 'shorter side 16 pixels, bicubic, centre cropped'; the nearest" in err
+
+
 def test_unreadable_files_are_reported_skipped_and_the_rest_is_done(experiment_run, folder):
     (folder / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\nbroken")
     huge = Image.new("1", (20_000, 6_000))
@@ -212,6 +235,7 @@ def test_the_contact_sheet_shows_every_picture_and_its_classes(experiment_run, f
         (("--workdir={run}", "--sheet=x.jpg", "x.png"), "it must be a .png"),
         (("--workdir={run}", "--checkpoint=9", "x.png"), "checkpoint '9' does not exist"),
         (("--workdir=no/where", "x.png"), "'no/where"),
+        (("--workdir={run}/tb", "--checkpoint=best", "x.png"), "it holds one model; leave --checkpoint out"),
     ],
 )
 def test_predict_refuses_in_one_line(experiment_run, arguments, message):

@@ -182,6 +182,11 @@ def test_probes_take_another_set_with_another_number_of_classes(workdir, tmp_pat
         ("folder", 1.0, 12),
     ] * 2  # merged and EMA
     assert result["data"] == "digits"
+    for path in (tmp_path / "set").glob("*/*/*.png"):
+        Image.open(path).resize((20, 16), Image.Resampling.NEAREST).save(path)
+    code, _, err = call(evaluate.main, f"--workdir={workdir}", *flags)
+    assert code == 0, err
+    assert json.loads((workdir / "result.json").read_text())["probes"][0]["accuracy"] == 1.0
 
 
 class Small(Source):
@@ -207,6 +212,7 @@ class Fitting(Source):
         (("--few_shot=-1",), "--few_shot is -1; it must be a number of images, or 0 for no probe"),
         (("--probe_data=digits",), "--probe_data is 'digits'; name a probe on it: --few_shot=10 or --knn=20"),
         (("--knn=3", "--probe_dir=x"), "--probe_dir is 'x'; name the set in it: --probe_data=NAME"),
+        (("--knn=3", "--probe_data=folder"), "data.name=folder needs the folder: set --probe_dir="),
         (("--knn=1438",), "--knn is 1438; it must be at most the 1437 training images"),
         (("--few_shot=9", "--probe_data=fitting"), "--few_shot is 9; class 'even' has 8 training images"),
         (

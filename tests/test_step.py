@@ -303,3 +303,14 @@ def test_devices_that_are_not_there_are_an_error_of_one_line(train, says):
     with pytest.raises(ConfigError, match=re.escape(says.replace("config.train.", "--"))) as error:  # of `evaluate`
         make_mesh(train, settings="--")
     assert "config.train" not in str(error.value)
+
+
+@pytest.mark.parametrize("raised", [RuntimeError("Unable to initialize backend 'cuda': no driver"), AssertionError()])
+def test_devices_that_do_not_start_are_an_error_of_one_line(monkeypatch, raised):
+    def fail(*_):
+        raise raised
+
+    monkeypatch.setattr(jax, "devices", fail)
+    monkeypatch.setenv("JAX_PLATFORMS", "cuda")
+    with pytest.raises(ConfigError, match=r"JAX_PLATFORMS is 'cuda', but .*Error.*; mend the driver"):
+        make_mesh(TrainConfig())

@@ -149,8 +149,13 @@ def test_differences_are_taken_seed_by_seed_from_every_reference(scripts, tmp_pa
     assert (row["interval"], row["verdict"]) == ("+0.52 to +5.48", "better")
     (row,) = (row for row in verdicts.summary(found) if (row["arm"], row["model"]) == ("dense", "dense"))
     assert (row["accuracy"], row["seeds"]) == ("75.00 ± 5.00", "3")
+    assert verdicts.conclusion(tmp_path, arms).endswith("compared with: no arm.\n")  # three seeds make no claim
+    for seed in (3, 4):
+        write_kept_run(tmp_path / f"dense-seed{seed}", {"dense": 0.75, "EMA": 0.76})
+        write_kept_run(tmp_path / f"control-seed{seed}", {"dense": 0.77})
+        write_kept_run(tmp_path / f"random-seed{seed}", {"merged": 0.80, "EMA": 0.80})
     text = verdicts.conclusion(tmp_path, arms)
-    assert text.endswith("Better than all that it is compared with: control, random.\n")  # one seed decides nothing
+    assert text.endswith("Better than all that it is compared with: control, random.\n")
     shutil.rmtree(tmp_path / "control-seed2")
     write_kept_run(tmp_path / "control-seed2", {"dense": 0.86})  # random - control: +2, +3, -5
     assert verdicts.conclusion(tmp_path, arms).endswith("compared with: no arm.\n")

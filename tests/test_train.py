@@ -335,6 +335,7 @@ def test_a_folder_with_other_things_and_a_file_are_refused(experiment, tmp_path)
         ),
         ("--config.train.platform=gpu", "config.train.platform is 'gpu'; JAX finds cpu devices only"),
         ("--config.data.name=folder --config.data.dir=no/such/folder", "no/such/folder"),
+        ("--config.data.name=folder --config.optim.name=adamx", "config.optim.name is 'adamx'; it must be one of"),
         ("--config.data.crop_padding=9", "must be at most model.image_size, which is 8"),
         ("--config.train.seed=2147483648", "must be at most 2,147,483,647"),
         ("--config.train.epochs=2147483647", "it must make at most 2,147,483,647 steps, and an epoch has 5"),

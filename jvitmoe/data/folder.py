@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from jvitmoe.data.images import DataError, Picture, is_image, visible
+from jvitmoe.data.images import MODES, DataError, Picture, is_image, visible
 from jvitmoe.data.splits import Dataset, Record, Records, Source, check_fit
 from jvitmoe.errors import one_line
 
@@ -23,8 +23,8 @@ class ImageFolder(Source):
         data, model = self.data, self.model
         if not data.dir:
             raise DataError("config.data.dir is ''; data.name=folder needs the folder: set --config.data.dir=...")
-        if model.channels not in (1, 3):
-            raise DataError(f"config.model.channels is {model.channels}; it must be 1 or 3 for data.name=folder")
+        if model.channels not in MODES:
+            raise DataError(f"config.model.channels is {model.channels}; it must be 1, 3 or 4 for data.name=folder")
         root = Path(os.path.expanduser(data.dir))
         # Unlike Path.is_dir, os.path.isdir raises for no name.
         tests = [folder for name in TESTS if os.path.isdir(folder := root / name)]

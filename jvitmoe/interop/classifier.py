@@ -17,8 +17,8 @@ from jvitmoe.config import ModelConfig
 from jvitmoe.data import augment
 from jvitmoe.data import images as images_lib
 from jvitmoe.errors import UserError
+from jvitmoe.interop import config_files, weight_names
 from jvitmoe.interop import load as load_lib
-from jvitmoe.interop import weight_names
 from jvitmoe.models import vit
 
 BATCH = 64  # images per call
@@ -44,6 +44,7 @@ class Classifier:
         crop: how pictures in files are cut, as `data.crop` of the run.
         mean: of the pixels, as `data.mean` of the run.
         std: of the pixels, as `data.std` of the run.
+        notes: what was left out or assumed when weights of another library were read.
     """
 
     def __init__(
@@ -54,8 +55,9 @@ class Classifier:
         crop: str = "pad",
         mean: Sequence[float] = (0.5,),
         std: Sequence[float] = (0.5,),
+        notes: Sequence[str] = (),
     ) -> None:
-        self.crop, self.mean, self.std = crop, mean, std
+        self.crop, self.mean, self.std, self.notes = crop, mean, std, tuple(notes)
         self.config = dataclasses.replace(model, dtype="float32")
         self.names = tuple(names) if len(names) == model.classes else tuple(map(str, range(model.classes)))
         self.params = jax.tree.map(jnp.asarray, params)
@@ -145,7 +147,8 @@ def from_source(source: load_lib.Source) -> Classifier:
     """Returns the Classifier of a source."""
     model = dataclasses.replace(source.model, position_rows=0)
     params = weight_names.unflatten(dense_arrays(source))
-    return Classifier(model, params, source.classes, source.crop, source.mean, source.std)
+    notes = source.notes if source.kind in config_files.READERS else ()
+    return Classifier(model, params, source.classes, source.crop, source.mean, source.std, notes)
 
 
 def dense_arrays(source: load_lib.Source) -> weight_names.Dict:

@@ -17,6 +17,8 @@ HEADS |= dict.fromkeys(("large", "huge", "giant", "gigantic"), 16)
 
 About = Mapping[str, Any]
 
+CENTRE = "shorter side {} pixels, {}, centre cropped"  # a test transform: pixels of the shorter side, filter
+
 
 def read_timm(arrays: Arrays, about: About, processor: About) -> ConfigValues:
     """timm's ViTs have an epsilon of 1e-6, those after CLIP 1e-5 (and, except the quickgelu ones, the same GELU)."""
@@ -72,11 +74,36 @@ def read_google(arrays: Arrays, about: About, processor: About) -> ConfigValues:
 READERS = {TIMM: read_timm, HF: read_hf, GOOGLE: read_google}
 
 
-def crop_of(about: About, processor: About) -> str:
-    """Returns the `data.crop` whose test pictures timm's config or Hugging Face's processor describes."""
-    pixels = processor or about.get("pretrained_cfg") or {}
-    timm = pixels.get("interpolation") == "bilinear" and pixels.get("crop_pct") == 7 / 8
-    return "resized" if timm or (pixels.get("resample") == 2 and pixels.get("do_center_crop")) else "pad"
+def crop_of(about: About, processor: About, side: int) -> tuple[str, str]:
+    """Returns (`data.crop`, note) for images of `side` pixels: the test transform of timm's config or Hugging Face's
+    processor or, with a note on the difference, the most similar of ours."""
+    theirs = _hf_transform(processor) if processor else _timm_transform(about.get("pretrained_cfg") or {}, side)
+    ours = {"resized": CENTRE.format(side * 8 // 7, "bilinear"), "pad": CENTRE.format(side, "bicubic")}
+    for crop, transform in ours.items():
+        if theirs in (transform, ""):
+            return crop if theirs else "pad", ""
+    crop = "resized" if theirs.endswith("bilinear, centre cropped") else "pad"
+    return crop, f"its test transform is {theirs!r}; the nearest, data.crop={crop}, is {ours[crop]!r}"
+
+
+def _timm_transform(pixels: About, side: int) -> str:
+    if not pixels.get("crop_pct"):
+        return ""
+    transform = CENTRE.format(int(side / pixels["crop_pct"]), pixels.get("interpolation"))
+    mode = pixels.get("crop_mode") or "center"
+    return transform if mode == "center" else f"{transform}, crop_mode {mode}"
+
+
+def _hf_transform(processor: About) -> str:
+    size, resample = processor.get("size"), processor.get("resample")
+    name = {2: "bilinear", 3: "bicubic"}.get(resample, f"resample {resample}") if isinstance(resample, int) else ""
+    if not size or not name:
+        return ""
+    if isinstance(size, Mapping) and "shortest_edge" in size:
+        transform = CENTRE.format(size["shortest_edge"], name)
+        return transform if processor.get("do_center_crop") else transform.removesuffix(", centre cropped")
+    high, wide = (size["height"], size["width"]) if isinstance(size, Mapping) else (size, size)
+    return f"squeezed to {high} x {wide} pixels, {name}"
 
 
 def _image_size(value: Any) -> tuple[int, int] | None:

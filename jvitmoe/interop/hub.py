@@ -13,12 +13,16 @@ def is_name(source: Path | str) -> bool:
     return str(source).startswith(("hf://", "timm://"))
 
 
-def fetch(name: str) -> Path:
-    """Returns the folder in the cache that holds the files of a model; its name is the commit. Raises UserError."""
+def repository_of(name: str) -> tuple[str, str]:
+    """Returns (OWNER/NAME on the hub, revision or "") of a name on the hub."""
     scheme, _, rest = name.partition("://")
     repository, _, revision = rest.partition("@")
-    if scheme == "timm":
-        repository = f"timm/{repository}"
+    return f"timm/{repository}" if scheme == "timm" else repository, revision
+
+
+def fetch(name: str) -> Path:
+    """Returns the folder in the cache that holds the files of a model; its name is the commit. Raises UserError."""
+    repository, revision = repository_of(name)
     if repository.count("/") != 1 or not all(repository.split("/")):
         raise UserError(f"{name!r} is not a name on the hub; write hf://OWNER/NAME@REVISION or timm://NAME")
     try:

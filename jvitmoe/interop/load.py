@@ -84,6 +84,9 @@ def read(
         return _read_run(path, checkpoint, ema)
     if ema:
         raise UserError(f"{str(path)!r} is not a run folder, so it has no EMA; leave --ema out")
+    if checkpoint != "latest":
+        rule = "is not a run folder, so it holds one model; leave --checkpoint out"
+        raise UserError(f"--checkpoint is {checkpoint!r}, but {str(path)!r} {rule}")
     if os.path.isdir(path):
         path = path / WEIGHTS
     if not os.path.isfile(path):
@@ -193,10 +196,9 @@ def _read_file(path: Path, heads: int, mean: Any, std: Any) -> Source:
             "took 0.5 for mean or deviation of pixels: no config file has it; set init.mean, init.std to change"
         )
     mean, std = _checked_pixels(values, model.channels)
-    classes, crop = (
-        values.classes if len(values.classes) == model.classes else (),
-        config_files.crop_of(about, processor),
-    )
+    classes = values.classes if len(values.classes) == model.classes else ()
+    crop, differs = config_files.crop_of(about, processor, model.image_size)
+    notes += [differs] if differs else []
     return Source(path, style, flat, model, classes, tuple(notes), crop=crop, mean=mean, std=std)
 
 

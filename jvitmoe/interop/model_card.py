@@ -7,6 +7,7 @@ from typing import Any
 from jvitmoe import config as config_lib
 from jvitmoe.config import Config
 from jvitmoe.data.hugging_face import is_local
+from jvitmoe.interop import hub
 from jvitmoe.interop.load import Source
 from jvitmoe.interop.targets.base import Target
 from jvitmoe.runs import checkpoints, results, tables
@@ -27,7 +28,7 @@ pipeline_tag: image-classification
 tags:
 - vit
 - jvitmoe
----"""
+{base}---"""
 
 
 def write(source: Source, result: Mapping[str, Any], target: Target, remarks: Sequence[str]) -> str:
@@ -46,10 +47,10 @@ def write(source: Source, result: Mapping[str, Any], target: Target, remarks: Se
     experts = config.routing.experts
     kind = f"{experts} experts per MLP, averaged into one" if experts > 1 else "trained dense"
     torch = "import torch\n" if target.torch else ""
-    data = _public_name(config.data.name)
+    data, base = _public_name(config.data.name), _base_model(config)
     listed = f": {', '.join(classes)}" if len(classes) <= 100 else ""
     sections = [
-        HEADER.format(library=target.library),
+        HEADER.format(library=target.library, base=f"base_model: {base}\n" if base else ""),
         f"# {data} ViT\n\nA plain Vision Transformer for images of {size} and {model.classes} classes, "
         f"trained with jvitmoe: {kind}. It is dense: no router, no experts, the cost of one ViT.",
         *(f"- {remark}" for remark in remarks),
@@ -64,7 +65,8 @@ def write(source: Source, result: Mapping[str, Any], target: Target, remarks: Se
         f"## Data\n\n`{data}`, trained on its training split"
         + (f" without {config.data.validation:,} images held out to choose on" if config.data.validation else "")
         + f". Licence of the data: {LICENCES.get(config.data.name.partition(':')[0], UNKNOWN)} "
-        "No licence is chosen for these weights: choose one and write it as `license` at the top of this card.",
+        "No licence is chosen for these weights: choose one and write it as `license` at the top of this card."
+        + (f" Training started from `{base}`, so its licence applies too." if base else ""),
         f"## Recipe\n\nSeed {config.train.seed}, checkpoint at step {step:,}. Fields that differ from the defaults:\n\n"
         + _recipe(config),
         f"## Made with\n\n{_made_with(result)}",
@@ -95,10 +97,16 @@ def _public_name(data: str) -> str:
     return f"hf:{Path(name).name}" if data.startswith("hf:") and is_local(name) else data
 
 
+def _base_model(config: Config) -> str:
+    """Returns the name on the hub of the ViT that training started from, or ""."""
+    source = config.init.source
+    return hub.repository_of(source)[0] if hub.is_name(source) else ""
+
+
 def _recipe(config: Config) -> str:
     default, fields = config_lib.flatten(Config()), config_lib.flatten(config)
     fields["data.name"] = _public_name(config.data.name)
-    paths = ("data.dir", "init.source")  # of the machine it was trained on
+    paths = {"data.dir"} if _base_model(config) else {"data.dir", "init.source"}  # of the machine it was trained on
     rows = [f"| `{k}` | `{v}` |" for k, v in fields.items() if v != default[k] and k not in paths]
     start = "It started from another trained ViT (`init.source`).\n\n" if config.init.source else ""
     return start + "\n".join(["| field | value |", "|---|---|", *rows])

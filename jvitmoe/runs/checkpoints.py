@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from jax.errors import JaxRuntimeError
 from jax.experimental import multihost_utils
 
 from jvitmoe.errors import one_line
@@ -179,6 +180,8 @@ class Checkpoints:
         try:
             trees, meta = self._read(step, names)
             result, self._checked[step] = use(trees), meta
+        except JaxRuntimeError:  # of the devices, such as too little memory: no fault of the checkpoint
+            raise
         except Exception as error:  # damage raises errors of any type
             self._checked[step] = one_line(error)
         if not self._shared:

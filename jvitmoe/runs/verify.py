@@ -19,7 +19,7 @@ def verify(workdir: Path) -> Iterator[tuple[str, bool, str]]:
 
     Covers the checkpoints and the files that other commands read; `tb/`, `report.md` and the pictures repeat them.
     """
-    checkpoints = Checkpoints(workdir / files.CHECKPOINTS)
+    checkpoints = Checkpoints(workdir / files.CHECKPOINTS, shared=False)
     faults = {step: checkpoints.check(step) for step in checkpoints.steps()}
     if not faults:
         yield files.CHECKPOINTS, False, "there is none"

@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jvitmoe.config import TrainConfig
-from jvitmoe.errors import ConfigError
+from jvitmoe.errors import ConfigError, one_line
 
 DATA, EXPERT = "data", "expert"
 AXES = (DATA, EXPERT)
@@ -21,12 +21,23 @@ BY_DATA = PartitionSpec(DATA)  # rows of a streamed batch
 BY_EXPERT = PartitionSpec(None, EXPERT)  # leaves [L, E, ...]
 
 
+def start() -> None:
+    """Starts JAX on its devices. Raises ConfigError, with JAX's reason, if they do not start."""
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as error:  # JAX asserts that JAX_PLATFORMS=cuda finds a plug-in
+        platforms, reason = os.environ.get("JAX_PLATFORMS", ""), one_line(error)
+        remedy = "mend the driver, install jvitmoe[cuda12] or jvitmoe[cuda13], or set JAX_PLATFORMS=cpu"
+        raise ConfigError(f"JAX_PLATFORMS is {platforms!r}, but JAX cannot start on it ({reason}); {remedy}") from error
+
+
 def make_mesh(train: TrainConfig, settings: str = "config.train.") -> Mesh:
     """Returns the mesh ("data", "expert") over the devices of all processes. `settings` is what the user's names of
     platform and devices begin with.
 
     Raises ConfigError if the platform or the number of devices is not available.
     """
+    start()
     try:
         devices = jax.devices(train.platform or None)
     except RuntimeError as error:

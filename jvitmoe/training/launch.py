@@ -17,6 +17,7 @@ from jvitmoe.runs.trackers import DEFAULT
 from jvitmoe.runs.trackers import check as check_trackers
 from jvitmoe.runtime import compilation, processes
 from jvitmoe.runtime.signals import Stop
+from jvitmoe.training import optimizer
 from jvitmoe.training.loop import train
 
 
@@ -49,7 +50,8 @@ def _launch(
 
     def check() -> None:
         check_trackers(trackers)
-        build.find_router(config)  # raises ConfigError before any data are read
+        build.find_router(config)  # this and the next raise ConfigError before any data are read
+        optimizer.direction(config)
         check_folder(workdir, config)
 
     with contextlib.ExitStack() as cleanup:
@@ -62,5 +64,5 @@ def _launch(
                 raise
             raise UserError(
                 f"the memory of a device is too small ({str(error).splitlines()[0][:200]}); "
-                "set a smaller --config.train.batch_size or a larger --config.train.accumulate"
+                "free it, or set a smaller --config.train.batch_size or a larger --config.train.accumulate"
             ) from error

@@ -54,8 +54,8 @@ def train(
     The lock of the run folder and the watchdog are entered into `cleanup`, which the caller closes. Raises UserError.
     """
     mesh = processes.together(lambda: devices.make_mesh(config.train))
-    data = setup.load_data(config, mesh)
     model = processes.together(lambda: setup.make_model(config, mesh))
+    data = setup.load_data(config, mesh)
     plan = StepPlan(config, model, mesh, data.order.steps_per_epoch)
     dense, init_notes = None, list[str]()
     if config.init.source:

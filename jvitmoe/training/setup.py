@@ -70,7 +70,7 @@ def load_data(config: Config, mesh: Mesh) -> RunData:
                 f"config.routing.pull_schedule is 'qsr'; it is planned for at most {MOST_QSR_STEPS:,} steps; lower "
                 "config.train.epochs"
             )
-        check_memory(config, mesh)
+        check_memory(config, mesh, dataset)
         return RunData(train_split, validation, dataset.test, dataset.class_names, order)
 
     return processes.together(split)
@@ -114,8 +114,8 @@ def print_resumed(workdir: Path, start: int, config: Config, meta: Meta) -> None
             console.print(f"warning: {METRICS} does not hold all that was recorded up to step {start}")
 
 
-def check_memory(config: Config, mesh: Mesh) -> None:
-    """Raises ConfigError if the state alone exceeds a device's memory, or for an unknown optimiser."""
+def check_memory(config: Config, mesh: Mesh, dataset: Dataset[Any]) -> None:
+    """Raises ConfigError if the state, or the state and the images that stay on each device, exceed its memory."""
     _, everything = cost.count_parameters(config)
     leaves = jax.tree.leaves(abstract_state(config, build.make_model(config, "cpu"), mesh))
     needed = sum(leaf.dtype.itemsize * math.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in leaves)
@@ -125,4 +125,10 @@ def check_memory(config: Config, mesh: Mesh) -> None:
         raise ConfigError(
             f"config.model has {everything:,} parameters; the state of training needs {needed / 2**30:,.1f} GiB of "
             f"a device that has {available / 2**30:,.1f} GiB; lower model.width, model.hidden or routing.experts"
+        )
+    images = 0 if config.data.stream else dataset.train.images_NHWc.nbytes + dataset.test.images_NHWc.nbytes
+    if needed + images > available:
+        raise ConfigError(
+            f"the images need {images / 2**30:,.1f} GiB beside the {needed / 2**30:,.1f} GiB of training's state, of a "
+            f"device that has {available / 2**30:,.1f} GiB; set --config.data.stream=true"
         )

@@ -118,7 +118,7 @@ def test_a_model_of_another_shape_is_told_what_to_set(model, remedy):
 
 def write_folder(root: Path, parts=("train", "test"), names=("cat", "dog"), mode="RGB", per_class=3) -> np.ndarray:
     """Writes PNG images of 8x8; returns their pixels, which differ from image to image, in the order of the paths."""
-    shape = (len(parts), len(names) * per_class, 8, 8, 1 if mode == "L" else 3)
+    shape = (len(parts), len(names) * per_class, 8, 8, {"L": 1, "RGB": 3, "RGBA": 4}[mode])
     pixels = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
     for part, images in zip(parts, pixels, strict=True):
         for i, image in enumerate(images):
@@ -133,7 +133,7 @@ def folder(root: Path, **model) -> splits.Dataset:
 
 
 @pytest.mark.parametrize("test", ["test", "val", "validation"])
-@pytest.mark.parametrize(("mode", "channels"), [("L", 1), ("RGB", 3)])
+@pytest.mark.parametrize(("mode", "channels"), [("L", 1), ("RGB", 3), ("RGBA", 4)])
 def test_a_folder_gives_back_the_pixels_and_sorted_classes_written_into_it(tmp_path, test, mode, channels):
     pixels = write_folder(tmp_path, ("train", test), mode=mode)
     (tmp_path / "train" / "cat" / "notes.txt").write_text("not an image")
@@ -274,7 +274,7 @@ def test_other_files_and_hidden_folders_in_an_image_folder_are_left_alone(tmp_pa
     [
         (DataConfig(name="folder"), {}, "set --config.data.dir"),
         (DataConfig(name="folder", dir="nowhere"), {}, "nowhere/train is not a folder"),
-        (DataConfig(name="folder", dir="nowhere"), {"channels": 2}, "must be 1 or 3"),
+        (DataConfig(name="folder", dir="nowhere"), {"channels": 2}, "must be 1, 3 or 4"),
         (DataConfig(name="folder", dir="a" * 300), {}, "/train is not a folder"),
         (DataConfig(name="folder", dir="~no_such_user/set"), {}, "~no_such_user/set/train is not a folder"),
     ],

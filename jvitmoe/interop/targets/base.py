@@ -54,8 +54,7 @@ class Target:
 
     def unsupported(self, model: ModelConfig) -> list[str]:
         """Returns the fields of the model that the format cannot express."""
-        default = ModelConfig()
-        return sorted(n for n in FIELDS - self.fields - NEUTRAL if getattr(model, n) != getattr(default, n))
+        return model.set_beyond(self.fields | NEUTRAL)
 
     def examine(self, config: Config) -> list[str]:
         """Returns remarks on this export. Raises UserError, with the flags to change, for a model that the format

@@ -12,8 +12,13 @@ import numpy as np
 
 from jvitmoe.config import Config, ModelConfig
 from jvitmoe.errors import UserError
+from jvitmoe.experts import cost
 from jvitmoe.interop import load
 from jvitmoe.interop.targets import base
+from jvitmoe.models import vit
+
+OPSET = 23
+MOST_BYTES = 2**31 - 2**20  # of parameters: a model in one file is a message of protobuf, below 2 GiB
 
 
 @base.register
@@ -31,7 +36,13 @@ run = lambda inputs: model.run(None, {{model.get_inputs()[0].name: inputs}})[0]
     def examine(self, config: Config) -> list[str]:
         if importlib.util.find_spec("jax2onnx") is None:
             raise UserError("--to=onnx needs jax2onnx, which is not installed: pip install 'jvitmoe[export]'")
+        if (needed := 4 * cost.tree_size(vit.shapes(vit.build(config.model.plain())))) > MOST_BYTES:
+            rule = f"--to=onnx writes at most {MOST_BYTES:,}; export --to=safetensors"
+            raise UserError(f"the parameters have {needed:,} bytes; {rule}")
         return super().examine(config)
+
+    def remarks(self, config: Config) -> list[str]:
+        return [f"operator set {OPSET} of ONNX"]
 
     def write(self, out: Path, source: load.Source, model: ModelConfig) -> base.Run:
         # They log dozens of unknown shapes, and tracebacks of plugins that do not support this JAX; they print each
@@ -44,7 +55,7 @@ run = lambda inputs: model.run(None, {{model.get_inputs()[0].name: inputs}})[0]
 
         shape = ("B", model.image_size, model.image_size, model.channels)
         with jax.default_matmul_precision("highest"), contextlib.redirect_stdout(io.StringIO()):
-            proto = jax2onnx.to_onnx(base.forward(source, model), [shape], model_name="vit")
+            proto = jax2onnx.to_onnx(base.forward(source, model), [shape], model_name="vit", opset=OPSET)
         _name_and_pad(proto.graph)
         onnx.checker.check_model(proto)
         onnx.save(proto, str(out / "model.onnx"))
