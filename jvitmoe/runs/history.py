@@ -1,8 +1,11 @@
 """The history of a run, metrics.jsonl: one JSON line per step and kind ("train", "validation" or "test")."""
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from jvitmoe.errors import UserError
 from jvitmoe.runs.files import CLASSES, IMAGES, METRICS, crc32
@@ -27,6 +30,17 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         if type(step) is int and isinstance(kind, str):
             lines.setdefault((step, kind), line)
     return list(lines.values())
+
+
+def averaged(runs: Sequence[Mapping[int, float | None]], most: int) -> tuple[list[int], np.ndarray]:
+    """Returns (steps, values [runs, steps]) of at most `most` averages over the steps that all runs have. Each is named
+    by its last step; one with a null is NaN."""
+    steps = sorted(set.intersection(*map(set, runs)))
+    parts = np.array_split(np.arange(len(steps)), min(len(steps), most) or 1)
+    values = np.array([[run[step] for step in steps] for run in runs], float)
+    if not steps:
+        return [], values
+    return [steps[part[-1]] for part in parts], np.stack([values[:, part].mean(1) for part in parts], 1)
 
 
 def up_to(workdir: Path, step: int) -> str:

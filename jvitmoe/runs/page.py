@@ -11,8 +11,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from jvitmoe.errors import UserError
 from jvitmoe.runs import files, history, results
 
@@ -98,7 +96,7 @@ def _curves(title: str, groups: Sequence[GroupOnPage], colours: Mapping[str, str
 def _points(runs: Sequence[Sequence[Mapping[str, Any]]], training: bool) -> list[dict[str, float]]:
     """Returns step, mean, low and high of at most POINTS averages over the steps that all seeds recorded."""
     figure = "loss" if training else "accuracy"
-    values = [
+    values: list[dict[int, float | None]] = [
         {
             line["step"]: line[figure]
             for line in run
@@ -106,13 +104,9 @@ def _points(runs: Sequence[Sequence[Mapping[str, Any]]], training: bool) -> list
         }
         for run in runs
     ]
-    steps = sorted(set.intersection(*map(set, values)))
-    points = []
-    for part in np.array_split(np.array(steps, int), min(len(steps), POINTS) or 1):
-        if len(part):
-            means = [float(np.mean([run[step] for step in part])) for run in values]
-            points.append({"step": int(part[-1]), "mean": float(np.mean(means)), "low": min(means), "high": max(means)})
-    return points
+    steps, means = history.averaged(values, POINTS)
+    rows = zip(steps, *(bound(0).tolist() for bound in (means.mean, means.min, means.max)), strict=True)
+    return [{"step": step, "mean": mean, "low": low, "high": high} for step, mean, low, high in rows]
 
 
 def _details(group: GroupOnPage) -> dict[str, Any]:

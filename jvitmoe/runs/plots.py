@@ -85,14 +85,10 @@ def _rows(families: Sequence[Sequence[str]]) -> list[list[str]]:
 
 def _mean_line(axes: Axes, runs: Sequence[Mapping[int, float]], least: float, **style: Any) -> None:
     """Draws the mean of runs at their common steps, in at most POINTS points, and their deviation as a band."""
-    steps = sorted(set.intersection(*map(set, runs)))
-    if not steps:
+    ends, means = history.averaged(runs, POINTS)
+    if not ends:
         axes.plot([], [], **style)  # for the legend
         return
-    values = np.array([[run[step] for step in steps] for run in runs], float)  # null in the file becomes nan
-    points = np.array_split(np.arange(len(steps)), min(len(steps), POINTS))
-    ends = [steps[point[-1]] for point in points]
-    means = np.stack([values[:, point].mean(1) for point in points], 1)
     mean = np.maximum(means.mean(0), least)
     axes.plot(ends, mean, **style)
     if len(runs) > 1:
