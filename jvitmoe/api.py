@@ -10,7 +10,7 @@ from typing import Any
 
 from absl import logging
 
-from jvitmoe import cli, evaluate, export, report
+from jvitmoe import cli, evaluate, experiment_files, export, report
 from jvitmoe.config import SETTINGS, Config, unknown_field
 from jvitmoe.errors import ConfigError, UserError
 from jvitmoe.interop import classifier
@@ -102,7 +102,7 @@ def train(
     """
     name = "run" if isinstance(config, Config) else cli.experiment_name(["", f"--config={config}"])
     run = Run(workdir or Path("runs") / name)
-    settings = copy.deepcopy(config) if isinstance(config, Config) else cli.load_experiment(config)
+    settings = copy.deepcopy(config) if isinstance(config, Config) else experiment_files.load(config)
     for path, value in (overrides or {}).items():
         if path not in SETTINGS:
             raise ConfigError(unknown_field(path))

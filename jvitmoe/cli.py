@@ -1,25 +1,22 @@
-"""Shared by all commands: flags, the experiment file, and exit codes. A UserError is one line with exit code 2."""
+"""Shared by all commands: flags and exit codes. A UserError is one line with exit code 2."""
 
 import contextlib
 import difflib
 import errno
-import inspect
 import io
 import logging as standard_logging
 import os
 import re
 import shutil
 import sys
-import traceback
-import types
 from collections.abc import Callable, Iterator
-from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from typing import Any, NoReturn
 
 from absl import flags, logging
 from ml_collections import config_flags
 
+from jvitmoe import experiment_files
 from jvitmoe.config import SETTINGS, Config, unknown_field
 from jvitmoe.errors import UserError, one_line
 from jvitmoe.runs import files
@@ -57,7 +54,7 @@ def parse_with_arguments(
     try:
         if config:
             path, argv = _take_config(argv)
-            loaded = load_experiment(path) if path else Config()
+            loaded = experiment_files.load(path) if path else Config()
             config_flags.DEFINE_config_dataclass("config", loaded, "Experiment file.", values, sys_argv=argv)
             values["config"].default_as_str = None  # --help would print all fields on one line
         others = values(argv)[1:]
@@ -80,25 +77,8 @@ def config_path(argv: list[str]) -> str:
 
 def experiment_name(argv: list[str]) -> str:
     """Returns the name of the experiment without a suffix, and "_VARIANT" if one is given."""
-    path, variant = _split_variant(config_path(argv))
+    path, variant = experiment_files.split_variant(config_path(argv))
     return Path(path).stem + (f"_{variant}" if variant else "")
-
-
-def experiments() -> Path:
-    """Returns the folder of jvitmoe's own experiments: beside this file in a wheel, else in the checkout."""
-    installed = Path(__file__).parent / "experiments"
-    return installed if installed.is_dir() else Path(__file__).parents[1] / "configs"
-
-
-def _split_variant(name: str) -> tuple[str, str]:
-    """Returns (path, VARIANT) of `FILE.py:VARIANT` and `NAME:VARIANT`; the variant is "" without one. NAME is that of
-    an experiment of ours, unless a file is called so."""
-    path, mark, variant = name.partition(".py:") if ".py:" in name else name.partition(":")
-    path += mark.removesuffix(":")
-    ours = experiments() / f"{path}.py"
-    if not os.path.isfile(path) and os.path.basename(path) == path and ours.is_file():
-        path = str(ours)
-    return path, variant
 
 
 def _take_config(argv: list[str]) -> tuple[str, list[str]]:
@@ -111,64 +91,6 @@ def _take_config(argv: list[str]) -> tuple[str, list[str]]:
         else:
             others.append(argument)
     return path, others
-
-
-def load_experiment(name: str | Path) -> Config:
-    """Returns the Config of an experiment, `FILE.py` or NAME; with `:VARIANT` after it, of that variant, a text for its
-    get_config. Raises UserError with the line that fails."""
-    path, variant = _split_variant(str(name))
-    if not os.path.isfile(path):
-        problem = "is a folder" if os.path.isdir(path) else "does not exist"
-        near = _nearest_experiment(path)
-        hint = f"did you mean {near}?" if near else "give a file, or one of those that jvitmoe.configs lists"
-        raise UserError(f"config file {path!r} {problem}; {hint}")
-    folder, module, before = str(Path(path).parent), types.ModuleType(path), set(sys.modules)
-    module.__file__ = path
-    sys.modules[path] = module  # dataclasses look up the module that defines them
-    sys.path.insert(0, folder)  # an experiment may import files of its folder
-    try:
-        SourceFileLoader(path, path).exec_module(module)
-        if variant and not inspect.signature(module.get_config).parameters:
-            raise UserError(f"config file {path!r} has no variants, such as {variant!r}; give --config={path}")
-        config = module.get_config(variant) if variant else module.get_config()
-    except UserError:
-        raise
-    except (Exception, SystemExit) as error:
-        raise UserError(f"{_where(error, path)}; correct the config file") from error
-    finally:
-        sys.path.remove(folder)
-        for imported in sys.modules.keys() - before:  # else a later experiment would get these, edited or not
-            file = getattr(sys.modules[imported], "__file__", None)
-            if file and Path(file).resolve().parent == Path(folder).resolve():
-                del sys.modules[imported]
-    if not isinstance(config, Config):
-        kind = type(config).__name__
-        raise UserError(f"get_config() of {path!r} returns {kind}; it must return jvitmoe.config.Config")
-    return config
-
-
-def _where(error: BaseException, path: str) -> str:
-    """Returns file, number, error and text of the line that fails, in the experiment or a file of its folder."""
-    if isinstance(error, SyntaxError) and os.path.isfile(error.filename or ""):
-        kind, text = type(error).__name__, (error.text or "").strip()
-        return f"{error.filename}:{error.lineno}: {kind}: {error.msg} in {text[:100]!r}"
-    folder = Path(path).resolve().parent
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if Path(f.filename).resolve().parent == folder]
-    if not frames:
-        return f"{path}: {one_line(error)}"
-    return f"{frames[-1].filename}:{frames[-1].lineno}: {one_line(error)} in {(frames[-1].line or '')[:100]!r}"
-
-
-def _nearest(path: str, folder: Path) -> str | None:
-    """Returns the path in a folder whose name is most similar to that of `path`, suffixes ignored, or None."""
-    names = {entry.stem: str(entry) for entry in folder.glob("[!_]*")}
-    near = difflib.get_close_matches(Path(path).stem, names, n=1)
-    return names[near[0]] if near else None
-
-
-def _nearest_experiment(path: str) -> str:
-    """Returns the path in ./configs, or the name of an experiment of ours, that is most similar to `path`, or ""."""
-    return _nearest(path, Path("configs")) or Path(_nearest(path, experiments()) or "").stem
 
 
 @contextlib.contextmanager
@@ -196,7 +118,7 @@ def run_folder(values: flags.FlagValues) -> Path:
     workdir = Path(values.workdir)
     if os.path.isdir(workdir / files.CHECKPOINTS):
         return workdir
-    exists, near = os.path.exists(workdir), _nearest(values.workdir, workdir.parent)
+    exists, near = os.path.exists(workdir), experiment_files.nearest_in(values.workdir, workdir.parent)
     problem = "holds no checkpoints" if exists else "does not exist"
     remedy = f"did you mean {near}?" if near and not exists else "give the folder that training wrote"
     raise UserError(f"workdir {values.workdir!r} {problem}; {remedy}")
@@ -267,7 +189,7 @@ def _as_flag(argument: str, argv: list[str], values: flags.FlagValues) -> str:
     if before.startswith("-") and "=" not in before:
         return f"{before}={argument}"  # a bool, which takes its value only after "="
     if "config" in values and not config_path(argv):
-        return f"--config={argument if argument.endswith('.py') else _nearest_experiment(argument) or 'FILE.py'}"
+        return f"--config={argument if argument.endswith('.py') else experiment_files.nearest(argument) or 'FILE.py'}"
     return f"--workdir={argument}" if "workdir" in values and not values.workdir else "--name=value"
 
 

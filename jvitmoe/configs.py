@@ -7,7 +7,7 @@ import ast
 import shutil
 import textwrap
 
-from jvitmoe import cli
+from jvitmoe import cli, experiment_files
 from jvitmoe.errors import UserError
 
 INDENT = 18  # columns of the names
@@ -16,7 +16,7 @@ INDENT = 18  # columns of the names
 def main(argv: list[str]) -> None:
     """Runs the command. Raises UserError for a name that is no experiment."""
     _, names = cli.parse_with_arguments(argv, lambda values: None, arguments="[NAME…]")
-    folder = cli.experiments()
+    folder = experiment_files.ours()
     about = {path.stem: ast.get_docstring(ast.parse(path.read_text())) or "" for path in sorted(folder.glob("*.py"))}
     for name in names:
         if name not in about:

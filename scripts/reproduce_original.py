@@ -12,7 +12,7 @@ from pathlib import Path
 
 from sweep import Variant, accuracies, main, mean_cell
 
-from jvitmoe import cli, config
+from jvitmoe import config, experiment_files
 from jvitmoe.runs import files, groups, tables
 
 # Model that is compared, accuracy in %, seconds per 60,000 images on four RTX 8000, as the original reports them.
@@ -21,8 +21,8 @@ ORIGINAL = {"dense": ("dense", 71.06, 52.70), "switch": ("routed", 71.1, 71.80),
 
 def variants() -> dict[str, Variant]:
     """Returns what the experiments of the original's rows change in its dense one."""
-    dense = cli.load_experiment("cifar10_dense")
-    others = {name: cli.load_experiment(f"cifar10_{name}") for name in ORIGINAL}
+    dense = experiment_files.load("cifar10_dense")
+    others = {name: experiment_files.load(f"cifar10_{name}") for name in ORIGINAL}
     changes = {name: config.differences(dense, other) for name, other in others.items()}
     return {name: Variant({field: new for field, (_, new) in changed.items()}) for name, changed in changes.items()}
 

@@ -11,7 +11,7 @@ import pytest
 from absl import flags
 
 import processes
-from jvitmoe import cli, configs
+from jvitmoe import cli, configs, experiment_files
 from jvitmoe.errors import UserError
 
 PATTERN = """--config.routing.pattern='("dense","experts")'"""
@@ -144,7 +144,7 @@ def test_an_experiment_imports_the_files_of_its_folder_as_they_are_now(tmp_path)
         (tmp_path / folder / "base.py").write_text(f"EPOCHS = {epochs}  # {'x' * epochs}\n")
         text = "from base import EPOCHS\nfrom jvitmoe.config import Config, TrainConfig\n"
         (tmp_path / folder / "exp.py").write_text(text + "get_config = lambda: Config(train=TrainConfig(EPOCHS))\n")
-        assert cli.load_experiment(tmp_path / folder / "exp.py").train.epochs == epochs
+        assert experiment_files.load(tmp_path / folder / "exp.py").train.epochs == epochs
         assert "base" not in sys.modules
 
 

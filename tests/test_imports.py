@@ -22,6 +22,7 @@ ORDER = (
     ("evaluation",),
     ("interop",),
     ("training",),
+    ("experiment_files",),
     ("cli",),
     tuple(name for name in COMMANDS if name != "train"),
     ("api",),
@@ -31,7 +32,7 @@ RANK = {folder: rank for rank, group in enumerate(ORDER) for folder in group}
 
 JAX = {"jax", "jaxlib", "flax", "optax", "orbax", "tensorstore", "chex"}
 WITHOUT_JAX = (
-    *("errors", "settings", "config", "cli", "report", "configs", "data.datasets", "data.images"),
+    *("errors", "settings", "config", "experiment_files", "cli", "report", "configs", "data.datasets", "data.images"),
     *("interop.weight_names", "interop.config_files"),
     *(
         f"runs.{name}"

@@ -15,7 +15,7 @@ import pytest
 from scipy import stats
 
 import processes
-from jvitmoe import cli, config, train
+from jvitmoe import cli, config, experiment_files, train
 from jvitmoe.errors import UserError
 from run_folders import write_kept_run
 
@@ -177,7 +177,7 @@ def test_a_dry_run_of_the_original_s_table_prints_the_commands_of_its_experiment
     for line, (seed, name) in zip(lines, itertools.product(range(3), names), strict=True):
         python, m, module, *argv = shlex.split(line)
         assert (python, m, module) == ("python", "-m", "jvitmoe.train")
-        expected = cli.load_experiment(f"cifar10_{name}")
+        expected = experiment_files.load(f"cifar10_{name}")
         expected.train.seed, expected.data.dir = seed, "D"
         assert cli.experiment(cli.parse(["train", *argv], train.define_flags, config=True)) == expected
     assert not list(tmp_path.iterdir())

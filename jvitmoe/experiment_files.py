@@ -1,0 +1,88 @@
+"""Experiment files: found by path or by the name of one of ours, and run for the Config that they return."""
+
+import difflib
+import inspect
+import os
+import sys
+import traceback
+import types
+from importlib.machinery import SourceFileLoader
+from pathlib import Path
+
+from jvitmoe.config import Config
+from jvitmoe.errors import UserError, one_line
+
+
+def ours() -> Path:
+    """Returns the folder of jvitmoe's own experiments: beside this file in a wheel, else in the checkout."""
+    installed = Path(__file__).parent / "experiments"
+    return installed if installed.is_dir() else Path(__file__).parents[1] / "configs"
+
+
+def split_variant(name: str) -> tuple[str, str]:
+    """Returns (path, VARIANT) of `FILE.py:VARIANT` and `NAME:VARIANT`; the variant is "" without one. NAME is that of
+    an experiment of ours, unless a file is called so."""
+    path, mark, variant = name.partition(".py:") if ".py:" in name else name.partition(":")
+    path += mark.removesuffix(":")
+    named = ours() / f"{path}.py"
+    if not os.path.isfile(path) and os.path.basename(path) == path and named.is_file():
+        path = str(named)
+    return path, variant
+
+
+def load(name: str | Path) -> Config:
+    """Returns the Config of an experiment, `FILE.py` or NAME; with `:VARIANT` after it, of that variant, a text for its
+    get_config. Raises UserError with the line that fails."""
+    path, variant = split_variant(str(name))
+    if not os.path.isfile(path):
+        problem = "is a folder" if os.path.isdir(path) else "does not exist"
+        near = nearest(path)
+        hint = f"did you mean {near}?" if near else "give a file, or one of those that jvitmoe.configs lists"
+        raise UserError(f"config file {path!r} {problem}; {hint}")
+    folder, module, before = str(Path(path).parent), types.ModuleType(path), set(sys.modules)
+    module.__file__ = path
+    sys.modules[path] = module  # dataclasses look up the module that defines them
+    sys.path.insert(0, folder)  # an experiment may import files of its folder
+    try:
+        SourceFileLoader(path, path).exec_module(module)
+        if variant and not inspect.signature(module.get_config).parameters:
+            raise UserError(f"config file {path!r} has no variants, such as {variant!r}; give --config={path}")
+        config = module.get_config(variant) if variant else module.get_config()
+    except UserError:
+        raise
+    except (Exception, SystemExit) as error:
+        raise UserError(f"{_where(error, path)}; correct the config file") from error
+    finally:
+        sys.path.remove(folder)
+        for imported in sys.modules.keys() - before:  # else a later experiment would get these, edited or not
+            file = getattr(sys.modules[imported], "__file__", None)
+            if file and Path(file).resolve().parent == Path(folder).resolve():
+                del sys.modules[imported]
+    if not isinstance(config, Config):
+        kind = type(config).__name__
+        raise UserError(f"get_config() of {path!r} returns {kind}; it must return jvitmoe.config.Config")
+    return config
+
+
+def _where(error: BaseException, path: str) -> str:
+    """Returns file, number, error and text of the line that fails, in the experiment or a file of its folder."""
+    if isinstance(error, SyntaxError) and os.path.isfile(error.filename or ""):
+        kind, text = type(error).__name__, (error.text or "").strip()
+        return f"{error.filename}:{error.lineno}: {kind}: {error.msg} in {text[:100]!r}"
+    folder = Path(path).resolve().parent
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if Path(f.filename).resolve().parent == folder]
+    if not frames:
+        return f"{path}: {one_line(error)}"
+    return f"{frames[-1].filename}:{frames[-1].lineno}: {one_line(error)} in {(frames[-1].line or '')[:100]!r}"
+
+
+def nearest_in(path: str, folder: Path) -> str | None:
+    """Returns the path in a folder whose name is most similar to that of `path`, suffixes ignored, or None."""
+    names = {entry.stem: str(entry) for entry in folder.glob("[!_]*")}
+    near = difflib.get_close_matches(Path(path).stem, names, n=1)
+    return names[near[0]] if near else None
+
+
+def nearest(path: str) -> str:
+    """Returns the path in ./configs, or the name of an experiment of ours, that is most similar to `path`, or ""."""
+    return nearest_in(path, Path("configs")) or Path(nearest_in(path, ours()) or "").stem
