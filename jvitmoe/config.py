@@ -252,7 +252,12 @@ class TrainConfig:
         free=True,
     )
     accumulate: int = setting(1, "parts of a batch that run in turn, to save memory", free=True, above=0)
-    platform: str = setting("", "kind of devices; empty: what JAX finds", ("", "cpu", "gpu", "tpu"), free=True)
+    platform: str = setting(
+        "",
+        "kind of devices; empty: what JAX finds. JAX starts the others too; the variable JAX_PLATFORMS=cpu prevents it",
+        ("", "cpu", "gpu", "tpu"),
+        free=True,
+    )
     log_every: int = setting(20, "steps from one log line to the next", free=True, above=0)
     eval_every: int = setting(1, "epochs from one evaluation to the next", free=True, above=0)
     checkpoint_every: int = setting(0, "steps between checkpoints; 0: only after evaluations", free=True, at_least=0)
