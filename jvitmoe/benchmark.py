@@ -24,7 +24,7 @@ from absl import flags
 
 from jvitmoe import cli
 from jvitmoe import config as config_lib
-from jvitmoe.config import Config
+from jvitmoe.config import Config, ModelConfig
 from jvitmoe.errors import UserError
 from jvitmoe.runs import files, results, tables
 from jvitmoe.runs.console import console
@@ -68,6 +68,13 @@ def cases(config: Config, only: Collection[str] = ()) -> dict[str, Config]:
     return found
 
 
+def check_peer(model: ModelConfig) -> None:
+    """Raises UserError for a model that PyTorch's ViT cannot be."""
+    if odd := model.set_beyond(PEER_FIELDS) + ["pool"] * (model.pool not in ("cls", "mean")):
+        found = ", ".join(f"model.{name}={getattr(model, name)}" for name in odd)
+        raise UserError(f"--peer=torch has no counterpart of {found}; leave --peer out")
+
+
 class Torch:
     """The original in PyTorch, in a process that sleeps while this one computes (`scripts/torch_vit.py`)."""
 
@@ -75,10 +82,6 @@ class Torch:
         worker = Path(__file__).parents[1] / "scripts" / "torch_vit.py"
         if not worker.is_file():
             raise UserError(f"--peer=torch needs {worker}, which is part of the repository; run it in a checkout")
-        odd = config.model.set_beyond(PEER_FIELDS - ({"pool"} if config.model.pool not in ("cls", "mean") else set()))
-        if odd:
-            found = ", ".join(f"model.{name}={getattr(config.model, name)}" for name in odd)
-            raise UserError(f"--peer=torch has no counterpart of {found}; leave --peer out")
         command = [python, "-P", str(worker)]  # -P: files in scripts/ must not shadow modules
         env = os.environ | {"OMP_WAIT_POLICY": "passive"}  # its threads must not spin while others are timed
         try:
@@ -130,6 +133,8 @@ def main(argv: list[str]) -> None:
     by_dtype = {dtype: {name: _in_dtype(case, dtype) for name, case in chosen.items()} for dtype in values.dtypes}
     if values.rounds < 1:
         raise UserError(f"--rounds is {values.rounds}; it must be at least 1")
+    if values.peer:
+        check_peer(config.model)
     files.make_folder(Path(values.out))  # before the measurement, which takes minutes
     # Not above: these import JAX, and --help need not wait for that.
     import jax

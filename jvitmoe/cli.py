@@ -95,7 +95,7 @@ def _take_config(argv: list[str]) -> tuple[str, list[str]]:
 
 @contextlib.contextmanager
 def data_dir_flag(flag: str = "--data_dir") -> Iterator[None]:
-    """In its body an error about data names the flag of commands on a run folder."""
+    """In its body an error about data names `flag`, not --config.data.dir."""
     from jvitmoe.data.images import DataError  # here, because it imports NumPy
 
     try:
@@ -155,7 +155,7 @@ def run(main: Callable[[list[str]], Any]) -> NoReturn:
     except Exception as error:  # JAX's, which is not imported here
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        remedy = "free it, or set JAX_PLATFORMS=cpu"
+        remedy = "end other programs on it, or set JAX_PLATFORMS=cpu"
         print(f"error: the memory of a device is too small ({one_line(error)}); {remedy}", file=sys.stderr)
         sys.exit(2)
     sys.exit(0)

@@ -128,7 +128,7 @@ def _data(values: flags.FlagValues, config: Config) -> tuple[Any, Any, Config]:
         with cli.data_dir_flag("--probe_dir"):
             return data, find(probe_config.data, probe_config.model) if values.probe_data else data, probe_config
     except SizeError as error:
-        remedy = "resize them into an image folder, and give --probe_data=folder --probe_dir=DIR"
+        remedy = "write them into an image folder, and give --probe_data=folder --probe_dir=DIR"
         raise UserError(f"--probe_data is {values.probe_data!r}, but {error.fault}; {remedy}") from error
 
 

@@ -32,12 +32,11 @@ def main(argv: list[str]) -> None:
     # Not above: these import JAX, and --help need not wait for that.
     from jvitmoe.interop import load, model_card
     from jvitmoe.interop.targets import TARGETS
-    from jvitmoe.runtime import compilation, devices
+    from jvitmoe.runtime import compilation
 
     if values.to not in TARGETS:
         raise UserError(f"--to is {values.to!r}; it must be one of {', '.join(TARGETS)}")
     compilation.use_cache()
-    devices.start()
     with warnings_as_lines():
         source = load.read(workdir, checkpoint=values.checkpoint, ema=values.ema)
     assert source.config is not None, "a run has a config"

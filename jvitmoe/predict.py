@@ -37,14 +37,13 @@ def main(argv: list[str]) -> None:
         raise UserError(f"--sheet is {values.sheet!r}; it must be a .png in a folder that exists")
     # Not above: these import JAX and matplotlib, and --help need not wait for that.
     from jvitmoe.interop import classifier, contact_sheet
-    from jvitmoe.runtime import compilation, devices
+    from jvitmoe.runtime import compilation
 
     compilation.use_cache()
-    devices.start()
     with warnings_as_lines(functools.partial(print, file=sys.stderr)):
         model = classifier.load(values.workdir, values.checkpoint, values.ema)
     for note in model.notes:
-        print(f"source      {note}", file=sys.stderr)
+        print(f"source      {printable(note)}", file=sys.stderr)
     paths, unreadable = images.find(arguments)
     classes: list[tuple[Path, list[classifier.Prediction]]] = []
     for start in range(0, len(paths), classifier.BATCH):

@@ -29,10 +29,7 @@ def config(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def run(config, tmp_path_factory):
-    before = logging.get_verbosity()
-    run = jvitmoe.train(config, workdir=tmp_path_factory.mktemp("api") / "run")
-    assert logging.get_verbosity() == before
-    return run
+    return jvitmoe.train(config, workdir=tmp_path_factory.mktemp("api") / "run")
 
 
 def test_a_run_gives_its_config_history_results_classifier_and_report(run, config, capsys):
@@ -55,6 +52,16 @@ def test_a_run_gives_its_config_history_results_classifier_and_report(run, confi
         jvitmoe.Run(run.workdir / "nothing").accuracy()
     with pytest.raises(UserError, match="'dense' was not tested; the models are merged, "):
         run.accuracy("dense")
+
+
+def test_training_keeps_the_verbosity_of_the_caller(run):
+    before = logging.get_verbosity()
+    logging.set_verbosity(logging.WARNING)
+    try:
+        jvitmoe.train(run.config, workdir=run.workdir)
+        assert logging.get_verbosity() == logging.WARNING
+    finally:
+        logging.set_verbosity(before)
 
 
 def test_verifying_a_damaged_run_raises_what_a_notebook_can_show(run, tmp_path):

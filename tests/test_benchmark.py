@@ -104,8 +104,8 @@ def test_what_cannot_be_measured_is_refused(tmp_path, flag, says):
 
 def test_a_model_that_the_peer_cannot_have_is_refused():
     model = ModelConfig(pool="seq", stem="strided")
-    with pytest.raises(UserError, match=r"no counterpart of model\.pool=seq, model\.stem=strided; leave --peer out"):
-        benchmark.Torch(sys.executable, Config(model=model))
+    with pytest.raises(UserError, match=r"no counterpart of model\.stem=strided, model\.pool=seq; leave --peer out"):
+        benchmark.check_peer(model)
 
 
 def test_a_python_without_pytorch_is_refused_in_one_line(tmp_path):

@@ -175,7 +175,7 @@ def test_a_run_folder_that_is_not_there_is_one_line(tmp_path, monkeypatch, argum
             RuntimeError("RESOURCE_EXHAUSTED: Out of memory\nwhile"),
             2,
             "error: the memory of a device is too small (RuntimeError: RESOURCE_EXHAUSTED: Out of memory while); "
-            "free it, or set JAX_PLATFORMS=cpu\n",
+            "end other programs on it, or set JAX_PLATFORMS=cpu\n",
         ),
     ],
 )

@@ -302,7 +302,7 @@ def test_a_model_of_any_parts_is_the_same_where_it_goes(parts, target, tmp_path,
         ("hf", {}, "it is zeros"),
         ("timm", {"norm_epsilon": 1e-3}, "not model.norm_epsilon=0.001"),
         ("timm", {"positions": "sincos2d"}, "positions are computed here"),
-        ("onnx", {}, "operator set 23 of ONNX"),
+        pytest.param("onnx", {}, "operator set 23 of ONNX", marks=WITH_ONNX),
     ],
 )
 def test_what_differs_there_is_said(target, model, remark):
@@ -463,6 +463,7 @@ def test_without_jax2onnx_one_line_says_what_to_install(monkeypatch):
         TARGETS["onnx"].examine(Config())
 
 
+@WITH_ONNX
 def test_more_parameters_than_a_message_of_protobuf_holds_are_refused_at_once():
     with pytest.raises(UserError, match=r"the parameters have 2,5\d\d,.* bytes; --to=onnx writes at most 2,146,4"):
         TARGETS["onnx"].examine(config_of(image_size=224, patch=14, channels=3, width=1280, hidden=5120, depth=32))

@@ -173,6 +173,8 @@ def test_the_epsilon_that_reads_back_is_the_one_that_timm_has(epsilon, nearest):
         ({}, {"size": {"shortest_edge": 224}, "resample": 3, "do_center_crop": True}, "pad", ""),
         ({}, {"size": {"shortest_edge": 224}, "resample": 3}, "pad", "'shorter side 224 pixels, bicubic'"),
         ({}, {"size": {"height": 224, "width": 224}, "resample": 2}, "pad", "squeezed to 224 x 224 pixels, bilinear"),
+        ({}, {"size": {"longest_edge": 224}, "resample": 3}, "pad", "size {'longest_edge': 224}, bicubic"),
+        ({}, {"size": [224, 200], "resample": 3}, "pad", "squeezed to 224 x 200 pixels, bicubic"),
         ({}, {"size": 224, "resample": 0}, "pad", "squeezed to 224 x 224 pixels, resample 0"),
         ({}, {}, "pad", ""),
     ],

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -145,15 +146,13 @@ def test_a_damaged_checkpoint_is_a_line_of_warning_beside_the_json(experiment_ru
 
 
 def test_many_pictures_are_read_a_few_at_a_time(experiment_run, folder, monkeypatch):
-    def best() -> list[tuple[str, str]]:
-        code, out, err = call(predict.main, f"--workdir={experiment_run}", "--json", folder)
-        assert (code, err) == (0, "")
-        return [(entry["file"], entry["classes"][0]["name"]) for entry in json.loads(out)]
-
-    at_once = best()
-    assert len(at_once) == 3
+    counts, run = [], classifier.Classifier.__call__
     monkeypatch.setattr(classifier, "BATCH", 2)
-    assert best() == at_once
+    monkeypatch.setattr(classifier.Classifier, "__call__", lambda *args: counts.append(len(args[1])) or run(*args))
+    code, out, err = call(predict.main, f"--workdir={experiment_run}", "--json", folder)
+    assert (code, err) == (0, "")
+    assert counts == [2, 1]
+    assert [Path(entry["file"]).name for entry in json.loads(out)] == ["digit0.png", "digit1.png", "digit2.png"]
 
 
 def test_what_was_assumed_of_weights_of_another_library_is_told(experiment_run, folder, tmp_path):
@@ -165,6 +164,9 @@ def test_what_was_assumed_of_weights_of_another_library_is_told(experiment_run, 
     code, _, err = call(predict.main, f"--workdir={out}", folder)
     assert code == 0
     assert "source      its test transform is 'shorter side 16 pixels, bicubic, centre cropped'; the nearest" in err
+    code, _, err = call(predict.main, f"--workdir={out}", folder, "--checkpoint=best")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "it holds one model; leave --checkpoint out" in err
 
 
 def test_unreadable_files_are_reported_skipped_and_the_rest_is_done(experiment_run, folder):
@@ -235,7 +237,7 @@ def test_the_contact_sheet_shows_every_picture_and_its_classes(experiment_run, f
         (("--workdir={run}", "--sheet=x.jpg", "x.png"), "it must be a .png"),
         (("--workdir={run}", "--checkpoint=9", "x.png"), "checkpoint '9' does not exist"),
         (("--workdir=no/where", "x.png"), "'no/where"),
-        (("--workdir={run}/tb", "--checkpoint=best", "x.png"), "it holds one model; leave --checkpoint out"),
+        (("--workdir=no/where", "--checkpoint=best", "x.png"), "is not a file"),
     ],
 )
 def test_predict_refuses_in_one_line(experiment_run, arguments, message):

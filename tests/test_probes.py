@@ -10,9 +10,10 @@ import pytest
 from PIL import Image
 
 from jvitmoe import evaluate
-from jvitmoe.config import Config, DataConfig
+from jvitmoe.config import Config, DataConfig, ModelConfig
 from jvitmoe.data import datasets, stream
 from jvitmoe.data.batches import eval_batches, on_devices
+from jvitmoe.data.images import DataError
 from jvitmoe.data.splits import Dataset, Source, Split, check_fit, in_memory
 from jvitmoe.errors import UserError
 from jvitmoe.evaluation import probes
@@ -189,6 +190,14 @@ def test_probes_take_another_set_with_another_number_of_classes(workdir, tmp_pat
     assert json.loads((workdir / "result.json").read_text())["probes"][0]["accuracy"] == 1.0
 
 
+def test_digits_of_another_size_are_probed_too():
+    model = ModelConfig(image_size=16, classes=0)
+    dataset = datasets.load(DataConfig(crop="centre"), model)
+    assert dataset.test.images_NHWc.shape == (360, 16, 16, 1)
+    with pytest.raises(DataError, match="images of digits are 8x8x1"):
+        datasets.load(DataConfig(), model)
+
+
 class Small(Source):
     """Images of 4 x 4 pixels in colour."""
 
@@ -218,7 +227,7 @@ class Fitting(Source):
         (
             ("--knn=3", "--probe_data=small"),
             "--probe_data is 'small', but images of small are 4x4x3 but config.model expects 8x8x1; "
-            "resize them into an image folder, and give --probe_data=folder --probe_dir=DIR",
+            "write them into an image folder, and give --probe_data=folder --probe_dir=DIR",
         ),
     ],
 )

@@ -312,5 +312,5 @@ def test_devices_that_do_not_start_are_an_error_of_one_line(monkeypatch, raised)
 
     monkeypatch.setattr(jax, "devices", fail)
     monkeypatch.setenv("JAX_PLATFORMS", "cuda")
-    with pytest.raises(ConfigError, match=r"JAX_PLATFORMS is 'cuda', but .*Error.*; mend the driver"):
+    with pytest.raises(ConfigError, match=r"JAX cannot start \(.*Error.*\); JAX_PLATFORMS is 'cuda': repair"):
         make_mesh(TrainConfig())

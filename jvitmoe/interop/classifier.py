@@ -17,8 +17,8 @@ from jvitmoe.config import ModelConfig
 from jvitmoe.data import augment
 from jvitmoe.data import images as images_lib
 from jvitmoe.errors import UserError
-from jvitmoe.interop import config_files, weight_names
 from jvitmoe.interop import load as load_lib
+from jvitmoe.interop import weight_names
 from jvitmoe.models import vit
 
 BATCH = 64  # images per call
@@ -44,7 +44,7 @@ class Classifier:
         crop: how pictures in files are cut, as `data.crop` of the run.
         mean: of the pixels, as `data.mean` of the run.
         std: of the pixels, as `data.std` of the run.
-        notes: what was left out or assumed when weights of another library were read.
+        notes: what `load.read` noted of files that are no run: their commit, what was left out or assumed.
     """
 
     def __init__(
@@ -147,7 +147,7 @@ def from_source(source: load_lib.Source) -> Classifier:
     """Returns the Classifier of a source."""
     model = dataclasses.replace(source.model, position_rows=0)
     params = weight_names.unflatten(dense_arrays(source))
-    notes = source.notes if source.kind in config_files.READERS else ()
+    notes = () if source.config else source.notes
     return Classifier(model, params, source.classes, source.crop, source.mean, source.std, notes)
 
 

@@ -79,30 +79,33 @@ def crop_of(about: About, processor: About, side: int) -> tuple[str, str]:
     processor or, with a note on the difference, the most similar of ours."""
     theirs = _hf_transform(processor) if processor else _timm_transform(about.get("pretrained_cfg") or {}, side)
     ours = {"resized": CENTRE.format(side * 8 // 7, "bilinear"), "pad": CENTRE.format(side, "bicubic")}
-    for crop, transform in ours.items():
-        if theirs in (transform, ""):
-            return crop if theirs else "pad", ""
     crop = "resized" if theirs.endswith("bilinear, centre cropped") else "pad"
-    return crop, f"its test transform is {theirs!r}; the nearest, data.crop={crop}, is {ours[crop]!r}"
+    if theirs in ("", ours[crop]):
+        return crop, ""
+    return crop, f"its test transform is {theirs!r}; the nearest of ours is data.crop={crop}, {ours[crop]!r}"
 
 
 def _timm_transform(pixels: About, side: int) -> str:
+    """Returns "" if the config tells none."""
     if not pixels.get("crop_pct"):
         return ""
-    transform = CENTRE.format(int(side / pixels["crop_pct"]), pixels.get("interpolation"))
+    transform = CENTRE.format(int(side / pixels["crop_pct"]), pixels.get("interpolation") or "bicubic")
     mode = pixels.get("crop_mode") or "center"
     return transform if mode == "center" else f"{transform}, crop_mode {mode}"
 
 
 def _hf_transform(processor: About) -> str:
+    """Returns "" if the processor tells none."""
     size, resample = processor.get("size"), processor.get("resample")
-    name = {2: "bilinear", 3: "bicubic"}.get(resample, f"resample {resample}") if isinstance(resample, int) else ""
-    if not size or not name:
+    if not size or resample is None:
         return ""
+    name = {2: "bilinear", 3: "bicubic"}.get(resample, f"resample {resample}")
     if isinstance(size, Mapping) and "shortest_edge" in size:
         transform = CENTRE.format(size["shortest_edge"], name)
         return transform if processor.get("do_center_crop") else transform.removesuffix(", centre cropped")
-    high, wide = (size["height"], size["width"]) if isinstance(size, Mapping) else (size, size)
+    if isinstance(size, Mapping) and not {"height", "width"} <= size.keys():
+        return f"size {dict(size)}, {name}"
+    high, wide = (size["height"], size["width"]) if isinstance(size, Mapping) else _image_size(size) or (0, 0)
     return f"squeezed to {high} x {wide} pixels, {name}"
 
 

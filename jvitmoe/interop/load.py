@@ -26,6 +26,7 @@ from jvitmoe.interop.weight_names import Dict
 from jvitmoe.models import layers, vit
 from jvitmoe.runs import files
 from jvitmoe.runs.checkpoints import Checkpoints
+from jvitmoe.runtime import devices
 
 OURS = "jvitmoe"  # the format of our own exports, named in their config.json
 WEIGHTS, CONFIG, PROCESSOR = "model.safetensors", "config.json", "preprocessor_config.json"
@@ -75,6 +76,7 @@ def read(
 
     Raises UserError (one line with the path) if the path is missing or damaged, or its ViT differs from ours.
     """
+    devices.start()
     if hub.is_name(path):
         folder = hub.fetch(str(path))
         source = read(folder, heads, checkpoint, mean, std, ema)
@@ -84,9 +86,6 @@ def read(
         return _read_run(path, checkpoint, ema)
     if ema:
         raise UserError(f"{str(path)!r} is not a run folder, so it has no EMA; leave --ema out")
-    if checkpoint != "latest":
-        rule = "is not a run folder, so it holds one model; leave --checkpoint out"
-        raise UserError(f"--checkpoint is {checkpoint!r}, but {str(path)!r} {rule}")
     if os.path.isdir(path):
         path = path / WEIGHTS
     if not os.path.isfile(path):
@@ -95,6 +94,9 @@ def read(
         )
     if path.suffix not in (".safetensors", ".npz"):
         raise UserError(f"{str(path)!r} is neither .safetensors nor .npz; convert it with safetensors first")
+    if checkpoint != "latest":
+        rule = "is not a run folder, so it holds one model; leave --checkpoint out"
+        raise UserError(f"--checkpoint is {checkpoint!r}, but {str(path)!r} {rule}")
     try:
         return _read_file(path, heads, mean, std)
     except UserError as error:

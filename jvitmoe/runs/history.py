@@ -36,10 +36,10 @@ def averaged(runs: Sequence[Mapping[int, float | None]], most: int) -> tuple[lis
     """Returns (steps, values [runs, steps]) of at most `most` averages over the steps that all runs have. Each is named
     by its last step; one with a null is NaN."""
     steps = sorted(set.intersection(*map(set, runs)))
-    parts = np.array_split(np.arange(len(steps)), min(len(steps), most) or 1)
-    values = np.array([[run[step] for step in steps] for run in runs], float)
     if not steps:
-        return [], values
+        return [], np.empty((len(runs), 0))
+    parts = np.array_split(np.arange(len(steps)), min(len(steps), most))
+    values = np.array([[run[step] for step in steps] for run in runs], float)
     return [steps[part[-1]] for part in parts], np.stack([values[:, part].mean(1) for part in parts], 1)
 
 

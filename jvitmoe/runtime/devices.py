@@ -27,8 +27,8 @@ def start() -> None:
         jax.devices()
     except (RuntimeError, AssertionError) as error:  # JAX asserts that JAX_PLATFORMS=cuda finds a plug-in
         platforms, reason = os.environ.get("JAX_PLATFORMS", ""), one_line(error)
-        remedy = "mend the driver, install jvitmoe[cuda12] or jvitmoe[cuda13], or set JAX_PLATFORMS=cpu"
-        raise ConfigError(f"JAX_PLATFORMS is {platforms!r}, but JAX cannot start on it ({reason}); {remedy}") from error
+        remedy = "repair the driver, install jvitmoe[cuda12] or jvitmoe[cuda13], or set JAX_PLATFORMS=cpu"
+        raise ConfigError(f"JAX cannot start ({reason}); JAX_PLATFORMS is {platforms!r}: {remedy}") from error
 
 
 def make_mesh(train: TrainConfig, settings: str = "config.train.") -> Mesh:

@@ -20,7 +20,7 @@ from jax._src import distributed as internals  # the coordinator's key-value sto
 from jax.experimental import multihost_utils
 
 from jvitmoe.errors import UserError, one_line
-from jvitmoe.runtime import rendezvous
+from jvitmoe.runtime import devices, rendezvous
 from jvitmoe.runtime.heartbeat import DETECTION_SECONDS, Heartbeat, leave
 
 T = TypeVar("T")
@@ -71,6 +71,7 @@ def join(values: flags.FlagValues, versions: Callable[[], Mapping[str, str]]) ->
             heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
             shutdown_timeout_seconds=SHUTDOWN_SECONDS,
         )
+        devices.start()
         if jax.process_count() > 1:
             client = internals.global_state.client
             _heartbeats.append(Heartbeat(client, address, jax.process_index(), jax.process_count()))

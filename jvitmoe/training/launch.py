@@ -63,6 +63,6 @@ def _launch(
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
             raise UserError(
-                f"the memory of a device is too small ({str(error).splitlines()[0][:200]}); "
-                "free it, or set a smaller --config.train.batch_size or a larger --config.train.accumulate"
+                f"the memory of a device is too small ({str(error).splitlines()[0][:200]}); end other programs on it, "
+                "or set a smaller --config.train.batch_size or a larger --config.train.accumulate"
             ) from error
