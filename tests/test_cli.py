@@ -253,6 +253,7 @@ def test_a_terminal_that_has_closed_ends_no_command():
         assert stdout.write(b"nor this") == 8
 
 
+@pytest.mark.process
 def test_the_package_run_as_a_module_lists_and_runs_its_commands():
     root = Path(DIGITS).parents[1]
     modules = {path.stem for path in (root / "jvitmoe").glob("[!_]*.py") if "\n    cli.run(" in path.read_text()}

@@ -123,9 +123,9 @@ def test_an_augmentation_is_a_function_and_a_line(tiny_config, training, monkeyp
     """The toy mixes each image and its target with those of another; with a share of 1 it changes nothing."""
     config, share = tiny_config(data={"flip": True}), {"own": 1.0}
 
-    def mix(key_B, images_BHWc, targets_BC):
-        mixed = [share["own"] * x + (1 - share["own"]) * x[::-1] for x in (images_BHWc.astype(jnp.float32), targets_BC)]
-        return mixed[0], mixed[1]
+    def mix(batch, images_bHWc, targets_bC):
+        own = images_bHWc.astype(jnp.float32), targets_bC
+        return jax.tree.map(lambda x, y: share["own"] * x + (1 - share["own"]) * y, own, batch.partner(own))
 
     plain = training(config).run(2)
     monkeypatch.setitem(augment.AUGMENTATIONS, "mix", lambda data: mix)

@@ -110,7 +110,7 @@ def test_the_mlp_inputs_are_what_the_whole_model_hands_its_mlps(setup, tiny_spli
         np.testing.assert_allclose(x_BTD, wanted_BTD, rtol=1e-4, atol=1e-5)
 
 
-def test_equal_experts_have_no_spread_no_gap_and_no_barrier(setup):
+def test_equal_experts_have_no_spread_and_no_gap(setup):
     net, params, images, batches = setup()
     params = equal(net, params)
     geometry = mergeability.weight_geometry(params)

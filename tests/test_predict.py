@@ -237,6 +237,7 @@ def test_the_contact_sheet_shows_every_picture_and_its_classes(experiment_run, f
         (("--workdir={run}", "--sheet=x.jpg", "x.png"), "it must be a .png"),
         (("--workdir={run}", "--checkpoint=9", "x.png"), "checkpoint '9' does not exist"),
         (("--workdir=no/where", "x.png"), "'no/where"),
+        (("--workdir={run}", "--checkpoint=best", "x.png"), "no best checkpoint without a validation split"),
         (("--workdir=no/where", "--checkpoint=best", "x.png"), "is not a file"),
     ],
 )

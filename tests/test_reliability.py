@@ -237,6 +237,7 @@ def test_a_step_that_is_not_finite_is_skipped_counted_and_changes_nothing(tiny_c
         assert (metrics.skipped.total, metrics.skipped.in_a_row) == (count, count)
     after = run.history[-1]
     chex.assert_trees_all_equal((after.opt_state, after.ema), (before.opt_state, before.ema))
+    assert all((leaf == jnp.float32(1e30)).all() for leaf in jax.tree.leaves(after.params))
     run.state = run.state._replace(params=healthy)
     run.run(1)
     assert math.isfinite(run.metrics[-1].loss)

@@ -32,7 +32,7 @@ def slot_run(tiny_config, training):
             model={"dropout": 0.2},
             routing={"experts": 2, "granularity": granularity, "scope": scope, "pull": 0.1, "learning_rate": 2.0},
             optim={"eps": 1e-3},
-            train={"devices": devices, "ema": 0.5, "batch_size": 16, "epochs": 8},
+            train={"devices": devices, "ema": 0.75, "batch_size": 16, "epochs": 8},
         )
         return training(config).run(5)
 
@@ -52,12 +52,28 @@ def test_over_slots_every_expert_runs_every_step(slot_run):
     np.testing.assert_array_equal(counts_LE, np.full((2, 2), 5))
 
 
+@pytest.mark.parametrize("scope", ["shared", "layer"])
+def test_over_slots_the_loss_is_that_of_each_expert_on_its_images(tiny_config, training, scope):
+    run = training(tiny_config(routing={"experts": 4, "granularity": "sample", "scope": scope})).run(3)
+    for number in range(3):
+        key = routes.address(jax.random.key(run.config.train.seed), Purpose.ROUTE, number)
+        route_LE = routes.draw_route(key, run.config.routing, 2, run.config.model.tokens)
+        index_B = np.asarray(run.order.epoch(0))[number]
+        x, labels_B = augment.normalize(run.images.images_NHWc[index_B]), run.images.labels_N[index_B]
+        wanted = []
+        for slot in range(4):
+            path = merge.take_path(run.history[number].params, route_LE[:, slot])
+            logits = vit.logits(run.model.plain(), path, x[slot::4])
+            wanted.append(optax.softmax_cross_entropy_with_integer_labels(logits, labels_B[slot::4]))
+        np.testing.assert_allclose(run.metrics[number].loss, np.mean(wanted), rtol=1e-5)
+
+
 def test_ema_is_the_running_mean_of_the_merged_tree(slot_run):
     run = slot_run("sample", "layer", 1)
     expected = merge.average_experts(run.history[0].params)
     for after in run.history[1:]:
         merged = merge.average_experts(after.params)
-        expected = jax.tree.map(lambda mean, new: 0.5 * mean + 0.5 * new, expected, merged)
+        expected = jax.tree.map(lambda mean, new: 0.75 * mean + 0.25 * new, expected, merged)
         chex.assert_trees_all_close(after.ema, expected, rtol=1e-5, atol=1e-6)
 
 
@@ -93,6 +109,8 @@ def test_equal_experts_with_pull_1_stay_equal_and_tie_last_makes_them_so(tiny_co
     spreads = [spread(state) for state in run.history]
     assert min(spreads[:3]) > 1e-3
     assert max(spreads[3:]) == 0
+    pulled = {"experts": 2, "granularity": granularity, "init": "shared", "pull": 1.0}
+    assert max(map(spread, training(tiny_config(routing=pulled)).run(3).history)) == 0
 
 
 def test_tied_batch_routing_takes_the_dense_step(tiny_config, training):
@@ -134,6 +152,19 @@ def test_pull_follows_its_schedule():
     np.testing.assert_allclose(pulls_of(config), [0, 0.04, 0, 0.08, 0, 0.12, 0, 1, 1, 1], rtol=1e-6)
     scales = [float(update.expert_scale(make_plan(config), jnp.int32(s))) for s in range(10)]
     assert scales == [1.0] * 8 + [4.0] * 2
+    config.routing = RoutingConfig(experts=4, pull=0.2, pull_every=5)
+    np.testing.assert_allclose(pulls_of(config), [0, 0, 0, 0, 0.2] * 2, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("more", "free", "tied"),
+    [({}, 2.0, 8.0), ({"consistency": 1.0}, 2.0, 4.0), ({"granularity": "sample"}, 2.0, 2.0)],
+)
+def test_tied_experts_move_as_one_mlp_with_the_experts_learning_rate(more, free, tied):
+    config = Config(train=TrainConfig(epochs=10))
+    config.routing = RoutingConfig(experts=4, tie_last=0.2, learning_rate=2.0, **more)
+    found = [float(update.expert_scale(make_plan(config), jnp.int32(step))) for step in (7, 8)]
+    assert found == [free, tied]
 
 
 def test_pull_follows_the_learning_rate():
@@ -202,11 +233,11 @@ def test_the_bytes_of_pulls_are_counted(routed):
 
 
 def test_cosub_equals_its_formula():
-    """Quarters of both cross-entropies and of both with the other pass as target, at the paper's weight of 1/2."""
+    """Means of both cross-entropies, and of both with the other pass as target, weighted; the paper's weight is 1/2."""
     rng = np.random.default_rng(0)
     p, q = rng.normal(size=(2, 5, 4))
     y = np.eye(4)[rng.integers(0, 4, 5)]
-    config = Config(routing=RoutingConfig(experts=2, consistency=0.5, consistency_loss="cosub"))
+    config = Config(routing=RoutingConfig(experts=2, consistency=0.3, consistency_loss="cosub"))
 
     def loss(p, q):
         return losses.classification_loss(make_plan(config), [p, q], jnp.asarray(y))
@@ -215,10 +246,11 @@ def test_cosub_equals_its_formula():
         return x - np.log(np.exp(x).sum(-1, keepdims=True))
 
     targets = [(p, y), (q, y), (p, np.exp(log_softmax(q))), (q, np.exp(log_softmax(p)))]
-    np.testing.assert_allclose(loss(p, q), sum(-(t * log_softmax(x)).sum(-1).mean() for x, t in targets) / 4, rtol=1e-5)
+    parts = [-(t * log_softmax(x)).sum(-1).mean() for x, t in targets]
+    np.testing.assert_allclose(loss(p, q), 0.7 * sum(parts[:2]) / 2 + 0.3 * sum(parts[2:]) / 2, rtol=1e-5)
     # Targets have no gradient: that of the logits is the mean of (softmax - target).
     slope = jax.grad(loss)(jnp.asarray(p), jnp.asarray(q))
-    wanted = sum(np.exp(log_softmax(p)) - t for t in (y, np.exp(log_softmax(q)))) / 4 / 5
+    wanted = sum(w * (np.exp(log_softmax(p)) - t) for w, t in ((0.7, y), (0.3, np.exp(log_softmax(q))))) / 2 / 5
     np.testing.assert_allclose(slope, wanted, rtol=1e-4, atol=1e-6)
 
 
@@ -249,22 +281,26 @@ def test_two_passes_over_batch_routes_touch_exactly_their_two_experts(tiny_confi
                 assert same == (expert not in ran[layer])
 
 
-def test_two_passes_give_the_gradients_of_the_whole_stack(tiny_config, training):
+@pytest.mark.parametrize("granularity", ["batch", "sample"])
+@pytest.mark.parametrize("form", ["thor", "adamix"])
+def test_two_passes_give_the_gradients_of_the_whole_stack(tiny_config, training, granularity, form):
     """The step on two picked experts moves the trunk as plain differentiation through all experts says."""
-    routed = {"experts": 3, "consistency": 2.0, "consistency_loss": "thor"}
-    run = training(tiny_config(routing=routed, train={"devices": 2})).run(1)
+    routed = {"experts": 3, "granularity": granularity, "consistency": 2.0, "consistency_loss": form}
+    run = training(tiny_config(routing=routed, train={"devices": 2, "batch_size": 12})).run(1)
     before, config = run.history[0], run.config
     root = jax.random.key(config.train.seed)
     first = routes.draw_route(routes.address(root, Purpose.ROUTE, 0), config.routing, 2, config.model.tokens)
     second = routes.distinct_route(routes.address(root, Purpose.SECOND_ROUTE, 0), first, config.routing)
     index_B = np.asarray(run.order.epoch(0))[0]
+    if granularity == "sample":
+        index_B = index_B.reshape(-1, 3).T.ravel()  # the model's slots lie one after the other
     x = augment.normalize(np.asarray(run.images.images_NHWc)[index_B])
     labels_B = np.asarray(run.images.labels_N)[index_B]
 
     def loss_fn(params):
         p, q = (vit.logits(run.model, params, x, route) for route in (first, second))
-        ce = sum(optax.softmax_cross_entropy_with_integer_labels(logits, labels_B).mean() for logits in (p, q))
-        return ce + 2.0 * losses.consistency(p, q, False)
+        ce = [optax.softmax_cross_entropy_with_integer_labels(logits, labels_B).mean() for logits in (p, q)]
+        return (sum(ce) if form == "thor" else ce[0]) + 2.0 * losses.consistency(p, q, form == "adamix")
 
     loss, grads = jax.jit(jax.value_and_grad(loss_fn))(before.params)
     np.testing.assert_allclose(run.metrics[0].loss, loss, rtol=1e-6)
@@ -367,15 +403,41 @@ def test_the_loss_holds_the_routers_losses_over_the_global_batch(routed_run):
 
 
 def test_a_routers_metrics_are_named_by_layer_and_expert(routed_run):
-    floats = step.as_floats(routed_run("switch", 1).metrics[0], expert_layers=(0, 1))
-    assert {"loss", "accuracy", "router/dropped/layer1", "router/entropy/layer0", "router/load/layer1/expert0"} <= set(
+    floats = step.as_floats(routed_run("switch", 1).metrics[0], expert_layers=(1, 3))
+    assert {"loss", "accuracy", "router/dropped/layer3", "router/entropy/layer1", "router/load/layer3/expert0"} <= set(
         floats
     )
     np.testing.assert_allclose(
-        floats["router/load/layer0/expert0"] + floats["router/load/layer0/expert1"], 1, rtol=1e-6
+        floats["router/load/layer1/expert0"] + floats["router/load/layer1/expert1"], 1, rtol=1e-6
     )
-    assert "router/z/layer0" in floats
-    assert 0 <= floats["router/dropped/layer0"] < 1
+    assert "router/z/layer1" in floats
+    assert 0 <= floats["router/dropped/layer1"] < 1
+
+
+def test_without_dropout_too_a_router_trains_at_its_capacity(tiny_config, training):
+    run = training(tiny_config(routing={"experts": 2, "router": "switch", "capacity": 0.25})).run(1)
+    assert (run.metrics[0].router.dropped > 0.5).all()  # that of evaluation drops nothing
+
+
+def test_what_is_augmented_follows_the_step_and_the_expert(tiny_config, training):
+    def losses_of(data, spread=0.0):
+        routed = {"experts": 2, "init": "shared", "augment_spread": spread}
+        train = {"batch_size": 16, "epochs": 8}
+        # At this rate nothing moves: only the images differ.
+        run = training(tiny_config(data=data, routing=routed, optim={"learning_rate": 1e-30}, train=train)).run(8)
+        return run, np.array([metrics.loss for metrics in run.metrics])
+
+    (run, plain), (_, erased) = losses_of({}), losses_of({"erase": 1.0})
+    assert not np.isclose(plain, erased, rtol=1e-5).any()
+    _, late = losses_of({"erase": 1.0, "plain_last": 0.25})
+    np.testing.assert_allclose(late, np.where(np.arange(8) >= 6, plain, erased), rtol=1e-5)
+    root, routed = jax.random.key(run.config.train.seed), run.config.routing
+    drawn = [
+        routes.draw_route(routes.address(root, Purpose.ROUTE, n), routed, 2, run.config.model.tokens) for n in range(8)
+    ]
+    ran = np.array([route_L[0] for route_L in drawn])
+    assert set(ran.tolist()) == {0, 1}
+    np.testing.assert_allclose(losses_of({"erase": 1.0}, 1.0)[1], np.where(ran == 0, plain, erased), rtol=1e-5)
 
 
 @pytest.mark.parametrize("router", ["switch", "soft"])

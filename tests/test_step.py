@@ -12,12 +12,12 @@ from jax.sharding import NamedSharding
 from jvitmoe.config import TrainConfig
 from jvitmoe.data import augment, batches
 from jvitmoe.errors import ConfigError
-from jvitmoe.experts import merge, routes, slices
+from jvitmoe.experts import build, merge, routes, slices
 from jvitmoe.experts.routes import Purpose
 from jvitmoe.models import vit
 from jvitmoe.runtime.compilation import for_reading, reduced_sizes
 from jvitmoe.runtime.devices import REPLICATED, describe, make_mesh
-from jvitmoe.training import optimizer, state, step
+from jvitmoe.training import communication, optimizer, setup, state, step
 from jvitmoe.training.plan import StepPlan
 from jvitmoe.training.state import TrainState
 
@@ -36,12 +36,12 @@ def full_run(tiny_config, training):
     @functools.cache
     def run(scope, devices):
         config = tiny_config(
-            data={"crop_padding": 1, "flip": True},
+            data={"crop_padding": 1, "flip": True, "mixup": 0.8 if scope == "layer" else 0.0},
             model={"dropout": 0.2} | (PARTS if scope == "layer" else {}),
             routing={"experts": E, "scope": scope},
             # The gradient of an attention key's bias is 0 but for rounding; at eps=1e-8 Adam would blow that noise up.
             optim={"name": "adam" if scope == "shared" else "adamw", "clip_norm": 0.3, "eps": 1e-3},
-            train={"devices": devices, "batch_size": B, "epochs": 12, "label_smoothing": 0.1},
+            train={"devices": devices, "batch_size": B, "epochs": 12, "label_smoothing": 0.1, "seed": 7},
         )
         return training(config).run(5)
 
@@ -111,26 +111,28 @@ def test_every_expert_counts_its_own_steps_and_the_trunk_all(full_run, scope):
     assert optax.tree.get(last.opt_state.trunk, "count") == last.step == 5
 
 
-def test_gradients_on_3_devices_are_those_of_plain_grad_over_the_whole_batch(full_run):
+@pytest.mark.parametrize("number", [0, 3])
+def test_gradients_on_3_devices_are_those_of_plain_grad_over_the_whole_batch(full_run, number):
     run = full_run("layer", 3)
-    config, before, after = run.config, run.history[0], run.history[1]
+    config, before, after = run.config, run.history[number], run.history[number + 1]
     root, slot_B = jax.random.key(config.train.seed), jnp.arange(config.train.batch_size)
 
     def keys_of(purpose):
-        return jax.vmap(jax.random.fold_in, (None, 0))(routes.address(root, purpose, 0), slot_B)
+        return jax.vmap(jax.random.fold_in, (None, 0))(routes.address(root, purpose, number), slot_B)
 
-    index_B = np.asarray(run.order.epoch(0))[0]
+    index_B = np.asarray(run.order.epoch(number // run.order.steps_per_epoch))[number % run.order.steps_per_epoch]
     images = np.asarray(run.images.images_NHWc)[index_B]
     labels = np.asarray(run.images.labels_N)[index_B]
     route_L = routes.draw_route(
-        routes.address(root, Purpose.ROUTE, 0), config.routing, config.model.depth, config.model.tokens
+        routes.address(root, Purpose.ROUTE, number), config.routing, config.model.depth, config.model.tokens
     )
 
     @jax.jit
     def loss_and_grads(params, route_L):
         def loss_fn(params):
             targets = 0.9 * jax.nn.one_hot(labels, 3) + 0.1 / 3
-            batch = augment.Batch(keys_of(Purpose.AUGMENT), jax.random.key(0), augment.reversed_rows)
+            key = routes.address(root, Purpose.AUGMENT, number, B)
+            batch = augment.Batch(keys_of(Purpose.AUGMENT), key, augment.reversed_rows)
             x, targets = augment.augment(config.data, batch, images, targets)
             x = augment.normalize(x)
             log_p = jax.nn.log_softmax(run.model.apply({"params": params}, x, route_L, keys_of(Purpose.DROPOUT)))
@@ -141,9 +143,11 @@ def test_gradients_on_3_devices_are_those_of_plain_grad_over_the_whole_batch(ful
     # Differentiated through the stacked model itself, so that take and put are tested too.
     loss, grads = loss_and_grads(before.params, route_L)
     norm = optax.tree.norm(grads)
-    np.testing.assert_allclose(run.metrics[0].loss, loss, rtol=1e-6)
-    np.testing.assert_allclose(run.metrics[0].grad_norm, norm, rtol=1e-5)
+    np.testing.assert_allclose(run.metrics[number].loss, loss, rtol=1e-6)
+    np.testing.assert_allclose(run.metrics[number].grad_norm, norm, rtol=1e-5)
     assert norm > config.optim.clip_norm
+    if number:
+        return
     moments = state.take(after, route_L).opt_state
     mu = slices.join(optax.tree.get(moments.trunk, "mu"), optax.tree.get(moments.experts, "mu"))
     scale = (1 - config.optim.b1) * config.optim.clip_norm / norm
@@ -151,8 +155,24 @@ def test_gradients_on_3_devices_are_those_of_plain_grad_over_the_whole_batch(ful
     chex.assert_trees_all_close(mu, wanted, rtol=1e-4, atol=1e-8)
 
 
+def test_a_gradient_within_the_limit_is_not_clipped(tiny_config, training):
+    far, off = (training(tiny_config(optim={"clip_norm": n, "eps": 1e-3})).run(1).history[1] for n in (1e6, 0.0))
+    chex.assert_trees_all_close(far, off, rtol=1e-5, atol=1e-7)
+
+
+def test_another_seed_is_another_start_and_another_order(tiny_config):
+    starts, orders = set(), set()
+    for seed in (0, 1):
+        config = tiny_config(model={"classes": 10}, train={"seed": seed})
+        mesh = make_mesh(config.train)
+        params = state.make_state(config, build.make_model(config, "cpu"), mesh).params
+        starts.add(np.asarray(params["head"]["logits"]["kernel"]).tobytes())
+        orders.add(np.asarray(setup.load_data(config, mesh).order.epoch(0)).tobytes())
+    assert len(starts) == len(orders) == 2
+
+
 @SCOPES
-def test_metrics_are_of_the_path_that_ran(full_run, scope):
+def test_metrics_are_scalars_and_the_rate_is_that_of_the_schedule(full_run, scope):
     run = full_run(scope, MANY[scope])
     learning_rate = optimizer.schedule(run.config, run.order.steps_per_epoch)
     for number, metrics in enumerate(run.metrics):
@@ -208,6 +228,8 @@ def compiled(tiny_config, tiny_split):
         train_step = step.make_train_step(StepPlan(config, model, mesh, order.steps_per_epoch))
         given = state.abstract_state(config, model, mesh)
         programs[experts] = for_reading(train_step.lower(given, images, order.epoch(0)))
+        counted = communication.bytes_reduced(StepPlan(config, model, mesh, order.steps_per_epoch))
+        programs[f"bytes of {experts}"] = counted(1)
         programs[f"active of {experts}"] = sum(
             x.size for x in jax.tree.leaves(jax.eval_shape(merge.average_experts, given.params))
         )
@@ -219,6 +241,7 @@ def test_random_routing_reduces_as_many_bytes_as_dense(compiled):
     assert dense == experts
     assert compiled["active of 1"] == compiled["active of 4"]
     assert dense == 4 * (compiled["active of 1"] + 2)  # every gradient once, the loss and the accuracy
+    assert compiled["bytes of 1"] == compiled["bytes of 4"] == dense - 8  # scalars apart
 
 
 def test_random_routing_costs_what_dense_costs(compiled):

@@ -154,11 +154,16 @@ def test_differences_are_taken_seed_by_seed_from_every_reference(scripts, tmp_pa
         write_kept_run(tmp_path / f"dense-seed{seed}", {"dense": 0.75, "EMA": 0.76})
         write_kept_run(tmp_path / f"control-seed{seed}", {"dense": 0.77})
         write_kept_run(tmp_path / f"random-seed{seed}", {"merged": 0.80, "EMA": 0.80})
+        if seed == 3:
+            assert verdicts.conclusion(tmp_path, arms).endswith("compared with: no arm.\n")  # nor do four
     text = verdicts.conclusion(tmp_path, arms)
     assert text.endswith("Better than all that it is compared with: control, random.\n")
     shutil.rmtree(tmp_path / "control-seed2")
     write_kept_run(tmp_path / "control-seed2", {"dense": 0.86})  # random - control: +2, +3, -5
     assert verdicts.conclusion(tmp_path, arms).endswith("compared with: no arm.\n")
+    for seed in range(5):
+        shutil.rmtree(tmp_path / f"control-seed{seed}")
+    assert verdicts.conclusion(tmp_path, arms).endswith("compared with: no arm.\n")  # one reference is not there
     assert "No two arms" in verdicts.conclusion(tmp_path / "none", arms)
 
 
@@ -167,14 +172,15 @@ def test_a_dry_run_of_the_original_s_table_prints_the_commands_of_its_experiment
 ):
     original = scripts("reproduce_original")
     arguments = ["--config=cifar10_dense", "--jobs=1", f"--runs={tmp_path / 'runs'}", f"--out={tmp_path / 'out'}"]
-    monkeypatch.setattr(sys, "argv", ["reproduce_original.py", *arguments, "--dry_run", "--", "--config.data.dir=D"])
+    arguments += ["--dry_run", "--first_seed=5", "--", "--config.data.dir=D"]
+    monkeypatch.setattr(sys, "argv", ["reproduce_original.py", *arguments])
     with pytest.raises(SystemExit) as ended:
         runpy.run_path(original.__file__, run_name="__main__")
     assert not ended.value.code
     first, *lines = capsys.readouterr().out.splitlines()
     assert first.startswith("9 runs, 0 of them kept")
     names = ("dense", "switch", "random")
-    for line, (seed, name) in zip(lines, itertools.product(range(3), names), strict=True):
+    for line, (seed, name) in zip(lines, itertools.product(range(5, 8), names), strict=True):
         python, m, module, *argv = shlex.split(line)
         assert (python, m, module) == ("python", "-m", "jvitmoe.train")
         expected = experiment_files.load(f"cifar10_{name}")

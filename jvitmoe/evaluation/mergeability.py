@@ -75,7 +75,7 @@ def weight_geometry(params: Any) -> dict[str, list[float]]:
 def _gram(experts: Any) -> jax.Array:
     """Returns [X, E, E], the inner products of the experts' vectors."""
     flat = [leaf.reshape(*leaf.shape[:2], -1) for leaf in jax.tree.leaves(experts)]
-    return jnp.stack([jnp.einsum("lep,lfp->lef", leaf, leaf) for leaf in flat]).sum(0)
+    return jnp.stack([jnp.einsum("xep,xfp->xef", leaf, leaf) for leaf in flat]).sum(0)
 
 
 def _norms(gram_XEE: np.ndarray) -> np.ndarray:

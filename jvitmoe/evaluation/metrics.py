@@ -31,8 +31,7 @@ class Sums(NamedTuple):
     correct: jax.Array  # int32
     nll: jax.Array  # float32, nats
     seen: jax.Array  # int32
-    bin_seen_M: jax.Array  # int32, images by confidence: bin m holds (m/M, (m+1)/M]
-    bin_correct_M: jax.Array  # int32
+    bin_correct_M: jax.Array  # int32, images by confidence: bin m holds (m/M, (m+1)/M]
     bin_confidence_M: jax.Array  # float32
     in_top: jax.Array  # int32, images whose label is among the TOP most probable classes
     confusion_CC: jax.Array  # int32, images by label and predicted class; [0, 0] for more than MOST_CLASSES
@@ -96,7 +95,7 @@ class Evaluator:
         shapes = (), (BINS,), (_confusion_side(self.net.config.classes),) * 2
         count, bins, confusion = (np.zeros((len(route_PL) + 1, *shape), np.int32) for shape in shapes)
         nll, confidence = count.astype(np.float32), bins.astype(np.float32)
-        zeros: Any = (count, nll, count, bins, bins, confidence, count, confusion)
+        zeros: Any = (count, nll, count, bins, confidence, count, confusion)
         # On the mesh, as the step returns them; otherwise the second batch would compile a second program.
         sums = Sums(*(to_devices(x, self._replicated) for x in zeros))
         whole = isinstance(split, Images)
@@ -159,7 +158,6 @@ def _sums(log_p_bC: jax.Array, labels_b: jax.Array, mask_b: jax.Array) -> Sums:
         right_b.sum(),
         jnp.where(mask_b, nll_b, 0.0).sum(),
         mask_b.sum(),
-        in_bin_bM.sum(0),
         (in_bin_bM & right_b[:, None]).sum(0),
         jnp.where(in_bin_bM, confidence_b[:, None], 0.0).sum(0),
         ((top_b5 == labels_b[:, None]).any(-1) & mask_b).sum(),

@@ -25,6 +25,7 @@ from jvitmoe.interop import config_files, hub, weight_names
 from jvitmoe.interop.weight_names import Dict
 from jvitmoe.models import layers, vit
 from jvitmoe.runs import files
+from jvitmoe.runs.arrays import flatten
 from jvitmoe.runs.checkpoints import Checkpoints
 from jvitmoe.runtime import devices
 
@@ -224,8 +225,7 @@ def _read_ours(path: Path, arrays: weight_names.Arrays, about: dict[str, Any]) -
 
 def _shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Returns the shapes of the model's flat dense tree."""
-    leaves = jax.tree.leaves_with_path(vit.shapes(vit.build(model)))
-    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf.shape for path, leaf in leaves}
+    return {name: leaf.shape for name, leaf in flatten(vit.shapes(vit.build(model))).items()}
 
 
 def _checked_pixels(values: weight_names.ConfigValues, channels: int) -> Pixels:

@@ -22,6 +22,7 @@ from jvitmoe.training import step
 from jvitmoe.training.plan import StepPlan
 from jvitmoe.training.state import TrainState, make_state
 
+REPEATS = 5  # of what is timed apart from the step
 PRODUCT_SIDE = 2048  # the product of two square matrices of this side measures the peak of the machine
 
 
@@ -77,7 +78,7 @@ class TimedStep:
         jax.block_until_ready(self._state)
         return (time.perf_counter() - began) / steps
 
-    def update_seconds(self, repeats: int = 5) -> float:
+    def update_seconds(self) -> float:
         """Returns the median seconds of a step's optimiser, pull and EMA, compiled apart from the gradients."""
         plan, picked = self._plan, step.draw_routes(self._plan, jnp.int32(0))
         active = step.take(plan, self._state, picked).params
@@ -88,13 +89,13 @@ class TimedStep:
 
         program = jax.jit(after_gradients, donate_argnums=0)
         times = []
-        for _ in range(repeats + 1):
+        for _ in range(REPEATS + 1):
             began = time.perf_counter()
             self._state = jax.block_until_ready(program(self._state, grads))
             times.append(time.perf_counter() - began)
         return statistics.median(times[1:])
 
-    def read_seconds(self, repeats: int = 5) -> float:
+    def read_seconds(self) -> float:
         """Returns the median seconds of a step's input: selecting and augmenting a batch, compiled apart, and a step's
         share of drawing the order of an epoch."""
         config = self._config
@@ -111,7 +112,7 @@ class TimedStep:
             (lambda: read(self._images, self._index_SB[0]), 1),
             (lambda: self._order.epoch(1), self._order.steps_per_epoch),
         )
-        return sum(_median_seconds(work, repeats) / steps for work, steps in shares)
+        return sum(_median_seconds(work) / steps for work, steps in shares)
 
 
 def random_images(config: Config, count: int, mesh: Mesh) -> batches.Images:
@@ -136,6 +137,6 @@ def _seconds(work: Callable[[], Any]) -> float:
     return time.perf_counter() - began
 
 
-def _median_seconds(work: Callable[[], Any], repeats: int) -> float:
+def _median_seconds(work: Callable[[], Any]) -> float:
     _seconds(work)
-    return statistics.median(_seconds(work) for _ in range(repeats))
+    return statistics.median(_seconds(work) for _ in range(REPEATS))

@@ -21,6 +21,7 @@ from jvitmoe.models import vit
 from jvitmoe.models.layers import Site
 from jvitmoe.models.mlp import Mlp, RoutedMlp
 from jvitmoe.models.routers import ROUTERS, RouterSettings, Statistics, z_loss
+from jvitmoe.models.routers.dispatch import slots_per_expert
 from jvitmoe.models.routers.frozen import Frozen
 from jvitmoe.models.routers.topk import upper_tail
 
@@ -314,6 +315,17 @@ def test_smooth_load_is_the_chance_that_new_noise_puts_the_expert_in_the_top_k()
     threshold_BT1 = np.sort(logits_BTE, axis=-1)[..., -2:-1]
     expected = normal_tail((threshold_BT1 - logits_BTE) * EXPERTS)
     np.testing.assert_allclose(statistics.smooth_load_E, expected.mean((0, 1)), rtol=1e-4)
+    draw = jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, Site.ROUTER_NOISE), (TOKENS, EXPERTS)))
+    noisy_BTE = logits_BTE + np.asarray(draw(keys())) / EXPERTS
+    _, statistics = apply(mlp, params, x_BTD, keys())
+    threshold_BT1 = np.sort(noisy_BTE, axis=-1)[..., -2:-1]
+    expected = normal_tail((threshold_BT1 - logits_BTE) * EXPERTS)
+    np.testing.assert_allclose(statistics.smooth_load_E, expected.mean((0, 1)), rtol=1e-4)
+    np.testing.assert_allclose(statistics.probability_E, softmax(logits_BTE).mean((0, 1)), rtol=1e-4)
+
+
+def test_slots_are_rounded_up_but_not_for_the_error_of_a_product():
+    assert [slots_per_expert(1.1, 20, 2), slots_per_expert(1.0, 5, 2), slots_per_expert(9.0, 4, 2)] == [11, 3, 4]
 
 
 def test_the_upper_tail_and_its_slope_are_the_normal_distributions():
