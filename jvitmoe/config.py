@@ -125,6 +125,11 @@ class ModelConfig:
         return dataclasses.replace(self, hidden=self.hidden + self.adapter, lora=0, adapter=0)
 
 
+# Fields of ModelConfig that do not change what a trained, merged model computes in float32.
+NEUTRAL = frozenset(("position_rows", "init_layers", "dropout", "drop_path", "lora", "adapter"))
+NEUTRAL |= {"dtype", "attention", "unroll"}
+
+
 @dataclasses.dataclass
 class RoutingConfig:
     """The experts: how many, which of them runs, and what keeps them together."""

@@ -119,6 +119,16 @@ def test_blocks_of_another_shape_are_refused_with_the_flags_that_fit(change):
     assert "\n" not in str(caught.value)
 
 
+def test_a_part_of_the_model_that_the_source_lacks_is_refused():
+    @dataclasses.dataclass
+    class WithPart(ModelConfig):
+        part: str = ""
+
+    with_part, without = (WithPart(**dataclasses.asdict(MODEL), part=part) for part in ("new", ""))
+    with pytest.raises(ConfigError, match=r"whose model\.part differ from this run's; set --config\.model\.part="):
+        pretrained.adapt(source(without, dense(MODEL)), with_part, dense(MODEL, 1), DataConfig())
+
+
 def write_hf(folder, model=MODEL, **about):
     flat = dense(model)
     arrays = weight_names.write(flat, weight_names.HF, cls_row=True)

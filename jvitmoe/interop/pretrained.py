@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jvitmoe.config import Config, DataConfig, ModelConfig
+from jvitmoe.config import NEUTRAL, Config, DataConfig, ModelConfig
 from jvitmoe.errors import ConfigError, UserError, printable
 from jvitmoe.experts import routes
 from jvitmoe.experts.routes import Purpose
@@ -19,7 +19,9 @@ from jvitmoe.interop.weight_names import Dict
 from jvitmoe.models import vit
 from jvitmoe.runs.console import warnings_as_lines
 
-MUST_MATCH = ("width", "hidden", "depth", "heads", "norm", "pool", "stem", "registers", "qk_norm")
+# Fields of the model that may differ from the source's: `adapt` fits what they change. All others must be equal.
+FITTED = NEUTRAL | {"image_size", "channels", "classes", "patch", "positions", "cls_position", "head_hidden"}
+FITTED |= {"norm_epsilon", "layer_scale"}
 
 
 def start(config: Config) -> tuple[dict[str, Any], list[str]]:
@@ -84,7 +86,8 @@ def adapt(source: Source, model: ModelConfig, fresh: Dict, data: DataConfig) -> 
 
 def _check_blocks(source: Source, model: ModelConfig) -> None:
     """Raises ConfigError, with the flags to change, if the blocks of the source do not fit the model."""
-    names = MUST_MATCH + (("patch", "channels") if model.stem != "patch" else ())
+    fitted = FITTED - ({"patch", "channels"} if model.stem != "patch" else set())
+    names = [field.name for field in dataclasses.fields(model) if field.name not in fitted]
     differ = [name for name in names if getattr(source.model, name) != getattr(model, name)]
     differ += ["layer_scale"] if bool(source.model.layer_scale) != bool(model.layer_scale) else []
     if differ:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import save
 
-from jvitmoe.config import Config, ModelConfig
+from jvitmoe.config import NEUTRAL, Config, ModelConfig
 from jvitmoe.data import augment, datasets, splits
 from jvitmoe.errors import UserError
 from jvitmoe.interop import classifier, load, weight_names
@@ -21,9 +21,6 @@ from jvitmoe.runs import files
 SAMPLE = 16  # test images in sample.npz
 CLOSE = 1e-4  # largest difference of logits that passes
 FIELDS = frozenset(field.name for field in dataclasses.fields(ModelConfig))
-# Fields that do not change what a trained, merged model computes in float32.
-NEUTRAL = frozenset(("position_rows", "init_layers", "dropout", "drop_path", "lora", "adapter"))
-NEUTRAL |= {"dtype", "attention", "unroll"}
 SIZES = ("image_size", "channels", "classes", "patch", "width", "hidden", "depth", "heads")
 
 Run = Callable[[np.ndarray], np.ndarray]  # inputs as the target takes them -> logits
@@ -59,7 +56,8 @@ class Target:
     def examine(self, config: Config) -> list[str]:
         """Returns remarks on this export. Raises UserError, with the flags to change, for a model that the format
         cannot express."""
-        model, default = config.model, ModelConfig()
+        model = config.model
+        default = type(model)()
         if odd := self.unsupported(model):
             found = ", ".join(f"model.{name}={getattr(model, name)}" for name in odd)
             flags = " ".join(f"--config.model.{name}={getattr(default, name)}" for name in odd)
