@@ -325,7 +325,7 @@ def test_smooth_load_is_the_chance_that_new_noise_puts_the_expert_in_the_top_k()
 
 
 def test_slots_are_rounded_up_but_not_for_the_error_of_a_product():
-    assert [slots_per_expert(1.1, 20, 2), slots_per_expert(1.0, 5, 2), slots_per_expert(9.0, 4, 2)] == [11, 3, 4]
+    assert [slots_per_expert(1.1, 100, 2), slots_per_expert(1.0, 5, 2), slots_per_expert(9.0, 4, 2)] == [55, 3, 4]
 
 
 def test_the_upper_tail_and_its_slope_are_the_normal_distributions():

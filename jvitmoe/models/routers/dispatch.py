@@ -133,7 +133,7 @@ class Router(nn.Module):
 
 def slots_per_expert(factor: float, tokens: int, experts: int) -> int:
     """Returns Q = ceil(factor T / E), at most T: no expert gets a token twice."""
-    return min(math.ceil(round(factor * tokens / experts, 6)), tokens)  # rounded first: 1.1 * 10 > 11 in floats
+    return min(math.ceil(round(factor * tokens / experts, 6)), tokens)  # rounded first: 1.1 * 100 > 110 in floats
 
 
 def fill_slots(
