@@ -164,7 +164,9 @@ class RoutingConfig:
         above=0,
     )
     eval_capacity: float = setting(2.0, "capacity in evaluation: switch, topk, frozen", above=0)
-    balance_loss: float = setting(0.01, "coefficient of the load-balancing loss, averaged over layers", at_least=0)
+    balance_loss: float = setting(
+        0.01, "coefficient of the load-balancing loss, the mean over layers (Switch, V-MoE: the sum)", at_least=0
+    )
     z_loss: float = setting(0.0, "coefficient of mean(logsumexp(router logits)^2); 1e-3 in ST-MoE", at_least=0)
     consistency: float = setting(0.0, "weight of the divergence of two passes; doubles the cost", at_least=0)
     consistency_loss: str = setting(

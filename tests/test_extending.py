@@ -1,6 +1,7 @@
 """To add one of each kind takes a class or function and a line in a registry. The kinds added here are toys."""
 
 import dataclasses
+import math
 
 import flax.linen as nn
 import jax
@@ -83,8 +84,9 @@ def test_the_choices_of_a_setting_are_the_names_of_its_registry():
 def test_each_router_says_how_many_experts_a_token_passes_through():
     most = {name: find(name).most_experts(2, 8) for name in ROUTERS}
     settings = {name: RouterSettings(name, top_k, capacity=1.5) for name, top_k in most.items()}
-    found = {name: find(name).active_experts(settings[name], 8) for name in ROUTERS}
+    found = {name: find(name).active_experts(settings[name], 8, tokens=16) for name in ROUTERS}
     assert found == {"switch": 1, "topk": 2, "expert_choice": 1.5, "soft": 1, "hash": 1, "frozen": 8}
+    assert find("expert_choice").active_experts(settings["expert_choice"], 8, tokens=4) == 2  # one slot per expert
 
 
 @pytest.mark.parametrize("capacity", [1.0, 1.5, 4.0])
@@ -94,7 +96,9 @@ def test_the_parameters_of_a_token_under_expert_choice_follow_its_capacity(tiny_
     active, total = cost.count_parameters(config)
     params = vit.shapes(build.make_model(config, "cpu"))
     experts = slices.split(params, slices.stacked(params))[1]
-    assert active == total - round((1 - min(capacity, 2) / 2) * cost.tree_size(experts))
+    tokens = config.model.tokens
+    taken = min(math.ceil(capacity * tokens / 2), tokens)  # by each of the two experts
+    assert active == total - round((1 - taken / tokens) * cost.tree_size(experts))
 
 
 def changed(config, section, **fields):

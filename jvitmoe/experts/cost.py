@@ -43,7 +43,7 @@ def count_parameters(config: Config) -> tuple[int, int]:
     params = vit.shapes(model)
     trunk, experts = slices.split(params, slices.stacked(params))
     router = model.router
-    active = routers.find(router.kind).active_experts(router, model.experts) if router else 1
+    active = routers.find(router.kind).active_experts(router, model.experts, config.model.tokens) if router else 1
     return tree_size(trunk) + round(active * tree_size(experts) / model.experts), tree_size(params)
 
 

@@ -79,8 +79,8 @@ def distinct_route(key: jax.Array, route: jax.Array, routing: RoutingConfig) -> 
     """Returns a second route of the same shape that differs from the first in every layer, slot and token index.
 
     The experts of a layer are shifted cyclically by a uniform draw from 1 .. E - 1. A permutation stays one, and every
-    other expert is equally likely in each slot, but only E - 1 of the derangements of the first route can occur (from
-    E = 4 on there are more). Scope "shared" shifts all layers by the same draw.
+    other expert is equally likely in each slot. For E >= 4 most permutations that differ everywhere never occur.
+    Scope "shared" shifts all layers by the same draw.
     """
     layers = 1 if routing.scope == "shared" else route.shape[0]
     shift = jax.random.randint(key, (layers, *[1] * (route.ndim - 1)), 1, routing.experts)

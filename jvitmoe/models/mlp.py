@@ -116,7 +116,7 @@ class RoutedMlp(Mlp):
     """The MLP of a block with a router instead of a route. Parameters: those of `Mlp`, and the router's as "router".
     Sows `Statistics` as "routing" in the collection "statistics". A token in no slot gets 0.
 
-    Cost per image (dense: 4 T D F FLOPs): the experts compute E Q / T times the dense FLOPs, which is K times the
+    Cost per image (dense: 4 T D F FLOPs): the experts compute E Q / T times the dense FLOPs, about K times the
     capacity, full or not (1 for soft and hash if E divides T). The router adds 2 T D E. Tokens move to slots and back
     by index: 2 E Q D numbers written and read, and no array has T E Q entries. Soft instead multiplies by T x E Q
     matrices: 6 T E Q D FLOPs, about 6 T^2 D. The weights read are E times the dense model's.

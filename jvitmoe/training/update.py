@@ -102,9 +102,8 @@ def directions(
 def expert_scale(plan: StepPlan, step: jax.Array) -> jax.Array:
     """Returns what multiplies the experts' learning rate at a step.
 
-    In the last `tied_last` of training all experts are equal. If one expert runs per batch, its step is then multiplied
-    by E (two experts: E/2 each). The mean of E equal experts moves 1/E as far as the one that was updated, so the
-    factor gives the merged MLP the step of a dense one.
+    In the last `tied_last` of training all experts are equal. If one expert runs per batch, their mean moves by 1/E of
+    its step. So the step is then multiplied by E (by E/2 if two experts run), and the merged MLP moves as a dense one.
     """
     routed = plan.config.routing
     one_runs = routed.granularity == "batch" and not plan.config.routes_in_model

@@ -25,7 +25,7 @@ class RouterSettings:
     kind: str = "switch"  # a key of ROUTERS
     top_k: int = 2  # K of topk and frozen, at most E
     capacity: float = 1.25  # of switch, topk and frozen; of expert_choice with K = 1
-    eval_capacity: float = 2.0  # the same in evaluation, not for expert_choice; from E / K on no token is dropped
+    eval_capacity: float = 2.0  # in evaluation (expert_choice keeps `capacity`); at E / K or more no token is dropped
 
 
 class Statistics(NamedTuple):
@@ -104,8 +104,9 @@ class Router(nn.Module):
         return 1
 
     @staticmethod
-    def active_experts(settings: RouterSettings, experts: int) -> float:
-        """Returns the number of experts that a token passes through in evaluation (on average, if it varies)."""
+    def active_experts(settings: RouterSettings, experts: int, tokens: int) -> float:
+        """Returns the number of experts that a token passes through in evaluation: the mean over the T tokens of an
+        image if it varies. For `Mixtures` a slot takes the place of the token."""
         return settings.top_k
 
     @staticmethod
@@ -114,8 +115,8 @@ class Router(nn.Module):
         return None
 
     def logits(self, x_BTD: jax.Array) -> jax.Array:
-        """Returns logits_BTE of a linear layer, kernel [D, E] and bias [E], float32, initialised as PyTorch's Linear.
-        Its parameters get no gradient if they are not trained."""
+        """Returns logits_BTE of a linear layer, kernel [D, E] and bias [E], float32, initialised as PyTorch's Linear
+        (V-MoE's and Switch's routers have no bias). Its parameters get no gradient if they are not trained."""
         width = x_BTD.shape[-1]
         init = torch_uniform(width)
         kernel_DE = self.param("kernel", init, (width, self.experts))

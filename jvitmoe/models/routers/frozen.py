@@ -11,8 +11,8 @@ from jvitmoe.models.routers.dispatch import Router, Slots, Statistics, fill_slot
 class Frozen(Router):
     """A token goes to its K experts of highest logit and gets the sum of p f(x), p the softmax over these K. K grows to
     E in training (`top_k_at`) and is E in evaluation. An expert takes at most Q tokens, first choices before second
-    ones. Shapes are fixed, so every training step has the Q slots of K = E; with a smaller K some stay empty.
-    Source: SMoE-Dropout, arXiv 2303.01610."""
+    ones; the paper drops none. Shapes are fixed, so every training step has the Q slots of K = E; with a smaller K some
+    stay empty. Source: SMoE-Dropout, arXiv 2303.01610."""
 
     uses_top_k = True
     is_trained = False

@@ -11,7 +11,8 @@ from jvitmoe.models.routers.dispatch import Router, Slots, Statistics, fill_slot
 class TopK(Router):
     """A token goes to its K experts of highest probability p and gets the sum of p f(x), not renormalised. In training
     N(0, 1/E^2) is added to logits. An expert takes at most Q tokens: first choices before second ones, and among these
-    the tokens with the highest p (batch priority routing). Source: V-MoE, arXiv 2106.05974."""
+    the tokens of the image with the highest p (batch priority routing, which the paper's default training leaves off).
+    Source: V-MoE, arXiv 2106.05974."""
 
     uses_top_k = True
 
@@ -31,8 +32,8 @@ class TopK(Router):
 
     @staticmethod
     def loss(statistics: Statistics) -> jax.Array:
-        """Returns the CV^2 of probability (importance) and of smooth load, averaged over both and over layers, 0 when
-        balanced (app. A; there over the images of a device, here over those of the statistics)."""
+        """Returns the mean of two CV^2, of probability (importance) and of smooth load, averaged over layers; 0 when
+        balanced (app. A, which takes them per group of images; here over the global batch)."""
         return (_cv_squared(statistics.probability_E) + _cv_squared(statistics.smooth_load_E)).mean() / 2
 
     @staticmethod
