@@ -85,7 +85,11 @@ class ModelConfig:
     )
     lora: int = setting(0, "rank of a LoRA on the MLP, one per expert; trains it and the head only", at_least=0)
     adapter: int = setting(0, "hidden units of an adapter beside the MLP, one per expert; as lora", at_least=0)
-    dtype: str = setting("auto", "dtype of computation; auto: bfloat16 on GPU and TPU", ("auto", "float32", "bfloat16"))
+    dtype: str = setting(
+        "auto",
+        "dtype of computation; auto: bfloat16 on GPU and TPU; float32 has TF32 products on a GPU",
+        ("auto", "float32", "bfloat16"),
+    )
     attention: str = setting("auto", "auto: cudnn if it supports the shapes, else xla", ("auto", "xla", "cudnn"))
     unroll: int = setting(1, "layers per iteration of the scan over depth", above=0)
 

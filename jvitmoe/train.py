@@ -1,7 +1,7 @@
 """Trains one experiment: `python -m jvitmoe.train --config configs/digits_random.py [--workdir runs/x]`.
 
-Repeat the command to resume from the newest sound checkpoint; the result is bit-identical to that of an uninterrupted
-run. SIGTERM, SIGINT and SIGHUP finish the step, save and exit; a second signal exits at once.
+Repeat the command to resume from the newest sound checkpoint; on a CPU the result is bit-identical to that of an
+uninterrupted run. SIGTERM, SIGINT and SIGHUP finish the step, save and exit; a second signal exits at once.
 
 A run may use several processes, connected by --distributed or --coordinator. Process 0 prints and writes. A signal to
 one process stops all after the same step, and a failure of one ends all.

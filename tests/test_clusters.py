@@ -158,6 +158,32 @@ def test_jax_finds_the_processes_of_a_job(monkeypatch, name):
     assert _detect(0) == (variable["value"], 8, 3, None)
 
 
+@pytest.mark.parametrize(("per_node", "found"), [("1(x2)", None), ("1", None), ("2", [1]), ("2(x3),1", [1])])
+def test_a_task_of_slurm_uses_the_gpu_of_its_number_or_alone_on_its_node_all(monkeypatch, per_node, found):
+    variables = {"JOB_ID": "7", "STEP_NODELIST": "node[1-2]", "NTASKS": "2", "PROCID": "1", "LOCALID": "1"}
+    for name, value in (variables | {"STEP_TASKS_PER_NODE": per_node}).items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    monkeypatch.setenv("JAX_COORDINATOR_PORT", "1234")
+    assert _detect(0) == ("node1:1234", 2, 1, found)
+    monkeypatch.setenv("JAX_LOCAL_DEVICE_IDS", "0,3")
+    assert _detect(0)[3] == [0, 3]
+
+
+def test_the_slurm_script_gives_each_task_its_cores_and_the_flags(tmp_path):
+    script = processes.ROOT / "scripts" / "slurm.sbatch"
+    srun = tmp_path / "srun"
+    srun.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+    srun.chmod(0o755)
+    environment = processes.environment() | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_CPUS_PER_TASK": "8"}
+    flags = f"--config={processes.ROOT}/configs/digits_dense.py", "--workdir=two words"
+    given = processes.run(["bash", str(script), *flags], environment).out.splitlines()
+    start = given.index("python")
+    assert given[:start] == ["--cpus-per-task=8", "--kill-on-bad-exit=1"]
+    assert given[start : start + 3] == ["python", "-m", "jvitmoe.train"]
+    values = cli.parse(["train.py", *given[start + 3 :]], train.define_flags, config=True)
+    assert (values.distributed, values.workdir) == (True, "two words")
+
+
 def test_the_service_of_the_job_selects_its_pods():
     service, (name, spec) = kind("Service"), jobs()["Job"]
     assert service["spec"] == {"clusterIP": "None", "selector": {"job-name": name}}

@@ -75,6 +75,19 @@ def test_without_a_home_folder_nothing_is_cached(monkeypatch):
     compilation.use_cache()
 
 
+def test_one_of_several_processes_caches_nothing_in_the_users_folder(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    folders = []
+    unset = types.SimpleNamespace(
+        values={"jax_compilation_cache_dir": None}, update=lambda _, folder: folders.append(folder)
+    )
+    monkeypatch.setattr(compilation.jax, "config", unset)
+    compilation.use_cache(alone=False)
+    assert folders == []
+    compilation.use_cache()
+    assert folders == [str(tmp_path / "jvitmoe" / "compiled")]
+
+
 def test_an_option_that_the_installed_jaxlib_has_not_is_left_out_and_the_cache_stays(cpu, monkeypatch):
     monkeypatch.setattr(compilation, "ONEDNN", "xla_option_that_never_was")
     monkeypatch.setattr(compilation, "_stop_writing", lambda: pytest.fail("programs are no longer cached"))

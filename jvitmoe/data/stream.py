@@ -97,7 +97,9 @@ def _batches(
 
         return jax.make_array_from_callback((batch, *array_b.shape[1:]), sharding, shard)
 
-    threads = min(16, 2 * (os.cpu_count() or 1))
+    # Slurm lets a task use some of the cores. macOS cannot say which a process may use.
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    threads = min(16, 2 * cores)
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(threads, AHEAD * len(row_b)))
     rows = grain.MapDataset.range(len(steps) * len(row_b)).map(read_at).to_iter_dataset(options)
     batches = rows.batch(len(row_b)).map(lambda arrays: Images(*map(to_devices, arrays)))

@@ -169,7 +169,8 @@ class CheckpointWriter(Checkpoints):
     def _move_damaged(self, step: int) -> None:
         """Moves away a folder of this step, which was skipped as damaged: Orbax would not save over it."""
         folder = self.directory / str(step)
-        if not processes.of_first(folder.exists()):
+        # Only process 0 looks: a network disk may hide the new checkpoint for a minute where one looked before.
+        if not processes.of_first(processes.is_first() and folder.exists()):
             return
         if processes.is_first():
             folder.rename(self.directory.parent / f"damaged-checkpoint-{step}-{time.time_ns()}")

@@ -62,14 +62,16 @@ def _is_known(option: str, value: bool | int = True) -> bool:
     return True
 
 
-def use_cache() -> None:
+def use_cache(alone: bool = True) -> None:
     """Keeps compiled programs on disk for the next start, in JAX_COMPILATION_CACHE_DIR or the user's cache folder.
 
-    Only the user may access the folder, because JAX runs what is in it.
+    Only the user may access the folder, because JAX runs what is in it. A process that is not `alone` does not use the
+    user's folder: JAX writes in process 0 only, so on the next start the others of another node would miss what it
+    finds. On GPUs all processes tune a program together, and the others would wait for its share of that work.
     """
     if ONEDNN in os.environ.get("XLA_FLAGS", ""):
         _stop_writing()
-    if jax.config.values["jax_compilation_cache_dir"] is not None:
+    if jax.config.values["jax_compilation_cache_dir"] is not None or not alone:
         return
     try:
         folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jvitmoe" / "compiled"

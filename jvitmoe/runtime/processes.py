@@ -3,13 +3,15 @@
 Every process runs the same program on the same batches. Only process 0 prints and writes files.
 """
 
+import contextlib
 import os
+import re
 import socket
 import sys
 import threading
 import traceback
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import jax
@@ -31,6 +33,7 @@ _heartbeats: list[Heartbeat] = []  # one, after several processes have joined
 HEARTBEAT_SECONDS = int(2 * DETECTION_SECONDS + 8)
 SHUTDOWN_SECONDS = 15
 GRACE_SECONDS = 5  # for JAX to connect processes that are all present
+START_SECONDS = 300  # for all devices to start and meet: CUDA's libraries may come from a cold network disk
 
 
 def join(values: flags.FlagValues, versions: Callable[[], Mapping[str, str]]) -> None:
@@ -54,24 +57,24 @@ def join(values: flags.FlagValues, versions: Callable[[], Mapping[str, str]]) ->
     seconds = values.join_seconds + rendezvous.LINGER + GRACE_SECONDS
     code = {**versions(), **rendezvous.source_hashes()}
     late = f"error: this process cannot join at {where} within {seconds:g} s; check that all hosts reach each other\n"
-    timer = threading.Timer(seconds, leave, (late, 2))  # JAX would abort or wait for ever
-    timer.daemon = True
-    timer.start()
+    slow = f"error: the devices of all processes have not started within {START_SECONDS} s; check their drivers\n"
     try:
         by_flags = values.coordinator, values.processes, values.process, None
-        address, count, process, device_ids = by_flags if by_hand else _detect(values.join_seconds)
-        rendezvous.meet(address, process, count, code, values.join_seconds)
-        jax.distributed.initialize(
-            coordinator_address=address,
-            num_processes=count,
-            process_id=process,
-            local_device_ids=device_ids,
-            cluster_detection_method="deactivate",
-            initialization_timeout=int(10 * seconds),  # the timer ends it earlier
-            heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
-            shutdown_timeout_seconds=SHUTDOWN_SECONDS,
-        )
-        devices.start()
+        with _leaves_after(seconds, late):  # JAX would abort or wait for ever
+            address, count, process, device_ids = by_flags if by_hand else _detect(values.join_seconds)
+            rendezvous.meet(address, process, count, code, values.join_seconds)
+            jax.distributed.initialize(
+                coordinator_address=address,
+                num_processes=count,
+                process_id=process,
+                local_device_ids=device_ids,
+                cluster_detection_method="deactivate",
+                initialization_timeout=int(10 * seconds),  # the timer ends it earlier
+                heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+                shutdown_timeout_seconds=SHUTDOWN_SECONDS,
+            )
+        with _leaves_after(START_SECONDS, slow):
+            devices.start()
         if jax.process_count() > 1:
             client = internals.global_state.client
             _heartbeats.append(Heartbeat(client, address, jax.process_index(), jax.process_count()))
@@ -79,6 +82,16 @@ def join(values: flags.FlagValues, versions: Callable[[], Mapping[str, str]]) ->
         raise UserError(
             f"cannot join at {where}: {str(error)[:200]}; check --coordinator, or start it in a job"
         ) from error
+
+
+@contextlib.contextmanager
+def _leaves_after(seconds: float, line: str) -> Iterator[None]:
+    """Ends the process with this line on standard error, and code 2, unless the block ends in time."""
+    timer = threading.Timer(seconds, leave, (line, 2))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
     finally:
         timer.cancel()
 
@@ -109,7 +122,15 @@ def _detect(seconds: int) -> tuple[str, int, int, list[int] | None]:
     )
     if address is None or count is None or process is None:
         raise ValueError("no Slurm, Open MPI or Kubernetes started this process")
-    return address, count, process, list(device_ids) if device_ids is not None else None
+    if device_ids is None or (wanted is None and _is_alone_on_node()):
+        return address, count, process, None  # all devices; JAX would take the first only
+    return address, count, process, list(device_ids)
+
+
+def _is_alone_on_node() -> bool:
+    """True if Slurm or Open MPI started one process on each node."""
+    per_node = os.environ.get("SLURM_STEP_TASKS_PER_NODE", "")  # 4(x2),3: two nodes of four tasks, one of three
+    return bool(re.fullmatch(r"1(\(x\d+\))?", per_node)) or os.environ.get("OMPI_COMM_WORLD_LOCAL_SIZE") == "1"
 
 
 def is_single() -> bool:

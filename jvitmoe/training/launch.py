@@ -43,16 +43,17 @@ def launch(
 def _launch(
     config: Config, workdir: Path, values: flags.FlagValues | None, stop: Stop | None, trackers: Sequence[str]
 ) -> None:
-    compilation.use_cache()
     if values:
         processes.join(values, checkpoints.versions)
+    compilation.use_cache(alone=processes.is_single())
     console.quiet = not processes.is_first()
 
     def check() -> None:
         check_trackers(trackers)
         build.find_router(config)  # this and the next raise ConfigError before any data are read
         optimizer.direction(config)
-        check_folder(workdir, config)
+        if processes.is_first():  # where others look before it is there, a network disk may hide it for a minute
+            check_folder(workdir, config)
 
     with contextlib.ExitStack() as cleanup:
         stop = cleanup.enter_context(stop or Stop())

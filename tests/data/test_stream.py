@@ -101,7 +101,7 @@ def test_a_stream_taken_up_at_any_step_gives_the_rest_and_reads_no_row_before_it
 def test_a_stream_is_the_same_with_any_number_of_threads_and_ends_all_of_them(tiny_config, streamed, monkeypatch):
     before, results = set(threading.enumerate()), []
     for cores in (1, 8):
-        monkeypatch.setattr(stream.os, "cpu_count", lambda cores=cores: cores)
+        monkeypatch.setattr(stream.os, "sched_getaffinity", lambda _, cores=cores: range(cores))
         batches = streamed(tiny_config()).batches(0, 8)
         results.append([jax.device_get(next(batches)) for _ in range(5)])
         batches.close()  # in the middle
