@@ -210,7 +210,9 @@ class OptimConfig:
 
     name: str = setting("adamw", "adam (weight decay in the gradient, the original), adamw, lion, or muon with adamw")
     learning_rate: float = setting(1e-3, "highest learning rate", above=0)
-    weight_decay: float = setting(0.05, "coefficient of weight decay; except with adam, of matrices only", at_least=0)
+    weight_decay: float = setting(
+        0.05, "coefficient of weight decay; except with adam, of matrices only, not of LoRA and adapters", at_least=0
+    )
     schedule: str = setting("step", "cosine per step, or per epoch (the original)", ("step", "epoch"))
     final_rate: float = setting(
         0.0, "learning rate that the cosine ends at, as a fraction of learning_rate", at_least=0, at_most=1

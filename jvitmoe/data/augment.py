@@ -135,9 +135,8 @@ def mix(
 
     As timm's Mixup in its mode "batch" with a probability of 1 and a switch_prob of 0.5. A partner is named by its
     index in the global batch and fetched from the device that holds it, after its own augmentation, so the result does
-    not depend on the number of devices; a stream, whose devices hold only their own rows, needs no exception. That
-    moves as many bytes as a device's images have. The accuracy that training logs is still that on the image's own
-    label.
+    not depend on the number of devices. This holds for a stream too, where a device has only its own rows. That moves
+    as many bytes as a device's images have. The accuracy that training logs is still that on the image's own label.
     """
     _, height, width, _ = images_bHWc.shape
     switch_key, share_key, box_key = jax.random.split(batch.key, 3)

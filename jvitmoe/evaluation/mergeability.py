@@ -149,7 +149,7 @@ def barrier(params: Any, losses: Callable[[Any], Sequence[float]]) -> dict[str, 
         share: [S], distance from the expert relative to the whole line: 0 is the expert, 1 the merged model.
         losses: [E][S], nats.
         height: highest loss on a line minus the loss of its expert, averaged over experts; 0 is no barrier
-            (Frankle et al., arXiv 1912.05671, but to the mean instead of to another model).
+            (Frankle et al., arXiv 1912.05671, go to another model and subtract the mean of both ends).
     """
     pull = jax.jit(merge.pull)
     losses_ES = np.asarray([losses(pull(params, share)) for share in SHARES]).T

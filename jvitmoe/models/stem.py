@@ -17,7 +17,8 @@ CHANNELS = 64  # of every convolution but the last, as in CCT
 class ConvStem(nn.Module):
     """images_BHWc -> tokens_BTD. Each factor 2 of `patch` halves H and W by a 3 x 3 convolution without bias and ReLU,
     either of stride 1 with 3 x 3 max pooling of stride 2 after it (CCT), or `strided`: of stride 2 (Xiao et al., arXiv
-    2106.14881, without normalisation), which costs less: results/recipe_search has the times of a step."""
+    2106.14881, without normalisation and the last 1 x 1 convolution, so that tokens pass a ReLU), which costs less:
+    results/recipe_search has the times of a step."""
 
     patch: int
     width: int

@@ -16,7 +16,8 @@ from jvitmoe.config import Config, OptimConfig
 from jvitmoe.errors import ConfigError, did_you_mean
 from jvitmoe.experts import build, slices
 
-DECAYED = ("kernel", "up", "down")  # matrices; AdamW does not decay biases, norms, positions and CLS
+# Matrices; AdamW does not decay biases, norms, positions and CLS, nor LoRA and adapters.
+DECAYED = ("kernel", "up", "down")
 MUON_RMS = 0.2
 # Axes of inputs and of outputs, counted from the last: all before them (layers, experts) count matrices. Attention has
 # query, key and value [D, G, V] and out [G, V, D], each a matrix for all heads together.
