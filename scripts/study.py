@@ -216,6 +216,23 @@ def ranking(runs: Path, arms: Iterable[str]) -> str:
     return f"\n## Ranking\n\n{tables.markdown(rows)}"
 
 
+def communication(runs: Path, arms: Arms) -> str:
+    """Returns the end of the report of C: the verdicts, and the bytes that a device reduces in a run of each arm."""
+    found = {arm: reduced_bytes(runs, arm) for arm in verdicts.read(runs, arms)}
+    most = max(found.values())
+    rows = [
+        {"arm": arm, "reduced per device, GB": f"{reduced / 1e9:.2f}", "saved": f"{1 - reduced / most:.0%}"}
+        for arm, reduced in found.items()
+    ]
+    return f"{verdicts.conclusion(runs, arms)}\n## Communication\n\n{tables.markdown(rows)}"
+
+
+def reduced_bytes(runs: Path, arm: str) -> int:
+    """Returns the bytes that a device reduces in a run of the arm, equal for all seeds; up to the last logged step."""
+    lines = history.read_metrics(next(runs.glob(f"{arm}-seed*")) / files.METRICS)
+    return next(line["reduced_bytes"] for line in reversed(lines) if "reduced_bytes" in line)
+
+
 def run() -> None:
     """Runs the command line; see the top of the file."""
     if sys.argv[1:2] == [] or sys.argv[1] not in EXPERIMENTS:
@@ -228,9 +245,10 @@ def run() -> None:
     except UserError as error:
         sys.exit(str(error))
     is_search = experiment.endswith("_search")
-    conclusion = partial(ranking if is_search else verdicts.conclusion, arms=arms)
+    conclude = communication if experiment == "C" else ranking if is_search else verdicts.conclusion
     # No verdict needs random paths. A's first runs were tested on some, and a report takes only runs tested alike.
-    main(__doc__, arms, evaluate=[] if experiment == "A" else ["--paths=0"], conclusion=conclusion, arguments=arguments)
+    evaluate = [] if experiment == "A" else ["--paths=0"]
+    main(__doc__, arms, evaluate=evaluate, conclusion=partial(conclude, arms=arms), arguments=arguments)
 
 
 if __name__ == "__main__":

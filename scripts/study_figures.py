@@ -14,7 +14,7 @@ import study
 import verdicts
 from sweep import interval
 
-from jvitmoe.runs import files, history, plots
+from jvitmoe.runs import plots
 
 LEAST_SEEDS = 3  # of a comparison that is drawn
 EDGE = 4.0  # points; a larger difference is a number at the edge, so that the small ones can be told apart
@@ -83,10 +83,8 @@ def bytes_against_accuracy(runs: Path, path: Path) -> None:
     for name, models in verdicts.read(runs, study.bytes_against_accuracy()).items():
         model = verdicts.final(models)
         accuracies, (marker, colour) = list(models[model].values()), plots.MARKS[model]
-        lines = history.read_metrics(next(runs.glob(f"{name}-seed*")) / files.METRICS)
-        reduced = next(line["reduced_bytes"] for line in reversed(lines) if "reduced_bytes" in line)
         deviation = statistics.stdev(accuracies) if len(accuracies) > 1 else 0.0
-        at = reduced / 1e9, statistics.fmean(accuracies)
+        at = study.reduced_bytes(runs, name) / 1e9, statistics.fmean(accuracies)
         axes.errorbar(*at, yerr=deviation, fmt=marker, color=colour)
         left = model == "dense"  # it reduces as much as a pull at every step: their names would overlap
         place = (-6, -12) if left else (6, 4)

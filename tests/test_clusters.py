@@ -158,15 +158,28 @@ def test_jax_finds_the_processes_of_a_job(monkeypatch, name):
     assert _detect(0) == (variable["value"], 8, 3, None)
 
 
-@pytest.mark.parametrize(("per_node", "found"), [("1(x2)", None), ("1", None), ("2", [1]), ("2(x3),1", [1])])
-def test_a_task_of_slurm_uses_the_gpu_of_its_number_or_alone_on_its_node_all(monkeypatch, per_node, found):
-    variables = {"JOB_ID": "7", "STEP_NODELIST": "node[1-2]", "NTASKS": "2", "PROCID": "1", "LOCALID": "1"}
-    for name, value in (variables | {"STEP_TASKS_PER_NODE": per_node}).items():
-        monkeypatch.setenv(f"SLURM_{name}", value)
+SLURM = {"JOB_ID": "7", "STEP_NODELIST": "node[1-2]", "NTASKS": "8", "PROCID": "1"}
+OMPI = {"MCA_orte_hnp_uri": "1531576320.0;tcp://10.0.0.1:34911", "COMM_WORLD_SIZE": "8", "COMM_WORLD_RANK": "1"}
+
+
+@pytest.mark.parametrize(
+    ("prefix", "variables", "found"),
+    [
+        ("SLURM_", SLURM | {"LOCALID": "0", "STEP_TASKS_PER_NODE": "1(x8)"}, None),
+        ("SLURM_", SLURM | {"LOCALID": "0", "STEP_TASKS_PER_NODE": "1"}, None),
+        ("SLURM_", SLURM | {"LOCALID": "1", "STEP_TASKS_PER_NODE": "4(x2)"}, [1]),
+        ("SLURM_", SLURM | {"LOCALID": "1", "STEP_TASKS_PER_NODE": "7,1"}, [1]),
+        ("OMPI_", OMPI | {"COMM_WORLD_LOCAL_RANK": "0", "COMM_WORLD_LOCAL_SIZE": "1"}, None),
+        ("OMPI_", OMPI | {"COMM_WORLD_LOCAL_RANK": "1", "COMM_WORLD_LOCAL_SIZE": "4"}, [1]),
+    ],
+)
+def test_a_process_uses_the_gpu_of_its_number_or_alone_on_its_node_all(monkeypatch, prefix, variables, found):
+    for name, value in variables.items():
+        monkeypatch.setenv(f"{prefix}{name}", value)
     monkeypatch.setenv("JAX_COORDINATOR_PORT", "1234")
-    assert _detect(0) == ("node1:1234", 2, 1, found)
+    assert _detect(0)[1:] == (8, 1, found)
     monkeypatch.setenv("JAX_LOCAL_DEVICE_IDS", "0,3")
-    assert _detect(0)[3] == [0, 3]
+    assert _detect(0)[1:] == (8, 1, [0, 3])
 
 
 def test_the_slurm_script_gives_each_task_its_cores_and_the_flags(tmp_path):
@@ -198,11 +211,14 @@ def test_two_pods_of_the_trainjob_train_one_run(tmp_path):
     command = trainer["command"] + [re.sub("=(.*)", lambda m: "=" + own.get(m[1], m[1]), a) for a in trainer["args"]]
     env = processes.environment() | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     env |= {"JAX_COORDINATOR_ADDRESS": f"localhost:{processes.free_port()}", "JAX_NUM_PROCESSES": "2"}
+    env |= {"XDG_CACHE_HOME": str(tmp_path / "cache")}
+    env.pop("JAX_COMPILATION_CACHE_DIR", None)
     pods = [env | {"JAX_PROCESS_ID": str(number)} for number in range(2)]
     ended = processes.collect([processes.start(expand(command, pod), pod) for pod in pods])
     assert [one.code for one in ended] == [0, 0], ended
     assert "2 processes" in ended[0].out
     assert rows(tmp_path / "run")[0]["images"] == 360
+    assert not (tmp_path / "cache").exists()  # one of several processes keeps no compiled programs of its own accord
 
 
 @pytest.mark.process

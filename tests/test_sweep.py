@@ -115,6 +115,17 @@ def test_the_verdict_is_that_of_students_interval(scripts):
     assert verdict([2.0]) == "-"
 
 
+def test_the_report_of_c_ends_with_the_bytes_of_each_arm(scripts, tmp_path):
+    study = scripts("study")
+    arms = study.bytes_against_accuracy()
+    for arm, model, reduced in (("dense", "dense", 4e9), ("every_1", "merged", 4e9), ("every_8", "merged", 3e9)):
+        write_kept_run(tmp_path / f"{arm}-seed0", {model: 0.8}, reduced)
+    report = study.communication(tmp_path, arms)
+    assert report.startswith(study.verdicts.conclusion(tmp_path, arms))
+    rows = ("| dense | 4.00 | 0% |", "| every_1 | 4.00 | 0% |", "| every_8 | 3.00 | 25% |")
+    assert report.endswith("\n".join(rows) + "\n")
+
+
 def test_differences_are_taken_seed_by_seed_from_every_reference(scripts, tmp_path):
     verdicts, variant = scripts("verdicts"), scripts("sweep").Variant
     arms = {
