@@ -231,10 +231,10 @@ def _measure(
 def _write(result: dict[str, Any], out: Path) -> None:
     """Writes what was measured as JSON, as a table and as a picture, and prints the table."""
     files.write_text(out / "benchmark.json", json.dumps(result, indent=1) + "\n")
-    from jvitmoe.runs import plots  # imports matplotlib
+    from jvitmoe.runs import figures  # imports matplotlib
     from jvitmoe.training import timed_step
 
-    plots.throughput(result["rows"], out / "benchmark.png")
+    figures.save(figures.throughput(result["rows"]), out / "benchmark.png")
     rows = [_cells(row) for row in result["rows"]]
     peak = ", ".join(f"{tables.quantity(flops)}FLOP/s in {d}" for d, flops in result["peak_flops_per_second"].items())
     text = (

@@ -67,7 +67,13 @@ def main(argv: list[str]) -> None:
         ]
         tables.show(rows, f"{values.workdir}: most probable classes")
     if out and classes:
-        contact_sheet.draw(out, [(path, [(c.name, c.probability) for c in top]) for path, top in classes])
+        contact_sheet.draw(
+            out,
+            [
+                contact_sheet.Cell(images.Picture(str(path), path), path.name, [(c.name, c.probability) for c in top])
+                for path, top in classes
+            ],
+        )
         if not values.json:
             console.print(f"sheet       {printable(str(out))}")
     for message in unreadable:

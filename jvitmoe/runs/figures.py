@@ -1,0 +1,309 @@
+"""The figures: curves of runs, a comparison of runs, mergeability and confusion of one run, a benchmark.
+
+Each function returns a figure, or None if it would show nothing. `save` writes it, and `report --html` embeds the same
+PNG. In all figures a colour is a run and the form of a mark a model.
+"""
+
+import io
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.axis import Axis
+from matplotlib.colors import LinearSegmentedColormap, PowerNorm
+from matplotlib.figure import Figure
+from matplotlib.font_manager import get_font
+from matplotlib.ticker import Formatter, LogLocator, MaxNLocator, NullLocator
+
+from jvitmoe.runs import files, history
+
+# The palette of Okabe and Ito, which colour-blind readers can distinguish. Black is the reference.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+FONT = Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")  # Latin, Greek, Cyrillic and more; no CJK
+STYLE: Any = {
+    **{"axes.grid": True, "axes.axisbelow": True, "grid.alpha": 0.3, "legend.frameon": False, "savefig.dpi": 140},
+    **{"axes.spines.top": False, "axes.spines.right": False, "font.size": 11, "axes.titlesize": 12},
+    **{"figure.constrained_layout.use": True, "lines.markersize": 5, "lines.linewidth": 1.4},
+    # Names are no formulas, and a tick shows its whole value: no offset, no power of ten.
+    **{"text.parse_math": False, "axes.formatter.useoffset": False, "axes.formatter.limits": (-9, 9)},
+    **{"font.family": "DejaVu Sans", "backend": "Agg"},
+}
+in_style: Any = matplotlib.rc_context(STYLE)  # used as a decorator
+MARKS = {"dense": "D", "EMA": "v", "merged": "o", "routed": "s", "expert (mean)": "P", "ensemble": "^"}
+LEAST = 1e-3  # shown instead of an error or a loss of 0, which a log scale has not
+LEAST_RANGE = 0.05  # of an axis, relative to its values: one that shows less would make mountains of rounding errors
+MOST_CLASSES, MOST_COUNTED = 100, 20  # classes of a confusion matrix that is drawn, and of one with counts in its cells
+POINTS = 60  # most points of a line; more records are averaged
+
+
+def shown(name: str, most: int = 40) -> str:
+    """Returns a name as pictures show it: characters that the font lacks, such as CJK and line breaks, as Python
+    escapes, and a long name cut in the middle."""
+    glyphs = get_font(FONT)
+    text = "".join(c if glyphs.get_char_index(ord(c)) else c.encode("unicode_escape").decode() for c in name)
+    return text if len(text) <= most else f"{text[: most // 2]}…{text[len(text) - (most - 1) // 2 :]}"
+
+
+def subplots(rows: int, columns: int, size: tuple[float, float], **options: Any) -> tuple[Figure, Any]:
+    """Returns a figure of `size` inches and its axes [rows, columns]."""
+    figure = Figure(figsize=size)
+    return figure, figure.subplots(rows, columns, squeeze=False, **options)
+
+
+@in_style
+def png(figure: Figure) -> bytes:
+    """Returns the picture in its file's form."""
+    figure.savefig(out := io.BytesIO(), format="png")
+    return out.getvalue()
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Writes the picture. Raises UserError where it cannot be written."""
+    files.write_bytes(path, png(figure))
+
+
+@in_style
+def curves(groups: Mapping[str, Sequence[Path]]) -> Figure | None:
+    """Returns training loss and evaluation error of {group: folders} against the step, and None if no run recorded two
+    of one. A line is the mean over a group's seeds, its band the sample deviation. A row of panels has the first group
+    and at most six others."""
+    names, titles = list(groups), ("Training loss", "")
+    runs = {name: [history.read_metrics(folder / files.METRICS) for folder in groups[name]] for name in names}
+    found = {
+        name: ([_series(run, True) for run in several], [_series(run, False) for run in several])
+        for name, several in runs.items()
+    }
+    columns = [c for c in (0, 1) if any(len(series) > 1 for name in names for series in found[name][c])]
+    if not columns:
+        return None
+    splits = sorted({line["kind"] for several in runs.values() for run in several for line in run} - {"train"})
+    titles = "Training loss", f"{' and '.join(splits)} error".capitalize()
+    rows = [[names[0], *names[at : at + len(COLOURS)]] for at in range(1, max(len(names), 2), len(COLOURS))]
+    labels, statistics = _seeds({name: len(folders) for name, folders in groups.items()})
+    size = (2.2 + 4 * len(columns), 1 + 2.6 * len(rows))
+    figure, grid = subplots(len(rows), len(columns), size, sharex=True, sharey="col")
+    for panels, row in zip(grid, rows, strict=True):
+        for axes, column in zip(panels, columns, strict=True):
+            style = ({}, {"marker": "o", "markersize": 3})[column]
+            lines = [_mean_line(axes, found[name][column], color=_colour(names, name), **style) for name in row]
+            axes.set_ylabel(("loss, nats", "error, %")[column])
+        panels[-1].legend(
+            lines, [labels[name] for name in row], loc="center left", bbox_to_anchor=(1, 0.5), fontsize=10
+        )
+    most = max(len(series) for name in names for column in columns for series in found[name][column])
+    averaged = f"lines averaged to {POINTS} points" if most > POINTS else ""
+    figure.suptitle("; ".join(filter(None, (statistics, averaged))), fontsize=11)
+    for number, column in enumerate(columns):
+        grid[0, number].set_title(titles[column])
+        grid[-1, number].set_xlabel("step")
+        grid[0, number].set_yscale("log")
+        plain_ticks(grid[0, number].yaxis, (1, 100)[column])
+    return figure
+
+
+def _series(run: Iterable[Mapping[str, Any]], training: bool) -> dict[int, float]:
+    """Returns step -> training loss or evaluation error of a history, without those that are not finite."""
+    values = {
+        line["step"]: line.get("loss") if training else None if line.get("accuracy") is None else 1 - line["accuracy"]
+        for line in run
+        if (line["kind"] == "train") == training
+    }
+    return {step: max(value, LEAST) for step, value in values.items() if value is not None}
+
+
+def _mean_line(axes: Axes, runs: Sequence[Mapping[int, float]], **style: Any) -> Any:
+    """Draws the mean of runs at their common steps, in at most POINTS points, and their deviation as a band. Returns
+    the line."""
+    ends, means = history.averaged(runs, POINTS)
+    mean = means.mean(0)
+    if len(runs) > 1 and ends:
+        deviation = means.std(0, ddof=1)
+        low = np.maximum(mean - deviation, LEAST)
+        axes.fill_between(ends, low, mean + deviation, color=style["color"], alpha=0.15, linewidth=0)
+    return axes.plot(ends, mean, **style)[0]
+
+
+def _colour(names: Sequence[str], name: str) -> str:
+    """Returns the colour of a run among others: black for the first."""
+    number = names.index(name)
+    return COLOURS[(number - 1) % len(COLOURS)] if number else "black"
+
+
+@in_style
+def comparison(table: Mapping[str, Mapping[str, Sequence[float]]], images: Mapping[str, int]) -> Figure:
+    """Returns a figure of {group: {model: accuracy of each seed}}: a mark per model at its mean error, and one for all
+    experts. Whiskers: the deviation over seeds; if all groups have one seed, the standard error over the group's
+    `images`."""
+    counts = {name: len(next(iter(models.values()))) for name, models in table.items()}
+    errors: list[dict[str, Any]] = []
+    for models in table.values():
+        experts = [values for model, values in models.items() if model.startswith("expert ")]
+        every: Any = {**models, "expert (mean)": np.mean(experts, 0)} if experts else models
+        errors.append({model: 1 - np.array(every[model]) for model in MARKS if model in every})
+    spacing = 0.86 / max(map(len, errors))
+    figure, ((axes,),) = subplots(1, 1, (9, 1.6 + 0.1 / spacing * len(table)))
+    for band, (name, by_model) in enumerate(zip(table, errors, strict=True)):
+        axes.axhspan(band - 0.5, band + 0.5, color="0.95" if band % 2 else "white")
+        for number, (model, values) in enumerate(by_model.items()):
+            error = max(values.mean(), LEAST)
+            one = (error * (1 - error) / images[name]) ** 0.5 if max(counts.values()) == 1 else 0.0
+            whisker = values.std(ddof=1) if len(values) > 1 else one
+            y = band + (number - (len(by_model) - 1) / 2) * spacing
+            limits = [[min(whisker, error - LEAST)], [whisker]]
+            axes.errorbar(error, y, xerr=limits, fmt=MARKS[model], color=_colour(list(table), name))
+    if "dense" in errors[0]:
+        axes.axvline(max(errors[0]["dense"].mean(), LEAST), color="black", linewidth=0.8, linestyle=":")
+    labels, statistics = _seeds(counts)
+    counted = " or ".join(f"{number:,}" for number in sorted(set(images.values())))
+    best, name, model = min((v.mean(), name, m) for name, e in zip(table, errors, strict=True) for m, v in e.items())
+    axes.set_title(
+        f"Lowest test error: {100 * best:.2f} %, {shown(name)}, {model}\n"
+        f"{statistics or f'one seed ± standard error over {counted} images'}"
+    )
+    axes.set(xlabel="test error, % (left is better)", xscale="log", ylim=(len(table) - 0.5, -0.5))
+    axes.set_yticks(range(len(table)), labels.values())
+    axes.grid(axis="y", visible=False)
+    plain_ticks(axes.xaxis, 100)
+    used = [model for model in MARKS if any(model in by_model for by_model in errors)]
+    handles = [axes.plot([], [], MARKS[model], color="0.4")[0] for model in used]
+    figure.legend(handles, used, loc="outside lower center", ncols=len(used))
+    return figure
+
+
+@in_style
+def mergeability(result: Mapping[str, Any]) -> Figure:
+    """Returns a figure of a run's result.json: spread and layer gap by layer, the loss on the lines between experts and
+    their mean, and the accuracy of every tested model."""
+    why, rows = result["mergeability"], result["rows"]
+    figure, ((layer_axes, loss_axes, accuracy_axes),) = subplots(1, 3, (13, max(4.0, 1.2 + 0.25 * len(rows))))
+    layer_axes.plot(why["layers"], why["spread"], "o-", color=COLOURS[0], label="experts' weights (spread)")
+    layer_axes.plot(why["layers"], why["gap"], "s-", color=COLOURS[1], label="layer's output (gap)")
+    layer_axes.set(title="Distance of experts from their mean", xlabel="layer", ylabel="distance / size of the mean")
+    layer_axes.set_ylim(0, max(layer_axes.get_ylim()[1], LEAST_RANGE))
+    layer_axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+
+    share, losses = why["barrier"]["share"], why["barrier"]["losses"]
+    xs = [s - 1 for s in share] + [1 - s for s in share[-2::-1]]
+    pairs = [(e, (e + 1) % len(losses)) for e in range(len(losses))][: None if len(losses) > 2 else 1]
+    for number, (e, f) in enumerate(pairs):
+        label = "_" if number else "from an expert to the next"
+        loss_axes.plot(xs, losses[e] + losses[f][-2::-1], color="0.5", label=label)
+    loss_axes.plot(0, losses[0][-1], "ok", markersize=8, zorder=3, label="mean (merged)")
+    rise = f"rises by {why['barrier']['height']:.4f} nats"
+    loss_axes.set(title=f"Loss from expert to mean: {rise}", ylabel="loss, nats")
+    loss_axes.set_xticks([-1, 0, 1], ["expert", "mean", "expert"])
+    low, high = loss_axes.get_ylim()
+    missing = max(0.0, LEAST_RANGE * high - (high - low))
+    loss_axes.set_ylim(low - missing / 2, high + missing / 2)
+
+    for y, row in enumerate(rows):
+        accuracy, deviation = row["accuracy"], row.get("accuracy_std")
+        error = (accuracy * (1 - accuracy) / row["images"]) ** 0.5
+        mark = MARKS.get(row["model"], MARKS["expert (mean)"])
+        accuracy_axes.errorbar(100 * accuracy, y, xerr=100 * error, fmt=mark, color="black")
+        text = f"{100 * accuracy:.1f}" + (f" ± {100 * deviation:.1f}" if deviation else "")
+        at = (100 * accuracy, y)
+        accuracy_axes.annotate(text, at, (0, 5), textcoords="offset points", ha="center", fontsize=9)
+    accuracy_axes.set_yticks(range(len(rows)), [row["model"] for row in rows])
+    accuracy_axes.set(title=f"Accuracy, {rows[0]['images']:,} test images", ylim=(len(rows) - 0.5, -0.7))
+    accuracy_axes.set_xlabel("accuracy, %\n(bar: standard error; ±: over paths)")
+    for axes in (layer_axes, loss_axes):
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), fontsize=10)
+    return figure
+
+
+@in_style
+def confusion(row: Mapping[str, Any], classes: Sequence[str]) -> Figure | None:
+    """Returns a figure of the matrix in a row of result.json: a row is the share of the images of a class by predicted
+    class; for up to 20 classes, cells hold the counts. None if the matrix was not counted or has more than 100 classes.
+    """
+    counts_CC = np.array(row.get("confusion") or ())
+    if not 0 < len(counts_CC) <= MOST_CLASSES:
+        return None
+    count, counted, names = len(counts_CC), len(counts_CC) <= MOST_COUNTED, [shown(name, 20) for name in classes]
+    share_CC = 100 * counts_CC / np.maximum(counts_CC.sum(1, keepdims=True), 1)
+    side, size = (0.5, 9) if counted else (0.14, 7)  # of a cell, inches; of its text, points
+    figure, ((axes,),) = subplots(1, 1, (max(side * count, 3) + 2.5, max(side * count, 3) + 1.5))
+    colours = LinearSegmentedColormap.from_list("confusion", ["white", COLOURS[0]])
+    # On a linear scale the errors of a good model, a few per cent, would look white.
+    picture = axes.imshow(share_CC, cmap=colours, norm=PowerNorm(0.5, 0, 100))
+    for label, predicted in zip(*np.nonzero(counts_CC), strict=True) if counted else ():
+        ink = "white" if share_CC[label, predicted] > 40 else "black"
+        text = str(counts_CC[label, predicted])
+        axes.text(predicted, label, text, color=ink, fontsize=size, ha="center", va="center")
+    upright = max(map(len, names)) > 3 or not counted
+    axes.set_xticks(range(count), names, rotation=90 if upright else 0, fontsize=size)
+    axes.set_yticks(range(count), names, fontsize=size)
+    axes.grid(visible=False)
+    title = f"{row['model']}: {row['images']:,} test images, {100 * row['accuracy']:.1f} % right"
+    axes.set(title=title, xlabel="predicted class", ylabel="true class")
+    figure.colorbar(picture, label="share of the true class, %", ticks=[0, 1, 5, 10, 25, 50, 100], shrink=0.8)
+    return figure
+
+
+@in_style
+def throughput(rows: Sequence[Mapping[str, Any]]) -> Figure:
+    """Returns a figure of a benchmark's rows: images per second of each model and dtype, and, if dense was measured,
+    the time of a step relative to the dense step of the same dtype and round."""
+    dtypes, models = (list(dict.fromkeys(row[name] for row in rows)) for name in ("dtype", "model"))
+    dense = {row["dtype"]: np.array(row["seconds_per_round"]) for row in rows if row["model"] == "dense"}
+    figure, grid = subplots(1, 2 if dense else 1, (10, 1.5 + 0.28 * len(models) * len(dtypes)), sharey=True)
+    height = 0.8 / len(dtypes)
+    for row in rows:
+        number, seconds = dtypes.index(row["dtype"]), np.array(row["seconds_per_round"])
+        y = models.index(row["model"]) + (number - (len(dtypes) - 1) / 2) * height
+        style = {"color": COLOURS[number], "label": row["dtype"] if row["model"] == models[0] else "_"}
+        low, rate, high = np.quantile(row["images_per_second"] * row["seconds"] / seconds, (0.25, 0.5, 0.75))
+        grid[0, 0].barh(y, rate, height, xerr=[[rate - low], [high - rate]], error_kw={"elinewidth": 1}, **style)
+        text = f"{rate:,.{1 if rate < 100 else 0}f}"
+        grid[0, 0].annotate(text, (high, y), (4, 0), textcoords="offset points", va="center", fontsize=9)
+        if row["dtype"] in dense:
+            low, ratio, high = np.quantile(seconds / dense[row["dtype"]], (0.25, 0.5, 0.75))
+            grid[0, 1].errorbar(ratio, y, xerr=[[ratio - low], [high - ratio]], fmt="o", **style)
+    grid[0, 0].set_yticks(range(len(models)), models)
+    grid[0, 0].set(title="Training speed", xlabel="images/s (right is better)", ylim=(len(models) - 0.5, -0.5))
+    grid[0, 0].margins(x=0.15)
+    if dense:
+        grid[0, 1].axvline(1, color="black", linewidth=1)
+        grid[0, 1].set(title="Time of a step", xlabel="time / time of dense (left is better)")
+    for axes in grid[0]:
+        axes.grid(axis="y", visible=False)
+    title = f"median and quartiles, n = {len(rows[0]['seconds_per_round'])} rounds"
+    figure.legend(*grid[0, 0].get_legend_handles_labels(), title=title, loc="outside lower center", ncols=len(dtypes))
+    return figure
+
+
+def _seeds(counts: Mapping[str, int]) -> tuple[dict[str, str], str]:
+    """Returns the label of each group and the name of the statistics, "" for one seed. One of them holds n."""
+    one, *more = sorted(set(counts.values()))
+    labels = {name: f"{shown(name)} (n = {n})" if more else shown(name) for name, n in counts.items()}
+    return labels, f"mean ± sample deviation over {'n' if more else one} seeds" if more or one > 1 else ""
+
+
+class _Plain(Formatter):
+    """Plain decimals of value * scale, in as few digits as tell the ticks of an axis apart."""
+
+    def __init__(self, scale: float) -> None:
+        self._scale = scale
+
+    def __call__(self, value: float, pos: object = None) -> str:
+        return self.format_ticks([value])[0]
+
+    def format_ticks(self, values: Sequence[float]) -> list[str]:
+        digits, texts = 3, list[str]()
+        while len(set(texts)) < len(values) and digits < 16:
+            scaled = [np.format_float_positional(self._scale * v, digits, fractional=False, trim="-") for v in values]
+            digits, texts = digits + 1, scaled
+        return texts
+
+
+def plain_ticks(axis: Axis, scale: float = 1) -> None:
+    """Gives a logarithmic axis several ticks, whatever its range, as plain decimals of value * scale."""
+    low, high = axis.get_view_interval()
+    subs = (1, 2, 5) if high > 20 * low else (1, 1.5, 2, 3, 4, 6)
+    axis.set_major_locator(LogLocator(subs=subs) if high > 4 * low else MaxNLocator(8, steps=(1, 2, 5, 10)))
+    axis.set_major_formatter(_Plain(scale))
+    axis.set_minor_locator(NullLocator())
