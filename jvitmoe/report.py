@@ -38,10 +38,8 @@ def main(argv: list[str]) -> None:
     rows = [row for name, group in found.items() for row in groups.group_rows(name, group)]
     overview = [groups.overview_row(name, group) for name, group in found.items()]
     pictures = _pictures(found)
-    parts: list[page.Part] = [
-        *(page.Heading(1, "Runs"), groups.opening(found), overview, OVERVIEW, *pictures),
-        *(page.Heading(2, "Every model"), rows, NOTE),
-    ]
+    parts: list[page.Part] = [page.Heading(1, "Runs"), groups.opening(found), overview, OVERVIEW]
+    parts += [*pictures, page.Heading(2, "Every model"), rows, NOTE]
     files.make_folder(out)
     for picture in pictures:
         files.write_bytes(out / f"{picture.name}.png", picture.png)
@@ -77,8 +75,8 @@ def _read_groups(arguments: Sequence[str]) -> Groups:
         raise left_out[0]
     if not (runs or named):
         raise UserError("no run folder was given; name one or more, such as runs/digits_dense runs/digits_random")
-    for error in left_out:
-        console.print(f"left out    {error}")
+    for reason in left_out:
+        console.print(f"left out    {reason}")
     return groups.in_order(groups.group_runs(runs, named))
 
 

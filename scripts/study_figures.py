@@ -65,7 +65,7 @@ def differences(name: str, compared: list[verdicts.Comparison]) -> Figure:
     axes.set_yticks(range(len(compared)), [f"{item.arm} ({item.model}) - {item.reference}" for item in compared])
     above = sum(interval(item.paired)[0] > 0 for item in compared)
     axes.set(title=f"{name}: {above} of {len(compared)} intervals lie above 0", ylim=(len(compared) - 0.5, -0.5))
-    axes.set_xlabel("difference of test accuracies, points; an interval right of the dotted line loses nothing")
+    axes.set_xlabel("difference of test accuracies, points\n(an interval right of the dotted line loses nothing)")
     return figure
 
 

@@ -25,7 +25,7 @@ table { border-collapse: collapse; font-variant-numeric: tabular-nums; white-spa
 th, td { padding: .25rem .6rem; text-align: right; border-bottom: 1px solid #8884; }
 .left { text-align: left; }
 h2 { white-space: pre-wrap; }
-img { background: #fff; max-width: 100%; display: block; margin: 1rem 0; }
+img { background: #fff; max-width: max(100%, 720px); display: block; margin: 1rem 0; }
 </style>
 </head>
 <body>
@@ -71,7 +71,8 @@ def _html(part: Part) -> str:
         case Heading(level, text):
             return f"<h{level}>{html.escape(text)}</h{level}>"
         case Picture(name, png):
-            return f'<img alt="{html.escape(name)}" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
+            source = f"data:image/png;base64,{base64.b64encode(png).decode()}"
+            return f'<div><img alt="{html.escape(name)}" src="{source}"></div>'
         case str(text):
             return f"<p>{html.escape(text)}</p>"
     head = "".join(_cell("th", name, name) for name in part[0])
