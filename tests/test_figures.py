@@ -109,7 +109,7 @@ def test_twenty_two_groups_of_curves_and_their_comparison_can_be_told_apart(tmp_
     (axes,) = comparison.axes
     for (at, radius), (other, _) in itertools.combinations(marks(axes), 2):
         assert np.abs(at - other).max() >= 2 * radius  # no mark hides another
-    assert "± sample deviation over 2 seeds" in axes.get_title()
+    assert "± sample deviation over 2 seeds" in comparison._suptitle.get_text()
     colours = {line.get_color() for panel in curves.axes for line in panel.lines}
     assert {line.get_color() for line in axes.lines if len(line.get_xdata()) == 1} == colours  # of runs in both
 
@@ -121,7 +121,7 @@ def test_a_few_runs_of_one_seed_make_sound_figures(tmp_path, drawn, accuracies):
     report.main(["report", str(dense), str(random), f"--out={tmp_path / 'report'}"])
     for figure in drawn:
         check(figure)
-    title = drawn[0].axes[0].get_title()
+    title = drawn[0]._suptitle.get_text()
     best = "$dense_1$\\n, dense" if accuracies[0] > accuracies[1] else ", merged"
     assert f"{100 * (1 - max(accuracies)):.2f} %" in title
     assert f"{best}\none seed ± standard error over 10 images" in title
@@ -129,11 +129,11 @@ def test_a_few_runs_of_one_seed_make_sound_figures(tmp_path, drawn, accuracies):
 
 def test_the_standard_error_of_each_run_is_of_its_own_images(tmp_path):
     table = {"few": {"dense": [0.8]}, "many": {"dense": [0.8]}}
-    (axes,) = figures.comparison(table, {"few": 10, "many": 1000}).axes
+    (axes,) = (figure := figures.comparison(table, {"few": 10, "many": 1000})).axes
     whiskers = [bars.get_segments()[0] for bars in axes.collections if isinstance(bars, LineCollection)]
     found = [segment[1, 0] - 0.2 for segment in whiskers]
     assert found == pytest.approx([(0.2 * 0.8 / 10) ** 0.5, (0.2 * 0.8 / 1000) ** 0.5])
-    assert "standard error over 10 or 1,000 images" in axes.get_title()
+    assert "standard error over 10 or 1,000 images" in figure._suptitle.get_text()
 
 
 def history(folder, **figures_of):
@@ -207,7 +207,7 @@ def test_the_confusion_matrix_names_its_classes_and_counts_up_to_20(classes, nam
     cells = {(d, c): str(counts_CC[c, d]) for c, d in zip(*np.nonzero(counts_CC), strict=True)}
     assert texts == (cells if classes <= 20 else {})
     np.testing.assert_allclose(axes.get_images()[0].get_array().sum(1), 100)
-    assert axes.get_yticklabels()[0].get_text() == ("0 a [name] …ImageNet's" if name else "0")
+    assert axes.get_yticklabels()[0].get_text() == ("0 a [name]…mageNet's" if name else "0")
 
 
 def test_no_confusion_matrix_of_more_than_100_classes_or_that_was_not_counted_is_drawn():

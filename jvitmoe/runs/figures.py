@@ -158,11 +158,10 @@ def comparison(table: Mapping[str, Mapping[str, Sequence[float]]], images: Mappi
         axes.axvline(max(errors[0]["dense"].mean(), LEAST), color="black", linewidth=0.8, linestyle=":")
     labels, statistics = _seeds(counts)
     counted = " or ".join(f"{number:,}" for number in sorted(set(images.values())))
-    best, name, model = min((v.mean(), name, m) for name, e in zip(table, errors, strict=True) for m, v in e.items())
-    axes.set_title(
-        f"Lowest test error: {100 * best:.2f} %, {shown(name)}, {model}\n"
-        f"{statistics or f'one seed ± standard error over {counted} images'}"
-    )
+    means = [(v.mean(), name, model) for name, e in zip(table, errors, strict=True) for model, v in e.items()]
+    best, name, model = min(means, key=lambda item: item[0])
+    spread = statistics or f"one seed ± standard error over {counted} images"
+    figure.suptitle(f"Lowest test error: {100 * best:.2f} %, {shown(name)}, {model}\n{spread}", fontsize=12)
     axes.set(xlabel="test error, % (left is better)", xscale="log", ylim=(len(table) - 0.5, -0.5))
     axes.set_yticks(range(len(table)), labels.values())
     axes.grid(axis="y", visible=False)
@@ -182,7 +181,8 @@ def mergeability(result: Mapping[str, Any]) -> Figure:
     layer_axes.plot(why["layers"], why["spread"], "o-", color=COLOURS[0], label="experts' weights (spread)")
     layer_axes.plot(why["layers"], why["gap"], "s-", color=COLOURS[1], label="layer's output (gap)")
     layer_axes.set(title="Distance of experts from their mean", xlabel="layer", ylabel="distance / size of the mean")
-    layer_axes.set_ylim(0, max(layer_axes.get_ylim()[1], LEAST_RANGE))
+    top = max(layer_axes.get_ylim()[1], LEAST_RANGE)
+    layer_axes.set_ylim(-0.04 * top, top)
     layer_axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
     share, losses = why["barrier"]["share"], why["barrier"]["losses"]
