@@ -13,7 +13,6 @@ import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 from absl import flags
 
 from jvitmoe import cli
@@ -22,6 +21,8 @@ from jvitmoe.config import Config
 from jvitmoe.errors import UserError
 from jvitmoe.runs import files, results
 from jvitmoe.runs.console import console, warnings_as_lines
+
+MOST_SAMPLES = 16  # images of samples.png
 
 
 def main(argv: list[str]) -> None:
@@ -44,9 +45,6 @@ def main(argv: list[str]) -> None:
     else:
         files.refuse_links(workdir)
         _evaluate(values, workdir)
-
-
-MOST_SAMPLES = 16  # images of samples.png
 
 
 class _Restored(NamedTuple):
@@ -86,14 +84,11 @@ def _evaluate(values: flags.FlagValues, workdir: Path) -> None:
         few = _some(data.test, mergeability.IMAGES, config)
         batches = eval_batches(len(few), config.train.batch_size, mesh)
         result["mergeability"] = mergeability.measure(config, params, evaluate, on_devices(few, mesh), batches)
-        figures.save(figures.mergeability(result), workdir / files.MERGEABILITY)
     _draw_samples(evaluate, build.dense_tree(config, params), _some(data.test, MOST_SAMPLES, config), workdir)
-    drawn = False
-    for row in result["rows"]:
-        if matrix := figures.confusion(row, results.class_names(workdir, len(row.get("confusion", ())))):
-            figures.save(matrix, workdir / files.CONFUSION)
-            drawn = True
-    results.write_result(workdir, result, drawn)
+    drawn = figures.of_run(result, workdir)
+    for name, figure in drawn.items():
+        figures.save(figure, workdir / name)
+    results.write_result(workdir, result, files.CONFUSION in drawn)
 
 
 def _restore(values: flags.FlagValues, workdir: Path) -> _Restored:
@@ -161,12 +156,10 @@ def _draw_samples(evaluate: Any, params: Any, few: Any, workdir: Path) -> None:
 
     logits_NC = vit.logits(evaluate.net, params, evaluate.normalize(jnp.asarray(few.images_NHWc)))
     names, cells = results.class_names(workdir, logits_NC.shape[1]), []
-    for image_HWc, label, share_C in zip(
-        few.images_NHWc, few.labels_N, jax.device_get(jax.nn.softmax(logits_NC)), strict=True
-    ):
-        order_C = (-share_C).argsort()[: contact_sheet.LINES]
-        guesses = [(names[c], float(share_C[c])) for c in order_C]
-        picture = Picture(names[label], np.asarray(image_HWc))
+    share_NC = jax.device_get(jax.nn.softmax(logits_NC))
+    for image_HWc, label, share_C in zip(few.images_NHWc, few.labels_N, share_NC, strict=True):
+        order_C = (-share_C).argsort()
+        guesses, picture = [(names[c], float(share_C[c])) for c in order_C], Picture(names[label], image_HWc)
         cells.append(contact_sheet.Cell(picture, f"true: {names[label]}", guesses, is_wrong=order_C[0] != label))
     contact_sheet.draw(workdir / files.SAMPLES, cells)
 

@@ -14,7 +14,7 @@ from absl import flags
 
 from jvitmoe import cli
 from jvitmoe.errors import UserError
-from jvitmoe.runs import files, groups, page, results, tables
+from jvitmoe.runs import files, groups, page, tables
 from jvitmoe.runs.console import console
 from jvitmoe.runs.groups import Groups
 
@@ -101,15 +101,12 @@ def _details(found: Groups) -> list[page.Part]:
     if len((rows := groups.setting_rows(found))[0]) > 1:
         parts += [page.Heading(2, "Settings that differ"), rows]
     for name, (run, *_) in found.items():
-        pictures = [page.own_picture(run.folder / files.SAMPLES)]
-        if "mergeability" in run.result:
-            pictures.append(page.Picture("mergeability", figures.png(figures.mergeability(run.result))))
-        for row in run.result["rows"]:
-            names = results.class_names(run.folder, len(row.get("confusion") or ()))
-            if figure := figures.confusion(row, names):
-                pictures.append(page.Picture("confusion", figures.png(figure)))
-        if shown := [picture for picture in pictures if picture]:
-            parts += [page.Heading(2, f"{name}, seed {run.config.train.seed}"), *shown]
+        drawn = figures.of_run(run.result, run.folder)
+        pictures = [page.Picture(Path(file).stem, figures.png(figure)) for file, figure in drawn.items()]
+        if samples := page.own_picture(run.folder / files.SAMPLES):
+            pictures.append(samples)
+        if pictures:
+            parts += [page.Heading(2, f"{name}, seed {run.config.train.seed}"), *pictures]
     return parts
 
 

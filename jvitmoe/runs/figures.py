@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.font_manager import get_font
 from matplotlib.ticker import Formatter, LogLocator, MaxNLocator, NullLocator
 
-from jvitmoe.runs import files, history
+from jvitmoe.runs import files, history, results
 
 # The palette of Okabe and Ito, which colour-blind readers can distinguish. Black is the reference.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -70,37 +70,37 @@ def curves(groups: Mapping[str, Sequence[Path]]) -> Figure | None:
     """Returns training loss and evaluation error of {group: folders} against the step, and None if no run recorded two
     of one. A line is the mean over a group's seeds, its band the sample deviation. A row of panels has the first group
     and at most six others."""
-    names, titles = list(groups), ("Training loss", "")
-    runs = {name: [history.read_metrics(folder / files.METRICS) for folder in groups[name]] for name in names}
-    found = {
-        name: ([_series(run, True) for run in several], [_series(run, False) for run in several])
-        for name, several in runs.items()
-    }
-    columns = [c for c in (0, 1) if any(len(series) > 1 for name in names for series in found[name][c])]
-    if not columns:
-        return None
+    runs = {name: [history.read_metrics(folder / files.METRICS) for folder in groups[name]] for name in groups}
     splits = sorted({line["kind"] for several in runs.values() for run in several for line in run} - {"train"})
-    titles = "Training loss", f"{' and '.join(splits)} error".capitalize()
-    rows = [[names[0], *names[at : at + len(COLOURS)]] for at in range(1, max(len(names), 2), len(COLOURS))]
+    losses, errors = (
+        {name: [_series(run, training) for run in several] for name, several in runs.items()}
+        for training in (True, False)
+    )
+    panels: list[tuple[str, str, int, dict[str, Any], dict[str, list[dict[int, float]]]]] = [
+        ("Training loss", "loss, nats", 1, {}, losses),
+        (f"{' and '.join(splits)} error".capitalize(), "error, %", 100, {"marker": "o", "markersize": 3}, errors),
+    ]
+    lengths = [max(len(series) for several in found.values() for series in several) for *_, found in panels]
+    panels = [panel for panel, length in zip(panels, lengths, strict=True) if length > 1]
+    if not panels:
+        return None
+    names, most = list(groups), len(COLOURS)
+    rows = [[names[0], *names[start : start + most]] for start in range(1, max(len(names), 2), most)]
     labels, statistics = _seeds({name: len(folders) for name, folders in groups.items()})
-    size = (2.2 + 4 * len(columns), 1 + 2.6 * len(rows))
-    figure, grid = subplots(len(rows), len(columns), size, sharex=True, sharey="col")
-    for panels, row in zip(grid, rows, strict=True):
-        for axes, column in zip(panels, columns, strict=True):
-            style = ({}, {"marker": "o", "markersize": 3})[column]
-            lines = [_mean_line(axes, found[name][column], color=_colour(names, name), **style) for name in row]
-            axes.set_ylabel(("loss, nats", "error, %")[column])
-        panels[-1].legend(
-            lines, [labels[name] for name in row], loc="center left", bbox_to_anchor=(1, 0.5), fontsize=10
-        )
-    most = max(len(series) for name in names for column in columns for series in found[name][column])
-    averaged = f"lines averaged to {POINTS} points" if most > POINTS else ""
+    size = (2.2 + 4 * len(panels), 1 + 2.6 * len(rows))
+    figure, grid = subplots(len(rows), len(panels), size, sharex=True, sharey="col")
+    for column, (title, label, scale, style, found) in zip(grid.T, panels, strict=True):
+        for axes, row in zip(column, rows, strict=True):
+            lines = [_mean_line(axes, found[name], color=_colour(names, name), **style) for name in row]
+            axes.set_ylabel(label)
+            if axes in grid[:, -1]:
+                place: Any = {"loc": "center left", "bbox_to_anchor": (1, 0.5), "fontsize": 10}
+                axes.legend(lines, [labels[name] for name in row], **place)
+        column[0].set(title=title, yscale="log")
+        column[-1].set_xlabel("step")
+        plain_ticks(column[0].yaxis, scale)
+    averaged = f"lines averaged to {POINTS} points" if max(lengths) > POINTS else ""
     figure.suptitle("; ".join(filter(None, (statistics, averaged))), fontsize=11)
-    for number, column in enumerate(columns):
-        grid[0, number].set_title(titles[column])
-        grid[-1, number].set_xlabel("step")
-        grid[0, number].set_yscale("log")
-        plain_ticks(grid[0, number].yaxis, (1, 100)[column])
     return figure
 
 
@@ -170,6 +170,15 @@ def comparison(table: Mapping[str, Mapping[str, Sequence[float]]], images: Mappi
     handles = [axes.plot([], [], MARKS[model], color="0.4")[0] for model in used]
     figure.legend(handles, used, loc="outside lower center", ncols=len(used))
     return figure
+
+
+def of_run(result: Mapping[str, Any], workdir: Path) -> dict[str, Figure]:
+    """Returns file name -> figure of the result of a run: its mergeability, and a confusion matrix."""
+    drawn = {files.MERGEABILITY: mergeability(result)} if "mergeability" in result else {}
+    for row in result["rows"]:
+        if figure := confusion(row, results.class_names(workdir, len(row.get("confusion", ())))):
+            drawn[files.CONFUSION] = figure
+    return drawn
 
 
 @in_style

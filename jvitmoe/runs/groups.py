@@ -31,7 +31,7 @@ Groups = dict[str, list[TestedRun]]
 def read_run(folder: Path) -> TestedRun:
     """Returns a run that was tested. Raises UserError where the folder holds none."""
     if not os.path.exists(folder):  # unlike Path.exists, it raises for no name
-        raise UserError(f"{str(folder)!r} is no folder; name one that training wrote")
+        raise UserError(f"{str(folder)!r} is no folder; give a folder whose training has ended")
     result = results.read_result(folder)
     if not result:
         raise UserError(f"{str(folder)!r} holds no {files.RESULT}; give a folder whose training has ended")

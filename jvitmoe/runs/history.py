@@ -35,9 +35,9 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return list(lines.values())
 
 
-def averaged(runs: Sequence[Mapping[int, float | None]], most: int) -> tuple[list[int], np.ndarray]:
+def averaged(runs: Sequence[Mapping[int, float]], most: int) -> tuple[list[int], np.ndarray]:
     """Returns (steps, values [runs, steps]) of at most `most` averages over the steps that all runs have. Each is named
-    by its last step; one with a null is NaN."""
+    by its last step."""
     steps = sorted(set.intersection(*map(set, runs)))
     if not steps:
         return [], np.empty((len(runs), 0))
