@@ -1,7 +1,7 @@
 """Tests the models of a run: `python -m jvitmoe.evaluate --workdir runs/X [--checkpoint latest|best|STEP]`.
 
 Prints one row per model, writes result.json and report.md, and draws what the dense or merged model says: of all images
-in confusion.png, of 16 in samples.png. For a run with experts it also measures why averaging works or fails, and draws
+in confusion.png, of 15 in samples.png. For a run with experts it also measures why averaging works or fails, and draws
 it in mergeability.png. Takes the config from the run folder; any number of devices will do.
 With --few_shot or --knn it also probes the features of the dense or merged model, and of the EMA, on the run's data set
 or on that of --probe_data; the shots are drawn with the fixed seeds 0, 1 and 2.
@@ -22,7 +22,7 @@ from jvitmoe.errors import UserError
 from jvitmoe.runs import files, results
 from jvitmoe.runs.console import console, warnings_as_lines
 
-MOST_SAMPLES = 16  # images of samples.png
+MOST_SAMPLES = 15  # images of samples.png
 
 
 def main(argv: list[str]) -> None:
