@@ -37,7 +37,7 @@ class Tfds(Source):
         self._builder = builder = _builder(data, others)
         self._image_key, self._label_key = _supervised_keys(data.name, builder)
         image, label = builder.info.features[self._image_key], builder.info.features[self._label_key]
-        any_size = data.crop != "pad"
+        any_size = data.crop != "exact"
         if None in image.shape[:2] and not any_size:
             raise DataError(
                 f"images of {data.name} vary in size; set --config.data.crop=centre, or --config.data.stream "

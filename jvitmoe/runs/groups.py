@@ -105,9 +105,8 @@ def in_order(groups: Groups) -> Groups:
 def families(groups: Groups) -> list[dict[str, list[Path]]]:
     """Returns {name: folders} of the groups of each kind of routing, in order."""
 
-    def kind(item: tuple[str, list[TestedRun]]) -> tuple[str, str, str]:
-        routing = item[1][0].config.routing
-        return routing.router, routing.granularity, routing.scope
+    def kind(item: tuple[str, list[TestedRun]]) -> str:
+        return item[1][0].config.routing.kind
 
     every = itertools.groupby(groups.items(), kind)
     return [{name: [run.folder for run in group] for name, group in items} for _, items in every]

@@ -5,25 +5,23 @@ the share of one device
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from jvitmoe.config import RoutingConfig
 from jvitmoe.data import augment
 from jvitmoe.data.batches import Images
-from jvitmoe.experts import build, slices
-from jvitmoe.experts.routes import Purpose, address, constant_route
-from jvitmoe.models import routers, vit
+from jvitmoe.experts import trees
 from jvitmoe.models.routers import Statistics
+from jvitmoe.routing import Pass
+from jvitmoe.routing.base import Route
+from jvitmoe.runtime.addresses import Purpose, address
 from jvitmoe.runtime.devices import AXES, BY_DATA, BY_EXPERT, DATA, EXPERT, REPLICATED
-from jvitmoe.training import losses
+from jvitmoe.training import losses, trained
 from jvitmoe.training.plan import StepPlan
-
-Routes = tuple[jax.Array, ...]  # one for each forward pass (experts.routes.draw_route)
 
 
 class Inputs(NamedTuple):
@@ -32,8 +30,7 @@ class Inputs(NamedTuple):
     split: Images
     index_B: jax.Array | None  # which images of `split` make the batch; None if a stream gives just them
     step: jax.Array
-    routes: Routes
-    teacher: Any  # experts that the last part of training learns from (`train.distil_last`), or None
+    routes: tuple[Route, ...]
 
 
 class Gradients(NamedTuple):
@@ -46,7 +43,7 @@ class Gradients(NamedTuple):
 
 
 class Shard(NamedTuple):
-    """The images of one device, sorted by slot, or by expert where `StepPlan.sorts_images`."""
+    """The images of one device, in `Routing.slots` equal parts, sorted by expert."""
 
     images_bHWc: jax.Array  # augmented and normalised
     labels_b: jax.Array
@@ -62,15 +59,15 @@ def gradients(plan: StepPlan, params: Any, inputs: Inputs) -> Gradients:
     return jax.shard_map(
         functools.partial(local_gradients, plan),
         mesh=plan.mesh,
-        in_specs=(spec, Inputs(images, whole, whole, whole, whole)),
+        in_specs=(spec, Inputs(images, whole, whole, whole)),
         out_specs=Gradients(whole, whole, whole, spec),
     )(params, inputs)
 
 
 def local_gradients(plan: StepPlan, params: Any, inputs: Inputs) -> Gradients:
-    """Returns the gradients of the global batch for the parameters of `plan.local_model` that this device holds. Of a
-    streamed batch, `inputs.split` holds the rows of this device."""
-    shard = images_of_device(plan, inputs, batch_indices(plan, inputs.routes[0]))
+    """Returns the gradients of the global batch for the parameters that this device holds. Of a streamed batch,
+    `inputs.split` holds the rows of this device."""
+    shard = images_of_device(plan, inputs, batch_indices(plan, inputs.routes))
     # Each device differentiates its own copy, so gradients are reduced once, at the end, and not where a parameter
     # first meets the images: inside the scan over layers, and the CLS token once per image.
     axes = jax.tree.map(lambda leaf: (DATA,) if leaf else AXES, on_expert_axis(plan, params))
@@ -85,25 +82,21 @@ def local_gradients(plan: StepPlan, params: Any, inputs: Inputs) -> Gradients:
 
 def on_expert_axis(plan: StepPlan, params: Any) -> Any:
     """Returns the tree of bools that marks the leaves split over the devices of the expert axis."""
-    return jax.tree.map(lambda is_stacked: is_stacked and plan.expert_devices > 1, slices.stacked(params))
+    return jax.tree.map(lambda is_stacked: is_stacked and plan.expert_devices > 1, trees.stacked(params))
 
 
-def batch_indices(plan: StepPlan, route: jax.Array) -> jax.Array:
-    """Returns index_b in the global batch of this device's images, sorted by slot, or by expert if images move."""
-    batch, slots = plan.config.train.batch_size, plan.config.slots
-    if slots == 1:
-        share = batch // plan.mesh.size
-        return jax.lax.axis_index(AXES) * share + jnp.arange(share)
-    share, here = batch // plan.data_devices, slots // plan.expert_devices
-    slot_E = jnp.argsort(route[0]) if plan.sorts_images else jnp.arange(slots)
-    slot_e = jax.lax.dynamic_slice(slot_E, (jax.lax.axis_index(EXPERT) * here,), (here,))
+def batch_indices(plan: StepPlan, routes: tuple[Route, ...]) -> jax.Array:
+    """Returns index_b in the global batch of this device's images, sorted by the expert that they meet."""
+    slots, share = plan.routing.slots, plan.config.train.batch_size // plan.data_devices
+    here = slots // plan.expert_devices
+    slot_e = jax.lax.dynamic_slice(plan.routing.slot_of_expert(routes), (jax.lax.axis_index(EXPERT) * here,), (here,))
     index_eb = slot_e[:, None] + slots * jnp.arange(share // slots)[None]
     return jax.lax.axis_index(DATA) * share + index_eb.reshape(-1)
 
 
 def images_of_device(plan: StepPlan, inputs: Inputs, index_b: jax.Array) -> Shard:
     """Returns the images at these indices of the batch and their targets, augmented."""
-    config, (split, index_B, step, routes, _) = plan.config, inputs
+    config, (split, index_B, step, _) = plan.config, inputs
     share = config.train.batch_size // plan.data_devices
     image_b = index_b - jax.lax.axis_index(DATA) * share if index_B is None else index_B[index_b]
     labels_b = split.labels_N[image_b]
@@ -112,20 +105,11 @@ def images_of_device(plan: StepPlan, inputs: Inputs, index_b: jax.Array) -> Shar
         key_b=image_keys(plan, Purpose.AUGMENT, step, index_b),
         key=address(plan.root, Purpose.AUGMENT, step, config.train.batch_size),  # no image has this index
         partner=functools.partial(partner_rows, plan, index_b),
-        plain=step >= round((1.0 - config.data.plain_last) * plan.total),
-        share_b=augmented_share(config.routing, routes[0], index_b) if config.routing.augment_spread else None,
+        plain=step >= round((1.0 - config.data.plain_at_end) * plan.total),
     )
     images_bHWc, targets_bC = augment.augment(config.data, batch, split.images_NHWc[image_b], targets_bC)
     x_bHWc = augment.normalize(images_bHWc, config.data.mean, config.data.std)
     return Shard(x_bHWc, labels_b, targets_bC, index_b)
-
-
-def augmented_share(routing: RoutingConfig, route: jax.Array, index_b: jax.Array) -> jax.Array:
-    """Returns the probability that an image is augmented beyond crop and flip: 1 - augment_spread for the images of the
-    first expert, rising linearly to 1 for those of the last. In PAPA too, members see different augmentations (arXiv
-    2304.03094)."""
-    expert_b = jnp.broadcast_to(route[0], index_b.shape) if route.ndim == 1 else route[0, index_b % routing.experts]
-    return 1.0 - routing.augment_spread * (1.0 - expert_b / (routing.experts - 1))
 
 
 def partner_rows(plan: StepPlan, index_b: jax.Array, rows: Any) -> Any:
@@ -155,7 +139,7 @@ def accumulate(plan: StepPlan, differentiate: Callable[[Shard], Any], shard: Sha
 
     Each part has its share of every slot.
     """
-    parts, slots = plan.config.train.accumulate, plan.config.slots // plan.expert_devices
+    parts, slots = plan.config.train.accumulate, plan.routing.slots // plan.expert_devices
     if parts == 1:
         return differentiate(shard)
 
@@ -175,66 +159,17 @@ def loss_and_metrics(
     params: Any, plan: StepPlan, shard: Shard, inputs: Inputs
 ) -> tuple[jax.Array, tuple[jax.Array, Statistics | None]]:
     """Returns (loss, (accuracy, statistics of a learned router)), each a mean over the shards of all devices."""
-    params = without_expert_axis(plan, stop_frozen(plan, params))
-    if plan.config.routes_in_model:
-        logits_bC, statistics = routed_logits(plan, params, shard, inputs.step)
-        passes, auxiliary = [logits_bC], losses.router_losses(plan, statistics)
-    else:
-        passes = [logits_of_pass(plan, params, shard, inputs, number) for number in range(plan.passes)]
-        statistics, auxiliary = None, jnp.float32(0)
-    loss = losses.classification_loss(plan, passes, shard.targets_bC)
-    if (teacher := inputs.teacher) is not None:
-        own, images_bHWc = loss, shard.images_bHWc
-        loss = jax.lax.cond(
-            inputs.step >= plan.first_tied,
-            lambda: (own + losses.divergence(plan, teacher, images_bHWc, passes[0])) / 2,
-            lambda: own,
-        )
+    params, routing = trained.stop_others(plan.config, params), plan.routing
+
+    def run(number: int) -> tuple[jax.Array, Statistics | None]:
+        index_b = shard.index_b + number * plan.config.train.batch_size
+        key_b = image_keys(plan, Purpose.DROPOUT, inputs.step, index_b) if routing.needs_keys else None
+        at = Pass(number, inputs.routes, inputs.step, plan.total)
+        return routing.logits(plan.model, params, shard.images_bHWc, key_b, at)
+
+    passes, statistics = zip(*map(run, range(routing.passes)), strict=True)
+    loss = losses.classification_loss(plan.config.routing, passes, shard.targets_bC)
     accuracy = (passes[0].argmax(-1) == shard.labels_b).mean()
-    # The mean over devices belongs inside: auxiliary losses are of the global batch.
-    return jax.lax.pmean(loss, AXES) + auxiliary, (jax.lax.pmean(accuracy, AXES), statistics)
-
-
-def stop_frozen(plan: StepPlan, params: Any) -> Any:
-    """Returns the parameters, with no gradient for those that are not trained: they cost none and count in no norm."""
-    frozen = build.frozen(plan.config)
-    if not frozen:
-        return params
-
-    def stop(path: Sequence[Any], leaf: jax.Array) -> jax.Array:
-        if frozen(path):
-            return jax.lax.stop_gradient(leaf)
-        trained = build.trained_layers(plan.config, path, leaf)
-        return leaf if trained.all() else jnp.where(trained, leaf, jax.lax.stop_gradient(leaf))
-
-    return jax.tree.map_with_path(stop, params)
-
-
-def without_expert_axis(plan: StepPlan, params: Any) -> Any:
-    """Returns the parameters as the network takes them: if a device of the expert axis has one expert, a dense tree."""
-    if plan.expert_devices == 1 or plan.local_model.experts > 1:
-        return params
-    trunk, experts = slices.split(params, slices.stacked(params))
-    return slices.join(trunk, slices.take(experts, constant_route(0, plan.config.model.depth)))
-
-
-def logits_of_pass(plan: StepPlan, params: Any, shard: Shard, inputs: Inputs, number: int) -> jax.Array:
-    """Returns logits_bC of forward pass `number`, by its random route."""
-    route: jax.Array | None = inputs.routes[number]
-    if plan.sorts_images:
-        route = None  # the images of expert e are in slot e
-    elif not plan.all_run:
-        route = constant_route(number, plan.config.model.depth)  # expert p of what `state.take` selected is of pass p
-    index_b = shard.index_b + number * plan.config.train.batch_size
-    keys_b = image_keys(plan, Purpose.DROPOUT, inputs.step, index_b) if plan.config.model.drops else None
-    return vit.logits(plan.local_model, params, shard.images_bHWc, route, keys_b)
-
-
-def routed_logits(plan: StepPlan, params: Any, shard: Shard, step: jax.Array) -> tuple[jax.Array, Statistics]:
-    """Returns (logits_bC, statistics over the global batch) of a model with a router."""
-    routed = plan.config.routing
-    keys_b = image_keys(plan, Purpose.DROPOUT, step, shard.index_b)  # also without dropout: no keys mean evaluation
-    top_k = routers.find(routed.router).top_k_at(step, plan.total, routed.top_k, routed.experts)
-    logits_bC, statistics = vit.logits_and_statistics(plan.local_model, params, shard.images_bHWc, keys_b, top_k)
-    # Reduced before anything is multiplied: the loss of means is no mean of losses.
-    return logits_bC, jax.lax.pmean(statistics, AXES)
+    # Means over devices belong inside. Those of statistics come first: the loss of means is no mean of losses.
+    whole = jax.lax.pmean(statistics[0], AXES)
+    return jax.lax.pmean(loss, AXES) + routing.loss(whole), (jax.lax.pmean(accuracy, AXES), whole)
