@@ -21,7 +21,7 @@ def get_config(variant: str = "dense") -> Config:
             **{"image_size": 32, "channels": 3, "classes": 10, "stem": "conv", "patch": 2, "pool": "seq"},
             **{"width": 256, "hidden": 512, "depth": 7, "heads": 4, "drop_path": 0.1},
         ),
-        optim=OptimConfig(learning_rate=5.5e-4, weight_decay=0.06, warmup_epochs=10, final_rate=0.02),
+        optim=OptimConfig(learning_rate=5.5e-4, weight_decay=0.06, warmup_epochs=10),
         train=TrainConfig(epochs=300, batch_size=128, label_smoothing=0.1, eval_every=10),
     )
     return with_variant(config, variant)

@@ -197,11 +197,9 @@ class OptimConfig:
         0.05, "coefficient of weight decay; except with adam, of matrices only, not of LoRA and adapters", at_least=0
     )
     schedule: str = setting("step", "cosine per step, or per epoch (the original)", ("step", "epoch"))
-    final_rate: float = setting(
-        0.0, "learning rate that the cosine ends at, as a fraction of learning_rate", at_least=0, at_most=1
-    )
     warmup_epochs: float = setting(0.0, "linear from 0, at most half of training; only if schedule=step", at_least=0)
     clip_norm: float = setting(0.0, "largest global norm of the gradient; 0 does not clip", at_least=0)
+    eps: float = setting(1e-8, "epsilon of Adam", above=0)
     layer_decay: float = setting(
         1.0, "ratio of a layer's learning rate to that of the next layer, as in timm; 1 is off", above=0, at_most=1
     )

@@ -30,19 +30,18 @@ MATRICES = {
 
 
 def schedule(config: Config, steps_per_epoch: int) -> optax.Schedule:
-    """Returns step -> learning rate: cosine to optim.final_rate times the highest over train.epochs.
+    """Returns step -> learning rate: cosine to 0 over train.epochs.
 
     "step": linear warm-up from 0; changes at every step. "epoch": changes only at the start of an epoch, as PyTorch's
     CosineAnnealingLR with one step per epoch; this is the recipe of the original.
     """
     optim, epochs = config.optim, config.train.epochs
     if optim.schedule == "epoch":
-        by_epoch = optax.cosine_decay_schedule(optim.learning_rate, epochs, optim.final_rate)
+        by_epoch = optax.cosine_decay_schedule(optim.learning_rate, epochs)
         return lambda step: by_epoch(step // steps_per_epoch)
     warmup = warmup_steps(config, steps_per_epoch)
     start = 0.0 if warmup else optim.learning_rate
-    end = optim.final_rate * optim.learning_rate
-    return optax.warmup_cosine_decay_schedule(start, optim.learning_rate, warmup, epochs * steps_per_epoch, end)
+    return optax.warmup_cosine_decay_schedule(start, optim.learning_rate, warmup, epochs * steps_per_epoch)
 
 
 def warmup_steps(config: Config, steps_per_epoch: int) -> int:
@@ -53,12 +52,12 @@ def warmup_steps(config: Config, steps_per_epoch: int) -> int:
 
 def adam(optim: OptimConfig) -> optax.GradientTransformation:
     """Adds weight_decay * parameter to the gradient of every parameter before Adam sees it (PyTorch's Adam)."""
-    return optax.chain(optax.add_decayed_weights(optim.weight_decay), optax.scale_by_adam())
+    return optax.chain(optax.add_decayed_weights(optim.weight_decay), optax.scale_by_adam(eps=optim.eps))
 
 
 def adamw(optim: OptimConfig) -> optax.GradientTransformation:
     """Adds weight_decay * parameter after Adam, to matrices only (Loshchilov and Hutter, arXiv 1711.05101)."""
-    return optax.chain(optax.scale_by_adam(), _decay_of_matrices(optim))
+    return optax.chain(optax.scale_by_adam(eps=optim.eps), _decay_of_matrices(optim))
 
 
 def lion(optim: OptimConfig) -> optax.GradientTransformation:
