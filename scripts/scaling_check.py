@@ -40,7 +40,7 @@ from jvitmoe.runs import checkpoints, plots
 from jvitmoe.runtime import compilation, processes, rendezvous
 from jvitmoe.runtime.devices import AXES, describe, make_mesh, to_devices
 from jvitmoe.training import step
-from jvitmoe.training.plan import StepPlan
+from jvitmoe.training.state import StepPlan
 from jvitmoe.training.state import make_state
 
 EXPERTS, IMAGES = 8, 16  # experts in all; images of one device

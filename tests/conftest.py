@@ -44,7 +44,7 @@ from jvitmoe.models import vit
 from jvitmoe.runtime import signals
 from jvitmoe.runtime.devices import make_mesh
 from jvitmoe.training import loop
-from jvitmoe.training.plan import StepPlan
+from jvitmoe.training.state import StepPlan
 from jvitmoe.training.state import TrainState, make_state
 from jvitmoe.training.step import Metrics, TrainStep, make_train_step
 

@@ -15,7 +15,7 @@ from jvitmoe.experts.routes import Purpose
 from jvitmoe.models import routers, vit
 from jvitmoe.runtime.devices import make_mesh
 from jvitmoe.training import communication, gradients, losses, step, update
-from jvitmoe.training.plan import StepPlan
+from jvitmoe.training.state import StepPlan
 from jvitmoe.training.state import make_state
 
 pytestmark = pytest.mark.slow

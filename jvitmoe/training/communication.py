@@ -7,7 +7,7 @@ import numpy as np
 
 from jvitmoe.experts import cost, trees
 from jvitmoe.training import update
-from jvitmoe.training.plan import StepPlan
+from jvitmoe.training.state import StepPlan
 
 
 def bytes_reduced(plan: StepPlan) -> Callable[[int], int]:

@@ -30,9 +30,8 @@ from jvitmoe.runtime import devices, processes
 from jvitmoe.runtime.signals import Stop
 from jvitmoe.runtime.watchdog import Watchdog
 from jvitmoe.training import communication, setup, step
-from jvitmoe.training.plan import StepPlan
 from jvitmoe.training.setup import RunData
-from jvitmoe.training.state import TrainState, abstract_state, make_state
+from jvitmoe.training.state import StepPlan, TrainState, abstract_state, make_state
 from jvitmoe.training.step import Metrics
 
 STALL_MINUTES = 30.0  # without progress until the run ends: longer than any program takes to compile

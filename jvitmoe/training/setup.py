@@ -23,8 +23,7 @@ from jvitmoe.runtime import devices, processes
 from jvitmoe.runtime.addresses import Purpose, address
 from jvitmoe.settings import LARGEST
 from jvitmoe.training import optimizer, trained
-from jvitmoe.training.plan import StepPlan
-from jvitmoe.training.state import abstract_state
+from jvitmoe.training.state import StepPlan, abstract_state
 
 MOST_QSR_STEPS = 10**7  # the rule is a constant of the program, a byte per step
 

@@ -1,4 +1,4 @@
-"""The training state, and its active slice: the arrays that one step reads and writes.
+"""What is fixed for all steps, the training state, and its active slice: the arrays that a step reads and writes.
 
 Experts keep optimiser states of their own, one per (layer, expert), Adam's step count included. So an expert's
 moments, bias correction and weight decay are those of a dense Adam that saw only the steps of this expert.
@@ -6,6 +6,7 @@ moments, bias correction and weight decay are those of a dense Adam that saw onl
 L layers · E experts
 """
 
+import dataclasses
 import functools
 from typing import Any, NamedTuple
 
@@ -16,11 +17,41 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jvitmoe.config import Config
 from jvitmoe.experts import merge, trees
+from jvitmoe.models import vit
 from jvitmoe.routing import Routing
 from jvitmoe.routing.base import Route
 from jvitmoe.runtime.addresses import Purpose, address
 from jvitmoe.runtime.devices import DATA, EXPERT
 from jvitmoe.training.optimizer import direction
+
+
+@dataclasses.dataclass(frozen=True)
+class StepPlan:
+    """The arguments that all functions of the step share, and values derived from them."""
+
+    config: Config
+    routing: Routing
+    model: vit.ViT  # that `routing.model` returns for these devices
+    mesh: Mesh
+    steps_per_epoch: int
+
+    @property
+    def root(self) -> jax.Array:
+        """The key of the run (`addresses.address`)."""
+        return jax.random.key(self.config.train.seed)
+
+    @property
+    def total(self) -> int:
+        """Number of steps of the run."""
+        return self.config.train.epochs * self.steps_per_epoch
+
+    @property
+    def data_devices(self) -> int:
+        return self.mesh.shape[DATA]
+
+    @property
+    def expert_devices(self) -> int:
+        return self.mesh.shape[EXPERT]
 
 
 class OptState(NamedTuple):

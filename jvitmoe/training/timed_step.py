@@ -19,8 +19,7 @@ from jvitmoe.experts.cost import count_parameters, flops_per_image
 from jvitmoe.experts.routes import Purpose
 from jvitmoe.runtime import compilation, devices
 from jvitmoe.training import step
-from jvitmoe.training.plan import StepPlan
-from jvitmoe.training.state import TrainState, make_state
+from jvitmoe.training.state import StepPlan, TrainState, make_state
 
 REPEATS = 5  # of what is timed apart from the step
 PRODUCT_SIDE = 2048  # the product of two square matrices of this side measures the peak of the machine

@@ -14,8 +14,7 @@ import optax
 
 from jvitmoe.experts import merge, trees
 from jvitmoe.training import optimizer
-from jvitmoe.training.plan import StepPlan
-from jvitmoe.training.state import OptState, TrainState
+from jvitmoe.training.state import OptState, StepPlan, TrainState
 
 
 def update(plan: StepPlan, active: TrainState, stacked: Any, grads: Any, norm: jax.Array) -> TrainState:
