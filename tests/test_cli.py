@@ -207,7 +207,7 @@ def test_help_names_the_flags_and_exits_0(capsys):
 
 @pytest.mark.process
 @pytest.mark.parametrize("arguments", [["--help"], ["--no_such_flag"]])
-@pytest.mark.parametrize("command", ["train", "evaluate", "predict", "export", "report", "benchmark", "configs"])
+@pytest.mark.parametrize("command", ["train", "evaluate", "predict", "export", "report", "configs"])
 def test_help_and_wrong_flags_do_not_wait_for_the_import_of_jax(command, arguments):
     program = f"""
 import sys
