@@ -34,9 +34,14 @@ def one_line(error: BaseException) -> str:
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """Returns "; did you mean 'x'?" with the most similar known name, or "" if none is similar."""
-    near = difflib.get_close_matches(name, known, n=1)
-    return f"; did you mean {near[0]!r}?" if near else ""
+    """Returns "; did you mean 'x'?" with the most similar known name, by the whole or by the part after its last dot;
+    or "" if none is similar."""
+    known = list(known)
+    ends = {word.rpartition(".")[2].lstrip("-"): word for word in known} | {word: word for word in known}
+    near = difflib.get_close_matches(name, known, n=1) or difflib.get_close_matches(
+        name.rpartition(".")[2].lstrip("-"), ends, n=1
+    )
+    return f"; did you mean {ends[near[0]]!r}?" if near else ""
 
 
 def _cut(text: str, longest: int) -> str:
