@@ -35,7 +35,7 @@ def load(name: str | Path) -> Config:
     path, variant = split_variant(str(name))
     if not os.path.isfile(path):
         problem = "is a folder" if os.path.isdir(path) else "does not exist"
-        names = (file.stem for file in ours().glob("*.py"))
+        names = [file.stem for file in ours().glob("*.py")]
         hint = did_you_mean(Path(path).stem, names) or "; give a file, or a name that jvitmoe configs lists"
         raise UserError(f"config file {path!r} {problem}{hint}")
     folder, module, before = str(Path(path).parent), types.ModuleType(path), set(sys.modules)
