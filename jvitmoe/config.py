@@ -5,14 +5,13 @@ be overridden with `--config.a.b=value`. `python -m jvitmoe.config > docs/settin
 """
 
 import dataclasses
-import difflib
 import json
 import operator
 from collections.abc import Collection, Iterable
 from typing import Any
 
 from jvitmoe import rules
-from jvitmoe.errors import ConfigError
+from jvitmoe.errors import ConfigError, did_you_mean
 from jvitmoe.settings import check, page, setting
 
 
@@ -332,11 +331,7 @@ def differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
 
 def unknown_field(path: str) -> str:
     """Returns the one-line message for a field that does not exist, with the most similar one."""
-    names, last = list(SETTINGS), path.rpartition(".")[2]
-    near = difflib.get_close_matches(path, names, n=1, cutoff=0.6) or [
-        name for name in names if difflib.get_close_matches(last, [name.rpartition(".")[2]], cutoff=0.6)
-    ]
-    hint = f"; did you mean config.{near[0]}?" if near else f"; the sections are {', '.join(to_dict(Config()))}"
+    hint = did_you_mean(path, SETTINGS) or f"; the sections are {', '.join(to_dict(Config()))}"
     return f"config.{path} is not a field{hint}"
 
 

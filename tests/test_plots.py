@@ -423,16 +423,19 @@ def test_accuracies_of_96_and_97_percent_are_seen_to_differ(tmp_path, figures):
 
 
 @pytest.mark.parametrize("name", ["benchmark", "benchmark_amx", "benchmark_epyc", "benchmark_fast", "benchmark_small"])
-def test_a_panel_of_the_benchmark_shows_one_quantity(tmp_path, figures, name):
+def test_a_panel_of_the_benchmark_shows_one_quantity(tmp_path, figures, monkeypatch, name):
+    monkeypatch.syspath_prepend(processes.ROOT / "scripts")
+    import benchmark
+
     rows = numbers(name, "benchmark.json")["rows"]
-    plots.throughput(rows, tmp_path / "benchmark.png")
+    benchmark.draw(rows, tmp_path / "benchmark.png")
     check(figures[0])
     speed, time = figures[0].axes
     assert all(re.fullmatch(r"[\d,.]+", text.get_text()) for text in speed.texts)
     assert [at[0] for at in time.transData.inverted().transform([at for at, _ in marks(time)])] == pytest.approx(
         [row["times_dense"] for row in rows]
     )
-    plots.throughput([row for row in rows if row["model"] != "dense"], tmp_path / "alone.png")
+    benchmark.draw([row for row in rows if row["model"] != "dense"], tmp_path / "alone.png")
     assert len(figures[1].axes) == 1
 
 

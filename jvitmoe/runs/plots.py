@@ -1,4 +1,4 @@
-"""The figures: curves of runs, a comparison of runs, mergeability and confusion of one run, a benchmark."""
+"""The figures: curves of runs, a comparison of runs, mergeability and confusion of one run."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -235,39 +235,6 @@ def _axis_names(names: Sequence[str]) -> list[str]:
     glyphs = get_font(findfont(FontProperties()))
     known = (name if all(map(glyphs.get_char_index, map(ord, name))) else str(n) for n, name in enumerate(names))
     return [name if len(name) <= 20 else f"{name[:19]}…" for name in known]
-
-
-@in_style
-def throughput(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Writes one PNG of a benchmark's rows: images per second of each model and dtype, and, if dense was measured, the
-    time of a step relative to the dense step of the same dtype and round."""
-    dtypes, models = (list(dict.fromkeys(row[name] for row in rows)) for name in ("dtype", "model"))
-    dense = {row["dtype"]: np.array(row["seconds_per_round"]) for row in rows if row["model"] == "dense"}
-    size = (10, 1.5 + 0.28 * len(models) * len(dtypes))
-    figure, grid = plt.subplots(1, 2 if dense else 1, sharey=True, squeeze=False, figsize=size)
-    height = 0.8 / len(dtypes)
-    for row in rows:
-        number, seconds = dtypes.index(row["dtype"]), np.array(row["seconds_per_round"])
-        y = models.index(row["model"]) + (number - (len(dtypes) - 1) / 2) * height
-        style = {"color": COLOURS[number], "label": row["dtype"] if row["model"] == models[0] else "_"}
-        low, rate, high = np.quantile(row["images_per_second"] * row["seconds"] / seconds, (0.25, 0.5, 0.75))
-        grid[0, 0].barh(y, rate, height, xerr=[[rate - low], [high - rate]], error_kw={"elinewidth": 1}, **style)
-        text = f"{rate:,.{1 if rate < 100 else 0}f}"
-        grid[0, 0].annotate(text, (high, y), (4, 0), textcoords="offset points", va="center", fontsize=9)
-        if row["dtype"] in dense:
-            low, ratio, high = np.quantile(seconds / dense[row["dtype"]], (0.25, 0.5, 0.75))
-            grid[0, 1].errorbar(ratio, y, xerr=[[ratio - low], [high - ratio]], fmt="o", **style)
-    grid[0, 0].set_yticks(range(len(models)), models)
-    grid[0, 0].set(title="Training speed", xlabel="images/s (right is better)", ylim=(len(models) - 0.5, -0.5))
-    grid[0, 0].margins(x=0.15)
-    if dense:
-        grid[0, 1].axvline(1, color="black", linewidth=1)
-        grid[0, 1].set(title="Time of a step", xlabel="time / time of dense (left is better)")
-    for axes in grid[0]:
-        axes.grid(axis="y", visible=False)
-    title = f"median and quartiles, n = {len(rows[0]['seconds_per_round'])} rounds"
-    figure.legend(*grid[0, 0].get_legend_handles_labels(), title=title, loc="outside lower center", ncols=len(dtypes))
-    save(figure, path)
 
 
 def _seeds(counts: Mapping[str, int]) -> tuple[dict[str, str], str]:
