@@ -26,11 +26,10 @@ import timed_step
 from absl import flags
 from jax.sharding import Mesh
 
-from jvitmoe import cli
+from jvitmoe import cli, routing
 from jvitmoe import config as config_lib
 from jvitmoe.config import Config, ModelConfig
 from jvitmoe.errors import UserError
-from jvitmoe.experts import cost
 from jvitmoe.runs import checkpoints, files, plots, results, tables
 from jvitmoe.runs.console import console
 from jvitmoe.runtime import compilation, devices, memory
@@ -38,8 +37,8 @@ from jvitmoe.runtime import compilation, devices, memory
 NO_TORCH = "--peer must be a Python that has torch"
 DTYPES = ["float32", "bfloat16"]
 # Fields of the model that PyTorch's ViT has; all others must have their default.
-PEER_FIELDS = {"image_size", "channels", "classes", "patch", "width", "hidden", "depth", "heads", "norm", "pool"}
-PEER_FIELDS |= {"position_rows", "head_hidden", "dropout", "init_layers", "dtype", "attention", "unroll"}
+PEER_FIELDS = {"image_size", "channels", "classes", "patch", "width", "hidden", "depth", "heads", "pool"}
+PEER_FIELDS |= {"position_rows", "head_hidden", "dropout", "init_layers", "dtype"}
 PEERS = {"PyTorch dense": "1 eager", "PyTorch random": "4 eager", "PyTorch compiled": "1 compiled"}  # torch_vit.py's
 NOTE = (
     "Step: median over rounds, with the fastest and the slowest. Times dense: median of the ratio to the dense step of "
@@ -58,18 +57,18 @@ def cases(config: Config, only: Collection[str] = ()) -> dict[str, Config]:
     even = {"capacity": 1.0, "eval_capacity": 1.0}
     settings: dict[str, dict[str, Any]] = {
         **{name: {} for name in ("dense", "dense again")},
-        **{name: experts | {"granularity": name} for name in ("batch", "sample", "token")},
-        "switch": experts | even | {"router": "switch"},
-        "top2": experts | even | {"router": "topk", "top_k": 2},
-        "soft": experts | {"router": "soft"},
+        **{name: experts | {"kind": name} for name in ("batch", "sample", "token")},
+        "switch": experts | even | {"kind": "switch"},
+        "top2": experts | even | {"kind": "topk", "top_k": 2},
+        "soft": experts | {"kind": "soft"},
     }
     if unknown := set(only) - set(settings):
         raise UserError(f"--only is {', '.join(sorted(unknown))}; it must name some of {', '.join(settings)}")
     found = {}
     for name in only or settings:
         case = copy.deepcopy(config)
-        case.data.stream, case.data.crop = False, "pad"  # the images are made up, on the devices
-        case.data.plain_last = case.train.distil_last = 0.0  # the last part of a run has another step
+        case.data.stream, case.data.crop = False, "exact"  # the images are made up, on the devices
+        case.data.plain_at_end = 0.0  # the last part of a run has another step
         case.routing = config_lib.RoutingConfig(init="shared", **settings[name])
         if name == "top2":
             case.model.hidden //= 2
@@ -177,7 +176,7 @@ def measure(
         case = copy.deepcopy(config)
         case.model.dtype = dtype
         timed = timed_step.TimedStep(case.validate(), mesh)
-        active, total = cost.count_parameters(case)
+        active, total = routing.find(case).count_parameters()
         facts[name] = {
             "parameters": active,
             "total_parameters": total,
