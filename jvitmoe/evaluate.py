@@ -64,7 +64,7 @@ def _evaluate(values: flags.FlagValues, workdir: Path) -> None:
     from jvitmoe.data import stream
     from jvitmoe.data.batches import eval_batches, on_devices
     from jvitmoe.evaluation import mergeability, metrics, models, probes
-    from jvitmoe.experts import build
+    from jvitmoe.experts import merge
     from jvitmoe.runs import figures
 
     config, step, mesh, model, params, ema, trained_with = _restore(values, workdir)
@@ -74,7 +74,7 @@ def _evaluate(values: flags.FlagValues, workdir: Path) -> None:
     known = results.of_training(workdir, trained_with)
     result: dict[str, Any] = {}
     if values.few_shot or values.knn:  # first, because they refuse more images than there are
-        trees = {"dense" if config.routing.experts == 1 else "merged": build.dense_tree(config, params)}
+        trees = {"dense" if config.routing.experts == 1 else "merged": merge.dense_tree(config, params)}
         trees |= {"EMA": ema} if ema is not None else {}
         settings = probe_config, mesh, values.few_shot, values.knn
         result["probes"] = probes.measure(evaluate.net, trees, probed, *settings)
@@ -84,7 +84,7 @@ def _evaluate(values: flags.FlagValues, workdir: Path) -> None:
         few = _some(data.test, mergeability.IMAGES, config)
         batches = eval_batches(len(few), config.train.batch_size, mesh)
         result["mergeability"] = mergeability.measure(config, params, evaluate, on_devices(few, mesh), batches)
-    _draw_samples(evaluate, build.dense_tree(config, params), _some(data.test, MOST_SAMPLES, config), workdir)
+    _draw_samples(evaluate, merge.dense_tree(config, params), _some(data.test, MOST_SAMPLES, config), workdir)
     drawn = figures.of_run(result, workdir)
     for name, figure in drawn.items():
         figures.save(figure, workdir / name)
@@ -93,7 +93,7 @@ def _evaluate(values: flags.FlagValues, workdir: Path) -> None:
 
 def _restore(values: flags.FlagValues, workdir: Path) -> _Restored:
     """Returns the checkpoint that the flags name, and prints what it is."""
-    from jvitmoe.experts import build, cost
+    from jvitmoe import routing
     from jvitmoe.runs import arrays
     from jvitmoe.runs.checkpoints import Checkpoints
     from jvitmoe.runtime import compilation, devices
@@ -106,14 +106,15 @@ def _restore(values: flags.FlagValues, workdir: Path) -> _Restored:
     config.data.dir = values.data_dir or config.data.dir
     config.validate()
     # Evaluation has no expert axis, and fills up its batches, so any number of devices will do.
-    where = {"devices": values.devices, "platform": values.platform, "expert_devices": 1}
+    where = {"devices": values.devices, "expert_devices": 1}
     mesh = devices.make_mesh(dataclasses.replace(config.train, **where), settings="--")
-    model = build.make_model(config, mesh.devices.flat[0].platform)
-    active, total = cost.count_parameters(config)
+    routed = routing.find(config)
+    model = routed.model(mesh.devices.flat[0].platform)
+    active, total = routed.count_parameters()
     console.print(f"run         {workdir}, checkpoint at step {saved.step:,}")
     console.print(f"devices     {devices.describe(mesh)}")
     console.print(f"parameters  {active:,} active, {total:,} total ({model.dtype.name} compute)")
-    abstract = state.abstract_state(config, model, mesh)
+    abstract = state.abstract_state(config, routed, mesh)
     ema = arrays.to_devices(saved.ema, abstract.ema) if saved.ema else None
     params = arrays.to_devices(saved.params, abstract.params)
     return _Restored(config, saved.step, mesh, model, params, ema, saved.meta["versions"])
@@ -168,7 +169,7 @@ def _probe_config(values: flags.FlagValues, config: Config) -> Config:
     """Returns the config with the data of --probe_data, if given, which may have any number of classes and any size."""
     if not values.probe_data:
         return config
-    crop = "centre" if config.data.crop == "pad" else config.data.crop
+    crop = "centre" if config.data.crop == "exact" else config.data.crop
     data = dataclasses.replace(config.data, name=values.probe_data, dir=values.probe_dir or config.data.dir, crop=crop)
     return dataclasses.replace(config, data=data, model=dataclasses.replace(config.model, classes=0))
 
@@ -194,7 +195,6 @@ def _define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_string("probe_dir", "", "Its folder, if not that of the run's data.", flag_values=values)
     flags.DEFINE_string("data_dir", "", "Where the data are, if not where training found them.", flag_values=values)
     flags.DEFINE_integer("devices", 0, "Devices to use; 0 is all local ones.", flag_values=values)
-    flags.DEFINE_string("platform", "", "cpu, gpu or tpu; '' takes what JAX finds.", flag_values=values)
 
 
 if __name__ == "__main__":

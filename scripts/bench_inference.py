@@ -69,13 +69,13 @@ def start(python: str, name: str, folder: Path) -> Callable[[int, int], float]:
 def measure(peer: str, rounds: int, folder: Path) -> None:
     """Prints our images/s, their ratios to those of the engines with 95 % intervals, and the seconds of `predict`."""
     import jax
+    import timed_step
     from PIL import Image
 
     from jvitmoe.config import ModelConfig
     from jvitmoe.interop import classifier, load, weight_names
     from jvitmoe.interop.targets import TARGETS
     from jvitmoe.models import vit
-    from jvitmoe.runtime import timing
 
     model = ModelConfig(
         32, channels=3, classes=10, patch=4, width=300, hidden=1024, depth=12, heads=12
@@ -93,10 +93,10 @@ def measure(peer: str, rounds: int, folder: Path) -> None:
     for batch in BATCHES:
         cases = {name: lambda steps, ask=ask, batch=batch: ask(batch, steps) for name, ask in peers.items()}
         cases["jvitmoe"] = lambda steps, batch=batch: seconds(ours.logits, images[:batch], steps)
-        times = timing.interleave(cases, rounds)
+        times = timed_step.interleave(cases, rounds)
         print(f"batch {batch}: {batch / np.median(times['jvitmoe']):,.0f} images/s", flush=True)
         for name in peers:
-            ratio = "{:.2f} ({:.2f} to {:.2f})".format(*timing.ratio(times[name], times["jvitmoe"]))
+            ratio = "{:.2f} ({:.2f} to {:.2f})".format(*timed_step.ratio(times[name], times["jvitmoe"]))
             print(f"  {ratio} x the images/s of {name}", flush=True)
     (folder / "pictures").mkdir()
     for n in range(1000):

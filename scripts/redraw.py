@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import benchmark
 import scaling_check
 import scaling_model
 import study_figures
@@ -28,7 +29,7 @@ def redraw(folder: Path, out: Path) -> None:
     if singles := sorted(folder.glob("*_result.json")):
         compare({path.name.removesuffix("_result.json"): [read(path)] for path in singles}, out)
     if (folder / "benchmark.json").is_file():
-        figures.save(figures.throughput(read(folder / "benchmark.json")["rows"]), out / "benchmark.png")
+        figures.save(benchmark.draw(read(folder / "benchmark.json")["rows"]), out / "benchmark.png")
     if (folder / "model.json").is_file():
         scaling_model.draw(read(folder / "model.json")["rows"], out / "model.png")
     if (folder / "check.json").is_file():

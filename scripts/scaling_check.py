@@ -25,22 +25,17 @@ import jax
 import numpy as np
 from absl import flags
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 from scipy import optimize
 
 sys.path.insert(0, str(Path(__file__).parent))
 import scaling_model
+import timed_step
 
 from jvitmoe.config import Config, ModelConfig, OptimConfig, RoutingConfig, TrainConfig
-from jvitmoe.data import batches, datasets
-from jvitmoe.experts import build, routes
-from jvitmoe.experts.routes import Purpose
 from jvitmoe.runs import checkpoints, figures
 from jvitmoe.runtime import compilation, processes, rendezvous
 from jvitmoe.runtime.devices import AXES, describe, make_mesh, to_devices
-from jvitmoe.training import step
-from jvitmoe.training.plan import StepPlan
-from jvitmoe.training.state import make_state
 
 EXPERTS, IMAGES = 8, 16  # experts in all; images of one device
 MODEL = ModelConfig(patch=2, width=128, hidden=512, depth=2, heads=4, pool="mean")
@@ -87,16 +82,6 @@ def predicted_bytes(name: str, devices: int) -> int:
     return parameters + scaling_model.FLOAT * ((2 + 4 * spreads) if devices > 1 else 0)
 
 
-def program(config: Config, mesh: Mesh) -> tuple[Any, tuple[Any, ...]]:
-    """Returns the training step, lowered for a mesh, and what it takes: (state, images, order of the epoch)."""
-    split = datasets.load(config.data, config.model).train
-    key = routes.address(jax.random.key(0), Purpose.ORDER)
-    order = batches.TrainOrder(len(split), config.train.batch_size, key, mesh, config.slots)
-    model = build.make_model(config, "cpu")
-    given = make_state(config, model, mesh), batches.on_devices(split, mesh), order.epoch(0)
-    return step.make_train_step(StepPlan(config, model, mesh, order.steps_per_epoch)).lower(*given), given
-
-
 # one of the processes
 
 
@@ -115,12 +100,12 @@ def worker(values: flags.FlagValues) -> None:
             seconds = _timed(_sums(arrays, floats), values.worker_steps)
             say(kind="sum", arrays=arrays, bytes=4 * arrays * floats, seconds=seconds)
     for name in CHECKED:
-        lowered, given = program(alone(name, count), local)
+        lowered, given = timed_step.lower(alone(name, count), local)
         say(kind="work", variant=name, seconds=_timed(_steps(lowered.compile(), given), values.worker_steps))
         if count == 1:
             continue
         chosen = config(name, count)
-        lowered, given = program(chosen, make_mesh(chosen.train))
+        lowered, given = timed_step.lower(chosen, make_mesh(chosen.train))
         compiled = lowered.compile()
         sizes = compilation.reduced_sizes(compiled.as_text())
         seconds = _timed(_steps(compiled, given), values.worker_steps)

@@ -81,7 +81,7 @@ def test_the_function_and_the_module_have_one_name(run, config, tmp_path):
     assert callable(jvitmoe.train.main)
     with pytest.raises(UserError, match=r"config\.train\.epochs is 0; it must be greater than 0"):
         jvitmoe.train(config, workdir=tmp_path / "x", overrides={"train.epochs": 0})
-    with pytest.raises(UserError, match=r"did you mean config\.train\.epochs"):
+    with pytest.raises(UserError, match=r"did you mean 'train.epochs'"):
         jvitmoe.train(config, workdir=tmp_path / "x", overrides={"train.epoch": 0})
     assert config.train.epochs == 2
     for name in ("no_such", tmp_path / "no_such.py"):

@@ -222,15 +222,18 @@ def test_a_name_is_shown_in_the_font_s_characters_and_cut_in_the_middle():
 
 
 @pytest.mark.parametrize("name", ["benchmark", "benchmark_amx", "benchmark_epyc", "benchmark_fast", "benchmark_small"])
-def test_a_panel_of_the_benchmark_shows_one_quantity(name):
+def test_a_panel_of_the_benchmark_shows_one_quantity(monkeypatch, name):
+    monkeypatch.syspath_prepend(processes.ROOT / "scripts")
+    import benchmark
+
     rows = numbers(name, "benchmark.json")["rows"]
-    check(figure := figures.throughput(rows))
+    check(figure := benchmark.draw(rows))
     speed, time = figure.axes
     assert all(re.fullmatch(r"[\d,.]+", text.get_text()) for text in speed.texts)
     assert [at[0] for at in time.transData.inverted().transform([at for at, _ in marks(time)])] == pytest.approx(
         [row["times_dense"] for row in rows]
     )
-    assert len(figures.throughput([row for row in rows if row["model"] != "dense"]).axes) == 1
+    assert len(benchmark.draw([row for row in rows if row["model"] != "dense"]).axes) == 1
 
 
 def test_the_figures_of_the_study_are_sound(tmp_path, drawn, monkeypatch):

@@ -21,7 +21,7 @@ class Digits(Source):
     """scikit-learn's handwritten digits."""
 
     def browse(self) -> Dataset[Records]:
-        side = 8 if self.data.crop == "pad" else self.model.image_size
+        side = 8 if self.data.crop == "exact" else self.model.image_size
         check_fit("digits", (side, side, 1), 10, self.model)
         # The file that `sklearn.datasets.load_digits` reads. Importing that function takes as long as importing JAX.
         path = metadata.distribution("scikit-learn").locate_file("sklearn/datasets/data/digits.csv.gz")
@@ -47,10 +47,7 @@ def browse(data: DataConfig, model: ModelConfig) -> Dataset[Records]:
     Downloads a TFDS set into `data.dir` and prepares it there if it is absent. Raises DataError if the data are absent
     or damaged, or their size or number of classes is not the model's.
     """
-    kind = _kind(data)
-    others = [name + "NAME" * name.endswith(":") for name in SOURCES]
-    source = Tfds(data, model, others) if kind is Tfds else kind(data, model)
-    return source.browse()
+    return _kind(data)(data, model).browse()
 
 
 def _kind(data: DataConfig) -> type[Source]:

@@ -1,4 +1,4 @@
-"""The figures: curves of runs, a comparison of runs, mergeability and confusion of one run, a benchmark.
+"""The figures: curves of runs, a comparison of runs, mergeability and confusion of one run.
 
 Each function returns a figure, or None if it would show nothing. `save` writes it, and `report --html` embeds the same
 PNG. In all figures a colour is a run and the form of a mark a model.
@@ -250,38 +250,6 @@ def confusion(row: Mapping[str, Any], classes: Sequence[str]) -> Figure | None:
     title = f"{row['model']}: {row['images']:,} test images, {100 * row['accuracy']:.1f} % right"
     axes.set(title=title, xlabel="predicted class", ylabel="true class")
     figure.colorbar(picture, label="share of the true class, %", ticks=[0, 1, 5, 10, 25, 50, 100], shrink=0.8)
-    return figure
-
-
-@in_style
-def throughput(rows: Sequence[Mapping[str, Any]]) -> Figure:
-    """Returns a figure of a benchmark's rows: images per second of each model and dtype, and, if dense was measured,
-    the time of a step relative to the dense step of the same dtype and round."""
-    dtypes, models = (list(dict.fromkeys(row[name] for row in rows)) for name in ("dtype", "model"))
-    dense = {row["dtype"]: np.array(row["seconds_per_round"]) for row in rows if row["model"] == "dense"}
-    figure, grid = subplots(1, 2 if dense else 1, (10, 1.5 + 0.28 * len(models) * len(dtypes)), sharey=True)
-    height = 0.8 / len(dtypes)
-    for row in rows:
-        number, seconds = dtypes.index(row["dtype"]), np.array(row["seconds_per_round"])
-        y = models.index(row["model"]) + (number - (len(dtypes) - 1) / 2) * height
-        style = {"color": COLOURS[number], "label": row["dtype"] if row["model"] == models[0] else "_"}
-        low, rate, high = np.quantile(row["images_per_second"] * row["seconds"] / seconds, (0.25, 0.5, 0.75))
-        grid[0, 0].barh(y, rate, height, xerr=[[rate - low], [high - rate]], error_kw={"elinewidth": 1}, **style)
-        text = f"{rate:,.{1 if rate < 100 else 0}f}"
-        grid[0, 0].annotate(text, (high, y), (4, 0), textcoords="offset points", va="center", fontsize=9)
-        if row["dtype"] in dense:
-            low, ratio, high = np.quantile(seconds / dense[row["dtype"]], (0.25, 0.5, 0.75))
-            grid[0, 1].errorbar(ratio, y, xerr=[[ratio - low], [high - ratio]], fmt="o", **style)
-    grid[0, 0].set_yticks(range(len(models)), models)
-    grid[0, 0].set(title="Training speed", xlabel="images/s (right is better)", ylim=(len(models) - 0.5, -0.5))
-    grid[0, 0].margins(x=0.15)
-    if dense:
-        grid[0, 1].axvline(1, color="black", linewidth=1)
-        grid[0, 1].set(title="Time of a step", xlabel="time / time of dense (left is better)")
-    for axes in grid[0]:
-        axes.grid(axis="y", visible=False)
-    title = f"median and quartiles, n = {len(rows[0]['seconds_per_round'])} rounds"
-    figure.legend(*grid[0, 0].get_legend_handles_labels(), title=title, loc="outside lower center", ncols=len(dtypes))
     return figure
 
 
