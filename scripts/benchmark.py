@@ -254,8 +254,8 @@ def cells(row: Mapping[str, Any]) -> dict[str, str]:
 
 @figures.in_style
 def draw(rows: Sequence[Mapping[str, Any]]) -> Figure:
-    """Returns a figure of a benchmark's rows: images per second of each model and dtype, and, if dense was measured, the
-    time of a step relative to the dense step of the same dtype and round."""
+    """Returns a figure of a benchmark's rows: images per second of each model and dtype, and, if dense was measured,
+    the time of a step relative to the dense step of the same dtype and round."""
     dtypes, models = (list(dict.fromkeys(row[name] for row in rows)) for name in ("dtype", "model"))
     dense = {row["dtype"]: np.array(row["seconds_per_round"]) for row in rows if row["model"] == "dense"}
     figure, grid = figures.subplots(1, 2 if dense else 1, (10, 1.5 + 0.28 * len(models) * len(dtypes)), sharey=True)

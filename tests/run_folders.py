@@ -109,15 +109,3 @@ def write_tested_run(folder, accuracy=0.5, rate=None, models=MODELS, step=2, rec
     lines = [{"step": step, "kind": kind, "loss": 2.0 / step, "accuracy": step / 9} for step, kind in steps]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return folder
-
-
-def write_kept_run(folder: Path, accuracies: dict[str, float], reduced: float = 0.0) -> None:
-    """Writes what a sweep keeps of a run."""
-    folder.mkdir(parents=True)
-    (folder / "config.json").write_text(config_lib.dumps(Config()))
-    rows = [{"model": model, "accuracy": accuracy} for model, accuracy in accuracies.items()]
-    result = {"rows": rows, "data": "digits", "step": 2, "seed": 0}
-    result |= {"active_parameters": 5, "total_parameters": 9, "hardware": "1 x cpu"}
-    results.save_result(folder, result)
-    line = {"step": 2, "kind": "train", "loss": 1.0, "reduced_bytes": reduced}
-    (folder / "metrics.jsonl").write_text(json.dumps(line) + "\n")
