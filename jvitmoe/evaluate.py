@@ -22,6 +22,8 @@ from jvitmoe.errors import UserError
 from jvitmoe.runs import files, results
 from jvitmoe.runs.console import console, warnings_as_lines
 
+MOST_SAMPLES = 16  # images of samples.png
+
 
 def main(argv: list[str]) -> None:
     """Runs the command. Raises UserError for a flag, a run folder or data that do not fit."""
@@ -63,7 +65,7 @@ def _evaluate(values: flags.FlagValues, workdir: Path) -> None:
     from jvitmoe.data.batches import eval_batches, on_devices
     from jvitmoe.evaluation import mergeability, metrics, models, probes
     from jvitmoe.experts import merge
-    from jvitmoe.runs import plots
+    from jvitmoe.runs import figures
 
     config, step, mesh, model, params, ema, trained_with = _restore(values, workdir)
     data, probed, probe_config = _data(values, config)
@@ -82,9 +84,11 @@ def _evaluate(values: flags.FlagValues, workdir: Path) -> None:
         few = _some(data.test, mergeability.IMAGES, config)
         batches = eval_batches(len(few), config.train.batch_size, mesh)
         result["mergeability"] = mergeability.measure(config, params, evaluate, on_devices(few, mesh), batches)
-        plots.mergeability(result, workdir / files.MERGEABILITY)
-    _draw_samples(evaluate, merge.dense_tree(config, params), _some(data.test, plots.MOST_SAMPLES, config), workdir)
-    results.write_result(workdir, result, plots.confusion(result, workdir))
+    _draw_samples(evaluate, merge.dense_tree(config, params), _some(data.test, MOST_SAMPLES, config), workdir)
+    drawn = figures.of_run(result, workdir)
+    for name, figure in drawn.items():
+        figures.save(figure, workdir / name)
+    results.write_result(workdir, result, files.CONFUSION in drawn)
 
 
 def _restore(values: flags.FlagValues, workdir: Path) -> _Restored:
@@ -147,14 +151,18 @@ def _draw_samples(evaluate: Any, params: Any, few: Any, workdir: Path) -> None:
     import jax
     import jax.numpy as jnp
 
+    from jvitmoe.data.images import Picture
+    from jvitmoe.interop import contact_sheet
     from jvitmoe.models import vit
-    from jvitmoe.runs import plots
 
     logits_NC = vit.logits(evaluate.net, params, evaluate.normalize(jnp.asarray(few.images_NHWc)))
-    names = results.class_names(workdir, logits_NC.shape[1])
-    plots.samples(
-        few.images_NHWc, few.labels_N, jax.device_get(jax.nn.softmax(logits_NC)), names, workdir / files.SAMPLES
-    )
+    names, cells = results.class_names(workdir, logits_NC.shape[1]), []
+    share_NC = jax.device_get(jax.nn.softmax(logits_NC))
+    for image_HWc, label, share_C in zip(few.images_NHWc, few.labels_N, share_NC, strict=True):
+        order_C = (-share_C).argsort()
+        guesses, picture = [(names[c], float(share_C[c])) for c in order_C], Picture(names[label], image_HWc)
+        cells.append(contact_sheet.Cell(picture, f"true: {names[label]}", guesses, is_wrong=order_C[0] != label))
+    contact_sheet.draw(workdir / files.SAMPLES, cells)
 
 
 def _probe_config(values: flags.FlagValues, config: Config) -> Config:

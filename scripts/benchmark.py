@@ -20,17 +20,17 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import matplotlib.pyplot as plt
 import numpy as np
 import timed_step
 from absl import flags
 from jax.sharding import Mesh
+from matplotlib.figure import Figure
 
 from jvitmoe import cli, routing
 from jvitmoe import config as config_lib
 from jvitmoe.config import Config, ModelConfig
 from jvitmoe.errors import UserError
-from jvitmoe.runs import checkpoints, files, plots, results, tables
+from jvitmoe.runs import checkpoints, figures, files, results, tables
 from jvitmoe.runs.console import console
 from jvitmoe.runtime import compilation, devices, memory
 
@@ -210,7 +210,7 @@ def measure(
 def write(result: dict[str, Any], out: Path) -> None:
     """Writes what was measured as JSON, as a table and as a picture, and prints the table."""
     files.write_text(out / "benchmark.json", json.dumps(result, indent=1) + "\n")
-    draw(result["rows"], out / "benchmark.png")
+    figures.save(throughput(result["rows"]), out / "benchmark.png")
     rows = [cells(row) for row in result["rows"]]
     peak = ", ".join(f"{tables.quantity(flops)}FLOP/s in {d}" for d, flops in result["peak_flops_per_second"].items())
     text = (
@@ -252,19 +252,17 @@ def cells(row: Mapping[str, Any]) -> dict[str, str]:
     return found
 
 
-@plots.in_style
-def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Writes one PNG of a benchmark's rows: images per second of each model and dtype, and, if dense was measured, the
-    time of a step relative to the dense step of the same dtype and round."""
+def throughput(rows: Sequence[Mapping[str, Any]]) -> Figure:
+    """Returns a figure of a benchmark's rows: images per second of each model and dtype, and, if dense was measured,
+    the time of a step relative to the dense step of the same dtype and round."""
     dtypes, models = (list(dict.fromkeys(row[name] for row in rows)) for name in ("dtype", "model"))
     dense = {row["dtype"]: np.array(row["seconds_per_round"]) for row in rows if row["model"] == "dense"}
-    size = (10, 1.5 + 0.28 * len(models) * len(dtypes))
-    figure, grid = plt.subplots(1, 2 if dense else 1, sharey=True, squeeze=False, figsize=size)
+    figure, grid = figures.subplots(1, 2 if dense else 1, (10, 1.5 + 0.28 * len(models) * len(dtypes)), sharey=True)
     height = 0.8 / len(dtypes)
     for row in rows:
         number, seconds = dtypes.index(row["dtype"]), np.array(row["seconds_per_round"])
         y = models.index(row["model"]) + (number - (len(dtypes) - 1) / 2) * height
-        style = {"color": plots.COLOURS[number], "label": row["dtype"] if row["model"] == models[0] else "_"}
+        style = {"color": figures.COLOURS[number], "label": row["dtype"] if row["model"] == models[0] else "_"}
         low, rate, high = np.quantile(row["images_per_second"] * row["seconds"] / seconds, (0.25, 0.5, 0.75))
         grid[0, 0].barh(y, rate, height, xerr=[[rate - low], [high - rate]], error_kw={"elinewidth": 1}, **style)
         text = f"{rate:,.{1 if rate < 100 else 0}f}"
@@ -282,7 +280,7 @@ def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
         axes.grid(axis="y", visible=False)
     title = f"median and quartiles, n = {len(rows[0]['seconds_per_round'])} rounds"
     figure.legend(*grid[0, 0].get_legend_handles_labels(), title=title, loc="outside lower center", ncols=len(dtypes))
-    plots.save(figure, path)
+    return figure
 
 
 if __name__ == "__main__":
