@@ -210,7 +210,7 @@ def measure(
 def write(result: dict[str, Any], out: Path) -> None:
     """Writes what was measured as JSON, as a table and as a picture, and prints the table."""
     files.write_text(out / "benchmark.json", json.dumps(result, indent=1) + "\n")
-    figures.save(draw(result["rows"]), out / "benchmark.png")
+    figures.save(throughput(result["rows"]), out / "benchmark.png")
     rows = [cells(row) for row in result["rows"]]
     peak = ", ".join(f"{tables.quantity(flops)}FLOP/s in {d}" for d, flops in result["peak_flops_per_second"].items())
     text = (
@@ -253,7 +253,7 @@ def cells(row: Mapping[str, Any]) -> dict[str, str]:
 
 
 @figures.in_style
-def draw(rows: Sequence[Mapping[str, Any]]) -> Figure:
+def throughput(rows: Sequence[Mapping[str, Any]]) -> Figure:
     """Returns a figure of a benchmark's rows: images per second of each model and dtype, and, if dense was measured,
     the time of a step relative to the dense step of the same dtype and round."""
     dtypes, models = (list(dict.fromkeys(row[name] for row in rows)) for name in ("dtype", "model"))

@@ -29,7 +29,7 @@ def redraw(folder: Path, out: Path) -> None:
     if singles := sorted(folder.glob("*_result.json")):
         compare({path.name.removesuffix("_result.json"): [read(path)] for path in singles}, out)
     if (folder / "benchmark.json").is_file():
-        figures.save(benchmark.draw(read(folder / "benchmark.json")["rows"]), out / "benchmark.png")
+        figures.save(benchmark.throughput(read(folder / "benchmark.json")["rows"]), out / "benchmark.png")
     if (folder / "model.json").is_file():
         scaling_model.draw(read(folder / "model.json")["rows"], out / "model.png")
     if (folder / "check.json").is_file():

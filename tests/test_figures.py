@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 import processes
 from jvitmoe import report
 from jvitmoe.runs import figures
-from run_folders import MODELS, write_tested_run
+from tested_runs import MODELS, write_tested_run
 
 RESULTS = processes.ROOT / "results"
 UNIT = re.compile(
@@ -222,18 +222,18 @@ def test_a_name_is_shown_in_the_font_s_characters_and_cut_in_the_middle():
 
 
 @pytest.mark.parametrize("name", ["benchmark", "benchmark_amx", "benchmark_epyc", "benchmark_fast", "benchmark_small"])
-def test_a_panel_of_the_benchmark_shows_one_quantity(monkeypatch, name):
+def test_a_panel_of_the_benchmark_shows_one_quantity(name, monkeypatch):
     monkeypatch.syspath_prepend(processes.ROOT / "scripts")
     import benchmark
 
     rows = numbers(name, "benchmark.json")["rows"]
-    check(figure := benchmark.draw(rows))
+    check(figure := benchmark.throughput(rows))
     speed, time = figure.axes
     assert all(re.fullmatch(r"[\d,.]+", text.get_text()) for text in speed.texts)
     assert [at[0] for at in time.transData.inverted().transform([at for at, _ in marks(time)])] == pytest.approx(
         [row["times_dense"] for row in rows]
     )
-    assert len(benchmark.draw([row for row in rows if row["model"] != "dense"]).axes) == 1
+    assert len(benchmark.throughput([row for row in rows if row["model"] != "dense"]).axes) == 1
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ import processes
 from jvitmoe import report
 from jvitmoe.errors import UserError
 from jvitmoe.runs import groups, page, results, tables
-from run_folders import MODELS, write_tested_run
+from tested_runs import MODELS, write_tested_run
 
 HOSTILE = "<script>&amp;\"'{{vega}}<!--  two "  # a name that is no markup; its spaces count
 NAMES = (HOSTILE, "__proto__", "tab\tand\nline", "caf\udce9", " $x_2$ ", "_under", "中文")

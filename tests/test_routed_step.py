@@ -70,8 +70,8 @@ def test_with_sample_the_loss_is_that_of_each_expert_on_its_images(tiny_config, 
 def test_ema_is_the_running_mean_of_the_merged_tree(slot_run):
     run = slot_run("sample", 1)
     expected = merge.average_experts(run.history[0].params)
-    for step, after in enumerate(run.history[1:]):
-        merged, decay = merge.average_experts(after.params), min(0.75, (1 + step) / (10 + step))
+    for done, after in enumerate(run.history[1:]):
+        merged, decay = merge.average_experts(after.params), min(0.75, (1 + done) / (10 + done))
         expected = jax.tree.map(lambda mean, new, d=decay: d * mean + (1 - d) * new, expected, merged)
         chex.assert_trees_all_close(after.ema, expected, rtol=1e-5, atol=1e-6)
 
