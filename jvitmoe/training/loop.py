@@ -22,8 +22,7 @@ from jvitmoe.evaluation.metrics import Result, make_evaluate
 from jvitmoe.interop import pretrained
 from jvitmoe.models import vit
 from jvitmoe.runs import files, results
-from jvitmoe.runs.checkpoint_writer import CheckpointWriter
-from jvitmoe.runs.checkpoints import Meta, list_steps
+from jvitmoe.runs.checkpoints import CheckpointWriter, Meta, list_steps
 from jvitmoe.runs.console import console, warnings_as_lines
 from jvitmoe.runs.folder import check_shared, open_run_folder
 from jvitmoe.runs.metrics_log import MetricsLog
@@ -233,7 +232,7 @@ class _Loop:
             self._log.evaluation(done, watched, {"accuracy": result.accuracy, "nll": result.nll})
             nll = result.nll if watched == "validation" else None
         self._watchdog.progress(f"the evaluation at step {done}")
-        self._checkpoints.save(self._state, self._config, nll, self._log.sync(), self._in_a_row)
+        self._checkpoints.save(self._state, self._config, nll, self._log.sync())
         self._saved = done
         self._log.paused(time.monotonic() - began)
 
@@ -265,9 +264,9 @@ class _Loop:
         if self._in_a_row <= limit:
             console.print(f"warning: step {done} skipped: {name} is {value}")
             return
-        self._checkpoints.close()  # waits for the last save and reads it back, so that the step it names is sound
+        self._checkpoints.close()  # waits for the last save
         # Whether the parameters of a checkpoint are good shows in the loss of the step that follows it.
-        steps = [s for s in self._checkpoints.steps() if s < done - self._in_a_row and not self._checkpoints.check(s)]
+        steps = [s for s in self._checkpoints.steps() if s < done - self._in_a_row]
         good = f"the last good checkpoint is step {steps[-1]}" if steps else "no good checkpoint was saved yet"
         rule = f"it must be finite, but for {limit} steps in a row" if limit else "it must be finite"
         raise TrainingError(
