@@ -76,7 +76,7 @@ def test_a_reader_waits_for_no_other_process_and_reads_no_moments(tmp_path, monk
     assert (found.step, found.meta["step"], found.ema, places) == (2, 2, None, ["params"])
     assert all(type(leaf) is np.ndarray for leaf in jax.tree.leaves(found.params))
     chex.assert_trees_all_equal(found.params, jax.device_get(at(state, 2).params))
-    assert Checkpoints(tmp_path).check(2) is None
+    assert Checkpoints(tmp_path).check(2)["step"] == 2
 
 
 def test_a_device_without_memory_is_no_damage(tmp_path, monkeypatch):
@@ -312,7 +312,8 @@ def test_a_foreign_folder_costs_no_checkpoint(tmp_path, name, inside):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)
         assert [Checkpoints(tmp_path / "c").read(which).step for which in ("latest", "best")] == [20, 10]
-        assert Checkpoints(tmp_path / "c").check(int(name))
+        with pytest.raises(CheckpointError):
+            Checkpoints(tmp_path / "c").check(int(name))
         with opened(tmp_path / "c", keep=1) as checkpoints:
             assert checkpoints.restore(abstract)[1]["step"] == 20
             checkpoints.save(at(state, 30), make_config(), 0.3)

@@ -81,15 +81,16 @@ class Checkpoints:
         """Returns `list_steps` of the folder."""
         return list_steps(self.directory)
 
-    def check(self, step: int) -> str | None:
-        """Returns what is wrong with a checkpoint, or None. Reads all of it into the host, an item at a time."""
+    def check(self, step: int) -> Meta:
+        """Returns the meta of a checkpoint after reading all of it, an item at a time. Raises CheckpointError with what
+        is wrong."""
         try:
             meta = self._meta(step)
             for name in _items(meta):
                 self._item(step, meta, name)
         except Exception as error:  # damage raises errors of any type
-            return one_line(error)
-        return None
+            raise CheckpointError(one_line(error)) from error
+        return meta
 
     def read(self, which: str) -> Saved:
         """Returns the checkpoint "latest", "best" (least validation NLL) or of a step, without optimiser state.
