@@ -7,16 +7,14 @@ an array, so a state may be larger than the memory of a host.
 """
 
 import contextlib
-import gc
 import json
 import math
 import os
 import re
 import shutil
-import sys
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -149,16 +147,15 @@ class Checkpoints:
     def _restore(self, step: int, wanted: Mapping[str, Any]) -> tuple[dict[str, Any], Meta]:
         """Returns (item -> tree on the devices, meta). Raises ValueError, in all processes, where one finds damage."""
         fault, trees, meta = "", dict[str, Any](), Meta()
-        with _abandoned_reads():
-            try:
-                meta = self._meta(step)
-                if _items(meta) != sorted(wanted):
-                    raise ValueError(f"it holds {', '.join(_items(meta))}, but the run has {', '.join(sorted(wanted))}")
-                trees = {name: _read(self.directory / str(step) / name, tree) for name, tree in wanted.items()}
-            except JaxRuntimeError:  # of the devices, such as too little memory: no fault of the checkpoint
-                raise
-            except Exception as error:  # damage raises errors of any type
-                fault = one_line(error)
+        try:
+            meta = self._meta(step)
+            if _items(meta) != sorted(wanted):
+                raise ValueError(f"it holds {', '.join(_items(meta))}, but the run has {', '.join(sorted(wanted))}")
+            trees = {name: _read(self.directory / str(step) / name, tree) for name, tree in wanted.items()}
+        except JaxRuntimeError:  # of the devices, such as too little memory: no fault of the checkpoint
+            raise
+        except Exception as error:  # damage raises errors of any type
+            fault = one_line(error)
         failed_P = multihost_utils.process_allgather(np.array(bool(fault)))
         if failed_P.any():
             raise ValueError(fault or f"process {int(np.argmax(failed_P))} cannot read it")
@@ -378,17 +375,6 @@ def _read(folder: Path, abstract: Any = None) -> Any:
         else:
             how = jax.tree.map(lambda _: ocp.RestoreArgs(np.ndarray), reader.metadata(folder).item_metadata.tree)
         return reader.restore(folder, args=ocp.args.PyTreeRestore(abstract, how))
-
-
-@contextlib.contextmanager
-def _abandoned_reads() -> Iterator[None]:
-    """Where one array cannot be read, Orbax abandons the reads of others; Python would show an error of each."""
-    hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
-    try:
-        yield
-        gc.collect()
-    finally:
-        sys.unraisablehook = hook
 
 
 def _compare(expected: Mapping[str, str], found: Mapping[str, str]) -> None:
