@@ -11,15 +11,21 @@ import socket
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import jax
 import pytest
 
 import processes
 from jvitmoe import cli, train
 from jvitmoe.errors import UserError
+from jvitmoe.experts import build
+from jvitmoe.runs import fingerprint
+from jvitmoe.runs.checkpoints import Checkpoints
+from jvitmoe.runtime.devices import make_mesh
 from jvitmoe.runtime.processes import join
 from jvitmoe.runtime.rendezvous import define_flags
+from jvitmoe.training.state import abstract_state
 from processes import wait_for_step
-from run_folders import losses, rows, saved, tiny, write_experiment
+from run_folders import losses, rows, saved, saved_config, tiny, write_experiment
 
 pytestmark = pytest.mark.process
 
@@ -73,12 +79,26 @@ def test_four_processes_stop_together_at_one_signal_and_one_process_takes_their_
     assert sorted(losses(workdir)) == list(range(1, STEPS + 1))
 
 
-def test_two_processes_of_the_node_launcher_take_up_the_run_of_one_and_stream_what_it_held(experiment, one):
+GATHERS_NOTHING = """
+from jax.experimental import multihost_utils
+
+gather = multihost_utils.process_allgather
+
+def gather_numbers(x, tiled=False):
+    assert not (tiled and x.ndim), "a process gathers a whole array"
+    return gather(x)
+
+multihost_utils.process_allgather = gather_numbers
+"""
+
+
+def test_two_processes_of_the_node_launcher_take_up_the_run_of_one_and_any_devices_read_their_parts(experiment, one):
     workdir = experiment.parent / "two"
     shutil.copytree(one, workdir)
     shutil.rmtree(workdir / "checkpoints" / str(STEPS))
-    command = ["scripts/launch_node.sh", "2", *processes.train(experiment, workdir, "--config.data.stream")]
-    ended = processes.run(command)
+    experiment = write_experiment(experiment.with_name("split.py"), EXPERIMENT, GATHERS_NOTHING)
+    split = ("--config.data.stream", "--config.train.shard=parameters")
+    ended = processes.run(["scripts/launch_node.sh", "2", *processes.train(experiment, workdir, *split)])
     assert ended.code == 0, ended.err
     assert f"resuming    from step {CUT}" in ended.out
     assert "devices     2 x cpu" in ended.out
@@ -87,6 +107,15 @@ def test_two_processes_of_the_node_launcher_take_up_the_run_of_one_and_stream_wh
     merged, other = rows(workdir)[0], rows(one)[0]
     assert merged["images"] == other["images"] == 360
     assert merged["nll"] == pytest.approx(other["nll"], abs=1e-6)
+
+    checkpoints = Checkpoints(workdir / "checkpoints")
+    config, expected = saved_config(workdir), checkpoints.check(STEPS)["fingerprint"]  # of the host
+    assert any(path.name.endswith(".1") for path in (workdir / "checkpoints" / str(STEPS)).glob("params/*/*"))
+    for config.train.devices in (1, 2, 4):
+        abstract = abstract_state(config, build.make_model(config, "cpu"), make_mesh(config.train))
+        restored, meta = checkpoints.restore(abstract)
+        assert meta["step"] == STEPS
+        assert fingerprint.of_host(jax.device_get(restored._replace(step=None)._asdict())) == expected
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
@@ -161,7 +190,7 @@ def test_processes_that_cannot_be_one_run_say_so_in_one_line_each_within_30_seco
 
 FLIPS = """
 import jax
-from jvitmoe.runs.checkpoint_writer import CheckpointWriter
+from jvitmoe.runs.checkpoints import CheckpointWriter
 
 save = CheckpointWriter.save
 

@@ -40,7 +40,7 @@ WITHOUT_JAX = (
 )
 # Package -> the folder, or the one file, that may import it.
 ONLY_IN = {
-    **{"flax": "models", "orbax": "runs.checkpoint_writer", "tensorstore": "runs.arrays", "grain": "data.stream"},
+    **{"flax": "models", "orbax": "runs.checkpoints", "tensorstore": "nowhere", "grain": "data.stream"},
     **{"tensorflow_datasets": "data.tfds", "datasets": "data.hugging_face", "huggingface_hub": "interop.hub"},
     **{"wandb": "runs.trackers", "mlflow": "runs.trackers", "trackio": "runs.trackers", "torch": "nowhere"},
 }

@@ -12,7 +12,7 @@ from jvitmoe.config import Config, OptimConfig
 from jvitmoe.errors import ConfigError
 from jvitmoe.experts import build, cost, merge, slices
 from jvitmoe.models import vit
-from jvitmoe.runs.checkpoint_writer import CheckpointWriter
+from jvitmoe.runs.checkpoints import CheckpointWriter
 from jvitmoe.training import optimizer, state, update
 
 STEPS, EPOCHS, PEAK = 7, 5, 3e-3  # of one epoch, of the run
