@@ -32,12 +32,13 @@ from scipy import optimize
 sys.path.insert(0, str(Path(__file__).parent))
 import scaling_model
 
+from jvitmoe import train
 from jvitmoe.config import Config, ModelConfig, OptimConfig, RoutingConfig, TrainConfig
 from jvitmoe.data import batches, datasets
 from jvitmoe.experts import build, routes
 from jvitmoe.experts.routes import Purpose
 from jvitmoe.runs import checkpoints, plots
-from jvitmoe.runtime import compilation, processes, rendezvous
+from jvitmoe.runtime import compilation, processes
 from jvitmoe.runtime.devices import AXES, describe, make_mesh, to_devices
 from jvitmoe.training import step
 from jvitmoe.training.plan import StepPlan
@@ -103,7 +104,7 @@ def program(config: Config, mesh: Mesh) -> tuple[Any, tuple[Any, ...]]:
 
 def worker(values: flags.FlagValues) -> None:
     """Times sums, work and steps, all processes at once, and prints what was found."""
-    processes.join(values, checkpoints.versions)
+    processes.join(values)
     count = jax.process_count()
     local = jax.make_mesh((1, 1), AXES, axis_types=(jax.sharding.AxisType.Auto,) * 2, devices=jax.local_devices())
 
@@ -290,7 +291,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
 def main() -> None:
     if any(argument.startswith("--worker_steps") for argument in sys.argv):
         values = flags.FlagValues()
-        rendezvous.define_flags(values)
+        train.define_flags(values)
         flags.DEFINE_integer("worker_steps", 0, "Steps to time.", flag_values=values)
         values(sys.argv)
         processes.guard(lambda: worker(values))

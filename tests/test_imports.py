@@ -38,7 +38,7 @@ WITHOUT_JAX = (
         f"runs.{name}"
         for name in ("console", "tables", "files", "lock", "plots", "results", "groups", "history", "metrics_log")
     ),
-    *(f"runtime.{name}" for name in ("watchdog", "heartbeat", "memory", "rendezvous")),
+    *(f"runtime.{name}" for name in ("watchdog", "memory")),
 )
 # Package -> the folder, or the one file, that may import it.
 ONLY_IN = {

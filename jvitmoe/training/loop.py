@@ -43,8 +43,6 @@ Batch = tuple[Images, jax.Array | None]  # (images, index_SB), the inputs of `st
 class TrainingError(UserError):
     """A loss or gradient norm is not finite. The message names the step, the value and the last good checkpoint."""
 
-    everywhere = known = True
-
 
 def train(
     config: Config, workdir: Path, stop: Stop, cleanup: contextlib.ExitStack, trackers: Sequence[str] = ()
@@ -270,7 +268,12 @@ class _Loop:
         steps = [s for s in self._checkpoints.steps() if s < done - self._in_a_row and not self._checkpoints.check(s)]
         good = f"the last good checkpoint is step {steps[-1]}" if steps else "no good checkpoint was saved yet"
         rule = f"it must be finite, but for {limit} steps in a row" if limit else "it must be finite"
-        raise TrainingError(
+        error = TrainingError(
             f"{name} is {value} at step {done}; {rule}; {good}; "
             "try a lower --config.optim.learning_rate or --config.optim.clip_norm=1 in a new --workdir"
         )
+
+        def fail() -> None:
+            raise error
+
+        processes.together(fail)  # all processes read the same value
