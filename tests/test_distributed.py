@@ -287,4 +287,4 @@ def test_a_process_killed_frozen_or_failing_ends_the_others_within_40_seconds_an
             kind = "RuntimeError: a bug" if fault == signal.SIGUSR1 else "a picture"
             assert f"error: {kind} (process {victim} of {count} ends, and so do all; " in one.err
             assert ("Traceback" in one.err) == (fault == signal.SIGUSR1)
-    tally("processes killed, frozen or failing, whose peers ended within 40 s", len(FAULTS))
+    tally("processes of several killed, frozen or failing, whose peers ended within 40 s", len(FAULTS))

@@ -37,10 +37,10 @@ def join(values: flags.FlagValues) -> None:
         if (values.processes, values.process) != (1, 0):
             raise UserError(f"{given} needs --coordinator=HOST:PORT")
         return
-    arguments: dict[str, Any] = {"local_device_ids": []} if _is_alone_on_node() else {}
+    where: dict[str, Any] = {"local_device_ids": []} if _is_alone_on_node() else {}
     if address:
-        arguments = {"coordinator_address": address, "num_processes": values.processes, "process_id": values.process}
-        arguments["cluster_detection_method"] = "deactivate"
+        where = {"coordinator_address": address, "num_processes": values.processes, "process_id": values.process}
+        where["cluster_detection_method"] = "deactivate"
     cannot = f"cannot join by {f'--coordinator={address} {given}' if address else '--distributed'}"
     late = f"error: {cannot}: after {values.join_seconds} s (--join_seconds) not all processes have reached process 0\n"
     timer = threading.Timer(values.join_seconds, leave, (late, 2))  # JAX itself would abort
@@ -48,10 +48,14 @@ def join(values: flags.FlagValues) -> None:
     timer.start()
     try:
         if address and values.process == 0:  # JAX crashes if the port is taken
-            socket.create_server(("", int(address.rpartition(":")[2]))).close()
-        waits = {"initialization_timeout": 2 * abs(values.join_seconds) + 60}  # the timer ends it earlier
-        waits |= {"heartbeat_timeout_seconds": LOST_SECONDS, "shutdown_timeout_seconds": SHUTDOWN_SECONDS}
-        jax.distributed.initialize(**arguments, **waits)
+            bound = os.environ.get("JAX_COORDINATOR_BIND_ADDRESS", address)
+            socket.create_server(("", int(bound.rpartition(":")[2]))).close()
+        jax.distributed.initialize(
+            **where,
+            initialization_timeout=2 * abs(values.join_seconds) + 60,  # the timer ends it earlier
+            heartbeat_timeout_seconds=LOST_SECONDS,
+            shutdown_timeout_seconds=SHUTDOWN_SECONDS,
+        )
     except Exception as error:  # JAX and the ways to find a cluster raise many kinds
         remedy = "give a free port, a number for each process, or start it in a job of Slurm, Open MPI or Kubernetes"
         raise UserError(f"{cannot}: {one_line(error)}; {remedy}") from error
@@ -142,14 +146,6 @@ def source_hash() -> str:
     """Returns a hash of the source files of this package."""
     files = sorted(Path(__file__).parents[1].rglob("*.py"))
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:12]
-
-
-def stops_at(step: int) -> bool:
-    """True, in all processes, if SIGTERM to one of them ends the run with this step.
-
-    All must ask after every step. JAX's coordinator chooses a step that none has passed.
-    """
-    return not is_single() and multihost_utils.reached_preemption_sync_point(step)
 
 
 def guard(main: Callable[[], Any]) -> None:

@@ -5,6 +5,8 @@ import os
 import signal
 import threading
 
+from jax.experimental import multihost_utils
+
 from jvitmoe.runtime import processes
 
 STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
@@ -51,7 +53,7 @@ class Stop:
         """Returns the signal that makes this step the last, or None. All processes must call it after every step."""
         if processes.is_single():
             return self.signal
-        if not processes.stops_at(step):
+        if not multihost_utils.reached_preemption_sync_point(step):
             return None
         self.signal = signal.SIGTERM
         if self._thread:  # from here on it reads SIGTERM too, so that one more ends the process at once
