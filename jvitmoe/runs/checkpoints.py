@@ -392,8 +392,7 @@ def _check_copies(step: int, first: Mapping[str, str], others: Sequence[Mapping[
             f"({len(wrong)} of {len(first)} arrays differ); the memory or a device of one of them may be failing; "
             "this checkpoint was not written; the same command, without that machine, goes on from the one before"
         )
-        error.known = True
-        raise error
+        processes.all_raise(error)
 
 
 def _of_first(step: int) -> int:

@@ -23,23 +23,10 @@ def verify(workdir: Path) -> Iterator[tuple[str, bool, str]]:
     steps, meta = checkpoints.steps(), dict[str, Any](step=0)  # meta of the newest sound one
     if not steps:
         yield files.CHECKPOINTS, False, "there is none"
-<<<<<<< HEAD
-    for step, fault in faults.items():
-        yield f"checkpoint {step}", not fault, fault or "sound"
-    sound = [step for step, fault in faults.items() if not fault]
-    meta: dict[str, Any] = checkpoints.read(str(sound[-1])).meta if sound else {"step": 0}
-    checks: dict[str, Callable[[], str]] = {
-        files.CONFIG: lambda: _config(workdir / files.CONFIG, meta),
-        **{name: lambda name=name: _file(workdir, name, meta) for name in READERS},  # type: ignore[misc]
-        files.RESULT: lambda: "sound" if results.read_result(workdir) else "",
-    }
-    for name, check in checks.items():
-=======
     for step in steps:
         finding = _finding(lambda step=step: meta.update(checkpoints.check(step)))  # type: ignore[misc]
         yield f"checkpoint {step}", finding == SOUND, finding
     for name, check in CHECKS.items():
->>>>>>> ckpt
         if (workdir / name).exists() or name in (files.CONFIG, files.METRICS, *meta.get("files", ())):
             finding = _finding(lambda name=name, check=check: _file(workdir, name, check, meta))  # type: ignore[misc]
             yield name, finding == SOUND, finding

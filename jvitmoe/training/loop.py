@@ -42,8 +42,6 @@ Batch = tuple[Images, jax.Array | None]  # (images, index_SB), the inputs of `st
 class TrainingError(UserError):
     """A loss or gradient norm is not finite. The message names the step, the value and the last good checkpoint."""
 
-    everywhere = known = True
-
 
 def train(
     config: Config, workdir: Path, stop: Stop, cleanup: contextlib.ExitStack, trackers: Sequence[str] = ()
@@ -256,18 +254,13 @@ class _Loop:
         nonfinite = [(name, value) for name, value in numbers if not math.isfinite(value)]
         if not nonfinite:
             return
-<<<<<<< HEAD
         name, value = nonfinite[0]
-        self._checkpoints.close()  # waits for the last save and reads it back, so that the step it names is sound
-        # Whether the parameters of a checkpoint are good shows in the loss of the step that follows it.
-        steps = [s for s in self._checkpoints.steps() if s < done - 1 and not self._checkpoints.check(s)]
-=======
         self._checkpoints.close()  # waits for the last save
         # Whether the parameters of a checkpoint are good shows in the loss of the step that follows it.
-        steps = [s for s in self._checkpoints.steps() if s < done - self._in_a_row]
->>>>>>> ckpt
+        steps = [s for s in self._checkpoints.steps() if s < done - 1]
         good = f"the last good checkpoint is step {steps[-1]}" if steps else "no good checkpoint was saved yet"
-        raise TrainingError(
+        error = TrainingError(
             f"{name} is {value} at step {done}; it must be finite; {good}; "
             "try a lower --config.optim.learning_rate or --config.optim.clip_norm=1 in a new --workdir"
         )
+        processes.all_raise(error)  # all have read the same value
