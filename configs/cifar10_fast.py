@@ -4,24 +4,24 @@
     python -m jvitmoe.train --config configs/cifar10_fast.py:random
 
 Expect 82.78 ± 0.25 % on the test set (JPEG copy; three seeds, sample deviation). The random variant had 82.02 ± 0.09 %
-after merging with its former settings, routing.learning_rate=2 and pull=0.1 (results/cifar10_fast); with the present
+after merging with its former settings, optim.mlp_rate=2 and pull=0.1 (results/cifar10_fast); with the present
 ones it is measured at a smaller size only (docs/study.md). On one core of a Xeon with AMX, with another run on the
 other core, seed 2 took 42 minutes; at the 432 images/s of dense on both cores of an EPYC Zen 4
 (results/benchmark_fast) it would take 31. Stem, learning rate and label smoothing were chosen on held-out images
 (results/recipe_search); the other settings are usual ones.
 """
 
-from jvitmoe.config import Config, DataConfig, ModelConfig, OptimConfig, TrainConfig, routing_of
+from jvitmoe.config import Config, DataConfig, ModelConfig, OptimConfig, TrainConfig, with_variant
 
 
 def get_config(variant: str = "dense") -> Config:
-    return Config(
+    config = Config(
         data=DataConfig(name="cifar10", crop_padding=4, flip=True),
         model=ModelConfig(
             **{"image_size": 32, "channels": 3, "classes": 10, "stem": "strided", "patch": 4},
             **{"width": 128, "hidden": 256, "depth": 4, "heads": 4, "pool": "seq", "dtype": "bfloat16"},
         ),
-        routing=routing_of(variant),
         optim=OptimConfig(name="muon", learning_rate=4e-3, weight_decay=0.05, warmup_epochs=1, clip_norm=1.0),
         train=TrainConfig(epochs=16, batch_size=128, label_smoothing=0.1, log_every=50),
     )
+    return with_variant(config, variant)

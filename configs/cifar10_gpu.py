@@ -7,21 +7,21 @@
 queries, keys and values, dropout of attention. Not measured here, neither accuracy nor time: it needs a GPU.
 """
 
-from jvitmoe.config import Config, DataConfig, ModelConfig, OptimConfig, TrainConfig, routing_of
+from jvitmoe.config import Config, DataConfig, ModelConfig, OptimConfig, TrainConfig, with_variant
 
 
 def get_config(variant: str = "dense") -> Config:
-    return Config(
+    config = Config(
         data=DataConfig(
-            **{"name": "cifar10", "crop_padding": 4, "flip": True, "trivial_augment": True, "erase": 0.25},
-            **{"mixup": 0.8, "cutmix": 1.0, "plain_last": 0.05},
+            **{"name": "cifar10", "crop_padding": 4, "flip": True, "augment": "trivial", "erase": 0.25},
+            **{"mixup": 0.8, "cutmix": 1.0, "plain_at_end": 0.05},
             **{"mean": (0.4914, 0.4822, 0.4465), "std": (0.2470, 0.2435, 0.2616)},
         ),
         model=ModelConfig(
             **{"image_size": 32, "channels": 3, "classes": 10, "stem": "conv", "patch": 2, "pool": "seq"},
             **{"width": 256, "hidden": 512, "depth": 7, "heads": 4, "drop_path": 0.1},
         ),
-        routing=routing_of(variant),
-        optim=OptimConfig(learning_rate=5.5e-4, weight_decay=0.06, warmup_epochs=10, final_rate=0.02),
+        optim=OptimConfig(learning_rate=5.5e-4, weight_decay=0.06, warmup_epochs=10),
         train=TrainConfig(epochs=300, batch_size=128, label_smoothing=0.1, eval_every=10),
     )
+    return with_variant(config, variant)

@@ -14,5 +14,5 @@ from jvitmoe.config import Config, RoutingConfig
 
 def get_config() -> Config:
     config = cifar10_dense.get_config()
-    config.routing = RoutingConfig(experts=4, granularity="batch", scope="shared", init="independent")
+    config.routing = RoutingConfig(experts=4, kind="batch", init="independent")
     return config

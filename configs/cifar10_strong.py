@@ -18,6 +18,6 @@ def get_config(variant: str = "dense") -> Config:
     config = cifar10_fast.get_config(variant)
     model, train = config.model, config.train
     model.width, model.hidden, model.depth, model.heads, model.drop_path = 192, 384, 6, 6, 0.1
-    config.data.trivial_augment, config.data.cutmix, config.data.plain_last = True, 1.0, 0.2
+    config.data.augment, config.data.cutmix, config.data.plain_at_end = "trivial", 1.0, 0.2
     train.epochs, train.ema, train.eval_every = 40, 0.999, 4
     return config

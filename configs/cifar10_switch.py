@@ -13,5 +13,5 @@ from jvitmoe.config import Config, RoutingConfig
 
 def get_config() -> Config:
     config = cifar10_dense.get_config()
-    config.routing = RoutingConfig(experts=4, router="switch", init="independent")
+    config.routing = RoutingConfig(experts=4, kind="switch", init="independent")
     return config

@@ -13,5 +13,5 @@ from jvitmoe.config import Config, RoutingConfig
 
 def get_config() -> Config:
     config = digits_dense.get_config()
-    config.routing = RoutingConfig(experts=4, granularity="batch", scope="shared", init="shared")
+    config.routing = RoutingConfig(experts=4, kind="batch", init="shared")
     return config

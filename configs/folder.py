@@ -5,17 +5,17 @@
 
 A start, not a recipe: what it gives depends on the pictures. Copy the file to change more than a few settings. In the
 random variant the experts have four times the learning rate, which is measured with Muon on CIFAR-10 only: if the loss
-rises, set --config.routing.learning_rate=1. To export it to Hugging Face, train with --config.model.pool=cls.
+rises, set --config.optim.mlp_rate=1. To export it to Hugging Face, train with --config.model.pool=cls.
 """
 
-from jvitmoe.config import Config, DataConfig, ModelConfig, OptimConfig, TrainConfig, routing_of
+from jvitmoe.config import Config, DataConfig, ModelConfig, OptimConfig, TrainConfig, with_variant
 
 
 def get_config(variant: str = "dense") -> Config:
-    return Config(
+    config = Config(
         data=DataConfig(name="folder", stream=True, crop="resized", flip=True),  # RandomResizedCrop
         model=ModelConfig(image_size=64, channels=3, patch=8, width=192, hidden=768, depth=6, heads=3, pool="mean"),
-        routing=routing_of(variant),
         optim=OptimConfig(learning_rate=5e-4, warmup_epochs=2, clip_norm=1.0),  # AdamW, cosine to 0
         train=TrainConfig(epochs=20, batch_size=32, label_smoothing=0.1),
     )
+    return with_variant(config, variant)

@@ -19,25 +19,24 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import matplotlib.pyplot as plt
 import numpy as np
 import timed_step
 from absl import flags
 from jax.sharding import Mesh
+from matplotlib.figure import Figure
 
-from jvitmoe import cli
+from jvitmoe import cli, routing
 from jvitmoe import config as config_lib
 from jvitmoe.config import Config, ModelConfig
 from jvitmoe.errors import UserError
-from jvitmoe.experts import cost
-from jvitmoe.runs import checkpoints, files, plots, results, tables
+from jvitmoe.runs import checkpoints, figures, files, results, tables
 from jvitmoe.runs.console import console
 from jvitmoe.runtime import compilation, devices, memory
 
 DTYPES = ["float32", "bfloat16"]
 # Fields of the model that PyTorch's ViT has; all others must have their default.
-PEER_FIELDS = {"image_size", "channels", "classes", "patch", "width", "hidden", "depth", "heads", "norm", "pool"}
-PEER_FIELDS |= {"position_rows", "head_hidden", "dropout", "init_layers", "dtype", "attention", "unroll"}
+PEER_FIELDS = {"image_size", "channels", "classes", "patch", "width", "hidden", "depth", "heads", "pool"}
+PEER_FIELDS |= {"position_rows", "head_hidden", "dropout", "init_layers", "dtype"}
 PEERS = {"PyTorch dense": "1 eager", "PyTorch random": "4 eager", "PyTorch compiled": "1 compiled"}  # torch_vit.py's
 NOTE = (
     "Step: median over rounds, with the fastest and the slowest. Times dense: median of the ratio to the dense step of "
@@ -56,18 +55,18 @@ def cases(config: Config, only: Collection[str] = ()) -> dict[str, Config]:
     even = {"capacity": 1.0, "eval_capacity": 1.0}
     settings: dict[str, dict[str, Any]] = {
         **{name: {} for name in ("dense", "dense again")},
-        **{name: experts | {"granularity": name} for name in ("batch", "sample", "token")},
-        "switch": experts | even | {"router": "switch"},
-        "top2": experts | even | {"router": "topk", "top_k": 2},
-        "soft": experts | {"router": "soft"},
+        **{name: experts | {"kind": name} for name in ("batch", "sample", "token")},
+        "switch": experts | even | {"kind": "switch"},
+        "top2": experts | even | {"kind": "topk", "top_k": 2},
+        "soft": experts | {"kind": "soft"},
     }
     if unknown := set(only) - set(settings):
         raise UserError(f"--only is {', '.join(sorted(unknown))}; it must name some of {', '.join(settings)}")
     found = {}
     for name in only or settings:
         case = copy.deepcopy(config)
-        case.data.stream, case.data.crop = False, "pad"  # the images are made up, on the devices
-        case.data.plain_last = case.train.distil_last = 0.0  # the last part of a run has another step
+        case.data.stream, case.data.crop = False, "exact"  # the images are made up, on the devices
+        case.data.plain_at_end = 0.0  # the last part of a run has another step
         case.routing = config_lib.RoutingConfig(init="shared", **settings[name])
         if name == "top2":
             case.model.hidden //= 2
@@ -152,7 +151,7 @@ def measure(
         case = copy.deepcopy(config)
         case.model.dtype = dtype
         timed = timed_step.TimedStep(case.validate(), mesh)
-        active, total = cost.count_parameters(case)
+        active, total = routing.find(case).count_parameters()
         facts[name] = {
             "parameters": active,
             "total_parameters": total,
@@ -186,7 +185,7 @@ def measure(
 def write(result: dict[str, Any], out: Path) -> None:
     """Writes what was measured as JSON, as a table and as a picture, and prints the table."""
     files.write_text(out / "benchmark.json", json.dumps(result, indent=1) + "\n")
-    draw(result["rows"], out / "benchmark.png")
+    figures.save(throughput(result["rows"]), out / "benchmark.png")
     rows = [cells(row) for row in result["rows"]]
     peak = ", ".join(f"{tables.quantity(flops)}FLOP/s in {d}" for d, flops in result["peak_flops_per_second"].items())
     text = (
@@ -228,19 +227,18 @@ def cells(row: Mapping[str, Any]) -> dict[str, str]:
     return found
 
 
-@plots.in_style
-def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Writes one PNG of a benchmark's rows: images per second of each model and dtype, and, if dense was measured, the
-    time of a step relative to the dense step of the same dtype and round."""
+@figures.in_style
+def throughput(rows: Sequence[Mapping[str, Any]]) -> Figure:
+    """Returns a figure of a benchmark's rows: images per second of each model and dtype, and, if dense was measured,
+    the time of a step relative to the dense step of the same dtype and round."""
     dtypes, models = (list(dict.fromkeys(row[name] for row in rows)) for name in ("dtype", "model"))
     dense = {row["dtype"]: np.array(row["seconds_per_round"]) for row in rows if row["model"] == "dense"}
-    size = (10, 1.5 + 0.28 * len(models) * len(dtypes))
-    figure, grid = plt.subplots(1, 2 if dense else 1, sharey=True, squeeze=False, figsize=size)
+    figure, grid = figures.subplots(1, 2 if dense else 1, (10, 1.5 + 0.28 * len(models) * len(dtypes)), sharey=True)
     height = 0.8 / len(dtypes)
     for row in rows:
         number, seconds = dtypes.index(row["dtype"]), np.array(row["seconds_per_round"])
         y = models.index(row["model"]) + (number - (len(dtypes) - 1) / 2) * height
-        style = {"color": plots.COLOURS[number], "label": row["dtype"] if row["model"] == models[0] else "_"}
+        style = {"color": figures.COLOURS[number], "label": row["dtype"] if row["model"] == models[0] else "_"}
         low, rate, high = np.quantile(row["images_per_second"] * row["seconds"] / seconds, (0.25, 0.5, 0.75))
         grid[0, 0].barh(y, rate, height, xerr=[[rate - low], [high - rate]], error_kw={"elinewidth": 1}, **style)
         text = f"{rate:,.{1 if rate < 100 else 0}f}"
@@ -258,7 +256,7 @@ def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
         axes.grid(axis="y", visible=False)
     title = f"median and quartiles, n = {len(rows[0]['seconds_per_round'])} rounds"
     figure.legend(*grid[0, 0].get_legend_handles_labels(), title=title, loc="outside lower center", ncols=len(dtypes))
-    plots.save(figure, path)
+    return figure
 
 
 if __name__ == "__main__":

@@ -26,25 +26,32 @@ COMMON = {
     **{"model.dropout": 0.1, "model.depth": 2, "model.width": 32, "model.hidden": 48, "data.flip": True},
 }
 EXPERTS = {"routing.experts": 4, "routing.init": "independent", "train.devices": 2}
-SLOTS = EXPERTS | {"routing.granularity": "sample"}
+SLOTS = EXPERTS | {"routing.kind": "sample"}
 FOLDER = {"data.name": "folder", "data.dir": "{images}", "data.crop_padding": 1}
 RUNS = {
     "dense": {},
     "batch": EXPERTS,
-    "batch_layer": EXPERTS | {"routing.scope": "layer", "optim.name": "adam"},
+    "batch_layer": EXPERTS | {"routing.kind": "layer", "optim.name": "adam"},
     "sample": SLOTS,
-    "sample_layer": SLOTS | {"routing.scope": "layer"},
-    "token": EXPERTS | {"routing.granularity": "token"},
-    **{name: EXPERTS | {"routing.router": name} for name in ("switch", "topk", "expert_choice", "soft", "hash")},
-    "frozen": EXPERTS | {"routing.router": "frozen", "routing.top_k": 1},
-    "pull": SLOTS | {"routing.pull": 0.1, "routing.pull_schedule": "rising", "routing.tie_last": 0.2},
+    "token": EXPERTS | {"routing.kind": "token"},
+    **{name: EXPERTS | {"routing.kind": name} for name in ("switch", "topk", "expert_choice", "soft", "hash")},
+    "frozen": EXPERTS | {"routing.kind": "frozen", "routing.top_k": 1},
     "consistency": EXPERTS | {"routing.consistency": 1.0},
-    "thor": EXPERTS | {"routing.consistency": 1.0, "routing.consistency_loss": "thor", "routing.scope": "layer"},
+    "thor": EXPERTS | {"routing.consistency": 1.0, "routing.consistency_loss": "thor", "routing.kind": "layer"},
     "expert_axis": SLOTS | {"train.expert_devices": 2},
     "sharded": EXPERTS | {"train.shard": "parameters", "train.ema": 0.9},
     "streamed": SLOTS | FOLDER | {"data.stream": True},
     "accumulated": SLOTS | {"train.accumulate": 2},
-    "pattern": EXPERTS | {"routing.pattern": '("dense","experts")', "routing.shared_layer": "up"},
+    "cosub": SLOTS | {"routing.consistency": 0.5, "routing.consistency_loss": "cosub"},
+    "muon": SLOTS | {"optim.name": "muon", "optim.mlp_rate": 4.0, "routing.pull": 1.0, "routing.init": "shared"},
+    "muon_batch": EXPERTS | {"optim.name": "muon", "optim.mlp_rate": 2.0, "routing.pull": 0.1, "train.ema": 0.9},
+    "qsr": SLOTS | {"routing.pull": 1.0, "routing.pull_schedule": "qsr", "routing.pull_every": 2},
+    "pull_rate": EXPERTS | {"routing.pull": 0.5, "routing.pull_schedule": "learning_rate", "routing.kind": "layer"},
+    "pull_constant": SLOTS | {"routing.pull": 0.1, "routing.pull_every": 2},
+    "mlp_rate": {"optim.mlp_rate": 2.0, "optim.clip_norm": 0.5, "optim.layer_decay": 0.8, "train.ema": 0.9},
+    "pattern_sample": SLOTS | {"routing.pattern": '("dense","experts")'},
+    "rdrop": {"routing.consistency": 1.0, "routing.consistency_loss": "thor"},
+    "pattern": EXPERTS | {"routing.pattern": '("dense","experts")', "routing.part": "down"},
 }
 
 

@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import matplotlib.pyplot as plt
 import numpy as np
 from absl import flags
 from jax.experimental import multihost_utils
@@ -34,7 +33,7 @@ import scaling_model
 import timed_step
 
 from jvitmoe.config import Config, ModelConfig, OptimConfig, RoutingConfig, TrainConfig
-from jvitmoe.runs import checkpoints, plots
+from jvitmoe.runs import checkpoints, figures
 from jvitmoe.runtime import compilation, processes, rendezvous
 from jvitmoe.runtime.devices import AXES, describe, make_mesh, to_devices
 
@@ -252,24 +251,24 @@ def ring(links: dict[int, tuple[float, float]], count: int) -> float:
     return links[fewest][1] * share(count) / share(fewest)
 
 
-@plots.in_style
+@figures.in_style
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
     counts = sorted({row["processes"] for row in rows})
     names = list(dict.fromkeys(row["variant"] for row in rows))
-    figure, grid = plt.subplots(1, len(counts), sharey=True, squeeze=False, figsize=(11, 3.6))
+    figure, grid = figures.subplots(1, len(counts), (11, 3.6), sharey=True)
     for axes, count in zip(grid[0], counts, strict=True):
         mine = [row for row in rows if row["processes"] == count]
         work, reducing, measured = ([1e3 * row[part] for row in mine] for part in ("work", "reducing", "measured"))
         y = [names.index(row["variant"]) for row in mine]
         axes.barh(y, work, color="0.75", label="predicted: work on shared cores")
-        axes.barh(y, reducing, left=work, color=plots.COLOURS[4], label="predicted: all-reduces over loopback")
+        axes.barh(y, reducing, left=work, color=figures.COLOURS[4], label="predicted: all-reduces over loopback")
         axes.plot(measured, y, "D", color="black", label="measured")
         axes.set(title=f"{count} processes", xlabel="time of a step, ms", xlim=(0, 1.1 * max(measured)))
         axes.grid(axis="y", visible=False)
     grid[0, 0].set_yticks(range(len(names)), [name.replace(", experts", ",\nexperts") for name in names])
     grid[0, 0].invert_yaxis()
     figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
-    plots.save(figure, path)
+    figures.save(figure, path)
 
 
 def main() -> None:

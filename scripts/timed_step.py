@@ -4,7 +4,6 @@ Interleaved, because the ratio of two times taken one after the other is biased 
 """
 
 import contextlib
-import dataclasses
 import json
 import os
 import random
@@ -20,15 +19,15 @@ import numpy as np
 from jax.sharding import Mesh
 from scipy.stats import binom
 
-from jvitmoe.config import Config, RoutingConfig
+from jvitmoe import routing
+from jvitmoe.config import Config
 from jvitmoe.data import batches
 from jvitmoe.data.splits import Split
 from jvitmoe.errors import UserError
-from jvitmoe.experts import build, cost
+from jvitmoe.experts import cost
 from jvitmoe.runtime import compilation, devices
 from jvitmoe.training import step
-from jvitmoe.training.plan import StepPlan
-from jvitmoe.training.state import make_state
+from jvitmoe.training.state import StepPlan, make_state
 
 VISIT_SECONDS = 0.5  # least time that a visit measures
 BATCHES = 10  # of random images
@@ -106,10 +105,11 @@ def random_split(config: Config) -> Split:
 
 def lower(config: Config, mesh: Mesh) -> tuple[Any, tuple[Any, ...]]:
     """Returns the training step, lowered for a mesh, and what it takes: (state, random images, order of the epoch)."""
-    model, split = build.make_model(config, mesh.devices.flat[0].platform), random_split(config)
-    order = batches.TrainOrder(len(split), config.train.batch_size, jax.random.key(0), mesh)
-    given = make_state(config, model, mesh), batches.on_devices(split, mesh), order.epoch(0)
-    return step.make_train_step(StepPlan(config, model, mesh, order.steps_per_epoch)).lower(*given), given
+    way, split = routing.find(config), random_split(config)
+    order = batches.TrainOrder(len(split), config.train.batch_size, jax.random.key(0), mesh, way.slots)
+    given = make_state(config, way, mesh), batches.on_devices(split, mesh), order.epoch(0)
+    plan = StepPlan(config, way, way.model(mesh.devices.flat[0].platform), mesh, order.steps_per_epoch)
+    return step.make_train_step(plan).lower(*given), given
 
 
 class TimedStep:
@@ -135,10 +135,8 @@ class TimedStep:
 def step_flops(config: Config) -> float:
     """Returns the FLOPs of a step, of learned routers those of routing included: a backward pass costs two forward
     passes, one for the gradients of the weights and one for those of the activations."""
-    batch = config.train.batch_size
-    if not config.routes_in_model:  # one expert runs for each image
-        config = dataclasses.replace(config, routing=RoutingConfig())
-    return 3 * batch * cost.flops_per_image(build.make_model(config, "cpu"), batch)
+    batch, model = config.train.batch_size, routing.find(config).model("cpu")  # dense, but for learned routers
+    return 3 * batch * cost.flops_per_image(model, batch)
 
 
 def peak_flops(dtype: str, mesh: Mesh) -> float:

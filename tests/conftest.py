@@ -1,12 +1,18 @@
 """JAX set strict before anything imports it, and the few fixtures that several files share."""
 
 # ruff: noqa: E402
+import hashlib
 import os
-import tempfile
+from importlib import metadata
+from pathlib import Path
 
-# Programs that several tests compile are compiled once, and nothing is left in the user's own cache.
-COMPILED = tempfile.TemporaryDirectory(prefix="jvitmoe-compiled-")
-os.environ["JAX_COMPILATION_CACHE_DIR"] = COMPILED.name
+# Programs are compiled once for all tests and later runs of the suite, by the versions and the processor that they are
+# made for. Nothing is left in the user's own cache.
+CPUINFO = Path("/proc/cpuinfo")
+PROCESSOR = [line for line in CPUINFO.read_text().splitlines() if line.startswith("flags")] if CPUINFO.exists() else []
+MADE_FOR = metadata.version("jax"), metadata.version("jaxlib"), *PROCESSOR[:1]
+COMPILED = Path(__file__).parents[1] / "build" / "compiled" / hashlib.sha256(repr(MADE_FOR).encode()).hexdigest()[:12]
+os.environ["JAX_COMPILATION_CACHE_DIR"] = str(COMPILED)
 CACHED_SECONDS = 0.3
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = str(CACHED_SECONDS)
 
@@ -25,7 +31,6 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -34,27 +39,25 @@ import pytest
 from jax.sharding import Mesh
 
 from jvitmoe import config as config_lib
+from jvitmoe import routing
 from jvitmoe.config import Config
 from jvitmoe.data import batches
 from jvitmoe.data.batches import Images
 from jvitmoe.data.splits import Split
-from jvitmoe.experts import build, routes
-from jvitmoe.experts.routes import Purpose
 from jvitmoe.models import vit
 from jvitmoe.runtime import signals
+from jvitmoe.runtime.addresses import Purpose, address
 from jvitmoe.runtime.devices import make_mesh
 from jvitmoe.training import loop
-from jvitmoe.training.plan import StepPlan
-from jvitmoe.training.state import TrainState, make_state
+from jvitmoe.training.state import StepPlan, TrainState, make_state
 from jvitmoe.training.step import Metrics, TrainStep, make_train_step
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_debug_key_reuse", True)
 
-# The platform is named because without it a machine with an NVIDIA GPU gets a warning, which is an error here.
 TINY = {
     "model": {"width": 8, "hidden": 12, "depth": 2, "heads": 2, "patch": 4, "classes": 3},
-    "train": {"batch_size": 8, "epochs": 4, "devices": 1, "platform": "cpu"},
+    "train": {"batch_size": 8, "epochs": 4, "devices": 1},
 }
 
 
@@ -124,6 +127,7 @@ class Training:
 
     config: Config
     mesh: Mesh
+    routing: routing.Routing
     model: vit.ViT
     images: Images
     order: batches.TrainOrder
@@ -154,12 +158,13 @@ def training(tiny_split: Split) -> Callable[[Config], Training]:
 
     def make(config: Config) -> Training:
         mesh = make_mesh(config.train)
-        key = routes.address(jax.random.key(config.train.seed), Purpose.ORDER)
-        order = batches.TrainOrder(len(tiny_split), config.train.batch_size, key, mesh, config.slots)
-        model = build.make_model(config, "cpu")
-        train_step = make_train_step(StepPlan(config, model, mesh, order.steps_per_epoch))
-        state = make_state(config, model, mesh)
-        return Training(config, mesh, model, batches.on_devices(tiny_split, mesh), order, train_step, state)
+        key = address(jax.random.key(config.train.seed), Purpose.ORDER)
+        way = routing.find(config)
+        order = batches.TrainOrder(len(tiny_split), config.train.batch_size, key, mesh, way.slots)
+        model = way.model("cpu")
+        train_step = make_train_step(StepPlan(config, way, model, mesh, order.steps_per_epoch))
+        state = make_state(config, way, mesh)
+        return Training(config, mesh, way, model, batches.on_devices(tiny_split, mesh), order, train_step, state)
 
     return make
 

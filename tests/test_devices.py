@@ -18,7 +18,7 @@ from jvitmoe.models import vit
 from jvitmoe.runtime.compilation import for_reading, reduced_sizes
 from jvitmoe.runtime.devices import EXPERT, make_mesh
 from jvitmoe.training import communication, setup, state, step
-from jvitmoe.training.plan import StepPlan
+from jvitmoe.training.state import StepPlan
 
 pytestmark = pytest.mark.slow
 

@@ -34,10 +34,8 @@ JAX = {"jax", "jaxlib", "flax", "optax", "orbax", "tensorstore", "chex"}
 WITHOUT_JAX = (
     *("errors", "settings", "config", "experiment_files", "cli", "report", "configs", "data.datasets", "data.images"),
     *("interop.weight_names", "interop.config_files"),
-    *(
-        f"runs.{name}"
-        for name in ("console", "tables", "files", "lock", "plots", "results", "groups", "history", "metrics_log")
-    ),
+    *(f"runs.{name}" for name in ("console", "tables", "files", "lock", "figures", "page", "results", "groups")),
+    *("runs.history", "runs.metrics_log"),
     *(f"runtime.{name}" for name in ("watchdog", "heartbeat", "memory", "rendezvous")),
 )
 # Package -> the folder, or the one file, that may import it.

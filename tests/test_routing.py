@@ -1,3 +1,8 @@
+"""Routes and the ways of routing, without training.
+
+N steps · L layers · E experts
+"""
+
 import itertools
 
 import chex
@@ -6,58 +11,40 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jvitmoe.config import Config, RoutingConfig
-from jvitmoe.experts.routes import Purpose, address, constant_route, describe, distinct_route, draw_route
+from jvitmoe import routing
+from jvitmoe.config import Config, ModelConfig, RoutingConfig, TrainConfig
+from jvitmoe.errors import ConfigError
+from jvitmoe.experts import trees
+from jvitmoe.routing import Pass
+from jvitmoe.runtime.addresses import Purpose, address
+from jvitmoe.training.setup import describe
+
+DEPTH = 5
+
+
+def find(experts: int = 4, **routed: object) -> routing.Routing:
+    model, train = ModelConfig(depth=DEPTH), TrainConfig(batch_size=12)
+    return routing.find(Config(model=model, routing=RoutingConfig(experts=experts, **routed), train=train))
 
 
 def bits(key: jax.Array) -> tuple[int, ...]:
     return tuple(np.asarray(jax.random.key_data(key)).tolist())
 
 
-def many_routes(count: int, experts: int, scope: str, depth: int) -> np.ndarray:
-    """Returns routes_NL of `count` steps."""
-    config = RoutingConfig(experts=experts, scope=scope)
-    root = jax.random.key(3)
-    return np.asarray(
-        jax.jit(jax.vmap(lambda step: draw_route(address(root, Purpose.ROUTE, step), config, depth, 1)))(
-            jnp.arange(count)
-        )
-    )
+def many_routes(count: int, **routed: object) -> tuple[np.ndarray, ...]:
+    """Returns the routes of `count` steps, an array per pass."""
+    way, root = find(**routed), jax.random.key(3)
+    return tuple(map(np.asarray, jax.jit(jax.vmap(lambda step: way.draw(root, step)))(jnp.arange(count))))
+
+
+def chi_square(counts: np.ndarray) -> float:
+    expected = counts.sum() / len(counts)
+    return float(((counts - expected) ** 2 / expected).sum())
 
 
 def test_purposes_are_pinned():
-    assert {purpose.name: purpose.value for purpose in Purpose} == {
-        "INIT": 0,
-        "ORDER": 1,
-        "AUGMENT": 2,
-        "DROPOUT": 3,
-        "ROUTE": 4,
-        "PATH": 5,
-        "SECOND_ROUTE": 6,
-        "NOISE": 7,
-    }
-
-
-@pytest.mark.parametrize(
-    ("routing", "says"),
-    [
-        ({}, "one is drawn for each batch; never pulled together"),
-        (
-            {"tie_last": 0.2},
-            "one is drawn for each batch; never pulled together; all equal in the last 20% of training",
-        ),
-        (
-            {"granularity": "token", "pull": 0.1, "pull_schedule": "rising"},
-            "a random share of the tokens; pulled together by 0.1 (rising)",
-        ),
-        ({"granularity": "sample", "pull": 1.0}, "images; averaged after every step, so all are equal"),
-        ({"granularity": "sample", "pull": 1.0, "pull_every": 2}, "images; pulled together by 1 (constant)"),
-        ({"router": "switch"}, "4 experts per MLP: switch routes the tokens; never pulled together"),
-        ({"router": "switch", "pull": 0.1}, "switch routes the tokens; pulled together by 0.1 (constant)"),
-    ],
-)
-def test_a_run_says_how_it_routes(routing, says):
-    assert describe(Config(routing=RoutingConfig(experts=4, **routing))).endswith(says)
+    names = ["INIT", "ORDER", "AUGMENT", "DROPOUT", "ROUTE", "PATH", "SECOND_ROUTE"]
+    assert {purpose.name: purpose.value for purpose in Purpose} == {name: n for n, name in enumerate(names)}
 
 
 def test_an_address_is_pure():
@@ -72,77 +59,121 @@ def test_addresses_differ_across_seeds_purposes_and_numbers():
     assert len(set(keys)) == len(keys)
 
 
-@pytest.mark.parametrize("scope", ["shared", "layer"])
-def test_a_route_is_one_integer_per_layer_in_range(scope):
-    routes_NL = many_routes(200, 3, scope, depth=5)
-    chex.assert_shape(routes_NL, (200, 5))
-    assert routes_NL.dtype == np.int32
-    assert set(routes_NL.ravel().tolist()) == {0, 1, 2}
+@pytest.mark.parametrize(
+    ("routed", "says"),
+    [
+        ({}, "one is drawn for each batch; never pulled together"),
+        ({"kind": "layer"}, "one is drawn for each batch and layer; never pulled together"),
+        (
+            {"kind": "token", "pull": 0.1, "pull_schedule": "qsr"},
+            "tokens; pulled together by 0.1 (qsr)",
+        ),
+        ({"kind": "sample", "pull": 1.0}, "images; averaged after every step, so all are equal"),
+        ({"kind": "sample", "pull": 1.0, "pull_every": 2}, "images; pulled together by 1 (constant)"),
+        ({"kind": "switch", "pull": 0.1}, "switch routes the tokens; pulled together by 0.1 (constant)"),
+    ],
+)
+def test_a_run_says_how_it_routes(routed, says):
+    assert describe(find(**routed)).endswith(says)
 
 
-@pytest.mark.parametrize("scope", ["shared", "layer"])
-def test_every_expert_of_every_layer_is_drawn_equally_often(scope):
-    experts, count = 6, 6000
-    for column_N in many_routes(count, experts, scope, depth=3).T:
-        seen_E = np.bincount(column_N, minlength=experts)
-        chi_square = ((seen_E - count / experts) ** 2 / (count / experts)).sum()
-        assert chi_square < 20.5  # 5 degrees of freedom: exceeded once in 1,000
+@pytest.mark.parametrize(("kind", "shape"), [("batch", (1,)), ("layer", (DEPTH,)), ("sample", (6,))])
+def test_every_expert_is_drawn_equally_often(kind, shape):
+    (routes_N,) = many_routes(6000, experts=6, kind=kind)
+    chex.assert_shape(routes_N, (6000, *shape))
+    assert routes_N.dtype == np.int32
+    for column_N in routes_N.T:
+        assert chi_square(np.bincount(column_N, minlength=6)) < 20.5  # 5 degrees of freedom: exceeded once in 1,000
 
 
-def test_scope_shared_gives_every_layer_the_same_expert():
-    routes_NL = many_routes(200, 4, "shared", depth=6)
-    np.testing.assert_array_equal(routes_NL, np.broadcast_to(routes_NL[:, :1], routes_NL.shape))
-
-
-def test_scope_layer_draws_layers_independently():
-    routes_NL = many_routes(4000, 4, "layer", depth=3)
-    for i, j in itertools.combinations(range(3), 2):
+def test_layers_and_steps_are_drawn_independently():
+    (routes_NL,) = many_routes(4000, kind="layer")
+    for i, j in itertools.combinations(range(DEPTH), 2):
         assert 0.22 < (routes_NL[:, i] == routes_NL[:, j]).mean() < 0.28  # 1/4, give or take four deviations
+    (routes_N1,) = many_routes(4000, kind="batch")
+    assert 0.22 < (np.diff(routes_N1[:, 0]) == 0).mean() < 0.28
 
 
-def test_routes_differ_from_step_to_step():
-    repeats = (np.diff(many_routes(4000, 4, "shared", depth=1)[:, 0]) == 0).mean()
-    assert 0.22 < repeats < 0.28
-
-
-def test_a_constant_route_is_the_expert_in_every_layer():
-    route_L = constant_route(2, 4)
-    assert route_L.dtype == jnp.int32
-    np.testing.assert_array_equal(route_L, [2, 2, 2, 2])
-
-
-@pytest.mark.parametrize("scope", ["shared", "layer"])
-@pytest.mark.parametrize(("granularity", "shape"), [("sample", (5, 4)), ("token", (5, 7, 4))])
-def test_a_route_over_slots_is_a_uniform_permutation(granularity, shape, scope):
-    config = RoutingConfig(experts=4, granularity=granularity, scope=scope)
-    keys = jax.random.split(jax.random.key(0), 2000)
-    routes = np.asarray(jax.jit(jax.vmap(lambda key: draw_route(key, config, 5, 7)))(keys))
-    chex.assert_shape(routes, (2000, *shape))
-    assert routes.dtype == np.int32
-    assert (np.sort(routes, axis=-1) == np.arange(4)).all()  # balanced: every expert serves exactly one slot
-    assert (routes == routes[:, :1]).all() == (scope == "shared")
-    last = routes[:, -1] if granularity == "sample" else routes[:, -1, 3]
-    _, counts = np.unique(last, axis=0, return_counts=True)
+def test_a_route_over_parts_of_the_batch_is_a_uniform_permutation():
+    (routes_NE,) = many_routes(2000, kind="sample")
+    assert (np.sort(routes_NE, axis=-1) == np.arange(4)).all()  # every expert sees exactly one part
+    _, counts = np.unique(routes_NE, axis=0, return_counts=True)
     assert len(counts) == 24
-    assert ((counts - 2000 / 24) ** 2 / (2000 / 24)).sum() < 58  # chi-square, 23 degrees of freedom, p = 1e-4
-    if granularity == "token":
-        assert (routes[:, 0, 0] != routes[:, 0, 1]).any()
+    assert chi_square(counts) < 58  # 23 degrees of freedom, p = 1e-4
 
 
-@pytest.mark.parametrize("scope", ["shared", "layer"])
-@pytest.mark.parametrize("granularity", ["batch", "sample", "token"])
-def test_a_second_route_differs_everywhere_and_is_as_good(granularity, scope):
-    config = RoutingConfig(experts=3, granularity=granularity, scope=scope)
-    shifts = set()
-    for seed in range(20):
-        first_key, second_key = jax.random.split(jax.random.key(seed))
-        first = draw_route(first_key, config, 4, 5)
-        second = distinct_route(second_key, first, config)
-        assert second.shape == first.shape
-        assert (np.asarray(first) != np.asarray(second)).all()
-        if granularity != "batch":
-            assert (np.sort(second, axis=-1) == np.arange(3)).all()
-        if scope == "shared":
-            assert (second == second[:1]).all()
-        shifts |= set(np.unique((second - first) % 3).tolist())
-    assert shifts == {1, 2}
+@pytest.mark.parametrize("kind", ["batch", "layer", "sample"])
+def test_a_second_route_differs_everywhere_and_is_as_good(kind):
+    first_N, second_N = many_routes(50, experts=3, kind=kind, consistency=1.0)
+    assert (first_N != second_N).all()
+    assert set(((second_N - first_N) % 3).ravel().tolist()) == {1, 2}
+    np.testing.assert_array_equal(first_N, many_routes(50, experts=3, kind=kind)[0])  # the first is as without it
+    if kind == "sample":
+        assert (np.sort(second_N, axis=-1) == np.arange(3)).all()
+
+
+@pytest.mark.parametrize("passes", [1, 2])
+@pytest.mark.parametrize("kind", ["batch", "layer"])
+def test_put_undoes_take_and_writes_nothing_else(kind, passes):
+    way = find(kind=kind, consistency=float(passes - 1))
+    rng = np.random.default_rng(0)
+    leaf = jnp.asarray(rng.normal(size=(DEPTH, 4, 3)), jnp.float32)
+    for step in range(3):
+        routes = way.draw(jax.random.key(0), jnp.int32(step))
+        taken = way.take({"up": leaf}, routes)
+        chex.assert_shape(taken["up"], (DEPTH, 3) if passes == 1 else (DEPTH, 2, 3))
+        chex.assert_trees_all_equal(way.put({"up": leaf}, taken, routes), {"up": leaf})
+        written = np.asarray(way.put({"up": leaf}, jax.tree.map(lambda x: x + 100, taken), routes)["up"]) - leaf > 50
+        ran = np.zeros((DEPTH, 4), bool)
+        for route in routes:
+            ran[np.arange(DEPTH), np.broadcast_to(route, DEPTH)] = True
+        np.testing.assert_array_equal(written, np.broadcast_to(ran[:, :, None], leaf.shape))
+        assert ran.sum() == DEPTH * passes
+
+
+@pytest.mark.parametrize("kind", ["batch", "sample", "switch"])
+@pytest.mark.parametrize("init", ["shared", "independent"])
+def test_experts_start_as_dense_models(tiny_config, kind, init):
+    """Equal ones average to the dense model's own start; different ones differ, each drawn for its own fan-in."""
+    routed = {"experts": 3, "kind": kind, "init": init}
+    made = routing.find(tiny_config(model={"hidden": 40}, routing=routed, train={"batch_size": 12}))
+    dense = routing.find(tiny_config(model={"hidden": 40}))
+    params, alone = (jax.jit(way.init)(jax.random.key(0)) for way in (made, dense))
+    trunk, experts = trees.split(params, trees.stacked(params))
+    for path, leaf in jax.tree.leaves_with_path(experts):
+        own = alone["blocks"]["mlp"][path[-1].key]
+        assert leaf.shape == (2, 3, *own.shape[1:])
+        bound = (40 if path[-1].key.startswith("down") else 8) ** -0.5
+        assert np.abs(leaf).max() <= bound
+        if init == "shared":
+            np.testing.assert_array_equal(leaf, np.broadcast_to(own[:, None], leaf.shape))
+        else:
+            assert len({np.asarray(leaf[:, e]).tobytes() for e in range(3)}) == 3
+            assert np.abs(leaf).max() > 0.8 * bound
+    for path, leaf in jax.tree.leaves_with_path(trunk):
+        if all(entry.key != "router" for entry in path):
+            found = alone
+            for entry in path:
+                found = found[entry.key]
+            np.testing.assert_array_equal(leaf, found)
+
+
+def test_an_unknown_way_of_routing_is_an_error_of_one_line():
+    with pytest.raises(ConfigError, match=r"config\.routing\.kind is 'smaple'; .*did you mean 'sample'\?"):
+        find(kind="smaple")
+
+
+def test_a_pass_of_sample_is_each_expert_on_its_part(tiny_config):
+    config = tiny_config(routing={"experts": 2, "kind": "sample", "consistency": 1.0})
+    way, rng = routing.find(config), np.random.default_rng(0)
+    model, params = way.model("cpu"), jax.jit(way.init)(jax.random.key(1))
+    images_BHWc = jnp.asarray(rng.normal(size=(6, 8, 8, 1)), jnp.float32)
+    trunk, experts = trees.split(params, trees.stacked(params))
+    routes = way.draw(jax.random.key(0), jnp.int32(0))
+    for number in (0, 1):
+        found, _ = way.logits(model, params, images_BHWc, None, Pass(number, routes, jnp.int32(0), 1))
+        for part in range(2):
+            expert = (part + number) % 2  # with two experts the second route swaps them
+            one = {"params": trees.join(trunk, trees.take(experts, expert))}
+            wanted = model.apply(one, images_BHWc[3 * part : 3 * part + 3])
+            np.testing.assert_allclose(found[3 * part : 3 * part + 3], wanted, rtol=1e-5, atol=1e-6)

@@ -20,8 +20,7 @@ from jvitmoe.config import DataConfig
 from jvitmoe.data import operations, trivial_augment
 from jvitmoe.data.operations import per_image
 
-SHARE_DRAW = 2**31 - 1  # folded into an image's key for the draw against Batch.share_b; no position reaches it
-PLAIN = ("crop", "flip")  # those that go on in the last part of training, `data.plain_last`
+PLAIN = ("crop", "flip")  # those that go on in the last part of training, `data.plain_at_end`
 THREE = ("grey", "solarize", "blur")  # of 3-Augment
 RADIUS = (0.1, operations.LARGEST_RADIUS)  # of its blur
 JITTER = 0.3  # largest change of brightness, contrast and saturation after it
@@ -36,8 +35,7 @@ class Batch(NamedTuple):
     key_b: jax.Array  # of each image: a function of seed, step and its index in the global batch
     key: jax.Array  # of the batch: a function of seed and step
     partner: Callable[[Any], Any]  # arrays with a row per image here -> the rows of the images B - 1 - index
-    plain: jax.Array | bool = False  # True in the last part of training, `data.plain_last`
-    share_b: jax.Array | None = None  # probability that an image gets more than crop and flip; None: 1
+    plain: jax.Array | bool = False  # True in the last part of training, `data.plain_at_end`
 
 
 def reversed_rows(rows: Any) -> Any:
@@ -174,8 +172,8 @@ def _box(
 AUGMENTATIONS: dict[str, Callable[[DataConfig], Augmentation | None]] = {
     "crop": lambda data: functools.partial(crop, padding=data.crop_padding) if data.crop_padding else None,
     "flip": lambda data: flip if data.flip else None,
-    "three_augment": lambda data: three_augment if data.three_augment else None,
-    "trivial_augment": lambda data: trivial if data.trivial_augment else None,
+    "three_augment": lambda data: three_augment if data.augment == "three" else None,
+    "trivial_augment": lambda data: trivial if data.augment == "trivial" else None,
     "erase": lambda data: functools.partial(erase, probability=data.erase, mean=data.mean) if data.erase else None,
     "mix_images": lambda data: (
         functools.partial(mix, mixup=data.mixup, cutmix=data.cutmix) if data.mixup or data.cutmix else None
@@ -207,20 +205,11 @@ def augment(
 
     images_bHWc, targets_bC = run(True, images_bHWc, targets_bC)
 
-    def fully_augmented() -> tuple[jax.Array, jax.Array]:
-        x_bHWc, y_bC = run(False, images_bHWc, targets_bC)
-        if batch.share_b is None:
-            return x_bHWc, y_bC
-        (draw_b,) = _uniform(jax.vmap(jax.random.fold_in, (0, None))(batch.key_b, SHARE_DRAW), 1)
-        is_drawn_b = draw_b < batch.share_b
-        x_bHWc = jnp.where(per_image(is_drawn_b), x_bHWc, images_bHWc.astype(x_bHWc.dtype))
-        return x_bHWc, jnp.where(is_drawn_b[:, None], y_bC, targets_bC)
-
-    if not data.plain_last:
-        return fully_augmented()
+    if not data.plain_at_end:
+        return run(False, images_bHWc, targets_bC)
     in_float = functools.partial(jax.tree.map, lambda x: x.astype(jnp.float32))
     plain = in_float((images_bHWc, targets_bC))
-    return jax.lax.cond(batch.plain, lambda: plain, lambda: in_float(fully_augmented()))
+    return jax.lax.cond(batch.plain, lambda: plain, lambda: in_float(run(False, images_bHWc, targets_bC)))
 
 
 def normalize(images_bHWc: jax.Array, mean: Sequence[float] = (0.5,), std: Sequence[float] = (0.5,)) -> jax.Array:

@@ -21,7 +21,7 @@ class Digits(Source):
     """scikit-learn's handwritten digits."""
 
     def browse(self) -> Dataset[Records]:
-        side = 8 if self.data.crop == "pad" else self.model.image_size
+        side = 8 if self.data.crop == "exact" else self.model.image_size
         check_fit("digits", (side, side, 1), 10, self.model)
         # The file that `sklearn.datasets.load_digits` reads. Importing that function takes as long as importing JAX.
         path = metadata.distribution("scikit-learn").locate_file("sklearn/datasets/data/digits.csv.gz")

@@ -89,7 +89,7 @@ def _random_box(width: int, height: int, random: np.random.RandomState) -> tuple
 def centre_crop(picture: Picture, side: int, channels: int, crop: str = "resized") -> np.ndarray:
     """Returns uint8 [side, side, c]: the shorter side is resized and the centre cropped. Raises DataError.
 
-    crop="resized" resizes to 8/7 of `side`, bilinearly, as ImageNet is tested; "pad" and "centre" to `side`,
+    crop="resized" resizes to 8/7 of `side`, bilinearly, as ImageNet is tested; "exact" and "centre" to `side`,
     bicubically. Sizes and offsets are rounded as in torchvision, so timm's transform gives the same pixels.
     """
     from PIL import Image
@@ -180,7 +180,7 @@ def find(paths: Sequence[str | Path]) -> tuple[list[Path], list[str]]:
     return files, complaints
 
 
-def read(picture: str | Path | bytes, size: int, channels: int, crop: str = "pad") -> np.ndarray:
+def read(picture: str | Path | bytes, size: int, channels: int, crop: str = "exact") -> np.ndarray:
     """Returns the `centre_crop` of a path or of a file's bytes. Raises DataError for what cannot be read, or claims
     more pixels than photographs have."""
     if channels not in MODES:

@@ -124,7 +124,7 @@ def read_pixels(
     side, channels = model.image_size, model.channels
     if data.crop == "resized" and seed is not None:
         return random_crop(picture, side, channels, seed)
-    if data.crop != "pad":
+    if data.crop != "exact":
         return centre_crop(picture, side, channels, data.crop)
     remedy = "set --config.data.crop=centre, --config.data.stream --config.data.crop=resized, or model.image_size"
     return exact(picture, (side, side, channels), f"config.model.image_size is {side}; {remedy}")

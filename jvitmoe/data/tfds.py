@@ -27,7 +27,7 @@ class Tfds(Source):
         name, builder = self.data.name, self._builder()
         image_key, label_key = _supervised_keys(name, builder)
         image, label = builder.info.features[image_key], builder.info.features[label_key]
-        shape_HWc, any_size = image.shape, self.data.crop != "pad"
+        shape_HWc, any_size = image.shape, self.data.crop != "exact"
         if image.np_dtype != np.uint8 or (None in shape_HWc and not any_size):
             raise DataError(
                 f"images of {name} are {image.np_dtype} {shape_HWc}; they must have 8 bits and one size, or any size "

@@ -10,12 +10,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jvitmoe import routing
 from jvitmoe.config import Config
 from jvitmoe.data import augment
 from jvitmoe.data.batches import Batches, Images
 from jvitmoe.evaluation import models
 from jvitmoe.evaluation.metrics import Evaluator
-from jvitmoe.experts import build, merge, slices
+from jvitmoe.experts import merge, trees
 from jvitmoe.models import mlp, vit
 
 SHARES = tuple(i / 8 for i in range(9))
@@ -36,11 +37,12 @@ def measure(config: Config, params: Any, evaluate: Evaluator, split: Images, bat
     def losses(params: Any) -> list[float]:
         return [result.nll for result in evaluate.paths(params, route_PL, experts, split, batches)[0]]
 
+    model = routing.find(config).model("cpu")
     return {
         "images": len(split.labels_N),
         "layers": list(layers),
         **weight_geometry(params),
-        "gap": layer_gap(build.make_model(config, "cpu"), params, split, batches, layers, evaluate.normalize),
+        "gap": layer_gap(model, experts, params, split, batches, layers, evaluate.normalize),
         "barrier": barrier(params, losses),
     }
 
@@ -57,7 +59,7 @@ def weight_geometry(params: Any) -> dict[str, list[float]]:
 
     @jax.jit
     def grams(experts: Any) -> tuple[jax.Array, jax.Array]:
-        differences = jax.tree.map(lambda leaf: leaf - leaf.mean(slices.EXPERT_AXIS, keepdims=True), experts)
+        differences = jax.tree.map(lambda leaf: leaf - leaf.mean(trees.EXPERT_AXIS, keepdims=True), experts)
         return _gram(experts), _gram(differences)
 
     with jax.default_matmul_precision("highest"):
@@ -91,6 +93,7 @@ def _cosines(gram_XEE: np.ndarray) -> np.ndarray:
 
 def layer_gap(
     model: vit.ViT,
+    experts: int,
     params: Any,
     split: Images,
     batches: Batches,
@@ -110,7 +113,7 @@ def layer_gap(
         sums, inputs = [], mlp_inputs(dense, merged, images)
         for layer in expert_layers:
             x_BTD = inputs[layer]
-            outputs = [_mlp(merge.take_path(params, jnp.full((depth,), e)), layer, x_BTD) for e in range(model.experts)]
+            outputs = [_mlp(merge.take_path(params, jnp.full((depth,), e)), layer, x_BTD) for e in range(experts)]
             wanted_BTD = sum(outputs) / len(outputs)
             for y_BTD in (wanted_BTD - _mlp(merged, layer, x_BTD), wanted_BTD):
                 sums.append(jnp.where(mask_B[:, None], jnp.linalg.norm(y_BTD, axis=-1), 0.0).sum())
@@ -123,7 +126,7 @@ def layer_gap(
 
 def mlp_inputs(dense: vit.ViT, params: Any, images_BHWc: jax.Array) -> jax.Array:
     """Returns x_LBTD, the input of each layer's MLP in a dense model: the output of the norm before it."""
-    norm = "norm2" if dense.config.norm == "pre" else "norm1"
+    norm = "norm2"
     _, captured = dense.apply(
         {"params": params},
         images_BHWc,

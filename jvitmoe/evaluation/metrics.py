@@ -16,7 +16,7 @@ from jvitmoe.config import DataConfig
 from jvitmoe.data import augment
 from jvitmoe.data.batches import Batches, Images
 from jvitmoe.experts import merge
-from jvitmoe.models import vit
+from jvitmoe.models import routers, vit
 from jvitmoe.runtime.devices import AXES, REPLICATED, settle, to_devices
 
 SplitImages = Images | Iterable[Images]  # a whole split on the devices, or its batches one after the other
@@ -139,7 +139,8 @@ def make_evaluate(
 ) -> Evaluator:
     """Returns the evaluation of the dense model of a run, with that of its router, if any, as `routed`. `progress` is
     called after every batch."""
-    routed = Evaluator(model, mesh, data, progress=progress) if model.router else None
+    tested = model.router and routers.find(model.router.kind).is_tested
+    routed = Evaluator(model, mesh, data, progress=progress) if tested else None
     return Evaluator(model.plain(), mesh, data, routed, progress)
 
 

@@ -7,19 +7,20 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from jvitmoe import routing
 from jvitmoe.config import Config
 from jvitmoe.data.batches import Batches
 from jvitmoe.evaluation.metrics import Evaluator, Result, SplitImages
-from jvitmoe.experts import build, merge, routes
-from jvitmoe.experts.cost import count_parameters, flops_per_image, tree_size
-from jvitmoe.experts.routes import Purpose
+from jvitmoe.experts import merge
+from jvitmoe.experts.cost import flops_per_image, tree_size
 from jvitmoe.runs.checkpoints import versions
 from jvitmoe.runtime import devices
+from jvitmoe.runtime.addresses import Purpose, address
 
 
 def facts(config: Config, step: int, mesh: Mesh) -> dict[str, Any]:
     """Returns what result.json says of a run and the machine, besides what was measured."""
-    active, total = count_parameters(config)
+    active, total = routing.find(config).count_parameters()
     return {
         "data": config.data.name,
         "step": step,
@@ -35,7 +36,7 @@ def evaluate_main(config: Config, params: Any, evaluate: Evaluator, split: Split
     """Returns the Result of a run's main model: with its router if it has one, otherwise dense or merged."""
     if evaluate.routed:
         return evaluate.routed(params, split, batches)
-    return evaluate(build.dense_tree(config, params), split, batches)
+    return evaluate(merge.dense_tree(config, params), split, batches)
 
 
 def evaluate_run(
@@ -47,7 +48,7 @@ def evaluate_run(
     A dense run has "dense". One with experts has "merged", "expert e" for each, `paths` random paths in one row (mean;
     of several, also the deviation as *_std) and the "ensemble" of the experts. "routed" and "EMA" if the run has them.
     """
-    active, total = count_parameters(config)
+    active, total = routing.find(config).count_parameters()
     experts, batch = config.routing.experts, batches.index_SB.shape[1]
     dense_size = tree_size(jax.eval_shape(merge.average_experts, params))
     cost = {"parameters": dense_size, "flops_per_image": flops_per_image(evaluate.net, batch)}
@@ -59,7 +60,7 @@ def evaluate_run(
     if evaluate.routed:
         routed_cost = {"parameters": active, "flops_per_image": flops_per_image(evaluate.routed.net, batch)}
         rows.append(row("routed", evaluate.routed(params, split, batches)) | routed_cost)
-    shipped = evaluate(build.dense_tree(config, params), split, batches)
+    shipped = evaluate(merge.dense_tree(config, params), split, batches)
     confusion = {"confusion": shipped.confusion} if shipped.confusion else {}
     rows.append(row("dense" if experts == 1 else "merged", shipped) | confusion)
     if ema is not None:
@@ -83,5 +84,5 @@ def path_routes(config: Config, paths: int) -> jax.Array:
     """Returns route_PL of the tested paths: each expert in all layers, then `paths` routes with an expert drawn per
     layer, fixed by the seed."""
     depth, experts, root = config.model.depth, config.routing.experts, jax.random.key(config.train.seed)
-    drawn = [jax.random.randint(routes.address(root, Purpose.PATH, p), (depth,), 0, experts) for p in range(paths)]
-    return jnp.stack([*(routes.constant_route(e, depth) for e in range(experts)), *drawn])
+    drawn = [jax.random.randint(address(root, Purpose.PATH, p), (depth,), 0, experts) for p in range(paths)]
+    return jnp.stack([*(jnp.full((depth,), e, jnp.int32) for e in range(experts)), *drawn])

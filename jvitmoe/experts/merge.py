@@ -1,8 +1,5 @@
 """From expert-stacked trees to dense ones and back: every function here reduces, selects or fills the expert axis.
 
-A leaf is stacked if it has one axis more than the same leaf of the dense model: [L, E, ...] instead of [L, ...]. With a
-pattern of n layers each of its positions has its own tree, with leaves [L / n, ...] (`vit.ViT`).
-
 L layers · E experts · X layers that have experts
 """
 
@@ -14,7 +11,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jvitmoe.experts.slices import EXPERT_AXIS, Tree, join, of_group, split, stacked, take
+from jvitmoe.config import Config
+from jvitmoe.experts.trees import EXPERT_AXIS, Tree, join, of_group, split, stacked, take
 from jvitmoe.models import adapters, vit
 
 
@@ -24,6 +22,12 @@ def average_experts(params: Tree) -> Tree:
     LoRA and adapters are averaged, each matrix by itself as in AdaMix, and then folded into the MLP.
     """
     return _to_dense(params, lambda experts: jax.tree.map(lambda leaf: leaf.mean(EXPERT_AXIS), experts))
+
+
+def dense_tree(config: Config, params: Tree) -> Tree:
+    """Returns the dense tree of a run: the merged model, or the parameters themselves of a dense run."""
+    plain = config.routing.experts == 1 and not config.trains_adapters_only
+    return params if plain else jax.jit(average_experts)(params)
 
 
 def take_path(params: Tree, route_L: jax.Array) -> Tree:
@@ -67,20 +71,6 @@ def upcycle(dense: Tree, like: Tree) -> Tree:
         return leaf if leaf.ndim == wanted.ndim else jnp.broadcast_to(jnp.expand_dims(leaf, EXPERT_AXIS), wanted.shape)
 
     return jax.tree.map_with_path(fill, like)
-
-
-def add_noise(params: Tree, key: jax.Array, noise: float) -> Tree:
-    """Returns the tree with normal noise on every stacked leaf, so that copies of one MLP differ: `noise` times the
-    standard deviation of the leaf."""
-    numbers = jax.tree.unflatten(jax.tree.structure(params), range(len(jax.tree.leaves(params))))
-
-    def add(leaf: jax.Array, is_stacked: bool, number: int) -> jax.Array:
-        if not is_stacked:
-            return leaf
-        draw = jax.random.normal(jax.random.fold_in(key, number), leaf.shape, leaf.dtype)
-        return leaf + noise * leaf.std() * draw
-
-    return jax.tree.map(add, params, stacked(params), numbers)
 
 
 def _to_dense(params: Tree, reduce: Callable[[Tree], Tree]) -> Tree:

@@ -52,7 +52,7 @@ class Classifier:
         model: ModelConfig,
         params: Any,
         names: Sequence[str] = (),
-        crop: str = "pad",
+        crop: str = "exact",
         mean: Sequence[float] = (0.5,),
         std: Sequence[float] = (0.5,),
         notes: Sequence[str] = (),

@@ -78,8 +78,8 @@ def crop_of(about: About, processor: About, side: int) -> tuple[str, str]:
     """Returns (`data.crop`, note) for images of `side` pixels: the test transform of timm's config or Hugging Face's
     processor or, with a note on the difference, the most similar of ours."""
     theirs = _hf_transform(processor) if processor else _timm_transform(about.get("pretrained_cfg") or {}, side)
-    ours = {"resized": CENTRE.format(side * 8 // 7, "bilinear"), "pad": CENTRE.format(side, "bicubic")}
-    crop = "resized" if theirs.endswith("bilinear, centre cropped") else "pad"
+    ours = {"resized": CENTRE.format(side * 8 // 7, "bilinear"), "exact": CENTRE.format(side, "bicubic")}
+    crop = "resized" if theirs.endswith("bilinear, centre cropped") else "exact"
     if theirs in ("", ours[crop]):
         return crop, ""
     return crop, f"its test transform is {theirs!r}; the nearest of ours is data.crop={crop}, {ours[crop]!r}"

@@ -9,7 +9,7 @@ import functools
 import json
 import os
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ import safetensors
 from jvitmoe import config as config_lib
 from jvitmoe.config import Config, ModelConfig
 from jvitmoe.errors import UserError, one_line
-from jvitmoe.experts import build
+from jvitmoe.experts import merge
 from jvitmoe.interop import config_files, hub, weight_names
 from jvitmoe.interop.weight_names import Dict
 from jvitmoe.models import layers, vit
@@ -50,7 +50,7 @@ class Source:
     classes: tuple[str, ...] = ()  # names
     notes: tuple[str, ...] = ()
     config: Config | None = None  # of a run
-    crop: str = "pad"  # how pictures in files are cut for it, as `data.crop`
+    crop: str = "exact"  # how pictures in files are cut for it, as `data.crop`
     mean: tuple[float, ...] = (0.5,)  # of its pixels, as `data.mean`
     std: tuple[float, ...] = (0.5,)  # of its pixels, as `data.std`
     step: int = 0  # of a run's checkpoint
@@ -61,8 +61,6 @@ def read(
     path: Path | str,
     heads: int = 0,
     checkpoint: str = "latest",
-    mean: Sequence[float] = (),
-    std: Sequence[float] = (),
     ema: bool = False,
 ) -> Source:
     """Returns the dense ViT in a run folder, an exported folder, a .safetensors or an .npz file.
@@ -71,8 +69,6 @@ def read(
         path: folder or file, or a name on the hub (`hub.fetch`); the config.json beside a .safetensors is read too.
         heads: number of attention heads, for files that do not have it.
         checkpoint: of a run folder: latest, best or a step.
-        mean: of pixels, one or one per channel, for files of other libraries; () is that of their config, or 0.5.
-        std: their standard deviation, likewise.
         ema: of a run folder that has one, the EMA of the weights, not the last weights.
 
     Raises UserError (one line with the path) if the path is missing or damaged, or its ViT differs from ours.
@@ -80,7 +76,7 @@ def read(
     devices.start()
     if hub.is_name(path):
         folder = hub.fetch(str(path))
-        source = read(folder, heads, checkpoint, mean, std, ema)
+        source = read(folder, heads, checkpoint, ema)
         return dataclasses.replace(source, notes=(f"{path} is commit {folder.name}", *source.notes))
     path = Path(os.path.expanduser(path))
     if os.path.isdir(path / files.CHECKPOINTS):  # unlike Path's, these raise for no name
@@ -99,7 +95,7 @@ def read(
         rule = "is not a run folder, so it holds one model; leave --checkpoint out"
         raise UserError(f"--checkpoint is {checkpoint!r}, but {str(path)!r} {rule}")
     try:
-        return _read_file(path, heads, mean, std)
+        return _read_file(path, heads)
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
     except Exception as error:  # a damaged file may contain anything
@@ -111,14 +107,14 @@ def _read_run(path: Path, checkpoint: str, ema: bool) -> Source:
     saved = Checkpoints(path / files.CHECKPOINTS, shared=False).read(checkpoint)
     config = config_lib.from_dict(saved.meta["config"])
     if not ema:
-        flat = weight_names.flatten(jax.device_get(build.dense_tree(config, weight_names.unflatten(saved.params))))
+        flat = weight_names.flatten(jax.device_get(merge.dense_tree(config, weight_names.unflatten(saved.params))))
     elif saved.ema is None:
         raise UserError(f"{path} has no EMA; leave --ema out, or train with --config.train.ema=0.999")
     else:
         flat = dict(saved.ema)
     flat["positions"] = _table(config.model, flat)
     notes: tuple[str, ...] = ("averaged the experts",) if config.routing.experts > 1 else ()
-    notes += ("folded LoRA and adapters into the MLP",) if config.tuned else ()
+    notes += ("folded LoRA and adapters into the MLP",) if config.trains_adapters_only else ()
     model, classes = config.model.plain(), files.read_classes(path)
     data = config.data
     return Source(path, "run", flat, model, classes, notes, config, data.crop, data.mean, data.std, saved.step, ema)
@@ -174,8 +170,8 @@ def _npz_array(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> _Stored:
     return _Stored(shape, str(dtype), read)
 
 
-def _read_file(path: Path, heads: int, mean: Any, std: Any) -> Source:
-    """Returns the ViT of a .safetensors or .npz file. `mean` and `std` of pixels replace those of its config."""
+def _read_file(path: Path, heads: int) -> Source:
+    """Returns the ViT of a .safetensors or .npz file."""
     arrays, processor = _open(path), _json(path.with_name(PROCESSOR))
     about = _json(path.with_name(CONFIG)) if path.suffix == ".safetensors" else {}
     if about.get("format") == OURS:
@@ -184,7 +180,7 @@ def _read_file(path: Path, heads: int, mean: Any, std: Any) -> Source:
     if style is None:
         raise UserError("its arrays have no names of timm's, Hugging Face's or google-research's ViTs; use a plain ViT")
     values = config_files.READERS[style](arrays, about, processor)
-    values = values._replace(heads=values.heads or heads, mean=mean or values.mean, std=std or values.std)
+    values = values._replace(heads=values.heads or heads)
     if not values.heads:
         raise UserError(f"nothing tells its number of heads; put the {CONFIG} that belongs to it beside it")
     model = weight_names.model_of(arrays, style, values)
@@ -195,9 +191,7 @@ def _read_file(path: Path, heads: int, mean: Any, std: Any) -> Source:
     if not about and style != weight_names.GOOGLE:
         notes.append(f"took {values.epsilon:g} for LayerNorm's epsilon: no {CONFIG} beside it tells")
     if values.mean is None or values.std is None:
-        notes.append(
-            "took 0.5 for mean or deviation of pixels: no config file has it; set init.mean, init.std to change"
-        )
+        notes.append(f"took 0.5 for mean or deviation of pixels: no {CONFIG} or {PROCESSOR} beside it has them")
     mean, std = _checked_pixels(values, model.channels)
     classes = values.classes if len(values.classes) == model.classes else ()
     crop, differs = config_files.crop_of(about, processor, model.image_size)
@@ -211,7 +205,7 @@ def _json(path: Path) -> Any:
 
 def _read_ours(path: Path, arrays: weight_names.Arrays, about: dict[str, Any]) -> Source:
     model = config_lib.from_dict({"model": about["model"]}).model
-    Config(model=dataclasses.replace(model, attention="auto")).validate()  # cuDNN needs another dtype than exports have
+    Config(model=model).validate()
     shapes = _shapes(model)
     odd = sorted(arrays.keys() - shapes.keys())
     if odd:
@@ -219,7 +213,7 @@ def _read_ours(path: Path, arrays: weight_names.Arrays, about: dict[str, Any]) -
     loaded = weight_names.load(arrays, shapes)
     loaded["positions"] = _table(model, loaded)
     mean, std = (tuple(about.get(name, (0.5,))) for name in ("mean", "std"))  # older versions wrote none
-    classes, crop = tuple(about.get("classes", ())), about.get("crop", "pad")
+    classes, crop = tuple(about.get("classes", ())), about.get("crop", "exact")
     return Source(path, OURS, loaded, model, classes, crop=crop, mean=mean, std=std)
 
 
@@ -239,6 +233,6 @@ def _checked_pixels(values: weight_names.ConfigValues, channels: int) -> Pixels:
     if not (fits and np.isfinite(mean_c).all() and np.isfinite(std_c).all() and np.all(std_c > 0)):
         raise UserError(
             f"its pixels have mean {mean!r} and deviation {std!r}; they must be finite, one number or one for "
-            f"each of {channels} channels, and deviations above 0: set init.mean and init.std"
+            f"each of {channels} channels, and deviations above 0: correct its {CONFIG} or {PROCESSOR}"
         )
     return tuple(mean_c.tolist()), tuple(std_c.tolist())

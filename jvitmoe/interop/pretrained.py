@@ -11,13 +11,12 @@ import numpy as np
 
 from jvitmoe.config import NEUTRAL, Config, DataConfig, ModelConfig
 from jvitmoe.errors import ConfigError, UserError, printable
-from jvitmoe.experts import routes
-from jvitmoe.experts.routes import Purpose
 from jvitmoe.interop import weight_names
-from jvitmoe.interop.load import OURS, Pixels, Source, read
+from jvitmoe.interop.load import Pixels, Source, read
 from jvitmoe.interop.weight_names import Dict
 from jvitmoe.models import vit
 from jvitmoe.runs.console import warnings_as_lines
+from jvitmoe.runtime.addresses import Purpose, address
 
 # Fields of the model that may differ from the source's: `adapt` fits what they change. All others must be equal.
 FITTED = NEUTRAL | {"image_size", "channels", "classes", "patch", "positions", "cls_position", "head_hidden"}
@@ -31,17 +30,12 @@ def start(config: Config) -> tuple[dict[str, Any], list[str]]:
     """
     try:
         with warnings_as_lines():
-            source = read(config.init.source, config.model.heads, mean=config.init.mean, std=config.init.std)
+            source = read(config.init.source, config.model.heads)
     except UserError as error:
         raise ConfigError(f"config.init.source cannot be read: {error}") from error
-    if (config.init.mean or config.init.std) and source.kind in ("run", OURS):
-        raise ConfigError(
-            f"config.init.mean is {config.init.mean} and config.init.std is {config.init.std}; they must be () for a "
-            f"source of our own, {str(source.path)!r}, whose config has them"
-        )
     wanted = dataclasses.replace(config.model, lora=0, adapter=0)
     model = vit.build(wanted)
-    key = routes.address(jax.random.key(config.train.seed), Purpose.INIT)
+    key = address(jax.random.key(config.train.seed), Purpose.INIT)
     fresh = weight_names.flatten(jax.device_get(jax.jit(lambda: vit.init(model, key))()))
     params, lines = adapt(source, wanted, fresh, config.data)
     return weight_names.unflatten(params), [printable(line) for line in lines]

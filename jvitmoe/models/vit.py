@@ -1,4 +1,4 @@
-"""The Vision Transformer: patches, positions, blocks, head. Dense, or with expert-stacked MLPs that a route selects.
+"""The Vision Transformer: patches, positions, blocks, head. Dense, or with MLPs that hold experts and a router.
 
 B batch · T tokens · D width · L layers · C classes · c colour channels
 """
@@ -32,13 +32,10 @@ POSITION = re.compile(rf"{BLOCK}(\d+)")
 
 
 class Block(nn.Module):
-    """One transformer layer, called as `nn.scan` calls it: (carry, input of the layer, same input for all layers) ->
-    (carry, None). The input of the layer is its index and its route."""
+    """One transformer layer, called as `nn.scan` calls it: (carry, index of the layer, same inputs for all layers) ->
+    (carry, None)."""
 
     config: ModelConfig
-    experts: int
-    expert_init: str
-    shared_layer: str
     dtype: Any
     attention: str = "xla"
     router: RouterSettings | None = None
@@ -47,19 +44,16 @@ class Block(nn.Module):
     def __call__(
         self,
         x_BTD: jax.Array,
-        layer: tuple[jax.Array, jax.Array | None],
+        index: jax.Array,
         key_B: jax.Array | None,
         top_k: jax.Array | None = None,
     ) -> tuple[jax.Array, None]:
-        config, rate, (index, route) = self.config, self.config.dropout, layer
+        config, rate = self.config, self.config.dropout
         key_B = None if key_B is None else fold_in(key_B, index)
         norm1 = LayerNorm(config.norm_epsilon, dtype=self.dtype, name="norm1")
         norm2 = LayerNorm(config.norm_epsilon, dtype=self.dtype, name="norm2")
         settings: dict[str, Any] = {
             "hidden": config.hidden,
-            "experts": self.experts,
-            "expert_init": self.expert_init,
-            "shared_layer": self.shared_layer,
             "dropout": rate,
             "dtype": self.dtype,
             "lora": config.lora,
@@ -82,7 +76,7 @@ class Block(nn.Module):
 
         def mlp(x_BTD: jax.Array) -> jax.Array:
             if self.router is None:
-                y_BTD = Mlp(**settings)(x_BTD, route, key_B)
+                y_BTD = Mlp(**settings)(x_BTD, key_B)
             else:
                 y_BTD = RoutedMlp(**settings, settings=self.router)(x_BTD, key_B, top_k)
             return finish(dropout(y_BTD, key_B, Site.MLP, rate), "layer_scale2", Site.MLP_PATH)
@@ -97,13 +91,8 @@ class Block(nn.Module):
                 y_BTD = drop_path(y_BTD, key_B, site, config.drop_path * share)
             return y_BTD
 
-        if config.norm == "pre":
-            x_BTD = x_BTD + attention(norm1(x_BTD))
-            x_BTD = x_BTD + mlp(norm2(x_BTD))
-        else:
-            x_BTD = norm1(x_BTD + attention(x_BTD))
-            x_BTD = norm2(x_BTD + mlp(x_BTD))
-        return x_BTD, None
+        x_BTD = x_BTD + attention(norm1(x_BTD))
+        return x_BTD + mlp(norm2(x_BTD)), None
 
 
 class LayerGroup(Block):
@@ -115,15 +104,14 @@ class LayerGroup(Block):
     def __call__(
         self,
         x_BTD: jax.Array,
-        layers: tuple[jax.Array, jax.Array | None],
+        indices: jax.Array,
         key_B: jax.Array | None,
         top_k: jax.Array | None = None,
     ) -> tuple[jax.Array, None]:
         for position, kind in enumerate(self.pattern):
-            experts, router = (self.experts, self.router) if kind == "experts" else (1, None)
-            settings = self.config, experts, self.expert_init, self.shared_layer, self.dtype, self.attention, router
-            block = Block(*settings, name=f"{BLOCK}{position}")
-            x_BTD, _ = block(x_BTD, jax.tree.map(lambda x: x[position], layers), key_B, top_k)  # noqa: B023
+            router = self.router if kind == "experts" else None
+            block = Block(self.config, self.dtype, self.attention, router, name=f"{BLOCK}{position}")
+            x_BTD, _ = block(x_BTD, indices[position], key_B, top_k)
         return x_BTD, None
 
 
@@ -147,28 +135,25 @@ def position_in_group(path: Sequence[Any]) -> int | None:
 class ViT(nn.Module):
     """The ViT with the options of `ModelConfig`; block parameters have a leading L axis.
 
-    With experts = 1 this is the dense model. With more, MLP parameters are stacked [L, E, ...]; `route` selects the
-    expert of each layer (`experts.routes.draw_route`), or `router` that of each token.
+    Without a router this is the dense model, which random routing runs too (`routing`). With one, MLP parameters are
+    stacked [L, E, ...], and the router selects the experts of each token.
 
     A pattern of n > 1 layers repeats L / n times; "experts" marks the layers that have experts. Each position of the
     pattern has its own parameter tree with leaves [L / n, ...], which `in_layers` interleaves.
     """
 
     config: ModelConfig
-    experts: int = 1
-    expert_init: str = "independent"
-    shared_layer: str = "none"
     dtype: Any = jnp.float32
     router: RouterSettings | None = None
     pattern: tuple[str, ...] = ("experts",)
     attention: str = "xla"  # xla | cudnn
-    loops: bool = True  # scan over depth; False unrolls the layers of a dense model
+    loops: bool = True  # scan over depth; False writes out the layers of a dense model
+    unroll: int = 1  # layers per iteration of the scan
 
     @nn.compact
     def __call__(
         self,
         images_BHWc: jax.Array,
-        route: jax.Array | None = None,
         key_B: jax.Array | None = None,
         top_k: jax.Array | None = None,
         head: bool = True,
@@ -176,13 +161,12 @@ class ViT(nn.Module):
         """Returns float32 logits_BC; without `head` float32 features_BD, its input.
 
         Args:
-            images_BHWc: normalised images, image_size x image_size x channels; sorted by slot for a route over slots.
-            route: integer experts, [L], [L, E] or [L, T, E], or None (`Mlp`). Layers without experts ignore theirs.
+            images_BHWc: normalised images, image_size x image_size x channels.
             key_B: one dropout key per image; None is deterministic.
             top_k: K of a frozen router in this step, an integer scalar; None is that of its settings.
         """
         x_BTD, patches = self._embed(images_BHWc)
-        x_BTD = self._scanned(x_BTD, route, key_B, top_k) if self.loops else self._unrolled(x_BTD)
+        x_BTD = self._scanned(x_BTD, key_B, top_k) if self.loops else self._unrolled(x_BTD)
         pooled_BD = self._pooled(x_BTD, patches)
         if not head:
             return pooled_BD.astype(jnp.float32)
@@ -226,15 +210,12 @@ class ViT(nn.Module):
             return SequencePool(self.dtype, name="pool")(norm(patches_BTD))
         return norm(x_BTD[:, 0] if self.config.pool == "cls" else patches_BTD.mean(axis=1))
 
-    def _scanned(
-        self, x_BTD: jax.Array, route: jax.Array | None, key_B: jax.Array | None, top_k: jax.Array | None
-    ) -> jax.Array:
-        experts = self.experts, self.expert_init, self.shared_layer
-        settings: tuple[Any, ...] = (self.config, *experts, self.dtype, self.attention, self.router)
+    def _scanned(self, x_BTD: jax.Array, key_B: jax.Array | None, top_k: jax.Array | None) -> jax.Array:
+        settings: tuple[Any, ...] = (self.config, self.dtype, self.attention, self.router)
         body: type[nn.Module] = Block
-        layers = jnp.arange(self.config.depth), route
+        indices = jnp.arange(self.config.depth)
         if len(self.pattern) > 1:
-            layers = jax.tree.map(lambda x: x.reshape(-1, len(self.pattern), *x.shape[1:]), layers)
+            indices = indices.reshape(-1, len(self.pattern))
             settings, body = (*settings, self.pattern), LayerGroup
         groups = self.config.depth // len(self.pattern)
         blocks = nn.scan(
@@ -243,28 +224,25 @@ class ViT(nn.Module):
             split_rngs={"params": True},
             in_axes=(0, nn.broadcast, nn.broadcast),
             length=groups,
-            unroll=min(self.config.unroll, groups),
+            unroll=min(self.unroll, groups),
         )(*settings, name="blocks")
-        return blocks(x_BTD, layers, key_B, top_k)[0]
+        return blocks(x_BTD, indices, key_B, top_k)[0]
 
     def _unrolled(self, x_BTD: jax.Array) -> jax.Array:
-        block = Block(self.config, self.experts, self.expert_init, self.shared_layer, self.dtype, parent=None)
+        block = Block(self.config, self.dtype, parent=None)
         params: Any = self.get_variable("params", "blocks")
         for index in range(self.config.depth):
             layer = jax.tree.map(lambda leaf: leaf[index], params)  # noqa: B023
-            x_BTD, _ = block.apply({"params": layer}, x_BTD, (index, None), None)
+            x_BTD, _ = block.apply({"params": layer}, x_BTD, index, None)
         return x_BTD
 
     def plain(self) -> "ViT":
         """Returns the dense ViT whose parameters merging returns."""
-        return self.clone(config=self.config.plain(), experts=1, router=None, pattern=("experts",))
+        return self.clone(config=self.config.plain(), router=None, pattern=("experts",))
 
 
 def build(
     config: ModelConfig,
-    experts: int = 1,
-    expert_init: str = "independent",
-    shared_layer: str = "none",
     router: RouterSettings | None = None,
     platform: str = "cpu",
     pattern: tuple[str, ...] = ("experts",),
@@ -272,21 +250,17 @@ def build(
 ) -> ViT:
     """Returns the model in its compute dtype; "auto" is bfloat16 on a GPU or TPU and float32 on a CPU.
 
-    Attention "auto" is cuDNN's if the platform has it (`fused`), the dtype is bfloat16 and the shapes fit
-    (`ModelConfig.fits_cudnn`). A model that was trained with "cudnn" runs with "xla" where there is no GPU.
+    Attention is cuDNN's if the platform has it (`fused`), the dtype is bfloat16 and the shapes fit
+    (`ModelConfig.fits_cudnn`), else XLA's.
     """
     name = config.dtype if config.dtype != "auto" else "float32" if platform == "cpu" else "bfloat16"
-    takes_cudnn = fused and name == "bfloat16" and config.fits_cudnn
-    asked_for = config.attention == "cudnn" and platform == "gpu" and name == "bfloat16"
-    attention = "cudnn" if asked_for or (config.attention == "auto" and takes_cudnn) else "xla"
-    return ViT(config, experts, expert_init, shared_layer, jnp.dtype(name), router, pattern, attention)
+    attention = "cudnn" if fused and name == "bfloat16" and config.fits_cudnn else "xla"
+    return ViT(config, jnp.dtype(name), router, pattern, attention)
 
 
-def logits(
-    model: ViT, params: Any, images_BHWc: jax.Array, route: jax.Array | None = None, key_B: jax.Array | None = None
-) -> jax.Array:
+def logits(model: ViT, params: Any, images_BHWc: jax.Array, key_B: jax.Array | None = None) -> jax.Array:
     """Returns float32 logits_BC of the model with these parameters; arguments as `ViT.__call__`."""
-    return cast(jax.Array, model.apply({"params": params}, images_BHWc, route, key_B))
+    return cast(jax.Array, model.apply({"params": params}, images_BHWc, key_B))
 
 
 def features(model: ViT, params: Any, images_BHWc: jax.Array) -> jax.Array:
@@ -298,7 +272,7 @@ def logits_and_statistics(
     model: ViT, params: Any, images_BHWc: jax.Array, key_B: jax.Array | None = None, top_k: jax.Array | None = None
 ) -> tuple[jax.Array, Statistics]:
     """Returns (logits_BC, Statistics) of a model with a router; leaves [X, ...] over the layers with experts."""
-    logits_BC, sown = model.apply({"params": params}, images_BHWc, None, key_B, top_k, mutable=["statistics"])
+    logits_BC, sown = model.apply({"params": params}, images_BHWc, key_B, top_k, mutable=["statistics"])
     return cast(jax.Array, logits_BC), in_layers(sown["statistics"]["blocks"])["mlp"]["routing"]
 
 
@@ -310,7 +284,7 @@ def init(model: ViT, key: jax.Array) -> dict[str, Any]:
     """
     config = model.config
     image = jnp.zeros((1, config.image_size, config.image_size, config.channels))
-    params = model.init(key, image, jnp.zeros((config.depth,), jnp.int32))["params"]
+    params = model.init(key, image)["params"]
     if config.init_layers == "shared":
         params["blocks"] = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf[:1], leaf.shape), params["blocks"])
     return params

@@ -28,7 +28,7 @@ from jvitmoe.settings import LARGEST
 
 META = Path("meta", "metadata")
 # Fields of the training state that are saved; the step is the name of the folder.
-ITEMS = ("params", "opt_state", "ema", "skipped", "teacher")
+ITEMS = ("params", "opt_state", "ema")
 PACKAGES = ("jvitmoe", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorstore", "numpy")
 DROPOUT_BITS = 16  # random bits per entry (`models.layers.dropout`); checkpoints without this number had 32
 State = Any  # `training.state.TrainState`, a NamedTuple with `step` and the fields of ITEMS

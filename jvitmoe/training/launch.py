@@ -7,9 +7,9 @@ from pathlib import Path
 import jax
 from absl import flags
 
+from jvitmoe import routing
 from jvitmoe.config import Config
 from jvitmoe.errors import UserError
-from jvitmoe.experts import build
 from jvitmoe.runs import checkpoints
 from jvitmoe.runs.console import console
 from jvitmoe.runs.folder import check_folder
@@ -50,7 +50,7 @@ def _launch(
 
     def check() -> None:
         check_trackers(trackers)
-        build.find_router(config)  # this and the next raise ConfigError before any data are read
+        routing.find(config)  # this and the next raise ConfigError before any data are read
         optimizer.direction(config)
         if processes.is_first():  # where others look before it is there, a network disk may hide it for a minute
             check_folder(workdir, config)

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import jax
-from jax.sharding import Mesh
 
+from jvitmoe import routing
 from jvitmoe.config import Config, flatten
 from jvitmoe.data import stream
 from jvitmoe.data.batches import Images, on_devices, resident_batches
@@ -20,7 +20,6 @@ from jvitmoe.errors import UserError
 from jvitmoe.evaluation import models
 from jvitmoe.evaluation.metrics import Result, make_evaluate
 from jvitmoe.interop import pretrained
-from jvitmoe.models import vit
 from jvitmoe.runs import files, results
 from jvitmoe.runs.checkpoint_writer import CheckpointWriter
 from jvitmoe.runs.checkpoints import Meta, list_steps
@@ -31,11 +30,12 @@ from jvitmoe.runtime import devices, processes
 from jvitmoe.runtime.signals import Stop
 from jvitmoe.runtime.watchdog import Watchdog
 from jvitmoe.training import communication, setup, step
-from jvitmoe.training.plan import StepPlan
 from jvitmoe.training.setup import RunData
-from jvitmoe.training.state import TrainState, abstract_state, make_state
+from jvitmoe.training.state import StepPlan, TrainState, abstract_state, make_state
 from jvitmoe.training.step import Metrics
 
+STALL_MINUTES = 30.0  # without progress until the run ends: longer than any program takes to compile
+KEEP = 2  # newest checkpoints kept, besides the best on validation images
 SLOW_SECONDS = 0.1  # a step that takes longer is waited for, so that at most one is queued
 Batch = tuple[Images, jax.Array | None]  # (images, index_SB), the inputs of `step.train_step`
 
@@ -54,9 +54,10 @@ def train(
     The lock of the run folder and the watchdog are entered into `cleanup`, which the caller closes. Raises UserError.
     """
     mesh = processes.together(lambda: devices.make_mesh(config.train))
-    model = processes.together(lambda: setup.make_model(config, mesh))
-    data = setup.load_data(config, mesh)
-    plan = StepPlan(config, model, mesh, data.order.steps_per_epoch)
+    routed = routing.find(config)
+    data = setup.load_data(config, routed, mesh)
+    model = routed.model(mesh.devices.flat[0].platform)
+    plan = StepPlan(config, routed, model, mesh, data.order.steps_per_epoch)
     dense, init_notes = None, list[str]()
     if config.init.source:
         steps = processes.together(lambda: list_steps(workdir / files.CHECKPOINTS))
@@ -66,10 +67,10 @@ def train(
     processes.together(lambda: check_shared(workdir))
     setup.print_setup(plan, workdir, data, init_notes)
 
-    watchdog = Watchdog(config.train.stall_minutes)
+    watchdog = Watchdog(STALL_MINUTES)
     evaluation = _Evaluation(plan, data, watchdog)
-    checkpoints = CheckpointWriter(workdir / files.CHECKPOINTS, config.train.keep)
-    state, meta = _initial_or_restored(checkpoints, config, model, mesh, dense)
+    checkpoints = CheckpointWriter(workdir / files.CHECKPOINTS, KEEP)
+    state, meta = _initial_or_restored(checkpoints, plan, dense)
     start, total = int(state.step), plan.total
     if start:
         setup.print_resumed(workdir, start, config, meta)
@@ -146,13 +147,11 @@ class _Evaluation:
         return models.evaluate_run(self._config, state.params, state.ema, self._evaluate, *self._test_images)
 
 
-def _initial_or_restored(
-    checkpoints: CheckpointWriter, config: Config, model: vit.ViT, mesh: Mesh, dense: Any
-) -> tuple[TrainState, Meta]:
+def _initial_or_restored(checkpoints: CheckpointWriter, plan: StepPlan, dense: Any) -> tuple[TrainState, Meta]:
     """Returns the state that training starts from, and the `meta` of its checkpoint; {} for a new run."""
     with warnings_as_lines():
-        restored = checkpoints.restore(abstract_state(config, model, mesh))
-    return restored or (make_state(config, model, mesh, dense), {})
+        restored = checkpoints.restore(abstract_state(plan.config, plan.routing, plan.mesh))
+    return restored or (make_state(plan.config, plan.routing, plan.mesh, dense), {})
 
 
 class _Loop:
@@ -173,7 +172,6 @@ class _Loop:
         self._stop, self._watchdog = stop, watchdog
         self._unread: list[tuple[int, Metrics]] = []  # metrics that are still on the device
         self._saved = 0  # step of the newest checkpoint
-        self._in_a_row = 0  # steps that were skipped, up to the last one read
         self._slow = False
 
     def run(self, state: TrainState, batches: Iterator[Batch], train_step: step.TrainStep) -> TrainState:
@@ -233,7 +231,7 @@ class _Loop:
             self._log.evaluation(done, watched, {"accuracy": result.accuracy, "nll": result.nll})
             nll = result.nll if watched == "validation" else None
         self._watchdog.progress(f"the evaluation at step {done}")
-        self._checkpoints.save(self._state, self._config, nll, self._log.sync(), self._in_a_row)
+        self._checkpoints.save(self._state, self._config, nll, self._log.sync())
         self._saved = done
         self._log.paused(time.monotonic() - began)
 
@@ -254,23 +252,17 @@ class _Loop:
         self._slow = log.step_seconds(steps[-1]) > SLOW_SECONDS
 
     def _check_finite(self, done: int, values: Metrics) -> None:
-        """Prints a warning for a skipped step. Raises TrainingError if no step, or no further step, may be skipped."""
+        """Raises TrainingError if a loss or gradient norm is not finite."""
         numbers = [(name, float(getattr(values, name))) for name in ("loss", "grad_norm")]
         nonfinite = [(name, value) for name, value in numbers if not math.isfinite(value)]
         if not nonfinite:
-            self._in_a_row = 0
             return
-        (name, value), limit = nonfinite[0], self._config.optim.skip_nonfinite
-        self._in_a_row = int(values.skipped.in_a_row) if values.skipped else 1
-        if self._in_a_row <= limit:
-            console.print(f"warning: step {done} skipped: {name} is {value}")
-            return
+        name, value = nonfinite[0]
         self._checkpoints.close()  # waits for the last save and reads it back, so that the step it names is sound
         # Whether the parameters of a checkpoint are good shows in the loss of the step that follows it.
-        steps = [s for s in self._checkpoints.steps() if s < done - self._in_a_row and not self._checkpoints.check(s)]
+        steps = [s for s in self._checkpoints.steps() if s < done - 1 and not self._checkpoints.check(s)]
         good = f"the last good checkpoint is step {steps[-1]}" if steps else "no good checkpoint was saved yet"
-        rule = f"it must be finite, but for {limit} steps in a row" if limit else "it must be finite"
         raise TrainingError(
-            f"{name} is {value} at step {done}; {rule}; {good}; "
+            f"{name} is {value} at step {done}; it must be finite; {good}; "
             "try a lower --config.optim.learning_rate or --config.optim.clip_norm=1 in a new --workdir"
         )

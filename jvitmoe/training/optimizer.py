@@ -14,7 +14,8 @@ from optax.contrib import MuonDimensionNumbers, scale_by_muon
 
 from jvitmoe.config import Config, OptimConfig
 from jvitmoe.errors import ConfigError, did_you_mean
-from jvitmoe.experts import build, slices
+from jvitmoe.experts import trees
+from jvitmoe.training import trained
 
 # Matrices; AdamW does not decay biases, norms, positions and CLS, nor LoRA and adapters.
 DECAYED = ("kernel", "up", "down")
@@ -29,19 +30,18 @@ MATRICES = {
 
 
 def schedule(config: Config, steps_per_epoch: int) -> optax.Schedule:
-    """Returns step -> learning rate: cosine to optim.final_rate times the highest over train.epochs.
+    """Returns step -> learning rate: cosine to 0 over train.epochs.
 
     "step": linear warm-up from 0; changes at every step. "epoch": changes only at the start of an epoch, as PyTorch's
     CosineAnnealingLR with one step per epoch; this is the recipe of the original.
     """
     optim, epochs = config.optim, config.train.epochs
     if optim.schedule == "epoch":
-        by_epoch = optax.cosine_decay_schedule(optim.learning_rate, epochs, optim.final_rate)
+        by_epoch = optax.cosine_decay_schedule(optim.learning_rate, epochs)
         return lambda step: by_epoch(step // steps_per_epoch)
     warmup = warmup_steps(config, steps_per_epoch)
     start = 0.0 if warmup else optim.learning_rate
-    end = optim.final_rate * optim.learning_rate
-    return optax.warmup_cosine_decay_schedule(start, optim.learning_rate, warmup, epochs * steps_per_epoch, end)
+    return optax.warmup_cosine_decay_schedule(start, optim.learning_rate, warmup, epochs * steps_per_epoch)
 
 
 def warmup_steps(config: Config, steps_per_epoch: int) -> int:
@@ -52,20 +52,18 @@ def warmup_steps(config: Config, steps_per_epoch: int) -> int:
 
 def adam(optim: OptimConfig) -> optax.GradientTransformation:
     """Adds weight_decay * parameter to the gradient of every parameter before Adam sees it (PyTorch's Adam)."""
-    return optax.chain(
-        optax.add_decayed_weights(optim.weight_decay), optax.scale_by_adam(optim.b1, optim.b2, optim.eps)
-    )
+    return optax.chain(optax.add_decayed_weights(optim.weight_decay), optax.scale_by_adam(eps=optim.eps))
 
 
 def adamw(optim: OptimConfig) -> optax.GradientTransformation:
     """Adds weight_decay * parameter after Adam, to matrices only (Loshchilov and Hutter, arXiv 1711.05101)."""
-    return optax.chain(optax.scale_by_adam(optim.b1, optim.b2, optim.eps), _decay_of_matrices(optim))
+    return optax.chain(optax.scale_by_adam(eps=optim.eps), _decay_of_matrices(optim))
 
 
 def lion(optim: OptimConfig) -> optax.GradientTransformation:
-    """Returns Lion (Chen et al., arXiv 2302.06675) with AdamW's weight decay. Its paper has b2 = 0.99, and a learning
-    rate 3 to 10 times lower and a weight decay as many times higher than AdamW's."""
-    return optax.chain(optax.scale_by_lion(optim.b1, optim.b2), _decay_of_matrices(optim))
+    """Returns Lion (Chen et al., arXiv 2302.06675) with AdamW's weight decay. Its paper has a learning rate 3 to 10
+    times lower and a weight decay as many times higher than AdamW's."""
+    return optax.chain(optax.scale_by_lion(), _decay_of_matrices(optim))
 
 
 def muon(optim: OptimConfig) -> optax.GradientTransformation:
@@ -73,7 +71,7 @@ def muon(optim: OptimConfig) -> optax.GradientTransformation:
 
     A layer's query, key, value, out, and each expert's up and down are one matrix each. The update is scaled to the RMS
     of AdamW's, 0.2, so both share optim.learning_rate and optim.weight_decay (Liu et al., arXiv 2502.16982).
-    Momentum is 0.95 with Nesterov; optim.b1, b2 and eps are those of AdamW. The five Newton-Schulz iterations run in
+    Momentum is 0.95 with Nesterov. The five Newton-Schulz iterations run in
     the parameters' float32, as optax has them (a GPU may round products to TF32). LoRA and adapters go with AdamW.
     """
 
@@ -130,7 +128,7 @@ def per_layer(tx: optax.GradientTransformation) -> optax.GradientTransformation:
     """
 
     def stacks_layers(path: Sequence[Any], leaf: jax.Array) -> bool:
-        return path[0].key == "blocks" and leaf.ndim >= slices.DENSE_RANK.get(path[-1].key, 0)
+        return path[0].key == "blocks" and leaf.ndim >= trees.DENSE_RANK.get(path[-1].key, 0)
 
     def labels(params: Any) -> Any:
         return jax.tree.map_with_path(lambda path, x: "layers" if stacks_layers(path, x) else "whole", params)
@@ -147,10 +145,10 @@ def per_layer(tx: optax.GradientTransformation) -> optax.GradientTransformation:
 def direction(config: Config) -> optax.GradientTransformation:
     """Returns the transformation from gradients to the direction that the learning rate multiplies, by `optim.name`.
 
-    Parameters that are not trained (`build.frozen`) have no direction, no decay and no moments.
+    Parameters that are not trained (`trained.frozen`) have no direction, no decay and no moments.
     Raises ConfigError for an unknown name.
     """
-    optim, frozen = config.optim, build.frozen(config)
+    optim, frozen = config.optim, trained.frozen(config)
     if optim.name not in OPTIMIZERS:
         rule = f"it must be one of {', '.join(map(repr, OPTIMIZERS))}{did_you_mean(optim.name, OPTIMIZERS)}"
         raise ConfigError(f"config.optim.name is {optim.name!r}; {rule}")
@@ -167,7 +165,7 @@ def direction(config: Config) -> optax.GradientTransformation:
 def scales_differ(config: Config) -> bool:
     """True if some of `layer_scales` is not 1."""
     optim, routing = config.optim, config.routing
-    return optim.layer_decay < 1 or optim.freeze_layers > 0 or (routing.experts == 1 and routing.learning_rate != 1)
+    return optim.layer_decay < 1 or optim.freeze_layers > 0 or (routing.experts == 1 and optim.mlp_rate != 1)
 
 
 def layer_scales(config: Config, params: Any) -> Any:
@@ -176,19 +174,19 @@ def layer_scales(config: Config, params: Any) -> Any:
     It is optim.layer_decay ** (L + 1 - n), where n is timm's layer (`param_groups_layer_decay`; BEiT, arXiv
     2106.08254): 0 for patches, positions, CLS and registers, l + 1 for block l, L + 1 for the head. The final norm has
     L, as has the last block; after a mean of tokens timm calls it fc_norm, and it has L + 1. Frozen layers have 0.
-    The MLPs of a dense model have routing.learning_rate times as much; experts get theirs from `update.expert_scale`.
+    The MLPs of a dense model have optim.mlp_rate times as much; experts get theirs from `Routing.rate`.
     """
     depth = config.model.depth
     is_fc_norm = config.model.pool in ("mean", "cls_mean")
     layers = {"blocks": 1 + np.arange(depth), "norm": depth + is_fc_norm, "pool": depth + 1, "head": depth + 1}
 
     def scale(path: Sequence[Any], leaf: jax.Array) -> np.ndarray:
-        layer, trained = np.asarray(layers.get(path[0].key, 0)), build.trained_layers(config, path, leaf)
+        layer, is_trained = np.asarray(layers.get(path[0].key, 0)), trained.trained_layers(config, path, leaf)
         if layer.ndim:
-            layer = slices.of_group(path, layer, leaf.shape[0]).reshape(trained.shape)
+            layer = trees.of_group(path, layer, leaf.shape[0]).reshape(is_trained.shape)
         is_dense_mlp = config.routing.experts == 1 and any(entry.key == "mlp" for entry in path)
-        rate = config.routing.learning_rate if is_dense_mlp else 1.0
-        return np.asarray(rate * config.optim.layer_decay ** (depth + 1.0 - layer) * trained, np.float32)
+        rate = config.optim.mlp_rate if is_dense_mlp else 1.0
+        return np.asarray(rate * config.optim.layer_decay ** (depth + 1.0 - layer) * is_trained, np.float32)
 
     return jax.tree.map_with_path(scale, params)
 
@@ -197,23 +195,23 @@ def groups(config: Config, params: Any) -> list[str]:
     """Returns one line for each group of parameters with the same optimiser and weight decay, and one for those that
     are not trained. `params` may be shapes.
 
-    Arrays of each layer and expert are counted. Learning rates are at the peak of the schedule, without what
-    routing.tie_last multiplies. An optimiser that is new to this file is taken to decay matrices, as AdamW does.
+    Arrays of each layer and expert are counted. Learning rates are at the peak of the schedule. An optimiser that is
+    new to this file is taken to decay matrices, as AdamW does.
     """
-    optim, frozen = config.optim, build.frozen(config)
+    optim, frozen = config.optim, trained.frozen(config)
     found: dict[str, list[tuple[float, int, int]]] = {}  # of each array: learning rate, arrays, parameters
 
     def add(path: Sequence[Any], leaf: Any, scales: np.ndarray, is_stacked: bool) -> None:
         name = "adamw" if optim.name == "muon" and not is_matrix(path) else optim.name
         decayed = optim.weight_decay and (name == "adam" or path[-1].key in DECAYED)
         name += f", weight decay {optim.weight_decay:g}" if decayed else ", no weight decay"
-        rate = optim.learning_rate * (config.routing.learning_rate if is_stacked else 1.0)
+        rate = optim.learning_rate * (optim.mlp_rate if is_stacked else 1.0)
         for scale in scales.flat:
             is_frozen = scale == 0 or (frozen and frozen(path))
-            count = leaf.shape[slices.EXPERT_AXIS] if is_stacked else 1, leaf.size // scales.size
+            count = leaf.shape[trees.EXPERT_AXIS] if is_stacked else 1, leaf.size // scales.size
             found.setdefault("not trained" if is_frozen else name, []).append((rate * scale, *count))
 
-    jax.tree.map_with_path(add, params, layer_scales(config, params), slices.stacked(params))
+    jax.tree.map_with_path(add, params, layer_scales(config, params), trees.stacked(params))
     lines = []
     for name, members in found.items():
         rates, arrays, sizes = zip(*members, strict=True)

@@ -13,18 +13,17 @@ from jvitmoe.data import datasets
 from jvitmoe.data.batches import TrainOrder
 from jvitmoe.data.splits import Dataset
 from jvitmoe.errors import ConfigError
-from jvitmoe.experts import build, cost, routes
-from jvitmoe.experts.routes import Purpose
-from jvitmoe.models import vit
+from jvitmoe.experts import cost
+from jvitmoe.routing import Routing
 from jvitmoe.runs import history
 from jvitmoe.runs.checkpoints import DROPOUT_BITS, Meta, versions
 from jvitmoe.runs.console import console
 from jvitmoe.runs.files import METRICS
 from jvitmoe.runtime import devices, processes
+from jvitmoe.runtime.addresses import Purpose, address
 from jvitmoe.settings import LARGEST
-from jvitmoe.training import optimizer
-from jvitmoe.training.plan import StepPlan
-from jvitmoe.training.state import abstract_state
+from jvitmoe.training import optimizer, trained
+from jvitmoe.training.state import StepPlan, abstract_state
 
 MOST_QSR_STEPS = 10**7  # the rule is a constant of the program, a byte per step
 
@@ -43,23 +42,15 @@ class RunData(NamedTuple):
         return {"train": len(self.train), "validation": len(self.validation), "test": len(self.test)}
 
 
-def make_model(config: Config, mesh: Mesh) -> vit.ViT:
-    """Returns the model of a run on these devices. Raises ConfigError if it needs others."""
-    model = build.make_model(config, mesh.devices.flat[0].platform)
-    if config.model.attention == "cudnn" and model.attention != "cudnn":
-        raise ConfigError("config.model.attention is 'cudnn'; it needs a GPU; set --config.model.attention=auto")
-    return model
-
-
-def load_data(config: Config, mesh: Mesh) -> RunData:
+def load_data(config: Config, routing: Routing, mesh: Mesh) -> RunData:
     """Returns the splits and the order of the training images. Raises ConfigError for settings that do not fit them."""
     find = datasets.browse if config.data.stream else datasets.load
     dataset: Dataset[Any] = processes.one_first(lambda: find(config.data, config.model))
 
     def split() -> RunData:
         train_split, validation = datasets.hold_out(dataset.train, config.data.validation)
-        key = routes.address(jax.random.key(config.train.seed), Purpose.ORDER)
-        order = TrainOrder(len(train_split), config.train.batch_size, key, mesh, config.slots, config.train.accumulate)
+        key = address(jax.random.key(config.train.seed), Purpose.ORDER)
+        order = TrainOrder(len(train_split), config.train.batch_size, key, mesh, routing.slots, config.train.accumulate)
         if config.train.epochs * order.steps_per_epoch > LARGEST:
             raise ConfigError(
                 f"config.train.epochs is {config.train.epochs}; it must make at most {LARGEST:,} steps, "
@@ -70,7 +61,7 @@ def load_data(config: Config, mesh: Mesh) -> RunData:
                 f"config.routing.pull_schedule is 'qsr'; it is planned for at most {MOST_QSR_STEPS:,} steps; lower "
                 "config.train.epochs"
             )
-        check_memory(config, mesh, dataset)
+        check_memory(config, routing, mesh, dataset)
         return RunData(train_split, validation, dataset.test, dataset.class_names, order)
 
     return processes.together(split)
@@ -78,16 +69,16 @@ def load_data(config: Config, mesh: Mesh) -> RunData:
 
 def print_setup(plan: StepPlan, workdir: Path, data: RunData, init_notes: list[str]) -> None:
     """Prints the first lines of a run. `init_notes` says what was loaded from `init.source`."""
-    config = plan.config
-    active, everything = cost.count_parameters(config)
+    config, params = plan.config, plan.routing.shapes()
+    active, everything = plan.routing.count_parameters()
     console.print(f"run         {workdir}")
     console.print(f"devices     {devices.describe(plan.mesh)}")
     console.print(f"parameters  {active:,} active, {everything:,} total ({plan.model.dtype.name} compute)")
-    if (trained := cost.count_trained(config)) < everything:
-        console.print(f"trained     {trained:,} of {everything:,} parameters")
+    if (trains := trained.count(config, params)) < everything:
+        console.print(f"trained     {trains:,} of {everything:,} parameters")
     if config.routing.experts > 1:
-        console.print(f"routing     {routes.describe(config)}")
-    console.print("optimizer   " + f"\n{'':12}".join(optimizer.groups(config, vit.shapes(plan.model))))
+        console.print(f"routing     {describe(plan.routing)}")
+    console.print("optimizer   " + f"\n{'':12}".join(optimizer.groups(config, params)))
     for note in init_notes:
         console.print(f"source      {note}")
     console.print(f"images      {', '.join(f'{count:,} {name}' for name, count in data.counts.items())}")
@@ -95,6 +86,18 @@ def print_setup(plan: StepPlan, workdir: Path, data: RunData, init_notes: list[s
     if config.optim.warmup_epochs > config.train.epochs / 2:
         warmup, asked = optimizer.warmup_steps(config, plan.steps_per_epoch), config.optim.warmup_epochs
         console.print(f"warm-up     {warmup:,} steps: at most half of all; config.optim.warmup_epochs is {asked:g}")
+
+
+def describe(routing: Routing) -> str:
+    """Returns what the first lines of a run with experts say of its routing."""
+    routed = routing.config.routing
+    if routed.pull == routed.pull_every == 1 and routed.pull_schedule == "constant":
+        pull = "averaged after every step, so all are equal"
+    elif routed.pull:
+        pull = f"pulled together by {routed.pull:g} ({routed.pull_schedule})"
+    else:
+        pull = "never pulled together"
+    return f"{routed.experts} experts per MLP: {routing.meaning}; {pull}"
 
 
 def print_resumed(workdir: Path, start: int, config: Config, meta: Meta) -> None:
@@ -114,10 +117,10 @@ def print_resumed(workdir: Path, start: int, config: Config, meta: Meta) -> None
             console.print(f"warning: {METRICS} does not hold all that was recorded up to step {start}")
 
 
-def check_memory(config: Config, mesh: Mesh, dataset: Dataset[Any]) -> None:
+def check_memory(config: Config, routing: Routing, mesh: Mesh, dataset: Dataset[Any]) -> None:
     """Raises ConfigError if the state, or the state and the images that stay on each device, exceed its memory."""
-    _, everything = cost.count_parameters(config)
-    leaves = jax.tree.leaves(abstract_state(config, build.make_model(config, "cpu"), mesh))
+    everything = cost.tree_size(routing.shapes())
+    leaves = jax.tree.leaves(abstract_state(config, routing, mesh))
     needed = sum(leaf.dtype.itemsize * math.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in leaves)
     statistics = mesh.local_devices[0].memory_stats() or {}  # None on a CPU
     available = statistics.get("bytes_limit") or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

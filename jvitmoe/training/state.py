@@ -1,4 +1,4 @@
-"""The training state, and its active slice: the arrays that one route reads and writes.
+"""What is fixed for all steps, the training state, and its active slice: the arrays that a step reads and writes.
 
 Experts keep optimiser states of their own, one per (layer, expert), Adam's step count included. So an expert's
 moments, bias correction and weight decay are those of a dense Adam that saw only the steps of this expert.
@@ -6,6 +6,7 @@ moments, bias correction and weight decay are those of a dense Adam that saw onl
 L layers · E experts
 """
 
+import dataclasses
 import functools
 from typing import Any, NamedTuple
 
@@ -15,11 +16,42 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jvitmoe.config import Config
-from jvitmoe.experts import merge, routes, slices
-from jvitmoe.experts.routes import Purpose
+from jvitmoe.experts import merge, trees
 from jvitmoe.models import vit
+from jvitmoe.routing import Routing
+from jvitmoe.routing.base import Route
+from jvitmoe.runtime.addresses import Purpose, address
 from jvitmoe.runtime.devices import DATA, EXPERT
 from jvitmoe.training.optimizer import direction
+
+
+@dataclasses.dataclass(frozen=True)
+class StepPlan:
+    """The arguments that all functions of the step share, and values derived from them."""
+
+    config: Config
+    routing: Routing
+    model: vit.ViT  # that `routing.model` returns for these devices
+    mesh: Mesh
+    steps_per_epoch: int
+
+    @property
+    def root(self) -> jax.Array:
+        """The key of the run (`addresses.address`)."""
+        return jax.random.key(self.config.train.seed)
+
+    @property
+    def total(self) -> int:
+        """Number of steps of the run."""
+        return self.config.train.epochs * self.steps_per_epoch
+
+    @property
+    def data_devices(self) -> int:
+        return self.mesh.shape[DATA]
+
+    @property
+    def expert_devices(self) -> int:
+        return self.mesh.shape[EXPERT]
 
 
 class OptState(NamedTuple):
@@ -27,83 +59,65 @@ class OptState(NamedTuple):
     experts: Any  # leaves [L, E, ...] (one path: [L, ...]); None in a dense model
 
 
-class Skipped(NamedTuple):
-    """Counts of the steps that changed nothing because loss or gradients were not finite; int32 scalars."""
-
-    total: jax.Array
-    in_a_row: jax.Array  # consecutive ones, the last step included
-
-
 class TrainState(NamedTuple):
     step: jax.Array  # int32, updates done
     params: Any
     opt_state: OptState
     ema: Any = None  # exponential moving average of the merged tree; None if train.ema is 0
-    skipped: Skipped | None = None  # None if a non-finite step ends the run
-    teacher: Any = None  # as params: those before train.distil_last began, zeros until then; None if that is 0
 
 
-def create(
-    params: Any, tx: optax.GradientTransformation, ema: bool = False, skips: bool = False, teaches: bool = False
-) -> TrainState:
+def create(params: Any, tx: optax.GradientTransformation, ema: bool = False) -> TrainState:
     """Returns the state of a run at step 0."""
-    trunk, experts = slices.split(params, slices.stacked(params))
+    trunk, experts = trees.split(params, trees.stacked(params))
     expert_state = jax.vmap(jax.vmap(tx.init))(experts) if jax.tree.leaves(experts) else None
     average = merge.average_experts(params) if ema else None
-    skipped = Skipped(jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32)) if skips else None
-    opt_state = OptState(tx.init(trunk), expert_state)
-    teacher = jax.tree.map(jnp.zeros_like, params) if teaches else None
-    return TrainState(jnp.zeros((), jnp.int32), params, opt_state, average, skipped, teacher)
+    return TrainState(jnp.zeros((), jnp.int32), params, OptState(tx.init(trunk), expert_state), average)
 
 
-def take(state: TrainState, route: jax.Array) -> TrainState:
-    """Returns the active slice: the state with parameters, moments and counts of the selected experts only.
-
-    A route [L] gives the tree that `ViT` has with one expert; a route [L, P] the tree with P experts.
-    """
-    trunk, experts = slices.split(state.params, slices.stacked(state.params))
-    opt_state = OptState(state.opt_state.trunk, slices.take(state.opt_state.experts, route))
-    return state._replace(params=slices.join(trunk, slices.take(experts, route)), opt_state=opt_state)
+def take(routing: Routing, state: TrainState, routes: tuple[Route, ...]) -> TrainState:
+    """Returns what a step runs and updates: parameters, moments and counts of the experts that run."""
+    trunk, experts = trees.split(state.params, trees.stacked(state.params))
+    opt_state = OptState(state.opt_state.trunk, routing.take(state.opt_state.experts, routes))
+    return state._replace(params=trees.join(trunk, routing.take(experts, routes)), opt_state=opt_state)
 
 
-def put(state: TrainState, active: TrainState, route: jax.Array) -> TrainState:
-    """Returns `active` with its experts written back into those of `state`, at the indices that `take` read.
+def put(routing: Routing, state: TrainState, active: TrainState, routes: tuple[Route, ...]) -> TrainState:
+    """Returns `active` with its experts written back into those of `state`, where `take` read them.
 
     Nothing else is written: idle experts, their moments and counts keep their bits.
     """
-    marks = slices.stacked(state.params)
-    _, experts = slices.split(state.params, marks)
-    trunk, parts = slices.split(active.params, marks)
-    expert_state = slices.put(state.opt_state.experts, active.opt_state.experts, route)
+    marks = trees.stacked(state.params)
+    _, experts = trees.split(state.params, marks)
+    trunk, parts = trees.split(active.params, marks)
+    expert_state = routing.put(state.opt_state.experts, active.opt_state.experts, routes)
     return active._replace(
-        params=slices.join(trunk, slices.put(experts, parts, route)),
+        params=trees.join(trunk, routing.put(experts, parts, routes)),
         opt_state=OptState(active.opt_state.trunk, expert_state),
     )
 
 
-def make_state(config: Config, model: vit.ViT, mesh: Mesh, dense: Any = None) -> TrainState:
+def make_state(config: Config, routing: Routing, mesh: Mesh, dense: Any = None) -> TrainState:
     """Returns the state at step 0, sharded as the config says: a pure function of config and `dense`.
 
-    With a trained dense tree, the trunk is that of the tree, and the experts are copies of its MLPs with noise of
-    `init.noise`: sparse upcycling.
+    With a trained dense tree, the trunk is that of the tree, and the experts are copies of its MLPs: sparse upcycling.
     """
-    shardings = jax.tree.map(lambda x: x.sharding, abstract_state(config, model, mesh))
-    return jax.jit(functools.partial(_create, config, model), out_shardings=shardings)(dense)
+    shardings = jax.tree.map(lambda x: x.sharding, abstract_state(config, routing, mesh))
+    return jax.jit(functools.partial(_create, config, routing), out_shardings=shardings)(dense)
 
 
-def abstract_state(config: Config, model: vit.ViT, mesh: Mesh) -> TrainState:
+def abstract_state(config: Config, routing: Routing, mesh: Mesh) -> TrainState:
     """Returns shapes, dtypes and shardings of `make_state` without computing it, as restoring a checkpoint needs.
 
     Experts and their moments lie along the expert axis, if it has several devices. `train.shard` splits moments, and
     parameters too, over the data axis, each leaf along its longest axis that divides.
     """
-    shapes = jax.eval_shape(lambda: _create(config, model))
-    marks, shard = slices.stacked(shapes.params), config.train.shard
+    shapes = jax.eval_shape(lambda: _create(config, routing))
+    marks, shard = trees.stacked(shapes.params), config.train.shard
 
     def shard_leaf(x: jax.ShapeDtypeStruct, is_stacked: bool, split: bool) -> jax.ShapeDtypeStruct:
         along: list[str | None] = [None] * x.ndim
         if is_stacked and mesh.shape[EXPERT] > 1:
-            along[slices.EXPERT_AXIS] = EXPERT
+            along[trees.EXPERT_AXIS] = EXPERT
         free = [n for n, axis in enumerate(along) if axis is None and x.shape[n] % mesh.shape[DATA] == 0]
         if split and free:
             along[max(free, key=lambda n: x.shape[n])] = DATA
@@ -123,17 +137,11 @@ def abstract_state(config: Config, model: vit.ViT, mesh: Mesh) -> TrainState:
             shard_tree(shapes.opt_state.experts, True, shard != "none"),
         ),
         shard_tree(shapes.ema, False, shard != "none"),
-        shard_tree(shapes.skipped, False, False),
-        None if shapes.teacher is None else params,
     )
 
 
-def _create(config: Config, model: vit.ViT, dense: Any = None) -> TrainState:
-    params = vit.init(model, routes.address(jax.random.key(config.train.seed), Purpose.INIT))
+def _create(config: Config, routing: Routing, dense: Any = None) -> TrainState:
+    params = routing.init(address(jax.random.key(config.train.seed), Purpose.INIT))
     if dense is not None:
         params = merge.upcycle(dense, params)
-        if config.init.noise:
-            key = routes.address(jax.random.key(config.train.seed), Purpose.NOISE)
-            params = merge.add_noise(params, key, config.init.noise)
-    optional = config.train.ema > 0, config.optim.skip_nonfinite > 0, config.train.distil_last > 0
-    return create(params, direction(config), *optional)
+    return create(params, direction(config), config.train.ema > 0)

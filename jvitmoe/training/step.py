@@ -3,11 +3,12 @@
 Devices form a mesh ("data", "expert"). Loss and gradients are computed per device under `shard_map`; everything else
 is plain code over whole arrays, which XLA partitions by the sharding of the state.
 
-B global batch, b the share of one device · S steps of one epoch · N images · L layers · E experts
+B global batch, b the share of one device · S steps of one epoch · N images · C classes · L layers, X those with experts
+E experts, e the share of one device
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol, cast
 
 import jax
@@ -16,16 +17,17 @@ import numpy as np
 import optax
 from jax.sharding import NamedSharding
 
+from jvitmoe.data import augment
 from jvitmoe.data.batches import Images
-from jvitmoe.experts import slices
-from jvitmoe.experts.routes import Purpose, address, distinct_route, draw_route
+from jvitmoe.experts import trees
 from jvitmoe.models.routers import Statistics
+from jvitmoe.routing import Pass
+from jvitmoe.routing.base import Route
 from jvitmoe.runtime import compilation
-from jvitmoe.runtime.devices import REPLICATED
-from jvitmoe.training import state
-from jvitmoe.training.gradients import Inputs, Routes, gradients
-from jvitmoe.training.plan import StepPlan
-from jvitmoe.training.state import TrainState, abstract_state
+from jvitmoe.runtime.addresses import Purpose, address
+from jvitmoe.runtime.devices import AXES, BY_DATA, BY_EXPERT, DATA, EXPERT, REPLICATED
+from jvitmoe.training import losses, trained
+from jvitmoe.training.state import StepPlan, TrainState, abstract_state, put, take
 from jvitmoe.training.update import finish, learning_rate, update
 
 
@@ -37,14 +39,11 @@ class Metrics(NamedTuple):
     grad_norm: jax.Array  # global L2 norm before clipping
     learning_rate: jax.Array
     router: Statistics | None = None  # leaves [layers with experts, ...], means over the batch; None: no router
-    skipped: state.Skipped | None = None  # counts up to this step; None if a non-finite step ends the run
 
 
 def as_floats(metrics: Metrics, expert_layers: Sequence[int]) -> dict[str, float]:
     """Returns name -> value of metrics on the host; a router's as router/<name>/layer<l>[/expert<e>]."""
     scalars = {name: float(getattr(metrics, name)) for name in ("loss", "accuracy", "grad_norm", "learning_rate")}
-    if metrics.skipped:
-        scalars["skipped"] = int(metrics.skipped.total)
     for name, leaf in metrics.router._asdict().items() if metrics.router else ():
         for x, *expert in np.ndindex(leaf.shape):
             parts = [f"layer{expert_layers[x]}", *(f"expert{e}" for e in expert)]
@@ -64,7 +63,7 @@ class TrainStep(Protocol):
 
 def make_train_step(plan: StepPlan) -> TrainStep:
     """Returns `train_step` compiled for a run; the state is donated."""
-    shardings = jax.tree.map(lambda x: x.sharding, abstract_state(plan.config, plan.model, plan.mesh))
+    shardings = jax.tree.map(lambda x: x.sharding, abstract_state(plan.config, plan.routing, plan.mesh))
     jitted = jax.jit(
         functools.partial(train_step, plan),
         donate_argnums=0,
@@ -82,52 +81,166 @@ def train_step(
     With `data.stream` the images are those of the batch, and index_SB is None.
 
     Routes, augmentation and dropout are addressed by (seed, step, index in the global batch), so the result does not
-    depend on the number of devices beyond the order of floating-point sums. With granularity "batch" only the dense
-    model on the route is differentiated, reduced over devices and updated. Otherwise every expert runs: on its slot of
-    images (index in the batch modulo E), or on the tokens that a route or a router gives it. The consistency loss
-    makes two passes, on two distinct routes, at twice the cost.
+    depend on the number of devices beyond the order of floating-point sums. The consistency loss makes two passes, at
+    twice the cost.
     """
-    step = before.step
-    routes = draw_routes(plan, step)
+    step, routing = before.step, plan.routing
+    routes = routing.draw(plan.root, step)
+    active = take(routing, before, routes)
     index_B = None if index_SB is None else index_SB[step % plan.steps_per_epoch]
-    active = take(plan, before, routes)
-    inputs = Inputs(split, index_B, step, routes, before.teacher)
-    loss, accuracy, statistics, grads = gradients(plan, active.params, inputs)
-    after, norm = apply_gradients(plan, before, active, routes, loss, grads)
-    return after, Metrics(loss, accuracy, norm, learning_rate(plan, step), statistics, after.skipped)
-
-
-def apply_gradients(
-    plan: StepPlan, before: TrainState, active: TrainState, routes: Routes, loss: jax.Array, grads: Any
-) -> tuple[TrainState, jax.Array]:
-    """Returns (the whole state after the step, global L2 norm of the gradients of the active slice)."""
+    loss, accuracy, statistics, grads = gradients(plan, active.params, Inputs(split, index_B, step, routes))
     norm = optax.tree.norm(grads)
-    finite = jnp.isfinite(norm) & jnp.isfinite(loss)
-    active = update(plan, active, slices.stacked(before.params), grads, norm, finite)
-    return finish(plan, put(plan, before, active, routes), finite), norm
+    active = update(plan, active, trees.stacked(before.params), grads, norm)
+    after = finish(plan, put(routing, before, active, routes))
+    return after, Metrics(loss, accuracy, norm, learning_rate(plan, step), statistics)
 
 
-def draw_routes(plan: StepPlan, step: jax.Array) -> Routes:
-    """Returns the route of each forward pass of a step; two differ everywhere, if there are several experts."""
-    config = plan.config
-    key = address(plan.root, Purpose.ROUTE, step)
-    route = draw_route(key, config.routing, config.model.depth, config.model.tokens)
-    if plan.passes == 1 or config.routing.experts == 1:
-        return (route,) * plan.passes
-    key = address(plan.root, Purpose.SECOND_ROUTE, step)
-    return route, distinct_route(key, route, config.routing)
+class Inputs(NamedTuple):
+    """What the gradients of a step depend on, besides the parameters."""
+
+    split: Images
+    index_B: jax.Array | None  # which images of `split` make the batch; None if a stream gives just them
+    step: jax.Array
+    routes: tuple[Route, ...]
 
 
-def take(plan: StepPlan, whole: TrainState, routes: Routes) -> TrainState:
-    """Returns the slice of the state that a step runs and updates: one expert for each pass, or everything."""
-    return whole if plan.all_run else state.take(whole, _selected(routes))
+class Gradients(NamedTuple):
+    """Means over the global batch."""
+
+    loss: jax.Array  # nats
+    accuracy: jax.Array
+    statistics: Statistics | None  # of a learned router, leaves [X, ...] over the layers with experts
+    grads: Any  # shaped as the parameters
 
 
-def put(plan: StepPlan, whole: TrainState, active: TrainState, routes: Routes) -> TrainState:
-    """Returns the whole state, the active slice written back."""
-    return active if plan.all_run else state.put(whole, active, _selected(routes))
+class Shard(NamedTuple):
+    """The images of one device, in `Routing.slots` equal parts, sorted by expert."""
+
+    images_bHWc: jax.Array  # augmented and normalised
+    labels_b: jax.Array
+    targets_bC: jax.Array  # smoothed labels after augmentation
+    index_b: jax.Array  # of each image in the global batch
 
 
-def _selected(routes: Routes) -> jax.Array:
-    """Returns the experts of all passes, [L] of one and [L, P] of several."""
-    return routes[0] if len(routes) == 1 else jnp.stack(routes, axis=1)
+def gradients(plan: StepPlan, params: Any, inputs: Inputs) -> Gradients:
+    """Returns `local_gradients` of all devices as whole arrays; the arguments are whole arrays too."""
+    spec = jax.tree.map(lambda leaf: BY_EXPERT if leaf else REPLICATED, on_expert_axis(plan, params))
+    whole: Any = REPLICATED
+    images: Any = BY_DATA if plan.config.data.stream else whole
+    return jax.shard_map(
+        functools.partial(local_gradients, plan),
+        mesh=plan.mesh,
+        in_specs=(spec, Inputs(images, whole, whole, whole)),
+        out_specs=Gradients(whole, whole, whole, spec),
+    )(params, inputs)
+
+
+def local_gradients(plan: StepPlan, params: Any, inputs: Inputs) -> Gradients:
+    """Returns the gradients of the global batch for the parameters that this device holds. Of a streamed batch,
+    `inputs.split` holds the rows of this device."""
+    shard = images_of_device(plan, inputs, batch_indices(plan, inputs.routes))
+    # Each device differentiates its own copy, so gradients are reduced once, at the end, and not where a parameter
+    # first meets the images: inside the scan over layers, and the CLS token once per image.
+    axes = jax.tree.map(lambda leaf: (DATA,) if leaf else AXES, on_expert_axis(plan, params))
+    own = jax.tree.map(lambda x, over: jax.lax.pcast(x, over, to="varying"), params, axes)
+
+    def differentiate(part: Shard) -> Any:
+        return jax.value_and_grad(loss_and_metrics, has_aux=True)(own, plan, part, inputs)
+
+    (loss, (accuracy, statistics)), grads = accumulate(plan, differentiate, shard)
+    return Gradients(loss, accuracy, statistics, jax.tree.map(jax.lax.psum, grads, axes))
+
+
+def on_expert_axis(plan: StepPlan, params: Any) -> Any:
+    """Returns the tree of bools that marks the leaves split over the devices of the expert axis."""
+    return jax.tree.map(lambda is_stacked: is_stacked and plan.expert_devices > 1, trees.stacked(params))
+
+
+def batch_indices(plan: StepPlan, routes: tuple[Route, ...]) -> jax.Array:
+    """Returns index_b in the global batch of this device's images, sorted by the expert that they meet."""
+    slots, share = plan.routing.slots, plan.config.train.batch_size // plan.data_devices
+    here = slots // plan.expert_devices
+    slot_e = jax.lax.dynamic_slice(plan.routing.slot_of_expert(routes), (jax.lax.axis_index(EXPERT) * here,), (here,))
+    index_eb = slot_e[:, None] + slots * jnp.arange(share // slots)[None]
+    return jax.lax.axis_index(DATA) * share + index_eb.reshape(-1)
+
+
+def images_of_device(plan: StepPlan, inputs: Inputs, index_b: jax.Array) -> Shard:
+    """Returns the images at these indices of the batch and their targets, augmented."""
+    config, (split, index_B, step, _) = plan.config, inputs
+    share = config.train.batch_size // plan.data_devices
+    image_b = index_b - jax.lax.axis_index(DATA) * share if index_B is None else index_B[index_b]
+    labels_b = split.labels_N[image_b]
+    targets_bC = optax.smooth_labels(jax.nn.one_hot(labels_b, config.model.classes), config.train.label_smoothing)
+    batch = augment.Batch(
+        key_b=image_keys(plan, Purpose.AUGMENT, step, index_b),
+        key=address(plan.root, Purpose.AUGMENT, step, config.train.batch_size),  # no image has this index
+        partner=functools.partial(partner_rows, plan, index_b),
+        plain=step >= round((1.0 - config.data.plain_at_end) * plan.total),
+    )
+    images_bHWc, targets_bC = augment.augment(config.data, batch, split.images_NHWc[image_b], targets_bC)
+    x_bHWc = augment.normalize(images_bHWc, config.data.mean, config.data.std)
+    return Shard(x_bHWc, labels_b, targets_bC, index_b)
+
+
+def partner_rows(plan: StepPlan, index_b: jax.Array, rows: Any) -> Any:
+    """Returns the rows [b, ...] of the images B - 1 - index_b, the reversed batch, from arrays of this device's images.
+
+    They lie on the mirrored device of the data axis. Images may be sorted by expert, so the devices of the expert axis
+    exchange their images.
+    """
+    last = plan.data_devices - 1
+    mirrored = [(device, last - device) for device in range(last + 1)]
+
+    def fetch(x_b: jax.Array) -> jax.Array:
+        return jax.lax.all_gather(jax.lax.ppermute(x_b, DATA, mirrored), EXPERT, tiled=True)
+
+    there_b = fetch(index_b)  # a permutation of consecutive indices
+    row_b = jnp.argsort(there_b)[plan.config.train.batch_size - 1 - index_b - there_b.min()]
+    return jax.tree.map(lambda x_b: fetch(x_b)[row_b], rows)
+
+
+def image_keys(plan: StepPlan, purpose: Purpose, step: jax.Array, index_b: jax.Array) -> jax.Array:
+    """Returns one key per image, a function of seed, step and index: the same on any number of devices."""
+    return jax.vmap(jax.random.fold_in, (None, 0))(address(plan.root, purpose, step), index_b)
+
+
+def accumulate(plan: StepPlan, differentiate: Callable[[Shard], Any], shard: Shard) -> Any:
+    """Returns the mean of `differentiate` over `train.accumulate` equal parts of the shard, run one after the other.
+
+    Each part has its share of every slot.
+    """
+    parts, slots = plan.config.train.accumulate, plan.routing.slots // plan.expert_devices
+    if parts == 1:
+        return differentiate(shard)
+
+    def cut(x_b: jax.Array) -> jax.Array:
+        rest = x_b.shape[1:]
+        return x_b.reshape(slots, parts, -1, *rest).swapaxes(0, 1).reshape(parts, -1, *rest)
+
+    def add(total: Any, part: Shard) -> tuple[Any, None]:
+        return jax.tree.map(lambda a, b: a + b / parts, total, differentiate(part)), None
+
+    pieces = jax.tree.map(cut, shard)
+    first = jax.tree.map(lambda x: x / parts, differentiate(jax.tree.map(lambda x: x[0], pieces)))
+    return jax.lax.scan(add, first, jax.tree.map(lambda x: x[1:], pieces))[0]
+
+
+def loss_and_metrics(
+    params: Any, plan: StepPlan, shard: Shard, inputs: Inputs
+) -> tuple[jax.Array, tuple[jax.Array, Statistics | None]]:
+    """Returns (loss, (accuracy, statistics of a learned router)), each a mean over the shards of all devices."""
+    params, routing = trained.stop_others(plan.config, params), plan.routing
+
+    def run(number: int) -> tuple[jax.Array, Statistics | None]:
+        index_b = shard.index_b + number * plan.config.train.batch_size
+        key_b = image_keys(plan, Purpose.DROPOUT, inputs.step, index_b) if routing.needs_keys else None
+        at = Pass(number, inputs.routes, inputs.step, plan.total)
+        return routing.logits(plan.model, params, shard.images_bHWc, key_b, at)
+
+    passes, statistics = zip(*map(run, range(routing.passes)), strict=True)
+    loss = losses.classification_loss(plan.config.routing, passes, shard.targets_bC)
+    accuracy = (passes[0].argmax(-1) == shard.labels_b).mean()
+    # Means over devices belong inside. Those of statistics come first: the loss of means is no mean of losses.
+    whole = jax.lax.pmean(statistics[0], AXES)
+    return jax.lax.pmean(loss, AXES) + routing.loss(whole), (jax.lax.pmean(accuracy, AXES), whole)

@@ -16,6 +16,7 @@ from jvitmoe.data import augment, datasets, splits
 from jvitmoe.errors import UserError
 from jvitmoe.interop import classifier, load, weight_names
 from jvitmoe.models import vit
+from jvitmoe.models.routers import ROUTERS
 from jvitmoe.runs import files
 
 SAMPLE = 16  # test images in sample.npz
@@ -66,8 +67,8 @@ class Target:
                 f"{self.name} has no counterpart of {found}; nothing was written: train with {flags}, or export "
                 f"--to={others}"
             )
-        router = config.routing.router
-        left = [f"the router ({router}) is left behind: this is the mean of the experts"] if router != "random" else []
+        kind = config.routing.kind
+        left = [f"the router ({kind}) is left behind: this is the mean of the experts"] if kind in ROUTERS else []
         return left + self.remarks(config)
 
     def sample(self, source: load.Source, config: Config) -> weight_names.Dict:
@@ -83,9 +84,7 @@ class Target:
     def export(self, out: Path, source: load.Source, sample: weight_names.Dict) -> float:
         """Writes the model and the sample. Returns the largest difference between the logits of the files and of the
         sample. Raises UserError if it exceeds the tolerance."""
-        model = dataclasses.replace(
-            source.model, position_rows=0, dtype="float32", dropout=0.0, drop_path=0.0, unroll=1
-        )
+        model = dataclasses.replace(source.model, position_rows=0, dtype="float32", dropout=0.0, drop_path=0.0)
         run = self.write(out, source, model)
         np.savez(out / "sample.npz", allow_pickle=False, **sample)
         if source.classes:

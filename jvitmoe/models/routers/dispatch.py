@@ -23,6 +23,7 @@ class RouterSettings:
     """Which router, and how many tokens an expert takes: Q = ceil(capacity K T / E), at most T (`slots_per_expert`)."""
 
     kind: str = "switch"  # a key of ROUTERS
+    experts: int = 4  # E
     top_k: int = 2  # K of topk and frozen, at most E
     capacity: float = 1.25  # of switch, topk and frozen; of expert_choice with K = 1
     eval_capacity: float = 2.0  # in evaluation (expert_choice keeps `capacity`); at E / K or more no token is dropped
@@ -76,12 +77,17 @@ class Mixtures(NamedTuple):
 class Router(nn.Module):
     """Base class of routers. A subclass defines `route`; its parameters are "router" beside those of the MLP."""
 
-    experts: int
     settings: RouterSettings
     top_k: jax.Array | None = None  # K of this step if it grows (frozen); None is settings.top_k
 
     uses_top_k: ClassVar[bool] = False  # True if it reads settings.top_k
     is_trained: ClassVar[bool] = True  # False if its parameters keep their initial values
+    is_tested: ClassVar[bool] = True  # False if it exists in training only, and the merged model is what is tested
+
+    @property
+    def experts(self) -> int:
+        """E."""
+        return self.settings.experts
 
     def route(self, x_BTD: jax.Array, key_B: jax.Array | None) -> tuple[Slots | Mixtures, Statistics]:
         """Returns the slots of all experts, and Statistics.
@@ -104,7 +110,7 @@ class Router(nn.Module):
         return 1
 
     @staticmethod
-    def active_experts(settings: RouterSettings, experts: int, tokens: int) -> float:
+    def active_experts(settings: RouterSettings, tokens: int) -> float:
         """Returns the number of experts that a token passes through in evaluation: the mean over the T tokens of an
         image if it varies. For `Mixtures` a slot takes the place of the token."""
         return settings.top_k

@@ -25,5 +25,5 @@ class ExpertChoice(Router):
         return slots, statistics(logits_BTE, load_E, 1.0 - taken_BT.mean())
 
     @staticmethod
-    def active_experts(settings: RouterSettings, experts: int, tokens: int) -> float:
-        return experts * slots_per_expert(settings.capacity, tokens, experts) / tokens
+    def active_experts(settings: RouterSettings, tokens: int) -> float:
+        return settings.experts * slots_per_expert(settings.capacity, tokens, settings.experts) / tokens

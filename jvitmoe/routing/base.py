@@ -1,0 +1,161 @@
+"""What a way of routing decides in a training step. A way of routing is a class derived from `Routing`.
+
+b the images of one device · C classes · E experts, e the share of one device · L layers
+"""
+
+import re
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jvitmoe.config import Config
+from jvitmoe.experts import cost, trees
+from jvitmoe.models import vit
+from jvitmoe.models.routers import Statistics
+from jvitmoe.runtime.addresses import Purpose, address
+
+Route = jax.Array  # int32: which experts run
+Tree = Any
+
+
+class Pass(NamedTuple):
+    """One forward pass of a step."""
+
+    number: int  # 0, or 1 for the second of a consistency loss
+    routes: tuple[Route, ...]  # of all passes of the step
+    step: jax.Array
+    total: int  # steps of the run
+
+
+class Routing:
+    """The dense run, with one expert for all images, and the base class of ways of routing.
+
+    An expert is a dense ViT: the parameters of E experts are one tree in which some leaves have an axis E more
+    (`experts.trees`). A step draws routes, takes what runs out of that tree, differentiates and updates it, and puts it
+    back. Routes come from (seed, step) for the global batch, so any step can be replayed on any number of devices.
+    """
+
+    meaning = ""  # what an expert is trained on, for the first lines of a run
+    slots = 1  # equal parts of a batch that run at once, each through another expert
+    untrained = ""  # the key of parameters that keep their initial values; "" if there are none
+    has_expert_axis = False  # True if the devices of the expert axis can hold their share of the experts
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+
+    @classmethod
+    def faults(cls, config: Config) -> Iterator[tuple[str, str]]:
+        """Yields (setting, rule) for each rule of this way of routing that the config breaks."""
+        yield from ()
+
+    @property
+    def experts(self) -> int:
+        """E."""
+        return self.config.routing.experts
+
+    @property
+    def passes(self) -> int:
+        """Number of forward passes per step. The consistency loss compares two: on two routes if there are several
+        experts, and with two draws of dropout and drop_path."""
+        return 2 if self.config.routing.consistency else 1
+
+    @property
+    def active_experts(self) -> float:
+        """The experts that a token passes through."""
+        return 1
+
+    @property
+    def reduced_experts(self) -> int:
+        """The experts whose gradients all devices reduce in a step."""
+        return min(self.passes, self.experts)
+
+    def model(self, platform: str) -> vit.ViT:
+        """Returns the model that runs on "cpu", "gpu" or "tpu": dense, because an expert is a dense model."""
+        pattern = self.config.routing.pattern if self.experts > 1 else ("experts",)
+        return vit.build(self.config.model, None, platform, pattern, platform == "gpu" and _fuses_attention())
+
+    def init(self, key: jax.Array) -> Tree:
+        """Returns the parameters at step 0, float32. Experts start as copies of the dense model's draw, or with
+        routing.init=independent each as a dense model of its own."""
+        model, experts = self.model("cpu"), self.experts
+        params = vit.init(model, key)
+        if experts == 1:
+            return params
+        dense = model.clone(router=None)
+        if self.config.routing.init == "independent":
+            copies = jax.vmap(lambda key: vit.init(dense, key))(jax.random.split(key, experts))
+        else:
+            copies = jax.tree.map(lambda x: jnp.broadcast_to(x, (experts, *x.shape)), vit.init(dense, key))
+        return trees.stack(params, copies, trees.owned(self.config))
+
+    def shapes(self) -> Tree:
+        """Returns the parameters as `jax.ShapeDtypeStruct`; nothing is allocated."""
+        return jax.eval_shape(lambda: self.init(jax.random.key(0)))
+
+    def count_parameters(self) -> tuple[int, int]:
+        """Returns (active, total): what one token passes through, a router included, and all experts together."""
+        params = self.shapes()
+        trunk, experts = trees.split(params, trees.stacked(params))
+        own = cost.tree_size(experts) / self.experts
+        return cost.tree_size(trunk) + round(self.active_experts * own), cost.tree_size(params)
+
+    def draw(self, root: jax.Array, step: jax.Array) -> tuple[Route, ...]:
+        """Returns the route of each pass of a step; () if nothing is drawn."""
+        return ()
+
+    def distinct(self, root: jax.Array, step: jax.Array, route: Route, draws: int = 1) -> tuple[Route, ...]:
+        """Returns the routes of all passes, of which `route` is the first. A second one differs from it everywhere: it
+        is shifted cyclically by a uniform draw from 1 .. E - 1, so a permutation stays one. `draws` is 1, or L for a
+        draw in each layer."""
+        if self.passes == 1:
+            return (route,)
+        shift = jax.random.randint(address(root, Purpose.SECOND_ROUTE, step), (draws,), 1, self.experts)
+        return route, (route + shift) % self.experts
+
+    def take(self, experts: Tree, routes: tuple[Route, ...]) -> Tree:
+        """Returns what a step runs and updates of a tree of stacked leaves (weights or moments): everything here."""
+        return experts
+
+    def put(self, experts: Tree, taken: Tree, routes: tuple[Route, ...]) -> Tree:
+        """Returns the stacked leaves with what `take` returned replaced by `taken`. Nothing else is written."""
+        return taken
+
+    def slot_of_expert(self, routes: tuple[Route, ...]) -> jax.Array:
+        """Returns, for each of the `slots` experts that run at once, the part of the batch that it sees. Image n of
+        the global batch is in part n modulo `slots`."""
+        return jnp.arange(self.slots)
+
+    def logits(
+        self, model: vit.ViT, params: Tree, images_bHWc: jax.Array, key_b: jax.Array | None, at: Pass
+    ) -> tuple[jax.Array, Statistics | None]:
+        """Returns (logits_bC of a pass, statistics of a learned router or None).
+
+        Args:
+            model: as `model`.
+            params: the trunk and what `take` returned; on the expert axis, the share of this device.
+            images_bHWc: augmented images, in `slots` equal parts in the order of `slot_of_expert`.
+            key_b: one dropout key per image; None without dropout.
+            at: the pass.
+        """
+        return vit.logits(model, params, images_bHWc, key_b), None
+
+    @property
+    def needs_keys(self) -> bool:
+        """True if `logits` needs `key_b`."""
+        return self.config.model.drops
+
+    def loss(self, statistics: Statistics | None) -> jax.Array:
+        """Returns what is added to the loss, of the statistics of the global batch."""
+        return jnp.float32(0)
+
+    def rate(self, step: jax.Array) -> jax.Array:
+        """Returns what multiplies the learning rate of experts at a step."""
+        return jnp.float32(self.config.optim.mlp_rate)
+
+
+def _fuses_attention() -> bool:
+    """True if the local GPUs have compute capability 8.0 (A100) or more, which cuDNN's fused attention needs."""
+    capability = str(getattr(jax.local_devices(backend="gpu")[0], "compute_capability", ""))
+    return re.fullmatch(r"\d+\.\d+", capability) is not None and float(capability) >= 8.0

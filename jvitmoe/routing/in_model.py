@@ -1,0 +1,69 @@
+"""A router inside the model chooses the experts of each token."""
+
+from collections.abc import Iterator
+
+import jax
+
+from jvitmoe.config import Config
+from jvitmoe.models import routers, vit
+from jvitmoe.models.routers import Router, RouterSettings, Statistics
+from jvitmoe.routing.base import Pass, Routing, Tree
+
+
+class InModel(Routing):
+    """All experts take part in each step, on the tokens that a router gives them (`models.routers`)."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        self.router = routers.find(config.routing.kind)
+        self.meaning = f"{config.routing.kind} routes the tokens"
+        self.untrained = "" if self.router.is_trained else "router"
+
+    @classmethod
+    def faults(cls, config: Config) -> Iterator[tuple[str, str]]:
+        routing, router = config.routing, routers.find(config.routing.kind)
+        if router.uses_top_k and routing.top_k > routing.experts:
+            yield "routing.top_k", f"must be at most routing.experts, which is {routing.experts}"
+        if config.train.accumulate > 1 and routing.balance_loss and router.loss is not Router.loss:
+            yield (
+                "train.accumulate",
+                "must be 1 for a router with a balance loss, which needs the whole batch at once",
+            )
+        if routing.consistency:
+            yield "routing.consistency", f"must be 0 for routing.kind={routing.kind}, which is no random route"
+        if routing.part != "mlp" or config.trains_adapters_only:
+            yield "routing.part", f"must be 'mlp', without LoRA and adapters, for routing.kind={routing.kind}"
+        if routing.pull == routing.pull_every == 1 and routing.pull_schedule == "constant" and router.is_tested:
+            rule = "must be below 1 with a learned router, or all experts would be equal after every step; set it to 0"
+            yield "routing.pull", rule
+
+    @property
+    def settings(self) -> RouterSettings:
+        routing = self.config.routing
+        top_k = self.router.most_experts(routing.top_k, self.experts)
+        return RouterSettings(routing.kind, self.experts, top_k, routing.capacity, routing.eval_capacity)
+
+    @property
+    def active_experts(self) -> float:
+        return self.router.active_experts(self.settings, self.config.model.tokens)
+
+    @property
+    def reduced_experts(self) -> int:
+        return self.experts
+
+    @property
+    def needs_keys(self) -> bool:
+        return True  # also without dropout: no keys mean evaluation
+
+    def model(self, platform: str) -> vit.ViT:
+        return super().model(platform).clone(router=self.settings)
+
+    def logits(
+        self, model: vit.ViT, params: Tree, images_bHWc: jax.Array, key_b: jax.Array | None, at: Pass
+    ) -> tuple[jax.Array, Statistics | None]:
+        top_k = self.router.top_k_at(at.step, at.total, self.config.routing.top_k, self.experts)
+        return vit.logits_and_statistics(model, params, images_bHWc, key_b, top_k)
+
+    def loss(self, statistics: Statistics | None) -> jax.Array:
+        assert statistics is not None
+        return self.config.routing.balance_loss * self.router.loss(statistics)

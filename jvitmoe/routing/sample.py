@@ -1,0 +1,65 @@
+"""Every expert runs in every step, each on an equal share of the images: `jax.vmap` of the dense model over experts."""
+
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+
+from jvitmoe.config import Config
+from jvitmoe.experts import trees
+from jvitmoe.models import vit
+from jvitmoe.models.routers import Statistics
+from jvitmoe.routing.base import Pass, Route, Routing, Tree
+from jvitmoe.runtime.addresses import Purpose, address
+
+
+class Sample(Routing):
+    """A step draws which of E equal parts of the batch each expert sees. The images are sorted by expert once, before
+    the first layer, so weights stay where they are, and an expert may live on a device of its own.
+
+    A route is int32 [E], the expert of each part of the batch: a uniform permutation, so every expert runs on equally
+    many images, and nothing is dropped.
+    """
+
+    meaning = "each gets a random share of every batch's images"
+    has_expert_axis = True
+
+    @classmethod
+    def faults(cls, config: Config) -> Iterator[tuple[str, str]]:
+        experts, train = config.routing.experts, config.train
+        if train.batch_size % experts:
+            yield "train.batch_size", f"must be a multiple of routing.experts, {experts}, for routing.kind=sample"
+        if train.expert_devices > 1 and (experts % train.expert_devices or config.routing.consistency):
+            yield "train.expert_devices", "must be 1, or divide routing.experts without routing.consistency"
+
+    @property
+    def slots(self) -> int:  # type: ignore[override]
+        return self.experts
+
+    @property
+    def reduced_experts(self) -> int:
+        return 0  # each expert counts as alone on a device of the expert axis
+
+    def draw(self, root: jax.Array, step: jax.Array) -> tuple[Route, ...]:
+        uniform_E = jax.random.uniform(address(root, Purpose.ROUTE, step), (self.experts,))
+        return self.distinct(root, step, jnp.argsort(uniform_E).astype(jnp.int32))
+
+    def slot_of_expert(self, routes: tuple[Route, ...]) -> jax.Array:
+        return jnp.argsort(routes[0])
+
+    def logits(
+        self, model: vit.ViT, params: Tree, images_bHWc: jax.Array, key_b: jax.Array | None, at: Pass
+    ) -> tuple[jax.Array, Statistics | None]:
+        """Part e of the images meets expert e; in a second pass, the expert that the second route gives to the part."""
+        stacked = trees.stacked(params)
+        trunk, experts = trees.split(params, stacked)
+        here = jax.tree.leaves(experts)[0].shape[trees.EXPERT_AXIS]  # e: experts of this device
+        if here == 1:
+            return vit.logits(model, trees.join(trunk, trees.take(experts, 0)), images_bHWc, key_b), None
+        if at.number:
+            expert_of_part_E = at.routes[at.number][self.slot_of_expert(at.routes)]
+            experts = jax.tree.map(lambda leaf: jnp.take(leaf, expert_of_part_E, trees.EXPERT_AXIS), experts)
+        params, axes = trees.join(trunk, experts), jax.tree.map(lambda x: trees.EXPERT_AXIS if x else None, stacked)
+        images_ebHWc, key_eb = jax.tree.map(lambda x: x.reshape(here, -1, *x.shape[1:]), (images_bHWc, key_b))
+        run = jax.vmap(lambda *arguments: vit.logits(model, *arguments), (axes, 0, 0))
+        return run(params, images_ebHWc, key_eb).reshape(len(images_bHWc), -1), None
