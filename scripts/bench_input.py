@@ -9,8 +9,8 @@ Without --data, 2,000 files of 500x375 pixels are made: noise with the spectrum 
 """
 
 import argparse
+import contextlib
 import json
-import subprocess
 import sys
 import tempfile
 import time
@@ -104,20 +104,14 @@ def main() -> None:
             for split, count in (("train", 2000), ("test", CLASSES)):
                 write_photographs(Path(temporary, split), count)
         sizes = (f"--{name}={getattr(args, name)}" for name in ("data", "side", "batch", "workers"))
-        command = [args.torch, __file__, "--serve", *sizes]
-        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as torch:
+        with contextlib.closing(timed_step.Peer(args.torch, __file__, "--serve", *sizes)) as torch:
             ours = our_passes(args.data, args.side, args.batch)
-
-            def their_pass() -> float:
-                print("go", file=torch.stdin, flush=True)
-                return float(torch.stdout.readline())
 
             def mean(one_pass: Callable[[], float]) -> timed_step.Work:
                 return lambda passes: sum(one_pass() for _ in range(passes)) / passes
 
-            work = {"torch": mean(their_pass), "jvitmoe": mean(lambda: next(ours))}
+            work = {"torch": mean(lambda: torch.ask("go")), "jvitmoe": mean(lambda: next(ours))}
             seconds = timed_step.interleave(work, args.rounds, progress=lambda n, left: print(n, round(left), "s left"))
-            torch.stdin.close()
         images = sum(map(is_image, Path(args.data, "train").rglob("*"))) // args.batch * args.batch
     ratio, low, high = timed_step.ratio(seconds["torch"], seconds["jvitmoe"])
     rates = {name: round(images / np.median(values), 1) for name, values in seconds.items()}

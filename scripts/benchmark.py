@@ -14,7 +14,6 @@ import json
 import os
 import shlex
 import statistics
-import subprocess
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,7 +33,6 @@ from jvitmoe.runs import checkpoints, figures, files, results, tables
 from jvitmoe.runs.console import console
 from jvitmoe.runtime import compilation, devices, memory
 
-NO_TORCH = "--peer must be a Python that has torch"
 DTYPES = ["float32", "bfloat16"]
 # Fields of the model that PyTorch's ViT has; all others must have their default.
 PEER_FIELDS = {"image_size", "channels", "classes", "patch", "width", "hidden", "depth", "heads", "pool"}
@@ -83,47 +81,24 @@ def check_peer(model: ModelConfig) -> None:
         raise UserError(f"--peer has no counterpart of {found}; leave --peer out")
 
 
-class Torch:
-    """The original in PyTorch, in a process that sleeps while this one computes (torch_vit.py)."""
-
-    def __init__(self, python: str, config: Config) -> None:
-        # -P: files in scripts/ must not shadow modules. Its threads must not spin while others are timed.
-        command = [python, "-P", str(Path(__file__).with_name("torch_vit.py"))]
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-        try:
-            self._process = subprocess.Popen(command, env=os.environ | {"OMP_WAIT_POLICY": "passive"}, **pipes)
-        except OSError as error:
-            raise UserError(f"{python} cannot be run: {error.strerror}; {NO_TORCH}") from error
-        model = config_lib.to_dict(config)["model"]
-        self.about = self._ask(
-            json.dumps({"settings": model, "batch": config.train.batch_size, "dropout": config.model.dropout})
-        )
-
-    def seconds(self, model: str, dtype: str, steps: int) -> float:
-        """Returns the mean seconds of a step of "EXPERTS eager" or "EXPERTS compiled"."""
-        return float(self._ask(f"{model} {dtype} {steps}"))
-
-    def close(self) -> None:
-        self._process.communicate()
-
-    def _ask(self, line: str) -> Any:
-        with contextlib.suppress(BrokenPipeError):
-            print(line, file=self._process.stdin, flush=True)
-        if answer := self._process.stdout.readline():
-            return json.loads(answer)
-        self.close()
-        raise UserError(f"the PyTorch peer ended, see above; {NO_TORCH}")
-
-
 @contextlib.contextmanager
-def peer(python: str, config: Config) -> Iterator[Torch | None]:
-    """Yields the peer; None without a Python for it."""
+def torch_peer(python: str, config: Config) -> Iterator[timed_step.Peer | None]:
+    """Yields torch_vit.py, the original in PyTorch, which knows the model already; None without a Python for it."""
     if not python:
         yield None
         return
     check_peer(config.model)
-    with contextlib.closing(Torch(python, config)) as torch:
-        yield torch
+    # -P: files in scripts/ must not shadow modules.
+    with contextlib.closing(timed_step.Peer(python, "-P", str(Path(__file__).with_name("torch_vit.py")))) as peer:
+        model = config_lib.to_dict(config)["model"]
+        job = {"settings": model, "batch": config.train.batch_size, "dropout": config.model.dropout}
+        peer.about = peer.ask(json.dumps(job))
+        yield peer
+
+
+def peer_seconds(torch: timed_step.Peer, about: str, steps: int) -> float:
+    """Returns the mean seconds of a step of "EXPERTS eager DTYPE" or "EXPERTS compiled DTYPE"."""
+    return float(torch.ask(f"{about} {steps}"))
 
 
 def main(argv: list[str]) -> None:
@@ -139,7 +114,7 @@ def main(argv: list[str]) -> None:
     platform = mesh.devices.flat[0].platform
     console.print(f"devices     {devices.describe(mesh)}")
     peaks, rows = {dtype: timed_step.peak_flops(dtype, mesh) for dtype in values.dtypes}, []
-    with peer(values.peer, config) as torch:
+    with torch_peer(values.peer, config) as torch:
         for dtype in values.dtypes:
             rows += measure(chosen, torch, dtype, values.rounds, mesh, peaks[dtype])
     result = {
@@ -168,7 +143,7 @@ def define_flags(values: flags.FlagValues) -> None:
 
 
 def measure(
-    configs: Mapping[str, Config], torch: Torch | None, dtype: str, rounds: int, mesh: Mesh, peak: float
+    configs: Mapping[str, Config], torch: timed_step.Peer | None, dtype: str, rounds: int, mesh: Mesh, peak: float
 ) -> list[dict[str, Any]]:
     """Returns a row per case and peer."""
     facts, work = {}, dict[str, timed_step.Work]()
@@ -187,7 +162,7 @@ def measure(
         work[name] = timed.seconds
         console.print(f"compiled    {name} {dtype} in {timed.compile_seconds:.1f} s")
     if torch:
-        work |= {name: functools.partial(torch.seconds, model, dtype) for name, model in PEERS.items()}
+        work |= {name: functools.partial(peer_seconds, torch, f"{model} {dtype}") for name, model in PEERS.items()}
     times = timed_step.interleave(
         work,
         rounds,

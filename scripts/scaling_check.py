@@ -54,7 +54,7 @@ def config(name: str, devices: int) -> Config:
     routed = {
         "dense": RoutingConfig(),
         "batch": RoutingConfig(experts=EXPERTS),
-        "sample": RoutingConfig(experts=EXPERTS, granularity="sample", pull=float(pulled)),
+        "sample": RoutingConfig(experts=EXPERTS, kind="sample", pull=float(pulled)),
     }[variant]
     train = TrainConfig(
         batch_size=IMAGES * devices, devices=devices, platform="cpu", expert_devices=devices if spreads else 1
@@ -68,7 +68,7 @@ def alone(name: str, devices: int) -> Config:
     mine = config(name, 1)
     if scaling_model.VARIANTS[name][1]:
         mine.routing.experts = EXPERTS // devices
-        mine.routing.granularity = "sample" if mine.routing.experts > 1 else "batch"
+        mine.routing.kind = "sample" if mine.routing.experts > 1 else "batch"
     return mine.validate()
 
 

@@ -9,8 +9,8 @@ import dataclasses
 import json
 from pathlib import Path
 
+from jvitmoe import routing
 from jvitmoe.config import Config, ModelConfig, RoutingConfig
-from jvitmoe.experts import cost
 from jvitmoe.runs import figures
 
 OUT = Path(__file__).resolve().parents[1] / "results" / "scaling"
@@ -52,7 +52,7 @@ class Work:
 def work(model: ModelConfig, experts: int, images: int, capacity: float = 1.25) -> Work:
     """Returns the counts of a ViT whose MLPs are `experts` experts each."""
     config = Config(model=model, routing=RoutingConfig(experts=experts)).validate()
-    active, total = cost.count_parameters(config)
+    active, total = routing.find(config).count_parameters()
     expert = (total - active) // (experts - 1)
     tokens, width, depth = model.tokens, model.width, model.depth
     mlp = 2 * tokens * 2 * width * model.hidden * depth

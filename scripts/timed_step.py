@@ -3,8 +3,12 @@
 Interleaved, because the ratio of two times taken one after the other is biased by a machine that drifts.
 """
 
+import contextlib
+import json
+import os
 import random
 import statistics
+import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -19,6 +23,7 @@ from jvitmoe import routing
 from jvitmoe.config import Config
 from jvitmoe.data import batches
 from jvitmoe.data.splits import Split
+from jvitmoe.errors import UserError
 from jvitmoe.experts import cost
 from jvitmoe.runtime import compilation, devices
 from jvitmoe.training import step
@@ -63,6 +68,32 @@ def ratio(seconds: Sequence[float], reference: Sequence[float]) -> tuple[float, 
     ratios = sorted(a / b for a, b in zip(seconds, reference, strict=True))
     outside = max(int(binom.ppf(0.025, len(ratios), 0.5)) - 1, 0)
     return statistics.median(ratios), ratios[outside], ratios[-1 - outside]
+
+
+class Peer:
+    """Another program, which answers a line with one of JSON, and sleeps while this one computes."""
+
+    def __init__(self, *command: str) -> None:
+        self.about: Any = None  # what it says of itself
+        env = os.environ | {"OMP_WAIT_POLICY": "passive"}  # its threads must not spin while others are timed
+        try:
+            self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env)
+        except OSError as error:
+            raise UserError(
+                f"{command[0]} cannot be run ({error.strerror}); give a Python that has the peer"
+            ) from error
+
+    def ask(self, line: str) -> Any:
+        """Returns its answer. Raises UserError where it has ended."""
+        with contextlib.suppress(BrokenPipeError):
+            print(line, file=self._process.stdin, flush=True)
+        if answer := self._process.stdout.readline():
+            return json.loads(answer)
+        self.close()
+        raise UserError("the peer has ended, see above; give a Python that has it")
+
+    def close(self) -> None:
+        self._process.communicate()
 
 
 def random_split(config: Config) -> Split:

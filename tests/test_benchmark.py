@@ -135,8 +135,8 @@ def test_a_peer_that_cannot_serve_is_one_line(tmp_path):
     python.write_text("#!/bin/sh\nexit 1\n")  # as of one without PyTorch
     python.chmod(0o755)
     for command in (python, tmp_path / "nowhere"):
-        with pytest.raises(UserError, match="--peer must be a Python that has torch"):
-            benchmark.Torch(str(command), Config())
+        with pytest.raises(UserError, match="give a Python that has"), benchmark.torch_peer(str(command), Config()):
+            pass
 
 
 @pytest.mark.process

@@ -11,11 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from jvitmoe import cli, errors, settings
+from jvitmoe import cli, errors, routing, settings
 from jvitmoe import config as config_lib
 from jvitmoe.config import Config, DataConfig, ModelConfig, RoutingConfig
 from jvitmoe.errors import ConfigError, UserError
-from jvitmoe.experts import cost
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 
@@ -32,7 +31,7 @@ def refused(**fields: object) -> str:
     for path, value in fields.items():
         set_field(config, path.replace("__", "."), value)
     with pytest.raises(ConfigError) as caught:
-        config.validate()
+        routing.find(config.validate())
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
@@ -69,22 +68,16 @@ def test_a_setting_is_described_takes_its_default_and_refuses_what_is_outside_of
         ({"model__positions": "sincos2d", "model__width": 6, "model__heads": 3}, "multiple of 4"),
         ({"train__devices": 3}, "must be a multiple of train.devices, which is 3"),
         ({"routing__init": "sharde"}, "did you mean 'shared'?"),
-        ({"routing__router": "switch"}, "must be 'random', or have routing.experts above 1"),
+        ({"routing__kind": "switch"}, "routing.experts is 1; it must be above 1 for routing.kind=switch"),
         ({"routing__consistency": 1.0}, "must be 0 with one expert"),
-        ({"routing__experts": 3, "routing__granularity": "sample"}, "is 128; it must be a multiple of routing.experts"),
+        ({"routing__experts": 3, "routing__kind": "sample"}, "is 128; it must be a multiple of routing.experts"),
         ({"routing__pattern": ("dense",)}, "with 'experts' in it"),
         ({"routing__pattern": ("experts", "mlp")}, "must be a tuple of 'experts' and 'dense'"),
         ({"routing__pattern": ("dense", "dense", "experts")}, "a length that divides model.depth, which is 4"),
         ({"routing__pattern": "experts"}, "must be of type tuple"),
-        ({"init__noise": 0.1}, "must be 0 without an init.source"),
-        (
-            {"routing__experts": 2, "model__lora": 4, "init__source": "run", "init__noise": 0.1},
-            "init.noise is 0.1; it must be 0 without an init.source, with one expert, LoRA or adapters",
-        ),
-        ({"routing__tie_last": 0.5, "train__distil_last": 0.1}, "tie_last is 0.5; it must be 0 with train.distil_last"),
         ({"model__lora": 4}, "must name a trained ViT for model.lora"),
         ({"optim__schedule": "epoch", "optim__warmup_epochs": 1.0}, "warm-up needs optim.schedule=step"),
-        ({"data__crop": "resized"}, "must be 'pad' or 'centre' for sets that live on the device"),
+        ({"data__crop": "resized"}, "must be 'exact' or 'centre' for sets that live on the device"),
         ({"data__mean": ()}, "must be one number or 1, one per channel, each from 0 to 1"),
         ({"data__mean": (0.5, 0.5)}, "must be one number or 1, one per channel"),
         ({"data__mean": (float("nan"),)}, "each from 0 to 1"),
@@ -97,21 +90,16 @@ def test_settings_that_do_not_go_together_are_named_with_the_rule(fields, rule):
 
 
 def test_a_learned_router_refuses_a_pull_that_makes_its_experts_equal():
-    config = Config(routing=RoutingConfig(experts=4, router="switch", pull=1.0))
-    with pytest.raises(ConfigError, match=r"routing\.pull is 1\.0; it must be below 1 with a learned router"):
-        config.validate()
-    config.routing.pull_every = 8
-    config.validate()
+    router = {"routing__experts": 4, "routing__kind": "switch", "routing__pull": 1.0}
+    assert "routing.pull is 1.0; it must be below 1 with a learned router" in refused(**router)
+    routing.find(Config(routing=RoutingConfig(experts=4, kind="switch", pull=1.0, pull_every=8)).validate())
 
 
 def test_lora_and_adapters_go_with_random_routing_over_whole_mlps():
-    for field, value in (("router", "switch"), ("pattern", ("dense", "experts")), ("shared_layer", "up")):
-        config = Config()
-        config.model.lora, config.init.source, config.routing.experts = 2, "x", 4
-        config.validate()
-        setattr(config.routing, field, value)
-        with pytest.raises(ConfigError, match=r"for model\.lora and model\.adapter"):
-            config.validate()
+    tuned = {"model__lora": 2, "init__source": "x", "routing__experts": 4}
+    for field, value in (("pattern", ("dense", "experts")), ("part", "up")):
+        assert "with part 'mlp', for model.lora and model.adapter" in refused(**tuned, **{f"routing__{field}": value})
+    assert "without LoRA and adapters, for routing.kind=switch" in refused(**tuned, routing__kind="switch")
 
 
 def test_what_is_left_of_lora_and_adapters_is_a_plain_vit():
@@ -161,12 +149,12 @@ def test_a_stream_of_pictures_cut_at_random_cannot_become_a_set_on_the_device():
         config.validate()
     old = Config(data=DataConfig(stream=True, crop="resized"))
     new = Config(data=DataConfig(stream=True))
-    assert config_lib.differences(old, new) == {"data.crop": ("resized", "pad")}
+    assert config_lib.differences(old, new) == {"data.crop": ("resized", "exact")}
 
 
 def test_a_run_may_resume_with_other_files_devices_and_outputs_only():
     """A setting marked free by mistake would change the numbers of a run without a word."""
-    train = "devices expert_devices shard accumulate platform log_every eval_every checkpoint_every keep stall_minutes"
+    train = "devices expert_devices shard accumulate log_every eval_every checkpoint_every"
     names = {"data.dir", "data.stream", *(f"train.{name}" for name in train.split())}
     assert names == config_lib.FREE_ON_RESUME
 
@@ -232,7 +220,7 @@ def load_experiment(path, monkeypatch):
 )
 def test_the_original_has_exactly_its_parameters(name, active, total, monkeypatch):
     config = load_experiment(CONFIGS / f"{name}.py", monkeypatch).get_config()
-    assert cost.count_parameters(config) == (active, total)
+    assert routing.find(config).count_parameters() == (active, total)
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.py")), ids=lambda path: path.stem)

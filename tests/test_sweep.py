@@ -18,12 +18,12 @@ import processes
 from jvitmoe import cli, experiment_files, train
 
 EXPERIMENT = """
-from jvitmoe.config import Config, ModelConfig, OptimConfig, TrainConfig, routing_of
+from jvitmoe.config import Config, ModelConfig, OptimConfig, TrainConfig, with_variant
 
 def get_config(variant="dense"):
     model = ModelConfig(image_size=8, channels=1, patch=4, width=8, hidden=8, depth=1, heads=2)
     train = TrainConfig(epochs=1, batch_size=256, log_every=2)
-    return Config(model=model, routing=routing_of(variant), optim=OptimConfig(warmup_epochs=0), train=train)
+    return with_variant(Config(model=model, optim=OptimConfig(warmup_epochs=0), train=train), variant)
 """
 
 

@@ -21,7 +21,7 @@ from jvitmoe.data.images import (
     random_crop,
 )
 
-square = functools.partial(centre_crop, crop="pad")
+square = functools.partial(centre_crop, crop="exact")
 
 HEIGHT, WIDTH = 160, 240
 
