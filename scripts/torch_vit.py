@@ -39,12 +39,11 @@ class Attention(nn.Module):
 
 
 class Layer(nn.Module):
-    """The original's TransformerLayer (pre-norm) and Block (post-norm), with one MLP or several."""
+    """The original's TransformerLayer, with one MLP or several."""
 
     def __init__(self, settings: Mapping[str, Any], experts: int, dropout: float):
         super().__init__()
         width, hidden = settings["width"], settings["hidden"]
-        self.norm = settings["norm"]
         self.norm1, self.norm2 = nn.LayerNorm(width, eps=1e-5), nn.LayerNorm(width, eps=1e-5)
         self.attention = Attention(width, settings["heads"], dropout)
         self.experts = nn.ModuleList(
@@ -55,11 +54,8 @@ class Layer(nn.Module):
 
     def forward(self, x_BTD: torch.Tensor, expert: int) -> torch.Tensor:
         mlp = self.experts[expert]
-        if self.norm == "pre":
-            x_BTD = x_BTD + self.drop(self.attention(self.norm1(x_BTD)))
-            return x_BTD + self.drop(mlp(self.norm2(x_BTD)))
-        x_BTD = self.norm1(x_BTD + self.drop(self.attention(x_BTD)))
-        return self.norm2(x_BTD + self.drop(mlp(x_BTD)))
+        x_BTD = x_BTD + self.drop(self.attention(self.norm1(x_BTD)))
+        return x_BTD + self.drop(mlp(self.norm2(x_BTD)))
 
 
 class ViT(nn.Module):
