@@ -28,7 +28,7 @@ from jvitmoe.runs.metrics_log import MetricsLog
 from jvitmoe.runtime import devices, processes
 from jvitmoe.runtime.signals import Stop
 from jvitmoe.runtime.watchdog import Watchdog
-from jvitmoe.training import communication, setup, step
+from jvitmoe.training import setup, step, update
 from jvitmoe.training.setup import RunData
 from jvitmoe.training.state import StepPlan, TrainState, abstract_state, make_state
 from jvitmoe.training.step import Metrics
@@ -164,7 +164,7 @@ class _Loop:
         watchdog: Watchdog,
     ) -> None:
         self._config, self._total, self._mesh = plan.config, plan.total, plan.mesh
-        self._steps_per_epoch, self._reduced_bytes = plan.steps_per_epoch, communication.bytes_reduced(plan)
+        self._steps_per_epoch, self._reduced_bytes = plan.steps_per_epoch, update.bytes_reduced(plan)
         self._checkpoints, self._evaluation, self._log = checkpoints, evaluation, log
         self._stop, self._watchdog = stop, watchdog
         self._unread: list[tuple[int, Metrics]] = []  # metrics that are still on the device
