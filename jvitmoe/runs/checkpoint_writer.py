@@ -170,7 +170,7 @@ class CheckpointWriter(Checkpoints):
         """Moves away a folder of this step, which was skipped as damaged: Orbax would not save over it."""
         folder = self.directory / str(step)
         # Only process 0 looks: a network disk may hide the new checkpoint for a minute where one looked before.
-        if not processes.of_first(processes.is_first() and folder.exists()):
+        if not processes.broadcast_from_first(processes.is_first() and folder.exists()):
             return
         if processes.is_first():
             folder.rename(self.directory.parent / f"damaged-checkpoint-{step}-{time.time_ns()}")

@@ -74,7 +74,7 @@ class TimedStep:
         began = time.perf_counter()
         for _ in range(steps):
             self._state, metrics = self._step(self._state, self._images, self._index_SB)
-            devices.settle(self._mesh, metrics)
+            devices.wait_on_cpu(self._mesh, metrics)
         jax.block_until_ready(self._state)
         return (time.perf_counter() - began) / steps
 
