@@ -58,7 +58,7 @@ def train(
     dense, init_notes = None, list[str]()
     if config.init.source:
         steps = processes.together(lambda: list_steps(workdir / files.CHECKPOINTS))
-        if processes.of_first(not steps):  # a checkpoint includes the source
+        if processes.broadcast_from_first(not steps):  # a checkpoint includes the source
             dense, init_notes = processes.together(lambda: pretrained.start(config))
     cleanup.enter_context(processes.together(lambda: open_run_folder(workdir, config, data.classes, data.counts)))
     processes.together(lambda: check_shared(workdir))
@@ -71,7 +71,7 @@ def train(
     start, total = int(state.step), plan.total
     if start:
         setup.print_resumed(workdir, start, config, meta)
-    if start == total and processes.of_first(bool(tested := results.of_step(workdir, total))):
+    if start == total and processes.broadcast_from_first(bool(tested := results.of_step(workdir, total))):
         console.print("ended       the run was trained and tested before; jvitmoe.evaluate tests it again")
         if processes.is_first():
             results.show_models(workdir, tested)
@@ -187,7 +187,7 @@ class _Loop:
                 compiled = train_step.lower(self._state, images, index_SB).compile()
                 began = time.monotonic()
             self._state, metrics = compiled(self._state, images, index_SB)
-            devices.settle(self._mesh, metrics)
+            devices.wait_on_cpu(self._mesh, metrics)
             if self._slow:  # with more than one step queued, progress and a stop would have to wait for all of them
                 jax.block_until_ready(self._unread)
             # By the clock only if this process is the only one: each has its own, and reading may end the run together.

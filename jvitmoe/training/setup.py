@@ -45,7 +45,7 @@ class RunData(NamedTuple):
 def load_data(config: Config, routing: Routing, mesh: Mesh) -> RunData:
     """Returns the splits and the order of the training images. Raises ConfigError for settings that do not fit them."""
     find = datasets.browse if config.data.stream else datasets.load
-    dataset: Dataset[Any] = processes.one_first(lambda: find(config.data, config.model))
+    dataset: Dataset[Any] = processes.first_process_then_others(lambda: find(config.data, config.model))
 
     def split() -> RunData:
         train_split, validation = datasets.hold_out(dataset.train, config.data.validation)
