@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import inspect
 import io
 import logging as standard_logging
 import os
@@ -175,9 +176,9 @@ class _Stdout(io.FileIO):
 
 
 def _show_unraisable(unraisable: Any) -> None:
-    """Shows an exception that could not be raised, except those without a Python object: TensorStore's threads have
-    some after a failed write, which is also raised as an error of the write."""
-    if unraisable.object is not None:
+    """Shows an exception that could not be raised, except those of reads and writes that Orbax and TensorStore abandon
+    after one failed, which is raised: in a coroutine, or without a Python object."""
+    if unraisable.object is not None and not inspect.iscoroutine(unraisable.object):
         sys.__unraisablehook__(unraisable)
 
 

@@ -9,9 +9,6 @@ LONGEST_WORD, LONGEST_LINE = 300, 1200  # characters of a message
 class UserError(Exception):
     """An error that the user can correct; the message is one line with the value, the rule and the remedy."""
 
-    everywhere = False  # True if every process raises the same error, so only process 0 prints it
-    known = False  # True if the other processes know of the error
-
     def __str__(self) -> str:
         return printable(super().__str__())
 

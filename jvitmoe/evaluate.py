@@ -93,15 +93,16 @@ def _evaluate(values: flags.FlagValues, workdir: Path) -> None:
 
 def _restore(values: flags.FlagValues, workdir: Path) -> _Restored:
     """Returns the checkpoint that the flags name, and prints what it is."""
+    import jax
+
     from jvitmoe import routing
-    from jvitmoe.runs import arrays
     from jvitmoe.runs.checkpoints import Checkpoints
     from jvitmoe.runtime import compilation, devices
     from jvitmoe.training import state
 
     compilation.use_cache()
     with warnings_as_lines():
-        saved = Checkpoints(workdir / files.CHECKPOINTS, shared=False).read(values.checkpoint)
+        saved = Checkpoints(workdir / files.CHECKPOINTS).read(values.checkpoint)
     config = config_lib.from_dict(saved.meta["config"])
     config.data.dir = values.data_dir or config.data.dir
     config.validate()
@@ -114,9 +115,8 @@ def _restore(values: flags.FlagValues, workdir: Path) -> _Restored:
     console.print(f"run         {workdir}, checkpoint at step {saved.step:,}")
     console.print(f"devices     {devices.describe(mesh)}")
     console.print(f"parameters  {active:,} active, {total:,} total ({model.dtype.name} compute)")
-    abstract = state.abstract_state(config, routed, mesh)
-    ema = arrays.to_devices(saved.ema, abstract.ema) if saved.ema else None
-    params = arrays.to_devices(saved.params, abstract.params)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, state.abstract_state(config, routed, mesh))
+    params, ema = jax.device_put((saved.params, saved.ema), (shardings.params, shardings.ema))
     return _Restored(config, saved.step, mesh, model, params, ema, saved.meta["versions"])
 
 

@@ -71,10 +71,9 @@ def _read_groups(arguments: Sequence[str]) -> Groups:
             runs.append(groups.read_run(Path(argument)))
         except UserError as error:
             left_out.append(error)
-    if left_out and not (runs or named):
-        raise left_out[0]
     if not (runs or named):
-        raise UserError("no run folder was given; name one or more, such as runs/digits_dense runs/digits_random")
+        nothing = UserError("no run folder was given; name one or more, such as runs/digits_dense runs/digits_random")
+        raise left_out[0] if left_out else nothing
     for reason in left_out:
         console.print(f"left out    {reason}")
     return groups.in_order(groups.group_runs(runs, named))

@@ -1,7 +1,6 @@
 """Draws the pictures in results/ again, from the numbers beside them: `python scripts/redraw.py [--out DIR]`.
 
-Left alone are curves (curves.png), which need the metrics.jsonl of all runs, of which results/ keeps only some, and the
-figures of the study, whose scripts left (docs/study.md).
+The curves (curves.png) are left alone: they need the metrics.jsonl of all runs, and results/ keeps only some of them.
 """
 
 import argparse
@@ -12,6 +11,7 @@ from typing import Any
 import benchmark
 import scaling_check
 import scaling_model
+import study_figures
 
 from jvitmoe.runs import figures, groups
 
@@ -54,6 +54,7 @@ def main() -> None:
         out = chosen.out / folder.relative_to(RESULTS)
         out.mkdir(parents=True, exist_ok=True)
         redraw(folder, out)
+    study_figures.main(RESULTS / "study", chosen.out / "study")
 
 
 if __name__ == "__main__":

@@ -32,9 +32,10 @@ sys.path.insert(0, str(Path(__file__).parent))
 import scaling_model
 import timed_step
 
+from jvitmoe import train
 from jvitmoe.config import Config, ModelConfig, OptimConfig, RoutingConfig, TrainConfig
 from jvitmoe.runs import checkpoints, figures
-from jvitmoe.runtime import compilation, processes, rendezvous
+from jvitmoe.runtime import compilation, processes
 from jvitmoe.runtime.devices import AXES, describe, make_mesh, to_devices
 
 EXPERTS, IMAGES = 8, 16  # experts in all; images of one device
@@ -85,7 +86,7 @@ def predicted_bytes(name: str, devices: int) -> int:
 
 def worker(values: flags.FlagValues) -> None:
     """Times sums, work and steps, all processes at once, and prints what was found."""
-    processes.join(values, checkpoints.versions)
+    processes.join(values)
     count = jax.process_count()
     local = jax.make_mesh((1, 1), AXES, axis_types=(jax.sharding.AxisType.Auto,) * 2, devices=jax.local_devices())
 
@@ -273,7 +274,7 @@ def main() -> None:
     jax.config.update("jax_platforms", "cpu")
     if any(argument.startswith("--worker_steps") for argument in sys.argv):
         values = flags.FlagValues()
-        rendezvous.define_flags(values)
+        train.define_flags(values)
         flags.DEFINE_integer("worker_steps", 0, "Steps to time.", flag_values=values)
         values(sys.argv)
         processes.guard(lambda: worker(values))

@@ -34,6 +34,7 @@ class Variant(NamedTuple):
 
     settings: Mapping[str, object]
     of_file: str = "dense"
+    against: tuple[str, ...] = ()  # names of the variants that it is compared with, see verdicts.py
 
 
 def main(
@@ -41,23 +42,28 @@ def main(
     variants: Mapping[str, Variant],
     *,
     figures: Sequence[str] = (),
+    evaluate: Sequence[str] = (),
     conclusion: Callable[[Path], str] = lambda runs: "",
+    arguments: Sequence[str] | None = None,
 ) -> None:
     """Runs the command line of a script and exits if a run failed; with --dry_run it prints commands and exits.
 
     Args:
         description: the script's docstring.
         figures: variants whose picture of mergeability is kept, of seed 0.
+        evaluate: flags for every `jvitmoe.evaluate`.
         conclusion: returns the end of the report from the folder with what is kept of the runs.
+        arguments: of the command line, without those that the script has read itself; None for all.
     """
-    options = _options(description, variants)
+    options = _options(description, variants, arguments)
     kept = options.out / "runs"
     # Seed by seed, so that a table of all variants can be had after the first third.
     names = [name for name in variants if not options.only or name in options.only]
-    every = {f"{name}-seed{seed}": (variants[name], seed) for seed in range(options.seeds) for name in names}
+    seeds = range(options.first_seed, options.first_seed + options.seeds)
+    every = {f"{name}-seed{seed}": (variants[name], seed) for seed in seeds for name in names}
     todo = {name: item for name, item in every.items() if not (kept / name / files.RESULT).exists()}
-    for name in every:
-        if name not in todo and (changed := _changed(kept / name, _command(name, *every[name], options))):
+    for name in every.keys() - todo.keys():
+        if changed := _changed(kept / name, _command(name, *every[name], options)):
             sys.exit(f"{kept / name} was trained with {changed}; give another --out")
     print(f"{len(every)} runs, {len(every) - len(todo)} of them kept in {kept}", flush=True)
     if options.dry_run:
@@ -65,7 +71,7 @@ def main(
         sys.exit()
     kept.mkdir(parents=True, exist_ok=True)
     options.runs.mkdir(parents=True, exist_ok=True)
-    failed = _train(todo, options)
+    failed = _train(todo, options, evaluate)
     problem = f"{len(failed)} runs failed: {', '.join(failed)}; see their logs in {options.runs}"
     if len(failed) == len(every):
         sys.exit(problem)
@@ -113,20 +119,25 @@ def interval(paired: list[float]) -> tuple[float, float]:
     return statistics.fmean(paired) - float(half), statistics.fmean(paired) + float(half)
 
 
-def _options(description: str | None, variants: Mapping[str, Variant]) -> argparse.Namespace:
+def _options(
+    description: str | None, variants: Mapping[str, Variant], arguments: Sequence[str] | None
+) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, help="a dense experiment")
     parser.add_argument("--runs", type=Path, required=True, help="where the run folders go")
     parser.add_argument("--out", type=Path, required=True, help="where the table goes, and what is kept of the runs")
     parser.add_argument("--seeds", type=int, default=3, help="how many")
+    parser.add_argument(
+        "--first_seed", type=int, default=0, help="to repeat a result with new seeds, 5 and another --out"
+    )
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time; 1 on a GPU")
     parser.add_argument("--only", nargs="+", choices=variants, metavar="VARIANT", help=", ".join(variants))
     parser.add_argument("--dry_run", action="store_true", help="print the commands that are missing, run none")
     parser.add_argument("arguments", nargs="*", help="after --: flags for every jvitmoe.train")
-    return parser.parse_args()
+    return parser.parse_args(arguments)
 
 
-def _train(todo: Mapping[str, tuple[Variant, int]], options: argparse.Namespace) -> list[str]:
+def _train(todo: Mapping[str, tuple[Variant, int]], options: argparse.Namespace, evaluate: Sequence[str]) -> list[str]:
     """Trains and evaluates runs, prints progress, and returns the names of those that failed."""
     # Each job keeps to CPUs of its own: two runs of one core each train about 1.2 times as much as two of two cores.
     cpus = sorted(os.sched_getaffinity(0))
@@ -139,7 +150,7 @@ def _train(todo: Mapping[str, tuple[Variant, int]], options: argparse.Namespace)
         share, began = shares.get(), time.monotonic()
         try:
             with (options.runs / f"{name}.log").open("a") as log:
-                for command in (training, ["jvitmoe.evaluate", f"--workdir={workdir}"]):
+                for command in (training, ["jvitmoe.evaluate", f"--workdir={workdir}", *evaluate]):
                     process = subprocess.Popen([sys.executable, "-m", *command], stdout=log, stderr=log)
                     os.sched_setaffinity(process.pid, share)
                     if code := process.wait():

@@ -64,6 +64,27 @@ def test_training_keeps_the_verbosity_of_the_caller(run):
         logging.set_verbosity(before)
 
 
+def test_a_second_thread_that_trains_is_refused_in_one_line(run, config, monkeypatch):
+    launched, refused = api.launch.launch, []
+
+    def train_again():
+        try:
+            jvitmoe.train(config, workdir=run.workdir)
+        except UserError as error:
+            refused.append(str(error))
+
+    def launch(*arguments, **options):
+        other = threading.Thread(target=train_again)
+        other.start()
+        other.join()
+        launched(*arguments, **options)
+
+    monkeypatch.setattr(api.launch, "launch", launch)
+    jvitmoe.train(config, workdir=run.workdir)
+    jvitmoe.train(config, workdir=run.workdir)
+    assert refused == 2 * ["another thread trains; wait for it, or train in a process of its own"]
+
+
 def test_verifying_a_damaged_run_raises_what_a_notebook_can_show(run, tmp_path):
     copy = jvitmoe.Run(shutil.copytree(run.workdir, tmp_path / "copy"))
     assert copy.evaluate(verify=True) == run.results

@@ -266,9 +266,6 @@ class _Plain(Formatter):
     def __init__(self, scale: float) -> None:
         self._scale = scale
 
-    def __call__(self, value: float, pos: object = None) -> str:
-        return self.format_ticks([value])[0]
-
     def format_ticks(self, values: Sequence[float]) -> list[str]:
         digits, texts = 3, list[str]()
         while len(set(texts)) < len(values) and digits < 16:

@@ -20,12 +20,8 @@ PROBES = (
     "n-shot: ridge regression on n training images per class, mean ± sample deviation over three draws of them. "
     "k-nn: weighted vote of the k nearest training images. Both see only the features, the input of the head."
 )
-METRIC_FORMATS = {
-    "accuracy": ".2%",
-    "top5": ".2%",
-    "nll": ".4f",
-    "ece": ".4f",
-}  # of a row of a model, and how they are shown
+# Of a row of a model, and how they are shown.
+METRIC_FORMATS = {"accuracy": ".2%", "top5": ".2%", "nll": ".4f", "ece": ".4f"}
 LAYER_COLUMNS = {"spread": "spread", "cosine": "cosine", "closest pair": "difference_cosine", "layer gap": "gap"}
 
 

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jvitmoe import routing
 from jvitmoe.config import Config, ModelConfig
 from jvitmoe.errors import ConfigError
 from jvitmoe.experts import cost
@@ -25,11 +26,14 @@ def small(**changes):
 
 def made(config, seed=0):
     """Returns (model, parameters that are all moved from where they start)."""
-    model = vit.build(config)
-    params = vit.init(model, jax.random.key(seed))
-    keys = jax.random.split(jax.random.key(seed + 1), len(jax.tree.leaves(params)))
-    keys = jax.tree.unflatten(jax.tree.structure(params), list(keys))
-    return model, jax.tree.map(lambda x, key: x + 0.3 * jax.random.normal(key, x.shape), params, keys)
+    model, rng = vit.build(config), np.random.default_rng(seed)
+    params = jax.device_get(jax.jit(lambda: vit.init(model, jax.random.key(seed)))())
+    return model, jax.tree.map(lambda x: x + 0.3 * rng.normal(size=x.shape).astype("f"), params)
+
+
+def compiled(model):
+    """Returns the logits of IMAGES, a function of the parameters."""
+    return jax.jit(lambda params: vit.logits(model, params, IMAGES))
 
 
 IMAGES = np.random.default_rng(0).uniform(-1, 1, (4, 8, 8, 3)).astype("f")
@@ -89,13 +93,11 @@ def test_sequence_pooling_weights_the_tokens():
 def test_the_head_sees_the_patches_and_not_the_registers_themselves(pool):
     """Without blocks that mix tokens, registers change nothing."""
     config = small(pool=pool, registers=2)
-    model, params = made(config)
-    params["blocks"] = jax.tree.map(jnp.zeros_like, params["blocks"])
-    moved = params | {"registers": -params["registers"]}
-    chex.assert_trees_all_equal(vit.logits(model, moved, IMAGES), vit.logits(model, params, IMAGES))
-    mixing = made(config)[1]
-    moved = mixing | {"registers": -mixing["registers"]}
-    assert not np.allclose(vit.logits(model, moved, IMAGES), vit.logits(model, mixing, IMAGES), atol=1e-3)
+    model, mixing = made(config)
+    logits, moved = compiled(model), {"registers": -mixing["registers"]}
+    assert not np.allclose(logits(mixing | moved), logits(mixing), atol=1e-3)
+    params = mixing | {"blocks": jax.tree.map(np.zeros_like, mixing["blocks"])}
+    chex.assert_trees_all_equal(logits(params | moved), logits(params))
     assert config.tokens == 4 + 2 + (pool in ("cls", "cls_mean"))
 
 
@@ -111,11 +113,11 @@ def test_drop_path_drops_whole_branches_of_images_more_often_in_later_layers(mon
         return real(x_B, key_B, site, rate)
 
     monkeypatch.setattr(vit, "drop_path", record)
-    block = vit.Block(config, 1, "independent", "none", jnp.float32, parent=None)
+    block = vit.Block(config, jnp.float32, parent=None)
     x_BTD = jnp.ones((4, 4, 16))
     for index in range(4):
         layer = jax.tree.map(lambda leaf: leaf[index], params["blocks"])  # noqa: B023
-        block.apply({"params": layer}, x_BTD, (jnp.int32(index), None), keys_B)
+        block.apply({"params": layer}, x_BTD, jnp.int32(index), keys_B)
     np.testing.assert_allclose([rate for _, rate in rates], np.repeat([0, 0.2, 0.4, 0.6], 2), rtol=1e-6)
     assert [site for site, _ in rates] == [layers.Site.ATTENTION_PATH, layers.Site.MLP_PATH] * 4
 
@@ -137,24 +139,25 @@ def test_a_layer_scale_of_one_changes_nothing_and_of_zero_leaves_the_stem():
     first, second = params["blocks"].pop("layer_scale1"), params["blocks"].pop("layer_scale2")
     chex.assert_shape([first, second], (3, 16))
     assert (vit.init(model, jax.random.key(0))["blocks"]["layer_scale1"] == np.float32(0.1)).all()
-    plain = vit.logits(vit.build(SMALL), params, IMAGES)
+    plain, with_scales = compiled(vit.build(SMALL)), compiled(model)
 
     def scaled(value):
-        scales = {name: jnp.full_like(first, value) for name in ("layer_scale1", "layer_scale2")}
-        return vit.logits(model, params | {"blocks": params["blocks"] | scales}, IMAGES)
+        scales = {name: np.full_like(first, value) for name in ("layer_scale1", "layer_scale2")}
+        return with_scales(params | {"blocks": params["blocks"] | scales})
 
-    chex.assert_trees_all_close(scaled(1.0), plain, rtol=1e-6)
-    zeros = jax.tree.map(jnp.zeros_like, params["blocks"])
-    chex.assert_trees_all_close(
-        scaled(0.0), vit.logits(vit.build(SMALL), params | {"blocks": zeros}, IMAGES), rtol=1e-6
-    )
+    chex.assert_trees_all_close(scaled(1.0), plain(params), rtol=1e-6)
+    zeros = jax.tree.map(np.zeros_like, params["blocks"])
+    chex.assert_trees_all_close(scaled(0.0), plain(params | {"blocks": zeros}), rtol=1e-6)
 
 
-def test_layers_written_out_compute_what_the_loop_computes_with_every_part():
-    parts = {"stem": "conv", "pool": "seq", "registers": 1, "layer_scale": 0.5, "qk_norm": True, "drop_path": 0.5}
+@pytest.mark.parametrize(
+    "parts",
+    [{}, {"stem": "conv", "pool": "seq", "registers": 1, "layer_scale": 0.5, "qk_norm": True, "drop_path": 0.5}],
+)
+def test_layers_written_out_compute_what_the_loop_computes(parts):
     model, params = made(small(**parts))
-    wanted = vit.logits(model, params, IMAGES)
-    chex.assert_trees_all_close(vit.logits(model.clone(loops=False), params, IMAGES), wanted, rtol=1e-5, atol=1e-5)
+    written_out = compiled(model.clone(loops=False))
+    chex.assert_trees_all_close(written_out(params), compiled(model)(params), rtol=1e-5, atol=1e-5)
 
 
 def test_parameters_and_flops_of_cct_are_counted():
@@ -166,7 +169,7 @@ def test_parameters_and_flops_of_cct_are_counted():
             image_size=32, channels=3, classes=10, patch=4, width=128, hidden=128, depth=2, heads=2, **parts
         )
     ).validate()
-    active, total = cost.count_parameters(config)
+    active, total = routing.find(config).count_parameters()
     assert active == total
     assert 0.28e6 < total < 0.29e6
     assert 2 * 33e6 < cost.flops_per_image(vit.build(config.model), 2) < 2 * 40e6
@@ -191,8 +194,8 @@ D, DEPTH, TOKENS = 128, 2, 16
 def test_each_part_adds_its_parameters_and_the_products_of_its_tokens(part, parameters, tokens):
     base = small(image_size=16, width=D, hidden=D, depth=DEPTH, heads=4)
     with_part = dataclasses.replace(base, **part)
-    counts = [cost.count_parameters(Config(model=model).validate()) for model in (base, with_part)]
-    assert counts[1] == tuple(count + parameters for count in counts[0])
+    counts = [cost.tree_size(vit.shapes(vit.build(model))) for model in (base, with_part)]
+    assert counts[1] == counts[0] + parameters
 
     def products(count):
         return DEPTH * 2 * (count * 6 * D**2 + 2 * count**2 * D)

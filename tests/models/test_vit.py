@@ -1,11 +1,10 @@
-"""The ViT: agreement with PyTorch, exact sizes, and the laws its options, routes and dropout obey.
+"""The ViT: agreement with PyTorch, exact sizes, and the laws its options and dropout obey.
 
-B batch · T tokens · D width · L layers · E experts · C classes
+B batch · T tokens · D width · L layers · C classes
 """
 
 import dataclasses
 import functools
-import itertools
 import json
 import math
 from collections.abc import Callable
@@ -18,9 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jvitmoe import routing
 from jvitmoe.config import Config, ModelConfig, RoutingConfig
-from jvitmoe.experts import merge, slices
-from jvitmoe.experts.cost import count_parameters
+from jvitmoe.experts import merge, trees
 from jvitmoe.models import layers, mlp, vit
 
 GOLDEN = np.load(Path(__file__).with_name("torch_vit_golden.npz"))  # written by scripts/make_torch_golden.py
@@ -41,14 +40,8 @@ def quick_jit(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def jitted(model: vit.ViT) -> Callable[..., jax.Array]:
-    """Returns logits(params, images, route_L, key_B), compiled."""
+    """Returns logits(params, images, key_B), compiled."""
     return quick_jit(functools.partial(vit.logits, model))
-
-
-@functools.cache
-def initial(experts: int, expert_init: str) -> Any:
-    model = vit.ViT(small(), experts, expert_init)
-    return quick_jit(lambda: vit.init(model, jax.random.key(3)))()
 
 
 def tree_of(model: vit.ViT) -> Any:
@@ -78,37 +71,33 @@ def nested(flat: dict[str, np.ndarray]) -> dict[str, Any]:
     return tree
 
 
-@pytest.mark.parametrize("variant", ["pre", "post", "mean", "experts"])
+@pytest.mark.parametrize("variant", ["pre", "mean", "experts"])
 def test_logits_are_those_of_the_original_in_pytorch(variant):
     settings = json.loads(str(GOLDEN[f"{variant}/settings"]))
     experts = settings.pop("experts")
-    model = vit.ViT(ModelConfig(**settings), experts)
+    config = Config(model=ModelConfig(**settings), routing=RoutingConfig(experts=experts))
     prefix = f"{variant}/params/"
     params = nested({name.removeprefix(prefix): GOLDEN[name] for name in GOLDEN.files if name.startswith(prefix)})
-    route_L = GOLDEN[f"{variant}/route"] if experts > 1 else None
-
-    chex.assert_trees_all_equal_shapes_and_dtypes(params, tree_of(model))
-    logits_BC = jax.jit(functools.partial(vit.logits, model))(params, GOLDEN["images"], route_L)
+    chex.assert_trees_all_equal_shapes_and_dtypes(params, routing.find(config).shapes())
+    if experts > 1:
+        params = merge.take_path(params, GOLDEN[f"{variant}/route"])
+    logits_BC = jitted(vit.ViT(config.model))(params, GOLDEN["images"])
     np.testing.assert_allclose(logits_BC, GOLDEN[f"{variant}/logits"], rtol=0, atol=1e-5)
 
 
 def test_parameters_of_the_original_are_counted_exactly():
     dense = Config(model=ORIGINAL)
     routed = Config(model=ORIGINAL, routing=RoutingConfig(experts=4))
-    assert count_parameters(dense) == (12_798_490, 12_798_490)
-    assert count_parameters(routed) == (12_798_490, 34_964_554)
+    assert routing.find(dense).count_parameters() == (12_798_490, 12_798_490)
+    assert routing.find(routed).count_parameters() == (12_798_490, 34_964_554)
 
 
 @pytest.mark.parametrize(
-    ("norm", "pool", "positions", "head_hidden"),
-    [  # every pair of options meets
-        *(("pre", "cls", "learned", 0), ("pre", "cls", "sincos2d", 7), ("pre", "mean", "learned", 7)),
-        *(("post", "cls", "learned", 7), ("post", "mean", "sincos2d", 0), ("pre", "mean", "sincos2d", 7)),
-        *(("post", "cls", "sincos2d", 0), ("post", "mean", "learned", 0)),
-    ],
+    ("pool", "positions", "head_hidden"),  # every pair of options meets
+    [("cls", "learned", 0), ("cls", "sincos2d", 7), ("mean", "learned", 7), ("mean", "sincos2d", 0)],
 )
-def test_every_option_gives_finite_logits_of_one_row_per_image(norm, pool, positions, head_hidden):
-    model = vit.ViT(small(norm=norm, pool=pool, positions=positions, head_hidden=head_hidden))
+def test_every_option_gives_finite_logits_of_one_row_per_image(pool, positions, head_hidden):
+    model = vit.ViT(small(pool=pool, positions=positions, head_hidden=head_hidden))
     params = drawn(model)
     logits_BC = jitted(model)(params, images())
     chex.assert_shape(logits_BC, (4, 5))
@@ -139,16 +128,6 @@ def test_initial_parameters_have_pytorch_defaults():
     assert not params["positions"].any()
     assert 0.7 < np.std(params["cls"]) < 1.3
     assert np.ptp(blocks["mlp"]["up"], axis=0).min() > 0, "layers start alike"
-
-
-@pytest.mark.parametrize("unroll", [3, 9])
-def test_unrolling_the_layers_does_not_change_logits(unroll):
-    model = vit.ViT(small(depth=4))
-    unrolled = vit.ViT(small(depth=4, unroll=unroll))
-    params = drawn(model)
-    chex.assert_trees_all_equal_shapes(params, tree_of(unrolled))
-    expected = jitted(model)(params, images())
-    np.testing.assert_allclose(jitted(unrolled)(params, images()), expected, atol=1e-6)
 
 
 def test_bfloat16_compute_keeps_parameters_and_logits_in_float32():
@@ -219,12 +198,12 @@ def test_rows_of_the_table_beyond_the_patches_are_never_read():
 def test_dropout_depends_on_the_key_of_each_image_alone():
     model = vit.ViT(small(dropout=0.3))
     apply, params, order = jitted(model), drawn(model), np.array([2, 0, 3, 1])
-    logits_BC = apply(params, images(), None, keys())
-    permuted_BC = apply(params, images()[order], None, keys()[order])
+    logits_BC = apply(params, images(), keys())
+    permuted_BC = apply(params, images()[order], keys()[order])
     np.testing.assert_allclose(permuted_BC, logits_BC[order], atol=1e-5)
-    alone_BC = apply(params, images()[:1], None, keys()[:1])
+    alone_BC = apply(params, images()[:1], keys()[:1])
     np.testing.assert_allclose(alone_BC, logits_BC[:1], atol=1e-5)
-    other_keys_BC = apply(params, images(), None, keys()[order])
+    other_keys_BC = apply(params, images(), keys()[order])
     assert (np.abs(other_keys_BC - logits_BC).max(axis=1) > 1e-3).all()
 
 
@@ -246,7 +225,7 @@ def test_dropout_acts_at_the_four_places_of_the_original(monkeypatch):
     model = vit.ViT(small(dropout=0.3))
     params = tree_of(model)
     places.clear()
-    jax.eval_shape(functools.partial(vit.logits, model), params, images(), None, keys())
+    jax.eval_shape(functools.partial(vit.logits, model), params, images(), keys())
     assert places == {
         (0, (4, 5, 10), 0.3),  # after GELU
         (1, (4, 3, 5, 5), 0.3),  # on attention weights
@@ -256,123 +235,52 @@ def test_dropout_acts_at_the_four_places_of_the_original(monkeypatch):
 
 
 def test_layers_drop_different_entries():
-    block = vit.Block(small(dropout=0.5), experts=1, expert_init="independent", shared_layer="none", dtype=jnp.float32)
+    block = vit.Block(small(dropout=0.5), jnp.float32)
     x_BTD = jnp.asarray(np.random.default_rng(1).normal(size=(2, 5, 12)), jnp.float32)
     params = jax.tree.map(lambda leaf_L: leaf_L[0], drawn(vit.ViT(SMALL))["blocks"])
 
     @quick_jit
     def run(index: int) -> jax.Array:
-        return block.apply({"params": params}, x_BTD, (index, None), keys(2))[0]
+        return block.apply({"params": params}, x_BTD, index, keys(2))[0]
 
-    chex.assert_trees_all_equal(run(1), run(1))
     assert (np.abs(run(1) - run(2)).max(axis=(1, 2)) > 1e-3).all()
 
 
-@pytest.mark.parametrize("compiled", [jax.jit, quick_jit])
-def test_a_routed_model_is_the_dense_model_on_its_path(compiled):
-    dropping = compiled is quick_jit  # whose compilation would be slow
-    dense, routed = (vit.ViT(small(dropout=0.2), experts) for experts in (1, 3))
-    run_dense, run_routed = (compiled(functools.partial(vit.logits, model)) for model in (dense, routed))
-    params, key_B, seen = drawn(routed), keys() if dropping else None, []
-    for route in [(0, 0, 0), (2, 2, 2), (2, 0, 1)]:
-        route_L = jnp.asarray(route, jnp.int32)
-        seen.append(run_routed(params, images(), route_L, key_B))
-        path = merge.take_path(params, route_L)
-        chex.assert_trees_all_equal(seen[-1], run_dense(path, images(), None, key_B))
-    assert all(np.abs(a - b).max() > 1e-3 for a, b in itertools.combinations(seen, 2)), "the route did not matter"
-
-
-def test_equal_experts_make_the_route_irrelevant():
-    model = vit.ViT(small(), experts=4)
-    params = drawn(vit.ViT(small()))
-    params["blocks"]["mlp"] = {name: jnp.stack([x] * 4, axis=1) for name, x in params["blocks"]["mlp"].items()}
-    run = jitted(model)
-    routes = [(0, 0, 0), (3, 3, 3), (1, 2, 3)]
-    first, *others = [run(params, images(), jnp.asarray(route, jnp.int32)) for route in routes]
-    for other in others:
-        chex.assert_trees_all_equal(other, first)
-
-
-def test_averaged_tree_of_a_shared_start_is_the_dense_start():
-    dense, routed = initial(1, "shared"), initial(4, "shared")
-    chex.assert_trees_all_equal(merge.average_experts(routed), dense)  # to the bit: sums of 4 equal floats are exact
-    chex.assert_trees_all_equal(merge.take_path(routed, jnp.asarray([3, 0, 2])), dense)
-
-
-def test_independent_experts_start_different_and_the_trunk_starts_dense():
-    dense, routed = initial(1, "shared"), initial(4, "independent")
-    for name, leaf in routed["blocks"]["mlp"].items():
-        for a, b in itertools.combinations(range(4), 2):
-            assert (leaf[:, a] != leaf[:, b]).mean() > 0.99, name
-    trunk, _ = slices.split(routed, slices.stacked(routed))
-    dense_trunk, _ = slices.split(dense, slices.stacked(routed))
-    chex.assert_trees_all_equal(trunk, dense_trunk)
-
-
-def test_a_batch_is_compiled_once_for_every_route():
-    model = vit.ViT(small(), experts=4)
-    params = drawn(model)
-
-    @quick_jit
-    @chex.assert_max_traces(n=1)
-    def run(params: Any, route_L: jax.Array) -> jax.Array:
-        return vit.logits(model, params, images(), route_L)
-
-    for expert in range(4):
-        run(params, jnp.full((3,), expert, jnp.int32))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("norm", ["pre", "post"])
-def test_layers_written_out_compute_what_the_loop_computes(norm):
-    model = vit.build(ModelConfig(width=8, hidden=12, depth=3, heads=2, patch=4, norm=norm))
-    params = vit.init(model, jax.random.key(0))
-    images = jax.random.normal(jax.random.key(1), (3, 8, 8, 1))
-    wanted = vit.logits(model, params, images)
-    chex.assert_trees_all_close(vit.logits(model.clone(loops=False), params, images), wanted, rtol=1e-5, atol=1e-6)
-
-
 def test_a_position_of_cls_is_added_to_cls():
-    plain = ModelConfig(width=8, hidden=12, depth=1, heads=2, patch=4)
-    model = vit.build(dataclasses.replace(plain, cls_position=True))
-    params = vit.init(model, jax.random.key(0))
-    assert not params["cls_position"].any()
-    position_D = jax.random.normal(jax.random.key(2), (8,))
-    images = jax.random.normal(jax.random.key(1), (3, 8, 8, 1))
+    plain, model = vit.ViT(small()), vit.ViT(small(cls_position=True))
+    params = drawn(model)
     moved = {name: leaf for name, leaf in params.items() if name != "cls_position"}
-    wanted = vit.logits(vit.build(plain), moved | {"cls": params["cls"] + position_D}, images)
-    found = vit.logits(model, params | {"cls_position": position_D}, images)
+    wanted = jitted(plain)(moved | {"cls": params["cls"] + params["cls_position"]}, images())
+    found = jitted(model)(params, images())
     chex.assert_trees_all_close(found, wanted, rtol=1e-6)
-    assert not np.allclose(found, vit.logits(model, params, images), atol=1e-4)
+    assert not np.allclose(found, jitted(plain)(moved, images()), atol=1e-4)
 
 
-def test_the_last_layer_norm_has_the_epsilon_of_the_config():
-    for norm in ("pre", "post"):
-        logits = []
-        for epsilon in (1e-5, 1e9):  # so large that what is normalised vanishes: only the head's biases are left
-            model = vit.build(
-                ModelConfig(width=8, hidden=12, depth=1, heads=2, patch=4, norm=norm, norm_epsilon=epsilon)
-            )
-            params = jax.jit(lambda key, m=model: vit.init(m, key))(jax.random.key(0))
-            logits.append(vit.logits(model, params, jax.random.normal(jax.random.key(1), (2, 8, 8, 1))))
-        chex.assert_trees_all_close(logits[1], jnp.broadcast_to(params["head"]["logits"]["bias"], (2, 10)), atol=1e-3)
-        assert not np.allclose(logits[0], logits[1], atol=1e-2)
+def test_the_norms_have_the_epsilon_of_the_config():
+    """One so large that what is normalised vanishes: of the last norm's output only its bias is left."""
+    config = small(norm_epsilon=1e9)
+    params = drawn(vit.ViT(config))
+    features_BD = quick_jit(functools.partial(vit.features, vit.ViT(config)))(params, images())
+    chex.assert_trees_all_close(features_BD, jnp.broadcast_to(params["norm"]["bias"], (4, 12)), atol=1e-3)
+    assert not np.allclose(jitted(vit.ViT(SMALL))(params, images()), jitted(vit.ViT(config))(params, images()))
 
 
 @pytest.mark.parametrize("pattern", [("experts",), ("dense", "experts")])
 def test_layers_start_equal_where_asked(pattern):
     """The original deep-copies one layer: attention and every expert start the same in all layers."""
-    config = ModelConfig(width=8, hidden=8, depth=4, heads=2)
+    routed = RoutingConfig(experts=2, pattern=pattern)
 
     def start(init_layers):
-        model = vit.build(dataclasses.replace(config, init_layers=init_layers), experts=2, pattern=pattern)
-        return jax.jit(lambda key: vit.init(model, key))(jax.random.key(0))
+        config = Config(model=small(depth=4, init_layers=init_layers), routing=routed)
+        return quick_jit(routing.find(config).init)(jax.random.key(0))
 
     equal, different = start("shared"), start("independent")
     chex.assert_trees_all_equal_shapes_and_dtypes(equal, different)
     for leaf_L, other_L in zip(jax.tree.leaves(equal["blocks"]), jax.tree.leaves(different["blocks"]), strict=True):
         assert (leaf_L == leaf_L[:1]).all()
         assert (leaf_L[0] == other_L[0]).all()
-    up_LED = vit.in_layers(slices.split(equal, slices.stacked(equal))[1]["blocks"])["mlp"]["up"]
+    up_LED = vit.in_layers(trees.split(equal, trees.stacked(equal))[1]["blocks"])["mlp"]["up"]
     assert (up_LED[:, 0] != up_LED[:, 1]).any()  # experts of one layer still differ
     assert (different["patches"]["kernel"] == equal["patches"]["kernel"]).all()
+    kernel_LD = different["blocks"].get("block0", different["blocks"])["attention"]["query"]["kernel"]
+    assert (kernel_LD[0] != kernel_LD[1]).any()
