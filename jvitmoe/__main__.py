@@ -13,10 +13,8 @@ COMMANDS = {
     "report": "runs/digits_dense runs/digits_random",
     "predict": "--workdir runs/digits_random IMAGE…",
     "export": "--workdir runs/digits_random --to timm --out exports/digits",
-    "benchmark": "--config cifar10_random",
     "configs": "",
 }
-STEPS = ("train", "benchmark")  # run training steps
 
 
 def main() -> None:
@@ -24,7 +22,7 @@ def main() -> None:
     name = sys.argv[1] if len(sys.argv) > 1 else ""
     if name not in COMMANDS:
         cli.run(_list)
-    if name in STEPS:
+    if name == "train":  # its steps use much memory
         memory.use_huge_pages()
     sys.argv = sys.argv[1:]
     cli.run(importlib.import_module(f"jvitmoe.{name}").main)

@@ -19,6 +19,8 @@ from jvitmoe.runs.trackers import DEFAULT
 from jvitmoe.runtime.signals import Stop
 from jvitmoe.training import launch
 
+_TRAINS = threading.Lock()  # held by the thread that trains
+
 
 class Run:
     """A run folder."""
@@ -108,6 +110,8 @@ def train(
             raise ConfigError(unknown_field(path))
         section, _, field = path.partition(".")
         setattr(getattr(settings, section), field, value)
+    if not _TRAINS.acquire(blocking=False):  # Orbax writes the checkpoints of one run at a time
+        raise UserError("another thread trains; wait for it, or train in a process of its own")
     verbosity = logging.get_verbosity()
     logging.set_verbosity(logging.FATAL)  # Orbax logs a lot
     try:
@@ -116,6 +120,7 @@ def train(
         raise KeyboardInterrupt("stopped and saved; train again to go on") from error
     finally:
         logging.set_verbosity(verbosity)
+        _TRAINS.release()
     return run
 
 

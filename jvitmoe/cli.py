@@ -1,8 +1,8 @@
 """Shared by all commands: flags and exit codes. A UserError is one line with exit code 2."""
 
 import contextlib
-import difflib
 import errno
+import inspect
 import io
 import logging as standard_logging
 import os
@@ -18,7 +18,7 @@ from ml_collections import config_flags
 
 from jvitmoe import experiment_files
 from jvitmoe.config import SETTINGS, Config, unknown_field
-from jvitmoe.errors import UserError, one_line
+from jvitmoe.errors import UserError, did_you_mean, one_line
 from jvitmoe.runs import files
 from jvitmoe.settings import help_text
 
@@ -29,7 +29,8 @@ def parse(argv: list[str], define: Callable[[flags.FlagValues], None], config: b
     """As `parse_with_arguments`, for a command that takes only flags and, if `config`, needs `--config`."""
     values, others = parse_with_arguments(argv, define, config)
     if others:
-        raise UserError(f"{others[0]!r} is not a flag; write {_as_flag(others[0], argv, values)}")
+        as_flag = f"--config={others[0]}" if config and not config_path(argv) else "--name=value"
+        raise UserError(f"{others[0]!r} is not a flag; write {as_flag}")
     if config and not config_path(argv):
         raise UserError(MISSING)
     return values
@@ -118,10 +119,8 @@ def run_folder(values: flags.FlagValues) -> Path:
     workdir = Path(values.workdir)
     if os.path.isdir(workdir / files.CHECKPOINTS):
         return workdir
-    exists, near = os.path.exists(workdir), experiment_files.nearest_in(values.workdir, workdir.parent)
-    problem = "holds no checkpoints" if exists else "does not exist"
-    remedy = f"did you mean {near}?" if near and not exists else "give the folder that training wrote"
-    raise UserError(f"workdir {values.workdir!r} {problem}; {remedy}")
+    problem = "holds no checkpoints" if os.path.exists(workdir) else "does not exist"
+    raise UserError(f"workdir {values.workdir!r} {problem}; give the folder that training wrote")
 
 
 def experiment(values: flags.FlagValues) -> Config:
@@ -177,52 +176,20 @@ class _Stdout(io.FileIO):
 
 
 def _show_unraisable(unraisable: Any) -> None:
-    """Shows an exception that could not be raised, except those without a Python object: TensorStore's threads have
-    some after a failed write, which is also raised as an error of the write."""
-    if unraisable.object is not None:
+    """Shows an exception that could not be raised, except those of reads and writes that Orbax and TensorStore abandon
+    after one failed, which is raised: in a coroutine, or without a Python object."""
+    if unraisable.object is not None and not inspect.iscoroutine(unraisable.object):
         sys.__unraisablehook__(unraisable)
 
 
-def _as_flag(argument: str, argv: list[str], values: flags.FlagValues) -> str:
-    """Returns the flag that probably belongs to an argument without a name."""
-    before = argv[argv.index(argument) - 1]
-    if before.startswith("-") and "=" not in before:
-        return f"{before}={argument}"  # a bool, which takes its value only after "="
-    if "config" in values and not config_path(argv):
-        return f"--config={argument if argument.endswith('.py') else experiment_files.nearest(argument) or 'FILE.py'}"
-    return f"--workdir={argument}" if "workdir" in values and not values.workdir else "--name=value"
-
-
-def _unknown_flag(name: str, values: flags.FlagValues) -> str:
-    """Returns the message for an unknown flag, with the most similar flag or field."""
-    own = [flag for flag in values if "." not in flag and len(flag) > 1]
-    known = {flag: [f"--{flag}"] for flag in own}
-    if "config" in values:
-        for field in SETTINGS:
-            known.setdefault(field.rpartition(".")[2], []).append(f"--config.{field}")
-    near = difflib.get_close_matches(name.rpartition(".")[2].replace("-", "_"), known, n=1, cutoff=0.7)
-    if near:
-        return f"--{name} is not a flag; did you mean {' or '.join(known[near[0]])}?"
-    fields = ", and --config.a.b for each field of the config" if "config" in values else ""
-    return f"--{name} is not a flag; the flags are {', '.join(known[flag][0] for flag in sorted(own))}{fields}"
-
-
 def _explain(error: Exception, values: flags.FlagValues, argv: list[str]) -> str:
-    """Returns the message for flags that cannot be parsed; for a value of the wrong type, with a right one."""
+    """Returns the message for flags that cannot be parsed."""
     for argument in argv:
         field = re.match(r"--(?:no)?config\.([\w.]+)", argument)
         if field and field[1] not in SETTINGS:
             return unknown_field(field[1])
     if isinstance(error, flags.UnrecognizedFlagError):
-        return _unknown_flag(error.flagname, values)
-    if not isinstance(error, flags.IllegalFlagValueError):
-        return f"{error}; write --name=value"
-    name = re.sub(r"flag --([\w.]+)=.*", r"\1", str(error), flags=re.DOTALL)
-    kind = values[name].flag_type().removeprefix("multi ") if name in values else ""
-    if kind not in ("int", "float", "bool", "tuple"):
-        return str(error)
-    given = str(error).removeprefix("flag ").removesuffix(f": {error.__context__}")
-    example: Any = values[name].default
-    if kind == "tuple":
-        example = "'(" + "".join(f'"{entry}",' for entry in example) + ")'"
-    return f"{given} cannot be read; the value must be of type {kind}, such as --{name}={example}"
+        known = [f"--{flag}" for flag in values if "." not in flag and len(flag) > 1]
+        known += [f"--config.{field}" for field in SETTINGS] if "config" in values else []
+        return f"--{error.flagname} is not a flag{did_you_mean(error.flagname, known) or '; --help lists them'}"
+    return f"{error}; --help lists the flags and what they take"

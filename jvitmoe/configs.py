@@ -8,7 +8,7 @@ import shutil
 import textwrap
 
 from jvitmoe import cli, experiment_files
-from jvitmoe.errors import UserError
+from jvitmoe.errors import UserError, did_you_mean
 
 INDENT = 18  # columns of the names
 
@@ -20,7 +20,8 @@ def main(argv: list[str]) -> None:
     about = {path.stem: ast.get_docstring(ast.parse(path.read_text())) or "" for path in sorted(folder.glob("*.py"))}
     for name in names:
         if name not in about:
-            raise UserError(f"{name!r} is not an experiment; jvitmoe configs lists them")
+            hint = did_you_mean(name, about) or "; jvitmoe configs lists them"
+            raise UserError(f"{name!r} is not an experiment{hint}")
         print(f"{folder / name}.py\n\n{about[name]}\n")
     if names:
         return

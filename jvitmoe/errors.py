@@ -1,16 +1,13 @@
 """Errors that the user can correct: commands print them as one line and exit with code 2."""
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Collection
 
 LONGEST_WORD, LONGEST_LINE = 300, 1200  # characters of a message
 
 
 class UserError(Exception):
     """An error that the user can correct; the message is one line with the value, the rule and the remedy."""
-
-    everywhere = False  # True if every process raises the same error, so only process 0 prints it
-    known = False  # True if the other processes know of the error
 
     def __str__(self) -> str:
         return printable(super().__str__())
@@ -33,9 +30,12 @@ def one_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {text[:200]}" if text else type(error).__name__
 
 
-def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """Returns "; did you mean 'x'?" with the most similar known name, or "" if none is similar."""
+def did_you_mean(name: str, known: Collection[str]) -> str:
+    """Returns "; did you mean 'x'?" with the most similar known name, by the whole or by the part after its last dot;
+    or "" if none is similar."""
     near = difflib.get_close_matches(name, known, n=1)
+    ends = {word.rpartition(".")[2]: word for word in known}
+    near += [ends[end] for end in difflib.get_close_matches(name.rpartition(".")[2], ends, n=1, cutoff=0.7)]
     return f"; did you mean {near[0]!r}?" if near else ""
 
 

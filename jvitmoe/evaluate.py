@@ -1,7 +1,7 @@
 """Tests the models of a run: `python -m jvitmoe.evaluate --workdir runs/X [--checkpoint latest|best|STEP]`.
 
 Prints one row per model, writes result.json and report.md, and draws what the dense or merged model says: of all images
-in confusion.png, of 16 in samples.png. For a run with experts it also measures why averaging works or fails, and draws
+in confusion.png, of 15 in samples.png. For a run with experts it also measures why averaging works or fails, and draws
 it in mergeability.png. Takes the config from the run folder; any number of devices will do.
 With --few_shot or --knn it also probes the features of the dense or merged model, and of the EMA, on the run's data set
 or on that of --probe_data; the shots are drawn with the fixed seeds 0, 1 and 2.
@@ -21,6 +21,8 @@ from jvitmoe.config import Config
 from jvitmoe.errors import UserError
 from jvitmoe.runs import files, results
 from jvitmoe.runs.console import console, warnings_as_lines
+
+MOST_SAMPLES = 15  # images of samples.png
 
 
 def main(argv: list[str]) -> None:
@@ -63,7 +65,7 @@ def _evaluate(values: flags.FlagValues, workdir: Path) -> None:
     from jvitmoe.data.batches import eval_batches, on_devices
     from jvitmoe.evaluation import mergeability, metrics, models, probes
     from jvitmoe.experts import merge
-    from jvitmoe.runs import plots
+    from jvitmoe.runs import figures
 
     config, step, mesh, model, params, ema, trained_with = _restore(values, workdir)
     data, probed, probe_config = _data(values, config)
@@ -82,22 +84,25 @@ def _evaluate(values: flags.FlagValues, workdir: Path) -> None:
         few = _some(data.test, mergeability.IMAGES, config)
         batches = eval_batches(len(few), config.train.batch_size, mesh)
         result["mergeability"] = mergeability.measure(config, params, evaluate, on_devices(few, mesh), batches)
-        plots.mergeability(result, workdir / files.MERGEABILITY)
-    _draw_samples(evaluate, merge.dense_tree(config, params), _some(data.test, plots.MOST_SAMPLES, config), workdir)
-    results.write_result(workdir, result, plots.confusion(result, workdir))
+    _draw_samples(evaluate, merge.dense_tree(config, params), _some(data.test, MOST_SAMPLES, config), workdir)
+    drawn = figures.of_run(result, workdir)
+    for name, figure in drawn.items():
+        figures.save(figure, workdir / name)
+    results.write_result(workdir, result, files.CONFUSION in drawn)
 
 
 def _restore(values: flags.FlagValues, workdir: Path) -> _Restored:
     """Returns the checkpoint that the flags name, and prints what it is."""
+    import jax
+
     from jvitmoe import routing
-    from jvitmoe.runs import arrays
     from jvitmoe.runs.checkpoints import Checkpoints
     from jvitmoe.runtime import compilation, devices
     from jvitmoe.training import state
 
     compilation.use_cache()
     with warnings_as_lines():
-        saved = Checkpoints(workdir / files.CHECKPOINTS, shared=False).read(values.checkpoint)
+        saved = Checkpoints(workdir / files.CHECKPOINTS).read(values.checkpoint)
     config = config_lib.from_dict(saved.meta["config"])
     config.data.dir = values.data_dir or config.data.dir
     config.validate()
@@ -110,9 +115,8 @@ def _restore(values: flags.FlagValues, workdir: Path) -> _Restored:
     console.print(f"run         {workdir}, checkpoint at step {saved.step:,}")
     console.print(f"devices     {devices.describe(mesh)}")
     console.print(f"parameters  {active:,} active, {total:,} total ({model.dtype.name} compute)")
-    abstract = state.abstract_state(config, routed, mesh)
-    ema = arrays.to_devices(saved.ema, abstract.ema) if saved.ema else None
-    params = arrays.to_devices(saved.params, abstract.params)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, state.abstract_state(config, routed, mesh))
+    params, ema = jax.device_put((saved.params, saved.ema), (shardings.params, shardings.ema))
     return _Restored(config, saved.step, mesh, model, params, ema, saved.meta["versions"])
 
 
@@ -147,14 +151,18 @@ def _draw_samples(evaluate: Any, params: Any, few: Any, workdir: Path) -> None:
     import jax
     import jax.numpy as jnp
 
+    from jvitmoe.data.images import Picture
+    from jvitmoe.interop import contact_sheet
     from jvitmoe.models import vit
-    from jvitmoe.runs import plots
 
     logits_NC = vit.logits(evaluate.net, params, evaluate.normalize(jnp.asarray(few.images_NHWc)))
-    names = results.class_names(workdir, logits_NC.shape[1])
-    plots.samples(
-        few.images_NHWc, few.labels_N, jax.device_get(jax.nn.softmax(logits_NC)), names, workdir / files.SAMPLES
-    )
+    names, cells = results.class_names(workdir, logits_NC.shape[1]), []
+    share_NC = jax.device_get(jax.nn.softmax(logits_NC))
+    for image_HWc, label, share_C in zip(few.images_NHWc, few.labels_N, share_NC, strict=True):
+        order_C = (-share_C).argsort()
+        guesses, picture = [(names[c], float(share_C[c])) for c in order_C], Picture(names[label], image_HWc)
+        cells.append(contact_sheet.Cell(picture, f"true: {names[label]}", guesses, is_wrong=order_C[0] != label))
+    contact_sheet.draw(workdir / files.SAMPLES, cells)
 
 
 def _probe_config(values: flags.FlagValues, config: Config) -> Config:

@@ -1,6 +1,5 @@
 """Experiment files: found by path or by the name of one of ours, and run for the Config that they return."""
 
-import difflib
 import inspect
 import os
 import sys
@@ -10,7 +9,7 @@ from importlib.machinery import SourceFileLoader
 from pathlib import Path
 
 from jvitmoe.config import Config
-from jvitmoe.errors import UserError, one_line
+from jvitmoe.errors import UserError, did_you_mean, one_line
 
 
 def ours() -> Path:
@@ -36,9 +35,9 @@ def load(name: str | Path) -> Config:
     path, variant = split_variant(str(name))
     if not os.path.isfile(path):
         problem = "is a folder" if os.path.isdir(path) else "does not exist"
-        near = nearest(path)
-        hint = f"did you mean {near}?" if near else "give a file, or one of those that jvitmoe.configs lists"
-        raise UserError(f"config file {path!r} {problem}; {hint}")
+        names = [file.stem for file in ours().glob("*.py")]
+        hint = did_you_mean(Path(path).stem, names) or "; give a file, or a name that jvitmoe configs lists"
+        raise UserError(f"config file {path!r} {problem}{hint}")
     folder, module, before = str(Path(path).parent), types.ModuleType(path), set(sys.modules)
     module.__file__ = path
     sys.modules[path] = module  # dataclasses look up the module that defines them
@@ -74,15 +73,3 @@ def _where(error: BaseException, path: str) -> str:
     if not frames:
         return f"{path}: {one_line(error)}"
     return f"{frames[-1].filename}:{frames[-1].lineno}: {one_line(error)} in {(frames[-1].line or '')[:100]!r}"
-
-
-def nearest_in(path: str, folder: Path) -> str | None:
-    """Returns the path in a folder whose name is most similar to that of `path`, suffixes ignored, or None."""
-    names = {entry.stem: str(entry) for entry in folder.glob("[!_]*")}
-    near = difflib.get_close_matches(Path(path).stem, names, n=1)
-    return names[near[0]] if near else None
-
-
-def nearest(path: str) -> str:
-    """Returns the path in ./configs, or the name of an experiment of ours, that is most similar to `path`, or ""."""
-    return nearest_in(path, Path("configs")) or Path(nearest_in(path, ours()) or "").stem

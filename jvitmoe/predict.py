@@ -67,7 +67,10 @@ def main(argv: list[str]) -> None:
         ]
         tables.show(rows, f"{values.workdir}: most probable classes")
     if out and classes:
-        contact_sheet.draw(out, [(path, [(c.name, c.probability) for c in top]) for path, top in classes])
+        guesses = [[(c.name, c.probability) for c in top] for _, top in classes]
+        pictures = [images.Picture(str(path), path) for path, _ in classes]
+        captions = [path.name for path, _ in classes]
+        contact_sheet.draw(out, list(map(contact_sheet.Cell, pictures, captions, guesses)))
         if not values.json:
             console.print(f"sheet       {printable(str(out))}")
     for message in unreadable:

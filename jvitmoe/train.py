@@ -4,7 +4,7 @@ Repeat the command to resume from the newest sound checkpoint; on a CPU the resu
 uninterrupted run. SIGTERM, SIGINT and SIGHUP finish the step, save and exit; a second signal exits at once.
 
 A run may use several processes, connected by --distributed or --coordinator. Process 0 prints and writes. A signal to
-one process stops all after the same step, and a failure of one ends all.
+one process stops all after the same step. If one is lost or fails, all end; start all again to go on.
 """
 
 import sys
@@ -17,7 +17,7 @@ from absl import flags
 
 from jvitmoe import cli
 from jvitmoe.config import Config
-from jvitmoe.runtime import memory, rendezvous
+from jvitmoe.runtime import memory
 
 if TYPE_CHECKING:
     from jvitmoe.api import Run
@@ -37,7 +37,11 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_string("workdir", "", "Run folder; by default runs/<name of the config file>.", flag_values=values)
     about = "Where figures go beside metrics.jsonl: tensorboard, wandb, mlflow, trackio; empty: nowhere."
     flags.DEFINE_list("trackers", ["tensorboard"], about, flag_values=values)
-    rendezvous.define_flags(values)
+    flags.DEFINE_bool("distributed", False, "Join what Slurm, Open MPI or Kubernetes started.", flag_values=values)
+    flags.DEFINE_string("coordinator", "", "HOST:PORT of process 0, to join processes by hand.", flag_values=values)
+    flags.DEFINE_integer("processes", 1, "Number of processes, with --coordinator.", flag_values=values)
+    flags.DEFINE_integer("process", 0, "Number of this one, from 0, with --coordinator.", flag_values=values)
+    flags.DEFINE_integer("join_seconds", 20, "How long to wait for the other processes.", flag_values=values)
 
 
 class _Callable(types.ModuleType):

@@ -23,13 +23,13 @@ INGREDIENTS: dict[str, dict[str, object]] = {
     "no_crop_and_flip": {"data.crop_padding": 0, "data.flip": False},
     "no_smoothing": {"train.label_smoothing": 0.0},
     "no_decay": {"optim.weight_decay": 0.0},
-    "plus_augment": {"data.three_augment": True, "data.cutmix": 1.0, "data.plain_last": 0.1},
+    "plus_augment": {"data.augment": "three", "data.cutmix": 1.0, "data.plain_at_end": 0.1},
 }
 RANDOM_ONLY: dict[str, dict[str, object]] = {
     "no_pull": {"routing.pull": 0.0},
-    "same_rate": {"routing.learning_rate": 1.0},
+    "same_rate": {"optim.mlp_rate": 1.0},
     "independent_init": {"routing.init": "independent"},
-    "route_per_batch": {"routing.granularity": "batch"},
+    "route_per_batch": {"routing.kind": "batch"},
 }
 MODELS = {"dense": "dense", "random": "merged"}  # variant of the file -> the model that is compared
 

@@ -19,15 +19,15 @@ from jvitmoe.data import augment, datasets, splits, trivial_augment
 IMAGES, ZOOM, LABEL, GAP, SEED = 8, 2, 150, 4, 0
 SETTINGS = {  # row -> settings of the augmentations drawn as in training
     "crop, flip": {"crop_padding": 4, "flip": True},
-    "3-Augment": {"three_augment": True},
-    "TrivialAugment": {"trivial_augment": True},
+    "3-Augment": {"augment": "three"},
+    "TrivialAugment": {"augment": "trivial"},
     "erasing": {"erase": 1.0},
     "mixup": {"mixup": 0.8},
     "cutmix": {"cutmix": 1.0},
     "all but Trivial": {
         "crop_padding": 4,
         "flip": True,
-        "three_augment": True,
+        "augment": "three",
         "erase": 0.25,
         "mixup": 0.8,
         "cutmix": 1.0,

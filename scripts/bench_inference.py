@@ -45,37 +45,23 @@ def seconds(logits: Callable[[np.ndarray], np.ndarray], inputs: np.ndarray, step
 
 
 def work(name: str, folder: Path) -> None:
-    """Prints how far the engine's logits are from ours, then answers each line "BATCH STEPS" with `seconds`."""
+    """Answers each line "BATCH STEPS" with `seconds`, if the engine's logits are ours."""
     logits, inputs = engine(name, folder), np.load(folder / "inputs.npy")
-    print(float(np.abs(logits(inputs) - np.load(folder / "logits.npy")).max()), flush=True)
+    np.testing.assert_allclose(logits(inputs), np.load(folder / "logits.npy"), rtol=0, atol=1e-4)
     for batch, steps in (map(int, line.split()) for line in sys.stdin):
         print(seconds(logits, inputs[:batch], steps), flush=True)
-
-
-def start(python: str, name: str, folder: Path) -> Callable[[int, int], float]:
-    """Returns (batch, steps) -> seconds of an engine in a process that ends with this one."""
-    threads = {"OMP_NUM_THREADS": str(len(os.sched_getaffinity(0))), "OMP_WAIT_POLICY": "passive"}
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "env": os.environ | threads}
-    process = subprocess.Popen([python, __file__, "--work", name, str(folder)], **pipes)
-    assert float(process.stdout.readline()) < 1e-4, f"{name} computes other logits"
-
-    def ask(batch: int, steps: int) -> float:
-        print(batch, steps, file=process.stdin, flush=True)
-        return float(process.stdout.readline())
-
-    return ask
 
 
 def measure(peer: str, rounds: int, folder: Path) -> None:
     """Prints our images/s, their ratios to those of the engines with 95 % intervals, and the seconds of `predict`."""
     import jax
+    import timed_step
     from PIL import Image
 
     from jvitmoe.config import ModelConfig
     from jvitmoe.interop import classifier, load, weight_names
     from jvitmoe.interop.targets import TARGETS
     from jvitmoe.models import vit
-    from jvitmoe.runtime import timing
 
     model = ModelConfig(
         32, channels=3, classes=10, patch=4, width=300, hidden=1024, depth=12, heads=12
@@ -88,16 +74,18 @@ def measure(peer: str, rounds: int, folder: Path) -> None:
     images = np.random.default_rng(0).integers(0, 256, (max(BATCHES), 32, 32, 3), np.uint8)
     np.save(folder / "inputs.npy", (images / 127.5 - 1).astype("f"))
     np.save(folder / "logits.npy", ours.logits(images))
-    peers = {name: start(peer, name, folder) for name in ("timm eager", "timm compiled")}
-    peers["onnxruntime"] = start(sys.executable, "onnxruntime", folder)
+    engines = {"timm eager": peer, "timm compiled": peer, "onnxruntime": sys.executable}
+    peers = {name: timed_step.Peer(python, __file__, "--work", name, str(folder)) for name, python in engines.items()}
     for batch in BATCHES:
-        cases = {name: lambda steps, ask=ask, batch=batch: ask(batch, steps) for name, ask in peers.items()}
+        cases = {name: lambda steps, p=p, batch=batch: p.ask(f"{batch} {steps}") for name, p in peers.items()}
         cases["jvitmoe"] = lambda steps, batch=batch: seconds(ours.logits, images[:batch], steps)
-        times = timing.interleave(cases, rounds)
+        times = timed_step.interleave(cases, rounds)
         print(f"batch {batch}: {batch / np.median(times['jvitmoe']):,.0f} images/s", flush=True)
         for name in peers:
-            ratio = "{:.2f} ({:.2f} to {:.2f})".format(*timing.ratio(times[name], times["jvitmoe"]))
+            ratio = "{:.2f} ({:.2f} to {:.2f})".format(*timed_step.ratio(times[name], times["jvitmoe"]))
             print(f"  {ratio} x the images/s of {name}", flush=True)
+    for process in peers.values():
+        process.close()
     (folder / "pictures").mkdir()
     for n in range(1000):
         Image.fromarray(images[n % len(images)]).save(folder / "pictures" / f"{n}.png")
@@ -116,6 +104,7 @@ if __name__ == "__main__":
     parser.add_argument("--work", nargs=2, help=argparse.SUPPRESS)  # engine and folder of a process that this starts
     chosen = parser.parse_args()
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: chosen.threads])  # before JAX counts them
+    os.environ["OMP_NUM_THREADS"] = str(len(os.sched_getaffinity(0)))
     if chosen.work:
         sys.exit(work(chosen.work[0], Path(chosen.work[1])))
     with tempfile.TemporaryDirectory() as temporary:

@@ -3,14 +3,14 @@
     python scripts/bench_input.py --torch .venv-peers/bin/python [--data FOLDER] [--rounds 9] [--workers 2]
 
 Both read the same JPEG files, crop at random, resize to `--side` and give batches of uint8. They are timed in turns, as
-`jvitmoe.runtime.timing` does: a pass over the images each. Prints the ratio with a 95 % interval. Run it on an idle
+`timed_step.py` does: a pass over the images each. Prints the ratio with a 95 % interval. Run it on an idle
 machine.
 Without --data, 2,000 files of 500x375 pixels are made: noise with the spectrum of photographs (1/f), and shapes.
 """
 
 import argparse
+import contextlib
 import json
-import subprocess
 import sys
 import tempfile
 import time
@@ -94,8 +94,9 @@ def main() -> None:
     if args.serve:
         serve_torch(args.data, args.side, args.batch, args.workers)
         return
+    import timed_step
+
     from jvitmoe.data.images import is_image
-    from jvitmoe.runtime import timing
 
     with tempfile.TemporaryDirectory() as temporary:
         if not args.data:
@@ -103,22 +104,16 @@ def main() -> None:
             for split, count in (("train", 2000), ("test", CLASSES)):
                 write_photographs(Path(temporary, split), count)
         sizes = (f"--{name}={getattr(args, name)}" for name in ("data", "side", "batch", "workers"))
-        command = [args.torch, __file__, "--serve", *sizes]
-        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as torch:
+        with contextlib.closing(timed_step.Peer(args.torch, __file__, "--serve", *sizes)) as torch:
             ours = our_passes(args.data, args.side, args.batch)
 
-            def their_pass() -> float:
-                print("go", file=torch.stdin, flush=True)
-                return float(torch.stdout.readline())
-
-            def mean(one_pass: Callable[[], float]) -> timing.Work:
+            def mean(one_pass: Callable[[], float]) -> timed_step.Work:
                 return lambda passes: sum(one_pass() for _ in range(passes)) / passes
 
-            work = {"torch": mean(their_pass), "jvitmoe": mean(lambda: next(ours))}
-            seconds = timing.interleave(work, args.rounds, progress=lambda n, left: print(n, round(left), "s left"))
-            torch.stdin.close()
+            work = {"torch": mean(lambda: torch.ask("go")), "jvitmoe": mean(lambda: next(ours))}
+            seconds = timed_step.interleave(work, args.rounds, progress=lambda n, left: print(n, round(left), "s left"))
         images = sum(map(is_image, Path(args.data, "train").rglob("*"))) // args.batch * args.batch
-    ratio, low, high = timing.ratio(seconds["torch"], seconds["jvitmoe"])
+    ratio, low, high = timed_step.ratio(seconds["torch"], seconds["jvitmoe"])
     rates = {name: round(images / np.median(values), 1) for name, values in seconds.items()}
     print(json.dumps(rates | {"ratio": round(ratio, 3), "low": round(low, 3), "high": round(high, 3)}))
 

@@ -7,30 +7,28 @@
 Repeat the command to resume: see scripts/sweep.py. On a GPU: --jobs 1.
 """
 
+import itertools
+
 from sweep import Variant, main
 
 EMA = {"train.ema": 0.99}
-FIGURES = ("sample_shared_independent", "sample_shared_shared")  # what averaging breaks, and what it does not
+FIGURES = ("sample_independent", "sample_shared")  # what averaging breaks, and what it does not
 STACK = {"routing.experts": 4}
 
 
 def variants() -> dict[str, Variant]:
     """Returns name -> what differs from the dense config."""
     routers = {
-        "switch": {"routing.router": "switch"},
-        "top2": {"routing.router": "topk", "routing.top_k": 2},
-        "expert_choice": {"routing.router": "expert_choice"},
-        "soft": {"routing.router": "soft"},
+        "switch": {"routing.kind": "switch"},
+        "top2": {"routing.kind": "topk", "routing.top_k": 2},
+        "expert_choice": {"routing.kind": "expert_choice"},
+        "soft": {"routing.kind": "soft"},
     }
     found: dict[str, dict[str, object]] = {"dense": {}, "dense_ema": {**EMA}}
     found |= {name: STACK | {"routing.init": "shared"} | settings for name, settings in routers.items()}
-    for granularity in ("batch", "sample"):
-        for scope in ("shared", "layer"):
-            for init in ("shared", "independent"):
-                for pull in (0.0, 0.1):
-                    name = f"{granularity}_{scope}_{init}" + ("_pull" if pull else "")
-                    settings = {"granularity": granularity, "scope": scope, "init": init, "pull": pull}
-                    found[name] = STACK | {f"routing.{key}": value for key, value in settings.items()}
+    for kind, init, pull in itertools.product(("batch", "layer", "sample"), ("shared", "independent"), (0.0, 0.1)):
+        settings = {"routing.kind": kind, "routing.init": init, "routing.pull": pull}
+        found[f"{kind}_{init}" + ("_pull" if pull else "")] = STACK | settings
     return {name: Variant(settings) for name, settings in found.items()}
 
 

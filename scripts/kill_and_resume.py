@@ -5,8 +5,8 @@
 
 What follows `--` goes to `jvitmoe.train`. Kills come by turns once a random step was reached, while a checkpoint is
 written, during an evaluation, and before the first step. With --steps both runs are stopped with SIGTERM once that step
-is shown; otherwise they go to their end. Then the newest checkpoint that both have is compared leaf by leaf (CRC-32 of
-parameters and optimiser state), and the histories line by line.
+is shown; otherwise they go to their end. Then the newest checkpoint that both have is compared array by array (by
+fingerprints), and the histories line by line.
 """
 
 import argparse
@@ -25,8 +25,7 @@ from typing import Any
 from absl import logging
 
 from jvitmoe.runs import files
-from jvitmoe.runs.checkpoint_writer import UNFINISHED
-from jvitmoe.runs.checkpoints import Checkpoints, list_steps
+from jvitmoe.runs.checkpoints import UNFINISHED, Checkpoints, list_steps
 from jvitmoe.runs.history import read_metrics
 
 TURNS = ("at a step", "writing a checkpoint", "evaluating", "before the first step")
@@ -143,10 +142,9 @@ def finish(run: Run, steps: int) -> None:
     run.end(signal.SIGTERM if reached else None)
 
 
-def checksums(workdir: Path, number: int) -> dict[str, str]:
-    """Returns leaf -> CRC-32, parameters and optimiser state, of one checkpoint."""
-    meta = Checkpoints(workdir / files.CHECKPOINTS).read(str(number)).meta
-    return {f"{item}.{leaf}": value for item, leaves in meta["checksums"].items() for leaf, value in leaves.items()}
+def fingerprint(workdir: Path, number: int) -> dict[str, str]:
+    """Returns leaf -> fingerprint, of parameters and optimiser state, of one checkpoint."""
+    return Checkpoints(workdir / files.CHECKPOINTS).check(number)["fingerprint"]
 
 
 def history(workdir: Path, last: int) -> list[dict[str, float]]:
@@ -185,7 +183,7 @@ def main() -> None:
     finish(killed, options.steps)
 
     last = max(uninterrupted.checkpoints() & killed.checkpoints())
-    expected, found = checksums(uninterrupted.workdir, last), checksums(killed.workdir, last)
+    expected, found = fingerprint(uninterrupted.workdir, last), fingerprint(killed.workdir, last)
     different = [leaf for leaf in expected if found.get(leaf) != expected[leaf]]
     same = history(uninterrupted.workdir, last) == history(killed.workdir, last)
     print(f"{done.total()} kills: " + ", ".join(f"{done[turn]} {turn}" for turn in TURNS))

@@ -2,8 +2,10 @@
 # Starts one command as N processes on this node, each with one GPU where there are GPUs, and joins them into one run.
 #
 #   scripts/launch_node.sh 4 python -m jvitmoe.train --config configs/cifar10_random.py
+#   RESTARTS=3 scripts/launch_node.sh 4 python -m jvitmoe.train --config configs/cifar10_random.py
 #
-# SIGTERM, SIGINT and SIGHUP go to all of them. When one fails, so do the others; the first failure's code is returned.
+# SIGTERM, SIGINT and SIGHUP go to all of them. When one fails, so do the others, and all start again if RESTARTS allows
+# it: not after a signal, nor for an error that the user must correct (code 2). The first failure's code is returned.
 set -uo pipefail
 if [[ $# -lt 2 || ! $1 =~ ^[1-9][0-9]*$ ]]; then
     echo "usage: $0 PROCESSES COMMAND [FLAGS]" >&2
@@ -11,24 +13,36 @@ if [[ $# -lt 2 || ! $1 =~ ^[1-9][0-9]*$ ]]; then
 fi
 processes=$1
 shift
-port=$(python3 -c 'import socket; s = socket.socket(); s.bind(("localhost", 0)); print(s.getsockname()[1])')
 children=()
 stopped=0
 # Children have sessions of their own: Ctrl-C reaches this script only, which passes it on once. It passes SIGTERM on,
 # because bash starts children with SIGINT ignored.
 trap 'stopped=1; kill -TERM ${children[@]+"${children[@]}"} 2>/dev/null' TERM INT HUP
-for ((i = 0; i < processes && !stopped; i++)); do
-    JAX_LOCAL_DEVICE_IDS=$i setsid "$@" --coordinator="localhost:$port" --processes="$processes" --process="$i" &
-    children+=($!)
-done
-code=0
-for child in "${children[@]}"; do
-    wait "$child"
-    found=$?
-    while kill -0 "$child" 2>/dev/null; do # a trapped signal ends the waiting, not the child
-        wait "$child"
-        found=$?
+for ((attempt = 1; ; attempt++)); do
+    port=$(python3 -c 'import socket; s = socket.socket(); s.bind(("localhost", 0)); print(s.getsockname()[1])')
+    children=()
+    for ((i = 0; i < processes && !stopped; i++)); do
+        JAX_LOCAL_DEVICE_IDS=$i setsid "$@" --coordinator="localhost:$port" --processes="$processes" --process="$i" &
+        children+=($!)
     done
-    if ((code == 0)); then code=$found; fi
+    code=0
+    while ((${#children[@]})); do
+        running=()
+        for child in "${children[@]}"; do
+            if kill -0 "$child" 2>/dev/null; then
+                running+=("$child")
+                continue
+            fi
+            wait "$child"
+            found=$?
+            if ((code == 0)); then code=$found failed=$SECONDS; fi
+        done
+        children=(${running[@]+"${running[@]}"})
+        if ((code && ${#children[@]} && SECONDS - failed > 40)); then # by now all have ended that are not frozen
+            kill -KILL "${children[@]}"
+        fi
+        sleep 0.2
+    done
+    if ((code == 0 || code == 2 || stopped || attempt > ${RESTARTS:-0})); then exit "$code"; fi
+    echo "a process ended with code $code; all start again ($attempt of $RESTARTS restarts)" >&2
 done
-exit "$code"

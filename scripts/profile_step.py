@@ -14,14 +14,15 @@ import tempfile
 from pathlib import Path
 
 import jax
+import timed_step
 from absl import flags
 from jax.profiler import ProfileData
 
 from jvitmoe import cli
+from jvitmoe.experts import build
 from jvitmoe.runs import tables
 from jvitmoe.runs.console import console
 from jvitmoe.runtime import devices
-from jvitmoe.training import timed_step
 
 HOLDERS = ("while", "call", "conditional")  # whose time is that of what they hold
 Origin = tuple[str, str, str]  # pass, module, kind
@@ -32,16 +33,16 @@ def main(argv: list[str]) -> None:
     values = cli.parse(argv, define_flags, config=True)
     config = cli.experiment(values)
     mesh = devices.make_mesh(config.train)
-    images = timed_step.random_images(config, 10 * config.train.batch_size, mesh)
-    case = timed_step.TimedStep("step", config, mesh, images)
+    case = timed_step.TimedStep(config, mesh)
     case.seconds(1)
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
             seconds = case.seconds(values.steps)
         (trace,) = Path(folder).rglob("*.xplane.pb")
-        spent = _spent(ProfileData.from_file(str(trace)), _origins(case.text()))
+        spent = _spent(ProfileData.from_file(str(trace)), _origins(str(case.compiled.as_text())))
     milliseconds = {origin: value / values.steps / 1e6 for origin, value in spent.most_common()}
-    console.print(f"{devices.describe(mesh)}: {seconds * 1e3:.1f} ms a step, {case.dtype}")
+    dtype = build.make_model(config, mesh.devices.flat[0].platform).dtype.name
+    console.print(f"{devices.describe(mesh)}: {seconds * 1e3:.1f} ms a step, {dtype}")
     shown = list(milliseconds.items())[: values.rows]
     shown.append((("", "", "all else"), sum(milliseconds.values()) - sum(value for _, value in shown)))
     rows = [

@@ -10,7 +10,7 @@ import argparse
 from pathlib import Path
 
 import ray
-from ray.train import RunConfig, ScalingConfig
+from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.v2.jax import JaxConfig, JaxTrainer
 
 
@@ -45,6 +45,7 @@ if __name__ == "__main__":
         run_config=RunConfig(
             name=f"{workdir.name}.ray",  # Ray's own files, beside the run folder
             storage_path=str(workdir.parent),
+            failure_config=FailureConfig(max_failures=10),  # starts all workers again; the run goes on
             worker_runtime_env={"env_vars": {"JAX_PLATFORMS": "cuda" if flags.gpus else "cpu"}},
         ),
     ).fit()

@@ -8,11 +8,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+import benchmark
 import scaling_check
 import scaling_model
 import study_figures
 
-from jvitmoe.runs import groups, plots
+from jvitmoe.runs import figures, groups
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 
@@ -24,11 +25,11 @@ def redraw(folder: Path, out: Path) -> None:
         compare({name: list(group["seeds"].values()) for name, group in runs.items()}, out)
         for name, group in runs.items():
             if (folder / (picture := f"mergeability_{name}.png")).is_file():
-                plots.mergeability(group["seeds"]["0"], out / picture)
+                figures.save(figures.mergeability(group["seeds"]["0"]), out / picture)
     if singles := sorted(folder.glob("*_result.json")):
         compare({path.name.removesuffix("_result.json"): [read(path)] for path in singles}, out)
     if (folder / "benchmark.json").is_file():
-        plots.throughput(read(folder / "benchmark.json")["rows"], out / "benchmark.png")
+        figures.save(benchmark.throughput(read(folder / "benchmark.json")["rows"]), out / "benchmark.png")
     if (folder / "model.json").is_file():
         scaling_model.draw(read(folder / "model.json")["rows"], out / "model.png")
     if (folder / "check.json").is_file():
@@ -38,7 +39,7 @@ def redraw(folder: Path, out: Path) -> None:
 def compare(results: dict[str, list[dict[str, Any]]], out: Path) -> None:
     table = {name: groups.by_seed(group) for name, group in results.items()}
     images = {name: group[0]["rows"][0]["images"] for name, group in results.items()}
-    plots.comparison(table, images, out / "comparison.png")
+    figures.save(figures.comparison(table, images), out / "comparison.png")
 
 
 def read(path: Path) -> Any:
@@ -53,8 +54,7 @@ def main() -> None:
         out = chosen.out / folder.relative_to(RESULTS)
         out.mkdir(parents=True, exist_ok=True)
         redraw(folder, out)
-    if (RESULTS / "study").is_dir():
-        study_figures.main(RESULTS / "study", chosen.out / "study")
+    study_figures.main(RESULTS / "study", chosen.out / "study")
 
 
 if __name__ == "__main__":

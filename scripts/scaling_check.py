@@ -22,26 +22,21 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import matplotlib.pyplot as plt
 import numpy as np
 from absl import flags
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 from scipy import optimize
 
 sys.path.insert(0, str(Path(__file__).parent))
 import scaling_model
+import timed_step
 
+from jvitmoe import train
 from jvitmoe.config import Config, ModelConfig, OptimConfig, RoutingConfig, TrainConfig
-from jvitmoe.data import batches, datasets
-from jvitmoe.experts import build, routes
-from jvitmoe.experts.routes import Purpose
-from jvitmoe.runs import checkpoints, plots
-from jvitmoe.runtime import compilation, processes, rendezvous
+from jvitmoe.runs import checkpoints, figures
+from jvitmoe.runtime import compilation, processes
 from jvitmoe.runtime.devices import AXES, describe, make_mesh, to_devices
-from jvitmoe.training import step
-from jvitmoe.training.state import StepPlan
-from jvitmoe.training.state import make_state
 
 EXPERTS, IMAGES = 8, 16  # experts in all; images of one device
 MODEL = ModelConfig(patch=2, width=128, hidden=512, depth=2, heads=4, pool="mean")
@@ -59,7 +54,7 @@ def config(name: str, devices: int) -> Config:
     routed = {
         "dense": RoutingConfig(),
         "batch": RoutingConfig(experts=EXPERTS),
-        "sample": RoutingConfig(experts=EXPERTS, granularity="sample", pull=float(pulled)),
+        "sample": RoutingConfig(experts=EXPERTS, kind="sample", pull=float(pulled)),
     }[variant]
     train = TrainConfig(
         batch_size=IMAGES * devices, devices=devices, platform="cpu", expert_devices=devices if spreads else 1
@@ -73,7 +68,7 @@ def alone(name: str, devices: int) -> Config:
     mine = config(name, 1)
     if scaling_model.VARIANTS[name][1]:
         mine.routing.experts = EXPERTS // devices
-        mine.routing.granularity = "sample" if mine.routing.experts > 1 else "batch"
+        mine.routing.kind = "sample" if mine.routing.experts > 1 else "batch"
     return mine.validate()
 
 
@@ -88,22 +83,12 @@ def predicted_bytes(name: str, devices: int) -> int:
     return parameters + scaling_model.FLOAT * ((2 + 4 * spreads) if devices > 1 else 0)
 
 
-def program(config: Config, mesh: Mesh) -> tuple[Any, tuple[Any, ...]]:
-    """Returns the training step, lowered for a mesh, and what it takes: (state, images, order of the epoch)."""
-    split = datasets.load(config.data, config.model).train
-    key = routes.address(jax.random.key(0), Purpose.ORDER)
-    order = batches.TrainOrder(len(split), config.train.batch_size, key, mesh, config.slots)
-    model = build.make_model(config, "cpu")
-    given = make_state(config, model, mesh), batches.on_devices(split, mesh), order.epoch(0)
-    return step.make_train_step(StepPlan(config, model, mesh, order.steps_per_epoch)).lower(*given), given
-
-
 # one of the processes
 
 
 def worker(values: flags.FlagValues) -> None:
     """Times sums, work and steps, all processes at once, and prints what was found."""
-    processes.join(values, checkpoints.versions)
+    processes.join(values)
     count = jax.process_count()
     local = jax.make_mesh((1, 1), AXES, axis_types=(jax.sharding.AxisType.Auto,) * 2, devices=jax.local_devices())
 
@@ -116,12 +101,12 @@ def worker(values: flags.FlagValues) -> None:
             seconds = _timed(_sums(arrays, floats), values.worker_steps)
             say(kind="sum", arrays=arrays, bytes=4 * arrays * floats, seconds=seconds)
     for name in CHECKED:
-        lowered, given = program(alone(name, count), local)
+        lowered, given = timed_step.lower(alone(name, count), local)
         say(kind="work", variant=name, seconds=_timed(_steps(lowered.compile(), given), values.worker_steps))
         if count == 1:
             continue
         chosen = config(name, count)
-        lowered, given = program(chosen, make_mesh(chosen.train))
+        lowered, given = timed_step.lower(chosen, make_mesh(chosen.train))
         compiled = lowered.compile()
         sizes = compilation.reduced_sizes(compiled.as_text())
         seconds = _timed(_steps(compiled, given), values.worker_steps)
@@ -267,30 +252,30 @@ def ring(links: dict[int, tuple[float, float]], count: int) -> float:
     return links[fewest][1] * share(count) / share(fewest)
 
 
-@plots.in_style
+@figures.in_style
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
     counts = sorted({row["processes"] for row in rows})
     names = list(dict.fromkeys(row["variant"] for row in rows))
-    figure, grid = plt.subplots(1, len(counts), sharey=True, squeeze=False, figsize=(11, 3.6))
+    figure, grid = figures.subplots(1, len(counts), (11, 3.6), sharey=True)
     for axes, count in zip(grid[0], counts, strict=True):
         mine = [row for row in rows if row["processes"] == count]
         work, reducing, measured = ([1e3 * row[part] for row in mine] for part in ("work", "reducing", "measured"))
         y = [names.index(row["variant"]) for row in mine]
         axes.barh(y, work, color="0.75", label="predicted: work on shared cores")
-        axes.barh(y, reducing, left=work, color=plots.COLOURS[4], label="predicted: all-reduces over loopback")
+        axes.barh(y, reducing, left=work, color=figures.COLOURS[4], label="predicted: all-reduces over loopback")
         axes.plot(measured, y, "D", color="black", label="measured")
         axes.set(title=f"{count} processes", xlabel="time of a step, ms", xlim=(0, 1.1 * max(measured)))
         axes.grid(axis="y", visible=False)
     grid[0, 0].set_yticks(range(len(names)), [name.replace(", experts", ",\nexperts") for name in names])
     grid[0, 0].invert_yaxis()
     figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
-    plots.save(figure, path)
+    figures.save(figure, path)
 
 
 def main() -> None:
     if any(argument.startswith("--worker_steps") for argument in sys.argv):
         values = flags.FlagValues()
-        rendezvous.define_flags(values)
+        train.define_flags(values)
         flags.DEFINE_integer("worker_steps", 0, "Steps to time.", flag_values=values)
         values(sys.argv)
         processes.guard(lambda: worker(values))

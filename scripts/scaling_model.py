@@ -9,11 +9,9 @@ import dataclasses
 import json
 from pathlib import Path
 
-import matplotlib.pyplot as plt
-
+from jvitmoe import routing
 from jvitmoe.config import Config, ModelConfig, RoutingConfig
-from jvitmoe.experts import cost
-from jvitmoe.runs import plots
+from jvitmoe.runs import figures
 
 OUT = Path(__file__).resolve().parents[1] / "results" / "scaling"
 DEVICES = tuple(2**k for k in range(11))
@@ -54,7 +52,7 @@ class Work:
 def work(model: ModelConfig, experts: int, images: int, capacity: float = 1.25) -> Work:
     """Returns the counts of a ViT whose MLPs are `experts` experts each."""
     config = Config(model=model, routing=RoutingConfig(experts=experts)).validate()
-    active, total = cost.count_parameters(config)
+    active, total = routing.find(config).count_parameters()
     expert = (total - active) // (experts - 1)
     tokens, width, depth = model.tokens, model.width, model.depth
     mlp = 2 * tokens * 2 * width * model.hidden * depth
@@ -168,11 +166,11 @@ def table(w: Work, m: Machine) -> list[dict]:
     return rows
 
 
-@plots.in_style
+@figures.in_style
 def draw(tables: dict[str, list[dict]], path: Path) -> None:
-    figure, grid = plt.subplots(1, len(tables), figsize=(11, 5))
-    for axes, (title, rows) in zip(grid, tables.items(), strict=True):
-        for name, colour in zip(VARIANTS, ("black", *plots.COLOURS), strict=False):
+    figure, grid = figures.subplots(1, len(tables), (11, 5))
+    for axes, (title, rows) in zip(grid[0], tables.items(), strict=True):
+        for name, colour in zip(VARIANTS, ("black", *figures.COLOURS), strict=False):
             mine = [row for row in rows if row["variant"] == name]
             gpus, times = [row["gpus"] for row in mine], [1e3 * row["seconds"] for row in mine]
             dashed = "--" if name == "random, batch" else "-"  # it lies on dense
@@ -180,10 +178,10 @@ def draw(tables: dict[str, list[dict]], path: Path) -> None:
         axes.set(xscale="log", yscale="log", xlabel="GPUs", ylabel="time of a step, ms", title=title)
         axes.set_xticks(DEVICES, [str(n) for n in DEVICES], fontsize=9)
         axes.minorticks_off()
-        plots.plain_ticks(axes.yaxis)
-    figure.legend(*grid[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+        figures.plain_ticks(axes.yaxis)
+    figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     figure.suptitle("Predicted, not measured: H100, 8 per node, batch grows with GPUs", fontsize=12)
-    plots.save(figure, path)
+    figures.save(figure, path)
 
 
 def markdown(tables: dict[str, list[dict]]) -> str:

@@ -1,6 +1,6 @@
 """Draws the study (docs/study.md): `python scripts/study_figures.py --results results/study`.
 
-differences.png: for each experiment, every arm minus what it is compared with, and the 95 % interval. Comparisons of
+differences.png of each experiment: every arm minus what it is compared with, and the 95 % interval. Comparisons of
 fewer than three seeds are not drawn: with two, the interval reaches 12.7 standard errors to each side. bytes.png:
 accuracy against the bytes that a device reduces, of experiment C.
 """
@@ -9,12 +9,12 @@ import argparse
 import statistics
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import study
 import verdicts
+from matplotlib.figure import Figure
 from sweep import interval
 
-from jvitmoe.runs import plots
+from jvitmoe.runs import figures
 
 LEAST_SEEDS = 3  # of a comparison that is drawn
 EDGE = 4.0  # points; a larger difference is a number at the edge, so that the small ones can be told apart
@@ -23,7 +23,6 @@ EQUAL = 0.2  # points; an ensemble that is so close to the merged model in every
 
 def main(results: Path, out: Path) -> None:
     """Draws what there is of results/study into a folder; nothing where no arm has three seeds."""
-    found = {}
     for name, arms_of in study.EXPERIMENTS.items():
         runs = results / name / "runs"
         if not runs.is_dir():
@@ -34,11 +33,10 @@ def main(results: Path, out: Path) -> None:
         merged = {(item.arm, item.reference): item.paired for item in final if item.model == "merged"}
         repeated = [item for item in final if len(item.paired) >= LEAST_SEEDS]
         if shown := [item for item in repeated if item.model != "ensemble" or apart(item, merged)]:
-            found[name] = shown
-    if found:
-        differences(found, out / "differences.png")
-    if "C" in found:
-        bytes_against_accuracy(results / "C" / "runs", out / "bytes.png")
+            (out / name).mkdir(parents=True, exist_ok=True)
+            figures.save(differences(name, shown), out / name / "differences.png")
+            if name == "C":
+                figures.save(bytes_against_accuracy(runs), out / "bytes.png")
 
 
 def apart(item: verdicts.Comparison, merged: dict[tuple[str, str], list[float]]) -> bool:
@@ -47,45 +45,40 @@ def apart(item: verdicts.Comparison, merged: dict[tuple[str, str], list[float]])
     return any(abs(ensemble - mean) > EQUAL for ensemble, mean in pairs)
 
 
-@plots.in_style
-def differences(found: dict[str, list[verdicts.Comparison]], path: Path) -> None:
-    """Writes one panel per experiment: a row per comparison, whiskers from the lower to the upper limit."""
-    heights = [len(compared) for compared in found.values()]
-    size = (10, 1.5 + 0.28 * sum(heights) + 0.6 * len(heights))
-    figure, panels = plt.subplots(len(found), 1, figsize=size, height_ratios=heights, sharex=True, squeeze=False)
-    for axes, (name, compared) in zip(panels[:, 0], found.items(), strict=True):
-        for y, item in enumerate(compared):
-            mean = statistics.fmean(item.paired)
-            low, high = interval(item.paired)
-            marker, colour = plots.MARKS[item.model]
-            if abs(mean) > EDGE:
-                side = 1 if mean > 0 else -1
-                axes.plot(side * EDGE, y, ">" if mean > 0 else "<", color=colour)
-                text, at = f"{mean:+.1f} ({low:+.1f} to {high:+.1f})", (side * EDGE, y)
-                where = {"xytext": (-10 * side, 0), "textcoords": "offset points", "va": "center", "fontsize": 9}
-                axes.annotate(text, at, ha="right" if mean > 0 else "left", **where)
-                continue
-            ends = [max(low, -EDGE), min(high, EDGE)]
-            axes.errorbar(mean, y, xerr=[[mean - ends[0]], [ends[1] - mean]], fmt=marker, color=colour)
-        axes.axvline(0, color="black", linewidth=0.8)
-        axes.axvline(-verdicts.PARITY, color="black", linewidth=0.8, linestyle=":")
-        axes.set_yticks(range(len(compared)), [f"{item.arm} ({item.model}) - {item.reference}" for item in compared])
-        axes.set(title=f"{name}: difference of test accuracies", ylim=(len(compared) - 0.5, -0.5))
-    label = "difference over seeds, points; an interval right of the dotted line loses nothing"
-    panels[-1, 0].set_xlabel(label)
-    plots.save(figure, path)
+@figures.in_style
+def differences(name: str, compared: list[verdicts.Comparison]) -> Figure:
+    """Returns a row per comparison of an experiment, whiskers from the lower to the upper limit."""
+    figure, ((axes,),) = figures.subplots(1, 1, (10, 1.5 + 0.28 * len(compared)))
+    for y, item in enumerate(compared):
+        mean, (low, high) = statistics.fmean(item.paired), interval(item.paired)
+        if abs(mean) > EDGE:
+            side = 1 if mean > 0 else -1
+            axes.plot(side * EDGE, y, ">" if mean > 0 else "<", color="black")
+            text, at = f"{mean:+.1f} ({low:+.1f} to {high:+.1f})", (side * EDGE, y)
+            where = {"xytext": (-10 * side, 0), "textcoords": "offset points", "va": "center", "fontsize": 9}
+            axes.annotate(text, at, ha="right" if mean > 0 else "left", **where)
+            continue
+        ends = [max(low, -EDGE), min(high, EDGE)]
+        axes.errorbar(mean, y, xerr=[[mean - ends[0]], [ends[1] - mean]], fmt=figures.MARKS[item.model], color="black")
+    axes.axvline(0, color="black", linewidth=0.8)
+    axes.axvline(-verdicts.PARITY, color="black", linewidth=0.8, linestyle=":")
+    axes.set_yticks(range(len(compared)), [f"{item.arm} ({item.model}) - {item.reference}" for item in compared])
+    above = sum(interval(item.paired)[0] > 0 for item in compared)
+    axes.set(title=f"{name}: {above} of {len(compared)} intervals lie above 0", ylim=(len(compared) - 0.5, -0.5))
+    axes.set_xlabel("difference of test accuracies, points\n(an interval right of the dotted line loses nothing)")
+    return figure
 
 
-@plots.in_style
-def bytes_against_accuracy(runs: Path, path: Path) -> None:
-    """Writes accuracy, mean ± sample deviation, against the bytes that a device reduces in a run."""
-    figure, axes = plt.subplots(figsize=(7, 4.5))
+@figures.in_style
+def bytes_against_accuracy(runs: Path) -> Figure:
+    """Returns accuracy, mean ± sample deviation, against the bytes that a device reduces in a run."""
+    figure, ((axes,),) = figures.subplots(1, 1, (7, 4.5))
     for name, models in verdicts.read(runs, study.bytes_against_accuracy()).items():
         model = verdicts.final(models)
-        accuracies, (marker, colour) = list(models[model].values()), plots.MARKS[model]
+        accuracies = list(models[model].values())
         deviation = statistics.stdev(accuracies) if len(accuracies) > 1 else 0.0
         at = study.reduced_bytes(runs, name) / 1e9, statistics.fmean(accuracies)
-        axes.errorbar(*at, yerr=deviation, fmt=marker, color=colour)
+        axes.errorbar(*at, yerr=deviation, fmt=figures.MARKS[model], color="black")
         left = model == "dense"  # it reduces as much as a pull at every step: their names would overlap
         place = (-6, -12) if left else (6, 4)
         where = {"xytext": place, "textcoords": "offset points", "ha": "right" if left else "left"}
@@ -94,7 +87,7 @@ def bytes_against_accuracy(runs: Path, path: Path) -> None:
     right = 1.2 * axes.get_xlim()[1]
     axes.set_xlim(-0.03 * right, right)  # from about 0, so that the share that is saved can be seen
     axes.set_title("Accuracy against communication, one expert per device")
-    plots.save(figure, path)
+    return figure
 
 
 if __name__ == "__main__":

@@ -1,12 +1,18 @@
 """JAX set strict before anything imports it, and the few fixtures that several files share."""
 
 # ruff: noqa: E402
+import hashlib
 import os
-import tempfile
+from importlib import metadata
+from pathlib import Path
 
-# Programs that several tests compile are compiled once, and nothing is left in the user's own cache.
-COMPILED = tempfile.TemporaryDirectory(prefix="jvitmoe-compiled-")
-os.environ["JAX_COMPILATION_CACHE_DIR"] = COMPILED.name
+# Programs are compiled once for all tests and later runs of the suite, by the versions and the processor that they are
+# made for. Nothing is left in the user's own cache.
+CPUINFO = Path("/proc/cpuinfo")
+PROCESSOR = [line for line in CPUINFO.read_text().splitlines() if line.startswith("flags")] if CPUINFO.exists() else []
+MADE_FOR = metadata.version("jax"), metadata.version("jaxlib"), *PROCESSOR[:1]
+COMPILED = Path(__file__).parents[1] / "build" / "compiled" / hashlib.sha256(repr(MADE_FOR).encode()).hexdigest()[:12]
+os.environ["JAX_COMPILATION_CACHE_DIR"] = str(COMPILED)
 CACHED_SECONDS = 0.3
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = str(CACHED_SECONDS)
 
@@ -25,7 +31,6 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import jax

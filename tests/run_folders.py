@@ -83,15 +83,3 @@ def assert_same_run(workdir: Path, uninterrupted: Path) -> None:
 def snapshot(folder: Path) -> dict[str, bytes]:
     """Returns the content of every file below a folder."""
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
-
-
-def write_kept_run(folder: Path, accuracies: dict[str, float], reduced: float = 0.0) -> None:
-    """Writes what a sweep keeps of a run."""
-    folder.mkdir(parents=True)
-    (folder / "config.json").write_text(config_lib.dumps(Config()))
-    rows = [{"model": model, "accuracy": accuracy} for model, accuracy in accuracies.items()]
-    result = {"rows": rows, "data": "digits", "step": 2, "seed": 0}
-    result |= {"active_parameters": 5, "total_parameters": 9, "hardware": "1 x cpu"}
-    (folder / "result.json").write_text(json.dumps(result))
-    line = {"step": 2, "kind": "train", "loss": 1.0, "reduced_bytes": reduced}
-    (folder / "metrics.jsonl").write_text(json.dumps(line) + "\n")

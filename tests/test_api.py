@@ -64,6 +64,27 @@ def test_training_keeps_the_verbosity_of_the_caller(run):
         logging.set_verbosity(before)
 
 
+def test_a_second_thread_that_trains_is_refused_in_one_line(run, config, monkeypatch):
+    launched, refused = api.launch.launch, []
+
+    def train_again():
+        try:
+            jvitmoe.train(config, workdir=run.workdir)
+        except UserError as error:
+            refused.append(str(error))
+
+    def launch(*arguments, **options):
+        other = threading.Thread(target=train_again)
+        other.start()
+        other.join()
+        launched(*arguments, **options)
+
+    monkeypatch.setattr(api.launch, "launch", launch)
+    jvitmoe.train(config, workdir=run.workdir)
+    jvitmoe.train(config, workdir=run.workdir)
+    assert refused == 2 * ["another thread trains; wait for it, or train in a process of its own"]
+
+
 def test_verifying_a_damaged_run_raises_what_a_notebook_can_show(run, tmp_path):
     copy = jvitmoe.Run(shutil.copytree(run.workdir, tmp_path / "copy"))
     assert copy.evaluate(verify=True) == run.results
@@ -81,7 +102,7 @@ def test_the_function_and_the_module_have_one_name(run, config, tmp_path):
     assert callable(jvitmoe.train.main)
     with pytest.raises(UserError, match=r"config\.train\.epochs is 0; it must be greater than 0"):
         jvitmoe.train(config, workdir=tmp_path / "x", overrides={"train.epochs": 0})
-    with pytest.raises(UserError, match=r"did you mean config\.train\.epochs"):
+    with pytest.raises(UserError, match=r"did you mean 'train.epochs'"):
         jvitmoe.train(config, workdir=tmp_path / "x", overrides={"train.epoch": 0})
     assert config.train.epochs == 2
     for name in ("no_such", tmp_path / "no_such.py"):

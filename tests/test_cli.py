@@ -14,7 +14,6 @@ import processes
 from jvitmoe import cli, configs, experiment_files
 from jvitmoe.errors import UserError
 
-PATTERN = """--config.routing.pattern='("dense","experts")'"""
 DIGITS, FAST = (str(Path(__file__).parents[1] / "configs" / f"{name}.py") for name in ("digits_random", "cifar10_fast"))
 
 
@@ -46,13 +45,6 @@ def test_overrides_may_stand_anywhere_and_the_last_config_file_counts(arguments)
     assert cli.config_path(["train.py", *arguments]) == DIGITS
 
 
-def test_an_experiment_without_its_flag_is_named_outside_a_checkout_too(monkeypatch, tmp_path):
-    monkeypatch.chdir(tmp_path)
-    for argument, hint in (("digits_random", "digits_random"), ("zzz", "FILE.py")):
-        with pytest.raises(UserError, match=f"'{argument}' is not a flag; write --config={hint}$"):
-            experiment(argument)
-
-
 def test_a_variant_of_an_experiment_is_its_argument_and_part_of_its_name():
     assert experiment(f"--config={FAST}:random").routing.experts == 4
     assert experiment(f"--config={FAST}:dense") == experiment(f"--config={FAST}")
@@ -63,45 +55,39 @@ def test_a_variant_of_an_experiment_is_its_argument_and_part_of_its_name():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "--config is missing"),
-        (["--config.train.epochs=3"], "--config is missing"),
-        (["--config=no/such.py"], "'no/such.py' does not exist"),
-        ([f"--config={DIGITS}", "--config.train.epoch=3"], "did you mean config.train.epochs?"),
-        ([f"--config={DIGITS}", "--config.epochs=3"], "did you mean config.train.epochs?"),
-        ([f"--config={DIGITS}", "--config.trian.epochs=3"], "did you mean config.train.epochs?"),
-        ([f"--config={DIGITS}", "--config.zzz.yyy=3"], "the sections are data, model, routing, init, optim, train"),
-        ([f"--config={DIGITS}", "--config.train.epochs=many"], "--config.train.epochs=many"),
-        ([f"--config={DIGITS}", "--config.train.epochs=2.5"], "--config.train.epochs=2.5"),
-        ([f"--config={DIGITS}", "--config.routing.experts=0"], "config.routing.experts is 0"),
-        ([f"--config={DIGITS}", "--config.train=3"], "config.train is not a field"),
-        ([f"--config={DIGITS}", "--wordkir=x"], "--wordkir is not a flag; did you mean --workdir?"),
-        ([f"--config={DIGITS}", "--epochs=1"], "--epochs is not a flag; did you mean --config.train.epochs?"),
-        ([f"--config={DIGITS}", "--epochs", "1"], "did you mean --config.train.epochs?"),
-        ([f"--config={DIGITS}", "--train.epochs=1"], "did you mean --config.train.epochs?"),
-        ([f"--config={DIGITS}", "--batch-size=1"], "did you mean --config.train.batch_size?"),
-        ([f"--config={DIGITS}", "--name=x"], "did you mean --config.data.name or --config.optim.name?"),
-        ([f"--config={DIGITS}", "--lr=1"], "the flags are --config, --help, --top, --workdir, and --config.a.b for"),
-        ([f"--config={DIGITS}", "--top=x"], "--top=x cannot be read; the value must be of type int, such as --top=5"),
-        ([f"--config={DIGITS}", "--config.data.flip=x"], "must be of type bool, such as --config.data.flip=False"),
-        ([f"--config={DIGITS}", "--workdir"], "Missing value for flag --workdir; write --name=value"),
-        ([f"--config={DIGITS}", "stray"], "'stray' is not a flag; write --workdir=stray"),
-        ([f"--config={DIGITS}", "--workdir=x", "stray"], "'stray' is not a flag; write --name=value"),
-        ([f"--config={DIGITS}", "--config.data.flip", "True"], "write --config.data.flip=True"),
-        ([DIGITS], f"write --config={DIGITS}"),
-        (["digits_random", "--config.train.epochs=1"], "write --config=configs/digits_random.py"),
-        (["--config=digits_radnom"], "'digits_radnom' does not exist; did you mean configs/digits_random.py?"),
-        ([f"--config={DIGITS}:dense"], f"has no variants, such as 'dense'; give --config={DIGITS}"),
-        ([f"--config={FAST}:dens"], "the variant is 'dens'; it must be 'dense' or 'random'"),
-        (["--config=configs"], "'configs' is a folder; give a file, or one of those that jvitmoe.configs lists"),
-        (["--config=cifar10_fast:dens"], "the variant is 'dens'; it must be 'dense' or 'random'"),
-        ([f"--config={DIGITS}", "--config.routing.pattern=dense,experts"], PATTERN),
-        ([f"--config={DIGITS}", "--config.routing.pattern=('dense' experts"], """='("experts",)'"""),
+        ("", "--config is missing"),
+        ("--config.train.epochs=3", "--config is missing"),
+        ("--config=no/such.py", "'no/such.py' does not exist"),
+        ("--config=digits_radnom", "'digits_radnom' does not exist; did you mean 'digits_random'?"),
+        ("--config=configs", "'configs' is a folder; give a file, or a name that jvitmoe configs lists"),
+        ("--config=digits_random:dense", f"has no variants, such as 'dense'; give --config={DIGITS}"),
+        ("--config=cifar10_fast:dens", "the variant is 'dens'; it must be 'dense' or 'random'"),
+        ("digits_random --config.train.epochs=1", "'digits_random' is not a flag; write --config=digits_random"),
+        ("--config.train.epoch=3", "config.train.epoch is not a field; did you mean 'train.epochs'?"),
+        ("--config.epochs=3", "did you mean 'train.epochs'?"),
+        ("--config.trian.epochs=3", "did you mean 'train.epochs'?"),
+        ("--config.zzz.yyy=3", "the sections are data, model, routing, init, optim, train"),
+        ("--config.train=3", "config.train is not a field"),
+        ("--config.train.epochs=many", "--config.train.epochs=many"),
+        ("--config.train.epochs=2.5", "--config.train.epochs=2.5"),
+        ("--config.routing.experts=0", "config.routing.experts is 0"),
+        ("--config.data.flip=x", "--config.data.flip=x: ('Non-boolean argument to boolean flag', 'x'); --help"),
+        ("--config.routing.pattern=dense,experts", """--config.routing.pattern='("dense","experts")'"""),
+        ("--wordkir=x", "--wordkir is not a flag; did you mean '--workdir'?"),
+        ("--epochs=1", "--epochs is not a flag; did you mean '--config.train.epochs'?"),
+        ("--train.epochs 1", "did you mean '--config.train.epochs'?"),
+        ("--batch-size=1", "did you mean '--config.train.batch_size'?"),
+        ("--lr=1", "--lr is not a flag; --help lists them"),
+        ("--top=x", "--top=x: invalid literal for int() with base 10: 'x'; --help lists the flags and what they take"),
+        ("--workdir", "Missing value for flag --workdir"),
+        ("--config.data.flip True", "'True' is not a flag; write --name=value"),
     ],
 )
 def test_a_mistyped_command_line_is_one_clear_line(monkeypatch, arguments, message):
     monkeypatch.chdir(Path(DIGITS).parents[1])
+    complete = "config is missing" in message or "--config=" in f"{arguments} {message.partition('write ')[2]}"
     with pytest.raises(UserError) as caught:
-        experiment(*arguments)
+        experiment(*([] if complete else [f"--config={DIGITS}"]), *arguments.split())
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -112,12 +98,7 @@ def test_a_mistyped_command_line_is_one_clear_line(monkeypatch, arguments, messa
         ("def get_config():\n    return 3\n", "returns int; it must return jvitmoe.config.Config"),
         ("import nowhere_at_all\n", ".py:1: ModuleNotFoundError: No module named 'nowhere_at_all' in 'import nowhere"),
         ("\n\ndef get_config(:\n", "broken.py:3: SyntaxError: invalid syntax in 'def get_config(:'; correct"),
-        (
-            "def get_config():\n    int('x')\n",
-            "broken.py:2: ValueError: invalid literal for int() with base 10: 'x' in",
-        ),
-        ("def get_config():\n    open('no')\n", "broken.py:2: FileNotFoundError"),
-        ("import json\njson.loads('{')\n", """broken.py:2: JSONDecodeError"""),
+        ("import json\njson.loads('{')\n", "broken.py:2: JSONDecodeError"),
         ("raise SystemExit(3)\n", "broken.py:1: SystemExit: 3 in 'raise SystemExit(3)'"),
         ("def get_config(which):\n    pass\n", "broken.py: TypeError: get_config() missing 1 required positional"),
         ("x = 1\n", "has no attribute 'get_config'"),
@@ -148,21 +129,16 @@ def test_an_experiment_imports_the_files_of_its_folder_as_they_are_now(tmp_path)
         assert "base" not in sys.modules
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ([], "--workdir is missing; give a run folder"),
-        (["--workdir=runs/digits_radnom"], "does not exist; did you mean runs/digits_random?"),
-        (["--workdir=run/digits_random"], "'run/digits_random' does not exist; give the folder that training wrote"),
-        (["--workdir=runs"], "'runs' holds no checkpoints; give the folder that training wrote"),
-    ],
-)
-def test_a_run_folder_that_is_not_there_is_one_line(tmp_path, monkeypatch, arguments, message):
+def test_a_run_folder_that_is_not_there_is_one_line(tmp_path, monkeypatch):
     (tmp_path / "runs" / "digits_random" / "checkpoints").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError) as caught:
-        cli.run_folder(cli.parse(["evaluate.py", *arguments], define))
-    assert message in str(caught.value)
+    for arguments, message in (
+        ([], "--workdir is missing; give a run folder"),
+        (["--workdir=runs/digits_radnom"], "'runs/digits_radnom' does not exist; give the folder that training wrote"),
+        (["--workdir=runs"], "'runs' holds no checkpoints; give the folder that training wrote"),
+    ):
+        with pytest.raises(UserError, match=message):
+            cli.run_folder(cli.parse(["evaluate.py", *arguments], define))
     assert cli.run_folder(cli.parse(["evaluate.py", "--workdir=runs/digits_random"], define)).name == "digits_random"
 
 
@@ -179,7 +155,7 @@ def test_a_run_folder_that_is_not_there_is_one_line(tmp_path, monkeypatch, argum
         ),
     ],
 )
-def test_run_turns_mistakes_into_exit_codes(monkeypatch, capsys, raised, code, shown):
+def test_run_turns_mistakes_into_exit_codes_and_hides_no_bug(monkeypatch, capsys, raised, code, shown):
     def main(argv):
         raise raised
 
@@ -188,35 +164,21 @@ def test_run_turns_mistakes_into_exit_codes(monkeypatch, capsys, raised, code, s
         cli.run(main)
     assert caught.value.code == code
     assert capsys.readouterr().err == shown
-
-
-def test_a_bug_is_not_hidden_as_a_user_error(monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["train.py"])
     with pytest.raises(ZeroDivisionError):
         cli.run(lambda argv: 1 / 0)
 
 
-def test_help_names_the_flags_and_exits_0(capsys):
-    with pytest.raises(SystemExit) as caught:
-        cli.parse(["train.py", "--help"], lambda values: None, config=True)
-    assert caught.value.code == 0
-    shown = capsys.readouterr().out
-    assert "--config" in shown
-    assert "--config.train.epochs=10" in shown
-
-
 @pytest.mark.process
-@pytest.mark.parametrize("arguments", [["--help"], ["--no_such_flag"]])
-@pytest.mark.parametrize("command", ["train", "evaluate", "predict", "export", "report", "benchmark", "configs"])
-def test_help_and_wrong_flags_do_not_wait_for_the_import_of_jax(command, arguments):
-    program = f"""
-import sys
-from jvitmoe import {command}
-try:
-    {command}.main({["x.py", *arguments]})
-except BaseException as error:
-    assert type(error).__name__ in ("SystemExit", "UserError"), error
-print(sorted({{"jax", "matplotlib"}} & sys.modules.keys()))
+def test_help_and_wrong_flags_do_not_wait_for_the_import_of_jax():
+    program = """
+import importlib, sys
+for command in ("train", "evaluate", "predict", "export", "report", "configs"):
+    for argument in ("--help", "--no_such_flag"):
+        try:
+            importlib.import_module(f"jvitmoe.{command}").main(["x.py", argument])
+        except BaseException as error:
+            assert type(error).__name__ in ("SystemExit", "UserError"), error
+print(sorted({"jax", "matplotlib"} & sys.modules.keys()))
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.stdout.splitlines()[-1] == "[]", done.stderr
@@ -228,8 +190,6 @@ def test_an_experiment_of_ours_needs_no_path(monkeypatch, tmp_path):
     assert cli.experiment_name(["train.py", "--config=cifar10_fast:random"]) == "cifar10_fast_random"
     (tmp_path / "digits_random").write_text(Path(FAST).read_text())  # a file of the user's own comes first
     assert experiment("--config=digits_random") == experiment(f"--config={FAST}")
-    with pytest.raises(UserError, match="did you mean digits_dense"):
-        experiment("--config=digits_dens")
 
 
 def test_configs_says_what_each_experiment_is_and_gives(capsys):
@@ -241,7 +201,7 @@ def test_configs_says_what_each_experiment_is_and_gives(capsys):
     assert "Expect about 99 % test accuracy" in " ".join(listed.split())
     code, shown, _ = call("digits_dense")
     assert (code, "python -m jvitmoe.train --config configs/digits_dense.py" in shown) == (0, True)
-    assert call("digits_dens")[0::2] == (2, "error: 'digits_dens' is not an experiment; jvitmoe configs lists them\n")
+    assert call("digits_dens")[0::2] == (2, "error: 'digits_dens' is not an experiment; did you mean 'digits_dense'?\n")
 
 
 @pytest.mark.process
@@ -301,22 +261,11 @@ cli.run(main)
 
 
 @pytest.mark.process
-@pytest.mark.parametrize("command", [["train", "--help"], ["report", "--help"], ["export", "--help"]])
-def test_a_full_disk_behind_standard_output_is_one_line(command):
+@pytest.mark.parametrize("program", ["train.main(['x', '--help'])", "console.print('x')", "print('x' * 100_000)"])
+def test_a_full_disk_behind_standard_output_is_one_line_at_once_or_at_the_end(program):
+    imports = "from jvitmoe import cli, train; from jvitmoe.runs.console import console"
     with open("/dev/full", "w") as full:
-        done = subprocess.run(
-            [sys.executable, "-m", f"jvitmoe.{command[0]}", command[1]], stdout=full, stderr=subprocess.PIPE, text=True
-        )
+        command = [sys.executable, "-c", f"{imports}; cli.run(lambda argv: {program})"]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
     message = "error: standard output cannot be written: No space left on device; make room or send it elsewhere\n"
     assert (done.returncode, done.stderr) == (2, message)
-
-
-@pytest.mark.process
-@pytest.mark.parametrize("program", ["console.print('x')", "print('x' * 100_000)", "print('x')"])
-def test_what_is_printed_reaches_a_full_disk_at_once_or_at_the_end(program):
-    program = f"from jvitmoe import cli; from jvitmoe.runs.console import console; cli.run(lambda argv: {program})"
-    with open("/dev/full", "w") as full:
-        done = subprocess.run([sys.executable, "-c", program], stdout=full, stderr=subprocess.PIPE, text=True)
-    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert (done.returncode, done.stderr, done.stdout.strip("x")) == (0, "", "\n")

@@ -19,18 +19,23 @@ import kubernetes_validate
 import pydantic
 import pytest
 import yaml
+from jax._src.clusters import ClusterEnv
 from jax._src.clusters.k8s_cluster import K8sCluster
 from kubeflow_trainer_api import models
 
 import processes
 from jvitmoe import cli, train
-from jvitmoe.runtime.processes import _detect
 from run_folders import rows, tiny, write_experiment
 
-MODELS = {"JobSet": models.JobsetV1alpha2JobSet, "TrainJob": models.TrainerV1alpha1TrainJob}
-VERSIONS = {"JobSet": "jobset.x-k8s.io/v1alpha2", "TrainJob": "trainer.kubeflow.org/v1alpha1"}
+MODELS = {
+    "JobSet": models.JobsetV1alpha2JobSet,
+    "TrainJob": models.TrainerV1alpha1TrainJob,
+    "TrainingRuntime": models.TrainerV1alpha1TrainingRuntime,
+}
+KUBEFLOW = "trainer.kubeflow.org/v1alpha1"
+VERSIONS = {"JobSet": "jobset.x-k8s.io/v1alpha2", "TrainJob": KUBEFLOW, "TrainingRuntime": KUBEFLOW}
 REFUSED = AssertionError, KeyError, kubernetes_validate.ValidationError, pydantic.ValidationError
-FREE = "limits", "selector"  # maps whose keys are the user's
+FREE = "limits", "selector", "labels"  # maps whose keys are the user's
 # What Kubeflow's runtime sets in the pods of the TrainJob.
 RUNTIME = {
     "JAX_COORDINATOR_ADDRESS": "jvitmoe-node-0-0.jvitmoe:1234",
@@ -150,50 +155,95 @@ def test_jax_finds_the_processes_of_a_job(monkeypatch, name):
     for method, answer in answers.items():
         monkeypatch.setattr(K8sCluster, method, classmethod(lambda cls, answer=answer: answer))
     (variable,) = spec["template"]["spec"]["containers"][0]["env"]
-    monkeypatch.setenv(variable["name"], variable["value"])
     monkeypatch.setenv("JOB_COMPLETION_INDEX", "3")
-    assert _detect(0) == (variable["value"], 8, 3, None)
-    monkeypatch.delenv(variable["name"])
     monkeypatch.setenv("JAX_COORDINATOR_PORT", "1234")
-    assert _detect(0) == (variable["value"], 8, 3, None)
+    found = ClusterEnv.auto_detect_unset_distributed_params(None, None, None, None, None, 0)
+    assert found == (variable["value"], 8, 3, None)  # so the variable says what JAX would find in the end
+    assert variable["name"] == "JAX_COORDINATOR_ADDRESS"
 
 
-SLURM = {"JOB_ID": "7", "STEP_NODELIST": "node[1-2]", "NTASKS": "8", "PROCID": "1"}
-OMPI = {"MCA_orte_hnp_uri": "1531576320.0;tcp://10.0.0.1:34911", "COMM_WORLD_SIZE": "8", "COMM_WORLD_RANK": "1"}
+def test_a_failed_pod_restarts_all_and_the_run_goes_on():
+    """JobSet and Kubeflow's runtime restart the set at the first failed pod. In the Job every pod restarts by itself,
+    as all processes end when one is lost."""
+    for spec in (kind("JobSet")["spec"], kind("TrainingRuntime")["spec"]["template"]["spec"]):
+        assert spec["failurePolicy"] == {"maxRestarts": 10}
+        (replicated,) = spec["replicatedJobs"]
+        job = replicated["template"]["spec"]
+        assert (job["backoffLimit"], job["template"]["spec"]["restartPolicy"]) == (0, "Never")
+    job = kind("Job")["spec"]
+    assert (job["backoffLimit"], job["template"]["spec"]["restartPolicy"]) == (10 * job["completions"], "OnFailure")
+    runtime, trainjob = kind("TrainingRuntime"), kind("TrainJob")["spec"]
+    assert trainjob["runtimeRef"]["kind"] == "TrainingRuntime"
+    assert trainjob["runtimeRef"]["name"] == runtime["metadata"]["name"]
+    assert trainjob["trainer"]["numNodes"] == runtime["spec"]["mlPolicy"]["numNodes"] == 8
+
+
+SLURM = {"SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "127.0.0.1", "SLURM_NTASKS": "1", "SLURM_PROCID": "0"}
+OMPI = {"OMPI_MCA_orte_hnp_uri": "1531576320.0;tcp://127.0.0.1:34911", "OMPI_COMM_WORLD_SIZE": "1"}
+OMPI |= {"OMPI_COMM_WORLD_RANK": "0"}
+GPUS = [  # variables of the launcher, the GPUs that the process uses
+    (SLURM | {"SLURM_LOCALID": "0", "SLURM_STEP_TASKS_PER_NODE": "1(x8)"}, "all"),
+    (SLURM | {"SLURM_LOCALID": "0", "SLURM_STEP_TASKS_PER_NODE": "1"}, "all"),
+    (SLURM | {"SLURM_LOCALID": "1", "SLURM_STEP_TASKS_PER_NODE": "4(x2)"}, "1"),
+    (SLURM | {"SLURM_LOCALID": "1", "SLURM_STEP_TASKS_PER_NODE": "7,1"}, "1"),
+    (SLURM | {"SLURM_LOCALID": "0", "SLURM_STEP_TASKS_PER_NODE": "1", "JAX_LOCAL_DEVICE_IDS": "0,3"}, "0,3"),
+    (OMPI | {"OMPI_COMM_WORLD_LOCAL_RANK": "0", "OMPI_COMM_WORLD_LOCAL_SIZE": "1"}, "all"),
+    (OMPI | {"OMPI_COMM_WORLD_LOCAL_RANK": "1", "OMPI_COMM_WORLD_LOCAL_SIZE": "4"}, "1"),
+]
+JOINS = """
+import json, os, sys
+import jax
+from absl import flags
+from jax._src.xla_bridge import CUDA_VISIBLE_DEVICES
+from jvitmoe import train
+from jvitmoe.runtime import devices, processes
+
+devices.start, processes.is_single = lambda: None, lambda: True  # JAX cannot join again once its devices run
+values = flags.FlagValues()
+train.define_flags(values)
+values(["train", "--distributed"])
+for variables in json.loads(sys.argv[1]):
+    os.environ.update(variables)
+    jax.config.update("jax_cuda_visible_devices", "all")
+    processes.join(values)
+    print(CUDA_VISIBLE_DEVICES.value)
+    jax.distributed.shutdown()
+    for name in variables:
+        del os.environ[name]
+"""
+
+
+@pytest.mark.process
+def test_a_process_uses_the_gpu_of_its_number_or_alone_on_its_node_all():
+    given = [variables | {"JAX_COORDINATOR_PORT": str(processes.free_port())} for variables, _ in GPUS]
+    ended = processes.run([sys.executable, "-c", JOINS, json.dumps(given)])
+    assert ended.code == 0, ended.err
+    assert ended.out.split() == [gpus for _, gpus in GPUS]
 
 
 @pytest.mark.parametrize(
-    ("prefix", "variables", "found"),
-    [
-        ("SLURM_", SLURM | {"LOCALID": "0", "STEP_TASKS_PER_NODE": "1(x8)"}, None),
-        ("SLURM_", SLURM | {"LOCALID": "0", "STEP_TASKS_PER_NODE": "1"}, None),
-        ("SLURM_", SLURM | {"LOCALID": "1", "STEP_TASKS_PER_NODE": "4(x2)"}, [1]),
-        ("SLURM_", SLURM | {"LOCALID": "1", "STEP_TASKS_PER_NODE": "7,1"}, [1]),
-        ("OMPI_", OMPI | {"COMM_WORLD_LOCAL_RANK": "0", "COMM_WORLD_LOCAL_SIZE": "1"}, None),
-        ("OMPI_", OMPI | {"COMM_WORLD_LOCAL_RANK": "1", "COMM_WORLD_LOCAL_SIZE": "4"}, [1]),
-    ],
+    ("code", "restarts", "requeued"), [(0, 0, False), (1, 9, True), (143, 0, True), (2, 0, False), (1, 10, False)]
 )
-def test_a_process_uses_the_gpu_of_its_number_or_alone_on_its_node_all(monkeypatch, prefix, variables, found):
-    for name, value in variables.items():
-        monkeypatch.setenv(f"{prefix}{name}", value)
-    monkeypatch.setenv("JAX_COORDINATOR_PORT", "1234")
-    assert _detect(0)[1:] == (8, 1, found)
-    monkeypatch.setenv("JAX_LOCAL_DEVICE_IDS", "0,3")
-    assert _detect(0)[1:] == (8, 1, [0, 3])
-
-
-def test_the_slurm_script_gives_each_task_its_cores_and_the_flags(tmp_path):
+def test_the_slurm_script_gives_each_task_its_cores_and_the_flags_and_queues_a_failed_job_again(
+    tmp_path, code, restarts, requeued
+):
     script = processes.ROOT / "scripts" / "slurm.sbatch"
-    srun = tmp_path / "srun"
-    srun.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
-    srun.chmod(0o755)
-    environment = processes.environment() | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_CPUS_PER_TASK": "8"}
+    for command, last in (("srun", f"exit {code}"), ("scontrol", "")):
+        path = tmp_path / command
+        path.write_text(f'#!/bin/sh\nprintf "%s\\n" {command} "$@"\n{last}\n')
+        path.chmod(0o755)
+    slurm = {"SLURM_CPUS_PER_TASK": "8", "SLURM_JOB_ID": "77", "SLURM_RESTART_COUNT": str(restarts)}
+    environment = processes.environment() | {"PATH": f"{tmp_path}:{os.environ['PATH']}"} | slurm
     flags = f"--config={processes.ROOT}/configs/digits_dense.py", "--workdir=two words"
-    given = processes.run(["bash", str(script), *flags], environment).out.splitlines()
-    start = given.index("python")
-    assert given[:start] == ["--cpus-per-task=8", "--kill-on-bad-exit=1"]
-    assert given[start : start + 3] == ["python", "-m", "jvitmoe.train"]
-    values = cli.parse(["train.py", *given[start + 3 :]], train.define_flags, config=True)
+    ended = processes.run(["bash", str(script), *flags], environment)
+    assert ended.code == code
+    given, _, after = ended.out.partition("scontrol\n")
+    assert after.split() == (["requeue", "77"] if requeued else [])
+    command = given.splitlines()
+    start = command.index("python")
+    assert command[:start] == ["srun", "--cpus-per-task=8", "--kill-on-bad-exit=1"]
+    assert command[start : start + 3] == ["python", "-m", "jvitmoe.train"]
+    values = cli.parse(["train.py", *command[start + 3 :]], train.define_flags, config=True)
     assert (values.distributed, values.workdir) == (True, "two words")
 
 

@@ -9,7 +9,7 @@ import jvitmoe
 
 ROOT = Path(jvitmoe.__file__).parent
 FILES = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in sorted(ROOT.rglob("*.py"))}
-COMMANDS = ("train", "evaluate", "predict", "export", "report", "benchmark", "configs")
+COMMANDS = ("train", "evaluate", "predict", "export", "report", "configs")
 
 # A file imports from folders (and top-level files) to the left of its own; those of one group never import each other.
 ORDER = (
@@ -34,15 +34,12 @@ JAX = {"jax", "jaxlib", "flax", "optax", "orbax", "tensorstore", "chex"}
 WITHOUT_JAX = (
     *("errors", "settings", "config", "experiment_files", "cli", "report", "configs", "data.datasets", "data.images"),
     *("interop.weight_names", "interop.config_files"),
-    *(
-        f"runs.{name}"
-        for name in ("console", "tables", "files", "lock", "plots", "results", "groups", "history", "metrics_log")
-    ),
-    *(f"runtime.{name}" for name in ("watchdog", "heartbeat", "memory", "rendezvous")),
+    *(f"runs.{name}" for name in ("console", "tables", "files", "lock", "figures", "page", "results", "groups")),
+    *("runs.history", "runs.metrics_log", "runtime.watchdog", "runtime.memory"),
 )
 # Package -> the folder, or the one file, that may import it.
 ONLY_IN = {
-    **{"flax": "models", "orbax": "runs.checkpoint_writer", "tensorstore": "runs.arrays", "grain": "data.stream"},
+    **{"flax": "models", "orbax": "runs.checkpoints", "tensorstore": "nowhere", "grain": "data.stream"},
     **{"tensorflow_datasets": "data.tfds", "datasets": "data.hugging_face", "huggingface_hub": "interop.hub"},
     **{"wandb": "runs.trackers", "mlflow": "runs.trackers", "trackio": "runs.trackers", "torch": "nowhere"},
 }

@@ -45,11 +45,11 @@ def test_tunables_of_the_user_are_left_as_they_are():
 
 
 @pytest.mark.process
-@pytest.mark.parametrize("command", ["train", "benchmark"])
+@pytest.mark.parametrize("command", [["-m", "jvitmoe.train"], ["-m", "jvitmoe", "train"]])
 def test_the_commands_that_train_ask_for_huge_pages(tmp_path, command):
     experiment = tmp_path / "asks.py"
     experiment.write_text(f"import os\n\nraise ValueError(os.environ.get('{memory.TUNABLES}'))\n")
     env = {name: value for name, value in os.environ.items() if name != memory.TUNABLES}
-    process = [sys.executable, "-m", f"jvitmoe.{command}", f"--config={experiment}"]
+    process = [sys.executable, *command, f"--config={experiment}"]
     done = subprocess.run(process, env=env, cwd=processes.ROOT, capture_output=True, text=True)
     assert "glibc.malloc.hugetlb=1" in done.stderr

@@ -28,10 +28,8 @@ from jvitmoe.runs.checkpoints import Checkpoints
 from processes import call, wait_for_output, wait_for_step
 from run_folders import (
     assert_same_run,
-    history,
     rows,
     saved,
-    saved_config,
     snapshot,
     tiny,
     write_experiment,
@@ -409,39 +407,6 @@ def test_verify_calls_every_part_of_a_sound_run_sound(uninterrupted):
     files = ("config.json", "classes.json", "images.json", "metrics.jsonl", "result.json")
     parts = [*files, *(f"checkpoint {path.name}" for path in saved(uninterrupted))]
     assert (code, found) == (0, dict.fromkeys(parts, "sound"))
-
-
-def near(values: dict) -> dict:
-    return {name: pytest.approx(value, rel=1e-5) if type(value) is float else value for name, value in values.items()}
-
-
-def test_a_run_folder_of_version_0_1_0_verifies_evaluates_and_resumes_to_its_numbers(tmp_path):
-    """Version 0.1.0, at commit dd40143, wrote the fixture: its config.json, checkpoints at steps 55 and 60, OCDBT."""
-    shutil.unpack_archive(Path(__file__).parent / "fixtures" / "run_0_1_0" / "run.tar.xz", tmp_path, filter="data")
-    workdir = tmp_path / "run"
-    tested, lines = rows(workdir), history(workdir)
-    code, found = verify(workdir)
-    assert (code, found.pop("config.json")) == (0, "sound")
-    assert (found.pop("checkpoint 55"), found.pop("checkpoint 60")) == ("sound", "sound")
-    files = ("classes.json", "images.json", "metrics.jsonl", "result.json")
-    assert found == dict.fromkeys(files, "sound (no checksum)")
-    experiment = write_experiment(tmp_path / "tiny.py", saved_config(workdir))
-
-    def same_numbers():
-        return [{name: row[name] for name in old} for row, old in zip(rows(workdir), tested, strict=True)]
-
-    assert call(evaluate.main, "--paths=1", f"--workdir={workdir}")[::2] == (0, "")
-    assert same_numbers() == [near(row) for row in tested]  # it had neither top-5 accuracy nor a confusion matrix
-    shutil.rmtree(workdir / "checkpoints" / "60")
-    code, out, err = call(train.main, f"--config={experiment}", f"--workdir={workdir}")
-    assert (code, err) == (0, "")
-    assert "warning" not in out
-    assert "resuming    from step 55" in out
-    assert same_numbers() == [near(row) for row in tested]
-    now = [{name: line[name] for name in old} for line, old in zip(history(workdir), lines, strict=True)]
-    assert now == [near(line) for line in lines]  # it did not count reduced_bytes
-    code, found = verify(workdir)
-    assert (code, set(found.values())) == (0, {"sound"})
 
 
 def test_a_finished_run_says_what_is_missing_and_writes_a_damaged_result_anew(experiment, uninterrupted, copy):

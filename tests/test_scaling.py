@@ -57,7 +57,7 @@ def test_a_compiled_step_reduces_the_bytes_of_the_model_and_moves_no_image(
 ):
     spreads = scaling_check.scaling_model.VARIANTS[variant][1]
     monkeypatch.setattr(scaling_check, "MODEL", ModelConfig(patch=4, width=16, hidden=24, depth=2, heads=2))
-    lowered, _ = scaling_check.program(
+    lowered, _ = scaling_check.timed_step.lower(
         scaling_check.config(variant, devices),
         make_mesh(TrainConfig(devices=devices, platform="cpu", expert_devices=devices if spreads else 1)),
     )

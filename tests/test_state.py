@@ -5,9 +5,10 @@ import numpy as np
 import optax
 import pytest
 
+from jvitmoe import routing
 from jvitmoe.config import Config, OptimConfig
 from jvitmoe.data import augment
-from jvitmoe.experts import build, merge, slices
+from jvitmoe.experts import merge, trees
 from jvitmoe.models import vit
 from jvitmoe.training import optimizer, state, update
 from jvitmoe.training.state import OptState
@@ -19,29 +20,34 @@ E, L = 4, 2
 def params(tiny_config):
     """Returns the stacked tree, filled with noise."""
     rng = np.random.default_rng(1)
-    model = vit.build(tiny_config(routing={"experts": E}).model, E)
-    shapes = jax.eval_shape(lambda: vit.init(model, jax.random.key(0)))
+    shapes = routing.find(tiny_config(routing={"experts": E})).shapes()
     return jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), x.dtype), shapes)
 
 
+@pytest.fixture(scope="module")
+def layer(tiny_config):
+    """Returns the routing that draws an expert for each layer."""
+    return routing.find(tiny_config(routing={"experts": E, "kind": "layer"}))
+
+
 @pytest.mark.parametrize("name", optimizer.OPTIMIZERS)
-def test_an_experts_state_is_that_of_a_dense_optimiser_that_saw_only_its_steps(params, name):
+def test_an_experts_state_is_that_of_a_dense_optimiser_that_saw_only_its_steps(params, layer, name):
     tx = optimizer.direction(Config(optim=OptimConfig(name=name, weight_decay=0.1, eps=1e-3)))
-    marks = slices.stacked(params)
+    marks = trees.stacked(params)
     now = state.create(params, tx)
     rng = np.random.default_rng(0)
     routes_SL = [[0, 1], [0, 3], [2, 1], [0, 0], [2, 1], [1, 1]]  # layers differ; expert 3 of layer 0 never runs
 
     @jax.jit
     def step(now, grads, route_L):
-        active = state.take(now, route_L)
+        active = state.take(layer, now, (route_L,))
         direction, opt_state = update.directions(tx, grads, active.opt_state, active.params, marks)
         params = jax.tree.map(lambda p, d: p - 0.1 * d, active.params, direction)
         active = active._replace(step=now.step + 1, params=params, opt_state=opt_state)
-        return state.put(now, active, route_L)
+        return state.put(layer, now, active, (route_L,))
 
     def experts_of(tree):
-        return slices.split(tree, marks)[1]
+        return trees.split(tree, marks)[1]
 
     dense_step = jax.jit(tx.update)
     dense = {}
@@ -53,30 +59,30 @@ def test_an_experts_state_is_that_of_a_dense_optimiser_that_saw_only_its_steps(p
             lambda x: jnp.asarray(rng.normal(size=x.shape), jnp.float32), merge.take_path(params, jnp.array(route))
         )
         now = step(now, grads, jnp.array(route))
-        for layer, e in enumerate(route):
-            p, opt_state = dense[layer, e]
-            grads_here = jax.tree.map(lambda g, at=layer: g[at], experts_of(grads))
+        for at, e in enumerate(route):
+            p, opt_state = dense[at, e]
+            grads_here = jax.tree.map(lambda g, at=at: g[at], experts_of(grads))
             direction, opt_state = dense_step(grads_here, opt_state, p)
-            dense[layer, e] = jax.tree.map(lambda x, d: x - 0.1 * d, p, direction), opt_state
+            dense[at, e] = jax.tree.map(lambda x, d: x - 0.1 * d, p, direction), opt_state
     for place, (p, opt_state) in dense.items():
         here = jax.tree.map(lambda x, at=place: x[at], (experts_of(now.params), now.opt_state.experts))
         chex.assert_trees_all_close(here, (p, opt_state), rtol=1e-5, atol=1e-7)
     assert now.step == len(routes_SL)
 
 
-def test_what_is_taken_and_put_back_unchanged_changes_nothing(params):
+def test_what_is_taken_and_put_back_unchanged_changes_nothing(params, layer):
     before = state.create(params, optimizer.direction(Config()))
-    route_L = jnp.array([3, 1])
-    after = state.put(before, state.take(before, route_L), route_L)
+    routes = (jnp.array([3, 1]),)
+    after = state.put(layer, before, state.take(layer, before, routes), routes)
     chex.assert_trees_all_equal(after, before)
 
 
-def test_the_active_slice_is_the_dense_models_tree(params, tiny_config):
+def test_the_active_slice_is_the_dense_models_tree(params, layer, tiny_config):
     tx = optimizer.direction(Config())
     dense = jax.eval_shape(lambda: vit.init(vit.build(tiny_config().model), jax.random.key(0)))
-    active = state.take(state.create(params, tx), jnp.array([3, 1]))
+    active = state.take(layer, state.create(params, tx), (jnp.array([3, 1]),))
     chex.assert_trees_all_equal_shapes_and_dtypes(active.params, dense)
-    _, experts = slices.split(dense, slices.stacked(params))
+    _, experts = trees.split(dense, trees.stacked(params))
     wanted = jax.eval_shape(jax.vmap(tx.init), experts)  # one state per layer
     chex.assert_trees_all_equal_shapes_and_dtypes(active.opt_state.experts, wanted)
 
@@ -128,9 +134,9 @@ def test_one_expert_trains_as_plain_optax_on_the_dense_model(tiny_config, traini
 
 @pytest.mark.parametrize("pattern", [("experts", "dense"), ("dense", "experts"), ("dense", "dense", "experts")])
 def test_with_a_pattern_an_experts_count_of_steps_is_taken_and_put_with_its_parameters(tiny_config, pattern):
-    config = tiny_config(model={"depth": 6}, routing={"experts": E, "scope": "layer", "pattern": pattern})
-    model = build.make_model(config, "cpu")
-    made = jax.jit(lambda: state.create(vit.init(model, jax.random.key(0)), optimizer.direction(config)))()
+    config = tiny_config(model={"depth": 6}, routing={"experts": E, "kind": "layer", "pattern": pattern})
+    way = routing.find(config)
+    made = jax.jit(lambda: state.create(way.init(jax.random.key(0)), optimizer.direction(config)))()
     groups = 6 // len(pattern)
 
     def numbered(tree):
@@ -140,18 +146,18 @@ def test_with_a_pattern_an_experts_count_of_steps_is_taken_and_put_with_its_para
             lambda x: jnp.broadcast_to(number.reshape(groups, E, *[1] * (x.ndim - 2)), x.shape).astype(x.dtype), tree
         )
 
-    trunk, experts = slices.split(made.params, slices.stacked(made.params))
+    trunk, experts = trees.split(made.params, trees.stacked(made.params))
     made = made._replace(
-        params=slices.join(trunk, numbered(experts)),
+        params=trees.join(trunk, numbered(experts)),
         opt_state=made.opt_state._replace(experts=numbered(made.opt_state.experts)),
     )
     route_L = np.array([3, 0, 2, 1, 1, 2])
     route_G = route_L[pattern.index("experts") :: len(pattern)]
-    active = state.take(made, jnp.asarray(route_L))
+    active = state.take(way, made, (jnp.asarray(route_L),))
     for leaf in jax.tree.leaves(active.opt_state.experts):
         np.testing.assert_array_equal(np.asarray(leaf).reshape(groups, -1)[:, 0], np.arange(groups) * E + route_G)
     counted = active._replace(opt_state=jax.tree.map(lambda x: x - x - 1, active.opt_state))
-    after = state.put(made, counted, jnp.asarray(route_L))
+    after = state.put(way, made, counted, (jnp.asarray(route_L),))
     for leaf in jax.tree.leaves(after.opt_state.experts):
         changed = np.asarray(leaf).reshape(groups, E, -1)[..., 0] == -1
         np.testing.assert_array_equal(changed, np.arange(E) == route_G[:, None])

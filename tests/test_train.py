@@ -8,15 +8,18 @@ import time
 
 import chex
 import jax
+import numpy as np
 import pytest
+from PIL import Image
 
+import jvitmoe
 import processes
-from jvitmoe import evaluate, report, train
+from jvitmoe import evaluate, predict, report, train
 from jvitmoe.evaluation import models
 from jvitmoe.experts import build
 from jvitmoe.interop import pretrained
 from jvitmoe.models import vit
-from jvitmoe.runs import checkpoints, files, metrics_log, results
+from jvitmoe.runs import metrics_log, results
 from jvitmoe.runtime.devices import make_mesh
 from jvitmoe.training import loop
 from jvitmoe.training.state import make_state
@@ -119,17 +122,23 @@ def test_a_signal_in_an_evaluation_ends_the_run_after_it_also_before_its_test(
     assert_same_run(workdir, whole)
 
 
-def test_a_checkpoint_of_a_version_with_other_dropout_masks_resumes_with_a_note(tmp_path):
-    experiment = write_experiment(tmp_path / "tiny.py", tiny(model={"dropout": 0.1}, train={"epochs": 1}))
-    arguments = train.main, f"--config={experiment}", f"--workdir={tmp_path / 'run'}"
-    note = "note: the version that saved this checkpoint drew other dropout masks"
-    assert call(*arguments)[0] == 0
-    assert note not in call(*arguments)[1]
-    path = saved(tmp_path / "run")[-1] / checkpoints.META
-    meta = json.loads(path.read_text())
-    del meta["checksum"], meta["dropout_bits"]
-    path.write_text(json.dumps(meta | {"checksum": files.checksum(meta)}))
-    assert note in call(*arguments)[1]
+def test_a_run_folder_reached_through_dots_and_links_trains_verifies_predicts_loads_and_starts_others(
+    experiment, tmp_path, monkeypatch
+):
+    (tmp_path / "here").mkdir()
+    (tmp_path / "deep" / "folder").mkdir(parents=True)
+    (tmp_path / "here" / "link").symlink_to(tmp_path / "deep" / "folder")
+    Image.new("L", (8, 8)).save(tmp_path / "black.png")
+    monkeypatch.chdir(tmp_path / "here")
+    started = train.main, f"--config={experiment}", "--config.train.epochs=1"
+    assert call(*started, "--workdir=../run")[::2] == (0, "")
+    assert call(evaluate.main, "--workdir=../run", "--verify")[::2] == (0, "")
+    assert call(predict.main, "--workdir=../run", "../black.png")[::2] == (0, "")
+    black = np.zeros((1, 8, 8, 1), np.uint8)
+    np.testing.assert_array_equal(jvitmoe.load("../run").logits(black), jvitmoe.load(tmp_path / "run").logits(black))
+    # `..` of a link is beside its target.
+    assert call(*started, "--workdir=link/../other", "--config.init.source=../run")[::2] == (0, "")
+    assert {"checkpoints", "metrics.jsonl"} <= {path.name for path in (tmp_path / "deep" / "other").iterdir()}
 
 
 def test_a_warm_up_longer_than_half_of_the_run_is_capped_with_a_line_and_resumes_to_the_same_bits(experiment, tmp_path):

@@ -47,10 +47,7 @@ def browse(data: DataConfig, model: ModelConfig) -> Dataset[Records]:
     Downloads a TFDS set into `data.dir` and prepares it there if it is absent. Raises DataError if the data are absent
     or damaged, or their size or number of classes is not the model's.
     """
-    kind = _kind(data)
-    others = [name + "NAME" * name.endswith(":") for name in SOURCES]
-    source = Tfds(data, model, others) if kind is Tfds else kind(data, model)
-    return source.browse()
+    return _kind(data)(data, model).browse()
 
 
 def _kind(data: DataConfig) -> type[Source]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from jvitmoe.data.images import MODES, DataError, Picture, is_image, visible
+from jvitmoe.data.images import DataError, Picture, is_image, visible
 from jvitmoe.data.splits import Dataset, Record, Records, Source, check_fit
 from jvitmoe.errors import one_line
 
@@ -23,24 +23,17 @@ class ImageFolder(Source):
         data, model = self.data, self.model
         if not data.dir:
             raise DataError("config.data.dir is ''; data.name=folder needs the folder: set --config.data.dir=...")
-        if model.channels not in MODES:
-            raise DataError(f"config.model.channels is {model.channels}; it must be 1, 3 or 4 for data.name=folder")
         root = Path(os.path.expanduser(data.dir))
-        # Unlike Path.is_dir, os.path.isdir raises for no name.
-        tests = [folder for name in TESTS if os.path.isdir(folder := root / name)]
-        labelled = [folder for folder in tests if _has_folders(folder)]  # ImageNet's `test` has no classes
-        roots = [root / "train", (labelled or tests or [root / TESTS[0]])[0]]
+        tests = (root / name for name in TESTS if _has_folders(root / name))  # ImageNet's `test` has no classes
+        roots = [root / "train", next(tests, root / TESTS[0])]
         for folder in roots:
-            if not os.path.isdir(folder):
+            if not os.path.isdir(folder):  # unlike Path.is_dir, it raises for no name
                 rule = "an image folder holds train/<class>/*.png and test/<class>/*.png"
                 raise DataError(f"{folder} is not a folder; {rule}: move them there, or set --config.data.dir=...")
         train, test = map(_class_files, roots)
-        lacks = []
-        for folder, absent in zip(roots, (sorted(test.keys() - train), sorted(train.keys() - test)), strict=True):
-            if absent:
-                lacks.append(f"{folder} lacks {', '.join(absent[:5])}{', …' * (len(absent) > 5)}")
-        if lacks:
-            raise DataError(f"{'; '.join(lacks)}; both must hold the same classes: add or remove their folders")
+        if odd := sorted(train.keys() ^ test.keys()):
+            of = f"{', '.join(odd[:5])}{', …' * (len(odd) > 5)}"
+            raise DataError(f"{of} is in one of {roots[0]} and {roots[1]} only; both must hold the same classes")
         check_fit(str(root), (model.image_size, model.image_size, model.channels), len(train), model)
         return Dataset(_records(train), _records(test), tuple(train))
 

@@ -13,7 +13,7 @@ from typing import Generic, TypeVar
 import numpy as np
 
 from jvitmoe.config import DataConfig, ModelConfig
-from jvitmoe.data.images import DataError, Picture, centre_crop, exact, random_crop
+from jvitmoe.data.images import MODES, DataError, Picture, centre_crop, exact, random_crop
 
 GROUP = 64  # records per thread task: one record per task costs more in overhead than in decoding
 Record = tuple[Picture, int]  # a picture and its label
@@ -91,6 +91,8 @@ def check_fit(name: str, shape_HWc: Sequence[int], classes: int, model: ModelCon
     """Raises DataError, with the settings to change, if images (SizeError) or classes of a set do not fit the model. A
     model of 0 classes, used for its features only, fits any number of classes."""
     height, width, channels = shape_HWc
+    if channels not in MODES:
+        raise DataError(f"images of {name} have {channels} channels (config.model.channels); they must have 1, 3 or 4")
     if tuple(shape_HWc) != (model.image_size, model.image_size, model.channels):
         wanted = f"{model.image_size}x{model.image_size}x{model.channels}"
         flags = [f"--config.model.image_size={height}"] * (height != model.image_size)

@@ -25,7 +25,6 @@ from jvitmoe.interop import config_files, hub, weight_names
 from jvitmoe.interop.weight_names import Dict
 from jvitmoe.models import layers, vit
 from jvitmoe.runs import files
-from jvitmoe.runs.arrays import flatten
 from jvitmoe.runs.checkpoints import Checkpoints
 from jvitmoe.runtime import devices
 
@@ -104,14 +103,14 @@ def read(
 
 def _read_run(path: Path, checkpoint: str, ema: bool) -> Source:
     # Each process reads it on its own: one that cannot raises an error, and must not leave others waiting.
-    saved = Checkpoints(path / files.CHECKPOINTS, shared=False).read(checkpoint)
+    saved = Checkpoints(path / files.CHECKPOINTS).read(checkpoint)
     config = config_lib.from_dict(saved.meta["config"])
     if not ema:
-        flat = weight_names.flatten(jax.device_get(merge.dense_tree(config, weight_names.unflatten(saved.params))))
+        flat = weight_names.flatten(jax.device_get(merge.dense_tree(config, saved.params)))
     elif saved.ema is None:
         raise UserError(f"{path} has no EMA; leave --ema out, or train with --config.train.ema=0.999")
     else:
-        flat = dict(saved.ema)
+        flat = weight_names.flatten(saved.ema)
     flat["positions"] = _table(config.model, flat)
     notes: tuple[str, ...] = ("averaged the experts",) if config.routing.experts > 1 else ()
     notes += ("folded LoRA and adapters into the MLP",) if config.trains_adapters_only else ()
@@ -219,7 +218,8 @@ def _read_ours(path: Path, arrays: weight_names.Arrays, about: dict[str, Any]) -
 
 def _shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Returns the shapes of the model's flat dense tree."""
-    return {name: leaf.shape for name, leaf in flatten(vit.shapes(vit.build(model))).items()}
+    leaves = jax.tree.leaves_with_path(vit.shapes(vit.build(model)))
+    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf.shape for path, leaf in leaves}
 
 
 def _checked_pixels(values: weight_names.ConfigValues, channels: int) -> Pixels:

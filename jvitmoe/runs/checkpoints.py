@@ -1,38 +1,55 @@
-"""Checkpoints of a run: listing, checking, choosing and reading them. `checkpoint_writer` writes them.
+"""Checkpoints of a run: Orbax writes and reads them, and a fingerprint tells whether they are sound.
 
-`checkpoints/<step>/` holds a folder of Zarr arrays per item, and `meta/metadata`, which is JSON. Orbax writes them, but
-does not read them: it fixes the kind of all checkpoints by the first folder that it finds, and each of its reads leaks
-memory (TensorStore's `Spec.to_json`, 2.9 kB per array). Nor does it notice a flipped byte: `meta` holds the CRC-32 of
-each leaf, and every read compares it.
+`checkpoints/<step>/` holds a folder of Zarr arrays for each field of the training state, and `meta/metadata`, which is
+JSON: config, validation NLL, versions, checksums of other files of the run folder, and the fingerprint of all arrays.
+Every read compares it, because Orbax does not notice a flipped bit. Each process writes and reads only its own parts of
+an array, so a state may be larger than the memory of a host.
 """
 
+import contextlib
 import json
 import math
+import os
 import re
+import shutil
+import time
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
+import orbax.checkpoint as ocp
 from jax.errors import JaxRuntimeError
 from jax.experimental import multihost_utils
 
-from jvitmoe.errors import one_line
-from jvitmoe.runs import arrays
-from jvitmoe.runs.arrays import Arrays, CheckpointError
-from jvitmoe.runs.files import checksum
-from jvitmoe.runtime import devices
+from jvitmoe import config as config_lib
+from jvitmoe.config import Config
+from jvitmoe.errors import UserError, one_line
+from jvitmoe.runs import files, fingerprint
+from jvitmoe.runtime import devices, processes
 from jvitmoe.settings import LARGEST
 
 META = Path("meta", "metadata")
-# Fields of the training state that are saved; the step is the name of the folder.
-ITEMS = ("params", "opt_state", "ema")
+DELETED, UNFINISHED = "deleted", ".orbax-checkpoint-tmp"  # in names of folders that are being deleted and written
 PACKAGES = ("jvitmoe", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorstore", "numpy")
-DROPOUT_BITS = 16  # random bits per entry (`models.layers.dropout`); checkpoints without this number had 32
-State = Any  # `training.state.TrainState`, a NamedTuple with `step` and the fields of ITEMS
+State = Any  # `training.state.TrainState`: a NamedTuple of `step` and trees of arrays, or None
 Meta = dict[str, Any]
+
+
+class CheckpointError(UserError):
+    """No requested checkpoint can be read, or one cannot be written; names the folder, the reason and the remedy."""
+
+
+class Saved(NamedTuple):
+    """A checkpoint as `Checkpoints.read` returns it: nested dicts of NumPy arrays; `ema` is None where none is kept."""
+
+    step: int
+    meta: Meta
+    params: Any
+    ema: Any
 
 
 def versions() -> dict[str, str]:
@@ -52,162 +69,337 @@ def list_steps(folder: Path) -> list[int]:
     return sorted(int(name) for name in names if re.fullmatch("0|[1-9][0-9]{0,9}", name) and int(name) <= LARGEST)
 
 
-def items(state: State) -> dict[str, Any]:
-    """Returns name -> tree of what a checkpoint holds, besides `meta`."""
-    return {name: tree for name in ITEMS if (tree := getattr(state, name)) is not None}
-
-
-class Saved(NamedTuple):
-    """A checkpoint as `Checkpoints.read` returns it, on the host; `ema` is None where none is kept."""
-
-    step: int
-    meta: Meta
-    params: Arrays
-    ema: Arrays | None
-
-
 class Checkpoints:
-    """The `checkpoints/` folder of a run, which this class only reads.
+    """The `checkpoints/` folder of a run, which this class only reads."""
 
-    Args:
-        directory: the folder.
-        shared: if all processes call the same methods, and agree on what they find; otherwise each is on its own.
-    """
-
-    def __init__(self, directory: Path, shared: bool = True) -> None:
-        self.directory, self._shared = directory.absolute(), shared
-        self._checked: dict[int, Meta | str] = {}  # by step: meta of a sound checkpoint, or the fault of a damaged one
+    def __init__(self, directory: Path) -> None:
+        self.directory = Path(os.path.realpath(directory))  # TensorStore takes no `..`
 
     def steps(self) -> list[int]:
-        """Returns the steps of all checkpoints, sound or not, ascending; the same in all processes. Raises
-        CheckpointError where the folder cannot be listed."""
-        steps = list_steps(self.directory)
-        if not self._shared:
-            return steps
-        count = int(multihost_utils.broadcast_one_to_all(np.int32(len(steps))))
-        listed = np.resize(np.array(steps, np.int32), count)
-        return np.asarray(multihost_utils.broadcast_one_to_all(listed)).tolist() if count else []
+        """Returns `list_steps` of the folder."""
+        return list_steps(self.directory)
 
-    def check(self, step: int) -> str | None:
-        """Returns what is wrong with a checkpoint, or None. Reads it whole and compares every value's checksum."""
-        if step not in self._checked:
-            self._read_and_check(step)
-        checked = self._checked[step]
-        return checked if isinstance(checked, str) else None
-
-    def find(self, which: str) -> int:
-        """Returns the step of "latest", "best" (least validation NLL) or a number. Raises CheckpointError.
-
-        Latest and best are the sound ones, with a warning for each damaged one. Chooses again if another process
-        deletes checkpoints meanwhile.
-        """
-        steps = self.steps()
-        if not steps:
-            raise CheckpointError(f"{self.directory} holds no checkpoint; train first")
-        if which in map(str, steps):
-            return int(which)
-        if which not in ("latest", "best"):
-            names = "latest" if self._best(steps) is None else "latest, best"
-            raise CheckpointError(f"checkpoint {which!r} does not exist; there are {names} and {steps}")
-        sound = (step for step in reversed(steps) if self.check(step) is None)
-        chosen = next(sound, None) if which == "latest" else self._best(steps)
-        passed_over = [step for step in reversed(steps) if which == "best" or chosen is None or step > chosen]
-        damaged = [step for step in passed_over if isinstance(self._checked.get(step), str)]
-        if deleted := set(damaged) - set(self.steps()):
-            for step in deleted:
-                del self._checked[step]
-            return self.find(which)
-        for step in damaged:
-            self._warn(step)
-        if len(damaged) == len(steps):
-            raise self._none_sound(steps)
-        if chosen is None:
-            raise CheckpointError("there is no best checkpoint without a validation split; set --checkpoint=latest")
-        return chosen
+    def check(self, step: int) -> Meta:
+        """Returns the meta of a checkpoint after reading all of it, an item at a time. Raises CheckpointError with what
+        is wrong."""
+        try:
+            meta = self._meta(step)
+            for name in _items(meta):
+                self._item(step, meta, name)
+        except Exception as error:  # damage raises errors of any type
+            raise CheckpointError(one_line(error)) from error
+        return meta
 
     def read(self, which: str) -> Saved:
-        """Returns the verified parameters, EMA and meta of the checkpoint that `find` chooses; chooses again if another
-        process deletes it meanwhile. Raises CheckpointError."""
-        step = self.find(which)
-        trees = self._read_and_check(step, ("params", "ema"))
-        if isinstance(meta := self._checked[step], dict):
-            return Saved(step, meta, trees["params"], trees.get("ema"))
-        del self._checked[step]
-        steps = self.steps()
-        if step not in steps and which != str(step):
+        """Returns the checkpoint "latest", "best" (least validation NLL) or of a step, without optimiser state.
+
+        Latest and best are the sound ones, with a warning for each damaged one that is passed over. Chooses again where
+        a run that trains deletes checkpoints meanwhile. Raises CheckpointError.
+        """
+        steps, faults = self.steps(), dict[int, str]()
+        if not steps:
+            raise CheckpointError(f"{self.directory} holds no checkpoint; train first")
+        if which not in ("latest", "best", *map(str, steps)):
+            raise CheckpointError(f"checkpoint {which!r} does not exist; it must be latest, best or one of {steps}")
+        newest_first = [int(which)] if which.isdigit() else steps[::-1]
+        found = None
+        for step in _rated(self._nlls(steps, faults)) if which == "best" else newest_first:
+            try:
+                meta = self._meta(step)
+                found = Saved(step, meta, self._item(step, meta, "params"), self._item(step, meta, "ema"))
+                break
+            except Exception as error:  # damage raises errors of any type
+                faults[step] = one_line(error)
+        if not which.isdigit() and faults.keys() - set(self.steps()):
             return self.read(which)
-        raise CheckpointError(
-            f"checkpoint {step} in {self.directory} cannot be read: {meta}; "
-            f"choose another with --checkpoint, there are {steps}"
-        )
+        if found is None and faults:
+            raise self._unreadable(faults)
+        if found is None:
+            raise CheckpointError("there is no best checkpoint without a validation split; set --checkpoint=latest")
+        _warn(faults)
+        return found
 
     def restore(self, abstract: State) -> tuple[State, Meta] | None:
         """Returns (state, meta) of the newest checkpoint that is sound, or None if there is no checkpoint at all.
 
-        Warns once for each newer checkpoint that was skipped, with the reason. Raises CheckpointError if there are
-        checkpoints and none is sound, so that a run never starts afresh by accident.
+        All processes must call it, and restore the same one. Warns of each newer checkpoint that was skipped, with the
+        reason. Raises CheckpointError if there are checkpoints and none is sound, so that a run never starts afresh by
+        accident.
 
         Args:
             abstract: shapes, dtypes and shardings to restore to, on any number of devices.
         """
-        wanted, steps = items(abstract), self.steps()
-
-        def placed(trees: dict[str, Arrays]) -> dict[str, Any]:
-            return {name: arrays.to_devices(trees.pop(name, {}), tree) for name, tree in wanted.items()}
-
-        for step in reversed(steps):
-            trees = self._read_and_check(step, wanted, placed)
-            if isinstance(meta := self._checked[step], dict):
-                number = devices.to_devices(np.array(step, np.int32), abstract.step.sharding)
-                return abstract._replace(step=number, **trees), meta
-            self._warn(step)
-        if steps:
-            raise self._none_sound(steps)
+        faults, step = dict[int, str](), LARGEST + 1
+        while (step := _of_first(max((s for s in self.steps() if s < step), default=-1))) >= 0:
+            try:
+                trees, meta = self._restore(step, _trees(abstract))
+            except ValueError as error:
+                faults[step] = str(error)
+                continue
+            _warn(faults)
+            return abstract._replace(
+                step=devices.to_devices(np.array(step, np.int32), abstract.step.sharding), **trees
+            ), meta
+        if faults:
+            raise self._unreadable(faults)
         return None
 
-    def _best(self, steps: Sequence[int]) -> int | None:
-        """Returns the step of least finite validation NLL among the sound ones that have one; of equals, the newest."""
-        metas: dict[int, Any] = {step: self._checked[step] for step in steps if self.check(step) is None}
-        rated = [step for step, meta in metas.items() if meta["nll"] is not None and math.isfinite(meta["nll"])]
-        return min(rated, key=lambda step: (metas[step]["nll"], -step), default=None)
-
-    def _read_and_check(
-        self, step: int, names: Iterable[str] | None = None, use: Callable[[dict[str, Arrays]], Any] = lambda x: x
-    ) -> Any:
-        """Reads items of a checkpoint (all by default), notes in `_checked` whether all processes find it sound, and
-        returns what `use` makes of the items."""
-        result: Any = {}
+    def _restore(self, step: int, wanted: Mapping[str, Any]) -> tuple[dict[str, Any], Meta]:
+        """Returns (item -> tree on the devices, meta). Raises ValueError, in all processes, where one finds damage."""
+        fault, trees, meta = "", dict[str, Any](), Meta()
         try:
-            trees, meta = self._read(step, names)
-            result, self._checked[step] = use(trees), meta
+            meta = self._meta(step)
+            if _items(meta) != sorted(wanted):
+                raise ValueError(f"it holds {', '.join(_items(meta))}, but the run has {', '.join(sorted(wanted))}")
+            trees = {name: _read(self.directory / str(step) / name, tree) for name, tree in wanted.items()}
         except JaxRuntimeError:  # of the devices, such as too little memory: no fault of the checkpoint
             raise
         except Exception as error:  # damage raises errors of any type
-            self._checked[step] = one_line(error)
-        if not self._shared:
-            return result
-        sound_P = multihost_utils.process_allgather(np.array(isinstance(self._checked[step], dict)))
-        if isinstance(self._checked[step], dict) and not sound_P.all():
-            self._checked[step] = f"process {int(np.argmin(sound_P))} cannot read it"
-        return result
+            fault = one_line(error)
+        failed_P = multihost_utils.process_allgather(np.array(bool(fault)))
+        if failed_P.any():
+            raise ValueError(fault or f"process {int(np.argmax(failed_P))} cannot read it")
+        for found in fingerprint.of_devices(trees):
+            _compare(meta["fingerprint"], found)
+        return trees, meta
 
-    def _read(self, step: int, names: Iterable[str] | None) -> tuple[dict[str, Arrays], Meta]:
-        """Returns (item -> arrays, meta), verified, of the items in `names` that the checkpoint has. Raises errors of
-        any type for a damaged one."""
-        folder = self.directory / str(step)
-        meta = json.loads((folder / META).read_bytes())
-        if meta.pop("checksum", None) != checksum(meta):
+    def _meta(self, step: int) -> Meta:
+        """Returns the JSON of a checkpoint. Raises errors of any type where it is damaged."""
+        meta = json.loads((self.directory / str(step) / META).read_bytes())
+        if "fingerprint" not in meta:
+            raise ValueError("it was written by another version of jvitmoe; train again")
+        if meta.pop("checksum", None) != files.checksum(meta):
             raise ValueError("its meta does not match its checksum")
         if meta["step"] != step:
             raise ValueError(f"it is the checkpoint of step {meta['step']}")
-        kept = meta["checksums"]
-        return {name: arrays.read(folder / name, kept[name]) for name in (names or kept) if name in kept}, meta
+        return meta
 
-    def _warn(self, step: int) -> None:
-        warnings.warn(f"checkpoint {step} skipped: {self._checked[step]}", RuntimeWarning, stacklevel=3)
+    def _item(self, step: int, meta: Meta, name: str) -> Any:
+        """Returns an item as nested dicts and lists of NumPy arrays; None if the checkpoint has no such item. Raises
+        errors of any type where it is damaged."""
+        if name not in _items(meta):
+            return None
+        tree = _read(self.directory / str(step) / name)
+        expected = {leaf: text for leaf, text in meta["fingerprint"].items() if leaf.startswith(f"{name}.")}
+        _compare(expected, fingerprint.of_host({name: tree}))
+        return tree
 
-    def _none_sound(self, steps: Sequence[int]) -> CheckpointError:
+    def _nlls(self, steps: Iterable[int], faults: dict[int, str]) -> dict[int, Any]:
+        """Returns step -> validation NLL; enters into `faults` what is wrong with checkpoints whose meta is damaged."""
+        nlls = {}
+        for step in steps:
+            try:
+                nlls[step] = self._meta(step)["nll"]
+            except Exception as error:  # damage raises errors of any type
+                faults[step] = one_line(error)
+        return nlls
+
+    def _unreadable(self, faults: Mapping[int, str]) -> CheckpointError:
         return CheckpointError(
-            f"none of the checkpoints {list(steps)} in {self.directory} can be read; "
-            "restore them from a copy, or move the folder away to start afresh"
+            f"none of the checkpoints {sorted(faults)} in {self.directory} can be read ({max(faults)}: "
+            f"{faults[max(faults)]}); restore them from a copy, choose another, or move the folder away to start afresh"
         )
+
+
+class CheckpointWriter(Checkpoints):
+    """The `checkpoints/` folder of a run that trains. All processes must call the same methods.
+
+    Orbax writes asynchronously and renames a checkpoint when it is complete, so a killed write leaves no folder named
+    by a step. Only then does it move older ones away, each at once, so a killed deletion leaves none either.
+
+    Args:
+        directory: made if absent.
+        keep: newest checkpoints kept, besides the one of least validation NLL.
+
+    Raises CheckpointError where the folder cannot be made or listed.
+    """
+
+    def __init__(self, directory: Path, keep: int) -> None:
+        super().__init__(directory)
+        self._kept_nlls: dict[int, Any] = {}
+        self._writing: int | None = None  # the step that is being written
+        policies = [ocp.checkpoint_managers.LatestN(keep), _Best(self._kept_nlls)]
+        options = ocp.CheckpointManagerOptions(
+            create=False,
+            cleanup_tmp_directories=True,
+            lightweight_initialize=True,  # reads no metrics: there are none
+            preservation_policy=ocp.checkpoint_managers.AnyPreservationPolicy(policies),
+            todelete_subdir=DELETED,
+            # With asynchronous creation, a full disk would be noticed only after minutes.
+            async_options=ocp.AsyncOptions(
+                create_directories_asynchronously=False, post_finalization_callback=self._flush
+            ),
+        )
+        # Plain Zarr: with Orbax's default, an OCDBT database, each save leaks three times as much memory.
+        arrays = ocp.PyTreeCheckpointHandler(use_ocdbt=False, use_compression=False)
+        registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
+        registry.add(None, ocp.args.PyTreeSave, arrays)
+        registry.add(None, ocp.args.JsonSave, ocp.JsonCheckpointHandler())
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            self._delete()
+            self._manager = _Manager(self.directory, options=options, handler_registry=registry)
+        except OSError as error:
+            raise CheckpointError(f"{self.directory} cannot be used: {one_line(error)}; make it readable") from error
+
+    def restore(self, abstract: State) -> tuple[State, Meta] | None:
+        """As `Checkpoints.restore`; then moves damaged checkpoints out of the folder: Orbax would not save over them,
+        and would count them as the newest."""
+        if (restored := super().restore(abstract)) is None:
+            return None
+        step, faults = restored[1]["step"], dict[int, str]()
+        self._kept_nlls |= self._nlls((s for s in self.steps() if s <= step), faults)
+        if processes.is_first():
+            for damaged in [s for s in self.steps() if s > step or s in faults]:
+                path = self.directory.parent / f"damaged-checkpoint-{damaged}-{time.time_ns()}"
+                with files.writing(path):
+                    (self.directory / str(damaged)).rename(path)
+        processes.barrier()
+        self._manager.reload()
+        return restored
+
+    def save(self, state: State, config: Config, nll: float | None, others: Mapping[str, str] | None = None) -> None:
+        """Starts to write the state; returns when its arrays may be donated. First waits for the previous write.
+
+        Args:
+            state: the whole training state.
+            config: the run's config, for commands that have only the folder.
+            nll: validation NLL, to choose the best checkpoint; None without a validation split.
+            others: name -> checksum of other files of the run folder at this step.
+
+        Raises CheckpointError when this write or the previous one fails, and when processes have unequal copies.
+        """
+        self._finish_write()
+        step, trees = int(state.step), _trees(state)
+        found, *elsewhere = fingerprint.of_devices(trees)
+        _check_copies(step, found, elsewhere)
+        meta = {"step": step, "config": config_lib.to_dict(config), "versions": versions(), "nll": nll}
+        meta |= {"files": dict(others or {}), "fingerprint": found}
+        meta["checksum"] = files.checksum(meta)
+        self._kept_nlls[step] = nll
+        parts = {name: ocp.args.PyTreeSave(tree) for name, tree in trees.items()}
+        try:
+            self._manager.save(step, args=ocp.args.Composite(meta=ocp.args.JsonSave(meta), **parts), force=True)
+        except Exception as error:  # OSError, or TensorStore's error for it
+            raise self._write_error(step, error) from error
+        self._writing = step
+
+    def close(self) -> None:
+        """Waits for the last write. Raises CheckpointError when it failed: Orbax reports that only here."""
+        try:
+            self._finish_write()
+        finally:
+            with contextlib.suppress(Exception):  # Orbax reports a failed write again
+                self._manager.close()
+
+    def _finish_write(self) -> None:
+        step, self._writing = self._writing, None
+        if step is not None:
+            try:
+                self._manager.wait_until_finished()
+                self._delete()
+            except Exception as error:
+                raise self._write_error(step, error) from error
+
+    def _write_error(self, step: int, error: BaseException) -> BaseException:
+        """Returns the error of a failed write, after deleting what the write left."""
+        for cause in (error, error.__cause__):
+            if isinstance(cause, JaxRuntimeError):  # of a device, or of a process that is lost
+                return cause
+        if processes.is_first():
+            for path in self.directory.glob(f"*{UNFINISHED}*"):
+                shutil.rmtree(path, ignore_errors=True)
+        return CheckpointError(
+            f"checkpoint {step} cannot be written to {self.directory}: {one_line(error)}; "
+            "older ones are as they were; make room or let the folder be written, and start again"
+        )
+
+    def _delete(self) -> None:
+        """Deletes the checkpoints that Orbax has moved away."""
+        if processes.is_first() and (self.directory / DELETED).exists():
+            shutil.rmtree(self.directory / DELETED)
+
+    def _flush(self) -> None:
+        """Returns once the disk holds the JSON files, before they are renamed with their folder: a power cut must not
+        take what replaces older checkpoints. TensorStore does so for arrays."""
+        for path in self.directory.glob(f"*{UNFINISHED}*/*/*"):
+            if path.is_file():
+                with path.open("rb") as file:
+                    os.fsync(file.fileno())
+
+
+class _Manager(ocp.CheckpointManager):
+    def reached_preemption(self, step: int) -> bool:
+        """Never: its thread would ask JAX about an older step, which undoes what `processes.stops_at` has asked."""
+        return False
+
+
+class _Best:
+    """The policy that keeps the checkpoint of least validation NLL. Orbax's `BestN` reads it from a file without a
+    checksum."""
+
+    def __init__(self, nlls: Mapping[int, Any]) -> None:
+        self._nlls = nlls
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: object) -> list[bool]:
+        steps = [info.step for info in checkpoints]
+        best = _rated({step: self._nlls.get(step) for step in steps})[:1]
+        return [step in best for step in steps]
+
+
+def _trees(state: State) -> dict[str, Any]:
+    """Returns name -> tree of what is saved. The step is the name of the folder."""
+    return {name: tree for name, tree in state._asdict().items() if name != "step" and tree is not None}
+
+
+def _items(meta: Meta) -> list[str]:
+    return sorted({leaf.partition(".")[0] for leaf in meta["fingerprint"]})
+
+
+def _rated(nlls: Mapping[int, Any]) -> list[int]:
+    """Returns the steps that have a finite NLL, the least first; of equals, the newest first."""
+    return sorted(
+        (step for step, nll in nlls.items() if nll is not None and math.isfinite(nll)),
+        key=lambda step: (nlls[step], -step),
+    )
+
+
+def _read(folder: Path, abstract: Any = None) -> Any:
+    """Returns one item with the structure, dtypes and shardings of `abstract`, or as nested dicts and lists of NumPy
+    arrays. Waits for no other process. Raises errors of any type where it is damaged."""
+    alone = ocp.options.MultiprocessingOptions(jax.process_index(), {jax.process_index()})
+    handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False, multiprocessing_options=alone)
+    with ocp.Checkpointer(handler, multiprocessing_options=alone) as reader:
+        if abstract is not None:
+            how = ocp.checkpoint_utils.construct_restore_args(abstract)
+        else:
+            how = jax.tree.map(lambda _: ocp.RestoreArgs(np.ndarray), reader.metadata(folder).item_metadata.tree)
+        return reader.restore(folder, args=ocp.args.PyTreeRestore(abstract, how))
+
+
+def _compare(expected: Mapping[str, str], found: Mapping[str, str]) -> None:
+    """Raises ValueError where an array does not have its fingerprint."""
+    if wrong := sorted(name for name in expected.keys() | found.keys() if found.get(name) != expected.get(name)):
+        raise ValueError(f"{wrong[0]} does not match its fingerprint ({len(wrong)} of {len(expected)} arrays)")
+
+
+def _check_copies(step: int, first: Mapping[str, str], others: Sequence[Mapping[str, str]]) -> None:
+    """Raises CheckpointError, in all processes, where the copies of an array in several processes differ."""
+    wrong = [(n, name) for n, found in enumerate(others, 1) for name in first if found[name] != first[name]]
+    if wrong:
+        error = CheckpointError(
+            f"{wrong[0][1]} of process {wrong[0][0]} is not equal to that of process 0 at step {step} "
+            f"({len(wrong)} of {len(first)} arrays differ); the memory or a device of one of them may be failing; "
+            "this checkpoint was not written; the same command, without that machine, goes on from the one before"
+        )
+        processes.all_raise(error)
+
+
+def _of_first(step: int) -> int:
+    """Returns the number of process 0, in all processes: what they see on a disk may differ."""
+    return int(multihost_utils.broadcast_one_to_all(np.int32(step)))
+
+
+def _warn(faults: Mapping[int, str]) -> None:
+    for step in sorted(faults, reverse=True):
+        warnings.warn(f"checkpoint {step} skipped: {faults[step]}", RuntimeWarning, stacklevel=3)

@@ -4,7 +4,7 @@ import contextlib
 import json
 import os
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -42,14 +42,18 @@ def refuse_links(workdir: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
+    """Writes a file as `write_bytes`; a name may hold bytes that are no UTF-8, which are escaped."""
+    write_bytes(path, text.encode("utf-8", errors="backslashreplace"))
+
+
+def write_bytes(path: Path, content: bytes) -> None:
     """Writes a file whole or not at all, even in a power cut. Raises UserError where it cannot be written."""
     unfinished = path.with_name(path.name + UNFINISHED)
     with writing(path):
         try:
             unfinished.unlink(missing_ok=True)
-            # "x" does not follow a link of this name; a class may be named by bytes that are no UTF-8.
-            with unfinished.open("x", encoding="utf-8", errors="backslashreplace") as file:
-                file.write(text)
+            with unfinished.open("xb") as file:  # "x" does not follow a link of this name
+                file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(unfinished, path)
@@ -78,22 +82,30 @@ def make_folder(path: Path) -> None:
 def read_classes(workdir: Path) -> tuple[str, ...]:
     """Returns the names of the classes; () if the run kept none. Raises UserError where the file is damaged."""
     remedy = "delete it, and classes are called by number"
-    return tuple(read_json(workdir / CLASSES, [str], "a list of names", remedy) or ())
+
+    def fits(names: Any) -> bool:
+        return isinstance(names, list) and names != [] and all(isinstance(name, str) for name in names)
+
+    return tuple(read_json(workdir / CLASSES, fits, "a list of names", remedy) or ())
 
 
 def read_images(workdir: Path) -> dict[str, int] | None:
     """Returns split -> number of images; None if the run kept none. Raises UserError where the file is damaged."""
     remedy = "delete it if the data are the same"
-    counts: dict[str, int] | None = read_json(workdir / IMAGES, {"*": int}, "the numbers of images", remedy)
+
+    def fits(counts: Any) -> bool:
+        return isinstance(counts, dict) and all(type(n) is int and 0 <= n < 2**63 for n in counts.values())
+
+    counts: dict[str, int] | None = read_json(workdir / IMAGES, fits, "the numbers of images", remedy)
     return counts
 
 
-def read_json(path: Path, form: Any, what: str, remedy: str) -> Any:
-    """Returns the value in a JSON file; None if there is none. Raises UserError where it cannot be read or lacks the
-    form: a type, [form of each entry] or {name: form}. A name with ? may be absent or null; * is every other name."""
+def read_json(path: Path, fits: Callable[[Any], bool], what: str, remedy: str) -> Any:
+    """Returns the value in a JSON file; None if there is none. Raises UserError where it cannot be read or is not
+    `what` the reader expects."""
     try:
-        value = json.loads(path.read_bytes())
-        _check_form(value, form, "the whole")
+        if not fits(value := json.loads(path.read_bytes())):
+            raise ValueError("other values")
     except FileNotFoundError:
         return None
     except OSError as error:
@@ -101,23 +113,3 @@ def read_json(path: Path, form: Any, what: str, remedy: str) -> Any:
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not {what}: {one_line(error)}; {remedy}") from error
     return value
-
-
-def _check_form(value: Any, form: Any, name: str) -> None:
-    """Raises ValueError with the part of a JSON value that does not have the form."""
-    if isinstance(form, type):
-        types, number = (float, int) if form is float else (form,), isinstance(value, int)
-        fits, expected = type(value) in types and not (number and abs(value) >= 2**63), form.__name__
-    else:
-        fits, expected = isinstance(value, type(form)) and value != [], f"{type(form).__name__} with entries"
-    if not fits:
-        raise ValueError(f"{name} is {type(value).__name__}, not {expected}")
-    if isinstance(form, list):
-        for entry in value:
-            _check_form(entry, form[0], f"an entry of {name}")
-    elif isinstance(form, dict):
-        for key in {key.rstrip("?") for key in form} - {"*"}:
-            if key in form or value.get(key) is not None:
-                _check_form(value.get(key), form.get(key, form.get(f"{key}?")), key)
-        for key in (value.keys() - {key.rstrip("?") for key in form}) if "*" in form else ():
-            _check_form(value[key], form["*"], key)

@@ -14,6 +14,7 @@ from jvitmoe.config import Config
 from jvitmoe.data import datasets
 from jvitmoe.errors import UserError, one_line
 from jvitmoe.runs import files, results, tables
+from jvitmoe.runs.console import console
 
 
 class TestedRun(NamedTuple):
@@ -29,6 +30,8 @@ Groups = dict[str, list[TestedRun]]
 
 def read_run(folder: Path) -> TestedRun:
     """Returns a run that was tested. Raises UserError where the folder holds none."""
+    if not os.path.exists(folder):  # unlike Path.exists, it raises for no name
+        raise UserError(f"{str(folder)!r} is no folder; give a folder whose training has ended")
     result = results.read_result(folder)
     if not result:
         raise UserError(f"{str(folder)!r} holds no {files.RESULT}; give a folder whose training has ended")
@@ -48,22 +51,32 @@ def read_config(folder: Path) -> Config:
 
 
 def group_runs(runs: Sequence[TestedRun], named: Groups | None = None) -> Groups:
-    """Returns `named` and the groups of `runs` that differ only in their seed. The name of a group is what the
-    names of its folders share. Raises UserError as `check_group` does, and for two groups of one name."""
-    groups, by_config = dict(named or {}), Groups()
+    """Returns `named` and the groups of `runs` that differ only in their seed. The name of a group is what the names of
+    its folders share, with a number if it is taken. A run that may not be averaged with its group, such as another try
+    of a seed, begins a group of its own, and a line says so."""
+    by_config: dict[str, list[list[TestedRun]]] = {}
     for run in runs:
-        by_config.setdefault(_key(run, ("train.seed",)), []).append(run)
-    for group in by_config.values():
-        add_group(groups, _shared_name([run.folder.resolve().name for run in group]), group)
+        tries = by_config.setdefault(_key(run, ("train.seed",)), [])
+        for group in tries:
+            if not (faults := [(other, fault) for other in group for fault in _faults(other, run)]):
+                group.append(run)
+                break
+        else:
+            if tries:
+                console.print(f"apart       {faults[0][0].folder} and {run.folder} {faults[0][1]}")
+            tries.append([run])
+    groups = dict(named or {})
+    for group in itertools.chain.from_iterable(by_config.values()):
+        name = _shared_name([run.folder.resolve().name for run in group])
+        numbers = (f"{name} ({n})" for n in itertools.count(2))
+        add_group(groups, name if name not in groups else next(n for n in numbers if n not in groups), group)
     return groups
 
 
 def add_group(groups: Groups, name: str, group: list[TestedRun]) -> None:
+    """Adds a group. Raises UserError as `check_group` does, and for a name that is taken."""
     if name in groups:
-        raise UserError(
-            f"two groups are called {name!r}, those of {groups[name][0].folder} and {group[0].folder}; "
-            f"give one another name, such as other={','.join(str(run.folder) for run in group)}"
-        )
+        raise UserError(f"two groups are called {name!r}; give one another name")
     groups[name] = check_group(name, group)
 
 
@@ -100,16 +113,6 @@ def in_order(groups: Groups) -> Groups:
     keys = list(matched.values())
     names = sorted(groups, key=lambda name: (keys.index(matched[name]), groups[name][0].config.routing.experts > 1))
     return {name: groups[name] for name in names}
-
-
-def families(groups: Groups) -> list[dict[str, list[Path]]]:
-    """Returns {name: folders} of the groups of each kind of routing, in order."""
-
-    def kind(item: tuple[str, list[TestedRun]]) -> str:
-        return item[1][0].config.routing.kind
-
-    every = itertools.groupby(groups.items(), kind)
-    return [{name: [run.folder for run in group] for name, group in items} for _, items in every]
 
 
 def group_rows(name: str, group: Sequence[TestedRun]) -> list[dict[str, str]]:
@@ -208,3 +211,11 @@ def opening(groups: Groups) -> str:
     seeds = sorted({len(group) for group in groups.values()})
     made_with = results.made_with([run.result for group in groups.values() for run in group])
     return f"{made_with} n (seeds of a run): {' or '.join(map(str, seeds))}; ± is the sample deviation."
+
+
+def setting_rows(groups: Groups) -> list[dict[str, str]]:
+    """Returns a row of text cells per group: the settings in which groups differ."""
+    configs = {name: record(group)["config"] for name, group in groups.items()}
+    fields = next(iter(configs.values()))
+    changed = [field for field in fields if len({str(config[field]) for config in configs.values()}) > 1]
+    return [{"run": name, **{field: str(config[field]) for field in changed}} for name, config in configs.items()]

@@ -10,10 +10,12 @@ import numpy as np
 from jvitmoe.errors import UserError
 from jvitmoe.runs.files import CLASSES, IMAGES, METRICS, crc32
 
+MOST = 1e300  # a larger figure is damage
+
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """Returns the lines of the file, each step and kind once, without damaged lines; [] if there is no file. Raises
-    UserError where it cannot be read."""
+    UserError where it cannot be read. A line has a step, a kind, and figures that are finite or null."""
     lines: dict[tuple[int, str], dict[str, Any]] = {}
     try:
         texts = path.read_text(errors="replace").split("\n")
@@ -25,16 +27,17 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         try:
             line = json.loads(text)
             step, kind = line["step"], line["kind"]
-        except (ValueError, TypeError, KeyError, RecursionError):
+            figures = [value for name, value in line.items() if name != "kind" and value is not None]
+            if type(step) is int and isinstance(kind, str) and all(-MOST <= value <= MOST for value in figures):
+                lines.setdefault((step, kind), line)
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
             continue
-        if type(step) is int and isinstance(kind, str):
-            lines.setdefault((step, kind), line)
     return list(lines.values())
 
 
-def averaged(runs: Sequence[Mapping[int, float | None]], most: int) -> tuple[list[int], np.ndarray]:
+def averaged(runs: Sequence[Mapping[int, float]], most: int) -> tuple[list[int], np.ndarray]:
     """Returns (steps, values [runs, steps]) of at most `most` averages over the steps that all runs have. Each is named
-    by its last step; one with a null is NaN."""
+    by its last step."""
     steps = sorted(set.intersection(*map(set, runs)))
     if not steps:
         return [], np.empty((len(runs), 0))

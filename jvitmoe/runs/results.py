@@ -11,15 +11,6 @@ from jvitmoe.runs.console import console
 from jvitmoe.runs.files import CONFUSION, MERGEABILITY, RESULT, checksum, read_classes, read_json, write_text
 from jvitmoe.runs.tables import markdown, quantity, show
 
-RESULT_FORM = {  # as `read_json` takes it
-    "rows": [{"model": str, "accuracy": float, "confusion?": [[int]], "*": float}],
-    **{"data": str, "step": int, "seed": int},
-    **{"active_parameters": int, "total_parameters": int, "hardware": str},
-    **{"images_per_second?": float, "trained_on?": str},
-    **{"trained_with?": {"*": str}, "versions?": {"*": str}},
-    "mergeability?": {"barrier": {"height": float}, "gap": [float]},
-    "probes?": [{"probe": str, "model": str, "data": str, "accuracy": float, "*": float}],
-}
 LEGEND = (
     "Spread: how far experts are from their mean, relative to it. Cosine: of two experts' weights, mean of pairs. "
     "Closest pair: largest cosine of two experts' differences from the mean, which average to about -1 / (E - 1). "
@@ -29,23 +20,26 @@ PROBES = (
     "n-shot: ridge regression on n training images per class, mean ± sample deviation over three draws of them. "
     "k-nn: weighted vote of the k nearest training images. Both see only the features, the input of the head."
 )
-METRIC_FORMATS = {
-    "accuracy": ".2%",
-    "top5": ".2%",
-    "nll": ".4f",
-    "ece": ".4f",
-}  # of a row of a model, and how they are shown
+# Of a row of a model, and how they are shown.
+METRIC_FORMATS = {"accuracy": ".2%", "top5": ".2%", "nll": ".4f", "ece": ".4f"}
 LAYER_COLUMNS = {"spread": "spread", "cosine": "cosine", "closest pair": "difference_cosine", "layer gap": "gap"}
 
 
 def read_result(workdir: Path) -> dict[str, Any]:
-    """Returns the run's result.json; {} if there is none. Raises UserError where it is damaged."""
-    path, remedy = workdir / RESULT, "delete it and run jvitmoe.evaluate"
-    result = read_json(path, RESULT_FORM, "a result", remedy) or {}
+    """Returns the run's result.json; {} if there is none. Raises UserError where it is not as it was written."""
+    remedy = "delete it and run jvitmoe.evaluate"
+    return read_json(workdir / RESULT, _is_whole, "a result that matches its checksum", remedy) or {}
+
+
+def _is_whole(result: Any) -> bool:
+    rest = {name: value for name, value in result.items() if name != "checksum"} if isinstance(result, dict) else {}
+    return bool(rest) and result.get("checksum") == checksum(rest)
+
+
+def save_result(workdir: Path, result: Mapping[str, Any]) -> None:
+    """Writes result.json, with the checksum that `read_result` compares."""
     rest = {name: value for name, value in result.items() if name != "checksum"}
-    if result.get("checksum") not in (None, checksum(rest)):
-        raise UserError(f"{path} does not match its checksum; {remedy}")
-    return result
+    write_text(workdir / RESULT, json.dumps({**rest, "checksum": checksum(rest)}, indent=2) + "\n")
 
 
 def of_step(workdir: Path, step: int) -> dict[str, Any]:
@@ -175,4 +169,4 @@ def write_result(workdir: Path, result: Mapping[str, Any], confusion_drawn: bool
             table = markdown(class_rows(confusion, class_names(workdir, len(confusion))))
             text += f"\n## Classes, {row['model']}\n\n{picture}{table}"
     write_text(workdir / "report.md", text)
-    write_text(workdir / RESULT, json.dumps({**result, "checksum": checksum(result)}, indent=2) + "\n")
+    save_result(workdir, result)

@@ -1,4 +1,4 @@
-"""Which files of a run folder are sound. Checkpoints hold the checksums of their arrays and of the other files."""
+"""Which files of a run folder are sound. A checkpoint holds fingerprints of arrays and checksums of other files."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -11,7 +11,7 @@ from jvitmoe.errors import UserError
 from jvitmoe.runs import files, history, results
 from jvitmoe.runs.checkpoints import Checkpoints
 
-UNKNOWN = "sound (no checksum)"  # version 0.1.0 wrote no checksums of these files
+SOUND = "sound"
 
 
 def verify(workdir: Path) -> Iterator[tuple[str, bool, str]]:
@@ -19,49 +19,47 @@ def verify(workdir: Path) -> Iterator[tuple[str, bool, str]]:
 
     Covers the checkpoints and the files that other commands read; `tb/`, `report.md` and the pictures repeat them.
     """
-    checkpoints = Checkpoints(workdir / files.CHECKPOINTS, shared=False)
-    faults = {step: checkpoints.check(step) for step in checkpoints.steps()}
-    if not faults:
+    checkpoints = Checkpoints(workdir / files.CHECKPOINTS)
+    steps, meta = checkpoints.steps(), dict[str, Any](step=0)  # meta of the newest sound one
+    if not steps:
         yield files.CHECKPOINTS, False, "there is none"
-    for step, fault in faults.items():
-        yield f"checkpoint {step}", not fault, fault or "sound"
-    sound = [step for step, fault in faults.items() if not fault]
-    meta: dict[str, Any] = checkpoints.read(str(sound[-1])).meta if sound else {"step": 0}
-    checks: dict[str, Callable[[], str]] = {
-        files.CONFIG: lambda: _config(workdir / files.CONFIG, meta),
-        **{name: lambda name=name: _file(workdir, name, meta) for name in READERS},  # type: ignore[misc]
-        files.RESULT: lambda: "sound" if "checksum" in results.read_result(workdir) else UNKNOWN,
-    }
-    for name, check in checks.items():
+    for step in steps:
+        finding = _finding(lambda step=step: meta.update(checkpoints.check(step)))  # type: ignore[misc]
+        yield f"checkpoint {step}", finding == SOUND, finding
+    for name, check in CHECKS.items():
         if (workdir / name).exists() or name in (files.CONFIG, files.METRICS, *meta.get("files", ())):
-            try:
-                yield name, True, check()
-            except (UserError, OSError) as error:
-                yield name, False, str(error)
+            finding = _finding(lambda name=name, check=check: _file(workdir, name, check, meta))  # type: ignore[misc]
+            yield name, finding == SOUND, finding
 
 
-def _config(path: Path, meta: dict[str, Any]) -> str:
+def _finding(check: Callable[[], object]) -> str:
     try:
-        config = config_lib.loads(path.read_text(), path.name).validate()
+        check()
+    except (UserError, OSError) as error:
+        return str(error)
+    return SOUND
+
+
+def _file(workdir: Path, name: str, check: Callable[[Path, dict[str, Any]], object], meta: dict[str, Any]) -> None:
+    if not (workdir / name).exists():
+        raise UserError("it is missing; restore it from a copy")
+    check(workdir, meta)
+    expected = meta.get("files", {}).get(name)
+    if expected and history.checksums(workdir, meta["step"])[name] != expected:
+        raise UserError(f"it does not match its checksum in checkpoint {meta['step']}; restore it from a copy")
+
+
+def _config(workdir: Path, meta: dict[str, Any]) -> None:
+    try:
+        config = config_lib.loads((workdir / files.CONFIG).read_text(), files.CONFIG).validate()
     except ValueError as error:  # not UTF-8
         raise UserError(f"it is not the config of a run: {error}") from error
     saved = config_lib.from_dict(meta["config"]) if "config" in meta else config
     if changed := datasets.differences(saved, config):
         raise UserError(f"{', '.join(changed)} differ from checkpoint {meta['step']}; restore it from a copy")
-    return "sound"
 
 
-def _file(workdir: Path, name: str, meta: dict[str, Any]) -> str:
-    if not (workdir / name).exists():
-        raise UserError("it is missing; restore it from a copy")
-    READERS[name](workdir)
-    expected = meta.get("files", {}).get(name)
-    if expected and history.checksums(workdir, meta["step"])[name] != expected:
-        raise UserError(f"it does not match its checksum in checkpoint {meta['step']}; restore it from a copy")
-    return "sound" if expected else UNKNOWN
-
-
-def _metrics(workdir: Path) -> None:
+def _metrics(workdir: Path, meta: dict[str, Any]) -> None:
     try:
         lines = [json.loads(text) for text in (workdir / files.METRICS).read_text().splitlines()]
         steps, keys = [line["step"] for line in lines], {(line["step"], line["kind"]) for line in lines}
@@ -73,8 +71,10 @@ def _metrics(workdir: Path) -> None:
         raise UserError(f"a line is damaged ({type(error).__name__}); resuming the training drops that line") from error
 
 
-READERS: dict[str, Callable[[Path], object]] = {
+CHECKS: dict[str, Callable[[Path, dict[str, Any]], object]] = {
+    files.CONFIG: _config,
     files.METRICS: _metrics,
-    files.CLASSES: files.read_classes,
-    files.IMAGES: files.read_images,
+    files.CLASSES: lambda workdir, _: files.read_classes(workdir),
+    files.IMAGES: lambda workdir, _: files.read_images(workdir),
+    files.RESULT: lambda workdir, _: results.read_result(workdir),
 }

@@ -1,140 +1,85 @@
-"""Several processes as one run, through `jax.distributed`: joining, agreeing, and ending without leaving one waiting.
+"""Several processes as one run, through `jax.distributed`: joining, agreeing, and ending together.
 
-Every process runs the same program on the same batches. Only process 0 prints and writes files.
+Every process runs the same program on the same batches. Only process 0 prints and writes files. If one is lost, JAX
+ends the others; a launcher starts all of them again, and the run goes on from its last checkpoint.
 """
 
 import contextlib
+import hashlib
+import json
 import os
 import re
 import socket
 import sys
 import threading
 import traceback
-import zlib
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, TypeVar
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
 
 import jax
 import numpy as np
 from absl import flags
-from jax._src import clusters  # finding the launcher and
-from jax._src import distributed as internals  # the coordinator's key-value store have no public name
 from jax.experimental import multihost_utils
 
 from jvitmoe.errors import UserError, one_line
-from jvitmoe.runtime import devices, rendezvous
-from jvitmoe.runtime.heartbeat import DETECTION_SECONDS, Heartbeat, leave
+from jvitmoe.runtime import devices
 
 T = TypeVar("T")
-_heartbeats: list[Heartbeat] = []  # one, after several processes have joined
-
-# Seconds without a heartbeat of JAX until JAX ends all processes. It sends one every half of this, so half may have
-# passed when a process is lost; the rest must be longer than DETECTION_SECONDS, because JAX does not name it.
-HEARTBEAT_SECONDS = int(2 * DETECTION_SECONDS + 8)
-SHUTDOWN_SECONDS = 15
-GRACE_SECONDS = 5  # for JAX to connect processes that are all present
-START_SECONDS = 300  # for all devices to start and meet: CUDA's libraries may come from a cold network disk
+LOST_SECONDS = 20  # without a heartbeat of a process, after which JAX ends all others
+SHUTDOWN_SECONDS = 15  # for which a process that has ended waits for the others
 
 
-def join(values: flags.FlagValues, versions: Callable[[], Mapping[str, str]]) -> None:
-    """Joins the other processes if the flags say so. Raises UserError.
-
-    Args:
-        values: the command's flags.
-        versions: returns package -> version; these and the sources of jvitmoe must be equal in all processes.
-    """
-    by_hand = bool(values.coordinator)
-    if not by_hand and not values.distributed:
-        if values.processes != 1 or values.process != 0:
-            name = "processes" if values.processes != 1 else "process"
-            raise UserError(f"--{name} is {values[name].value} without --coordinator; give --coordinator=HOST:PORT")
+def join(values: flags.FlagValues) -> None:
+    """Joins the other processes if the flags of `jvitmoe.train` say so. Raises UserError."""
+    address, given = values.coordinator, f"--processes={values.processes} --process={values.process}"
+    if not address and not values.distributed:
+        if (values.processes, values.process) != (1, 0):
+            raise UserError(f"{given} needs --coordinator=HOST:PORT")
         return
-    if values.join_seconds < 1:
-        raise UserError(f"--join_seconds is {values.join_seconds}; it must be at least 1")
-    if by_hand:
-        _check(values)
-    where = f"--coordinator={values.coordinator}" if by_hand else "what --distributed found"
-    seconds = values.join_seconds + rendezvous.LINGER + GRACE_SECONDS
-    code = {**versions(), **rendezvous.source_hashes()}
-    late = f"error: this process cannot join at {where} within {seconds:g} s; check that all hosts reach each other\n"
-    slow = f"error: the devices of all processes have not started within {START_SECONDS} s; check their drivers\n"
-    try:
-        by_flags = values.coordinator, values.processes, values.process, None
-        with _leaves_after(seconds, late):  # JAX would abort or wait for ever
-            address, count, process, device_ids = by_flags if by_hand else _detect(values.join_seconds)
-            rendezvous.meet(address, process, count, code, values.join_seconds)
-            jax.distributed.initialize(
-                coordinator_address=address,
-                num_processes=count,
-                process_id=process,
-                local_device_ids=device_ids,
-                cluster_detection_method="deactivate",
-                initialization_timeout=int(10 * seconds),  # the timer ends it earlier
-                heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
-                shutdown_timeout_seconds=SHUTDOWN_SECONDS,
-            )
-        with _leaves_after(START_SECONDS, slow):
-            devices.start()
-        if jax.process_count() > 1:
-            client = internals.global_state.client
-            _heartbeats.append(Heartbeat(client, address, jax.process_index(), jax.process_count()))
-    except (ValueError, RuntimeError) as error:
-        raise UserError(
-            f"cannot join at {where}: {str(error)[:200]}; check --coordinator, or start it in a job"
-        ) from error
-
-
-@contextlib.contextmanager
-def _leaves_after(seconds: float, line: str) -> Iterator[None]:
-    """Ends the process with this line on standard error, and code 2, unless the block ends in time."""
-    timer = threading.Timer(seconds, leave, (line, 2))
+    where: dict[str, Any] = {"local_device_ids": []} if _is_alone_on_node() else {}
+    if address:
+        where = {"coordinator_address": address, "num_processes": values.processes, "process_id": values.process}
+        where["cluster_detection_method"] = "deactivate"
+    cannot = f"cannot join by {f'--coordinator={address} {given}' if address else '--distributed'}"
+    late = f"error: {cannot}: after {values.join_seconds} s (--join_seconds) not all processes have reached process 0\n"
+    timer = threading.Timer(values.join_seconds, leave, (late, 2))  # JAX itself would abort
     timer.daemon = True
     timer.start()
     try:
-        yield
+        if address and values.process == 0:  # JAX crashes if the port is taken
+            bound = os.environ.get("JAX_COORDINATOR_BIND_ADDRESS", address)
+            socket.create_server(("", int(bound.rpartition(":")[2]))).close()
+        jax.distributed.initialize(
+            **where,
+            initialization_timeout=2 * abs(values.join_seconds) + 60,  # the timer ends it earlier
+            heartbeat_timeout_seconds=LOST_SECONDS,
+            shutdown_timeout_seconds=SHUTDOWN_SECONDS,
+        )
+    except Exception as error:  # JAX and the ways to find a cluster raise many kinds
+        remedy = "give a free port, a number for each process, or start it in a job of Slurm, Open MPI or Kubernetes"
+        raise UserError(f"{cannot}: {one_line(error)}; {remedy}") from error
     finally:
         timer.cancel()
-
-
-def _check(values: flags.FlagValues) -> None:
-    """Raises UserError unless --process and --coordinator are possible."""
-    if values.processes < 1:
-        raise UserError(f"--processes is {values.processes}; it must be at least 1")
-    if not 0 <= values.process < values.processes:
-        raise UserError(f"--process is {values.process}; it must be from 0 to {values.processes - 1}, by --processes")
-    address = values.coordinator
-    host, colon, port = address.rpartition(":")
-    if not colon or not port.isdigit() or not 0 < int(port) < 65536:
-        raise UserError(f"--coordinator is {address!r}; it must be HOST:PORT, such as node0:1234")
-    try:
-        socket.getaddrinfo(host.strip("[]"), int(port))
-    except OSError as error:
-        raise UserError(f"--coordinator is {address!r}; its host is not known here: {error}") from error
-
-
-def _detect(seconds: int) -> tuple[str, int, int, list[int] | None]:
-    """Returns (coordinator's address, number of processes, index of this one, its local devices) from Slurm, Open MPI
-    or Kubernetes. Raises ValueError if none of them started this process."""
-    listed = os.environ.get("JAX_LOCAL_DEVICE_IDS")
-    wanted = [int(number) for number in listed.split(",")] if listed else None
-    address, count, process, device_ids = clusters.ClusterEnv.auto_detect_unset_distributed_params(
-        os.environ.get("JAX_COORDINATOR_ADDRESS"), None, None, wanted, None, seconds
-    )
-    if address is None or count is None or process is None:
-        raise ValueError("no Slurm, Open MPI or Kubernetes started this process")
-    if device_ids is None or (wanted is None and _is_alone_on_node()):
-        return address, count, process, None  # all devices; JAX would take the first only
-    return address, count, process, list(device_ids)
+    devices.start()
+    if not is_single():
+        text = f"if another process is lost, JAX ends this one within {LOST_SECONDS} s; start all again to go on"
+        sys.stderr.write(f"note: {_name(jax.process_index())}: {text}\n")
 
 
 def _is_alone_on_node() -> bool:
-    """True if Slurm or Open MPI started one process on each node."""
+    """True if Slurm or Open MPI started one process per node. It uses all GPUs; JAX would take only the first."""
     per_node = os.environ.get("SLURM_STEP_TASKS_PER_NODE", "")  # 4(x2),3: two nodes of four tasks, one of three
-    return bool(re.fullmatch(r"1(\(x\d+\))?", per_node)) or os.environ.get("OMPI_COMM_WORLD_LOCAL_SIZE") == "1"
+    alone = re.fullmatch(r"1(\(x\d+\))?", per_node) or os.environ.get("OMPI_COMM_WORLD_LOCAL_SIZE") == "1"
+    return bool(alone) and "JAX_LOCAL_DEVICE_IDS" not in os.environ
+
+
+def _name(process: int) -> str:
+    return f"process {process} of {jax.process_count()}"
 
 
 def is_single() -> bool:
-    """True if this process is the only one."""
+    """True if this process is the only one, or has left the others."""
     return not jax.distributed.is_initialized() or jax.process_count() == 1
 
 
@@ -154,15 +99,11 @@ def of_first(value: bool) -> bool:
     return value if is_single() else bool(multihost_utils.broadcast_one_to_all(np.array(value)))
 
 
-def together(work: Callable[[], T], what: str = "") -> T:
-    """Returns the result of `work` when all processes have done it. If one raises UserError, all end.
+def together(work: Callable[[], T]) -> T:
+    """Returns the result of `work` when all processes have done it. If it raises UserError in one, all raise.
 
-    A failed process raises its own error, the others end silently. It is a barrier too: the others see the files that
-    process 0 wrote before it. `work` must not wait for other processes unless all fail alike.
-
-    Args:
-        work: done by every process.
-        what: must be equal in all of them, such as the config; otherwise raises UserError.
+    It is a barrier too: the others see the files that process 0 wrote before it. `work` must not wait for other
+    processes unless all fail alike.
     """
     if is_single():
         return work()
@@ -171,16 +112,20 @@ def together(work: Callable[[], T], what: str = "") -> T:
         result = work()
     except UserError as raised:
         error = raised
-    mine = np.array([zlib.crc32(str(error).encode()) or 1 if error else 0, zlib.crc32(what.encode())], np.uint32)
-    errors, whats = multihost_utils.process_allgather(mine).T  # hashes, one per process
-    if error is None and errors.any():
-        leave("", 2)
-    if error is None and (whats != whats[0]).any():
-        error = UserError("processes were given different settings; start them all with the same flags")
-    if error:
-        error.everywhere, error.known = bool((errors == mine[0]).all()), True
-        raise error
+    if (failed := np.flatnonzero(multihost_utils.process_allgather(np.array(error is not None)))).size:
+        other = UserError(f"{_name(failed[0])} has failed; its own line says why")
+        jax.distributed.shutdown()  # waits for the others; from here on each is on its own
+        raise error or other
     return result  # type: ignore[return-value]
+
+
+def all_raise(error: UserError) -> None:
+    """Raises an error that all processes have found, in all of them."""
+
+    def fail() -> None:
+        raise error
+
+    together(fail)
 
 
 def one_first(work: Callable[[], T]) -> T:
@@ -189,47 +134,50 @@ def one_first(work: Callable[[], T]) -> T:
     return together(lambda: result if is_first() else work())  # type: ignore[return-value]
 
 
-def stops_at(step: int) -> bool:
-    """True, in all processes, if SIGTERM to one of them ends the run with this step.
+def agree(facts: Mapping[str, object]) -> None:
+    """Raises UserError, in all processes, if a fact of one, such as a setting, is not that of process 0."""
+    mine = {name: str(value) for name, value in facts.items()}
+    text_N = np.frombuffer(json.dumps(mine).encode(), np.uint8)
+    size = int(multihost_utils.broadcast_one_to_all(np.array(text_N.size)))
+    first = json.loads(multihost_utils.broadcast_one_to_all(np.resize(text_N, size)).tobytes())
 
-    All must ask after every step. JAX's coordinator chooses a step that none has passed.
-    """
-    return not is_single() and multihost_utils.reached_preemption_sync_point(step)
+    def compare() -> None:
+        differ = [name for name in mine | first if mine.get(name) != first.get(name)]
+        if differ:
+            shown = ", ".join(f"{name} is {mine.get(name)} and not {first.get(name)}" for name in differ[:3])
+            more = f" and {len(differ) - 3} more" if len(differ) > 3 else ""
+            raise UserError(f"{_name(jax.process_index())} differs from process 0: {shown}{more}; start all alike")
+
+    together(compare)
+
+
+def source_hash() -> str:
+    """Returns a hash of the source files of this package."""
+    files = sorted(Path(__file__).parents[1].rglob("*.py"))
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:12]
 
 
 def guard(main: Callable[[], Any]) -> None:
-    """Runs `main`. With several processes, one that fails tells the others and ends, so that none waits for it.
+    """Runs `main`. One of several processes that fails by itself ends at once; the others end as after any loss.
 
-    Without this, a failed process would wait for the others to shut down, and they for its part of a sum. A process
-    whose collective fails because another is lost ends when it can name that one.
+    Python's own exit would wait for the others, which may wait for this one.
     """
     try:
         main()
         barrier()  # a process that ends long before process 0 has written would count as lost
-        _stop_heartbeat()
     except BaseException as error:
-        if is_single():
+        if is_single() or isinstance(error, SystemExit):  # after a signal all end together
             raise
-        code: Any = error.code if isinstance(error, SystemExit) else 2 if isinstance(error, UserError) else 1
-        if code in (0, None) or (isinstance(error, SystemExit) and code > 128):  # all stop together: a clean end
-            _stop_heartbeat()
-            raise
-        if isinstance(error, jax.errors.JaxRuntimeError):
-            sys.stderr.write(f"{one_line(error)}\n")
-            sys.stderr.flush()
-            for heartbeat in _heartbeats:
-                heartbeat.announce_unless_lost(one_line(error))
-        elif not (isinstance(error, UserError) and error.known):
-            for heartbeat in _heartbeats:
-                heartbeat.announce_failure(one_line(error))
-        who = f"process {jax.process_index()} of {jax.process_count()}"
-        if isinstance(error, UserError):
-            silent = error.everywhere and not is_first()
-            leave("" if silent else f"error: {error}\n" if is_first() else f"error: {error} ({who})\n", code)
-        text = "" if isinstance(error, SystemExit) else traceback.format_exc()
-        leave(f"{text}{who} ends, and the others with it\n", code)
+        expected = isinstance(error, UserError)
+        text = f"error: {error}" if expected else f"{traceback.format_exc()}error: {one_line(error)}"
+        remedy = "if another process ended before, its output says why; start all again to go on"
+        leave(f"{text} ({_name(jax.process_index())} ends, and so do all; {remedy})\n", 2 if expected else 1)
 
 
-def _stop_heartbeat() -> None:
-    for heartbeat in _heartbeats:
-        heartbeat.stop()
+def leave(text: str, code: int) -> NoReturn:
+    """Ends this process at once with a text on standard error, even while other threads wait."""
+    with contextlib.suppress(Exception):  # a terminal or disk that cannot be written must not keep the process
+        stream = sys.__stderr__ or sys.stderr  # the progress line replaces sys.stderr by one that needs its lock
+        stream.write(f"\n{text}" if text and stream.isatty() else text)  # the cursor stands behind the progress line
+        stream.flush()
+    os._exit(code)

@@ -8,7 +8,7 @@ import jax
 from absl import flags
 
 from jvitmoe import routing
-from jvitmoe.config import Config
+from jvitmoe.config import Config, flatten
 from jvitmoe.errors import UserError
 from jvitmoe.runs import checkpoints
 from jvitmoe.runs.console import console
@@ -33,7 +33,7 @@ def launch(
     Args:
         config: validated.
         workdir: the run folder.
-        values: the flags of `rendezvous.define_flags`; None: processes, if several, are connected already.
+        values: the flags of `jvitmoe.train`; None: processes, if several, are connected already.
         stop: what asks the run to stop; None: signals, which may end the process.
         trackers: names in `runs.trackers.TRACKERS`.
     """
@@ -44,7 +44,7 @@ def _launch(
     config: Config, workdir: Path, values: flags.FlagValues | None, stop: Stop | None, trackers: Sequence[str]
 ) -> None:
     if values:
-        processes.join(values, checkpoints.versions)
+        processes.join(values)
     compilation.use_cache(alone=processes.is_single())
     console.quiet = not processes.is_first()
 
@@ -57,7 +57,10 @@ def _launch(
 
     with contextlib.ExitStack() as cleanup:
         stop = cleanup.enter_context(stop or Stop())
-        processes.together(check, f"{workdir} {config}")
+        if not processes.is_single():
+            code = checkpoints.versions() | {"source code": processes.source_hash()}
+            processes.agree({"workdir": workdir} | flatten(config) | code)
+        processes.together(check)
         try:
             train(config, workdir, stop, cleanup, trackers)
         except jax.errors.JaxRuntimeError as error:

@@ -21,8 +21,7 @@ from jvitmoe.evaluation import models
 from jvitmoe.evaluation.metrics import Result, make_evaluate
 from jvitmoe.interop import pretrained
 from jvitmoe.runs import files, results
-from jvitmoe.runs.checkpoint_writer import CheckpointWriter
-from jvitmoe.runs.checkpoints import Meta, list_steps
+from jvitmoe.runs.checkpoints import CheckpointWriter, Meta, list_steps
 from jvitmoe.runs.console import console, warnings_as_lines
 from jvitmoe.runs.folder import check_shared, open_run_folder
 from jvitmoe.runs.metrics_log import MetricsLog
@@ -42,8 +41,6 @@ Batch = tuple[Images, jax.Array | None]  # (images, index_SB), the inputs of `st
 
 class TrainingError(UserError):
     """A loss or gradient norm is not finite. The message names the step, the value and the last good checkpoint."""
-
-    everywhere = known = True
 
 
 def train(
@@ -258,11 +255,12 @@ class _Loop:
         if not nonfinite:
             return
         name, value = nonfinite[0]
-        self._checkpoints.close()  # waits for the last save and reads it back, so that the step it names is sound
+        self._checkpoints.close()  # waits for the last save
         # Whether the parameters of a checkpoint are good shows in the loss of the step that follows it.
-        steps = [s for s in self._checkpoints.steps() if s < done - 1 and not self._checkpoints.check(s)]
+        steps = [s for s in self._checkpoints.steps() if s < done - 1]
         good = f"the last good checkpoint is step {steps[-1]}" if steps else "no good checkpoint was saved yet"
-        raise TrainingError(
+        error = TrainingError(
             f"{name} is {value} at step {done}; it must be finite; {good}; "
             "try a lower --config.optim.learning_rate or --config.optim.clip_norm=1 in a new --workdir"
         )
+        processes.all_raise(error)  # all have read the same value

@@ -16,7 +16,7 @@ from jvitmoe.errors import ConfigError
 from jvitmoe.experts import cost
 from jvitmoe.routing import Routing
 from jvitmoe.runs import history
-from jvitmoe.runs.checkpoints import DROPOUT_BITS, Meta, versions
+from jvitmoe.runs.checkpoints import Meta, versions
 from jvitmoe.runs.console import console
 from jvitmoe.runs.files import METRICS
 from jvitmoe.runtime import devices, processes
@@ -107,10 +107,6 @@ def print_resumed(workdir: Path, start: int, config: Config, meta: Meta) -> None
     installed, then = versions(), meta.get("versions", {})
     if changed := [f"{n} {then[n]} (now {installed.get(n)})" for n in then if then[n] != installed.get(n)]:
         console.print(f"note: this checkpoint was saved by {', '.join(changed)}")
-    if config.model.dropout and meta.get("dropout_bits") != DROPOUT_BITS:
-        console.print(
-            "note: the version that saved this checkpoint drew other dropout masks; new ones are used from here"
-        )
     if processes.is_first():
         now = history.checksums(workdir, start).get(METRICS)
         if not now or now != meta.get("files", {}).get(METRICS, now):

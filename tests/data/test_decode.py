@@ -21,7 +21,7 @@ from jvitmoe.data.images import (
     random_crop,
 )
 
-square = functools.partial(centre_crop, crop="pad")
+square = functools.partial(centre_crop, crop="exact")
 
 HEIGHT, WIDTH = 160, 240
 
@@ -162,6 +162,10 @@ FILES = {  # (file, what every one of its channels shows)
     "two colours": (as_file(Image.fromarray(HALF).convert("1")), HALF),
     "grey and alpha": (as_file(Image.merge("LA", [Image.fromarray(GREY), Image.fromarray(HALF)])), ON_WHITE),
     "colours and alpha": (as_file(Image.fromarray(np.dstack([GREY, GREY, GREY, HALF]))), ON_WHITE),
+    "a palette with a clear colour": (
+        as_file(Image.fromarray(GREY).convert("P"), transparency=bytes([0, *[255] * 255])),
+        np.where(GREY, GREY, 255),
+    ),
     "a colour that is clear": (as_file(Image.fromarray(GREY), transparency=0), np.where(GREY, GREY, 255)),
     "ink": (as_file(Image.fromarray(np.dstack([GREY * 0] * 3 + [255 - GREY]), "CMYK"), "TIFF"), GREY),
     "a turned PNG": (turned("PNG"), GREY),

@@ -17,7 +17,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tensorflow_datasets
 from PIL import Image
 
 from jvitmoe.config import Config, DataConfig, ModelConfig
@@ -102,18 +101,15 @@ def test_holding_out_all_images_or_fewer_than_none_is_an_error(count):
 @pytest.mark.parametrize(
     ("model", "remedy"),
     [
-        (ModelConfig(image_size=28), "set --config.model.image_size=8"),
-        (ModelConfig(channels=3), "set --config.model.channels=1"),
-        (ModelConfig(classes=7), "set --config.model.classes=10"),
+        ({"image_size": 28}, "set --config.model.image_size=8"),
+        ({"channels": 3}, "set --config.model.channels=1"),
+        ({"classes": 7}, "set --config.model.classes=10"),
     ],
 )
 def test_a_model_of_another_shape_is_told_what_to_set(model, remedy):
     with pytest.raises(DataError) as error:
-        load(DataConfig(), model)
+        load(DataConfig(), ModelConfig(**model))
     assert one_line(error).endswith(remedy)
-
-
-# image folders
 
 
 def write_folder(root: Path, parts=("train", "test"), names=("cat", "dog"), mode="RGB", per_class=3) -> np.ndarray:
@@ -132,35 +128,21 @@ def folder(root: Path, **model) -> splits.Dataset:
     return load(DataConfig(name="folder", dir=str(root)), ModelConfig(**({"channels": 3, "classes": 2} | model)))
 
 
-@pytest.mark.parametrize("test", ["test", "val", "validation"])
-@pytest.mark.parametrize(("mode", "channels"), [("L", 1), ("RGB", 3), ("RGBA", 4)])
-def test_a_folder_gives_back_the_pixels_and_sorted_classes_written_into_it(tmp_path, test, mode, channels):
+@pytest.mark.parametrize(("test", "mode", "channels"), [("test", "L", 1), ("val", "RGB", 3), ("validation", "RGBA", 4)])
+def test_a_folder_gives_back_the_pixels_and_sorted_classes_written_into_it(tmp_path, monkeypatch, test, mode, channels):
+    monkeypatch.setattr(splits, "GROUP", 2)  # several threads share it
     pixels = write_folder(tmp_path, ("train", test), mode=mode)
-    (tmp_path / "train" / "cat" / "notes.txt").write_text("not an image")
-    (tmp_path / "train" / "cat" / "._000.png").write_text("left by a file manager")
+    for file in ("train/list.txt", "train/cat/notes.txt", "train/cat/._000.png", "train/dog/notes/list.txt"):
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        (tmp_path / file).write_text("not an image")
+    for place in ("train", "train/dog"):
+        shutil.copytree(tmp_path / test / "dog", tmp_path / place / ".hidden")
     dataset = folder(tmp_path, channels=channels)
     assert dataset.class_names == ("cat", "dog")
     for split, images in ((dataset.train, pixels[0]), (dataset.test, pixels[1])):
         np.testing.assert_array_equal(split.images_NHWc, images)
         np.testing.assert_array_equal(split.labels_N, [0, 0, 0, 1, 1, 1])
         assert (split.images_NHWc.dtype, split.labels_N.dtype) == (np.uint8, np.int32)
-
-
-def test_a_folder_keeps_its_order_when_threads_share_it(tmp_path, monkeypatch):
-    monkeypatch.setattr(splits, "GROUP", 3)
-    pixels = write_folder(tmp_path, per_class=15)
-    np.testing.assert_array_equal(folder(tmp_path).train.images_NHWc, pixels[0])
-
-
-def test_grey_palette_and_transparent_files_become_rgb_and_colours_become_grey(tmp_path):
-    write_folder(tmp_path)
-    red = Image.new("RGB", (8, 8), (255, 0, 0))
-    red.convert("P").save(tmp_path / "train" / "cat" / "000.png", transparency=bytes([255, 0, 128]))
-    Image.new("L", (8, 8), 7).save(tmp_path / "train" / "cat" / "001.png")
-    red.convert("RGBA").save(tmp_path / "train" / "cat" / "002.png")
-    images = folder(tmp_path).train.images_NHWc
-    assert [tuple(image[0, 0]) for image in images[:3]] == [(255, 0, 0), (7, 7, 7), (255, 0, 0)]
-    assert folder(tmp_path, channels=1).train.images_NHWc[2, 0, 0] == np.asarray(red.convert("L"))[0, 0]
 
 
 POSTSCRIPT = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n(run by another program) = showpage\n"
@@ -180,23 +162,18 @@ def mkdir(path: Path) -> Path:
     return path
 
 
-FOLDER_MISTAKES = {
+FOLDER_MISTAKES = {  # reading a picture itself: tests/data/test_decode.py
     "no test": (lambda p: (p / "test").rename(p / "other"), "test is not a folder"),
     "no train": (lambda p: (p / "train").rename(p / "other"), "train is not a folder"),
     "no classes": (lambda p: [f.rename(p / f.name) for f in (p / "train").iterdir()], "train holds no class folders"),
     "an empty class": (lambda p: (p / "train" / "bird").mkdir(), "bird holds no images"),
     "another test class": (
         lambda p: (p / "test" / "dog").rename(p / "test" / "cow"),
-        "train lacks cow; {root}/test lacks dog; both must hold the same classes",
+        "cow, dog is in one of {root}/train and {root}/test only; both must hold the same classes",
     ),
-    "no test images of a class": (lambda p: (p / "test" / "dog").rename(p / "dog"), "/test lacks dog; both must"),
     "seven classes of test only": (
         lambda p: [shutil.copytree(p / "test" / "dog", p / "test" / name) for name in "abcdefg"],
-        "/train lacks a, b, c, d, e, …; both must",
-    ),
-    "a folder around classes": (
-        lambda p: (p / "train").rename(p / "inner") and (p / "inner").rename(mkdir(p / "train") / "inner"),
-        "{root}/train lacks cat, dog; {root}/test lacks inner; both must hold the same classes",
+        "a, b, c, d, e, … is in one of",
     ),
     "an image beside classes": (
         lambda p: shutil.copy(png(p), p / "train"),
@@ -204,15 +181,11 @@ FOLDER_MISTAKES = {
     ),
     "another size": (lambda p: Image.new("RGB", (10, 12)).save(png(p)), "004.png is 12x10 pixels but config.model.im"),
     "a bomb": (lambda p: bomb(png(p)), "004.png cannot be read as an image (DecompressionBombWarning"),
-    "not an image": (lambda p: png(p).write_bytes(b"hello"), "004.png cannot be read as an image"),
-    "empty": (lambda p: png(p).write_bytes(b""), "004.png cannot be read as an image"),
-    "truncated": (lambda p: os.truncate(png(p), 120), "004.png cannot be read as an image"),
     "PostScript": (lambda p: png(p).write_bytes(POSTSCRIPT), "004.png cannot be read as an image (UnidentifiedImage"),
     "a pipe": (
         lambda p: [png(p).unlink(), os.mkfifo(png(p))],
         "004.png cannot be read as an image (ValueError: it is no",
     ),
-    "32 bits": (lambda p: Image.new("F", (8, 8)).save(png(p), "TIFF"), "004.png has pixels of mode F; images must"),
 }
 
 
@@ -227,27 +200,22 @@ def test_a_mistake_in_a_folder_is_one_line_that_names_the_place(tmp_path, mistak
     assert str(tmp_path) in one_line(error)
 
 
-def test_images_in_folders_of_a_class_folder_are_of_that_class(tmp_path):
+def test_folders_in_a_class_folder_are_of_that_class_and_links_are_not_followed_in_a_circle(tmp_path):
     write_folder(tmp_path)
-    plain = folder(tmp_path)
-    deep = tmp_path / "train" / "dog" / "more" / "deep"
-    deep.mkdir(parents=True)
-    for file in list((tmp_path / "train" / "dog").glob("*.png")):
-        file.rename(deep / file.name)
-    np.testing.assert_array_equal(folder(tmp_path).train.images_NHWc, plain.train.images_NHWc)
-    np.testing.assert_array_equal(folder(tmp_path).train.labels_N, plain.train.labels_N)
-
-
-def test_links_to_the_folders_around_them_are_not_followed_in_a_circle(tmp_path):
-    write_folder(tmp_path)
+    plain, dog = folder(tmp_path).train, tmp_path / "train" / "dog"
+    (dog / "more" / "deep").mkdir(parents=True)
+    for file in dog.glob("*.png"):
+        file.rename(dog / "more" / "deep" / file.name)
     for name in (".", "..", "../..", str(tmp_path / "train")):
-        (tmp_path / "train" / "dog" / f"link{len(name)}").symlink_to(name)
+        (dog / f"link{len(name)}").symlink_to(name)
     outside, there = mkdir(tmp_path / "outside"), mkdir(tmp_path / "there")
-    (tmp_path / "train" / "dog" / "there").symlink_to(there)
-    (there / "and back").symlink_to(tmp_path / "train" / "dog")
-    shutil.copy(tmp_path / "train" / "dog" / "003.png", outside / "other.png")
-    assert len(folder(tmp_path).train) == 6
-    (tmp_path / "train" / "dog" / "more").symlink_to(outside)
+    (dog / "there").symlink_to(there)
+    (there / "and back").symlink_to(dog)
+    deep = folder(tmp_path).train
+    np.testing.assert_array_equal(deep.images_NHWc, plain.images_NHWc)
+    np.testing.assert_array_equal(deep.labels_N, plain.labels_N)
+    shutil.copy(dog / "more" / "deep" / "003.png", outside / "other.png")
+    (dog / "other").symlink_to(outside)
     assert len(folder(tmp_path).train) == 7
 
 
@@ -260,39 +228,23 @@ def test_a_test_folder_without_classes_gives_way_to_the_validation_folder(tmp_pa
         folder(tmp_path)
 
 
-def test_other_files_and_hidden_folders_in_an_image_folder_are_left_alone(tmp_path):
-    write_folder(tmp_path)
-    for place in ("train", "train/dog"):
-        (tmp_path / place / "list.txt").write_text("a list")
-        shutil.copytree(tmp_path / "test" / "dog", tmp_path / place / ".hidden")
-    mkdir(tmp_path / "train" / "dog" / "notes").joinpath("list.txt").write_text("a list")
-    assert len(folder(tmp_path).train) == 6
-
-
 @pytest.mark.parametrize(
-    ("data", "model", "message"),
+    ("place", "model", "message"),
     [
-        (DataConfig(name="folder"), {}, "set --config.data.dir"),
-        (DataConfig(name="folder", dir="nowhere"), {}, "nowhere/train is not a folder"),
-        (DataConfig(name="folder", dir="nowhere"), {"channels": 2}, "must be 1, 3 or 4"),
-        (DataConfig(name="folder", dir="a" * 300), {}, "/train is not a folder"),
-        (DataConfig(name="folder", dir="~no_such_user/set"), {}, "~no_such_user/set/train is not a folder"),
+        ("", {}, "set --config.data.dir"),
+        ("nowhere", {}, "nowhere/train is not a folder"),
+        ("a" * 300, {}, "/train is not a folder"),
+        ("~no_such_user/set", {}, "~no_such_user/set/train is not a folder"),
+        (".", {"channels": 2}, "images of . have 2 channels (config.model.channels); they must have 1, 3 or 4"),
+        (".", {"classes": 10}, "set --config.model.classes=2"),
     ],
 )
-def test_a_folder_that_was_not_given_is_one_line_with_the_remedy(data, model, message):
-    with pytest.raises(DataError) as error:
-        load(data, ModelConfig(**model))
-    assert message in one_line(error)
-
-
-def test_a_folder_of_more_classes_than_the_model_says_so(tmp_path):
+def test_a_folder_that_does_not_fit_is_one_line_with_the_remedy(tmp_path, monkeypatch, place, model, message):
     write_folder(tmp_path)
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(DataError) as error:
-        folder(tmp_path, classes=10)
-    assert one_line(error).endswith("set --config.model.classes=2")
-
-
-# sets that are read picture by picture
+        load(DataConfig(name="folder", dir=place), ModelConfig(**{"channels": 3, **model}))
+    assert message in one_line(error)
 
 
 @pytest.mark.parametrize("count", [0, 2])
@@ -356,13 +308,13 @@ def test_a_prepared_set_is_read_whole_without_tensorflow_or_jax():
     [
         ("cifra10", "did you mean 'cifar10'?"),
         ("digit", "did you mean 'digits'?"),
-        ("CIFAR-10", "config.data.name is 'CIFAR-10'"),
+        ("CIFAR-10", "TFDS cannot open 'CIFAR-10'"),
         (
             "huggingface:mnist",
             "config.data.name is 'huggingface:mnist'; it must be digits, folder, hf:NAME or the name",
         ),
         ("cifar10:1.0.0", "cannot be loaded at version 1.0.0"),
-        ("tf_flowers", "vary in size"),
+        ("tf_flowers", "they must have 8 bits and one size, or any size with --config.data.crop=centre"),
         ("ag_news_subset", "must pair one image with one class label"),
         (
             "mnist",
@@ -372,12 +324,9 @@ def test_a_prepared_set_is_read_whole_without_tensorflow_or_jax():
     ],
 )
 def test_a_set_that_cannot_serve_is_refused_at_once_and_without_a_download(tmp_path, name, message):
-    tensorflow_datasets.list_builders(with_community_datasets=False)  # imports all, which takes long the first time
-    start = time.monotonic()
     with pytest.raises(DataError) as error:
         load(DataConfig(name=name, dir=str(tmp_path)), CIFAR_MODEL)
     assert message in one_line(error)
-    assert time.monotonic() - start < 10
     assert not list(tmp_path.iterdir())
 
 
@@ -425,18 +374,18 @@ def cifar10(data_dir: Path) -> splits.Dataset:
 
 @contextlib.contextmanager
 def server(folder: Path):
-    """Serves `folder` on the loopback; yields its address and the list of paths that were asked for."""
-    asked = []
+    """Serves `folder` on the loopback; yields its address and the list of paths that were read."""
+    read = []
 
     class Handler(http.server.SimpleHTTPRequestHandler):
         def log_message(self, *_):
-            asked.append(self.path)
+            read.extend([self.path] * (self.command == "GET"))
 
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Handler, directory=folder)) as httpd:
         thread = threading.Thread(target=httpd.serve_forever, args=(0.05,))
         thread.start()
         try:
-            yield f"http://127.0.0.1:{httpd.server_address[1]}", asked
+            yield f"http://127.0.0.1:{httpd.server_address[1]}", read
         finally:
             httpd.shutdown()
             thread.join()
@@ -459,11 +408,11 @@ def test_a_set_is_downloaded_and_prepared_once_and_read_back_exactly(tmp_path, m
     killed = tmp_path / "data" / "cifar10" / "incomplete.ABC123_3.0.2"  # what a killed preparation leaves
     killed.mkdir(parents=True)
     (killed / "cifar10-train.array_record-00000-of-00001").write_bytes(b"half")
-    with server(tmp_path / "web") as (address, asked):
+    with server(tmp_path / "web") as (address, read):
         point_cifar10_at(monkeypatch, f"{address}/{ARCHIVE}", tmp_path / "web" / ARCHIVE)
         assert_holds(cifar10(tmp_path / "data"), labels)
     assert_holds(cifar10(tmp_path / "data"), labels)
-    assert asked == [f"/{ARCHIVE}"]
+    assert read == [f"/{ARCHIVE}"]
 
     shard = tmp_path / "data" / "cifar10" / "3.0.2" / "cifar10-train.array_record-00000-of-00001"
     os.truncate(shard, shard.stat().st_size // 2)
@@ -498,108 +447,72 @@ def test_an_archive_in_the_manual_folder_needs_no_network_and_its_set_obeys_the_
     info.write_text(info.read_text().replace('"name": "extra"', '"name": "test"').replace("array_record", "tfrecord"))
     with pytest.raises(DataError) as error:
         cifar10(tmp_path)
-    assert "is stored as tfrecord" in one_line(error)
+    assert "it must be a whole set in array_record" in one_line(error)
 
 
 @needs_tensorflow
-def test_imagenet_is_prepared_without_a_network_from_the_archives_that_its_owner_downloaded(tmp_path, monkeypatch):
-    model = ModelConfig(image_size=32, channels=3, classes=1000)
-    monkeypatch.setattr(tfds, "_any_reachable", lambda urls: False)
-
-    def problem() -> str:
-        with pytest.raises(DataError) as error:
-            load(DataConfig(name="imagenet2012", dir=str(tmp_path), crop="centre"), model)
-        return one_line(error)
-
+def test_imagenet_is_prepared_without_a_network_from_the_archives_that_its_owner_downloaded(tmp_path):
     manual = tmp_path / "downloads" / "manual"
-    archives = ("ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar")
-    assert f"put {', '.join(archives)} into {manual}" in problem()
     manual.mkdir(parents=True)
-    for name in archives:
-        (manual / name).write_bytes(b"")
-    assert "cannot prepare imagenet2012" in (said := problem())
-    assert "empty file" in said  # of tarfile: TFDS has opened it
+    for said in (f"Manual directory {manual} does not exist or is empty", "empty file"):  # of tarfile: it was opened
+        with pytest.raises(DataError) as error:
+            load(
+                DataConfig(name="imagenet2012", dir=str(tmp_path), crop="centre"),
+                ModelConfig(image_size=32, channels=3, classes=1000),
+            )
+        assert one_line(error).startswith("cannot prepare imagenet2012")
+        assert said in one_line(error)
+        for name in ("ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"):
+            (manual / name).write_bytes(b"")
 
 
 @needs_tensorflow
-@pytest.mark.parametrize("fault", ["checksum", "missing"])
-def test_a_preparation_that_fails_is_one_line_and_leaves_nothing_to_be_taken_for_a_set(tmp_path, monkeypatch, fault):
-    (tmp_path / "web").mkdir()
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [
+        ("checksum", "wrong checksum"),
+        ("missing", "HTTP code: 404"),
+        ("../../../evil", "cannot prepare"),  # a path in the archive that leads out of its folder
+        ("/{tmp}/evil", "cannot prepare"),
+    ],
+)
+def test_a_preparation_that_fails_is_one_line_and_leaves_nothing_to_be_taken_for_a_set(
+    tmp_path, monkeypatch, fault, said
+):
+    archive = mkdir(tmp_path / "web") / ARCHIVE
     if fault == "checksum":
-        cifar_archive(tmp_path / "web" / ARCHIVE)
+        cifar_archive(archive)
+    elif fault != "missing":
+        with tarfile.open(archive, "w:gz") as evil:
+            entry = tarfile.TarInfo(fault.format(tmp=str(tmp_path).lstrip("/")))
+            entry.size = 4
+            evil.addfile(entry, io.BytesIO(b"evil"))
     with server(tmp_path / "web") as (address, _):
-        point_cifar10_at(monkeypatch, f"{address}/{ARCHIVE}")
-        for _ in range(2):
-            with pytest.raises(DataError) as error:
-                cifar10(tmp_path / "data")
-            assert one_line(error).startswith("cannot prepare cifar10")
-            assert {"checksum": "wrong checksum", "missing": "HTTP code: 404"}[fault] in one_line(error)
-            assert not list((tmp_path / "data" / "cifar10").glob("*"))
-
-
-@needs_tensorflow
-@pytest.mark.parametrize("name", ["../../../evil", "/{tmp}/evil"])
-def test_an_archive_whose_paths_lead_out_of_its_folder_is_refused_and_writes_nothing_there(tmp_path, monkeypatch, name):
-    manual = tmp_path / "data" / "downloads" / "manual"
-    manual.mkdir(parents=True)
-    with tarfile.open(manual / ARCHIVE, "w:gz") as archive:
-        entry = tarfile.TarInfo(name.format(tmp=str(tmp_path).lstrip("/")))
-        entry.size = 4
-        archive.addfile(entry, io.BytesIO(b"evil"))
-    point_cifar10_at(monkeypatch, f"http://127.0.0.1:{closed_port()}/{ARCHIVE}", manual / ARCHIVE)
-    with pytest.raises(DataError) as error:
-        cifar10(tmp_path / "data")
+        point_cifar10_at(monkeypatch, f"{address}/{ARCHIVE}", archive if "evil" in fault else None)
+        with pytest.raises(DataError) as error:
+            cifar10(tmp_path / "data")
     assert one_line(error).startswith("cannot prepare cifar10")
+    assert said in one_line(error)
     assert not list(tmp_path.rglob("evil"))
     assert not list((tmp_path / "data" / "cifar10").glob("*"))
 
 
-def with_tensorflow(monkeypatch: pytest.MonkeyPatch, installed: bool) -> None:
-    spec = types.SimpleNamespace(find_spec=lambda name: object() if installed else None)
-    monkeypatch.setattr(tfds, "importlib", types.SimpleNamespace(util=spec))
-
-
-def test_offline_an_absent_set_fails_within_10_seconds_and_names_three_remedies(tmp_path, monkeypatch):
-    with_tensorflow(monkeypatch, True)
-    point_cifar10_at(monkeypatch, f"http://127.0.0.1:{closed_port()}/{ARCHIVE}")
-    start = time.monotonic()
-    with pytest.raises(DataError) as error:
-        cifar10(tmp_path)
-    assert time.monotonic() - start < 10
-    for remedy in ("--config.data.dir", f"{ARCHIVE} into {tmp_path}/downloads/manual", "configs/digits_random.py"):
-        assert remedy in one_line(error)
-    assert not list(tmp_path.iterdir())
-
-
-def test_a_name_server_that_never_answers_does_not_hold_up_the_error(monkeypatch):
-    def never(*_, **__):
-        time.sleep(2)
-        raise OSError
-
-    monkeypatch.setattr(tfds, "PROBE_SECONDS", 0.2)
-    monkeypatch.setattr(socket, "create_connection", never)
-    start = time.monotonic()
-    assert not tfds._any_reachable(["https://a.invalid/x", "https://b.invalid/y"])
-    assert time.monotonic() - start < 1
-
-
-def test_behind_a_proxy_the_proxy_is_what_must_be_reachable(monkeypatch):
-    monkeypatch.setenv("no_proxy", "inside.invalid")
-    monkeypatch.setenv("https_proxy", "http://proxy.invalid:3128")
-    assert tfds._endpoint("https://a.invalid/x") == ("proxy.invalid", 3128)
-    assert tfds._endpoint("https://inside.invalid/x") == ("inside.invalid", 443)
-
-
-def test_without_tensorflow_preparing_names_the_extra(tmp_path, monkeypatch):
-    with_tensorflow(monkeypatch, False)
-    with pytest.raises(DataError) as error:
-        cifar10(tmp_path)
-    assert "pip install 'jvitmoe[prepare]'" in one_line(error)
-    assert not list(tmp_path.iterdir())
-
-
-def test_a_folder_without_its_description_is_not_taken_for_a_set(tmp_path):
+def test_offline_an_absent_set_fails_within_10_seconds_and_names_its_remedies(tmp_path, monkeypatch):
+    """TFDS itself would try again for three minutes."""
     (tmp_path / "cifar10" / "3.0.2").mkdir(parents=True)
     with pytest.raises(DataError) as error:
         cifar10(tmp_path)
-    assert f"{tmp_path}/cifar10/3.0.2 lacks dataset_info.json" in one_line(error)
+    assert f"{tmp_path}/cifar10/3.0.2 is not a complete TFDS set; remove that folder" in one_line(error)
+    shutil.rmtree(tmp_path / "cifar10")
+    remedies = ["--config.data.dir", f"{ARCHIVE} into {tmp_path}/downloads/manual", "--config digits_random"]
+    point_cifar10_at(monkeypatch, f"http://127.0.0.1:{closed_port()}/{ARCHIVE}")
+    for installed in (True, False):  # TensorFlow
+        spec = types.SimpleNamespace(find_spec=lambda name, installed=installed: object() if installed else None)
+        monkeypatch.setattr(tfds, "importlib", types.SimpleNamespace(util=spec))
+        start = time.monotonic()
+        with pytest.raises(DataError) as error:
+            cifar10(tmp_path)
+        assert time.monotonic() - start < 10
+        for remedy in remedies if installed else ["pip install 'jvitmoe[prepare]'"]:
+            assert remedy in one_line(error)
+        assert not list(tmp_path.iterdir())

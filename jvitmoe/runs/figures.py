@@ -1,0 +1,283 @@
+"""The figures: curves of runs, a comparison of runs, mergeability and confusion of one run.
+
+Each function returns a figure, or None if it would show nothing. `save` writes it, and `report --html` embeds the same
+PNG. In all figures a colour is a run and the form of a mark a model.
+"""
+
+import io
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.axis import Axis
+from matplotlib.colors import LinearSegmentedColormap, PowerNorm
+from matplotlib.figure import Figure
+from matplotlib.font_manager import get_font
+from matplotlib.ticker import Formatter, LogLocator, MaxNLocator, NullLocator
+
+from jvitmoe.runs import files, history, results
+
+# The palette of Okabe and Ito, which colour-blind readers can distinguish. Black is the reference.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+FONT = Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")  # Latin, Greek, Cyrillic and more; no CJK
+STYLE: Any = {
+    **{"axes.grid": True, "axes.axisbelow": True, "grid.alpha": 0.3, "legend.frameon": False, "savefig.dpi": 140},
+    **{"axes.spines.top": False, "axes.spines.right": False, "font.size": 11, "axes.titlesize": 12},
+    **{"figure.constrained_layout.use": True, "lines.markersize": 5, "lines.linewidth": 1.4},
+    # Names are no formulas, and a tick shows its whole value: no offset, no power of ten.
+    **{"text.parse_math": False, "axes.formatter.useoffset": False, "axes.formatter.limits": (-9, 9)},
+    **{"font.family": "DejaVu Sans", "backend": "Agg"},
+}
+in_style: Any = matplotlib.rc_context(STYLE)  # used as a decorator
+MARKS = {"dense": "D", "EMA": "v", "merged": "o", "routed": "s", "expert (mean)": "P", "ensemble": "^"}
+LEAST = 1e-3  # shown instead of an error or a loss of 0, which a log scale has not
+LEAST_RANGE = 0.05  # of an axis, relative to its values: one that shows less would make mountains of rounding errors
+MOST_CLASSES, MOST_COUNTED = 100, 20  # classes of a confusion matrix that is drawn, and of one with counts in its cells
+POINTS = 60  # most points of a line; more records are averaged
+
+
+def shown(name: str, most: int = 40) -> str:
+    """Returns a name as pictures show it: characters that the font lacks, such as CJK and line breaks, as Python
+    escapes, and a long name cut in the middle."""
+    glyphs = get_font(FONT)
+    text = "".join(c if glyphs.get_char_index(ord(c)) else c.encode("unicode_escape").decode() for c in name)
+    return text if len(text) <= most else f"{text[: most // 2]}…{text[len(text) - (most - 1) // 2 :]}"
+
+
+def subplots(rows: int, columns: int, size: tuple[float, float], **options: Any) -> tuple[Figure, Any]:
+    """Returns a figure of `size` inches and its axes [rows, columns]."""
+    figure = Figure(figsize=size)
+    return figure, figure.subplots(rows, columns, squeeze=False, **options)
+
+
+@in_style
+def png(figure: Figure) -> bytes:
+    """Returns the picture in its file's form."""
+    figure.savefig(out := io.BytesIO(), format="png")
+    return out.getvalue()
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Writes the picture. Raises UserError where it cannot be written."""
+    files.write_bytes(path, png(figure))
+
+
+@in_style
+def curves(groups: Mapping[str, Sequence[Path]]) -> Figure | None:
+    """Returns training loss and evaluation error of {group: folders} against the step, and None if no run recorded two
+    of one. A line is the mean over a group's seeds, its band the sample deviation. A row of panels has the first group
+    and at most six others."""
+    runs = {name: [history.read_metrics(folder / files.METRICS) for folder in groups[name]] for name in groups}
+    splits = sorted({line["kind"] for several in runs.values() for run in several for line in run} - {"train"})
+    losses, errors = (
+        {name: [_series(run, training) for run in several] for name, several in runs.items()}
+        for training in (True, False)
+    )
+    panels: list[tuple[str, str, int, dict[str, Any], dict[str, list[dict[int, float]]]]] = [
+        ("Training loss", "loss, nats", 1, {}, losses),
+        (f"{' and '.join(splits)} error".capitalize(), "error, %", 100, {"marker": "o", "markersize": 3}, errors),
+    ]
+    lengths = [max(len(series) for several in found.values() for series in several) for *_, found in panels]
+    panels = [panel for panel, length in zip(panels, lengths, strict=True) if length > 1]
+    if not panels:
+        return None
+    names, most = list(groups), len(COLOURS)
+    rows = [[names[0], *names[start : start + most]] for start in range(1, max(len(names), 2), most)]
+    labels, statistics = _seeds({name: len(folders) for name, folders in groups.items()})
+    size = (2.2 + 4 * len(panels), 1 + 2.6 * len(rows))
+    figure, grid = subplots(len(rows), len(panels), size, sharex=True, sharey="col")
+    for column, (title, label, scale, style, found) in zip(grid.T, panels, strict=True):
+        for axes, row in zip(column, rows, strict=True):
+            lines = [_mean_line(axes, found[name], color=_colour(names, name), **style) for name in row]
+            axes.set_ylabel(label)
+            if axes in grid[:, -1]:
+                place: Any = {"loc": "center left", "bbox_to_anchor": (1, 0.5), "fontsize": 10}
+                axes.legend(lines, [labels[name] for name in row], **place)
+        column[0].set(title=title, yscale="log")
+        column[-1].set_xlabel("step")
+        plain_ticks(column[0].yaxis, scale)
+    averaged = f"lines averaged to {POINTS} points" if max(lengths) > POINTS else ""
+    figure.suptitle("; ".join(filter(None, (statistics, averaged))), fontsize=11)
+    return figure
+
+
+def _series(run: Iterable[Mapping[str, Any]], training: bool) -> dict[int, float]:
+    """Returns step -> training loss or evaluation error of a history, without those that are not finite."""
+    values = {
+        line["step"]: line.get("loss") if training else None if line.get("accuracy") is None else 1 - line["accuracy"]
+        for line in run
+        if (line["kind"] == "train") == training
+    }
+    return {step: max(value, LEAST) for step, value in values.items() if value is not None}
+
+
+def _mean_line(axes: Axes, runs: Sequence[Mapping[int, float]], **style: Any) -> Any:
+    """Draws the mean of runs at their common steps, in at most POINTS points, and their deviation as a band. Returns
+    the line."""
+    ends, means = history.averaged(runs, POINTS)
+    mean = means.mean(0)
+    if len(runs) > 1 and ends:
+        deviation = means.std(0, ddof=1)
+        low = np.maximum(mean - deviation, LEAST)
+        axes.fill_between(ends, low, mean + deviation, color=style["color"], alpha=0.15, linewidth=0)
+    return axes.plot(ends, mean, **style)[0]
+
+
+def _colour(names: Sequence[str], name: str) -> str:
+    """Returns the colour of a run among others: black for the first."""
+    number = names.index(name)
+    return COLOURS[(number - 1) % len(COLOURS)] if number else "black"
+
+
+@in_style
+def comparison(table: Mapping[str, Mapping[str, Sequence[float]]], images: Mapping[str, int]) -> Figure:
+    """Returns a figure of {group: {model: accuracy of each seed}}: a mark per model at its mean error, and one for all
+    experts. Whiskers: the deviation over seeds; if all groups have one seed, the standard error over the group's
+    `images`."""
+    counts = {name: len(next(iter(models.values()))) for name, models in table.items()}
+    errors: list[dict[str, Any]] = []
+    for models in table.values():
+        experts = [values for model, values in models.items() if model.startswith("expert ")]
+        every: Any = {**models, "expert (mean)": np.mean(experts, 0)} if experts else models
+        errors.append({model: 1 - np.array(every[model]) for model in MARKS if model in every})
+    spacing = 0.86 / max(map(len, errors))
+    figure, ((axes,),) = subplots(1, 1, (9, 1.6 + 0.1 / spacing * len(table)))
+    for band, (name, by_model) in enumerate(zip(table, errors, strict=True)):
+        axes.axhspan(band - 0.5, band + 0.5, color="0.95" if band % 2 else "white")
+        for number, (model, values) in enumerate(by_model.items()):
+            error = max(values.mean(), LEAST)
+            one = (error * (1 - error) / images[name]) ** 0.5 if max(counts.values()) == 1 else 0.0
+            whisker = values.std(ddof=1) if len(values) > 1 else one
+            y = band + (number - (len(by_model) - 1) / 2) * spacing
+            limits = [[min(whisker, error - LEAST)], [whisker]]
+            axes.errorbar(error, y, xerr=limits, fmt=MARKS[model], color=_colour(list(table), name))
+    if "dense" in errors[0]:
+        axes.axvline(max(errors[0]["dense"].mean(), LEAST), color="black", linewidth=0.8, linestyle=":")
+    labels, statistics = _seeds(counts)
+    counted = " or ".join(f"{number:,}" for number in sorted(set(images.values())))
+    means = [(v.mean(), name, model) for name, e in zip(table, errors, strict=True) for model, v in e.items()]
+    best, name, model = min(means, key=lambda item: item[0])
+    spread = statistics or f"one seed ± standard error over {counted} images"
+    figure.suptitle(f"Lowest test error: {100 * best:.2f} %, {shown(name)}, {model}\n{spread}", fontsize=12)
+    axes.set(xlabel="test error, % (left is better)", xscale="log", ylim=(len(table) - 0.5, -0.5))
+    axes.set_yticks(range(len(table)), labels.values())
+    axes.grid(axis="y", visible=False)
+    plain_ticks(axes.xaxis, 100)
+    used = [model for model in MARKS if any(model in by_model for by_model in errors)]
+    handles = [axes.plot([], [], MARKS[model], color="0.4")[0] for model in used]
+    figure.legend(handles, used, loc="outside lower center", ncols=len(used))
+    return figure
+
+
+def of_run(result: Mapping[str, Any], workdir: Path) -> dict[str, Figure]:
+    """Returns file name -> figure of the result of a run: its mergeability, and a confusion matrix."""
+    drawn = {files.MERGEABILITY: mergeability(result)} if "mergeability" in result else {}
+    for row in result["rows"]:
+        if figure := confusion(row, results.class_names(workdir, len(row.get("confusion", ())))):
+            drawn[files.CONFUSION] = figure
+    return drawn
+
+
+@in_style
+def mergeability(result: Mapping[str, Any]) -> Figure:
+    """Returns a figure of a run's result.json: spread and layer gap by layer, the loss on the lines between experts and
+    their mean, and the accuracy of every tested model."""
+    why, rows = result["mergeability"], result["rows"]
+    figure, ((layer_axes, loss_axes, accuracy_axes),) = subplots(1, 3, (13, max(4.0, 1.2 + 0.25 * len(rows))))
+    layer_axes.plot(why["layers"], why["spread"], "o-", color=COLOURS[0], label="experts' weights (spread)")
+    layer_axes.plot(why["layers"], why["gap"], "s-", color=COLOURS[1], label="layer's output (gap)")
+    layer_axes.set(title="Distance of experts from their mean", xlabel="layer", ylabel="distance / size of the mean")
+    top = max(layer_axes.get_ylim()[1], LEAST_RANGE)
+    layer_axes.set_ylim(-0.04 * top, top)
+    layer_axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+
+    share, losses = why["barrier"]["share"], why["barrier"]["losses"]
+    xs = [s - 1 for s in share] + [1 - s for s in share[-2::-1]]
+    pairs = [(e, (e + 1) % len(losses)) for e in range(len(losses))][: None if len(losses) > 2 else 1]
+    for number, (e, f) in enumerate(pairs):
+        label = "_" if number else "from an expert to the next"
+        loss_axes.plot(xs, losses[e] + losses[f][-2::-1], color="0.5", label=label)
+    loss_axes.plot(0, losses[0][-1], "ok", markersize=8, zorder=3, label="mean (merged)")
+    rise = f"rises by {why['barrier']['height']:.4f} nats"
+    loss_axes.set(title=f"Loss from expert to mean: {rise}", ylabel="loss, nats")
+    loss_axes.set_xticks([-1, 0, 1], ["expert", "mean", "expert"])
+    low, high = loss_axes.get_ylim()
+    missing = max(0.0, LEAST_RANGE * high - (high - low))
+    loss_axes.set_ylim(low - missing / 2, high + missing / 2)
+
+    for y, row in enumerate(rows):
+        accuracy, deviation = row["accuracy"], row.get("accuracy_std")
+        error = (accuracy * (1 - accuracy) / row["images"]) ** 0.5
+        mark = MARKS.get(row["model"], MARKS["expert (mean)"])
+        accuracy_axes.errorbar(100 * accuracy, y, xerr=100 * error, fmt=mark, color="black")
+        text = f"{100 * accuracy:.1f}" + (f" ± {100 * deviation:.1f}" if deviation else "")
+        at = (100 * accuracy, y)
+        accuracy_axes.annotate(text, at, (0, 5), textcoords="offset points", ha="center", fontsize=9)
+    accuracy_axes.set_yticks(range(len(rows)), [row["model"] for row in rows])
+    accuracy_axes.set(title=f"Accuracy, {rows[0]['images']:,} test images", ylim=(len(rows) - 0.5, -0.7))
+    accuracy_axes.set_xlabel("accuracy, %\n(bar: standard error; ±: over paths)")
+    for axes in (layer_axes, loss_axes):
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), fontsize=10)
+    return figure
+
+
+@in_style
+def confusion(row: Mapping[str, Any], classes: Sequence[str]) -> Figure | None:
+    """Returns a figure of the matrix in a row of result.json: a row is the share of the images of a class by predicted
+    class; for up to 20 classes, cells hold the counts. None if the matrix was not counted or has more than 100 classes.
+    """
+    counts_CC = np.array(row.get("confusion") or ())
+    if not 0 < len(counts_CC) <= MOST_CLASSES:
+        return None
+    count, counted, names = len(counts_CC), len(counts_CC) <= MOST_COUNTED, [shown(name, 20) for name in classes]
+    share_CC = 100 * counts_CC / np.maximum(counts_CC.sum(1, keepdims=True), 1)
+    side, size = (0.5, 9) if counted else (0.14, 7)  # of a cell, inches; of its text, points
+    figure, ((axes,),) = subplots(1, 1, (max(side * count, 3) + 2.5, max(side * count, 3) + 1.5))
+    colours = LinearSegmentedColormap.from_list("confusion", ["white", COLOURS[0]])
+    # On a linear scale the errors of a good model, a few per cent, would look white.
+    picture = axes.imshow(share_CC, cmap=colours, norm=PowerNorm(0.5, 0, 100))
+    for label, predicted in zip(*np.nonzero(counts_CC), strict=True) if counted else ():
+        ink = "white" if share_CC[label, predicted] > 40 else "black"
+        text = str(counts_CC[label, predicted])
+        axes.text(predicted, label, text, color=ink, fontsize=size, ha="center", va="center")
+    upright = max(map(len, names)) > 3 or not counted
+    axes.set_xticks(range(count), names, rotation=90 if upright else 0, fontsize=size)
+    axes.set_yticks(range(count), names, fontsize=size)
+    axes.grid(visible=False)
+    title = f"{row['model']}: {row['images']:,} test images, {100 * row['accuracy']:.1f} % right"
+    axes.set(title=title, xlabel="predicted class", ylabel="true class")
+    figure.colorbar(picture, label="share of the true class, %", ticks=[0, 1, 5, 10, 25, 50, 100], shrink=0.8)
+    return figure
+
+
+def _seeds(counts: Mapping[str, int]) -> tuple[dict[str, str], str]:
+    """Returns the label of each group and the name of the statistics, "" for one seed. One of them holds n."""
+    one, *more = sorted(set(counts.values()))
+    labels = {name: f"{shown(name)} (n = {n})" if more else shown(name) for name, n in counts.items()}
+    return labels, f"mean ± sample deviation over {'n' if more else one} seeds" if more or one > 1 else ""
+
+
+class _Plain(Formatter):
+    """Plain decimals of value * scale, in as few digits as tell the ticks of an axis apart."""
+
+    def __init__(self, scale: float) -> None:
+        self._scale = scale
+
+    def format_ticks(self, values: Sequence[float]) -> list[str]:
+        digits, texts = 3, list[str]()
+        while len(set(texts)) < len(values) and digits < 16:
+            scaled = [np.format_float_positional(self._scale * v, digits, fractional=False, trim="-") for v in values]
+            digits, texts = digits + 1, scaled
+        return texts
+
+
+def plain_ticks(axis: Axis, scale: float = 1) -> None:
+    """Gives a logarithmic axis several ticks, whatever its range, as plain decimals of value * scale."""
+    low, high = axis.get_view_interval()
+    subs = (1, 2, 5) if high > 20 * low else (1, 1.5, 2, 3, 4, 6)
+    axis.set_major_locator(LogLocator(subs=subs) if high > 4 * low else MaxNLocator(8, steps=(1, 2, 5, 10)))
+    axis.set_major_formatter(_Plain(scale))
+    axis.set_minor_locator(NullLocator())

@@ -1,0 +1,236 @@
+"""`jvitmoe.report`: which runs are averaged, the table of many runs, the page, and result.json that they come from."""
+
+import html.parser
+import json
+import statistics
+
+import pytest
+
+import processes
+from jvitmoe import report
+from jvitmoe.errors import UserError
+from jvitmoe.runs import groups, page, results, tables
+from tested_runs import MODELS, write_tested_run
+
+HOSTILE = "<script>&amp;\"'{{vega}}<!--  two "  # a name that is no markup; its spaces count
+NAMES = (HOSTILE, "__proto__", "tab\tand\nline", "caf\udce9", " $x_2$ ", "_under", "中文")
+
+
+@pytest.fixture
+def make_run(tmp_path):
+    return lambda name, *arguments, **fields: write_tested_run(tmp_path / name, *arguments, **fields)
+
+
+def read(*folders):
+    return groups.group_runs([groups.read_run(folder) for folder in folders])
+
+
+def test_runs_that_differ_in_the_seed_become_one_row_of_mean_and_deviation(make_run):
+    values = (0.5, 0.6, 0.8)
+    runs = [
+        make_run(f"random_s{s}", v, 100.0 * (s + 1), routing__experts=4, train__seed=s, train__devices=s)
+        for s, v in enumerate(values)
+    ]
+    ((name, group),) = read(*reversed(runs)).items()
+    assert (name, [run.folder for run in group]) == ("random", runs)
+    rows = groups.group_rows(name, group)
+    assert [row["model"] for row in rows] == list(MODELS)
+    cells = {"run": "random", "model": "merged", "seeds": "3", "accuracy": "63.33% ± 15.28%", "top5": "-"}
+    cells |= {"nll": "1.2667 ± 0.3055", "ece": "0.1000 ± 0.0000", "parameters": "5", "total": "9"}
+    assert rows[0] == cells | {"FLOPs/image": "-", "images/s": "200", "hardware": "1 x cpu"}
+    assert statistics.stdev(values) == pytest.approx(0.15275, abs=1e-5)
+    assert (rows[2]["FLOPs/image"], rows[2]["accuracy"]) == ("2.5 M", "63.33% ± 15.28%")  # over seeds
+    (one,) = read(runs[0]).values()
+    assert groups.group_rows("one", one)[2]["accuracy"] == "50.00% ± 25.00%"  # over paths
+    diverged = make_run("random_s3", float("inf"), routing__experts=4, train__seed=3)
+    ((name, group),) = read(runs[0], diverged).items()
+    assert "nan" in groups.group_rows(name, group)[0]["nll"]
+
+
+def test_the_dense_run_of_the_same_config_stands_first(make_run):
+    other = make_run("other", routing__experts=4, optim__learning_rate=0.5)
+    many = make_run("many", routing__experts=8, routing__pull=0.1)
+    dense, few = make_run("dense", models=("dense",)), make_run("few", routing__experts=4)
+    assert list(groups.in_order(read(other, many, dense, few))) == ["other", "dense", "many", "few"]
+
+
+def test_the_overview_is_the_mean_over_experts_and_seeds_and_the_worst_layer(make_run):
+    runs = [make_run(f"run_s{seed}", models=("expert 0", "expert 1"), train__seed=seed) for seed in (0, 1)]
+    group = [groups.read_run(folder) for folder in runs]
+    for number, run in enumerate(group):
+        for expert, row in enumerate(run.result["rows"]):
+            row["accuracy"] = 0.5 + 0.1 * expert + 0.2 * number
+        run.result["mergeability"] = {"barrier": {"height": 0.1 + 0.2 * number}, "gap": [0.3, 0.1 + 0.4 * number]}
+    row = groups.overview_row("run", group)
+    assert (row["experts"], row["barrier"], row["gap"]) == ("65.00%", "0.2000", "0.400")
+
+
+def test_runs_that_may_not_be_averaged_are_apart_and_a_named_group_of_them_is_refused(make_run, tmp_path, capsys):
+    first = make_run("a_0")
+    cats, dogs = (make_run(f"a_{number}", train__seed=number) for number in (5, 6))
+    for folder, names in ((cats, ["tabby", "lynx"]), (dogs, ["pug", "husky"])):
+        (folder / "classes.json").write_text(json.dumps(names))  # image folders of two sets
+    (tmp_path / "more").mkdir()
+    faults = {
+        make_run("a_1", train__keep=7): "are both of seed 0; leave one out",
+        make_run("a_2", models=("merged",), train__seed=1): "tested as different models",
+        make_run("a_3", train__seed=1, step=1): "tested at steps 2 and 1; run jvitmoe.evaluate",
+        make_run("more/a_0", optim__learning_rate=0.5, train__seed=1): "differ in optim.learning_rate (0.001 and 0.5)",
+        dogs: "trained on other images or classes",
+    }
+    for other, fault in faults.items():
+        two = read(first, other)
+        assert len(two) == 2
+        assert len({"a_0", "a_0 (2)"} & two.keys()) == (2 if other.name == "a_0" else 1)
+        apart = capsys.readouterr().out.replace("\n", " ")
+        assert (f"{first} and {other} " in apart) == (fault.split()[0] in ("are", "tested"))
+        with pytest.raises(UserError, match="group 'mine'") as caught:
+            groups.check_group("mine", [groups.read_run(first), groups.read_run(other)])
+        assert fault in str(caught.value)
+
+
+def test_the_command_names_groups_leaves_out_other_folders_and_says_why(make_run, tmp_path, capsys):
+    a, b, dense = make_run("x", train__seed=1), make_run("y", train__seed=2), make_run("z=1", optim__eps=1.0)
+    out, gone, damaged = tmp_path / "report", tmp_path / "gone", make_run("damaged")
+    (damaged / "result.json").write_text("{}")
+    for _ in range(2):  # the second time the folder of the report is there, as in runs/*
+        others = [str(path) for path in (dense, out, gone, damaged, a / "metrics.jsonl")]
+        report.main(["report", f"mine={a},{b}", *others, f"--out={out}"])
+        printed = capsys.readouterr().out.replace("\n", "")
+        assert f"left out    '{gone}' is no folder" in printed
+        assert f"left out    {damaged}/result.json is not a result" in printed
+        assert printed.count("left out") == 3
+    text = (out / "report.md").read_text()
+    assert text.count("| mine |") == text.count("| z=1 |") == 1 + len(MODELS)
+    assert "| mine | 2 | - | 50.00% ± 0.00% | - | - | 50.00% ± 0.00% | 50.00% | - | - |" in text
+    for picture in ("curves", "comparison"):
+        assert (out / f"{picture}.png").read_bytes().startswith(b"\x89PNG")
+        assert f"![{picture}]({picture}.png)" in text
+    record = json.loads((out / "runs.json").read_text())["mine"]
+    assert record["seeds"]["2"] == groups.read_run(b).result
+    assert record["config"]["train.batch_size"] == 128
+    for arguments, message in (
+        ([f"mine={a}", f"mine={b}"], "two groups are called 'mine'"),
+        ([f"mine={a},{a}"], "both of seed 1"),
+        ([str(tmp_path)], r"holds no result\.json"),
+        (["group=" + ",".join(["a" * 90] * 4)], "is no folder"),
+    ):
+        with pytest.raises(UserError, match=message):
+            report.main(["report", *arguments, f"--out={out}"])
+
+
+@pytest.mark.parametrize("steps", [0, 1])
+def test_a_report_on_runs_of_few_steps_has_no_curves(make_run, tmp_path, steps):
+    runs = [str(make_run(name, optim__eps=eps, records=steps)) for name, eps in (("a", 1.0), ("b", 2.0))]
+    report.main(["report", *runs, f"--out={tmp_path / 'report'}"])
+    assert "comparison.png" in (text := (tmp_path / "report" / "report.md").read_text())
+    assert "curves" not in text
+
+
+@pytest.mark.parametrize("names", [["r_seed10", "r_seed11"], ["r-1", "r-2"], ["r_s0", "r_s1"], ["r"], ["r", "r_2"]])
+def test_a_group_is_called_what_its_folders_share(names):
+    assert groups._shared_name(names) == "r"
+
+
+def test_numbers_in_three_digits():
+    wanted = {999: "999", 5_462_046: "5.46 M", 17.6e9: "17.6 G", 1234: "1.23 k", 1.33e12: "1.33 T", 2e15: "2 P"}
+    wanted |= {999.6e6: "1 G", 999.4e6: "999 M"}
+    assert {number: tables.quantity(number) for number in wanted} == wanted
+
+
+class Seen(html.parser.HTMLParser):
+    """What a browser sees of a page: tags, addresses, and texts between tags."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.addresses, self.texts = set(), [], set()
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.add(tag)
+        self.addresses += [value for name, value in attributes if name in ("src", "href")]
+
+    def handle_data(self, data):
+        self.texts.add(data)
+
+
+def test_a_page_needs_nothing_else_and_shows_every_name_as_it_is(make_run, tmp_path):
+    runs, out = [make_run(name, optim__eps=1.0 + n) for n, name in enumerate(NAMES)], tmp_path / "report"
+    barrier = {"share": [0.0, 1.0], "losses": [[0.1, 0.2], [0.1, float("nan")]], "height": 0.1}
+    result = results.read_result(runs[0])
+    result["rows"][0]["confusion"] = [[4, 1], [2, 3]]
+    result["mergeability"] = {"layers": [0, 1], "gap": [0.1, 0.2], "spread": [0.1, 0.2], "barrier": barrier}
+    results.save_result(runs[0], result)
+    (runs[0] / "classes.json").write_text(json.dumps([HOSTILE, "caf\udce9"]))
+    code, _, err = processes.call(report.main, *runs, "--html", f"--out={out}")
+    assert (code, err) == (0, "")
+    text = (out / "report.html").read_text()
+    seen = Seen(text)
+    assert not seen.tags & {"script", "a", "link", "iframe", "object", "form"}
+    assert len(seen.addresses) == 4  # comparison, curves, mergeability, confusion
+    assert all(address.startswith("data:image/png;base64,") for address in seen.addresses)
+    assert "default-src 'none'" in text
+    written = {name.encode("utf-8", "backslashreplace").decode() for name in NAMES}
+    assert written | {f"{HOSTILE}, seed 0", "optim.eps", f"{float(len(NAMES))}"} <= seen.texts
+
+
+def test_a_page_embeds_pictures_of_the_run_folder_and_no_target_of_a_link(tmp_path):
+    picture, secret = tmp_path / "samples.png", tmp_path / "secret"
+    assert page.own_picture(picture) is None
+    secret.write_bytes(b"\x89PNG secret")
+    picture.symlink_to(secret)
+    assert page.own_picture(picture) is None
+    picture.unlink()
+    picture.write_text("no picture")
+    assert page.own_picture(picture) is None
+    picture.write_bytes(b"\x89PNG")
+    assert page.own_picture(picture) == page.Picture("samples", b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    "edit", [("0.5", "0.6"), ("9", "null"), ('"digits"', "3"), ('"checksum"', '"sum"'), ("{", "[")]
+)
+def test_a_result_that_is_not_as_it_was_written_is_refused_in_one_line(make_run, edit):
+    path = make_run("run") / "result.json"
+    path.write_text(path.read_text().replace(*edit))
+    with pytest.raises(UserError, match=r"result\.json is not a result that matches its checksum: ") as caught:
+        groups.read_run(path.parent)
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 500
+
+
+def test_a_result_is_written_after_its_report_because_it_marks_a_tested_run(make_run, monkeypatch):
+    folder = make_run("run")
+    result = results.read_result(folder)
+    (folder / "result.json").unlink()
+    monkeypatch.setattr(results, "show", lambda *_: 1 / 0)  # standard output is full
+    with pytest.raises(ZeroDivisionError):
+        results.write_result(folder, result)
+    assert not (folder / "result.json").exists()
+    monkeypatch.undo()
+    results.write_result(folder, result)
+    assert {"result.json", "report.md"} <= {path.name for path in folder.iterdir()}
+
+
+def test_the_report_of_a_run_has_a_row_per_class_and_why_averaging_works(make_run, capsys):
+    folder = make_run("run")
+    result = results.read_result(folder)
+    result["rows"][0]["confusion"] = [[8, 2, 0], [0, 0, 0], [1, 3, 0]]
+    why = {name: [0.1, 0.2] for name in ("spread", "cosine", "difference_cosine", "gap")}
+    result["mergeability"] = {"images": 10, "layers": [1, 3], **why, "barrier": {"height": 0.5}}
+    (folder / "classes.json").write_text(json.dumps(["caf\udce9", "a|b", "dog"]))
+    for drawn in (True, False):
+        results.write_result(folder, result, drawn)
+        text = (folder / "report.md").read_text()
+        assert ("![confusion](confusion.png)" in text) == drawn
+    for line in (
+        r"| caf\udce9 | 10 | 80.00% | a\|b (20.00%) |",
+        r"| a\|b | 0 | - | - |",
+        r"| dog | 4 | 0.00% | a\|b (75.00%) |",
+        "![mergeability](mergeability.png)",
+        "| 3 | 0.2000 | 0.2000 | 0.2000 | 0.2000 |",
+    ):
+        assert line in text
+    assert "0.5000 nats" in capsys.readouterr().out
+    assert results.read_result(folder)["rows"] == result["rows"]
+    assert results.class_names(folder, 4) == ("0", "1", "2", "3")
