@@ -8,8 +8,8 @@ import chex
 import jax
 
 from jvitmoe import config as config_lib
+from jvitmoe import routing
 from jvitmoe.config import Config
-from jvitmoe.experts import build
 from jvitmoe.runs.checkpoints import Checkpoints
 from jvitmoe.runtime import devices
 from jvitmoe.training import state
@@ -19,7 +19,7 @@ from jvitmoe.training.state import TrainState
 TINY = {
     "data": {"crop_padding": 1, "flip": True, "validation": 100},
     "model": {"width": 8, "hidden": 12, "depth": 2, "heads": 2, "patch": 4, "dropout": 0.1},
-    "routing": {"experts": 3, "scope": "layer", "init": "shared"},
+    "routing": {"experts": 3, "kind": "layer", "init": "shared"},
     "train": {"epochs": 3, "batch_size": 256, "log_every": 1, "devices": 1},
 }
 
@@ -47,8 +47,8 @@ def saved(workdir: Path) -> list[Path]:
 def final_state(workdir: Path) -> TrainState:
     """Returns the newest sound checkpoint's state, on the host."""
     config = saved_config(workdir)
-    model, mesh = build.make_model(config, "cpu"), devices.make_mesh(config.train)
-    return jax.device_get(Checkpoints(workdir / "checkpoints").restore(state.abstract_state(config, model, mesh))[0])
+    given = state.abstract_state(config, routing.find(config), devices.make_mesh(config.train))
+    return jax.device_get(Checkpoints(workdir / "checkpoints").restore(given)[0])
 
 
 def history(workdir: Path) -> list[dict]:

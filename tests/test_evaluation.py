@@ -3,13 +3,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jvitmoe import routing
 from jvitmoe.data.batches import eval_batches, on_devices
 from jvitmoe.data.splits import Split
 from jvitmoe.evaluation import models
 from jvitmoe.evaluation.metrics import Result, make_evaluate
 from jvitmoe.experts import cost, merge
-from jvitmoe.experts.routes import Purpose, address
 from jvitmoe.models import vit
+from jvitmoe.runtime.addresses import Purpose, address
 from jvitmoe.runtime.devices import make_mesh
 
 pytestmark = pytest.mark.slow
@@ -22,9 +23,7 @@ def params_of(tiny_config):
     """Returns a maker of noise in the shape of the parameters of that many experts."""
 
     def make(experts):
-        rng = np.random.default_rng(0)
-        model = vit.build(tiny_config().model, experts)
-        shapes = jax.eval_shape(lambda: vit.init(model, jax.random.key(0)))
+        rng, shapes = np.random.default_rng(0), routing.find(tiny_config(routing={"experts": experts})).shapes()
         return jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), x.dtype), shapes)
 
     return make
@@ -189,7 +188,7 @@ def test_a_run_of_experts_is_tested_merged_per_expert_on_random_paths_and_as_an_
             assert (f"{name}_std" in rows[-2]) == (paths > 1)
             if paths > 1:
                 assert rows[-2][f"{name}_std"] == pytest.approx(np.std(values, ddof=1), rel=1e-3, abs=1e-6)
-    active, total = cost.count_parameters(config)
+    active, total = routing.find(config).count_parameters()
     flops = rows[0]["flops_per_image"]
     assert {(row["parameters"], row["flops_per_image"]) for row in rows[:-1]} == {(active, flops)}
     assert (rows[-1]["parameters"], rows[-1]["flops_per_image"]) == (total, E * flops)
@@ -243,7 +242,7 @@ def test_flops_count_every_layer_and_every_product(tiny_config):
 
 def test_active_parameters_are_those_of_the_dense_model_and_total_counts_every_expert(tiny_config, params_of):
     size = lambda tree: sum(x.size for x in jax.tree.leaves(tree))  # noqa: E731
-    assert cost.count_parameters(tiny_config()) == (size(params_of(1)), size(params_of(1)))
-    active, total = cost.count_parameters(tiny_config(routing={"experts": E}))
+    assert routing.find(tiny_config()).count_parameters() == (size(params_of(1)), size(params_of(1)))
+    active, total = routing.find(tiny_config(routing={"experts": E})).count_parameters()
     assert (active, total) == (size(params_of(1)), size(params_of(E)))
     assert total - active == (E - 1) * L * (8 * 12 + 12 + 12 * 8 + 8)

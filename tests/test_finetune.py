@@ -48,7 +48,7 @@ def test_a_vit_of_timm_is_tuned_on_a_folder_of_pictures(files, tmp_path, variant
     workdir = tmp_path / "run"
     sizes = [f"--config.model.{name}={value}" for name, value in SIZES.items()]
     settings = {"data.dir": pictures, "init.source": source / "model.safetensors", "train.batch_size": 16}
-    settings |= {"train.epochs": 8, "train.devices": 1, "train.platform": "cpu", "train.log_every": 1}
+    settings |= {"train.epochs": 8, "train.devices": 1, "train.log_every": 1}
     flags = [f"--config.{name}={value}" for name, value in settings.items()]
     train.main(["train", f"--config=configs/finetune.py:{variant}", f"--workdir={workdir}", *sizes, *flags])
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]

@@ -3,10 +3,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jvitmoe import routing
 from jvitmoe.data import augment
 from jvitmoe.data.batches import eval_batches, on_devices
 from jvitmoe.evaluation import mergeability, metrics, models
-from jvitmoe.experts import merge
+from jvitmoe.experts import merge, trees
 from jvitmoe.models import mlp, vit
 from jvitmoe.runtime.devices import make_mesh
 
@@ -17,21 +18,18 @@ E, L = 3, 2
 
 @pytest.fixture(scope="module")
 def setup(tiny_config, tiny_split):
-    """Returns a maker of (model, noise in the shape of its parameters, images, batches)."""
+    """Returns a maker of (dense model, noise in the shape of a run's parameters, images, batches)."""
 
-    def make(devices=1, shared_layer="none", **model):
-        config = tiny_config(train={"devices": devices}, model=model, routing={"experts": E})
-        mesh = make_mesh(config.train)
-        net = vit.build(config.model, E, shared_layer=shared_layer)
-        shapes = jax.eval_shape(lambda: vit.init(net, jax.random.key(0)))
-        rng = np.random.default_rng(0)
-        params = jax.tree.map(lambda x: jnp.asarray(0.5 * rng.normal(size=x.shape), x.dtype), shapes)
-        return net, params, on_devices(tiny_split, mesh), eval_batches(26, 8, mesh)
+    def make(devices=1, part="mlp", **model):
+        config = tiny_config(train={"devices": devices}, model=model, routing={"experts": E, "part": part})
+        mesh, way, rng = make_mesh(config.train), routing.find(config), np.random.default_rng(0)
+        params = jax.tree.map(lambda x: jnp.asarray(0.5 * rng.normal(size=x.shape), x.dtype), way.shapes())
+        return way.model("cpu"), params, on_devices(tiny_split, mesh), eval_batches(26, 8, mesh)
 
     return make
 
 
-def equal(net, params):
+def equal(params):
     return merge.upcycle(merge.take_path(params, jnp.zeros((L,), int)), params)
 
 
@@ -62,13 +60,13 @@ def test_spread_and_cosines_are_those_of_plain_loops(setup):
 
 @pytest.mark.parametrize(
     ("devices", "model"),
-    [(1, {}), (4, {"norm": "post", "pool": "mean", "positions": "sincos2d"}), (2, {"position_rows": 9})],
+    [(1, {}), (4, {"pool": "mean", "positions": "sincos2d", "position_rows": 9})],
 )
 def test_the_layer_gap_is_that_of_one_image_at_a_time(setup, tiny_split, devices, model):
     net, params, images, batches = setup(devices, **model)
-    gap = mergeability.layer_gap(net, params, images, batches, range(L))
-    dense, merged = net.clone(experts=1), jax.jit(merge.average_experts)(params)
-    inputs = jax.jit(lambda x: mergeability.mlp_inputs(dense, merged, x))
+    gap = mergeability.layer_gap(net, E, params, images, batches, range(L))
+    merged = jax.jit(merge.average_experts)(params)
+    inputs = jax.jit(lambda x: mergeability.mlp_inputs(net, merged, x))
 
     def f(layer, x_TD, weights):
         up_DF, up_bias_F, down_FD, down_bias_D = (np.asarray(w, float) for w in weights)
@@ -89,12 +87,11 @@ def test_the_layer_gap_is_that_of_one_image_at_a_time(setup, tiny_split, devices
     assert gap == pytest.approx((above / below).tolist(), rel=1e-4)
 
 
-@pytest.mark.parametrize("model", [{}, {"norm": "post", "pool": "mean", "positions": "sincos2d"}, {"position_rows": 9}])
-def test_the_mlp_inputs_are_what_the_whole_model_hands_its_mlps(setup, tiny_split, monkeypatch, model):
-    net, params, _, _ = setup(**model)
-    dense, merged = net.clone(experts=1), merge.average_experts(params)
+def test_the_mlp_inputs_are_what_the_whole_model_hands_its_mlps(setup, tiny_split, monkeypatch):
+    net, params, _, _ = setup(pool="mean", positions="sincos2d")
+    merged = jax.jit(merge.average_experts)(params)
     images = augment.normalize(tiny_split.images_NHWc[:2])
-    inputs = mergeability.mlp_inputs(dense, merged, images)
+    inputs = jax.jit(lambda x: mergeability.mlp_inputs(net, merged, x))(images)
     seen, two_layers = [], mlp.two_layers
 
     def spy(x_BTD, *rest):
@@ -104,7 +101,7 @@ def test_the_mlp_inputs_are_what_the_whole_model_hands_its_mlps(setup, tiny_spli
 
     monkeypatch.setattr(mlp, "two_layers", spy)
     with jax.disable_jit():
-        vit.logits(dense, merged, images)
+        vit.logits(net, merged, images)
     assert len(seen) == L
     for x_BTD, wanted_BTD in zip(inputs, seen, strict=True):
         np.testing.assert_allclose(x_BTD, wanted_BTD, rtol=1e-4, atol=1e-5)
@@ -112,11 +109,11 @@ def test_the_mlp_inputs_are_what_the_whole_model_hands_its_mlps(setup, tiny_spli
 
 def test_equal_experts_have_no_spread_and_no_gap(setup):
     net, params, images, batches = setup()
-    params = equal(net, params)
+    params = equal(params)
     geometry = mergeability.weight_geometry(params)
     assert geometry["spread"] == pytest.approx([0.0] * L, abs=1e-6)
     assert geometry["cosine"] == pytest.approx([1.0] * L, rel=1e-6)
-    assert mergeability.layer_gap(net, params, images, batches, range(L)) == pytest.approx([0.0] * L, abs=1e-6)
+    assert mergeability.layer_gap(net, E, params, images, batches, range(L)) == pytest.approx([0.0] * L, abs=1e-6)
 
 
 def test_experts_that_differ_by_the_rounding_of_their_mean_are_equal():
@@ -128,11 +125,16 @@ def test_experts_that_differ_by_the_rounding_of_their_mean_are_equal():
     assert (geometry["spread"], geometry["difference_cosine"]) == ([0.0], [0.0])
 
 
-def test_one_shared_layer_and_the_gap(setup):
+def test_experts_that_own_one_layer_and_the_gap(setup):
     """The MLP is linear in `down`, so that a mean over `down` alone is the mean of outputs; `up` sits in the GELU."""
-    gaps = [mergeability.layer_gap(*setup(shared_layer=name), range(L)) for name in ("up", "down")]
-    assert gaps[0] == pytest.approx([0.0] * L, abs=1e-5)
-    assert min(gaps[1]) > 0.01
+    gaps = {}
+    for part in ("down", "up"):
+        net, params, images, batches = setup(part=part)
+        stacked = trees.stacked(params)["blocks"]["mlp"]
+        assert stacked == {name: name.startswith(part) for name in ("up", "up_bias", "down", "down_bias")}
+        gaps[part] = mergeability.layer_gap(net, E, params, images, batches, range(L))
+    assert gaps["down"] == pytest.approx([0.0] * L, abs=1e-5)
+    assert min(gaps["up"]) > 0.01
 
 
 def test_the_line_starts_at_the_experts_and_ends_at_the_merged_model(tiny_config, setup):
@@ -157,7 +159,7 @@ def test_the_line_starts_at_the_experts_and_ends_at_the_merged_model(tiny_config
         halfway = jax.tree.map(lambda a, b: (a + b) / 2, expert, mean)
         assert values[4] == pytest.approx(loss(halfway), rel=1e-5)
     assert line["height"] == pytest.approx(np.mean([max(v) - v[0] for v in line["losses"]]))
-    flat = mergeability.barrier(equal(net, params), losses)
+    flat = mergeability.barrier(equal(params), losses)
     assert np.ptp(flat["losses"]) == pytest.approx(0.0, abs=1e-5)
     assert flat["height"] == pytest.approx(0.0, abs=1e-5)
 

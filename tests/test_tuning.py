@@ -16,12 +16,13 @@ import pytest
 
 import jvitmoe
 from jvitmoe import config as config_lib
+from jvitmoe import routing
 from jvitmoe.config import Config
-from jvitmoe.experts import build, cost, merge
+from jvitmoe.experts import merge, trees
 from jvitmoe.interop import load
 from jvitmoe.models import mlp, vit
 from jvitmoe.runtime import devices, signals
-from jvitmoe.training import loop
+from jvitmoe.training import loop, trained
 from jvitmoe.training.state import TrainState, make_state
 from run_folders import assert_same_run, lose_newest, saved
 
@@ -34,21 +35,26 @@ E = 3
 class Start(NamedTuple):
     config: Config
     source: dict  # the dense tree that it starts from
-    model: vit.ViT
+    model: vit.ViT  # that one expert is
     state: TrainState  # at step 0
-    logits: Callable  # compiled: (parameters, images, route) of the model
+    logits: Callable  # compiled: (parameters, images, route) of the experts that a route takes
     plain: Callable  # compiled: (parameters, images) of the plain ViT that it folds into
 
 
 @pytest.fixture(scope="module", params=KINDS)
 def start(request, tiny_config):
     config = tiny_config(
-        model=KINDS[request.param], routing={"experts": E, "scope": "layer"}, init={"source": "somewhere"}
+        model=KINDS[request.param], routing={"experts": E, "kind": "layer"}, init={"source": "somewhere"}
     )
     source = jax.jit(functools.partial(vit.init, vit.build(untuned(config))))(jax.random.key(7))
-    model = build.make_model(config, "cpu")
-    state = make_state(config, model, devices.make_mesh(config.train), source)
-    logits = jax.jit(functools.partial(vit.logits, model))
+    way = routing.find(config)
+    model, state = way.model("cpu"), make_state(config, way, devices.make_mesh(config.train), source)
+
+    @jax.jit
+    def logits(params, images, route_L):
+        trunk, experts = trees.split(params, trees.stacked(params))
+        return vit.logits(model, trees.join(trunk, way.take(experts, (route_L,))), images)
+
     return Start(config, source, model, state, logits, jax.jit(functools.partial(vit.logits, model.plain())))
 
 
@@ -88,14 +94,6 @@ def test_one_expert_and_the_plain_vit_it_folds_into_compute_the_same(start):
     assert not np.allclose(other, wanted, atol=1e-3)
 
 
-def test_over_slots_each_expert_runs_on_its_images(start):
-    params, images_B = shaken(start.state.params), jnp.repeat(images(start.config)[:E], 2, axis=0)
-    by_slot = vit.logits(start.model, params, images_B)
-    for e in range(E):
-        alone = start.logits(params, images(start.config), jnp.array([e, e]))
-        chex.assert_trees_all_close(by_slot[2 * e : 2 * e + 2], jnp.stack([alone[e]] * 2), atol=1e-5)
-
-
 def test_merging_averages_matrices_and_then_folds():
     """AdaMix averages A and B apart, so the product is of the means and not the mean of products."""
     rng = np.random.default_rng(0)
@@ -112,11 +110,11 @@ def test_merging_averages_matrices_and_then_folds():
     assert not np.allclose(wanted, plain["up"] + (a_EDR @ b_ERF).mean(0), atol=1e-2)
 
 
-@pytest.mark.parametrize(("experts", "granularity"), [(1, "batch"), (E, "batch"), (E, "sample")])
-def test_training_moves_what_is_tuned_and_the_head_and_not_one_bit_more(tiny_config, training, experts, granularity):
+@pytest.mark.parametrize(("experts", "kind"), [(1, "batch"), (E, "batch"), (E, "sample")])
+def test_training_moves_what_is_tuned_and_the_head_and_not_one_bit_more(tiny_config, training, experts, kind):
     config = tiny_config(
         model={"lora": 2, "adapter": 3},
-        routing={"experts": experts, "granularity": granularity, "pull": 0.1 if experts > 1 else 0.0},
+        routing={"experts": experts, "kind": kind, "pull": 0.1 if experts > 1 else 0.0},
         init={"source": "somewhere"},
         optim={"weight_decay": 0.5, "learning_rate": 0.05},
         train={"batch_size": 9, "ema": 0.5},
@@ -131,7 +129,7 @@ def test_training_moves_what_is_tuned_and_the_head_and_not_one_bit_more(tiny_con
     assert moved == tuned | {("head", "kernel"), ("head", "bias")}
     wanted = jax.eval_shape(lambda: vit.init(run.model.plain(), jax.random.key(0)))
     chex.assert_trees_all_equal_shapes(after.ema, wanted)
-    chex.assert_trees_all_equal_shapes(build.dense_tree(config, after.params), wanted)
+    chex.assert_trees_all_equal_shapes(merge.dense_tree(config, after.params), wanted)
 
 
 def test_the_trained_parameters_are_counted_and_only_they_have_moments(start):
@@ -139,11 +137,11 @@ def test_the_trained_parameters_are_counted_and_only_they_have_moments(start):
     d, f, layers, classes = 8, 12, 2, 3
     lora = 2 * (d + f) * 2 if config.model.lora else 0
     adapter = (3 * (2 * d + 1) + d) if config.model.adapter else 0
-    trained = E * layers * (lora + adapter) + classes * (d + 1)
-    assert cost.count_trained(config) == trained
+    moving = E * layers * (lora + adapter) + classes * (d + 1)
+    assert trained.count(config, start.state.params) == moving
     floats = [leaf for leaf in jax.tree.leaves(start.state.opt_state) if leaf.dtype == jnp.float32]
-    assert sum(leaf.size for leaf in floats) == 2 * trained
-    assert build.frozen(dataclasses.replace(config, model=config.model.plain())) is None
+    assert sum(leaf.size for leaf in floats) == 2 * moving
+    assert trained.frozen(dataclasses.replace(config, model=config.model.plain())) is None
 
 
 def test_the_gradient_norm_is_of_what_is_trained(tiny_config, training):
@@ -168,7 +166,7 @@ def test_a_run_tunes_prints_resumes_without_its_source_and_ships_a_plain_vit(exp
     shutil.copytree(experiment_run, source)
     config = config_lib.loads((experiment_run / "config.json").read_text(), "config.json")
     config.model.lora, config.model.adapter = 2, 3
-    config.init.source, config.routing.granularity, config.routing.consistency = str(source), "batch", 0.1
+    config.init.source, config.routing.consistency = str(source), 0.1
     config.train.epochs, config.train.checkpoint_every = 1, 2
     config.validate()
 
@@ -178,7 +176,7 @@ def test_a_run_tunes_prints_resumes_without_its_source_and_ships_a_plain_vit(exp
 
     run()
     out = capsys.readouterr().out
-    assert f"trained     {cost.count_trained(config):,} of" in out
+    assert f"trained     {trained.count(config, routing.find(config).shapes()):,} of" in out
     assert "(run): " in out
     shutil.rmtree(source)
     whole = shutil.copytree(tmp_path / "run", tmp_path / "whole")
