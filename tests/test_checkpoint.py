@@ -18,8 +18,8 @@ import orbax.checkpoint as ocp
 import pytest
 from jax.experimental import multihost_utils
 
+from jvitmoe import routing
 from jvitmoe.config import Config, ModelConfig, RoutingConfig, TrainConfig
-from jvitmoe.experts import build
 from jvitmoe.runs import checkpoints as checkpoints_lib
 from jvitmoe.runs.checkpoints import CheckpointError, Checkpoints, CheckpointWriter, list_steps
 from jvitmoe.runtime.devices import make_mesh
@@ -36,7 +36,7 @@ def make_config(devices: int = 1, shard: str = "none") -> Config:
 @functools.cache
 def make(devices: int = 1, shard: str = "none"):
     config = make_config(devices, shard)
-    model = build.make_model(config, "cpu")
+    model = routing.find(config)
     mesh = make_mesh(config.train)
     return make_state(config, model, mesh), abstract_state(config, model, mesh)
 

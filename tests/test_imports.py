@@ -15,10 +15,12 @@ COMMANDS = ("train", "evaluate", "predict", "export", "report", "configs")
 ORDER = (
     ("errors",),
     ("settings",),
+    ("rules",),
     ("config",),
     ("runtime",),
     ("data", "models"),
     ("experts", "runs"),
+    ("routing",),
     ("evaluation",),
     ("interop",),
     ("training",),
@@ -97,7 +99,7 @@ def folder(name: str) -> str:
 
 
 def test_the_checker_sees_what_is_imported():
-    assert {"experts.routes", "data.batches", "models.routers.__init__"} <= imports("training.step")[1]
+    assert {"routing.base", "data.batches", "models.routers.__init__"} <= imports("training.step")[1]
     assert "tensorflow_datasets" in imports("data.tfds")[0]  # inside a function
     assert {"errors", "config", "runs.checkpoints"} <= reached("evaluate")
     assert ("models.routers.__init__", "models.routers.hash") in arrows()
