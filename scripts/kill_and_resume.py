@@ -1,12 +1,11 @@
 """Shows that a killed run goes on to the same bits: trains uninterrupted, then again with SIGKILL at random moments.
 
-    python scripts/kill_and_resume.py --out runs/killed --steps 20 --kills 2 -- \
-        --config configs/cifar10_random.py --config.train.batch_size=8 --config.train.checkpoint_every=5
+    python scripts/kill_and_resume.py --out runs/killed --kills 2 -- \
+        --config configs/digits_random.py --config.train.epochs=20 --config.train.checkpoint_every=5
 
 What follows `--` goes to `jvitmoe.train`. Kills come by turns once a random step was reached, while a checkpoint is
-written, during an evaluation, and before the first step. With --steps both runs are stopped with SIGTERM once that step
-is shown; otherwise they go to their end. Then the newest checkpoint that both have is compared array by array (by
-fingerprints), and the histories line by line.
+written, during an evaluation, and before the first step. Then the newest checkpoint that both have is compared array by
+array (by fingerprints), and the histories line by line.
 """
 
 import argparse
@@ -130,16 +129,11 @@ def kill(run: Run, turn: str, step: int, startup: float, chance: random.Random) 
     run.end(signal.SIGKILL)
 
 
-def finish(run: Run, steps: int) -> None:
-    """Trains to the end, or with `steps` until that many are shown."""
+def finish(run: Run) -> None:
+    """Trains to the end."""
     run.start()
-
-    def moment() -> bool:
-        run.trains()  # notes when the first step is shown
-        return bool(steps) and run.reached(steps)
-
-    reached = run.wait(moment)
-    run.end(signal.SIGTERM if reached else None)
+    run.wait(run.trains)  # notes when the first step is shown
+    run.end()
 
 
 def fingerprint(workdir: Path, number: int) -> dict[str, str]:
@@ -157,21 +151,18 @@ def main() -> None:
     logging.set_verbosity(logging.ERROR)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="new folder")
-    parser.add_argument("--steps", type=int, default=0, help="0 trains to the end")
     parser.add_argument("--kills", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0, help="chooses the moments at which the run is killed")
     parser.add_argument("arguments", nargs="+")
     options = parser.parse_args()
     options.out.mkdir(parents=True)
 
-    # Both must have one checkpoint in common, and what SIGTERM stops is saved at another step each time.
-    arguments = [*options.arguments, *(["--config.train.keep=1000"] if options.steps else [])]
-    uninterrupted = Run(options.out / "uninterrupted", arguments)
-    finish(uninterrupted, options.steps)
+    uninterrupted = Run(options.out / "uninterrupted", options.arguments)
+    finish(uninterrupted)
     print(f"uninterrupted: first step shown {uninterrupted.startup:.1f} s after the start", flush=True)
     lines = read_metrics(uninterrupted.workdir / files.METRICS)
     evaluations = frozenset(line["step"] for line in lines if line["kind"] != "train")
-    killed = Run(options.out / "killed", arguments, evaluations)
+    killed = Run(options.out / "killed", options.arguments, evaluations)
 
     chance, done = random.Random(options.seed), collections.Counter()
     # The last tenth is room to be hit in.
@@ -180,7 +171,7 @@ def main() -> None:
         kill(killed, TURNS[number % len(TURNS)], step, uninterrupted.startup, chance)
         done[killed.doing()] += 1
         print(f"killed with SIGKILL {killed.doing()}; the last step shown is {killed.shown()}", flush=True)
-    finish(killed, options.steps)
+    finish(killed)
 
     last = max(uninterrupted.checkpoints() & killed.checkpoints())
     expected, found = fingerprint(uninterrupted.workdir, last), fingerprint(killed.workdir, last)
