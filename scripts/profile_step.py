@@ -18,8 +18,7 @@ import timed_step
 from absl import flags
 from jax.profiler import ProfileData
 
-from jvitmoe import cli
-from jvitmoe.experts import build
+from jvitmoe import cli, routing
 from jvitmoe.runs import tables
 from jvitmoe.runs.console import console
 from jvitmoe.runtime import devices
@@ -41,7 +40,7 @@ def main(argv: list[str]) -> None:
         (trace,) = Path(folder).rglob("*.xplane.pb")
         spent = _spent(ProfileData.from_file(str(trace)), _origins(str(case.compiled.as_text())))
     milliseconds = {origin: value / values.steps / 1e6 for origin, value in spent.most_common()}
-    dtype = build.make_model(config, mesh.devices.flat[0].platform).dtype.name
+    dtype = routing.find(config).model(mesh.devices.flat[0].platform).dtype.name
     console.print(f"{devices.describe(mesh)}: {seconds * 1e3:.1f} ms a step, {dtype}")
     shown = list(milliseconds.items())[: values.rows]
     shown.append((("", "", "all else"), sum(milliseconds.values()) - sum(value for _, value in shown)))

@@ -56,9 +56,7 @@ def config(name: str, devices: int) -> Config:
         "batch": RoutingConfig(experts=EXPERTS),
         "sample": RoutingConfig(experts=EXPERTS, kind="sample", pull=float(pulled)),
     }[variant]
-    train = TrainConfig(
-        batch_size=IMAGES * devices, devices=devices, platform="cpu", expert_devices=devices if spreads else 1
-    )
+    train = TrainConfig(batch_size=IMAGES * devices, devices=devices, expert_devices=devices if spreads else 1)
     return Config(model=MODEL, routing=routed, optim=OptimConfig(), train=train).validate()
 
 
@@ -114,7 +112,7 @@ def worker(values: flags.FlagValues) -> None:
 
 
 def _sums(arrays: int, floats: int) -> Callable[[], Any]:
-    mesh = make_mesh(TrainConfig(platform="cpu"))
+    mesh = make_mesh(TrainConfig())
     here = NamedSharding(mesh, PartitionSpec(AXES))
     given = [to_devices(np.ones((mesh.size, floats), np.float32), here)] * arrays
 
@@ -280,6 +278,7 @@ def main() -> None:
         values(sys.argv)
         processes.guard(lambda: worker(values))
         return
+    jax.config.update("jax_platforms", "cpu")
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
     parser.add_argument("--counts", default="1,2,4,8", help="numbers of processes")
     parser.add_argument("--steps", type=int, default=25, help="steps timed, of which the median counts")
@@ -289,7 +288,7 @@ def main() -> None:
     found = measure(counts, chosen.steps)
     links, rows = compare(found)
     about = {
-        "hardware": describe(make_mesh(TrainConfig(devices=1, platform="cpu"))),
+        "hardware": describe(make_mesh(TrainConfig(devices=1))),
         "cores_used": len(os.sched_getaffinity(0)),
         "versions": checkpoints.versions(),
         "images_per_device": IMAGES,

@@ -175,7 +175,10 @@ def test_an_expert_axis_reduces_the_trunk_and_means_of_experts_and_moves_no_imag
     [
         ({"train": {"expert_devices": 2, "devices": 2}}, "must be 1 for routing.kind=batch"),
         (
-            {"routing": {"experts": 4, "kind": "sample"}, "train": {"expert_devices": 3, "devices": 3, "batch_size": 12}},
+            {
+                "routing": {"experts": 4, "kind": "sample"},
+                "train": {"expert_devices": 3, "devices": 3, "batch_size": 12},
+            },
             "must be 1, or divide routing.experts",
         ),
         (

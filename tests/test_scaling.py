@@ -59,7 +59,7 @@ def test_a_compiled_step_reduces_the_bytes_of_the_model_and_moves_no_image(
     monkeypatch.setattr(scaling_check, "MODEL", ModelConfig(patch=4, width=16, hidden=24, depth=2, heads=2))
     lowered, _ = scaling_check.timed_step.lower(
         scaling_check.config(variant, devices),
-        make_mesh(TrainConfig(devices=devices, platform="cpu", expert_devices=devices if spreads else 1)),
+        make_mesh(TrainConfig(devices=devices, expert_devices=devices if spreads else 1)),
     )
     assert sum(compilation.reduced_sizes(compilation.for_reading(lowered).as_text())) == scaling_check.predicted_bytes(
         variant, devices
