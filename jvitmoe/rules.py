@@ -2,22 +2,21 @@
 its class (`routing`)."""
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import Any
 
-if TYPE_CHECKING:
-    from jvitmoe.config import Config
+Config = Any  # of `config`, which imports this file
 
 MOST_PARAMETERS = 10**13
 SMALLEST_STD = 1e-3  # of pixels from 0 to 1: a quarter of their smallest difference
 
 
-def faults(config: "Config") -> Iterator[tuple[str, str]]:
+def faults(config: Config) -> Iterator[tuple[str, str]]:
     """Yields (setting, the rule that it breaks) for each broken rule."""
     for find in (_data_faults, _model_faults, _train_faults, _routing_faults):
         yield from find(config)
 
 
-def _data_faults(config: "Config") -> Iterator[tuple[str, str]]:
+def _data_faults(config: Config) -> Iterator[tuple[str, str]]:
     data, model = config.data, config.model
     if data.crop == "resized" and not data.stream:
         yield (
@@ -31,7 +30,7 @@ def _data_faults(config: "Config") -> Iterator[tuple[str, str]]:
         yield "data.crop_padding", f"must be at most model.image_size, which is {model.image_size}"
 
 
-def _model_faults(config: "Config") -> Iterator[tuple[str, str]]:
+def _model_faults(config: Config) -> Iterator[tuple[str, str]]:
     model, parameters = config.model, _about_parameters(config)
     if parameters > MOST_PARAMETERS:
         about = f"makes about {parameters:.1e} parameters with the other sizes"
@@ -51,7 +50,7 @@ def _model_faults(config: "Config") -> Iterator[tuple[str, str]]:
         yield "model.cls_position", f"must be False for model.pool={model.pool}, which has no CLS token"
 
 
-def _train_faults(config: "Config") -> Iterator[tuple[str, str]]:
+def _train_faults(config: Config) -> Iterator[tuple[str, str]]:
     optim, routing, train = config.optim, config.routing, config.train
     if train.devices and train.batch_size % train.devices:
         yield "train.batch_size", f"must be a multiple of train.devices, which is {train.devices}"
@@ -67,7 +66,7 @@ def _train_faults(config: "Config") -> Iterator[tuple[str, str]]:
         yield "optim.freeze_layers", "must be 0 with routing.pull, which moves experts of all layers"
 
 
-def _routing_faults(config: "Config") -> Iterator[tuple[str, str]]:
+def _routing_faults(config: Config) -> Iterator[tuple[str, str]]:
     model, routing, init = config.model, config.routing, config.init
     if "experts" not in routing.pattern or not {*routing.pattern} <= {"experts", "dense"}:
         rule = "must be a tuple of 'experts' and 'dense', with 'experts' in it, such as "
@@ -89,7 +88,7 @@ def _routing_faults(config: "Config") -> Iterator[tuple[str, str]]:
         yield "routing.pattern", "must be ('experts',), with part 'mlp', for model.lora and model.adapter"
 
 
-def _about_parameters(config: "Config") -> int:
+def _about_parameters(config: Config) -> int:
     """Returns the approximate number of parameters, to refuse sizes that no machine holds."""
     model = config.model
     block = 4 * model.width + 2 * config.routing.experts * (model.hidden + model.lora + model.adapter)

@@ -71,6 +71,7 @@ def cases(config: Config, only: Collection[str] = ()) -> dict[str, Config]:
         if name == "top2":
             case.model.hidden //= 2
         found[name] = case.validate()
+        routing.find(case)
     return found
 
 

@@ -175,7 +175,7 @@ def measure(counts: list[int], steps: int) -> list[dict[str, Any]]:
 
 
 def _environment() -> dict[str, str]:
-    return {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1"}
+    return {**os.environ, "JAX_NUM_CPU_DEVICES": "1"}
 
 
 @contextmanager
@@ -271,6 +271,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
 
 
 def main() -> None:
+    jax.config.update("jax_platforms", "cpu")
     if any(argument.startswith("--worker_steps") for argument in sys.argv):
         values = flags.FlagValues()
         train.define_flags(values)

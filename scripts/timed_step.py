@@ -127,7 +127,7 @@ class TimedStep:
         began = time.perf_counter()
         for _ in range(steps):
             self._state, metrics = self.compiled(self._state, *self._given)
-            devices.settle(self._mesh, metrics)
+            devices.wait_on_cpu(self._mesh, metrics)
         jax.block_until_ready(self._state)
         return (time.perf_counter() - began) / steps
 

@@ -18,8 +18,8 @@ import orbax.checkpoint as ocp
 import pytest
 from jax.experimental import multihost_utils
 
+from jvitmoe import routing
 from jvitmoe.config import Config, ModelConfig, RoutingConfig, TrainConfig
-from jvitmoe.experts import build
 from jvitmoe.runs import checkpoints as checkpoints_lib
 from jvitmoe.runs.checkpoints import CheckpointError, Checkpoints, CheckpointWriter, list_steps
 from jvitmoe.runtime.devices import make_mesh
@@ -36,7 +36,7 @@ def make_config(devices: int = 1, shard: str = "none") -> Config:
 @functools.cache
 def make(devices: int = 1, shard: str = "none"):
     config = make_config(devices, shard)
-    model = build.make_model(config, "cpu")
+    model = routing.find(config)
     mesh = make_mesh(config.train)
     return make_state(config, model, mesh), abstract_state(config, model, mesh)
 
@@ -251,27 +251,25 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used_and_never_a_fr
 @pytest.mark.slow
 def test_a_flipped_byte_anywhere_never_gives_other_values(tmp_path, tally):
     state, abstract = make()
-    save_all(tmp_path / "sound", state, [1, 2])
+    save_all(tmp_path, state, [1, 2])
     expected = {number: jax.device_get(at(state, number)) for number in (1, 2)}
-    random = np.random.default_rng(0)
-    files = sorted(p for p in (tmp_path / "sound" / "2").rglob("*") if p.is_file() and p.stat().st_size)
-    noticed = 0
-    for trial, file in enumerate(files):
-        folder = tmp_path / f"trial{trial}"
-        shutil.copytree(tmp_path / "sound", folder)
-        path = folder / file.relative_to(tmp_path / "sound")
-        content = bytearray(path.read_bytes())
-        content[random.integers(len(content))] ^= 1 << random.integers(8)
-        path.write_bytes(content)
+    random, noticed = np.random.default_rng(0), 0
+    paths = sorted(p for p in (tmp_path / "2").rglob("*") if p.is_file() and p.stat().st_size)
+    for path in paths:
+        sound = path.read_bytes()
+        damaged = bytearray(sound)
+        damaged[random.integers(len(sound))] ^= 1 << random.integers(8)
+        path.write_bytes(damaged)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            restored, meta = restore(folder, abstract)
+            restored, meta = Checkpoints(tmp_path).restore(abstract)
+        path.write_bytes(sound)
         skipped = any("checkpoint 2 skipped" in str(warning.message) for warning in caught)
         assert meta["step"] == (1 if skipped else 2)
         chex.assert_trees_all_equal(jax.device_get(restored), expected[meta["step"]])
         noticed += skipped
     assert noticed > 0
-    tally("bits flipped in checkpoints without one wrong value", len(files))
+    tally("bits flipped in checkpoints without one wrong value", len(paths))
     tally("of these noticed, the others where nothing depends on them", noticed)
 
 

@@ -8,6 +8,7 @@ import json
 import os
 import re
 import secrets
+import signal
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -25,7 +26,7 @@ from kubeflow_trainer_api import models
 
 import processes
 from jvitmoe import cli, train
-from run_folders import rows, tiny, write_experiment
+from run_folders import losses, rows, tiny, write_experiment
 
 MODELS = {
     "JobSet": models.JobsetV1alpha2JobSet,
@@ -273,8 +274,9 @@ def test_two_pods_of_the_trainjob_train_one_run(tmp_path):
 
 @pytest.mark.process
 @pytest.mark.long
-def test_two_workers_of_ray_train_one_run(tmp_path):
-    experiment = write_experiment(tmp_path / "tiny.py", tiny(train={"epochs": 1, "devices": 0}))
+def test_two_workers_of_ray_train_one_run_and_start_again_when_one_is_killed(tmp_path):
+    settings = {"epochs": 12, "eval_every": 12, "checkpoint_every": 10, "devices": 0}
+    experiment = write_experiment(tmp_path / "tiny.py", tiny(train=settings))
     workdir = tmp_path / "run"
     arguments = f"--config={experiment}", f"--workdir={workdir}", "--workers=2"
     # Ray's sockets need a short path. Without a token of its own Ray would write one into the home folder.
@@ -282,8 +284,13 @@ def test_two_workers_of_ray_train_one_run(tmp_path):
         private = {"RAY_TMPDIR": folder, "RAY_AUTH_TOKEN": secrets.token_hex(32), "RAY_USAGE_STATS_ENABLED": "0"}
         private["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(processes.HANGS)
         env = processes.environment() | private
-        ended = processes.run([sys.executable, "scripts/ray_train.py", *arguments], env)
+        started = processes.start([sys.executable, "scripts/ray_train.py", *arguments], env)
+        processes.wait_for_step(workdir, 25, started)
+        os.kill(json.loads((workdir / "lock").read_text())["pid"], signal.SIGKILL)
+        (ended,) = processes.collect([started])
     assert ended.code == 0, ended
+    assert re.search(r"resuming +from step [12]0\n", ended.out + ended.err), ended
+    assert sorted(losses(workdir)) == list(range(1, 61))
     result = json.loads((workdir / "result.json").read_text())
     assert result["hardware"].endswith("2 processes")
     assert result["rows"][0]["images"] == 360

@@ -19,7 +19,7 @@ from jvitmoe.experts import cost, trees
 from jvitmoe.models import vit
 from jvitmoe.runtime.compilation import for_reading, reduced_sizes
 from jvitmoe.runtime.devices import EXPERT, make_mesh
-from jvitmoe.training import communication, setup, state, step
+from jvitmoe.training import setup, state, step, update
 from jvitmoe.training.state import StepPlan
 
 pytestmark = pytest.mark.slow
@@ -167,7 +167,7 @@ def test_an_expert_axis_reduces_the_trunk_and_means_of_experts_and_moves_no_imag
     size = cost.tree_size(trunk) + cost.tree_size(experts) // 4 * (bool(pull) + bool(ema))
     # Every gradient of the trunk, the loss and the accuracy; and the sum of squares of the experts' part of the norm.
     assert 4 * (size + 2) <= sum(reduced_sizes(text)) <= 4 * (size + 2 + 8)
-    assert [communication.bytes_reduced(plan)(done) for done in range(4)] == [0, 4 * size, 8 * size, 12 * size]
+    assert [update.bytes_reduced(plan)(done) for done in range(4)] == [0, 4 * size, 8 * size, 12 * size]
 
 
 @pytest.mark.parametrize(

@@ -253,7 +253,9 @@ def test_a_second_signal_ends_one_of_several_processes_at_once(number):
     joined[1].process.send_signal(number)
     for one in joined:
         processes.wait_for_output(one, "asked at")
+    for one in reversed(joined):  # process 0 last, which has JAX's coordinator
         one.process.send_signal(signal.SIGTERM)
+        one.process.wait()
     ended = processes.collect(joined, 30)
     assert [one.code for one in ended] == [128 + signal.SIGTERM] * 2, ended
     assert ended[0].out.splitlines()[-1] == ended[1].out.splitlines()[-1]
@@ -261,6 +263,7 @@ def test_a_second_signal_ends_one_of_several_processes_at_once(number):
         assert errors(one) == ["stopped at once by SIGTERM, without saving the last steps; the same command goes on"]
 
 
+@pytest.mark.long
 def test_a_run_whose_process_is_killed_is_started_again_and_ends_with_the_bits_of_an_uninterrupted_one(
     experiment, tmp_path
 ):
@@ -304,7 +307,7 @@ FAULTS = [  # processes, the one that it happens to, what, whether it saves afte
     (2, 1, signal.SIGSTOP, True),
     (2, 0, signal.SIGUSR1, True),
     (3, 1, signal.SIGUSR1, False),
-    (2, 1, signal.SIGUSR2, True),
+    (2, 1, signal.SIGUSR2, False),
     (2, 1, signal.SIGVTALRM, False),
 ]
 

@@ -14,7 +14,7 @@ from jvitmoe.errors import ConfigError
 from jvitmoe.experts import cost, merge, trees
 from jvitmoe.models import vit
 from jvitmoe.runtime.devices import make_mesh
-from jvitmoe.training import optimizer, state, trained, update
+from jvitmoe.training import optimizer, state, update
 
 STEPS, EPOCHS, PEAK = 7, 5, 3e-3  # of one epoch, of the run
 
@@ -315,7 +315,7 @@ def test_frozen_layers_keep_their_bits_and_count_in_no_norm(tiny_config, trainin
             moving += old.size
 
     jax.tree.map_with_path(check, before, after)
-    assert trained.count(made, before) == moving
+    assert optimizer.count_trained(made, before) == moving
     if layers == 4:  # a linear probe: its gradient is that of norm and head, and nothing else has moments
         moments = sum(x.size for x in jax.tree.leaves(run.state.opt_state) if x.dtype == jnp.float32)
         assert moments == moving * 2
@@ -377,6 +377,6 @@ def test_the_groups_of_an_optimiser_are_printed_with_what_they_hold(tiny_config)
     )
     heads = hidden * (d + classes)
     assert f"adamw, weight decay 0.05: 2 arrays, {heads} parameters, learning rate 0.001" in lines
-    frozen = cost.tree_size(shapes) - trained.count(made, shapes)
+    frozen = cost.tree_size(shapes) - optimizer.count_trained(made, shapes)
     assert any(line.startswith("not trained: ") and line.endswith(f" {frozen:,} parameters") for line in lines)
     assert len(lines) == 4

@@ -16,7 +16,7 @@ from jvitmoe.models import routers, vit
 from jvitmoe.routing import Pass
 from jvitmoe.runtime.addresses import Purpose, address
 from jvitmoe.runtime.devices import make_mesh
-from jvitmoe.training import communication, losses, step, update
+from jvitmoe.training import losses, step, update
 from jvitmoe.training.state import StepPlan
 
 pytestmark = pytest.mark.slow
@@ -192,7 +192,7 @@ def test_the_bytes_of_pulls_are_counted(routed):
     config = Config(train=TrainConfig(epochs=10), optim=OptimConfig(warmup_epochs=1))
     config.routing = RoutingConfig(experts=4, kind="sample", **routed)
     plan = make_plan(config, 3)
-    count = communication.bytes_reduced(plan)
+    count = update.bytes_reduced(plan)
     found = np.diff([count(done) for done in range(plan.total + 1)])
     pulled = pulls_of(config, 3) > 0 if routed else np.zeros(plan.total, bool)
     shapes = plan.routing.shapes()

@@ -19,7 +19,7 @@ from jvitmoe.routing.batch import Batch
 from jvitmoe.runtime.addresses import Purpose, address
 from jvitmoe.runtime.compilation import for_reading, reduced_sizes
 from jvitmoe.runtime.devices import REPLICATED, describe, make_mesh
-from jvitmoe.training import communication, optimizer, setup, state, step
+from jvitmoe.training import optimizer, setup, state, step, update
 from jvitmoe.training.state import StepPlan, TrainState
 
 KINDS = pytest.mark.parametrize("kind", ["batch", "layer"])
@@ -230,7 +230,7 @@ def compiled(tiny_config, tiny_split):
         train_step = step.make_train_step(StepPlan(config, way, model, mesh, order.steps_per_epoch))
         given = state.abstract_state(config, way, mesh)
         programs[experts] = for_reading(train_step.lower(given, images, order.epoch(0)))
-        counted = communication.bytes_reduced(StepPlan(config, way, model, mesh, order.steps_per_epoch))
+        counted = update.bytes_reduced(StepPlan(config, way, model, mesh, order.steps_per_epoch))
         programs[f"bytes of {experts}"] = counted(1)
         programs[f"active of {experts}"] = sum(
             x.size for x in jax.tree.leaves(jax.eval_shape(merge.average_experts, given.params))

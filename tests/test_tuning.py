@@ -20,7 +20,7 @@ from jvitmoe import routing
 from jvitmoe.config import Config
 from jvitmoe.experts import merge, trees
 from jvitmoe.interop import load
-from jvitmoe.models import adapters, vit
+from jvitmoe.models import mlp, vit
 from jvitmoe.runtime import devices, signals
 from jvitmoe.training import loop, trained
 from jvitmoe.training.state import TrainState, make_state
@@ -125,7 +125,7 @@ def test_training_moves_what_is_tuned_and_the_head_and_not_one_bit_more(tiny_con
     for (path, old), new in zip(jax.tree.leaves_with_path(before.params), jax.tree.leaves(after.params), strict=True):
         if not np.array_equal(old, new):
             moved.add((path[0].key, path[-1].key))
-    tuned = {("blocks", name) for name in (*adapters.LORA, *adapters.ADAPTER)}
+    tuned = {("blocks", name) for name in (*mlp.LORA, *mlp.ADAPTER)}
     assert moved == tuned | {("head", "kernel"), ("head", "bias")}
     wanted = jax.eval_shape(lambda: vit.init(run.model.plain(), jax.random.key(0)))
     chex.assert_trees_all_equal_shapes(after.ema, wanted)

@@ -17,7 +17,7 @@ from jvitmoe.data import augment
 from jvitmoe.data.batches import Batches, Images
 from jvitmoe.experts import merge
 from jvitmoe.models import routers, vit
-from jvitmoe.runtime.devices import AXES, REPLICATED, settle, to_devices
+from jvitmoe.runtime.devices import AXES, REPLICATED, to_devices, wait_on_cpu
 
 SplitImages = Images | Iterable[Images]  # a whole split on the devices, or its batches one after the other
 BINS = 15  # M, as in Guo et al., arXiv 1706.04599
@@ -102,7 +102,7 @@ class Evaluator:
         step = self._step if whole else self._streamed_step
         for s, images in enumerate([split] * len(batches.index_SB) if whole else split):
             sums = step(params, route_PL, log_weight_P, sums, images, batches, jnp.int32(s))
-            settle(self._mesh, sums)
+            wait_on_cpu(self._mesh, sums)
             self._progress()
         rows = zip(*jax.device_get(sums), strict=True)
         *results, ensemble = (_result(Sums(*row), self.net.config.classes) for row in rows)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from jvitmoe.config import Config
 from jvitmoe.experts.trees import EXPERT_AXIS, Tree, join, of_group, split, stacked, take
-from jvitmoe.models import adapters, vit
+from jvitmoe.models import mlp, vit
 
 
 def average_experts(params: Tree) -> Tree:
@@ -63,7 +63,7 @@ def upcycle(dense: Tree, like: Tree) -> Tree:
 
     def fill(path: tuple[Any, ...], wanted: jax.Array) -> jax.Array:
         names = [entry.key for entry in path]
-        if "router" in names or names[-1] in (*adapters.LORA, *adapters.ADAPTER):
+        if "router" in names or names[-1] in (*mlp.LORA, *mlp.ADAPTER):
             return wanted
         leaf = functools.reduce(operator.getitem, (name for name in names if name not in groups), dense)
         if names[0] == "blocks":
@@ -78,7 +78,7 @@ def _to_dense(params: Tree, reduce: Callable[[Tree], Tree]) -> Tree:
     trunk, experts = split(params, stacked(params))
     tree = _without_router(join(trunk, reduce(experts)))
     blocks = vit.in_layers(tree["blocks"])
-    return tree | {"blocks": blocks | {"mlp": adapters.fold(blocks["mlp"])}}
+    return tree | {"blocks": blocks | {"mlp": mlp.fold(blocks["mlp"])}}
 
 
 def _without_router(tree: Tree) -> Tree:

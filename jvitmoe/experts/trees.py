@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jvitmoe.config import Config
-from jvitmoe.models import adapters, vit
+from jvitmoe.models import mlp, vit
 
 Tree = Any
 Array = TypeVar("Array", jax.Array, np.ndarray)
@@ -22,7 +22,7 @@ Array = TypeVar("Array", jax.Array, np.ndarray)
 MLP = ("up", "up_bias", "down", "down_bias")
 PARTS = {"mlp": MLP, "up": MLP[:2], "down": MLP[2:]}  # routing.part -> the leaves of an MLP that each expert owns
 # Rank of each MLP leaf in the dense tree, its leading L axis included (models/mlp.py).
-DENSE_RANK = {name: 2 if name.endswith("bias") else 3 for name in (*MLP, *adapters.LORA, *adapters.ADAPTER)}
+DENSE_RANK = {name: 2 if name.endswith("bias") else 3 for name in (*MLP, *mlp.LORA, *mlp.ADAPTER)}
 EXPERT_AXIS = 1
 
 
@@ -30,7 +30,7 @@ def owned(config: Config) -> Callable[[Sequence[Any]], bool]:
     """Returns a function that is True for the key path of a parameter that each expert has its own copy of: those of
     `routing.part`, or LoRA and adapters, in the layers that `routing.pattern` marks."""
     tuned, pattern = config.trains_adapters_only, config.routing.pattern
-    names = (*adapters.LORA, *adapters.ADAPTER) if tuned else PARTS[config.routing.part]
+    names = (*mlp.LORA, *mlp.ADAPTER) if tuned else PARTS[config.routing.part]
     return lambda path: path[-1].key in names and pattern[vit.position_in_group(path) or 0] == "experts"
 
 

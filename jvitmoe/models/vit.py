@@ -14,9 +14,11 @@ import jax.numpy as jnp
 from jvitmoe.config import ModelConfig
 from jvitmoe.models.layers import (
     Attention,
+    ConvStem,
     Head,
     LayerNorm,
     PatchEmbedding,
+    SequencePool,
     Site,
     drop_path,
     dropout,
@@ -25,7 +27,6 @@ from jvitmoe.models.layers import (
 )
 from jvitmoe.models.mlp import Mlp, RoutedMlp
 from jvitmoe.models.routers import RouterSettings, Statistics
-from jvitmoe.models.stem import ConvStem, SequencePool
 
 BLOCK = "block"  # followed by a position in the pattern: the key of a layer's parameters
 POSITION = re.compile(rf"{BLOCK}(\d+)")

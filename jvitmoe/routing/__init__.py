@@ -4,9 +4,8 @@ from jvitmoe.config import Config
 from jvitmoe.errors import ConfigError, did_you_mean
 from jvitmoe.models.routers import ROUTERS
 from jvitmoe.routing.base import Pass, Routing
-from jvitmoe.routing.batch import Batch
+from jvitmoe.routing.batch import Batch, Layer
 from jvitmoe.routing.in_model import InModel
-from jvitmoe.routing.layer import Layer
 from jvitmoe.routing.sample import Sample
 
 __all__ = ["ROUTINGS", "Pass", "Routing", "find"]

@@ -1,8 +1,11 @@
-"""One expert for the whole batch: the step is the dense step on that expert's slice."""
+"""One expert for the whole batch, or one per layer: the step is the dense step on that expert's slice."""
+
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
 
+from jvitmoe.config import Config
 from jvitmoe.experts import trees
 from jvitmoe.models import vit
 from jvitmoe.models.routers import Statistics
@@ -51,3 +54,22 @@ class Batch(Routing):
     def expert(self, route: Route) -> Route:
         """Returns the index that `trees.take` reads: a scalar for all layers."""
         return route[0]
+
+
+class Layer(Batch):
+    """As `Batch`, with an expert drawn for each layer (AdaMix, arXiv 2205.12410; THOR, arXiv 2110.04260). A route is
+    int32 [L], uniform."""
+
+    meaning = "one is drawn for each batch and layer"
+
+    @classmethod
+    def faults(cls, config: Config) -> Iterator[tuple[str, str]]:
+        if config.routing.pattern.count("experts") > 1:  # the layers of one optimiser state must have one route
+            yield "routing.pattern", "must have one 'experts', for routing.kind=layer"
+
+    @property
+    def draws(self) -> int:  # type: ignore[override]
+        return self.config.model.depth
+
+    def expert(self, route: Route) -> Route:
+        return route

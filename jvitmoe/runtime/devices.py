@@ -69,7 +69,7 @@ def describe(mesh: Mesh) -> str:
     return f"{mesh.size} x {kind}" + (f", {processes} processes" if processes > 1 else "")
 
 
-def settle(mesh: Mesh, outputs: Any) -> None:
+def wait_on_cpu(mesh: Mesh, outputs: Any) -> None:
     """Waits for `outputs` if the mesh is several CPU devices: XLA runs their collectives on one thread pool, which can
     deadlock with two programs in flight (seen on JAX 0.10)."""
     if mesh.size > 1 and mesh.devices.flat[0].platform == "cpu":

@@ -94,7 +94,7 @@ def barrier() -> None:
         multihost_utils.sync_global_devices("jvitmoe")
 
 
-def of_first(value: bool) -> bool:
+def broadcast_from_first(value: bool) -> bool:
     """Returns the value of process 0, in all processes: what they see on a disk may differ."""
     return value if is_single() else bool(multihost_utils.broadcast_one_to_all(np.array(value)))
 
@@ -128,7 +128,7 @@ def all_raise(error: UserError) -> None:
     together(fail)
 
 
-def one_first(work: Callable[[], T]) -> T:
+def first_process_then_others(work: Callable[[], T]) -> T:
     """As `together`, but process 0 does it before the others: for work that writes files which the others then read."""
     result = together(lambda: work() if is_first() else None)
     return together(lambda: result if is_first() else work())  # type: ignore[return-value]

@@ -28,7 +28,7 @@ from jvitmoe.runs.metrics_log import MetricsLog
 from jvitmoe.runtime import devices, processes
 from jvitmoe.runtime.signals import Stop
 from jvitmoe.runtime.watchdog import Watchdog
-from jvitmoe.training import communication, setup, step
+from jvitmoe.training import setup, step, update
 from jvitmoe.training.setup import RunData
 from jvitmoe.training.state import StepPlan, TrainState, abstract_state, make_state
 from jvitmoe.training.step import Metrics
@@ -58,7 +58,7 @@ def train(
     dense, init_notes = None, list[str]()
     if config.init.source:
         steps = processes.together(lambda: list_steps(workdir / files.CHECKPOINTS))
-        if processes.of_first(not steps):  # a checkpoint includes the source
+        if processes.broadcast_from_first(not steps):  # a checkpoint includes the source
             dense, init_notes = processes.together(lambda: pretrained.start(config))
     cleanup.enter_context(processes.together(lambda: open_run_folder(workdir, config, data.classes, data.counts)))
     processes.together(lambda: check_shared(workdir))
@@ -71,7 +71,7 @@ def train(
     start, total = int(state.step), plan.total
     if start:
         setup.print_resumed(workdir, start, config, meta)
-    if start == total and processes.of_first(bool(tested := results.of_step(workdir, total))):
+    if start == total and processes.broadcast_from_first(bool(tested := results.of_step(workdir, total))):
         console.print("ended       the run was trained and tested before; jvitmoe.evaluate tests it again")
         if processes.is_first():
             results.show_models(workdir, tested)
@@ -164,7 +164,7 @@ class _Loop:
         watchdog: Watchdog,
     ) -> None:
         self._config, self._total, self._mesh = plan.config, plan.total, plan.mesh
-        self._steps_per_epoch, self._reduced_bytes = plan.steps_per_epoch, communication.bytes_reduced(plan)
+        self._steps_per_epoch, self._reduced_bytes = plan.steps_per_epoch, update.bytes_reduced(plan)
         self._checkpoints, self._evaluation, self._log = checkpoints, evaluation, log
         self._stop, self._watchdog = stop, watchdog
         self._unread: list[tuple[int, Metrics]] = []  # metrics that are still on the device
@@ -187,7 +187,7 @@ class _Loop:
                 compiled = train_step.lower(self._state, images, index_SB).compile()
                 began = time.monotonic()
             self._state, metrics = compiled(self._state, images, index_SB)
-            devices.settle(self._mesh, metrics)
+            devices.wait_on_cpu(self._mesh, metrics)
             if self._slow:  # with more than one step queued, progress and a stop would have to wait for all of them
                 jax.block_until_ready(self._unread)
             # By the clock only if this process is the only one: each has its own, and reading may end the run together.

@@ -1,4 +1,4 @@
-"""Learning-rate schedules and optimisers. To add an optimiser, append a line to OPTIMIZERS.
+"""Learning rates, optimisers, and which parameters are trained. To add an optimiser, append a line to OPTIMIZERS.
 
 L layers
 """
@@ -8,17 +8,20 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from optax.contrib import MuonDimensionNumbers, scale_by_muon
 
+from jvitmoe import routing
 from jvitmoe.config import Config, OptimConfig
 from jvitmoe.errors import ConfigError, did_you_mean
 from jvitmoe.experts import trees
-from jvitmoe.training import trained
+from jvitmoe.models import mlp
 
 # Matrices; AdamW does not decay biases, norms, positions and CLS, nor LoRA and adapters.
 DECAYED = ("kernel", "up", "down")
+AFTER_BLOCKS = ("norm", "pool", "head")  # first keys of the parameters that follow the blocks
 MUON_RMS = 0.2
 # Axes of inputs and of outputs, counted from the last: all before them (layers, experts) count matrices. Attention has
 # query, key and value [D, G, V] and out [G, V, D], each a matrix for all heads together.
@@ -145,19 +148,19 @@ def per_layer(tx: optax.GradientTransformation) -> optax.GradientTransformation:
 def direction(config: Config) -> optax.GradientTransformation:
     """Returns the transformation from gradients to the direction that the learning rate multiplies, by `optim.name`.
 
-    Parameters that are not trained (`trained.frozen`) have no direction, no decay and no moments.
+    Parameters that are not trained (`frozen`) have no direction, no decay and no moments.
     Raises ConfigError for an unknown name.
     """
-    optim, frozen = config.optim, trained.frozen(config)
+    optim, is_frozen = config.optim, frozen(config)
     if optim.name not in OPTIMIZERS:
         rule = f"it must be one of {', '.join(map(repr, OPTIMIZERS))}{did_you_mean(optim.name, OPTIMIZERS)}"
         raise ConfigError(f"config.optim.name is {optim.name!r}; {rule}")
     tx = OPTIMIZERS[optim.name](optim)
-    if frozen is None:
+    if is_frozen is None:
         return tx
 
     def labels(params: Any) -> Any:
-        return jax.tree.map_with_path(lambda path, _: "frozen" if frozen(path) else "trained", params)
+        return jax.tree.map_with_path(lambda path, _: "frozen" if is_frozen(path) else "trained", params)
 
     return optax.partition({"trained": tx, "frozen": optax.set_to_zero()}, labels)
 
@@ -181,7 +184,7 @@ def layer_scales(config: Config, params: Any) -> Any:
     layers = {"blocks": 1 + np.arange(depth), "norm": depth + is_fc_norm, "pool": depth + 1, "head": depth + 1}
 
     def scale(path: Sequence[Any], leaf: jax.Array) -> np.ndarray:
-        layer, is_trained = np.asarray(layers.get(path[0].key, 0)), trained.trained_layers(config, path, leaf)
+        layer, is_trained = np.asarray(layers.get(path[0].key, 0)), trained_layers(config, path, leaf)
         if layer.ndim:
             layer = trees.of_group(path, layer, leaf.shape[0]).reshape(is_trained.shape)
         is_dense_mlp = config.routing.experts == 1 and any(entry.key == "mlp" for entry in path)
@@ -198,7 +201,7 @@ def groups(config: Config, params: Any) -> list[str]:
     Arrays of each layer and expert are counted. Learning rates are at the peak of the schedule. An optimiser that is
     new to this file is taken to decay matrices, as AdamW does.
     """
-    optim, frozen = config.optim, trained.frozen(config)
+    optim, is_frozen = config.optim, frozen(config)
     found: dict[str, list[tuple[float, int, int]]] = {}  # of each array: learning rate, arrays, parameters
 
     def add(path: Sequence[Any], leaf: Any, scales: np.ndarray, is_stacked: bool) -> None:
@@ -207,9 +210,9 @@ def groups(config: Config, params: Any) -> list[str]:
         name += f", weight decay {optim.weight_decay:g}" if decayed else ", no weight decay"
         rate = optim.learning_rate * (optim.mlp_rate if is_stacked else 1.0)
         for scale in scales.flat:
-            is_frozen = scale == 0 or (frozen and frozen(path))
+            stays = scale == 0 or (is_frozen and is_frozen(path))
             count = leaf.shape[trees.EXPERT_AXIS] if is_stacked else 1, leaf.size // scales.size
-            found.setdefault("not trained" if is_frozen else name, []).append((rate * scale, *count))
+            found.setdefault("not trained" if stays else name, []).append((rate * scale, *count))
 
     jax.tree.map_with_path(add, params, layer_scales(config, params), trees.stacked(params))
     lines = []
@@ -219,3 +222,55 @@ def groups(config: Config, params: Any) -> list[str]:
         ends = " to ".join(dict.fromkeys(f"{rate:g}" for rate in (min(rates), max(rates))))
         lines.append(line if name == "not trained" else f"{line}, learning rate {ends}")
     return lines
+
+
+def frozen(config: Config) -> Callable[[Sequence[Any]], bool] | None:
+    """Returns a function that is True for the key path of a parameter that is not trained; None if all are trained.
+
+    These are not trained: a router, if it says so; with LoRA or adapters, all except these and the head; with
+    optim.freeze_layers, the embeddings, and the blocks if all of them are frozen. If some layers are frozen,
+    `trained_layers` tells which layers of a block's leaf are trained.
+    """
+    fixed, rules = routing.find(config).untrained, list[Callable[[Sequence[Any]], bool]]()
+    if fixed:
+        rules.append(lambda path: any(entry.key == fixed for entry in path))
+    if config.trains_adapters_only:
+        rules.append(lambda path: path[0].key != "head" and path[-1].key not in (*mlp.LORA, *mlp.ADAPTER))
+    if config.optim.freeze_layers:
+        blocks = () if config.optim.freeze_layers == config.model.depth else ("blocks",)
+        rules.append(lambda path: path[0].key not in (*AFTER_BLOCKS, *blocks))
+    return (lambda path: any(rule(path) for rule in rules)) if rules else None
+
+
+def trained_layers(config: Config, path: Sequence[Any], leaf: Any) -> np.ndarray:
+    """Returns which parts of a leaf optim.freeze_layers leaves trained, to broadcast to the leaf: bool [L, 1, ...] in
+    blocks, else True."""
+    if path[0].key != "blocks":
+        return np.array(True)
+    trained_L = np.arange(config.model.depth) >= config.optim.freeze_layers
+    return trees.of_group(path, trained_L, leaf.shape[0]).reshape(-1, *[1] * (leaf.ndim - 1))
+
+
+def stop_frozen(config: Config, params: Any) -> Any:
+    """Returns the parameters, with no gradient for those that are not trained: they cost none and count in no norm."""
+    is_frozen = frozen(config)
+    if not is_frozen:
+        return params
+
+    def stop(path: Sequence[Any], leaf: jax.Array) -> jax.Array:
+        if is_frozen(path):
+            return jax.lax.stop_gradient(leaf)
+        trained = trained_layers(config, path, leaf)
+        return leaf if trained.all() else jnp.where(trained, leaf, jax.lax.stop_gradient(leaf))
+
+    return jax.tree.map_with_path(stop, params)
+
+
+def count_trained(config: Config, params: Any) -> int:
+    """Returns the number of parameters that training may change, all experts together. `params` may be shapes."""
+    is_frozen, total = frozen(config), 0
+    for path, leaf in jax.tree.leaves_with_path(params):
+        if is_frozen is None or not is_frozen(path):
+            trained = trained_layers(config, path, leaf)
+            total += leaf.size // trained.size * int(trained.sum())
+    return total

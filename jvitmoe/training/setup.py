@@ -22,7 +22,7 @@ from jvitmoe.runs.files import METRICS
 from jvitmoe.runtime import devices, processes
 from jvitmoe.runtime.addresses import Purpose, address
 from jvitmoe.settings import LARGEST
-from jvitmoe.training import optimizer, trained
+from jvitmoe.training import optimizer
 from jvitmoe.training.state import StepPlan, abstract_state
 
 MOST_QSR_STEPS = 10**7  # the rule is a constant of the program, a byte per step
@@ -45,7 +45,7 @@ class RunData(NamedTuple):
 def load_data(config: Config, routing: Routing, mesh: Mesh) -> RunData:
     """Returns the splits and the order of the training images. Raises ConfigError for settings that do not fit them."""
     find = datasets.browse if config.data.stream else datasets.load
-    dataset: Dataset[Any] = processes.one_first(lambda: find(config.data, config.model))
+    dataset: Dataset[Any] = processes.first_process_then_others(lambda: find(config.data, config.model))
 
     def split() -> RunData:
         train_split, validation = datasets.hold_out(dataset.train, config.data.validation)
@@ -74,8 +74,8 @@ def print_setup(plan: StepPlan, workdir: Path, data: RunData, init_notes: list[s
     console.print(f"run         {workdir}")
     console.print(f"devices     {devices.describe(plan.mesh)}")
     console.print(f"parameters  {active:,} active, {everything:,} total ({plan.model.dtype.name} compute)")
-    if (trains := trained.count(config, params)) < everything:
-        console.print(f"trained     {trains:,} of {everything:,} parameters")
+    if (trained := optimizer.count_trained(config, params)) < everything:
+        console.print(f"trained     {trained:,} of {everything:,} parameters")
     if config.routing.experts > 1:
         console.print(f"routing     {describe(plan.routing)}")
     console.print("optimizer   " + f"\n{'':12}".join(optimizer.groups(config, params)))

@@ -26,7 +26,7 @@ from jvitmoe.routing.base import Route
 from jvitmoe.runtime import compilation
 from jvitmoe.runtime.addresses import Purpose, address
 from jvitmoe.runtime.devices import AXES, BY_DATA, BY_EXPERT, DATA, EXPERT, REPLICATED
-from jvitmoe.training import losses, trained
+from jvitmoe.training import losses, optimizer
 from jvitmoe.training.state import StepPlan, TrainState, abstract_state, put, take
 from jvitmoe.training.update import finish, learning_rate, update
 
@@ -230,7 +230,7 @@ def loss_and_metrics(
     params: Any, plan: StepPlan, shard: Shard, inputs: Inputs
 ) -> tuple[jax.Array, tuple[jax.Array, Statistics | None]]:
     """Returns (loss, (accuracy, statistics of a learned router)), each a mean over the shards of all devices."""
-    params, routing = trained.stop_others(plan.config, params), plan.routing
+    params, routing = optimizer.stop_frozen(plan.config, params), plan.routing
 
     def run(number: int) -> tuple[jax.Array, Statistics | None]:
         index_b = shard.index_b + number * plan.config.train.batch_size
