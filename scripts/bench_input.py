@@ -72,6 +72,7 @@ def our_passes(data: str, side: int, batch: int) -> Iterator[float]:
         ModelConfig(image_size=side, channels=3, classes=sum(path.is_dir() for path in Path(data, "train").iterdir())),
         train=TrainConfig(batch_size=batch, devices=1),
     )
+    jax.config.update("jax_platforms", "cpu")
     mesh, records = make_mesh(config.train), datasets.browse(config.data, config.model).train
     order = TrainOrder(len(records), batch, jax.random.key(0), mesh)
     start, steps = 0, order.steps_per_epoch

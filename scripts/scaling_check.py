@@ -279,6 +279,7 @@ def main() -> None:
         values(sys.argv)
         processes.guard(lambda: worker(values))
         return
+    jax.config.update("jax_platforms", "cpu")
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
     parser.add_argument("--counts", default="1,2,4,8", help="numbers of processes")
     parser.add_argument("--steps", type=int, default=25, help="steps timed, of which the median counts")

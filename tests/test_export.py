@@ -252,7 +252,6 @@ def config_of(**model: object) -> Config:
     ("target", "model", "flags"),
     [
         ("timm", {"head_hidden": 8}, "--config.model.head_hidden=0"),
-        ("timm", {"norm": "post"}, "--config.model.norm=pre"),
         ("timm", {"pool": "seq"}, "--config.model.pool=cls"),
         ("timm", {"stem": "conv"}, "--config.model.stem=patch"),
         ("hf", {"registers": 1}, "--config.model.registers=0"),

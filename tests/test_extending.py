@@ -11,17 +11,20 @@ import optax
 import pytest
 
 from jvitmoe import config as config_lib
+from jvitmoe import routing
 from jvitmoe.config import Config, ModelConfig, OptimConfig
 from jvitmoe.data import augment, datasets
 from jvitmoe.data.batches import on_devices
 from jvitmoe.data.images import DataError
 from jvitmoe.data.splits import Dataset, Source, check_fit, in_memory
 from jvitmoe.errors import ConfigError
-from jvitmoe.experts import build, cost, slices
+from jvitmoe.experts import cost, trees
 from jvitmoe.models import vit
 from jvitmoe.models.routers import ROUTERS, find
 from jvitmoe.models.routers.dispatch import Router, RouterSettings, fill_slots
 from jvitmoe.models.routers.dispatch import statistics as statistics_of
+from jvitmoe.routing import Routing
+from jvitmoe.runtime.addresses import Purpose, address
 from jvitmoe.training import losses, optimizer, state
 from jvitmoe.training.update import PULL_SCHEDULES, directions
 
@@ -47,8 +50,8 @@ class RoundRobin(Router):
 
 def test_a_router_is_a_class_and_a_line_in_its_registry(monkeypatch, tiny_config, training):
     monkeypatch.setitem(ROUTERS, "round_robin", RoundRobin)
-    routing = {"experts": 2, "router": "round_robin", "capacity": 2.0}
-    run = training(tiny_config(routing=routing)).run(3)
+    routed = {"experts": 2, "kind": "round_robin", "capacity": 2.0}
+    run = training(tiny_config(routing=routed)).run(3)
     first, last = (state.params["blocks"]["mlp"] for state in (run.history[0], run.history[-1]))
     assert not np.array_equal(first["router"]["kernel"], last["router"]["kernel"])
     assert not np.array_equal(first["up"][:, 1], last["up"][:, 1])
@@ -56,23 +59,74 @@ def test_a_router_is_a_class_and_a_line_in_its_registry(monkeypatch, tiny_config
     share_E = np.bincount(np.arange(tokens) % 2) / tokens
     np.testing.assert_allclose(statistics.load_E, np.stack([share_E] * 2), rtol=1e-6)
     assert find("round_robin").loss(statistics) == statistics.entropy.mean()
-    active, total = cost.count_parameters(run.config)
+    active, total = run.routing.count_parameters()
     assert 0 < active < total
     with pytest.raises(ConfigError, match="must be 1 for a router with a balance loss"):
-        build.make_model(tiny_config(routing=routing, train={"accumulate": 2}), "cpu")
+        routing.find(tiny_config(routing=routed, train={"accumulate": 2}))
+
+
+class Pairs(Routing):
+    """Two experts are drawn, their mean runs, and both take its step. The logits are halved, and experts learn in the
+    first two steps only."""
+
+    meaning = "two are drawn for each batch, and their mean runs"
+
+    @classmethod
+    def faults(cls, config):
+        if config.routing.experts < 3:
+            yield "routing.experts", "must be above 2 for routing.kind=pairs"
+
+    def draw(self, root, step):
+        return (jax.random.permutation(address(root, Purpose.ROUTE, step), self.experts)[:2],)
+
+    def take(self, experts, routes):
+        pair = [trees.take(experts, expert) for expert in routes[0]]
+        return jax.tree.map(lambda a, b: (a + b) // 2 if a.dtype == jnp.int32 else (a + b) / 2, *pair)
+
+    def put(self, experts, taken, routes):
+        step = jax.tree.map(jnp.subtract, taken, self.take(experts, routes))
+        for expert in routes[0]:
+            experts = trees.put(experts, jax.tree.map(jnp.add, trees.take(experts, expert), step), expert)
+        return experts
+
+    def logits(self, model, params, images_bHWc, key_b, at):
+        return vit.logits(model, params, images_bHWc, key_b) / 2, None
+
+    def rate(self, step):
+        return super().rate(step) * (step < 2)
+
+
+def test_a_way_of_routing_is_a_class_and_a_line(monkeypatch, tiny_config, training):
+    monkeypatch.setitem(routing.ROUTINGS, "pairs", Pairs)
+    run = training(tiny_config(routing={"experts": 4, "kind": "pairs"})).run(4)
+    for step, (before, after) in enumerate(zip(run.history, run.history[1:], strict=False)):
+        (route,) = map(np.asarray, run.routing.draw(jax.random.key(0), jnp.int32(step)))
+        counts = [optax.tree.get(now.opt_state.experts, "count") for now in (before, after)]
+        np.testing.assert_array_equal(counts[1] - counts[0], np.isin(np.arange(4), route)[None].repeat(2, 0))
+        moved_LEDF = after.params["blocks"]["mlp"]["up"] - before.params["blocks"]["mlp"]["up"]
+        assert set(np.flatnonzero(moved_LEDF.any((0, 2, 3)))) == (set(route.tolist()) if step < 2 else set())
+        np.testing.assert_allclose(moved_LEDF[:, route[0]], moved_LEDF[:, route[1]], atol=1e-6)
+    # The loss of the first step is that of half the logits of the mean of two experts.
+    start, index_B = run.history[0].params, np.asarray(run.order.epoch(0))[0]
+    trunk, experts = trees.split(start, trees.stacked(start))
+    params = trees.join(trunk, run.routing.take(experts, run.routing.draw(jax.random.key(0), jnp.int32(0))))
+    logits_BC = vit.logits(run.model, params, run.images.images_NHWc[index_B] / 127.5 - 1.0) / 2
+    wanted = optax.softmax_cross_entropy_with_integer_labels(logits_BC, run.images.labels_N[index_B]).mean()
+    np.testing.assert_allclose(run.metrics[0].loss, wanted, rtol=1e-5)
+    with pytest.raises(ConfigError, match=r"routing\.experts is 2; it must be above 2"):
+        routing.find(tiny_config(routing={"experts": 2, "kind": "pairs"}))
 
 
 @pytest.mark.parametrize(
-    ("routing", "rule"),
+    ("routed", "rule"),
     [
-        ({"router": "swich"}, "config.routing.router is 'swich'; it must be one of .*did you mean 'switch'?"),
-        ({"router": "topk", "top_k": 3}, "config.routing.top_k is 3; it must be at most routing.experts, which is 2"),
-        ({"router": "frozen", "top_k": 3}, "must be at most routing.experts"),
+        ({"kind": "topk", "top_k": 3}, "config.routing.top_k is 3; it must be at most routing.experts, which is 2"),
+        ({"kind": "frozen", "top_k": 3}, "must be at most routing.experts"),
     ],
 )
-def test_a_router_that_is_unknown_or_breaks_its_rule_is_refused(tiny_config, routing, rule):
+def test_a_router_that_breaks_its_rule_is_refused(tiny_config, routed, rule):
     with pytest.raises(ConfigError, match=rule):
-        build.make_model(tiny_config(routing={"experts": 2, **routing}), "cpu")
+        routing.find(tiny_config(routing={"experts": 2, **routed}))
 
 
 def test_the_choices_of_a_setting_are_the_names_of_its_registry():
@@ -83,19 +137,18 @@ def test_the_choices_of_a_setting_are_the_names_of_its_registry():
 
 def test_each_router_says_how_many_experts_a_token_passes_through():
     most = {name: find(name).most_experts(2, 8) for name in ROUTERS}
-    settings = {name: RouterSettings(name, top_k, capacity=1.5) for name, top_k in most.items()}
-    found = {name: find(name).active_experts(settings[name], 8, tokens=16) for name in ROUTERS}
-    assert found == {"switch": 1, "topk": 2, "expert_choice": 1.5, "soft": 1, "hash": 1, "frozen": 8}
-    assert find("expert_choice").active_experts(settings["expert_choice"], 8, tokens=4) == 2  # one slot per expert
+    settings = {name: RouterSettings(name, 8, top_k, capacity=1.5) for name, top_k in most.items()}
+    found = {name: find(name).active_experts(settings[name], tokens=16) for name in ROUTERS}
+    assert found == {"switch": 1, "topk": 2, "expert_choice": 1.5, "soft": 1, "hash": 1, "frozen": 8, "token": 1}
+    assert find("expert_choice").active_experts(settings["expert_choice"], tokens=4) == 2  # one slot per expert
 
 
 @pytest.mark.parametrize("capacity", [1.0, 1.5, 4.0])
 def test_the_parameters_of_a_token_under_expert_choice_follow_its_capacity(tiny_config, capacity):
-    routing = {"experts": 2, "router": "expert_choice", "capacity": capacity}
-    config = tiny_config(routing=routing)
-    active, total = cost.count_parameters(config)
-    params = vit.shapes(build.make_model(config, "cpu"))
-    experts = slices.split(params, slices.stacked(params))[1]
+    config = tiny_config(routing={"experts": 2, "kind": "expert_choice", "capacity": capacity})
+    way = routing.find(config)
+    (active, total), params = way.count_parameters(), way.shapes()
+    experts = trees.split(params, trees.stacked(params))[1]
     tokens = config.model.tokens
     taken = min(math.ceil(capacity * tokens / 2), tokens)  # by each of the two experts
     assert active == total - round((1 - taken / tokens) * cost.tree_size(experts))
@@ -157,13 +210,13 @@ def test_an_optimiser_is_a_factory_and_a_line(tiny_config, training, monkeypatch
 
 @pytest.mark.parametrize("experts", [1, 2])
 def test_each_layer_is_a_leaf_of_its_own_to_an_optimiser_that_asks(tiny_config, experts):
-    params = vit.init(vit.build(tiny_config().model, experts), jax.random.key(0))
+    params = jax.jit(routing.find(tiny_config(routing={"experts": experts})).init)(jax.random.key(0))
     grads = jax.tree.map(lambda x: jnp.cos(jnp.arange(x.size, dtype=x.dtype)).reshape(x.shape), params)
-    tx, marks = toy_optimizer(OptimConfig()), slices.stacked(params)
+    tx, marks = toy_optimizer(OptimConfig()), trees.stacked(params)
 
     @jax.jit
     def update(grads, params):
-        return directions(tx, grads, state.create(params, tx).opt_state, params, marks, per_expert=True)[0]
+        return directions(tx, grads, state.create(params, tx).opt_state, params, marks)[0]
 
     def alone(g, p):
         norms = np.linalg.norm(g), np.linalg.norm(p)

@@ -15,10 +15,10 @@ import pytest
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
-from jvitmoe import errors, export
+from jvitmoe import errors, export, routing
 from jvitmoe.config import Config, ModelConfig, OptimConfig
 from jvitmoe.data import augment
-from jvitmoe.experts import build, slices
+from jvitmoe.experts import merge, trees
 from jvitmoe.interop import classifier, load, pretrained, weight_names
 from jvitmoe.interop.targets import TARGETS, timm
 from jvitmoe.models import vit
@@ -113,12 +113,12 @@ def upcycled_and_merged(source: load.Source, experts: int) -> dict:
     """Returns the dense tree that a run of experts from this source has at step 0, merged."""
     config = Config(model=source.model)
     config.routing.experts, config.init.source = experts, str(source.path)
-    config.train.batch_size, config.train.devices, config.train.platform = 8, 1, "cpu"
+    config.train.batch_size, config.train.devices = 8, 1
     mesh = devices.make_mesh(config.validate().train)
     dense, _ = pretrained.start(config)
-    state = make_state(config, build.make_model(config, "cpu"), mesh, dense)
-    assert any(jax.tree.leaves(slices.stacked(state.params)))
-    return build.dense_tree(config, state.params)
+    state = make_state(config, routing.find(config), mesh, dense)
+    assert any(jax.tree.leaves(trees.stacked(state.params)))
+    return merge.dense_tree(config, state.params)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -208,7 +208,7 @@ def test_layer_decay_is_timms_for_every_parameter(peers, pool, norm):
     model = ModelConfig(image_size=8, channels=3, classes=5, patch=2, width=16, hidden=24, depth=2, heads=2)
     model.pool = "cls" if pool == "token" else "mean"
     config = Config(model=model, optim=OptimConfig(layer_decay=0.75)).validate()
-    ours = weight_names.flatten(optimizer.layer_scales(config, vit.shapes(build.make_model(config, "cpu"))))
+    ours = weight_names.flatten(optimizer.layer_scales(config, routing.find(config).shapes()))
     names = {ours: theirs.replace("norm", norm) for ours, theirs, *_ in weight_names.OUTER}
     names |= {"cls": "cls_token", "positions": "pos_embed"}
     found = {names[name]: float(scale) for name, scale in ours.items() if not name.startswith("blocks.")}

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import shutil
 import tracemalloc
 from pathlib import Path
 
@@ -17,7 +16,6 @@ from jvitmoe.errors import ConfigError, UserError
 from jvitmoe.interop import classifier, load, pretrained, weight_names
 from jvitmoe.interop.targets import hf, safetensors, timm
 from jvitmoe.models import vit
-from jvitmoe.runs.checkpoints import Checkpoints
 
 MODEL = ModelConfig(channels=3, classes=5, patch=4, width=12, hidden=20, depth=2, heads=2, cls_position=True)
 
@@ -156,7 +154,7 @@ def test_a_folder_tells_everything_and_a_bare_file_needs_the_heads(tmp_path):
     assert (bare.model.heads, bare.model.norm_epsilon) == (2, 1e-12)
     assert bare.notes == (
         "took 1e-12 for LayerNorm's epsilon: no config.json beside it tells",
-        "took 0.5 for mean or deviation of pixels: no config file has it; set init.mean, init.std to change",
+        "took 0.5 for mean or deviation of pixels: no config.json or preprocessor_config.json beside it has them",
     )
 
 
@@ -206,29 +204,11 @@ def test_a_stem_that_pads_with_zeros_keeps_the_means_of_its_source():
         pretrained.adapt(told, model, dense(model, 1), DataConfig())
 
 
-def test_a_mean_and_deviation_that_the_user_gives_are_taken_and_must_be_possible(tmp_path):
-    write_timm(tmp_path)
-    told, given = {"mean": [0.4, 0.5, 0.6], "std": [0.2, 0.25, 0.3]}, {"mean": (0.4, 0.5, 0.6), "std": (0.2, 0.25, 0.3)}
-    about = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps({**about, "pretrained_cfg": told}))
-    wanted = load.read(tmp_path)
-    (tmp_path / "config.json").write_text(json.dumps({**about, "pretrained_cfg": {}}))
-    assert "took 0.5 for mean or deviation of pixels" in " ".join(load.read(tmp_path).notes)
-    found = load.read(tmp_path, **given)
-    assert found.notes == wanted.notes
-    assert (found.mean, found.std) == (wanted.mean, wanted.std) == (given["mean"], given["std"])
-    for odd in ({"std": (0.0,)}, {"mean": (0.1, 0.2)}, {"mean": (float("nan"),)}, {"std": (1.0, -1.0, 1.0)}):
-        with pytest.raises(
-            UserError, match=r"must be finite, one number or one for each of 3.*set init\.mean and init\.std"
-        ):
-            load.read(tmp_path, **odd)
-
-
-def test_a_source_of_ours_takes_no_mean(experiment_run):
-    config = Config()
-    config.init.source, config.init.mean = str(experiment_run), (0.4,)
-    with pytest.raises(ConfigError, match=r"config\.init\.mean is \(0\.4,\).*must be \(\)"):
-        pretrained.start(config)
+@pytest.mark.parametrize("odd", [{"std": [0.0]}, {"mean": [0.1, 0.2]}, {"mean": ["x"]}, {"std": [1.0, -1.0, 1.0]}])
+def test_a_mean_and_deviation_of_a_file_must_be_possible(tmp_path, odd):
+    write_timm(tmp_path, pretrained_cfg={"mean": [0.4], "std": [0.2]} | odd)
+    with pytest.raises(UserError, match=r"must be finite, one number or one for each of 3.*correct its config\.json"):
+        load.read(tmp_path)
 
 
 def test_npz_is_read_and_tells_its_heads(tmp_path):
@@ -421,22 +401,6 @@ def test_a_source_that_fails_names_the_field():
     config.init.source = "no/where"
     with pytest.raises(ConfigError, match=r"config\.init\.source cannot be read: 'no/where'"):
         pretrained.start(config)
-
-
-def test_a_run_of_an_older_version_is_read(experiment_run, tmp_path, monkeypatch):
-    """Its config has fields that are gone and lacks those that have come since, in config.json and in checkpoints."""
-    shutil.copytree(experiment_run, tmp_path / "run")
-    config = json.loads((tmp_path / "run" / "config.json").read_text())
-    del config["init"]
-    for name in ("lora", "adapter", "norm_epsilon", "cls_position"):
-        del config["model"][name]
-    config["routing"] |= {"init": "upcycled", "upcycle_from": "runs/dense"}
-    (tmp_path / "run" / "config.json").write_text(json.dumps(config))
-    real = Checkpoints.read
-    monkeypatch.setattr(Checkpoints, "read", lambda *which: real(*which)._replace(meta={"config": config}))
-    found, wanted = load.read(tmp_path / "run"), load.read(experiment_run)
-    assert (found.model, found.config.init.source) == (wanted.model, "runs/dense")
-    np.testing.assert_array_equal(found.params["blocks.mlp.up"], wanted.params["blocks.mlp.up"])
 
 
 def test_a_finished_run_is_read_merged_with_its_names(experiment_run):

@@ -42,7 +42,7 @@ def on_devices(split: Split, mesh: Mesh) -> Images:
 class TrainOrder:
     """Order of the training images: a new permutation in every epoch, without the images that fill no batch.
 
-    `slots` are the equal parts of a data device's images: E for granularity sample and token, else 1. `parts` are the
+    `slots` are the equal parts of a data device's images: E for routing.kind=sample, else 1. `parts` are the
     parts of train.accumulate, which run in turn.
     Raises ConfigError if the batch does not divide into all of them, or is larger than the split.
     """

@@ -7,11 +7,10 @@ import numpy as np
 import pytest
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
-from jvitmoe.config import DataConfig, RoutingConfig
+from jvitmoe.config import DataConfig
 from jvitmoe.data import augment as augment_lib
 from jvitmoe.data import trivial_augment
 from jvitmoe.data.augment import AUGMENTATIONS, Batch, augment, normalize, reversed_rows
-from jvitmoe.training import gradients
 
 B, SIDE = 400, 6
 
@@ -229,8 +228,8 @@ TARGETS = np.asarray(jax.nn.one_hot(np.arange(B) % 4, 4))
 ON = {  # settings of each augmentation
     "crop": {"crop_padding": 2},
     "flip": {"flip": True},
-    "three_augment": {"three_augment": True},
-    "trivial_augment": {"trivial_augment": True},
+    "three_augment": {"augment": "three"},
+    "trivial_augment": {"augment": "trivial"},
     "erase": {"erase": 0.5},
     "mix_images": {"mixup": 0.8, "cutmix": 1.0},
 }
@@ -255,41 +254,11 @@ def test_an_image_after_each_augmentation_depends_on_its_own_key_only(name, chan
     assert (whole != images).any((1, 2, 3)).mean() > 0.4
 
 
-@pytest.mark.parametrize("name", ["three_augment", "mix_images"])
-def test_a_share_of_the_images_is_augmented_the_others_are_only_cropped_and_flipped(name):
-    images, plain = smooth_images(B, 3, 8), {"crop_padding": 2, "flip": True}
-    whole, targets = apply(DataConfig(**plain, **ON[name]), keys(), images, TARGETS)
-    cropped, _ = apply(DataConfig(**plain), keys(), images, TARGETS)
-    share_B = np.repeat([0.0, 0.25, 1.0, 0.75], B // 4).astype("f")
-
-    @jax.jit
-    def run(key_B):
-        batch = Batch(key_B, jax.random.key(5), reversed_rows, share_b=share_B)
-        return augment(DataConfig(**plain, **ON[name]), batch, images, TARGETS)
-
-    found, mixed = map(np.asarray, run(keys()))
-    is_whole_B, is_plain_B = ((found == x).all((1, 2, 3)) for x in (whole, cropped))
-    assert (is_whole_B | is_plain_B).all()
-    np.testing.assert_array_equal(mixed[~is_plain_B], targets[~is_plain_B])
-    np.testing.assert_array_equal(mixed[~is_whole_B], TARGETS[~is_whole_B])
-    counts = (~is_plain_B).reshape(4, -1).mean(1)
-    assert counts[0] == 0
-    np.testing.assert_allclose(counts[1:], share_B.reshape(4, -1)[1:, 0], atol=0.15)
-
-
-def test_the_last_expert_is_augmented_most():
-    routing = RoutingConfig(experts=3, granularity="sample", augment_spread=0.8)
-    index_b = jnp.arange(6)
-    by_slot = gradients.augmented_share(routing, jnp.array([[2, 0, 1], [2, 0, 1]]), index_b)
-    np.testing.assert_allclose(by_slot, [1.0, 0.2, 0.6] * 2, rtol=1e-6)
-    np.testing.assert_allclose(gradients.augmented_share(routing, jnp.array([1, 1]), index_b), [0.6] * 6, rtol=1e-6)
-
-
 def test_three_augment_draws_the_three_equally_often_and_all_strengths():
     """A flat image of two colours tells grey from solarized from blurred, even after jitter."""
     image = np.zeros((8, 8, 3), np.uint8)
     image[:, :4] = (200, 100, 50)
-    found = apply(DataConfig(three_augment=True), keys(), np.stack([image] * B), TARGETS)[0].astype(int)
+    found = apply(DataConfig(augment="three"), keys(), np.stack([image] * B), TARGETS)[0].astype(int)
     grey = (np.ptp(found, -1) <= 1).all((1, 2))
     blurred = ~grey & (found[:, 0, 3] != found[:, 0, 0]).any(-1)
     for share in (grey.mean(), blurred.mean()):
@@ -363,13 +332,13 @@ def test_the_partner_is_the_image_from_the_other_end_of_the_batch():
 
 def test_in_the_last_part_only_crop_and_flip_go_on():
     images = smooth_images(40, side=8)
-    settings = functools.reduce(lambda a, b: a | b, ON.values()) | {"plain_last": 0.5}
+    settings = functools.reduce(lambda a, b: a | b, ON.values()) | {"plain_at_end": 0.5}
     everything, plain = DataConfig(**settings), DataConfig(crop_padding=2, flip=True)
     found, targets = apply(everything, keys()[:40], images, TARGETS[:40], plain=True)
     np.testing.assert_array_equal(found, apply(plain, keys()[:40], images, TARGETS[:40])[0])
     np.testing.assert_array_equal(targets, TARGETS[:40])
     before = apply(everything, keys()[:40], images, TARGETS[:40], plain=False)
-    never = apply(DataConfig(**settings | {"plain_last": 0.0}), keys()[:40], images, TARGETS[:40])
+    never = apply(DataConfig(**settings | {"plain_at_end": 0.0}), keys()[:40], images, TARGETS[:40])
     np.testing.assert_array_equal(before[0], never[0])
     np.testing.assert_array_equal(before[1], never[1])
     assert (before[0] != found).any((1, 2, 3)).all()

@@ -10,7 +10,7 @@ from jvitmoe.runtime.devices import make_mesh
 
 
 def mesh_of(devices):
-    return make_mesh(TrainConfig(devices=devices, platform="cpu"))
+    return make_mesh(TrainConfig(devices=devices))
 
 
 def order(count=26, batch_size=8, devices=1, seed=0):
