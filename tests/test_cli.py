@@ -26,37 +26,37 @@ def experiment(*arguments: str):
     return cli.experiment(cli.parse(["train.py", *arguments], define, config=True))
 
 
-@pytest.mark.parametrize("arguments", [(f"--config={DIGITS}",), ("--config", DIGITS), ("-config", DIGITS)])
-def test_overrides_reach_the_config_in_their_types(arguments):
-    config = experiment(*arguments, "--config.train.epochs=3", "--config.data.flip", "--config.optim.warmup_epochs=1")
-    assert (config.train.epochs, config.data.flip, config.optim.warmup_epochs) == (3, True, 1.0)
-    assert type(config.optim.warmup_epochs) is float
+def test_overrides_reach_the_config_in_their_types_wherever_they_stand_and_the_last_config_file_counts():
+    overrides = ["--config.train.epochs=3", "--config.data.flip", "--config.optim.warmup_epochs=1"]
+    for given in (
+        [f"--config={DIGITS}", *overrides],
+        ["--config", DIGITS, *overrides],
+        [*overrides, "-config", DIGITS],
+        ["--config=no/such.py", f"--config={DIGITS}", *overrides[1:], "--config.train.epochs", "3"],
+    ):
+        config = experiment(*given)
+        assert (config.train.epochs, config.data.flip, config.optim.warmup_epochs) == (3, True, 1.0)
+        assert type(config.optim.warmup_epochs) is float
+        assert cli.config_path(["train.py", *given]) == DIGITS
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        ["--config.train.epochs=3", f"--config={DIGITS}"],
-        ["--config=no/such.py", f"--config={DIGITS}", "--config.train.epochs", "3"],
-    ],
-)
-def test_overrides_may_stand_anywhere_and_the_last_config_file_counts(arguments):
-    assert experiment(*arguments).train.epochs == 3
-    assert cli.config_path(["train.py", *arguments]) == DIGITS
-
-
-def test_a_variant_of_an_experiment_is_its_argument_and_part_of_its_name():
+def test_a_variant_of_an_experiment_is_its_argument_and_part_of_its_name(monkeypatch, tmp_path):
+    """An experiment of ours needs no path."""
+    monkeypatch.chdir(tmp_path)
     assert experiment(f"--config={FAST}:random").routing.experts == 4
     assert experiment(f"--config={FAST}:dense") == experiment(f"--config={FAST}")
-    assert cli.experiment_name(["train.py", "--config", f"{FAST}:random"]) == "cifar10_fast_random"
-    assert cli.experiment_name(["train.py", f"--config={FAST}"]) == "cifar10_fast"
+    assert experiment("--config=cifar10_fast:random") == experiment(f"--config={FAST}:random")
+    for path in (FAST, "cifar10_fast"):
+        assert cli.experiment_name(["train.py", "--config", f"{path}:random"]) == "cifar10_fast_random"
+        assert cli.experiment_name(["train.py", f"--config={path}"]) == "cifar10_fast"
+    (tmp_path / "digits_random").write_text(Path(FAST).read_text())  # a file of the user's own comes first
+    assert experiment("--config=digits_random") == experiment(f"--config={FAST}")
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ("", "--config is missing"),
-        ("--config.train.epochs=3", "--config is missing"),
         ("--config=no/such.py", "'no/such.py' does not exist"),
         ("--config=digits_radnom", "'digits_radnom' does not exist; did you mean 'digits_random'?"),
         ("--config=configs", "'configs' is a folder; give a file, or a name that jvitmoe configs lists"),
@@ -64,20 +64,16 @@ def test_a_variant_of_an_experiment_is_its_argument_and_part_of_its_name():
         ("--config=cifar10_fast:dens", "the variant is 'dens'; it must be 'dense' or 'random'"),
         ("digits_random --config.train.epochs=1", "'digits_random' is not a flag; write --config=digits_random"),
         ("--config.train.epoch=3", "config.train.epoch is not a field; did you mean 'train.epochs'?"),
-        ("--config.epochs=3", "did you mean 'train.epochs'?"),
         ("--config.trian.epochs=3", "did you mean 'train.epochs'?"),
         ("--config.zzz.yyy=3", "the sections are data, model, routing, init, optim, train"),
         ("--config.train=3", "config.train is not a field"),
-        ("--config.train.epochs=many", "--config.train.epochs=many"),
         ("--config.train.epochs=2.5", "--config.train.epochs=2.5"),
         ("--config.routing.experts=0", "config.routing.experts is 0"),
         ("--config.data.flip=x", "--config.data.flip=x: ('Non-boolean argument to boolean flag', 'x'); --help"),
         ("--config.routing.pattern=dense,experts", """--config.routing.pattern='("dense","experts")'"""),
         ("--wordkir=x", "--wordkir is not a flag; did you mean '--workdir'?"),
         ("--epochs=1", "--epochs is not a flag; did you mean '--config.train.epochs'?"),
-        ("--train.epochs 1", "did you mean '--config.train.epochs'?"),
         ("--batch-size=1", "did you mean '--config.train.batch_size'?"),
-        ("--lr=1", "--lr is not a flag; --help lists them"),
         ("--top=x", "--top=x: invalid literal for int() with base 10: 'x'; --help lists the flags and what they take"),
         ("--workdir", "Missing value for flag --workdir"),
         ("--config.data.flip True", "'True' is not a flag; write --name=value"),
@@ -98,10 +94,8 @@ def test_a_mistyped_command_line_is_one_clear_line(monkeypatch, arguments, messa
         ("def get_config():\n    return 3\n", "returns int; it must return jvitmoe.config.Config"),
         ("import nowhere_at_all\n", ".py:1: ModuleNotFoundError: No module named 'nowhere_at_all' in 'import nowhere"),
         ("\n\ndef get_config(:\n", "broken.py:3: SyntaxError: invalid syntax in 'def get_config(:'; correct"),
-        ("import json\njson.loads('{')\n", "broken.py:2: JSONDecodeError"),
         ("raise SystemExit(3)\n", "broken.py:1: SystemExit: 3 in 'raise SystemExit(3)'"),
         ("def get_config(which):\n    pass\n", "broken.py: TypeError: get_config() missing 1 required positional"),
-        ("x = 1\n", "has no attribute 'get_config'"),
         ("\nimport unclosed\n", "unclosed.py:2: SyntaxError: '(' was never closed in 'x = ('"),
         ("import failing\n\n\ndef get_config():\n    failing.divide()\n", "failing.py:2: ZeroDivisionError"),
     ],
@@ -142,28 +136,20 @@ def test_a_run_folder_that_is_not_there_is_one_line(tmp_path, monkeypatch):
     assert cli.run_folder(cli.parse(["evaluate.py", "--workdir=runs/digits_random"], define)).name == "digits_random"
 
 
+MEMORY = RuntimeError("RESOURCE_EXHAUSTED: Out of memory\nwhile")
+NO_MEMORY = f"error: the memory of a device is too small (RuntimeError: {' '.join(str(MEMORY).split())}); "
+NO_MEMORY += "end other programs on it, or set JAX_PLATFORMS=cpu\n"
+
+
 @pytest.mark.parametrize(
     ("raised", "code", "shown"),
-    [
-        (UserError("bad value"), 2, "error: bad value\n"),
-        (KeyboardInterrupt(), 130, ""),
-        (
-            RuntimeError("RESOURCE_EXHAUSTED: Out of memory\nwhile"),
-            2,
-            "error: the memory of a device is too small (RuntimeError: RESOURCE_EXHAUSTED: Out of memory while); "
-            "end other programs on it, or set JAX_PLATFORMS=cpu\n",
-        ),
-    ],
+    [(UserError("bad value"), 2, "error: bad value\n"), (KeyboardInterrupt(), 130, ""), (MEMORY, 2, NO_MEMORY)],
 )
-def test_run_turns_mistakes_into_exit_codes_and_hides_no_bug(monkeypatch, capsys, raised, code, shown):
+def test_run_turns_mistakes_into_exit_codes_and_hides_no_bug(raised, code, shown):
     def main(argv):
         raise raised
 
-    monkeypatch.setattr(sys, "argv", ["train.py"])
-    with pytest.raises(SystemExit) as caught:
-        cli.run(main)
-    assert caught.value.code == code
-    assert capsys.readouterr().err == shown
+    assert processes.call(main) == (code, "", shown)
     with pytest.raises(ZeroDivisionError):
         cli.run(lambda argv: 1 / 0)
 
@@ -182,14 +168,6 @@ print(sorted({"jax", "matplotlib"} & sys.modules.keys()))
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.stdout.splitlines()[-1] == "[]", done.stderr
-
-
-def test_an_experiment_of_ours_needs_no_path(monkeypatch, tmp_path):
-    monkeypatch.chdir(tmp_path)
-    assert experiment("--config=cifar10_fast:random") == experiment(f"--config={FAST}:random")
-    assert cli.experiment_name(["train.py", "--config=cifar10_fast:random"]) == "cifar10_fast_random"
-    (tmp_path / "digits_random").write_text(Path(FAST).read_text())  # a file of the user's own comes first
-    assert experiment("--config=digits_random") == experiment(f"--config={FAST}")
 
 
 def test_configs_says_what_each_experiment_is_and_gives(capsys):

@@ -3,9 +3,9 @@ damage, and two writers."""
 
 import errno
 import json
-import math
 import os
 import pty
+import re
 import select
 import shutil
 import signal
@@ -15,39 +15,28 @@ import sys
 import time
 from pathlib import Path
 
-import chex
-import jax
-import jax.numpy as jnp
 import pytest
 
 import processes
 from jvitmoe import evaluate, train
 from jvitmoe.errors import UserError
+from jvitmoe.evaluation import models
 from jvitmoe.runs import lock
-from jvitmoe.runs.checkpoints import Checkpoints
-from processes import call, wait_for_output, wait_for_step
-from run_folders import (
-    assert_same_run,
-    rows,
-    saved,
-    snapshot,
-    tiny,
-    write_experiment,
-)
+from processes import call, wait_for_output
+from run_folders import assert_same_run, saved, snapshot, tiny, write_experiment
 
 pytestmark = pytest.mark.process
 
 STEPS = 3 * (1337 // 256)
 ON_A_TERMINAL = {"TERM": "xterm", **{name: value for name, value in os.environ.items() if name != "COLUMNS"}}
-LONG = ("--config.train.epochs=100000", "--config.train.eval_every=100000")
 PYTHON = [sys.executable, "-c"]
 
 
 @pytest.fixture(scope="module")
 def experiment(tmp_path_factory):
     path = tmp_path_factory.mktemp("reliability") / "tiny.py"
-    routing = {"experts": 2, "granularity": "sample", "scope": "shared"}
-    return write_experiment(path, tiny(routing=routing, train={"checkpoint_every": 3, "keep": 3}))
+    settings = {"routing": {"experts": 2, "kind": "sample"}, "train": {"checkpoint_every": 3}}
+    return write_experiment(path, tiny(**settings))
 
 
 @pytest.fixture(scope="module")
@@ -63,13 +52,7 @@ def copy(uninterrupted, tmp_path):
     return shutil.copytree(uninterrupted, tmp_path / "copy")
 
 
-def one_error(ended: processes.Ended, message: str) -> None:
-    assert (ended.code, ended.err.count("\n")) == (2, 1), ended
-    assert ended.err.startswith("error: ")
-    assert message in ended.err
-
-
-# asked to stop, stalled, and sick
+# asked to stop, and stalled
 
 
 STOPS = """
@@ -156,16 +139,22 @@ def test_ctrl_c_under_the_progress_line_says_so_in_one_line_and_leaves_the_curso
     assert shown.endswith(f"\r\nstopped at once by SIGINT, {last}; the same command goes on\r\n".encode())
 
 
-def test_a_step_that_stalls_shows_all_stacks_and_ends_and_the_folder_can_be_used_again(experiment, tmp_path):
-    arguments = ("--config.train.epochs=1", "--config.train.stall_minutes=0.0005")
-    ended = processes.run(processes.train(experiment, tmp_path / "run", *arguments))
+STALLS = """
+import sys
+from jvitmoe import cli, train
+from jvitmoe.training import loop
+
+loop.STALL_MINUTES = 0.0005
+cli.run(train.main)
+"""
+
+
+def test_a_step_that_stalls_shows_all_stacks_and_ends_the_run(experiment, tmp_path):
+    ended = processes.run([*PYTHON, STALLS, f"--config={experiment}", f"--workdir={tmp_path / 'run'}"])
     assert ended.code == 70, ended
-    assert "train.py" in ended.err
-    assert 'File "' in ended.err
+    assert 'training/loop.py"' in ended.err
     assert ended.err.splitlines()[-1].startswith("error: no progress for 0.0005 minutes since ")
     assert not (tmp_path / "run" / "result.json").exists()
-    ended = processes.run(processes.train(experiment, tmp_path / "run", arguments[0]))
-    assert ended.code == 0, ended.err
 
 
 HANGS = """
@@ -196,7 +185,7 @@ def test_the_watchdog_leaves_what_moves_and_what_was_itself_stopped_and_ends_wha
     assert ended.out == "ready\nsix seconds of steps\n"
     assert ended.code == 70
     assert "waits_for_ever" in ended.err
-    assert "no progress for 0.05 minutes since step 11 (config.train.stall_minutes)" in ended.err
+    assert "no progress for 0.05 minutes since step 11; " in ended.err
 
 
 HANGS_IN_C = """
@@ -222,66 +211,25 @@ def test_the_watchdog_ends_a_hang_that_lets_no_python_thread_run():
     assert "in holds_the_lock" in ended.err
 
 
-@pytest.mark.parametrize("routing", [{"experts": 1}, {"experts": 3}, {"experts": 2, "granularity": "sample"}])
-def test_a_step_that_is_not_finite_is_skipped_counted_and_changes_nothing(tiny_config, training, routing):
-    run = training(tiny_config(routing=routing, train={"ema": 0.9}, optim={"skip_nonfinite": 2})).run(2)
-    before = run.history[-1]
-    sick = jax.tree.map(lambda x: jnp.full_like(x, 1e30), run.state.params)
-    healthy = jax.tree.map(jnp.copy, run.state.params)
-    run.state = run.state._replace(params=sick)
-    run.run(2)
-    for metrics, count in zip(run.metrics[-2:], (1, 2), strict=True):
-        assert not math.isfinite(metrics.loss)
-        assert (metrics.skipped.total, metrics.skipped.in_a_row) == (count, count)
-    after = run.history[-1]
-    chex.assert_trees_all_equal((after.opt_state, after.ema), (before.opt_state, before.ema))
-    assert all((leaf == jnp.float32(1e30)).all() for leaf in jax.tree.leaves(after.params))
-    run.state = run.state._replace(params=healthy)
-    run.run(1)
-    assert math.isfinite(run.metrics[-1].loss)
-    assert (run.metrics[-1].skipped.total, run.metrics[-1].skipped.in_a_row) == (2, 0)
-    assert int(run.state.step) == 5
-
-
-def test_a_run_that_stays_sick_skips_up_to_its_limit_and_names_and_keeps_a_checkpoint_from_before(experiment, tmp_path):
-    """A warm-up of two steps begins at learning rate 0: the second update, after step 2, makes all numbers huge."""
-    arguments = (
-        "--config.optim.learning_rate=1e30",
-        f"--config.optim.warmup_epochs={2 / (1337 // 256)}",
-        "--config.optim.skip_nonfinite=3",
-        "--config.train.checkpoint_every=1",
-        "--config.train.keep=2",
-    )
-    ended = processes.run(processes.train(experiment, tmp_path / "run", *arguments))
-    one_error(ended, "it must be finite, but for 3 steps in a row; the last good checkpoint is step 1; ")
-    assert ended.out.count(" skipped: ") == 3
-    assert [int(path.name) for path in saved(tmp_path / "run")] == [1, 2, 5]  # 2 is not known to be sick; 5 is
-    good = Checkpoints(tmp_path / "run" / "checkpoints").read("1")
-    assert max(abs(leaf).max() for leaf in good.params.values()) < 10
-
-
 # one writer
 
 
-def test_a_second_writer_is_refused_with_the_pid_and_host_of_the_first(experiment, tmp_path):
-    workdir = tmp_path / "run"
-    first = processes.start(processes.train(experiment, workdir, *LONG))
-    wait_for_step(workdir, 1, first)
-    before = (workdir / "config.json").read_bytes()
-    second = processes.run(processes.train(experiment, workdir, *LONG))
-    one_error(second, f"is being written by process {first.process.pid} on {socket.gethostname()!r}")
-    assert first.process.poll() is None
-    assert (workdir / "config.json").read_bytes() == before
-    first.process.kill()
-    processes.collect([first])
-    third = processes.start(processes.train(experiment, workdir, *LONG))  # takes over the lock of the dead
-    deadline = time.monotonic() + 120
-    while json.loads((workdir / "lock").read_text() or '{"pid": 0}')["pid"] != third.process.pid:
-        assert third.process.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    third.process.kill()
-    processes.collect([third])
+def test_a_second_writer_is_refused_with_the_pid_and_host_of_the_first(experiment, copy):
+    with lock.Lock(copy):
+        before = snapshot(copy)
+        code, _, err = call(train.main, f"--config={experiment}", f"--workdir={copy}")
+        assert (code, err.count("\n")) == (2, 1)
+        assert f"is being written by process {os.getpid()} on {socket.gethostname()!r}" in err
+        assert snapshot(copy) == before
+
+
+def test_a_lock_that_does_not_fit_on_the_disk_is_one_line(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(json, "dump", full)
+    with pytest.raises(UserError, match=r"lock cannot be written: No space left on device; make room"):
+        lock.Lock(tmp_path)
 
 
 # disks
@@ -335,59 +283,53 @@ def test_a_disk_that_fills_up_ends_the_run_in_one_line_and_with_room_it_goes_on_
     assert_same_run(tmp_path / "run", uninterrupted)
 
 
-# Takes away root's right to read and write everything.
+# Takes away root's right to read and write everything, and goes on with each run.
 WITHOUT_RIGHTS = """
-import ctypes, runpy, sys
+import ctypes, sys
+from jvitmoe import cli, train
+
 assert ctypes.CDLL(None).capset((ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()) == 0
-runpy.run_module(sys.argv.pop(1), run_name="__main__", alter_sys=True)
+config, *runs = sys.argv[1:]
+for run in runs:
+    sys.argv[1:] = config, f"--workdir={run}"
+    try:
+        cli.run(train.main)
+    except SystemExit as ended:
+        print("ended with", ended.code)
 """
 
 
-def train_without_rights(experiment: Path, workdir: Path) -> processes.Ended:
-    python, _, *module_and_flags = processes.train(experiment, workdir)
-    return processes.run([python, "-c", WITHOUT_RIGHTS, *module_and_flags])
-
-
-def test_a_checkpoint_that_may_not_be_read_is_skipped_and_named(experiment, uninterrupted, copy):
-    shutil.rmtree(saved(copy)[-1])
+def test_a_folder_that_may_not_be_used_is_one_line_and_an_unreadable_checkpoint_is_passed_over(
+    experiment, uninterrupted, copy, tmp_path
+):
+    newest, before = saved(copy)[-1].name, saved(copy)[-2].name
     (copy / "result.json").unlink()
-    newest, before = saved(copy)[-1], saved(copy)[-2]
-    next(newest.rglob(".zarray")).chmod(0)
-    ended = train_without_rights(experiment, copy)
-    assert ended.code == 0, ended.err
-    assert f"warning: checkpoint {newest.name} skipped: " in ended.out
-    assert f"resuming    from step {before.name}" in ended.out
+    refused = {  # name of the copy -> what of it gets which mode, and the line
+        "folder": (".", 0o000, "cannot be listed"),
+        "unlisted": ("checkpoints", 0o000, "cannot be"),
+        "unwritten": ("checkpoints", 0o555, "cannot be written"),
+        "config": ("config.json", 0o000, "cannot be read"),
+        "lock": ("lock", 0o000, "lock cannot be opened"),
+    }
+    runs = [shutil.copytree(copy, tmp_path / name) for name in refused]
+    for run, (place, mode, _) in zip(runs, refused.values(), strict=True):
+        shutil.rmtree(run / "checkpoints" / newest)
+        (run / place).chmod(mode)
+    next((copy / "checkpoints" / newest).rglob(".zarray")).chmod(0)
+    ended = processes.run([*PYTHON, WITHOUT_RIGHTS, f"--config={experiment}", *runs, copy])
+    assert re.findall(r"ended with (\d+)", ended.out) == ["2"] * len(runs) + ["0"], ended
+    assert ended.err.count("\n") == len(runs), ended.err
+    for line, (_, _, message) in zip(ended.err.splitlines(), refused.values(), strict=True):
+        assert line.startswith("error: ")
+        assert message in line
+    for run, (place, _, _) in zip(runs, refused.values(), strict=True):
+        (run / place).chmod(0o755)
+        left = {path.name: snapshot(path) for path in saved(run)}
+        assert left == {path.name: snapshot(path) for path in saved(uninterrupted) if path.name != newest}
+    assert f"warning: checkpoint {newest} skipped: " in ended.out
+    assert f"resuming    from step {before}" in ended.out
     assert_same_run(copy, uninterrupted)
-    assert len(list(copy.glob(f"damaged-checkpoint-{newest.name}-*"))) == 1
-
-
-@pytest.mark.parametrize(
-    ("place", "mode", "message"),
-    [
-        (".", 0o000, "cannot be listed"),
-        ("checkpoints", 0o000, "cannot be"),
-        ("checkpoints", 0o555, "cannot be written"),
-        ("config.json", 0o000, "cannot be read"),
-        ("lock", 0o000, "lock cannot be opened"),
-    ],
-)
-def test_a_folder_that_may_not_be_used_is_one_line_and_stays_as_it_is(experiment, copy, place, mode, message):
-    shutil.rmtree(saved(copy)[-1])
-    before = {name: text for name, text in snapshot(copy).items() if name.startswith("checkpoints")}
-    (copy / place).chmod(mode)
-    ended = train_without_rights(experiment, copy)
-    (copy / place).chmod(0o755)
-    one_error(ended, message)
-    assert {name: text for name, text in snapshot(copy).items() if name.startswith("checkpoints")} == before
-
-
-def test_a_lock_that_does_not_fit_on_the_disk_is_one_line(tmp_path, monkeypatch):
-    def full(*_):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(json, "dump", full)
-    with pytest.raises(UserError, match=r"lock cannot be written: No space left on device; make room"):
-        lock.Lock(tmp_path)
+    assert len(list(tmp_path.glob(f"copy/damaged-checkpoint-{newest}-*"))) == 1
 
 
 # saying what is sound
@@ -409,7 +351,10 @@ def test_verify_calls_every_part_of_a_sound_run_sound(uninterrupted):
     assert (code, found) == (0, dict.fromkeys(parts, "sound"))
 
 
-def test_a_finished_run_says_what_is_missing_and_writes_a_damaged_result_anew(experiment, uninterrupted, copy):
+def test_a_finished_run_says_what_is_missing_and_tests_again_with_the_versions_of_its_training(
+    experiment, uninterrupted, copy, monkeypatch
+):
+    monkeypatch.setattr(models, "versions", lambda: {"jax": "of the test"})
     (copy / "metrics.jsonl").unlink()
     (copy / "result.json").write_text('{"rows": 3}')
     code, out, err = call(train.main, f"--config={experiment}", f"--workdir={copy}")
@@ -417,7 +362,9 @@ def test_a_finished_run_says_what_is_missing_and_writes_a_damaged_result_anew(ex
     assert f"warning: metrics.jsonl does not hold all that was recorded up to step {STEPS}" in out
     assert "warning: result.json is damaged; it is rewritten" in out
     assert not (copy / "metrics.jsonl").exists()
-    assert rows(copy) == rows(uninterrupted)
+    before, after = (json.loads((folder / "result.json").read_text()) for folder in (uninterrupted, copy))
+    assert after["rows"] == before["rows"]
+    assert (after["trained_with"], after["versions"]) == (before["versions"], {"jax": "of the test"})
 
 
 def test_a_run_that_goes_on_says_when_its_history_was_edited(experiment, copy):
@@ -439,61 +386,40 @@ def edit(path: Path, old: str, new: str) -> None:
     path.write_text(path.read_text().replace(old, new, 1))
 
 
-VERIFIED = {
-    "setting": (
-        "config.json",
-        lambda run: edit(run / "config.json", '"seed": 0', '"seed": 4'),
-        "train.seed differ from",
-    ),
-    "no history": ("metrics.jsonl", lambda run: (run / "metrics.jsonl").unlink(), "it is missing"),
-    "loss": ("metrics.jsonl", lambda run: edit(run / "metrics.jsonl", '"loss": ', '"loss": 1'), "its checksum"),
-    "rate": (
-        "metrics.jsonl",
-        lambda run: edit(run / "metrics.jsonl", 'per_second": ', 'per_second": 1'),
-        "its checksum",
-    ),
-    "lost line": (
-        "metrics.jsonl",
-        lambda run: edit(run / "metrics.jsonl", (run / "metrics.jsonl").read_text().splitlines(True)[3], ""),
-        "its checksum",
-    ),
-    "lost end": (
-        "metrics.jsonl",
-        lambda run: edit(run / "metrics.jsonl", (run / "metrics.jsonl").read_text().splitlines(True)[-1], ""),
-        "its checksum",
-    ),
-    "accuracy": (
-        "result.json",
-        lambda run: edit(run / "result.json", '"accuracy": 0.', '"accuracy": 0.9'),
-        "its checksum",
-    ),
-    "class": ("classes.json", lambda run: edit(run / "classes.json", '"3"', '"7"'), "its checksum"),
-    "no class": ("classes.json", lambda run: (run / "classes.json").unlink(), "it is missing"),
-    "count": ("images.json", lambda run: edit(run / "images.json", "1337", "1336"), "its checksum"),
-    "no counts": ("images.json", lambda run: (run / "images.json").write_text("{"), "is not the numbers of images"),
-    "config": ("config.json", lambda run: (run / "config.json").write_text("{"), "not the config of a run"),
-    "torn line": ("metrics.jsonl", lambda run: os.truncate(run / "metrics.jsonl", 300), "a line is damaged"),
-    "twice": (
-        "metrics.jsonl",
-        lambda run: (run / "metrics.jsonl").write_text(2 * (run / "metrics.jsonl").read_text()),
-        "it has two lines for one step",
-    ),
-    "result": ("result.json", lambda run: (run / "result.json").write_text("[]"), "is not a result"),
-    "data": ("checkpoint {}", lambda run: [flip(path) for path in saved(run)[-1].glob("params/*/[!.]*")], ""),
-    "empty": ("checkpoint {}", lambda run: [shutil.rmtree(p) for p in saved(run)[-1].iterdir() if p.is_dir()], ""),
-    "none": ("checkpoints", lambda run: [shutil.rmtree(path) for path in saved(run)], "there is none"),
-}
+def lose_line(path: Path, number: int) -> None:
+    edit(path, path.read_text().splitlines(True)[number], "")
 
 
-@pytest.mark.parametrize("damage", VERIFIED)
-def test_verify_names_the_part_that_is_damaged_and_no_other(copy, damage, tally):
-    part, make, message = VERIFIED[damage]
-    part = part.format(saved(copy)[-1].name)
-    make(copy)
+VERIFIED = [  # the part that is damaged, how, and what is said of it
+    ("config.json", lambda path: edit(path, '"seed": 0', '"seed": 4'), "train.seed differ from"),
+    ("config.json", lambda path: path.write_text("{"), "not the config of a run"),
+    ("metrics.jsonl", Path.unlink, "it is missing"),
+    ("metrics.jsonl", lambda path: edit(path, '"loss": ', '"loss": 1'), "its checksum"),
+    ("metrics.jsonl", lambda path: edit(path, 'per_second": ', 'per_second": 1'), "its checksum"),
+    ("metrics.jsonl", lambda path: lose_line(path, 3), "its checksum"),
+    ("metrics.jsonl", lambda path: lose_line(path, -1), "its checksum"),
+    ("metrics.jsonl", lambda path: os.truncate(path, 300), "a line is damaged"),
+    ("metrics.jsonl", lambda path: path.write_text(2 * path.read_text()), "it has two lines for one step"),
+    ("result.json", lambda path: edit(path, '"accuracy": 0.', '"accuracy": 0.9'), "its checksum"),
+    ("result.json", lambda path: path.write_text("[]"), "is not a result"),
+    ("classes.json", lambda path: edit(path, '"3"', '"7"'), "its checksum"),
+    ("classes.json", Path.unlink, "it is missing"),
+    ("images.json", lambda path: edit(path, "1337", "1336"), "its checksum"),
+    ("images.json", lambda path: path.write_text("{"), "is not the numbers of images"),
+    (f"checkpoints/{STEPS}", lambda path: [flip(file) for file in path.glob("params/*/[!.]*")], ""),
+    (f"checkpoints/{STEPS}", lambda path: [shutil.rmtree(item) for item in path.iterdir() if item.is_dir()], ""),
+    ("checkpoints", lambda path: [shutil.rmtree(step) for step in path.iterdir()], "there is none"),
+]
+
+
+@pytest.mark.parametrize(("place", "damage", "message"), VERIFIED)
+def test_verify_names_the_part_that_is_damaged_and_no_other(copy, place, damage, message, tally):
+    damage(copy / place)
     code, found = verify(copy)
     assert code == 1
-    assert [name for name, said in found.items() if not said.startswith("sound")] == [part]
-    assert message in found[part]
+    ((part, said),) = ((name, said) for name, said in found.items() if not said.startswith("sound"))
+    assert part == place.replace("checkpoints/", "checkpoint ")
+    assert message in said
     tally("damaged parts of run folders found by --verify", 1)
 
 

@@ -59,7 +59,7 @@ class Watchdog:
                 faulthandler.dump_traceback(self._stream, all_threads=True)
                 since = f"no progress for {self._seconds / 60:g} minutes since {self._done}"
                 remedy = "the stacks above say where it hangs; the same command goes on from the last checkpoint"
-                self._stream.write(f"error: {since} (config.train.stall_minutes); {remedy}\n")
+                self._stream.write(f"error: {since}; {remedy}\n")
                 self._stream.flush()
                 os._exit(CODE)
             self._arm()
