@@ -325,7 +325,7 @@ class CheckpointWriter(Checkpoints):
 
 class _Manager(ocp.CheckpointManager):
     def reached_preemption(self, step: int) -> bool:
-        """Never: its thread would ask JAX about an older step, which undoes what `processes.stops_at` has asked."""
+        """Never: its thread would ask JAX about an older step, which undoes what `Stop.asked` has asked."""
         return False
 
 
