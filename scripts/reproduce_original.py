@@ -13,7 +13,7 @@ from pathlib import Path
 from sweep import Variant, accuracies, main, mean_cell
 
 from jvitmoe import config, experiment_files
-from jvitmoe.runs import files, groups, tables
+from jvitmoe.runs import files, results, tables
 
 # Model that is compared, accuracy in %, seconds per 60,000 images on four RTX 8000, as the original reports them.
 ORIGINAL = {"dense": ("dense", 71.06, 52.70), "switch": ("routed", 71.1, 71.80), "random": ("merged", 72.18, 131.24)}
@@ -33,9 +33,9 @@ def table(runs: Path) -> list[dict[str, str]]:
     rows = []
     for name, (model, accuracy, seconds) in ORIGINAL.items():
         folders = [folder for folder in sorted(runs.glob(f"{name}-seed*")) if (folder / files.RESULT).exists()]
-        results = [groups.read_run(folder).result for folder in folders]
+        tested = [results.read_result(folder) for folder in folders]
         values = list(accuracies(runs, name, (model,)).get(model, {}).values())
-        rates = [result["images_per_second"] for result in results if result.get("images_per_second")]
+        rates = [result["images_per_second"] for result in tested if result.get("images_per_second")]
         rows.append(
             {
                 "run": name,

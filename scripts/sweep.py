@@ -26,7 +26,7 @@ from scipy import stats
 
 from jvitmoe import cli, config, train
 from jvitmoe.data import datasets
-from jvitmoe.runs import files, groups
+from jvitmoe.runs import files, groups, results
 
 
 class Variant(NamedTuple):
@@ -98,7 +98,7 @@ def accuracies(
     found: dict[str, dict[str, float]] = {}
     for folder in sorted(runs.glob(f"{name}-seed*")):
         if (folder / files.RESULT).exists():
-            by_model = groups.by_seed([groups.read_run(folder).result])
+            by_model = groups.by_seed([results.read_result(folder)])
             for model in models:
                 if model in by_model:
                     found.setdefault(model, {})[folder.name.rpartition("-")[2]] = 100 * by_model[model][0]

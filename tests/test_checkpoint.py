@@ -331,7 +331,7 @@ def test_only_a_step_number_as_it_is_written_names_a_checkpoint(tmp_path):
 
 
 @pytest.mark.parametrize("which", ["latest", "best"])
-@pytest.mark.parametrize("late", ["_meta", "_item"])
+@pytest.mark.parametrize("late", ["_meta", "_read_to_host"])
 def test_a_reader_chooses_again_where_the_trainer_deletes_what_it_chose(tmp_path, monkeypatch, which, late):
     state, _ = make()
     reader, count = Checkpoints(tmp_path / "c"), itertools.count()

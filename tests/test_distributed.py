@@ -32,7 +32,7 @@ STEPS = 12 * (1437 // 128)
 CUT = STEPS - 10  # the step from which two processes resume the run of one
 EXPERIMENT = tiny(
     data={"validation": 0},
-    routing={"experts": 2, "granularity": "sample", "scope": "shared"},
+    routing={"experts": 2, "kind": "sample"},
     optim={"learning_rate": 1e-4, "eps": 1e-3},
     train={"epochs": 12, "batch_size": 128, "eval_every": 12, "checkpoint_every": CUT, "devices": 0},
 )

@@ -108,11 +108,15 @@ def test_a_way_of_routing_is_a_class_and_a_line(monkeypatch, tiny_config, traini
         np.testing.assert_allclose(moved_LEDF[:, route[0]], moved_LEDF[:, route[1]], atol=1e-6)
     # The loss of the first step is that of half the logits of the mean of two experts.
     start, index_B = run.history[0].params, np.asarray(run.order.epoch(0))[0]
-    trunk, experts = trees.split(start, trees.stacked(start))
-    params = trees.join(trunk, run.routing.take(experts, run.routing.draw(jax.random.key(0), jnp.int32(0))))
-    logits_BC = vit.logits(run.model, params, run.images.images_NHWc[index_B] / 127.5 - 1.0) / 2
-    wanted = optax.softmax_cross_entropy_with_integer_labels(logits_BC, run.images.labels_N[index_B]).mean()
-    np.testing.assert_allclose(run.metrics[0].loss, wanted, rtol=1e-5)
+
+    @jax.jit
+    def loss(start):
+        trunk, experts = trees.split(start, trees.stacked(start))
+        params = trees.join(trunk, run.routing.take(experts, run.routing.draw(jax.random.key(0), jnp.int32(0))))
+        logits_BC = vit.logits(run.model, params, run.images.images_NHWc[index_B] / 127.5 - 1.0) / 2
+        return optax.softmax_cross_entropy_with_integer_labels(logits_BC, run.images.labels_N[index_B]).mean()
+
+    np.testing.assert_allclose(run.metrics[0].loss, loss(start), rtol=1e-5)
     with pytest.raises(ConfigError, match=r"routing\.experts is 2; it must be above 2"):
         routing.find(tiny_config(routing={"experts": 2, "kind": "pairs"}))
 
@@ -211,7 +215,7 @@ def test_an_optimiser_is_a_factory_and_a_line(tiny_config, training, monkeypatch
 @pytest.mark.parametrize("experts", [1, 2])
 def test_each_layer_is_a_leaf_of_its_own_to_an_optimiser_that_asks(tiny_config, experts):
     params = jax.jit(routing.find(tiny_config(routing={"experts": experts})).init)(jax.random.key(0))
-    grads = jax.tree.map(lambda x: jnp.cos(jnp.arange(x.size, dtype=x.dtype)).reshape(x.shape), params)
+    grads = jax.tree.map(lambda x: np.cos(np.arange(x.size, dtype=x.dtype)).reshape(x.shape), params)
     tx, marks = toy_optimizer(OptimConfig()), trees.stacked(params)
 
     @jax.jit
@@ -234,10 +238,14 @@ def test_each_layer_is_a_leaf_of_its_own_to_an_optimiser_that_asks(tiny_config, 
 
 
 def test_adam_is_the_same_but_for_rounding_when_it_sees_each_layer_alone(tiny_config):
-    params = vit.init(vit.build(tiny_config().model), jax.random.key(0))
-    grads = jax.tree.map(jnp.sin, params)
+    params = jax.device_get(jax.jit(lambda: vit.init(vit.build(tiny_config().model), jax.random.key(0)))())
+    grads = jax.tree.map(np.sin, params)
     whole = optimizer.direction(Config())
-    found = [jax.jit(tx.update)(grads, tx.init(params), params)[0] for tx in (whole, optimizer.per_layer(whole))]
+    directions = [
+        jax.jit(lambda tx=tx: tx.update(grads, tx.init(params), params)[0])
+        for tx in (whole, optimizer.per_layer(whole))
+    ]
+    found = [direction() for direction in directions]
     jax.tree.map(lambda a, b: np.testing.assert_array_max_ulp(a, b, 2), *jax.device_get(found))
 
 

@@ -22,7 +22,7 @@ from jvitmoe.experts import merge, trees
 from jvitmoe.interop import load
 from jvitmoe.models import mlp, vit
 from jvitmoe.runtime import devices, signals
-from jvitmoe.training import loop, trained
+from jvitmoe.training import loop, optimizer
 from jvitmoe.training.state import TrainState, make_state
 from run_folders import assert_same_run, lose_newest, saved
 
@@ -138,10 +138,10 @@ def test_the_trained_parameters_are_counted_and_only_they_have_moments(start):
     lora = 2 * (d + f) * 2 if config.model.lora else 0
     adapter = (3 * (2 * d + 1) + d) if config.model.adapter else 0
     moving = E * layers * (lora + adapter) + classes * (d + 1)
-    assert trained.count(config, start.state.params) == moving
+    assert optimizer.count_trained(config, start.state.params) == moving
     floats = [leaf for leaf in jax.tree.leaves(start.state.opt_state) if leaf.dtype == jnp.float32]
     assert sum(leaf.size for leaf in floats) == 2 * moving
-    assert trained.frozen(dataclasses.replace(config, model=config.model.plain())) is None
+    assert optimizer.frozen(dataclasses.replace(config, model=config.model.plain())) is None
 
 
 def test_the_gradient_norm_is_of_what_is_trained(tiny_config, training):
@@ -176,7 +176,7 @@ def test_a_run_tunes_prints_resumes_without_its_source_and_ships_a_plain_vit(exp
 
     run()
     out = capsys.readouterr().out
-    assert f"trained     {trained.count(config, routing.find(config).shapes()):,} of" in out
+    assert f"trained     {optimizer.count_trained(config, routing.find(config).shapes()):,} of" in out
     assert "(run): " in out
     shutil.rmtree(source)
     whole = shutil.copytree(tmp_path / "run", tmp_path / "whole")

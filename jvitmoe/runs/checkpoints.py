@@ -14,7 +14,7 @@ import re
 import shutil
 import time
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -80,15 +80,11 @@ class Checkpoints:
         return list_steps(self.directory)
 
     def check(self, step: int) -> Meta:
-        """Returns the meta of a checkpoint after reading all of it, an item at a time. Raises CheckpointError with what
-        is wrong."""
+        """Returns the meta of a checkpoint after reading all of it. Raises CheckpointError with what is wrong."""
         try:
-            meta = self._meta(step)
-            for name in _items(meta):
-                self._item(step, meta, name)
+            return self._read_to_host(step).meta
         except Exception as error:  # damage raises errors of any type
             raise CheckpointError(one_line(error)) from error
-        return meta
 
     def read(self, which: str) -> Saved:
         """Returns the checkpoint "latest", "best" (least validation NLL) or of a step, without optimiser state.
@@ -96,17 +92,15 @@ class Checkpoints:
         Latest and best are the sound ones, with a warning for each damaged one that is passed over. Chooses again where
         a run that trains deletes checkpoints meanwhile. Raises CheckpointError.
         """
-        steps, faults = self.steps(), dict[int, str]()
+        steps, faults, found = self.steps(), dict[int, str](), None
         if not steps:
             raise CheckpointError(f"{self.directory} holds no checkpoint; train first")
         if which not in ("latest", "best", *map(str, steps)):
             raise CheckpointError(f"checkpoint {which!r} does not exist; it must be latest, best or one of {steps}")
         newest_first = [int(which)] if which.isdigit() else steps[::-1]
-        found = None
         for step in _rated(self._nlls(steps, faults)) if which == "best" else newest_first:
             try:
-                meta = self._meta(step)
-                found = Saved(step, meta, self._item(step, meta, "params"), self._item(step, meta, "ema"))
+                found = self._read_to_host(step, ("params", "ema"))
                 break
             except Exception as error:  # damage raises errors of any type
                 faults[step] = one_line(error)
@@ -120,17 +114,20 @@ class Checkpoints:
         return found
 
     def restore(self, abstract: State) -> tuple[State, Meta] | None:
-        """Returns (state, meta) of the newest checkpoint that is sound, or None if there is no checkpoint at all.
+        """Returns (state, meta) of the newest sound checkpoint, or None if there is no checkpoint at all.
 
-        All processes must call it, and restore the same one. Warns of each newer checkpoint that was skipped, with the
-        reason. Raises CheckpointError if there are checkpoints and none is sound, so that a run never starts afresh by
-        accident.
+        All processes must call it. Warns of each newer checkpoint that was skipped, with the reason. Raises
+        CheckpointError if none is sound, so that a run never starts afresh by accident.
 
         Args:
             abstract: shapes, dtypes and shardings to restore to, on any number of devices.
         """
         faults, step = dict[int, str](), LARGEST + 1
-        while (step := _of_first(max((s for s in self.steps() if s < step), default=-1))) >= 0:
+        while True:
+            newest = np.int32(max((s for s in self.steps() if s < step), default=-1))
+            step = int(multihost_utils.broadcast_one_to_all(newest))  # processes may not see the same on a disk
+            if step < 0:
+                break
             try:
                 trees, meta = self._restore(step, _trees(abstract))
             except ValueError as error:
@@ -174,15 +171,14 @@ class Checkpoints:
             raise ValueError(f"it is the checkpoint of step {meta['step']}")
         return meta
 
-    def _item(self, step: int, meta: Meta, name: str) -> Any:
-        """Returns an item as nested dicts and lists of NumPy arrays; None if the checkpoint has no such item. Raises
-        errors of any type where it is damaged."""
-        if name not in _items(meta):
-            return None
-        tree = _read(self.directory / str(step) / name)
-        expected = {leaf: text for leaf, text in meta["fingerprint"].items() if leaf.startswith(f"{name}.")}
-        _compare(expected, fingerprint.of_host({name: tree}))
-        return tree
+    def _read_to_host(self, step: int, names: Sequence[str] = ()) -> Saved:
+        """Returns a checkpoint after verifying the items `names`, by default all. Raises errors of any type."""
+        meta, trees = self._meta(step), dict[str, Any]()
+        for name in [item for item in _items(meta) if not names or item in names]:
+            trees[name] = _read(self.directory / str(step) / name)
+            expected = {leaf: text for leaf, text in meta["fingerprint"].items() if leaf.startswith(f"{name}.")}
+            _compare(expected, fingerprint.of_host({name: trees[name]}))
+        return Saved(step, meta, trees["params"], trees.get("ema"))
 
     def _nlls(self, steps: Iterable[int], faults: dict[int, str]) -> dict[int, Any]:
         """Returns step -> validation NLL; enters into `faults` what is wrong with checkpoints whose meta is damaged."""
@@ -278,10 +274,8 @@ class CheckpointWriter(Checkpoints):
         meta["checksum"] = files.checksum(meta)
         self._kept_nlls[step] = nll
         parts = {name: ocp.args.PyTreeSave(tree) for name, tree in trees.items()}
-        try:
+        with self._naming_failures(step):
             self._manager.save(step, args=ocp.args.Composite(meta=ocp.args.JsonSave(meta), **parts), force=True)
-        except Exception as error:  # OSError, or TensorStore's error for it
-            raise self._write_error(step, error) from error
         self._writing = step
 
     def close(self) -> None:
@@ -295,24 +289,25 @@ class CheckpointWriter(Checkpoints):
     def _finish_write(self) -> None:
         step, self._writing = self._writing, None
         if step is not None:
-            try:
+            with self._naming_failures(step):
                 self._manager.wait_until_finished()
                 self._delete()
-            except Exception as error:
-                raise self._write_error(step, error) from error
 
-    def _write_error(self, step: int, error: BaseException) -> BaseException:
-        """Returns the error of a failed write, after deleting what the write left."""
-        for cause in (error, error.__cause__):
-            if isinstance(cause, JaxRuntimeError):  # of a device, or of a process that is lost
-                return cause
-        if processes.is_first():
-            for path in self.directory.glob(f"*{UNFINISHED}*"):
+    @contextlib.contextmanager
+    def _naming_failures(self, step: int) -> Iterator[None]:
+        """Raises CheckpointError for a failed write, after deleting what it left."""
+        try:
+            yield
+        except Exception as error:  # OSError, or TensorStore's error for it
+            for cause in (error, error.__cause__):
+                if isinstance(cause, JaxRuntimeError):  # of a device, or of a process that is lost
+                    raise cause from None
+            for path in self.directory.glob(f"*{UNFINISHED}*") if processes.is_first() else ():
                 shutil.rmtree(path, ignore_errors=True)
-        return CheckpointError(
-            f"checkpoint {step} cannot be written to {self.directory}: {one_line(error)}; "
-            "older ones are as they were; make room or let the folder be written, and start again"
-        )
+            raise CheckpointError(
+                f"checkpoint {step} cannot be written to {self.directory}: {one_line(error)}; "
+                "older ones are as they were; make room or let the folder be written, and start again"
+            ) from error
 
     def _delete(self) -> None:
         """Deletes the checkpoints that Orbax has moved away."""
@@ -330,7 +325,7 @@ class CheckpointWriter(Checkpoints):
 
 class _Manager(ocp.CheckpointManager):
     def reached_preemption(self, step: int) -> bool:
-        """Never: its thread would ask JAX about an older step, which undoes what `processes.stops_at` has asked."""
+        """Never: its thread would ask JAX about an older step, which undoes what `Stop.asked` has asked."""
         return False
 
 
@@ -393,11 +388,6 @@ def _check_copies(step: int, first: Mapping[str, str], others: Sequence[Mapping[
             "this checkpoint was not written; the same command, without that machine, goes on from the one before"
         )
         processes.all_raise(error)
-
-
-def _of_first(step: int) -> int:
-    """Returns the number of process 0, in all processes: what they see on a disk may differ."""
-    return int(multihost_utils.broadcast_one_to_all(np.int32(step)))
 
 
 def _warn(faults: Mapping[int, str]) -> None:

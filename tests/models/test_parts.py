@@ -15,7 +15,7 @@ from jvitmoe import routing
 from jvitmoe.config import Config, ModelConfig
 from jvitmoe.errors import ConfigError
 from jvitmoe.experts import cost
-from jvitmoe.models import layers, stem, vit
+from jvitmoe.models import layers, vit
 
 SMALL = ModelConfig(image_size=8, channels=3, classes=5, patch=4, width=16, hidden=24, depth=3, heads=2, pool="mean")
 
@@ -61,7 +61,7 @@ def tokens_by_loops(params, x_BHWc, strided):
 
 @pytest.mark.parametrize(("patch", "strided"), [(2, False), (8, False), (8, True)])
 def test_the_convolutional_stem_is_that_of_the_papers(patch, strided):
-    module = stem.ConvStem(patch, 6, jnp.float32, strided)
+    module = layers.ConvStem(patch, 6, jnp.float32, strided)
     tokens, variables = module.init_with_output(jax.random.key(0), IMAGES)
     kernels = [layer["kernel"].shape for _, layer in sorted(variables["params"].items())]
     assert kernels == ([(3, 3, 3, 6)] if patch == 2 else [(3, 3, 3, 64), (3, 3, 64, 64), (3, 3, 64, 6)])
@@ -71,7 +71,7 @@ def test_the_convolutional_stem_is_that_of_the_papers(patch, strided):
 def test_the_gradient_of_max_pooling_goes_to_the_largest_value():
     maps = np.random.default_rng(1).uniform(0.1, 1, (2, 6, 6, 3)).astype("f")
     weights = np.random.default_rng(2).normal(size=(2, 3, 3, 3)).astype("f")
-    found = jax.grad(lambda x: (stem.max_pool(x) * weights).sum())(maps)
+    found = jax.grad(lambda x: (layers.max_pool(x) * weights).sum())(maps)
     wanted = np.zeros_like(maps)
     for b, row, column, c in np.ndindex(weights.shape):
         rows, columns = np.mgrid[max(2 * row - 1, 0) : 2 * row + 2, max(2 * column - 1, 0) : 2 * column + 2]
@@ -82,7 +82,7 @@ def test_the_gradient_of_max_pooling_goes_to_the_largest_value():
 
 def test_sequence_pooling_weights_the_tokens():
     x_BTD = np.random.default_rng(0).normal(size=(2, 5, 4)).astype("f")
-    pooled, variables = stem.SequencePool(jnp.float32).init_with_output(jax.random.key(0), x_BTD)
+    pooled, variables = layers.SequencePool(jnp.float32).init_with_output(jax.random.key(0), x_BTD)
     kernel, bias = (np.asarray(variables["params"]["scores"][name]) for name in ("kernel", "bias"))
     scores_BT = x_BTD @ kernel[:, 0] + bias
     weights_BT = np.exp(scores_BT) / np.exp(scores_BT).sum(1, keepdims=True)
