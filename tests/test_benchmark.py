@@ -5,26 +5,18 @@ import re
 import subprocess
 import sys
 
+import benchmark
 import pytest
+import timed_step
 
 import processes
 from jvitmoe.config import Config, ModelConfig, TrainConfig
 from jvitmoe.errors import UserError
+from run_folders import write_experiment
 
-sys.path.insert(0, str(processes.ROOT / "scripts"))
-try:
-    import benchmark
-    import timed_step
-finally:
-    sys.path.pop(0)
-
-SMALL = """
-from jvitmoe.config import Config, ModelConfig, TrainConfig
-def get_config():
-    return Config(
-        model=ModelConfig(width=16, hidden=32, depth=2, heads=2, patch=4), train=TrainConfig(batch_size=8, devices=1)
-    )
-"""
+SMALL = Config(
+    model=ModelConfig(width=16, hidden=32, depth=2, heads=2, patch=4), train=TrainConfig(batch_size=8, devices=1)
+)
 
 
 class Machine:
@@ -57,11 +49,8 @@ def test_cold_caches_and_drift_do_not_reach_the_ratio():
 def test_every_round_visits_every_case_once_in_an_order_of_its_own():
     machine = Machine(cold=1.0, drift=0.0)
     rounds = []
-    timed_step.interleave(
-        {name: machine.case(name, 1.0) for name in "abcd"},
-        rounds=8,
-        progress=lambda number, left: rounds.append(number),
-    )
+    work = {name: machine.case(name, 1.0) for name in "abcd"}
+    timed_step.interleave(work, rounds=8, progress=lambda number, left: rounds.append(number))
     visits = [name for name, _ in machine.visits[8:]][::2]  # after two probes of each; every visit has a first step
     orders = list(zip(*[iter(visits)] * 4, strict=True))
     assert rounds == list(range(1, 9))
@@ -69,13 +58,12 @@ def test_every_round_visits_every_case_once_in_an_order_of_its_own():
     assert len(set(orders)) > 1
 
 
-@pytest.mark.parametrize(("rounds", "outside"), [(1, 0), (5, 0), (6, 0), (9, 1), (10, 1), (15, 3), (20, 5)])
-def test_the_interval_has_the_ranks_of_the_binomial_distribution(rounds, outside):
+def test_the_interval_has_the_ranks_of_the_binomial_distribution():
     """Ranks of the 95 % interval of a median, as tabled by Conover (A3 at p = 0.5)."""
-    seconds = [float(n) for n in range(1, rounds + 1)]
-    median, low, high = timed_step.ratio(seconds, [1.0] * rounds)
-    assert (low, high) == (1 + outside, rounds - outside)
-    assert median == (rounds + 1) / 2
+    for rounds, outside in ((1, 0), (5, 0), (6, 0), (9, 1), (10, 1), (15, 3), (20, 5)):
+        seconds = [float(n) for n in range(1, rounds + 1)]
+        expected = (rounds + 1) / 2, 1 + outside, rounds - outside
+        assert timed_step.ratio(seconds, [1.0] * rounds) == expected
 
 
 @pytest.mark.slow
@@ -107,8 +95,8 @@ def test_every_case_is_measured_in_every_round_and_beside_dense(tmp_path, monkey
     monkeypatch.setattr(timed_step, "PRODUCT_SIDE", 256)
     monkeypatch.setattr(timed_step, "VISIT_SECONDS", 0.05)
     out = tmp_path / "out"
-    arguments = [f"--config={tmp_path / 'small.py'}", f"--out={out}", "--dtypes=float32", "--rounds=2"]
-    (tmp_path / "small.py").write_text(SMALL)
+    experiment = write_experiment(tmp_path / "small.py", SMALL)
+    arguments = [f"--config={experiment}", f"--out={out}", "--dtypes=float32", "--rounds=2"]
     benchmark.main(["benchmark.py", *arguments, "--only=dense,dense again,batch,sample"])
     result, text = json.loads((out / "benchmark.json").read_text()), (out / "report.md").read_text()
     assert all(part in text for part in (result["command"], result["hardware"], f"jax {result['versions']['jax']}"))
@@ -121,9 +109,8 @@ def test_every_case_is_measured_in_every_round_and_beside_dense(tmp_path, monkey
         assert len(row["seconds_per_round"]) == 2
         assert min(row["seconds_per_round"]) <= row["seconds"] <= max(row["seconds_per_round"])
         assert row["images_per_second"] == pytest.approx(8 / row["seconds"])
-        assert row["share_of_peak"] == pytest.approx(
-            row["flops"] / row["seconds"] / result["peak_flops_per_second"]["float32"]
-        )
+        peak = result["peak_flops_per_second"]["float32"]
+        assert row["share_of_peak"] == pytest.approx(row["flops"] / row["seconds"] / peak)
         assert row["planned_bytes"] > 4 * row["total_parameters"]
 
 
@@ -143,8 +130,8 @@ def test_a_peer_that_cannot_serve_is_one_line(tmp_path):
 @pytest.mark.slow
 def test_the_profile_says_where_a_step_goes(tmp_path):
     """Both passes are in it, and what is in it takes about the step: on several cores instructions run side by side."""
-    (tmp_path / "small.py").write_text(SMALL)
-    command = [sys.executable, "scripts/profile_step.py", f"--config={tmp_path / 'small.py'}"]
+    command = [sys.executable, "scripts/profile_step.py"]
+    command += [f"--config={write_experiment(tmp_path / 'small.py', SMALL)}"]
     # Large enough that times do not vanish in the rounding to 0.1 ms.
     command += ["--steps=3", "--rows=1000", "--config.train.batch_size=64", "--config.model.width=64"]
     said = subprocess.run(command, cwd=processes.ROOT, capture_output=True, text=True, check=True).stdout

@@ -55,9 +55,12 @@ def anchors(page: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_links_of_a_page_lead_somewhere(page):
-    broken = []
-    for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+def test_links_of_a_page_lead_somewhere_and_files_named_in_it_exist(page):
+    broken, text = [], page.read_text()
+    named = re.findall(r"`((?:tests|scripts|configs|results|jvitmoe)/[\w/.-]+\.\w+)`", text)
+    named += [f"tests/{name}" for name in re.findall(r"`((?:data/|models/)?test_\w+\.py)`", text)]
+    assert not [name for name in named if not (ROOT / name).exists()]
+    for link in re.findall(r"\]\(([^)\s]+)\)", text):
         file, _, anchor = link.partition("#")
         target = page.parent / file if file else page
         if not link.startswith("http") and not (target.exists() and (not anchor or anchor in anchors(target))):
@@ -65,20 +68,9 @@ def test_links_of_a_page_lead_somewhere(page):
     assert not broken
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_files_named_in_a_page_exist(page):
-    text = page.read_text()
-    named = re.findall(r"`((?:tests|scripts|configs|results|jvitmoe)/[\w/.-]+\.\w+)`", text)
-    named += [f"tests/{name}" for name in re.findall(r"`((?:data/|models/)?test_\w+\.py)`", text)]
-    assert not [name for name in named if not (ROOT / name).exists()]
-
-
-def test_the_readme_is_short():
-    assert len((ROOT / "README.md").read_text().splitlines()) <= 120
-
-
-def test_the_site_opens_as_the_readme_does():
+def test_the_readme_is_short_and_the_site_opens_as_it_does():
     readme, start = ((ROOT / page).read_text().splitlines() for page in ("README.md", "docs/index.md"))
+    assert len(readme) <= 120
     assert readme[:3] == start[:3]  # the title and the sentence
     assert blocks("README.md")[0].code == blocks("docs/index.md")[0].code
 
@@ -182,9 +174,8 @@ def test_the_readme_s_results_are_those_of_the_report():
 
 def test_differences_with_intervals_are_those_of_the_study_s_reports():
     reports = "".join(path.read_text() for path in sorted((ROOT / "results" / "study").glob("*/report.md")))
-    told = re.findall(
-        r"([+-]\d+\.\d\d)(?: points on dense)? \(([+-]\S+ to [+-]\d+\.\d\d)\)", (ROOT / "docs/study.md").read_text()
-    )
+    difference = r"([+-]\d+\.\d\d)(?: points on dense)? \(([+-]\S+ to [+-]\d+\.\d\d)\)"
+    told = re.findall(difference, (ROOT / "docs" / "study.md").read_text())
     assert len(told) > 1
     assert not [difference for difference in told if f"| {' | '.join(difference)} |" not in reports]
 
@@ -204,45 +195,30 @@ class Page(HTMLParser):
             self.loaded |= {value for name, value in attributes if name in ("src", "href") and value}
 
 
-@pytest.fixture(scope="module")
-def site(tmp_path_factory) -> Path:
-    """Returns the site, built with warnings as errors."""
-    site = tmp_path_factory.mktemp("site")
-    build = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", site]
+@pytest.mark.process
+@pytest.mark.long
+def test_the_site_has_every_page_and_picture_swallows_no_placeholder_and_needs_nothing_else(tmp_path):
+    """Built with warnings as errors."""
+    build = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", tmp_path]
     env = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}  # Material's announcement, which would hide the warnings
     done = subprocess.run(build, cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    return site
-
-
-@pytest.mark.process
-def test_the_site_has_every_page_and_needs_nothing_else(site):
-    assert not [page.name for page in DOCS if not (site / page.name).with_suffix(".html").is_file()]
-    assert (site / "results" / "digits" / "report.html").is_file()
+    assert (tmp_path / "results" / "digits" / "report.html").is_file()
+    pages = {path: Page(path.read_text()) for path in tmp_path.rglob("*.html")}
     missing, foreign = [], []
-    for path in site.rglob("*.html"):
-        for address in Page(path.read_text()).loaded:
+    for path, page in pages.items():
+        assert page.tags <= set(TAGS.split()), path
+        for address in page.loaded:
             file = re.split("[?#]", address)[0]
             if re.match(r"[a-z]+:|//", address):
                 foreign.append((path.name, address))
-            elif not (site / file[1:] if file.startswith("/") else path.parent / file).is_file():
+            elif not (tmp_path / file[1:] if file.startswith("/") else path.parent / file).is_file():
                 missing.append((path.name, address))
-    foreign += [
-        path.name for path in site.rglob("*.css") if re.search(r"(url\(|@import ).?(https?:|//)", path.read_text())
+    styles = [
+        path for path in tmp_path.rglob("*.css") if re.search(r"(url\(|@import ).?(https?:|//)", path.read_text())
     ]
-    assert not missing
-    assert not foreign
-
-
-@pytest.mark.process
-def test_the_site_swallows_no_placeholder(site):
-    found = {(path.name, tag) for path in site.rglob("*.html") for tag in Page(path.read_text()).tags}
-    assert not [(page, tag) for page, tag in found if tag not in TAGS.split()]
-
-
-@pytest.mark.process
-def test_the_site_has_a_picture_for_every_one_in_the_pages(site):
+    assert (missing, foreign, styles) == ([], [], [])
     for page in DOCS:
         shown = re.findall(r"!\[[^]]*\]\(([^)]+)\)", page.read_text())
-        loaded = Page((site / page.name).with_suffix(".html").read_text()).loaded
+        loaded = pages[(tmp_path / page.name).with_suffix(".html")].loaded
         assert {Path(picture).name for picture in shown} <= {Path(address).name for address in loaded}

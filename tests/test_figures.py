@@ -5,8 +5,10 @@ import json
 import re
 from unittest import mock
 
+import benchmark
 import numpy as np
 import pytest
+import redraw
 from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 
@@ -92,12 +94,10 @@ def check_marks(axes):
 def test_twenty_two_groups_of_curves_and_their_comparison_can_be_told_apart(tmp_path, drawn):
     folders = []
     for number, seed in itertools.product(range(22), range(2)):
-        name = f"a_name_as_long_as_real_ones_are_{'abcdefghijklmnopqrstuvwxyz'[number]}_s{seed}"
+        name = tmp_path / f"a_name_as_long_as_real_ones_are_{chr(ord('a') + number)}_s{seed}"
         fields = {"train__seed": seed, "optim__learning_rate": 1e-3 * (number + 1), "routing__experts": 1 + number % 2}
-        accuracy = 0.95 + 0.002 * number + 0.001 * seed
-        folders.append(
-            write_tested_run(tmp_path / name, accuracy, models=MODELS if number % 2 else ("dense",), **fields)
-        )
+        tested = 0.95 + 0.002 * number + 0.001 * seed, None, MODELS if number % 2 else ("dense",)
+        folders.append(write_tested_run(name, *tested, **fields))
     report.main(["report", *map(str, folders), f"--out={tmp_path / 'report'}"])
     comparison, curves = drawn
     assert [axes.get_title() for axes in curves.axes[:2]] == ["Training loss", "Test error"]
@@ -136,36 +136,30 @@ def test_the_standard_error_of_each_run_is_of_its_own_images(tmp_path):
     assert "standard error over 10 or 1,000 images" in figure._suptitle.get_text()
 
 
-def history(folder, **figures_of):
-    """Writes a history from {kind: {step: figures}}."""
-    lines = [{"step": s, "kind": kind, **values} for kind, steps in figures_of.items() for s, values in steps.items()]
-    folder.mkdir(exist_ok=True)
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-
-
 def test_curves_leave_out_what_was_recorded_once_or_is_not_finite_and_name_their_split(tmp_path):
+    def axes_of(**figures_of):
+        """Returns the panels of the curves of {kind: {step: figures}}."""
+        lines = [{"step": s, "kind": kind, **found} for kind, steps in figures_of.items() for s, found in steps.items()]
+        (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        figure = figures.curves({"a": [tmp_path]})
+        return figure and figure.axes
+
     losses = {1: {"loss": 2.0}, 2: {"loss": None}, 3: {"loss": 0.0}, 4: {"loss": "x"}, 5: {}, 6: {"loss": 1e400}}
-    history(tmp_path, train=losses, validation={2: {"accuracy": 0.5}})
-    (axes,) = figures.curves({"a": [tmp_path]}).axes
+    (axes,) = axes_of(train=losses, validation={2: {"accuracy": 0.5}})
     assert axes.get_title() == "Training loss"
     assert axes.lines[0].get_xdata().tolist() == [1, 3]
-    history(
-        tmp_path, train={1: {"loss": 1.0}}, validation={1: {"accuracy": 0.0}, 2: {"accuracy": None}, 3: {"accuracy": 1}}
-    )
-    (axes,) = figures.curves({"a": [tmp_path]}).axes
+    errors = {1: {"accuracy": 0.0}, 2: {"accuracy": None}, 3: {"accuracy": 1}}
+    (axes,) = axes_of(train={1: {"loss": 1.0}}, validation=errors)
     assert axes.get_title() == "Validation error"
     assert axes.lines[0].get_ydata().tolist() == [1, figures.LEAST]
-    history(tmp_path, train={1: {"loss": 1.0}}, test={1: {"accuracy": 0.5}})
-    assert figures.curves({"a": [tmp_path]}) is None
+    assert axes_of(train={1: {"loss": 1.0}}, test={1: {"accuracy": 0.5}}) is None
 
 
-@pytest.mark.parametrize(
-    ("low", "high"), [(0.24968, 0.24974), (0.525301, 0.525699), (1e-3, 0.9), (0.2, 0.21), (1, 1e5)]
-)
-def test_the_ticks_of_a_logarithmic_axis_tell_values_apart(low, high):
+@pytest.mark.parametrize("limits", [(0.24968, 0.24974), (0.525301, 0.525699), (1e-3, 0.9), (0.2, 0.21), (1, 1e5)])
+def test_the_ticks_of_a_logarithmic_axis_tell_values_apart(limits):
     figure = Figure()
     axes = figure.subplots()
-    axes.set(yscale="log", ylim=(low, high))
+    axes.set(yscale="log", ylim=limits)
     figures.plain_ticks(axes.yaxis)
     figure.draw_without_rendering()
     ticks = [(label.get_text(), label.get_position()[1]) for label in shown_ticks(axes.yaxis)]
@@ -189,6 +183,9 @@ def test_mergeability_shows_small_differences_of_accuracy_and_no_mountain_of_rou
     assert len(accuracy.containers) == 2  # whiskers
 
 
+LONG = " a [name] $b$ as long as ImageNet's"
+
+
 def confused(classes, images=60):
     """Returns a row of a model that classifies about 80 % of the images of each class right."""
     rng, wrong = np.random.default_rng(0), [0.2 / (classes - 1)] * (classes - 1)
@@ -197,8 +194,7 @@ def confused(classes, images=60):
     return row | {"confusion": counts_CC.tolist()}
 
 
-@pytest.mark.parametrize("classes", [2, 20, 21, 100])
-@pytest.mark.parametrize("name", ["", " a [name] $b$ as long as ImageNet's"])
+@pytest.mark.parametrize(("classes", "name"), [(2, ""), (20, LONG), (21, ""), (100, LONG)])
 def test_the_confusion_matrix_names_its_classes_and_counts_up_to_20(classes, name):
     row = confused(classes, 10_000)
     check(figure := figures.confusion(row, [f"{n}{name}" for n in range(classes)]))
@@ -222,25 +218,18 @@ def test_a_name_is_shown_in_the_font_s_characters_and_cut_in_the_middle():
 
 
 @pytest.mark.parametrize("name", ["benchmark", "benchmark_amx", "benchmark_epyc", "benchmark_fast", "benchmark_small"])
-def test_a_panel_of_the_benchmark_shows_one_quantity(name, monkeypatch):
-    monkeypatch.syspath_prepend(processes.ROOT / "scripts")
-    import benchmark
-
+def test_a_panel_of_the_benchmark_shows_one_quantity(name):
     rows = numbers(name, "benchmark.json")["rows"]
     check(figure := benchmark.throughput(rows))
     speed, time = figure.axes
     assert all(re.fullmatch(r"[\d,.]+", text.get_text()) for text in speed.texts)
-    assert [at[0] for at in time.transData.inverted().transform([at for at, _ in marks(time)])] == pytest.approx(
-        [row["times_dense"] for row in rows]
-    )
+    shown, _ = time.transData.inverted().transform([at for at, _ in marks(time)]).T
+    assert shown == pytest.approx([row["times_dense"] for row in rows])
     assert len(benchmark.throughput([row for row in rows if row["model"] != "dense"]).axes) == 1
 
 
 @pytest.mark.slow
 def test_the_pictures_in_results_can_be_drawn_again(tmp_path, drawn, monkeypatch):
-    monkeypatch.syspath_prepend(processes.ROOT / "scripts")
-    import redraw
-
     monkeypatch.setattr("sys.argv", ["redraw.py", f"--out={tmp_path}"])
     redraw.main()
     left_alone = ("curves.png", "sheet.png")

@@ -27,29 +27,24 @@ def run(**environment: str) -> tuple[int, subprocess.Popen, str]:
 
 
 @pytest.mark.process
-def test_a_command_is_started_anew_once_as_the_same_process_with_its_arguments_and_takes_huge_pages():
-    pid, process, out = run()
+@pytest.mark.parametrize(("set_by_user", "share"), [({}, 0.1), ({"GLIBC_TUNABLES": ""}, None)])
+def test_a_command_is_started_anew_once_as_the_same_process_and_takes_huge_pages_unless_the_user_set_tunables(
+    set_by_user, share
+):
+    pid, process, out = run(**set_by_user)
     assert process.returncode == 0
     name, pages = out.rsplit(maxsplit=1)
     assert name == f"{pid} ['two words', '--flag']"
-    assert int(pages) < 2**26 / resource.getpagesize() / 10
+    all_pages = 2**26 / resource.getpagesize()
+    assert int(pages) < share * all_pages if share else int(pages) > all_pages / 2
 
 
 @pytest.mark.process
-def test_tunables_of_the_user_are_left_as_they_are():
-    pid, process, out = run(GLIBC_TUNABLES="")
-    assert process.returncode == 0
-    name, pages = out.rsplit(maxsplit=1)
-    assert name == f"{pid} ['two words', '--flag']"
-    assert int(pages) > 2**26 / resource.getpagesize() / 2
-
-
-@pytest.mark.process
-@pytest.mark.parametrize("command", [["-m", "jvitmoe.train"], ["-m", "jvitmoe", "train"]])
+@pytest.mark.parametrize("command", [["jvitmoe.train"], ["jvitmoe", "train"]])
 def test_the_commands_that_train_ask_for_huge_pages(tmp_path, command):
     experiment = tmp_path / "asks.py"
     experiment.write_text(f"import os\n\nraise ValueError(os.environ.get('{memory.TUNABLES}'))\n")
     env = {name: value for name, value in os.environ.items() if name != memory.TUNABLES}
-    process = [sys.executable, *command, f"--config={experiment}"]
+    process = [sys.executable, "-m", *command, f"--config={experiment}"]
     done = subprocess.run(process, env=env, cwd=processes.ROOT, capture_output=True, text=True)
     assert "glibc.malloc.hugetlb=1" in done.stderr

@@ -1,6 +1,5 @@
 """A sweep keeps what a report reads of each run, and trains only what is not kept."""
 
-import importlib
 import itertools
 import json
 import re
@@ -11,7 +10,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import ablate_recipe
+import compare_routers
 import pytest
+import reproduce_original
+import sweep
 from scipy import stats
 
 import processes
@@ -34,24 +37,15 @@ def command(folder: Path) -> list[str]:
     return [sys.executable, str(processes.ROOT / "scripts" / "ablate_recipe.py"), *flags]
 
 
-def sweep(folder: Path) -> str:
+def run_sweep(folder: Path) -> str:
     """Returns what it prints."""
     return subprocess.run(command(folder), capture_output=True, text=True, check=True).stdout
 
 
-@pytest.fixture(scope="module")
-def scripts():
-    """Returns the modules of the sweeps: scripts(name)."""
-    folder = str(processes.ROOT / "scripts")
-    sys.path.insert(0, folder)
-    yield importlib.import_module
-    sys.path.remove(folder)
-
-
-def test_every_variant_is_an_experiment_of_its_own(scripts):
-    for script, experiment in (("ablate_recipe", "cifar10_fast"), ("compare_routers", "digits_dense")):
+def test_every_variant_is_an_experiment_of_its_own():
+    for script, experiment in ((ablate_recipe, "cifar10_fast"), (compare_routers, "digits_dense")):
         configs = []
-        for variant in scripts(script).variants().values():
+        for variant in script.variants().values():
             name = f"{experiment}:{variant.of_file}" if variant.of_file != "dense" else experiment
             flags = [f"--config.{field}={value}" for field, value in variant.settings.items()]
             argv = ["train", f"--config={name}", *flags]
@@ -59,21 +53,20 @@ def test_every_variant_is_an_experiment_of_its_own(scripts):
         assert len(set(map(repr, configs))) == len(configs)
 
 
-def test_the_interval_is_student_s(scripts):
+def test_the_interval_is_student_s_and_the_time_left_that_of_runs_side_by_side():
     paired = [0.3, 0.5, 0.2, 0.6, 0.4]
-    found = scripts("sweep").interval(paired)
+    found = sweep.interval(paired)
     assert found == pytest.approx(stats.ttest_1samp(paired, 0).confidence_interval(0.95))
+    for ended, jobs, minutes in ((1, 1, 27), (2, 2, 12), (3, 2, 12), (10, 2, 0)):
+        assert sweep.minutes_left([180.0] * ended, runs=10, jobs=jobs) == minutes
 
 
-def test_a_dry_run_of_the_original_s_table_prints_the_commands_of_its_experiments(
-    scripts, tmp_path, monkeypatch, capsys
-):
-    original = scripts("reproduce_original")
+def test_a_dry_run_of_the_original_s_table_prints_the_commands_of_its_experiments(tmp_path, monkeypatch, capsys):
     arguments = ["--config=cifar10_dense", "--jobs=1", f"--runs={tmp_path / 'runs'}", f"--out={tmp_path / 'out'}"]
     arguments += ["--dry_run", "--", "--config.data.dir=D"]
     monkeypatch.setattr(sys, "argv", ["reproduce_original.py", *arguments])
     with pytest.raises(SystemExit) as ended:
-        runpy.run_path(original.__file__, run_name="__main__")
+        runpy.run_path(reproduce_original.__file__, run_name="__main__")
     assert not ended.value.code
     first, *lines = capsys.readouterr().out.splitlines()
     assert first.startswith("9 runs, 0 of them kept")
@@ -87,16 +80,11 @@ def test_a_dry_run_of_the_original_s_table_prints_the_commands_of_its_experiment
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(("ended", "jobs", "minutes"), [(1, 1, 27), (2, 2, 12), (3, 2, 12), (10, 2, 0)])
-def test_the_time_left_is_that_of_runs_side_by_side(scripts, ended, jobs, minutes):
-    assert scripts("sweep").minutes_left([180.0] * ended, runs=10, jobs=jobs) == minutes
-
-
 @pytest.mark.process
 @pytest.mark.long
-def test_a_sweep_started_again_trains_only_what_is_not_kept(scripts, tmp_path, monkeypatch):
+def test_a_sweep_started_again_trains_only_what_is_not_kept(tmp_path, monkeypatch):
     (tmp_path / "tiny.py").write_text(EXPERIMENT)
-    printed = sweep(tmp_path)
+    printed = run_sweep(tmp_path)
     assert "2 runs, 0 of them kept" in printed
     assert "FAILED" not in printed
     report = (tmp_path / "out" / "report.md").read_text()
@@ -112,7 +100,7 @@ def test_a_sweep_started_again_trains_only_what_is_not_kept(scripts, tmp_path, m
 
     for seed in (0, 1):
         shutil.copytree(kept["dense_recipe-seed0"], tmp_path / "original" / f"dense-seed{seed}")
-    dense, switch, _ = scripts("reproduce_original").table(tmp_path / "original")
+    dense, switch, _ = reproduce_original.table(tmp_path / "original")
     result = json.loads((kept["dense_recipe-seed0"] / "result.json").read_text())
     assert (dense["seeds"], dense["accuracy"]) == ("2", f"{100 * result['rows'][0]['accuracy']:.2f} ± 0.00")
     assert float(dense["s per 60,000 images"]) == pytest.approx(60_000 / result["images_per_second"], abs=0.005)
@@ -122,21 +110,17 @@ def test_a_sweep_started_again_trains_only_what_is_not_kept(scripts, tmp_path, m
     argv += [f"--config={tmp_path / 'tiny.py'}", f"--runs={tmp_path / 'wrong'}", f"--out={tmp_path / 'none'}"]
     argv += ["--", "--config.train.devices=99"]
     ended = subprocess.run(argv, capture_output=True, text=True, check=False)
-    assert (ended.returncode, ended.stderr) == (
-        1,
-        f"1 runs failed: dense_recipe-seed0; see their logs in {tmp_path / 'wrong'}\n",
-    )
+    said = f"1 runs failed: dense_recipe-seed0; see their logs in {tmp_path / 'wrong'}\n"
+    assert (ended.returncode, ended.stderr) == (1, said)
 
     monkeypatch.setattr(sys, "argv", [*command(tmp_path)[1:], "--config.train.epochs=2"])
-    with pytest.raises(
-        SystemExit, match=r"dense_recipe-seed0 was trained with train.epochs=1, not 2; give another --out"
-    ):
-        runpy.run_path(scripts("ablate_recipe").__file__, run_name="__main__")
+    with pytest.raises(SystemExit, match=r"recipe-seed0 was trained with train.epochs=1, not 2; give another --out"):
+        runpy.run_path(ablate_recipe.__file__, run_name="__main__")
 
     # In another clone there are no checkpoints: what is kept is enough, and what is missing is trained again.
     shutil.rmtree(tmp_path / "runs")
     shutil.rmtree(kept["random_recipe-seed0"])
-    printed = sweep(tmp_path)
+    printed = run_sweep(tmp_path)
     assert "2 runs, 1 of them kept" in printed
     assert [folder.name for folder in (tmp_path / "runs").iterdir() if folder.is_dir()] == ["random_recipe-seed0"]
     again = (tmp_path / "out" / "report.md").read_text()
