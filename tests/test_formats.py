@@ -120,7 +120,7 @@ def test_a_vit_without_a_head_is_read_without_one():
 
 @pytest.mark.parametrize(("width", "hidden"), [(64, 128), (300, 1000), (7, 23), (320, 1279)])
 def test_timm_counts_the_hidden_width_as_we_have_it(width, hidden):
-    ratio = timm.config_json(ModelConfig(width=width, hidden=hidden), (), "pad")["model_args"]["mlp_ratio"]
+    ratio = timm.config_json(ModelConfig(width=width, hidden=hidden), (), "exact")["model_args"]["mlp_ratio"]
     assert int(width * ratio) == hidden
 
 
@@ -157,26 +157,26 @@ def test_activations_and_norms_that_arrays_would_not_show_are_refused(about, mes
 @pytest.mark.parametrize(("epsilon", "nearest"), [(1e-5, 1e-5), (1e-6, 1e-6), (1e-3, 1e-5), (1e-12, 1e-6)])
 def test_the_epsilon_that_reads_back_is_the_one_that_timm_has(epsilon, nearest):
     model = dataclasses.replace(MODEL, norm_epsilon=epsilon)
-    told = config_files.read_timm({"cls_token": None}, timm.config_json(model, (), "pad"), {})
+    told = config_files.read_timm({"cls_token": None}, timm.config_json(model, (), "exact"), {})
     assert told[:4] == (model.heads, nearest, (model.image_size,) * 2, model.cls_position)
 
 
 @pytest.mark.parametrize(
     ("about", "processor", "crop", "theirs"),
     [
-        ({"crop_pct": 1.0, "interpolation": "bicubic", "crop_mode": "center"}, {}, "pad", ""),
+        ({"crop_pct": 1.0, "interpolation": "bicubic", "crop_mode": "center"}, {}, "exact", ""),
         ({"crop_pct": 0.875, "interpolation": "bilinear"}, {}, "resized", ""),
-        ({"crop_pct": 0.9, "interpolation": "bicubic"}, {}, "pad", "shorter side 248 pixels, bicubic, centre cropped"),
+        ({"crop_pct": 0.9, "interpolation": "bicubic"}, {}, "exact", "shorter side 248 pixels, bicubic, centre"),
         ({"crop_pct": 0.9, "interpolation": "bilinear"}, {}, "resized", "shorter side 248 pixels, bilinear"),
-        ({"crop_pct": 1.0, "interpolation": "bicubic", "crop_mode": "squash"}, {}, "pad", "cropped, crop_mode squash"),
+        ({"crop_pct": 1.0, "interpolation": "bicubic", "crop_mode": "squash"}, {}, "exact", "crop_mode squash"),
         ({}, {"size": {"shortest_edge": 256}, "resample": 2, "do_center_crop": True}, "resized", ""),
-        ({}, {"size": {"shortest_edge": 224}, "resample": 3, "do_center_crop": True}, "pad", ""),
-        ({}, {"size": {"shortest_edge": 224}, "resample": 3}, "pad", "'shorter side 224 pixels, bicubic'"),
-        ({}, {"size": {"height": 224, "width": 224}, "resample": 2}, "pad", "squeezed to 224 x 224 pixels, bilinear"),
-        ({}, {"size": {"longest_edge": 224}, "resample": 3}, "pad", "size {'longest_edge': 224}, bicubic"),
-        ({}, {"size": [224, 200], "resample": 3}, "pad", "squeezed to 224 x 200 pixels, bicubic"),
-        ({}, {"size": 224, "resample": 0}, "pad", "squeezed to 224 x 224 pixels, resample 0"),
-        ({}, {}, "pad", ""),
+        ({}, {"size": {"shortest_edge": 224}, "resample": 3, "do_center_crop": True}, "exact", ""),
+        ({}, {"size": {"shortest_edge": 224}, "resample": 3}, "exact", "'shorter side 224 pixels, bicubic'"),
+        ({}, {"size": {"height": 224, "width": 224}, "resample": 2}, "exact", "squeezed to 224 x 224 pixels, bilinear"),
+        ({}, {"size": {"longest_edge": 224}, "resample": 3}, "exact", "size {'longest_edge': 224}, bicubic"),
+        ({}, {"size": [224, 200], "resample": 3}, "exact", "squeezed to 224 x 200 pixels, bicubic"),
+        ({}, {"size": 224, "resample": 0}, "exact", "squeezed to 224 x 224 pixels, resample 0"),
+        ({}, {}, "exact", ""),
     ],
 )
 def test_the_nearest_test_transform_is_taken_and_another_one_is_told(about, processor, crop, theirs):
@@ -185,7 +185,7 @@ def test_the_nearest_test_transform_is_taken_and_another_one_is_told(about, proc
     assert theirs in note
 
 
-@pytest.mark.parametrize(("crop", "share", "filter"), [("pad", 1.0, "bicubic"), ("resized", 224 / 256, "bilinear")])
+@pytest.mark.parametrize(("crop", "share", "filter"), [("exact", 1.0, "bicubic"), ("resized", 224 / 256, "bilinear")])
 def test_timm_is_told_how_the_run_cut_its_test_images(crop, share, filter):
     cfg = timm.config_json(MODEL, (), crop)["pretrained_cfg"]
     assert (cfg["crop_pct"], cfg["interpolation"]) == (share, filter)

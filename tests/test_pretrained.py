@@ -138,7 +138,7 @@ def write_hf(folder, model=MODEL, **about):
 def write_timm(folder, model=MODEL, **about):
     flat = dense(model)
     save_file(weight_names.write(flat, weight_names.TIMM, cls_row=model.cls_position), folder / "model.safetensors")
-    (folder / "config.json").write_text(json.dumps(timm.config_json(model, list("abcde"), "pad") | about))
+    (folder / "config.json").write_text(json.dumps(timm.config_json(model, list("abcde"), "exact") | about))
     return flat
 
 
@@ -256,7 +256,7 @@ TRANSPOSED = r"'{}' has shape \(12, 20\); it must be \(20, 12\)"
 )
 def test_a_damaged_array_is_named_with_the_shape_that_it_must_have(tmp_path, style, name, change, message):
     if style == "ours":
-        arrays, about = dense(MODEL), safetensors.config_json(MODEL, (), "pad")
+        arrays, about = dense(MODEL), safetensors.config_json(MODEL, (), "exact")
     else:
         arrays = weight_names.write(dense(MODEL), style, cls_row=True)
         about = (hf.config_json if style == "hf" else lambda *_: {"model_args": {"num_heads": 2}})(MODEL, ())
