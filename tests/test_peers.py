@@ -320,7 +320,7 @@ def test_mixing_is_timms(peers, tmp_path, mixup, cutmix):
 SIZES = ((32, 32), (50, 70), (70, 50), (33, 97), (300, 301), (640, 480), (481, 321), (257, 641), (100, 109))
 
 
-@pytest.mark.parametrize("crop", ["pad", "resized"])
+@pytest.mark.parametrize("crop", ["exact", "resized"])
 def test_predict_timm_and_transformers_see_the_same_picture(peers, tmp_path, crop):
     side = 32
     source = dataclasses.replace(our_vit(image_size=side), crop=crop)
@@ -334,7 +334,7 @@ def test_predict_timm_and_transformers_see_the_same_picture(peers, tmp_path, cro
     folders = {"timm_folder": tmp_path / "timm", "hf_folder": tmp_path / "hf"}
     peers("pictures", **folders, files=list(map(str, files)), out=out)
     seen, ours = np.load(out), classifier.from_source(source)
-    shorter = side if crop == "pad" else side * 8 // 7
+    shorter = side if crop == "exact" else side * 8 // 7
     shifts = 0
     for n, (file, size) in enumerate(zip(files, SIZES, strict=True)):
         picture, from_pil = (ours.read(file) / np.float32(127.5) - 1).transpose(2, 0, 1), seen["pil"][n]
