@@ -65,41 +65,53 @@ def save_all(folder, state, numbers, nlls=None, keep=10):
             checkpoints.save(at(state, number), make_config(), nll)
 
 
-def test_a_reader_waits_for_no_other_process_and_reads_no_moments(tmp_path, monkeypatch):
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    """Checkpoints 1 and 2, for tests that only read them."""
+    folder = tmp_path_factory.mktemp("two") / "c"
+    save_all(folder, make()[0], [1, 2])
+    return folder
+
+
+@pytest.fixture
+def copy(two, tmp_path):
+    return shutil.copytree(two, tmp_path / "c")
+
+
+def test_a_reader_waits_for_no_other_process_and_reads_no_moments(two, monkeypatch):
     state, _ = make()
-    save_all(tmp_path, state, [1, 2])
     for name in ("broadcast_one_to_all", "process_allgather", "sync_global_devices"):
         monkeypatch.setattr(multihost_utils, name, lambda *_: pytest.fail("it waits for other processes"))
     read, places = checkpoints_lib._read, []
     monkeypatch.setattr(checkpoints_lib, "_read", lambda folder, *how: places.append(folder.name) or read(folder, *how))
-    found = Checkpoints(tmp_path).read("latest")
+    found = Checkpoints(two).read("latest")
     assert (found.step, found.meta["step"], found.ema, places) == (2, 2, None, ["params"])
     assert all(type(leaf) is np.ndarray for leaf in jax.tree.leaves(found.params))
     chex.assert_trees_all_equal(found.params, jax.device_get(at(state, 2).params))
-    assert Checkpoints(tmp_path).check(2)["step"] == 2
+    assert Checkpoints(two).check(2)["step"] == 2
 
 
-def test_a_device_without_memory_is_no_damage(tmp_path, monkeypatch):
-    state, abstract = make()
-    save_all(tmp_path, state, [1, 2])
-
+def test_a_device_without_memory_is_no_damage(two, monkeypatch):
     def full(*_, **__):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
 
-    with opened(tmp_path) as checkpoints:
-        monkeypatch.setattr(ocp.Checkpointer, "restore", full)
-        with pytest.raises(jax.errors.JaxRuntimeError, match="RESOURCE_EXHAUSTED"):
-            checkpoints.restore(abstract)
+    monkeypatch.setattr(ocp.Checkpointer, "restore", full)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="RESOURCE_EXHAUSTED"):
+        Checkpoints(two).restore(make()[1])
 
 
-def test_what_is_restored_is_what_was_saved_bit_for_bit(tmp_path):
+def test_what_is_restored_is_what_was_saved_bit_for_bit_also_by_orbax_itself(two):
+    """The folders are Orbax's own checkpoints: programs that know nothing of jvitmoe read them."""
     state, abstract = make()
-    save_all(tmp_path / "c", state, [1, 2])
-    restored, meta = restore(tmp_path / "c", abstract)
+    restored, meta = Checkpoints(two).restore(abstract)
     chex.assert_trees_all_equal(restored, at(state, 2))
     assert meta["step"] == 2
     assert meta["config"]["train"]["seed"] == 3
     assert {"jax", "flax", "orbax-checkpoint"} <= meta["versions"].keys()
+    with ocp.PyTreeCheckpointer() as reader:
+        how = jax.tree.map(lambda _: ocp.RestoreArgs(np.ndarray), jax.device_get(state.params))
+        params = reader.restore(two / "1" / "params", restore_args=how)
+    chex.assert_trees_all_equal(params, jax.device_get(at(state, 1).params))
 
 
 def test_later_changes_to_the_saved_arrays_do_not_reach_the_checkpoint(tmp_path):
@@ -127,14 +139,8 @@ def test_any_number_of_devices_reads_any_checkpoint(tmp_path, saved_on, read_on)
     assert jax.tree.map(lambda x: x.sharding, restored) == jax.tree.map(lambda x: x.sharding, abstract)
 
 
-def test_no_checkpoint_at_all_is_none(tmp_path):
-    _, abstract = make()
-    assert restore(tmp_path / "c", abstract) is None
-
-
-@pytest.mark.parametrize("keep", [1, 2])
-def test_the_best_is_kept_besides_the_newest_also_across_starts(tmp_path, keep):
-    state, abstract = make()
+def test_the_best_is_kept_besides_the_newest_also_across_starts(tmp_path):
+    (state, abstract), keep = make(), 2
     nlls = [math.nan, 0.1, 0.4, 0.3, None]  # one that is not finite is never the best
     save_all(tmp_path / "c", state, [1, 2, 3], nlls[:3], keep)
     with opened(tmp_path / "c", keep) as checkpoints:
@@ -142,7 +148,7 @@ def test_the_best_is_kept_besides_the_newest_also_across_starts(tmp_path, keep):
         for number in (4, 5):
             checkpoints.save(at(state, number), make_config(), nlls[number - 1])
     reader = Checkpoints(tmp_path / "c")
-    assert reader.steps() == [2, *range(6 - keep, 6)]
+    assert reader.steps() == [2, 4, 5]
     assert os.listdir(tmp_path) == ["c"]
     assert sorted(os.listdir(tmp_path / "c")) == sorted(map(str, reader.steps()))
     assert [reader.read(which).step for which in ("best", "latest", "2")] == [2, 5, 2]
@@ -164,8 +170,8 @@ def test_no_older_checkpoint_goes_before_the_new_one_is_on_the_disk(tmp_path, mo
 def test_damaged_checkpoints_count_for_nothing_and_are_moved_aside(tmp_path):
     state, abstract = make()
     save_all(tmp_path / "c", state, [1, 2, 3], [0.2, 0.1, 0.3])
-    flip_byte(tmp_path / "c" / "3")  # the newest
-    truncate_meta(tmp_path / "c" / "2")  # the best
+    DAMAGES["flipped"](tmp_path / "c" / "3")  # the newest
+    DAMAGES["cut meta"](tmp_path / "c" / "2")  # the best
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         assert [Checkpoints(tmp_path / "c").read(which).step for which in ("latest", "best")] == [1, 1]
@@ -182,62 +188,44 @@ def test_damaged_checkpoints_count_for_nothing_and_are_moved_aside(tmp_path):
     assert len(list(tmp_path.glob("damaged-checkpoint-[23]-*"))) == 2
 
 
-def data_files(folder):
-    """Returns the files of the item that hold values, largest first; without those of metadata."""
-    files = (p for p in folder.rglob("*") if p.is_file() and p.parent != folder and not p.name.startswith("."))
-    return sorted(files, key=lambda p: -p.stat().st_size)
+def largest(folder):
+    """Returns the largest file of the parameters, which holds values."""
+    files = (path for path in (folder / "params").rglob("*") if path.is_file() and not path.name.startswith("."))
+    return max(files, key=lambda path: path.stat().st_size)
 
 
-def flip_byte(folder):
-    path = data_files(folder / "params")[0]
+def flip_byte(path):
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
 
 
-def empty(folder):
-    shutil.rmtree(folder)
-    folder.mkdir()
-
-
-def truncate_data(folder):
-    path = data_files(folder / "params")[0]
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-
-
-def truncate_meta(folder):
-    os.truncate(folder / "meta" / "metadata", 20)
-
-
-def lose_array_metadata(folder):
-    next((folder / "params").rglob(".zarray")).unlink()
-
-
-def copy_in_part(folder):
-    for path in sorted(path for path in folder.rglob("*") if path.is_file())[::2]:
-        path.unlink()
-
-
-def lose_item(folder):
-    shutil.rmtree(folder / "opt_state")
-
-
 def edit_meta(folder):
-    path = next(p for p in (folder / "meta").iterdir() if p.is_file() and "seed" in p.read_text())
+    path = next(path for path in (folder / "meta").iterdir() if path.is_file() and "seed" in path.read_text())
     path.write_text(path.read_text().replace('"seed": 3', '"seed": 4'))
 
 
-DAMAGES = [flip_byte, empty, copy_in_part, truncate_data, truncate_meta, lose_array_metadata, lose_item, edit_meta]
+DAMAGES = {
+    "flipped": lambda folder: flip_byte(largest(folder)),
+    "empty": lambda folder: (shutil.rmtree(folder), folder.mkdir()),
+    "copied in part": lambda folder: [p.unlink() for p in sorted(p for p in folder.rglob("*") if p.is_file())[::2]],
+    "cut data": lambda folder: os.truncate(largest(folder), largest(folder).stat().st_size // 2),
+    "cut meta": lambda folder: os.truncate(folder / "meta" / "metadata", 20),
+    "no array metadata": lambda folder: next((folder / "params").rglob(".zarray")).unlink(),
+    "no item": lambda folder: shutil.rmtree(folder / "opt_state"),
+    "edited meta": edit_meta,
+}
 
 
-@pytest.mark.parametrize("damage", DAMAGES, ids=lambda f: f.__name__)
-def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used_and_never_a_fresh_start(tmp_path, damage, tally):
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used_and_never_a_fresh_start(
+    copy, tmp_path, damage, tally
+):
     state, abstract = make()
-    save_all(tmp_path / "c", state, [1, 2])
-    damage(tmp_path / "c" / "2")
-    shutil.copytree(tmp_path / "c" / "2", tmp_path / "alone" / "2")
+    DAMAGES[damage](copy / "2")
+    shutil.copytree(copy / "2", tmp_path / "alone" / "2")
     with pytest.warns(RuntimeWarning, match="checkpoint 2 skipped: ") as caught:
-        restored, meta = restore(tmp_path / "c", abstract)
+        restored, meta = restore(copy, abstract)
     assert len(caught) == 1
     assert "\n" not in str(caught[0].message)
     assert meta["step"] == 1
@@ -249,12 +237,11 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used_and_never_a_fr
 
 
 @pytest.mark.slow
-def test_a_flipped_byte_anywhere_never_gives_other_values(tmp_path, tally):
+def test_a_flipped_byte_anywhere_never_gives_other_values(copy, tally):
     state, abstract = make()
-    save_all(tmp_path, state, [1, 2])
     expected = {number: jax.device_get(at(state, number)) for number in (1, 2)}
     random, noticed = np.random.default_rng(0), 0
-    paths = sorted(p for p in (tmp_path / "2").rglob("*") if p.is_file() and p.stat().st_size)
+    paths = sorted(p for p in (copy / "2").rglob("*") if p.is_file() and p.stat().st_size)
     for path in paths:
         sound = path.read_bytes()
         damaged = bytearray(sound)
@@ -262,7 +249,7 @@ def test_a_flipped_byte_anywhere_never_gives_other_values(tmp_path, tally):
         path.write_bytes(damaged)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            restored, meta = Checkpoints(tmp_path).restore(abstract)
+            restored, meta = Checkpoints(copy).restore(abstract)
         path.write_bytes(sound)
         skipped = any("checkpoint 2 skipped" in str(warning.message) for warning in caught)
         assert meta["step"] == (1 if skipped else 2)
@@ -273,36 +260,27 @@ def test_a_flipped_byte_anywhere_never_gives_other_values(tmp_path, tally):
     tally("of these noticed, the others where nothing depends on them", noticed)
 
 
-def test_orbax_itself_restores_what_was_saved(tmp_path):
-    """The folders are Orbax's own checkpoints: programs that know nothing of jvitmoe read them."""
-    state, _ = make()
-    save_all(tmp_path / "c", state, [1])
-    with ocp.PyTreeCheckpointer() as reader:
-        how = jax.tree.map(lambda _: ocp.RestoreArgs(np.ndarray), jax.device_get(state.params))
-        params = reader.restore(tmp_path / "c" / "1" / "params", restore_args=how)
-    chex.assert_trees_all_equal(params, jax.device_get(at(state, 1).params))
-
-
-def test_a_checkpoint_of_another_version_and_of_another_model_say_so(tmp_path):
-    state, abstract = make()
-    save_all(tmp_path / "c", state, [1])
+def test_a_checkpoint_of_another_version_and_of_another_model_say_so(copy):
+    _, abstract = make()
+    shutil.rmtree(copy / "2")
     for wrong, says in (
         (abstract._replace(ema=abstract.params), "it holds opt_state, params, but the run has ema, opt_state, params"),
         (abstract._replace(params=abstract.params | {"more": abstract.params["cls"]}), "more"),
         (abstract._replace(params=abstract.params | {"cls": abstract.params["head"]["logits"]["bias"]}), "shape"),
     ):
         with pytest.raises(CheckpointError, match=says):
-            restore(tmp_path / "c", wrong)
-    path = tmp_path / "c" / "1" / "meta" / "metadata"
+            restore(copy, wrong)
+    path = copy / "1" / "meta" / "metadata"
     meta = json.loads(path.read_text())
     path.write_text(json.dumps({name: meta[name] for name in meta if name != "fingerprint"}))
-    for read in (lambda: restore(tmp_path / "c", abstract), lambda: Checkpoints(tmp_path / "c").read("latest")):
+    for read in (lambda: restore(copy, abstract), lambda: Checkpoints(copy).read("latest")):
         with pytest.raises(CheckpointError, match="1: ValueError: it was written by another version of jvitmoe; train"):
             read()
 
 
-@pytest.mark.parametrize("name", ["0", "15", "60"])  # older than all checkpoints, in between, newer
-@pytest.mark.parametrize("inside", ["default", "params", "meta/metadata", "metrics/metrics"])
+@pytest.mark.parametrize(  # older than all checkpoints, in between, newer
+    ("name", "inside"), [("0", "meta/metadata"), ("15", "params"), ("60", "default"), ("60", "meta/metadata")]
+)
 def test_a_foreign_folder_costs_no_checkpoint(tmp_path, name, inside):
     state, abstract = make()
     save_all(tmp_path / "c", state, [10, 20], nlls=[0.1, 0.2])
@@ -330,8 +308,7 @@ def test_only_a_step_number_as_it_is_written_names_a_checkpoint(tmp_path):
     assert restore(tmp_path / "c", make()[1])[1]["step"] == 5
 
 
-@pytest.mark.parametrize("which", ["latest", "best"])
-@pytest.mark.parametrize("late", ["_meta", "_read_to_host"])
+@pytest.mark.parametrize(("which", "late"), [("latest", "_meta"), ("best", "_meta"), ("best", "_read_to_host")])
 def test_a_reader_chooses_again_where_the_trainer_deletes_what_it_chose(tmp_path, monkeypatch, which, late):
     state, _ = make()
     reader, count = Checkpoints(tmp_path / "c"), itertools.count()
@@ -372,6 +349,7 @@ def test_memory_does_not_grow_with_each_checkpoint(tmp_path):
 
 def test_what_is_not_there_is_one_clear_line(tmp_path):
     reader = Checkpoints(tmp_path / "c")
+    assert restore(tmp_path / "c", make()[1]) is None
     with pytest.raises(CheckpointError, match="holds no checkpoint"):
         reader.read("latest")
     save_all(tmp_path / "c", make()[0], [5])
@@ -379,7 +357,7 @@ def test_what_is_not_there_is_one_clear_line(tmp_path):
         reader.read("7")
     with pytest.raises(CheckpointError, match="no best checkpoint without a validation split"):
         reader.read("best")
-    flip_byte(tmp_path / "c" / "5")
+    DAMAGES["flipped"](tmp_path / "c" / "5")
     with pytest.raises(CheckpointError, match=r"none of the checkpoints \[5\] in .* can be read \(5: ") as caught:
         reader.read("5")
     assert "\n" not in str(caught.value)

@@ -110,20 +110,11 @@ def test_a_manifest_fits_its_schema_and_any_misspelt_field_does_not(document):
     check(changed)
 
 
-@pytest.mark.parametrize("path", [("numNodes",), ("resourcesPerNode", "limits"), ("command",)])
-def test_a_value_of_another_type_is_refused(path):
-    document = kind("TrainJob")
-    *parents, last = path
-    node = document["spec"]["trainer"]
-    for key in parents:
-        node = node[key]
-    node[last] = "text"
-    with pytest.raises((*REFUSED, AttributeError)):
-        check(document)
-
-
-def test_manifests_start_the_same_run_with_flags_that_exist(monkeypatch):
+def test_manifests_start_the_same_run_with_flags_that_exist_and_the_service_selects_its_pods(monkeypatch):
     monkeypatch.chdir(processes.ROOT)
+    service, (job, spec) = kind("Service"), jobs()["Job"]
+    assert service["spec"] == {"clusterIP": "None", "selector": {"job-name": job}}
+    assert service["metadata"]["name"] == spec["template"]["spec"]["subdomain"]
     for name, command in commands().items():
         start = command.index("python")
         assert command[start : start + 3] == ["python", "-m", "jvitmoe.train"]
@@ -246,12 +237,6 @@ def test_the_slurm_script_gives_each_task_its_cores_and_the_flags_and_queues_a_f
     assert command[start : start + 3] == ["python", "-m", "jvitmoe.train"]
     values = cli.parse(["train.py", *command[start + 3 :]], train.define_flags, config=True)
     assert (values.distributed, values.workdir) == (True, "two words")
-
-
-def test_the_service_of_the_job_selects_its_pods():
-    service, (name, spec) = kind("Service"), jobs()["Job"]
-    assert service["spec"] == {"clusterIP": "None", "selector": {"job-name": name}}
-    assert service["metadata"]["name"] == spec["template"]["spec"]["subdomain"]
 
 
 @pytest.mark.process

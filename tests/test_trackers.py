@@ -44,32 +44,39 @@ def follow(workdir, names, start, steps):
         log.evaluation(steps[-1], "test", {"accuracy": 0.25, "nll": 1.5})
 
 
-def test_mlflow_gets_figures_and_settings_and_a_resumed_run_goes_on_in_it(tmp_path, capsys):
+def select(database, query):
+    """Returns the rows of a query."""
+    with contextlib.closing(sqlite3.connect(database)) as opened:
+        return opened.execute(query).fetchall()
+
+
+def test_mlflow_gets_figures_settings_the_test_and_how_a_run_ended_and_a_resumed_run_goes_on_in_it(tmp_path, capsys):
     follow(tmp_path / "a", ["mlflow"], 0, [1, 2])
     follow(tmp_path / "a", ["mlflow"], 2, [3])
     follow(tmp_path / "b", ["mlflow"], 0, [1])
-    with contextlib.closing(sqlite3.connect(tmp_path / "mlflow.db")) as database:
-        runs = dict(database.execute("select run_uuid, name from runs where status = 'FINISHED'").fetchall())
-        assert sorted(runs.values()) == ["a", "b"]
-        metrics = database.execute("select run_uuid, step, value from metrics where key = 'train/loss'").fetchall()
-        params = database.execute("select run_uuid, value from params where key = 'train.epochs'").fetchall()
-    assert sorted((runs[run], step, value) for run, step, value in metrics) == [
-        ("a", 1, 0.25),
-        ("a", 2, 0.5),
-        ("a", 3, 0.75),
-        ("b", 1, 0.25),
-    ]
-    assert sorted((runs[run], value) for run, value in params) == [("a", "3"), ("b", "3")]
+    with MetricsLog(tmp_path / "a", start=10, total=10, batch_size=4, trackers=["mlflow"]) as log:
+        log.tested(10, [{"model": "merged", "accuracy": 0.75, "nll": 0.5}])
+    with contextlib.suppress(SystemExit), MetricsLog(tmp_path / "b", 1, 10, 4, trackers=["mlflow"]) as log:
+        log.train(2, VALUES)
+        sys.exit(143)
+    of = "from runs join {0} on runs.run_uuid = {0}.run_uuid where key = "
+    losses = select(tmp_path / "mlflow.db", f"select name, step, value {of.format('metrics')} 'train/loss'")
+    assert sorted(losses) == [("a", 1, 0.25), ("a", 2, 0.5), ("a", 3, 0.75), ("b", 1, 0.25), ("b", 2, 1.0)]
+    tested = select(tmp_path / "mlflow.db", f"select name, value {of.format('metrics')} 'final/merged/accuracy'")
+    assert tested == [("a", 0.75)]
+    epochs = select(tmp_path / "mlflow.db", f"select name, value {of.format('params')} 'train.epochs'")
+    assert sorted(epochs) == [("a", "3"), ("b", "3")]
+    ended = select(tmp_path / "mlflow.db", "select name, status from runs")
+    assert sorted(ended) == [("a", "FINISHED"), ("b", "KILLED")]
     assert "warning" not in capsys.readouterr().out
 
 
 def test_trackio_gets_figures_and_a_resumed_run_goes_on_in_it(tmp_path, capsys):
     follow(tmp_path / "a", ["trackio"], 0, [1, 2])
     follow(tmp_path / "a", ["trackio"], 2, [3])
-    with contextlib.closing(sqlite3.connect(tmp_path / "trackio" / "jvitmoe.db")) as database:
-        lines = database.execute("select run_name, step, metrics from metrics").fetchall()
+    lines = select(tmp_path / "trackio" / "jvitmoe.db", "select run_name, step, metrics from metrics")
     figures = [(step, json.loads(text)) for _, step, text in lines]
-    losses = sorted((step, values["train/loss"]) for step, values in figures if "train/loss" in values)
+    losses = sorted((step, found["train/loss"]) for step, found in figures if "train/loss" in found)
     assert losses == [(1, 0.25), (2, 0.5), (3, 0.75)]
     assert len({run for run, _, _ in lines}) == 1
     assert "warning" not in capsys.readouterr().out
@@ -140,26 +147,9 @@ def test_trackers_that_hang_delay_a_stopped_run_by_one_short_wait_together(tmp_p
 @pytest.mark.slow
 def test_a_training_takes_trackers_and_sends_the_last_test_too(tmp_path):
     run = jvitmoe.train(tiny(train={"epochs": 1}), tmp_path / "run", trackers=["mlflow"])
-    with contextlib.closing(sqlite3.connect(tmp_path / "mlflow.db")) as database:
-        metrics = dict(database.execute("select key, value from latest_metrics").fetchall())
-    assert metrics["final/merged/accuracy"] == run.accuracy("merged")
+    tested = select(tmp_path / "mlflow.db", "select value from latest_metrics where key = 'final/merged/accuracy'")
+    assert tested == [(run.accuracy("merged"),)]
     assert not (run.workdir / "tb").exists()
-
-
-def test_a_run_that_was_trained_but_not_tested_still_sends_its_test(tmp_path):
-    follow(tmp_path / "run", ["mlflow"], 0, [9, 10])
-    with MetricsLog(tmp_path / "run", start=10, total=10, batch_size=4, trackers=["mlflow"]) as log:
-        log.tested(10, [{"model": "merged", "accuracy": 0.75, "nll": 0.5}])
-    with contextlib.closing(sqlite3.connect(tmp_path / "mlflow.db")) as database:
-        metrics = dict(database.execute("select key, value from latest_metrics").fetchall())
-    assert metrics["final/merged/accuracy"] == 0.75
-
-
-def test_mlflow_calls_a_run_that_was_stopped_killed(tmp_path):
-    tracker = trackers.TRACKERS["mlflow"](trackers.TrackedRun(tmp_path, 0, SETTINGS))
-    tracker.close(finished=False)
-    with contextlib.closing(sqlite3.connect(tmp_path / "mlflow.db")) as database:
-        assert database.execute("select status from runs").fetchall() == [("KILLED",)]
 
 
 @pytest.mark.parametrize(
