@@ -1,12 +1,12 @@
 """Training from Python: what a run gives, and how it is interrupted."""
 
 import ctypes
-import dataclasses
 import shutil
 import signal
 import subprocess
 import sys
 import threading
+from concurrent import futures
 
 import numpy as np
 import pytest
@@ -29,7 +29,9 @@ def config(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def run(config, tmp_path_factory):
-    return jvitmoe.train(config, workdir=tmp_path_factory.mktemp("api") / "run")
+    """Returns a run that another thread trained, as in a worker of Ray."""
+    with futures.ThreadPoolExecutor() as threads:
+        return threads.submit(jvitmoe.train, config, workdir=tmp_path_factory.mktemp("api") / "run").result()
 
 
 def test_a_run_gives_its_config_history_results_classifier_and_report(run, config, capsys):
@@ -54,11 +56,13 @@ def test_a_run_gives_its_config_history_results_classifier_and_report(run, confi
         run.accuracy("dense")
 
 
-def test_training_keeps_the_verbosity_of_the_caller(run):
+def test_training_and_loading_log_nothing_below_the_verbosity_of_the_caller_and_keep_it(run, caplog):
     before = logging.get_verbosity()
     logging.set_verbosity(logging.WARNING)
     try:
         jvitmoe.train(run.config, workdir=run.workdir)
+        jvitmoe.load(run.workdir)
+        assert caplog.messages == []
         assert logging.get_verbosity() == logging.WARNING
     finally:
         logging.set_verbosity(before)
@@ -150,19 +154,15 @@ def test_an_interrupt_of_one_of_several_processes_tells_the_others_and_leaves_th
         libc.signal(signal.SIGTERM, before)
 
 
-def test_it_trains_in_another_thread_too(config, tmp_path):
-    """As in a worker of Ray."""
-    one = dataclasses.replace(config, train=dataclasses.replace(config.train, epochs=1))
-    found = []
-    thread = threading.Thread(target=lambda: found.append(jvitmoe.train(one, workdir=tmp_path / "run")))
-    thread.start()
-    thread.join()
-    assert found[0].results["step"] == 5
-
-
 @pytest.mark.process
-def test_importing_the_package_imports_no_jax():
-    for imports in ("import jvitmoe", "import jvitmoe.train", "from jvitmoe import train; import jvitmoe"):
-        program = f"import sys; {imports}; print(callable(jvitmoe.train), jvitmoe.train.__name__, 'jax' in sys.modules)"
-        done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=processes.ROOT)
-        assert done.stdout == "True jvitmoe.train False\n", done.stderr
+@pytest.mark.parametrize(
+    "imports", ["import jvitmoe", "import jvitmoe.train", "from jvitmoe import train", "import jvitmoe.data.datasets"]
+)
+def test_importing_the_package_imports_neither_jax_nor_a_reader_of_data(imports):
+    heavy = ("jax", "tensorflow_datasets", "tensorflow", "PIL", "sklearn")
+    program = f"import sys; {imports}; import jvitmoe; print(callable(jvitmoe.train), jvitmoe.train.__name__)"
+    program += f"; print([name for name in {heavy} if name in sys.modules]); jvitmoe.load; print('jax' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=processes.ROOT)
+    assert done.stdout == "True jvitmoe.train\n[]\nTrue\n", done.stderr
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = jvitmoe.nothing

@@ -6,14 +6,12 @@ import json
 import threading
 
 import huggingface_hub.constants
+import numpy as np
 import pytest
 
 import jvitmoe
-from jvitmoe import export, train
 from jvitmoe.errors import UserError
 from jvitmoe.interop import hub, load
-from processes import call
-from run_folders import tiny, write_experiment
 
 COMMIT = hashlib.sha1(b"jvitmoe").hexdigest()
 
@@ -55,18 +53,12 @@ class Hub:
 
         self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
-        self.address = f"http://127.0.0.1:{self.server.server_port}"
 
 
 @pytest.fixture(scope="module")
-def exported(tmp_path_factory):
-    """Returns the folder of a tiny run, exported for timm."""
-    root = tmp_path_factory.mktemp("hub")
-    model = {"width": 8, "hidden": 12, "depth": 2, "heads": 2, "patch": 4, "pool": "cls"}
-    experiment = write_experiment(root / "tiny.py", tiny(model=model, train={"epochs": 1}))
-    assert call(train.main, f"--config={experiment}", f"--workdir={root / 'run'}")[0] == 0
-    assert call(export.main, f"--workdir={root / 'run'}", "--to=timm", f"--out={root / 'timm'}")[0] == 0
-    return root / "timm"
+def exported(experiment_run, tmp_path_factory):
+    """Returns the folder of a tiny run's export for timm."""
+    return jvitmoe.Run(experiment_run).export("timm", tmp_path_factory.mktemp("hub") / "timm")
 
 
 @pytest.fixture
@@ -76,11 +68,11 @@ def serve(tmp_path, monkeypatch):
 
     def start(repository, files):
         servers.append(Hub(repository, files))
-        template = servers[-1].address + "/{repo_id}/resolve/{revision}/{filename}"
-        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", servers[-1].address)
-        monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
+        address = f"http://127.0.0.1:{servers[-1].server.server_port}"
+        template = address + "/{repo_id}/resolve/{revision}/{filename}"
+        settings = {"ENDPOINT": address, "HUGGINGFACE_CO_URL_TEMPLATE": template, "HF_HUB_DISABLE_XET": True}
+        for name, value in (settings | {"HF_HUB_CACHE": str(tmp_path / "cache")}).items():
+            monkeypatch.setattr(huggingface_hub.constants, name, value)
         return servers[-1]
 
     yield start
@@ -89,7 +81,6 @@ def serve(tmp_path, monkeypatch):
         hub_server.server.server_close()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("repository", "name"),
     [
@@ -103,21 +94,12 @@ def test_an_export_on_the_hub_is_the_same_model_and_is_fetched_once(exported, se
     server = serve(repository, files)
     source = load.read(name)
     assert source.notes[0] == f"{name} is commit {COMMIT}"
-    assert {path.rpartition("/")[2] for path in server.asked if "/resolve/" in path} == {
-        "model.safetensors",
-        "config.json",
-    }
-    local = jvitmoe.load(exported)
-    images = (255 * (load_digits() > 8)).astype("uint8")
-    assert (jvitmoe.load(name).logits(images) == local.logits(images)).all()
+    fetched = {path.rpartition("/")[2] for path in server.asked if "/resolve/" in path}
+    assert fetched == {"model.safetensors", "config.json"}
+    images = np.random.default_rng(0).integers(0, 256, (4, 8, 8, 1), np.uint8)
+    np.testing.assert_array_equal(jvitmoe.load(name).logits(images), jvitmoe.load(exported).logits(images))
     fetched = [path for path in server.asked if path.endswith("model.safetensors")]
     assert len(fetched) <= 2  # a question about it, and the file itself
-
-
-def load_digits():
-    from sklearn.datasets import load_digits as digits
-
-    return digits().images[:4, :, :, None]
 
 
 def test_a_repository_without_safetensors_and_one_that_is_absent_are_one_line(serve):

@@ -13,7 +13,7 @@ from run_folders import assert_same_run, history, tiny, write_experiment
 # Keeps the two newest checkpoints and the best, so that kills fall among deletions too.
 EXPERIMENT = tiny(
     data={"validation": 800},
-    train={"epochs": 45, "batch_size": 16, "eval_every": 1, "checkpoint_every": 25, "ema": 0.9},
+    train={"epochs": 45, "batch_size": 16, "eval_every": 3, "checkpoint_every": 150, "ema": 0.9},
 )
 KILLS = 20
 

@@ -3,13 +3,9 @@
 import json
 import os
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
-from absl import logging
 from PIL import Image
 
 import jvitmoe
@@ -40,13 +36,15 @@ def folder(digits, tmp_path):
     return tmp_path
 
 
-def test_files_and_arrays_get_the_same_classes(model, digits, folder):
-    by_array = model(digits.images_NHWc[:3])
-    assert model(sorted(folder.iterdir())) == by_array == model(folder)
-    assert model(str(folder / "digit1.png")) == model(digits.images_NHWc[1])
+def test_files_their_bytes_and_arrays_get_the_same_classes(model, digits, folder):
+    by_array, paths = model(digits.images_NHWc[:3]), sorted(folder.iterdir())
+    assert model(paths) == model(folder) == model([paths[0].read_bytes(), *paths[1:]]) == by_array
+    assert model(str(paths[1])) == model(paths[1].read_bytes()) == model(digits.images_NHWc[1])
     for number, (guesses,) in enumerate(map(model, digits.images_NHWc[:3])):  # another program than for three
         assert [guess.label for guess in guesses] == [guess.label for guess in by_array[number]]
         assert [g.probability for g in guesses] == pytest.approx([g.probability for g in by_array[number]], abs=1e-6)
+    with pytest.raises(DataError, match="the picture"):
+        model(b"no picture")
 
 
 def test_predictions_are_sorted_named_and_sum_to_one(model, digits):
@@ -67,26 +65,21 @@ def test_it_knows_most_digits_in_any_number_of_images(model, digits):
     assert model(digits.images_NHWc[:0]) == []
 
 
-def test_the_bytes_of_a_file_are_the_picture_in_it(model, folder):
-    paths = sorted(folder.iterdir())
-    assert model([path.read_bytes() for path in paths]) == model(paths)
-    assert model([paths[0].read_bytes(), paths[1]]) == model(paths[:2])
-    assert model(paths[0].read_bytes()) == model(paths[0])
-    with pytest.raises(DataError, match="the picture"):
-        model(b"no picture")
+ZEROS = np.zeros((2, 8, 8, 1), np.uint8)
 
 
 @pytest.mark.parametrize(
-    "array", [np.zeros((2, 8, 8, 1), np.float32), np.zeros((2, 9, 9, 1), np.uint8), np.zeros((8, 8), np.uint8)]
+    ("images", "message"),
+    [
+        (ZEROS.astype(np.float32), r"they must be uint8 \(N, 8, 8, 1\)"),
+        (np.zeros((2, 9, 9, 1), np.uint8), r"they must be uint8 \(N, 8, 8, 1\)"),
+        (ZEROS[0, ..., 0], r"they must be uint8 \(N, 8, 8, 1\)"),
+        ([ZEROS[0], np.zeros((9, 9, 1), np.uint8)], r"the images have several sizes; each must be \(8, 8, 1\)"),
+    ],
 )
-def test_arrays_of_another_shape_or_type_are_refused(model, array):
-    with pytest.raises(UserError, match=r"they must be uint8 \(N, 8, 8, 1\)"):
-        model(array)
-
-
-def test_images_of_several_sizes_are_refused(model):
-    with pytest.raises(UserError, match=r"the images have several sizes; each must be \(8, 8, 1\)"):
-        model([np.zeros((8, 8, 1), np.uint8), np.zeros((9, 9, 1), np.uint8)])
+def test_arrays_of_another_shape_or_type_are_refused(model, images, message):
+    with pytest.raises(UserError, match=message):
+        model(images)
 
 
 def test_hidden_files_in_a_folder_are_skipped_as_in_training(folder):
@@ -95,17 +88,6 @@ def test_hidden_files_in_a_folder_are_skipped_as_in_training(folder):
         (folder / name).write_bytes(b"no image")
     assert images.find([folder]) == (before, [])
     assert images.find([folder / ".hidden.png"]) == ([folder / ".hidden.png"], [])
-
-
-def test_loading_a_run_logs_nothing_and_keeps_the_verbosity(experiment_run, caplog):
-    before = logging.get_verbosity()
-    logging.set_verbosity(logging.WARNING)
-    try:
-        jvitmoe.load(experiment_run)
-        assert caplog.messages == []
-        assert logging.get_verbosity() == logging.WARNING
-    finally:
-        logging.set_verbosity(before)
 
 
 def test_a_sheet_shows_names_of_files_and_classes_that_its_font_lacks(tmp_path):
@@ -118,11 +100,17 @@ def test_a_sheet_shows_names_of_files_and_classes_that_its_font_lacks(tmp_path):
     assert (tmp_path / "sheet.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_table_and_the_json_tell_the_same(experiment_run, folder):
+def test_the_table_and_the_json_tell_the_same_of_pictures_read_a_few_at_a_time(experiment_run, folder, monkeypatch):
     code, table, err = call(predict.main, f"--workdir={experiment_run}", folder, "--top=2")
     assert (code, err) == (0, "")
+    counts, run = [], classifier.Classifier.__call__
+    monkeypatch.setattr(classifier, "BATCH", 2)
+    monkeypatch.setattr(
+        classifier.Classifier, "__call__", lambda *args, **rest: counts.append(len(args[1])) or run(*args, **rest)
+    )
     code, out, err = call(predict.main, f"--workdir={experiment_run}", folder, "--json", "--top=2")
     assert (code, err) == (0, "")
+    assert counts == [2, 1]
     found = json.loads(out)
     assert [entry["file"] for entry in found] == [str(folder / f"digit{n}.png") for n in range(3)]
     for entry in found:
@@ -141,16 +129,6 @@ def test_a_damaged_checkpoint_is_a_line_of_warning_beside_the_json(experiment_ru
     code, out, err = call(export.main, f"--workdir={workdir}", "--to=safetensors", f"--out={tmp_path / 'out'}")
     assert (code, err) == (0, "")
     assert "warning: checkpoint 999 skipped: " in out
-
-
-def test_many_pictures_are_read_a_few_at_a_time(experiment_run, folder, monkeypatch):
-    counts, run = [], classifier.Classifier.__call__
-    monkeypatch.setattr(classifier, "BATCH", 2)
-    monkeypatch.setattr(classifier.Classifier, "__call__", lambda *args: counts.append(len(args[1])) or run(*args))
-    code, out, err = call(predict.main, f"--workdir={experiment_run}", "--json", folder)
-    assert (code, err) == (0, "")
-    assert counts == [2, 1]
-    assert [Path(entry["file"]).name for entry in json.loads(out)] == ["digit0.png", "digit1.png", "digit2.png"]
 
 
 def test_what_was_assumed_of_weights_of_another_library_is_told(experiment_run, folder, tmp_path):
@@ -243,24 +221,3 @@ def test_predict_refuses_in_one_line(experiment_run, arguments, message):
     code, _, err = call(predict.main, *(a.format(run=experiment_run) for a in arguments))
     assert (code, err.count("\n")) == (2, 1)
     assert message in err
-
-
-def test_pictures_of_any_size_become_the_middle_square_that_the_model_takes(tmp_path):
-    rows = np.repeat(np.arange(0, 240, 10, dtype=np.uint8)[:, None], 36, 1)  # dark above, light below; 24 x 36
-    rows[:, :6] = rows[:, -6:] = 255
-    Image.fromarray(rows).save(tmp_path / "rows.png")
-    found = images.read(tmp_path / "rows.png", 8, 1)
-    assert (found.shape, found.dtype) == ((8, 8, 1), np.uint8)
-    assert (np.diff(found[:, :, 0].astype(int), axis=0) > 0).all()
-    assert found.max() < 240
-    assert images.read(tmp_path / "rows.png", 5, 3).shape == (5, 5, 3)
-    with pytest.raises(DataError, match="takes 2 channels"):
-        images.read(tmp_path / "rows.png", 8, 2)
-
-
-@pytest.mark.process
-def test_importing_the_package_starts_no_jax():
-    code = "import sys, jvitmoe; assert 'jax' not in sys.modules; jvitmoe.load; assert 'jax' in sys.modules"
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
-    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
-        _ = jvitmoe.nothing

@@ -62,7 +62,7 @@ def test_five_commands_lead_from_pictures_to_a_page(installed, tmp_path):
     assert 'alt="mergeability" src="data:image/png' in page
 
 
-def test_what_the_command_lists_it_trains_and_exports(installed, tmp_path):
+def test_what_the_command_lists_it_trains_and_exports_and_type_checkers_see_its_types(installed, tmp_path):
     def out(*arguments: str) -> str:
         done = run(installed, tmp_path, *arguments)
         assert done.returncode == 0, done.stderr
@@ -72,16 +72,11 @@ def test_what_the_command_lists_it_trains_and_exports(installed, tmp_path):
     assert "test split" in out("train", "--config=digits_random", "--config.train.epochs=3", "--workdir=runs/a")
     out("export", "--workdir=runs/a", "--to=safetensors", "--out=exports/a")
     program = "import jvitmoe, numpy; print(jvitmoe.load('exports/a').logits(numpy.zeros((1, 8, 8, 1), 'uint8')).shape)"
+    program += "; import pathlib; print((pathlib.Path(jvitmoe.__file__).parent / 'py.typed').is_file())"
     done = subprocess.run([installed / "python", "-c", program], capture_output=True, text=True, cwd=tmp_path)
-    assert done.stdout == "(1, 10)\n", done.stderr
+    assert done.stdout == "(1, 10)\nTrue\n", done.stderr
 
 
 def run(installed: Path, folder: Path, *arguments: str) -> subprocess.CompletedProcess:
     """Returns how the installed command ended in a folder."""
     return subprocess.run([installed / "jvitmoe", *arguments], capture_output=True, text=True, cwd=folder, env=ENV)
-
-
-def test_type_checkers_see_its_types(installed):
-    program = "import jvitmoe, pathlib; print((pathlib.Path(jvitmoe.__file__).parent / 'py.typed').is_file())"
-    done = subprocess.run([installed / "python", "-c", program], capture_output=True, text=True, cwd="/")
-    assert done.stdout == "True\n"

@@ -22,7 +22,7 @@ from PIL import Image
 from jvitmoe.config import Config, DataConfig, ModelConfig
 from jvitmoe.data import datasets, splits, tfds
 from jvitmoe.data.datasets import hold_out, load
-from jvitmoe.data.images import DataError, exact
+from jvitmoe.data.images import DataError
 from jvitmoe.data.splits import Split
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data" / "tfds"
@@ -37,13 +37,6 @@ needs_tensorflow = pytest.mark.skipif(
 def one_line(error: pytest.ExceptionInfo[DataError]) -> str:
     assert len(str(error.value).splitlines()) == 1
     return str(error.value)
-
-
-@pytest.mark.process
-def test_importing_sources_imports_neither_jax_nor_any_reader():
-    heavy = ("jax", "tensorflow_datasets", "tensorflow", "PIL", "sklearn")
-    code = f"import sys, jvitmoe.data.datasets; print([name for name in {heavy} if name in sys.modules])"
-    assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"
 
 
 # digits and validation images
@@ -91,11 +84,10 @@ def test_held_out_images_leave_the_rest_and_every_class_gives_its_share(count):
         assert abs(np.sum(held.labels_N == label) - size * count / 100) < 1
 
 
-@pytest.mark.parametrize("count", [-1, 100, 101])
+@pytest.mark.parametrize("count", [-1, 100])
 def test_holding_out_all_images_or_fewer_than_none_is_an_error(count):
-    with pytest.raises(DataError) as error:
+    with pytest.raises(DataError, match=f"config.data.validation is {count}"):
         hold_out(numbered(np.zeros(100)), count)
-    assert f"config.data.validation is {count}" in one_line(error)
 
 
 @pytest.mark.parametrize(
@@ -145,14 +137,6 @@ def test_a_folder_gives_back_the_pixels_and_sorted_classes_written_into_it(tmp_p
         assert (split.images_NHWc.dtype, split.labels_N.dtype) == (np.uint8, np.int32)
 
 
-POSTSCRIPT = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n(run by another program) = showpage\n"
-
-
-def bomb(path: Path) -> None:
-    """Writes a PNG of 12000x12000: beyond Pillow's warning, 144 MB of pixels in a small file."""
-    Image.new("1", (12000, 12000)).save(path)
-
-
 def png(path: Path) -> Path:
     return path / "train" / "dog" / "004.png"
 
@@ -162,7 +146,7 @@ def mkdir(path: Path) -> Path:
     return path
 
 
-FOLDER_MISTAKES = {  # reading a picture itself: tests/data/test_decode.py
+FOLDER_MISTAKES = {  # reading a picture itself: tests/data/test_decode.py, tests/test_predict.py
     "no test": (lambda p: (p / "test").rename(p / "other"), "test is not a folder"),
     "no train": (lambda p: (p / "train").rename(p / "other"), "train is not a folder"),
     "no classes": (lambda p: [f.rename(p / f.name) for f in (p / "train").iterdir()], "train holds no class folders"),
@@ -180,12 +164,11 @@ FOLDER_MISTAKES = {  # reading a picture itself: tests/data/test_decode.py
         "/train/004.png is not in a class folder, {root}/train/<class>; move it",
     ),
     "another size": (lambda p: Image.new("RGB", (10, 12)).save(png(p)), "004.png is 12x10 pixels but config.model.im"),
-    "a bomb": (lambda p: bomb(png(p)), "004.png cannot be read as an image (DecompressionBombWarning"),
-    "PostScript": (lambda p: png(p).write_bytes(POSTSCRIPT), "004.png cannot be read as an image (UnidentifiedImage"),
-    "a pipe": (
-        lambda p: [png(p).unlink(), os.mkfifo(png(p))],
-        "004.png cannot be read as an image (ValueError: it is no",
+    "a bomb": (  # beyond Pillow's warning: 144 MB of pixels in a small file
+        lambda p: Image.new("1", (12000, 12000)).save(png(p)),
+        "004.png cannot be read as an image (DecompressionBombWarning",
     ),
+    "a pipe": (lambda p: [png(p).unlink(), os.mkfifo(png(p))], "004.png cannot be read as an image (ValueError: it is"),
 }
 
 
@@ -232,7 +215,6 @@ def test_a_test_folder_without_classes_gives_way_to_the_validation_folder(tmp_pa
     ("place", "model", "message"),
     [
         ("", {}, "set --config.data.dir"),
-        ("nowhere", {}, "nowhere/train is not a folder"),
         ("a" * 300, {}, "/train is not a folder"),
         ("~no_such_user/set", {}, "~no_such_user/set/train is not a folder"),
         (".", {"channels": 2}, "images of . have 2 channels (config.model.channels); they must have 1, 3 or 4"),
@@ -245,22 +227,6 @@ def test_a_folder_that_does_not_fit_is_one_line_with_the_remedy(tmp_path, monkey
     with pytest.raises(DataError) as error:
         load(DataConfig(name="folder", dir=place), ModelConfig(**{"channels": 3, **model}))
     assert message in one_line(error)
-
-
-@pytest.mark.parametrize("count", [0, 2])
-def test_browsing_gives_the_splits_of_loading_in_their_order(tmp_path, count):
-    write_folder(tmp_path)
-    settings = DataConfig(name="folder", dir=str(tmp_path)), ModelConfig(channels=3, classes=2)
-    for chosen, shape in (((DataConfig(), ModelConfig()), (8, 8, 1)), (settings, (8, 8, 3))):
-        loaded, found = load(*chosen), datasets.browse(*chosen)
-        assert found.class_names == loaded.class_names
-        pairs = zip(hold_out(loaded.train, count), hold_out(found.train, count), strict=True)
-        for split, records in (*pairs, (loaded.test, found.test)):
-            assert len(records) == len(split)
-            for number in range(len(split)):
-                picture, label = records[number]
-                np.testing.assert_array_equal(exact(picture, shape, ""), split.images_NHWc[number])
-                assert label == split.labels_N[number]
 
 
 def test_held_out_pictures_whose_labels_are_not_known_are_drawn_from_all():
@@ -307,19 +273,12 @@ def test_a_prepared_set_is_read_whole_without_tensorflow_or_jax():
     ("name", "message"),
     [
         ("cifra10", "did you mean 'cifar10'?"),
-        ("digit", "did you mean 'digits'?"),
         ("CIFAR-10", "TFDS cannot open 'CIFAR-10'"),
-        (
-            "huggingface:mnist",
-            "config.data.name is 'huggingface:mnist'; it must be digits, folder, hf:NAME or the name",
-        ),
+        ("huggingface:mnist", "is 'huggingface:mnist'; it must be digits, folder, hf:NAME or the name"),
         ("cifar10:1.0.0", "cannot be loaded at version 1.0.0"),
         ("tf_flowers", "they must have 8 bits and one size, or any size with --config.data.crop=centre"),
         ("ag_news_subset", "must pair one image with one class label"),
-        (
-            "mnist",
-            "28x28x1 but config.model expects 32x32x3; set --config.model.image_size=28 --config.model.channels=1",
-        ),
+        ("mnist", "28x28x1 but config.model expects 32x32x3; set --config.model.image_size=28 --config.model.chan"),
         ("cifar100", "set --config.model.classes=100"),
     ],
 )
@@ -403,8 +362,7 @@ def assert_holds(dataset: splits.Dataset, labels: dict[bytes, int]) -> None:
 
 @needs_tensorflow
 def test_a_set_is_downloaded_and_prepared_once_and_read_back_exactly(tmp_path, monkeypatch):
-    (tmp_path / "web").mkdir()
-    labels = cifar_archive(tmp_path / "web" / ARCHIVE)
+    labels = cifar_archive(mkdir(tmp_path / "web") / ARCHIVE)
     killed = tmp_path / "data" / "cifar10" / "incomplete.ABC123_3.0.2"  # what a killed preparation leaves
     killed.mkdir(parents=True)
     (killed / "cifar10-train.array_record-00000-of-00001").write_bytes(b"half")

@@ -1,5 +1,6 @@
 """Streamed batches are the batches of the set on the device: same images, same order, same bits after training."""
 
+import dataclasses
 import io
 import json
 import shutil
@@ -7,7 +8,6 @@ import threading
 import time
 import types
 from pathlib import Path
-from typing import Any
 
 import chex
 import jax
@@ -16,7 +16,6 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 from PIL import Image
 
-from jvitmoe import config as config_lib
 from jvitmoe import evaluate, train
 from jvitmoe.data import datasets, stream
 from jvitmoe.data import images as images_lib
@@ -28,7 +27,7 @@ from jvitmoe.evaluation.metrics import make_evaluate
 from jvitmoe.runtime.addresses import Purpose, address
 from jvitmoe.runtime.devices import make_mesh
 from processes import call
-from run_folders import assert_same_run
+from run_folders import assert_same_run, losses, rows, saved, saved_config
 
 pytestmark = pytest.mark.slow
 
@@ -87,6 +86,8 @@ def test_a_stream_taken_up_at_any_step_gives_the_rest_and_reads_no_row_before_it
     assert len(whole) == 8
     assert len({images.images_NHWc.tobytes() for images in whole}) == 8
     order, seen, read = run.run_of.order, [], run.records.read
+    for epoch in (0, 5, 1):  # on any number of devices: tests/data/test_feed.py
+        np.testing.assert_array_equal(order.on_host(epoch), order.epoch(epoch))
     run.records = Records(lambda numbers: seen.extend(numbers) or read(numbers), run.records.number_N, None)
     for start in (1, 3, 5, 8):
         seen.clear()
@@ -108,13 +109,6 @@ def test_a_stream_is_the_same_with_any_number_of_threads_and_ends_all_of_them(ti
     while set(threading.enumerate()) - before and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not set(threading.enumerate()) - before
-
-
-@pytest.mark.parametrize("devices", [1, 4])
-def test_the_order_on_the_host_is_the_order_on_the_devices(tiny_config, training, devices):
-    order = training(tiny_config(train={"devices": devices})).order
-    for epoch in (0, 5, 1):
-        np.testing.assert_array_equal(order.on_host(epoch), order.epoch(epoch))
 
 
 def test_a_process_reads_the_rows_of_its_own_devices_only(tiny_config):
@@ -165,121 +159,93 @@ SIZES = ("model.image_size=8", "model.channels=3", "model.patch=4", "model.width
 TINY = (*SIZES, "model.depth=2", "model.heads=2", "train.batch_size=8", "train.devices=1")
 
 
-def flags(*settings: str) -> list[str]:
-    return [f"--config.{setting}" for setting in settings]
+def command(folder: Path, *settings: str, of: str = "configs/digits_random.py") -> list[str]:
+    """Returns the arguments that train a tiny model on the pictures of a folder."""
+    more = ("model.classes=2", "data.name=folder", f"data.dir={folder}", "data.stream=True", "data.crop=resized")
+    return [f"--config={of}", *(f"--config.{setting}" for setting in (*TINY, *more, "train.log_every=1", *settings))]
 
 
-def test_an_image_folder_of_all_sizes_trains_resumes_and_is_tested_by_the_commands(tmp_path, monkeypatch):
+def test_an_image_folder_of_all_sizes_is_trained_on_and_tested_by_the_commands(tmp_path, monkeypatch):
     write_pictures(tmp_path / "set")
-    settings = (*TINY, "model.classes=2", "data.name=folder", f"data.dir={tmp_path / 'set'}", "data.stream=True")
-    more = ("data.crop=resized", "data.validation=4", "train.epochs=3", "train.checkpoint_every=1", "train.log_every=1")
-    more += ("routing.experts=2", "optim.warmup_epochs=1")
-    command = ["--config=configs/digits_random.py", *flags(*settings, *more), f"--workdir={tmp_path / 'run'}"]
+    more = ("data.validation=4", "train.epochs=3", "routing.experts=2", "optim.warmup_epochs=1")
     monkeypatch.chdir(CONFIGS.parent)
-    code, out, err = call(train.main, *command)
+    code, out, err = call(train.main, *command(tmp_path / "set", *more), f"--workdir={tmp_path / 'run'}")
     assert code == 0, err
     assert "20 train, 4 validation, 10 test" in out
-    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
-    whole = {line["step"]: line["loss"] for line in map(json.loads, lines) if line["kind"] == "train"}
-    last = max(whole)
-    (tmp_path / "run" / "checkpoints" / str(last)).rename(tmp_path / "last")
-    code, out, err = call(train.main, *command)
-    assert code == 0, err
-    assert f"resuming    from step {last - 1}" in out
-    again = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert {line["step"]: line["loss"] for line in again if line["kind"] == "train"} == whole
-    trained = json.loads((tmp_path / "run" / "result.json").read_text())["rows"]
+    trained = rows(tmp_path / "run")[0]
     code, _, err = call(evaluate.main, f"--workdir={tmp_path / 'run'}", "--paths=1")
     assert code == 0, err
-    result = json.loads((tmp_path / "run" / "result.json").read_text())
-    assert result["rows"][0] == trained[0] | {"nll": pytest.approx(trained[0]["nll"], rel=1e-5)} | {
-        "ece": pytest.approx(trained[0]["ece"], rel=1e-5)
-    }
-    assert result["mergeability"]["images"] == 10
+    close = {name: pytest.approx(trained[name], rel=1e-5) for name in ("nll", "ece")}
+    assert rows(tmp_path / "run")[0] == trained | close
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["mergeability"]["images"] == 10
 
 
-def test_a_streamed_folder_goes_on_on_4_devices_or_on_1_and_not_with_a_picture_more(tmp_path, monkeypatch):
-    """Runs of 12 steps, of which the last four are trained again on the devices of the other."""
+def test_a_streamed_folder_goes_on_on_4_devices_and_not_with_a_picture_more(tmp_path, monkeypatch):
+    """A run of 12 steps, of which the last four are trained again. From 4 devices on 1: tests/test_checkpoint.py."""
     write_pictures(tmp_path / "set")
-    settings = (*TINY[:-1], "model.classes=2", "data.name=folder", f"data.dir={tmp_path / 'set'}")
-    settings += ("data.stream=True", "data.crop=resized", "routing.experts=2", "routing.kind=sample", "optim.eps=1e-3")
-    settings += ("train.epochs=4", "train.eval_every=4", "train.checkpoint_every=4", "train.log_every=1")
-    command = ["--config=configs/digits_random.py", *flags(*settings, "optim.warmup_epochs=0")]
+    settings = ("routing.experts=2", "routing.kind=sample", "optim.eps=1e-3", "optim.warmup_epochs=0")
+    settings += ("train.epochs=4", "train.eval_every=4", "train.checkpoint_every=4")
+    arguments = [*command(tmp_path / "set", *settings), f"--workdir={tmp_path / 'run'}"]
+    four = [*arguments, "--config.train.devices=4", "--config.train.expert_devices=2"]
     monkeypatch.chdir(CONFIGS.parent)
-
-    def losses_of(workdir, *more):
-        code, out, err = call(train.main, *command, *flags(*more), f"--workdir={workdir}")
-        assert code == 0, err
-        lines = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
-        return out, {line["step"]: line["loss"] for line in lines if line["kind"] == "train"}
-
-    one, four = ("train.devices=1",), ("train.devices=4", "train.expert_devices=2")
-    _, whole = losses_of(tmp_path / "1", *one)
+    code, _, err = call(train.main, *arguments)
+    assert code == 0, err
+    whole = losses(tmp_path / "run")
     assert len(whole) == 12
-    for before, after in ((one, four), (four, one)):
-        workdir = tmp_path / before[0][-1]
-        if before == four:
-            losses_of(workdir, *four)
-        shutil.rmtree(workdir / "checkpoints" / "12")
-        out, again = losses_of(workdir, *after)
-        assert "resuming    from step 8" in out
-        assert f"devices     {after[0][-1]} x cpu" in out
-        assert again == pytest.approx(whole, abs=1e-6)
-        assert again != whole  # sums of parts, where there were four
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "12")
+    code, out, err = call(train.main, *four)
+    assert code == 0, err
+    assert "resuming    from step 8" in out
+    assert "devices     4 x cpu" in out
+    assert losses(tmp_path / "run") == pytest.approx(whole, abs=1e-6)
+    assert losses(tmp_path / "run") != whole  # sums of parts
 
     dark = tmp_path / "set" / "train" / "dark"
     shutil.copy(dark / "00.jpg", dark / "99.jpg")
-    code, _, err = call(train.main, *command, "--config.train.devices=1", f"--workdir={tmp_path / '4'}")
+    code, _, err = call(train.main, *arguments)
     assert (code, err.count("\n")) == (2, 1)
     assert "holds a run on other data: 24 train images, 25 now; set --config.data.dir to what it was" in err
 
 
 def test_a_picture_that_cannot_be_read_for_a_while_costs_no_step(tmp_path, monkeypatch):
     write_pictures(tmp_path / "set", per_class=6)
-    settings = (*TINY, "model.classes=2", "data.name=folder", f"data.dir={tmp_path / 'set'}", "data.stream=True")
-    settings += ("train.batch_size=4", "train.epochs=2", "train.log_every=1")
-    command = ["--config=configs/digits_dense.py", *flags(*settings, "data.crop=resized")]
+    arguments = command(tmp_path / "set", "train.batch_size=4", "train.epochs=2", of="configs/digits_dense.py")
     monkeypatch.chdir(CONFIGS.parent)
-    code, _, err = call(train.main, *command, f"--workdir={tmp_path / 'whole'}")
+    code, _, err = call(train.main, *arguments, f"--workdir={tmp_path / 'whole'}")
     assert code == 0, err
-    config = config_lib.loads((tmp_path / "whole" / "config.json").read_text(), "config.json")
+    config = saved_config(tmp_path / "whole")
     key = address(jax.random.key(config.train.seed), Purpose.ORDER)
     order = TrainOrder(12, 4, key, make_mesh(config.train))
     files = sorted((tmp_path / "set" / "train").glob("*/*"))
     last = files[order.on_host(0)[2, 0]]  # seen at step 3
     content = last.read_bytes()
     last.write_bytes(content[:100])
-    code, _, err = call(train.main, *command, f"--workdir={tmp_path / 'run'}")
+    code, _, err = call(train.main, *arguments, f"--workdir={tmp_path / 'run'}")
     assert (code, err.count("\n")) == (2, 1)
     assert f"{last} cannot be read" in err
-    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["2"]
+    assert [path.name for path in saved(tmp_path / "run")] == ["2"]
     last.write_bytes(content)
-    code, out, err = call(train.main, *command, f"--workdir={tmp_path / 'run'}")
+    code, out, err = call(train.main, *arguments, f"--workdir={tmp_path / 'run'}")
     assert code == 0, err
     assert "resuming    from step 2" in out
     assert_same_run(tmp_path / "run", tmp_path / "whole")
-
-
-def test_without_resizing_a_picture_of_another_size_is_refused_with_the_remedy(tmp_path, tiny_config):
-    write_pictures(tmp_path, per_class=1)
-    config = tiny_config(
-        data={"name": "folder", "dir": str(tmp_path), "stream": True}, model={"channels": 3, "classes": 2}
-    )
-    records = datasets.browse(config.data, config.model).train
-    with pytest.raises(DataError, match=r"config.model.image_size is 8; .*--config.data.crop=resized"):
-        decode(records, config.data, config.model)
 
 
 def test_a_folder_of_all_sizes_is_resized_to_what_predict_sees(tmp_path, tiny_config):
     write_pictures(tmp_path)
     folder = {"name": "folder", "dir": str(tmp_path), "crop": "centre"}
     config = tiny_config(data=folder, model={"channels": 3, "classes": 2})
+    whole = dataclasses.replace(config.data, crop="exact")
+    with pytest.raises(DataError, match=r"config.model.image_size is 8; .*--config.data.crop=resized"):
+        datasets.load(whole, config.model)
     loaded = datasets.load(config.data, config.model)
     files = sorted((tmp_path / "val").rglob("*.jpg"))
     wanted = np.stack([images_lib.read(file, 8, 3, crop="centre") for file in files])
     np.testing.assert_array_equal(loaded.test.images_NHWc, wanted)
     np.testing.assert_array_equal(wanted, [images_lib.read(file, 8, 3, crop="exact") for file in files])
     assert loaded.train.images_NHWc.shape == (24, 8, 8, 3)
+    with pytest.raises(DataError, match="takes 2 channels"):
+        images_lib.read(files[0], 8, 2)
     config.data.stream = True
     streamed = decode(datasets.browse(config.data, config.model).train, config.data, config.model)
     np.testing.assert_array_equal(streamed.images_NHWc, loaded.train.images_NHWc)
@@ -313,26 +279,11 @@ def test_random_parts_are_a_function_of_seed_step_and_place(tmp_path, tiny_confi
 # ImageNet as TFDS has it
 
 
-def describe_set(name: str, root: Path, counts: dict[str, int]) -> Any:
-    """Writes what TFDS keeps of a prepared set besides its records, so many in each split; returns its builder."""
-    import tensorflow_datasets as tfds
-    from tensorflow_datasets.core import naming, splits
-
-    builder, infos = tfds.builder(name, data_dir=root, file_format="array_record"), []
-    Path(builder.data_path).mkdir(parents=True)
-    for split, count in counts.items():
-        template = naming.ShardedFileTemplate(
-            data_dir=builder.data_path, dataset_name=name, split=split, filetype_suffix="array_record"
-        )
-        infos.append(splits.SplitInfo(name=split, shard_lengths=[count], num_bytes=0, filename_template=template))
-    builder.info.set_splits(splits.SplitDict(infos))
-    builder.info.write_to_directory(builder.data_path)
-    return builder
-
-
 def write_imagenet(root: Path) -> None:
     """Writes a prepared imagenet2012 of 12 training, 6 validation and 2 unlabelled test images, of all sizes."""
+    import tensorflow_datasets as tfds
     from array_record.python.array_record_module import ArrayRecordWriter
+    from tensorflow_datasets.core import naming, splits
     from tensorflow_datasets.proto import tf_example_pb2, tf_feature_pb2
 
     def feature(value):
@@ -340,9 +291,14 @@ def write_imagenet(root: Path) -> None:
             return tf_feature_pb2.Feature(int64_list=tf_feature_pb2.Int64List(value=[value]))
         return tf_feature_pb2.Feature(bytes_list=tf_feature_pb2.BytesList(value=[value]))
 
-    counts, random = {"train": 12, "validation": 6, "test": 2}, np.random.default_rng(0)
-    folder = Path(describe_set("imagenet2012", root, counts).data_path)
-    for split, count in counts.items():
+    builder, infos = tfds.builder("imagenet2012", data_dir=root, file_format="array_record"), []
+    folder, random = Path(builder.data_path), np.random.default_rng(0)
+    folder.mkdir(parents=True)
+    for split, count in {"train": 12, "validation": 6, "test": 2}.items():
+        template = naming.ShardedFileTemplate(
+            data_dir=folder, dataset_name="imagenet2012", split=split, filetype_suffix="array_record"
+        )
+        infos.append(splits.SplitInfo(name=split, shard_lengths=[count], num_bytes=0, filename_template=template))
         writer = ArrayRecordWriter(str(folder / f"imagenet2012-{split}.array_record-00000-of-00001"), "group_size:1")
         for i in range(count):
             height, width = random.integers(20, 50, 2)
@@ -353,22 +309,23 @@ def write_imagenet(root: Path) -> None:
             features = tf_feature_pb2.Features(feature={name: feature(value) for name, value in fields.items()})
             writer.write(tf_example_pb2.Example(features=features).SerializeToString())
         writer.close()
+    builder.info.set_splits(splits.SplitDict(infos))
+    builder.info.write_to_directory(folder)
 
 
 def test_the_imagenet_config_streams_a_tfds_set_and_tests_on_its_labelled_split(tmp_path, monkeypatch):
     write_imagenet(tmp_path)
     small = ("model.depth=2", "model.width=8", "model.hidden=12", "model.heads=2", "model.image_size=32")
     settings = (*small, f"data.dir={tmp_path}", "train.batch_size=4", "train.epochs=2", "train.devices=1")
-    command = ["--config=configs/imagenet.py:random", *flags(*settings, "train.log_every=1")]
+    arguments = [f"--config.{setting}" for setting in (*settings, "train.log_every=1")]
     monkeypatch.chdir(CONFIGS.parent)
-    code, out, err = call(train.main, *command, f"--workdir={tmp_path / 'run'}")
+    workdir = tmp_path / "run"
+    code, out, err = call(train.main, "--config=configs/imagenet.py:random", *arguments, f"--workdir={workdir}")
     assert code == 0, err
     assert "12 train, 0 validation, 6 test" in out
-    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
-    losses = [line["loss"] for line in map(json.loads, lines) if line["kind"] == "train"]
-    assert len(losses) == 6
-    assert np.isfinite(losses).all()
-    config = config_lib.loads((tmp_path / "run" / "config.json").read_text(), "config.json")
+    assert len(losses(workdir)) == 6
+    assert np.isfinite(list(losses(workdir).values())).all()
+    config = saved_config(workdir)
     test = decode(datasets.browse(config.data, config.model).test, config.data, config.model)
     np.testing.assert_array_equal(test.labels_N, [0, 80, 160, 240, 320, 400])
     np.testing.assert_allclose(test.images_NHWc[:, 16, 16, 0], [0, 10, 20, 30, 40, 50], atol=2)  # of JPEG
