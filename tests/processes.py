@@ -86,6 +86,21 @@ def call(main: Callable[[list[str]], Any], *arguments: object) -> tuple[int, str
     return int(caught.value.code), out.getvalue(), err.getvalue()
 
 
+def succeed(main: Callable[[list[str]], Any], *arguments: object) -> str:
+    """Returns what a command prints that must end without an error or a warning of Python."""
+    code, out, err = call(main, *arguments)
+    assert (code, err) == (0, "")
+    return out
+
+
+def refused(main: Callable[[list[str]], Any], *arguments: object) -> str:
+    """Returns the one line of a command that must refuse its input."""
+    code, _, err = call(main, *arguments)
+    assert (code, err.count("\n")) == (2, 1), err
+    assert err.startswith("error: ")
+    return err
+
+
 def environment(devices: int = 1) -> dict[str, str]:
     """Returns the environment of a process with that many CPU devices, fast to compile."""
     flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"

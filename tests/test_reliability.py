@@ -22,7 +22,7 @@ from jvitmoe import evaluate, train
 from jvitmoe.errors import UserError
 from jvitmoe.evaluation import models
 from jvitmoe.runs import lock
-from processes import call, wait_for_output
+from processes import call, refused, succeed, wait_for_output
 from run_folders import assert_same_run, saved, snapshot, tiny, write_experiment
 
 pytestmark = pytest.mark.process
@@ -217,8 +217,7 @@ def test_the_watchdog_ends_a_hang_that_lets_no_python_thread_run():
 def test_a_second_writer_is_refused_with_the_pid_and_host_of_the_first(experiment, copy):
     with lock.Lock(copy):
         before = snapshot(copy)
-        code, _, err = call(train.main, f"--config={experiment}", f"--workdir={copy}")
-        assert (code, err.count("\n")) == (2, 1)
+        err = refused(train.main, f"--config={experiment}", f"--workdir={copy}")
         assert f"is being written by process {os.getpid()} on {socket.gethostname()!r}" in err
         assert snapshot(copy) == before
 
@@ -357,22 +356,13 @@ def test_a_finished_run_says_what_is_missing_and_tests_again_with_the_versions_o
     monkeypatch.setattr(models, "versions", lambda: {"jax": "of the test"})
     (copy / "metrics.jsonl").unlink()
     (copy / "result.json").write_text('{"rows": 3}')
-    code, out, err = call(train.main, f"--config={experiment}", f"--workdir={copy}")
-    assert (code, err) == (0, "")
+    out = succeed(train.main, f"--config={experiment}", f"--workdir={copy}")
     assert f"warning: metrics.jsonl does not hold all that was recorded up to step {STEPS}" in out
     assert "warning: result.json is damaged; it is rewritten" in out
     assert not (copy / "metrics.jsonl").exists()
     before, after = (json.loads((folder / "result.json").read_text()) for folder in (uninterrupted, copy))
     assert after["rows"] == before["rows"]
     assert (after["trained_with"], after["versions"]) == (before["versions"], {"jax": "of the test"})
-
-
-def test_a_run_that_goes_on_says_when_its_history_was_edited(experiment, copy):
-    shutil.rmtree(saved(copy)[-1])
-    edit(copy / "metrics.jsonl", '"loss": ', '"loss": 1')
-    code, out, err = call(train.main, f"--config={experiment}", f"--workdir={copy}")
-    assert (code, err) == (0, "")
-    assert "warning: metrics.jsonl does not hold all that was recorded up to step " in out
 
 
 def flip(path: Path) -> None:
@@ -437,7 +427,5 @@ def test_a_run_folder_with_links_is_refused_and_nothing_outside_it_is_touched(ex
         path.unlink(missing_ok=True)
         path.symlink_to(tmp_path / target)
         for main, arguments in ((train.main, (f"--config={experiment}",)), (evaluate.main, ())):
-            code, _, err = call(main, *arguments, f"--workdir={workdir}")
-            assert (code, err.count("\n")) == (2, 1)
-            assert f"{path} is a link" in err
+            assert f"{path} is a link" in refused(main, *arguments, f"--workdir={workdir}")
     assert snapshot(tmp_path / "outside") == {"file": b"mine"}
