@@ -190,7 +190,7 @@ def test_evaluate_needs_only_the_folder_and_any_devices_and_training_again_tells
     out = succeed(train.main, f"--config={experiment}", f"--workdir={copy}")
     for wanted in (
         "devices     1 x cpu",
-        "routing     3 experts per MLP: one is drawn for each batch; never pulled together",
+        "routing     3 experts per MLP: one is drawn for each batch and layer; never pulled together",
         "1,337 train, 100 validation, 360 test",
         f"steps       {STEPS}",
         f"resuming    from step {STEPS}",
