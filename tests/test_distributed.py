@@ -281,7 +281,7 @@ def test_a_run_whose_process_is_killed_is_started_again_and_ends_with_the_bits_o
     (ended,) = processes.collect([started])
     assert ended.code == 0, ended.err
     assert ended.err.count("; all start again (1 of 1 restarts)\n") == 1
-    assert re.search(r"resuming +from step [24]0\n", ended.out)
+    assert re.search(r"resuming +from step \d+0\n", ended.out)  # of a save, before the kill
     assert_same_run(broken, whole)
 
 
