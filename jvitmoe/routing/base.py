@@ -40,7 +40,6 @@ class Routing:
     meaning = ""  # what an expert is trained on, for the first lines of a run
     slots = 1  # equal parts of a batch that run at once, each through another expert
     untrained = ""  # the key of parameters that keep their initial values; "" if there are none
-    has_expert_axis = False  # True if the devices of the expert axis can hold their share of the experts
 
     def __init__(self, config: Config) -> None:
         self.config = config

@@ -22,7 +22,6 @@ class Sample(Routing):
     """
 
     meaning = "each gets a random share of every batch's images"
-    has_expert_axis = True
 
     @classmethod
     def faults(cls, config: Config) -> Iterator[tuple[str, str]]:
