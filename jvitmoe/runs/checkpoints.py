@@ -298,10 +298,9 @@ class CheckpointWriter(Checkpoints):
         """Raises CheckpointError for a failed write, after deleting what it left."""
         try:
             yield
-        except Exception as error:  # OSError, or TensorStore's error for it
-            for cause in (error, error.__cause__):
-                if isinstance(cause, JaxRuntimeError):  # of a device, or of a process that is lost
-                    raise cause from None
+        except (OSError, ValueError) as error:  # TensorStore raises ValueError for what the disk refuses
+            if isinstance(error.__cause__, JaxRuntimeError):  # of a device, or of a process that is lost
+                raise error.__cause__ from None
             for path in self.directory.glob(f"*{UNFINISHED}*") if processes.is_first() else ():
                 shutil.rmtree(path, ignore_errors=True)
             raise CheckpointError(
