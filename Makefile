@@ -4,6 +4,8 @@ VENV ?= .venv
 RUN := $(VENV)/bin/python
 # PyTorch, timm and transformers, which exports are tested against, live apart and run in a process of their own.
 PEERS ?= .venv-peers
+# XLA's compilers for TPUs and GPUs, 2 GB, which the long tests compile for; apart, so that JAX does not look for devices.
+COMPILERS ?= build/compilers
 PEERS_PYTHON ?= $(shell python3.11 -c 'import sys; print(sys.executable)' 2>/dev/null || command -v $(PYTHON))
 CONSTRAINTS := $(shell $(PYTHON) -c 'import sys; print("constraints-py311.txt" if sys.version_info < (3, 12) else "constraints.txt")')
 
@@ -49,8 +51,12 @@ test: check $(PEERS)/installed  ## check, and all tests but the long ones
 test-fast: install  ## the tests that start no process and train no whole run (2 minutes), for the inner loop
 	$(PYTEST) -n 3 -m 'not long and not process and not slow'
 
-test-long: install $(PEERS)/installed  ## many kills, a page of commands run, five times as many random inputs
-	JVITMOE_FUZZ=5 $(PYTEST) -m long
+test-long: install $(PEERS)/installed $(COMPILERS)/installed  ## many kills, compiling for TPUs and GPUs, more inputs
+	JVITMOE_FUZZ=5 JVITMOE_COMPILERS=$(abspath $(COMPILERS)) $(PYTEST) -m long
+
+$(COMPILERS)/installed: $(VENV)/base $(CONSTRAINTS)
+	$(PIP) --quiet --no-deps --target $(COMPILERS) libtpu jax-cuda12-plugin jax-cuda12-pjrt nvidia-cudnn-cu12
+	touch $@
 
 $(PEERS)/installed: requirements-peers.txt
 	$(PEERS_PYTHON) -m venv $(PEERS)

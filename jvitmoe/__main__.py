@@ -13,6 +13,7 @@ COMMANDS = {
     "report": "runs/digits_dense runs/digits_random",
     "predict": "--workdir runs/digits_random IMAGE…",
     "export": "--workdir runs/digits_random --to timm --out exports/digits",
+    "compile": "--config imagenet --target h100:8",
     "configs": "",
 }
 

@@ -110,7 +110,7 @@ def _restore(values: flags.FlagValues, workdir: Path) -> _Restored:
     where = {"devices": values.devices, "expert_devices": 1}
     mesh = devices.make_mesh(dataclasses.replace(config.train, **where), settings="--")
     routed = routing.find(config)
-    model = routed.model(mesh.devices.flat[0].platform)
+    model = routed.model(mesh)
     active, total = routed.count_parameters()
     console.print(f"run         {workdir}, checkpoint at step {saved.step:,}")
     console.print(f"devices     {devices.describe(mesh)}")

@@ -31,7 +31,7 @@ from jvitmoe.config import Config, ModelConfig
 from jvitmoe.errors import UserError
 from jvitmoe.runs import checkpoints, figures, files, results, tables
 from jvitmoe.runs.console import console
-from jvitmoe.runtime import compilation, devices, memory
+from jvitmoe.runtime import compilation, devices, memory, programs
 
 DTYPES = ["float32", "bfloat16"]
 # Fields of the model that PyTorch's ViT has; all others must have their default.
@@ -157,7 +157,7 @@ def measure(
             "parameters": active,
             "total_parameters": total,
             "compile_seconds": timed.compile_seconds,
-            "planned_bytes": compilation.planned_bytes(timed.compiled),
+            "planned_bytes": programs.planned_bytes(timed.compiled),
             "flops": timed_step.step_flops(case),
         }
         work[name] = timed.seconds

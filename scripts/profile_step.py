@@ -40,7 +40,7 @@ def main(argv: list[str]) -> None:
         (trace,) = Path(folder).rglob("*.xplane.pb")
         spent = _spent(ProfileData.from_file(str(trace)), _origins(str(case.compiled.as_text())))
     milliseconds = {origin: value / values.steps / 1e6 for origin, value in spent.most_common()}
-    dtype = routing.find(config).model(mesh.devices.flat[0].platform).dtype.name
+    dtype = routing.find(config).model(mesh).dtype.name
     console.print(f"{devices.describe(mesh)}: {seconds * 1e3:.1f} ms a step, {dtype}")
     shown = list(milliseconds.items())[: values.rows]
     shown.append((("", "", "all else"), sum(milliseconds.values()) - sum(value for _, value in shown)))

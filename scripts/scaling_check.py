@@ -35,7 +35,7 @@ import timed_step
 from jvitmoe import train
 from jvitmoe.config import Config, ModelConfig, OptimConfig, RoutingConfig, TrainConfig
 from jvitmoe.runs import checkpoints, figures
-from jvitmoe.runtime import compilation, processes
+from jvitmoe.runtime import processes, programs
 from jvitmoe.runtime.devices import AXES, describe, make_mesh, to_devices
 
 EXPERTS, IMAGES = 8, 16  # experts in all; images of one device
@@ -104,11 +104,13 @@ def worker(values: flags.FlagValues) -> None:
         if count == 1:
             continue
         chosen = config(name, count)
-        lowered, given = timed_step.lower(chosen, make_mesh(chosen.train))
+        mesh = make_mesh(chosen.train)
+        lowered, given = timed_step.lower(chosen, mesh)
         compiled = lowered.compile()
-        sizes = compilation.reduced_sizes(compiled.as_text())
+        found = programs.collectives(compiled.as_text(), mesh.shape)
         seconds = _timed(_steps(compiled, given), values.worker_steps)
-        say(kind="step", variant=name, arrays=len(sizes), bytes=sum(sizes), seconds=seconds)
+        sums = {"arrays": sum(one.arrays for one in found), "bytes": sum(one.bytes for one in found)}
+        say(kind="step", variant=name, **sums, seconds=seconds)
 
 
 def _sums(arrays: int, floats: int) -> Callable[[], Any]:

@@ -108,7 +108,7 @@ def lower(config: Config, mesh: Mesh) -> tuple[Any, tuple[Any, ...]]:
     way, split = routing.find(config), random_split(config)
     order = batches.TrainOrder(len(split), config.train.batch_size, jax.random.key(0), mesh, way.slots)
     given = make_state(config, way, mesh), batches.on_devices(split, mesh), order.epoch(0)
-    plan = StepPlan(config, way, way.model(mesh.devices.flat[0].platform), mesh, order.steps_per_epoch)
+    plan = StepPlan(config, way, way.model(mesh), mesh, order.steps_per_epoch)
     return step.make_train_step(plan).lower(*given), given
 
 
@@ -135,7 +135,7 @@ class TimedStep:
 def step_flops(config: Config) -> float:
     """Returns the FLOPs of a step, of learned routers those of routing included: a backward pass costs two forward
     passes, one for the gradients of the weights and one for those of the activations."""
-    batch, model = config.train.batch_size, routing.find(config).model("cpu")  # dense, but for learned routers
+    batch, model = config.train.batch_size, routing.find(config).model()  # dense, but for learned routers
     return 3 * batch * cost.flops_per_image(model, batch)
 
 

@@ -161,7 +161,7 @@ def training(tiny_split: Split) -> Callable[[Config], Training]:
         key = address(jax.random.key(config.train.seed), Purpose.ORDER)
         way = routing.find(config)
         order = batches.TrainOrder(len(tiny_split), config.train.batch_size, key, mesh, way.slots)
-        model = way.model("cpu")
+        model = way.model()
         train_step = make_train_step(StepPlan(config, way, model, mesh, order.steps_per_epoch))
         state = make_state(config, way, mesh)
         return Training(config, mesh, way, model, batches.on_devices(tiny_split, mesh), order, train_step, state)

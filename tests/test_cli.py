@@ -161,7 +161,7 @@ def test_run_turns_mistakes_into_exit_codes_and_hides_no_bug(raised, code, shown
 def test_help_and_wrong_flags_do_not_wait_for_the_import_of_jax():
     program = """
 import importlib, sys
-for command in ("train", "evaluate", "predict", "export", "report", "configs"):
+for command in ("train", "evaluate", "predict", "export", "report", "compile", "configs"):
     for argument in ("--help", "--no_such_flag"):
         try:
             importlib.import_module(f"jvitmoe.{command}").main(["x.py", argument])

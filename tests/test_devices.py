@@ -17,8 +17,8 @@ from jvitmoe.errors import ConfigError
 from jvitmoe.evaluation.metrics import make_evaluate
 from jvitmoe.experts import cost, trees
 from jvitmoe.models import vit
-from jvitmoe.runtime.compilation import for_reading, reduced_sizes
 from jvitmoe.runtime.devices import EXPERT, make_mesh
+from jvitmoe.runtime.programs import for_reading, reduced_bytes
 from jvitmoe.training import setup, state, step, update
 from jvitmoe.training.state import StepPlan
 
@@ -160,13 +160,13 @@ def test_an_expert_axis_reduces_the_trunk_and_means_of_experts_and_moves_no_imag
     )
     mesh, way = make_mesh(config.train), routing.find(config)
     order = batches.TrainOrder(len(tiny_split), 16, jax.random.key(0), mesh, way.slots)
-    plan = StepPlan(config, way, way.model("cpu"), mesh, order.steps_per_epoch)
+    plan = StepPlan(config, way, way.model(), mesh, order.steps_per_epoch)
     train_step, given = step.make_train_step(plan), state.abstract_state(config, way, mesh)
     text = for_reading(train_step.lower(given, batches.on_devices(tiny_split, mesh), order.epoch(0))).as_text()
     trunk, experts = trees.split(given.params, trees.stacked(given.params))
     size = cost.tree_size(trunk) + cost.tree_size(experts) // 4 * (bool(pull) + bool(ema))
     # Every gradient of the trunk, the loss and the accuracy; and the sum of squares of the experts' part of the norm.
-    assert 4 * (size + 2) <= sum(reduced_sizes(text)) <= 4 * (size + 2 + 8)
+    assert 4 * (size + 2) <= reduced_bytes(text, mesh.shape) <= 4 * (size + 2 + 8)
     assert [update.bytes_reduced(plan)(done) for done in range(4)] == [0, 4 * size, 8 * size, 12 * size]
 
 

@@ -9,7 +9,7 @@ import jvitmoe
 
 ROOT = Path(jvitmoe.__file__).parent
 FILES = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in sorted(ROOT.rglob("*.py"))}
-COMMANDS = ("train", "evaluate", "predict", "export", "report", "configs")
+COMMANDS = ("train", "evaluate", "predict", "export", "report", "compile", "configs")
 
 # A file imports from folders (and top-level files) to the left of its own; those of one group never import each other.
 ORDER = (

@@ -24,7 +24,7 @@ def setup(tiny_config, tiny_split):
         config = tiny_config(train={"devices": devices}, model=model, routing={"experts": E, "part": part})
         mesh, way, rng = make_mesh(config.train), routing.find(config), np.random.default_rng(0)
         params = jax.tree.map(lambda x: jnp.asarray(0.5 * rng.normal(size=x.shape), x.dtype), way.shapes())
-        return way.model("cpu"), params, on_devices(tiny_split, mesh), eval_batches(26, 8, mesh)
+        return way.model(), params, on_devices(tiny_split, mesh), eval_batches(26, 8, mesh)
 
     return make
 

@@ -58,7 +58,7 @@ def test_with_sample_the_loss_is_that_of_each_expert_on_its_images(tiny_config, 
     for number in range(3):
         (route_E,) = run.routing.draw(jax.random.key(run.config.train.seed), jnp.int32(number))
         index_B = np.asarray(run.order.epoch(0))[number]
-        x, labels_B = augment.normalize(run.images.images_NHWc[index_B]), run.images.labels_N[index_B]
+        x, labels_B = augment.normalize(run.images[index_B][0]), run.images.labels_N[index_B]
         wanted = []
         for slot in range(4):
             path = merge.take_path(run.history[number].params, route_E[slot])
@@ -83,7 +83,7 @@ def test_each_expert_on_a_share_of_the_images_costs_what_dense_costs(tiny_config
         routed = {"experts": experts, "kind": "sample"} if experts > 1 else {}
         config = tiny_config(model={"width": 32, "hidden": 128, "patch": 2}, routing=routed, train={"batch_size": 24})
         way = routing.find(config)
-        model = way.model("cpu").clone(unroll=2)  # because XLA counts the body of a loop once
+        model = way.model().clone(unroll=2)  # because XLA counts the body of a loop once
 
         def loss(params, images, way=way, model=model):
             return way.logits(model, params, images, None, Pass(0, (jnp.arange(4),), jnp.int32(0), 1))[0].sum()
@@ -123,7 +123,7 @@ def test_experts_and_the_mlps_of_a_dense_model_move_by_their_own_learning_rate(t
 
 def make_plan(config, steps_per_epoch=1):
     way = routing.find(config)
-    return StepPlan(config, way, way.model("cpu"), make_mesh(config.train), steps_per_epoch)
+    return StepPlan(config, way, way.model(), make_mesh(config.train), steps_per_epoch)
 
 
 def pulls_of(config, steps_per_epoch=1):
@@ -255,7 +255,7 @@ def test_two_passes_give_the_gradients_of_the_whole_stack(tiny_config, training,
     root = jax.random.key(config.train.seed)
     index_B = np.asarray(run.order.epoch(0))[0]
     expert_PB = [np.broadcast_to(route, 3)[np.arange(12) % 3] for route in run.routing.draw(root, jnp.int32(0))]
-    x = augment.normalize(np.asarray(run.images.images_NHWc)[index_B])
+    x = augment.normalize(np.asarray(run.images[index_B][0]))
     labels_B = np.asarray(run.images.labels_N)[index_B]
 
     def loss_fn(params):
@@ -282,7 +282,7 @@ def test_a_dense_model_s_two_passes_differ_in_what_they_drop(tiny_config, traini
     index_B = np.asarray(runs[0].order.epoch(0))[0]
     batch = config.train.batch_size
     key = address(jax.random.key(config.train.seed), Purpose.DROPOUT, 0)
-    x = augment.normalize(np.asarray(runs[0].images.images_NHWc)[index_B])
+    x = augment.normalize(np.asarray(runs[0].images[index_B][0]))
     labels_B = np.asarray(runs[0].images.labels_N)[index_B]
     numbers = (np.arange(batch), np.arange(batch) + batch)
     keys = [jax.vmap(jax.random.fold_in, (None, 0))(key, number_B) for number_B in numbers]

@@ -166,7 +166,7 @@ def test_an_unknown_way_of_routing_is_an_error_of_one_line():
 def test_a_pass_of_sample_is_each_expert_on_its_part(tiny_config):
     config = tiny_config(routing={"experts": 2, "kind": "sample", "consistency": 1.0})
     way, rng = routing.find(config), np.random.default_rng(0)
-    model, params = way.model("cpu"), jax.jit(way.init)(jax.random.key(1))
+    model, params = way.model(), jax.jit(way.init)(jax.random.key(1))
     images_BHWc = jnp.asarray(rng.normal(size=(6, 8, 8, 1)), jnp.float32)
     trunk, experts = trees.split(params, trees.stacked(params))
     routes = way.draw(jax.random.key(0), jnp.int32(0))

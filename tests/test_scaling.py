@@ -15,7 +15,7 @@ import processes
 from jvitmoe.config import ModelConfig, TrainConfig
 from jvitmoe.experts import cost
 from jvitmoe.models import vit
-from jvitmoe.runtime import compilation
+from jvitmoe.runtime import programs
 from jvitmoe.runtime.devices import make_mesh
 
 PAGE = processes.ROOT / "docs" / "scaling.md"
@@ -37,13 +37,10 @@ RESULTS = processes.ROOT / "results" / "scaling"
 def test_a_compiled_step_reduces_the_bytes_of_the_model_and_moves_no_image(monkeypatch, variant, devices):
     spreads = scaling_model.VARIANTS[variant][1]
     monkeypatch.setattr(scaling_check, "MODEL", ModelConfig(patch=4, width=16, hidden=24, depth=2, heads=2))
-    lowered, _ = scaling_check.timed_step.lower(
-        scaling_check.config(variant, devices),
-        make_mesh(TrainConfig(devices=devices, expert_devices=devices if spreads else 1)),
-    )
-    assert sum(compilation.reduced_sizes(compilation.for_reading(lowered).as_text())) == scaling_check.predicted_bytes(
-        variant, devices
-    )
+    mesh = make_mesh(TrainConfig(devices=devices, expert_devices=devices if spreads else 1))
+    lowered, _ = scaling_check.timed_step.lower(scaling_check.config(variant, devices), mesh)
+    text = programs.for_reading(lowered).as_text()
+    assert programs.reduced_bytes(text, mesh.shape) == scaling_check.predicted_bytes(variant, devices)
 
 
 def test_the_model_knows_what_each_way_of_routing_saves():

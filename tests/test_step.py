@@ -17,8 +17,8 @@ from jvitmoe.experts import merge, trees
 from jvitmoe.models import vit
 from jvitmoe.routing.batch import Batch
 from jvitmoe.runtime.addresses import Purpose, address
-from jvitmoe.runtime.compilation import for_reading, reduced_sizes
 from jvitmoe.runtime.devices import REPLICATED, describe, make_mesh
+from jvitmoe.runtime.programs import for_reading, reduced_bytes
 from jvitmoe.training import optimizer, setup, state, step, update
 from jvitmoe.training.state import StepPlan, TrainState
 
@@ -122,7 +122,7 @@ def test_gradients_on_3_devices_are_those_of_plain_grad_over_the_whole_batch(ful
         return jax.vmap(jax.random.fold_in, (None, 0))(address(root, purpose, number), slot_B)
 
     index_B = np.asarray(run.order.epoch(number // run.order.steps_per_epoch))[number % run.order.steps_per_epoch]
-    images = np.asarray(run.images.images_NHWc)[index_B]
+    images = np.asarray(run.images[index_B][0])
     labels = np.asarray(run.images.labels_N)[index_B]
     route_L = jnp.asarray(route_of(run, number))
 
@@ -224,7 +224,7 @@ def compiled(tiny_config, tiny_split):
         )
         mesh = make_mesh(config.train)
         way = routing.find(config)
-        model = way.model("cpu").clone(unroll=2)  # because XLA counts the body of a loop once
+        model = way.model().clone(unroll=2)  # because XLA counts the body of a loop once
         images = batches.on_devices(tiny_split, mesh)
         order = batches.TrainOrder(len(tiny_split), 16, jax.random.key(0), mesh)
         train_step = step.make_train_step(StepPlan(config, way, model, mesh, order.steps_per_epoch))
@@ -239,7 +239,7 @@ def compiled(tiny_config, tiny_split):
 
 
 def test_random_routing_reduces_as_many_bytes_as_dense(compiled):
-    dense, experts = (sum(reduced_sizes(compiled[n].as_text())) for n in (1, 4))
+    dense, experts = (reduced_bytes(compiled[n].as_text(), {"data": 4, "expert": 1}) for n in (1, 4))
     assert dense == experts
     assert compiled["active of 1"] == compiled["active of 4"]
     assert dense == 4 * (compiled["active of 1"] + 2)  # every gradient once, the loss and the accuracy

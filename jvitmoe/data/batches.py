@@ -1,12 +1,13 @@
 """Splits on the devices, and the order of their images.
 
-N images · S steps of one epoch · B global batch
+N images · P = H * W * c numbers of an image · S steps of one epoch · B global batch
 """
 
+import dataclasses
 import functools
 import threading
 from collections.abc import Generator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,11 +19,18 @@ from jvitmoe.errors import ConfigError
 from jvitmoe.runtime.devices import DATA, REPLICATED, to_devices
 
 
-class Images(NamedTuple):
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class Images:
     """A split, replicated on every device; or one batch of a stream, its rows split over the mesh."""
 
-    images_NHWc: jax.Array  # uint8
+    pixels_NP: jax.Array  # uint8, each image one row: of [N, H, W, c] a TPU makes a copy in every step, to read a batch
     labels_N: jax.Array  # int32
+    shape: tuple[int, int, int] = dataclasses.field(metadata={"static": True})  # H, W, c
+
+    def __getitem__(self, index: Any) -> tuple[jax.Array, jax.Array]:
+        """Returns (images_BHWc, labels_B) of some rows."""
+        return self.pixels_NP[index].reshape(-1, *self.shape), self.labels_N[index]
 
 
 class Batches(NamedTuple):
@@ -36,7 +44,8 @@ class Batches(NamedTuple):
 def on_devices(split: Split, mesh: Mesh) -> Images:
     """Returns the split on every device of the mesh."""
     sharding = NamedSharding(mesh, REPLICATED)
-    return Images(to_devices(split.images_NHWc, sharding), to_devices(split.labels_N, sharding))
+    pixels_NP = split.images_NHWc.reshape(len(split), -1)
+    return Images(to_devices(pixels_NP, sharding), to_devices(split.labels_N, sharding), split.images_NHWc.shape[1:])
 
 
 class TrainOrder:

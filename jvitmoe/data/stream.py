@@ -102,7 +102,13 @@ def _batches(
     threads = min(16, 2 * cores)
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(threads, AHEAD * len(row_b)))
     rows = grain.MapDataset.range(len(steps) * len(row_b)).map(read_at).to_iter_dataset(options)
-    batches = rows.batch(len(row_b)).map(lambda arrays: Images(*map(to_devices, arrays)))
+
+    def put(arrays: tuple[np.ndarray, np.ndarray]) -> Images:
+        images_bHWc, labels_b = arrays
+        pixels_bP = images_bHWc.reshape(len(images_bHWc), -1)
+        return Images(to_devices(pixels_bP), to_devices(labels_b), images_bHWc.shape[1:])
+
+    batches = rows.batch(len(row_b)).map(put)
     ahead = grain.experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=AHEAD)
     with contextlib.closing(iter(ahead)) as iterator:  # ends its threads before the interpreter is torn down
         yield from iterator

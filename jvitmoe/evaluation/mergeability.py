@@ -37,7 +37,7 @@ def measure(config: Config, params: Any, evaluate: Evaluator, split: Images, bat
     def losses(params: Any) -> list[float]:
         return [result.nll for result in evaluate.paths(params, route_PL, experts, split, batches)[0]]
 
-    model = routing.find(config).model("cpu")
+    model = routing.find(config).model()
     return {
         "images": len(split.labels_N),
         "layers": list(layers),
@@ -109,7 +109,7 @@ def layer_gap(
     @jax.jit
     def batch_sums(params: Any, index_B: jax.Array, mask_B: jax.Array) -> jax.Array:
         merged = merge.average_experts(params)
-        images = normalize(split.images_NHWc[index_B])
+        images = normalize(split[index_B][0])
         sums, inputs = [], mlp_inputs(dense, merged, images)
         for layer in expert_layers:
             x_BTD = inputs[layer]

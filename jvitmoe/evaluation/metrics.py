@@ -98,9 +98,9 @@ class Evaluator:
         zeros: Any = (count, nll, count, bins, confidence, count, confusion)
         # On the mesh, as the step returns them; otherwise the second batch would compile a second program.
         sums = Sums(*(to_devices(x, self._replicated) for x in zeros))
-        whole = isinstance(split, Images)
-        step = self._step if whole else self._streamed_step
-        for s, images in enumerate([split] * len(batches.index_SB) if whole else split):
+        step = self._step if isinstance(split, Images) else self._streamed_step
+        shown = [split] * len(batches.index_SB) if isinstance(split, Images) else split
+        for s, images in enumerate(shown):
             sums = step(params, route_PL, log_weight_P, sums, images, batches, jnp.int32(s))
             wait_on_cpu(self._mesh, sums)
             self._progress()
@@ -121,7 +121,8 @@ class Evaluator:
     ) -> Sums:
         mask_b = batches.mask_SB[s]
         index_b = jnp.arange(len(mask_b)) if streamed else batches.index_SB[s]
-        labels_b, images = split.labels_N[index_b], self.normalize(split.images_NHWc[index_b])
+        images_bHWc, labels_b = split[index_b]
+        images = self.normalize(images_bHWc)
 
         def log_p(route_L: jax.Array) -> jax.Array:
             tree = params if self.net.router else merge.take_path(params, route_L)

@@ -71,13 +71,14 @@ def make_extract(net: vit.ViT, data: DataConfig) -> Callable[[Any, SplitImages, 
 
     @jax.jit
     def of_batch(params: Any, images: Images, index_B: jax.Array | None) -> tuple[jax.Array, jax.Array]:
-        images_BHWc, labels_B = images if index_B is None else (x[index_B] for x in images)
+        images_BHWc, labels_B = images[slice(None) if index_B is None else index_B]
         return vit.features(net, params, augment.normalize(images_BHWc, data.mean, data.std)), labels_B
 
     def extract(params: Any, split: SplitImages, batches: Batches) -> Features:
-        whole = isinstance(split, Images)
-        shown = ((split, index_B) for index_B in batches.index_SB) if whole else ((images, None) for images in split)
-        found = [jax.device_get(of_batch(params, *batch)) for batch in shown]
+        if isinstance(split, Images):
+            found = [jax.device_get(of_batch(params, split, index_B)) for index_B in batches.index_SB]
+        else:
+            found = [jax.device_get(of_batch(params, images, None)) for images in split]
         mask_N = np.ravel(batches.mask_SB)
         features_ND, labels_N = (np.concatenate(arrays)[mask_N] for arrays in zip(*found, strict=True))
         return Features(features_ND, labels_N)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from jvitmoe.models import vit
-from jvitmoe.runtime import compilation
+from jvitmoe.runtime import programs
 
 
 def flops_per_image(net: vit.ViT, batch: int) -> float:
@@ -25,7 +25,7 @@ def flops_per_image(net: vit.ViT, batch: int) -> float:
         device = jax.local_devices()[0]
     with jax.default_device(device):
         lowered = jax.jit(lambda p, x: vit.logits(model, p, x)).lower(vit.shapes(model), images)
-        cost = compilation.for_reading(lowered).cost_analysis()
+        cost = programs.for_reading(lowered).cost_analysis()
     assert cost is not None, "XLA analyses programs of the CPU, GPU and TPU"
     return float(cost["flops"]) / batch
 

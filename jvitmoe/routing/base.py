@@ -3,17 +3,18 @@
 b the images of one device · C classes · E experts, e the share of one device · L layers
 """
 
-import re
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from jvitmoe.config import Config
 from jvitmoe.experts import cost, trees
 from jvitmoe.models import vit
 from jvitmoe.models.routers import Statistics
+from jvitmoe.runtime import devices
 from jvitmoe.runtime.addresses import Purpose, address
 
 Route = jax.Array  # int32: which experts run
@@ -70,15 +71,16 @@ class Routing:
         """The experts whose gradients all devices reduce in a step."""
         return min(self.passes, self.experts)
 
-    def model(self, platform: str) -> vit.ViT:
-        """Returns the model that runs on "cpu", "gpu" or "tpu": dense, because an expert is a dense model."""
+    def model(self, mesh: Mesh | None = None) -> vit.ViT:
+        """Returns the model for the devices of a mesh, or for a CPU: dense, because an expert is a dense model."""
         pattern = self.config.routing.pattern if self.experts > 1 else ("experts",)
-        return vit.build(self.config.model, None, platform, pattern, platform == "gpu" and _fuses_attention())
+        platform, fused = (mesh.devices.flat[0].platform, devices.fuses_attention(mesh)) if mesh else ("cpu", False)
+        return vit.build(self.config.model, None, platform, pattern, fused)
 
     def init(self, key: jax.Array) -> Tree:
         """Returns the parameters at step 0, float32. Experts start as copies of the dense model's draw, or with
         routing.init=independent each as a dense model of its own."""
-        model, experts = self.model("cpu"), self.experts
+        model, experts = self.model(), self.experts
         params = vit.init(model, key)
         if experts == 1:
             return params
@@ -152,9 +154,3 @@ class Routing:
     def rate(self, step: jax.Array) -> jax.Array:
         """Returns what multiplies the learning rate of experts at a step."""
         return jnp.float32(self.config.optim.mlp_rate)
-
-
-def _fuses_attention() -> bool:
-    """True if the local GPUs have compute capability 8.0 (A100) or more, which cuDNN's fused attention needs."""
-    capability = str(getattr(jax.local_devices(backend="gpu")[0], "compute_capability", ""))
-    return re.fullmatch(r"\d+\.\d+", capability) is not None and float(capability) >= 8.0

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 
 import jax
+from jax.sharding import Mesh
 
 from jvitmoe.config import Config
 from jvitmoe.models import routers, vit
@@ -55,8 +56,8 @@ class InModel(Routing):
     def needs_keys(self) -> bool:
         return True  # also without dropout: no keys mean evaluation
 
-    def model(self, platform: str) -> vit.ViT:
-        return super().model(platform).clone(router=self.settings)
+    def model(self, mesh: Mesh | None = None) -> vit.ViT:
+        return super().model(mesh).clone(router=self.settings)
 
     def logits(
         self, model: vit.ViT, params: Tree, images_bHWc: jax.Array, key_b: jax.Array | None, at: Pass

@@ -4,6 +4,7 @@ import os
 import platform
 import re
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,25 +32,36 @@ def start() -> None:
         raise ConfigError(f"JAX cannot start ({reason}); JAX_PLATFORMS is {platforms!r}: {remedy}") from error
 
 
-def make_mesh(train: TrainConfig, settings: str = "config.train.") -> Mesh:
-    """Returns the mesh ("data", "expert") over the devices of all processes. `settings` is what the user's name of the
-    devices begins with.
+def make_mesh(train: TrainConfig, settings: str = "config.train.", found: Sequence[Any] = ()) -> Mesh:
+    """Returns the mesh ("data", "expert") over the devices of all processes, or over `found`, those of a machine that
+    is not here. `settings` is what the user's name of the devices begins with.
 
     Raises ConfigError if there are fewer devices.
     """
-    start()
-    devices = jax.devices()
-    if not os.environ.get("JAX_PLATFORMS") and devices[0].platform == "cpu" and Path("/dev/nvidia0").exists():
-        warnings.warn("an NVIDIA GPU is here but JAX finds only the CPU; install jvitmoe[cuda12]", RuntimeWarning, 2)
-    count, available = train.devices or len(devices), len(devices)
+    if not found:
+        start()
+        found = jax.devices()
+        if not os.environ.get("JAX_PLATFORMS") and found[0].platform == "cpu" and Path("/dev/nvidia0").exists():
+            warnings.warn(
+                "an NVIDIA GPU is here but JAX finds only the CPU; install jvitmoe[cuda12]", RuntimeWarning, 2
+            )
+        if (train.devices or len(found)) < len(found) and jax.process_count() > 1:
+            rule = f"it must be 0 or {len(found)}, the devices of all processes"
+            raise ConfigError(f"config.train.devices is {train.devices}; {rule}")
+    count, available = train.devices or len(found), len(found)
     if count > available:
         raise ConfigError(f"{settings}devices is {count}; it must be at most {available}, the devices that JAX finds")
-    if count < available and jax.process_count() > 1:
-        raise ConfigError(f"config.train.devices is {count}; it must be 0 or {available}, the devices of all processes")
     if count % train.expert_devices:
         raise ConfigError(f"config.train.expert_devices is {train.expert_devices}; it must divide the {count} devices")
     shape = count // train.expert_devices, train.expert_devices
-    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 2, devices=devices[:count])
+    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 2, devices=found[:count])
+
+
+def fuses_attention(mesh: Mesh) -> bool:
+    """True if the devices are GPUs of compute capability 8.0 (A100) or more, which cuDNN's fused attention needs."""
+    first = mesh.devices.flat[0]
+    capability = str(getattr(first, "compute_capability", ""))
+    return first.platform == "gpu" and re.fullmatch(r"\d+\.\d+", capability) is not None and float(capability) >= 8.0
 
 
 def to_devices(array: np.ndarray, sharding: NamedSharding) -> jax.Array:

@@ -53,7 +53,7 @@ def train(
     mesh = processes.together(lambda: devices.make_mesh(config.train))
     routed = routing.find(config)
     data = setup.load_data(config, routed, mesh)
-    model = routed.model(mesh.devices.flat[0].platform)
+    model = routed.model(mesh)
     plan = StepPlan(config, routed, model, mesh, data.order.steps_per_epoch)
     dense, init_notes = None, list[str]()
     if config.init.source:

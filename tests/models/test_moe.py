@@ -23,7 +23,7 @@ from jvitmoe.models.routers.dispatch import slots_per_expert
 from jvitmoe.models.routers.frozen import Frozen
 from jvitmoe.models.routers.random_tokens import RandomTokens
 from jvitmoe.models.routers.topk import upper_tail
-from jvitmoe.runtime import compilation
+from jvitmoe.runtime import programs
 from jvitmoe.runtime.addresses import Purpose
 from jvitmoe.runtime.devices import make_mesh
 from jvitmoe.training.state import StepPlan
@@ -486,7 +486,7 @@ def test_a_frozen_router_that_masks_ranks_equals_one_built_for_its_k(top_k):
 @pytest.mark.parametrize("kind", ["batch", *ROUTERS])
 def test_a_model_and_its_gradient_promote_no_dtype_by_accident(tiny_config, kind):
     """Traced only, and in float32: Flax's LayerNorm promotes bfloat16, and Optax integers (`decay**count`)."""
-    model = routing.find(tiny_config(model={"dropout": 0.1}, routing={"experts": 2, "kind": kind})).model("cpu")
+    model = routing.find(tiny_config(model={"dropout": 0.1}, routing={"experts": 2, "kind": kind})).model()
 
     def loss(params, images, keys):
         return vit.logits(model, params, images, keys).sum()
@@ -523,7 +523,7 @@ def test_random_tokens_are_dealt_anew_for_every_image_layer_and_step(tiny_config
     monkeypatch.setitem(ROUTERS, "token", Seen)
     config = tiny_config(model={"patch": 2}, routing={"experts": 4, "kind": "token"})
     way = routing.find(config)
-    plan = StepPlan(config, way, way.model("cpu"), make_mesh(config.train), 3)
+    plan = StepPlan(config, way, way.model(), make_mesh(config.train), 3)
 
     @jax.jit
     def dealt_in(step, params):
@@ -543,7 +543,7 @@ def test_random_tokens_cost_the_flops_of_the_dense_mlp():
     def flops(mlp):
         params = jax.eval_shape(lambda: mlp.init(jax.random.key(0), jnp.asarray(x_BTD), None))["params"]
         lowered = jax.jit(lambda p, x_BTD: mlp.apply({"params": p}, x_BTD, None)).lower(params, x_BTD)
-        return compilation.for_reading(lowered).cost_analysis()["flops"]
+        return programs.for_reading(lowered).cost_analysis()["flops"]
 
     dense = flops(Mlp(hidden))
     assert dense > 2 * 2 * 32 * 2 * 64 * hidden

@@ -1,0 +1,206 @@
+"""Compiles the training step of an experiment for TPUs or GPUs that are not here, and prints what it takes.
+
+    python -m jvitmoe.compile --config imagenet --target v5e:4x4
+    python -m jvitmoe.compile --config imagenet:random --target h100:8 --fit --config.train.expert_devices=4
+
+It is the program that `train` would run there, compiled by the same compiler, from shapes only. It proves that the step
+compiles, fits and moves so many bytes. It says nothing of time (no kernel is tuned without a device) or of numbers.
+"""
+
+import json
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+
+from jvitmoe import cli
+from jvitmoe.config import Config
+from jvitmoe.errors import UserError, one_line
+from jvitmoe.runtime import targets
+from jvitmoe.runtime.targets import GIB, Target
+
+COUNTS = {"digits": 1437, "cifar10": 50_000, "cifar100": 50_000, "mnist": 60_000, "imagenet2012": 1_281_167}
+PARTS = {  # what the names of arguments begin with -> what they are
+    "before.params": "parameters",
+    "before.opt_state": "optimiser",
+    "before.ema": "average of the weights",
+    "split": "images",
+}
+WASTE = 1.05  # padding of an array that is worth a line
+FIT_TRIES, FIT_SHARE = 7, 0.03  # of --fit: programs compiled, and the share of the batch that it may miss
+
+
+def define_flags(values: flags.FlagValues) -> None:
+    flags.DEFINE_string("target", "", "v5e:4x4, v6e:4x4, v5p:2x2x2, h100:8, h200:8, h100:8x8, …", flag_values=values)
+    flags.DEFINE_integer("images", 0, "Training images; 0: those of data.name, if known.", flag_values=values)
+    flags.DEFINE_bool("fit", False, "Find the largest train.batch_size that fits.", flag_values=values)
+    flags.DEFINE_string("out", "", "JSON file to write.", flag_values=values)
+
+
+def main(argv: list[str]) -> None:
+    """Runs the command. Raises UserError where the step does not compile or does not fit."""
+    values = cli.parse(argv, define_flags, config=True)
+    config, target = cli.experiment(values), targets.parse(values.target)
+    count = values.images or _count(config)
+    targets.prepare(target)  # before the next lines, which import JAX
+    from jvitmoe.runs.console import console
+
+    console.print(f"compiling   {cli.experiment_name(argv)} for {target}; this takes half a minute or more")
+    found = measure(config, target, count)
+    found = {"experiment": cli.experiment_name(argv), **found}
+    show(found)
+    if values.fit:
+        found["largest_batch"] = _fit(config, target, count, found)
+        console.print(f"largest     --config.train.batch_size={found['largest_batch']} fits in {target}")
+    if values.out:
+        Path(values.out).write_text(json.dumps(found, indent=1) + "\n")
+        console.print(f"written     {values.out}")
+    _refuse_too_large(found, target)
+
+
+def _count(config: Config) -> int:
+    if (count := COUNTS.get(config.data.name, 0) - config.data.validation) > 0:
+        return count
+    raise UserError(f"the number of images of {config.data.name!r} is not known; give --images, training images")
+
+
+def measure(config: Config, target: Target, count: int) -> dict[str, Any]:
+    """Returns what the step of a run on `count` images takes on the devices of a target, after `targets.prepare`.
+
+    Raises UserError where XLA cannot compile it, and ConfigError where the settings do not fit the devices.
+    """
+    from jvitmoe.runtime import devices, programs
+    from jvitmoe.training import program
+
+    mesh = devices.make_mesh(config.train, found=targets.devices(target))
+    plan = program.plan_for(config, mesh, count)
+    began = time.monotonic()
+    try:
+        compiled = program.lower(plan, count).compile()
+    except Exception as error:  # of the compiler, which raises several kinds
+        raise UserError(_why(error, config, target)) from error
+    seconds, text, memory = time.monotonic() - began, compiled.as_text(), compiled.memory_analysis()
+    arguments = programs.arguments(text)
+    sizes = Counter({name: 0 for name in PARTS.values()})
+    for one in arguments:
+        sizes[next((part for name, part in PARTS.items() if one.name.startswith(name)), "other inputs")] += one.padded
+    sizes["temporaries"] = memory.temp_size_in_bytes
+    sizes["results not in place"] = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    collectives = Counter[tuple[str, str, str]]()
+    for moved in programs.collectives(text, mesh.shape):
+        collectives[moved.kind, moved.axis, moved.place] += moved.bytes * moved.times
+    padded = [one for one in arguments if one.padded > WASTE * one.bytes and one.padded - one.bytes > 2**16]
+    return {
+        "target": str(target),
+        "devices": mesh.size,
+        "mesh": dict(mesh.shape),
+        "batch_size": config.train.batch_size,
+        "dtype": plan.model.dtype.name,
+        "attention": plan.model.attention,
+        "compile_seconds": seconds,
+        "bytes": {name: size for name, size in sizes.items() if size},
+        "peak_bytes": programs.planned_bytes(compiled),
+        "available_bytes": target.memory,
+        "collectives": [
+            {"kind": kind, "axis": axis, "place": place, "bytes": size}
+            for (kind, axis, place), size in sorted(collectives.items())
+        ],
+        "padding": {one.name: one.padded / one.bytes for one in padded},
+        "custom_calls": programs.custom_calls(text),
+        "float64": "f64[" in text,
+        "versions": {name: metadata.version(name) for name in ("jax", "jaxlib")},
+    }
+
+
+def show(found: Mapping[str, Any]) -> None:
+    """Prints what `measure` returned."""
+    from jvitmoe.runs import tables
+    from jvitmoe.runs.console import console
+
+    mesh, attention = found["mesh"], {"cudnn": "cuDNN's attention", "xla": "XLA's attention"}[found["attention"]]
+    console.print(f"devices     {found['devices']}, a mesh of {mesh['data']} x {mesh['expert']} (data x expert)")
+    console.print(f"program     batch {found['batch_size']:,}, {found['dtype']}, {attention}")
+    console.print(f"compiled    in {found['compile_seconds']:.0f} s, JAX {found['versions']['jax']}")
+    rows = [{"memory of a device": name, "MiB": f"{size / 2**20:,.1f}"} for name, size in found["bytes"].items()]
+    rows.append({"memory of a device": "peak", "MiB": f"{found['peak_bytes'] / 2**20:,.1f}"})
+    rows.append({"memory of a device": "available", "MiB": f"{found['available_bytes'] / 2**20:,.1f}"})
+    tables.show(rows, "")
+    for one in found["collectives"]:
+        when = {"step": "once a step", "loop": "in the loop over layers", "pull": "in a step that pulls"}[one["place"]]
+        console.print(f"moved       {one['kind']} over {one['axis']}: {one['bytes']:,} bytes, {when}")
+    if not found["collectives"]:
+        console.print("moved       nothing: one device")
+    for name, ratio in sorted(found["padding"].items(), key=lambda item: -item[1])[:5]:
+        console.print(f"padded      {name} takes {ratio:.2f} times its size")
+    for name, number in found["custom_calls"].items():
+        console.print(f"call        {name}, {number} times")
+
+
+def _why(error: Exception, config: Config, target: Target) -> str:
+    """Returns one line on a step that XLA cannot compile."""
+    if "RESOURCE_EXHAUSTED" in str(error):
+        return _too_large(one_line(error)[:200], config.train.batch_size, target)
+    return f"the step does not compile for {target}: {one_line(error)[:500]}; change the setting that it names"
+
+
+def _too_large(needs: str, batch: int, target: Target) -> str:
+    remedy = "lower it (--fit finds the largest), or set --config.train.accumulate or --config.train.shard=parameters"
+    return f"config.train.batch_size is {batch}; it does not fit in {target} ({needs}); {remedy}"
+
+
+def _refuse_too_large(found: Mapping[str, Any], target: Target) -> None:
+    if found["peak_bytes"] > target.memory:
+        needs = f"{found['peak_bytes'] / GIB:.2f} of {target.memory / GIB:.2f} GiB"
+        raise UserError(_too_large(needs, found["batch_size"], target))
+
+
+def _fit(config: Config, target: Target, count: int, found: Mapping[str, Any]) -> int:
+    """Returns the largest batch that fits, to FIT_SHARE: memory grows nearly linearly with it."""
+    from jvitmoe import routing
+
+    unit = found["devices"] * routing.find(config).slots * config.train.accumulate
+
+    def needed(batch: int) -> float:
+        from jvitmoe.config import from_dict, to_dict
+
+        other = from_dict(to_dict(config))
+        other.train.batch_size = batch
+        try:
+            return measure(other.validate(), target, max(count, batch))["peak_bytes"]
+        except UserError:
+            return float("inf")
+
+    start = max(config.train.batch_size // unit, 1)
+    return unit * largest(lambda n: needed(n * unit), start, found["peak_bytes"], target.memory)
+
+
+def largest(needed: Callable[[int], float], start: int, at_start: float, limit: int) -> int:
+    """Returns the largest n with needed(n) <= limit, to FIT_SHARE of it, of a function that grows nearly linearly; 0 if
+    there is none."""
+    known, low, high = {start: at_start}, 0, 0
+    for _ in range(FIT_TRIES):
+        low = max((n for n, size in known.items() if size <= limit), default=0)
+        high = min((n for n, size in known.items() if size > limit), default=0)
+        if high and high - low <= max(1, FIT_SHARE * low):
+            break
+        finite = sorted(n for n, size in known.items() if size < float("inf"))
+        if len(finite) > 1:
+            slope = (known[finite[-1]] - known[finite[0]]) / (finite[-1] - finite[0])
+            guess = int(finite[-1] + (limit - known[finite[-1]]) / max(slope, 1e-9))
+        else:
+            guess = 2 * low if low else high // 2
+        guess = max(guess, low + 1)
+        if high and guess >= high:
+            guess = max(int(high * (1 - FIT_SHARE)), low + 1)
+        if guess in known or guess < 1:
+            break
+        known[guess] = needed(guess)
+    return max((n for n, size in known.items() if size <= limit), default=0)
+
+
+if __name__ == "__main__":
+    cli.run(main)

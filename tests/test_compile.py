@@ -1,0 +1,133 @@
+"""`jvitmoe compile`: the step for TPUs and GPUs that are not here. The long tests use XLA's compilers for them, from
+the folder that JVITMOE_COMPILERS names."""
+
+import json
+import os
+import subprocess
+import sys
+
+import jax
+import pytest
+
+import processes
+from jvitmoe import compile as compile_command
+from jvitmoe import experiment_files, routing
+from jvitmoe.errors import UserError
+from jvitmoe.experts import cost, trees
+from jvitmoe.runtime import programs, targets
+from jvitmoe.runtime.devices import make_mesh
+from jvitmoe.training import program, update
+
+COMPILERS = os.environ.get("JVITMOE_COMPILERS", "")
+
+
+@pytest.mark.parametrize("text", ["v5e:4x4", "v5p:2x2x2", "h100:8", "h200:8x8", "b200:1"])
+def test_a_target_is_named_as_it_was_given(text):
+    target = targets.parse(text)
+    assert str(target) == text
+    assert target.is_gpu == (text[0] in "hb")
+    assert target.memory > 10 * targets.GIB
+
+
+@pytest.mark.parametrize("text", ["", "h100", "h100:", "h100:0", "v9:2x2", "v5e:4x4x4x4", "h100:8 x8", "hl00:8"])
+def test_a_target_that_is_none_is_refused_in_one_line(text):
+    line = processes.refused(compile_command.main, "--config=imagenet", f"--target={text}")
+    assert line.startswith(f"error: --target is {text!r}; it must be one of v5e, ")
+
+
+@pytest.mark.parametrize(("target", "extra"), [("h100:8", "gpu-compile"), ("v5e:4x4", "tpu")])
+def test_without_a_compiler_one_line_says_what_to_install(monkeypatch, target, extra):
+    monkeypatch.setattr(targets.util, "find_spec", lambda name: None)
+    line = processes.refused(compile_command.main, "--config=imagenet", f"--target={target}")
+    assert f"pip install 'jvitmoe[{extra}]'" in line
+
+
+def test_a_set_of_unknown_size_needs_its_number_of_images():
+    line = processes.refused(compile_command.main, "--config=folder", "--target=h100:8")
+    assert line == "error: the number of images of 'folder' is not known; give --images, training images\n"
+
+
+@pytest.mark.parametrize("is_refused", [False, True])  # a TPU's compiler refuses what does not fit
+@pytest.mark.parametrize(("slope", "base", "start"), [(10, 5, 1), (3, 400, 90), (1, 0, 2000), (7, 990, 4), (0.5, 1, 8)])
+def test_the_largest_batch_that_fits_is_found_in_a_few_tries(slope, base, start, is_refused):
+    tries = []
+
+    def needed(n):
+        tries.append(n)
+        size = base + slope * n
+        return float("inf") if is_refused and size > 1000 else size
+
+    found, right = compile_command.largest(needed, start, needed(start), 1000), (1000 - base) // slope
+    assert found <= right
+    assert found >= right - max(1, compile_command.FIT_SHARE * right)
+    assert len(tries) <= 1 + compile_command.FIT_TRIES
+
+
+def test_what_is_measured_is_what_the_devices_of_this_machine_hold_and_move(tiny_config, monkeypatch, tmp_path):
+    config = tiny_config(
+        routing={"experts": 4, "kind": "sample", "pull": 0.1},
+        train={"devices": 4, "expert_devices": 4, "batch_size": 16},
+    )
+    here = targets.Target("h100", (4,))
+    monkeypatch.setattr(targets, "devices", lambda target: jax.devices()[:4])
+    found = compile_command.measure(config, here, 100)
+    trunk, experts = trees.split(routing.find(config).shapes(), trees.stacked(routing.find(config).shapes()))
+    own = 4 * (cost.tree_size(trunk) + cost.tree_size(experts) // 4)
+    plan = program.plan_for(config, make_mesh(config.train), 100)
+    moved = sum(one["bytes"] for one in found["collectives"])
+    assert found["bytes"]["parameters"] == own
+    assert found["bytes"]["optimiser"] > 2 * own
+    assert found["bytes"]["images"] == 100 * (8 * 8 + 4)
+    assert 0 <= moved - update.bytes_reduced(plan)(1) <= 4 * 16  # the loss, the accuracy, the experts' norm
+    assert not found["float64"]
+    monkeypatch.setattr(targets.Target, "memory", found["peak_bytes"] - 1)
+    with pytest.raises(UserError, match=r"^config.train.batch_size is 16; it does not fit in h100:4 \(.* GiB\); lower"):
+        compile_command._refuse_too_large(found, here)
+
+
+EXPERT_AXIS = ["--config.train.expert_devices=4", "--config.routing.pull_every=2"]
+CASES = [
+    *(("v5e:2x4", name, flags) for name, flags in (("cifar10_random", []), ("imagenet:random", EXPERT_AXIS))),
+    *(("h100:8", name, flags) for name, flags in (("cifar10_random", []), ("imagenet:random", EXPERT_AXIS))),
+    ("v5e:2x4", "imagenet", []),
+    ("h100:8x2", "imagenet", ["--config.train.shard=parameters"]),
+    ("h100:8", "imagenet", ["--config.routing.experts=4", "--config.routing.kind=switch"]),
+]
+
+
+def is_donated(found):
+    """True if the whole state is updated in place; a TPU keeps the metrics in a tile each."""
+    return found["bytes"].get("results not in place", 0) <= 4096
+
+
+@pytest.mark.long
+@pytest.mark.process
+@pytest.mark.skipif(not COMPILERS, reason="needs XLA's compilers: `make test-long` installs them")
+@pytest.mark.parametrize(("target", "name", "flags"), CASES)
+def test_the_step_compiles_for_a_target_in_place_and_moves_what_was_computed(tmp_path, target, name, flags):
+    command = [sys.executable, "-m", "jvitmoe.compile", f"--config={name}", f"--target={target}", *flags]
+    environment = {**processes.INHERITED, "PYTHONPATH": os.pathsep.join([str(processes.ROOT), COMPILERS])}
+    done = subprocess.run(
+        [*command, f"--out={tmp_path / 'found.json'}"], capture_output=True, text=True, env=environment, timeout=600
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert is_donated(found)
+    assert not found["float64"]
+    assert "all-to-all" not in {one["kind"] for one in found["collectives"]}
+    assert found["peak_bytes"] < found["available_bytes"]
+    moved = {place: sum(x["bytes"] for x in found["collectives"] if x["place"] == place) for place in ("step", "pull")}
+    config = experiment_files.load(name)
+    if flags == EXPERT_AXIS:
+        config.train.expert_devices, config.routing.pull_every = 4, 2
+        shapes = routing.find(config.validate()).shapes()
+        trunk, experts = (4 * cost.tree_size(tree) for tree in trees.split(shapes, trees.stacked(shapes)))
+        assert moved["pull"] == experts // 4
+        assert 0 <= moved["step"] - trunk - experts // 4 <= 64  # two devices hold each expert
+    elif not flags:
+        dense = 4 * routing.find(config).count_parameters()[0]
+        assert 0 <= moved["step"] - dense * (4 if name == "imagenet:random" else 1) <= 64
+
+
+def test_programs_of_this_machine_are_read_too():
+    assert programs.custom_calls('custom_call_target="AllocateBuffer" custom_call_target="x"') == {"x": 1}
