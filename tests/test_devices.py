@@ -19,7 +19,7 @@ from jvitmoe.experts import cost, trees
 from jvitmoe.models import vit
 from jvitmoe.runtime.devices import EXPERT, make_mesh
 from jvitmoe.runtime.programs import for_reading, reduced_bytes
-from jvitmoe.training import setup, state, step, update
+from jvitmoe.training import program, setup, state, step, update
 from jvitmoe.training.state import StepPlan
 
 pytestmark = pytest.mark.slow
@@ -168,6 +168,28 @@ def test_an_expert_axis_reduces_the_trunk_and_means_of_experts_and_moves_no_imag
     # Every gradient of the trunk, the loss and the accuracy; and the sum of squares of the experts' part of the norm.
     assert 4 * (size + 2) <= reduced_bytes(text, mesh.shape) <= 4 * (size + 2 + 8)
     assert [update.bytes_reduced(plan)(done) for done in range(4)] == [0, 4 * size, 8 * size, 12 * size]
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {"routing": {"experts": 4, "kind": "sample", "pull": 0.1}},  # every device has all experts
+        {"routing": {"experts": 4, "kind": "sample", "pull": 0.1}, "train": {"expert_devices": 2}},  # two hold each
+        {"routing": {"experts": 4, "kind": "batch", "pull": 0.1, "consistency": 1.0}},
+        {"routing": {"experts": 4, "kind": "frozen"}},
+        {"optim": {"freeze_layers": 1}},
+        {"optim": {"freeze_layers": 2}},
+        {"model": {"lora": 2}, "init": {"source": "x"}},
+        {"model": {"adapter": 3}, "init": {"source": "x"}, "routing": {"experts": 2, "kind": "sample"}},
+    ],
+    ids=lambda sections: "-".join(f"{n}={v}" for section in sections.values() for n, v in section.items()),
+)
+def test_the_bytes_that_are_counted_are_those_of_the_program(tiny_config, sections):
+    config = tiny_config(**sections | {"train": {"devices": 4, "batch_size": 16} | sections.get("train", {})})
+    mesh = make_mesh(config.train)
+    plan = program.plan_for(config, mesh, 64)
+    text = for_reading(program.lower(plan, 64)).as_text()
+    assert 0 <= reduced_bytes(text, mesh.shape) - update.bytes_reduced(plan)(1) <= 4 * 32  # loss, accuracy, statistics
 
 
 @pytest.mark.parametrize(

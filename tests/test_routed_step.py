@@ -189,7 +189,7 @@ def test_consistency_of_equal_logits_costs_nothing_and_equals_the_formula_otherw
     ],
 )
 def test_the_bytes_of_pulls_are_counted(routed):
-    config = Config(train=TrainConfig(epochs=10), optim=OptimConfig(warmup_epochs=1))
+    config = Config(train=TrainConfig(epochs=10, devices=1), optim=OptimConfig(warmup_epochs=1))
     config.routing = RoutingConfig(experts=4, kind="sample", **routed)
     plan = make_plan(config, 3)
     count = update.bytes_reduced(plan)

@@ -68,7 +68,7 @@ class Routing:
 
     @property
     def reduced_experts(self) -> int:
-        """The experts whose gradients all devices reduce in a step."""
+        """The experts whose gradients all devices reduce in a step, without an expert axis."""
         return min(self.passes, self.experts)
 
     def model(self, mesh: Mesh | None = None) -> vit.ViT:

@@ -37,7 +37,7 @@ class Sample(Routing):
 
     @property
     def reduced_experts(self) -> int:
-        return 0  # each expert counts as alone on a device of the expert axis
+        return self.experts
 
     def draw(self, root: jax.Array, step: jax.Array) -> tuple[Route, ...]:
         uniform_E = jax.random.uniform(address(root, Purpose.ROUTE, step), (self.experts,))

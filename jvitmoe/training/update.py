@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jvitmoe.experts import cost, merge, trees
+from jvitmoe.experts import merge, trees
 from jvitmoe.training import optimizer
 from jvitmoe.training.state import OptState, StepPlan, TrainState
 
@@ -121,30 +121,35 @@ def qsr_pulls(plan: StepPlan) -> np.ndarray:
 
 def bytes_reduced(plan: StepPlan) -> Callable[[int], int]:
     """Returns a function of the number of steps done: the bytes that each device has reduced with others until then, in
-    gradients, pulls and the EMA, scalars apart.
+    gradients of what is trained, pulls and the EMA, scalars apart.
 
-    With routing.kind=sample each expert counts as alone on a device of the expert axis: its
-    gradients stay there, a pull reduces its weights, and an EMA of the merged model reduces them at every step.
-    Otherwise every device has all experts and reduces every gradient, and pulls and EMA move nothing.
+    On one device it is what each would reduce if there were several, and for routing.kind=sample one for each expert.
+    On the expert axis an expert's gradients stay on its devices; a pull reduces its weights, and an EMA of the merged
+    model reduces them at every step. Otherwise every device has all experts and reduces every gradient, and pulls and
+    EMA move nothing.
     """
-    params, routed = plan.routing.shapes(), plan.config.routing
-    trunk, experts = (4 * cost.tree_size(tree) for tree in trees.split(params, trees.stacked(params)))
-    one, ran = experts // routed.experts, plan.routing.reduced_experts
-    if ran:
-        return lambda done: done * (trunk + ran * one)
-    qsr = np.flatnonzero(qsr_pulls(plan)) if routed.pull and routed.pull_schedule == "qsr" else None
+    routing, mesh, is_frozen = plan.routing, plan.mesh, optimizer.frozen(plan.config)
+    parts = trees.split(routing.shapes(), trees.stacked(routing.shapes()))
+    trunk, experts = (
+        sum(4 * x.size for path, x in jax.tree.leaves_with_path(part) if not (is_frozen and is_frozen(path)))
+        for part in parts
+    )
+    one = experts // routing.experts
+    if routing.slots == 1 or 1 == plan.expert_devices < mesh.size:
+        return lambda done: done * (trunk + routing.reduced_experts * one)
+    gradients = trunk + (experts // plan.expert_devices if 1 < plan.expert_devices < mesh.size else 0)
+    pulls = pulls_until(plan)
+    return lambda done: done * gradients + (pulls(done) + (done if plan.config.train.ema else 0)) * one
+
+
+def pulls_until(plan: StepPlan) -> Callable[[int], int]:
+    """Returns a function of the number of steps done: the pulls until then that move something."""
+    routed = plan.config.routing
+    if not routed.pull:
+        return lambda done: 0
+    if routed.pull_schedule == "qsr":
+        qsr = np.flatnonzero(qsr_pulls(plan))
+        return lambda done: int(np.searchsorted(qsr, done))
     # A warm-up begins at learning rate 0, so a pull in proportion to it moves nothing after the first step.
-    none_at_first = qsr is None and routed.pull_every == 1 and not pull_share(plan, jnp.int32(0))
-
-    def pulls(done: int) -> int:
-        if not routed.pull:
-            return 0
-        if qsr is not None:
-            return int(np.searchsorted(qsr, done))
-        return done // routed.pull_every - (none_at_first and done > 0)
-
-    def so_far(done: int) -> int:
-        averaged = pulls(done) + (done if plan.config.train.ema else 0)
-        return done * trunk + averaged * one
-
-    return so_far
+    none_at_first = routed.pull_every == 1 and not pull_share(plan, jnp.int32(0))
+    return lambda done: done // routed.pull_every - (none_at_first and done > 0)
