@@ -113,7 +113,7 @@ def test_a_way_of_routing_is_a_class_and_a_line(monkeypatch, tiny_config, traini
     def loss(start):
         trunk, experts = trees.split(start, trees.stacked(start))
         params = trees.join(trunk, run.routing.take(experts, run.routing.draw(jax.random.key(0), jnp.int32(0))))
-        logits_BC = vit.logits(run.model, params, run.images[index_B][0] / 127.5 - 1.0) / 2
+        logits_BC = vit.logits(run.model, params, run.images.rows(index_B)[0] / 127.5 - 1.0) / 2
         return optax.softmax_cross_entropy_with_integer_labels(logits_BC, run.images.labels_N[index_B]).mean()
 
     np.testing.assert_allclose(run.metrics[0].loss, loss(start), rtol=1e-5)

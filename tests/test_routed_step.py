@@ -58,7 +58,7 @@ def test_with_sample_the_loss_is_that_of_each_expert_on_its_images(tiny_config, 
     for number in range(3):
         (route_E,) = run.routing.draw(jax.random.key(run.config.train.seed), jnp.int32(number))
         index_B = np.asarray(run.order.epoch(0))[number]
-        x, labels_B = augment.normalize(run.images[index_B][0]), run.images.labels_N[index_B]
+        x, labels_B = augment.normalize(run.images.rows(index_B)[0]), run.images.labels_N[index_B]
         wanted = []
         for slot in range(4):
             path = merge.take_path(run.history[number].params, route_E[slot])
@@ -255,7 +255,7 @@ def test_two_passes_give_the_gradients_of_the_whole_stack(tiny_config, training,
     root = jax.random.key(config.train.seed)
     index_B = np.asarray(run.order.epoch(0))[0]
     expert_PB = [np.broadcast_to(route, 3)[np.arange(12) % 3] for route in run.routing.draw(root, jnp.int32(0))]
-    x = augment.normalize(np.asarray(run.images[index_B][0]))
+    x = augment.normalize(np.asarray(run.images.rows(index_B)[0]))
     labels_B = np.asarray(run.images.labels_N)[index_B]
 
     def loss_fn(params):
@@ -282,7 +282,7 @@ def test_a_dense_model_s_two_passes_differ_in_what_they_drop(tiny_config, traini
     index_B = np.asarray(runs[0].order.epoch(0))[0]
     batch = config.train.batch_size
     key = address(jax.random.key(config.train.seed), Purpose.DROPOUT, 0)
-    x = augment.normalize(np.asarray(runs[0].images[index_B][0]))
+    x = augment.normalize(np.asarray(runs[0].images.rows(index_B)[0]))
     labels_B = np.asarray(runs[0].images.labels_N)[index_B]
     numbers = (np.arange(batch), np.arange(batch) + batch)
     keys = [jax.vmap(jax.random.fold_in, (None, 0))(key, number_B) for number_B in numbers]

@@ -122,7 +122,7 @@ def test_gradients_on_3_devices_are_those_of_plain_grad_over_the_whole_batch(ful
         return jax.vmap(jax.random.fold_in, (None, 0))(address(root, purpose, number), slot_B)
 
     index_B = np.asarray(run.order.epoch(number // run.order.steps_per_epoch))[number % run.order.steps_per_epoch]
-    images = np.asarray(run.images[index_B][0])
+    images = np.asarray(run.images.rows(index_B)[0])
     labels = np.asarray(run.images.labels_N)[index_B]
     route_L = jnp.asarray(route_of(run, number))
 

@@ -28,7 +28,7 @@ class Images:
     labels_N: jax.Array  # int32
     shape: tuple[int, int, int] = dataclasses.field(metadata={"static": True})  # H, W, c
 
-    def __getitem__(self, index: Any) -> tuple[jax.Array, jax.Array]:
+    def rows(self, index: Any) -> tuple[jax.Array, jax.Array]:
         """Returns (images_BHWc, labels_B) of some rows."""
         return self.pixels_NP[index].reshape(-1, *self.shape), self.labels_N[index]
 

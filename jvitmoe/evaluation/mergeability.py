@@ -109,7 +109,7 @@ def layer_gap(
     @jax.jit
     def batch_sums(params: Any, index_B: jax.Array, mask_B: jax.Array) -> jax.Array:
         merged = merge.average_experts(params)
-        images = normalize(split[index_B][0])
+        images = normalize(split.rows(index_B)[0])
         sums, inputs = [], mlp_inputs(dense, merged, images)
         for layer in expert_layers:
             x_BTD = inputs[layer]

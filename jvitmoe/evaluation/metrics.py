@@ -121,7 +121,7 @@ class Evaluator:
     ) -> Sums:
         mask_b = batches.mask_SB[s]
         index_b = jnp.arange(len(mask_b)) if streamed else batches.index_SB[s]
-        images_bHWc, labels_b = split[index_b]
+        images_bHWc, labels_b = split.rows(index_b)
         images = self.normalize(images_bHWc)
 
         def log_p(route_L: jax.Array) -> jax.Array:

@@ -71,7 +71,7 @@ def make_extract(net: vit.ViT, data: DataConfig) -> Callable[[Any, SplitImages, 
 
     @jax.jit
     def of_batch(params: Any, images: Images, index_B: jax.Array | None) -> tuple[jax.Array, jax.Array]:
-        images_BHWc, labels_B = images[slice(None) if index_B is None else index_B]
+        images_BHWc, labels_B = images.rows(slice(None) if index_B is None else index_B)
         return vit.features(net, params, augment.normalize(images_BHWc, data.mean, data.std)), labels_B
 
     def extract(params: Any, split: SplitImages, batches: Batches) -> Features:

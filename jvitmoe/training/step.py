@@ -170,7 +170,7 @@ def images_of_device(plan: StepPlan, inputs: Inputs, index_b: jax.Array) -> Shar
     config, (split, index_B, step, _) = plan.config, inputs
     share = config.train.batch_size // plan.data_devices
     image_b = index_b - jax.lax.axis_index(DATA) * share if index_B is None else index_B[index_b]
-    pixels_bHWc, labels_b = split[image_b]
+    pixels_bHWc, labels_b = split.rows(image_b)
     targets_bC = optax.smooth_labels(jax.nn.one_hot(labels_b, config.model.classes), config.train.label_smoothing)
     batch = augment.Batch(
         key_b=image_keys(plan, Purpose.AUGMENT, step, index_b),

@@ -88,9 +88,10 @@ def test_evaluation_visits_every_image_exactly_once(devices, batch_size):
 
 def test_a_split_lies_whole_on_every_device(tiny_split):
     images = on_devices(tiny_split, mesh_of(4))
-    assert len(images.images_NHWc.addressable_shards) == 4
-    assert images.images_NHWc.dtype == jnp.uint8
-    for shard in images.images_NHWc.addressable_shards:
-        np.testing.assert_array_equal(shard.data, tiny_split.images_NHWc)
+    assert len(images.pixels_NP.addressable_shards) == 4
+    assert images.pixels_NP.dtype == jnp.uint8
+    for shard in images.pixels_NP.addressable_shards:
+        np.testing.assert_array_equal(shard.data, tiny_split.images_NHWc.reshape(26, -1))
+    np.testing.assert_array_equal(images.rows(np.arange(26))[0], tiny_split.images_NHWc)
     for shard in images.labels_N.addressable_shards:
         np.testing.assert_array_equal(shard.data, tiny_split.labels_N)

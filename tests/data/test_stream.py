@@ -84,7 +84,7 @@ def test_a_stream_taken_up_at_any_step_gives_the_rest_and_reads_no_row_before_it
     run = streamed(tiny_config())
     whole = [jax.device_get(images) for images in run.batches(0, 8)]
     assert len(whole) == 8
-    assert len({images.images_NHWc.tobytes() for images in whole}) == 8
+    assert len({images.pixels_NP.tobytes() for images in whole}) == 8
     order, seen, read = run.run_of.order, [], run.records.read
     for epoch in (0, 5, 1):  # on any number of devices: tests/data/test_feed.py
         np.testing.assert_array_equal(order.on_host(epoch), order.epoch(epoch))
@@ -270,9 +270,9 @@ def test_random_parts_are_a_function_of_seed_step_and_place(tmp_path, tiny_confi
     chex.assert_trees_all_equal(batches(start=2), first[2:])
     for one, other in zip(batches(seed=1), first, strict=True):
         np.testing.assert_array_equal(one.labels_N, other.labels_N)
-        assert (one.images_NHWc != other.images_NHWc).any((1, 2, 3)).all()
+        assert (one.pixels_NP != other.pixels_NP).any(1).all()
     for images in first:
-        means = images.images_NHWc.mean((1, 2, 3))
+        means = images.pixels_NP.mean(1)
         np.testing.assert_array_equal(means < 125, images.labels_N == 1)
 
 
