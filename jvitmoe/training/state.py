@@ -8,6 +8,7 @@ L layers · E experts
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -114,16 +115,9 @@ def abstract_state(config: Config, routing: Routing, mesh: Mesh) -> TrainState:
     shapes = jax.eval_shape(lambda: _create(config, routing))
     marks, shard = trees.stacked(shapes.params), config.train.shard
 
-    def shard_leaf(x: jax.ShapeDtypeStruct, is_stacked: bool, split: bool) -> jax.ShapeDtypeStruct:
-        along: list[str | None] = [None] * x.ndim
-        if is_stacked and mesh.shape[EXPERT] > 1:
-            along[trees.EXPERT_AXIS] = EXPERT
-        free = [n for n, axis in enumerate(along) if axis is None and x.shape[n] % mesh.shape[DATA] == 0]
-        if split and free:
-            along[max(free, key=lambda n: x.shape[n])] = DATA
-        while along and along[-1] is None:  # P() and P(None) mean one thing, but are two programs to jit
-            along.pop()
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, PartitionSpec(*along)))
+    def shard_leaf(x: Any, is_stacked: bool, split: bool) -> jax.ShapeDtypeStruct:
+        spec = leaf_spec(mesh, x.shape, is_stacked, split)
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
 
     def shard_tree(tree: Any, is_stacked: bool, split: bool) -> Any:
         return jax.tree.map(lambda x: shard_leaf(x, is_stacked, split), tree)
@@ -138,6 +132,20 @@ def abstract_state(config: Config, routing: Routing, mesh: Mesh) -> TrainState:
         ),
         shard_tree(shapes.ema, False, shard != "none"),
     )
+
+
+def leaf_spec(mesh: Mesh, shape: Sequence[int], is_stacked: bool, split: bool) -> PartitionSpec:
+    """Returns how a leaf of parameters, gradients or optimiser state lies on the mesh; `split`: over the data axis,
+    along its longest axis that divides."""
+    along: list[str | None] = [None] * len(shape)
+    if is_stacked and mesh.shape[EXPERT] > 1:
+        along[trees.EXPERT_AXIS] = EXPERT
+    free = [n for n in range(len(shape)) if along[n] is None and shape[n] % mesh.shape[DATA] == 0]
+    if split and free:
+        along[max(free, key=lambda n: shape[n])] = DATA
+    while along and along[-1] is None:  # P() and P(None) mean one thing, but are two programs to jit
+        along.pop()
+    return PartitionSpec(*along)
 
 
 def _create(config: Config, routing: Routing, dense: Any = None) -> TrainState:

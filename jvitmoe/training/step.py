@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import NamedSharding
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jvitmoe.data import augment
 from jvitmoe.data.batches import Images
@@ -27,7 +27,7 @@ from jvitmoe.runtime import compilation
 from jvitmoe.runtime.addresses import Purpose, address
 from jvitmoe.runtime.devices import AXES, BY_DATA, BY_EXPERT, DATA, EXPERT, REPLICATED
 from jvitmoe.training import losses, optimizer
-from jvitmoe.training.state import StepPlan, TrainState, abstract_state, put, take
+from jvitmoe.training.state import StepPlan, TrainState, abstract_state, leaf_spec, put, take
 from jvitmoe.training.update import finish, learning_rate, update
 
 
@@ -124,20 +124,33 @@ class Shard(NamedTuple):
 
 def gradients(plan: StepPlan, params: Any, inputs: Inputs) -> Gradients:
     """Returns `local_gradients` of all devices as whole arrays; the arguments are whole arrays too."""
-    spec = jax.tree.map(lambda leaf: BY_EXPERT if leaf else REPLICATED, on_expert_axis(plan, params))
+    marks = on_expert_axis(plan, params)
+    spec = jax.tree.map(lambda leaf: BY_EXPERT if leaf else REPLICATED, marks)
     whole: Any = REPLICATED
     images: Any = BY_DATA if plan.config.data.stream else whole
+    found = gradient_specs(plan, params, marks)
     return jax.shard_map(
-        functools.partial(local_gradients, plan),
+        functools.partial(local_gradients, plan, found),
         mesh=plan.mesh,
         in_specs=(spec, Inputs(images, whole, whole, whole)),
-        out_specs=Gradients(whole, whole, whole, spec),
+        out_specs=Gradients(whole, whole, whole, found),
     )(params, inputs)
 
 
-def local_gradients(plan: StepPlan, params: Any, inputs: Inputs) -> Gradients:
-    """Returns the gradients of the global batch for the parameters that this device holds. Of a streamed batch,
-    `inputs.split` holds the rows of this device."""
+def gradient_specs(plan: StepPlan, params: Any, marks: Any) -> Any:
+    """Returns how the gradients of whole parameters lie on the mesh. With `train.shard` each device gets the part that
+    its moments need: half of the bytes of an all-reduce. Muon needs whole matrices."""
+
+    def spec(path: Sequence[Any], leaf: jax.Array, is_stacked: bool) -> PartitionSpec:
+        split = plan.config.train.shard != "none" and not optimizer.multiplies_whole(plan.config, path)
+        return leaf_spec(plan.mesh, leaf.shape, is_stacked, split)
+
+    return jax.tree.map_with_path(spec, params, marks)
+
+
+def local_gradients(plan: StepPlan, specs: Any, params: Any, inputs: Inputs) -> Gradients:
+    """Returns the gradients of the global batch for the parameters that this device holds, split as `specs` say. Of a
+    streamed batch, `inputs.split` holds the rows of this device."""
     shard = images_of_device(plan, inputs, batch_indices(plan, inputs.routes))
     # Each device differentiates its own copy, so gradients are reduced once, at the end, and not where a parameter
     # first meets the images: inside the scan over layers, and the CLS token once per image.
@@ -148,7 +161,16 @@ def local_gradients(plan: StepPlan, params: Any, inputs: Inputs) -> Gradients:
         return jax.value_and_grad(loss_and_metrics, has_aux=True)(own, plan, part, inputs)
 
     (loss, (accuracy, statistics)), grads = accumulate(plan, differentiate, shard)
-    return Gradients(loss, accuracy, statistics, jax.tree.map(jax.lax.psum, grads, axes))
+    return Gradients(loss, accuracy, statistics, jax.tree.map(reduce, grads, axes, specs))
+
+
+def reduce(grad: jax.Array, axes: tuple[str, ...], spec: PartitionSpec) -> jax.Array:
+    """Returns the sum of a gradient over the devices of the axes; if `spec` splits it over data, the part of this
+    device."""
+    if DATA not in spec:
+        return jax.lax.psum(grad, axes)
+    part = jax.lax.psum_scatter(grad, DATA, scatter_dimension=list(spec).index(DATA), tiled=True)
+    return jax.lax.psum(part, tuple(axis for axis in axes if axis != DATA))
 
 
 def on_expert_axis(plan: StepPlan, params: Any) -> Any:

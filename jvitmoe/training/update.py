@@ -4,17 +4,18 @@ L layers · E experts
 """
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import NamedSharding
 
 from jvitmoe.experts import merge, trees
 from jvitmoe.training import optimizer
-from jvitmoe.training.state import OptState, StepPlan, TrainState
+from jvitmoe.training.state import OptState, StepPlan, TrainState, leaf_spec
 
 
 def update(plan: StepPlan, active: TrainState, stacked: Any, grads: Any, norm: jax.Array) -> TrainState:
@@ -27,12 +28,31 @@ def update(plan: StepPlan, active: TrainState, stacked: Any, grads: Any, norm: j
         clip = jnp.minimum(1.0, config.optim.clip_norm / norm)
         grads = jax.tree.map(lambda g: g * clip, grads)
     tx, factor = optimizer.direction(config), plan.routing.rate(active.step)
-    direction, opt_state = directions(tx, grads, active.opt_state, params, stacked, factor)
+    moments = whole_matrices(plan, active.opt_state)
+    direction, opt_state = directions(tx, grads, moments, params, stacked, factor)
+    opt_state = whole_matrices(plan, opt_state)  # else XLA splits what it computes from them
     if optimizer.scales_differ(config):
         direction = jax.tree.map(operator.mul, optimizer.layer_scales(config, params), direction)
     rate = learning_rate(plan, active.step)
     params = jax.tree.map(lambda p, d: p - rate * d, params, direction)
     return active._replace(params=params, opt_state=opt_state)
+
+
+def whole_matrices(plan: StepPlan, opt_state: OptState) -> OptState:
+    """Returns the optimiser state with each matrix that `train.shard` has split gathered, if the optimiser multiplies
+    it: XLA would exchange it in every one of Muon's products."""
+    if plan.config.train.shard == "none":
+        return opt_state
+
+    def gather(path: Sequence[Any], leaf: jax.Array, is_stacked: bool) -> jax.Array:
+        if not optimizer.multiplies_whole(plan.config, path):
+            return leaf
+        spec = leaf_spec(plan.mesh, leaf.shape, is_stacked, False)
+        return jax.lax.with_sharding_constraint(leaf, NamedSharding(plan.mesh, spec))
+
+    trunk = jax.tree.map_with_path(lambda path, x: gather(path, x, False), opt_state.trunk)
+    stay = plan.expert_devices > 1
+    return OptState(trunk, jax.tree.map_with_path(lambda path, x: gather(path, x, stay), opt_state.experts))
 
 
 def finish(plan: StepPlan, state: TrainState) -> TrainState:
