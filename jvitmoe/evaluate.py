@@ -63,13 +63,13 @@ def _evaluate(values: flags.FlagValues, workdir: Path) -> None:
     # Not above: these import JAX and matplotlib, and --help need not wait for that.
     from jvitmoe.data import stream
     from jvitmoe.data.batches import eval_batches, on_devices
-    from jvitmoe.evaluation import mergeability, metrics, models, probes
+    from jvitmoe.evaluation import mergeability, models, probes
     from jvitmoe.experts import merge
     from jvitmoe.runs import figures
 
     config, step, mesh, model, params, ema, trained_with = _restore(values, workdir)
     data, probed, probe_config = _data(values, config)
-    evaluate = metrics.make_evaluate(model, mesh, config.data)
+    evaluate = models.make_evaluate(model, mesh, config.data)
     shown = stream.eval_images(data.test, config, mesh)
     known = results.of_training(workdir, trained_with)
     result: dict[str, Any] = {}
@@ -152,8 +152,8 @@ def _draw_samples(evaluate: Any, params: Any, few: Any, workdir: Path) -> None:
     import jax.numpy as jnp
 
     from jvitmoe.data.images import Picture
-    from jvitmoe.interop import contact_sheet
     from jvitmoe.models import vit
+    from jvitmoe.runs import figures
 
     logits_NC = vit.logits(evaluate.net, params, evaluate.normalize(jnp.asarray(few.images_NHWc)))
     names, cells = results.class_names(workdir, logits_NC.shape[1]), []
@@ -161,8 +161,8 @@ def _draw_samples(evaluate: Any, params: Any, few: Any, workdir: Path) -> None:
     for image_HWc, label, share_C in zip(few.images_NHWc, few.labels_N, share_NC, strict=True):
         order_C = (-share_C).argsort()
         guesses, picture = [(names[c], float(share_C[c])) for c in order_C], Picture(names[label], image_HWc)
-        cells.append(contact_sheet.Cell(picture, f"true: {names[label]}", guesses, is_wrong=order_C[0] != label))
-    contact_sheet.draw(workdir / files.SAMPLES, cells)
+        cells.append(figures.Cell(picture, f"true: {names[label]}", guesses, is_wrong=order_C[0] != label))
+    figures.contact_sheet(workdir / files.SAMPLES, cells)
 
 
 def _probe_config(values: flags.FlagValues, config: Config) -> Config:
@@ -175,12 +175,12 @@ def _probe_config(values: flags.FlagValues, config: Config) -> Config:
 
 
 def _verify(workdir: Path) -> None:
-    from jvitmoe.runs import verify  # imports JAX
+    from jvitmoe.runs import folder  # imports JAX
 
-    checked = list(verify.verify(workdir))
-    for name, _, finding in checked:
-        console.print(f"{name:<16} {finding}")
-    if not all(sound for _, sound, _ in checked):
+    faults = dict(folder.verify(workdir))
+    for name, fault in faults.items():
+        console.print(f"{name:<16} {fault or 'sound'}")
+    if any(faults.values()):
         sys.exit(1)
 
 

@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from jvitmoe.errors import UserError
-from jvitmoe.runs.console import console
+from jvitmoe.runs.console import console, markdown_table, quantity, show_table
 from jvitmoe.runs.files import CONFUSION, MERGEABILITY, RESULT, checksum, read_classes, read_json, write_text
-from jvitmoe.runs.tables import markdown, quantity, show
 
 LEGEND = (
     "Spread: how far experts are from their mean, relative to it. Cosine: of two experts' weights, mean of pairs. "
@@ -132,7 +131,7 @@ def made_with(several: Sequence[Mapping[str, Any]]) -> str:
 
 def show_models(workdir: Path, result: Mapping[str, Any]) -> None:
     """Prints the table of the tested models."""
-    show(result_rows(result), f"{workdir.resolve().name}: {result['data']} test split, step {result['step']}")
+    show_table(result_rows(result), f"{workdir.resolve().name}: {result['data']} test split, step {result['step']}")
 
 
 def write_result(workdir: Path, result: Mapping[str, Any], confusion_drawn: bool = False) -> None:
@@ -144,13 +143,13 @@ def write_result(workdir: Path, result: Mapping[str, Any], confusion_drawn: bool
     """
     show_models(workdir, result)
     text = (
-        f"# {workdir.resolve().name}\n\n{made_with([result])} n (seeds): 1.\n\n{markdown(result_rows(result))}\n"
+        f"# {workdir.resolve().name}\n\n{made_with([result])} n (seeds): 1.\n\n{markdown_table(result_rows(result))}\n"
         f"Test split of {result['data']}, checkpoint at step {result['step']}, seed {result['seed']}. "
         f"Parameters: {result['active_parameters']:,} active, {result['total_parameters']:,} total.\n"
     )
     if probes := probe_rows(result.get("probes") or ()):
-        text += f"\n## Probes\n\n{markdown(probes)}\n{PROBES}\n"
-        show(probes, "probes of the features")
+        text += f"\n## Probes\n\n{markdown_table(probes)}\n{PROBES}\n"
+        show_table(probes, "probes of the features")
     if why := result.get("mergeability"):
         layers = [
             {"layer": str(layer), **{title: f"{why[name][n]:.4f}" for title, name in LAYER_COLUMNS.items()}}
@@ -158,15 +157,15 @@ def write_result(workdir: Path, result: Mapping[str, Any], confusion_drawn: bool
         ]
         barrier = f"Highest rise of the loss from an expert to the mean: {why['barrier']['height']:.4f} nats."
         text += (
-            f"\n## Why averaging works or fails\n\n![mergeability]({MERGEABILITY})\n\n{markdown(layers)}\n"
+            f"\n## Why averaging works or fails\n\n![mergeability]({MERGEABILITY})\n\n{markdown_table(layers)}\n"
             f"{barrier} {LEGEND} Measured on {why['images']:,} test images.\n"
         )
-        show(layers, "experts of each layer")
+        show_table(layers, "experts of each layer")
         console.print(barrier)
     for row in result["rows"]:
         if confusion := row.get("confusion"):
             picture = f"![confusion]({CONFUSION})\n\n" if confusion_drawn else ""
-            table = markdown(class_rows(confusion, class_names(workdir, len(confusion))))
+            table = markdown_table(class_rows(confusion, class_names(workdir, len(confusion))))
             text += f"\n## Classes, {row['model']}\n\n{picture}{table}"
     write_text(workdir / "report.md", text)
     save_result(workdir, result)

@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import save
@@ -15,7 +14,6 @@ from jvitmoe.config import NEUTRAL, Config, ModelConfig
 from jvitmoe.data import augment, datasets, splits
 from jvitmoe.errors import UserError
 from jvitmoe.interop import classifier, load, weight_names
-from jvitmoe.models import vit
 from jvitmoe.models.routers import ROUTERS
 from jvitmoe.runs import files
 
@@ -142,11 +140,3 @@ def save_weights(out: Path, arrays: weight_names.Dict, about: dict[str, Any]) ->
 def per_channel(values: Sequence[float], model: ModelConfig) -> list[float]:
     """Returns the mean or deviation of pixels with one number per channel."""
     return list(values) if len(values) == model.channels else list(values) * model.channels
-
-
-def forward(source: load.Source, model: ModelConfig) -> Callable[[jax.Array], jax.Array]:
-    """Returns the model as a function of normalised images, with its parameters as constants and its layers unrolled,
-    because exporters cannot combine a loop with a batch of unknown size."""
-    net = vit.build(model).clone(loops=False)
-    params = jax.tree.map(jnp.asarray, weight_names.unflatten(classifier.dense_arrays(source)))
-    return lambda images_BHWc: vit.logits(net, params, images_BHWc)
