@@ -11,7 +11,7 @@ With --verify it only reports which files of the run folder are sound, and exits
 import dataclasses
 import sys
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from absl import flags
 
@@ -47,18 +47,6 @@ def main(argv: list[str]) -> None:
         _evaluate(values, workdir)
 
 
-class _Restored(NamedTuple):
-    """A checkpoint on the devices."""
-
-    config: Config
-    step: int
-    mesh: Any
-    model: Any
-    params: Any
-    ema: Any  # None if the run has none
-    versions: dict[str, str]  # that trained it
-
-
 def _evaluate(values: flags.FlagValues, workdir: Path) -> None:
     # Not above: these import JAX and matplotlib, and --help need not wait for that.
     from jvitmoe.data import stream
@@ -91,8 +79,9 @@ def _evaluate(values: flags.FlagValues, workdir: Path) -> None:
     results.write_result(workdir, result, files.CONFUSION in drawn)
 
 
-def _restore(values: flags.FlagValues, workdir: Path) -> _Restored:
-    """Returns the checkpoint that the flags name, and prints what it is."""
+def _restore(values: flags.FlagValues, workdir: Path) -> tuple[Config, int, Any, Any, Any, Any, dict[str, str]]:
+    """Returns (config, step, mesh, model, parameters, EMA or None, versions that trained it) of the checkpoint that the
+    flags name, its arrays on the devices, and prints what it is."""
     import jax
 
     from jvitmoe import routing
@@ -117,7 +106,7 @@ def _restore(values: flags.FlagValues, workdir: Path) -> _Restored:
     console.print(f"parameters  {active:,} active, {total:,} total ({model.dtype.name} compute)")
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state.abstract_state(config, routed, mesh))
     params, ema = jax.device_put((saved.params, saved.ema), (shardings.params, shardings.ema))
-    return _Restored(config, saved.step, mesh, model, params, ema, saved.meta["versions"])
+    return config, saved.step, mesh, model, params, ema, saved.meta["versions"]
 
 
 def _data(values: flags.FlagValues, config: Config) -> tuple[Any, Any, Config]:

@@ -1,4 +1,4 @@
-"""One page of HTML with everything in it: no script, no network, no other files. Markdown of the same parts."""
+"""A report, from its parts: as Markdown, or one page of HTML with everything in it, without script and network."""
 
 import base64
 import html
@@ -39,7 +39,7 @@ class Heading(NamedTuple):
 
 class Picture(NamedTuple):
     name: str  # of its file beside the report, without .png
-    png: bytes
+    png: bytes = b""  # that a page of HTML needs
 
 
 Part = Heading | Picture | str | Sequence[Mapping[str, str]]  # a string is a paragraph, a sequence the rows of a table

@@ -1,6 +1,6 @@
 """Export targets. Each file of this folder defines subclasses of `base.Target`; the import below registers them."""
 
-from jvitmoe.interop.targets import hf, programs, safetensors, timm
+from jvitmoe.interop.targets import programs, weights
 from jvitmoe.interop.targets.base import TARGETS
 
-__all__ = ["TARGETS", "hf", "programs", "safetensors", "timm"]
+__all__ = ["TARGETS", "programs", "weights"]

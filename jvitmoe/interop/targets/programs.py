@@ -1,5 +1,4 @@
-"""The model as a program with a free batch size: StableHLO for CPU and CUDA, read back by `jax.export`, and ONNX, read
-back by onnxruntime."""
+"""The model as a program with a free batch size: StableHLO and ONNX."""
 
 import contextlib
 import importlib.util
@@ -34,6 +33,8 @@ def _forward(source: load.Source, model: ModelConfig) -> Callable[[jax.Array], j
 
 @base.register
 class StableHlo(base.Target):
+    """StableHLO for CPU and CUDA, read back by `jax.export`."""
+
     name = "stablehlo"
     library = "jax"
     reader = "jax.export"
@@ -61,6 +62,8 @@ The program runs on cpu and cuda; JAX reads it for at least six months after the
 
 @base.register
 class Onnx(base.Target):
+    """ONNX, read back by onnxruntime."""
+
     name = library = "onnx"
     reader = "onnxruntime"
     use = """```python
