@@ -56,12 +56,7 @@ class Source:
     ema: bool = False  # True if the parameters are a run's EMA
 
 
-def read(
-    path: Path | str,
-    heads: int = 0,
-    checkpoint: str = "latest",
-    ema: bool = False,
-) -> Source:
+def read(path: Path | str, heads: int = 0, checkpoint: str = "latest", ema: bool = False) -> Source:
     """Returns the dense ViT in a run folder, an exported folder, a .safetensors or an .npz file.
 
     Args:

@@ -189,11 +189,7 @@ model.load_state_dict(load_file("model.safetensors"), strict=True)
 
 
 def timm_config(
-    model: ModelConfig,
-    classes: Sequence[str],
-    crop: str,
-    mean: Sequence[float] = (0.5,),
-    std: Sequence[float] = (0.5,),
+    model: ModelConfig, classes: Sequence[str], crop: str, mean: Sequence[float] = (0.5,), std: Sequence[float] = (0.5,)
 ) -> dict[str, Any]:
     """Returns timm's config.json: the architecture whose LayerNorm epsilon is nearest to ours, with our arguments;
     `crop`, `mean` and `std` are those of the run's `data`."""
