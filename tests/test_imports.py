@@ -15,7 +15,6 @@ COMMANDS = ("train", "evaluate", "predict", "export", "report", "configs")
 ORDER = (
     ("errors",),
     ("settings",),
-    ("rules",),
     ("config",),
     ("runtime",),
     ("data", "models"),
