@@ -116,11 +116,15 @@ def _data(values: flags.FlagValues, config: Config) -> tuple[Any, Any, Config]:
 
     find = datasets.browse if config.data.stream else datasets.load
     with cli.data_dir_flag():
-        data: Any = find(config.data, config.model)
-    probe_config = _probe_config(values, config)
+        own: Any = find(config.data, config.model)
+    if not values.probe_data:
+        return own, own, config
+    crop = "centre" if config.data.crop == "exact" else config.data.crop  # its images may have any size
+    data = dataclasses.replace(config.data, name=values.probe_data, dir=values.probe_dir or config.data.dir, crop=crop)
+    model = dataclasses.replace(config.model, classes=0)  # any number of them
     try:
         with cli.data_dir_flag("--probe_dir"):
-            return data, find(probe_config.data, probe_config.model) if values.probe_data else data, probe_config
+            return own, find(data, model), dataclasses.replace(config, data=data, model=model)
     except SizeError as error:
         remedy = "write them into an image folder, and give --probe_data=folder --probe_dir=DIR"
         raise UserError(f"--probe_data is {values.probe_data!r}, but {error.fault}; {remedy}") from error
@@ -152,15 +156,6 @@ def _draw_samples(evaluate: Any, params: Any, few: Any, workdir: Path) -> None:
         guesses, picture = [(names[c], float(share_C[c])) for c in order_C], Picture(names[label], image_HWc)
         cells.append(figures.Cell(picture, f"true: {names[label]}", guesses, is_wrong=order_C[0] != label))
     figures.contact_sheet(workdir / files.SAMPLES, cells)
-
-
-def _probe_config(values: flags.FlagValues, config: Config) -> Config:
-    """Returns the config with the data of --probe_data, if given, which may have any number of classes and any size."""
-    if not values.probe_data:
-        return config
-    crop = "centre" if config.data.crop == "exact" else config.data.crop
-    data = dataclasses.replace(config.data, name=values.probe_data, dir=values.probe_dir or config.data.dir, crop=crop)
-    return dataclasses.replace(config, data=data, model=dataclasses.replace(config.model, classes=0))
 
 
 def _verify(workdir: Path) -> None:

@@ -99,10 +99,8 @@ def joint_faults(config: Config) -> Iterator[tuple[str, str]]:
 def _data_faults(config: Config) -> Iterator[tuple[str, str]]:
     data, model = config.data, config.model
     if data.crop == "resized" and not data.stream:
-        yield (
-            "data.crop",
-            "must be 'exact' or 'centre' for sets that live on the device; 'resized' needs data.stream=True",
-        )
+        rule = "must be 'exact' or 'centre' for sets that live on the device; 'resized' needs data.stream=True"
+        yield "data.crop", rule
     for path, values, least in (("data.mean", data.mean, 0.0), ("data.std", data.std, SMALLEST_STD)):
         if len(values) not in (1, model.channels) or not all(least <= value <= 1 for value in values):
             yield path, f"must be one number or {model.channels}, one per channel, each from {least:g} to 1"
