@@ -14,7 +14,7 @@ from jvitmoe import cli, evaluate, experiment_files, export, report
 from jvitmoe.config import SETTINGS, Config, unknown_field
 from jvitmoe.errors import ConfigError, UserError
 from jvitmoe.interop import classifier
-from jvitmoe.runs import files, groups, history, results
+from jvitmoe.runs import files, groups, results
 from jvitmoe.runs.trackers import DEFAULT
 from jvitmoe.runtime.signals import Stop
 from jvitmoe.training import launch
@@ -39,7 +39,7 @@ class Run:
     @property
     def history(self) -> list[dict[str, Any]]:
         """Lines of metrics.jsonl: step, kind ("train", "validation" or "test"), and its figures."""
-        return history.read_metrics(self.workdir / files.METRICS)
+        return files.read_metrics(self.workdir / files.METRICS)
 
     @property
     def results(self) -> dict[str, Any]:

@@ -118,8 +118,7 @@ def measure(config: Config, target: Target, count: int) -> dict[str, Any]:
 
 def show(found: Mapping[str, Any]) -> None:
     """Prints what `measure` returned."""
-    from jvitmoe.runs import tables
-    from jvitmoe.runs.console import console
+    from jvitmoe.runs.console import console, show_table
 
     mesh, attention = found["mesh"], {"cudnn": "cuDNN's attention", "xla": "XLA's attention"}[found["attention"]]
     console.print(f"devices     {found['devices']}, a mesh of {mesh['data']} x {mesh['expert']} (data x expert)")
@@ -128,7 +127,7 @@ def show(found: Mapping[str, Any]) -> None:
     rows = [{"memory of a device": name, "MiB": f"{size / 2**20:,.1f}"} for name, size in found["bytes"].items()]
     rows.append({"memory of a device": "peak", "MiB": f"{found['peak_bytes'] / 2**20:,.1f}"})
     rows.append({"memory of a device": "available", "MiB": f"{found['available_bytes'] / 2**20:,.1f}"})
-    tables.show(rows, "")
+    show_table(rows, "")
     for one in found["collectives"]:
         when = {"step": "once a step", "loop": "in the loop over layers", "pull": "in a step that pulls"}[one["place"]]
         console.print(f"moved       {one['kind']} over {one['axis']}: {one['bytes']:,} bytes, {when}")

@@ -1,4 +1,4 @@
-"""The configuration of a run: all settings. `rules` has what joins several of them.
+"""The configuration of a run: all settings, each with its rule. `settings` has those that join several.
 
 An experiment is a small file in `configs/` whose `get_config()` returns a `Config`. On the command line any setting can
 be overridden with `--config.a.b=value`. `python -m jvitmoe.config > docs/settings.md` writes the page about them.
@@ -10,9 +10,8 @@ import operator
 from collections.abc import Collection, Iterable
 from typing import Any
 
-from jvitmoe import rules
 from jvitmoe.errors import ConfigError, did_you_mean
-from jvitmoe.settings import check, page, setting
+from jvitmoe.settings import check, joint_faults, page, setting
 
 
 @dataclasses.dataclass
@@ -250,7 +249,7 @@ class Config:
         """Returns itself if every rule holds. Raises ConfigError naming the first setting that breaks one."""
         for path, field in SETTINGS.items():
             check(path, field, operator.attrgetter(path)(self))
-        self.refuse(rules.faults(self))
+        self.refuse(joint_faults(self))
         return self
 
     def refuse(self, faults: Iterable[tuple[str, str]]) -> None:

@@ -11,7 +11,7 @@ With --verify it only reports which files of the run folder are sound, and exits
 import dataclasses
 import sys
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from absl import flags
 
@@ -47,29 +47,17 @@ def main(argv: list[str]) -> None:
         _evaluate(values, workdir)
 
 
-class _Restored(NamedTuple):
-    """A checkpoint on the devices."""
-
-    config: Config
-    step: int
-    mesh: Any
-    model: Any
-    params: Any
-    ema: Any  # None if the run has none
-    versions: dict[str, str]  # that trained it
-
-
 def _evaluate(values: flags.FlagValues, workdir: Path) -> None:
     # Not above: these import JAX and matplotlib, and --help need not wait for that.
     from jvitmoe.data import stream
     from jvitmoe.data.batches import eval_batches, on_devices
-    from jvitmoe.evaluation import mergeability, metrics, models, probes
+    from jvitmoe.evaluation import mergeability, models, probes
     from jvitmoe.experts import merge
     from jvitmoe.runs import figures
 
     config, step, mesh, model, params, ema, trained_with = _restore(values, workdir)
     data, probed, probe_config = _data(values, config)
-    evaluate = metrics.make_evaluate(model, mesh, config.data)
+    evaluate = models.make_evaluate(model, mesh, config.data)
     shown = stream.eval_images(data.test, config, mesh)
     known = results.of_training(workdir, trained_with)
     result: dict[str, Any] = {}
@@ -91,8 +79,9 @@ def _evaluate(values: flags.FlagValues, workdir: Path) -> None:
     results.write_result(workdir, result, files.CONFUSION in drawn)
 
 
-def _restore(values: flags.FlagValues, workdir: Path) -> _Restored:
-    """Returns the checkpoint that the flags name, and prints what it is."""
+def _restore(values: flags.FlagValues, workdir: Path) -> tuple[Config, int, Any, Any, Any, Any, dict[str, str]]:
+    """Returns (config, step, mesh, model, parameters, EMA or None, versions that trained it) of the checkpoint that the
+    flags name, its arrays on the devices, and prints what it is."""
     import jax
 
     from jvitmoe import routing
@@ -117,7 +106,7 @@ def _restore(values: flags.FlagValues, workdir: Path) -> _Restored:
     console.print(f"parameters  {active:,} active, {total:,} total ({model.dtype.name} compute)")
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state.abstract_state(config, routed, mesh))
     params, ema = jax.device_put((saved.params, saved.ema), (shardings.params, shardings.ema))
-    return _Restored(config, saved.step, mesh, model, params, ema, saved.meta["versions"])
+    return config, saved.step, mesh, model, params, ema, saved.meta["versions"]
 
 
 def _data(values: flags.FlagValues, config: Config) -> tuple[Any, Any, Config]:
@@ -127,11 +116,15 @@ def _data(values: flags.FlagValues, config: Config) -> tuple[Any, Any, Config]:
 
     find = datasets.browse if config.data.stream else datasets.load
     with cli.data_dir_flag():
-        data: Any = find(config.data, config.model)
-    probe_config = _probe_config(values, config)
+        own: Any = find(config.data, config.model)
+    if not values.probe_data:
+        return own, own, config
+    crop = "centre" if config.data.crop == "exact" else config.data.crop  # its images may have any size
+    data = dataclasses.replace(config.data, name=values.probe_data, dir=values.probe_dir or config.data.dir, crop=crop)
+    model = dataclasses.replace(config.model, classes=0)  # any number of them
     try:
         with cli.data_dir_flag("--probe_dir"):
-            return data, find(probe_config.data, probe_config.model) if values.probe_data else data, probe_config
+            return own, find(data, model), dataclasses.replace(config, data=data, model=model)
     except SizeError as error:
         remedy = "write them into an image folder, and give --probe_data=folder --probe_dir=DIR"
         raise UserError(f"--probe_data is {values.probe_data!r}, but {error.fault}; {remedy}") from error
@@ -152,8 +145,8 @@ def _draw_samples(evaluate: Any, params: Any, few: Any, workdir: Path) -> None:
     import jax.numpy as jnp
 
     from jvitmoe.data.images import Picture
-    from jvitmoe.interop import contact_sheet
     from jvitmoe.models import vit
+    from jvitmoe.runs import figures
 
     logits_NC = vit.logits(evaluate.net, params, evaluate.normalize(jnp.asarray(few.images_NHWc)))
     names, cells = results.class_names(workdir, logits_NC.shape[1]), []
@@ -161,26 +154,17 @@ def _draw_samples(evaluate: Any, params: Any, few: Any, workdir: Path) -> None:
     for image_HWc, label, share_C in zip(few.images_NHWc, few.labels_N, share_NC, strict=True):
         order_C = (-share_C).argsort()
         guesses, picture = [(names[c], float(share_C[c])) for c in order_C], Picture(names[label], image_HWc)
-        cells.append(contact_sheet.Cell(picture, f"true: {names[label]}", guesses, is_wrong=order_C[0] != label))
-    contact_sheet.draw(workdir / files.SAMPLES, cells)
-
-
-def _probe_config(values: flags.FlagValues, config: Config) -> Config:
-    """Returns the config with the data of --probe_data, if given, which may have any number of classes and any size."""
-    if not values.probe_data:
-        return config
-    crop = "centre" if config.data.crop == "exact" else config.data.crop
-    data = dataclasses.replace(config.data, name=values.probe_data, dir=values.probe_dir or config.data.dir, crop=crop)
-    return dataclasses.replace(config, data=data, model=dataclasses.replace(config.model, classes=0))
+        cells.append(figures.Cell(picture, f"true: {names[label]}", guesses, is_wrong=order_C[0] != label))
+    figures.contact_sheet(workdir / files.SAMPLES, cells)
 
 
 def _verify(workdir: Path) -> None:
-    from jvitmoe.runs import verify  # imports JAX
+    from jvitmoe.runs import folder  # imports JAX
 
-    checked = list(verify.verify(workdir))
-    for name, _, finding in checked:
-        console.print(f"{name:<16} {finding}")
-    if not all(sound for _, sound, _ in checked):
+    faults = dict(folder.verify(workdir))
+    for name, fault in faults.items():
+        console.print(f"{name:<16} {fault or 'sound'}")
+    if any(faults.values()):
         sys.exit(1)
 
 

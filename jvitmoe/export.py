@@ -35,7 +35,7 @@ def main(argv: list[str]) -> None:
     from jvitmoe.runtime import compilation
 
     if values.to not in TARGETS:
-        raise UserError(f"--to is {values.to!r}; it must be one of {', '.join(TARGETS)}")
+        raise UserError(f"--to is {values.to!r}; it must be one of {', '.join(sorted(TARGETS))}")
     compilation.use_cache()
     with warnings_as_lines():
         source = load.read(workdir, checkpoint=values.checkpoint, ema=values.ema)

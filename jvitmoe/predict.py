@@ -17,8 +17,7 @@ from jvitmoe import cli
 from jvitmoe.data import images
 from jvitmoe.data.images import DataError
 from jvitmoe.errors import UserError, printable
-from jvitmoe.runs import tables
-from jvitmoe.runs.console import console, warnings_as_lines
+from jvitmoe.runs.console import console, show_table, warnings_as_lines
 
 
 def main(argv: list[str]) -> None:
@@ -36,7 +35,8 @@ def main(argv: list[str]) -> None:
     if out and (out.suffix.lower() != ".png" or not out.parent.is_dir()):
         raise UserError(f"--sheet is {values.sheet!r}; it must be a .png in a folder that exists")
     # Not above: these import JAX and matplotlib, and --help need not wait for that.
-    from jvitmoe.interop import classifier, contact_sheet
+    from jvitmoe.interop import classifier
+    from jvitmoe.runs import figures
     from jvitmoe.runtime import compilation
 
     compilation.use_cache()
@@ -65,12 +65,12 @@ def main(argv: list[str]) -> None:
             | {str(n): f"{printable(c.name)} {c.probability:.1%}" for n, c in enumerate(top, 1)}
             for path, top in classes
         ]
-        tables.show(rows, f"{values.workdir}: most probable classes")
+        show_table(rows, f"{values.workdir}: most probable classes")
     if out and classes:
         guesses = [[(c.name, c.probability) for c in top] for _, top in classes]
         pictures = [images.Picture(str(path), path) for path, _ in classes]
         captions = [path.name for path, _ in classes]
-        contact_sheet.draw(out, list(map(contact_sheet.Cell, pictures, captions, guesses)))
+        figures.contact_sheet(out, list(map(figures.Cell, pictures, captions, guesses)))
         if not values.json:
             console.print(f"sheet       {printable(str(out))}")
     for message in unreadable:

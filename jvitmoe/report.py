@@ -14,8 +14,8 @@ from absl import flags
 
 from jvitmoe import cli
 from jvitmoe.errors import UserError
-from jvitmoe.runs import files, groups, page, tables
-from jvitmoe.runs.console import console
+from jvitmoe.runs import files, groups, page
+from jvitmoe.runs.console import console, show_table
 from jvitmoe.runs.groups import Groups
 
 NOTE = (
@@ -49,7 +49,7 @@ def main(argv: list[str]) -> None:
     if values.html:
         files.write_text(out / "report.html", page.as_html([*parts, *_details(found)]))
     short = [{name: cell for name, cell in row.items() if name != "hardware"} for row in rows]
-    tables.show(short if len(found) <= MANY else overview, "test split")
+    show_table(short if len(found) <= MANY else overview, "test split")
     for hardware in dict.fromkeys(row["hardware"] for row in rows):
         console.print(f"hardware    {hardware}")
     console.print(f"pictures    {', '.join(str(out / f'{picture.name}.png') for picture in pictures)}")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from sweep import Variant, accuracies, interval, main, mean_cell
 
-from jvitmoe.runs import tables
+from jvitmoe.runs.console import markdown_table
 
 INGREDIENTS: dict[str, dict[str, object]] = {
     "recipe": {},
@@ -71,7 +71,7 @@ def against_dense(runs: Path) -> str:
 def conclusion(runs: Path) -> str:
     """Returns the end of the report."""
     legend = "Accuracy on the test split, %. Seeds: of the dense and of the random variant."
-    return f"\n## Ingredients\n\n{legend}\n\n{tables.markdown(table(runs))}{against_dense(runs)}"
+    return f"\n## Ingredients\n\n{legend}\n\n{markdown_table(table(runs))}{against_dense(runs)}"
 
 
 if __name__ == "__main__":

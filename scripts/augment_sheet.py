@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from jvitmoe.config import DataConfig, ModelConfig
-from jvitmoe.data import augment, datasets, splits, trivial_augment
+from jvitmoe.data import augment, datasets, splits
 
 IMAGES, ZOOM, LABEL, GAP, SEED = 8, 2, 150, 4, 0
 SETTINGS = {  # row -> settings of the augmentations drawn as in training
@@ -39,8 +39,8 @@ def rows(images_BHWc: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
     """Yields (label, images) of every row of the sheet."""
     yield "original", images_BHWc
     strength_B = jnp.linspace(-1, 1, IMAGES)
-    for kind, name in enumerate(trivial_augment.OPERATIONS):
-        yield name, np.asarray(trivial_augment.apply(jnp.full(IMAGES, kind), strength_B, images_BHWc))
+    for kind, name in enumerate(augment.TRIVIAL):
+        yield name, np.asarray(augment.one_of_trivial(jnp.full(IMAGES, kind), strength_B, images_BHWc))
     radius_B = jnp.linspace(*augment.RADIUS, IMAGES)
     for kind, name in enumerate(augment.THREE):
         yield f"3-Augment: {name}", np.asarray(augment.one_of_three(jnp.full(IMAGES, kind), radius_B, images_BHWc))

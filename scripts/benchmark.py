@@ -29,8 +29,8 @@ from jvitmoe import cli, routing
 from jvitmoe import config as config_lib
 from jvitmoe.config import Config, ModelConfig
 from jvitmoe.errors import UserError
-from jvitmoe.runs import checkpoints, figures, files, results, tables
-from jvitmoe.runs.console import console
+from jvitmoe.runs import checkpoints, figures, files, results
+from jvitmoe.runs.console import console, markdown_table, quantity, show_table
 from jvitmoe.runtime import compilation, devices, memory, programs
 
 DTYPES = ["float32", "bfloat16"]
@@ -188,17 +188,17 @@ def write(result: dict[str, Any], out: Path) -> None:
     files.write_text(out / "benchmark.json", json.dumps(result, indent=1) + "\n")
     figures.save(throughput(result["rows"]), out / "benchmark.png")
     rows = [cells(row) for row in result["rows"]]
-    peak = ", ".join(f"{tables.quantity(flops)}FLOP/s in {d}" for d, flops in result["peak_flops_per_second"].items())
+    peak = ", ".join(f"{quantity(flops)}FLOP/s in {d}" for d, flops in result["peak_flops_per_second"].items())
     text = (
         f"# A training step\n\n{results.made_with([result])} n (rounds): {result['rounds']}.\n\n"
-        f"{tables.markdown(rows)}\n{NOTE}\n\n![images per second](benchmark.png)\n\n"
+        f"{markdown_table(rows)}\n{NOTE}\n\n![images per second](benchmark.png)\n\n"
         f"- peak: products of two square matrices, side {timed_step.PRODUCT_SIDE}: {peak}\n"
         f"- batch {result['batch']}, dropout {result['config']['model.dropout']}, "
         f"XLA options: {json.dumps(result['xla'])}\n\n"
         f"`{result['command']}`\n"
     )
     files.write_text(out / "report.md", text)
-    tables.show(rows, "a training step")
+    show_table(rows, "a training step")
     console.print(f"written     {out / 'report.md'}")
 
 
@@ -218,10 +218,10 @@ def cells(row: Mapping[str, Any]) -> dict[str, str]:
         found["times dense"] = f"{row['times_dense']:.3f} ({low:.3f} to {high:.3f})"
     if "flops" in row:
         found |= {
-            "FLOP/s": tables.quantity(row["flops_per_second"]),
+            "FLOP/s": quantity(row["flops_per_second"]),
             "of peak": f"{row['share_of_peak']:.0%}",
             "compile": f"{row['compile_seconds']:.1f} s",
-            "memory": f"{tables.quantity(row['planned_bytes'])}B",
+            "memory": f"{quantity(row['planned_bytes'])}B",
             "parameters": f"{row['parameters']:,}",
             "total": f"{row['total_parameters']:,}",
         }

@@ -25,7 +25,7 @@ from absl import logging
 
 from jvitmoe.runs import files
 from jvitmoe.runs.checkpoints import UNFINISHED, Checkpoints, list_steps
-from jvitmoe.runs.history import read_metrics
+from jvitmoe.runs.files import read_metrics
 
 TURNS = ("at a step", "writing a checkpoint", "evaluating", "before the first step")
 POLL = 0.002  # seconds

@@ -19,8 +19,7 @@ from absl import flags
 from jax.profiler import ProfileData
 
 from jvitmoe import cli, routing
-from jvitmoe.runs import tables
-from jvitmoe.runs.console import console
+from jvitmoe.runs.console import console, markdown_table
 from jvitmoe.runtime import devices
 
 HOLDERS = ("while", "call", "conditional")  # whose time is that of what they hold
@@ -54,7 +53,7 @@ def main(argv: list[str]) -> None:
         }
         for (part, module, kind), value in shown
     ]
-    print(tables.markdown(rows))
+    print(markdown_table(rows))
 
 
 def define_flags(values: flags.FlagValues) -> None:

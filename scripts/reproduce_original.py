@@ -13,7 +13,8 @@ from pathlib import Path
 from sweep import Variant, accuracies, main, mean_cell
 
 from jvitmoe import config, experiment_files
-from jvitmoe.runs import files, results, tables
+from jvitmoe.runs import files, results
+from jvitmoe.runs.console import markdown_table
 
 # Model that is compared, accuracy in %, seconds per 60,000 images on four RTX 8000, as the original reports them.
 ORIGINAL = {"dense": ("dense", 71.06, 52.70), "switch": ("routed", 71.1, 71.80), "random": ("merged", 72.18, 131.24)}
@@ -52,7 +53,7 @@ def table(runs: Path) -> list[dict[str, str]]:
 
 def conclusion(runs: Path) -> str:
     """Returns the end of the report."""
-    return f"\n## Beside the original\n\n{tables.markdown(table(runs))}"
+    return f"\n## Beside the original\n\n{markdown_table(table(runs))}"
 
 
 if __name__ == "__main__":

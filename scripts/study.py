@@ -18,7 +18,8 @@ import verdicts
 from sweep import Variant, main
 
 from jvitmoe.errors import UserError
-from jvitmoe.runs import files, history, tables
+from jvitmoe.runs import files
+from jvitmoe.runs.console import markdown_table
 
 Arms = dict[str, Variant]
 AUGMENTED = {"data.augment": "three", "data.cutmix": 1.0, "data.plain_at_end": 0.1}
@@ -200,7 +201,7 @@ def validation_accuracies(runs: Path, names: Iterable[str]) -> dict[str, float]:
     """Returns the accuracy of arms on validation images after the last step of seed 0, where there is one."""
     found = {}
     for name in names:
-        lines = history.read_metrics(runs / f"{name}-seed0" / files.METRICS)
+        lines = files.read_metrics(runs / f"{name}-seed0" / files.METRICS)
         if values := [line["accuracy"] for line in lines if line["kind"] == "validation"]:
             found[name] = values[-1]
     return found
@@ -211,7 +212,7 @@ def ranking(runs: Path, arms: Iterable[str]) -> str:
     found = validation_accuracies(runs, arms)
     best_first = sorted(found, key=lambda name: -found[name])
     rows = [{"arm": name, "validation": f"{found[name]:.2%}"} for name in best_first]
-    return f"\n## Ranking\n\n{tables.markdown(rows)}"
+    return f"\n## Ranking\n\n{markdown_table(rows)}"
 
 
 def communication(runs: Path, arms: Arms) -> str:
@@ -222,12 +223,12 @@ def communication(runs: Path, arms: Arms) -> str:
         {"arm": arm, "reduced per device, GB": f"{reduced / 1e9:.2f}", "saved": f"{1 - reduced / most:.0%}"}
         for arm, reduced in found.items()
     ]
-    return f"{verdicts.conclusion(runs, arms)}\n## Communication\n\n{tables.markdown(rows)}"
+    return f"{verdicts.conclusion(runs, arms)}\n## Communication\n\n{markdown_table(rows)}"
 
 
 def reduced_bytes(runs: Path, arm: str) -> int:
     """Returns the bytes that a device reduces in a run of the arm, equal for all seeds; up to the last logged step."""
-    lines = history.read_metrics(next(runs.glob(f"{arm}-seed*")) / files.METRICS)
+    lines = files.read_metrics(next(runs.glob(f"{arm}-seed*")) / files.METRICS)
     return next(line["reduced_bytes"] for line in reversed(lines) if "reduced_bytes" in line)
 
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from sweep import Variant, accuracies, interval, mean_cell
 
-from jvitmoe.runs import tables
+from jvitmoe.runs.console import markdown_table
 
 Arms = Mapping[str, Variant]
 Found = Mapping[str, Mapping[str, Mapping[str, float]]]  # arm -> model -> seed -> accuracy on the test split, %
@@ -34,7 +34,7 @@ def conclusion(runs: Path, arms: Arms) -> str:
         return "\n## Verdicts\n\nNo two arms have been trained that are compared.\n"
     better = winners(compared, arms)
     return (
-        f"\n## Arms\n\n{tables.markdown(summary(found))}\n## Verdicts\n\n{tables.markdown(rows(compared))}\n"
+        f"\n## Arms\n\n{markdown_table(summary(found))}\n## Verdicts\n\n{markdown_table(rows(compared))}\n"
         f"Better than all that it is compared with: {', '.join(better) or 'no arm'}.\n"
     )
 

@@ -14,7 +14,7 @@ from jvitmoe.config import ModelConfig
 from jvitmoe.data import batches
 from jvitmoe.data.splits import Dataset, Split
 from jvitmoe.errors import ConfigError
-from jvitmoe.evaluation.metrics import make_evaluate
+from jvitmoe.evaluation.models import make_evaluate
 from jvitmoe.experts import cost, trees
 from jvitmoe.models import vit
 from jvitmoe.runtime.devices import EXPERT, make_mesh

@@ -7,7 +7,7 @@ from jvitmoe import routing
 from jvitmoe.data.batches import eval_batches, on_devices
 from jvitmoe.data.splits import Split
 from jvitmoe.evaluation import models
-from jvitmoe.evaluation.metrics import Result, make_evaluate
+from jvitmoe.evaluation.models import Result, make_evaluate
 from jvitmoe.experts import cost, merge
 from jvitmoe.models import vit
 from jvitmoe.runtime.addresses import Purpose, address

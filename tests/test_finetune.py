@@ -12,7 +12,7 @@ from safetensors.numpy import save_file
 from jvitmoe import train
 from jvitmoe.config import ModelConfig
 from jvitmoe.interop import load, weight_names
-from jvitmoe.interop.targets import timm
+from jvitmoe.interop.targets import weights
 from jvitmoe.models import vit
 
 pytestmark = pytest.mark.slow
@@ -28,7 +28,7 @@ def files(tmp_path):
     model = ModelConfig(channels=3, cls_position=True, norm_epsilon=1e-6, **SIZES | {"classes": 7})
     flat = weight_names.flatten(jax.device_get(vit.init(vit.build(model), jax.random.key(0))))
     save_file(weight_names.write(flat, weight_names.TIMM, cls_row=True), source / "model.safetensors")
-    about = timm.config_json(model, (), "resized", (0.4, 0.5, 0.6), (0.2, 0.3, 0.4))
+    about = weights.timm_config(model, (), "resized", (0.4, 0.5, 0.6), (0.2, 0.3, 0.4))
     (source / "config.json").write_text(json.dumps(about))
     rng = np.random.default_rng(0)
     for split, count in (("train", 16), ("test", 4)):

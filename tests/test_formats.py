@@ -8,7 +8,7 @@ import pytest
 from jvitmoe.config import ModelConfig
 from jvitmoe.errors import UserError
 from jvitmoe.interop import config_files, load, weight_names
-from jvitmoe.interop.targets import timm
+from jvitmoe.interop.targets import weights
 
 MODEL = ModelConfig(channels=3, classes=5, patch=4, width=12, hidden=20, depth=3, heads=2)
 
@@ -100,7 +100,7 @@ def test_heads_of_other_tasks_are_left_over_and_told_and_a_vit_without_a_head_is
 
 @pytest.mark.parametrize(("width", "hidden"), [(64, 128), (300, 1000), (7, 23), (320, 1279)])
 def test_timm_counts_the_hidden_width_as_we_have_it(width, hidden):
-    ratio = timm.config_json(ModelConfig(width=width, hidden=hidden), (), "exact")["model_args"]["mlp_ratio"]
+    ratio = weights.timm_config(ModelConfig(width=width, hidden=hidden), (), "exact")["model_args"]["mlp_ratio"]
     assert int(width * ratio) == hidden
 
 
@@ -121,7 +121,7 @@ def test_timms_config_tells_heads_and_epsilon(about, heads, epsilon):
 @pytest.mark.parametrize(("epsilon", "nearest"), [(1e-5, 1e-5), (1e-6, 1e-6), (1e-3, 1e-5), (1e-12, 1e-6)])
 def test_the_epsilon_that_reads_back_is_the_one_that_timm_has(epsilon, nearest):
     model = dataclasses.replace(MODEL, norm_epsilon=epsilon)
-    told = config_files.read_timm({"cls_token": None}, timm.config_json(model, (), "exact"), {})
+    told = config_files.read_timm({"cls_token": None}, weights.timm_config(model, (), "exact"), {})
     assert told[:4] == (model.heads, nearest, (model.image_size,) * 2, model.cls_position)
 
 
@@ -159,6 +159,6 @@ def test_the_nearest_test_transform_is_taken_and_another_one_is_told(about, proc
 
 @pytest.mark.parametrize(("crop", "share", "filter"), [("exact", 1.0, "bicubic"), ("resized", 224 / 256, "bilinear")])
 def test_timm_is_told_how_the_run_cut_its_test_images(crop, share, filter):
-    cfg = timm.config_json(MODEL, (), crop)["pretrained_cfg"]
+    cfg = weights.timm_config(MODEL, (), crop)["pretrained_cfg"]
     assert (cfg["crop_pct"], cfg["interpolation"]) == (share, filter)
     assert config_files.crop_of({"pretrained_cfg": cfg}, {}, MODEL.image_size) == (crop, "")

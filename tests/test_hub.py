@@ -11,7 +11,7 @@ import pytest
 
 import jvitmoe
 from jvitmoe.errors import UserError
-from jvitmoe.interop import hub, load
+from jvitmoe.interop import load
 
 COMMIT = hashlib.sha1(b"jvitmoe").hexdigest()
 
@@ -113,4 +113,4 @@ def test_a_repository_without_safetensors_and_one_that_is_absent_are_one_line(se
 @pytest.mark.parametrize("name", ["hf://digits", "hf://a/b/c", "hf:///x", "timm://", "timm://a/b"])
 def test_a_name_of_another_form_is_refused(name):
     with pytest.raises(UserError, match="write hf://OWNER/NAME@REVISION or timm://NAME"):
-        hub.fetch(name)
+        load.fetch(name)

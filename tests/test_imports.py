@@ -15,7 +15,6 @@ COMMANDS = ("train", "evaluate", "predict", "export", "report", "compile", "conf
 ORDER = (
     ("errors",),
     ("settings",),
-    ("rules",),
     ("config",),
     ("runtime",),
     ("data", "models"),
@@ -36,13 +35,13 @@ JAX = {"jax", "jaxlib", "flax", "optax", "orbax", "tensorstore", "chex"}
 WITHOUT_JAX = (
     *("errors", "settings", "config", "experiment_files", "cli", "report", "configs", "data.datasets", "data.images"),
     *("interop.weight_names", "interop.config_files"),
-    *(f"runs.{name}" for name in ("console", "tables", "files", "lock", "figures", "page", "results", "groups")),
-    *("runs.history", "runs.metrics_log", "runtime.watchdog", "runtime.memory"),
+    *(f"runs.{name}" for name in ("console", "files", "figures", "page", "results", "groups")),
+    *("runs.metrics_log", "runtime.watchdog", "runtime.memory"),
 )
 # Package -> the folder, or the one file, that may import it.
 ONLY_IN = {
     **{"flax": "models", "orbax": "runs.checkpoints", "tensorstore": "nowhere", "grain": "data.stream"},
-    **{"tensorflow_datasets": "data.tfds", "datasets": "data.hugging_face", "huggingface_hub": "interop.hub"},
+    **{"tensorflow_datasets": "data.tfds", "datasets": "data.hugging_face", "huggingface_hub": "interop.load"},
     **{"wandb": "runs.trackers", "mlflow": "runs.trackers", "trackio": "runs.trackers", "torch": "nowhere"},
 }
 NEVER = {"pickle", "marshal", "shelve", "dill", "cloudpickle", "joblib", "yaml", "runpy"}  # they run what they read

@@ -6,7 +6,7 @@ import pytest
 from jvitmoe import routing
 from jvitmoe.data import augment
 from jvitmoe.data.batches import eval_batches, on_devices
-from jvitmoe.evaluation import mergeability, metrics, models
+from jvitmoe.evaluation import mergeability, models
 from jvitmoe.experts import merge, trees
 from jvitmoe.models import mlp, vit
 from jvitmoe.runtime.devices import make_mesh
@@ -140,7 +140,7 @@ def test_experts_that_own_one_layer_and_the_gap(setup):
 def test_the_line_starts_at_the_experts_and_ends_at_the_merged_model(tiny_config, setup):
     net, params, images, batches = setup()
     config = tiny_config(routing={"experts": E})
-    evaluate = metrics.make_evaluate(net, make_mesh(config.train), config.data)
+    evaluate = models.make_evaluate(net, make_mesh(config.train), config.data)
     route_PL = models.path_routes(config, 0)
 
     def losses(tree):

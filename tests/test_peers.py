@@ -19,7 +19,7 @@ from jvitmoe.config import Config, ModelConfig, OptimConfig
 from jvitmoe.data import augment
 from jvitmoe.experts import merge, trees
 from jvitmoe.interop import classifier, load, pretrained, weight_names
-from jvitmoe.interop.targets import TARGETS, timm
+from jvitmoe.interop.targets import TARGETS, weights
 from jvitmoe.models import vit
 from jvitmoe.runtime import devices
 from jvitmoe.training import optimizer
@@ -151,7 +151,7 @@ def test_ours_gives_our_logits_there(peers, pixels, inputs, tmp_path, style, ove
     else:
         peers("timm_logits", folder=out, inputs=inputs, out=found, epsilon=model.norm_epsilon)
         np.testing.assert_allclose(np.load(found)["strict"], wanted, atol=CLOSE)
-        if model.norm_epsilon in timm.NORMS:
+        if model.norm_epsilon in weights.NORMS:
             np.testing.assert_allclose(np.load(found)["by_config"], wanted, atol=CLOSE)
         else:  # what the note of the export warns of
             assert np.abs(np.load(found)["by_config"] - wanted).max() > CLOSE

@@ -14,7 +14,8 @@ from jvitmoe.config import Config
 from jvitmoe.data import datasets, images
 from jvitmoe.data.images import DataError
 from jvitmoe.errors import UserError
-from jvitmoe.interop import classifier, contact_sheet
+from jvitmoe.interop import classifier
+from jvitmoe.runs import figures
 from processes import call
 from run_folders import saved
 
@@ -96,7 +97,7 @@ def test_a_sheet_shows_names_of_files_and_classes_that_its_font_lacks(tmp_path):
         Image.new("L", (20, 30)).save(tmp_path / name)
     pictures = [images.Picture(name, tmp_path / name) for name in names]
     guesses = [("ß", 0.5), ("中", 0.25)]
-    contact_sheet.draw(tmp_path / "sheet.png", [contact_sheet.Cell(p, p.name, guesses) for p in pictures])
+    figures.contact_sheet(tmp_path / "sheet.png", [figures.Cell(p, p.name, guesses) for p in pictures])
     assert (tmp_path / "sheet.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -189,19 +190,15 @@ def test_the_contact_sheet_shows_every_picture_and_its_classes(experiment_run, f
     code, _, err = call(predict.main, f"--workdir={experiment_run}", folder, f"--sheet={out}")
     assert code == 0, err
     pixels = np.asarray(Image.open(out).convert("L"))
-    high = contact_sheet.CELL + contact_sheet.LINES * contact_sheet.LINE
-    assert pixels.shape == tuple(
-        2 * (side + contact_sheet.GAP) + contact_sheet.GAP for side in (high, contact_sheet.CELL)
-    )
+    high = figures.CELL + figures.LINES * figures.LINE
+    assert pixels.shape == tuple(2 * (side + figures.GAP) + figures.GAP for side in (high, figures.CELL))
     for row, column in ((0, 0), (0, 1), (1, 0)):
-        top = contact_sheet.GAP + row * (high + contact_sheet.GAP)
-        left = contact_sheet.GAP + column * (contact_sheet.CELL + contact_sheet.GAP)
-        below = pixels[top + contact_sheet.CELL :][
-            : contact_sheet.LINES * contact_sheet.LINE, left : left + contact_sheet.CELL
-        ]
+        top = figures.GAP + row * (high + figures.GAP)
+        left = figures.GAP + column * (figures.CELL + figures.GAP)
+        below = pixels[top + figures.CELL :][: figures.LINES * figures.LINE, left : left + figures.CELL]
         assert (below < 60).sum() > 100  # ink
-        assert pixels[top : top + contact_sheet.CELL, left : left + contact_sheet.CELL].std() > 30
-    assert (pixels[-contact_sheet.CELL :, -contact_sheet.CELL :] == 255).all()  # the place that is left
+        assert pixels[top : top + figures.CELL, left : left + figures.CELL].std() > 30
+    assert (pixels[-figures.CELL :, -figures.CELL :] == 255).all()  # the place that is left
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from jvitmoe.config import Config, DataConfig, ModelConfig
 from jvitmoe.data import augment
 from jvitmoe.errors import ConfigError, UserError
 from jvitmoe.interop import classifier, load, pretrained, weight_names
-from jvitmoe.interop.targets import hf, safetensors, timm
+from jvitmoe.interop.targets import weights
 from jvitmoe.models import vit
 
 MODEL = ModelConfig(channels=3, classes=5, patch=4, width=12, hidden=20, depth=2, heads=2, cls_position=True)
@@ -112,14 +112,14 @@ def write_hf(folder, model=MODEL, **about):
     flat = dense(model)
     arrays = weight_names.write(flat, weight_names.HF, cls_row=True)
     save_file(arrays, folder / "model.safetensors")
-    (folder / "config.json").write_text(json.dumps(hf.config_json(model, list("abcde")) | about))
+    (folder / "config.json").write_text(json.dumps(weights.hf_config(model, list("abcde")) | about))
     return flat
 
 
 def write_timm(folder, model=MODEL, **about):
     flat = dense(model)
     save_file(weight_names.write(flat, weight_names.TIMM, cls_row=model.cls_position), folder / "model.safetensors")
-    (folder / "config.json").write_text(json.dumps(timm.config_json(model, list("abcde"), "exact") | about))
+    (folder / "config.json").write_text(json.dumps(weights.timm_config(model, list("abcde"), "exact") | about))
     return flat
 
 
@@ -212,10 +212,10 @@ def test_a_mean_and_deviation_of_a_file_must_be_possible(tmp_path, odd):
 )
 def test_a_damaged_array_is_named_with_the_shape_that_it_must_have(tmp_path, style, name, change, message):
     if style == "ours":
-        arrays, about = dense(MODEL), safetensors.config_json(MODEL, (), "exact")
+        arrays, about = dense(MODEL), weights.our_config(MODEL, (), "exact")
     else:
         arrays = weight_names.write(dense(MODEL), style, cls_row=True)
-        about = (hf.config_json if style == "hf" else lambda *_: {"model_args": {"num_heads": 2}})(MODEL, ())
+        about = (weights.hf_config if style == "hf" else lambda *_: {"model_args": {"num_heads": 2}})(MODEL, ())
     arrays[name] = change(arrays[name])
     arrays = {key: np.ascontiguousarray(leaf) for key, leaf in arrays.items() if leaf is not None}
     path = tmp_path / ("vit.npz" if style == "google" else "model.safetensors")
@@ -334,7 +334,7 @@ def damaged(tmp_path):
         yield tmp_path / name, message
     (tmp_path / "ours").mkdir()
     save_file(dense(MODEL), tmp_path / "ours" / "model.safetensors")
-    about = safetensors.config_json(MODEL, (), "exact")
+    about = weights.our_config(MODEL, (), "exact")
     put("ours/config.json", json.dumps(about | {"model": about["model"] | {"no_such": 1}}).encode())
     yield tmp_path / "ours", "is not a field"
     (tmp_path / "pool").mkdir()

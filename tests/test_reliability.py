@@ -21,7 +21,7 @@ import processes
 from jvitmoe import evaluate, train
 from jvitmoe.errors import UserError
 from jvitmoe.evaluation import models
-from jvitmoe.runs import lock
+from jvitmoe.runs import folder
 from processes import call, refused, succeed, wait_for_output
 from run_folders import assert_same_run, saved, snapshot, tiny, write_experiment
 
@@ -215,7 +215,7 @@ def test_the_watchdog_ends_a_hang_that_lets_no_python_thread_run():
 
 
 def test_a_second_writer_is_refused_with_the_pid_and_host_of_the_first(experiment, copy):
-    with lock.Lock(copy):
+    with folder.Lock(copy):
         before = snapshot(copy)
         err = refused(train.main, f"--config={experiment}", f"--workdir={copy}")
         assert f"is being written by process {os.getpid()} on {socket.gethostname()!r}" in err
@@ -228,7 +228,7 @@ def test_a_lock_that_does_not_fit_on_the_disk_is_one_line(tmp_path, monkeypatch)
 
     monkeypatch.setattr(json, "dump", full)
     with pytest.raises(UserError, match=r"lock cannot be written: No space left on device; make room"):
-        lock.Lock(tmp_path)
+        folder.Lock(tmp_path)
 
 
 # disks

@@ -9,7 +9,8 @@ import pytest
 import processes
 from jvitmoe import report
 from jvitmoe.errors import UserError
-from jvitmoe.runs import groups, page, results, tables
+from jvitmoe.runs import groups, page, results
+from jvitmoe.runs.console import quantity
 from tested_runs import MODELS, write_tested_run
 
 HOSTILE = "<script>&amp;\"'{{vega}}<!--  two "  # a name that is no markup; its spaces count
@@ -134,7 +135,7 @@ def test_a_group_is_called_what_its_folders_share():
 
 def test_numbers_in_three_digits():
     wanted = {999: "999", 5_462_046: "5.46 M", 17.6e9: "17.6 G", 1234: "1.23 k", 2e15: "2 P", 999.6e6: "1 G"}
-    assert {number: tables.quantity(number) for number in wanted} == wanted
+    assert {number: quantity(number) for number in wanted} == wanted
 
 
 class Seen(html.parser.HTMLParser):
@@ -206,7 +207,7 @@ def test_a_result_is_written_after_its_report_because_it_marks_a_tested_run(make
     folder = make_run("run")
     result = results.read_result(folder)
     (folder / "result.json").unlink()
-    monkeypatch.setattr(results, "show", lambda *_: 1 / 0)  # standard output is full
+    monkeypatch.setattr(results, "show_table", lambda *_: 1 / 0)  # standard output is full
     with pytest.raises(ZeroDivisionError):
         results.write_result(folder, result)
     assert not (folder / "result.json").exists()

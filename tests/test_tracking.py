@@ -8,7 +8,8 @@ import pytest
 from rich.console import Console
 
 from jvitmoe.errors import UserError
-from jvitmoe.runs import console, files, history, metrics_log, results, tables
+from jvitmoe.runs import console, files, metrics_log, results
+from jvitmoe.runs.console import markdown_table, show_table
 from jvitmoe.runs.metrics_log import MetricsLog
 
 VALUES = {"loss": 1.0, "accuracy": 0.5, "grad_norm": 2.0, "learning_rate": 0.1}
@@ -28,14 +29,14 @@ def test_lines_past_the_restored_step_and_a_torn_last_line_are_dropped_and_check
     with MetricsLog(tmp_path, start=0, total=10, batch_size=4) as log:
         for step in range(1, 7):
             log.train(step, VALUES | {"loss": step / 3 if step % 2 else float("nan")})
-            assert log.sync() == history.checksums(tmp_path, step)
+            assert log.sync() == files.checksums(tmp_path, step)
     with path.open("a") as file:
         file.write('{"step": 7, "ki')
-    assert [line["step"] for line in history.read_metrics(path)] == [1, 2, 3, 4, 5, 6]
+    assert [line["step"] for line in files.read_metrics(path)] == [1, 2, 3, 4, 5, 6]
     with MetricsLog(tmp_path, start=4, total=10, batch_size=4) as log:
-        assert log.sync() == history.checksums(tmp_path, 4)
+        assert log.sync() == files.checksums(tmp_path, 4)
         log.train(5, VALUES)
-        assert log.sync() == history.checksums(tmp_path, 5) != history.checksums(tmp_path, 4)
+        assert log.sync() == files.checksums(tmp_path, 5) != files.checksums(tmp_path, 4)
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2, 3, 4, 5]
 
 
@@ -83,7 +84,7 @@ def test_the_first_step_is_shown_with_its_time_and_the_time_left_for_all(clock, 
 @pytest.mark.parametrize("columns", ["60", ""])
 def test_a_table_in_a_file_is_as_wide_as_columns_says(monkeypatch, capsys, columns):
     monkeypatch.setenv("COLUMNS", columns)
-    tables.show([{"model": "merged" * 10, "accuracy": "word " * 10, "nll": "1"}], "title")
+    show_table([{"model": "merged" * 10, "accuracy": "word " * 10, "nll": "1"}], "title")
     out = capsys.readouterr().out
     widest = max(map(len, out.splitlines()))
     assert widest == 60 if columns else widest > 120
@@ -113,7 +114,7 @@ def test_a_file_is_written_whole_or_not_at_all_and_never_through_a_link(tmp_path
 
 def test_names_are_printed_as_they_are(capsys):
     console.console.print("run [bold]x[/y]")
-    tables.show([{"model": "[red]cat[/dog]", "nll": "1"}], "runs/[a][/b]")
+    show_table([{"model": "[red]cat[/dog]", "nll": "1"}], "runs/[a][/b]")
     out = capsys.readouterr().out
     for name in ("run [bold]x[/y]", "[red]cat[/dog]", "runs/[a][/b]"):
         assert name in out
@@ -121,12 +122,12 @@ def test_names_are_printed_as_they_are(capsys):
 
 def test_markdown_has_a_row_for_each_model():
     rows = [{"model": "merged", "accuracy": 0.5, "nll": 1.0, "images": 10}]
-    text = tables.markdown(results.result_rows({"active_parameters": 1234, "rows": rows}))
+    text = markdown_table(results.result_rows({"active_parameters": 1234, "rows": rows}))
     assert text.splitlines()[2] == "| merged | 50.00% | 1.0000 | 10 | 1,234 |"
 
 
 READERS = {
-    "metrics.jsonl": lambda run: history.read_metrics(run / "metrics.jsonl"),
+    "metrics.jsonl": lambda run: files.read_metrics(run / "metrics.jsonl"),
     "result.json": results.read_result,
     "classes.json": files.read_classes,
     "images.json": files.read_images,

@@ -9,6 +9,7 @@ b images of one device · B global batch · H, W image rows and columns · c cha
 """
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -17,13 +18,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from jvitmoe.config import DataConfig
-from jvitmoe.data import operations, trivial_augment
+from jvitmoe.data import operations
 from jvitmoe.data.operations import per_image
 
 PLAIN = ("crop", "flip")  # those that go on in the last part of training, `data.plain_at_end`
 THREE = ("grey", "solarize", "blur")  # of 3-Augment
 RADIUS = (0.1, operations.LARGEST_RADIUS)  # of its blur
 JITTER = 0.3  # largest change of brightness, contrast and saturation after it
+TRIVIAL = (  # the operations of TrivialAugment
+    *("identity", "shear_x", "shear_y", "translate_x", "translate_y", "rotate", "brightness", "saturation"),
+    *("contrast", "sharpness", "posterize", "solarize", "autocontrast", "equalize"),
+)
+LEVELS = 31  # their strengths, from none to the largest
 ERASED_AREA = (0.02, 1 / 3)  # share of the image
 ERASED_RATIO = (0.3, 1 / 0.3)  # height / width
 ERASING_TRIES = 10
@@ -91,12 +97,56 @@ def colour_jitter(factors_3b: Sequence[jax.Array], x_bHWc: jax.Array) -> jax.Arr
 
 
 def trivial(batch: Batch, images_bHWc: jax.Array, targets_bC: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Applies to each image one operation of TrivialAugment, of one of its strengths (`trivial_augment`)."""
+    """Applies to each image one operation of TrivialAugment, of one of its strengths. Source: arXiv 2103.10158, the
+    wide space, with the ranges of torchvision."""
     kind_b, level_b, sign_b = _uniform(batch.key_b, 3)
-    strength_b = jnp.floor(level_b * trivial_augment.LEVELS) / (trivial_augment.LEVELS - 1)
+    strength_b = jnp.floor(level_b * LEVELS) / (LEVELS - 1)
     signed_b = jnp.where(sign_b < 0.5, -strength_b, strength_b)
-    kind_b = jnp.floor(kind_b * len(trivial_augment.OPERATIONS))
-    return trivial_augment.apply(kind_b, signed_b, images_bHWc), targets_bC
+    kind_b = jnp.floor(kind_b * len(TRIVIAL))
+    return one_of_trivial(kind_b, signed_b, images_bHWc), targets_bC
+
+
+def one_of_trivial(kind_b: jax.Array, strength_b: jax.Array, images_bHWc: jax.Array) -> jax.Array:
+    """Returns uint8 images, each after the operation kind_b, its place in TRIVIAL, of a strength in [-1, 1].
+
+    All images pass one affine map and one chain of colour operations, with parameters that change nothing unless the
+    operation is theirs: a switch under vmap would run all operations on all images.
+    """
+    x_bHWc, size_b = images_bHWc.astype(jnp.float32), jnp.abs(strength_b)
+
+    def if_is(name: str, value: Any, otherwise: Any) -> jax.Array:
+        return jnp.where(kind_b == TRIVIAL.index(name), value, otherwise)
+
+    x_bHWc = operations.affine(x_bHWc, _geometry(if_is, strength_b, x_bHWc.shape[1]))
+    factor_b = 1 + 0.99 * strength_b
+    blends_b = if_is("brightness", factor_b, if_is("saturation", factor_b, if_is("contrast", factor_b, 1.0)))
+    from_ = jnp.where(per_image(if_is("saturation", True, False)), operations.grey(x_bHWc), 0.0)
+    from_ = jnp.where(per_image(if_is("contrast", True, False)), operations.mean_grey(x_bHWc), from_)
+    x_bHWc = operations.blend(from_, x_bHWc, blends_b)
+    x_bHWc = operations.posterize(x_bHWc, if_is("posterize", 8 - jnp.round(6 * size_b), 8.0))
+    x_bHWc = operations.solarize(x_bHWc, if_is("solarize", 255 * (1 - size_b), 256.0))
+    stretched = operations.autocontrast(x_bHWc)
+    x_bHWc = jnp.where(per_image(if_is("autocontrast", True, False)), stretched, x_bHWc)
+
+    def sharpen(x_HWc: jax.Array, index: jax.Array) -> jax.Array:
+        return operations.blend(operations.smooth(x_HWc)[None], x_HWc[None], factor_b[index][None])[0]
+
+    x_bHWc = operations.only(if_is("sharpness", True, False), sharpen, x_bHWc)
+    x_bHWc = operations.only(if_is("equalize", True, False), lambda x_HWc, _: operations.equalize(x_HWc), x_bHWc)
+    return x_bHWc.astype(jnp.uint8)
+
+
+def _geometry(if_is: Callable[[str, Any, Any], jax.Array], strength_b: jax.Array, side: int) -> jax.Array:
+    """Returns the matrices of `operations.affine`: shears about the origin, up to 0.99; shifts, up to 32 pixels;
+    rotations about the centre, up to 135 degrees counterclockwise."""
+    angle_b = if_is("rotate", strength_b * math.radians(135), 0.0)
+    cos_b, sin_b, centre = jnp.cos(angle_b), jnp.sin(angle_b), side / 2
+    shift_b = jnp.trunc(32 * strength_b)
+    row_x = cos_b, if_is("shear_x", 0.99 * strength_b, -sin_b), centre * (1 - cos_b + sin_b)
+    row_y = if_is("shear_y", 0.99 * strength_b, sin_b), cos_b, centre * (1 - cos_b - sin_b)
+    matrix_b23 = jnp.stack([jnp.stack(row_x, -1), jnp.stack(row_y, -1)], 1)
+    shifts_b2 = jnp.stack([if_is("translate_x", shift_b, 0.0), if_is("translate_y", shift_b, 0.0)], -1)
+    return matrix_b23.at[:, :, 2].add(-shifts_b2)
 
 
 def erase(

@@ -14,8 +14,7 @@ from jvitmoe import routing
 from jvitmoe.config import Config
 from jvitmoe.data import augment
 from jvitmoe.data.batches import Batches, Images
-from jvitmoe.evaluation import models
-from jvitmoe.evaluation.metrics import Evaluator
+from jvitmoe.evaluation.models import Evaluator, path_routes
 from jvitmoe.experts import merge, trees
 from jvitmoe.models import mlp, vit
 
@@ -32,7 +31,7 @@ def evenly_spaced(images: int, most: int = IMAGES) -> np.ndarray:
 
 def measure(config: Config, params: Any, evaluate: Evaluator, split: Images, batches: Batches) -> dict[str, Any]:
     """Returns the numbers of `weight_geometry`, `layer_gap` and `barrier`, measured on a split."""
-    experts, layers, route_PL = config.routing.experts, config.expert_layers, models.path_routes(config, 0)
+    experts, layers, route_PL = config.routing.experts, config.expert_layers, path_routes(config, 0)
 
     def losses(params: Any) -> list[float]:
         return [result.nll for result in evaluate.paths(params, route_PL, experts, split, batches)[0]]

@@ -1,21 +1,191 @@
-"""The models of a run that are tested: merged, experts, random paths, ensemble, routed, EMA."""
+"""Tests the models of a run: merged, experts, random paths, ensemble, routed, EMA.
 
+Metrics are exact over a whole split, on any number of devices: every image counts once and is read once for all paths.
+
+b images of a batch on one device · S batches · N images · L layers · P paths · C classes · M bins
+"""
+
+import functools
 import statistics
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jvitmoe import routing
-from jvitmoe.config import Config
-from jvitmoe.data.batches import Batches
-from jvitmoe.evaluation.metrics import Evaluator, Result, SplitImages
+from jvitmoe.config import Config, DataConfig
+from jvitmoe.data import augment
+from jvitmoe.data.batches import Batches, Images
 from jvitmoe.experts import merge
 from jvitmoe.experts.cost import flops_per_image, tree_size
+from jvitmoe.models import routers, vit
 from jvitmoe.runs.checkpoints import versions
 from jvitmoe.runtime import devices
 from jvitmoe.runtime.addresses import Purpose, address
+from jvitmoe.runtime.devices import AXES, REPLICATED, to_devices, wait_on_cpu
+
+SplitImages = Images | Iterable[Images]  # a whole split on the devices, or its batches one after the other
+BINS = 15  # M, as in Guo et al., arXiv 1706.04599
+TOP = 5  # classes that may hold the label; not reported for as few classes or fewer
+MOST_CLASSES = 1000  # with more, a confusion matrix takes too much memory per path, and none is counted
+
+
+class Sums(NamedTuple):
+    """Sums over images, divided once at the end. Leading axis: the paths, then their ensemble."""
+
+    correct: jax.Array  # int32
+    nll: jax.Array  # float32, nats
+    seen: jax.Array  # int32
+    bin_correct_M: jax.Array  # int32, images by confidence: bin m holds (m/M, (m+1)/M]
+    bin_confidence_M: jax.Array  # float32
+    in_top: jax.Array  # int32, images whose label is among the TOP most probable classes
+    confusion_CC: jax.Array  # int32, images by label and predicted class; [0, 0] for more than MOST_CLASSES
+
+
+class Result(NamedTuple):
+    accuracy: float  # share of images
+    nll: float  # mean negative log-likelihood, nats
+    ece: float  # expected calibration error: mean distance of accuracy and confidence over 15 bins, weighted by images
+    images: int
+    top5: float | None  # share of images whose label is among the TOP most probable classes; None for TOP or less
+    confusion: list[list[int]]  # images by label and predicted class; [] for more than MOST_CLASSES
+
+    def numbers(self) -> dict[str, float]:
+        """Returns the fields that are one number."""
+        return {name: value for name, value in self._asdict().items() if isinstance(value, int | float)}
+
+
+class Evaluator:
+    """The compiled evaluation of a dense model, for merged trees and paths through experts, or of one with a router.
+
+    Args:
+        net: the model.
+        mesh: of the devices that hold the batches.
+        data: `mean` and `std` of the pixels.
+        routed: the evaluation of the same run with its router, if it has one.
+        progress: called after every batch.
+    """
+
+    def __init__(
+        self,
+        net: vit.ViT,
+        mesh: Mesh,
+        data: DataConfig,
+        routed: "Evaluator | None" = None,
+        progress: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.net, self.routed, self._mesh, self._replicated = net, routed, mesh, NamedSharding(mesh, REPLICATED)
+        self._progress = progress
+        self.normalize = functools.partial(augment.normalize, mean=data.mean, std=data.std)
+
+        def compiled(streamed: bool) -> Any:
+            images = PartitionSpec(AXES) if streamed else REPLICATED
+            specs = (*[REPLICATED] * 4, images, PartitionSpec(None, AXES), REPLICATED)
+            body = functools.partial(self._batch_sums, streamed)
+            return jax.jit(jax.shard_map(body, mesh=mesh, in_specs=specs, out_specs=REPLICATED))
+
+        self._step, self._streamed_step = compiled(False), compiled(True)
+
+    def __call__(self, params: Any, split: SplitImages, batches: Batches) -> Result:
+        """Returns the Result of the net with these parameters. All trees use the same compiled program."""
+        unused_PL = jnp.zeros((1, self.net.config.depth), jnp.int32)  # the tree has no expert axis
+        return self.paths(params, unused_PL, 1, split, batches)[0][0]
+
+    def paths(
+        self, params: Any, route_PL: jax.Array, members: int, split: SplitImages, batches: Batches
+    ) -> tuple[list[Result], Result]:
+        """Returns the Result of each path, and of the ensemble of the first `members`: the mean of their probabilities
+        (Lakshminarayanan et al., arXiv 1612.01474). Paths run one after the other, to save memory."""
+        log_weight_P = jnp.where(jnp.arange(len(route_PL)) < members, -np.log(members), -jnp.inf)
+        shapes = (), (BINS,), (_confusion_side(self.net.config.classes),) * 2
+        count, bins, confusion = (np.zeros((len(route_PL) + 1, *shape), np.int32) for shape in shapes)
+        nll, confidence = count.astype(np.float32), bins.astype(np.float32)
+        zeros: Any = (count, nll, count, bins, confidence, count, confusion)
+        # On the mesh, as the step returns them; otherwise the second batch would compile a second program.
+        sums = Sums(*(to_devices(x, self._replicated) for x in zeros))
+        step = self._step if isinstance(split, Images) else self._streamed_step
+        shown = [split] * len(batches.index_SB) if isinstance(split, Images) else split
+        for s, images in enumerate(shown):
+            sums = step(params, route_PL, log_weight_P, sums, images, batches, jnp.int32(s))
+            wait_on_cpu(self._mesh, sums)
+            self._progress()
+        rows = zip(*jax.device_get(sums), strict=True)
+        *results, ensemble = (_result(Sums(*row), self.net.config.classes) for row in rows)
+        return results, ensemble
+
+    def _batch_sums(
+        self,
+        streamed: bool,
+        params: Any,
+        route_PL: jax.Array,
+        log_weight_P: jax.Array,
+        sums: Sums,
+        split: Images,
+        batches: Batches,
+        s: jax.Array,
+    ) -> Sums:
+        mask_b = batches.mask_SB[s]
+        index_b = jnp.arange(len(mask_b)) if streamed else batches.index_SB[s]
+        images_bHWc, labels_b = split.rows(index_b)
+        images = self.normalize(images_bHWc)
+
+        def log_p(route_L: jax.Array) -> jax.Array:
+            tree = params if self.net.router else merge.take_path(params, route_L)
+            return jax.nn.log_softmax(vit.logits(self.net, tree, images))
+
+        log_p_PbC = jax.lax.map(log_p, route_PL)
+        ensemble_bC = jax.nn.logsumexp(log_p_PbC + log_weight_P[:, None, None], axis=0)
+        log_p_PbC = jnp.concatenate([log_p_PbC, ensemble_bC[None]])
+        batch_sums = jax.vmap(_sums, (0, None, None))(log_p_PbC, labels_b, mask_b)
+        return jax.tree.map(lambda total, of_batch: total + jax.lax.psum(of_batch, AXES), sums, batch_sums)
+
+
+def make_evaluate(
+    model: vit.ViT, mesh: Mesh, data: DataConfig, progress: Callable[[], None] = lambda: None
+) -> Evaluator:
+    """Returns the evaluation of the dense model of a run, with that of its router, if any, as `routed`. `progress` is
+    called after every batch."""
+    tested = model.router and routers.find(model.router.kind).is_tested
+    routed = Evaluator(model, mesh, data, progress=progress) if tested else None
+    return Evaluator(model.plain(), mesh, data, routed, progress)
+
+
+def _sums(log_p_bC: jax.Array, labels_b: jax.Array, mask_b: jax.Array) -> Sums:
+    predicted_b, classes = log_p_bC.argmax(-1), log_p_bC.shape[-1]
+    right_b = (predicted_b == labels_b) & mask_b
+    top_b5 = jax.lax.top_k(log_p_bC, min(TOP, classes))[1]  # of equal classes it takes the first, as argmax does
+    confusion_CC = jnp.zeros((_confusion_side(classes),) * 2, jnp.int32)
+    if confusion_CC.size:
+        confusion_CC = confusion_CC.at[labels_b, predicted_b].add(mask_b.astype(jnp.int32))
+    nll_b = -jnp.take_along_axis(log_p_bC, labels_b[:, None], axis=1)[:, 0]
+    confidence_b = jnp.exp(log_p_bC.max(-1))
+    bin_b = jnp.clip(jnp.ceil(confidence_b * BINS).astype(jnp.int32) - 1, 0, BINS - 1)
+    in_bin_bM = (bin_b[:, None] == jnp.arange(BINS)[None]) & mask_b[:, None]
+    return Sums(
+        right_b.sum(),
+        jnp.where(mask_b, nll_b, 0.0).sum(),
+        mask_b.sum(),
+        (in_bin_bM & right_b[:, None]).sum(0),
+        jnp.where(in_bin_bM, confidence_b[:, None], 0.0).sum(0),
+        ((top_b5 == labels_b[:, None]).any(-1) & mask_b).sum(),
+        confusion_CC,
+    )
+
+
+def _confusion_side(classes: int) -> int:
+    """Returns the number of rows of the confusion matrix: 0 if it is not counted."""
+    return classes if classes <= MOST_CLASSES else 0
+
+
+def _result(sums: Sums, classes: int) -> Result:
+    seen = int(sums.seen)
+    ece = float(np.abs(sums.bin_correct_M - sums.bin_confidence_M).sum()) / seen
+    top5 = int(sums.in_top) / seen if classes > TOP else None
+    confusion: Any = sums.confusion_CC.tolist()
+    return Result(int(sums.correct) / seen, float(sums.nll) / seen, ece, seen, top5, confusion)
 
 
 def facts(config: Config, step: int, mesh: Mesh) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from jvitmoe.data import augment, stream
 from jvitmoe.data.batches import Batches, Images
 from jvitmoe.data.splits import Dataset
 from jvitmoe.errors import UserError
-from jvitmoe.evaluation.metrics import SplitImages
+from jvitmoe.evaluation.models import SplitImages
 from jvitmoe.models import vit
 
 SEEDS = (0, 1, 2)  # of the draws of shots

@@ -1,5 +1,5 @@
-"""Reads dense ViTs as our dense tree: run folders, exports, safetensors of timm and Hugging Face, and .npz of
-google-research. Nothing here unpickles.
+"""Reads dense ViTs as our dense tree: run folders, exports, safetensors of timm and Hugging Face (or from its hub), and
+.npz of google-research. Nothing here unpickles.
 
 T patches of an image · D width
 """
@@ -21,7 +21,7 @@ from jvitmoe import config as config_lib
 from jvitmoe.config import Config, ModelConfig
 from jvitmoe.errors import UserError, one_line
 from jvitmoe.experts import merge
-from jvitmoe.interop import config_files, hub, weight_names
+from jvitmoe.interop import config_files, weight_names
 from jvitmoe.interop.weight_names import Dict
 from jvitmoe.models import layers, vit
 from jvitmoe.runs import files
@@ -56,16 +56,11 @@ class Source:
     ema: bool = False  # True if the parameters are a run's EMA
 
 
-def read(
-    path: Path | str,
-    heads: int = 0,
-    checkpoint: str = "latest",
-    ema: bool = False,
-) -> Source:
+def read(path: Path | str, heads: int = 0, checkpoint: str = "latest", ema: bool = False) -> Source:
     """Returns the dense ViT in a run folder, an exported folder, a .safetensors or an .npz file.
 
     Args:
-        path: folder or file, or a name on the hub (`hub.fetch`); the config.json beside a .safetensors is read too.
+        path: folder or file, or a name on the hub (`fetch`); the config.json beside a .safetensors is read too.
         heads: number of attention heads, for files that do not have it.
         checkpoint: of a run folder: latest, best or a step.
         ema: of a run folder that has one, the EMA of the weights, not the last weights.
@@ -73,8 +68,8 @@ def read(
     Raises UserError (one line with the path) if the path is missing or damaged, or its ViT differs from ours.
     """
     devices.start()
-    if hub.is_name(path):
-        folder = hub.fetch(str(path))
+    if is_on_hub(path):
+        folder = fetch(str(path))
         source = read(folder, heads, checkpoint, ema)
         return dataclasses.replace(source, notes=(f"{path} is commit {folder.name}", *source.notes))
     path = Path(os.path.expanduser(path))
@@ -99,6 +94,38 @@ def read(
         raise UserError(f"{path}: {error}") from error
     except Exception as error:  # a damaged file may contain anything
         raise UserError(f"{path}: its {CONFIG} or its arrays are not those of a ViT ({one_line(error)})") from error
+
+
+def is_on_hub(source: Path | str) -> bool:
+    """True for a name on the hub, hf://OWNER/NAME[@REVISION] or timm://NAME for a model of timm; False for a path."""
+    return str(source).startswith(("hf://", "timm://"))
+
+
+def repository_of(name: str) -> tuple[str, str]:
+    """Returns (OWNER/NAME on the hub, revision or "") of a name on the hub."""
+    scheme, _, rest = name.partition("://")
+    repository, _, revision = rest.partition("@")
+    return f"timm/{repository}" if scheme == "timm" else repository, revision
+
+
+def fetch(name: str) -> Path:
+    """Returns the folder in the hub's cache that holds the files of a model, downloaded once; its name is the commit.
+    Only safetensors and their JSON files are fetched. Raises UserError."""
+    repository, revision = repository_of(name)
+    if repository.count("/") != 1 or not all(repository.split("/")):
+        raise UserError(f"{name!r} is not a name on the hub; write hf://OWNER/NAME@REVISION or timm://NAME")
+    try:
+        import huggingface_hub
+    except ImportError as error:
+        raise UserError(f"{name!r} needs huggingface_hub; install it with pip install 'jvitmoe[hf]'") from error
+    try:
+        wanted = [WEIGHTS, CONFIG, PROCESSOR]
+        folder = Path(huggingface_hub.snapshot_download(repository, revision=revision or None, allow_patterns=wanted))
+    except Exception as error:  # of the hub's client, its HTTP library and the disk
+        raise UserError(f"{name!r} cannot be fetched ({one_line(error)}); give a folder that you have") from error
+    if not (folder / WEIGHTS).is_file():
+        raise UserError(f"{name!r} holds no {WEIGHTS}; only safetensors are read")
+    return folder
 
 
 def _read_run(path: Path, checkpoint: str, ema: bool) -> Source:

@@ -7,10 +7,10 @@ from typing import Any
 from jvitmoe import config as config_lib
 from jvitmoe.config import Config
 from jvitmoe.data.hugging_face import is_local
-from jvitmoe.interop import hub
-from jvitmoe.interop.load import Source
+from jvitmoe.interop.load import Source, is_on_hub, repository_of
 from jvitmoe.interop.targets.base import Target
-from jvitmoe.runs import checkpoints, results, tables
+from jvitmoe.runs import checkpoints, results
+from jvitmoe.runs.console import markdown_table
 
 # Licences of data sets, by `data.name`.
 LICENCES = {
@@ -84,7 +84,7 @@ def _normalised(source: Source) -> str:
 def _accuracy(result: Mapping[str, Any], source: Source) -> str:
     if not result.get("rows"):
         return "Not tested. `python -m jvitmoe.evaluate --workdir …` measures it; export again to have it here."
-    text = tables.markdown(results.result_rows(result))
+    text = markdown_table(results.result_rows(result))
     text += f"\nTest split, checkpoint at step {result['step']:,}, seed {result['seed']}: one run, no deviation known."
     if result["step"] != source.step:
         text += f" **The exported checkpoint is another one, at step {source.step:,}.**"
@@ -100,7 +100,7 @@ def _public_name(data: str) -> str:
 def _base_model(config: Config) -> str:
     """Returns the name on the hub of the ViT that training started from, or ""."""
     source = config.init.source
-    return hub.repository_of(source)[0] if hub.is_name(source) else ""
+    return repository_of(source)[0] if is_on_hub(source) else ""
 
 
 def _recipe(config: Config) -> str:

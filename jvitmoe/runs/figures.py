@@ -1,13 +1,15 @@
-"""The figures: curves of runs, a comparison of runs, mergeability and confusion of one run.
+"""The figures: curves of runs, a comparison of runs, mergeability and confusion of one run, and pictures with their
+predicted classes.
 
-Each function returns a figure, or None if it would show nothing. `save` writes it, and `report --html` embeds the same
-PNG. In all figures a colour is a run and the form of a mark a model.
+A function returns a figure, or None if it would show nothing. `save` writes it, and `report --html` embeds the same
+PNG. In all figures a colour is a run and the form of a mark a model. The contact sheet of pictures is Pillow's.
 """
 
 import io
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import matplotlib
 import numpy as np
@@ -17,8 +19,10 @@ from matplotlib.colors import LinearSegmentedColormap, PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.font_manager import get_font
 from matplotlib.ticker import Formatter, LogLocator, MaxNLocator, NullLocator
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from jvitmoe.runs import files, history, results
+from jvitmoe.data.images import Picture, opened, pixels
+from jvitmoe.runs import files, results
 
 # The palette of Okabe and Ito, which colour-blind readers can distinguish. Black is the reference.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -37,6 +41,10 @@ LEAST = 1e-3  # shown instead of an error or a loss of 0, which a log scale has 
 LEAST_RANGE = 0.05  # of an axis, relative to its values: one that shows less would make mountains of rounding errors
 MOST_CLASSES, MOST_COUNTED = 100, 20  # classes of a confusion matrix that is drawn, and of one with counts in its cells
 POINTS = 60  # most points of a line; more records are averaged
+# Of a contact sheet: side of a picture, height of a line of text and space between cells, in pixels; lines of text per
+# picture, its caption and three guesses.
+CELL, LINE, GAP, LINES = 180, 18, 12, 4
+WHITE, INK, FAINT, BAR, WRONG = "#ffffff", "#1a1a1a", "#6b6b6b", "#c9dcf2", COLOURS[1]
 
 
 def shown(name: str, most: int = 40) -> str:
@@ -70,7 +78,7 @@ def curves(groups: Mapping[str, Sequence[Path]]) -> Figure | None:
     """Returns training loss and evaluation error of {group: folders} against the step, and None if no run recorded two
     of one. A line is the mean over a group's seeds, its band the sample deviation. A row of panels has the first group
     and at most six others."""
-    runs = {name: [history.read_metrics(folder / files.METRICS) for folder in groups[name]] for name in groups}
+    runs = {name: [files.read_metrics(folder / files.METRICS) for folder in groups[name]] for name in groups}
     splits = sorted({line["kind"] for several in runs.values() for run in several for line in run} - {"train"})
     losses, errors = (
         {name: [_series(run, training) for run in several] for name, several in runs.items()}
@@ -115,9 +123,12 @@ def _series(run: Iterable[Mapping[str, Any]], training: bool) -> dict[int, float
 
 
 def _mean_line(axes: Axes, runs: Sequence[Mapping[int, float]], **style: Any) -> Any:
-    """Draws the mean of runs at their common steps, in at most POINTS points, and their deviation as a band. Returns
-    the line."""
-    ends, means = history.averaged(runs, POINTS)
+    """Draws the mean of runs at their common steps, and their deviation as a band. Of more than POINTS steps it draws
+    averages, each at its last step. Returns the line."""
+    steps = sorted(set.intersection(*map(set, runs)))
+    parts = [part for part in np.array_split(steps, POINTS) if len(part)]
+    ends = [part[-1] for part in parts]
+    means = np.array([[np.mean([run[step] for step in part]) for part in parts] for run in runs])
     mean = means.mean(0)
     if len(runs) > 1 and ends:
         deviation = means.std(0, ddof=1)
@@ -281,3 +292,51 @@ def plain_ticks(axis: Axis, scale: float = 1) -> None:
     axis.set_major_locator(LogLocator(subs=subs) if high > 4 * low else MaxNLocator(8, steps=(1, 2, 5, 10)))
     axis.set_major_formatter(_Plain(scale))
     axis.set_minor_locator(NullLocator())
+
+
+class Cell(NamedTuple):
+    """A picture of a contact sheet."""
+
+    picture: Picture
+    caption: str
+    guesses: Sequence[tuple[str, float]]  # (name, probability) of classes, best first
+    is_wrong: bool = False  # the best guess is not the class of the picture
+
+
+def contact_sheet(path: Path, cells: Sequence[Cell]) -> None:
+    """Writes a sheet of pictures in a grid, each with its predicted classes below, as a PNG. Raises UserError where it
+    cannot be written."""
+    columns = min(len(cells), max(1, round(math.sqrt(len(cells) * 1.4))))
+    rows = math.ceil(len(cells) / columns)
+    high = CELL + LINES * LINE
+    sheet = Image.new("RGB", (columns * (CELL + GAP) + GAP, rows * (high + GAP) + GAP), WHITE)
+    pen, font = ImageDraw.Draw(sheet), ImageFont.truetype(FONT, 12)
+    for number, cell in enumerate(cells):
+        left = GAP + number % columns * (CELL + GAP)
+        top = GAP + number // columns * (high + GAP)
+        with opened(cell.picture) as file:
+            image = pixels(file, 3, cell.picture.name)
+            smooth = max(image.size) * 2 > CELL  # small pictures are enlarged without smoothing
+            resample = Image.Resampling.BICUBIC if smooth else Image.Resampling.NEAREST
+            thumbnail = ImageOps.contain(image, (CELL, CELL), resample)
+        sheet.paste(thumbnail, (left + (CELL - thumbnail.width) // 2, top + (CELL - thumbnail.height) // 2))
+        top += CELL + 2
+        pen.text((left, top), _fit(pen, font, cell.caption, CELL), WRONG if cell.is_wrong else FAINT, font)
+        for rank, (name, probability) in enumerate(cell.guesses[: LINES - 1], 1):
+            line = top + rank * LINE
+            pen.rectangle((left, line, left + max(1, round(CELL * probability)), line + LINE - 3), BAR)
+            share = f"{probability:.1%}"
+            width = pen.textlength(share, font)
+            pen.text((left + 3, line), _fit(pen, font, name, CELL - width - 12), INK, font)
+            pen.text((left + CELL - width - 2, line), share, INK, font)
+    with files.writing(path):
+        sheet.save(path, "PNG")
+
+
+def _fit(pen: ImageDraw.ImageDraw, font: ImageFont.FreeTypeFont, name: str, width: float) -> str:
+    """Returns the name, cut with an ellipsis if it is wider than `width` pixels."""
+    text = shown(name, 1000)
+    text = text if pen.textlength(text, font) <= width else text + "…"
+    while pen.textlength(text, font) > width and len(text) > 1:
+        text = text[:-2] + "…"
+    return text

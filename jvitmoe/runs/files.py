@@ -10,7 +10,9 @@ from typing import Any
 
 from jvitmoe.errors import UserError, one_line
 
-CONFIG, METRICS, RESULT = "config.json", "metrics.jsonl", "result.json"
+CONFIG, RESULT = "config.json", "result.json"
+METRICS = "metrics.jsonl"  # the history: a line per step and kind ("train", "validation" or "test")
+MOST_FIGURE = 1e300  # in a line of it; a larger one is damage
 CHECKPOINTS = "checkpoints"  # a folder
 CLASSES = "classes.json"  # names of the classes, in the order of their labels
 IMAGES = "images.json"  # split -> number of images, to notice on resuming that the data have changed
@@ -113,3 +115,39 @@ def read_json(path: Path, fits: Callable[[Any], bool], what: str, remedy: str) -
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not {what}: {one_line(error)}; {remedy}") from error
     return value
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Returns the lines of a metrics.jsonl, each step and kind once, without damaged lines; [] if there is no file.
+    Raises UserError where it cannot be read. A line has a step, a kind, and figures that are finite or null."""
+    lines: dict[tuple[int, str], dict[str, Any]] = {}
+    try:
+        texts = path.read_text(errors="replace").split("\n")
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}; make it readable") from error
+    for text in texts:
+        try:
+            line = json.loads(text)
+            step, kind = line["step"], line["kind"]
+            figures = [value for name, value in line.items() if name != "kind" and value is not None]
+            if type(step) is int and isinstance(kind, str) and all(abs(value) <= MOST_FIGURE for value in figures):
+                lines.setdefault((step, kind), line)
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+            continue
+    return list(lines.values())
+
+
+def metrics_up_to(workdir: Path, step: int) -> str:
+    """Returns the text of metrics.jsonl up to a step."""
+    lines = [line for line in read_metrics(workdir / METRICS) if line["step"] <= step]
+    return "".join(json.dumps(line) + "\n" for line in lines)
+
+
+def checksums(workdir: Path, step: int) -> dict[str, str]:
+    """Returns name -> CRC-32 of metrics.jsonl up to a step, and of the files that do not change during a run."""
+    texts = {name: (workdir / name).read_bytes() for name in (CLASSES, IMAGES) if (workdir / name).is_file()}
+    if (workdir / METRICS).exists():
+        texts[METRICS] = metrics_up_to(workdir, step).encode()
+    return {name: crc32(text) for name, text in texts.items()}

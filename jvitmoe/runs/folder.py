@@ -1,18 +1,23 @@
-"""The folder of a run: whether a run may use it, its lock, and the files that describe the run."""
+"""The folder of a run: whether a run may use it, its lock, the files that describe the run, and which are sound."""
 
 import contextlib
+import fcntl
 import json
+import os
+import socket
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import IO, Any
 
 from jvitmoe import config as config_lib
 from jvitmoe.config import Config
 from jvitmoe.data import datasets
 from jvitmoe.errors import ConfigError, UserError
-from jvitmoe.runs import checkpoints, files, lock
+from jvitmoe.runs import checkpoints, files, results
 from jvitmoe.runtime import processes
 
+LOCK = "lock"
 SHARED_SECONDS = 8.0  # a network disk may take a moment to show a new file
 
 
@@ -26,7 +31,7 @@ def check_folder(workdir: Path, config: Config) -> None:
             raise ConfigError(f"workdir {str(workdir)!r} is a file; it must be a folder; set --workdir")
         files.refuse_links(workdir)
         if not saved.is_file():
-            of_killed_start = lock.NAME, saved.name + files.UNFINISHED
+            of_killed_start = LOCK, saved.name + files.UNFINISHED
             if any(path.name not in of_killed_start for path in workdir.iterdir()):
                 raise ConfigError(f"workdir {str(workdir)!r} holds other files than a run; set --workdir to a new one")
             return
@@ -55,7 +60,7 @@ def open_run_folder(
     except OSError as error:
         raise UserError(f"workdir {str(workdir)!r} cannot be made: {error.strerror}; set --workdir") from error
     with contextlib.ExitStack() as stack:
-        stack.enter_context(lock.Lock(workdir))
+        stack.enter_context(Lock(workdir))
         check_folder(workdir, config)
         if checkpoints.list_steps(workdir / files.CHECKPOINTS):
             _check_data(workdir, class_names, counts)
@@ -90,3 +95,121 @@ def check_shared(workdir: Path) -> None:
         if time.monotonic() > deadline:
             raise UserError(f"workdir {str(workdir)!r} is not on a disk that all processes see; set --workdir to one")
         time.sleep(0.2)
+
+
+class Lock:
+    """The lock of a run folder, which must exist: one writer at a time. The system releases it when the context manager
+    or the process ends, however it ends.
+
+    The file `lock` names the process that holds it. The file stays, because only the system's lock on it counts: the
+    file of a dead process blocks nothing.
+
+    Raises UserError where another process holds the lock, with its pid and host, and where the file cannot be written.
+    """
+
+    def __init__(self, workdir: Path) -> None:
+        path = workdir / LOCK
+        try:
+            self._file: IO[str] = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644), "r+")
+        except OSError as error:
+            raise UserError(f"{path} cannot be opened: {error.strerror}; let the run folder be written") from error
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            holder = _holder(self._file)
+            self._file.close()
+            raise UserError(
+                f"workdir {str(workdir)!r} is being written by {holder}; wait for it, stop it, or set --workdir"
+            ) from error
+        except OSError:  # some network disks have no locks; the name in the file still helps a person
+            pass
+        try:
+            with files.writing(path):
+                self._file.seek(0)
+                self._file.truncate()
+                json.dump({"pid": os.getpid(), "host": socket.gethostname()}, self._file)
+                self._file.flush()
+        except UserError:
+            with contextlib.suppress(OSError):  # closing tries to write it again
+                self._file.close()
+            raise
+
+    def __enter__(self) -> "Lock":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+
+def _holder(file: IO[str]) -> str:
+    try:
+        holder = json.loads(file.read(1000))
+        return f"process {int(holder['pid'])} on {str(holder['host'])[:100]!r}"
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
+        return "a process that has not written its name yet"
+
+
+def verify(workdir: Path) -> Iterator[tuple[str, str]]:
+    """Yields (checkpoint or file, what is wrong with it, or "" if it is sound). Writes nothing.
+
+    Covers the checkpoints and the files that other commands read; `tb/`, `report.md` and the pictures repeat them. A
+    checkpoint holds fingerprints of its arrays and checksums of other files.
+    """
+    reader, meta = checkpoints.Checkpoints(workdir / files.CHECKPOINTS), dict[str, Any](step=0)
+    if not (steps := reader.steps()):
+        yield files.CHECKPOINTS, "there is none"
+    for step in steps:
+        fault = ""
+        try:
+            meta = reader.check(step)  # after the last one, that of the newest sound checkpoint
+        except UserError as error:
+            fault = str(error)
+        yield f"checkpoint {step}", fault
+    for name in CHECKS:
+        if (workdir / name).exists() or name in (files.CONFIG, files.METRICS, *meta.get("files", ())):
+            fault = ""
+            try:
+                _check_file(workdir, name, meta)
+            except (UserError, OSError) as error:
+                fault = str(error)
+            yield name, fault
+
+
+def _check_file(workdir: Path, name: str, meta: dict[str, Any]) -> None:
+    if not (workdir / name).exists():
+        raise UserError("it is missing; restore it from a copy")
+    CHECKS[name](workdir, meta)
+    expected = meta.get("files", {}).get(name)
+    if expected and files.checksums(workdir, meta["step"])[name] != expected:
+        raise UserError(f"it does not match its checksum in checkpoint {meta['step']}; restore it from a copy")
+
+
+def _check_config(workdir: Path, meta: dict[str, Any]) -> None:
+    try:
+        config = config_lib.loads((workdir / files.CONFIG).read_text(), files.CONFIG).validate()
+    except ValueError as error:  # not UTF-8
+        raise UserError(f"it is not the config of a run: {error}") from error
+    saved = config_lib.from_dict(meta["config"]) if "config" in meta else config
+    if changed := datasets.differences(saved, config):
+        raise UserError(f"{', '.join(changed)} differ from checkpoint {meta['step']}; restore it from a copy")
+
+
+def _check_metrics(workdir: Path, meta: dict[str, Any]) -> None:
+    try:
+        lines = [json.loads(text) for text in (workdir / files.METRICS).read_text().splitlines()]
+        steps, keys = [line["step"] for line in lines], {(line["step"], line["kind"]) for line in lines}
+        if len(keys) < len(lines):
+            raise UserError("it has two lines for one step; resuming the training repairs it")
+        if steps != sorted(steps):
+            raise UserError("its steps are out of order")
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise UserError(f"a line is damaged ({type(error).__name__}); resuming the training drops that line") from error
+
+
+CHECKS: dict[str, Callable[[Path, dict[str, Any]], object]] = {
+    files.CONFIG: _check_config,
+    files.METRICS: _check_metrics,
+    files.CLASSES: lambda workdir, _: files.read_classes(workdir),
+    files.IMAGES: lambda workdir, _: files.read_images(workdir),
+    files.RESULT: lambda workdir, _: results.read_result(workdir),
+}

@@ -13,8 +13,8 @@ from jvitmoe import config as config_lib
 from jvitmoe.config import Config
 from jvitmoe.data import datasets
 from jvitmoe.errors import UserError, one_line
-from jvitmoe.runs import files, results, tables
-from jvitmoe.runs.console import console
+from jvitmoe.runs import files, results
+from jvitmoe.runs.console import console, quantity
 
 
 class TestedRun(NamedTuple):
@@ -134,7 +134,7 @@ def group_rows(name: str, group: Sequence[TestedRun]) -> list[dict[str, str]]:
                 **{**dict.fromkeys(results.METRIC_FORMATS, "-"), **results.metric_cells(numbers)},
                 "parameters": f"{numbers.get('parameters', result['active_parameters']):,}",
                 "total": f"{result['total_parameters']:,}",
-                "FLOPs/image": tables.quantity(numbers["flops_per_image"]) if "flops_per_image" in numbers else "-",
+                "FLOPs/image": quantity(numbers["flops_per_image"]) if "flops_per_image" in numbers else "-",
                 "images/s": f"{statistics.fmean(rates):,.0f}" if rates else "-",
                 "hardware": hardware,
             }

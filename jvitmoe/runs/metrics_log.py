@@ -11,9 +11,8 @@ from typing import Any
 
 from rich.live import Live
 
-from jvitmoe.runs import history
 from jvitmoe.runs.console import ProgressLine, console, duration
-from jvitmoe.runs.files import METRICS, crc32, write_text, writing
+from jvitmoe.runs.files import METRICS, checksums, crc32, metrics_up_to, write_text, writing
 from jvitmoe.runs.trackers import Feed, TrackedRun, close_all
 
 PLAIN_SECONDS = 2.0  # shortest time between two progress lines in a file
@@ -45,8 +44,8 @@ class MetricsLog:
         self._checksums: dict[str, str] = {}
         if workdir and (start < total or (workdir / METRICS).exists()):  # a finished run does not make an empty file
             self._path = workdir / METRICS
-            write_text(self._path, history.up_to(workdir, start))
-            self._checksums = history.checksums(workdir, start)
+            write_text(self._path, metrics_up_to(workdir, start))
+            self._checksums = checksums(workdir, start)
             with writing(self._path):
                 self._file = self._path.open("a")
         if workdir:
@@ -74,7 +73,7 @@ class MetricsLog:
                 self._file.close()
 
     def sync(self) -> dict[str, str]:
-        """Returns `history.checksums` after the disk holds all records. Called before a checkpoint is saved, so that no
+        """Returns `files.checksums` after the disk holds all records. Called before a checkpoint is saved, so that no
         checkpoint is ahead of the history."""
         if self._file:
             with writing(self._path):

@@ -1,4 +1,4 @@
-"""One page of HTML with everything in it: no script, no network, no other files. Markdown of the same parts."""
+"""A report, from its parts: as Markdown, or one page of HTML with everything in it, without script and network."""
 
 import base64
 import html
@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from jvitmoe.runs import tables
+from jvitmoe.runs.console import LEFT, markdown_table
 
 MOST_BYTES = 20e6  # of a picture that is put into a page
 OPENING = """<!doctype html>
@@ -39,7 +39,7 @@ class Heading(NamedTuple):
 
 class Picture(NamedTuple):
     name: str  # of its file beside the report, without .png
-    png: bytes
+    png: bytes = b""  # that a page of HTML needs
 
 
 Part = Heading | Picture | str | Sequence[Mapping[str, str]]  # a string is a paragraph, a sequence the rows of a table
@@ -58,7 +58,7 @@ def _markdown(part: Part) -> str:
             return f"![{name}]({name}.png)"
         case str(text):
             return text
-    return tables.markdown(part).removesuffix("\n")
+    return markdown_table(part).removesuffix("\n")
 
 
 def as_html(parts: Sequence[Part]) -> str:
@@ -81,7 +81,7 @@ def _html(part: Part) -> str:
 
 
 def _cell(tag: str, column: str, text: str) -> str:
-    return f"<{tag}{' class=left' if column in tables.LEFT else ''}>{html.escape(text)}</{tag}>"
+    return f"<{tag}{' class=left' if column in LEFT else ''}>{html.escape(text)}</{tag}>"
 
 
 def own_picture(path: Path) -> Picture | None:

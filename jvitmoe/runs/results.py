@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from jvitmoe.errors import UserError
-from jvitmoe.runs.console import console
+from jvitmoe.runs.console import console, quantity, show_table
 from jvitmoe.runs.files import CONFUSION, MERGEABILITY, RESULT, checksum, read_classes, read_json, write_text
-from jvitmoe.runs.tables import markdown, quantity, show
+from jvitmoe.runs.page import Heading, Part, Picture, as_markdown
 
 LEGEND = (
     "Spread: how far experts are from their mean, relative to it. Cosine: of two experts' weights, mean of pairs. "
@@ -132,7 +132,7 @@ def made_with(several: Sequence[Mapping[str, Any]]) -> str:
 
 def show_models(workdir: Path, result: Mapping[str, Any]) -> None:
     """Prints the table of the tested models."""
-    show(result_rows(result), f"{workdir.resolve().name}: {result['data']} test split, step {result['step']}")
+    show_table(result_rows(result), f"{workdir.resolve().name}: {result['data']} test split, step {result['step']}")
 
 
 def write_result(workdir: Path, result: Mapping[str, Any], confusion_drawn: bool = False) -> None:
@@ -143,30 +143,28 @@ def write_result(workdir: Path, result: Mapping[str, Any], confusion_drawn: bool
         confusion_drawn: the report shows confusion.png.
     """
     show_models(workdir, result)
-    text = (
-        f"# {workdir.resolve().name}\n\n{made_with([result])} n (seeds): 1.\n\n{markdown(result_rows(result))}\n"
-        f"Test split of {result['data']}, checkpoint at step {result['step']}, seed {result['seed']}. "
-        f"Parameters: {result['active_parameters']:,} active, {result['total_parameters']:,} total.\n"
-    )
+    tested = f"Test split of {result['data']}, checkpoint at step {result['step']}, seed {result['seed']}."
+    counts = f"Parameters: {result['active_parameters']:,} active, {result['total_parameters']:,} total."
+    parts: list[Part] = [Heading(1, workdir.resolve().name), f"{made_with([result])} n (seeds): 1."]
+    parts += [result_rows(result), f"{tested} {counts}"]
     if probes := probe_rows(result.get("probes") or ()):
-        text += f"\n## Probes\n\n{markdown(probes)}\n{PROBES}\n"
-        show(probes, "probes of the features")
+        parts += [Heading(2, "Probes"), probes, PROBES]
+        show_table(probes, "probes of the features")
     if why := result.get("mergeability"):
         layers = [
             {"layer": str(layer), **{title: f"{why[name][n]:.4f}" for title, name in LAYER_COLUMNS.items()}}
             for n, layer in enumerate(why["layers"])
         ]
         barrier = f"Highest rise of the loss from an expert to the mean: {why['barrier']['height']:.4f} nats."
-        text += (
-            f"\n## Why averaging works or fails\n\n![mergeability]({MERGEABILITY})\n\n{markdown(layers)}\n"
-            f"{barrier} {LEGEND} Measured on {why['images']:,} test images.\n"
-        )
-        show(layers, "experts of each layer")
+        legend = f"{barrier} {LEGEND} Measured on {why['images']:,} test images."
+        parts += [Heading(2, "Why averaging works or fails"), Picture(Path(MERGEABILITY).stem), layers, legend]
+        show_table(layers, "experts of each layer")
         console.print(barrier)
     for row in result["rows"]:
         if confusion := row.get("confusion"):
-            picture = f"![confusion]({CONFUSION})\n\n" if confusion_drawn else ""
-            table = markdown(class_rows(confusion, class_names(workdir, len(confusion))))
-            text += f"\n## Classes, {row['model']}\n\n{picture}{table}"
-    write_text(workdir / "report.md", text)
+            parts.append(Heading(2, f"Classes, {row['model']}"))
+            if confusion_drawn:
+                parts.append(Picture(Path(CONFUSION).stem))
+            parts.append(class_rows(confusion, class_names(workdir, len(confusion))))
+    write_text(workdir / "report.md", as_markdown(parts))
     save_result(workdir, result)

@@ -18,7 +18,7 @@ from jvitmoe.data import stream
 from jvitmoe.data.batches import Images, on_devices, resident_batches
 from jvitmoe.errors import UserError
 from jvitmoe.evaluation import models
-from jvitmoe.evaluation.metrics import Result, make_evaluate
+from jvitmoe.evaluation.models import Result, make_evaluate
 from jvitmoe.interop import pretrained
 from jvitmoe.runs import files, results
 from jvitmoe.runs.checkpoints import CheckpointWriter, Meta, list_steps

@@ -15,10 +15,9 @@ from jvitmoe.data.splits import Dataset
 from jvitmoe.errors import ConfigError
 from jvitmoe.experts import cost
 from jvitmoe.routing import Routing
-from jvitmoe.runs import history
 from jvitmoe.runs.checkpoints import Meta, versions
 from jvitmoe.runs.console import console
-from jvitmoe.runs.files import METRICS
+from jvitmoe.runs.files import METRICS, checksums
 from jvitmoe.runtime import devices, processes
 from jvitmoe.runtime.addresses import Purpose, address
 from jvitmoe.settings import LARGEST
@@ -108,7 +107,7 @@ def print_resumed(workdir: Path, start: int, config: Config, meta: Meta) -> None
     if changed := [f"{n} {then[n]} (now {installed.get(n)})" for n in then if then[n] != installed.get(n)]:
         console.print(f"note: this checkpoint was saved by {', '.join(changed)}")
     if processes.is_first():
-        now = history.checksums(workdir, start).get(METRICS)
+        now = checksums(workdir, start).get(METRICS)
         if not now or now != meta.get("files", {}).get(METRICS, now):
             console.print(f"warning: {METRICS} does not hold all that was recorded up to step {start}")
 

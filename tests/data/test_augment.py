@@ -8,7 +8,6 @@ from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
 from jvitmoe.config import DataConfig
 from jvitmoe.data import augment as augment_lib
-from jvitmoe.data import trivial_augment
 from jvitmoe.data.augment import AUGMENTATIONS, Batch, augment, normalize, reversed_rows
 
 B, SIDE = 400, 6
@@ -109,13 +108,13 @@ BY_PILLOW = {
 }
 
 
-@pytest.mark.parametrize("name", trivial_augment.OPERATIONS)
+@pytest.mark.parametrize("name", augment_lib.TRIVIAL)
 def test_each_operation_of_trivial_augment_is_pillows(name):
     """Colours within one level; positions of pixels the same for all but one in a hundred, where roundings differ."""
     images = np.concatenate([smooth_images(15), smooth_images(15) // 2 + 40, np.full((1, 32, 32, 3), 77, np.uint8)])
     strength_B = np.linspace(-1, 1, len(images)).astype(np.float32)
-    kind_B = np.full(len(images), trivial_augment.OPERATIONS.index(name), np.float32)
-    found = jax.jit(trivial_augment.apply)(kind_B, strength_B, images)
+    kind_B = np.full(len(images), augment_lib.TRIVIAL.index(name), np.float32)
+    found = jax.jit(augment_lib.one_of_trivial)(kind_B, strength_B, images)
     assert found.dtype == np.uint8
     wanted = [BY_PILLOW[name](Image.fromarray(image), m) for image, m in zip(images, strength_B.tolist(), strict=True)]
     apart = levels_apart(found, wanted)
@@ -205,7 +204,7 @@ def test_three_augment_draws_the_three_equally_often_and_all_strengths():
 def test_trivial_augment_draws_every_operation_and_every_strength_equally_often(monkeypatch):
     drawn = []
     monkeypatch.setattr(
-        trivial_augment, "apply", lambda kind, strength, images: drawn.append((kind, strength)) or images
+        augment_lib, "one_of_trivial", lambda kind, strength, images: drawn.append((kind, strength)) or images
     )
     batch = Batch(jax.random.split(jax.random.key(0), 5000), jax.random.key(0), reversed_rows)
     augment_lib.trivial(batch, np.zeros((5000, 4, 4, 3), np.uint8), None)

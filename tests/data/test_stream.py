@@ -23,7 +23,7 @@ from jvitmoe.data.batches import TrainOrder, eval_batches
 from jvitmoe.data.images import DataError
 from jvitmoe.data.splits import Records, decode, in_memory
 from jvitmoe.evaluation import models
-from jvitmoe.evaluation.metrics import make_evaluate
+from jvitmoe.evaluation.models import make_evaluate
 from jvitmoe.runtime.addresses import Purpose, address
 from jvitmoe.runtime.devices import make_mesh
 from processes import call

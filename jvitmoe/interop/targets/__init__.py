@@ -1,6 +1,6 @@
-"""Export targets. Each file of this folder defines a subclass of `base.Target`; the import below registers it."""
+"""Export targets. Each file of this folder defines subclasses of `base.Target`; the import below registers them."""
 
-from jvitmoe.interop.targets import hf, onnx, safetensors, stablehlo, timm
+from jvitmoe.interop.targets import programs, weights
 from jvitmoe.interop.targets.base import TARGETS
 
-__all__ = ["TARGETS", "hf", "onnx", "safetensors", "stablehlo", "timm"]
+__all__ = ["TARGETS", "programs", "weights"]

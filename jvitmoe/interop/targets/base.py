@@ -2,27 +2,22 @@
 
 import dataclasses
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-from safetensors.numpy import save
 
 from jvitmoe.config import NEUTRAL, Config, ModelConfig
 from jvitmoe.data import augment, datasets, splits
 from jvitmoe.errors import UserError
 from jvitmoe.interop import classifier, load, weight_names
-from jvitmoe.models import vit
 from jvitmoe.models.routers import ROUTERS
 from jvitmoe.runs import files
 
 SAMPLE = 16  # test images in sample.npz
 CLOSE = 1e-4  # largest difference of logits that passes
 FIELDS = frozenset(field.name for field in dataclasses.fields(ModelConfig))
-SIZES = ("image_size", "channels", "classes", "patch", "width", "hidden", "depth", "heads")
 
 Run = Callable[[np.ndarray], np.ndarray]  # inputs as the target takes them -> logits
 
@@ -108,45 +103,3 @@ def register(target: type[Target]) -> type[Target]:
     """Adds the class to the choices of --to."""
     TARGETS[target.name] = target()
     return target
-
-
-class TorchTarget(Target):
-    """A format of PyTorch's pre-norm ViTs."""
-
-    torch = True
-    fields = frozenset((*SIZES, "positions", "cls_position", "norm_epsilon"))
-
-    def remarks(self, config: Config) -> list[str]:
-        found = self.differences(config.model)
-        if config.model.positions == "sincos2d":
-            found.append("positions are computed here and a table there: the same numbers, but there they would train")
-        transform = "the transform there does neither"
-        return [*found, f"predict turns pictures as their EXIF says and puts transparency on white; {transform}"]
-
-
-def save_weights(out: Path, arrays: weight_names.Dict, about: dict[str, Any]) -> Run:
-    """Writes model.safetensors and config.json, reads them back, and returns the function that they compute."""
-    (out / load.WEIGHTS).write_bytes(save(arrays, metadata={"format": "pt"}))
-    files.write_text(out / load.CONFIG, json.dumps(about, indent=2) + "\n")
-    again = load.read(out)
-    read_back = classifier.from_source(again)
-
-    def run(inputs: np.ndarray) -> np.ndarray:
-        images = inputs if again.kind == load.OURS else inputs.transpose(0, 2, 3, 1)
-        pixels = 255 * (images * np.asarray(again.std) + np.asarray(again.mean))
-        return read_back.logits(np.rint(pixels).astype(np.uint8))
-
-    return run
-
-
-def per_channel(values: Sequence[float], model: ModelConfig) -> list[float]:
-    """Returns the mean or deviation of pixels with one number per channel."""
-    return list(values) if len(values) == model.channels else list(values) * model.channels
-
-
-def forward(source: load.Source, model: ModelConfig) -> Callable[[jax.Array], jax.Array]:
-    """Returns the model as a function of normalised images, with its parameters as constants and its layers unrolled,
-    because exporters cannot combine a loop with a batch of unknown size."""
-    net = vit.build(model).clone(loops=False)
-    params = jax.tree.map(jnp.asarray, weight_names.unflatten(classifier.dense_arrays(source)))
-    return lambda images_BHWc: vit.logits(net, params, images_BHWc)

@@ -1,28 +1,69 @@
-"""ONNX with a free batch size, read back by onnxruntime."""
+"""The model as a program with a free batch size: StableHLO and ONNX."""
 
 import contextlib
 import importlib.util
 import io
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import jax
+import jax.export
+import jax.numpy as jnp
 import numpy as np
 
 from jvitmoe.config import Config, ModelConfig
 from jvitmoe.errors import UserError
 from jvitmoe.experts import cost
-from jvitmoe.interop import load
+from jvitmoe.interop import classifier, load, weight_names
 from jvitmoe.interop.targets import base
 from jvitmoe.models import vit
 
-OPSET = 23
-MOST_BYTES = 2**31 - 2**20  # of parameters: a model in one file is a message of protobuf, below 2 GiB
+OPSET = 23  # of ONNX
+MOST_BYTES = 2**31 - 2**20  # of parameters: an ONNX model in one file is a message of protobuf, below 2 GiB
+
+
+def _forward(source: load.Source, model: ModelConfig) -> Callable[[jax.Array], jax.Array]:
+    """Returns the model as a function of normalised images, with its parameters as constants and its layers unrolled,
+    because exporters cannot combine a loop with a batch of unknown size."""
+    net = vit.build(model).clone(loops=False)
+    params = jax.tree.map(jnp.asarray, weight_names.unflatten(classifier.dense_arrays(source)))
+    return lambda images_BHWc: vit.logits(net, params, images_BHWc)
+
+
+@base.register
+class StableHlo(base.Target):
+    """StableHLO for CPU and CUDA, read back by `jax.export`."""
+
+    name = "stablehlo"
+    library = "jax"
+    reader = "jax.export"
+    use = """```python
+from pathlib import Path
+
+from jax import export
+
+model = export.deserialize(bytearray(Path("model.stablehlo").read_bytes()))
+run = model.call
+```
+
+The program runs on cpu and cuda; JAX reads it for at least six months after the version that wrote it."""
+    check = 'run(sample["inputs"])'
+
+    def write(self, out: Path, source: load.Source, model: ModelConfig) -> base.Run:
+        (batch,) = jax.export.symbolic_shape("B")
+        images = jax.ShapeDtypeStruct((batch, model.image_size, model.image_size, model.channels), jnp.float32)
+        with jax.default_matmul_precision("highest"):
+            exported = jax.export.export(jax.jit(_forward(source, model)), platforms=("cpu", "cuda"))(images)
+        (out / "model.stablehlo").write_bytes(exported.serialize())
+        again = jax.export.deserialize(bytearray((out / "model.stablehlo").read_bytes()))
+        return lambda inputs: np.asarray(again.call(inputs))
 
 
 @base.register
 class Onnx(base.Target):
+    """ONNX, read back by onnxruntime."""
+
     name = library = "onnx"
     reader = "onnxruntime"
     use = """```python
@@ -55,7 +96,7 @@ run = lambda inputs: model.run(None, {{model.get_inputs()[0].name: inputs}})[0]
 
         shape = ("B", model.image_size, model.image_size, model.channels)
         with jax.default_matmul_precision("highest"), contextlib.redirect_stdout(io.StringIO()):
-            proto = jax2onnx.to_onnx(base.forward(source, model), [shape], model_name="vit", opset=OPSET)
+            proto = jax2onnx.to_onnx(_forward(source, model), [shape], model_name="vit", opset=OPSET)
         _name_and_pad(proto.graph)
         onnx.checker.check_model(proto)
         onnx.save(proto, str(out / "model.onnx"))

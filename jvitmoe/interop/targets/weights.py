@@ -1,0 +1,232 @@
+"""Weights as model.safetensors with a config.json: our own names, Hugging Face's and timm's."""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import save
+
+from jvitmoe.config import Config, ModelConfig
+from jvitmoe.interop import classifier, load, weight_names
+from jvitmoe.interop.targets import base
+from jvitmoe.runs import files
+
+SIZES = ("image_size", "channels", "classes", "patch", "width", "hidden", "depth", "heads")
+# timm's config.json cannot set the epsilon of LayerNorm: the architecture implies it. So we name an architecture with
+# our epsilon and replace its other arguments.
+NORMS = {1e-5: "vit_base_patch16_clip_224", 1e-6: "vit_base_patch16_224"}
+
+
+def _save(out: Path, arrays: weight_names.Dict, about: dict[str, Any]) -> base.Run:
+    """Writes model.safetensors and config.json, reads them back, and returns the function that they compute."""
+    (out / load.WEIGHTS).write_bytes(save(arrays, metadata={"format": "pt"}))
+    files.write_text(out / load.CONFIG, json.dumps(about, indent=2) + "\n")
+    again = load.read(out)
+    read_back = classifier.from_source(again)
+
+    def run(inputs: np.ndarray) -> np.ndarray:
+        images = inputs if again.kind == load.OURS else inputs.transpose(0, 2, 3, 1)
+        pixels = 255 * (images * np.asarray(again.std) + np.asarray(again.mean))
+        return read_back.logits(np.rint(pixels).astype(np.uint8))
+
+    return run
+
+
+@base.register
+class Safetensors(base.Target):
+    """Our own names of arrays, in a folder that `jvitmoe.load` reads."""
+
+    name = "safetensors"
+    library = "jvitmoe"
+    use = """```python
+import jvitmoe
+
+model = jvitmoe.load(".")
+print(model(["picture.png"]))
+```"""
+    check = 'model.logits(sample["images"])'
+
+    def write(self, out: Path, source: load.Source, model: ModelConfig) -> base.Run:
+        arrays = {name: np.ascontiguousarray(leaf) for name, leaf in classifier.dense_arrays(source).items()}
+        pixels = {"mean": list(source.mean), "std": list(source.std)}
+        return _save(out, arrays, our_config(model, source.classes, source.crop) | pixels)
+
+
+def our_config(model: ModelConfig, classes: Sequence[str], crop: str) -> dict[str, Any]:
+    """Returns the config.json of our own export; `crop` is the run's `data.crop`."""
+    return {"format": load.OURS, "model": dataclasses.asdict(model), "classes": list(classes), "crop": crop}
+
+
+class TorchTarget(base.Target):
+    """A format of PyTorch's pre-norm ViTs."""
+
+    torch = True
+    fields = frozenset((*SIZES, "positions", "cls_position", "norm_epsilon"))
+
+    def remarks(self, config: Config) -> list[str]:
+        found = self.differences(config.model)
+        if config.model.positions == "sincos2d":
+            found.append("positions are computed here and a table there: the same numbers, but there they would train")
+        transform = "the transform there does neither"
+        return [*found, f"predict turns pictures as their EXIF says and puts transparency on white; {transform}"]
+
+
+@base.register
+class HuggingFace(TorchTarget):
+    """Hugging Face's ViTForImageClassification: model.safetensors, config.json and preprocessor_config.json."""
+
+    name = "hf"
+    library = "transformers"
+    use = """```python
+from transformers import AutoImageProcessor, ViTForImageClassification
+
+model = ViTForImageClassification.from_pretrained(".").eval()
+processor = AutoImageProcessor.from_pretrained(".", backend="pil")
+```"""
+    check = 'model(torch.from_numpy(sample["inputs"])).logits.detach().numpy()'
+
+    def write(self, out: Path, source: load.Source, model: ModelConfig) -> base.Run:
+        arrays = weight_names.write(source.params, weight_names.HF, cls_row=True)
+        files.write_text(out / load.PROCESSOR, json.dumps(_preprocessor(model, source), indent=2) + "\n")
+        return _save(out, arrays, hf_config(model, source.classes))
+
+    def remarks(self, config: Config) -> list[str]:
+        found = super().remarks(config)
+        if not config.model.cls_position:
+            found.append("CLS has no position here and must have one there: it is zeros, which computes the same")
+        found.append(
+            'the processor with backend="pil" gives the pixels of predict, but shifted by one where (resized long '
+            f"side - {config.model.image_size}) % 4 is 3; the default backend was measured up to 2 of 255 levels off "
+            "besides"
+        )
+        return found
+
+
+def hf_config(model: ModelConfig, classes: Sequence[str]) -> dict[str, Any]:
+    """Returns Hugging Face's config.json of a ViTForImageClassification."""
+    names = list(classes) or [str(label) for label in range(model.classes)]
+    return {
+        **{"architectures": ["ViTForImageClassification"], "model_type": "vit", "dtype": "float32"},
+        **{"image_size": model.image_size, "patch_size": model.patch, "num_channels": model.channels},
+        **{"hidden_size": model.width, "intermediate_size": model.hidden, "num_hidden_layers": model.depth},
+        **{"num_attention_heads": model.heads, "hidden_act": "gelu", "layer_norm_eps": model.norm_epsilon},
+        **{"qkv_bias": True, "attention_probs_dropout_prob": 0.0, "hidden_dropout_prob": 0.0},
+        "id2label": {str(label): name for label, name in enumerate(names)},
+        "label2id": {name: label for label, name in enumerate(names)},
+    }
+
+
+def _preprocessor(model: ModelConfig, source: load.Source) -> dict[str, Any]:
+    """Returns Hugging Face's preprocessor_config.json, with the crop, mean and deviation of the source.
+
+    The processor is DINOv2's: transformers 4's slow ViTImageProcessor can neither keep the aspect ratio nor crop.
+    """
+    side, crop = model.image_size, source.crop
+    return {
+        **{"image_processor_type": "BitImageProcessor", "do_convert_rgb": model.channels == 3, "do_resize": True},
+        **{"size": {"shortest_edge": side * 8 // 7 if crop == "resized" else side}},
+        **{"resample": 2 if crop == "resized" else 3},  # Pillow's bilinear, bicubic
+        **{"do_center_crop": True, "crop_size": {"height": side, "width": side}},
+        **{"do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True},
+        "image_mean": _per_channel(source.mean, model),
+        "image_std": _per_channel(source.std, model),
+    }
+
+
+@base.register
+class Timm(TorchTarget):
+    """timm's VisionTransformer: model.safetensors and the config.json that `timm.create_model` reads."""
+
+    name = library = "timm"
+    fields = TorchTarget.fields | {"pool", "registers", "layer_scale", "qk_norm"}
+    use = """```python
+import timm
+
+model = timm.create_model("local-dir:.", pretrained=True).eval()
+transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+```
+
+or, with the arguments in sight:
+
+```python
+import functools, json, timm, torch
+from pathlib import Path
+from safetensors.torch import load_file
+
+about = json.loads(Path("config.json").read_text())
+norm = functools.partial(torch.nn.LayerNorm, eps={epsilon})
+arguments = {{**about["model_args"], "norm_layer": norm}}
+model = timm.create_model(about["architecture"], num_classes=about["num_classes"], **arguments).eval()
+model.load_state_dict(load_file("model.safetensors"), strict=True)
+```"""
+    check = 'model(torch.from_numpy(sample["inputs"])).detach().numpy()'
+
+    def write(self, out: Path, source: load.Source, model: ModelConfig) -> base.Run:
+        arrays = weight_names.write(source.params, weight_names.TIMM, _cls_row(model), model.pool != "cls")
+        about = timm_config(model, source.classes, source.crop, source.mean, source.std)
+        return _save(out, arrays, about)
+
+    def unsupported(self, model: ModelConfig) -> list[str]:
+        return super().unsupported(model) + (["pool"] if model.pool == "seq" else [])
+
+    def remarks(self, config: Config) -> list[str]:
+        found = super().remarks(config)
+        if config.model.has_cls and not config.model.cls_position:
+            found.append(
+                "CLS has no position: timm's argument no_embed_class=True says so (model.cls_position=True has one)"
+            )
+        return found
+
+    def differences(self, model: ModelConfig) -> list[str]:
+        if model.norm_epsilon in NORMS:
+            return []
+        known = " and ".join(f"{epsilon:g}" for epsilon in NORMS)
+        ours = f"model.norm_epsilon={model.norm_epsilon:g}"
+        return [f"timm's config.json can express LayerNorm epsilons {known}, not {ours}"]
+
+
+def timm_config(
+    model: ModelConfig, classes: Sequence[str], crop: str, mean: Sequence[float] = (0.5,), std: Sequence[float] = (0.5,)
+) -> dict[str, Any]:
+    """Returns timm's config.json: the architecture whose LayerNorm epsilon is nearest to ours, with our arguments;
+    `crop`, `mean` and `std` are those of the run's `data`."""
+    pool = "token" if model.pool == "cls" else "avg"
+    parts = {"reg_tokens": model.registers, "init_values": model.layer_scale, "qk_norm": model.qk_norm}
+    args = {
+        **{"img_size": model.image_size, "patch_size": model.patch, "in_chans": model.channels},
+        **{"embed_dim": model.width, "depth": model.depth, "num_heads": model.heads},
+        **{"mlp_ratio": _ratio(model.hidden, model.width), "pre_norm": False},
+        **{"class_token": model.has_cls, "no_embed_class": not _cls_row(model), "global_pool": pool},
+        **{name: value for name, value in parts.items() if value},
+    }
+    pixels = {"mean": _per_channel(mean, model), "std": _per_channel(std, model)}
+    cfg = {
+        **{"num_classes": model.classes, "input_size": [model.channels, model.image_size, model.image_size], **pixels},
+        **{"interpolation": "bilinear" if crop == "resized" else "bicubic", "crop_mode": "center"},
+        **{"crop_pct": 7 / 8 if crop == "resized" else 1.0, "fixed_input_size": True, "pool_size": None},
+        **{"first_conv": "patch_embed.proj", "classifier": "head"},
+    }
+    return {
+        "architecture": NORMS[min(NORMS, key=lambda epsilon: abs(epsilon - model.norm_epsilon))],
+        **{"num_classes": model.classes, "num_features": model.width, "global_pool": args["global_pool"]},
+        **{"model_args": args, "pretrained_cfg": cfg, **({"label_names": list(classes)} if classes else {})},
+    }
+
+
+def _cls_row(model: ModelConfig) -> bool:
+    """True if timm's table of positions has a row for CLS; with registers it would then need rows for them too."""
+    return model.cls_position and not model.registers
+
+
+def _ratio(hidden: int, width: int) -> float:
+    """Returns the ratio r with int(width * r) = hidden, which is timm's formula."""
+    ratio = hidden / width
+    return ratio if int(width * ratio) == hidden else (hidden + 0.5) / width
+
+
+def _per_channel(values: Sequence[float], model: ModelConfig) -> list[float]:
+    """Returns the mean or deviation of pixels with one number per channel."""
+    return list(values) if len(values) == model.channels else list(values) * model.channels
