@@ -14,18 +14,9 @@ from rich.table import Table
 
 NARROWEST_BAR, WIDEST_BAR = 10, 40  # columns of a terminal
 LEFT = {  # columns of text; the others are right-aligned
-    *(
-        "run",
-        "model",
-        "hardware",
-        "image",
-        "class",
-        "most often taken for",
-        "probe",
-        "data",
-        "memory of a device",
-    ),  # of the commands
-    *("arm", "ingredient", "kind", "minus", "module", "pass", "verdict"),  # of the scripts
+    *("run", "model", "hardware", "image", "class", "most often taken for", "probe", "data"),
+    "memory of a device",  # of the commands
+    *("arm", "ingredient", "kind", "minus", "module", "pass", "verdict", "program", "shard"),  # of the scripts
 }
 console = Console(highlight=False, markup=False, soft_wrap=True)  # no markup: file and class names may hold brackets
 

@@ -1,0 +1,139 @@
+"""Compiles ViT-S/16 and ViT-B/16 for 16 TPUs (v5e) and 8 GPUs (H100), and compares the bytes that devices exchange with
+the model of docs/scaling.md.
+
+    pip install -e '.[tpu,gpu-compile]'
+    python scripts/compile_table.py
+
+Takes about half an hour on two cores; cases that results/compile/cases.json has are not compiled again. Nothing is run.
+"""
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from absl import app, flags
+
+from jvitmoe import experiment_files, routing
+from jvitmoe.config import Config
+from jvitmoe.experts import cost, trees
+from jvitmoe.runs.console import markdown_table
+
+TARGETS = {"v5e:4x4": 16, "h100:8": 8}
+SIZES = {"ViT-S/16": [], "ViT-B/16": ["model.width=768", "model.hidden=3072", "model.heads=12"]}
+SAMPLE = ["routing.kind=sample", "routing.init=shared", "routing.pull=1"]
+PROGRAMS = {
+    "dense": [],
+    "`batch`, 4 experts": ["routing.experts=4"],
+    "`sample`, 4 on the axis": ["routing.experts=4", "train.expert_devices=4", *SAMPLE],
+    "`sample`, 8 on the axis": ["routing.experts=8", "train.expert_devices=8", *SAMPLE],
+    "Switch, 4 experts": ["routing.experts=4", "routing.kind=switch"],
+}
+SHARDS = ("none", "optimizer", "parameters")
+Case = tuple[str, str, str, str]  # target, size, program, shard
+
+OUT = flags.DEFINE_string("out", "results/compile", "Folder of cases.json and table.md.")
+
+
+def settings(case: Case) -> list[str]:
+    _, size, program, shard = case
+    return [*SIZES[size], *PROGRAMS[program], f"train.shard={shard}"]
+
+
+def config_of(case: Case) -> Config:
+    """Returns the Config of a case, as its flags make it."""
+    config = experiment_files.load("imagenet")
+    for setting in settings(case):
+        name, _, text = setting.partition("=")
+        section, field = name.split(".")
+        old = getattr(getattr(config, section), field)
+        setattr(getattr(config, section), field, type(old)(text))
+    return config.validate()
+
+
+def predicted(case: Case) -> int:
+    """Returns the bytes that a device exchanges in a step, as docs/scaling.md counts them: the gradients, once if they
+    are reduced whole; with train.shard, gradients are scattered and parameters gathered; and a pull at every step."""
+    config, devices = config_of(case), TARGETS[case[0]]
+    way, train = routing.find(config), config.train
+    marks = trees.stacked(way.shapes())
+    trunk, experts = (4 * cost.tree_size(tree) for tree in trees.split(way.shapes(), marks))
+    data = devices // train.expert_devices
+    one = experts // config.routing.experts
+    if way.slots == 1:
+        gradients, pull = trunk + one * way.reduced_experts, 0
+        weights = trunk + experts
+        split = gradients
+    else:
+        own = experts // train.expert_devices
+        gradients, pull = trunk + (own if data > 1 else 0), one
+        weights = split = trunk + own
+    if train.shard == "none":
+        return gradients + pull
+    moved = split + (weights if train.shard == "parameters" else split)
+    if train.expert_devices > 1:  # a device sums its part of the trunk, and of a pull, over the expert axis
+        moved += trunk // data + (pull // data if train.shard == "parameters" else pull)
+    return moved
+
+
+def measure(case: Case) -> dict[str, Any]:
+    """Returns what `jvitmoe compile` found, in a process of its own: a compiler keeps the memory that it took."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "found.json"
+        command = [sys.executable, "-m", "jvitmoe.compile", "--config=imagenet", f"--target={case[0]}", f"--out={out}"]
+        flags_of_case = [f"--config.{setting}" for setting in settings(case)]
+        done = subprocess.run([*command, *flags_of_case], capture_output=True, text=True, env=os.environ)
+        if done.returncode:
+            sys.exit(f"{' | '.join(case)}: {done.stderr}")
+        return json.loads(out.read_text())
+
+
+def table(found: dict[str, Any]) -> str:
+    """Returns the cases as Markdown, a table for each target and size."""
+    parts = []
+    for target, size in itertools.product(TARGETS, SIZES):
+        rows = []
+        for program, shard in itertools.product(PROGRAMS, SHARDS):
+            case = (target, size, program, shard)
+            if (one := found.get(" | ".join(case))) is None:
+                continue
+            moved, expected = sum(x["bytes"] for x in one["collectives"]), predicted(case)
+            rows.append(
+                {
+                    "program": program,
+                    "shard": shard,
+                    "state, GiB": f"{(one['bytes']['parameters'] + one['bytes']['optimiser']) / 2**30:.2f}",
+                    "temporaries, GiB": f"{one['bytes']['temporaries'] / 2**30:.2f}",
+                    "peak, GiB": f"{one['peak_bytes'] / 2**30:.2f}",
+                    "exchanged, MB": f"{moved / 1e6:.1f}",
+                    "by the model, MB": f"{expected / 1e6:.1f}",
+                    "off": f"{100 * (moved / expected - 1):+.2f} %",
+                    "compiled in": f"{one['compile_seconds']:.0f} s",
+                }
+            )
+        if rows:
+            parts.append(f"**{size} on {target}**, a batch of 1,024\n\n{markdown_table(rows)}")
+    return "\n".join(parts)
+
+
+def main(argv: list[str]) -> None:
+    folder = Path(OUT.value)
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "cases.json"
+    found = json.loads(path.read_text()) if path.exists() else {}
+    cases = list(itertools.product(TARGETS, SIZES, PROGRAMS, SHARDS))
+    for number, case in enumerate(cases, 1):
+        name = " | ".join(case)
+        if name not in found:
+            print(f"{number} of {len(cases)}: {name}", flush=True)
+            found[name] = measure(case)
+            path.write_text(json.dumps(found, indent=1) + "\n")
+        (folder / "table.md").write_text(table(found))
+
+
+if __name__ == "__main__":
+    app.run(main)
