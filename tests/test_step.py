@@ -209,7 +209,7 @@ def test_the_step_donates_the_state_and_not_the_images(full_run):
     index_SB = run.order.epoch(0)
     jax.block_until_ready(run.step(given, run.images, index_SB))
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(given))
-    assert not any(leaf.is_deleted() for leaf in (*run.images, index_SB))
+    assert not any(leaf.is_deleted() for leaf in (*jax.tree.leaves(run.images), index_SB))
 
 
 @pytest.fixture(scope="module")

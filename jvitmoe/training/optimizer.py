@@ -98,7 +98,7 @@ def muon(optim: OptimConfig) -> optax.GradientTransformation:
 
 def is_matrix(path: Sequence[Any]) -> bool:
     """Returns True for the key path of a parameter, or its momentum, that Muon takes as matrices."""
-    return len(path) > 1 and isinstance(path[-1], jax.tree_util.DictKey) and _name(path) in MATRICES
+    return isinstance(path[-1], jax.tree_util.DictKey) and _name(path) in MATRICES
 
 
 def multiplies_whole(config: Config, path: Sequence[Any]) -> bool:
