@@ -13,6 +13,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from jvitmoe import experiment_files, routing
 from jvitmoe.config import Config
 from jvitmoe.experts import cost, trees
 from jvitmoe.runs.console import markdown_table
+from jvitmoe.runtime import programs
 
 TARGETS = {"v5e:4x4": 16, "h100:8": 8}
 SIZES = {"ViT-S/16": [], "ViT-B/16": ["model.width=768", "model.hidden=3072", "model.heads=12"]}
@@ -65,19 +67,12 @@ def predicted(case: Case) -> int:
     data = devices // train.expert_devices
     one = experts // config.routing.experts
     if way.slots == 1:
-        gradients, pull = trunk + one * way.reduced_experts, 0
-        weights = trunk + experts
-        split = gradients
-    else:
-        own = experts // train.expert_devices
-        gradients, pull = trunk + (own if data > 1 else 0), one
-        weights = split = trunk + own
-    if train.shard == "none":
-        return gradients + pull
-    moved = split + (weights if train.shard == "parameters" else split)
-    if train.expert_devices > 1:  # a device sums its part of the trunk, and of a pull, over the expert axis
-        moved += trunk // data + (pull // data if train.shard == "parameters" else pull)
-    return moved
+        return (trunk + one * way.reduced_experts) * (1 if train.shard == "none" else 2)
+    own = experts // train.expert_devices
+    if train.shard == "none" or data == 1:
+        return trunk + (own if data > 1 else 0) + one
+    # Each device sums its part of the trunk, and of the mean of experts, over the expert axis.
+    return 2 * (trunk + own) + (trunk + one) // data
 
 
 def measure(case: Case) -> dict[str, Any]:
@@ -101,7 +96,9 @@ def table(found: dict[str, Any]) -> str:
             case = (target, size, program, shard)
             if (one := found.get(" | ".join(case))) is None:
                 continue
-            moved, expected = sum(x["bytes"] for x in one["collectives"]), predicted(case)
+            expected, kinds = predicted(case), Counter[str]()
+            for moved in one["collectives"]:
+                kinds[moved["kind"]] += moved["bytes"]
             rows.append(
                 {
                     "program": program,
@@ -109,9 +106,10 @@ def table(found: dict[str, Any]) -> str:
                     "state, GiB": f"{(one['bytes']['parameters'] + one['bytes']['optimiser']) / 2**30:.2f}",
                     "temporaries, GiB": f"{one['bytes']['temporaries'] / 2**30:.2f}",
                     "peak, GiB": f"{one['peak_bytes'] / 2**30:.2f}",
-                    "exchanged, MB": f"{moved / 1e6:.1f}",
+                    **{f"{kind}, MB": f"{kinds[kind] / 1e6:.1f}" for kind in programs.KINDS[:3]},
+                    "all, MB": f"{sum(kinds.values()) / 1e6:.1f}",
                     "by the model, MB": f"{expected / 1e6:.1f}",
-                    "off": f"{100 * (moved / expected - 1):+.2f} %",
+                    "off": f"{100 * (sum(kinds.values()) / expected - 1):+.2f} %",
                     "compiled in": f"{one['compile_seconds']:.0f} s",
                 }
             )

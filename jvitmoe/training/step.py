@@ -28,7 +28,7 @@ from jvitmoe.runtime.addresses import Purpose, address
 from jvitmoe.runtime.devices import AXES, BY_DATA, BY_EXPERT, DATA, EXPERT, REPLICATED
 from jvitmoe.training import losses, optimizer
 from jvitmoe.training.state import StepPlan, TrainState, abstract_state, leaf_spec, put, take
-from jvitmoe.training.update import finish, learning_rate, update
+from jvitmoe.training.update import finish, gather_slices, learning_rate, update
 
 
 class Metrics(NamedTuple):
@@ -91,6 +91,7 @@ def train_step(
     loss, accuracy, statistics, grads = gradients(plan, active.params, Inputs(split, index_B, step, routes))
     norm = optax.tree.norm(grads)
     active = update(plan, active, trees.stacked(before.params), grads, norm)
+    active = active._replace(params=gather_slices(plan, before.params, active.params))
     after = finish(plan, put(routing, before, active, routes))
     return after, Metrics(loss, accuracy, norm, learning_rate(plan, step), statistics)
 

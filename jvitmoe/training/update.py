@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import NamedSharding
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jvitmoe.experts import merge, trees
 from jvitmoe.training import optimizer
@@ -36,6 +36,18 @@ def update(plan: StepPlan, active: TrainState, stacked: Any, grads: Any, norm: j
     rate = learning_rate(plan, active.step)
     params = jax.tree.map(lambda p, d: p - rate * d, params, direction)
     return active._replace(params=params, opt_state=opt_state)
+
+
+def gather_slices(plan: StepPlan, whole: Any, taken: Any) -> Any:
+    """Returns the parameters that ran, slices of experts among them laid out as `whole` is: with train.shard=optimizer
+    XLA would put split slices back, and then gather all experts."""
+
+    def lay_out(before: jax.Array, leaf: jax.Array) -> jax.Array:
+        if before.shape == leaf.shape:
+            return leaf
+        return jax.lax.with_sharding_constraint(leaf, NamedSharding(plan.mesh, PartitionSpec()))
+
+    return jax.tree.map(lay_out, whole, taken) if plan.config.train.shard == "optimizer" else taken
 
 
 def whole_matrices(plan: StepPlan, opt_state: OptState) -> OptState:
