@@ -1,3 +1,4 @@
+import collections
 import functools
 import math
 import re
@@ -18,7 +19,7 @@ from jvitmoe.evaluation.models import make_evaluate
 from jvitmoe.experts import cost, trees
 from jvitmoe.models import vit
 from jvitmoe.runtime.devices import EXPERT, make_mesh
-from jvitmoe.runtime.programs import for_reading, reduced_bytes
+from jvitmoe.runtime.programs import collectives, for_reading, reduced_bytes
 from jvitmoe.training import program, setup, state, step, update
 from jvitmoe.training.state import StepPlan
 
@@ -190,6 +191,30 @@ def test_the_bytes_that_are_counted_are_those_of_the_program(tiny_config, sectio
     plan = program.plan_for(config, mesh, 64)
     text = for_reading(program.lower(plan, 64)).as_text()
     assert 0 <= reduced_bytes(text, mesh.shape) - update.bytes_reduced(plan)(1) <= 4 * 32  # loss, accuracy, statistics
+
+
+@pytest.mark.parametrize("shard", ["optimizer", "parameters"])
+@pytest.mark.parametrize(("experts", "optim"), [(1, "adamw"), (4, "adamw"), (1, "muon")])
+def test_sharded_gradients_are_scattered_and_parameters_gathered_once(tiny_config, shard, experts, optim):
+    """ZeRO moves 2 N bytes: N gradients scattered, N parameters gathered. With experts only the slices that run move;
+    Muon needs the whole gradient and momentum of a matrix."""
+    config = tiny_config(
+        routing={"experts": experts},
+        optim={"name": optim},
+        train={"devices": 4, "batch_size": 16, "shard": shard},
+    )
+    mesh = make_mesh(config.train)
+    plan = program.plan_for(config, mesh, 64)
+    found = collections.Counter()
+    for one in collectives(for_reading(program.lower(plan, 64)).as_text(), mesh.shape):
+        found[one.kind] += one.bytes * one.times
+    size = 4 * plan.routing.count_parameters()[0]
+    if optim == "muon":
+        assert found.total() <= 3.6 * size
+    else:
+        assert 0.9 * size < found["reduce-scatter"] <= size
+        assert 0.9 * size < found["all-gather"] <= 1.1 * size
+        assert found["all-reduce"] < 0.1 * size  # leaves that no axis divides, and scalars
 
 
 @pytest.mark.parametrize(

@@ -47,7 +47,12 @@ def stack(params: Tree, copies: Tree, owns: Callable[[Sequence[Any]], bool]) -> 
 
 def stacked(params: Tree) -> Tree:
     """Returns the tree of bools that says which leaves have an expert axis."""
-    return jax.tree.map_with_path(lambda path, x: x.ndim == DENSE_RANK.get(path[-1].key, x.ndim) + 1, params)
+    return jax.tree.map_with_path(is_stacked, params)
+
+
+def is_stacked(path: Sequence[Any], leaf: Any) -> bool:
+    """True for a parameter, by its key path and rank, that has an expert axis."""
+    return leaf.ndim == DENSE_RANK.get(path[-1].key, leaf.ndim) + 1
 
 
 def split(tree: Tree, stacked: Tree) -> tuple[Tree, Tree]:

@@ -30,7 +30,8 @@ def update(plan: StepPlan, active: TrainState, stacked: Any, grads: Any, norm: j
     tx, factor = optimizer.direction(config), plan.routing.rate(active.step)
     moments = whole_matrices(plan, active.opt_state)
     direction, opt_state = directions(tx, grads, moments, params, stacked, factor)
-    opt_state = whole_matrices(plan, opt_state)  # else XLA splits what it computes from them
+    # Results too: else XLA splits what they are computed from.
+    direction, opt_state = whole_matrices(plan, (direction, opt_state))
     if optimizer.scales_differ(config):
         direction = jax.tree.map(operator.mul, optimizer.layer_scales(config, params), direction)
     rate = learning_rate(plan, active.step)
@@ -50,21 +51,19 @@ def gather_slices(plan: StepPlan, whole: Any, taken: Any) -> Any:
     return jax.tree.map(lay_out, whole, taken) if plan.config.train.shard == "optimizer" else taken
 
 
-def whole_matrices(plan: StepPlan, opt_state: OptState) -> OptState:
-    """Returns the optimiser state with each matrix that `train.shard` has split gathered, if the optimiser multiplies
+def whole_matrices(plan: StepPlan, tree: Any) -> Any:
+    """Returns moments or directions with each matrix that `train.shard` splits gathered, if the optimiser multiplies
     it: XLA would exchange it in every one of Muon's products."""
     if plan.config.train.shard == "none":
-        return opt_state
+        return tree
 
-    def gather(path: Sequence[Any], leaf: jax.Array, is_stacked: bool) -> jax.Array:
+    def gather(path: Sequence[Any], leaf: jax.Array) -> jax.Array:
         if not optimizer.multiplies_whole(plan.config, path):
             return leaf
-        spec = leaf_spec(plan.mesh, leaf.shape, is_stacked, False)
+        spec = leaf_spec(plan.mesh, leaf.shape, trees.is_stacked(path, leaf), False)
         return jax.lax.with_sharding_constraint(leaf, NamedSharding(plan.mesh, spec))
 
-    trunk = jax.tree.map_with_path(lambda path, x: gather(path, x, False), opt_state.trunk)
-    stay = plan.expert_devices > 1
-    return OptState(trunk, jax.tree.map_with_path(lambda path, x: gather(path, x, stay), opt_state.experts))
+    return jax.tree.map_with_path(gather, tree)
 
 
 def finish(plan: StepPlan, state: TrainState) -> TrainState:
