@@ -110,7 +110,6 @@ def table(found: dict[str, Any]) -> str:
                     "all, MB": f"{sum(kinds.values()) / 1e6:.1f}",
                     "by the model, MB": f"{expected / 1e6:.1f}",
                     "off": f"{100 * (sum(kinds.values()) / expected - 1):+.2f} %",
-                    "compiled in": f"{one['compile_seconds']:.0f} s",
                 }
             )
         if rows:
