@@ -132,8 +132,6 @@ def _train_faults(config: Config) -> Iterator[tuple[str, str]]:
     optim, routing, train = config.optim, config.routing, config.train
     if train.devices and train.batch_size % train.devices:
         yield "train.batch_size", f"must be a multiple of train.devices, which is {train.devices}"
-    if train.expert_devices > 1 and routing.kind != "sample":
-        yield "train.expert_devices", f"must be 1 for routing.kind={routing.kind}; experts have devices with 'sample'"
     if train.devices % train.expert_devices:
         yield "train.expert_devices", f"must divide train.devices, which is {train.devices}"
     if optim.schedule == "epoch" and optim.warmup_epochs:

@@ -48,7 +48,9 @@ class Routing:
     @classmethod
     def faults(cls, config: Config) -> Iterator[tuple[str, str]]:
         """Yields (setting, rule) for each rule of this way of routing that the config breaks."""
-        yield from ()
+        if config.train.expert_devices > 1:
+            kind = config.routing.kind
+            yield "train.expert_devices", f"must be 1 for routing.kind={kind}; experts have devices with 'sample'"
 
     @property
     def experts(self) -> int:

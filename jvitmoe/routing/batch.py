@@ -64,6 +64,7 @@ class Layer(Batch):
 
     @classmethod
     def faults(cls, config: Config) -> Iterator[tuple[str, str]]:
+        yield from super().faults(config)
         if config.routing.pattern.count("experts") > 1:  # the layers of one optimiser state must have one route
             yield "routing.pattern", "must have one 'experts', for routing.kind=layer"
 

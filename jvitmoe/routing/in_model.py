@@ -22,6 +22,7 @@ class InModel(Routing):
 
     @classmethod
     def faults(cls, config: Config) -> Iterator[tuple[str, str]]:
+        yield from super().faults(config)
         routing, router = config.routing, routers.find(config.routing.kind)
         if router.uses_top_k and routing.top_k > routing.experts:
             yield "routing.top_k", f"must be at most routing.experts, which is {routing.experts}"
