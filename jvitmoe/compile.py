@@ -30,7 +30,7 @@ PARTS = {  # what the names of arguments begin with -> what they are
     "before.ema": "average of the weights",
     "split": "images",
 }
-WASTE = 1.05  # padding of an array that is worth a line
+WASTE, WORST = 1.05, 3  # padding that is worth a line, and how many arrays it names
 FIT_TRIES, FIT_SHARE = 7, 0.03  # of --fit: programs compiled, and the share of the batch that it may miss
 
 
@@ -54,7 +54,7 @@ def main(argv: list[str]) -> None:
     found = {"experiment": cli.experiment_name(argv), **found}
     show(found)
     if values.fit:
-        found["largest_batch"] = _fit(config, target, count, found)
+        found["largest_batch"] = _fit(config, target, count, found, console.print)
         console.print(f"largest     --config.train.batch_size={found['largest_batch']} fits in {target}")
     if values.out:
         Path(values.out).write_text(json.dumps(found, indent=1) + "\n")
@@ -93,7 +93,7 @@ def measure(config: Config, target: Target, count: int) -> dict[str, Any]:
     collectives = Counter[tuple[str, str, str]]()
     for moved in programs.collectives(text, mesh.shape):
         collectives[moved.kind, moved.axis, moved.place] += moved.bytes * moved.times
-    padded = [one for one in arguments if one.padded > WASTE * one.bytes and one.padded - one.bytes > 2**16]
+    wasted = sorted(arguments, key=lambda one: one.bytes - one.padded)[:WORST]
     return {
         "target": str(target),
         "devices": mesh.size,
@@ -109,7 +109,8 @@ def measure(config: Config, target: Target, count: int) -> dict[str, Any]:
             {"kind": kind, "axis": axis, "place": place, "bytes": size}
             for (kind, axis, place), size in sorted(collectives.items())
         ],
-        "padding": {one.name: one.padded / one.bytes for one in padded},
+        "padding": sum(one.padded for one in arguments) / sum(one.bytes for one in arguments),
+        "most_padded": {one.name: one.padded / one.bytes for one in wasted if one.padded > one.bytes},
         "custom_calls": programs.custom_calls(text),
         "float64": "f64[" in text,
         "versions": {name: metadata.version(name) for name in ("jax", "jaxlib")},
@@ -133,8 +134,10 @@ def show(found: Mapping[str, Any]) -> None:
         console.print(f"moved       {one['kind']} over {one['axis']}: {one['bytes']:,} bytes, {when}")
     if not found["collectives"]:
         console.print("moved       nothing: one device")
-    for name, ratio in sorted(found["padding"].items(), key=lambda item: -item[1])[:5]:
-        console.print(f"padded      {name} takes {ratio:.2f} times its size")
+    if found["padding"] > WASTE:
+        console.print(f"padded      what a step takes lies in {found['padding']:.2f} times its size; most is lost in")
+        for name, ratio in found["most_padded"].items():
+            console.print(f"            {name}: {ratio:.2f} times")
     for name, number in found["custom_calls"].items():
         console.print(f"call        {name}, {number} times")
 
@@ -157,8 +160,9 @@ def _refuse_too_large(found: Mapping[str, Any], target: Target) -> None:
         raise UserError(_too_large(needs, found["batch_size"], target))
 
 
-def _fit(config: Config, target: Target, count: int, found: Mapping[str, Any]) -> int:
-    """Returns the largest batch that fits, to FIT_SHARE: memory grows nearly linearly with it."""
+def _fit(config: Config, target: Target, count: int, found: Mapping[str, Any], show: Callable[[str], object]) -> int:
+    """Returns the largest batch that fits, to FIT_SHARE: memory grows nearly linearly with it. `show` gets a line for
+    each batch that is tried."""
     from jvitmoe import routing
 
     unit = found["devices"] * routing.find(config).slots * config.train.accumulate
@@ -169,9 +173,12 @@ def _fit(config: Config, target: Target, count: int, found: Mapping[str, Any]) -
         other = from_dict(to_dict(config))
         other.train.batch_size = batch
         try:
-            return measure(other.validate(), target, max(count, batch))["peak_bytes"]
-        except UserError:
+            size = measure(other.validate(), target, max(count, batch))["peak_bytes"]
+        except UserError as error:
+            show(f"tried       {batch:,}: {error}")
             return float("inf")
+        show(f"tried       {batch:,}: {size / GIB:.2f} of {target.memory / GIB:.2f} GiB")
+        return size
 
     start = max(config.train.batch_size // unit, 1)
     return unit * largest(lambda n: needed(n * unit), start, found["peak_bytes"], target.memory)

@@ -41,6 +41,11 @@ Case = tuple[str, str, str, str]  # target, size, program, shard
 OUT = flags.DEFINE_string("out", "results/compile", "Folder of cases.json and table.md.")
 
 
+def is_left_out(target: str, size: str, program: str, shard: str) -> bool:
+    """True for ViT-B/16 with train.shard on TPUs: its collectives are those of ViT-S/16, and a case takes a minute."""
+    return target.startswith("v5e") and size == "ViT-B/16" and shard != "none"
+
+
 def settings(case: Case) -> list[str]:
     _, size, program, shard = case
     return [*SIZES[size], *PROGRAMS[program], f"train.shard={shard}"]
@@ -122,7 +127,7 @@ def main(argv: list[str]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "cases.json"
     found = json.loads(path.read_text()) if path.exists() else {}
-    cases = list(itertools.product(TARGETS, SIZES, PROGRAMS, SHARDS))
+    cases = [case for case in itertools.product(TARGETS, SIZES, PROGRAMS, SHARDS) if not is_left_out(*case)]
     for number, case in enumerate(cases, 1):
         name = " | ".join(case)
         if name not in found:

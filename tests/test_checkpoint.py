@@ -337,6 +337,7 @@ def megabytes():
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_memory_does_not_grow_with_each_checkpoint(tmp_path):
     state, _ = make()
     with opened(tmp_path / "c", keep=1) as checkpoints:

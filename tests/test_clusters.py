@@ -240,6 +240,7 @@ def test_the_slurm_script_gives_each_task_its_cores_and_the_flags_and_queues_a_f
 
 
 @pytest.mark.process
+@pytest.mark.long
 def test_two_pods_of_the_trainjob_train_one_run(tmp_path):
     experiment = write_experiment(tmp_path / "tiny.py", tiny(train={"epochs": 1, "devices": 0}))
     trainer = kind("TrainJob")["spec"]["trainer"]
