@@ -122,6 +122,36 @@ def test_two_processes_of_the_node_launcher_take_up_the_run_of_one_and_any_devic
         assert fingerprint.of_host(jax.device_get(restored._replace(step=None)._asdict())) == expected
 
 
+RECORDS_ROWS = """
+import jax
+from jvitmoe.data import stream
+
+read = stream.read_pixels
+
+def record(picture, data, model, seed=None):
+    if seed:  # (…, step, row), of a training image
+        with open(f"FOLDER/{jax.process_index()}", "a") as file:
+            print(*seed[-2:], file=file)
+    return read(picture, data, model, seed)
+
+stream.read_pixels = record
+"""
+
+
+def test_no_row_of_a_streamed_batch_is_read_by_two_processes_of_the_expert_axis(experiment, one, tmp_path):
+    workdir = tmp_path / "run"
+    shutil.copytree(one, workdir)
+    shutil.rmtree(workdir / "checkpoints" / str(STEPS))
+    experiment = write_experiment(tmp_path / "rows.py", EXPERIMENT, RECORDS_ROWS.replace("FOLDER", str(tmp_path)))
+    command = processes.train(experiment, workdir, "--config.data.stream", "--config.train.expert_devices=2")
+    for ended in processes.collect(processes.start_joined(2, command)):
+        assert ended.code == 0, ended.err
+    read = [(tmp_path / str(process)).read_text().splitlines() for process in (0, 1)]
+    assert [len(lines) for lines in read] == [10 * 64] * 2
+    assert {*read[0], *read[1]} == {f"{step} {row}" for step in range(CUT, STEPS) for row in range(128)}
+    assert losses(workdir) == pytest.approx(losses(one), abs=1e-6)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
 def test_a_signal_to_all_processes_of_a_terminal_reaches_those_of_the_launcher_once(experiment, tmp_path, number):
     plain = ["env", "--default-signal=INT,HUP", "setsid"]  # also if the tests run in the background, or under nohup
