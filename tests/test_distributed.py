@@ -14,7 +14,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
+from PIL import Image
 
 import processes
 from jvitmoe import routing
@@ -207,6 +209,66 @@ def test_processes_that_cannot_be_one_run_end_within_30_seconds_and_each_says_wh
         assert line.startswith("error: ")
         assert says in line
     assert not (tmp_path / "x").exists()
+
+
+def write_sets(root: Path) -> None:
+    """Writes two equal image folders, of process 0 and of process 1. All classes have files of the same names."""
+    random = np.random.default_rng(0)
+    for split, count in (("train", 12), ("test", 4)):
+        for label, name in enumerate(("flat", "rough")):
+            (root / "0" / "set" / split / name).mkdir(parents=True)
+            for n in range(count):
+                pixels = 100 * label + random.integers(0, 1 + 60 * label, (8, 8))
+                Image.fromarray(pixels.astype(np.uint8)).save(root / "0" / "set" / split / name / f"{n:02}.png")
+    shutil.copytree(root / "0", root / "1")
+
+
+def swap(root: Path) -> None:
+    for split in ("train", "test"):
+        (root / split / "flat").rename(root / split / "x")
+        (root / split / "rough").rename(root / split / "flat")
+        (root / split / "x").rename(root / split / "rough")
+
+
+def rename(root: Path) -> None:
+    for split in ("train", "test"):
+        (root / split / "rough").rename(root / split / "rugged")
+
+
+def remove_two(root: Path) -> None:
+    for name in ("03", "05"):
+        (root / "train" / "flat" / f"{name}.png").unlink()
+
+
+OTHER_DATA = [  # what is done to the data of process 1, how they are read, what that process says
+    (swap, True, r"hash of train images and labels is \w{12} and not \w{12}, hash of test images and labels is "),
+    (swap, False, r"hash of train images and labels is \w{12} and not \w{12}, hash of test images and labels is "),
+    (rename, False, "class 1 is rugged and not rough"),
+    (remove_two, True, "number of train images is 22 and not 24, hash of train images and labels is "),
+    (remove_two, False, "number of train images is 22 and not 24, hash of train images and labels is "),
+]
+
+
+def test_a_process_with_other_data_is_named_with_the_difference_in_one_line_before_the_first_step(tmp_path):
+    started = []
+    for number, (change, stream, _) in enumerate(OTHER_DATA):
+        root = tmp_path / str(number)
+        write_sets(root)
+        change(root / "1" / "set")
+        home = f"import os, sys\nos.environ['HOME'] = f'{root}/' + sys.argv[-1].removeprefix('--process=')\n"
+        experiment = write_experiment(root / "folder.py", EXPERIMENT, home)
+        settings = ("model.classes=2", "data.name=folder", "data.dir=~/set", f"data.stream={stream}")
+        settings += ("train.batch_size=8", "train.checkpoint_every=0")
+        command = processes.train(experiment, root / "run", *(f"--config.{setting}" for setting in settings))
+        started += processes.start_joined(2, command)
+    ended = processes.collect(started)
+    for first, second, (_, _, says) in zip(ended[::2], ended[1::2], OTHER_DATA, strict=True):
+        assert (first.code, second.code) == (2, 2), (first, second)
+        (line,) = errors(first)
+        assert line.startswith("error: process 1 of 2 has failed; its own line says why")
+        (line,) = errors(second)
+        assert re.match(f"error: process 1 of 2 differs from process 0: {says}.*; give all the same data", line), line
+    assert not list(tmp_path.glob("*/run"))
 
 
 FLIPS = """

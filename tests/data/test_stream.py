@@ -338,6 +338,10 @@ def test_the_imagenet_config_streams_a_tfds_set_and_tests_on_its_labelled_split(
     assert len(losses(workdir)) == 6
     assert np.isfinite(list(losses(workdir).values())).all()
     config = saved_config(workdir)
-    test = decode(datasets.browse(config.data, config.model).test, config.data, config.model)
+    records = datasets.browse(config.data, config.model).test
+    (known,) = records.about()
+    assert known.startswith("imagenet2012/")
+    assert known.endswith(" [6]")
+    test = decode(records, config.data, config.model)
     np.testing.assert_array_equal(test.labels_N, [0, 80, 160, 240, 320, 400])
     np.testing.assert_allclose(test.images_NHWc[:, 16, 16, 0], [0, 10, 20, 30, 40, 50], atol=2)  # of JPEG
