@@ -14,7 +14,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
+from PIL import Image
 
 import processes
 from jvitmoe import routing
@@ -122,6 +124,36 @@ def test_two_processes_of_the_node_launcher_take_up_the_run_of_one_and_any_devic
         assert fingerprint.of_host(jax.device_get(restored._replace(step=None)._asdict())) == expected
 
 
+RECORDS_ROWS = """
+import jax
+from jvitmoe.data import stream
+
+read = stream.read_pixels
+
+def record(picture, data, model, seed=None):
+    if seed:  # (…, step, row), of a training image
+        with open(f"FOLDER/{jax.process_index()}", "a") as file:
+            print(*seed[-2:], file=file)
+    return read(picture, data, model, seed)
+
+stream.read_pixels = record
+"""
+
+
+def test_no_row_of_a_streamed_batch_is_read_by_two_processes_of_the_expert_axis(experiment, one, tmp_path):
+    workdir = tmp_path / "run"
+    shutil.copytree(one, workdir)
+    shutil.rmtree(workdir / "checkpoints" / str(STEPS))
+    experiment = write_experiment(tmp_path / "rows.py", EXPERIMENT, RECORDS_ROWS.replace("FOLDER", str(tmp_path)))
+    command = processes.train(experiment, workdir, "--config.data.stream", "--config.train.expert_devices=2")
+    for ended in processes.collect(processes.start_joined(2, command)):
+        assert ended.code == 0, ended.err
+    read = [(tmp_path / str(process)).read_text().splitlines() for process in (0, 1)]
+    assert [len(lines) for lines in read] == [10 * 64] * 2
+    assert {*read[0], *read[1]} == {f"{step} {row}" for step in range(CUT, STEPS) for row in range(128)}
+    assert losses(workdir) == pytest.approx(losses(one), abs=1e-6)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
 def test_a_signal_to_all_processes_of_a_terminal_reaches_those_of_the_launcher_once(experiment, tmp_path, number):
     plain = ["env", "--default-signal=INT,HUP", "setsid"]  # also if the tests run in the background, or under nohup
@@ -177,6 +209,66 @@ def test_processes_that_cannot_be_one_run_end_within_30_seconds_and_each_says_wh
         assert line.startswith("error: ")
         assert says in line
     assert not (tmp_path / "x").exists()
+
+
+def write_sets(root: Path) -> None:
+    """Writes two equal image folders, of process 0 and of process 1. All classes have files of the same names."""
+    random = np.random.default_rng(0)
+    for split, count in (("train", 12), ("test", 4)):
+        for label, name in enumerate(("flat", "rough")):
+            (root / "0" / "set" / split / name).mkdir(parents=True)
+            for n in range(count):
+                pixels = 100 * label + random.integers(0, 1 + 60 * label, (8, 8))
+                Image.fromarray(pixels.astype(np.uint8)).save(root / "0" / "set" / split / name / f"{n:02}.png")
+    shutil.copytree(root / "0", root / "1")
+
+
+def swap(root: Path) -> None:
+    for split in ("train", "test"):
+        (root / split / "flat").rename(root / split / "x")
+        (root / split / "rough").rename(root / split / "flat")
+        (root / split / "x").rename(root / split / "rough")
+
+
+def rename(root: Path) -> None:
+    for split in ("train", "test"):
+        (root / split / "rough").rename(root / split / "rugged")
+
+
+def remove_two(root: Path) -> None:
+    for name in ("03", "05"):
+        (root / "train" / "flat" / f"{name}.png").unlink()
+
+
+OTHER_DATA = [  # what is done to the data of process 1, how they are read, what that process says
+    (swap, True, r"hash of train images and labels is \w{12} and not \w{12}, hash of test images and labels is "),
+    (swap, False, r"hash of train images and labels is \w{12} and not \w{12}, hash of test images and labels is "),
+    (rename, False, "class 1 is rugged and not rough"),
+    (remove_two, True, "number of train images is 22 and not 24, hash of train images and labels is "),
+    (remove_two, False, "number of train images is 22 and not 24, hash of train images and labels is "),
+]
+
+
+def test_a_process_with_other_data_is_named_with_the_difference_in_one_line_before_the_first_step(tmp_path):
+    started = []
+    for number, (change, stream, _) in enumerate(OTHER_DATA):
+        root = tmp_path / str(number)
+        write_sets(root)
+        change(root / "1" / "set")
+        home = f"import os, sys\nos.environ['HOME'] = f'{root}/' + sys.argv[-1].removeprefix('--process=')\n"
+        experiment = write_experiment(root / "folder.py", EXPERIMENT, home)
+        settings = ("model.classes=2", "data.name=folder", "data.dir=~/set", f"data.stream={stream}")
+        settings += ("train.batch_size=8", "train.checkpoint_every=0")
+        command = processes.train(experiment, root / "run", *(f"--config.{setting}" for setting in settings))
+        started += processes.start_joined(2, command)
+    ended = processes.collect(started)
+    for first, second, (_, _, says) in zip(ended[::2], ended[1::2], OTHER_DATA, strict=True):
+        assert (first.code, second.code) == (2, 2), (first, second)
+        (line,) = errors(first)
+        assert line.startswith("error: process 1 of 2 has failed; its own line says why")
+        (line,) = errors(second)
+        assert re.match(f"error: process 1 of 2 differs from process 0: {says}.*; give all the same data", line), line
+    assert not list(tmp_path.glob("*/run"))
 
 
 FLIPS = """

@@ -6,7 +6,7 @@ N images · P = H * W * c numbers of an image · S steps of one epoch · B globa
 import dataclasses
 import functools
 import threading
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from typing import Any, NamedTuple
 
 import jax
@@ -48,6 +48,23 @@ def on_devices(split: Split, mesh: Mesh) -> Images:
     return Images(to_devices(pixels_NP, sharding), to_devices(split.labels_N, sharding), split.images_NHWc.shape[1:])
 
 
+def on_host(draw: Callable[[jax.Array], jax.Array], mesh: Mesh) -> Callable[[int], np.ndarray]:
+    """Returns `draw` of an epoch's number, on the host; two epochs are kept. Any thread may call it; it waits for
+    no other process."""
+    lock, compiled = threading.Lock(), jax.jit(draw)
+
+    @functools.lru_cache(maxsize=2)
+    def compute(number: int) -> np.ndarray:
+        with jax.default_device(mesh.local_devices[0]):
+            return np.asarray(compiled(jnp.int32(number)))
+
+    def locked(number: int) -> np.ndarray:
+        with lock:
+            return compute(number)
+
+    return locked
+
+
 class TrainOrder:
     """Order of the training images: a new permutation in every epoch, without the images that fill no batch.
 
@@ -74,8 +91,7 @@ class TrainOrder:
             permutation_N = jax.random.permutation(jax.random.fold_in(key, epoch), count)
             return permutation_N[: steps * batch_size].reshape(steps, batch_size)
 
-        self._lock, self._on_host = threading.Lock(), functools.lru_cache(maxsize=2)(self._draw_on_host)
-        self._mesh, self._draw = mesh, jax.jit(order)
+        self._on_host = on_host(order, mesh)
         self._order = jax.jit(order, out_shardings=NamedSharding(mesh, REPLICATED))
 
     def epoch(self, number: int) -> jax.Array:
@@ -83,13 +99,8 @@ class TrainOrder:
         return self._order(jnp.int32(number))
 
     def on_host(self, number: int) -> np.ndarray:
-        """Returns the same index_SB on the host. Any thread may call it; it waits for no other process."""
-        with self._lock:
-            return self._on_host(number)
-
-    def _draw_on_host(self, number: int) -> np.ndarray:
-        with jax.default_device(self._mesh.local_devices[0]):
-            return np.asarray(self._draw(jnp.int32(number)))
+        """Returns the same index_SB on the host, as `on_host` does."""
+        return self._on_host(number)
 
 
 def resident_batches(

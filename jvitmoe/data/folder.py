@@ -35,7 +35,7 @@ class ImageFolder(Source):
             of = f"{', '.join(odd[:5])}{', …' * (len(odd) > 5)}"
             raise DataError(f"{of} is in one of {roots[0]} and {roots[1]} only; both must hold the same classes")
         check_fit(str(root), (model.image_size, model.image_size, model.channels), len(train), model)
-        return Dataset(_records(train), _records(test), tuple(train))
+        return Dataset(_records(roots[0], train), _records(roots[1], test), tuple(train))
 
 
 def _has_folders(folder: Path) -> bool:
@@ -44,14 +44,20 @@ def _has_folders(folder: Path) -> bool:
     return False
 
 
-def _records(files: Files) -> Records:
+def _records(folder: Path, files: Files) -> Records:
     paths = list(itertools.chain.from_iterable(files.values()))
     labels_N = np.repeat(np.arange(len(files), dtype=np.int32), [len(inside) for inside in files.values()])
 
     def read(numbers: Sequence[int]) -> list[Record]:
         return [(Picture(str(paths[n]), paths[n]), int(labels_N[n])) for n in numbers]
 
-    return Records(read, np.arange(len(paths)), labels_N)
+    def about() -> list[str]:
+        try:  # sizes too: in two swapped class folders the names may be the same
+            return [f"{str(path).removeprefix(str(folder))} {os.path.getsize(path)}" for path in paths]
+        except OSError as error:
+            raise DataError(f"cannot read all of {folder} ({one_line(error)}); let it be read, or remove it") from error
+
+    return Records(read, np.arange(len(paths)), labels_N, about)
 
 
 def _class_files(folder: Path) -> Files:

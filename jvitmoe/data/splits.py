@@ -5,8 +5,9 @@ N images · H rows · W columns · c channels
 
 import abc
 import dataclasses
+import hashlib
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Generic, TypeVar
 
@@ -33,6 +34,12 @@ class Split:
         """Returns the images that a mask or indices choose."""
         return Split(self.images_NHWc[chosen_N], self.labels_N[chosen_N])
 
+    def fingerprint(self) -> str:
+        """Returns a hash of pixels and labels."""
+        found = hashlib.sha256(self.images_NHWc)
+        found.update(self.labels_N)
+        return found.hexdigest()[:12]
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Records:
@@ -41,6 +48,7 @@ class Records:
     read: Callable[[Sequence[int]], list[Record]]  # numbers in the source -> records
     number_N: np.ndarray
     labels_N: np.ndarray | None  # None if only reading a record gives its label
+    about: Callable[[], Iterable[str]] = tuple  # what is known of the source without reading records
 
     def __len__(self) -> int:
         return len(self.number_N)
@@ -51,7 +59,12 @@ class Records:
     def select(self, chosen_N: np.ndarray) -> "Records":
         """Returns the records that a mask or indices choose."""
         labels_N = None if self.labels_N is None else self.labels_N[chosen_N]
-        return Records(self.read, self.number_N[chosen_N], labels_N)
+        return dataclasses.replace(self, number_N=self.number_N[chosen_N], labels_N=labels_N)
+
+    def fingerprint(self) -> str:
+        """Returns a hash of what is known without reading records: `about`, and labels if known. Raises DataError."""
+        known = "\n".join(self.about()).encode(errors="surrogateescape")
+        return hashlib.sha256(known + (b"" if self.labels_N is None else self.labels_N.tobytes())).hexdigest()[:12]
 
 
 S = TypeVar("S", Split, Records)
@@ -64,6 +77,13 @@ class Dataset(Generic[S]):
     train: S
     test: S
     class_names: tuple[str, ...]
+
+    def facts(self) -> dict[str, object]:
+        """Returns what the processes of one run compare. Raises DataError."""
+        splits = {"train": self.train, "test": self.test}
+        facts: dict[str, object] = {f"class {label}": name for label, name in enumerate(self.class_names)}
+        facts |= {f"number of {name} images": len(split) for name, split in splits.items()}
+        return facts | {f"hash of {name} images and labels": split.fingerprint() for name, split in splits.items()}
 
 
 class Source(abc.ABC):

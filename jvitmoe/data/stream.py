@@ -1,8 +1,8 @@
 """Batches read from disk when they are needed, through Grain, for sets larger than a device's memory.
 
 Row n of step s is the image that `TrainOrder` names, and its random crop is drawn from (seed, s, n). So a streamed run
-equals a run with its set on the device, and a resumed run reads no earlier image. Each process reads the rows of its
-own devices. Threads decode pictures, and batches are put on the devices before their step.
+equals a run with its set on the device, and a resumed run reads no earlier image. Each process reads only the rows that
+its own devices use. Threads decode pictures, and batches are put on the devices before their step.
 
 B global batch, b the rows of it in this process · H, W image rows and columns · c channels
 """
@@ -14,12 +14,12 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding
 
 from jvitmoe.config import Config
 from jvitmoe.data.batches import Batches, Images, TrainOrder, eval_batches, on_devices
 from jvitmoe.data.splits import Records, Split, read_pixels
-from jvitmoe.runtime.devices import BY_DATA
+from jvitmoe.runtime.devices import BY_DEVICE
 
 AHEAD = 2  # batches that wait on the devices; as many wait decoded on the host
 CROP = 0x43726F70  # distinguishes these random numbers from others that depend on (seed, step, row)
@@ -27,17 +27,27 @@ Row = tuple[np.ndarray, np.int32]  # image_HWc and its label
 
 
 def train_batches(
-    records: Records, order: TrainOrder, config: Config, mesh: Mesh, start: int, total: int
+    records: Records,
+    order: TrainOrder,
+    config: Config,
+    mesh: Mesh,
+    start: int,
+    total: int,
+    rows: Callable[[int], np.ndarray] | None = None,
 ) -> Generator[Images, None, None]:
-    """Yields the batch of every step from `start` to before `total`, split over the data axis. Raises DataError."""
+    """Yields the batch of every step from `start` to before `total`, split over the whole mesh. Raises DataError.
+
+    `rows` maps an epoch to row_SB, the rows of each batch in the order of the devices. None: ascending.
+    """
     seed = config.train.seed & 0xFFFFFFFF, config.train.seed >> 32
 
-    def read(step: int, row: int) -> Row:
+    def read(step: int, place: int) -> Row:
         epoch, step_of_epoch = divmod(step, order.steps_per_epoch)
+        row = int(rows(epoch)[step_of_epoch, place]) if rows else place
         picture, label = records[order.on_host(epoch)[step_of_epoch, row]]
         return read_pixels(picture, config.data, config.model, (CROP, *seed, step, row)), np.int32(label)
 
-    sharding = NamedSharding(mesh, BY_DATA)
+    sharding = NamedSharding(mesh, BY_DEVICE)
     return _batches(read, range(start, total), config.train.batch_size, sharding)
 
 
@@ -57,7 +67,7 @@ class EvalImages(Iterable[Images]):
     def __init__(self, records: Records, batches: Batches, config: Config, mesh: Mesh) -> None:
         self._records, self._config = records, config
         self._steps, self._batch = batches.index_SB.shape
-        self._sharding = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+        self._sharding = NamedSharding(mesh, BY_DEVICE)
 
     def __iter__(self) -> Iterator[Images]:
         return _batches(self._read, range(self._steps), self._batch, self._sharding)

@@ -61,7 +61,8 @@ class Tfds(Source):
                 names = (f"image {number} of {about}" for number in numbers)
                 return [(Picture(n, encoded), label) for n, (encoded, label) in zip(names, found, strict=True)]
 
-            return Records(read, np.arange(len(source)), None)
+            known = f"{builder.info.full_name} {splits[split].shard_lengths}"  # the lengths decide on the order
+            return Records(read, np.arange(len(source)), None, lambda: (known,))
 
         train, test = records("train"), records("test") or records("validation")  # ImageNet's test has no labels
         if not train or not test:

@@ -134,7 +134,7 @@ def first_process_then_others(work: Callable[[], T]) -> T:
     return together(lambda: result if is_first() else work())  # type: ignore[return-value]
 
 
-def agree(facts: Mapping[str, object]) -> None:
+def agree(facts: Mapping[str, object], remedy: str = "start all alike") -> None:
     """Raises UserError, in all processes, if a fact of one, such as a setting, is not that of process 0."""
     mine = {name: str(value) for name, value in facts.items()}
     text_N = np.frombuffer(json.dumps(mine).encode(), np.uint8)
@@ -146,7 +146,7 @@ def agree(facts: Mapping[str, object]) -> None:
         if differ:
             shown = ", ".join(f"{name} is {mine.get(name)} and not {first.get(name)}" for name in differ[:3])
             more = f" and {len(differ) - 3} more" if len(differ) > 3 else ""
-            raise UserError(f"{_name(jax.process_index())} differs from process 0: {shown}{more}; start all alike")
+            raise UserError(f"{_name(jax.process_index())} differs from process 0: {shown}{more}; {remedy}")
 
     together(compare)
 

@@ -113,7 +113,8 @@ def _exit(done: int, number: int) -> NoReturn:
 
 def _train_batches(plan: StepPlan, data: RunData, start: int) -> Generator[Batch, None, None]:
     if plan.config.data.stream:
-        streamed = stream.train_batches(data.train, data.order, plan.config, plan.mesh, start, plan.total)
+        rows = step.streamed_rows(plan)
+        streamed = stream.train_batches(data.train, data.order, plan.config, plan.mesh, start, plan.total, rows)
         with contextlib.closing(streamed) as batches:
             for images in batches:
                 yield images, None

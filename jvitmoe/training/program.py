@@ -10,7 +10,7 @@ from jax.sharding import Mesh, NamedSharding
 from jvitmoe import routing
 from jvitmoe.config import Config
 from jvitmoe.data.batches import Images, TrainOrder
-from jvitmoe.runtime.devices import BY_DATA, REPLICATED
+from jvitmoe.runtime.devices import BY_DEVICE, REPLICATED
 from jvitmoe.training.state import StepPlan, TrainState, abstract_state
 from jvitmoe.training.step import make_train_step
 
@@ -26,7 +26,7 @@ def abstract_inputs(plan: StepPlan, count: int) -> tuple[TrainState, Images, Any
     """Returns shapes, dtypes and shardings of what a step takes: state, images, and the order of an epoch."""
     config, model = plan.config, plan.config.model
     whole = NamedSharding(plan.mesh, REPLICATED)
-    where = NamedSharding(plan.mesh, BY_DATA) if config.data.stream else whole
+    where = NamedSharding(plan.mesh, BY_DEVICE) if config.data.stream else whole
     rows = config.train.batch_size if config.data.stream else count
     shape = model.image_size, model.image_size, model.channels
     pixels_NP: Any = jax.ShapeDtypeStruct((rows, math.prod(shape)), jnp.uint8, sharding=where)

@@ -45,6 +45,8 @@ def load_data(config: Config, routing: Routing, mesh: Mesh) -> RunData:
     """Returns the splits and the order of the training images. Raises ConfigError for settings that do not fit them."""
     find = datasets.browse if config.data.stream else datasets.load
     dataset: Dataset[Any] = processes.first_process_then_others(lambda: find(config.data, config.model))
+    if not processes.is_single():  # on other data one would mislabel its part of each batch, or wait for ever
+        processes.agree(processes.together(dataset.facts), "give all the same data")
 
     def split() -> RunData:
         train_split, validation = datasets.hold_out(dataset.train, config.data.validation)

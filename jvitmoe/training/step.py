@@ -18,14 +18,14 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jvitmoe.data import augment
-from jvitmoe.data.batches import Images
+from jvitmoe.data.batches import Images, on_host
 from jvitmoe.experts import trees
 from jvitmoe.models.routers import Statistics
 from jvitmoe.routing import Pass
 from jvitmoe.routing.base import Route
 from jvitmoe.runtime import compilation
 from jvitmoe.runtime.addresses import Purpose, address
-from jvitmoe.runtime.devices import AXES, BY_DATA, BY_EXPERT, DATA, EXPERT, REPLICATED
+from jvitmoe.runtime.devices import AXES, BY_DEVICE, BY_EXPERT, DATA, EXPERT, REPLICATED
 from jvitmoe.training import losses, optimizer
 from jvitmoe.training.state import StepPlan, TrainState, abstract_state, leaf_spec, put, take
 from jvitmoe.training.update import finish, gather_slices, learning_rate, update
@@ -128,7 +128,7 @@ def gradients(plan: StepPlan, params: Any, inputs: Inputs) -> Gradients:
     marks = on_expert_axis(plan, params)
     spec = jax.tree.map(lambda leaf: BY_EXPERT if leaf else REPLICATED, marks)
     whole: Any = REPLICATED
-    images: Any = BY_DATA if plan.config.data.stream else whole
+    images: Any = BY_DEVICE if plan.config.data.stream else whole
     found = gradient_specs(plan, params, marks)
     return jax.shard_map(
         functools.partial(local_gradients, plan, found),
@@ -181,18 +181,41 @@ def on_expert_axis(plan: StepPlan, params: Any) -> Any:
 
 def batch_indices(plan: StepPlan, routes: tuple[Route, ...]) -> jax.Array:
     """Returns index_b in the global batch of this device's images, sorted by the expert that they meet."""
+    return indices_at(plan, routes, jax.lax.axis_index(DATA), jax.lax.axis_index(EXPERT))
+
+
+def indices_at(plan: StepPlan, routes: tuple[Route, ...], data: jax.Array, expert: jax.Array) -> jax.Array:
+    """Returns `batch_indices` of the device at this place of the mesh."""
     slots, share = plan.routing.slots, plan.config.train.batch_size // plan.data_devices
     here = slots // plan.expert_devices
-    slot_e = jax.lax.dynamic_slice(plan.routing.slot_of_expert(routes), (jax.lax.axis_index(EXPERT) * here,), (here,))
+    slot_e = jax.lax.dynamic_slice(plan.routing.slot_of_expert(routes), (expert * here,), (here,))
     index_eb = slot_e[:, None] + slots * jnp.arange(share // slots)[None]
-    return jax.lax.axis_index(DATA) * share + index_eb.reshape(-1)
+    return data * share + index_eb.reshape(-1)
+
+
+def streamed_rows(plan: StepPlan) -> Callable[[int], np.ndarray] | None:
+    """Returns `rows` of `stream.train_batches`: with an expert axis `batch_indices` of all devices, so that no process
+    reads an image that its devices do not use. Without one a device uses consecutive rows, and sorts them itself."""
+    if plan.expert_devices == 1:
+        return None
+    places = np.indices((plan.data_devices, plan.expert_devices)).reshape(2, -1)
+
+    def of_step(step: jax.Array) -> jax.Array:
+        routes = plan.routing.draw(plan.root, step)
+        return jax.vmap(functools.partial(indices_at, plan, routes))(*places).reshape(-1)
+
+    steps = plan.steps_per_epoch
+    return on_host(lambda epoch: jax.vmap(of_step)(epoch * steps + jnp.arange(steps)), plan.mesh)
 
 
 def images_of_device(plan: StepPlan, inputs: Inputs, index_b: jax.Array) -> Shard:
     """Returns the images at these indices of the batch and their targets, augmented."""
     config, (split, index_B, step, _) = plan.config, inputs
     share = config.train.batch_size // plan.data_devices
-    image_b = index_b - jax.lax.axis_index(DATA) * share if index_B is None else index_B[index_b]
+    if index_B is not None:
+        image_b: Any = index_B[index_b]
+    else:  # with an expert axis the rows of a stream come in the order of `streamed_rows`
+        image_b = slice(None) if plan.expert_devices > 1 else index_b - jax.lax.axis_index(DATA) * share
     pixels_bHWc, labels_b = split.rows(image_b)
     targets_bC = optax.smooth_labels(jax.nn.one_hot(labels_b, config.model.classes), config.train.label_smoothing)
     batch = augment.Batch(

@@ -202,6 +202,29 @@ def test_folders_in_a_class_folder_are_of_that_class_and_links_are_not_followed_
     assert len(folder(tmp_path).train) == 7
 
 
+def test_a_folder_read_picture_by_picture_is_known_by_its_names_sizes_and_labels_wherever_it_lies(tmp_path):
+    def facts(name: str) -> dict[str, object]:
+        model = ModelConfig(channels=3, classes=2)
+        return datasets.browse(DataConfig(name="folder", dir=str(tmp_path / name)), model).facts()
+
+    changes = {
+        "copy": lambda path: None,
+        "renamed": lambda path: path.rename(path.with_name("005b.png")),
+        "longer": lambda path: path.write_bytes(path.read_bytes() + b"x"),
+        "moved": lambda path: path.rename(path.parents[1] / "cat" / path.name),
+    }
+    write_folder(tmp_path / "set")
+    for name, change in changes.items():
+        shutil.copytree(tmp_path / "set", tmp_path / name)
+        change(png(tmp_path / name))
+        differ = {key for key, value in facts("set").items() if facts(name)[key] != value}
+        assert differ == ({"hash of train images and labels"} if name != "copy" else set())
+    png(tmp_path / "copy").unlink()
+    png(tmp_path / "copy").symlink_to("nowhere")
+    with pytest.raises(DataError, match=r"cannot read all of .*004.png"):
+        facts("copy")
+
+
 def test_a_test_folder_without_classes_gives_way_to_the_validation_folder(tmp_path):
     pixels = write_folder(tmp_path, parts=("train", "val"))
     shutil.copytree(tmp_path / "val" / "dog", tmp_path / "test")  # as ImageNet's, which has no labels

@@ -26,6 +26,8 @@ from jvitmoe.evaluation import models
 from jvitmoe.evaluation.models import make_evaluate
 from jvitmoe.runtime.addresses import Purpose, address
 from jvitmoe.runtime.devices import make_mesh
+from jvitmoe.training.state import StepPlan
+from jvitmoe.training.step import streamed_rows
 from processes import call
 from run_folders import assert_same_run, losses, rows, saved, saved_config
 
@@ -46,7 +48,8 @@ def streamed(tiny_split, training):
 
         def batches(self, start, total):
             run = self.run_of
-            return stream.train_batches(self.records, run.order, run.config, run.mesh, start, total)
+            rows = streamed_rows(StepPlan(run.config, run.routing, run.model, run.mesh, run.order.steps_per_epoch))
+            return stream.train_batches(self.records, run.order, run.config, run.mesh, start, total, rows)
 
         def run(self, steps):
             state = self.run_of.state
@@ -119,6 +122,15 @@ def test_a_process_reads_the_rows_of_its_own_devices_only(tiny_config):
     mine = {device: of_devices[device] for device in list(mesh.devices.flat)[1:3]}
     elsewhere = types.SimpleNamespace(addressable_devices_indices_map=lambda shape: mine)
     assert stream._rows_here(8, elsewhere).tolist() == [2, 3, 4, 5]
+
+
+def test_no_image_of_a_streamed_batch_lies_on_two_devices(tiny_config, streamed):
+    """Nor do two processes read it: tests/test_distributed.py."""
+    meshes = {"devices": 4, "expert_devices": 2}
+    for images in streamed(tiny_config(routing={"experts": 2, "kind": "sample"}, train=meshes)).batches(0, 4):
+        shards = [shard.data.shape[0] for shard in images.pixels_NP.addressable_shards]
+        assert shards == [2] * 4
+        assert len(np.unique(jax.device_get(images.pixels_NP), axis=0)) == 8
 
 
 def test_a_streamed_split_is_evaluated_exactly_with_padding_masked(tiny_config, training, tiny_split):
@@ -326,6 +338,10 @@ def test_the_imagenet_config_streams_a_tfds_set_and_tests_on_its_labelled_split(
     assert len(losses(workdir)) == 6
     assert np.isfinite(list(losses(workdir).values())).all()
     config = saved_config(workdir)
-    test = decode(datasets.browse(config.data, config.model).test, config.data, config.model)
+    records = datasets.browse(config.data, config.model).test
+    (known,) = records.about()
+    assert known.startswith("imagenet2012/")
+    assert known.endswith(" [6]")
+    test = decode(records, config.data, config.model)
     np.testing.assert_array_equal(test.labels_N, [0, 80, 160, 240, 320, 400])
     np.testing.assert_allclose(test.images_NHWc[:, 16, 16, 0], [0, 10, 20, 30, 40, 50], atol=2)  # of JPEG
