@@ -83,6 +83,16 @@ def hf_logits(folder: str, inputs: str, out: str) -> dict:
     }
 
 
+def hf_from_pixels(folder: str, pixels: str, out: str, **arguments: object) -> dict:
+    """Saves a processor beside a model, and the logits of both on pixels [b, H, W, c]."""
+    processor = transformers.ViTImageProcessor(do_resize=False, **arguments)
+    processor.save_pretrained(folder)
+    inputs = processor(list(np.load(pixels)), return_tensors="np")["pixel_values"]
+    model = transformers.ViTForImageClassification.from_pretrained(folder).eval()
+    np.savez(out, logits=logits_of(model, np.asarray(inputs, np.float32)))
+    return {}
+
+
 def timm_npz(path: str, inputs: str, out: str, **arguments: object) -> dict:
     """Reads google-research's .npz with timm's own reader."""
     model = timm.create_model("vit_tiny_patch16_224", **arguments).eval()

@@ -169,6 +169,22 @@ def test_another_normalisation_of_pixels_is_kept(peers, pixels, tmp_path):
     np.testing.assert_allclose(classifier.from_source(source).logits(pixels), expected(folder), atol=CLOSE)
 
 
+@pytest.mark.parametrize(
+    "processor",
+    [
+        {"rescale_factor": 1 / 127.5, "image_mean": [1.0] * 3, "image_std": [1.0] * 3},  # to [-1, 1]
+        {"rescale_factor": 1 / 127.5, "do_normalize": False},
+        {"do_rescale": False, "image_mean": [120.0, 110.0, 100.0], "image_std": [60.0] * 3},
+    ],
+)
+def test_the_rescaling_of_hugging_faces_processor_is_applied(peers, made, pixels, tmp_path, processor):
+    folder = shutil.copytree(made / "hf", tmp_path / "hf")
+    np.save(tmp_path / "pixels.npy", pixels)
+    peers("hf_from_pixels", folder=folder, pixels=tmp_path / "pixels.npy", out=tmp_path / "logits.npz", **processor)
+    theirs = np.load(tmp_path / "logits.npz")["logits"]
+    np.testing.assert_allclose(classifier.load(folder).logits(pixels), theirs, atol=3e-5)
+
+
 def test_npz_of_google_research_reads_as_timm_reads_it(peers, made, pixels, inputs, tmp_path):
     source = load.read(made / "timm")
     arrays = weight_names.write(source.params, weight_names.GOOGLE, cls_row=True)
@@ -219,6 +235,9 @@ def test_positions_and_patches_are_resized_as_timm_resizes_them(peers, tmp_path,
         ({"norm_layer": "rmsnorm"}, "its norm_layer is 'rmsnorm'; it must be 'layernorm'"),
         ({"act_layer": "quick_gelu"}, "its act_layer is 'quick_gelu'; it must be 'gelu'"),
         ({"architecture": "vit_base_patch16_clip_quickgelu_224", "pre_norm": False}, "whose act_layer is not 'gelu'"),
+        ({"architecture": "vit_base_patch32_siglip_256", "global_pool": "avg"}, "whose act_layer is not 'gelu'"),
+        ({"architecture": "vit_base_patch16_rpn_224", "qkv_bias": True}, "'rpn' may mean other blocks"),
+        ({"pool_include_prefix": True, "global_pool": "avg"}, "its pool_include_prefix is True; it must be False"),
         ({"global_pool": "map"}, "its global_pool is 'map'; it must be 'token'"),
         ({"global_pool": "avg", "class_token": False, "fc_norm": False}, "its pooling must be CLS"),
         ({"global_pool": "avgmax", "class_token": False}, "its global_pool is 'avgmax'; it must be 'avg'"),
