@@ -132,6 +132,11 @@ def test_drop_path_scales_what_is_kept_and_keys_alone_decide():
     np.testing.assert_array_equal(layers.drop_path(x_B[7:9], keys_B[7:9], 4, jnp.float32(0.25)), dropped[7:9])
     assert ((np.asarray(layers.drop_path(x_B, keys_B, 5, jnp.float32(0.25))) != 0).any(axis=1) != kept_B).any()
     assert layers.drop_path(x_B, None, 4, jnp.float32(0.25)) is x_B
+    rounded_B = x_B.astype(jnp.bfloat16)
+    dropped, exact = layers.drop_path(rounded_B, keys_B, 4, jnp.float32(0.1)), np.asarray(rounded_B, float) / 0.9
+    chex.assert_type(dropped, jnp.bfloat16)
+    dropped = np.asarray(dropped, float)
+    assert np.abs(dropped[dropped != 0]).sum() == pytest.approx(np.abs(exact[dropped != 0]).sum(), rel=3e-4)
 
 
 def test_a_layer_scale_of_one_changes_nothing_and_of_zero_leaves_the_stem():
