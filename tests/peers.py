@@ -43,9 +43,13 @@ def logits_of(model: torch.nn.Module, inputs: np.ndarray) -> np.ndarray:
     return getattr(out, "logits", out).numpy()
 
 
-def make_timm(folder: str, inputs: str, architecture: str = "vit_tiny_patch16_224", **arguments: object) -> dict:
-    """Saves a model as timm saves them, and what it says of the inputs."""
+def make_timm(
+    folder: str, inputs: str, architecture: str = "vit_tiny_patch16_224", shift: float = 0.0, **arguments: object
+) -> dict:
+    """Saves a model as timm saves them, and what it says of the inputs; `shift` is added to its positions."""
     model = shaken(timm.create_model(architecture, **arguments))
+    if shift:
+        model.pos_embed.data += shift
     timm.models.save_for_hf(model, folder, safe_serialization=True)
     np.savez(Path(folder) / "expected.npz", logits=logits_of(model, np.load(inputs)["inputs"]))
     return {"files": sorted(p.name for p in Path(folder).iterdir())}

@@ -169,6 +169,14 @@ def test_another_normalisation_of_pixels_is_kept(peers, pixels, tmp_path):
     np.testing.assert_allclose(classifier.from_source(source).logits(pixels), expected(folder), atol=CLOSE)
 
 
+def test_tokens_far_from_zero_give_timms_logits(peers, pixels, inputs, tmp_path):
+    """Their mean is 100 times their deviation, which LayerNorm removes."""
+    for name, pool in (("cls", {}), ("mean", {"global_pool": "avg", "class_token": False})):
+        peers("make_timm", folder=tmp_path / name, inputs=inputs, shift=100.0, **SMALL | pool)
+        found = classifier.load(tmp_path / name).logits(pixels)
+        np.testing.assert_allclose(found, expected(tmp_path / name), atol=1e-4)
+
+
 @pytest.mark.parametrize(
     "processor",
     [

@@ -39,6 +39,16 @@ def compiled(model):
 IMAGES = np.random.default_rng(0).uniform(-1, 1, (4, 8, 8, 3)).astype("f")
 
 
+@pytest.mark.parametrize("module", [layers.LayerNorm, layers.TwoPassLayerNorm])
+def test_layer_norm_is_exact_at_a_mean_of_100_deviations(module):
+    x_BD = np.random.default_rng(0).normal(100, 1, (64, 96)).astype("f")
+    params = {"scale": np.ones(96, "f"), "bias": np.zeros(96, "f")}
+    found = jax.jit(lambda x: module(1e-6).apply({"params": params}, x))(x_BD)
+    exact = x_BD.astype(float)
+    exact = (exact - exact.mean(1, keepdims=True)) / np.sqrt(exact.var(1, keepdims=True) + 1e-6)
+    np.testing.assert_allclose(found, exact, atol=3e-5)
+
+
 def tokens_by_loops(params, x_BHWc, strided):
     """The tokenizers in NumPy, one window at a time: convolutions without bias, ReLU, and CCT's maxima over 3 x 3."""
     for name in sorted(params):
