@@ -9,6 +9,7 @@ With --verify it only reports which files of the run folder are sound, and exits
 """
 
 import dataclasses
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -110,21 +111,30 @@ def _restore(values: flags.FlagValues, workdir: Path) -> tuple[Config, int, Any,
 
 
 def _data(values: flags.FlagValues, config: Config) -> tuple[Any, Any, Config]:
-    """Returns (the run's data set, that of the probes, the config with the latter)."""
+    """Returns (the run's data set, that of the probes, the config with the latter). Probes of the run's own set do not
+    train on the validation images that it held out, which chose its checkpoint."""
     from jvitmoe.data import datasets
     from jvitmoe.data.splits import SizeError
 
     find = datasets.browse if config.data.stream else datasets.load
     with cli.data_dir_flag():
         own: Any = find(config.data, config.model)
+
+    def without_held_out(data: Any) -> Any:
+        return dataclasses.replace(data, train=datasets.hold_out(data.train, config.data.validation)[0])
+
     if not values.probe_data:
-        return own, own, config
+        return own, without_held_out(own) if values.few_shot or values.knn else own, config
     crop = "centre" if config.data.crop == "exact" else config.data.crop  # its images may have any size
     data = dataclasses.replace(config.data, name=values.probe_data, dir=values.probe_dir or config.data.dir, crop=crop)
     model = dataclasses.replace(config.model, classes=0)  # any number of them
+    is_own = data.name == config.data.name
+    if data.name == "folder":  # other sets are known by their names
+        is_own &= os.path.realpath(data.dir) == os.path.realpath(config.data.dir)
     try:
         with cli.data_dir_flag("--probe_dir"):
-            return own, find(data, model), dataclasses.replace(config, data=data, model=model)
+            found = find(data, model)
+        return own, without_held_out(found) if is_own else found, dataclasses.replace(config, data=data, model=model)
     except SizeError as error:
         remedy = "write them into an image folder, and give --probe_data=folder --probe_dir=DIR"
         raise UserError(f"--probe_data is {values.probe_data!r}, but {error.fault}; {remedy}") from error

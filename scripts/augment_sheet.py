@@ -38,7 +38,7 @@ SETTINGS = {  # row -> settings of the augmentations drawn as in training
 def rows(images_BHWc: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
     """Yields (label, images) of every row of the sheet."""
     yield "original", images_BHWc
-    strength_B = jnp.linspace(-1, 1, IMAGES)
+    strength_B = jnp.round(30 * jnp.linspace(-1, 1, IMAGES)) / 30  # of the levels
     for kind, name in enumerate(augment.TRIVIAL):
         yield name, np.asarray(augment.one_of_trivial(jnp.full(IMAGES, kind), strength_B, images_BHWc))
     radius_B = jnp.linspace(*augment.RADIUS, IMAGES)

@@ -216,7 +216,8 @@ def ranking(runs: Path, arms: Iterable[str]) -> str:
 
 
 def communication(runs: Path, arms: Arms) -> str:
-    """Returns the end of the report of C: the verdicts, and the bytes that a device reduces in a run of each arm."""
+    """Returns the end of the report of C: the verdicts, and the bytes that a device reduces in a run of each arm,
+    until the last logged step."""
     found = {arm: reduced_bytes(runs, arm) for arm in verdicts.read(runs, arms)}
     most = max(found.values())
     rows = [

@@ -71,7 +71,8 @@ def differences(name: str, compared: list[verdicts.Comparison]) -> Figure:
 
 @figures.in_style
 def bytes_against_accuracy(runs: Path) -> Figure:
-    """Returns accuracy, mean ± sample deviation, against the bytes that a device reduces in a run."""
+    """Returns accuracy, mean ± sample deviation, against the bytes that a device reduces until the last
+    logged step."""
     figure, ((axes,),) = figures.subplots(1, 1, (7, 4.5))
     for name, models in verdicts.read(runs, study.bytes_against_accuracy()).items():
         model = verdicts.final(models)
@@ -83,7 +84,7 @@ def bytes_against_accuracy(runs: Path) -> Figure:
         place = (-6, -12) if left else (6, 4)
         where = {"xytext": place, "textcoords": "offset points", "ha": "right" if left else "left"}
         axes.annotate(name, at, **where)
-    axes.set(xlabel="reduced per device in a run, GB", ylabel="test accuracy, %")
+    axes.set(xlabel="reduced per device until the last logged step, GB", ylabel="test accuracy, %")
     right = 1.2 * axes.get_xlim()[1]
     axes.set_xlim(-0.03 * right, right)  # from about 0, so that the share that is saved can be seen
     axes.set_title("Accuracy against communication, one expert per device")

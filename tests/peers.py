@@ -25,6 +25,7 @@ from timm.data import Mixup, random_erasing
 from timm.layers import resample_abs_pos_embed
 from timm.layers.patch_embed import resample_patch_embed
 from timm.optim import param_groups_layer_decay
+from torchvision.transforms import autoaugment
 
 
 def shaken(model: torch.nn.Module) -> torch.nn.Module:
@@ -42,9 +43,13 @@ def logits_of(model: torch.nn.Module, inputs: np.ndarray) -> np.ndarray:
     return getattr(out, "logits", out).numpy()
 
 
-def make_timm(folder: str, inputs: str, architecture: str = "vit_tiny_patch16_224", **arguments: object) -> dict:
-    """Saves a model as timm saves them, and what it says of the inputs."""
+def make_timm(
+    folder: str, inputs: str, architecture: str = "vit_tiny_patch16_224", shift: float = 0.0, **arguments: object
+) -> dict:
+    """Saves a model as timm saves them, and what it says of the inputs; `shift` is added to its positions."""
     model = shaken(timm.create_model(architecture, **arguments))
+    if shift:
+        model.pos_embed.data += shift
     timm.models.save_for_hf(model, folder, safe_serialization=True)
     np.savez(Path(folder) / "expected.npz", logits=logits_of(model, np.load(inputs)["inputs"]))
     return {"files": sorted(p.name for p in Path(folder).iterdir())}
@@ -81,6 +86,16 @@ def hf_logits(folder: str, inputs: str, out: str) -> dict:
         "odd": [str(name) for key in ("missing_keys", "unexpected_keys", "mismatched_keys") for name in info[key]],
         "mean": processor.image_mean,
     }
+
+
+def hf_from_pixels(folder: str, pixels: str, out: str, **arguments: object) -> dict:
+    """Saves a processor beside a model, and the logits of both on pixels [b, H, W, c]."""
+    processor = transformers.ViTImageProcessor(do_resize=False, **arguments)
+    processor.save_pretrained(folder)
+    inputs = processor(list(np.load(pixels)), return_tensors="np")["pixel_values"]
+    model = transformers.ViTForImageClassification.from_pretrained(folder).eval()
+    np.savez(out, logits=logits_of(model, np.asarray(inputs, np.float32)))
+    return {}
 
 
 def timm_npz(path: str, inputs: str, out: str, **arguments: object) -> dict:
@@ -143,6 +158,22 @@ def erasing(arrays: str, out: str) -> dict:
         with mock.patch.object(random_erasing, "random", drawn(tries.T.tolist())):
             random_erasing.RandomErasing(probability=1, device="cpu")(image)
     np.savez(out, images=images.numpy())
+    return {}
+
+
+def trivial(arrays: str, names: dict[str, str], out: str) -> dict:
+    """Saves images [b, H, W, c] after TrivialAugment's operations, at each level from -30 to 30: [61, b, H, W, c]."""
+    with np.load(arrays) as file:
+        images = [Image.fromarray(image) for image in file["images"]]
+    space, found = autoaugment.TrivialAugmentWide()._augmentation_space(31), {}
+    for ours, name in names.items():
+        levels, signed = space[name]
+        sizes = [float(levels[abs(n)]) if levels.ndim else 0.0 for n in range(-30, 31)]
+        sizes = [-size if signed and n < 0 else size for n, size in enumerate(sizes, -30)]
+        nearest = {"interpolation": autoaugment.InterpolationMode.NEAREST, "fill": None}
+        changed = [[autoaugment._apply_op(image, name, size, **nearest) for image in images] for size in sizes]
+        found[ours] = np.array([[np.asarray(image) for image in row] for row in changed])
+    np.savez(out, **found)
     return {}
 
 

@@ -169,6 +169,30 @@ def test_another_normalisation_of_pixels_is_kept(peers, pixels, tmp_path):
     np.testing.assert_allclose(classifier.from_source(source).logits(pixels), expected(folder), atol=CLOSE)
 
 
+def test_tokens_far_from_zero_give_timms_logits(peers, pixels, inputs, tmp_path):
+    """Their mean is 100 times their deviation, which LayerNorm removes."""
+    for name, pool in (("cls", {}), ("mean", {"global_pool": "avg", "class_token": False})):
+        peers("make_timm", folder=tmp_path / name, inputs=inputs, shift=100.0, **SMALL | pool)
+        found = classifier.load(tmp_path / name).logits(pixels)
+        np.testing.assert_allclose(found, expected(tmp_path / name), atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "processor",
+    [
+        {"rescale_factor": 1 / 127.5, "image_mean": [1.0] * 3, "image_std": [1.0] * 3},  # to [-1, 1]
+        {"rescale_factor": 1 / 127.5, "do_normalize": False},
+        {"do_rescale": False, "image_mean": [120.0, 110.0, 100.0], "image_std": [60.0] * 3},
+    ],
+)
+def test_the_rescaling_of_hugging_faces_processor_is_applied(peers, made, pixels, tmp_path, processor):
+    folder = shutil.copytree(made / "hf", tmp_path / "hf")
+    np.save(tmp_path / "pixels.npy", pixels)
+    peers("hf_from_pixels", folder=folder, pixels=tmp_path / "pixels.npy", out=tmp_path / "logits.npz", **processor)
+    theirs = np.load(tmp_path / "logits.npz")["logits"]
+    np.testing.assert_allclose(classifier.load(folder).logits(pixels), theirs, atol=3e-5)
+
+
 def test_npz_of_google_research_reads_as_timm_reads_it(peers, made, pixels, inputs, tmp_path):
     source = load.read(made / "timm")
     arrays = weight_names.write(source.params, weight_names.GOOGLE, cls_row=True)
@@ -219,6 +243,9 @@ def test_positions_and_patches_are_resized_as_timm_resizes_them(peers, tmp_path,
         ({"norm_layer": "rmsnorm"}, "its norm_layer is 'rmsnorm'; it must be 'layernorm'"),
         ({"act_layer": "quick_gelu"}, "its act_layer is 'quick_gelu'; it must be 'gelu'"),
         ({"architecture": "vit_base_patch16_clip_quickgelu_224", "pre_norm": False}, "whose act_layer is not 'gelu'"),
+        ({"architecture": "vit_base_patch32_siglip_256", "global_pool": "avg"}, "whose act_layer is not 'gelu'"),
+        ({"architecture": "vit_base_patch16_rpn_224", "qkv_bias": True}, "'rpn' may mean other blocks"),
+        ({"pool_include_prefix": True, "global_pool": "avg"}, "its pool_include_prefix is True; it must be False"),
         ({"global_pool": "map"}, "its global_pool is 'map'; it must be 'token'"),
         ({"global_pool": "avg", "class_token": False, "fc_norm": False}, "its pooling must be CLS"),
         ({"global_pool": "avgmax", "class_token": False}, "its global_pool is 'avgmax'; it must be 'avg'"),
@@ -266,6 +293,30 @@ def test_erasing_is_timms(peers, tmp_path):
     assert (ours != theirs).any((1, 2, 3)).sum() <= 1
     area_B, ratio_B = 32**2 * (0.02 + draws_B4t[:, 0, 0] * (1 / 3 - 0.02)), 0.3 ** (1 - 2 * draws_B4t[:, 1, 0])
     assert ((area_B * ratio_B > 32**2) | (area_B / ratio_B > 32**2)).any()  # a first try that does not fit
+
+
+@pytest.mark.parametrize("side", [32, 17])
+def test_trivial_augment_is_torchvisions_at_every_level(peers, tmp_path, side):
+    """To the bit; blends and autocontrast, whose float32 is rounded otherwise, within one level."""
+    rng, ramp = np.random.default_rng(0), np.linspace(0, 255, side)
+    smooth = np.stack(np.broadcast_arrays(ramp[:, None], ramp, (ramp[:, None] + ramp) / 2), -1)
+    images = np.stack([rng.integers(0, 256, (side, side, 3)), smooth, smooth // 2 + 40]).astype(np.uint8)
+    names = dict(zip(augment.TRIVIAL, TRIVIAL_THERE, strict=True))
+    np.savez(tmp_path / "in.npz", images=images)
+    peers("trivial", arrays=tmp_path / "in.npz", names=names, out=tmp_path / "out.npz")
+    theirs, levels = np.load(tmp_path / "out.npz"), np.repeat(np.arange(-30, 31), len(images))
+    run = jax.jit(augment.one_of_trivial)
+    for kind, name in enumerate(augment.TRIVIAL):
+        given = np.full(len(levels), kind, "f"), np.float32(levels) / np.float32(30), np.tile(images, (61, 1, 1, 1))
+        found = np.asarray(run(*given)).astype(int)
+        apart = np.abs(found - theirs[name].reshape(found.shape)).max()
+        assert apart <= (name in ("brightness", "saturation", "contrast", "sharpness", "autocontrast")), name
+
+
+TRIVIAL_THERE = (  # torchvision's names
+    *("Identity", "ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate", "Brightness", "Color"),
+    *("Contrast", "Sharpness", "Posterize", "Solarize", "AutoContrast", "Equalize"),
+)
 
 
 @pytest.mark.parametrize(("mixup", "cutmix"), [(0.8, 0.0), (0.0, 1.0), (0.8, 1.0)])

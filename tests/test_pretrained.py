@@ -157,6 +157,44 @@ def test_another_mean_and_deviation_of_pixels_are_kept(tmp_path):
     )
 
 
+def test_pixels_are_rescaled_as_the_processor_says(tmp_path):
+    """Those of the real one: tests/test_peers.py."""
+    write_hf(tmp_path)
+    for processor, mean, std in (
+        ({"rescale_factor": 1 / 127.5, "image_mean": [1.0], "image_std": [1.0]}, 0.5, 0.5),
+        ({"do_rescale": False, "image_mean": [51.0], "image_std": [102.0]}, 0.2, 0.4),
+        ({"do_rescale": False, "do_normalize": False}, 0.0, 1 / 255),
+        ({"rescale_factor": 0.00392156862745098, "image_mean": [0.3], "image_std": [0.7]}, 0.3, 0.7),
+    ):
+        (tmp_path / "preprocessor_config.json").write_text(json.dumps(processor))
+        found = load.read(tmp_path)
+        np.testing.assert_allclose([*found.mean, *found.std], [mean, std], rtol=1e-12, err_msg=str(processor))
+    assert (found.mean, found.std) == ((0.3,), (0.7,))  # the usual factor changes no bit
+    for odd, message in (
+        ({"rescale_factor": 0}, r"its rescale_factor is 0\.0; it must be above 0: correct its preprocessor_config"),
+        ({"rescale_offset": True}, "its rescale_offset is True; fold it into image_mean"),
+    ):
+        (tmp_path / "preprocessor_config.json").write_text(json.dumps(odd))
+        with pytest.raises(UserError, match=message):
+            load.read(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("about", "message"),
+    [
+        ({"model_args": {"num_heads": 2, "pool_include_prefix": True}}, "its pool_include_prefix is True; it must be"),
+        ({"model_args": {"num_heads": 2, "attn_layer": "x"}}, "its argument attn_layer is 'x', which may change"),
+        ({"model_args": {"num_heads": 2}, "architecture": "vit_base_patch16_rpn_224.x"}, "'rpn' may mean other blocks"),
+        ({"model_args": {"num_heads": 2}, "architecture": "beit3_base_patch16_224"}, "'beit3' may mean other blocks"),
+        ({"model_args": {}, "architecture": "vit_base_patch16_gap_224"}, "nothing tells its number of heads"),  # 16
+    ],
+)
+def test_what_timms_config_may_change_is_refused(tmp_path, about, message):
+    write_timm(tmp_path, **about)
+    with pytest.raises(UserError, match=message):
+        load.read(tmp_path)
+
+
 @pytest.mark.parametrize(("channels", "patch"), [(3, 4), (3, 8), (1, 4)])
 def test_a_run_with_other_means_than_its_source_folds_the_difference_into_the_patches(channels, patch):
     told = dataclasses.replace(source(MODEL, dense(MODEL)), mean=(0.4, 0.5, 0.6), std=(0.2, 0.25, 0.3))

@@ -1,7 +1,9 @@
 """Few-shot regression and nearest neighbours on features, and the command that reports them."""
 
+import itertools
 import json
 import shutil
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -188,6 +190,32 @@ def test_probes_take_another_set_with_another_number_of_classes(workdir, tmp_pat
     code, _, err = call(evaluate.main, f"--workdir={workdir}", *flags)
     assert code == 0, err
     assert json.loads((workdir / "result.json").read_text())["probes"][0]["accuracy"] == 1.0
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_probes_do_not_train_on_the_validation_images_of_the_run(stream, monkeypatch):
+    config = Config(data=DataConfig(validation=37, stream=stream))
+    whole = datasets.load(config.data, config.model).train
+    kept, _ = datasets.hold_out(whole, 37)
+    monkeypatch.setitem(datasets.SOURCES, "other", datasets.Digits)
+    for probe_data, labels_N in (("", kept.labels_N), ("digits", kept.labels_N), ("other", whole.labels_N)):
+        flags = SimpleNamespace(few_shot=5, knn=0, probe_data=probe_data, probe_dir="")
+        own, probed, _ = evaluate._data(flags, config)
+        np.testing.assert_array_equal(probed.train.labels_N, labels_N)
+        assert len(own.test) == len(probed.test) == 360
+
+
+def test_another_folder_of_images_has_no_validation_images_of_the_run(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (12, 8, 8), np.uint8)
+    for folder, split, name in itertools.product(("own", "other"), ("train", "test"), ("a", "b")):
+        (tmp_path / folder / split / name).mkdir(parents=True)
+        for n, image in enumerate(pixels):
+            Image.fromarray(image).save(tmp_path / folder / split / name / f"{n}.png")
+    config = Config(data=DataConfig(name="folder", dir=str(tmp_path / "own"), validation=4))
+    config.model.classes = 2
+    for folder, count in (("own/../own", 20), ("other", 24)):
+        flags = SimpleNamespace(few_shot=0, knn=1, probe_data="folder", probe_dir=str(tmp_path / folder))
+        assert len(evaluate._data(flags, config)[1].train) == count
 
 
 def test_digits_of_another_size_are_probed_too():

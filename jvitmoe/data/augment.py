@@ -9,7 +9,6 @@ b images of one device · B global batch · H, W image rows and columns · c cha
 """
 
 import functools
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -107,7 +106,8 @@ def trivial(batch: Batch, images_bHWc: jax.Array, targets_bC: jax.Array) -> tupl
 
 
 def one_of_trivial(kind_b: jax.Array, strength_b: jax.Array, images_bHWc: jax.Array) -> jax.Array:
-    """Returns uint8 images, each after the operation kind_b, its place in TRIVIAL, of a strength in [-1, 1].
+    """Returns uint8 images, each after the operation kind_b, its place in TRIVIAL, of a strength in [-1, 1]: a multiple
+    of 1/30. To the bit torchvision's of Pillow images; blends and autocontrast within one level.
 
     All images pass one affine map and one chain of colour operations, with parameters that change nothing unless the
     operation is theirs: a switch under vmap would run all operations on all images.
@@ -117,7 +117,8 @@ def one_of_trivial(kind_b: jax.Array, strength_b: jax.Array, images_bHWc: jax.Ar
     def if_is(name: str, value: Any, otherwise: Any) -> jax.Array:
         return jnp.where(kind_b == TRIVIAL.index(name), value, otherwise)
 
-    x_bHWc = operations.affine(x_bHWc, _geometry(if_is, strength_b, x_bHWc.shape[1]))
+    level_b = jnp.round(strength_b * (LEVELS - 1)).astype(jnp.int32) + LEVELS - 1
+    x_bHWc = operations.affine(x_bHWc, _matrices(x_bHWc.shape[1]), kind_b.astype(jnp.int32), level_b)
     factor_b = 1 + 0.99 * strength_b
     blends_b = if_is("brightness", factor_b, if_is("saturation", factor_b, if_is("contrast", factor_b, 1.0)))
     from_ = jnp.where(per_image(if_is("saturation", True, False)), operations.grey(x_bHWc), 0.0)
@@ -136,17 +137,32 @@ def one_of_trivial(kind_b: jax.Array, strength_b: jax.Array, images_bHWc: jax.Ar
     return x_bHWc.astype(jnp.uint8)
 
 
-def _geometry(if_is: Callable[[str, Any, Any], jax.Array], strength_b: jax.Array, side: int) -> jax.Array:
-    """Returns the matrices of `operations.affine`: shears about the origin, up to 0.99; shifts, up to 32 pixels;
-    rotations about the centre, up to 135 degrees counterclockwise."""
-    angle_b = if_is("rotate", strength_b * math.radians(135), 0.0)
-    cos_b, sin_b, centre = jnp.cos(angle_b), jnp.sin(angle_b), side / 2
-    shift_b = jnp.trunc(32 * strength_b)
-    row_x = cos_b, if_is("shear_x", 0.99 * strength_b, -sin_b), centre * (1 - cos_b + sin_b)
-    row_y = if_is("shear_y", 0.99 * strength_b, sin_b), cos_b, centre * (1 - cos_b - sin_b)
-    matrix_b23 = jnp.stack([jnp.stack(row_x, -1), jnp.stack(row_y, -1)], 1)
-    shifts_b2 = jnp.stack([if_is("translate_x", shift_b, 0.0), if_is("translate_y", shift_b, 0.0)], -1)
-    return matrix_b23.at[:, :, 2].add(-shifts_b2)
+def _matrices(side: int) -> np.ndarray:
+    """Returns what `operations.affine` takes, [operation, level from -30 to 30, 2, 3]: shears about the origin, up to
+    0.99; shifts, up to 32 pixels; rotations about the centre, up to 135 degrees counterclockwise.
+
+    In float64, as Pillow has it: float32 would move some pixels of four rotations.
+    """
+    shear, shift = _strengths(0.99), np.trunc(_strengths(32))
+    angle = -np.radians(_strengths(135))
+    cos, sin, centre = np.round(np.cos(angle), 15), np.round(np.sin(angle), 15), side / 2  # rounded as by Pillow
+    found = np.tile(np.eye(2, 3), (len(TRIVIAL), len(shear), 1, 1))
+    found[TRIVIAL.index("shear_x"), :, 0, 1] = shear
+    found[TRIVIAL.index("shear_y"), :, 1, 0] = shear
+    found[TRIVIAL.index("translate_x"), :, 0, 2] = -shift
+    found[TRIVIAL.index("translate_y"), :, 1, 2] = -shift
+    rows = (cos, sin, centre - centre * (cos + sin)), (-sin, cos, centre - centre * (cos - sin))
+    found[TRIVIAL.index("rotate")] = np.array(rows).transpose(2, 0, 1)
+    return found
+
+
+def _strengths(largest: float) -> np.ndarray:
+    """Returns the strengths of the levels from -30 to 30, to the bit those of torchvision's linspace: it computes
+    in float32 from the nearer end, so the middle one of 32 is below 16 and shifts by 15 pixels."""
+    level, step = np.arange(LEVELS), float(np.float32(largest) / np.float32(LEVELS - 1))
+    upper = float(np.float32(largest)) - step * (LEVELS - 1 - level)
+    strength = np.where(level < LEVELS // 2, step * level, upper).astype(np.float32).astype(float)
+    return np.concatenate([-strength[:0:-1], strength])
 
 
 def erase(

@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 LUMA = (19595, 38470, 7471)  # of red, green and blue, in 1/65536: Pillow's conversion to grey (ITU-R 601)
 LARGEST_RADIUS = 2.0  # of `blur`
@@ -102,15 +103,19 @@ def blur(x_bHWc: jax.Array, radius_b: jax.Array) -> jax.Array:
     return jnp.floor(columns + 0.5)
 
 
-def affine(x_bHWc: jax.Array, matrix_b23: jax.Array) -> jax.Array:
-    """Returns images whose pixel at (x, y) is the nearest one to matrix @ (x, y, 1) of the old image, 0 outside of it.
+def affine(x_bHWc: jax.Array, matrices: np.ndarray, *chosen_b: jax.Array) -> jax.Array:
+    """Returns images whose pixel at (x, y) is the nearest one to matrix @ (x, y, 1) of the old image, 0 outside of it;
+    `chosen_b` is the index of an image's matrix in matrices [..., 2, 3].
 
-    Coordinates are those of pixel centres: `Image.transform` with AFFINE and NEAREST, up to its rounding.
+    Coordinates are those of pixel centres. To the bit `Image.transform` with AFFINE and NEAREST, which counts in
+    1/65536 of a pixel. Sides may have up to 8,000 pixels.
     """
     b, height, width, channels = x_bHWc.shape
-    y, x = jnp.meshgrid(jnp.arange(height) + 0.5, jnp.arange(width) + 0.5, indexing="ij")
-    grid_3N = jnp.stack([x.reshape(-1), y.reshape(-1), jnp.ones(height * width)])
-    from_bN = jnp.floor((matrix_b23[..., None] * grid_3N[None, None]).sum(2)).astype(jnp.int32)
+    first = matrices[..., 2] + matrices[..., :2].sum(-1) / 2  # at the centre of the first pixel
+    fixed = np.floor(np.concatenate([matrices[..., :2], first[..., None]], -1) * 65536 + 0.5).astype(np.int32)
+    y, x = jnp.meshgrid(jnp.arange(height), jnp.arange(width), indexing="ij")
+    grid_3N = jnp.stack([x.reshape(-1), y.reshape(-1), jnp.ones(height * width, jnp.int32)])
+    from_bN = (jnp.asarray(fixed)[chosen_b][..., None] * grid_3N[None, None]).sum(2) >> 16
     column_bN, row_bN = from_bN[:, 0], from_bN[:, 1]
     inside_bN = (column_bN >= 0) & (column_bN < width) & (row_bN >= 0) & (row_bN < height)
     index_bN = jnp.clip(row_bN, 0, height - 1) * width + jnp.clip(column_bN, 0, width - 1)

@@ -4,6 +4,7 @@ A reader takes (arrays of the file, config.json, preprocessor_config.json; {} fo
 and raises UserError for a ViT that differs from ours.
 """
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,6 +15,17 @@ HF_EPSILON, GOOGLE_EPSILON = 1e-12, 1e-6  # of LayerNorm, if no file has it
 # Heads of timm's and google-research's sizes, if no file has them.
 HEADS = {"tiny": 3, "xsmall": 4, "small": 6, "medium": 8, "betwixt": 10, "base": 12}
 HEADS |= dict.fromkeys(("large", "huge", "giant", "gigantic"), 16)
+# Arguments of timm's VisionTransformer that the arrays show or that change no logit after training.
+TIMM_ARGS = {"img_size", "patch_size", "in_chans", "num_classes", "embed_dim", "depth", "num_heads", "mlp_ratio"}
+TIMM_ARGS |= {"qkv_bias", "proj_bias", "qk_norm", "init_values", "reg_tokens", "no_embed_class", "pre_norm", "fc_norm"}
+TIMM_ARGS |= {"final_norm", "scale_attn_norm", "scale_mlp_norm", "dynamic_img_size", "dynamic_img_pad"}
+TIMM_ARGS |= {"weight_init", "fix_init", "drop_rate", "pos_drop_rate", "patch_drop_rate", "proj_drop_rate"}
+TIMM_ARGS |= {"attn_drop_rate", "drop_path_rate"}
+# Words of timm's architectures that stand for no other default that arrays do not show, as the block of "rpn" is.
+TIMM_WORD = re.compile(
+    r"vit|deit3?|eva|flexivit|tiny|wee|xsmall|little|small|medium|betwixt|base|large|huge|giant|gigantic|so\d+m2?|"
+    r"mediumd|intern300m|patch\d+|\d+(x1)?|reg\d+|gap|plus|clip|quickgelu|siglip|dinov2|tipsv2|miil|distilled"
+)
 
 About = Mapping[str, Any]
 
@@ -27,16 +39,23 @@ def read_timm(arrays: Arrays, about: About, processor: About) -> ConfigValues:
         raise UserError("its pooling must be CLS after `norm`, or the mean and then `fc_norm`; use a plain ViT")
     args, architecture = about.get("model_args") or {}, str(about.get("architecture", ""))
     args = {"global_pool": about.get("global_pool"), **args}
-    ours = {"act_layer": "gelu", "norm_layer": "layernorm", "class_token": has_cls}
-    for name, value in {**ours, "global_pool": "avg" if mean else "token"}.items():
+    ours = {"act_layer": "gelu", "norm_layer": "layernorm", "class_token": has_cls, "pool_include_prefix": False}
+    ours |= {"global_pool": "avg" if mean else "token", "pos_embed": "learn"}
+    for name, value in ours.items():
         if args.get(name) not in (value, None):
             raise UserError(f"its {name} is {args[name]!r}; it must be {value!r}")
-    words = architecture.partition(".")[0].split("_")
-    if args.get("act_layer") is None and "quickgelu" in words:
+    for name in sorted(args.keys() - ours.keys() - TIMM_ARGS):
+        if args[name] is not None:
+            raise UserError(f"its argument {name} is {args[name]!r}, which may change what it computes; leave it out")
+    words = architecture.partition(".")[0].split("_") if architecture else []
+    if args.get("act_layer") is None and not {"quickgelu", "siglip"}.isdisjoint(words):  # siglip: of some
         raise UserError(f"its architecture is {architecture!r}, whose act_layer is not 'gelu'; use a plain ViT")
+    if odd := [word for word in words if not TIMM_WORD.fullmatch(word)]:
+        raise UserError(f"its architecture is {architecture!r}, and {odd[0]!r} may mean other blocks; use a plain ViT")
+    guesses = [] if {"base", "gap"} <= {*words} else [HEADS[word] for word in words if word in HEADS]  # 12 or 16 heads
     pixels = about.get("pretrained_cfg") or {}
     return ConfigValues(
-        heads=int(args.get("num_heads") or next((HEADS[word] for word in words if word in HEADS), 0)),
+        heads=int(args.get("num_heads") or next(iter(guesses), 0)),
         epsilon=1e-5 if "clip" in words and args.get("norm_layer") is None else 1e-6,
         size=_image_size(args.get("img_size") or (pixels.get("input_size") or ())[1:]),
         cls_row=None if args.get("no_embed_class") is None else not args["no_embed_class"],
@@ -52,6 +71,9 @@ def read_hf(arrays: Arrays, about: About, processor: About) -> ConfigValues:
     if (kind, act) != ("vit", "gelu"):
         raise UserError(f"its model_type is {kind!r} with hidden_act {act!r}; they must be 'vit' and 'gelu'")
     labels, normalizes = about.get("id2label", {}), processor.get("do_normalize", True)
+    factor = processor.get("rescale_factor", 1 / 255) if processor.get("do_rescale", True) else 1.0
+    if processor.get("rescale_offset"):
+        raise UserError(f"its rescale_offset is {processor['rescale_offset']!r}; fold it into image_mean")
     return ConfigValues(
         heads=int(about.get("num_attention_heads", 0)),
         epsilon=float(about.get("layer_norm_eps", HF_EPSILON)),
@@ -60,6 +82,7 @@ def read_hf(arrays: Arrays, about: About, processor: About) -> ConfigValues:
         classes=tuple(str(labels[k]) for k in sorted(labels, key=int)) if "classifier.weight" in arrays else (),
         mean=processor.get("image_mean") if normalizes else 0.0,
         std=processor.get("image_std") if normalizes else 1.0,
+        scale=255 * float(factor),
     )
 
 

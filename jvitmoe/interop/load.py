@@ -250,10 +250,13 @@ def _shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 def _checked_pixels(values: weight_names.ConfigValues, channels: int) -> Pixels:
-    """Returns (mean, std) of the config values, 0.5 where they have none. Raises UserError for impossible ones."""
+    """Returns (mean, std) of pixels from 0 to 1, 0.5 where the config values have none. Raises UserError for impossible
+    ones."""
     mean, std = (0.5 if value is None else value for value in (values.mean, values.std))
+    if not 0 < values.scale < np.inf:
+        raise UserError(f"its rescale_factor is {values.scale / 255!r}; it must be above 0: correct its {PROCESSOR}")
     try:
-        mean_c, std_c = (np.atleast_1d(np.asarray(value, float)) for value in (mean, std))
+        mean_c, std_c = (np.atleast_1d(np.asarray(value, float)) / values.scale for value in (mean, std))
     except (ValueError, TypeError):
         mean_c = std_c = np.full(1, np.nan)
     fits = mean_c.shape in ((1,), (channels,)) and std_c.shape in ((1,), (channels,))

@@ -123,8 +123,9 @@ class ConfigValues(NamedTuple):
     size: tuple[int, int] | None = None  # height and width of the images
     cls_row: bool | None = None  # True if the table of positions begins with a row for CLS
     classes: tuple[str, ...] = ()  # names in the order of labels
-    mean: Any = None  # of pixels from 0 to 1
+    mean: Any = None  # of pixels from 0 to `scale`
     std: Any = None
+    scale: float = 1.0
 
 
 def model_of(theirs: Arrays, style: str, config: ConfigValues) -> ModelConfig:

@@ -20,6 +20,7 @@ from jvitmoe.models.layers import (
     PatchEmbedding,
     SequencePool,
     Site,
+    TwoPassLayerNorm,
     drop_path,
     dropout,
     fold_in,
@@ -205,7 +206,7 @@ class ViT(nn.Module):
 
     def _pooled(self, x_BTD: jax.Array, patches: int) -> jax.Array:
         """Returns the features [B, D] that the head sees."""
-        norm = nn.LayerNorm(self.config.norm_epsilon, dtype=self.dtype, name="norm")
+        norm = TwoPassLayerNorm(self.config.norm_epsilon, dtype=self.dtype, name="norm")
         patches_BTD = x_BTD[:, -patches:]
         if self.config.pool == "seq":
             return SequencePool(self.dtype, name="pool")(norm(patches_BTD))

@@ -74,8 +74,10 @@ def muon(optim: OptimConfig) -> optax.GradientTransformation:
 
     A layer's query, key, value, out, and each expert's up and down are one matrix each. The update is scaled to the RMS
     of AdamW's, 0.2, so both share optim.learning_rate and optim.weight_decay (Liu et al., arXiv 2502.16982).
-    Momentum is 0.95 with Nesterov. The five Newton-Schulz iterations run in
-    the parameters' float32, as optax has them (a GPU may round products to TF32). LoRA and adapters go with AdamW.
+    Momentum is 0.95 with Nesterov. optax corrects its bias, Jordan does not: for unrelated gradients the updates differ
+    by 11 % at step 2 and 0.6 % at step 30; with `routing.kind=batch` each expert counts its own steps. The five
+    Newton-Schulz iterations run in the parameters' float32, as optax has them (a GPU may round products to TF32). LoRA
+    and adapters go with AdamW.
     """
 
     def labels(params: Any) -> Any:

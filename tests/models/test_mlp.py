@@ -161,5 +161,10 @@ def test_dropout_without_keys_or_without_rate_is_the_identity():
     assert dropout(x_B, images_keys(2), 0, 0.0) is x_B
 
 
-def test_dropout_keeps_bfloat16():
-    chex.assert_type(drop(jnp.ones((2, 3), jnp.bfloat16), images_keys(2), 0, 0.5), jnp.bfloat16)
+def test_dropout_keeps_bfloat16_and_its_mean():
+    """The scale is not rounded to bfloat16: 1 / 0.9 would become 1.109375."""
+    x_B = jax.random.uniform(jax.random.key(0), (8, 50, 40), jnp.bfloat16, 0.5, 1)
+    y_B = drop(x_B, images_keys(8), 0, 0.1)
+    chex.assert_type(y_B, jnp.bfloat16)
+    x_B, y_B = (np.asarray(array, np.float64) for array in (x_B, y_B))
+    assert y_B[y_B != 0].sum() / x_B[y_B != 0].sum() == pytest.approx(1 / 0.9, rel=3e-4)

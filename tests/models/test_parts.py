@@ -39,6 +39,16 @@ def compiled(model):
 IMAGES = np.random.default_rng(0).uniform(-1, 1, (4, 8, 8, 3)).astype("f")
 
 
+@pytest.mark.parametrize("module", [layers.LayerNorm, layers.TwoPassLayerNorm])
+def test_layer_norm_is_exact_at_a_mean_of_100_deviations(module):
+    x_BD = np.random.default_rng(0).normal(100, 1, (64, 96)).astype("f")
+    params = {"scale": np.ones(96, "f"), "bias": np.zeros(96, "f")}
+    found = jax.jit(lambda x: module(1e-6).apply({"params": params}, x))(x_BD)
+    exact = x_BD.astype(float)
+    exact = (exact - exact.mean(1, keepdims=True)) / np.sqrt(exact.var(1, keepdims=True) + 1e-6)
+    np.testing.assert_allclose(found, exact, atol=3e-5)
+
+
 def tokens_by_loops(params, x_BHWc, strided):
     """The tokenizers in NumPy, one window at a time: convolutions without bias, ReLU, and CCT's maxima over 3 x 3."""
     for name in sorted(params):
@@ -132,6 +142,11 @@ def test_drop_path_scales_what_is_kept_and_keys_alone_decide():
     np.testing.assert_array_equal(layers.drop_path(x_B[7:9], keys_B[7:9], 4, jnp.float32(0.25)), dropped[7:9])
     assert ((np.asarray(layers.drop_path(x_B, keys_B, 5, jnp.float32(0.25))) != 0).any(axis=1) != kept_B).any()
     assert layers.drop_path(x_B, None, 4, jnp.float32(0.25)) is x_B
+    rounded_B = x_B.astype(jnp.bfloat16)
+    dropped, exact = layers.drop_path(rounded_B, keys_B, 4, jnp.float32(0.1)), np.asarray(rounded_B, float) / 0.9
+    chex.assert_type(dropped, jnp.bfloat16)
+    dropped = np.asarray(dropped, float)
+    assert np.abs(dropped[dropped != 0]).sum() == pytest.approx(np.abs(exact[dropped != 0]).sum(), rel=3e-4)
 
 
 def test_a_layer_scale_of_one_changes_nothing_and_of_zero_leaves_the_stem():
