@@ -175,7 +175,7 @@ def _fit(config: Config, target: Target, count: int, found: Mapping[str, Any], s
         try:
             size = measure(other.validate(), target, max(count, batch))["peak_bytes"]
         except UserError as error:
-            show(f"tried       {batch:,}: {error}")
+            show(f"tried       {batch:,}: {str(error).partition('; lower')[0]}")
             return float("inf")
         show(f"tried       {batch:,}: {size / GIB:.2f} of {target.memory / GIB:.2f} GiB")
         return size
@@ -185,9 +185,9 @@ def _fit(config: Config, target: Target, count: int, found: Mapping[str, Any], s
 
 
 def largest(needed: Callable[[int], float], start: int, at_start: float, limit: int) -> int:
-    """Returns the largest n with needed(n) <= limit, to FIT_SHARE of it, of a function that grows nearly linearly; 0 if
-    there is none."""
-    known, low, high = {start: at_start}, 0, 0
+    """Returns the largest n with needed(n) <= limit, of a function that grows: to FIT_SHARE of it if linearly, else as
+    near as FIT_TRIES come; 0 if there is none."""
+    known, low, high, missed = {start: at_start}, 0, 0, 0
     for _ in range(FIT_TRIES):
         low = max((n for n, size in known.items() if size <= limit), default=0)
         high = min((n for n, size in known.items() if size > limit), default=0)
@@ -201,10 +201,11 @@ def largest(needed: Callable[[int], float], start: int, at_start: float, limit: 
             guess = 2 * low if low else high // 2
         guess = max(guess, low + 1)
         if high and guess >= high:
-            guess = max(int(high * (1 - FIT_SHARE)), low + 1)
+            guess = max(int(high * (1 - min(FIT_SHARE * 4**missed, 0.5))), low + 1)
         if guess in known or guess < 1:
             break
         known[guess] = needed(guess)
+        missed = missed + 1 if known[guess] > limit else 0  # a TPU's compiler also packs less well when memory is short
     return max((n for n, size in known.items() if size <= limit), default=0)
 
 

@@ -63,6 +63,11 @@ def test_the_largest_batch_that_fits_is_found_in_a_few_tries(slope, base, start,
     assert len(tries) <= 1 + compile_command.FIT_TRIES
 
 
+def test_the_largest_batch_is_found_where_memory_grows_faster_than_was_seen():
+    found = compile_command.largest(lambda n: 3 * n + (n > 150) * n if n < 240 else float("inf"), 4, 12, 1000)
+    assert 0.9 * 239 <= found < 240
+
+
 def test_what_is_measured_is_what_the_devices_of_this_machine_hold_and_move(tiny_config, monkeypatch, tmp_path):
     config = tiny_config(
         routing={"experts": 4, "kind": "sample", "pull": 0.1},
