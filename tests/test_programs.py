@@ -74,6 +74,17 @@ def test_each_collective_has_its_kind_axis_size_and_place():
         programs.reduced_bytes(PROGRAM, BOTH)
 
 
+def test_a_collective_that_several_operations_hide_is_counted_once():
+    """As a TPU's compiler writes it: in the computation of each operation, with one channel and chain."""
+    hidden = (
+        'bf16[8,4]{1,0} all-gather(%p), channel_id=12, replica_groups=[1,8]<=[8], frontend_attributes={chain_id="1"}'
+    )
+    parts = "".join(f"%part{n} (p: f32[]) -> f32[] {{\n  %g{n} = {hidden}\n}}\n\n" for n in range(3))
+    calls = "".join(f"  %f{n} = bf16[8,4]{{1,0}} fusion(%p), calls=%part{n}\n" for n in range(3))
+    (found,) = programs.collectives(f"{parts}ENTRY %main (p: f32[]) -> f32[] {{\n{calls}}}\n", BOTH)
+    assert found == programs.Collective("all-gather", "data+expert", 1, 64, 1, "step")
+
+
 @pytest.mark.parametrize(
     ("shape", "size", "padded"),
     [

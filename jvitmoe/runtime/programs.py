@@ -77,7 +77,7 @@ def collectives(text: str, axes: Axes) -> list[Collective]:
     """Returns the collectives over several devices that a step runs, from the HLO text of a program. `axes` is the
     shape of its mesh."""
     computations, entry = _parse(text)
-    return list(_walk(computations, entry, axes, 1, "step"))
+    return list(_walk(computations, entry, axes, 1, "step", set()))
 
 
 def reduced_bytes(text: str, axes: Axes) -> int:
@@ -141,7 +141,7 @@ def _parse(text: str) -> tuple[dict[str, list[_Operation]], str]:
 
 
 def _walk(
-    computations: dict[str, list[_Operation]], name: str, axes: Axes, times: int, place: str
+    computations: dict[str, list[_Operation]], name: str, axes: Axes, times: int, place: str, chains: set[Any]
 ) -> Iterator[Collective]:
     done = {}  # an asynchronous operation's start has its operands in its shape, too
     for one in computations[name]:
@@ -150,6 +150,11 @@ def _walk(
     for one in computations[name]:
         kind = one.kind.removesuffix("-start")
         if kind in KINDS:
+            # A TPU's compiler hides one collective behind several operations, and writes it into each of them.
+            if chain := re.search(r'channel_id=(\d+).*chain_id="(\d+)"', one.rest):
+                if chain.groups() in chains:
+                    continue
+                chains.add(chain.groups())
             shape = done[one.name].shape if one.name in done else one.shape
             groups = _groups(one.rest, axes)
             if groups.shape[-1] > 1:
@@ -158,15 +163,15 @@ def _walk(
         elif one.kind == "while":
             trips = int(found[1]) if (found := TRIPS.search(one.rest)) else 1
             inner = place if place == "pull" else "loop"
-            yield from _walk(computations, CALLED.findall(one.rest)[0], axes, times * trips, inner)
+            yield from _walk(computations, CALLED.findall(one.rest)[0], axes, times * trips, inner, chains)
         elif one.kind == "conditional":
             listed = BRANCHES.search(one.rest)
             branches = re.findall(r"[\w.\-]+", listed[1]) if listed else CALLED.findall(one.rest)
             for branch in branches:
-                yield from _walk(computations, branch, axes, times, "pull")
+                yield from _walk(computations, branch, axes, times, "pull", chains)
         elif one.kind in ("call", "fusion", "async-start"):
             for called in CALLED.findall(one.rest):
-                yield from _walk(computations, called, axes, times, place)
+                yield from _walk(computations, called, axes, times, place, chains)
 
 
 def _groups(attributes: str, axes: Axes) -> np.ndarray:
