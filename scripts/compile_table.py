@@ -1,4 +1,4 @@
-"""Compiles ViT-S/16 and ViT-B/16 for 16 TPUs (v5e) and 8 GPUs (H100), and compares the bytes that devices exchange with
+"""Compiles ViT-S/16 and ViT-B/16 for 8 GPUs (H100) and 16 TPUs (v5e), and compares the bytes that devices exchange with
 the model of docs/scaling.md.
 
     pip install -e '.[tpu,gpu-compile]'
@@ -25,7 +25,7 @@ from jvitmoe.experts import cost, trees
 from jvitmoe.runs.console import markdown_table
 from jvitmoe.runtime import programs
 
-TARGETS = {"v5e:4x4": 16, "h100:8": 8}
+TARGETS = {"h100:8": 8, "v5e:4x4": 16}
 SIZES = {"ViT-S/16": [], "ViT-B/16": ["model.width=768", "model.hidden=3072", "model.heads=12"]}
 SAMPLE = ["routing.kind=sample", "routing.init=shared", "routing.pull=1"]
 PROGRAMS = {

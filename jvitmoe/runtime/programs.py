@@ -152,9 +152,10 @@ def _walk(
         if kind in KINDS:
             # A TPU's compiler hides one collective behind several operations, and writes it into each of them.
             if chain := re.search(r'channel_id=(\d+).*chain_id="(\d+)"', one.rest):
-                if chain.groups() in chains:
+                hidden = (*chain.groups(), kind, tuple(ARRAY.findall(one.shape)))
+                if hidden in chains:
                     continue
-                chains.add(chain.groups())
+                chains.add(hidden)
             shape = done[one.name].shape if one.name in done else one.shape
             groups = _groups(one.rest, axes)
             if groups.shape[-1] > 1:
