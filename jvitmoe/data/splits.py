@@ -36,8 +36,8 @@ class Split:
 
     def fingerprint(self) -> str:
         """Returns a hash of pixels and labels."""
-        found = hashlib.sha256(self.images_NHWc)
-        found.update(self.labels_N)
+        found = hashlib.sha256(self.images_NHWc.data)
+        found.update(self.labels_N.data)
         return found.hexdigest()[:12]
 
 
