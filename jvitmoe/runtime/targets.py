@@ -6,7 +6,7 @@ XLA compiles for them on any CPU. No device is opened, so a training may run on 
 import os
 import re
 from collections.abc import Sequence
-from importlib import util
+from importlib import metadata, util
 from typing import Any, NamedTuple
 
 from jvitmoe.errors import UserError, did_you_mean, one_line
@@ -101,7 +101,12 @@ def prepare(target: Target) -> None:
         size = "490 MB, and 1.6 GB of cuDNN" if target.is_gpu else "250 MB"
         raise UserError(f"{target} needs XLA's compiler for it; pip install 'jvitmoe[{extra}]' ({size}, no device)")
     os.environ["JAX_PLATFORMS"] = "cpu"
-    if not target.is_gpu:
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # no lines about drivers that are not here
+    if target.is_gpu:
+        if tuple(map(int, metadata.version("jax").split(".")[:2])) < (0, 12):
+            # Without a GPU to tune on, its compiler fails on products of width 300.
+            os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_enable_triton_gemm=false".strip()
+    else:
         os.environ |= {
             "TPU_SKIP_MDS_QUERY": "1",  # there is no metadata server to ask
             "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # else a second process aborts on a lock file
