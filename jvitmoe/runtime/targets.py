@@ -101,7 +101,6 @@ def prepare(target: Target) -> None:
         size = "490 MB, and 1.6 GB of cuDNN" if target.is_gpu else "250 MB"
         raise UserError(f"{target} needs XLA's compiler for it; pip install 'jvitmoe[{extra}]' ({size}, no device)")
     os.environ["JAX_PLATFORMS"] = "cpu"
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # no lines about drivers that are not here
     if target.is_gpu:
         if tuple(map(int, metadata.version("jax").split(".")[:2])) < (0, 12):
             # Without a GPU to tune on, its compiler fails on products of width 300.
