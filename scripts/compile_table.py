@@ -71,13 +71,16 @@ def predicted(case: Case) -> int:
     trunk, experts = (4 * cost.tree_size(tree) for tree in trees.split(way.shapes(), marks))
     data = devices // train.expert_devices
     one = experts // config.routing.experts
+    scattered = (trunk + one * way.reduced_experts) if way.slots == 1 else trunk + experts // train.expert_devices
+    # For TPUs XLA gathers parameters in the dtype of the products, bfloat16.
+    gathered = scattered // 2 if case[0].startswith("v5e") and train.shard == "parameters" else scattered
     if way.slots == 1:
-        return (trunk + one * way.reduced_experts) * (1 if train.shard == "none" else 2)
+        return scattered + (0 if train.shard == "none" else gathered)
     own = experts // train.expert_devices
     if train.shard == "none" or data == 1:
         return trunk + (own if data > 1 else 0) + one
     # Each device sums its part of the trunk, and of the mean of experts, over the expert axis.
-    return 2 * (trunk + own) + (trunk + one) // data
+    return scattered + gathered + (trunk + one) // data
 
 
 def measure(case: Case) -> dict[str, Any]:
