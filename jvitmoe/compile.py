@@ -20,6 +20,7 @@ from absl import flags
 from jvitmoe import cli
 from jvitmoe.config import Config
 from jvitmoe.errors import UserError, one_line
+from jvitmoe.runs import files
 from jvitmoe.runtime import targets
 from jvitmoe.runtime.targets import GIB, Target
 
@@ -50,16 +51,26 @@ def main(argv: list[str]) -> None:
     from jvitmoe.runs.console import console
 
     console.print(f"compiling   {cli.experiment_name(argv)} for {target}; this takes half a minute or more")
-    found = measure(config, target, count)
-    found = {"experiment": cli.experiment_name(argv), **found}
-    show(found)
+    found: dict[str, Any] = {"experiment": cli.experiment_name(argv)}
+    try:
+        found |= measure(config, target, count)
+        show(found)
+    except TooLargeError as error:  # a TPU's compiler refuses it, and --fit goes on from there
+        if not values.fit:
+            raise
+        console.print(f"tried       {error}")
     if values.fit:
-        found["largest_batch"] = _fit(config, target, count, found, console.print)
+        found["largest_batch"] = _fit(config, target, count, found.get("peak_bytes", float("inf")), console.print)
         console.print(f"largest     --config.train.batch_size={found['largest_batch']} fits in {target}")
     if values.out:
-        Path(values.out).write_text(json.dumps(found, indent=1) + "\n")
+        files.write_text(Path(values.out), json.dumps(found, indent=1) + "\n")
         console.print(f"written     {values.out}")
-    _refuse_too_large(found, target)
+    if "peak_bytes" in found:
+        _refuse_too_large(found, target)
+
+
+class TooLargeError(UserError):
+    """The step needs more memory than a device has."""
 
 
 def _count(config: Config) -> int:
@@ -82,7 +93,10 @@ def measure(config: Config, target: Target, count: int) -> dict[str, Any]:
     try:
         compiled = program.lower(plan, count).compile()
     except Exception as error:  # of the compiler, which raises several kinds
-        raise UserError(_why(error, config, target)) from error
+        if "RESOURCE_EXHAUSTED" in str(error):
+            raise TooLargeError(_too_large(one_line(error)[:200], config.train.batch_size, target)) from error
+        why = f"{one_line(error)[:500]}; change the setting that it names"
+        raise UserError(f"the step does not compile for {target}: {why}") from error
     seconds, text, memory = time.monotonic() - began, compiled.as_text(), compiled.memory_analysis()
     arguments = programs.arguments(text)
     sizes = Counter({name: 0 for name in PARTS.values()})
@@ -142,13 +156,6 @@ def show(found: Mapping[str, Any]) -> None:
         console.print(f"call        {name}, {number} times")
 
 
-def _why(error: Exception, config: Config, target: Target) -> str:
-    """Returns one line on a step that XLA cannot compile."""
-    if "RESOURCE_EXHAUSTED" in str(error):
-        return _too_large(one_line(error)[:200], config.train.batch_size, target)
-    return f"the step does not compile for {target}: {one_line(error)[:500]}; change the setting that it names"
-
-
 def _too_large(needs: str, batch: int, target: Target) -> str:
     remedy = "lower it (--fit finds the largest), or set --config.train.accumulate or --config.train.shard=parameters"
     return f"config.train.batch_size is {batch}; it does not fit in {target} ({needs}); {remedy}"
@@ -157,15 +164,20 @@ def _too_large(needs: str, batch: int, target: Target) -> str:
 def _refuse_too_large(found: Mapping[str, Any], target: Target) -> None:
     if found["peak_bytes"] > target.memory:
         needs = f"{found['peak_bytes'] / GIB:.2f} of {target.memory / GIB:.2f} GiB"
-        raise UserError(_too_large(needs, found["batch_size"], target))
+        raise TooLargeError(_too_large(needs, found["batch_size"], target))
 
 
-def _fit(config: Config, target: Target, count: int, found: Mapping[str, Any], show: Callable[[str], object]) -> int:
+def _fit(config: Config, target: Target, count: int, peak: float, show: Callable[[str], object]) -> int:
     """Returns the largest batch that fits, to FIT_SHARE: memory grows nearly linearly with it. `show` gets a line for
-    each batch that is tried."""
+    each batch that is tried, and `peak` is what the batch of the config needs."""
     from jvitmoe import routing
+    from jvitmoe.runtime import devices
 
-    unit = found["devices"] * routing.find(config).slots * config.train.accumulate
+    unit = (
+        devices.make_mesh(config.train, found=targets.devices(target)).size
+        * routing.find(config).slots
+        * config.train.accumulate
+    )
 
     def needed(batch: int) -> float:
         from jvitmoe.config import from_dict, to_dict
@@ -174,14 +186,14 @@ def _fit(config: Config, target: Target, count: int, found: Mapping[str, Any], s
         other.train.batch_size = batch
         try:
             size = measure(other.validate(), target, max(count, batch))["peak_bytes"]
-        except UserError as error:
+        except TooLargeError as error:
             show(f"tried       {batch:,}: {str(error).partition('; lower')[0]}")
             return float("inf")
         show(f"tried       {batch:,}: {size / GIB:.2f} of {target.memory / GIB:.2f} GiB")
         return size
 
     start = max(config.train.batch_size // unit, 1)
-    return unit * largest(lambda n: needed(n * unit), start, found["peak_bytes"], target.memory)
+    return unit * largest(lambda n: needed(n * unit), start, peak, target.memory)
 
 
 def largest(needed: Callable[[int], float], start: int, at_start: float, limit: int) -> int:

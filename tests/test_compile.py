@@ -29,7 +29,9 @@ def test_a_target_is_named_as_it_was_given(text):
     assert target.memory > 10 * targets.GIB
 
 
-@pytest.mark.parametrize("text", ["", "h100", "h100:", "h100:0", "v9:2x2", "v5e:4x4x4x4", "h100:8 x8", "hl00:8"])
+@pytest.mark.parametrize(
+    "text", ["", "h100", "h100:", "h100:0", "v9:2x2", "v5e:4x4x4x4", "h100:8 x8", "hl00:8", "h100:2x2x2"]
+)
 def test_a_target_that_is_none_is_refused_in_one_line(text):
     line = processes.refused(compile_command.main, "--config=imagenet", f"--target={text}")
     assert line.startswith(f"error: --target is {text!r}; it must be one of v5e, ")

@@ -82,7 +82,8 @@ def parse(text: str) -> Target:
     """Returns the target that `KIND:SHAPE` names; `h100:8` is one host. Raises UserError."""
     kind, _, shape = text.partition(":")
     kinds = (*TPUS, *GPUS)
-    if kind not in kinds or not re.fullmatch(r"[1-9]\d{0,4}(x[1-9]\d{0,4}){0,2}", shape):
+    most = 1 if kind in GPUS else 2  # of further numbers
+    if kind not in kinds or not re.fullmatch(rf"[1-9]\d{{0,4}}(x[1-9]\d{{0,4}}){{0,{most}}}", shape):
         hint = did_you_mean(kind, kinds) if kind not in kinds else ""
         example = "v5e:4x4 for 16 TPUs, h100:8 for a host of 8 GPUs, h100:8x8 for 8 such hosts"
         raise UserError(f"--target is {text!r}; it must be one of {', '.join(kinds)} and a shape: {example}{hint}")
@@ -98,7 +99,7 @@ def prepare(target: Target) -> None:
     except ModuleNotFoundError:  # of the package that holds it
         is_here = False
     if not is_here:
-        size = "490 MB, and 1.6 GB of cuDNN" if target.is_gpu else "250 MB"
+        size = "0.5 GB, and 1.1 GB of cuDNN" if target.is_gpu else "0.6 GB"
         raise UserError(f"{target} needs XLA's compiler for it; pip install 'jvitmoe[{extra}]' ({size}, no device)")
     os.environ["JAX_PLATFORMS"] = "cpu"
     if target.is_gpu:
