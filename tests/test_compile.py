@@ -70,6 +70,27 @@ def test_the_largest_batch_is_found_where_memory_grows_faster_than_was_seen():
     assert 0.9 * 239 <= found < 240
 
 
+def test_fit_goes_on_from_a_batch_that_the_compiler_refuses(monkeypatch, capsys):
+    """As a TPU's compiler does; here it takes a GiB for each 100 images of the batch."""
+
+    def measure(config, target, count):
+        if config.train.batch_size > 1575:
+            raise compile_command.TooLargeError("config.train.batch_size does not fit; lower it")
+        return {"peak_bytes": config.train.batch_size * targets.GIB // 100}
+
+    monkeypatch.setattr(compile_command, "measure", measure)
+    monkeypatch.setattr(compile_command, "show", lambda found: None)
+    monkeypatch.setattr(targets, "prepare", lambda target: None)
+    monkeypatch.setattr(targets, "devices", lambda target: jax.devices()[:4])
+    flags = ["compile.py", "--config=imagenet", "--target=v5e:2x2", "--config.train.batch_size=8192"]
+    with pytest.raises(compile_command.TooLargeError):
+        compile_command.main(flags)
+    compile_command.main([*flags, "--fit"])
+    found = int(capsys.readouterr().out.partition("--config.train.batch_size=")[2].split()[0])
+    assert 0.85 * 1575 < found <= 1575
+    assert found % 4 == 0
+
+
 def test_what_is_measured_is_what_the_devices_of_this_machine_hold_and_move(tiny_config, monkeypatch, tmp_path):
     config = tiny_config(
         routing={"experts": 4, "kind": "sample", "pull": 0.1},

@@ -11,9 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding
 
 from jvitmoe.experts import merge, trees
+from jvitmoe.runtime.devices import REPLICATED
 from jvitmoe.training import optimizer
 from jvitmoe.training.state import OptState, StepPlan, TrainState, leaf_spec
 
@@ -46,7 +47,7 @@ def gather_slices(plan: StepPlan, whole: Any, taken: Any) -> Any:
     def lay_out(before: jax.Array, leaf: jax.Array) -> jax.Array:
         if before.shape == leaf.shape:
             return leaf
-        return jax.lax.with_sharding_constraint(leaf, NamedSharding(plan.mesh, PartitionSpec()))
+        return jax.lax.with_sharding_constraint(leaf, NamedSharding(plan.mesh, REPLICATED))
 
     return jax.tree.map(lay_out, whole, taken) if plan.config.train.shard == "optimizer" else taken
 
@@ -160,10 +161,10 @@ def bytes_reduced(plan: StepPlan) -> Callable[[int], int]:
     EMA move nothing.
     """
     routing, mesh, is_frozen = plan.routing, plan.mesh, optimizer.frozen(plan.config)
-    parts = trees.split(routing.shapes(), trees.stacked(routing.shapes()))
+    params = routing.shapes()
     trunk, experts = (
         sum(4 * x.size for path, x in jax.tree.leaves_with_path(part) if not (is_frozen and is_frozen(path)))
-        for part in parts
+        for part in trees.split(params, trees.stacked(params))
     )
     one = experts // routing.experts
     if routing.slots == 1 or 1 == plan.expert_devices < mesh.size:
