@@ -144,10 +144,16 @@ class RoutingConfig:
         "switch, topk, expert_choice, soft, hash, frozen",
     )
     pattern: tuple[str, ...] = setting(("experts",), """kinds of layers, repeated over depth: '("dense","experts")'""")
-    part: str = setting("mlp", "what an expert owns: the MLP, or one layer of it (AdaMix)", ("mlp", "up", "down"))
+    part: str = setting(
+        "mlp",
+        "what an expert owns: the MLP; one layer of it (AdaMix); the whole model (local training)",
+        ("mlp", "up", "down", "model"),
+    )
     init: str = setting("independent", "experts start different (the original) or equal", ("independent", "shared"))
     pull: float = setting(0.0, "share of the way to their mean that experts move (EWA, PAPA)", at_least=0, at_most=1)
-    pull_every: int = setting(1, "steps between two pulls; with qsr, at the highest learning rate", above=0)
+    pull_every: int = setting(
+        1, "steps between two pulls, or two steps of the outer optimiser; with qsr, at the highest rate", above=0
+    )
     pull_schedule: str = setting(
         "constant",
         "pull over training: as the learning_rate, or rarer while that falls (QSR)",
@@ -196,6 +202,19 @@ class OptimConfig:
     warmup_epochs: float = setting(0.0, "linear from 0, at most half of training; only if schedule=step", at_least=0)
     clip_norm: float = setting(0.0, "largest global norm of the gradient; 0 does not clip", at_least=0)
     eps: float = setting(1e-8, "epsilon of Adam", above=0)
+    outer_rate: float = setting(
+        0.0,
+        "learning rate of an outer optimiser, which steps from the last pull toward the experts' mean, or toward a "
+        "dense model (DiLoCo: 0.7); 0: none",
+        at_least=0,
+    )
+    outer_momentum: float = setting(0.6, "Nesterov momentum of the outer optimiser", at_least=0, below=1)
+    primal_averaging: float = setting(
+        0.0,
+        "share of the EMA in the dense weights that are differentiated (GPA: 0.7, with train.ema=0.9967); 0: none",
+        at_least=0,
+        below=1,
+    )
     layer_decay: float = setting(
         1.0, "ratio of a layer's learning rate to that of the next layer, as in timm; 1 is off", above=0, at_most=1
     )

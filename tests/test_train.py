@@ -14,7 +14,7 @@ from PIL import Image
 
 import jvitmoe
 import processes
-from jvitmoe import evaluate, predict, routing, train
+from jvitmoe import evaluate, export, predict, routing, train
 from jvitmoe.evaluation import models
 from jvitmoe.experts import merge
 from jvitmoe.interop import pretrained
@@ -305,6 +305,9 @@ def test_upcycling_starts_from_the_dense_models_own_predictions_and_resumes_with
     state = make_state(config, routing.find(config), mesh, dense)
     for route in ([3, 1], [0, 2]):
         chex.assert_trees_all_equal(merge.take_path(state.params, jax.numpy.array(route)), dense)
+    config.routing.kind, config.routing.part = "sample", "model"
+    copies = make_state(config, routing.find(config), mesh, dense).params
+    chex.assert_trees_all_equal(merge.take_path(copies, jax.numpy.array([3, 3])), dense)
     source = shutil.copytree(uninterrupted, tmp_path / "source")
     settings = f"--config.init.source={source}", "--config.train.epochs=1"
     # The checkpoint has all of the source.
@@ -314,10 +317,16 @@ def test_upcycling_starts_from_the_dense_models_own_predictions_and_resumes_with
     assert "source  " not in second
 
 
-def test_an_expert_axis_with_an_ema_trains_resumes_and_is_tested_on_another_number_of_devices(experiment, tmp_path):
+LOCAL = ("routing.part=model", "routing.pull=1", "routing.pull_every=3", "optim.outer_rate=0.7")
+
+
+@pytest.mark.parametrize("local", [(), tuple(f"--config.{flag}" for flag in LOCAL)], ids=["mlp", "model"])
+def test_an_expert_axis_with_an_ema_trains_resumes_is_exported_and_tested_on_another_number_of_devices(
+    experiment, tmp_path, local
+):
     workdir = tmp_path / "slots"
     arguments = ("--config.routing.kind=sample", "--config.train.batch_size=255", "--config.train.ema=0.9")
-    arguments += ("--config.train.devices=3", "--config.train.expert_devices=3", "--config.train.epochs=2")
+    arguments += ("--config.train.devices=3", "--config.train.expert_devices=3", "--config.train.epochs=2", *local)
     trained_and_resumed(experiment, workdir, *arguments)
     trained = {row["model"]: row["accuracy"] for row in rows(workdir)}
     out = succeed(evaluate.main, f"--workdir={workdir}", "--paths=0", "--devices=2")
@@ -325,6 +334,9 @@ def test_an_expert_axis_with_an_ema_trains_resumes_and_is_tested_on_another_numb
     for name in ("merged", "EMA"):
         assert name in out
         assert found[name] == trained[name]
+    merged = jvitmoe.load(workdir)
+    succeed(export.main, f"--workdir={workdir}", "--to=safetensors", f"--out={tmp_path / 'out'}")
+    chex.assert_trees_all_equal(jvitmoe.load(tmp_path / "out").params, merged.params)
 
 
 def test_a_learned_router_trains_resumes_and_is_tested_routed_and_merged(experiment, tmp_path):

@@ -254,5 +254,6 @@ def path_routes(config: Config, paths: int) -> jax.Array:
     """Returns route_PL of the tested paths: each expert in all layers, then `paths` routes with an expert drawn per
     layer, fixed by the seed."""
     depth, experts, root = config.model.depth, config.routing.experts, jax.random.key(config.train.seed)
+    paths = 0 if config.routing.part == "model" else paths  # layers of two whole models do not fit together
     drawn = [jax.random.randint(address(root, Purpose.PATH, p), (depth,), 0, experts) for p in range(paths)]
     return jnp.stack([*(jnp.full((depth,), e, jnp.int32) for e in range(experts)), *drawn])

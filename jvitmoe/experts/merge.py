@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from jvitmoe.config import Config
-from jvitmoe.experts.trees import EXPERT_AXIS, Tree, join, of_group, split, stacked, take
+from jvitmoe.experts.trees import EXPERT_AXIS, Tree, expert_axis, is_whole, join, of_group, split, stacked, take
 from jvitmoe.models import mlp, vit
 
 
@@ -21,7 +21,12 @@ def average_experts(params: Tree) -> Tree:
 
     LoRA and adapters are averaged, each matrix by itself as in AdaMix, and then folded into the MLP.
     """
-    return _to_dense(params, lambda experts: jax.tree.map(lambda leaf: leaf.mean(EXPERT_AXIS), experts))
+    return _to_dense(params, mean)
+
+
+def mean(experts: Tree, axis: int) -> Tree:
+    """Returns the mean of experts; `axis` is that of E."""
+    return jax.tree.map(lambda leaf: leaf.mean(axis), experts)
 
 
 def dense_tree(config: Config, params: Tree) -> Tree:
@@ -31,13 +36,18 @@ def dense_tree(config: Config, params: Tree) -> Tree:
 
 
 def take_path(params: Tree, route_L: jax.Array) -> Tree:
-    """Returns the dense tree of one path: from every stacked leaf, expert route[l] of layer l."""
-    return _to_dense(params, lambda experts: take(experts, route_L))
+    """Returns the dense tree of one path: from every stacked leaf, expert route[l] of layer l. If experts are whole
+    models, it is expert route[0]."""
+    route = route_L[0] if is_whole(params) else route_L
+    return _to_dense(params, lambda experts, axis: take(experts, route, axis))
 
 
 def expert_layers(params: Tree) -> Tree:
-    """Returns the experts alone, {"mlp": …}: stacked leaves [X, E, ...]; None in place of other leaves."""
-    return vit.in_layers(split(params, stacked(params))[1]["blocks"])
+    """Returns the experts' layers alone, stacked leaves [X, E, ...]; None in place of other leaves."""
+    blocks = split(params, stacked(params))[1]["blocks"]
+    if is_whole(params):
+        return jax.tree.map(lambda leaf: leaf.swapaxes(0, EXPERT_AXIS), blocks)
+    return vit.in_layers(blocks)
 
 
 def pull(params: Tree, rate: jax.Array | float) -> Tree:
@@ -47,18 +57,22 @@ def pull(params: Tree, rate: jax.Array | float) -> Tree:
     Sources: EWA, arXiv 2308.06093; PAPA, arXiv 2304.03094 (there 0.01 every 10 steps).
     """
 
+    axis = expert_axis(params)
+
     def move(leaf: jax.Array, is_stacked: bool) -> jax.Array:
         if not is_stacked:
             return leaf
-        mean = leaf.mean(EXPERT_AXIS, keepdims=True)
+        mean = leaf.mean(axis, keepdims=True)
         return jnp.where(rate == 1, mean, leaf + rate * (mean - leaf))  # the sum alone rounds, differently per expert
 
     return jax.tree.map(move, params, stacked(params))
 
 
 def upcycle(dense: Tree, like: Tree) -> Tree:
-    """Returns the stacked tree shaped as `like` whose experts are all copies of the dense MLP (arXiv 2212.05055).
+    """Returns the stacked tree shaped as `like` whose experts are all copies of the dense model's (arXiv 2212.05055).
     Routers, LoRA and adapters, which the dense tree does not have, are those of `like`."""
+    if is_whole(like):
+        return jax.tree.map(lambda leaf, wanted: jnp.broadcast_to(leaf, wanted.shape), dense, like)
     groups = like["blocks"].keys() - dense["blocks"].keys()
 
     def fill(path: tuple[Any, ...], wanted: jax.Array) -> jax.Array:
@@ -73,10 +87,11 @@ def upcycle(dense: Tree, like: Tree) -> Tree:
     return jax.tree.map_with_path(fill, like)
 
 
-def _to_dense(params: Tree, reduce: Callable[[Tree], Tree]) -> Tree:
-    """Returns the dense tree with the experts reduced, and without a router, which one expert does not need."""
+def _to_dense(params: Tree, reduce: Callable[[Tree, int], Tree]) -> Tree:
+    """Returns the dense tree with the experts reduced over an axis, and without a router, which one expert does not
+    need."""
     trunk, experts = split(params, stacked(params))
-    tree = _without_router(join(trunk, reduce(experts)))
+    tree = _without_router(join(trunk, reduce(experts, expert_axis(params))))
     blocks = vit.in_layers(tree["blocks"])
     return tree | {"blocks": blocks | {"mlp": mlp.fold(blocks["mlp"])}}
 

@@ -1,7 +1,8 @@
 """E experts are one tree in which some leaves have an axis E more: split and join, take and put.
 
 In the blocks a dense leaf is [L, ...] and a stacked one [L, E, ...]. With a pattern of n layers each of its positions
-has its own tree, with leaves [L / n, ...] (`vit.ViT`).
+has its own tree, with leaves [L / n, ...] (`vit.ViT`). Experts that are whole models (`routing.part=model`) are E dense
+trees: every leaf is stacked, and E is its first axis.
 
 L layers · E experts
 """
@@ -23,7 +24,24 @@ MLP = ("up", "up_bias", "down", "down_bias")
 PARTS = {"mlp": MLP, "up": MLP[:2], "down": MLP[2:]}  # routing.part -> the leaves of an MLP that each expert owns
 # Rank of each MLP leaf in the dense tree, its leading L axis included (models/mlp.py).
 DENSE_RANK = {name: 2 if name.endswith("bias") else 3 for name in (*MLP, *mlp.LORA, *mlp.ADAPTER)}
-EXPERT_AXIS = 1
+EXPERT_AXIS = 1  # of the leaves of an MLP, after L
+
+
+def is_whole(params: Tree) -> bool:
+    """True if each expert of a tree of parameters is a whole model."""
+    return bool(params["norm"]["scale"].ndim == 2)  # [E, D], in a dense tree [D]
+
+
+def expert_axis(params: Tree) -> int:
+    """Returns the expert axis of the stacked leaves of a tree of parameters."""
+    return 0 if is_whole(params) else EXPERT_AXIS
+
+
+def one(params: Tree) -> Tree:
+    """Returns the first expert if experts are whole models, else all parameters. `params` may be shapes."""
+    if not is_whole(params):
+        return params
+    return jax.eval_shape(lambda tree: jax.tree.map(lambda x: x[0], tree), params)
 
 
 def owned(config: Config) -> Callable[[Sequence[Any]], bool]:
@@ -46,12 +64,13 @@ def stack(params: Tree, copies: Tree, owns: Callable[[Sequence[Any]], bool]) -> 
 
 
 def stacked(params: Tree) -> Tree:
-    """Returns the tree of bools that says which leaves have an expert axis."""
-    return jax.tree.map_with_path(is_stacked, params)
+    """Returns the tree of bools that says which leaves of parameters have an expert axis."""
+    whole = is_whole(params)
+    return jax.tree.map_with_path(lambda path, leaf: whole or is_stacked(path, leaf), params)
 
 
 def is_stacked(path: Sequence[Any], leaf: Any) -> bool:
-    """True for a parameter, by its key path and rank, that has an expert axis."""
+    """True for a parameter of an MLP, by its key path and rank, that has an expert axis."""
     return leaf.ndim == DENSE_RANK.get(path[-1].key, leaf.ndim) + 1
 
 
@@ -67,23 +86,24 @@ def join(trunk: Tree, experts: Tree) -> Tree:
     return jax.tree.map(lambda a, b: b if a is None else a, trunk, experts, is_leaf=lambda x: x is None)
 
 
-def take(experts: Tree, route: jax.Array | int) -> Tree:
-    """Returns one expert, leaves [L, ...] from [L, E, ...]: expert `route` in all layers, or route[l] in layer l."""
+def take(experts: Tree, route: jax.Array | int, axis: int = EXPERT_AXIS) -> Tree:
+    """Returns one expert, leaves [L, ...] from [L, E, ...]: expert `route` in all layers, or route[l] in layer l.
+    `axis` is that of E."""
 
     def read(path: Sequence[Any], leaf: jax.Array) -> jax.Array:
         if isinstance(route, int) or route.ndim == 0:
-            return jax.lax.dynamic_index_in_dim(leaf, route, EXPERT_AXIS, keepdims=False)
+            return jax.lax.dynamic_index_in_dim(leaf, route, axis, keepdims=False)
         return leaf[jnp.arange(leaf.shape[0]), _of_leaf(experts, route, path, leaf)]
 
     return jax.tree.map_with_path(read, experts)
 
 
-def put(experts: Tree, taken: Tree, route: jax.Array | int) -> Tree:
+def put(experts: Tree, taken: Tree, route: jax.Array | int, axis: int = EXPERT_AXIS) -> Tree:
     """Returns the experts with the one that `take` returns replaced by `taken`; in place if donated."""
 
     def write(path: Sequence[Any], leaf: jax.Array, new: jax.Array) -> jax.Array:
         if isinstance(route, int) or route.ndim == 0:  # one slice: a scatter takes minutes to compile for a TPU
-            return jax.lax.dynamic_update_index_in_dim(leaf, new, route, EXPERT_AXIS)
+            return jax.lax.dynamic_update_index_in_dim(leaf, new, route, axis)
         index = jnp.arange(leaf.shape[0]), _of_leaf(experts, route, path, leaf)
         return leaf.at[index].set(new, unique_indices=True)
 

@@ -58,10 +58,25 @@ class Routing:
         return self.config.routing.experts
 
     @property
+    def has_whole_models(self) -> bool:
+        """True if each expert is a whole model: E copies of it are trained by themselves."""
+        return self.experts > 1 and self.config.routing.part == "model"
+
+    @property
+    def axis(self) -> int:
+        """The expert axis of what experts own, parameters and moments."""
+        return 0 if self.has_whole_models else trees.EXPERT_AXIS
+
+    @property
     def passes(self) -> int:
         """Number of forward passes per step. The consistency loss compares two: on two routes if there are several
         experts, and with two draws of dropout and drop_path."""
         return 2 if self.config.routing.consistency else 1
+
+    @property
+    def trained_apart(self) -> int:
+        """The number of whole models that a step trains, each on its share of the batch: 1, or E."""
+        return 1
 
     @property
     def active_experts(self) -> float:
@@ -91,7 +106,7 @@ class Routing:
             copies = jax.vmap(lambda key: vit.init(dense, key))(jax.random.split(key, experts))
         else:
             copies = jax.tree.map(lambda x: jnp.broadcast_to(x, (experts, *x.shape)), vit.init(dense, key))
-        return trees.stack(params, copies, trees.owned(self.config))
+        return copies if self.has_whole_models else trees.stack(params, copies, trees.owned(self.config))
 
     def shapes(self) -> Tree:
         """Returns the parameters as `jax.ShapeDtypeStruct`; nothing is allocated."""
@@ -154,5 +169,6 @@ class Routing:
         return jnp.float32(0)
 
     def rate(self, step: jax.Array) -> jax.Array:
-        """Returns what multiplies the learning rate of experts at a step."""
-        return jnp.float32(self.config.optim.mlp_rate)
+        """Returns what multiplies the learning rate of experts at a step. Of whole models, see
+        `optimizer.layer_scales`."""
+        return jnp.float32(1.0 if self.has_whole_models else self.config.optim.mlp_rate)

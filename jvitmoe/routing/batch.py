@@ -31,16 +31,16 @@ class Batch(Routing):
 
     def take(self, experts: Tree, routes: tuple[Route, ...]) -> Tree:
         """Returns the dense leaves [L, ...] of the expert that runs; of two, [L, 2, ...]."""
-        taken = [trees.take(experts, self.expert(route)) for route in routes]
+        taken = [trees.take(experts, self.expert(route), self.axis) for route in routes]
         if len(taken) == 1:
             return taken[0]
-        return jax.tree.map(lambda *leaves: jnp.stack(leaves, trees.EXPERT_AXIS), *taken)
+        return jax.tree.map(lambda *leaves: jnp.stack(leaves, self.axis), *taken)
 
     def put(self, experts: Tree, taken: Tree, routes: tuple[Route, ...]) -> Tree:
         if len(routes) == 1:
-            return trees.put(experts, taken, self.expert(routes[0]))
+            return trees.put(experts, taken, self.expert(routes[0]), self.axis)
         for number, route in enumerate(routes):
-            experts = trees.put(experts, trees.take(taken, number), self.expert(route))
+            experts = trees.put(experts, trees.take(taken, number, self.axis), self.expert(route), self.axis)
         return experts
 
     def logits(
@@ -48,7 +48,7 @@ class Batch(Routing):
     ) -> tuple[jax.Array, Statistics | None]:
         if self.passes > 1:
             trunk, experts = trees.split(params, trees.stacked(params))
-            params = trees.join(trunk, trees.take(experts, at.number))
+            params = trees.join(trunk, trees.take(experts, at.number, self.axis))
         return vit.logits(model, params, images_bHWc, key_b), None
 
     def expert(self, route: Route) -> Route:
@@ -67,6 +67,8 @@ class Layer(Batch):
         yield from super().faults(config)
         if config.routing.pattern.count("experts") > 1:  # the layers of one optimiser state must have one route
             yield "routing.pattern", "must have one 'experts', for routing.kind=layer"
+        if config.routing.part == "model":
+            yield "routing.part", "must not be 'model' for routing.kind=layer, which draws an expert in each layer"
 
     @property
     def draws(self) -> int:  # type: ignore[override]

@@ -36,6 +36,10 @@ class Sample(Routing):
         return self.experts
 
     @property
+    def trained_apart(self) -> int:
+        return self.experts if self.has_whole_models else 1
+
+    @property
     def reduced_experts(self) -> int:
         return self.experts
 
@@ -52,13 +56,13 @@ class Sample(Routing):
         """Part e of the images meets expert e; in a second pass, the expert that the second route gives to the part."""
         stacked = trees.stacked(params)
         trunk, experts = trees.split(params, stacked)
-        here = jax.tree.leaves(experts)[0].shape[trees.EXPERT_AXIS]  # e: experts of this device
+        here = jax.tree.leaves(experts)[0].shape[self.axis]  # e: experts of this device
         if here == 1:
-            return vit.logits(model, trees.join(trunk, trees.take(experts, 0)), images_bHWc, key_b), None
+            return vit.logits(model, trees.join(trunk, trees.take(experts, 0, self.axis)), images_bHWc, key_b), None
         if at.number:
             expert_of_part_E = at.routes[at.number][self.slot_of_expert(at.routes)]
-            experts = jax.tree.map(lambda leaf: jnp.take(leaf, expert_of_part_E, trees.EXPERT_AXIS), experts)
-        params, axes = trees.join(trunk, experts), jax.tree.map(lambda x: trees.EXPERT_AXIS if x else None, stacked)
+            experts = jax.tree.map(lambda leaf: jnp.take(leaf, expert_of_part_E, self.axis), experts)
+        params, axes = trees.join(trunk, experts), jax.tree.map(lambda x: self.axis if x else None, stacked)
         images_ebHWc, key_eb = jax.tree.map(lambda x: x.reshape(here, -1, *x.shape[1:]), (images_bHWc, key_b))
         run = jax.vmap(lambda *arguments: vit.logits(model, *arguments), (axes, 0, 0))
         return run(params, images_ebHWc, key_eb).reshape(len(images_bHWc), -1), None

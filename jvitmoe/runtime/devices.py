@@ -19,7 +19,6 @@ DATA, EXPERT = "data", "expert"
 AXES = (DATA, EXPERT)
 REPLICATED = PartitionSpec()
 BY_DEVICE = PartitionSpec(AXES)  # rows of a streamed batch
-BY_EXPERT = PartitionSpec(None, EXPERT)  # leaves [L, E, ...]
 
 
 def start() -> None:

@@ -3,6 +3,7 @@
 L layers
 """
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -172,10 +173,20 @@ def direction(config: Config) -> optax.GradientTransformation:
     return optax.partition({"trained": tx, "frozen": optax.set_to_zero()}, labels)
 
 
+def outer(config: Config) -> optax.GradientTransformation:
+    """Returns the outer optimiser, SGD with Nesterov's momentum (DiLoCo, arXiv 2311.08105)."""
+    return optax.sgd(config.optim.outer_rate, config.optim.outer_momentum, nesterov=True)
+
+
 def scales_differ(config: Config) -> bool:
     """True if some of `layer_scales` is not 1."""
-    optim, routing = config.optim, config.routing
-    return optim.layer_decay < 1 or optim.freeze_layers > 0 or (routing.experts == 1 and optim.mlp_rate != 1)
+    optim = config.optim
+    return optim.layer_decay < 1 or optim.freeze_layers > 0 or (_mlps_are_trunk(config) and optim.mlp_rate != 1)
+
+
+def _mlps_are_trunk(config: Config) -> bool:
+    """True if no expert is an MLP: the model is dense, or each expert is a whole model."""
+    return config.routing.experts == 1 or config.routing.part == "model"
 
 
 def layer_scales(config: Config, params: Any) -> Any:
@@ -184,8 +195,10 @@ def layer_scales(config: Config, params: Any) -> Any:
     It is optim.layer_decay ** (L + 1 - n), where n is timm's layer (`param_groups_layer_decay`; BEiT, arXiv
     2106.08254): 0 for patches, positions, CLS and registers, l + 1 for block l, L + 1 for the head. The final norm has
     L, as has the last block; after a mean of tokens timm calls it fc_norm, and it has L + 1. Frozen layers have 0.
-    The MLPs of a dense model have optim.mlp_rate times as much; experts get theirs from `Routing.rate`.
+    The MLPs of a dense model, or of each whole model, have optim.mlp_rate times as much; other experts get theirs from
+    `Routing.rate`. `params` may be shapes; of whole models the scales are those of one.
     """
+    params = trees.one(params)
     depth = config.model.depth
     is_fc_norm = config.model.pool in ("mean", "cls_mean")
     layers = {"blocks": 1 + np.arange(depth), "norm": depth + is_fc_norm, "pool": depth + 1, "head": depth + 1}
@@ -194,8 +207,8 @@ def layer_scales(config: Config, params: Any) -> Any:
         layer, is_trained = np.asarray(layers.get(path[0].key, 0)), trained_layers(config, path, leaf)
         if layer.ndim:
             layer = trees.of_group(path, layer, leaf.shape[0]).reshape(is_trained.shape)
-        is_dense_mlp = config.routing.experts == 1 and any(entry.key == "mlp" for entry in path)
-        rate = config.optim.mlp_rate if is_dense_mlp else 1.0
+        is_mlp = any(entry.key == "mlp" for entry in path)
+        rate = config.optim.mlp_rate if is_mlp and _mlps_are_trunk(config) else 1.0
         return np.asarray(rate * config.optim.layer_decay ** (depth + 1.0 - layer) * is_trained, np.float32)
 
     return jax.tree.map_with_path(scale, params)
@@ -215,10 +228,10 @@ def groups(config: Config, params: Any) -> list[str]:
         name = "adamw" if optim.name == "muon" and not is_matrix(path) else optim.name
         decayed = optim.weight_decay and (name == "adam" or path[-1].key in DECAYED)
         name += f", weight decay {optim.weight_decay:g}" if decayed else ", no weight decay"
-        rate = optim.learning_rate * (optim.mlp_rate if is_stacked else 1.0)
+        rate = optim.learning_rate * (optim.mlp_rate if is_stacked and not _mlps_are_trunk(config) else 1.0)
         for scale in scales.flat:
             stays = scale == 0 or (is_frozen and is_frozen(path))
-            count = leaf.shape[trees.EXPERT_AXIS] if is_stacked else 1, leaf.size // scales.size
+            count = config.routing.experts if is_stacked else 1, leaf.size // scales.size
             found.setdefault("not trained" if stays else name, []).append((rate * scale, *count))
 
     jax.tree.map_with_path(add, params, layer_scales(config, params), trees.stacked(params))
@@ -263,6 +276,8 @@ def stop_frozen(config: Config, params: Any) -> Any:
     is_frozen = frozen(config)
     if not is_frozen:
         return params
+    if trees.is_whole(params):
+        return jax.vmap(functools.partial(stop_frozen, config))(params)
 
     def stop(path: Sequence[Any], leaf: jax.Array) -> jax.Array:
         if is_frozen(path):
@@ -276,8 +291,9 @@ def stop_frozen(config: Config, params: Any) -> Any:
 def count_trained(config: Config, params: Any) -> int:
     """Returns the number of parameters that training may change, all experts together. `params` may be shapes."""
     is_frozen, total = frozen(config), 0
-    for path, leaf in jax.tree.leaves_with_path(params):
+    copies = config.routing.experts if trees.is_whole(params) else 1
+    for path, leaf in jax.tree.leaves_with_path(trees.one(params)):
         if is_frozen is None or not is_frozen(path):
             trained = trained_layers(config, path, leaf)
-            total += leaf.size // trained.size * int(trained.sum())
+            total += copies * leaf.size // trained.size * int(trained.sum())
     return total

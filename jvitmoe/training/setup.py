@@ -92,13 +92,16 @@ def print_setup(plan: StepPlan, workdir: Path, data: RunData, init_notes: list[s
 def describe(routing: Routing) -> str:
     """Returns what the first lines of a run with experts say of its routing."""
     routed = routing.config.routing
-    if routed.pull == routed.pull_every == 1 and routed.pull_schedule == "constant":
+    if routing.config.optim.outer_rate:
+        pull = f"an outer optimiser steps toward their mean every {routed.pull_every} steps"
+    elif routed.pull == routed.pull_every == 1 and routed.pull_schedule == "constant":
         pull = "averaged after every step, so all are equal"
     elif routed.pull:
         pull = f"pulled together by {routed.pull:g} ({routed.pull_schedule})"
     else:
         pull = "never pulled together"
-    return f"{routed.experts} experts per MLP: {routing.meaning}; {pull}"
+    what = "whole models" if routing.has_whole_models else "experts per MLP"
+    return f"{routed.experts} {what}: {routing.meaning}; {pull}"
 
 
 def print_resumed(workdir: Path, start: int, config: Config, meta: Meta) -> None:

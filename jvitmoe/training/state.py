@@ -1,14 +1,15 @@
 """What is fixed for all steps, the training state, and its active slice: the arrays that a step reads and writes.
 
-Experts keep optimiser states of their own, one per (layer, expert), Adam's step count included. So an expert's
-moments, bias correction and weight decay are those of a dense Adam that saw only the steps of this expert.
+Experts keep optimiser states of their own, one per (layer, expert), or one per whole model, Adam's step count included.
+So an expert's moments, bias correction and weight decay are those of a dense Adam that saw only the steps of this
+expert.
 
 L layers · E experts
 """
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -23,7 +24,7 @@ from jvitmoe.routing import Routing
 from jvitmoe.routing.base import Route
 from jvitmoe.runtime.addresses import Purpose, address
 from jvitmoe.runtime.devices import DATA, EXPERT
-from jvitmoe.training.optimizer import direction
+from jvitmoe.training.optimizer import direction, outer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +58,12 @@ class StepPlan:
 
 class OptState(NamedTuple):
     trunk: Any  # state of the parameters that every step updates
-    experts: Any  # leaves [L, E, ...] (one path: [L, ...]); None in a dense model
+    experts: Any  # leaves [L, E, ...] (one path: [L, ...]), of whole models [E, ...]; None in a dense model
+
+
+class OuterState(NamedTuple):
+    anchor: Any  # one copy of what experts own, or of a dense model, where the last pull left it
+    momentum: Any  # state of `optimizer.outer`
 
 
 class TrainState(NamedTuple):
@@ -65,14 +71,42 @@ class TrainState(NamedTuple):
     params: Any
     opt_state: OptState
     ema: Any = None  # exponential moving average of the merged tree; None if train.ema is 0
+    outer: OuterState | None = None  # None if optim.outer_rate is 0
 
 
-def create(params: Any, tx: optax.GradientTransformation, ema: bool = False) -> TrainState:
+def create(
+    params: Any,
+    tx: optax.GradientTransformation,
+    ema: bool = False,
+    outer: optax.GradientTransformation | None = None,
+) -> TrainState:
     """Returns the state of a run at step 0."""
-    trunk, experts = trees.split(params, trees.stacked(params))
-    expert_state = jax.vmap(jax.vmap(tx.init))(experts) if jax.tree.leaves(experts) else None
+    marks = trees.stacked(params)
+    trunk, experts = trees.split(params, marks)
+    expert_state = per_expert(tx.init, marks, several=True)(experts) if jax.tree.leaves(experts) else None
     average = merge.average_experts(params) if ema else None
-    return TrainState(jnp.zeros((), jnp.int32), params, OptState(tx.init(trunk), expert_state), average)
+    state = TrainState(jnp.zeros((), jnp.int32), params, OptState(tx.init(trunk), expert_state), average)
+    if outer:
+        anchor = one_copy(params)
+        state = state._replace(outer=OuterState(anchor, outer.init(anchor)))
+    return state
+
+
+def per_expert(function: Callable[..., Any], marks: Any, several: bool) -> Callable[..., Any]:
+    """Returns a function of the experts' trees that calls `function` for each expert alone, and in each layer, if
+    experts are MLPs. `marks` are `trees.stacked` of all parameters; without `several` the trees have one expert."""
+    whole = all(jax.tree.leaves(marks))
+    for _ in range(several + (not whole)):
+        function = jax.vmap(function)
+    return function
+
+
+def one_copy(params: Any) -> Any:
+    """Returns what experts own, averaged over them; all parameters of a dense model."""
+    marks = trees.stacked(params)
+    if not any(jax.tree.leaves(marks)):
+        return params
+    return merge.mean(trees.split(params, marks)[1], trees.expert_axis(params))
 
 
 def take(routing: Routing, state: TrainState, routes: tuple[Route, ...]) -> TrainState:
@@ -116,7 +150,7 @@ def abstract_state(config: Config, routing: Routing, mesh: Mesh) -> TrainState:
     marks, shard = trees.stacked(shapes.params), config.train.shard
 
     def shard_leaf(x: Any, is_stacked: bool, split: bool) -> jax.ShapeDtypeStruct:
-        spec = leaf_spec(mesh, x.shape, is_stacked, split)
+        spec = leaf_spec(mesh, x.shape, routing.axis if is_stacked else None, split)
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
 
     def shard_tree(tree: Any, is_stacked: bool, split: bool) -> Any:
@@ -131,15 +165,16 @@ def abstract_state(config: Config, routing: Routing, mesh: Mesh) -> TrainState:
             shard_tree(shapes.opt_state.experts, True, shard != "none"),
         ),
         shard_tree(shapes.ema, False, shard != "none"),
+        shard_tree(shapes.outer, False, shard != "none"),
     )
 
 
-def leaf_spec(mesh: Mesh, shape: Sequence[int], is_stacked: bool, split: bool) -> PartitionSpec:
+def leaf_spec(mesh: Mesh, shape: Sequence[int], expert_axis: int | None, split: bool) -> PartitionSpec:
     """Returns how a leaf of parameters, gradients or optimiser state lies on the mesh; `split`: over the data axis,
     along its longest axis that divides."""
     along: list[str | None] = [None] * len(shape)
-    if is_stacked and mesh.shape[EXPERT] > 1:
-        along[trees.EXPERT_AXIS] = EXPERT
+    if expert_axis is not None and mesh.shape[EXPERT] > 1:
+        along[expert_axis] = EXPERT
     free = [n for n in range(len(shape)) if along[n] is None and shape[n] % mesh.shape[DATA] == 0]
     if split and free:
         along[max(free, key=lambda n: shape[n])] = DATA
@@ -152,4 +187,4 @@ def _create(config: Config, routing: Routing, dense: Any = None) -> TrainState:
     params = routing.init(address(jax.random.key(config.train.seed), Purpose.INIT))
     if dense is not None:
         params = merge.upcycle(dense, params)
-    return create(params, direction(config), config.train.ema > 0)
+    return create(params, direction(config), config.train.ema > 0, outer(config) if config.optim.outer_rate else None)

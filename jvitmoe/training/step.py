@@ -25,10 +25,10 @@ from jvitmoe.routing import Pass
 from jvitmoe.routing.base import Route
 from jvitmoe.runtime import compilation
 from jvitmoe.runtime.addresses import Purpose, address
-from jvitmoe.runtime.devices import AXES, BY_DEVICE, BY_EXPERT, DATA, EXPERT, REPLICATED
+from jvitmoe.runtime.devices import AXES, BY_DEVICE, DATA, EXPERT, REPLICATED
 from jvitmoe.training import losses, optimizer
 from jvitmoe.training.state import StepPlan, TrainState, abstract_state, leaf_spec, put, take
-from jvitmoe.training.update import finish, gather_slices, learning_rate, update
+from jvitmoe.training.update import finish, gather_slices, gradient_norm, gradient_point, learning_rate, update
 
 
 class Metrics(NamedTuple):
@@ -36,7 +36,7 @@ class Metrics(NamedTuple):
 
     loss: jax.Array  # the minimised loss, nats: cross-entropy with smoothed labels, and auxiliary losses
     accuracy: jax.Array  # of the selected path, before its update
-    grad_norm: jax.Array  # global L2 norm before clipping
+    grad_norm: jax.Array  # global L2 norm before clipping; the mean over whole models that are trained apart
     learning_rate: jax.Array
     router: Statistics | None = None  # leaves [layers with experts, ...], means over the batch; None: no router
 
@@ -88,12 +88,13 @@ def train_step(
     routes = routing.draw(plan.root, step)
     active = take(routing, before, routes)
     index_B = None if index_SB is None else index_SB[step % plan.steps_per_epoch]
-    loss, accuracy, statistics, grads = gradients(plan, active.params, Inputs(split, index_B, step, routes))
-    norm = optax.tree.norm(grads)
+    inputs = Inputs(split, index_B, step, routes)
+    loss, accuracy, statistics, grads = gradients(plan, gradient_point(plan, active), inputs)
+    norm = gradient_norm(plan, grads)
     active = update(plan, active, trees.stacked(before.params), grads, norm)
     active = active._replace(params=gather_slices(plan, before.params, active.params))
     after = finish(plan, put(routing, before, active, routes))
-    return after, Metrics(loss, accuracy, norm, learning_rate(plan, step), statistics)
+    return after, Metrics(loss, accuracy, norm.mean(), learning_rate(plan, step), statistics)
 
 
 class Inputs(NamedTuple):
@@ -126,7 +127,7 @@ class Shard(NamedTuple):
 def gradients(plan: StepPlan, params: Any, inputs: Inputs) -> Gradients:
     """Returns `local_gradients` of all devices as whole arrays; the arguments are whole arrays too."""
     marks = on_expert_axis(plan, params)
-    spec = jax.tree.map(lambda leaf: BY_EXPERT if leaf else REPLICATED, marks)
+    spec = jax.tree.map(lambda x, leaf: leaf_spec(plan.mesh, x.shape, axis_of(plan, leaf), False), params, marks)
     whole: Any = REPLICATED
     images: Any = BY_DEVICE if plan.config.data.stream else whole
     found = gradient_specs(plan, params, marks)
@@ -144,9 +145,13 @@ def gradient_specs(plan: StepPlan, params: Any, marks: Any) -> Any:
 
     def spec(path: Sequence[Any], leaf: jax.Array, is_stacked: bool) -> PartitionSpec:
         split = plan.config.train.shard != "none" and not optimizer.multiplies_whole(plan.config, path)
-        return leaf_spec(plan.mesh, leaf.shape, is_stacked, split)
+        return leaf_spec(plan.mesh, leaf.shape, axis_of(plan, is_stacked), split)
 
     return jax.tree.map_with_path(spec, params, marks)
+
+
+def axis_of(plan: StepPlan, is_stacked: bool) -> int | None:
+    return plan.routing.axis if is_stacked else None
 
 
 def local_gradients(plan: StepPlan, specs: Any, params: Any, inputs: Inputs) -> Gradients:
@@ -162,6 +167,8 @@ def local_gradients(plan: StepPlan, specs: Any, params: Any, inputs: Inputs) -> 
         return jax.value_and_grad(loss_and_metrics, has_aux=True)(own, plan, part, inputs)
 
     (loss, (accuracy, statistics)), grads = accumulate(plan, differentiate, shard)
+    if plan.routing.trained_apart > 1:  # each whole model descends the loss of its own share of the images
+        grads = jax.tree.map(lambda g: plan.routing.trained_apart * g, grads)
     return Gradients(loss, accuracy, statistics, jax.tree.map(reduce, grads, axes, specs))
 
 

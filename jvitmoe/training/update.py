@@ -3,6 +3,7 @@
 L layers · E experts
 """
 
+import functools
 import operator
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -16,28 +17,34 @@ from jax.sharding import NamedSharding
 from jvitmoe.experts import merge, trees
 from jvitmoe.runtime.devices import REPLICATED
 from jvitmoe.training import optimizer
-from jvitmoe.training.state import OptState, StepPlan, TrainState, leaf_spec
+from jvitmoe.training.state import OptState, OuterState, StepPlan, TrainState, leaf_spec, one_copy, per_expert
 
 
 def update(plan: StepPlan, active: TrainState, stacked: Any, grads: Any, norm: jax.Array) -> TrainState:
     """Returns the active slice after the optimiser's step; `finish` updates its step number and EMA.
 
-    `stacked` marks the leaves that experts own, and `norm` is the global norm of `grads`.
+    `stacked` marks the leaves that experts own, and `norm` is `gradient_norm` of `grads`.
     """
     config, params = plan.config, active.params
     if config.optim.clip_norm:
         clip = jnp.minimum(1.0, config.optim.clip_norm / norm)
-        grads = jax.tree.map(lambda g: g * clip, grads)
+        grads = jax.tree.map(lambda g: g * clip.reshape(-1, *[1] * (g.ndim - 1)) if clip.ndim else g * clip, grads)
     tx, factor = optimizer.direction(config), plan.routing.rate(active.step)
     moments = whole_matrices(plan, active.opt_state)
     direction, opt_state = directions(tx, grads, moments, params, stacked, factor)
     # Results too: else XLA splits what they are computed from.
     direction, opt_state = whole_matrices(plan, (direction, opt_state))
     if optimizer.scales_differ(config):
-        direction = jax.tree.map(operator.mul, optimizer.layer_scales(config, params), direction)
+        scale = functools.partial(jax.tree.map, operator.mul, optimizer.layer_scales(config, params))
+        direction = jax.vmap(scale)(direction) if trees.is_whole(params) else scale(direction)
     rate = learning_rate(plan, active.step)
     params = jax.tree.map(lambda p, d: p - rate * d, params, direction)
     return active._replace(params=params, opt_state=opt_state)
+
+
+def gradient_norm(plan: StepPlan, grads: Any) -> jax.Array:
+    """Returns the global norm of the gradients; [E], that of each, if a step trains E whole models apart."""
+    return jax.vmap(optax.tree.norm)(grads) if plan.routing.trained_apart > 1 else optax.tree.norm(grads)
 
 
 def gather_slices(plan: StepPlan, whole: Any, taken: Any) -> Any:
@@ -61,22 +68,54 @@ def whole_matrices(plan: StepPlan, tree: Any) -> Any:
     def gather(path: Sequence[Any], leaf: jax.Array) -> jax.Array:
         if not optimizer.multiplies_whole(plan.config, path):
             return leaf
-        spec = leaf_spec(plan.mesh, leaf.shape, trees.is_stacked(path, leaf), False)
+        is_stacked = plan.routing.has_whole_models or trees.is_stacked(path, leaf)
+        spec = leaf_spec(plan.mesh, leaf.shape, plan.routing.axis if is_stacked else None, False)
         return jax.lax.with_sharding_constraint(leaf, NamedSharding(plan.mesh, spec))
 
     return jax.tree.map_with_path(gather, tree)
 
 
 def finish(plan: StepPlan, state: TrainState) -> TrainState:
-    """Returns the whole state with experts pulled toward their mean, the EMA updated and the step counted."""
-    config, params, ema = plan.config, state.params, state.ema
-    if config.routing.experts > 1 and config.routing.pull > 0:
+    """Returns the whole state with experts pulled toward their mean or to where the outer optimiser steps, the EMA
+    updated and the step counted."""
+    config, params, ema, outer = plan.config, state.params, state.ema, state.outer
+    if outer is not None:
+        due = PULL_SCHEDULES[config.routing.pull_schedule](plan, state.step) > 0
+        step = functools.partial(outer_step, optimizer.outer(config))
+        params, outer = jax.lax.cond(due, step, lambda *same: same, params, outer)
+    elif config.routing.experts > 1 and config.routing.pull > 0:
         pull = pull_share(plan, state.step)
         params = jax.lax.cond(pull > 0, lambda tree: merge.pull(tree, pull), lambda tree: tree, params)
     if config.train.ema:
         decay = jnp.minimum(config.train.ema, (1 + state.step) / (10 + state.step))
         ema = optax.incremental_update(merge.average_experts(params), ema, 1.0 - decay)
-    return state._replace(step=state.step + 1, params=params, ema=ema)
+    return state._replace(step=state.step + 1, params=params, ema=ema, outer=outer)
+
+
+def outer_step(tx: optax.GradientTransformation, params: Any, outer: OuterState) -> tuple[Any, OuterState]:
+    """Returns (params, outer) after a step of the outer optimiser, whose gradient is the way back from the mean of the
+    experts to the anchor. All experts begin again at the new anchor.
+
+    Sources: DiLoCo, arXiv 2311.08105, algorithm 1; of a dense model SNOO, arXiv 2510.15830, and without momentum
+    Lookahead, arXiv 1907.08610.
+    """
+    way_back = jax.tree.map(operator.sub, outer.anchor, one_copy(params))
+    updates, momentum = tx.update(way_back, outer.momentum)
+    anchor = optax.apply_updates(outer.anchor, updates)
+    marks = trees.stacked(params)
+    if not any(jax.tree.leaves(marks)):
+        return anchor, OuterState(anchor, momentum)
+    trunk, experts = trees.split(params, marks)
+    axis = trees.expert_axis(params)
+    begin = jax.tree.map(lambda x, like: jnp.broadcast_to(jnp.expand_dims(x, axis), like.shape), anchor, experts)
+    return trees.join(trunk, begin), OuterState(anchor, momentum)
+
+
+def gradient_point(plan: StepPlan, state: TrainState) -> Any:
+    """Returns the parameters at which a step differentiates: with `optim.primal_averaging`, a point between them and
+    their EMA (GPA, arXiv 2512.17131)."""
+    share = plan.config.optim.primal_averaging
+    return optax.incremental_update(state.ema, state.params, share) if share else state.params
 
 
 def learning_rate(plan: StepPlan, step: jax.Array) -> jax.Array:
@@ -101,9 +140,8 @@ def directions(
     trunk, trunk_state = tx.update(grads_trunk, opt_state.trunk, params_trunk)
     if opt_state.experts is None:
         return trunk, OptState(trunk_state, None)
-    # One Adam per layer, and per expert where several run: each has run its own number of steps.
-    several = any(jax.tree.leaves(trees.stacked(params)))
-    update_experts = jax.vmap(jax.vmap(tx.update)) if several else jax.vmap(tx.update)
+    # Each expert has run its own number of steps, with routing.kind=layer in each layer.
+    update_experts = per_expert(tx.update, stacked, several=any(jax.tree.leaves(trees.stacked(params))))
     experts, expert_state = update_experts(grads_experts, opt_state.experts, params_experts)
     experts = jax.tree.map(lambda x: x * factor, experts)
     return trees.join(trunk, experts), OptState(trunk_state, expert_state)
@@ -177,7 +215,7 @@ def bytes_reduced(plan: StepPlan) -> Callable[[int], int]:
 def pulls_until(plan: StepPlan) -> Callable[[int], int]:
     """Returns a function of the number of steps done: the pulls until then that move something."""
     routed = plan.config.routing
-    if not routed.pull:
+    if not routed.pull:  # a dense model is not pulled together
         return lambda done: 0
     if routed.pull_schedule == "qsr":
         qsr = np.flatnonzero(qsr_pulls(plan))

@@ -1,0 +1,227 @@
+"""Local training: experts that are whole models, the outer optimiser, and averaging inside the optimiser."""
+
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from jvitmoe import routing
+from jvitmoe.data import augment
+from jvitmoe.errors import ConfigError
+from jvitmoe.experts import merge, trees
+from jvitmoe.models import vit
+from jvitmoe.runtime.devices import make_mesh
+from jvitmoe.runtime.programs import collectives, for_reading
+from jvitmoe.training import optimizer, program, update
+
+E = 4
+WHOLE = {"experts": E, "kind": "sample", "part": "model", "init": "shared"}
+MLPS = {"experts": E, "kind": "sample", "init": "shared"}
+
+
+@pytest.fixture
+def sgd(monkeypatch):
+    monkeypatch.setitem(optimizer.OPTIMIZERS, "sgd", lambda _: optax.identity())
+    return {"name": "sgd", "learning_rate": 0.3}
+
+
+def test_whole_models_averaged_after_every_step_of_sgd_are_data_parallel_training(tiny_config, training, sgd):
+    optim = sgd | {"mlp_rate": 2.0, "layer_decay": 0.9}
+    drops = {"dropout": 0.2}
+    dense = training(tiny_config(optim=optim, model=drops)).run(4)
+    copies = training(tiny_config(optim=optim, model=drops, routing=WHOLE | {"pull": 1.0})).run(4)
+    for one, many in zip(dense.history, copies.history, strict=True):
+        chex.assert_trees_all_close(merge.average_experts(many.params), one.params, rtol=1e-6, atol=1e-6)
+    assert np.abs(dense.history[-1].params["cls"] - dense.history[0].params["cls"]).max() > 0.01
+
+
+@pytest.mark.slow
+def test_a_whole_model_trains_as_a_dense_one_on_its_share_of_the_images(tiny_config, training):
+    """With a norm, a step count and moments of its own."""
+    optim = {"name": "muon", "clip_norm": 0.5, "learning_rate": 1e-2, "weight_decay": 0.1, "eps": 1e-3, "mlp_rate": 2.0}
+    run = training(tiny_config(optim=optim, routing=WHOLE | {"init": "independent"})).run(3)
+    dense = tiny_config(optim=optim)
+    tx, scales = optimizer.direction(dense), optimizer.layer_scales(dense, routing.find(dense).shapes())
+
+    @jax.jit
+    def dense_step(params, opt_state, images, labels, rate):
+        def loss(params):
+            logits = vit.logits(run.model, params, augment.normalize(images))
+            return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+        grads = jax.grad(loss)(params)
+        clip = jnp.minimum(1.0, 0.5 / optax.tree.norm(grads))
+        direction, opt_state = tx.update(jax.tree.map(lambda g: g * clip, grads), opt_state, params)
+        return jax.tree.map(lambda p, d, s: p - rate * s * d, params, direction, scales), opt_state
+
+    root = jax.random.key(run.config.train.seed)
+    for e in range(E):
+        params = jax.tree.map(lambda x, e=e: jnp.asarray(x[e]), run.history[0].params)
+        opt_state = tx.init(params)
+        for step in range(3):
+            (route,) = run.routing.draw(root, jnp.int32(step))
+            part = int(run.routing.slot_of_expert((route,))[e])
+            images, labels = run.images.rows(run.order.epoch(0)[step][part::E])
+            params, opt_state = dense_step(params, opt_state, images, labels, run.metrics[step].learning_rate)
+            after = jax.tree.map(lambda x, e=e: x[e], run.history[step + 1].params)
+            chex.assert_trees_all_close(after, params, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "train",
+    [{"devices": 4, "expert_devices": 4}, {"devices": 8, "expert_devices": 4}, {"devices": 4, "shard": "optimizer"}],
+    ids=str,
+)
+def test_whole_models_and_their_outer_optimiser_are_the_same_on_any_devices(tiny_config, training, train):
+    @functools.cache
+    def run(**train):
+        return training(
+            tiny_config(
+                data={"crop_padding": 1, "flip": True, "cutmix": 1.0},
+                model={"dropout": 0.2},
+                routing=WHOLE | {"pull": 1.0, "pull_every": 2},
+                optim={"eps": 1e-3, "clip_norm": 0.5, "outer_rate": 0.7},
+                train={"ema": 0.5, "batch_size": 16, "epochs": 8} | train,
+            )
+        ).run(4)
+
+    one, many = run(devices=1), run(**train)
+    chex.assert_trees_all_close(many.metrics, one.metrics, rtol=1e-6, atol=1e-6)
+    chex.assert_trees_all_close(many.history, one.history, rtol=1e-6, atol=5e-7)
+    shard = many.state.params["norm"]["scale"].addressable_shards[0]
+    assert shard.data.shape[0] == E // many.config.train.expert_devices
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("outer_rate", [0.0, 0.7])
+def test_between_pulls_devices_of_whole_models_exchange_nothing_but_metrics(tiny_config, outer_rate):
+    config = tiny_config(
+        model={"width": 32, "hidden": 64, "patch": 2},
+        routing=WHOLE | {"pull": 1.0, "pull_every": 8},
+        optim={"name": "muon", "clip_norm": 1.0, "outer_rate": outer_rate, "layer_decay": 0.9, "mlp_rate": 2.0},
+        train={"devices": E, "expert_devices": E, "batch_size": 16},
+    )
+    mesh = make_mesh(config.train)
+    plan = program.plan_for(config, mesh, 64)
+    found = collectives(for_reading(program.lower(plan, 64)).as_text(), mesh.shape)
+    sizes = {place: sum(one.bytes * one.times for one in found if one.place == place) for place in ("step", "pull")}
+    dense = 4 * routing.find(tiny_config(model={"width": 32, "hidden": 64, "patch": 2})).count_parameters()[0]
+    assert {one.place for one in found} == {"step", "pull"}
+    assert sizes["step"] <= 4 * 4  # loss, accuracy, norm
+    assert sizes["pull"] == dense
+    assert [update.bytes_reduced(plan)(done) for done in (7, 8, 80)] == [0, dense, 10 * dense]
+
+
+def by_outer_optimiser(anchor, momentum, mean, rate, decay):
+    """Returns (anchor, momentum) after a step of SGD with Nesterov's momentum toward the mean, in NumPy."""
+    gradient = anchor - mean
+    momentum = gradient + decay * momentum
+    return anchor - rate * (gradient + decay * momentum), momentum
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("routed", [{}, MLPS, WHOLE], ids=["dense", "mlp", "model"])
+def test_20_steps_with_an_outer_optimiser_are_those_of_numpy(tiny_config, training, routed):
+    every, rate, decay = 3, 0.7, 0.6
+    pull = {"pull": 1.0} if routed else {}
+    optim = {"learning_rate": 1e-2, "eps": 1e-3}
+    outer = {"outer_rate": rate, "outer_momentum": decay}
+    train = {"epochs": 8}
+    run = training(tiny_config(optim=optim | outer, routing=routed | pull | {"pull_every": every}, train=train)).run(20)
+    inner = training(tiny_config(optim=optim, routing=routed, train=train))  # nothing is pulled
+    marks = trees.stacked(inner.state.params)
+    owned = jax.tree.map(lambda mark: mark or not routed, marks)
+    axis = trees.expert_axis(inner.state.params)
+
+    def mean_of(x, mark):
+        return np.array(x).mean(axis) if mark else np.array(x)
+
+    anchor = jax.tree.map(mean_of, inner.state.params, marks)
+    momentum = jax.tree.map(np.zeros_like, anchor)
+    for step in range(20):
+        inner.run(1)
+        if (step + 1) % every == 0:
+            means = jax.tree.map(mean_of, inner.state.params, marks)
+            both = jax.tree.map(lambda *each: by_outer_optimiser(*each, rate, decay), anchor, momentum, means)
+            anchor = jax.tree.map(lambda _, pair: pair[0], means, both)
+            momentum = jax.tree.map(lambda _, pair: pair[1], means, both)
+
+            def begin(x, at, mark, owns):
+                start = np.broadcast_to(np.expand_dims(at, axis), x.shape) if mark else at
+                return jax.device_put(start, x.sharding) if owns else x
+
+            params = jax.tree.map(begin, inner.state.params, anchor, marks, owned)
+            inner.state = inner.state._replace(params=params)
+        chex.assert_trees_all_close(run.history[step + 1].params, inner.state.params, rtol=1e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("routed", [MLPS, WHOLE], ids=["mlp", "model"])
+def test_an_outer_rate_of_1_without_momentum_is_the_mean(tiny_config, training, routed):
+    routed = routed | {"pull": 1.0, "pull_every": 2}
+    plain = training(tiny_config(routing=routed)).run(4)
+    outer = training(tiny_config(routing=routed, optim={"outer_rate": 1.0, "outer_momentum": 0.0})).run(4)
+    chex.assert_trees_all_close(outer.history[-1].params, plain.history[-1].params, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_20_steps_of_primal_averaging_are_those_of_numpy(tiny_config, training, sgd):
+    """GPA, arXiv 2512.17131: gradients at y = 0.7 x + 0.3 z, a step of z, and x follows z. x is the EMA."""
+    run = training(tiny_config(optim=sgd | {"primal_averaging": 0.7}, train={"ema": 0.9, "epochs": 8})).run(20)
+
+    @jax.jit
+    def gradient(params, images, labels):
+        def loss(params):
+            logits = vit.logits(run.model, params, augment.normalize(images))
+            return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+        return jax.grad(loss)(params)
+
+    x = z = run.history[0].params
+    steps = run.order.steps_per_epoch
+    for step in range(20):
+        images, labels = run.images.rows(run.order.epoch(step // steps)[step % steps])
+        y = jax.tree.map(lambda x, z: np.float32(0.7) * x + np.float32(0.3) * z, x, z)
+        rate, decay = np.float32(run.metrics[step].learning_rate), min(0.9, (1 + step) / (10 + step))
+        z = jax.tree.map(lambda z, g, rate=rate: z - rate * np.asarray(g), z, gradient(y, images, labels))
+        x = jax.tree.map(lambda x, z, decay=decay: np.float32(decay) * x + np.float32(1 - decay) * z, x, z)
+        chex.assert_trees_all_close(
+            (run.history[step + 1].params, run.history[step + 1].ema), (z, x), rtol=1e-4, atol=1e-5
+        )
+
+
+@pytest.mark.parametrize("passes", [{}, {"consistency": 1.0}], ids=["one", "two"])
+def test_a_batch_trains_one_whole_model_and_leaves_the_others_alone(tiny_config, training, passes):
+    run = training(tiny_config(routing=WHOLE | {"kind": "batch", "init": "independent"} | passes)).run(1)
+    routes = run.routing.draw(jax.random.key(0), jnp.int32(0))
+    before, after = run.history
+    for e in range(E):
+        same = jax.tree.map(lambda x, y, e=e: np.array_equal(x[e], y[e]), before.params, after.params)
+        runs = any(int(route[0]) == e for route in routes)
+        assert not any(jax.tree.leaves(same["head"])) if runs else all(jax.tree.leaves(same))
+
+
+@pytest.mark.parametrize(
+    ("sections", "rule"),
+    [
+        (
+            {"routing": WHOLE | {"kind": "layer"}},
+            "routing.part is 'model'; it must not be 'model' for routing.kind=layer",
+        ),
+        ({"routing": WHOLE | {"kind": "switch"}}, "routing.part is 'model'; it must be 'mlp'"),
+        ({"routing": WHOLE | {"pattern": ("dense", "experts")}}, "for routing.part=model"),
+        ({"routing": WHOLE, "optim": {"outer_rate": 0.7}}, "outer_rate is 0.7; it must be 0 for experts without"),
+        (
+            {"routing": WHOLE | {"pull": 1.0, "pull_schedule": "learning_rate"}, "optim": {"outer_rate": 0.7}},
+            "an outer step has its own rate",
+        ),
+        ({"optim": {"primal_averaging": 0.7}}, "must be 0 with experts"),
+    ],
+)
+def test_settings_of_local_training_that_do_not_fit_are_refused(tiny_config, sections, rule):
+    with pytest.raises(ConfigError, match=rule):
+        routing.find(tiny_config(**sections))
