@@ -211,10 +211,12 @@ class OptimConfig:
     outer_momentum: float = setting(0.6, "Nesterov momentum of the outer optimiser", at_least=0, below=1)
     primal_averaging: float = setting(
         0.0,
-        "share of the EMA in the dense weights that are differentiated (GPA: 0.7, with train.ema=0.9967); 0: none",
+        "decay of a running mean of the weights, which is the dense model; gradients are taken between both (GPA: "
+        "0.9967); 0: none",
         at_least=0,
         below=1,
     )
+    primal_share: float = setting(0.7, "share of that mean where gradients are taken", at_least=0, at_most=1)
     layer_decay: float = setting(
         1.0, "ratio of a layer's learning rate to that of the next layer, as in timm; 1 is off", above=0, at_most=1
     )

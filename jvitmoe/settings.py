@@ -142,8 +142,8 @@ def _train_faults(config: Config) -> Iterator[tuple[str, str]]:
         yield "optim.outer_rate", "must be 0 for experts without routing.pull=1"
     if optim.outer_rate and routing.pull_schedule == "learning_rate":
         yield "optim.outer_rate", "must be 0 for routing.pull_schedule=learning_rate; an outer step has its own rate"
-    if optim.primal_averaging and (routing.experts > 1 or config.trains_adapters_only or not train.ema):
-        yield "optim.primal_averaging", "must be 0 with experts, LoRA or adapters, and without train.ema"
+    if optim.primal_averaging and (routing.experts > 1 or optim.outer_rate):
+        yield "optim.primal_averaging", "must be 0 with experts and with optim.outer_rate, whose mean is another"
     if optim.freeze_layers and routing.experts > 1 and routing.pull:
         yield "optim.freeze_layers", "must be 0 with routing.pull, which moves experts of all layers"
 

@@ -72,6 +72,7 @@ class TrainState(NamedTuple):
     opt_state: OptState
     ema: Any = None  # exponential moving average of the merged tree; None if train.ema is 0
     outer: OuterState | None = None  # None if optim.outer_rate is 0
+    fast: Any = None  # weights that the optimiser steps from, if `params` are their mean (optim.primal_averaging)
 
 
 def create(
@@ -79,6 +80,7 @@ def create(
     tx: optax.GradientTransformation,
     ema: bool = False,
     outer: optax.GradientTransformation | None = None,
+    fast: bool = False,
 ) -> TrainState:
     """Returns the state of a run at step 0."""
     marks = trees.stacked(params)
@@ -89,7 +91,7 @@ def create(
     if outer:
         anchor = one_copy(params)
         state = state._replace(outer=OuterState(anchor, outer.init(anchor)))
-    return state
+    return state._replace(fast=params if fast else None)
 
 
 def per_expert(function: Callable[..., Any], marks: Any, several: bool) -> Callable[..., Any]:
@@ -166,6 +168,7 @@ def abstract_state(config: Config, routing: Routing, mesh: Mesh) -> TrainState:
         ),
         shard_tree(shapes.ema, False, shard != "none"),
         shard_tree(shapes.outer, False, shard != "none"),
+        shard_tree(shapes.fast, False, shard != "none"),
     )
 
 
@@ -187,4 +190,6 @@ def _create(config: Config, routing: Routing, dense: Any = None) -> TrainState:
     params = routing.init(address(jax.random.key(config.train.seed), Purpose.INIT))
     if dense is not None:
         params = merge.upcycle(dense, params)
-    return create(params, direction(config), config.train.ema > 0, outer(config) if config.optim.outer_rate else None)
+    optim = config.optim
+    outer_tx = outer(config) if optim.outer_rate else None
+    return create(params, direction(config), config.train.ema > 0, outer_tx, optim.primal_averaging > 0)

@@ -25,7 +25,7 @@ def update(plan: StepPlan, active: TrainState, stacked: Any, grads: Any, norm: j
 
     `stacked` marks the leaves that experts own, and `norm` is `gradient_norm` of `grads`.
     """
-    config, params = plan.config, active.params
+    config, params = plan.config, active.params if active.fast is None else active.fast
     if config.optim.clip_norm:
         clip = jnp.minimum(1.0, config.optim.clip_norm / norm)
         grads = jax.tree.map(lambda g: g * clip.reshape(-1, *[1] * (g.ndim - 1)) if clip.ndim else g * clip, grads)
@@ -39,6 +39,9 @@ def update(plan: StepPlan, active: TrainState, stacked: Any, grads: Any, norm: j
         direction = jax.vmap(scale)(direction) if trees.is_whole(params) else scale(direction)
     rate = learning_rate(plan, active.step)
     params = jax.tree.map(lambda p, d: p - rate * d, params, direction)
+    if active.fast is not None:
+        mean = optax.incremental_update(params, active.params, 1.0 - config.optim.primal_averaging)
+        return active._replace(params=mean, fast=params, opt_state=opt_state)
     return active._replace(params=params, opt_state=opt_state)
 
 
@@ -112,10 +115,11 @@ def outer_step(tx: optax.GradientTransformation, params: Any, outer: OuterState)
 
 
 def gradient_point(plan: StepPlan, state: TrainState) -> Any:
-    """Returns the parameters at which a step differentiates: with `optim.primal_averaging`, a point between them and
-    their EMA (GPA, arXiv 2512.17131)."""
-    share = plan.config.optim.primal_averaging
-    return optax.incremental_update(state.ema, state.params, share) if share else state.params
+    """Returns the parameters at which a step differentiates: with `optim.primal_averaging`, a point between the mean
+    and the weights that the optimiser steps from (GPA, arXiv 2512.17131)."""
+    if state.fast is None:
+        return state.params
+    return optax.incremental_update(state.params, state.fast, plan.config.optim.primal_share)
 
 
 def learning_rate(plan: StepPlan, step: jax.Array) -> jax.Array:
