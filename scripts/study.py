@@ -3,8 +3,8 @@
     python scripts/study.py B --config configs/cifar10_fast.py --seeds 5 --runs runs/study/B --out results/study/B \\
         -- --config.data.dir=DIR
 
-Repeat the command to resume: see scripts/sweep.py. The arms of A, A_augmented and D are those that were best in
-A_search and D_search, whose results must lie beside --out.
+Repeat the command to resume: see scripts/sweep.py. The arms of A, A_augmented, D and H are those that were best in
+A_search, D_search and H_search, whose results must lie beside --out.
 """
 
 import argparse
@@ -98,6 +98,68 @@ def bytes_against_accuracy() -> Arms:
     return found
 
 
+# H: `outer` steps from one mean of the workers to the next, `gpa` averages at every step.
+INSIDE = mlp_rate(2) | epochs(7)
+OUTER_RATES, OUTER_MOMENTA = (0.5, 0.7, 1.0), (0.4, 0.6, 0.8)
+
+
+def outer(rate: float, momentum: float) -> dict[str, object]:
+    return {"optim.outer_rate": rate, "optim.outer_momentum": momentum}
+
+
+def workers(part: str, every: int, settings: dict[str, object], *against: str) -> Variant:
+    """Returns four experts that own `part` and are averaged every so many steps. They have no EMA, as in C."""
+    local = {"routing.part": part, "routing.pull_every": every, "train.ema": 0.0}
+    return random("sample", 2, 1, INSIDE | local | settings, *against)
+
+
+def inside_search() -> Arms:
+    found = {"dense_rate2": dense(INSIDE)}
+    for rate in (1e-3, 2e-3, 4e-3, 8e-3):
+        found[f"adamw_{rate:g}"] = dense(INSIDE | {"optim.name": "adamw", "optim.learning_rate": rate})
+    for every, rate, momentum in itertools.product((10, 30), OUTER_RATES, OUTER_MOMENTA):
+        settings = INSIDE | {"routing.pull_every": every} | outer(rate, momentum)
+        found[f"outer_{every}_{rate:g}_{momentum:g}"] = dense(settings)
+    for decay, share in itertools.product((0.99, 0.9967), (0.7, 0.9)):
+        averaging = {"optim.primal_averaging": decay, "optim.primal_share": share}
+        found[f"gpa_{decay:g}_{share:g}"] = dense(INSIDE | averaging)
+    for rate in (2e-3, 4e-3, 8e-3):
+        found[f"local_{rate:g}"] = workers("model", 32, {"optim.learning_rate": rate})
+    for rate, momentum in itertools.product(OUTER_RATES[1:], OUTER_MOMENTA):
+        found[f"local_outer_{rate:g}_{momentum:g}"] = workers("model", 32, outer(rate, momentum))
+    for rate, momentum in itertools.product(OUTER_RATES[1:], OUTER_MOMENTA[:2]):
+        found[f"mlp_outer_{rate:g}_{momentum:g}"] = workers("mlp", 8, outer(rate, momentum))
+    return found
+
+
+def inside(results: Path) -> Arms:
+    """Returns the best arms of H_search; of workers for every interval, as they were best at one."""
+    tried = inside_search()
+
+    def chosen(kind: str, *drop: str) -> dict[str, object]:
+        names = [name for name in tried if name.startswith(f"{kind}_") and not name.startswith(drop)]
+        settings = dict(tried[best(results, "H_search", names)].settings)
+        return {name: settings[name] for name in settings if name.startswith("optim.")}
+
+    adamw, local = chosen("adamw"), chosen("local", "local_outer")
+    search = [name for name in tried if name.startswith("outer_")]
+    found = {
+        "dense": dense(epochs(7)),
+        "dense_rate2": dense(INSIDE, "dense"),
+        "adamw": dense(INSIDE | adamw, *CONTROLLED, "adamw_rate1"),
+        "adamw_rate1": dense(INSIDE | adamw | mlp_rate(1)),
+        "outer": Variant(tried[best(results, "H_search", search)].settings, against=CONTROLLED),
+        "gpa": dense(INSIDE | chosen("gpa"), *CONTROLLED),
+    }
+    for part, name, intervals in (("model", "local", (8, 32, 128)), ("mlp", "mlp", (2, 8))):
+        plain = local if part == "model" else {}
+        for every in intervals:
+            found[f"{name}_{every}"] = workers(part, every, plain, *CONTROLLED)
+            settings = chosen(f"{name}_outer")
+            found[f"{name}_outer_{every}"] = workers(part, every, settings, *CONTROLLED, f"{name}_{every}")
+    return found
+
+
 def pretrained() -> Arms:
     return {"dense": dense({"data.name": "hf:runs/study/halves/first", "model.classes": 6} | epochs(20))}
 
@@ -186,6 +248,8 @@ EXPERIMENTS: dict[str, Callable[[Path], Arms]] = {
     "D": fine_tuning,
     "E": lambda _: teaching_routes(),
     "F": lambda _: ensemble_into_one(),
+    "H_search": lambda _: inside_search(),
+    "H": inside,
 }
 
 
@@ -216,7 +280,7 @@ def ranking(runs: Path, arms: Iterable[str]) -> str:
 
 
 def communication(runs: Path, arms: Arms) -> str:
-    """Returns the end of the report of C: the verdicts, and the bytes that a device reduces in a run of each arm,
+    """Returns the end of the report of C and H: the verdicts, and the bytes that a device reduces in a run of each arm,
     until the last logged step."""
     found = {arm: reduced_bytes(runs, arm) for arm in verdicts.read(runs, arms)}
     most = max(found.values())
@@ -245,7 +309,7 @@ def run() -> None:
     except UserError as error:
         sys.exit(str(error))
     is_search = experiment.endswith("_search")
-    conclude = communication if experiment == "C" else ranking if is_search else verdicts.conclusion
+    conclude = communication if experiment in ("C", "H") else ranking if is_search else verdicts.conclusion
     # No verdict needs random paths. A's first runs were tested on some, and a report takes only runs tested alike.
     evaluate = [] if experiment == "A" else ["--paths=0"]
     main(__doc__, arms, evaluate=evaluate, conclusion=partial(conclude, arms=arms), arguments=arguments)
