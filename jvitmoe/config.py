@@ -146,7 +146,8 @@ class RoutingConfig:
     pattern: tuple[str, ...] = setting(("experts",), """kinds of layers, repeated over depth: '("dense","experts")'""")
     part: str = setting(
         "mlp",
-        "what an expert owns: the MLP; one layer of it (AdaMix); the whole model (local training)",
+        "what an expert owns: the MLP; its first or second layer, of LoRA and adapters the matrix that is first or "
+        "second (AdaMix: up); the whole model (local training)",
         ("mlp", "up", "down", "model"),
     )
     init: str = setting("independent", "experts start different (the original) or equal", ("independent", "shared"))
@@ -195,9 +196,7 @@ class OptimConfig:
     name: str = setting("adamw", "adam (weight decay in the gradient, the original), adamw, lion, or muon with adamw")
     learning_rate: float = setting(1e-3, "highest learning rate", above=0)
     mlp_rate: float = setting(1.0, "learning rate of MLPs (of experts, if any) as a multiple of the others'", above=0)
-    weight_decay: float = setting(
-        0.05, "coefficient of weight decay; except with adam, of matrices only, not of LoRA and adapters", at_least=0
-    )
+    weight_decay: float = setting(0.05, "coefficient of weight decay; except with adam, of matrices only", at_least=0)
     schedule: str = setting("step", "cosine per step, or per epoch (the original)", ("step", "epoch"))
     warmup_epochs: float = setting(0.0, "linear from 0, at most half of training; only if schedule=step", at_least=0)
     clip_norm: float = setting(0.0, "largest global norm of the gradient; 0 does not clip", at_least=0)

@@ -168,8 +168,8 @@ def _routing_faults(config: Config) -> Iterator[tuple[str, str]]:
         yield "init.source", "must name a trained ViT for model.lora and model.adapter, which keep it frozen"
     if routing.part == "model" and routing.pattern != ("experts",):
         yield "routing.pattern", "must be ('experts',) for routing.part=model"
-    if config.trains_adapters_only and (routing.pattern, routing.part) != (("experts",), "mlp"):
-        yield "routing.pattern", "must be ('experts',), with part 'mlp', for model.lora and model.adapter"
+    if config.trains_adapters_only and (routing.pattern != ("experts",) or routing.part == "model"):
+        yield "routing.pattern", "must be ('experts',), with a part of the MLP, for model.lora and model.adapter"
 
 
 def _about_parameters(config: Config) -> int:

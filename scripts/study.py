@@ -54,8 +54,14 @@ def parity_search() -> Arms:
     return found | {f"{kind}_rate{rate}_pull{pull}": random(kind, rate, pull, epochs(5)) for kind, rate, pull in grid}
 
 
+def token_search() -> Arms:
+    grid = itertools.product((1, 2, 4), (0.1, 1))
+    return {f"token_rate{rate}_pull{pull}": random("token", rate, pull, epochs(5)) for rate, pull in grid}
+
+
 def parity(results: Path, settings: dict[str, object] | None = None) -> Arms:
-    """Returns dense, its controls, and the best arms of A_search, all trained for longer and with these settings."""
+    """Returns dense, its controls, and the best arms of A_search, all trained for longer and with these settings; `token`
+    too, once its own search has been run."""
     arms = parity_search()
     samples = [name for name in arms if name.startswith("sample")]
     synchronous = best(results, "A_search", [name for name in samples if name.endswith("pull1")])
@@ -67,7 +73,10 @@ def parity(results: Path, settings: dict[str, object] | None = None) -> Arms:
     changed = epochs(10) | (settings or {})
     found = {"dense": Variant(arms["dense_rate1"].settings | changed)}
     found |= {name: Variant(arms[name].settings | changed, against=("dense",)) for name in against[1:]}
-    chosen = (synchronous, drifting, batch)
+    chosen = [synchronous, drifting, batch]
+    if not settings and (results / "A_token_search").exists():
+        arms |= token_search()
+        chosen.append(best(results, "A_token_search", token_search()))
     return found | {name: Variant(arms[name].settings | changed, "random", against) for name in chosen}
 
 
@@ -164,9 +173,17 @@ def pretrained() -> Arms:
     return {"dense": dense({"data.name": "hf:runs/study/halves/first", "model.classes": 6} | epochs(20))}
 
 
+TUNING = {
+    "data.name": "hf:runs/study/halves/second",
+    "model.classes": 4,
+    "data.validation": 17_500,
+    "init.source": "runs/study/D_pretrained/dense-seed0",
+    "optim.name": "adamw",
+}
+
+
 def fine_tuning_search() -> Arms:
-    tuning = {"data.name": "hf:runs/study/halves/second", "model.classes": 4, "data.validation": 17_500}
-    tuning |= SHORT | {"init.source": "runs/study/D_pretrained/dense-seed0", "optim.name": "adamw"}
+    tuning = SHORT | TUNING
     adamix = {"routing.kind": "layer", "routing.init": "shared"}
     adamix |= {"routing.experts": 4, "routing.consistency": 1.0}
     adamix_mlp = adamix | {"routing.part": "up"}  # AdaMix shares the layer that follows the nonlinearity
@@ -195,12 +212,25 @@ def fine_tuning_search() -> Arms:
     return found
 
 
-def fine_tuning(results: Path) -> Arms:
-    """Returns every method of D_search at its best rate."""
-    arms, tries = fine_tuning_search(), dict[str, list[str]]()
+def adamix_search() -> Arms:
+    """Returns AdaMix with one matrix of each pair shared and weight decay, as its authors have it, beside one pair."""
+    shared = {"routing.kind": "layer", "routing.init": "shared", "routing.part": "up", "routing.experts": 4}
+    shared |= {"routing.consistency": 1.0}
+    found: Arms = {}
+    for (part, size), rate in itertools.product((("lora", 8), ("adapter", 64)), (1e-2, 3e-3, 1e-3)):
+        tuned = SHORT | TUNING | epochs(40) | {"optim.weight_decay": 0.1}
+        tuned |= {"optim.learning_rate": rate, f"model.{part}": size}
+        found[f"{part}_{rate:g}"] = dense(tuned)
+        found[f"{part}_adamix_{rate:g}"] = dense(tuned | shared, part)
+    return found
+
+
+def best_rates(results: Path, search: str) -> Arms:
+    """Returns every method of a search, METHOD_RATE, at its best rate."""
+    arms, tries = EXPERIMENTS[search](results), dict[str, list[str]]()
     for name in arms:
         tries.setdefault(name.rpartition("_")[0], []).append(name)
-    return {method: arms[best(results, "D_search", names)] for method, names in tries.items()}
+    return {method: arms[best(results, search, names)] for method, names in tries.items()}
 
 
 def few_images(count: int) -> dict[str, object]:
@@ -239,13 +269,16 @@ def ensemble_into_one() -> Arms:
 # the results of the study; a search compares by validation accuracy.
 EXPERIMENTS: dict[str, Callable[[Path], Arms]] = {
     "A_search": lambda _: parity_search(),
+    "A_token_search": lambda _: token_search(),
     "A": parity,
     "A_augmented": partial(parity, settings=AUGMENTED),
     "B": lambda _: rare_meetings(),
     "C": lambda _: bytes_against_accuracy(),
     "D_pretrained": lambda _: pretrained(),
     "D_search": lambda _: fine_tuning_search(),
-    "D": fine_tuning,
+    "D": partial(best_rates, search="D_search"),
+    "D_adamix_search": lambda _: adamix_search(),
+    "D_adamix": partial(best_rates, search="D_adamix_search"),
     "E": lambda _: teaching_routes(),
     "F": lambda _: ensemble_into_one(),
     "H_search": lambda _: inside_search(),

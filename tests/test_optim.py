@@ -96,7 +96,8 @@ def test_the_direction_is_that_of_a_slow_numpy_adam(name):
 
 @pytest.mark.parametrize("name", optimizer.OPTIMIZERS)
 def test_all_but_adam_decay_matrices_only(tiny_config, name):
-    shapes = routing.find(tiny_config(model={"head_hidden": 4}, routing={"experts": 2})).shapes()
+    model = {"head_hidden": 4, "lora": 2, "adapter": 2}
+    shapes = routing.find(tiny_config(model=model, routing={"experts": 2}, init={"source": "x"})).shapes()
     params = jax.tree.map(lambda x: np.ones(x.shape, x.dtype), shapes)
     tx = optimizer.direction(Config(optim=OptimConfig(name=name, weight_decay=0.25)))
     direction = jax.jit(lambda p: tx.update(optax.tree.zeros_like(p), tx.init(p), p)[0])(params)
@@ -107,8 +108,8 @@ def test_all_but_adam_decay_matrices_only(tiny_config, name):
         seen["decayed" if moved[0] else "left"].add(path[-1].key)
         if name != "adam":
             assert moved[0] in (0, 0.25)
-    vectors = {"bias", "scale", "cls", "positions", "up_bias", "down_bias"}
-    matrices = {"kernel", "up", "down"}
+    vectors = {"bias", "scale", "cls", "positions", "up_bias", "down_bias", "adapter_up_bias", "adapter_down_bias"}
+    matrices = {"kernel", "up", "down", "up_a", "up_b", "down_a", "down_b", "adapter_up", "adapter_down"}
     wanted = (matrices | vectors, set()) if name == "adam" else (matrices, vectors)
     assert (seen["decayed"], seen["left"]) == wanted
 

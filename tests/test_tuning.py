@@ -103,11 +103,27 @@ def test_merging_averages_matrices_and_then_folds():
     blocks = {name: jnp.asarray(leaf)[None] for name, leaf in (plain | zeros).items()}
     blocks |= {"up_a": jnp.asarray(a_EDR)[None], "up_b": jnp.asarray(b_ERF)[None]}
     blocks |= {name: jnp.broadcast_to(blocks[name][:, None], (1, E, *zeros[name].shape)) for name in zeros}
-    merged = merge.average_experts({"blocks": {"mlp": blocks}})["blocks"]["mlp"]
+    merged = merge.average_experts({"blocks": {"mlp": blocks}, "norm": {"scale": jnp.ones(4)}})["blocks"]["mlp"]
     assert set(merged) == set(plain)
     wanted = plain["up"] + a_EDR.mean(0) @ b_ERF.mean(0)
     np.testing.assert_allclose(merged["up"][0], wanted, rtol=1e-5)
     assert not np.allclose(wanted, plain["up"] + (a_EDR @ b_ERF).mean(0), atol=1e-2)
+
+
+def test_with_the_second_matrices_shared_the_mean_of_adamix_is_the_mean_of_products(tiny_config):
+    """AdaMix, arXiv 2205.12410, section 3.4: experts own the matrices that read the input, and share the others."""
+    config = tiny_config(
+        model=KINDS["both"], routing={"experts": E, "kind": "layer", "part": "up"}, init={"source": "somewhere"}
+    )
+    params = shaken(routing.find(config).init(jax.random.key(0)))
+    marks = trees.stacked(params)["blocks"]["mlp"]
+    owned = {"up_a", "down_a", "adapter_up", "adapter_up_bias"}
+    assert {name for name, is_stacked in marks.items() if is_stacked} == owned
+    paths = [merge.take_path(params, jnp.full(2, e))["blocks"]["mlp"] for e in range(E)]
+    merged = merge.average_experts(params)["blocks"]["mlp"]
+    width = config.model.hidden  # after it come the units of the adapter
+    wanted = np.mean([path["up"][..., :width] for path in paths], 0)
+    np.testing.assert_allclose(merged["up"][..., :width], wanted, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(("experts", "kind"), [(1, "batch"), (E, "batch"), (E, "sample")])

@@ -21,9 +21,13 @@ Tree = Any
 Array = TypeVar("Array", jax.Array, np.ndarray)
 
 MLP = ("up", "up_bias", "down", "down_bias")
-PARTS = {"mlp": MLP, "up": MLP[:2], "down": MLP[2:]}  # routing.part -> the leaves of an MLP that each expert owns
+TUNED = (*mlp.LORA, *mlp.ADAPTER)
+SECOND = ("up_b", "down_b", "adapter_down", "adapter_down_bias")  # AdaMix shares the second matrix of each pair
+# routing.part -> the leaves of an MLP that each expert owns; and of LoRA and adapters, if these are what is trained
+PARTS = {"mlp": MLP, "up": MLP[:2], "down": MLP[2:]}
+TUNED_PARTS = {"mlp": TUNED, "up": tuple(name for name in TUNED if name not in SECOND), "down": SECOND}
 # Rank of each MLP leaf in the dense tree, its leading L axis included (models/mlp.py).
-DENSE_RANK = {name: 2 if name.endswith("bias") else 3 for name in (*MLP, *mlp.LORA, *mlp.ADAPTER)}
+DENSE_RANK = {name: 2 if name.endswith("bias") else 3 for name in (*MLP, *TUNED)}
 EXPERT_AXIS = 1  # of the leaves of an MLP, after L
 
 
@@ -47,8 +51,8 @@ def one(params: Tree) -> Tree:
 def owned(config: Config) -> Callable[[Sequence[Any]], bool]:
     """Returns a function that is True for the key path of a parameter that each expert has its own copy of: those of
     `routing.part`, or LoRA and adapters, in the layers that `routing.pattern` marks."""
-    tuned, pattern = config.trains_adapters_only, config.routing.pattern
-    names = (*mlp.LORA, *mlp.ADAPTER) if tuned else PARTS[config.routing.part]
+    pattern = config.routing.pattern
+    names = (TUNED_PARTS if config.trains_adapters_only else PARTS)[config.routing.part]
     return lambda path: path[-1].key in names and pattern[vit.position_in_group(path) or 0] == "experts"
 
 

@@ -20,8 +20,8 @@ from jvitmoe.errors import ConfigError, did_you_mean
 from jvitmoe.experts import trees
 from jvitmoe.models import mlp
 
-# Matrices; AdamW does not decay biases, norms, positions and CLS, nor LoRA and adapters.
-DECAYED = ("kernel", "up", "down")
+# Matrices; AdamW does not decay biases, norms, positions and CLS.
+DECAYED = ("kernel", "up", "down", *mlp.LORA, "adapter_up", "adapter_down")
 AFTER_BLOCKS = ("norm", "pool", "head")  # first keys of the parameters that follow the blocks
 MUON_RMS = 0.2
 # Axes of inputs and of outputs, counted from the last: all before them (layers, experts) count matrices. Attention has
