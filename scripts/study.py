@@ -60,8 +60,8 @@ def token_search() -> Arms:
 
 
 def parity(results: Path, settings: dict[str, object] | None = None) -> Arms:
-    """Returns dense, its controls, and the best arms of A_search, all trained for longer and with these settings; `token`
-    too, once its own search has been run."""
+    """Returns dense, its controls, and the best arms of A_search, all trained for longer and with these settings;
+    with `token`, once its own search has been run."""
     arms = parity_search()
     samples = [name for name in arms if name.startswith("sample")]
     synchronous = best(results, "A_search", [name for name in samples if name.endswith("pull1")])
