@@ -63,6 +63,10 @@ class ModelConfig:
     )
     width: int = setting(64, "width of a token, D", above=0)
     hidden: int = setting(128, "hidden units of an MLP, F", above=0)
+    expert_hidden: int = setting(0, "hidden units of each expert of a router; 0: those of an MLP", at_least=0)
+    shared_hidden: int = setting(
+        0, "hidden units of an MLP beside a router's experts, which every token passes (a shared expert)", at_least=0
+    )
     depth: int = setting(4, "number of layers, L", above=0, at_most=10_000)
     heads: int = setting(4, "attention heads, G", above=0)
     pool: str = setting(
@@ -122,9 +126,15 @@ class ModelConfig:
         named = ((field.name, field.default) for field in dataclasses.fields(self) if field.name not in fields)
         return sorted(name for name, default in named if getattr(self, name) != default)
 
+    def one_expert(self) -> "ModelConfig":
+        """Returns the dense model whose MLP is an expert."""
+        return dataclasses.replace(self, hidden=self.expert_hidden or self.hidden, expert_hidden=0, shared_hidden=0)
+
     def plain(self) -> "ModelConfig":
-        """Returns the model after LoRA and adapters are folded into the MLP. An adapter becomes more hidden units."""
-        return dataclasses.replace(self, hidden=self.hidden + self.adapter, lora=0, adapter=0)
+        """Returns the model after LoRA, adapters and a shared expert are folded into the MLP, and experts merged. An
+        adapter and a shared expert become more hidden units."""
+        hidden = (self.expert_hidden or self.hidden) + self.shared_hidden + self.adapter
+        return dataclasses.replace(self, hidden=hidden, expert_hidden=0, shared_hidden=0, lora=0, adapter=0)
 
 
 # Fields of ModelConfig that do not change what a trained, merged model computes in float32.
@@ -169,6 +179,12 @@ class RoutingConfig:
     eval_capacity: float = setting(2.0, "capacity in evaluation: switch, topk, frozen", above=0)
     balance_loss: float = setting(
         0.01, "coefficient of the load-balancing loss, the mean over layers (Switch, V-MoE: the sum)", at_least=0
+    )
+    balance_bias: float = setting(
+        0.0,
+        "step of a bias by which switch and topk select experts, down where the load is above the mean, else up "
+        "(DeepSeek-V3: 0.001, with balance_loss=0); 0: none",
+        at_least=0,
     )
     consistency: float = setting(0.0, "weight of the divergence of two passes; doubles the cost", at_least=0)
     consistency_loss: str = setting(

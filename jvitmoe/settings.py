@@ -166,6 +166,12 @@ def _routing_faults(config: Config) -> Iterator[tuple[str, str]]:
         yield "routing.pull_schedule", "must not be 'qsr' for optim.schedule=epoch; it needs the rate of every step"
     if config.trains_adapters_only and not init.source:
         yield "init.source", "must name a trained ViT for model.lora and model.adapter, which keep it frozen"
+    if model.expert_hidden or model.shared_hidden:
+        part = "expert_hidden" if model.expert_hidden else "shared_hidden"
+        if routing.pattern != ("experts",):
+            yield f"model.{part}", "must be 0 with a routing.pattern: layers without experts would have another width"
+        if config.trains_adapters_only:
+            yield f"model.{part}", "must be 0 with model.lora and model.adapter"
     if routing.part == "model" and routing.pattern != ("experts",):
         yield "routing.pattern", "must be ('experts',) for routing.part=model"
     if config.trains_adapters_only and (routing.pattern != ("experts",) or routing.part == "model"):

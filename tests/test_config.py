@@ -95,10 +95,12 @@ def test_a_learned_router_refuses_a_pull_that_makes_its_experts_equal():
     routing.find(Config(routing=RoutingConfig(experts=4, kind="switch", pull=1.0, pull_every=8)).validate())
 
 
-def test_lora_and_adapters_go_with_random_routing_over_whole_mlps():
+def test_lora_and_adapters_go_with_random_routing_of_every_layer():
     tuned = {"model__lora": 2, "init__source": "x", "routing__experts": 4}
-    for field, value in (("pattern", ("dense", "experts")), ("part", "up")):
-        assert "with part 'mlp', for model.lora and model.adapter" in refused(**tuned, **{f"routing__{field}": value})
+    for field, value in (("pattern", ("dense", "experts")), ("part", "model")):
+        assert "with a part of the MLP, for model.lora and model.adapter" in refused(
+            **tuned, **{f"routing__{field}": value}
+        )
     assert "without LoRA and adapters, for routing.kind=switch" in refused(**tuned, routing__kind="switch")
 
 

@@ -11,6 +11,7 @@ import pytest
 from jvitmoe import routing
 from jvitmoe.config import Config, OptimConfig, RoutingConfig, TrainConfig
 from jvitmoe.data import augment
+from jvitmoe.errors import ConfigError
 from jvitmoe.experts import cost, merge, trees
 from jvitmoe.models import routers, vit
 from jvitmoe.routing import Pass
@@ -447,3 +448,58 @@ def test_accumulated_parts_have_equal_shares_of_every_slot_and_a_mean(tiny_confi
     np.testing.assert_allclose(mean, np.square(np.arange(8)).mean(), rtol=1e-6)
     assert uneven == (0 if kind == "sample" else 0.5)
     assert set(sizes) == {8 // parts}
+
+
+@pytest.mark.parametrize("devices", [1, 4])
+def test_a_selection_bias_steps_against_the_load_of_the_whole_batch_and_nothing_else_moves_it(
+    tiny_config, training, devices
+):
+    """DeepSeek-V3, arXiv 2412.19437: b += u sign(mean load - load)."""
+    run = training(
+        tiny_config(
+            routing={
+                **{"experts": 4, "kind": "topk", "pattern": ("dense", "experts"), "init": "shared"},
+                **{"balance_bias": 0.01, "balance_loss": 0.0},
+            },
+            optim={"name": "muon", "weight_decay": 0.5, "eps": 1e-3},
+            model={"shared_hidden": 0, "depth": 4},
+            train={"devices": devices},
+        )
+    ).run(4)
+    bias_XE = np.zeros((2, 4), np.float32)
+    for metrics, after in zip(run.metrics, run.history[1:], strict=True):
+        bias_XE = bias_XE + np.float32(0.01) * np.sign(np.float32(0.25) - metrics.router.load_E)
+        found = after.params["blocks"]["block1"]["mlp"]["router"]["selection_bias"]
+        np.testing.assert_allclose(found, bias_XE, rtol=1e-6)
+    assert np.abs(bias_XE).max() > 0.01
+
+
+def test_a_shared_expert_trains_at_the_rate_of_experts(tiny_config, training):
+    moved = []
+    for times in (1.0, 3.0):
+        sizes = {"shared_hidden": 4, "expert_hidden": 6}
+        routed = {"experts": 4, "kind": "topk", "balance_loss": 0.0}
+        run = training(tiny_config(model=sizes, routing=routed, optim={"mlp_rate": times})).run(1)
+        before, after = (state.params["blocks"]["mlp"]["shared_up"] for state in run.history)
+        moved.append(after - before)
+    np.testing.assert_allclose(moved[1], 3 * moved[0], rtol=1e-3, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("sections", "rule"),
+    [
+        ({"model": {"shared_hidden": 4}}, "model.shared_hidden is 4; it must be 0 without a router in the model"),
+        ({"routing": {"experts": 4, "kind": "sample"}, "model": {"expert_hidden": 4}}, "must be 0 without a router"),
+        ({"routing": {"experts": 4, "kind": "soft", "balance_bias": 0.1}}, "must be 0 for routing.kind=soft"),
+        (
+            {
+                "routing": {"experts": 4, "kind": "topk", "pattern": ("dense", "experts")},
+                "model": {"expert_hidden": 4},
+            },
+            "must be 0 with a routing.pattern",
+        ),
+    ],
+)
+def test_settings_of_routers_that_do_not_fit_are_refused(tiny_config, sections, rule):
+    with pytest.raises(ConfigError, match=rule):
+        routing.find(tiny_config(**sections))

@@ -14,6 +14,7 @@ from jvitmoe.models.layers import Site, add_bias, dropout, fold_in, gelu, torch_
 from jvitmoe.models.routers import RouterSettings, find
 
 LORA = ("up_a", "up_b", "down_a", "down_b")
+SHARED = ("shared_up", "shared_up_bias", "shared_down", "shared_down_bias")
 ADAPTER = ("adapter_up", "adapter_up_bias", "adapter_down", "adapter_down_bias")
 START_AT_ZERO = ("up_b", "down_b", "adapter_down", "adapter_down_bias")  # so every expert starts as the MLP
 
@@ -66,8 +67,9 @@ class Mlp(nn.Module):
 
 
 class RoutedMlp(Mlp):
-    """The MLP of a block with a router. Parameters: those of `Mlp` with a leading E axis, and the router's as "router".
-    Sows `Statistics` as "routing" in the collection "statistics". A token in no slot gets 0.
+    """The MLP of a block with a router. Parameters: those of `Mlp` with a leading E axis, those of a shared expert
+    without one (SHARED), and the router's as "router". Sows `Statistics` as "routing" in the collection "statistics". A
+    token in no slot gets 0, and what the shared expert adds (DeepSeekMoE, arXiv 2401.06066).
 
     Cost per image (dense: 4 T D F FLOPs): the experts compute E Q / T times the dense FLOPs, about K times the
     capacity, full or not (1 for soft and hash if E divides T). The router adds 2 T D E. Tokens move to slots and back
@@ -78,6 +80,7 @@ class RoutedMlp(Mlp):
     """
 
     settings: RouterSettings = RouterSettings()
+    shared: int = 0  # hidden units of the shared expert; 0 is none
 
     @nn.compact
     def __call__(self, x_BTD: jax.Array, key_B: jax.Array | None, top_k: jax.Array | None = None) -> jax.Array:
@@ -98,7 +101,16 @@ class RoutedMlp(Mlp):
         x_BTD = jnp.asarray(x_BTD, self.dtype)
         axes = (0, None if key_EB is None else 0, 0, None)
         y_EBQD = jax.vmap(two_layers, axes)(slots.gather(x_BTD), key_EB, weights, self.dropout)
-        return slots.scatter(y_EBQD, x_BTD)
+        y_BTD = slots.scatter(y_EBQD, x_BTD)
+        return y_BTD + self._shared_expert(x_BTD, key_B) if self.shared else y_BTD
+
+    def _shared_expert(self, x_BTD: jax.Array, key_B: jax.Array | None) -> jax.Array:
+        width = x_BTD.shape[-1]
+        shapes = dict(zip(SHARED, ((width, self.shared), (self.shared,), (self.shared, width), (width,)), strict=True))
+        fans = dict.fromkeys(SHARED[:2], width) | dict.fromkeys(SHARED[2:], self.shared)
+        weights = (self.param(name, torch_uniform(fans[name]), shape) for name, shape in shapes.items())
+        cast = (w if w.ndim == 1 else w.astype(self.dtype) for w in weights)
+        return two_layers(x_BTD, key_B, tuple(cast), self.dropout)
 
     def _param(self, name: str, shape: tuple[int, ...], width: int) -> jax.Array:
         """Returns the float32 parameter, one array per expert; all are equal (`Routing.init` draws others)."""
@@ -115,7 +127,7 @@ def fold(weights: dict[str, Any]) -> dict[str, Any]:
     (L, E) are optional: those of the MLP's weights broadcast to those of LoRA and adapter.
 
     LoRA (arXiv 2106.09685) adds the product of its two matrices to a weight. An adapter beside the MLP (AdaptFormer,
-    arXiv 2205.13535; here with the MLP's own GELU) adds hidden units.
+    arXiv 2205.13535; here with the MLP's own GELU) adds hidden units, and so does a shared expert.
     """
     plain = {name: weights[name] for name in ("up", "up_bias", "down", "down_bias")}
 
@@ -128,9 +140,10 @@ def fold(weights: dict[str, Any]) -> dict[str, Any]:
             # A GPU would round the factors to TF32.
             product = jnp.matmul(weights[f"{name}_a"], weights[f"{name}_b"], precision="highest")
             plain[name] = broadcast(name, product.shape[:-2]) + product
-    if "adapter_up" in weights:
-        lead = weights["adapter_up"].shape[:-2]
-        for name, axis in (("up", -1), ("up_bias", -1), ("down", -2)):
-            plain[name] = jnp.concatenate([broadcast(name, lead), weights[f"adapter_{name}"]], axis)
-        plain["down_bias"] = broadcast("down_bias", lead) + weights["adapter_down_bias"]
+    for beside in ("shared", "adapter"):
+        if f"{beside}_up" in weights:
+            lead = weights[f"{beside}_up"].shape[:-2]
+            for name, axis in (("up", -1), ("up_bias", -1), ("down", -2)):
+                plain[name] = jnp.concatenate([broadcast(name, lead), weights[f"{beside}_{name}"]], axis)
+            plain["down_bias"] = broadcast("down_bias", lead) + weights[f"{beside}_down_bias"]
     return plain

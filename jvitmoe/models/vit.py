@@ -80,7 +80,8 @@ class Block(nn.Module):
             if self.router is None:
                 y_BTD = Mlp(**settings)(x_BTD, key_B)
             else:
-                y_BTD = RoutedMlp(**settings, settings=self.router)(x_BTD, key_B, top_k)
+                sizes = {"hidden": config.expert_hidden or config.hidden, "shared": config.shared_hidden}
+                y_BTD = RoutedMlp(**settings | sizes, settings=self.router)(x_BTD, key_B, top_k)
             return finish(dropout(y_BTD, key_B, Site.MLP, rate), "layer_scale2", Site.MLP_PATH)
 
         def finish(y_BTD: jax.Array, scale: str, site: Site) -> jax.Array:

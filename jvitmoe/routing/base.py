@@ -3,6 +3,7 @@
 b the images of one device · C classes · E experts, e the share of one device · L layers
 """
 
+import operator
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -48,9 +49,17 @@ class Routing:
     @classmethod
     def faults(cls, config: Config) -> Iterator[tuple[str, str]]:
         """Yields (setting, rule) for each rule of this way of routing that the config breaks."""
+        kind = config.routing.kind
         if config.train.expert_devices > 1:
-            kind = config.routing.kind
             yield "train.expert_devices", f"must be 1 for routing.kind={kind}; experts have devices with 'sample'"
+        yield from cls.router_faults(config)
+
+    @classmethod
+    def router_faults(cls, config: Config) -> Iterator[tuple[str, str]]:
+        """Yields the faults of settings that only a router in the model has."""
+        for path in ("model.expert_hidden", "model.shared_hidden", "routing.balance_bias"):
+            if operator.attrgetter(path)(config):
+                yield path, "must be 0 without a router in the model, such as routing.kind=topk"
 
     @property
     def experts(self) -> int:
@@ -101,7 +110,7 @@ class Routing:
         params = vit.init(model, key)
         if experts == 1:
             return params
-        dense = model.clone(router=None)
+        dense = model.clone(router=None, config=self.config.model.one_expert())
         if self.config.routing.init == "independent":
             copies = jax.vmap(lambda key: vit.init(dense, key))(jax.random.split(key, experts))
         else:
@@ -163,6 +172,11 @@ class Routing:
     def needs_keys(self) -> bool:
         """True if `logits` needs `key_b`."""
         return self.config.model.drops
+
+    def adjust(self, params: Tree, statistics: Statistics | None) -> Tree:
+        """Returns the parameters after what a router changes in them by itself, from the statistics of the global
+        batch."""
+        return params
 
     def loss(self, statistics: Statistics | None) -> jax.Array:
         """Returns what is added to the loss, of the statistics of the global batch."""

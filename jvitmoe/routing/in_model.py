@@ -1,13 +1,16 @@
 """A router inside the model chooses the experts of each token."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from jvitmoe.config import Config
+from jvitmoe.experts import trees
 from jvitmoe.models import routers, vit
-from jvitmoe.models.routers import Router, RouterSettings, Statistics
+from jvitmoe.models.routers import SELECTION_BIAS, Router, RouterSettings, Statistics
 from jvitmoe.routing.base import Pass, Routing, Tree
 
 
@@ -18,7 +21,7 @@ class InModel(Routing):
         super().__init__(config)
         self.router = routers.find(config.routing.kind)
         self.meaning = f"{config.routing.kind} routes the tokens"
-        self.untrained = "" if self.router.is_trained else "router"
+        self.untrained = SELECTION_BIAS if self.router.is_trained else "router"
 
     @classmethod
     def faults(cls, config: Config) -> Iterator[tuple[str, str]]:
@@ -39,11 +42,18 @@ class InModel(Routing):
             rule = "must be below 1 with a learned router, or all experts would be equal after every step; set it to 0"
             yield "routing.pull", rule
 
+    @classmethod
+    def router_faults(cls, config: Config) -> Iterator[tuple[str, str]]:
+        routing = config.routing
+        if routing.balance_bias and not routers.find(routing.kind).uses_bias:
+            yield "routing.balance_bias", f"must be 0 for routing.kind={routing.kind}; switch and topk have such a bias"
+
     @property
     def settings(self) -> RouterSettings:
         routing = self.config.routing
         top_k = self.router.most_experts(routing.top_k, self.experts)
-        return RouterSettings(routing.kind, self.experts, top_k, routing.capacity, routing.eval_capacity)
+        capacity = routing.capacity, routing.eval_capacity
+        return RouterSettings(routing.kind, self.experts, top_k, *capacity, has_bias=routing.balance_bias > 0)
 
     @property
     def active_experts(self) -> float:
@@ -65,6 +75,23 @@ class InModel(Routing):
     ) -> tuple[jax.Array, Statistics | None]:
         top_k = self.router.top_k_at(at.step, at.total, self.config.routing.top_k, self.experts)
         return vit.logits_and_statistics(model, params, images_bHWc, key_b, top_k)
+
+    def adjust(self, params: Tree, statistics: Statistics | None) -> Tree:
+        """Moves the bias of each expert by `routing.balance_bias`, up if its load is below the mean and down if above
+        (DeepSeek-V3, arXiv 2412.19437, section 2.1.2; arXiv 2408.15664)."""
+        step = self.config.routing.balance_bias
+        if not step:
+            return params
+        assert statistics is not None
+        layers = jnp.array(self.config.expert_layers)
+        load_LE = jnp.zeros((self.config.model.depth, self.experts)).at[layers].set(statistics.load_E)
+
+        def move(path: Sequence[Any], leaf: jax.Array) -> jax.Array:
+            if path[-1].key != SELECTION_BIAS:
+                return leaf
+            return leaf + step * jnp.sign(1 / self.experts - trees.of_group(path, load_LE, leaf.shape[0]))
+
+        return jax.tree.map_with_path(move, params)
 
     def loss(self, statistics: Statistics | None) -> jax.Array:
         assert statistics is not None

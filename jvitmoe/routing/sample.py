@@ -25,6 +25,7 @@ class Sample(Routing):
 
     @classmethod
     def faults(cls, config: Config) -> Iterator[tuple[str, str]]:
+        yield from cls.router_faults(config)
         experts, train = config.routing.experts, config.train
         if train.batch_size % experts:
             yield "train.batch_size", f"must be a multiple of routing.experts, {experts}, for routing.kind=sample"

@@ -21,7 +21,7 @@ from jvitmoe.experts import trees
 from jvitmoe.models import mlp
 
 # Matrices; AdamW does not decay biases, norms, positions and CLS.
-DECAYED = ("kernel", "up", "down", *mlp.LORA, "adapter_up", "adapter_down")
+DECAYED = ("kernel", "up", "down", *mlp.LORA, "adapter_up", "adapter_down", "shared_up", "shared_down")
 AFTER_BLOCKS = ("norm", "pool", "head")  # first keys of the parameters that follow the blocks
 MUON_RMS = 0.2
 # Axes of inputs and of outputs, counted from the last: all before them (layers, experts) count matrices. Attention has
@@ -29,7 +29,7 @@ MUON_RMS = 0.2
 MATRICES = {
     **dict.fromkeys(("query", "key", "value"), MuonDimensionNumbers((-3,), (-2, -1))),
     "out": MuonDimensionNumbers((-3, -2), (-1,)),
-    **dict.fromkeys(("up", "down"), MuonDimensionNumbers((-2,), (-1,))),
+    **dict.fromkeys(("up", "down", "shared_up", "shared_down"), MuonDimensionNumbers((-2,), (-1,))),
 }
 
 
@@ -181,7 +181,8 @@ def outer(config: Config) -> optax.GradientTransformation:
 def scales_differ(config: Config) -> bool:
     """True if some of `layer_scales` is not 1."""
     optim = config.optim
-    return optim.layer_decay < 1 or optim.freeze_layers > 0 or (_mlps_are_trunk(config) and optim.mlp_rate != 1)
+    has_mlps = _mlps_are_trunk(config) or config.model.shared_hidden > 0
+    return optim.layer_decay < 1 or optim.freeze_layers > 0 or (has_mlps and optim.mlp_rate != 1)
 
 
 def _mlps_are_trunk(config: Config) -> bool:
@@ -195,8 +196,8 @@ def layer_scales(config: Config, params: Any) -> Any:
     It is optim.layer_decay ** (L + 1 - n), where n is timm's layer (`param_groups_layer_decay`; BEiT, arXiv
     2106.08254): 0 for patches, positions, CLS and registers, l + 1 for block l, L + 1 for the head. The final norm has
     L, as has the last block; after a mean of tokens timm calls it fc_norm, and it has L + 1. Frozen layers have 0.
-    The MLPs of a dense model, or of each whole model, have optim.mlp_rate times as much; other experts get theirs from
-    `Routing.rate`. `params` may be shapes; of whole models the scales are those of one.
+    The MLPs of a dense model, or of each whole model, and shared experts have optim.mlp_rate times as much; other
+    experts get theirs from `Routing.rate`. `params` may be shapes; of whole models the scales are those of one.
     """
     params = trees.one(params)
     depth = config.model.depth
@@ -207,8 +208,8 @@ def layer_scales(config: Config, params: Any) -> Any:
         layer, is_trained = np.asarray(layers.get(path[0].key, 0)), trained_layers(config, path, leaf)
         if layer.ndim:
             layer = trees.of_group(path, layer, leaf.shape[0]).reshape(is_trained.shape)
-        is_mlp = any(entry.key == "mlp" for entry in path)
-        rate = config.optim.mlp_rate if is_mlp and _mlps_are_trunk(config) else 1.0
+        is_mlp = _mlps_are_trunk(config) and any(entry.key == "mlp" for entry in path)
+        rate = config.optim.mlp_rate if is_mlp or path[-1].key in mlp.SHARED else 1.0
         return np.asarray(rate * config.optim.layer_decay ** (depth + 1.0 - layer) * is_trained, np.float32)
 
     return jax.tree.map_with_path(scale, params)

@@ -92,7 +92,8 @@ def train_step(
     loss, accuracy, statistics, grads = gradients(plan, gradient_point(plan, active), inputs)
     norm = gradient_norm(plan, grads)
     active = update(plan, active, trees.stacked(before.params), grads, norm)
-    active = active._replace(params=gather_slices(plan, before.params, active.params))
+    params = gather_slices(plan, before.params, routing.adjust(active.params, statistics))
+    active = active._replace(params=params)
     after = finish(plan, put(routing, before, active, routes))
     return after, Metrics(loss, accuracy, norm.mean(), learning_rate(plan, step), statistics)
 

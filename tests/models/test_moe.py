@@ -15,6 +15,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from jvitmoe import routing
+from jvitmoe.experts import merge
 from jvitmoe.models import vit
 from jvitmoe.models.layers import Site
 from jvitmoe.models.mlp import Mlp, RoutedMlp
@@ -548,3 +549,46 @@ def test_random_tokens_cost_the_flops_of_the_dense_mlp():
     dense = flops(Mlp(hidden))
     assert dense > 2 * 2 * 32 * 2 * 64 * hidden
     assert flops(RoutedMlp(hidden, settings=RouterSettings("token", 4))) == pytest.approx(dense, rel=0.01)
+
+
+@pytest.mark.parametrize("kind", ["switch", "topk"])
+def test_a_selection_bias_chooses_experts_and_weighs_nothing(kind):
+    """DeepSeek-V3, arXiv 2412.19437, equation 16."""
+    mlp, params = make(kind, has_bias=True, eval_capacity=float(EXPERTS))
+    bias_E = np.array([0.0, 3.0, 2.0, 0.0], np.float32)  # more than any probability
+    params["router"]["selection_bias"] = bias_E
+    x_BTD, direction_BTD = images(), images(seed=3)
+    y_BTD, gradients, _ = apply_and_gradients(mlp, params, x_BTD, direction_BTD, None)
+    chosen_E = np.array([0, 1, kind == "topk", 0], np.float32)
+    mask_BTE = np.broadcast_to(chosen_E, (BATCH, TOKENS, EXPERTS))
+    unbiased = params | {"router": {name: params["router"][name] for name in ("kernel", "bias")}}
+    wanted_BTD, wanted = masked_sum_and_gradients(unbiased, x_BTD, direction_BTD, np.zeros_like(mask_BTE), mask_BTE)
+    np.testing.assert_allclose(y_BTD, wanted_BTD, rtol=1e-4, atol=1e-5)
+    assert not gradients[0]["router"].pop("selection_bias").any()
+    chex.assert_trees_all_close(gradients, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_a_shared_expert_adds_what_every_token_gets_and_experts_have_a_width_of_their_own(tiny_config):
+    model = {"expert_hidden": 3, "shared_hidden": 5}
+    way = routing.find(tiny_config(model=model, routing={"experts": EXPERTS, "kind": "topk"}))
+    params = drawn(way.shapes())
+    block = jax.tree.map(lambda leaf: leaf[0], params["blocks"]["mlp"])
+    assert (block["up"].shape, block["shared_up"].shape) == ((EXPERTS, 8, 3), (8, 5))
+    x_BTD = drawn(jax.ShapeDtypeStruct((BATCH, TOKENS, 8), jnp.float32), 1)
+    names = {name: block[name] for name in (*MLP, "router")}
+    alone_BTD, _ = apply(RoutedMlp(3, settings=way.settings), names, x_BTD)
+    both_BTD, _ = apply(RoutedMlp(3, settings=way.settings, shared=5), block, x_BTD)
+    shared = {name: block[f"shared_{name}"] for name in MLP}
+    wanted_BTD = alone_BTD + jax.jit(Mlp(5).apply)({"params": shared}, x_BTD, None)
+    np.testing.assert_allclose(both_BTD, wanted_BTD, rtol=1e-4, atol=1e-5)
+
+    equal, dense = equal_experts(block)
+    mlps = jax.tree.map(lambda x: x[None], equal)
+    folded = merge.average_experts(params | {"blocks": params["blocks"] | {"mlp": mlps}})
+    merged = jax.tree.map(lambda leaf: leaf[0], folded["blocks"]["mlp"])
+    found_BTD, expert_BTD, shared_BTD = (
+        jax.jit(Mlp(width).apply)({"params": weights}, x_BTD, None)
+        for width, weights in ((8, merged), (3, dense), (5, shared))
+    )
+    np.testing.assert_allclose(found_BTD, expert_BTD + shared_BTD, rtol=1e-4, atol=1e-5)
+    assert vit.shapes(way.model().plain())["blocks"]["mlp"]["up"].shape == (2, 8, 8)

@@ -1,6 +1,6 @@
 """Routers, which select the expert of each token inside the model. To add one: a class, and a line in ROUTERS."""
 
-from jvitmoe.models.routers.dispatch import Router, RouterSettings, Statistics
+from jvitmoe.models.routers.dispatch import SELECTION_BIAS, Router, RouterSettings, Statistics
 from jvitmoe.models.routers.expert_choice import ExpertChoice
 from jvitmoe.models.routers.frozen import Frozen
 from jvitmoe.models.routers.hash import Hash
@@ -9,7 +9,7 @@ from jvitmoe.models.routers.soft import Soft
 from jvitmoe.models.routers.switch import Switch
 from jvitmoe.models.routers.topk import TopK
 
-__all__ = ["ROUTERS", "Router", "RouterSettings", "Statistics", "find"]
+__all__ = ["ROUTERS", "SELECTION_BIAS", "Router", "RouterSettings", "Statistics", "find"]
 
 # The names of `routing.kind` that choose experts inside the model.
 ROUTERS: dict[str, type[Router]] = {

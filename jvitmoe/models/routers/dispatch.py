@@ -17,6 +17,8 @@ import jax.numpy as jnp
 
 from jvitmoe.models.layers import torch_uniform
 
+SELECTION_BIAS = "selection_bias"  # the name of a parameter [E] of a router
+
 
 @dataclasses.dataclass(frozen=True)
 class RouterSettings:
@@ -27,6 +29,7 @@ class RouterSettings:
     top_k: int = 2  # K of topk and frozen, at most E
     capacity: float = 1.25  # of switch, topk and frozen; of expert_choice with K = 1
     eval_capacity: float = 2.0  # in evaluation (expert_choice keeps `capacity`); at E / K or more no token is dropped
+    has_bias: bool = False  # switch and topk: the bias of `Router.preference`
 
 
 class Statistics(NamedTuple):
@@ -81,6 +84,7 @@ class Router(nn.Module):
     top_k: jax.Array | None = None  # K of this step if it grows (frozen); None is settings.top_k
 
     uses_top_k: ClassVar[bool] = False  # True if it reads settings.top_k
+    uses_bias: ClassVar[bool] = False  # True if it selects experts by `preference`
     is_trained: ClassVar[bool] = True  # False if its parameters keep their initial values
     is_tested: ClassVar[bool] = True  # False if it exists in training only, and the merged model is what is tested
 
@@ -131,6 +135,14 @@ class Router(nn.Module):
             kernel_DE, bias_E = jax.lax.stop_gradient((kernel_DE, bias_E))
         # A GPU (TF32) or TPU would round the inputs of float32 products.
         return jnp.matmul(x_BTD, kernel_DE, precision="highest") + bias_E[None, None]
+
+    def preference(self, probability_BTE: jax.Array) -> jax.Array:
+        """Returns by what a token selects experts: their probabilities, plus a bias that evens the load and that
+        `InModel.adjust` moves. It has no gradient, and what weighs an expert's output are the probabilities alone."""
+        if not self.settings.has_bias:
+            return probability_BTE
+        bias_E = self.param(SELECTION_BIAS, nn.initializers.zeros, (self.experts,))
+        return probability_BTE + jax.lax.stop_gradient(bias_E)[None, None]
 
     def capacity(self, tokens: int, key_B: jax.Array | None, top_k: int = 1) -> int:
         """Returns Q where each token makes `top_k` choices."""

@@ -11,11 +11,13 @@ class Switch(Router):
     """A token goes to the expert of highest softmax probability p and gets p f(x). An expert takes at most Q tokens,
     in the order of their positions in the image. Source: arXiv 2101.03961."""
 
+    uses_bias = True
+
     @nn.compact
     def route(self, x_BTD: jax.Array, key_B: jax.Array | None) -> tuple[Slots, Statistics]:
         logits_BTE = self.logits(x_BTD)
         probability_BTE = jax.nn.softmax(logits_BTE)
-        choice_BTK = logits_BTE.argmax(-1, keepdims=True)
+        choice_BTK = self.preference(probability_BTE).argmax(-1, keepdims=True)
         weight_BTK = jnp.take_along_axis(probability_BTE, choice_BTK, axis=-1)
         count = self.capacity(x_BTD.shape[1], key_B)
         slots, load_E, dropped = fill_slots(choice_BTK, weight_BTK, self.experts, count)

@@ -15,6 +15,7 @@ class TopK(Router):
     Source: V-MoE, arXiv 2106.05974."""
 
     uses_top_k = True
+    uses_bias = True
 
     @nn.compact
     def route(self, x_BTD: jax.Array, key_B: jax.Array | None) -> tuple[Slots, Statistics]:
@@ -24,7 +25,10 @@ class TopK(Router):
             draw = jax.vmap(lambda key: jax.random.normal(key, (tokens, experts)))
             noisy_BTE = logits_BTE + draw(fold_in(key_B, Site.ROUTER_NOISE)) / experts
         top_BTK, choice_BTK = jax.lax.top_k(noisy_BTE, top_k)
-        weight_BTK = jnp.take_along_axis(jax.nn.softmax(noisy_BTE), choice_BTK, axis=-1)
+        probability_BTE = jax.nn.softmax(noisy_BTE)
+        if self.settings.has_bias:
+            choice_BTK = jax.lax.top_k(self.preference(probability_BTE), top_k)[1]
+        weight_BTK = jnp.take_along_axis(probability_BTE, choice_BTK, axis=-1)
         count = self.capacity(tokens, key_B, top_k)
         slots, load_E, dropped = fill_slots(choice_BTK, weight_BTK, experts, count, weight_BTK[..., 0])
         smooth_load_E = upper_tail((top_BTK[..., -1:] - logits_BTE) * experts).mean((0, 1))
