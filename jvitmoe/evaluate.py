@@ -2,7 +2,8 @@
 
 Prints one row per model, writes result.json and report.md, and draws what the dense or merged model says: of all images
 in confusion.png, of 15 in samples.png. For a run with experts it also measures why averaging works or fails, and draws
-it in mergeability.png. Takes the config from the run folder; any number of devices will do.
+it in mergeability.png; for a learned router it draws which expert takes which patch, in experts.png. Takes the config
+from the run folder; any number of devices will do.
 With --few_shot or --knn it also probes the features of the dense or merged model, and of the EMA, on the run's data set
 or on that of --probe_data; the shots are drawn with the fixed seeds 0, 1 and 2.
 With --verify it only reports which files of the run folder are sound, and exits with 1 if one is not.
@@ -24,6 +25,7 @@ from jvitmoe.runs import files, results
 from jvitmoe.runs.console import console, warnings_as_lines
 
 MOST_SAMPLES = 15  # images of samples.png
+MOST_ROUTED, MAPPED = 1000, 8  # images whose routes are measured, and drawn in experts.png
 
 
 def main(argv: list[str]) -> None:
@@ -67,7 +69,10 @@ def _evaluate(values: flags.FlagValues, workdir: Path) -> None:
         trees |= {"EMA": ema} if ema is not None else {}
         settings = probe_config, mesh, values.few_shot, values.knn
         result["probes"] = probes.measure(evaluate.net, trees, probed, *settings)
-    result["rows"] = models.evaluate_run(config, params, ema, evaluate, *shown, values.paths)
+    gate_L = None
+    if evaluate.routed:
+        gate_L, result["routes"] = _routes(config, params, evaluate.routed, data, workdir)
+    result["rows"] = models.evaluate_run(config, params, ema, evaluate, *shown, values.paths, gate_L)
     result |= models.facts(config, step, mesh) | known
     if config.routing.experts > 1:
         few = _some(data.test, mergeability.IMAGES, config)
@@ -147,6 +152,28 @@ def _some(test: Any, most: int, config: Config) -> Any:
 
     chosen = test.select(mergeability.evenly_spaced(len(test), most))
     return chosen if isinstance(chosen, Split) else decode(chosen, config.data, config.model)
+
+
+def _routes(config: Config, params: Any, routed: Any, data: Any, workdir: Path) -> tuple[Any, dict[str, Any]]:
+    """Returns (the mean gate of each layer, from training images; figures of test images), and draws what the router
+    does."""
+    import jax.numpy as jnp
+    import numpy as np
+
+    from jvitmoe.evaluation import expert_maps
+    from jvitmoe.runs import figures
+
+    def measured(split: Any) -> Any:
+        return expert_maps.measure(routed.net, params, split.images_NHWc, split.labels_N, routed.normalize)
+
+    layers = np.array(config.expert_layers)
+    gate_L = jnp.ones(config.model.depth).at[layers].set(measured(_some(data.train, MOST_ROUTED, config)).gate_X)
+    few, found = (split := _some(data.test, MOST_ROUTED, config)), measured(split)
+    names = results.class_names(workdir, config.model.classes)
+    shown = np.linspace(0, len(few.labels_N) - 1, min(MAPPED, len(few.labels_N))).astype(int)
+    pictures = [(few.images_NHWc[n], names[few.labels_N[n]], found.expert_XBP[:, n]) for n in shown]
+    figures.save(figures.experts(found, pictures, layers.tolist(), names), workdir / files.EXPERTS)
+    return gate_L, {"load": found.load_XE.tolist(), "gate": found.gate_X.tolist(), "images": len(few.labels_N)}
 
 
 def _draw_samples(evaluate: Any, params: Any, few: Any, workdir: Path) -> None:

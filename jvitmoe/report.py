@@ -102,8 +102,8 @@ def _details(found: Groups) -> list[page.Part]:
     for name, (run, *_) in found.items():
         drawn = figures.of_run(run.result, run.folder)
         pictures = [page.Picture(Path(file).stem, figures.png(figure)) for file, figure in drawn.items()]
-        if samples := page.own_picture(run.folder / files.SAMPLES):
-            pictures.append(samples)
+        own = (page.own_picture(run.folder / name) for name in (files.EXPERTS, files.SAMPLES))
+        pictures += filter(None, own)
         if pictures:
             parts += [page.Heading(2, f"{name}, seed {run.config.train.seed}"), *pictures]
     return parts

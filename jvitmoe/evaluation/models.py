@@ -210,13 +210,22 @@ def evaluate_main(config: Config, params: Any, evaluate: Evaluator, split: Split
 
 
 def evaluate_run(
-    config: Config, params: Any, ema: Any, evaluate: Evaluator, split: SplitImages, batches: Batches, paths: int = 1
+    config: Config,
+    params: Any,
+    ema: Any,
+    evaluate: Evaluator,
+    split: SplitImages,
+    batches: Batches,
+    paths: int = 1,
+    gate_L: Any = None,
 ) -> list[dict[str, Any]]:
     """Returns one row per tested model: the numbers of `Result`, parameters and FLOPs per image. The row of the dense
     or merged model also has the confusion matrix, if it was counted.
 
     A dense run has "dense". One with experts has "merged", "expert e" for each, `paths` random paths in one row (mean;
     of several, also the deviation as *_std) and the "ensemble" of the experts. "routed" and "EMA" if the run has them.
+    "merged, gated" is the merged model of a learned router with its experts' outputs scaled by gate_L, its mean gate
+    in each layer.
     """
     active, total = routing.find(config).count_parameters()
     experts, batch = config.routing.experts, batches.index_SB.shape[1]
@@ -233,6 +242,9 @@ def evaluate_run(
     shipped = evaluate(merge.dense_tree(config, params), split, batches)
     confusion = {"confusion": shipped.confusion} if shipped.confusion else {}
     rows.append(row("dense" if experts == 1 else "merged", shipped) | confusion)
+    if gate_L is not None:
+        gated = merge.average_experts(merge.scale_by_gate(params, gate_L))
+        rows.append(row("merged, gated", evaluate(gated, split, batches)))
     if ema is not None:
         rows.append(row("EMA", evaluate(ema, split, batches)))
     if experts == 1:

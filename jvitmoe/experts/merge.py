@@ -24,6 +24,18 @@ def average_experts(params: Tree) -> Tree:
     return _to_dense(params, mean)
 
 
+def scale_by_gate(params: Tree, gate_L: jax.Array) -> Tree:
+    """Returns the tree with the outputs of all experts multiplied by a number per layer: a router's mean gate, without
+    which the mean of experts is larger than what the router let through."""
+
+    def scale(path: tuple[Any, ...], leaf: jax.Array, is_stacked: bool) -> jax.Array:
+        if not is_stacked or path[-1].key not in ("down", "down_bias"):
+            return leaf
+        return leaf * of_group(path, gate_L, leaf.shape[0]).reshape(-1, *[1] * (leaf.ndim - 1))
+
+    return jax.tree.map_with_path(scale, params, stacked(params))
+
+
 def mean(experts: Tree, axis: int) -> Tree:
     """Returns the mean of experts; `axis` is that of E."""
     return jax.tree.map(lambda leaf: leaf.mean(axis), experts)

@@ -98,6 +98,8 @@ class RoutedMlp(Mlp):
         router = find(self.settings.kind)(self.settings, top_k, name="router")
         slots, statistics = router.route(jnp.asarray(x_BTD, jnp.float32), key_B)
         self.sow("statistics", "routing", statistics, reduce_fn=lambda _, new: new)
+        if self.is_mutable_collection("intermediates"):
+            self.sow("intermediates", "weight_BTE", slots.weights(x_BTD.shape[1]), reduce_fn=lambda _, new: new)
         x_BTD = jnp.asarray(x_BTD, self.dtype)
         axes = (0, None if key_EB is None else 0, 0, None)
         y_EBQD = jax.vmap(two_layers, axes)(slots.gather(x_BTD), key_EB, weights, self.dropout)

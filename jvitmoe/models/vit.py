@@ -279,6 +279,13 @@ def logits_and_statistics(
     return cast(jax.Array, logits_BC), in_layers(sown["statistics"]["blocks"])["mlp"]["routing"]
 
 
+def token_weights(model: ViT, params: Any, images_BHWc: jax.Array) -> jax.Array:
+    """Returns weight_XBTE of a model with a router, in evaluation: what multiplies the output of each expert for each
+    token; 0 where it is in no slot of the expert. Leading axis: the layers with experts."""
+    _, sown = model.apply({"params": params}, images_BHWc, mutable=["intermediates"])
+    return cast(jax.Array, in_layers(sown["intermediates"]["blocks"])["mlp"]["weight_BTE"])
+
+
 def init(model: ViT, key: jax.Array) -> dict[str, Any]:
     """Returns the parameter tree, float32, nested plain dicts.
 

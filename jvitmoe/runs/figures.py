@@ -15,7 +15,7 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
-from matplotlib.colors import LinearSegmentedColormap, PowerNorm
+from matplotlib.colors import LinearSegmentedColormap, PowerNorm, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.font_manager import get_font
 from matplotlib.ticker import Formatter, LogLocator, MaxNLocator, NullLocator
@@ -261,6 +261,61 @@ def confusion(row: Mapping[str, Any], classes: Sequence[str]) -> Figure | None:
     title = f"{row['model']}: {row['images']:,} test images, {100 * row['accuracy']:.1f} % right"
     axes.set(title=title, xlabel="predicted class", ylabel="true class")
     figure.colorbar(picture, label="share of the true class, %", ticks=[0, 1, 5, 10, 25, 50, 100], shrink=0.8)
+    return figure
+
+
+@in_style
+def experts(
+    routes: Any, pictures: Sequence[tuple[np.ndarray, str, np.ndarray]], layers: Sequence[int], classes: Sequence[str]
+) -> Figure:
+    """Returns a figure of what a router does (`evaluation.expert_maps.Routes`). A row is a layer: the expert of each
+    patch of some pictures, the load of the experts, and their shares of each class.
+
+    Args:
+        pictures: of each, its pixels [H, W, c], its class, and expert_XP.
+        layers: indices of the layers with experts.
+        classes: names, drawn for up to 20.
+    """
+    count = routes.load_XE.shape[1]
+    palette = np.array([to_rgb(COLOURS[e % len(COLOURS)]) for e in range(count)] + [to_rgb("white")])
+    columns = len(pictures) + 2
+    figure = Figure(figsize=(1.25 * len(pictures) + 5, 1.25 * (len(layers) + 1) + 0.6))
+    widths = [1.0] * len(pictures) + [1.4, 1.8]
+    grid = figure.subplots(len(layers) + 1, columns, squeeze=False, width_ratios=widths)
+    for axes in grid.flat:
+        axes.grid(visible=False)
+        axes.set_xticks([])
+        axes.set_yticks([])
+    for axes in grid[0, -2:]:
+        axes.axis("off")
+    for column, (pixels_HWc, name, expert_XP) in enumerate(pictures):
+        grey = pixels_HWc.mean(-1) if pixels_HWc.shape[-1] == 3 else pixels_HWc[..., 0]
+        grid[0, column].imshow(pixels_HWc if pixels_HWc.shape[-1] == 3 else grey, cmap="gray")
+        grid[0, column].set_title(shown(name, 14), fontsize=9)
+        side, high = math.isqrt(expert_XP.shape[1]), pixels_HWc.shape[0]
+        for row, expert_P in enumerate(expert_XP, 1):
+            colours = palette[expert_P.reshape(side, side)].repeat(high // side, 0).repeat(high // side, 1)
+            # The picture shows through, so that a reader sees what an expert took.
+            grid[row, column].imshow(0.65 * colours + 0.35 * grey[..., None] / 255)
+    for row, layer in enumerate(layers, 1):
+        grid[row, 0].set_ylabel(f"layer {layer}", fontsize=9)
+        load_axes, class_axes = grid[row, -2:]
+        load_axes.bar(range(count), 100 * routes.load_XE[row - 1], color=palette[:count])
+        load_axes.axhline(100 / count, color="black", linewidth=0.8)
+        load_axes.set_yticks([0, round(100 / count)])
+        load_axes.tick_params(labelsize=8)
+        left = np.zeros(len(classes))
+        for expert in range(count):
+            share_C = 100 * routes.of_class_XCE[row - 1, :, expert]
+            class_axes.barh(range(len(classes)), share_C, left=left, color=palette[expert])
+            left = left + share_C
+        class_axes.invert_yaxis()
+        if len(classes) <= MOST_COUNTED:
+            class_axes.set_yticks(range(len(classes)), [shown(name, 12) for name in classes], fontsize=6)
+            class_axes.yaxis.tick_right()
+    grid[1, -2].set_title("load, %", fontsize=9)
+    grid[1, -1].set_title("experts of a class", fontsize=9)
+    figure.suptitle("The expert of each patch: one colour an expert; white: no expert took it", fontsize=11)
     return figure
 
 

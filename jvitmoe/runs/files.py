@@ -19,6 +19,7 @@ IMAGES = "images.json"  # split -> number of images, to notice on resuming that 
 MERGEABILITY = "mergeability.png"
 CONFUSION = "confusion.png"
 SAMPLES = "samples.png"
+EXPERTS = "experts.png"
 UNFINISHED = ".part"  # suffix of a file that is being written
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from jvitmoe.errors import UserError
 from jvitmoe.runs.console import console, quantity, show_table
-from jvitmoe.runs.files import CONFUSION, MERGEABILITY, RESULT, checksum, read_classes, read_json, write_text
+from jvitmoe.runs.files import CONFUSION, EXPERTS, MERGEABILITY, RESULT, checksum, read_classes, read_json, write_text
 from jvitmoe.runs.page import Heading, Part, Picture, as_markdown
 
 LEGEND = (
@@ -150,6 +150,8 @@ def write_result(workdir: Path, result: Mapping[str, Any], confusion_drawn: bool
     if probes := probe_rows(result.get("probes") or ()):
         parts += [Heading(2, "Probes"), probes, PROBES]
         show_table(probes, "probes of the features")
+    if result.get("routes"):
+        parts += [Heading(2, "What the router does"), Picture(Path(EXPERTS).stem)]
     if why := result.get("mergeability"):
         layers = [
             {"layer": str(layer), **{title: f"{why[name][n]:.4f}" for title, name in LAYER_COLUMNS.items()}}

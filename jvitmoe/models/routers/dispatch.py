@@ -59,6 +59,12 @@ class Slots(NamedTuple):
         weighted_EBQD = y_EBQD * self.weight_EBQ[..., None].astype(y_EBQD.dtype)
         return jnp.zeros_like(x_BTD).at[self._index].add(weighted_EBQD, mode="drop", unique_indices=self.once)
 
+    def weights(self, tokens: int) -> jax.Array:
+        """Returns weight_BTE of each expert's output in each token, 0 if it is in no slot of the expert."""
+        experts, batch, _ = self.token_EBQ.shape
+        index = jnp.arange(batch)[None, :, None], self.token_EBQ, jnp.arange(experts)[:, None, None]
+        return jnp.zeros((batch, tokens, experts)).at[index].add(self.weight_EBQ, mode="drop")
+
     @property
     def _index(self) -> tuple[jax.Array, jax.Array]:
         return jnp.arange(self.token_EBQ.shape[1])[None, :, None], self.token_EBQ
@@ -72,6 +78,10 @@ class Mixtures(NamedTuple):
 
     def gather(self, x_BTD: jax.Array) -> jax.Array:
         return jnp.einsum("bteq,btd->ebqd", self.dispatch_BTEQ.astype(x_BTD.dtype), x_BTD)
+
+    def weights(self, tokens: int) -> jax.Array:
+        """Returns weight_BTE of each expert's slots in each token."""
+        return self.combine_BTEQ.sum(-1)
 
     def scatter(self, y_EBQD: jax.Array, x_BTD: jax.Array) -> jax.Array:
         return jnp.einsum("bteq,ebqd->btd", self.combine_BTEQ.astype(x_BTD.dtype), y_EBQD)

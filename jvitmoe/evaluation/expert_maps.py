@@ -1,0 +1,67 @@
+"""What a learned router does: which expert takes which patch, how evenly, and whether classes have their own experts.
+
+B batch · T tokens · P patches · E experts · X layers that have experts · C classes
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jvitmoe.models import vit
+
+BATCH = 100
+
+
+class Routes(NamedTuple):
+    """What `measure` found."""
+
+    expert_XBP: np.ndarray  # the expert with the largest weight in a patch; -1 for a patch that no expert took
+    load_XE: np.ndarray  # share of all weights of tokens that each expert has
+    gate_X: np.ndarray  # sum of a token's weights, the mean over tokens: what scales the experts' outputs
+    of_class_XCE: np.ndarray  # share of the weights in the patches of a class that each expert has; 0 without images
+
+
+def measure(
+    model: vit.ViT,
+    params: Any,
+    images_BHWc: np.ndarray,
+    labels_B: np.ndarray,
+    normalize: Callable[[jax.Array], jax.Array],
+) -> Routes:
+    """Returns the routes of uint8 images, in evaluation."""
+    run = jax.jit(lambda params, images: vit.token_weights(model, params, normalize(images)))
+    parts = range(0, len(images_BHWc), BATCH)
+    found = [jax.device_get(run(params, jnp.asarray(images_BHWc[at : at + BATCH]))) for at in parts]
+    weight_XBTE = np.concatenate(found, 1)
+    patch_XBPE = weight_XBTE[:, :, -model.config.patches :]
+    total_XE = weight_XBTE.sum((1, 2))
+    sums = [patch_XBPE[:, labels_B == c].sum((1, 2)) for c in range(model.config.classes)]
+    of_class_XCE = np.stack(sums, 1)
+    return Routes(
+        np.where(patch_XBPE.max(-1) > 0, patch_XBPE.argmax(-1), -1),
+        total_XE / total_XE.sum(-1, keepdims=True),
+        weight_XBTE.sum(-1).mean((1, 2)),
+        of_class_XCE / np.maximum(of_class_XCE.sum(-1, keepdims=True), 1e-30),
+    )
+
+
+def agreement(one_N: np.ndarray, other_N: np.ndarray, experts: int) -> float:
+    """Returns how far two routers part the same patches in the same way, whatever they call their experts: the mutual
+    information of the experts that they choose, divided by the mean of both entropies; 0 for independent choices, 1 for
+    equal ones. Patches that an expert of one did not take are left out."""
+    both = (one_N >= 0) & (other_N >= 0)
+    joint_EE = np.zeros((experts, experts))
+    np.add.at(joint_EE, (one_N[both], other_N[both]), 1.0)
+    joint_EE /= max(float(joint_EE.sum()), 1.0)
+    marginals = joint_EE.sum(1), joint_EE.sum(0)
+    entropies = [_entropy(p) for p in (*marginals, joint_EE)]
+    mean = (entropies[0] + entropies[1]) / 2
+    return (entropies[0] + entropies[1] - entropies[2]) / mean if mean > 0 else 0.0
+
+
+def _entropy(p: np.ndarray) -> float:
+    positive = p[p > 0]
+    return float(-(positive * np.log(positive)).sum())

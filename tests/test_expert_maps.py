@@ -1,0 +1,101 @@
+"""What is drawn and counted of a learned router, against the slots and statistics that it trains with."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jvitmoe import routing
+from jvitmoe.data import augment
+from jvitmoe.evaluation import expert_maps
+from jvitmoe.experts import merge
+from jvitmoe.models import vit
+from jvitmoe.runs import figures
+
+E, LAYERS = 4, 4
+
+
+@pytest.fixture(scope="module")
+def made(tiny_config):
+    """Returns (model, parameters, images, labels) of a router in every second layer."""
+
+    @functools.cache
+    def make(kind, **settings):
+        routed = {"experts": E, "kind": kind, "pattern": ("dense", "experts"), "eval_capacity": 1.0} | settings
+        config = tiny_config(model={"depth": LAYERS, "patch": 2}, routing=routed)
+        way, rng = routing.find(config), np.random.default_rng(0)
+        params = jax.tree.map(lambda x: (0.7 * rng.normal(size=x.shape)).astype(x.dtype), way.shapes())
+        return way.model(), params, rng.integers(0, 256, (7, 8, 8, 1)).astype(np.uint8), np.arange(7) % 3
+
+    return make
+
+
+@pytest.mark.parametrize("kind", ["switch", "topk", "expert_choice", "soft"])
+def test_the_weights_of_tokens_are_those_that_the_layers_use(made, kind):
+    model, params, images, labels = made(kind)
+    found = expert_maps.measure(model, params, images, labels, augment.normalize)
+    normalised = augment.normalize(jnp.asarray(images))
+    weight_XBTE = np.asarray(vit.token_weights(model, params, normalised))
+    _, statistics = vit.logits_and_statistics(model, params, normalised)
+    assert weight_XBTE.shape == (2, 7, 17, E)  # 16 patches and CLS
+    chosen_XBTE = weight_XBTE > 0
+    if kind in ("switch", "topk"):
+        per_token = 2 if kind == "topk" else 1
+        np.testing.assert_allclose(1 - chosen_XBTE.sum(-1).mean((1, 2)) / per_token, statistics.dropped, atol=1e-6)
+        assert (statistics.dropped > 0).all()
+    elif kind == "expert_choice":
+        np.testing.assert_allclose((~chosen_XBTE.any(-1)).mean((1, 2)), statistics.dropped, atol=1e-6)
+    else:
+        np.testing.assert_allclose(weight_XBTE.sum(-1), 1, rtol=1e-5)
+    np.testing.assert_allclose(found.gate_X, weight_XBTE.sum(-1).mean((1, 2)), rtol=1e-5)
+    np.testing.assert_allclose(found.load_XE.sum(1), 1, rtol=1e-5)
+    patches = weight_XBTE[:, :, 1:]
+    untaken = found.expert_XBP < 0
+    np.testing.assert_array_equal(untaken, ~(patches > 0).any(-1))
+    np.testing.assert_array_equal(found.expert_XBP[~untaken], patches.argmax(-1)[~untaken])
+    of_one = patches[:, labels == 1].sum((1, 2))
+    np.testing.assert_allclose(found.of_class_XCE[:, 1], of_one / of_one.sum(-1, keepdims=True), rtol=1e-5)
+
+
+def test_the_gated_mean_of_equal_experts_is_what_a_router_of_one_weight_computes(made):
+    """With equal experts and logits, every token gets 1 / E of the MLP from Switch; the mean alone is E times that."""
+    model, params, images, _ = made("switch", eval_capacity=float(E))
+
+    def equal(path, leaf):
+        if path[-2:][0].key == "router":
+            return np.zeros_like(leaf)
+        stacked = path[-1].key in ("up", "up_bias", "down", "down_bias") and path[1].key == "block1"
+        return np.broadcast_to(leaf[:, :1], leaf.shape) if stacked else leaf
+
+    params = jax.tree.map_with_path(equal, params)
+    normalised = augment.normalize(jnp.asarray(images))
+    wanted, _ = vit.logits_and_statistics(model, params, normalised)
+    gate = expert_maps.measure(model, params, images, np.zeros(7, int), augment.normalize).gate_X
+    np.testing.assert_allclose(gate, 1 / E, rtol=1e-6)
+    gate_L = jnp.ones(LAYERS).at[np.array([1, 3])].set(gate)
+    for scaled, same in ((merge.scale_by_gate(params, gate_L), True), (params, False)):
+        merged = vit.logits(model.plain(), merge.average_experts(scaled), normalised)
+        assert np.allclose(merged, wanted, rtol=1e-3, atol=1e-4) == same
+
+
+def test_routers_that_part_patches_alike_agree_whatever_their_experts_are_called():
+    rng = np.random.default_rng(0)
+    one = rng.integers(0, E, 40_000)
+    assert expert_maps.agreement(one, (one + 1) % E, E) == pytest.approx(1)
+    assert expert_maps.agreement(one, rng.integers(0, E, 40_000), E) == pytest.approx(0, abs=1e-3)
+    half = np.where(rng.random(40_000) < 0.5, one, -1)  # what an expert did not take does not count
+    assert expert_maps.agreement(one, half, E) == pytest.approx(1)
+    assert expert_maps.agreement(np.zeros(9, int), np.zeros(9, int), E) == 0
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_the_drawing_has_a_row_per_layer_for_many_experts_and_classes(channels):
+    rng = np.random.default_rng(0)
+    share_XCE = rng.dirichlet(np.ones(9), (2, 30))
+    routes = expert_maps.Routes(np.zeros((2, 1, 4)), share_XCE[:, 0], np.ones(2), share_XCE)
+    pictures = [(rng.integers(0, 256, (8, 8, channels)).astype(np.uint8), "cat", np.array([[0, 1, -1, 8], [0] * 4]))]
+    figure = figures.experts(routes, pictures, [1, 3], [f"class {n}" for n in range(30)])
+    assert [axes.get_ylabel() for axes in figure.axes if axes.get_ylabel()] == ["layer 1", "layer 3"]
+    figures.png(figure)
