@@ -23,6 +23,7 @@ INGREDIENTS: dict[str, dict[str, object]] = {
     "no_crop_and_flip": {"data.crop_padding": 0, "data.flip": False},
     "no_smoothing": {"train.label_smoothing": 0.0},
     "no_decay": {"optim.weight_decay": 0.0},
+    "mlp_rate2": {"optim.mlp_rate": 2.0},
     "plus_augment": {"data.augment": "three", "data.cutmix": 1.0, "data.plain_at_end": 0.1},
 }
 RANDOM_ONLY: dict[str, dict[str, object]] = {
