@@ -17,6 +17,7 @@ import pytest
 from markdown_it import MarkdownIt
 from PIL import Image
 
+import draw_idea
 import jvitmoe
 from jvitmoe import api
 from processes import call
@@ -72,7 +73,10 @@ def test_the_readme_is_short_and_the_site_opens_as_it_does():
     readme, start = ((ROOT / page).read_text().splitlines() for page in ("README.md", "docs/index.md"))
     assert len(readme) <= 120
     assert readme[:3] == start[:3]  # the title and the sentence
-    assert blocks("README.md")[0].code == blocks("docs/index.md")[0].code
+    pictures = [re.search(r"^!\[(.+)\]\((?:docs/)?idea.svg\)$", "\n".join(page), re.M)[1] for page in (readme, start)]
+    assert pictures[0] == pictures[1]
+    drawn = ROOT / "docs" / "idea.svg"
+    assert drawn.read_text() == draw_idea.drawing()
 
 
 class Block(NamedTuple):
