@@ -2,22 +2,25 @@
 
 import glob
 import importlib
+import json
 import os
 import re
 import shlex
 import shutil
+import socket
 import subprocess
 import sys
+import threading
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import draw_idea
 import numpy as np
 import pytest
 from markdown_it import MarkdownIt
 from PIL import Image
 
-import draw_idea
 import jvitmoe
 from jvitmoe import api
 from processes import call
@@ -31,11 +34,13 @@ DEPLOY = "test_deploy_page.py::test_every_block_of_the_page_runs"
 CI = "test_checkout.py::test_ci_runs_the_readme_s_commands_in_its_order_and_the_long_tests"
 WHEEL = "test_wheel.py::test_five_commands_lead_from_pictures_to_a_page"
 PYTHON = "test_docs.py::test_the_examples_in_python_run"
+TUTORIAL = "test_docs.py::test_every_block_of_the_tutorial_runs_in_its_order"
 EXPORT = "test_docs.py::test_the_readme_s_prediction_and_export_run"
 RUN_BY = {
     "README.md": (CI, PYTHON, WHEEL, EXPORT, PYTHON, EXPORT),
     "docs/commands.md": (PYTHON,),
     "docs/deploy.md": (DEPLOY,),
+    "docs/tutorial.md": (TUTORIAL,),
     "docs/routing.md": ("test_docs.py::test_the_example_of_merging_runs",),
 }
 COMMAND = r"^\s*(\$|>>>|(sudo|python3?|pip|make|jvitmoe|sbatch|kubectl|scripts/\S+|import|from)) "  # of a line of code
@@ -164,6 +169,38 @@ def test_the_readme_s_prediction_and_export_run(folder, monkeypatch, peers):
         assert status == 0, err
     peers("change_folder", folder=folder)
     peers("run_code", code=check)
+
+
+@pytest.mark.slow
+def test_every_block_of_the_tutorial_runs_in_its_order(tmp_path, monkeypatch, capsys):
+    """On fewer pictures, for one epoch, and with another port."""
+    monkeypatch.chdir(tmp_path)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    for block in blocks("docs/tutorial.md"):
+        if block.language == "bash":
+            for _, command, *arguments in map(shlex.split, block.code.splitlines()):
+                short = ["--config.train.epochs=1"] if command == "train" else []
+                status, _, err = call(importlib.import_module(f"jvitmoe.{command}").main, *arguments, *short)
+                assert status == 0, err
+            continue
+        names: dict[str, Any] = {"__name__": "tutorial"}
+        program = block.code.replace('("train", 200), ("test", 50)', '("train", 12), ("test", 4)').replace("8000", port)
+        if "serve_forever" in program:
+            before, _, last = program.rstrip().rpartition("\n")
+            exec(before, names)
+            threading.Thread(target=exec, args=(last, names), daemon=True).start()
+            server = names["server"]
+        else:
+            exec(program, names)
+    server.shutdown()
+    server.server_close()
+    assert {guess["name"] for guess in json.loads(capsys.readouterr().out.splitlines()[-1])} == {
+        "disc",
+        "ring",
+        "square",
+    }
 
 
 def test_the_readme_s_results_are_those_of_the_report():
