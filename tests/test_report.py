@@ -2,6 +2,7 @@
 
 import html.parser
 import json
+import os
 import statistics
 
 import pytest
@@ -181,6 +182,9 @@ def test_a_page_embeds_pictures_of_the_run_folder_and_no_target_of_a_link(tmp_pa
     assert page.own_picture(picture) is None
     picture.unlink()
     assert page.own_picture(picture) is None
+    os.mkfifo(picture)
+    assert page.own_picture(picture) is None
+    picture.unlink()
     picture.write_text("no picture")
     assert page.own_picture(picture) is None
     picture.write_bytes(b"\x89PNG")

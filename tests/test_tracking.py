@@ -2,7 +2,8 @@
 
 import io
 import json
-from pathlib import Path
+import os
+import warnings
 
 import pytest
 from rich.console import Console
@@ -120,6 +121,18 @@ def test_names_are_printed_as_they_are(capsys):
         assert name in out
 
 
+def test_names_control_neither_the_terminal_nor_a_table(capsys):
+    name = "\x1b[2Jcaf\udce9\r\u202e"
+    console.console.print(f"run {name}")
+    show_table([{"model": f"{name}\n"}], name)
+    with console.warnings_as_lines():
+        warnings.warn(name, RuntimeWarning, stacklevel=1)
+    out = capsys.readouterr().out
+    assert out.count(r"\x1b[2Jcaf\udce9\r\u202e") == 4
+    assert all(c.isprintable() or c == "\n" for c in out)
+    assert markdown_table([{"run": "a\nb"}]).splitlines()[2:] == [r"| a\nb |"]
+
+
 def test_markdown_has_a_row_for_each_model():
     rows = [{"model": "merged", "accuracy": 0.5, "nll": 1.0, "images": 10}]
     text = markdown_table(results.result_rows({"active_parameters": 1234, "rows": rows}))
@@ -157,7 +170,23 @@ def test_a_file_that_may_not_be_read_is_one_line_that_names_it(tmp_path, name, m
 
     (tmp_path / name).rmdir()
     (tmp_path / name).write_text("{}")
-    for method in ("open", "read_bytes", "read_text"):
-        monkeypatch.setattr(Path, method, refuse)
+    monkeypatch.setattr(files.os, "open", refuse)
     with pytest.raises(UserError, match=f"{name} cannot be read: Permission denied; make it readable"):
         READERS[name](tmp_path)
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_a_pipe_a_link_and_a_file_that_is_too_long_are_one_line_and_not_read(tmp_path, name, monkeypatch):
+    def refused(reason):
+        with pytest.raises(UserError, match=f"{name} cannot be read: {reason}"):
+            READERS[name](tmp_path)
+
+    os.mkfifo(tmp_path / name)
+    refused("it is no regular file")
+    (tmp_path / name).unlink()
+    (tmp_path / name).symlink_to("/dev/zero")
+    refused("it is a link")
+    (tmp_path / name).unlink()
+    with (tmp_path / name).open("wb") as file:
+        file.truncate(files.MOST_HISTORY + 1)
+    refused("its 1,073,741,825 bytes are more than")

@@ -226,7 +226,8 @@ def _read_file(path: Path, heads: int) -> Source:
 
 
 def _json(path: Path) -> Any:
-    return json.loads(path.read_text()) if path.is_file() else {}
+    content = files.read_bytes(path, follow=True)  # the hub's cache holds links
+    return {} if content is None else json.loads(content)
 
 
 def _read_ours(path: Path, arrays: weight_names.Arrays, about: dict[str, Any]) -> Source:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from jvitmoe import config as config_lib
 from jvitmoe.config import Config
 from jvitmoe.data import datasets
-from jvitmoe.errors import UserError, one_line
+from jvitmoe.errors import UserError
 from jvitmoe.runs import files, results
 from jvitmoe.runs.console import console, quantity
 
@@ -41,13 +41,13 @@ def read_run(folder: Path) -> TestedRun:
 def read_config(folder: Path) -> Config:
     """Returns the settings in a run folder, also of a run that has not ended. Raises UserError where it has none."""
     path = folder / files.CONFIG
+    if (text := files.read_bytes(path)) is None:
+        raise UserError(f"{str(folder)!r} holds no {files.CONFIG}; give a folder that training wrote")
+    config = config_lib.loads(text, str(path))
     try:
-        text = path.read_text()
-    except FileNotFoundError as error:
-        raise UserError(f"{str(folder)!r} holds no {files.CONFIG}; give a folder that training wrote") from error
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read: {one_line(error)}; restore it from a copy") from error
-    return config_lib.loads(text, str(path))
+        return config.validate()
+    except UserError as error:
+        raise UserError(f"{path}: {error}; restore it from a copy") from error
 
 
 def group_runs(runs: Sequence[TestedRun], named: Groups | None = None) -> Groups:

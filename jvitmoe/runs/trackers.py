@@ -21,7 +21,7 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from jvitmoe.errors import UserError, one_line
 from jvitmoe.runs.console import console
-from jvitmoe.runs.files import write_text
+from jvitmoe.runs.files import read_bytes, write_bytes
 
 DEFAULT = ("tensorboard",)
 PROJECT = "jvitmoe"  # wandb's and trackio's project, MLflow's experiment
@@ -224,9 +224,10 @@ def _id(run: TrackedRun, name: str, create: Callable[[], str]) -> str:
     """Returns the tracker's id of this run: the one kept in the run folder, or else a new one, which is kept."""
     path = run.workdir / "trackers" / f"{name}.id"
     path.parent.mkdir(exist_ok=True)
-    if not path.exists():
-        write_text(path, create())
-    return path.read_text().strip()
+    if (kept := read_bytes(path)) is None:
+        kept = create().encode()
+        write_bytes(path, kept)
+    return kept.decode().strip()
 
 
 def _new_id() -> str:
