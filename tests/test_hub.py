@@ -102,6 +102,15 @@ def test_an_export_on_the_hub_is_the_same_model_and_is_fetched_once(exported, se
     assert len(fetched) <= 2  # a question about it, and the file itself
 
 
+def test_a_bit_that_flips_on_the_way_is_noticed(exported, serve):
+    files = {path.name: path.read_bytes() for path in exported.iterdir()}
+    weights = bytearray(files["model.safetensors"])
+    weights[-100] ^= 1
+    serve("someone/digits", files | {"model.safetensors": bytes(weights)})
+    with pytest.raises(UserError, match="its arrays do not match their checksum"):
+        load.read("hf://someone/digits")
+
+
 def test_a_repository_without_safetensors_and_one_that_is_absent_are_one_line(serve):
     serve("someone/digits", {"pytorch_model.bin": b"pickle", "config.json": b"{}"})
     with pytest.raises(UserError, match=r"hf://someone/digits' holds no model.safetensors; only safetensors are read"):

@@ -10,7 +10,7 @@ import pytest
 import processes
 from jvitmoe import report
 from jvitmoe.errors import UserError
-from jvitmoe.runs import groups, page, results
+from jvitmoe.runs import files, groups, page, results
 from jvitmoe.runs.console import quantity
 from tested_runs import MODELS, write_tested_run
 
@@ -200,6 +200,27 @@ def test_a_result_that_is_not_as_it_was_written_is_refused_in_one_line(make_run)
             groups.read_run(path.parent)
         assert "\n" not in str(caught.value)
         assert len(str(caught.value)) < 500
+
+
+def test_a_run_whose_seed_data_history_or_classes_are_not_those_of_its_test_is_left_out(make_run, tmp_path):
+    out = tmp_path / "report"
+    sound, seed, data, history, names = (make_run(name) for name in ("sound", "seed", "data", "history", "names"))
+    for run, edit in ((seed, ('"seed": 0', '"seed": 1')), (data, ('"name": "digits"', '"name": "cifar10"'))):
+        (run / "config.json").write_text((run / "config.json").read_text().replace(*edit))
+    for run in (sound, history, names):
+        (run / "classes.json").write_text('["cat", "dog"]')
+        results.save_result(run, results.read_result(run) | {"files": files.checksums(run, 2)})
+    path = history / "metrics.jsonl"
+    path.write_text(path.read_text().replace('"loss": 1.0', '"loss": 9.0'))
+    (names / "classes.json").write_text('["dog", "cat"]')
+    printed = processes.succeed(report.main, sound, seed, data, history, names, f"--out={out}")
+    assert f"left out    {seed}/config.json is of seed 1 on digits, but what was tested is seed 0 on digits" in printed
+    assert f"left out    {data}/config.json is of seed 0 on cifar10, but what was tested is seed 0 on digits" in printed
+    for path in (history / "metrics.jsonl", names / "classes.json"):
+        assert f"left out    {path} does not match its checksum of step 2; restore it from a copy" in printed
+    assert json.loads((out / "runs.json").read_text()).keys() == {"sound"}
+    (history / "metrics.jsonl").unlink()
+    assert groups.read_run(history).result["step"] == 2
 
 
 def test_a_report_lists_the_versions_that_trained_and_those_that_tested():

@@ -90,7 +90,8 @@ class Checkpoints:
         """Returns the checkpoint "latest", "best" (least validation NLL) or of a step, without optimiser state.
 
         Latest and best are the sound ones, with a warning for each damaged one that is passed over. Chooses again where
-        a run that trains deletes checkpoints meanwhile. Raises CheckpointError.
+        a run that trains deletes checkpoints meanwhile. Raises CheckpointError, and UserError where the names of the
+        classes beside the folder are not those of the checkpoint.
         """
         steps, faults, found = self.steps(), dict[int, str](), None
         if not steps:
@@ -111,6 +112,8 @@ class Checkpoints:
         if found is None:
             raise CheckpointError("there is no best checkpoint without a validation split; set --checkpoint=latest")
         _warn(faults)
+        kept = {name: text for name, text in found.meta["files"].items() if name == files.CLASSES}
+        files.compare(self.directory.parent, found.step, kept)
         return found
 
     def restore(self, abstract: State) -> tuple[State, Meta] | None:

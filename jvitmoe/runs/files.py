@@ -6,7 +6,7 @@ import json
 import os
 import stat
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -181,18 +181,18 @@ def metrics_up_to(workdir: Path, step: int) -> str:
     return "".join(json.dumps(line) + "\n" for line in lines)
 
 
-def checksums(workdir: Path, step: int) -> dict[str, str]:
-    """Returns name -> CRC-32 of metrics.jsonl up to a step, and of the files that do not change during a run."""
-    texts = {name: read_bytes(workdir / name) for name in (CLASSES, IMAGES)}
-    if os.path.lexists(workdir / METRICS):
+def checksums(workdir: Path, step: int, names: Collection[str] = (CLASSES, IMAGES, METRICS)) -> dict[str, str]:
+    """Returns name -> CRC-32 of those of the files that are there: metrics.jsonl up to a step, and those that do not
+    change during a run."""
+    texts = {name: read_bytes(workdir / name) for name in (CLASSES, IMAGES) if name in names}
+    if METRICS in names and os.path.lexists(workdir / METRICS):
         texts[METRICS] = metrics_up_to(workdir, step).encode()
     return {name: crc32(text) for name, text in texts.items() if text is not None}
 
 
-def check_sums(workdir: Path, step: int, expected: Mapping[str, str]) -> None:
-    """Raises UserError where a file that is there is not as it was at a step, when it had the checksum `expected`."""
-    found = checksums(workdir, step)
-    for name in expected.keys() & found.keys():
-        if found[name] != expected[name]:
+def compare(workdir: Path, step: int, expected: Mapping[str, str]) -> None:
+    """Raises UserError where a file that is there is not as it was at a step, when its checksum was the `expected`."""
+    for name, found in checksums(workdir, step, expected).items():
+        if found != expected[name]:
             rule = f"does not match its checksum of step {step}"
             raise UserError(f"{workdir / name} {rule}; restore it from a copy, or delete it")

@@ -180,9 +180,7 @@ def _check_file(workdir: Path, name: str, meta: dict[str, Any]) -> None:
     if not (workdir / name).exists():
         raise UserError("it is missing; restore it from a copy")
     CHECKS[name](workdir, meta)
-    expected = meta.get("files", {}).get(name)
-    if expected and files.checksums(workdir, meta["step"])[name] != expected:
-        raise UserError(f"it does not match its checksum in checkpoint {meta['step']}; restore it from a copy")
+    files.compare(workdir, meta["step"], {n: text for n, text in meta.get("files", {}).items() if n == name})
 
 
 def _check_config(workdir: Path, meta: dict[str, Any]) -> None:

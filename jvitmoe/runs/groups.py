@@ -35,7 +35,13 @@ def read_run(folder: Path) -> TestedRun:
     result = results.read_result(folder)
     if not result:
         raise UserError(f"{str(folder)!r} holds no {files.RESULT}; give a folder whose training has ended")
-    return TestedRun(folder, read_config(folder), result)
+    config = read_config(folder)
+    if (config.train.seed, config.data.name) != (result["seed"], result["data"]):
+        path, tested = folder / files.CONFIG, f"seed {result['seed']} on {result['data']}"
+        fault = f"{path} is of seed {config.train.seed} on {config.data.name}, but what was tested is {tested}"
+        raise UserError(f"{fault}; restore it from a copy")
+    files.compare(folder, result["step"], result.get("files", {}))
+    return TestedRun(folder, config, result)
 
 
 def read_config(folder: Path) -> Config:
