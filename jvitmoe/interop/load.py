@@ -9,10 +9,12 @@ import functools
 import hashlib
 import json
 import os
+import threading
 import zipfile
 from collections.abc import Callable
+from concurrent.futures import Future, wait
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -32,8 +34,10 @@ from jvitmoe.runtime import devices
 OURS = "jvitmoe"  # the format of our own exports, named in their config.json
 WEIGHTS, CONFIG, PROCESSOR = "model.safetensors", "config.json", "preprocessor_config.json"
 CHECKSUM = "sha256"  # in the metadata of the weights of our exports; who writes other weights leaves it out
+ANSWER_SECONDS, FETCH_SECONDS = 30.0, 3600.0  # longest wait for the hub to answer at all, and for a model
 MOST_PIXEL = 1e6  # of mean and deviation of another library's pixels, from 0 to 1
 MOST_INFLATION = 20  # of an .npz: weights hardly compress, so a larger factor is an attack on memory
+T = TypeVar("T")
 Pixels = tuple[tuple[float, ...], tuple[float, ...]]  # mean and standard deviation, each one number or one per channel
 
 
@@ -118,17 +122,43 @@ def fetch(name: str) -> Path:
     if repository.count("/") != 1 or not all(repository.split("/")):
         raise UserError(f"{name!r} is not a name on the hub; write hf://OWNER/NAME@REVISION or timm://NAME")
     try:
-        import huggingface_hub
+        import huggingface_hub as hub
     except ImportError as error:
         raise UserError(f"{name!r} needs huggingface_hub; install it with pip install 'jvitmoe[hf]'") from error
-    try:
+
+    def download(local: bool) -> Path:
         wanted = [WEIGHTS, CONFIG, PROCESSOR]
-        folder = Path(huggingface_hub.snapshot_download(repository, revision=revision or None, allow_patterns=wanted))
+        place: Any = {"revision": revision or None, "allow_patterns": wanted, "local_files_only": local}
+        return Path(hub.snapshot_download(repository, **place))
+
+    try:
+        _within(ANSWER_SECONDS, lambda: hub.HfApi().model_info(repository, revision=revision or "main"))
+        folder = _within(FETCH_SECONDS, lambda: download(False))
     except Exception as error:  # of the hub's client, its HTTP library and the disk
-        raise UserError(f"{name!r} cannot be fetched ({one_line(error)}); give a folder that you have") from error
+        try:
+            folder = download(True)  # as it was fetched before
+        except Exception:
+            raise UserError(f"{name!r} cannot be fetched ({one_line(error)}); give a folder that you have") from error
     if not (folder / WEIGHTS).is_file():
         raise UserError(f"{name!r} holds no {WEIGHTS}; only safetensors are read")
     return folder
+
+
+def _within(seconds: float, work: Callable[[], T]) -> T:
+    """Returns the result of `work`, or raises what it raises. Raises TimeoutError after `seconds`; its thread goes on,
+    and ends with the process."""
+    future: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(work())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    if not wait([future], seconds).done:
+        raise TimeoutError(f"it takes more than {seconds:g} s")
+    return future.result()
 
 
 def _read_run(path: Path, checkpoint: str, ema: bool) -> Source:
