@@ -100,8 +100,9 @@ def _details(found: Groups) -> list[page.Part]:
     if len((rows := groups.setting_rows(found))[0]) > 1:
         parts += [page.Heading(2, "Settings that differ"), rows]
     for name, (run, *_) in found.items():
-        drawn = figures.of_run(run.result, run.folder)
-        pictures = [page.Picture(Path(file).stem, figures.png(figure)) for file, figure in drawn.items()]
+        with groups.naming_result(run.folder):
+            drawn = figures.of_run(run.result, run.folder)
+            pictures = [page.Picture(Path(file).stem, figures.png(figure)) for file, figure in drawn.items()]
         if samples := page.own_picture(run.folder / files.SAMPLES):
             pictures.append(samples)
         if pictures:

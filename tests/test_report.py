@@ -202,6 +202,25 @@ def test_a_result_that_is_not_as_it_was_written_is_refused_in_one_line(make_run)
         assert len(str(caught.value)) < 500
 
 
+@pytest.mark.parametrize("value", [None, "x", []])
+def test_values_of_other_types_are_left_out_even_where_their_checksum_fits(make_run, tmp_path, value):
+    whole, runs = results.read_result(make_run("whole")), [make_run("sound", optim__eps=1.0)]
+    row = whole["rows"][0]
+    changes = {name: {name: value} for name in ("rows", "seed", "data")}
+    changes |= {name: {"rows": [row | {name: value}]} for name in ("accuracy", "images", "parameters")}
+    changes |= {"files": {"files": {"metrics.jsonl": value}}, "hardware": {"rows": [{}]}}
+    for name, change in changes.items():
+        runs.append(make_run(name, optim__eps=2.0))
+        results.save_result(runs[-1], whole | change)
+    for name, text in (("config.json", '{"train": {"seed": %s}}'), ("metrics.jsonl", '{"step": %s, "kind": "test"}\n')):
+        runs.append(make_run(f"of {name}", optim__eps=3.0))
+        (runs[-1] / name).write_text(text % json.dumps(value))
+    out = processes.succeed(report.main, *runs, "--html", f"--out={tmp_path / 'report'}")
+    left = [line for line in out.splitlines() if line.startswith("left out")]
+    assert all(f"{run}/" in line for line, run in zip(left, runs[1:-1], strict=True)), left
+    assert json.loads((tmp_path / "report" / "runs.json").read_text()).keys() == {"sound", "of metrics.jsonl"}
+
+
 def test_a_run_whose_seed_data_history_or_classes_are_not_those_of_its_test_is_left_out(make_run, tmp_path):
     out = tmp_path / "report"
     sound, seed, data, history, names = (make_run(name) for name in ("sound", "seed", "data", "history", "names"))

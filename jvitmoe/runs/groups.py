@@ -1,5 +1,6 @@
 """Tested runs in groups that differ only in their seed: which may be averaged, and their figures as text."""
 
+import contextlib
 import itertools
 import math
 import os
@@ -12,7 +13,7 @@ from typing import Any, NamedTuple
 from jvitmoe import config as config_lib
 from jvitmoe.config import Config
 from jvitmoe.data import datasets
-from jvitmoe.errors import UserError
+from jvitmoe.errors import UserError, one_line
 from jvitmoe.runs import files, results
 from jvitmoe.runs.console import console, quantity
 
@@ -36,12 +37,29 @@ def read_run(folder: Path) -> TestedRun:
     if not result:
         raise UserError(f"{str(folder)!r} holds no {files.RESULT}; give a folder whose training has ended")
     config = read_config(folder)
-    if (config.train.seed, config.data.name) != (result["seed"], result["data"]):
-        path, tested = folder / files.CONFIG, f"seed {result['seed']} on {result['data']}"
-        fault = f"{path} is of seed {config.train.seed} on {config.data.name}, but what was tested is {tested}"
-        raise UserError(f"{fault}; restore it from a copy")
-    files.compare(folder, result["step"], result.get("files", {}))
-    return TestedRun(folder, config, result)
+    with naming_result(folder):
+        if (config.train.seed, config.data.name) != (result["seed"], result["data"]):
+            path, tested = folder / files.CONFIG, f"seed {result['seed']} on {result['data']}"
+            fault = f"{path} is of seed {config.train.seed} on {config.data.name}, but what was tested is {tested}"
+            raise UserError(f"{fault}; restore it from a copy")
+        files.compare(folder, result["step"], result.get("files", {}))
+        run = TestedRun(folder, config, result)
+        shown = results.result_rows(result), group_rows("", [run]), overview_row("", [run]), opening({"": [run]})
+        if not all(shown):  # what cannot be shown is no result
+            raise ValueError("no model was tested")
+    return run
+
+
+@contextlib.contextmanager
+def naming_result(folder: Path) -> Iterator[None]:
+    """Raises UserError for any error inside, which a result.json of other values may cause."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        fault = f"{folder / files.RESULT} has values that no test gives ({one_line(error)})"
+        raise UserError(f"{fault}; delete it and run jvitmoe.evaluate") from error
 
 
 def read_config(folder: Path) -> Config:
