@@ -27,6 +27,7 @@ DEFAULT = ("tensorboard",)
 PROJECT = "jvitmoe"  # wandb's and trackio's project, MLflow's experiment
 CLOSE_SECONDS = 30.0  # how long the end of a run waits for what its trackers still have to send
 STOP_SECONDS = 3.0  # the same where a run stops early: a signal promises an end within 10 s
+THREAD = "tracker "  # in the names of their threads
 LONGEST_PARAM = 500  # characters of a setting, for MLflow's servers
 
 
@@ -181,7 +182,7 @@ class Feed:
     def __init__(self, name: str, run: TrackedRun) -> None:
         self.name, self._run = name, run
         self._records: queue.SimpleQueue[tuple[int, float, Mapping[str, float]] | bool] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._work, name=f"tracker {name}", daemon=True)
+        self._thread = threading.Thread(target=self._work, name=f"{THREAD}{name}", daemon=True)
         self._thread.start()
 
     def record(self, step: int, figures: Mapping[str, float]) -> None:
@@ -218,6 +219,11 @@ def close_all(feeds: Sequence[Feed], finished: bool) -> None:
     for feed in feeds:
         if not feed.has_ended(deadline - time.monotonic()):
             console.print(f"warning: tracker {feed.name} did not end in {limit:g} s; its record may be short")
+
+
+def are_hanging() -> bool:
+    """True if a tracker is still at work. After a run, its package may wait for it at the end of the process."""
+    return any(thread.name.startswith(THREAD) for thread in threading.enumerate())
 
 
 def _id(run: TrackedRun, name: str, create: Callable[[], str]) -> str:
