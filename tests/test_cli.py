@@ -250,6 +250,23 @@ def test_of_several_failures_of_one_write_only_the_raised_one_is_shown(caplog):
 
 
 @pytest.mark.process
+def test_a_closed_standard_output_ends_no_command():
+    program = """
+import sys
+from jvitmoe import cli
+from jvitmoe.runs.console import console
+from jvitmoe.runtime import memory
+
+memory.use_huge_pages()
+cli.run(lambda argv: (console.print("x"), print("y"), print("z", file=sys.stderr), sys.stdout.flush()))
+"""
+    done = subprocess.run(["bash", "-c", '"$@" >&-', "bash", sys.executable, "-c", program], stderr=subprocess.PIPE)
+    assert (done.returncode, done.stderr) == (0, b"z\n")
+    closed = subprocess.run(["bash", "-c", '"$@" >&- 2>&-', "bash", sys.executable, "-c", program])
+    assert closed.returncode == 0
+
+
+@pytest.mark.process
 @pytest.mark.parametrize("program", ["train.main(['x', '--help'])", "console.print('x')", "print('x' * 100_000)"])
 def test_a_full_disk_behind_standard_output_is_one_line_at_once_or_at_the_end(program):
     imports = "from jvitmoe import cli, train; from jvitmoe.runs.console import console"

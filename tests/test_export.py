@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -461,6 +462,15 @@ def test_an_export_that_cannot_be_made_or_computes_something_else_is_one_line_an
     assert (code, err.count("\n")) == (2, 1)
     assert message in err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_export_that_is_told_to_end_leaves_nothing(experiment_run, tmp_path, monkeypatch):
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(base.Target, "export", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    code, _, err = call(export.main, f"--workdir={experiment_run}", "--to=timm", f"--out={tmp_path / 'x'}")
+    assert (code, err) == (143, "")
+    assert list(tmp_path.iterdir()) == []
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 def test_without_jax2onnx_one_line_says_what_to_install(monkeypatch):

@@ -1,9 +1,11 @@
 """The log of a run: each step once, torn lines repaired, files whole or absent."""
 
+import errno
 import io
 import json
 import os
 import warnings
+from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -111,6 +113,17 @@ def test_a_file_is_written_whole_or_not_at_all_and_never_through_a_link(tmp_path
         assert [(path.name, path.read_text()) for path in (tmp_path / "run").iterdir()] == [("a", text)]
     assert not (tmp_path / "run" / "a").is_symlink()
     assert [(tmp_path / name).read_text() for name in ("a", "a.part")] == ["mine", "mine"]
+
+
+def test_too_many_open_files_are_told_from_a_full_disk(tmp_path, monkeypatch):
+    for number, remedy in ((errno.EMFILE, r"allow more open files \(ulimit -n\)"), (errno.ENOSPC, "make room")):
+
+        def fail(*_, number=number, **__):
+            raise OSError(number, os.strerror(number))
+
+        monkeypatch.setattr(Path, "open", fail)
+        with pytest.raises(UserError, match=f"a cannot be written: {os.strerror(number)}; {remedy}"):
+            files.write_text(tmp_path / "a", "text")
 
 
 def test_names_are_printed_as_they_are(capsys):

@@ -314,7 +314,7 @@ class CheckpointWriter(Checkpoints):
                 shutil.rmtree(path, ignore_errors=True)
             raise CheckpointError(
                 f"checkpoint {step} cannot be written to {self.directory}: {one_line(error)}; "
-                "older ones are as they were; make room or let the folder be written, and start again"
+                f"older ones are as they were; {files.remedy_of(error)}, and start again"
             ) from error
 
     def _delete(self) -> None:

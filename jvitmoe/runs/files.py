@@ -114,8 +114,14 @@ def writing(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        remedy = "make room or make it writable, and repeat the command"
+        remedy = f"{remedy_of(error)}, and repeat the command"
         raise UserError(f"{path} cannot be written: {error.strerror}; {remedy}") from error
+
+
+def remedy_of(error: Exception) -> str:
+    """Returns what a user can do about a write that failed."""
+    too_many = os.strerror(errno.EMFILE) in str(error)
+    return "allow more open files (ulimit -n)" if too_many else "make room or make it writable"
 
 
 def make_folder(path: Path) -> None:
