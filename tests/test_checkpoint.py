@@ -139,6 +139,19 @@ def test_a_meta_with_other_types_is_damage_even_where_its_checksum_fits(copy, na
         Checkpoints(copy).read("best")
 
 
+def test_a_save_that_a_lost_process_ends_is_told_from_a_full_disk(tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise ValueError("cannot wait for all") from cause
+
+    monkeypatch.setattr(ocp.CheckpointManager, "save", fail)
+    cause = jax.errors.JaxRuntimeError("UNAVAILABLE: process 1 is lost")
+    with pytest.raises(jax.errors.JaxRuntimeError, match="process 1 is lost"):
+        save_all(tmp_path / "c", make()[0], [1])
+    cause = None
+    with pytest.raises(CheckpointError, match=r"1 cannot be written to .*; make room or make it writable, and start"):
+        save_all(tmp_path / "c", make()[0], [1])
+
+
 def test_what_is_restored_is_what_was_saved_bit_for_bit_also_by_orbax_itself(two):
     """The folders are Orbax's own checkpoints: programs that know nothing of jvitmoe read them."""
     state, abstract = make()
