@@ -16,6 +16,7 @@ from jvitmoe.errors import ConfigError, UserError
 from jvitmoe.interop import classifier
 from jvitmoe.runs import files, groups, results
 from jvitmoe.runs.trackers import DEFAULT
+from jvitmoe.runtime import compilation
 from jvitmoe.runtime.signals import Stop
 from jvitmoe.training import launch
 
@@ -58,6 +59,7 @@ class Run:
         """Returns the dense or merged model, or its EMA, for pictures and arrays (`jvitmoe.load`)."""
         return classifier.load(self.workdir, checkpoint, ema)
 
+    @compilation.cache_as_before()
     def evaluate(self, **options: object) -> dict[str, Any]:
         """Tests the run again, draws mergeability.png, confusion.png and samples.png into its folder, and returns the
         results. Options are the flags of jvitmoe.evaluate, such as few_shot=10. Raises UserError where verify=True
@@ -65,9 +67,11 @@ class Run:
         try:
             evaluate.main(["evaluate", f"--workdir={self.workdir}", *(f"--{name}={v}" for name, v in options.items())])
         except SystemExit as error:
-            raise UserError(f"{self.workdir} is damaged: see the list above") from error
+            if error.code:  # help=True has none
+                raise UserError(f"{self.workdir} is damaged: see the list above") from error
         return self.results
 
+    @compilation.cache_as_before()
     def export(self, to: str, out: Path | str, ema: bool = False) -> Path:
         """Writes the dense or merged model, or its EMA, for another library, as jvitmoe.export, and returns the
         folder."""
@@ -79,10 +83,11 @@ class Run:
         and returns that folder. Raises UserError as jvitmoe.report does."""
         folder = Path(out or self.workdir / "report")
         workdirs = [str(run.workdir if isinstance(run, Run) else run) for run in (self, *others)]
-        report.main(["report", *workdirs, f"--out={folder}"])
+        report.main(["report", f"--out={folder}", "--", *workdirs])
         return folder
 
 
+@compilation.cache_as_before()
 def train(
     config: Config | Path | str,
     workdir: Path | str = "",

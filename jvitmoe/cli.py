@@ -131,6 +131,9 @@ def experiment(values: flags.FlagValues) -> Config:
 def run(main: Callable[[list[str]], Any]) -> NoReturn:
     """Runs a command on sys.argv and exits with 0, or with 2 and one line on standard error for a UserError or a device
     without memory."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed, as by >&-
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
     stdout = sys.__stdout__
     if stdout and sys.stdout is stdout:  # not replaced by a test runner
         raw = io.BufferedWriter(_Stdout(stdout.fileno(), "w", closefd=False))

@@ -375,7 +375,7 @@ def dumps(config: Config) -> str:
     return json.dumps(to_dict(config), indent=2) + "\n"
 
 
-def loads(text: str, name: str) -> Config:
+def loads(text: str | bytes, name: str) -> Config:
     """Returns the Config of `dumps`. Raises ConfigError with the file's name if the text is not a config."""
     try:
         return from_dict(json.loads(text))

@@ -20,8 +20,14 @@ class ConfigError(UserError):
 def printable(text: str) -> str:
     """Returns `text` as one line for a terminal, with control characters escaped. Long words and lines are cut in the
     middle, because a message ends with the rule and the remedy."""
-    escaped = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(text.split()))
-    return _cut(" ".join(_cut(word, LONGEST_WORD) for word in escaped.split(" ")), LONGEST_LINE)
+    words = escaped(" ".join(text.split())).split(" ")
+    return _cut(" ".join(_cut(word, LONGEST_WORD) for word in words), LONGEST_LINE)
+
+
+def escaped(text: str, keep: str = "") -> str:
+    """Returns `text` for a terminal or a file: control characters, but those in `keep`, and what is no UTF-8 become
+    Python's escapes."""
+    return "".join(c if c.isprintable() or c in keep else ascii(c)[1:-1] for c in text)
 
 
 def one_line(error: BaseException) -> str:

@@ -58,11 +58,11 @@ def _evaluate(values: flags.FlagValues, workdir: Path) -> None:
     from jvitmoe.experts import merge
     from jvitmoe.runs import figures
 
-    config, step, mesh, model, params, ema, trained_with = _restore(values, workdir)
+    config, mesh, model, params, ema, meta = _restore(values, workdir)
     data, probed, probe_config = _data(values, config)
     evaluate = models.make_evaluate(model, mesh, config.data)
     shown = stream.eval_images(data.test, config, mesh)
-    known = results.of_training(workdir, trained_with)
+    known = results.of_training(workdir, meta["versions"])
     result: dict[str, Any] = {}
     if values.few_shot or values.knn:  # first, because they refuse more images than there are
         trees = {"dense" if config.routing.experts == 1 else "merged": merge.dense_tree(config, params)}
@@ -73,7 +73,7 @@ def _evaluate(values: flags.FlagValues, workdir: Path) -> None:
     if evaluate.routed:
         gate_L, result["routes"] = _routes(config, params, evaluate.routed, data, workdir)
     result["rows"] = models.evaluate_run(config, params, ema, evaluate, *shown, values.paths, gate_L)
-    result |= models.facts(config, step, mesh) | known
+    result |= models.facts(config, meta["step"], mesh) | known | {"files": meta["files"]}
     if config.routing.experts > 1:
         few = _some(data.test, mergeability.IMAGES, config)
         batches = eval_batches(len(few), config.train.batch_size, mesh)
@@ -85,9 +85,9 @@ def _evaluate(values: flags.FlagValues, workdir: Path) -> None:
     results.write_result(workdir, result, files.CONFUSION in drawn)
 
 
-def _restore(values: flags.FlagValues, workdir: Path) -> tuple[Config, int, Any, Any, Any, Any, dict[str, str]]:
-    """Returns (config, step, mesh, model, parameters, EMA or None, versions that trained it) of the checkpoint that the
-    flags name, its arrays on the devices, and prints what it is."""
+def _restore(values: flags.FlagValues, workdir: Path) -> tuple[Config, Any, Any, Any, Any, dict[str, Any]]:
+    """Returns (config, mesh, model, parameters, EMA or None, meta) of the checkpoint that the flags name, its arrays on
+    the devices, and prints what it is."""
     import jax
 
     from jvitmoe import routing
@@ -112,7 +112,7 @@ def _restore(values: flags.FlagValues, workdir: Path) -> tuple[Config, int, Any,
     console.print(f"parameters  {active:,} active, {total:,} total ({model.dtype.name} compute)")
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state.abstract_state(config, routed, mesh))
     params, ema = jax.device_put((saved.params, saved.ema), (shardings.params, shardings.ema))
-    return config, saved.step, mesh, model, params, ema, saved.meta["versions"]
+    return config, mesh, model, params, ema, saved.meta
 
 
 def _data(values: flags.FlagValues, config: Config) -> tuple[Any, Any, Config]:

@@ -19,29 +19,35 @@ def ours() -> Path:
 
 
 def split_variant(name: str) -> tuple[str, str]:
-    """Returns (path, VARIANT) of `FILE.py:VARIANT` and `NAME:VARIANT`; the variant is "" without one. NAME is that of
-    an experiment of ours, unless a file is called so."""
+    """Returns (path, VARIANT) of `FILE.py:VARIANT` and `NAME:VARIANT`; the variant is "" without one. A FILE ends in
+    .py or has a separator; a NAME is that of an experiment of ours, whatever lies in the working folder."""
     path, mark, variant = name.partition(".py:") if ".py:" in name else name.partition(":")
     path += mark.removesuffix(":")
     named = ours() / f"{path}.py"
-    if not os.path.isfile(path) and os.path.basename(path) == path and named.is_file():
-        path = str(named)
-    return path, variant
+    return str(named) if not _is_file_name(path) and named.is_file() else path, variant
+
+
+def _is_file_name(path: str) -> bool:
+    return path.endswith(".py") or os.path.basename(path) != path
 
 
 def load(name: str | Path) -> Config:
     """Returns the Config of an experiment, `FILE.py` or NAME; with `:VARIANT` after it, of that variant, a text for its
     get_config. Raises UserError with the line that fails."""
     path, variant = split_variant(str(name))
-    if not os.path.isfile(path):
+    if not os.path.isfile(path) or not _is_file_name(path):
         problem = "is a folder" if os.path.isdir(path) else "does not exist"
         names = [file.stem for file in ours().glob("*.py")]
         hint = did_you_mean(Path(path).stem, names) or "; give a file, or a name that jvitmoe configs lists"
+        if os.path.isfile(path):
+            problem, hint = "is no name of an experiment", f"; for the file give --config=./{path}"
         raise UserError(f"config file {path!r} {problem}{hint}")
     folder, module, before = str(Path(path).parent), types.ModuleType(path), set(sys.modules)
     module.__file__ = path
     sys.modules[path] = module  # dataclasses look up the module that defines them
-    sys.path.insert(0, folder)  # an experiment may import files of its folder
+    sys.path.insert(0, folder)  # an experiment may import files of its folder, whatever else has their names
+    inside = {file.stem for file in Path(folder).glob("*.py")} - sys.stdlib_module_names
+    others = {imported: sys.modules.pop(imported) for imported in inside & sys.modules.keys()}
     try:
         SourceFileLoader(path, path).exec_module(module)
         if variant and not inspect.signature(module.get_config).parameters:
@@ -57,6 +63,7 @@ def load(name: str | Path) -> Config:
             file = getattr(sys.modules[imported], "__file__", None)
             if file and Path(file).resolve().parent == Path(folder).resolve():
                 del sys.modules[imported]
+        sys.modules.update(others)
     if not isinstance(config, Config):
         kind = type(config).__name__
         raise UserError(f"get_config() of {path!r} returns {kind}; it must return jvitmoe.config.Config")

@@ -4,8 +4,13 @@ Writes the model, a model card and sample.npz (test images and their logits), th
 logits. A model that the target cannot express is refused before anything is written.
 """
 
+import contextlib
 import os
 import shutil
+import signal
+import sys
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 from absl import flags
@@ -53,7 +58,7 @@ def main(argv: list[str]) -> None:
     unfinished = out.with_name(f"{out.name}.{os.getpid()}{files.UNFINISHED}")
     files.make_folder(unfinished)
     try:
-        with files.writing(out):
+        with _sigterm_raises(), files.writing(out):
             difference = target.export(unfinished, source, sample)
             card = model_card.write(source, results.read_result(workdir), target, remarks)
             files.write_text(unfinished / "README.md", card)
@@ -68,6 +73,19 @@ def main(argv: list[str]) -> None:
     console.print(f"checked     read back by {target.reader}: {compared}")
     if target.torch:
         console.print(f"            README.md has a check that runs {target.library} itself")
+
+
+@contextlib.contextmanager
+def _sigterm_raises() -> Iterator[None]:
+    """In its body SIGTERM raises SystemExit, so that what is unfinished is deleted."""
+    if threading.current_thread() is not threading.main_thread():  # where Python handles no signals
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)
 
 
 def _define_flags(values: flags.FlagValues) -> None:

@@ -100,9 +100,10 @@ def _details(found: Groups) -> list[page.Part]:
     if len((rows := groups.setting_rows(found))[0]) > 1:
         parts += [page.Heading(2, "Settings that differ"), rows]
     for name, (run, *_) in found.items():
-        drawn = figures.of_run(run.result, run.folder)
-        pictures = [page.Picture(Path(file).stem, figures.png(figure)) for file, figure in drawn.items()]
-        own = (page.own_picture(run.folder / name) for name in (files.EXPERTS, files.SAMPLES))
+        with groups.naming_result(run.folder):
+            drawn = figures.of_run(run.result, run.folder)
+            pictures = [page.Picture(Path(file).stem, figures.png(figure)) for file, figure in drawn.items()]
+        own = (page.own_picture(run.folder / file) for file in (files.EXPERTS, files.SAMPLES))
         pictures += filter(None, own)
         if pictures:
             parts += [page.Heading(2, f"{name}, seed {run.config.train.seed}"), *pictures]

@@ -28,9 +28,20 @@ def main(argv: list[str]) -> None:
     values = cli.parse(argv, define_flags, config=True)
     config = cli.experiment(values)
     workdir = Path(values.workdir or Path("runs") / cli.experiment_name(argv))
-    from jvitmoe.training.launch import launch  # not above: it imports JAX, and --help need not wait for that
+    # Not above: these import JAX, and --help need not wait for that.
+    from jvitmoe.runs import trackers
+    from jvitmoe.runtime import processes
+    from jvitmoe.training.launch import launch
 
-    launch(config, workdir, values, trackers=values.trackers)
+    code = 0
+    try:
+        launch(config, workdir, values, trackers=values.trackers)
+    except SystemExit as stopped:  # by a signal
+        code = int(stopped.code or 0)
+    if trackers.are_hanging():
+        processes.leave_last(code)
+    if code:
+        sys.exit(code)
 
 
 def define_flags(values: flags.FlagValues) -> None:

@@ -8,6 +8,7 @@ import sys
 import threading
 from concurrent import futures
 
+import jax
 import numpy as np
 import pytest
 from absl import logging
@@ -16,7 +17,7 @@ import jvitmoe
 import processes
 from jvitmoe import api
 from jvitmoe.errors import UserError
-from jvitmoe.runtime import signals
+from jvitmoe.runtime import compilation, signals
 from run_folders import tiny
 
 pytestmark = pytest.mark.slow
@@ -87,6 +88,33 @@ def test_a_second_thread_that_trains_is_refused_in_one_line(run, config, monkeyp
     jvitmoe.train(config, workdir=run.workdir)
     jvitmoe.train(config, workdir=run.workdir)
     assert refused == 2 * ["another thread trains; wait for it, or train in a process of its own"]
+
+
+def test_help_is_no_damage_and_a_name_that_looks_like_a_flag_is_a_name(run, capsys):
+    assert run.evaluate(help=True) == run.results
+    assert "usage: python -m jvitmoe.evaluate" in capsys.readouterr().out
+    run.report("--help")
+    assert "left out    '--help' is no folder" in capsys.readouterr().out
+
+
+def test_the_compilation_cache_of_the_caller_stays_as_it_was(run, config, monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    name, before, seen = "jax_compilation_cache_dir", jax.config.jax_compilation_cache_dir, []
+
+    def use_cache(*_, **__):
+        compilation.use_cache()
+        seen.append(jax.config.jax_compilation_cache_dir)
+
+    for place in (api.launch, api.evaluate, api.export):
+        monkeypatch.setattr(place, "launch" if place is api.launch else "main", use_cache)
+    jax.config.update(name, None)
+    try:
+        for call in (lambda: jvitmoe.train(config, tmp_path / "x"), run.evaluate, lambda: run.export("timm", tmp_path)):
+            call()
+            assert jax.config.jax_compilation_cache_dir is None
+        assert seen == 3 * [str(tmp_path / "jvitmoe" / "compiled")]
+    finally:
+        jax.config.update(name, before)
 
 
 def test_verifying_a_damaged_run_raises_what_a_notebook_can_show(run, tmp_path):

@@ -21,6 +21,7 @@ from jax.experimental import multihost_utils
 from jvitmoe import routing
 from jvitmoe.config import Config, ModelConfig, RoutingConfig, TrainConfig
 from jvitmoe.runs import checkpoints as checkpoints_lib
+from jvitmoe.runs import files
 from jvitmoe.runs.checkpoints import CheckpointError, Checkpoints, CheckpointWriter, list_steps
 from jvitmoe.runtime.devices import make_mesh
 from jvitmoe.training.state import TrainState, abstract_state, make_state
@@ -98,6 +99,57 @@ def test_a_device_without_memory_is_no_damage(two, monkeypatch):
     monkeypatch.setattr(ocp.Checkpointer, "restore", full)
     with pytest.raises(jax.errors.JaxRuntimeError, match="RESOURCE_EXHAUSTED"):
         Checkpoints(two).restore(make()[1])
+
+
+@pytest.mark.parametrize("place", ["meta/metadata", "_CHECKPOINT_METADATA", "params/_METADATA", "params/*/.zarray"])
+def test_a_pipe_or_a_link_in_a_checkpoint_is_damage_and_nobody_reads_it(copy, place):
+    for make_other in (os.mkfifo, lambda path: path.symlink_to("/dev/zero")):
+        path = next((copy / "2").glob(place))
+        path.unlink()
+        make_other(path)
+        for read in (Checkpoints(copy).read, lambda which: Checkpoints(copy).restore(make()[1])[1]):
+            with pytest.warns(RuntimeWarning, match=f"2 skipped: ValueError: {path.name} is no regular file"):
+                read("latest")
+
+
+@pytest.mark.parametrize("field", ["shape", "chunks"])
+def test_an_array_that_claims_more_than_its_files_hold_is_damage_and_no_abort(copy, field):
+    path = next((copy / "2" / "params").glob("norm.scale/.zarray"))
+    path.write_text(json.dumps(json.loads(path.read_text()) | {field: [10**10]}))
+    for read in (Checkpoints(copy).read, lambda which: Checkpoints(copy).restore(make()[1])[1]):
+        with pytest.warns(RuntimeWarning, match=r"2 skipped: ValueError: its arrays claim 40,000,\d*,\d* bytes"):
+            read("latest")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("nll", "x"), ("config", None), ("config", {"train": {"seed": None}}), ("config", {"model": {"width": "8"}})),
+        *((name, value) for name in ("versions", "files", "fingerprint") for value in (None, [1], {"a": 1})),
+    ],
+)
+def test_a_meta_with_other_types_is_damage_even_where_its_checksum_fits(copy, name, value):
+    path = copy / "2" / "meta" / "metadata"
+    meta = json.loads(path.read_text()) | {name: value}
+    del meta["checksum"]
+    path.write_text(json.dumps(meta | {"checksum": files.checksum(meta)}))
+    with pytest.warns(RuntimeWarning, match="checkpoint 2 skipped"):
+        assert Checkpoints(copy).read("latest").step == 1
+    with pytest.raises(CheckpointError, match="none of the checkpoints"):
+        Checkpoints(copy).read("best")
+
+
+def test_a_save_that_a_lost_process_ends_is_told_from_a_full_disk(tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise ValueError("cannot wait for all") from cause
+
+    monkeypatch.setattr(ocp.CheckpointManager, "save", fail)
+    cause = jax.errors.JaxRuntimeError("UNAVAILABLE: process 1 is lost")
+    with pytest.raises(jax.errors.JaxRuntimeError, match="process 1 is lost"):
+        save_all(tmp_path / "c", make()[0], [1])
+    cause = None
+    with pytest.raises(CheckpointError, match=r"1 cannot be written to .*; make room or make it writable, and start"):
+        save_all(tmp_path / "c", make()[0], [1])
 
 
 def test_what_is_restored_is_what_was_saved_bit_for_bit_also_by_orbax_itself(two):

@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -52,8 +53,18 @@ def test_a_variant_of_an_experiment_is_its_argument_and_part_of_its_name(monkeyp
     for path in (FAST, "cifar10_fast"):
         assert cli.experiment_name(["train.py", "--config", f"{path}:random"]) == "cifar10_fast_random"
         assert cli.experiment_name(["train.py", f"--config={path}"]) == "cifar10_fast"
-    (tmp_path / "digits_random").write_text(Path(FAST).read_text())  # a file of the user's own comes first
-    assert experiment("--config=digits_random") == experiment(f"--config={FAST}")
+
+
+def test_a_file_is_taken_only_by_a_name_that_ends_in_py_or_has_a_separator(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    for name in ("digits_random", "mine"):
+        (tmp_path / name).write_text(Path(FAST).read_text())
+    assert experiment("--config=digits_random") == experiment(f"--config={DIGITS}")
+    with pytest.raises(UserError, match=r"'mine' is no name of an experiment; for the file give --config=\./mine"):
+        experiment("--config=mine")
+    assert experiment("--config=./mine:random") == experiment(f"--config={FAST}:random")
+    (tmp_path / "mine").rename("digits_random.py")
+    assert experiment("--config=digits_random.py") == experiment(f"--config={FAST}")
 
 
 @pytest.mark.parametrize(
@@ -124,6 +135,14 @@ def test_an_experiment_imports_the_files_of_its_folder_as_they_are_now(tmp_path)
         (tmp_path / folder / "exp.py").write_text(text + "get_config = lambda: Config(train=TrainConfig(EPOCHS))\n")
         assert experiment_files.load(tmp_path / folder / "exp.py").train.epochs == epochs
         assert "base" not in sys.modules
+
+
+def test_an_experiment_of_ours_takes_no_module_of_its_user_that_has_the_name_of_its_base(tmp_path, monkeypatch):
+    before = experiment("--config=digits_random")
+    theirs = types.ModuleType("digits_dense")
+    monkeypatch.setitem(sys.modules, "digits_dense", theirs)
+    assert experiment("--config=digits_random") == before
+    assert sys.modules["digits_dense"] is theirs
 
 
 def test_a_run_folder_that_is_not_there_is_one_line(tmp_path, monkeypatch):
@@ -228,6 +247,23 @@ def test_of_several_failures_of_one_write_only_the_raised_one_is_shown(caplog):
     assert processes.call(lambda argv: asyncio.run(write())) == (2, "", "error: the disk is full\n")
     gc.collect()
     assert not caplog.records
+
+
+@pytest.mark.process
+def test_a_closed_standard_output_ends_no_command():
+    program = """
+import sys
+from jvitmoe import cli
+from jvitmoe.runs.console import console
+from jvitmoe.runtime import memory
+
+memory.use_huge_pages()
+cli.run(lambda argv: (console.print("x"), print("y"), print("z", file=sys.stderr), sys.stdout.flush()))
+"""
+    done = subprocess.run(["bash", "-c", '"$@" >&-', "bash", sys.executable, "-c", program], stderr=subprocess.PIPE)
+    assert (done.returncode, done.stderr) == (0, b"z\n")
+    closed = subprocess.run(["bash", "-c", '"$@" >&- 2>&-', "bash", sys.executable, "-c", program])
+    assert closed.returncode == 0
 
 
 @pytest.mark.process

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,8 @@ import jax
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.numpy import load as load_file
+from safetensors.numpy import save as save_file
 
 import jvitmoe
 from jvitmoe import evaluate, export
@@ -268,6 +271,71 @@ def test_a_model_of_any_parts_is_the_same_where_it_goes(parts, target, tmp_path,
         np.testing.assert_allclose(found, logits[:count], rtol=0, atol=1e-5)
 
 
+def write(target: str, out: Path) -> Path:
+    """Returns the folder with the files of a small model that was never trained."""
+    model = config_of(image_size=8, channels=1, patch=4, width=16, hidden=24, depth=2, heads=2, norm_epsilon=1e-6).model
+    params = weight_names.flatten(vit.init(vit.build(model), jax.random.key(0)))
+    out.mkdir()
+    TARGETS[target].write(out, load.Source(Path("run"), "run", params, model, tuple("abcdefghij")), model)
+    return out
+
+
+@pytest.mark.parametrize("target", ["safetensors", "timm", "hf"])
+def test_one_flipped_bit_in_the_weights_of_an_export_is_noticed_and_weights_without_a_checksum_are_read(
+    tmp_path, target
+):
+    path = write(target, tmp_path / "out") / "model.safetensors"
+    sound = path.read_bytes()
+    header = int.from_bytes(sound[:8], "little")
+    random = np.random.default_rng(0)
+    for at in (8 + header, len(sound) - 1, *random.integers(8 + header, len(sound), 20)):
+        content = bytearray(sound)
+        content[at] ^= 1 << random.integers(8)
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=r"arrays do not match their checksum\); restore it from a copy"):
+            load.read(path.parent)
+    for at in random.integers(0, 8 + header, 40):
+        content = bytearray(sound)
+        content[at] ^= 1 << random.integers(8)
+        path.write_bytes(content)
+        try:
+            again = load.read(path.parent).params
+        except UserError:
+            continue
+        path.write_bytes(sound)  # what names no array changed
+        assert all((again[name] == array).all() for name, array in load.read(path.parent).params.items())
+    path.write_bytes(save_file(load_file(sound), metadata={"format": "pt"}))
+    assert load.read(path.parent).classes == tuple("abcdefghij")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        *((name, value, f"data.{name} is") for name in ("mean", "std") for value in ([float("nan")], [1e300], "0.5")),
+        *(("std", [0.0], "data.std is"), ("mean", [0.1, 0.2], "data.mean is"), ("mean", None, "data.mean is")),
+        *(("crop", "middle", "data.crop is"), ("model", {"width": "16"}, "model.width is")),
+        *(("classes", value, "they must be 10 names") for value in (["a"], "abcdefghij", [*range(10)], None, {})),
+    ],
+)
+def test_a_value_in_the_config_of_an_export_that_no_run_has_is_one_line(tmp_path, name, value, message):
+    path = write("safetensors", tmp_path / "out") / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {name: value}))
+    with pytest.raises(UserError, match=message) as caught:
+        load.read(path.parent)
+    assert "\n" not in str(caught.value)
+    assert "config.json" in str(caught.value)
+
+
+def test_names_that_were_swapped_in_a_run_folder_are_not_exported(experiment_run, tmp_path):
+    run = shutil.copytree(experiment_run, tmp_path / "run")
+    names = json.loads((run / "classes.json").read_text())
+    (run / "classes.json").write_text(json.dumps([names[1], names[0], *names[2:]]))
+    code, _, err = call(export.main, f"--workdir={run}", "--to=safetensors", f"--out={tmp_path / 'out'}")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "classes.json does not match its checksum of step 44; restore it from a copy, or delete it" in err
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     ("target", "model", "remark"),
     [
@@ -394,6 +462,15 @@ def test_an_export_that_cannot_be_made_or_computes_something_else_is_one_line_an
     assert (code, err.count("\n")) == (2, 1)
     assert message in err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_export_that_is_told_to_end_leaves_nothing(experiment_run, tmp_path, monkeypatch):
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(base.Target, "export", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    code, _, err = call(export.main, f"--workdir={experiment_run}", "--to=timm", f"--out={tmp_path / 'x'}")
+    assert (code, err) == (143, "")
+    assert list(tmp_path.iterdir()) == []
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 def test_without_jax2onnx_one_line_says_what_to_install(monkeypatch):

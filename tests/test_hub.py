@@ -3,6 +3,7 @@
 import hashlib
 import http.server
 import json
+import socket
 import threading
 
 import huggingface_hub.constants
@@ -102,12 +103,38 @@ def test_an_export_on_the_hub_is_the_same_model_and_is_fetched_once(exported, se
     assert len(fetched) <= 2  # a question about it, and the file itself
 
 
+def test_a_bit_that_flips_on_the_way_is_noticed(exported, serve):
+    files = {path.name: path.read_bytes() for path in exported.iterdir()}
+    weights = bytearray(files["model.safetensors"])
+    weights[-100] ^= 1
+    serve("someone/digits", files | {"model.safetensors": bytes(weights)})
+    with pytest.raises(UserError, match="its arrays do not match their checksum"):
+        load.read("hf://someone/digits")
+
+
 def test_a_repository_without_safetensors_and_one_that_is_absent_are_one_line(serve):
     serve("someone/digits", {"pytorch_model.bin": b"pickle", "config.json": b"{}"})
     with pytest.raises(UserError, match=r"hf://someone/digits' holds no model.safetensors; only safetensors are read"):
         load.read("hf://someone/digits")
     with pytest.raises(UserError, match=r"hf://someone/other' cannot be fetched \(.*; give a folder that you have"):
         load.read("hf://someone/other")
+
+
+def test_a_hub_that_accepts_and_never_answers_is_one_line_or_what_was_fetched_before(exported, serve, monkeypatch):
+    monkeypatch.setattr(load, "ANSWER_SECONDS", 0.2)
+    server = serve("someone/digits", {path.name: path.read_bytes() for path in exported.iterdir()})
+    with socket.create_server(("127.0.0.1", 0)) as silent, monkeypatch.context() as patch:
+        patch.setattr(huggingface_hub.constants, "ENDPOINT", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        for name in ("hf://someone/digits", f"hf://someone/digits@{COMMIT}"):
+            with pytest.raises(UserError, match=r"cannot be fetched \(TimeoutError: it takes more than 0\.2 s\); "):
+                load.fetch(name)
+        assert server.asked == []
+    monkeypatch.setattr(load, "ANSWER_SECONDS", 60)
+    folder = load.fetch("hf://someone/digits")
+    monkeypatch.setattr(load, "ANSWER_SECONDS", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        assert load.fetch("hf://someone/digits") == folder
 
 
 @pytest.mark.parametrize("name", ["hf://digits", "hf://a/b/c", "hf:///x", "timm://", "timm://a/b"])

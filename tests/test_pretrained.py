@@ -223,7 +223,10 @@ def test_a_stem_that_pads_with_zeros_keeps_the_means_of_its_source():
         pretrained.adapt(told, model, dense(model, 1), DataConfig())
 
 
-@pytest.mark.parametrize("odd", [{"std": [0.0]}, {"mean": [0.1, 0.2]}, {"mean": ["x"]}, {"std": [1.0, -1.0, 1.0]}])
+ODD = [{"std": [0.0]}, {"mean": [0.1, 0.2]}, {"mean": ["x"]}, {"std": [1.0, -1.0, 1.0]}, {"mean": [1e300]}]
+
+
+@pytest.mark.parametrize("odd", [*ODD, {"std": [1e300]}, {"std": [1e-30]}, {"mean": [float("nan")]}])
 def test_a_mean_and_deviation_of_a_file_must_be_possible(tmp_path, odd):
     write_timm(tmp_path, pretrained_cfg={"mean": [0.4], "std": [0.2]} | odd)
     with pytest.raises(UserError, match=r"must be finite, one number or one for each of 3.*correct its config\.json"):

@@ -2,6 +2,7 @@
 
 import html.parser
 import json
+import os
 import statistics
 
 import pytest
@@ -9,7 +10,7 @@ import pytest
 import processes
 from jvitmoe import report
 from jvitmoe.errors import UserError
-from jvitmoe.runs import groups, page, results
+from jvitmoe.runs import files, groups, page, results
 from jvitmoe.runs.console import quantity
 from tested_runs import MODELS, write_tested_run
 
@@ -181,6 +182,9 @@ def test_a_page_embeds_pictures_of_the_run_folder_and_no_target_of_a_link(tmp_pa
     assert page.own_picture(picture) is None
     picture.unlink()
     assert page.own_picture(picture) is None
+    os.mkfifo(picture)
+    assert page.own_picture(picture) is None
+    picture.unlink()
     picture.write_text("no picture")
     assert page.own_picture(picture) is None
     picture.write_bytes(b"\x89PNG")
@@ -196,6 +200,46 @@ def test_a_result_that_is_not_as_it_was_written_is_refused_in_one_line(make_run)
             groups.read_run(path.parent)
         assert "\n" not in str(caught.value)
         assert len(str(caught.value)) < 500
+
+
+@pytest.mark.parametrize("value", [None, "x", []])
+def test_values_of_other_types_are_left_out_even_where_their_checksum_fits(make_run, tmp_path, value):
+    whole, runs = results.read_result(make_run("whole")), [make_run("sound", optim__eps=1.0)]
+    row = whole["rows"][0]
+    changes = {name: {name: value} for name in ("rows", "seed", "data")}
+    changes |= {name: {"rows": [row | {name: value}]} for name in ("accuracy", "images", "parameters")}
+    changes |= {"files": {"files": {"metrics.jsonl": value}}, "hardware": {"rows": [{}]}}
+    for name, change in changes.items():
+        runs.append(make_run(name, optim__eps=2.0))
+        results.save_result(runs[-1], whole | change)
+    for name, text in (("config.json", '{"train": {"seed": %s}}'), ("metrics.jsonl", '{"step": %s, "kind": "test"}\n')):
+        runs.append(make_run(f"of {name}", optim__eps=3.0))
+        (runs[-1] / name).write_text(text % json.dumps(value))
+    out = processes.succeed(report.main, *runs, "--html", f"--out={tmp_path / 'report'}")
+    left = [line for line in out.splitlines() if line.startswith("left out")]
+    assert all(f"{run}/" in line for line, run in zip(left, runs[1:-1], strict=True)), left
+    assert json.loads((tmp_path / "report" / "runs.json").read_text()).keys() == {"sound", "of metrics.jsonl"}
+
+
+def test_a_run_whose_seed_data_history_or_classes_are_not_those_of_its_test_is_left_out(make_run, tmp_path):
+    out = tmp_path / "report"
+    sound, seed, data, history, names = (make_run(name) for name in ("sound", "seed", "data", "history", "names"))
+    for run, edit in ((seed, ('"seed": 0', '"seed": 1')), (data, ('"name": "digits"', '"name": "cifar10"'))):
+        (run / "config.json").write_text((run / "config.json").read_text().replace(*edit))
+    for run in (sound, history, names):
+        (run / "classes.json").write_text('["cat", "dog"]')
+        results.save_result(run, results.read_result(run) | {"files": files.checksums(run, 2)})
+    path = history / "metrics.jsonl"
+    path.write_text(path.read_text().replace('"loss": 1.0', '"loss": 9.0'))
+    (names / "classes.json").write_text('["dog", "cat"]')
+    printed = processes.succeed(report.main, sound, seed, data, history, names, f"--out={out}")
+    assert f"left out    {seed}/config.json is of seed 1 on digits, but what was tested is seed 0 on digits" in printed
+    assert f"left out    {data}/config.json is of seed 0 on cifar10, but what was tested is seed 0 on digits" in printed
+    for path in (history / "metrics.jsonl", names / "classes.json"):
+        assert f"left out    {path} does not match its checksum of step 2; restore it from a copy" in printed
+    assert json.loads((out / "runs.json").read_text()).keys() == {"sound"}
+    (history / "metrics.jsonl").unlink()
+    assert groups.read_run(history).result["step"] == 2
 
 
 def test_a_report_lists_the_versions_that_trained_and_those_that_tested():

@@ -12,6 +12,7 @@ import pytest
 import wandb
 
 import jvitmoe
+import processes
 from jvitmoe.errors import UserError
 from jvitmoe.runs import trackers
 from jvitmoe.runs.metrics_log import MetricsLog
@@ -142,6 +143,61 @@ def test_trackers_that_hang_delay_a_stopped_run_by_one_short_wait_together(tmp_p
         sys.exit(143)
     assert time.monotonic() - began < 6  # a signal promises 10 s, and the state is saved in them too
     assert capsys.readouterr().out.count("tracker hanging did not end in 3 s") == 4
+
+
+WAITS_AT_EXIT = """
+import atexit, sys, threading, time
+from pathlib import Path
+from jvitmoe import cli, train
+from jvitmoe.runs import trackers
+from jvitmoe.runs.metrics_log import MetricsLog
+from jvitmoe.training import launch
+
+class Hanging(trackers.Tracker):
+    def __init__(self, run):
+        atexit.register(time.sleep, 100)
+    def record(self, step, seconds, figures):
+        threading.Event().wait()
+    def close(self, finished):
+        pass
+
+def run(config, workdir, values, trackers):
+    with MetricsLog(workdir, 0, 10, 4, trackers=trackers) as log:
+        log.train(1, {"loss": 1.0, "accuracy": 0.5})
+        sys.exit(143)
+
+trackers.TRACKERS["hanging"] = Hanging
+launch.launch = run
+cli.run(train.main)
+"""
+
+
+@pytest.mark.process
+def test_a_tracker_whose_package_waits_at_exit_delays_a_stopped_run_no_longer(tmp_path):
+    arguments = "--config=digits_random", f"--workdir={tmp_path}", "--trackers=hanging"
+    (ended,) = processes.collect([processes.start([sys.executable, "-c", WAITS_AT_EXIT, *arguments])], 60)
+    assert (ended.code, ended.err) == (143, "")
+    assert "tracker hanging did not end in 3 s" in ended.out
+
+
+class Late(trackers.Tracker):
+    """Notes which files are there when it is closed."""
+
+    def __init__(self, run):
+        self.folder = run.workdir
+
+    def record(self, step, seconds, figures):
+        pass
+
+    def close(self, finished):
+        (self.folder.parent / "seen").write_text(" ".join(sorted(path.name for path in self.folder.iterdir())))
+
+
+@pytest.mark.slow
+def test_the_result_is_written_before_a_run_waits_for_its_trackers(tmp_path, monkeypatch):
+    monkeypatch.setitem(trackers.TRACKERS, "late", Late)
+    jvitmoe.train(tiny(train={"epochs": 1}), tmp_path / "run", trackers=["late"])
+    assert {"result.json", "report.md"} <= set((tmp_path / "seen").read_text().split())
 
 
 @pytest.mark.slow

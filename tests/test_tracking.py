@@ -1,7 +1,10 @@
 """The log of a run: each step once, torn lines repaired, files whole or absent."""
 
+import errno
 import io
 import json
+import os
+import warnings
 from pathlib import Path
 
 import pytest
@@ -112,12 +115,35 @@ def test_a_file_is_written_whole_or_not_at_all_and_never_through_a_link(tmp_path
     assert [(tmp_path / name).read_text() for name in ("a", "a.part")] == ["mine", "mine"]
 
 
+def test_too_many_open_files_are_told_from_a_full_disk(tmp_path, monkeypatch):
+    for number, remedy in ((errno.EMFILE, r"allow more open files \(ulimit -n\)"), (errno.ENOSPC, "make room")):
+
+        def fail(*_, number=number, **__):
+            raise OSError(number, os.strerror(number))
+
+        monkeypatch.setattr(Path, "open", fail)
+        with pytest.raises(UserError, match=f"a cannot be written: {os.strerror(number)}; {remedy}"):
+            files.write_text(tmp_path / "a", "text")
+
+
 def test_names_are_printed_as_they_are(capsys):
     console.console.print("run [bold]x[/y]")
     show_table([{"model": "[red]cat[/dog]", "nll": "1"}], "runs/[a][/b]")
     out = capsys.readouterr().out
     for name in ("run [bold]x[/y]", "[red]cat[/dog]", "runs/[a][/b]"):
         assert name in out
+
+
+def test_names_control_neither_the_terminal_nor_a_table(capsys):
+    name = "\x1b[2Jcaf\udce9\r\u202e"
+    console.console.print(f"run {name}")
+    show_table([{"model": f"{name}\n"}], name)
+    with console.warnings_as_lines():
+        warnings.warn(name, RuntimeWarning, stacklevel=1)
+    out = capsys.readouterr().out
+    assert out.count(r"\x1b[2Jcaf\udce9\r\u202e") == 4
+    assert all(c.isprintable() or c == "\n" for c in out)
+    assert markdown_table([{"run": "a\nb"}]).splitlines()[2:] == [r"| a\nb |"]
 
 
 def test_markdown_has_a_row_for_each_model():
@@ -157,7 +183,23 @@ def test_a_file_that_may_not_be_read_is_one_line_that_names_it(tmp_path, name, m
 
     (tmp_path / name).rmdir()
     (tmp_path / name).write_text("{}")
-    for method in ("open", "read_bytes", "read_text"):
-        monkeypatch.setattr(Path, method, refuse)
+    monkeypatch.setattr(files.os, "open", refuse)
     with pytest.raises(UserError, match=f"{name} cannot be read: Permission denied; make it readable"):
         READERS[name](tmp_path)
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_a_pipe_a_link_and_a_file_that_is_too_long_are_one_line_and_not_read(tmp_path, name, monkeypatch):
+    def refused(reason):
+        with pytest.raises(UserError, match=f"{name} cannot be read: {reason}"):
+            READERS[name](tmp_path)
+
+    os.mkfifo(tmp_path / name)
+    refused("it is no regular file")
+    (tmp_path / name).unlink()
+    (tmp_path / name).symlink_to("/dev/zero")
+    refused("it is a link")
+    (tmp_path / name).unlink()
+    with (tmp_path / name).open("wb") as file:
+        file.truncate(files.MOST_HISTORY + 1)
+    refused("its 1,073,741,825 bytes are more than")

@@ -46,11 +46,21 @@ class HuggingFace(Source):
         test = next((split for split in TESTS if split in labelled), "")
         if "train" not in labelled or not test:
             rule = f"train and one of {', '.join(TESTS)} must hold labels"
-            raise DataError(f"{name} has the splits {', '.join(splits)}; {rule}; use another set")
+            odd = _odd_label(splits, label, labels, len(classes))
+            raise DataError(f"{name} has the splits {', '.join(splits)}; {rule}{odd}; use another set")
         train, tested = (
             _records(splits[split], f"the {split} split of {name}", image, labels[split]) for split in ("train", test)
         )
         return Dataset(train, tested, classes)
+
+
+def _odd_label(splits: Any, column: str, labels: dict[str, np.ndarray], classes: int) -> str:
+    """Returns which row has no label of a class, in a split whose other rows have; or ""."""
+    for split, labels_N in labels.items():
+        odd = np.flatnonzero((labels_N < 0) | (labels_N >= classes))
+        if 0 < len(odd) < len(labels_N):
+            return f", but that of row {odd[0]} of {split} is {splits[split][column][int(odd[0])]}"
+    return ""
 
 
 def _load(name: str, options: dict[str, str], place: str) -> Any:

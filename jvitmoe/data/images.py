@@ -138,9 +138,11 @@ def pixels(image: Any, channels: int, name: str) -> Any:
     """
     from PIL import Image, ImageOps
 
+    # Pillow reads a PGM of 16 bits into pixels of 32.
+    has_16_bits = image.mode.startswith("I;16") or (image.mode, image.format) == ("I", "PPM")
     if image.getexif().get(ORIENTATION, 1) != 1:
         image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I;16"):
+    if has_16_bits:
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     if image.mode in ("I", "F"):
         raise DataError(f"{name} has pixels of mode {image.mode}; images must have 8 or 16 bits per channel")

@@ -56,8 +56,9 @@ class Tfds(Source):
             def read(numbers: Sequence[int]) -> list[Record]:
                 with _reading(about):
                     found = [(example[image_key], int(example[label_key])) for example in source.__getitems__(numbers)]
-                if not all(0 <= label < len(classes) for _, label in found):
-                    raise DataError(f"{about} has images without a label; use another set")
+                for number, (_, label) in zip(numbers, found, strict=True):
+                    if not 0 <= label < len(classes):
+                        raise DataError(f"the label of image {number} of {about} is {label}; use another set")
                 names = (f"image {number} of {about}" for number in numbers)
                 return [(Picture(n, encoded), label) for n, (encoded, label) in zip(names, found, strict=True)]
 

@@ -6,12 +6,15 @@ T patches of an image · D width
 
 import dataclasses
 import functools
+import hashlib
 import json
 import os
+import threading
 import zipfile
 from collections.abc import Callable
+from concurrent.futures import Future, wait
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -19,7 +22,7 @@ import safetensors
 
 from jvitmoe import config as config_lib
 from jvitmoe.config import Config, ModelConfig
-from jvitmoe.errors import UserError, one_line
+from jvitmoe.errors import ConfigError, UserError, one_line
 from jvitmoe.experts import merge
 from jvitmoe.interop import config_files, weight_names
 from jvitmoe.interop.weight_names import Dict
@@ -30,7 +33,11 @@ from jvitmoe.runtime import devices
 
 OURS = "jvitmoe"  # the format of our own exports, named in their config.json
 WEIGHTS, CONFIG, PROCESSOR = "model.safetensors", "config.json", "preprocessor_config.json"
+CHECKSUM = "sha256"  # in the metadata of the weights of our exports; who writes other weights leaves it out
+ANSWER_SECONDS, FETCH_SECONDS = 30.0, 3600.0  # longest wait for the hub to answer at all, and for a model
+MOST_PIXEL = 1e6  # of mean and deviation of another library's pixels, from 0 to 1
 MOST_INFLATION = 20  # of an .npz: weights hardly compress, so a larger factor is an attack on memory
+T = TypeVar("T")
 Pixels = tuple[tuple[float, ...], tuple[float, ...]]  # mean and standard deviation, each one number or one per channel
 
 
@@ -115,17 +122,43 @@ def fetch(name: str) -> Path:
     if repository.count("/") != 1 or not all(repository.split("/")):
         raise UserError(f"{name!r} is not a name on the hub; write hf://OWNER/NAME@REVISION or timm://NAME")
     try:
-        import huggingface_hub
+        import huggingface_hub as hub
     except ImportError as error:
         raise UserError(f"{name!r} needs huggingface_hub; install it with pip install 'jvitmoe[hf]'") from error
-    try:
+
+    def download(local: bool) -> Path:
         wanted = [WEIGHTS, CONFIG, PROCESSOR]
-        folder = Path(huggingface_hub.snapshot_download(repository, revision=revision or None, allow_patterns=wanted))
+        place: Any = {"revision": revision or None, "allow_patterns": wanted, "local_files_only": local}
+        return Path(hub.snapshot_download(repository, **place))
+
+    try:
+        _within(ANSWER_SECONDS, lambda: hub.HfApi().model_info(repository, revision=revision or "main"))
+        folder = _within(FETCH_SECONDS, lambda: download(False))
     except Exception as error:  # of the hub's client, its HTTP library and the disk
-        raise UserError(f"{name!r} cannot be fetched ({one_line(error)}); give a folder that you have") from error
+        try:
+            folder = download(True)  # as it was fetched before
+        except Exception:
+            raise UserError(f"{name!r} cannot be fetched ({one_line(error)}); give a folder that you have") from error
     if not (folder / WEIGHTS).is_file():
         raise UserError(f"{name!r} holds no {WEIGHTS}; only safetensors are read")
     return folder
+
+
+def _within(seconds: float, work: Callable[[], T]) -> T:
+    """Returns the result of `work`, or raises what it raises. Raises TimeoutError after `seconds`; its thread goes on,
+    and ends with the process."""
+    future: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(work())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    if not wait([future], seconds).done:
+        raise TimeoutError(f"it takes more than {seconds:g} s")
+    return future.result()
 
 
 def _read_run(path: Path, checkpoint: str, ema: bool) -> Source:
@@ -165,11 +198,14 @@ class _Stored:
 
 
 def _open(path: Path) -> dict[str, _Stored]:
-    """Returns the arrays of a .safetensors or .npz file. Raises UserError if it cannot be read, and for an .npz that
-    expands too much."""
+    """Returns the arrays of a .safetensors or .npz file. Raises UserError if it cannot be read, if its arrays are not
+    those of its checksum, and for an .npz that expands too much."""
     try:
         if path.suffix == ".safetensors":
             file = safetensors.safe_open(path, framework="numpy")
+            checksum = (file.metadata() or {}).get(CHECKSUM)
+            if checksum and checksum != sha256(path):
+                raise ValueError("its arrays do not match their checksum")
             headers = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
             return {
                 name: _Stored(tuple(header.get_shape()), header.get_dtype(), functools.partial(file.get_tensor, name))
@@ -182,6 +218,15 @@ def _open(path: Path) -> dict[str, _Stored]:
         return {entry.filename.removesuffix(".npy"): _npz_array(archive, entry) for entry in archive.infolist()}
     except Exception as error:  # of safetensors, zipfile, zlib and NumPy, and OSError
         raise UserError(f"cannot be read as {path.suffix} ({one_line(error)}); restore it from a copy") from error
+
+
+def sha256(path: Path) -> str:
+    """Returns the SHA-256 of the names, types, shapes and values in a .safetensors file."""
+    with path.open("rb") as file:
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        header.pop("__metadata__", None)
+        about = json.dumps(header, sort_keys=True).encode()
+        return hashlib.file_digest(file, lambda: hashlib.sha256(about)).hexdigest()
 
 
 def _npz_array(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> _Stored:
@@ -220,27 +265,37 @@ def _read_file(path: Path, heads: int) -> Source:
         notes.append(f"took 0.5 for mean or deviation of pixels: no {CONFIG} or {PROCESSOR} beside it has them")
     mean, std = _checked_pixels(values, model.channels)
     classes = values.classes if len(values.classes) == model.classes else ()
+    if values.classes and not classes:
+        notes.append(f"left out its {len(values.classes)} names of classes: it has {model.classes} classes")
     crop, differs = config_files.crop_of(about, processor, model.image_size)
     notes += [differs] if differs else []
     return Source(path, style, flat, model, classes, tuple(notes), crop=crop, mean=mean, std=std)
 
 
 def _json(path: Path) -> Any:
-    return json.loads(path.read_text()) if path.is_file() else {}
+    content = files.read_bytes(path, follow=True)  # the hub's cache holds links
+    return {} if content is None else json.loads(content)
 
 
 def _read_ours(path: Path, arrays: weight_names.Arrays, about: dict[str, Any]) -> Source:
-    model = config_lib.from_dict({"model": about["model"]}).model
-    Config(model=model).validate()
+    data: Any = {name: about[name] for name in ("crop", "mean", "std") if name in about}  # older versions wrote none
+    config = config_lib.from_dict({"model": about["model"], "data": data | {"stream": True}})
+    try:
+        model, data = config.validate().model, config.data
+    except ConfigError as error:
+        raise UserError(f"its {CONFIG} has values that no run has: {error}; restore it from a copy") from error
+    classes = about.get("classes", [])
+    if not (isinstance(classes, list) and all(isinstance(name, str) for name in classes)) or (
+        len(classes) not in (0, model.classes)
+    ):
+        raise UserError(f"its {CONFIG} has the classes {classes!r}; they must be {model.classes} names")
     shapes = _shapes(model)
     odd = sorted(arrays.keys() - shapes.keys())
     if odd:
         raise UserError(f"the array {odd[0]!r} has no place in the model of its {CONFIG}; restore both from a copy")
     loaded = weight_names.load(arrays, shapes)
     loaded["positions"] = _table(model, loaded)
-    mean, std = (tuple(about.get(name, (0.5,))) for name in ("mean", "std"))  # older versions wrote none
-    classes, crop = tuple(about.get("classes", ())), about.get("crop", "exact")
-    return Source(path, OURS, loaded, model, classes, crop=crop, mean=mean, std=std)
+    return Source(path, OURS, loaded, model, tuple(classes), crop=data.crop, mean=data.mean, std=data.std)
 
 
 def _shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -260,9 +315,10 @@ def _checked_pixels(values: weight_names.ConfigValues, channels: int) -> Pixels:
     except (ValueError, TypeError):
         mean_c = std_c = np.full(1, np.nan)
     fits = mean_c.shape in ((1,), (channels,)) and std_c.shape in ((1,), (channels,))
-    if not (fits and np.isfinite(mean_c).all() and np.isfinite(std_c).all() and np.all(std_c > 0)):
+    if not (fits and np.all(abs(mean_c) <= MOST_PIXEL) and np.all((std_c >= 1 / MOST_PIXEL) & (std_c <= MOST_PIXEL))):
         raise UserError(
             f"its pixels have mean {mean!r} and deviation {std!r}; they must be finite, one number or one for "
-            f"each of {channels} channels, and deviations above 0: correct its {CONFIG} or {PROCESSOR}"
+            f"each of {channels} channels, at most {MOST_PIXEL:g}, and deviations at least {1 / MOST_PIXEL:g}: correct "
+            f"its {CONFIG} or {PROCESSOR}"
         )
     return tuple(mean_c.tolist()), tuple(std_c.tolist())

@@ -90,7 +90,8 @@ class Checkpoints:
         """Returns the checkpoint "latest", "best" (least validation NLL) or of a step, without optimiser state.
 
         Latest and best are the sound ones, with a warning for each damaged one that is passed over. Chooses again where
-        a run that trains deletes checkpoints meanwhile. Raises CheckpointError.
+        a run that trains deletes checkpoints meanwhile. Raises CheckpointError, and UserError where the names of the
+        classes beside the folder are not those of the checkpoint.
         """
         steps, faults, found = self.steps(), dict[int, str](), None
         if not steps:
@@ -111,6 +112,8 @@ class Checkpoints:
         if found is None:
             raise CheckpointError("there is no best checkpoint without a validation split; set --checkpoint=latest")
         _warn(faults)
+        kept = {name: text for name, text in found.meta["files"].items() if name == files.CLASSES}
+        files.compare(self.directory.parent, found.step, kept)
         return found
 
     def restore(self, abstract: State) -> tuple[State, Meta] | None:
@@ -162,13 +165,19 @@ class Checkpoints:
 
     def _meta(self, step: int) -> Meta:
         """Returns the JSON of a checkpoint. Raises errors of any type where it is damaged."""
-        meta = json.loads((self.directory / str(step) / META).read_bytes())
+        files.bytes_below(self.directory / str(step))  # raises for what Orbax might wait for
+        meta = json.loads(files.read_bytes(self.directory / str(step) / META) or b"")
         if "fingerprint" not in meta:
             raise ValueError("it was written by another version of jvitmoe; train again")
         if meta.pop("checksum", None) != files.checksum(meta):
             raise ValueError("its meta does not match its checksum")
         if meta["step"] != step:
             raise ValueError(f"it is the checkpoint of step {meta['step']}")
+        config_lib.from_dict(meta["config"]).validate()
+        texts = [text for name in ("versions", "files", "fingerprint") for text in meta[name].values()]
+        if not all(isinstance(text, str) for text in texts):
+            raise ValueError("its versions, checksums and fingerprints are not all texts")
+        math.isfinite(meta["nll"] or 0)  # raises for what is no number
         return meta
 
     def _read_to_host(self, step: int, names: Sequence[str] = ()) -> Saved:
@@ -305,7 +314,7 @@ class CheckpointWriter(Checkpoints):
                 shutil.rmtree(path, ignore_errors=True)
             raise CheckpointError(
                 f"checkpoint {step} cannot be written to {self.directory}: {one_line(error)}; "
-                "older ones are as they were; make room or let the folder be written, and start again"
+                f"older ones are as they were; {files.remedy_of(error)}, and start again"
             ) from error
 
     def _delete(self) -> None:
@@ -364,10 +373,17 @@ def _read(folder: Path, abstract: Any = None) -> Any:
     alone = ocp.options.MultiprocessingOptions(jax.process_index(), {jax.process_index()})
     handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False, multiprocessing_options=alone)
     with ocp.Checkpointer(handler, multiprocessing_options=alone) as reader:
+        stored = reader.metadata(folder).item_metadata.tree
+        needed = sum(
+            max(map(math.prod, (leaf.shape, leaf.storage.chunk_shape))) * leaf.dtype.itemsize
+            for leaf in jax.tree.leaves(stored)
+        )
+        if needed > (there := files.bytes_below(folder)):  # TensorStore aborts without the memory
+            raise ValueError(f"its arrays claim {needed:,} bytes, and its files have {there:,}")
         if abstract is not None:
             how = ocp.checkpoint_utils.construct_restore_args(abstract)
         else:
-            how = jax.tree.map(lambda _: ocp.RestoreArgs(np.ndarray), reader.metadata(folder).item_metadata.tree)
+            how = jax.tree.map(lambda _: ocp.RestoreArgs(np.ndarray), stored)
         return reader.restore(folder, args=ocp.args.PyTreeRestore(abstract, how))
 
 

@@ -12,13 +12,24 @@ from rich.console import Console, ConsoleOptions
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 
+from jvitmoe.errors import escaped
+
 NARROWEST_BAR, WIDEST_BAR = 10, 40  # columns of a terminal
 LEFT = {  # columns of text; the others are right-aligned
     *("run", "model", "hardware", "image", "class", "most often taken for", "probe", "data"),
     "memory of a device",  # of the commands
     *("arm", "ingredient", "kind", "minus", "module", "pass", "verdict", "program", "shard"),  # of the scripts
 }
-console = Console(highlight=False, markup=False, soft_wrap=True)  # no markup: file and class names may hold brackets
+
+
+class _Console(Console):
+    """A console whose lines cannot control the terminal: they hold names of files, classes and runs."""
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        super().print(*(escaped(x, "\n") if isinstance(x, str) else x for x in objects), **options)
+
+
+console = _Console(highlight=False, markup=False, soft_wrap=True)  # no markup: names may hold brackets
 
 
 @contextlib.contextmanager
@@ -31,27 +42,27 @@ def warnings_as_lines(show: Callable[[str], object] | None = None) -> Iterator[N
         finally:
             for warning in caught:
                 if issubclass(warning.category, RuntimeWarning):
-                    (show or console.print)(f"warning: {warning.message}")
+                    (show or console.print)(escaped(f"warning: {warning.message}"))
 
 
 def show_table(rows: Sequence[Mapping[str, Any]], title: str) -> None:
     """Prints rows of text cells as a table; columns are the first row's keys."""
-    table = Table(title=title, title_justify="left")
+    table = Table(title=escaped(title), title_justify="left")
     for name in rows[0]:
         table.add_column(name, justify="left" if name in LEFT else "right", overflow="fold")
     for row in rows:
-        table.add_row(*(str(cell) for cell in row.values()))
+        table.add_row(*(escaped(str(cell)) for cell in row.values()))
     # In a file, do not fold cells at the usual 80 columns, unless COLUMNS sets a width.
     wide = Console(width=None if os.environ.get("COLUMNS") else 200, highlight=False, markup=False)
     (console if console.is_terminal else wide).print(table)
 
 
 def markdown_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Returns rows of text cells as a Markdown table."""
+    """Returns rows of text cells as a Markdown table; a line break in a cell is escaped."""
     names = list(rows[0])
     rules = [":--" if name in LEFT else "--:" for name in names]
     # A bar in a name of a class or a run would begin a new cell.
-    lines = [names, rules, *([str(cell).replace("|", "\\|") for cell in row.values()] for row in rows)]
+    lines = [names, rules, *([escaped(str(cell)).replace("|", "\\|") for cell in row.values()] for row in rows)]
     return "".join("| " + " | ".join(line) + " |\n" for line in lines)
 
 

@@ -1,14 +1,17 @@
 """Files of a run folder: each written whole or not at all; what is read is checked for its form."""
 
 import contextlib
+import errno
 import json
 import os
+import stat
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from jvitmoe.errors import UserError, one_line
+from jvitmoe.settings import LARGEST
 
 CONFIG, RESULT = "config.json", "result.json"
 METRICS = "metrics.jsonl"  # the history: a line per step and kind ("train", "validation" or "test")
@@ -21,6 +24,8 @@ CONFUSION = "confusion.png"
 SAMPLES = "samples.png"
 EXPERTS = "experts.png"
 UNFINISHED = ".part"  # suffix of a file that is being written
+# Bytes of a file that is read, and of a history: a longer one is damage, or an attack on memory.
+MOST_BYTES, MOST_HISTORY = 2**26, 2**30
 
 
 def checksum(value: Any) -> str:
@@ -31,6 +36,44 @@ def checksum(value: Any) -> str:
 def crc32(data: bytes | memoryview, start: str = "0") -> str:
     """Returns the CRC-32 of data in hexadecimal digits, `start` being that of the data before it."""
     return f"{zlib.crc32(data, int(start, 16)):08x}"
+
+
+def read_bytes(path: Path, most: int = MOST_BYTES, follow: bool = False) -> bytes | None:
+    """Returns the content of a regular file; None if there is none. Raises UserError where it cannot be read, for a
+    pipe or a device, whose end may never come, for more than `most` bytes, and, unless `follow`, for a link, whose
+    target may be a secret."""
+
+    def opener(name: str, flags: int) -> int:
+        return os.open(name, flags | os.O_NONBLOCK | (0 if follow else os.O_NOFOLLOW))
+
+    try:
+        with open(path, "rb", opener=opener) as file:
+            about = os.fstat(file.fileno())
+            if stat.S_ISREG(about.st_mode) and about.st_size <= most:
+                return file.read(most)
+            reason = f"its {about.st_size:,} bytes are more than {most:,}"
+            reason = reason if stat.S_ISREG(about.st_mode) else "it is no regular file"
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:  # ValueError: no name of a file
+        is_link = isinstance(error, OSError) and error.errno == errno.ELOOP
+        reason = "it is a link" if is_link else getattr(error, "strerror", None) or str(error)
+    raise UserError(f"{path} cannot be read: {reason}; make it readable, or restore it from a copy")
+
+
+def bytes_below(folder: Path) -> int:
+    """Returns the bytes of all files in a folder and the folders in it. Raises ValueError for anything else in it: who
+    reads a link, a pipe or a device may read a secret, or for ever."""
+    total = 0
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.is_dir(follow_symlinks=False):
+                total += bytes_below(Path(entry.path))
+            elif entry.is_file(follow_symlinks=False):
+                total += entry.stat(follow_symlinks=False).st_size
+            else:
+                raise ValueError(f"{entry.name} is no regular file")
+    return total
 
 
 def refuse_links(workdir: Path) -> None:
@@ -72,8 +115,14 @@ def writing(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        remedy = "make room or make it writable, and repeat the command"
+        remedy = f"{remedy_of(error)}, and repeat the command"
         raise UserError(f"{path} cannot be written: {error.strerror}; {remedy}") from error
+
+
+def remedy_of(error: Exception) -> str:
+    """Returns what a user can do about a write that failed."""
+    too_many = os.strerror(errno.EMFILE) in str(error)
+    return "allow more open files (ulimit -n)" if too_many else "make room or make it writable"
 
 
 def make_folder(path: Path) -> None:
@@ -106,13 +155,11 @@ def read_images(workdir: Path) -> dict[str, int] | None:
 def read_json(path: Path, fits: Callable[[Any], bool], what: str, remedy: str) -> Any:
     """Returns the value in a JSON file; None if there is none. Raises UserError where it cannot be read or is not
     `what` the reader expects."""
-    try:
-        if not fits(value := json.loads(path.read_bytes())):
-            raise ValueError("other values")
-    except FileNotFoundError:
+    if (content := read_bytes(path)) is None:
         return None
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}; make it readable") from error
+    try:
+        if not fits(value := json.loads(content)):
+            raise ValueError("other values")
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not {what}: {one_line(error)}; {remedy}") from error
     return value
@@ -122,18 +169,13 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     """Returns the lines of a metrics.jsonl, each step and kind once, without damaged lines; [] if there is no file.
     Raises UserError where it cannot be read. A line has a step, a kind, and figures that are finite or null."""
     lines: dict[tuple[int, str], dict[str, Any]] = {}
-    try:
-        texts = path.read_text(errors="replace").split("\n")
-    except FileNotFoundError:
-        return []
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}; make it readable") from error
-    for text in texts:
+    for text in (read_bytes(path, MOST_HISTORY) or b"").decode(errors="replace").split("\n"):
         try:
             line = json.loads(text)
             step, kind = line["step"], line["kind"]
             figures = [value for name, value in line.items() if name != "kind" and value is not None]
-            if type(step) is int and isinstance(kind, str) and all(abs(value) <= MOST_FIGURE for value in figures):
+            known = type(step) is int and 0 <= step <= LARGEST and isinstance(kind, str)
+            if known and all(abs(value) <= MOST_FIGURE for value in figures):
                 lines.setdefault((step, kind), line)
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
             continue
@@ -146,9 +188,18 @@ def metrics_up_to(workdir: Path, step: int) -> str:
     return "".join(json.dumps(line) + "\n" for line in lines)
 
 
-def checksums(workdir: Path, step: int) -> dict[str, str]:
-    """Returns name -> CRC-32 of metrics.jsonl up to a step, and of the files that do not change during a run."""
-    texts = {name: (workdir / name).read_bytes() for name in (CLASSES, IMAGES) if (workdir / name).is_file()}
-    if (workdir / METRICS).exists():
+def checksums(workdir: Path, step: int, names: Collection[str] = (CLASSES, IMAGES, METRICS)) -> dict[str, str]:
+    """Returns name -> CRC-32 of those of the files that are there: metrics.jsonl up to a step, and those that do not
+    change during a run."""
+    texts = {name: read_bytes(workdir / name) for name in (CLASSES, IMAGES) if name in names}
+    if METRICS in names and os.path.lexists(workdir / METRICS):
         texts[METRICS] = metrics_up_to(workdir, step).encode()
-    return {name: crc32(text) for name, text in texts.items()}
+    return {name: crc32(text) for name, text in texts.items() if text is not None}
+
+
+def compare(workdir: Path, step: int, expected: Mapping[str, str]) -> None:
+    """Raises UserError where a file that is there is not as it was at a step, when its checksum was the `expected`."""
+    for name, found in checksums(workdir, step, expected).items():
+        if found != expected[name]:
+            rule = f"does not match its checksum of step {step}"
+            raise UserError(f"{workdir / name} {rule}; restore it from a copy, or delete it")

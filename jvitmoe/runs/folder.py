@@ -35,8 +35,8 @@ def check_folder(workdir: Path, config: Config) -> None:
             if any(path.name not in of_killed_start for path in workdir.iterdir()):
                 raise ConfigError(f"workdir {str(workdir)!r} holds other files than a run; set --workdir to a new one")
             return
-        text = saved.read_text()
-    except (OSError, ValueError) as error:  # ValueError: the file or the name is not UTF-8
+        text = files.read_bytes(saved) or b""
+    except (OSError, ValueError) as error:  # ValueError: the name is not UTF-8
         raise ConfigError(f"workdir {str(workdir)!r} cannot be read: {error}; set --workdir to another") from error
     changed = datasets.differences(config_lib.loads(text, str(saved)), config)
     if changed:
@@ -112,7 +112,8 @@ class Lock:
         try:
             self._file: IO[str] = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644), "r+")
         except OSError as error:
-            raise UserError(f"{path} cannot be opened: {error.strerror}; let the run folder be written") from error
+            reason = error.strerror or str(error)  # of a pipe: it cannot be sought in
+            raise UserError(f"{path} cannot be opened: {reason}; let the run folder be written") from error
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -179,16 +180,11 @@ def _check_file(workdir: Path, name: str, meta: dict[str, Any]) -> None:
     if not (workdir / name).exists():
         raise UserError("it is missing; restore it from a copy")
     CHECKS[name](workdir, meta)
-    expected = meta.get("files", {}).get(name)
-    if expected and files.checksums(workdir, meta["step"])[name] != expected:
-        raise UserError(f"it does not match its checksum in checkpoint {meta['step']}; restore it from a copy")
+    files.compare(workdir, meta["step"], {n: text for n, text in meta.get("files", {}).items() if n == name})
 
 
 def _check_config(workdir: Path, meta: dict[str, Any]) -> None:
-    try:
-        config = config_lib.loads((workdir / files.CONFIG).read_text(), files.CONFIG).validate()
-    except ValueError as error:  # not UTF-8
-        raise UserError(f"it is not the config of a run: {error}") from error
+    config = config_lib.loads(files.read_bytes(workdir / files.CONFIG) or b"", files.CONFIG).validate()
     saved = config_lib.from_dict(meta["config"]) if "config" in meta else config
     if changed := datasets.differences(saved, config):
         raise UserError(f"{', '.join(changed)} differ from checkpoint {meta['step']}; restore it from a copy")
@@ -196,7 +192,8 @@ def _check_config(workdir: Path, meta: dict[str, Any]) -> None:
 
 def _check_metrics(workdir: Path, meta: dict[str, Any]) -> None:
     try:
-        lines = [json.loads(text) for text in (workdir / files.METRICS).read_text().splitlines()]
+        content = files.read_bytes(workdir / files.METRICS, files.MOST_HISTORY) or b""
+        lines = [json.loads(text) for text in content.splitlines()]
         steps, keys = [line["step"] for line in lines], {(line["step"], line["kind"]) for line in lines}
         if len(keys) < len(lines):
             raise UserError("it has two lines for one step; resuming the training repairs it")

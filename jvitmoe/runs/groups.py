@@ -1,5 +1,6 @@
 """Tested runs in groups that differ only in their seed: which may be averaged, and their figures as text."""
 
+import contextlib
 import itertools
 import math
 import os
@@ -35,19 +36,42 @@ def read_run(folder: Path) -> TestedRun:
     result = results.read_result(folder)
     if not result:
         raise UserError(f"{str(folder)!r} holds no {files.RESULT}; give a folder whose training has ended")
-    return TestedRun(folder, read_config(folder), result)
+    config = read_config(folder)
+    with naming_result(folder):
+        if (config.train.seed, config.data.name) != (result["seed"], result["data"]):
+            path, tested = folder / files.CONFIG, f"seed {result['seed']} on {result['data']}"
+            fault = f"{path} is of seed {config.train.seed} on {config.data.name}, but what was tested is {tested}"
+            raise UserError(f"{fault}; restore it from a copy")
+        files.compare(folder, result["step"], result.get("files", {}))
+        run = TestedRun(folder, config, result)
+        shown = results.result_rows(result), group_rows("", [run]), overview_row("", [run]), opening({"": [run]})
+        if not all(shown):  # what cannot be shown is no result
+            raise ValueError("no model was tested")
+    return run
+
+
+@contextlib.contextmanager
+def naming_result(folder: Path) -> Iterator[None]:
+    """Raises UserError for any error inside, which a result.json of other values may cause."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        fault = f"{folder / files.RESULT} has values that no test gives ({one_line(error)})"
+        raise UserError(f"{fault}; delete it and run jvitmoe.evaluate") from error
 
 
 def read_config(folder: Path) -> Config:
     """Returns the settings in a run folder, also of a run that has not ended. Raises UserError where it has none."""
     path = folder / files.CONFIG
+    if (text := files.read_bytes(path)) is None:
+        raise UserError(f"{str(folder)!r} holds no {files.CONFIG}; give a folder that training wrote")
+    config = config_lib.loads(text, str(path))
     try:
-        text = path.read_text()
-    except FileNotFoundError as error:
-        raise UserError(f"{str(folder)!r} holds no {files.CONFIG}; give a folder that training wrote") from error
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read: {one_line(error)}; restore it from a copy") from error
-    return config_lib.loads(text, str(path))
+        return config.validate()
+    except UserError as error:
+        raise UserError(f"{path}: {error}; restore it from a copy") from error
 
 
 def group_runs(runs: Sequence[TestedRun], named: Groups | None = None) -> Groups:

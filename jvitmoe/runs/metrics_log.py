@@ -144,6 +144,8 @@ class MetricsLog:
         """Hands accuracy and NLL of each tested model to the trackers, as "final/merged/accuracy"; shows the end."""
         figures = {f"final/{row['model']}/{name}": row[name] for row in rows for name in ("accuracy", "nll")}
         self._feed(step, {name: value for name, value in figures.items() if math.isfinite(value)})
+        if self._live:  # tables follow
+            self._live.stop()
         if self._cell:
             self._line.texts = ["tested"]
             self._cell.update(self._line)

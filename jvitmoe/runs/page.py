@@ -6,9 +6,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from jvitmoe.errors import UserError
 from jvitmoe.runs.console import LEFT, markdown_table
+from jvitmoe.runs.files import read_bytes
 
-MOST_BYTES = 20e6  # of a picture that is put into a page
+MOST_BYTES = 20_000_000  # of a picture that is put into a page
 OPENING = """<!doctype html>
 <html lang="en">
 <head>
@@ -85,9 +87,10 @@ def _cell(tag: str, column: str, text: str) -> str:
 
 
 def own_picture(path: Path) -> Picture | None:
-    """Returns a picture of a run folder; None if there is none. A link is left alone: its target may be a secret, and
-    pages are shared."""
-    if path.is_symlink() or not path.is_file() or path.stat().st_size > MOST_BYTES:
+    """Returns a picture of a run folder; None if there is none, or what is there is no regular file: the target of a
+    link may be a secret, and pages are shared."""
+    try:
+        data = read_bytes(path, MOST_BYTES) or b""
+    except UserError:
         return None
-    data = path.read_bytes()
     return Picture(path.stem, data) if data.startswith(b"\x89PNG") else None

@@ -21,12 +21,13 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from jvitmoe.errors import UserError, one_line
 from jvitmoe.runs.console import console
-from jvitmoe.runs.files import write_text
+from jvitmoe.runs.files import read_bytes, write_bytes
 
 DEFAULT = ("tensorboard",)
 PROJECT = "jvitmoe"  # wandb's and trackio's project, MLflow's experiment
 CLOSE_SECONDS = 30.0  # how long the end of a run waits for what its trackers still have to send
 STOP_SECONDS = 3.0  # the same where a run stops early: a signal promises an end within 10 s
+THREAD = "tracker "  # in the names of their threads
 LONGEST_PARAM = 500  # characters of a setting, for MLflow's servers
 
 
@@ -181,7 +182,7 @@ class Feed:
     def __init__(self, name: str, run: TrackedRun) -> None:
         self.name, self._run = name, run
         self._records: queue.SimpleQueue[tuple[int, float, Mapping[str, float]] | bool] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._work, name=f"tracker {name}", daemon=True)
+        self._thread = threading.Thread(target=self._work, name=f"{THREAD}{name}", daemon=True)
         self._thread.start()
 
     def record(self, step: int, figures: Mapping[str, float]) -> None:
@@ -220,13 +221,19 @@ def close_all(feeds: Sequence[Feed], finished: bool) -> None:
             console.print(f"warning: tracker {feed.name} did not end in {limit:g} s; its record may be short")
 
 
+def are_hanging() -> bool:
+    """True if a tracker is still at work. After a run, its package may wait for it at the end of the process."""
+    return any(thread.name.startswith(THREAD) for thread in threading.enumerate())
+
+
 def _id(run: TrackedRun, name: str, create: Callable[[], str]) -> str:
     """Returns the tracker's id of this run: the one kept in the run folder, or else a new one, which is kept."""
     path = run.workdir / "trackers" / f"{name}.id"
     path.parent.mkdir(exist_ok=True)
-    if not path.exists():
-        write_text(path, create())
-    return path.read_text().strip()
+    if (kept := read_bytes(path)) is None:
+        kept = create().encode()
+        write_bytes(path, kept)
+    return kept.decode().strip()
 
 
 def _new_id() -> str:

@@ -1,6 +1,8 @@
 """XLA options and the compilation cache."""
 
+import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +44,18 @@ def _stop_writing() -> None:
     """Stops writes to the compilation cache: jaxlib 0.12 crashes (SIGSEGV) on serializing a program that calls
     oneDNN."""
     jax.config.update("jax_persistent_cache_min_compile_time_secs", float("inf"))
+
+
+@contextlib.contextmanager
+def cache_as_before() -> Iterator[None]:
+    """Its body may use the cache; at its end other programs of the process find JAX's settings as they were."""
+    names = "jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs"
+    before = {name: jax.config.values[name] for name in names}
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
 
 
 def use_cache(alone: bool = True) -> None:

@@ -18,7 +18,8 @@ def use_huge_pages() -> None:
     if TUNABLES in os.environ or not _on_request():
         return
     os.environ[TUNABLES] = "glibc.malloc.hugetlb=1"
-    sys.stdout.flush()
+    if sys.stdout:  # not closed, as by >&-
+        sys.stdout.flush()
     os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 

@@ -174,6 +174,14 @@ def guard(main: Callable[[], Any]) -> None:
         leave(f"{text} ({_name(jax.process_index())} ends, and so do all; {remedy})\n", 2 if expected else 1)
 
 
+def leave_last(code: int) -> NoReturn:
+    """Ends this process at once after its run, so that nothing waits at exit, without being lost to the others."""
+    sys.stdout.flush()
+    if not is_single():
+        jax.distributed.shutdown()
+    leave("", code)
+
+
 def leave(text: str, code: int) -> NoReturn:
     """Ends this process at once with a text on standard error, even while other threads wait."""
     with contextlib.suppress(Exception):  # a terminal or disk that cannot be written must not keep the process

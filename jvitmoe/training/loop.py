@@ -98,11 +98,12 @@ def train(
         log.testing()
         rows = evaluation.test(state)
         log.tested(total, rows)
-    if processes.is_first():
-        result = models.facts(config, total, mesh) | {"rows": rows, "images_per_second": rate}
-        if not rate:  # this command timed no step; earlier ones did
-            result |= results.of_training(workdir, meta.get("versions"))
-        results.write_result(workdir, result)
+        if processes.is_first():  # here, because the log waits for trackers at its end
+            result = models.facts(config, total, mesh) | {"rows": rows, "images_per_second": rate}
+            result["files"] = log.sync() if start < total else meta["files"]
+            if not rate:  # this command timed no step; earlier ones did
+                result |= results.of_training(workdir, meta.get("versions"))
+            results.write_result(workdir, result)
 
 
 def _exit(done: int, number: int) -> NoReturn:

@@ -139,11 +139,15 @@ def colours() -> Image.Image:
     return Image.fromarray(np.dstack([GREY, GREY.T, 255 - GREY]))
 
 
+DIGITS_OF_16_BITS = " ".join(str(257 * int(x)) for x in GREY.flat)
+
 FILES = {  # (file, what every one of its channels shows)
     "grey": (as_file(Image.fromarray(GREY)), GREY),
     "16 bits": (as_file(Image.fromarray(GREY.astype(np.uint16) * 257)), GREY),
     "16 dark bits": (as_file(Image.fromarray(GREY.astype(np.uint16))), GREY * 0),
     "16 bits, big-endian": (as_file(Image.fromarray(GREY.astype(np.uint16) * 257), "TIFF", big_endian=True), GREY),
+    "16 bits, PGM": (as_file(Image.fromarray(GREY.astype(np.int32) * 257), "PPM"), GREY),
+    "16 bits, PGM of text": (Picture("", f"P2 8 8 65535 {DIGITS_OF_16_BITS}".encode()), GREY),
     "palette": (as_file(Image.fromarray(GREY).convert("P")), GREY),
     "two colours": (as_file(Image.fromarray(HALF).convert("1")), HALF),
     "grey and alpha": (as_file(Image.merge("LA", [Image.fromarray(GREY), Image.fromarray(HALF)])), ON_WHITE),

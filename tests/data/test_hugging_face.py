@@ -144,3 +144,7 @@ def test_images_without_a_label_or_without_pixels_are_refused_where_they_are_use
     write("train", [{"bytes": b"", "path": None}, pictures[0]], [0, 1])
     with pytest.raises(DataError, match=r"image 0 of the train split of .* is absent"):
         load(root)
+    for label, shown in ((None, "None"), (-1, "-1")):
+        write("train", pictures, [0, label])
+        with pytest.raises(DataError, match=rf"must hold labels, but that of row 1 of train is {shown}; use another"):
+            load(root)
