@@ -48,6 +48,13 @@ def test_runs_that_differ_in_the_seed_become_one_row_of_mean_and_deviation(make_
     assert "nan" in groups.group_rows(name, group)[0]["nll"]
 
 
+def test_seeds_of_other_pictures_of_equal_number_and_classes_are_no_seeds_of_one_run(make_run):
+    runs = [make_run(f"cats_s{seed}", train__seed=seed) for seed in (0, 1, 2)]
+    for run, pictures in zip(runs, ("a1", "b2", "a1"), strict=True):
+        (run / "images.json").write_text(json.dumps({"train": 24, "hash of train images and labels": pictures}))
+    assert [[run.config.train.seed for run in group] for group in read(*runs).values()] == [[0, 2], [1]]
+
+
 def test_the_dense_run_of_the_same_config_stands_first(make_run):
     other = make_run("other", routing__experts=4, optim__learning_rate=0.5)
     many = make_run("many", routing__experts=8, routing__pull=0.1)

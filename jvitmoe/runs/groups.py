@@ -193,8 +193,8 @@ def _key(run: TestedRun, ignored: tuple[str, ...]) -> str:
     return repr((kept, _images(run)))
 
 
-def _images(run: TestedRun) -> tuple[tuple[str, ...], dict[str, int] | None]:
-    """Returns names of the classes and numbers of images, by which sets of one `data.name` are told apart."""
+def _images(run: TestedRun) -> tuple[tuple[str, ...], dict[str, int | str] | None]:
+    """Returns names of the classes, numbers of images and hashes, by which sets of one `data.name` are told apart."""
     return files.read_classes(run.folder), files.read_images(run.folder)
 
 

@@ -60,7 +60,8 @@ def train(
         steps = processes.together(lambda: list_steps(workdir / files.CHECKPOINTS))
         if processes.broadcast_from_first(not steps):  # a checkpoint includes the source
             dense, init_notes = processes.together(lambda: pretrained.start(config))
-    cleanup.enter_context(processes.together(lambda: open_run_folder(workdir, config, data.classes, data.counts)))
+    images = data.counts | data.hashes
+    cleanup.enter_context(processes.together(lambda: open_run_folder(workdir, config, data.classes, images)))
     processes.together(lambda: check_shared(workdir))
     setup.print_setup(plan, workdir, data, init_notes)
 

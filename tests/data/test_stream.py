@@ -16,16 +16,20 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 from PIL import Image
 
-from jvitmoe import evaluate, train
+from jvitmoe import evaluate, routing, train
+from jvitmoe.config import Config, DataConfig, ModelConfig, TrainConfig
 from jvitmoe.data import datasets, stream
 from jvitmoe.data import images as images_lib
 from jvitmoe.data.batches import TrainOrder, eval_batches
 from jvitmoe.data.images import DataError
 from jvitmoe.data.splits import Records, decode, in_memory
+from jvitmoe.errors import ConfigError
 from jvitmoe.evaluation import models
 from jvitmoe.evaluation.models import make_evaluate
+from jvitmoe.runs.folder import open_run_folder
 from jvitmoe.runtime.addresses import Purpose, address
 from jvitmoe.runtime.devices import make_mesh
+from jvitmoe.training import setup
 from jvitmoe.training.state import StepPlan
 from jvitmoe.training.step import streamed_rows
 from processes import call
@@ -155,9 +159,9 @@ def test_a_streamed_split_is_evaluated_exactly_with_padding_masked(tiny_config, 
 # pictures of many sizes
 
 
-def write_pictures(root: Path, per_class: int = 12) -> None:
+def write_pictures(root: Path, per_class: int = 12, seed: int = 0) -> None:
     """Writes JPEG files of all sizes and two classes, bright and dark."""
-    random = np.random.default_rng(0)
+    random = np.random.default_rng(seed)
     for part, count in (("train", per_class), ("val", 5)):
         for label, name in enumerate(("bright", "dark")):
             (root / part / name).mkdir(parents=True)
@@ -216,7 +220,31 @@ def test_a_streamed_folder_goes_on_on_4_devices_and_not_with_a_picture_more(tmp_
     shutil.copy(dark / "00.jpg", dark / "99.jpg")
     code, _, err = call(train.main, *arguments)
     assert (code, err.count("\n")) == (2, 1)
-    assert "holds a run on other data: 24 train images, 25 now; set --config.data.dir to what it was" in err
+    assert "holds a run on other data: 24 train images, 25 now, another hash of train images" in err.replace(";", ",")
+    assert "set --config.data.dir to what it was" in err
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_run_goes_on_with_its_pictures_moved_or_streamed_and_not_with_as_many_others(tmp_path, stream):
+    write_pictures(tmp_path / "set")
+    write_pictures(tmp_path / "others", seed=1)
+    shutil.copytree(tmp_path / "set", tmp_path / "moved")
+    config, workdir = Config(), tmp_path / "run"
+    config.data = DataConfig(name="folder", crop="centre", stream=stream)
+    config.model, config.train = ModelConfig(channels=3, classes=2), TrainConfig(batch_size=8, devices=1)
+    routed, mesh = routing.find(config), make_mesh(config.train)
+
+    def start(folder):
+        config.data.dir = str(tmp_path / folder)
+        data = setup.load_data(config, routed, mesh)
+        with open_run_folder(workdir, config, data.classes, data.counts | data.hashes):
+            (workdir / "checkpoints" / "1").mkdir(parents=True, exist_ok=True)
+
+    start("set")
+    config.data.stream = not stream
+    start("moved")
+    with pytest.raises(ConfigError, match=r"on other data: another hash of train images and labels; another hash of t"):
+        start("others")
 
 
 def test_a_picture_that_cannot_be_read_for_a_while_costs_no_step(tmp_path, monkeypatch):
@@ -231,7 +259,7 @@ def test_a_picture_that_cannot_be_read_for_a_while_costs_no_step(tmp_path, monke
     files = sorted((tmp_path / "set" / "train").glob("*/*"))
     last = files[order.on_host(0)[2, 0]]  # seen at step 3
     content = last.read_bytes()
-    last.write_bytes(content[:100])
+    last.write_bytes(content[:100] + bytes(len(content) - 100))  # of the same size, so that the data are the same
     code, _, err = call(train.main, *arguments, f"--workdir={tmp_path / 'run'}")
     assert (code, err.count("\n")) == (2, 1)
     assert f"{last} cannot be read" in err
