@@ -101,13 +101,18 @@ def test_the_command_names_groups_leaves_out_other_folders_and_says_why(make_run
     a, b, dense = make_run("x", train__seed=1), make_run("y", train__seed=2), make_run("z=1", optim__eps=1.0)
     out, gone, damaged = tmp_path / "report", tmp_path / "gone", make_run("damaged")
     (damaged / "result.json").write_text("{}")
+    interrupted, picture = make_run("interrupted"), tmp_path / "a.png"
+    (interrupted / "result.json").unlink()
+    picture.write_bytes(b"")
     for _ in range(2):  # the second time the folder of the report is there, as in runs/*
-        others = [str(path) for path in (dense, out, gone, damaged, a / "metrics.jsonl")]
+        others = [str(path) for path in (dense, out, gone, damaged, picture, interrupted)]
         report.main(["report", f"mine={a},{b}", *others, f"--out={out}"])
         printed = capsys.readouterr().out.replace("\n", "")
-        assert f"left out    '{gone}' is no folder" in printed
+        assert f"left out    '{gone}' is no such folder" in printed
+        assert f"left out    '{picture}' is a file; give a folder" in printed
+        assert f"left out    '{interrupted}' was not trained to its end; repeat its command" in printed
         assert f"left out    {damaged}/result.json is not a result" in printed
-        assert printed.count("left out") == 3
+        assert printed.count("left out") == 4
     text = (out / "report.md").read_text()
     assert text.count("| mine |") == text.count("| z=1 |") == 1 + len(MODELS)
     assert "| mine | 2 | - | 50.00% ± 0.00% | - | - | 50.00% ± 0.00% | 50.00% | - | - |" in text
@@ -122,7 +127,7 @@ def test_the_command_names_groups_leaves_out_other_folders_and_says_why(make_run
         ([f"mine={a},{a}"], "both of seed 1"),
         ([str(tmp_path)], r"holds no result\.json"),
         ([], "no run folder was given"),
-        (["group=" + ",".join(["a" * 90] * 4)], "is no folder"),
+        (["group=" + ",".join(["a" * 90] * 4)], "is no such folder"),
     ):
         with pytest.raises(UserError, match=message):
             report.main(["report", *arguments, f"--out={out}"])

@@ -30,11 +30,14 @@ Groups = dict[str, list[TestedRun]]
 
 def read_run(folder: Path) -> TestedRun:
     """Returns a run that was tested. Raises UserError where the folder holds none."""
-    if not os.path.exists(folder):  # unlike Path.exists, it raises for no name
-        raise UserError(f"{str(folder)!r} is no folder; give a folder whose training has ended")
+    remedy = "give a folder whose training has ended"
+    if not os.path.isdir(folder):  # unlike Path.is_dir, it raises for no name
+        raise UserError(f"{str(folder)!r} is {'a file' if os.path.exists(folder) else 'no such folder'}; {remedy}")
     result = results.read_result(folder)
+    if not result and (folder / files.CONFIG).exists():
+        raise UserError(f"{str(folder)!r} was not trained to its end; repeat its command to go on")
     if not result:
-        raise UserError(f"{str(folder)!r} holds no {files.RESULT}; give a folder whose training has ended")
+        raise UserError(f"{str(folder)!r} holds no {files.RESULT}; {remedy}")
     return TestedRun(folder, read_config(folder), result)
 
 
