@@ -39,6 +39,8 @@ def main(argv: list[str]) -> None:
     overview = [groups.overview_row(name, group) for name, group in found.items()]
     pictures = _pictures(found)
     parts: list[page.Part] = [page.Heading(1, "Runs"), groups.opening(found), overview, OVERVIEW]
+    if differences := groups.differences(found):
+        parts += ["\n".join(f"- {line}" for line in differences), groups.DECIDED]
     parts += [*pictures, page.Heading(2, "Every model"), rows, NOTE]
     files.make_folder(out)
     for picture in pictures:
@@ -48,13 +50,16 @@ def main(argv: list[str]) -> None:
     files.write_text(out / "runs.json", json.dumps(records, indent=1) + "\n")
     if values.html:
         files.write_text(out / "report.html", page.as_html([*parts, *_details(found)]))
-    short = [{name: cell for name, cell in row.items() if name != "hardware"} for row in rows]
-    show_table(short if len(found) <= MANY else overview, "test split")
+    table = rows if len(found) <= MANY else overview
+    columns = [name for name in table[0] if name != "hardware" and any(row[name] != "-" for row in table)]
+    show_table([{name: row[name] for name in columns} for row in table], "test split", str(out / "report.md"))
     for hardware in dict.fromkeys(row["hardware"] for row in rows):
         console.print(f"hardware    {hardware}")
     console.print(f"pictures    {', '.join(str(out / f'{picture.name}.png') for picture in pictures)}")
     if values.html:
         console.print(f"page        {out / 'report.html'}")
+    for line in differences[:MANY]:
+        console.print(line)
 
 
 def _read_groups(arguments: Sequence[str]) -> Groups:

@@ -55,6 +55,55 @@ def test_seeds_of_other_pictures_of_equal_number_and_classes_are_no_seeds_of_one
     assert [[run.config.train.seed for run in group] for group in read(*runs).values()] == [[0, 2], [1]]
 
 
+def test_a_difference_is_said_in_images_and_decided_only_beyond_its_error_and_by_six_images(make_run):
+    def line(dense, merged, images=360):
+        made = {}
+        for kind, rights, experts in (("dense", dense, 1), ("random", merged, 4)):
+            made[kind] = []
+            for seed, right in enumerate(rights):
+                folder = make_run(f"{kind} {dense} {merged} s{seed}", models=(kind,), routing__experts=experts)
+                run = groups.read_run(folder)
+                run.config.train.seed = seed
+                run.result["rows"][0] |= {"accuracy": right / images, "images": images}
+                made[kind].append(run)
+        (found,) = groups.differences({"b": made["random"], "a": made["dense"]})
+        return found
+
+    one = "b, random - a, dense: +1 of 360 images, +0.28 points, undecided (95 % interval -1.81 to +2.36, one seed)"
+    assert line([352], [353]) == one
+    assert line([180], [340]).startswith("b, random - a, dense: +160 of 360 images, +44.44 points, decided (")
+    assert "+1.0 of 360 images, +0.28 points, undecided" in line([350, 351, 352], [351, 352, 353])  # no deviation
+    assert "+9.0 of 360 images, +2.50 points, decided (95 % interval +1.81 to" in line([340, 341, 342], [350, 350, 350])
+    assert "-9.0 of 360 images, -2.50 points, undecided" in line([350, 350, 350], [330, 345, 348])
+    assert not groups.differences({"a": [groups.read_run(make_run("alone"))]})
+
+
+def test_equal_experts_and_what_is_made_of_them_are_one_row(make_run):
+    models = ("merged", "expert 0", "expert 1", "2 random paths", "ensemble")
+    run = groups.read_run(make_run("equal", models=models))
+    (run.result["rows"][3])["accuracy_std"] = 0.0
+    assert [row["model"] for row in groups.group_rows("equal", [run])] == ["merged", "2 experts, equal"]
+    assert [row["model"] for row in results.result_rows(run.result)] == ["merged", "2 experts, equal"]
+    run.result["rows"][2]["nll"] += 0.001
+    assert [row["model"] for row in groups.group_rows("other", [run])] == list(models)
+
+
+@pytest.mark.parametrize(("columns", "shown"), [(54, ["nll"]), (80, ["nll", "ece"]), (200, ["nll", "ece", "total"])])
+def test_a_narrow_terminal_shows_whole_cells_and_says_where_the_other_columns_are(
+    make_run, tmp_path, capsys, monkeypatch, columns, shown
+):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    runs = [str(make_run(name, models=("merged", "ensemble"), rate=9.0)) for name in ("digits_dense", "digits_random")]
+    report.main(["report", *runs, f"--out={tmp_path / 'out'}"])
+    printed = capsys.readouterr().out
+    table = [line for line in printed.splitlines() if line[:1] in "┏┃┡│└"]
+    assert len(table) == 4 + 4  # no cell is folded
+    assert max(map(len, table)) <= columns
+    assert [name for name in ("nll", "ece", "total") if f" {name} " in table[1]] == shown
+    assert ("more: " in printed) == (columns < 200)
+    assert "| images/s |" in (tmp_path / "out" / "report.md").read_text()
+
+
 def test_the_dense_run_of_the_same_config_stands_first(make_run):
     other = make_run("other", routing__experts=4, optim__learning_rate=0.5)
     many = make_run("many", routing__experts=8, routing__pull=0.1)

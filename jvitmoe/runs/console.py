@@ -8,11 +8,13 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+from rich.cells import cell_len
 from rich.console import Console, ConsoleOptions
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 
 NARROWEST_BAR, WIDEST_BAR = 10, 40  # columns of a terminal
+KEPT = 4  # columns of a table that are shown in any terminal
 LEFT = {  # columns of text; the others are right-aligned
     *("run", "model", "hardware", "image", "class", "most often taken for", "probe", "data"),
     "memory of a device",  # of the commands
@@ -34,16 +36,26 @@ def warnings_as_lines(show: Callable[[str], object] | None = None) -> Iterator[N
                     (show or console.print)(f"warning: {warning.message}")
 
 
-def show_table(rows: Sequence[Mapping[str, Any]], title: str) -> None:
-    """Prints rows of text cells as a table; columns are the first row's keys."""
-    table = Table(title=title, title_justify="left")
-    for name in rows[0]:
-        table.add_column(name, justify="left" if name in LEFT else "right", overflow="fold")
-    for row in rows:
-        table.add_row(*(str(cell) for cell in row.values()))
+def show_table(rows: Sequence[Mapping[str, Any]], title: str, file: str = "") -> None:
+    """Prints rows of text cells as a table; columns are the first row's keys. Where `file` has all of them, those that
+    do not fit are left out from the right, but not the first KEPT, and the title says so."""
     # In a file, do not fold cells at the usual 80 columns, unless COLUMNS sets a width.
     wide = Console(width=None if os.environ.get("COLUMNS") else 200, highlight=False, markup=False)
-    (console if console.is_terminal else wide).print(table)
+    shown, names = console if console.is_terminal else wide, list(rows[0])
+    while file and len(names) > KEPT:
+        if 1 + sum(3 + max(cell_len(str(text)) for text in (name, *(r[name] for r in rows))) for name in names) <= (
+            shown.width
+        ):
+            break
+        names.pop()
+    if left_out := len(rows[0]) - len(names):
+        title = f"{title} ({left_out} more: {file})"
+    table = Table(title=title, title_justify="left")
+    for name in names:
+        table.add_column(name, justify="left" if name in LEFT else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*(str(row[name]) for name in names))
+    shown.print(table)
 
 
 def markdown_table(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -26,6 +26,12 @@ class TestedRun(NamedTuple):
 
 
 Groups = dict[str, list[TestedRun]]
+LEAST_IMAGES = 6  # that decide: by a sign test, five of five would come by chance in 1 of 16 cases
+DECIDED = (
+    "Differences are of the same seeds, first the group, then the first dense group of the same data. Interval: "
+    "Student's t over seeds; of one seed, by the number of images, as if both were tested on others. Decided: the "
+    f"interval leaves out 0, and the difference is at least {LEAST_IMAGES} images."
+)
 
 
 def read_run(folder: Path) -> TestedRun:
@@ -133,16 +139,50 @@ def group_rows(name: str, group: Sequence[TestedRun]) -> list[dict[str, str]]:
             {
                 "run": name,
                 "model": numbers["model"],
-                "seeds": str(len(group)),
                 **{**dict.fromkeys(results.METRIC_FORMATS, "-"), **results.metric_cells(numbers)},
+                "seeds": str(len(group)),
+                "images/s": f"{statistics.fmean(rates):,.0f}" if rates else "-",
+                "FLOPs/image": quantity(numbers["flops_per_image"]) if "flops_per_image" in numbers else "-",
                 "parameters": f"{numbers.get('parameters', result['active_parameters']):,}",
                 "total": f"{result['total_parameters']:,}",
-                "FLOPs/image": quantity(numbers["flops_per_image"]) if "flops_per_image" in numbers else "-",
-                "images/s": f"{statistics.fmean(rates):,.0f}" if rates else "-",
                 "hardware": hardware,
             }
         )
-    return rows
+    return results.equal_experts_as_one(rows)
+
+
+def differences(groups: Groups) -> list[str]:
+    """Returns a line for each group: how its first model differs from that of the first group of its data, a dense one
+    if there is any, in images and points, and whether that is decided (`DECIDED`)."""
+    lines = []
+    for name, group in groups.items():
+        of_data = [(n, g) for n, g in groups.items() if _data(g[0]) == _data(group[0])]
+        other, reference = next((item for item in of_data if item[1][0].config.routing.experts == 1), of_data[0])
+        first, second = ({run.config.train.seed: run.result["rows"][0] for run in runs} for runs in (group, reference))
+        paired = [(first[seed]["accuracy"], second[seed]["accuracy"]) for seed in first if seed in second]
+        if name == other or not paired:
+            continue
+        row, against = next(iter(first.values())), next(iter(second.values()))
+        differences, images = [ours - theirs for ours, theirs in paired], row["images"]
+        mean, half = statistics.fmean(differences), _half_interval(paired, images)
+        decided = abs(mean) > half and abs(mean) * images > LEAST_IMAGES - 0.5
+        low, high = (f"{100 * (mean + edge):+.2f}" for edge in (-half, half))
+        seeds, digits = ("one seed", 0) if len(paired) == 1 else (f"mean of {len(paired)} seeds", 1)
+        lines.append(
+            f"{name}, {row['model']} - {other}, {against['model']}: {mean * images:+,.{digits}f} of {images:,} images, "
+            f"{100 * mean:+.2f} points, {'' if decided else 'un'}decided (95 % interval {low} to {high}, {seeds})"
+        )
+    return lines
+
+
+def _half_interval(paired: Sequence[tuple[float, float]], images: int) -> float:
+    """Returns half the 95 % interval of the mean difference of pairs of accuracies."""
+    from scipy.special import stdtrit  # not above: --help need not wait for that
+
+    if len(paired) == 1:
+        return 1.96 * math.sqrt(sum(p * (1 - p) for p in paired[0]) / images)
+    deviation = _deviation([ours - theirs for ours, theirs in paired])
+    return float(stdtrit(len(paired) - 1, 0.975)) * deviation / math.sqrt(len(paired))
 
 
 def by_seed(seeds_results: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
@@ -194,6 +234,10 @@ def _key(run: TestedRun, ignored: tuple[str, ...]) -> str:
     fields = config_lib.flatten(run.config).items()
     kept = [(k, v) for k, v in fields if k not in config_lib.FREE_ON_RESUME and not k.startswith(ignored)]
     return repr((kept, _images(run)))
+
+
+def _data(run: TestedRun) -> object:
+    return run.config.data.name, _images(run)
 
 
 def _images(run: TestedRun) -> tuple[tuple[str, ...], dict[str, int | str] | None]:
