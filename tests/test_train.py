@@ -151,8 +151,8 @@ def test_steps_are_shown_where_none_was_for_long_and_the_history_stays_the_same(
         workdir = tmp_path / str(seconds)
         arguments = f"--workdir={workdir}", "--config.train.epochs=2", "--config.train.log_every=5"
         out = succeed(train.main, f"--config={experiment}", *arguments)
-        shown.append([int(number) for number in re.findall(r"left  step (\d+)/", out)])
-        assert re.search(r"^\d+:\d\d left  step 1/10  .*  first step \d+\.\d s$", out, re.MULTILINE)
+        shown.append([int(number) for number in re.findall(r"step (\d+)/\d+  loss", out)])
+        assert re.search(r"^step 1/10  .*  first step \d+\.\d s$", out, re.MULTILINE)
     # Before a save all that was done is shown, and each step once the next one is on its way.
     assert shown == [list(range(1, 11)), [1, 5, 10]]
     assert history(tmp_path / "0.0") == history(tmp_path / "1000000000.0")

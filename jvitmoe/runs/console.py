@@ -15,6 +15,7 @@ from rich.table import Table
 
 NARROWEST_BAR, WIDEST_BAR = 10, 40  # columns of a terminal
 KEPT = 4  # columns of a table that are shown in any terminal
+DAY = 24 * 3600.0  # seconds
 LEFT = {  # columns of text; the others are right-aligned
     *("run", "model", "hardware", "image", "class", "most often taken for", "probe", "data"),
     "memory of a device",  # of the commands
@@ -100,6 +101,9 @@ class ProgressLine:
 
 
 def duration(seconds: float) -> str:
+    """Returns a time as 3:09 (minutes and seconds), 5 h 12 min or 3.2 days."""
+    if seconds >= DAY:
+        return f"{seconds / DAY:,.1f} days"
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+    return f"{hours} h {minutes} min" if hours else f"{minutes}:{rest:02d}"
