@@ -1,6 +1,6 @@
 """Fine-tuning of a ViT-S/16 of timm on a folder of images, train/CLASS/FILE and test/CLASS/FILE, at 224 pixels.
 
-    python -m jvitmoe.train --config configs/finetune.py --config.data.dir=FOLDER --config.model.classes=N \
+    python -m jvitmoe.train --config configs/finetune.py --config.data.dir=FOLDER \
         --config.init.source=timm://vit_small_patch16_224.augreg_in21k
 
 With configs/finetune.py:random the experts have four times the learning rate, which is measured with Muon on CIFAR-10
@@ -18,7 +18,7 @@ def get_config(variant: str = "dense") -> Config:
     config = Config(
         data=DataConfig(name="folder", stream=True, crop="resized", flip=True, mixup=0.2),
         model=ModelConfig(
-            **{"image_size": 224, "channels": 3, "classes": 10, "patch": 16, "width": 384, "hidden": 1536},
+            **{"image_size": 224, "channels": 3, "classes": 0, "patch": 16, "width": 384, "hidden": 1536},
             **{"depth": 12, "heads": 6, "cls_position": True, "norm_epsilon": 1e-6, "drop_path": 0.1},
         ),
         init=InitConfig(source="model.safetensors"),

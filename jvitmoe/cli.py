@@ -31,7 +31,7 @@ def parse(argv: list[str], define: Callable[[flags.FlagValues], None], config: b
     if others:
         as_flag = f"--config={others[0]}" if config and not config_path(argv) else "--name=value"
         raise UserError(f"{others[0]!r} is not a flag; write {as_flag}")
-    if config and not config_path(argv):
+    if config and not config_path(argv) and not _saved_config(argv):
         raise UserError(MISSING)
     return values
 
@@ -55,7 +55,7 @@ def parse_with_arguments(
     try:
         if config:
             path, argv = _take_config(argv)
-            loaded = experiment_files.load(path) if path else Config()
+            loaded = experiment_files.load(path) if path else _saved_config(argv) or Config()
             config_flags.DEFINE_config_dataclass("config", loaded, "Experiment file.", values, sys_argv=argv)
             values["config"].default_as_str = None  # --help would print all fields on one line
         others = values(argv)[1:]
@@ -76,6 +76,16 @@ def config_path(argv: list[str]) -> str:
     return _take_config(argv)[0]
 
 
+def _saved_config(argv: list[str]) -> Config | None:
+    """Returns the settings of the run in `--workdir`, with which its command goes on; None if there is none."""
+    workdir, _ = _take("workdir", argv)
+    if not workdir or not os.path.isfile(Path(workdir, files.CONFIG)):
+        return None
+    from jvitmoe.runs import groups  # not above: it imports NumPy
+
+    return groups.read_config(Path(workdir))
+
+
 def experiment_name(argv: list[str]) -> str:
     """Returns the name of the experiment without a suffix, and "_VARIANT" if one is given."""
     path, variant = experiment_files.split_variant(config_path(argv))
@@ -84,10 +94,14 @@ def experiment_name(argv: list[str]) -> str:
 
 def _take_config(argv: list[str]) -> tuple[str, list[str]]:
     """Returns the value of --config, or "", and the other arguments."""
+    return _take("config", argv)
+
+
+def _take(flag: str, argv: list[str]) -> tuple[str, list[str]]:
     path, others, arguments = "", [], iter(argv)
     for argument in arguments:
         name, equals, value = argument.partition("=")
-        if name in ("--config", "-config"):
+        if name in (f"--{flag}", f"-{flag}"):
             path = value if equals else next(arguments, "")
         else:
             others.append(argument)

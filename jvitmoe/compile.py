@@ -19,7 +19,7 @@ from absl import flags
 
 from jvitmoe import cli
 from jvitmoe.config import Config
-from jvitmoe.errors import UserError, one_line
+from jvitmoe.errors import ConfigError, UserError, one_line
 from jvitmoe.runs import files
 from jvitmoe.runtime import targets
 from jvitmoe.runtime.targets import GIB, Target
@@ -47,6 +47,8 @@ def main(argv: list[str]) -> None:
     values = cli.parse(argv, define_flags, config=True)
     config, target = cli.experiment(values), targets.parse(values.target)
     count = values.images or _count(config)
+    if not config.model.classes:
+        raise ConfigError("config.model.classes is 0, and no data are read; set --config.model.classes to their number")
     targets.prepare(target)  # before the next lines, which import JAX
     from jvitmoe.runs.console import console
 

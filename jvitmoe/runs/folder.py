@@ -41,7 +41,10 @@ def check_folder(workdir: Path, config: Config) -> None:
     changed = datasets.differences(config_lib.loads(text, str(saved)), config)
     if changed:
         listed = ", ".join(f"{name} was {old!r} and is {new!r} now" for name, (old, new) in changed.items())
-        raise ConfigError(f"workdir {str(workdir)!r} holds another experiment: {listed}; set --workdir to a new folder")
+        remedy = "set --workdir to a new folder"
+        if [*changed] == ["train.epochs"]:
+            remedy += f"; to train longer, start there from this run's weights: --config.init.source={workdir}"
+        raise ConfigError(f"workdir {str(workdir)!r} holds another experiment: {listed}; {remedy}")
 
 
 def open_run_folder(
