@@ -21,7 +21,7 @@ from jvitmoe import config as config_lib
 from jvitmoe.config import Config
 from jvitmoe.errors import UserError
 from jvitmoe.runs import files, results
-from jvitmoe.runs.console import console, warnings_as_lines
+from jvitmoe.runs.console import console, progress, warnings_as_lines
 
 MOST_SAMPLES = 15  # images of samples.png
 
@@ -45,6 +45,7 @@ def main(argv: list[str]) -> None:
         _verify(workdir)
     else:
         files.refuse_links(workdir)
+        console.print(f"reading     {workdir}")
         _evaluate(values, workdir)
 
 
@@ -57,27 +58,31 @@ def _evaluate(values: flags.FlagValues, workdir: Path) -> None:
     from jvitmoe.runs import figures
 
     config, step, mesh, model, params, ema, trained_with = _restore(values, workdir)
+    console.print(f"reading     {config.data.name} {config.data.dir}".rstrip())
     data, probed, probe_config = _data(values, config)
-    evaluate = models.make_evaluate(model, mesh, config.data)
-    shown = stream.eval_images(data.test, config, mesh)
-    known = results.of_training(workdir, trained_with)
-    result: dict[str, Any] = {}
-    if values.few_shot or values.knn:  # first, because they refuse more images than there are
-        trees = {"dense" if config.routing.experts == 1 else "merged": merge.dense_tree(config, params)}
-        trees |= {"EMA": ema} if ema is not None else {}
-        settings = probe_config, mesh, values.few_shot, values.knn
-        result["probes"] = probes.measure(evaluate.net, trees, probed, *settings)
-    result["rows"] = models.evaluate_run(config, params, ema, evaluate, *shown, values.paths)
-    result |= models.facts(config, step, mesh) | known
-    if config.routing.experts > 1:
-        few = _some(data.test, mergeability.IMAGES, config)
-        batches = eval_batches(len(few), config.train.batch_size, mesh)
-        result["mergeability"] = mergeability.measure(config, params, evaluate, on_devices(few, mesh), batches)
+    with progress("testing") as batch_done:
+        evaluate = models.make_evaluate(model, mesh, config.data, batch_done)
+        shown = stream.eval_images(data.test, config, mesh)
+        known = results.of_training(workdir, trained_with)
+        result: dict[str, Any] = {}
+        if values.few_shot or values.knn:  # first, because they refuse more images than there are
+            trees = {"dense" if config.routing.experts == 1 else "merged": merge.dense_tree(config, params)}
+            trees |= {"EMA": ema} if ema is not None else {}
+            settings = probe_config, mesh, values.few_shot, values.knn
+            result["probes"] = probes.measure(evaluate.net, trees, probed, *settings)
+        result["rows"] = models.evaluate_run(config, params, ema, evaluate, *shown, values.paths)
+        result |= models.facts(config, step, mesh) | known
+        if config.routing.experts > 1:
+            few = _some(data.test, mergeability.IMAGES, config)
+            batches = eval_batches(len(few), config.train.batch_size, mesh)
+            result["mergeability"] = mergeability.measure(config, params, evaluate, on_devices(few, mesh), batches)
     _draw_samples(evaluate, merge.dense_tree(config, params), _some(data.test, MOST_SAMPLES, config), workdir)
     drawn = figures.of_run(result, workdir)
     for name, figure in drawn.items():
         figures.save(figure, workdir / name)
     results.write_result(workdir, result, files.CONFUSION in drawn)
+    written = ", ".join((files.RESULT, results.REPORT, files.SAMPLES, *drawn))
+    console.print(f"written     {written} in {workdir}")
 
 
 def _restore(values: flags.FlagValues, workdir: Path) -> tuple[Config, int, Any, Any, Any, Any, dict[str, str]]:

@@ -17,6 +17,7 @@ from absl import flags
 
 from jvitmoe import cli
 from jvitmoe.config import Config
+from jvitmoe.runs.console import console
 from jvitmoe.runtime import memory
 
 if TYPE_CHECKING:
@@ -28,6 +29,8 @@ def main(argv: list[str]) -> None:
     values = cli.parse(argv, define_flags, config=True)
     config = cli.experiment(values)
     workdir = Path(values.workdir or Path("runs") / cli.experiment_name(argv))
+    if not (values.coordinator or values.distributed):  # only the first of several processes prints
+        console.print("starting    JAX")
     from jvitmoe.training.launch import launch  # not above: it imports JAX, and --help need not wait for that
 
     launch(config, workdir, values, trackers=values.trackers)

@@ -173,6 +173,24 @@ print(sorted({"jax", "matplotlib"} & sys.modules.keys()))
     assert done.stdout.splitlines()[-1] == "[]", done.stderr
 
 
+@pytest.mark.process
+@pytest.mark.parametrize(
+    ("command", "argument", "line"),
+    [
+        ("train", "--config=digits_random", "starting    JAX"),
+        ("evaluate", "", "reading     {}"),
+        ("export", "", "reading     {}"),
+    ],
+)
+def test_a_command_says_what_it_does_before_it_imports_jax(tmp_path, command, argument, line):
+    (tmp_path / "checkpoints").mkdir()
+    code = f"import sys; sys.modules['jax'] = None; from jvitmoe import {command}; {command}.main(sys.argv)"
+    arguments = [argument] * bool(argument) + [f"--out={tmp_path / 'new'}"] * (command == "export")
+    ended = processes.run([sys.executable, "-c", code, f"--workdir={tmp_path}", *arguments], cold=True)
+    assert ended.out == line.format(tmp_path) + "\n"
+    assert "jax" in ended.err.splitlines()[-1]
+
+
 def test_configs_says_what_each_experiment_is_and_gives(capsys):
     call = functools.partial(processes.call, configs.main)
     code, listed, _ = call()

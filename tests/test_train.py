@@ -91,6 +91,7 @@ def test_asked_to_stop_it_saves_exits_within_ten_seconds_and_goes_on_to_the_same
         assert ended.seconds - asked < 10
         before, stopped_at = stopped_at, int(final_state(workdir).step)
         assert before < stopped_at < STEPS
+        assert re.search(r"^stopping after this (step \(about \d+ s\)|evaluation); again to", ended.out, re.MULTILINE)
         assert f"stopped at step {stopped_at} by {number.name}" in ended.out
     ended = processes.run(processes.train(experiment, workdir))
     assert ended.code == 0, ended.err
@@ -204,10 +205,14 @@ def test_evaluate_needs_only_the_folder_and_any_devices_and_training_again_tells
 def test_evaluate_tests_any_checkpoint_and_training_again_tests_the_last(experiment, uninterrupted, copy):
     watched = {line["step"]: line["nll"] for line in history(copy) if line["kind"] == "validation"}
     best = min(watched, key=lambda step: (watched[step], -step))
+    began = (copy / "config.json").stat().st_ctime
     for which, step in (("best", best), (f"{STEPS - 2}", STEPS - 2)):
         out = succeed(evaluate.main, f"--workdir={copy}", f"--checkpoint={which}")
         assert json.loads((copy / "result.json").read_text())["step"] == step
         assert f"checkpoint at step {step}" in out
+        assert out.rstrip().endswith(f" in {copy}")
+        for name in re.search(r"^written     (.*) in ", out, re.MULTILINE)[1].split(", "):
+            assert (copy / name).stat().st_mtime >= began, name
     # The result of an earlier step is not that of the run.
     succeed(train.main, f"--config={experiment}", f"--workdir={copy}")
     assert json.loads((copy / "result.json").read_text())["step"] == STEPS

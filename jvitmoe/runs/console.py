@@ -10,6 +10,7 @@ from typing import Any
 
 from rich.cells import cell_len
 from rich.console import Console, ConsoleOptions
+from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 
@@ -80,7 +81,7 @@ class ProgressLine:
     """One line of progress. A terminal, where it is drawn several times a second, shows as many of `texts` and the
     elapsed time as fit, then a bar; a notebook shows a bar, then all texts."""
 
-    def __init__(self, texts: list[str], done: int, total: int) -> None:
+    def __init__(self, texts: list[str], done: int, total: int | None) -> None:
         self.texts, self.done, self._total = texts, done, total
         self._began = time.monotonic()
 
@@ -98,6 +99,24 @@ class ProgressLine:
         """Returns what a notebook shows."""
         texts = [*self.texts, f"{duration(time.monotonic() - self._began)} elapsed"]
         return f'<progress value="{self.done}" max="{self._total}"></progress> {html.escape("  ".join(texts))}'
+
+
+@contextlib.contextmanager
+def progress(stage: str) -> Iterator[Callable[[], None]]:
+    """Says that a stage begins, and yields what to call after each batch of it: a terminal shows their number."""
+    line = ProgressLine([stage], 0, None)
+    if not console.is_terminal:
+        console.print(stage)
+        yield lambda: None
+        return
+
+    def advance() -> None:
+        line.done += 1
+        line.texts = [stage, f"batch {line.done}"]
+
+    with Live(line, console=console, transient=True):
+        console.show_cursor(True)  # rich hides it, and a killed process cannot show it again
+        yield advance
 
 
 def duration(seconds: float) -> str:

@@ -63,6 +63,8 @@ class MetricsLog:
         if self._live:
             self._live.start()
             console.show_cursor(True)  # rich hides it, and a killed process cannot show it again
+        elif not self._cell and self._line.done < self._total:
+            console.print("compiling")
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:

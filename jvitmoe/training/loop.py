@@ -171,13 +171,14 @@ class _Loop:
         self._stop, self._watchdog = stop, watchdog
         self._unread: list[tuple[int, Metrics]] = []  # metrics that are still on the device
         self._saved = 0  # step of the newest checkpoint
-        self._slow = False
+        self._slow = self._evaluating = False
 
     def run(self, state: TrainState, batches: Iterator[Batch], train_step: step.TrainStep) -> TrainState:
         """Returns the state after the last step. On a signal it saves the state and exits with 128 + signal. If a
         picture cannot be read, it saves the last step and raises UserError."""
         config, start = self._config.train, int(state.step)
-        self._state, self._saved = state, start
+        self._state, self._saved, self._done = state, start, start
+        self._stop.announce = self._say_that_it_stops
         for done in range(start + 1, self._total + 1):
             try:
                 images, index_SB = next(batches)
@@ -188,6 +189,7 @@ class _Loop:
                 # Apart, to time the first step alone.
                 compiled = train_step.lower(self._state, images, index_SB).compile()
                 began = time.monotonic()
+            self._done = done
             self._state, metrics = compiled(self._state, images, index_SB)
             devices.wait_on_cpu(self._mesh, metrics)
             if self._slow:  # with more than one step queued, progress and a stop would have to wait for all of them
@@ -213,6 +215,12 @@ class _Loop:
                 _exit(done, stop)
         return self._state
 
+    def _say_that_it_stops(self) -> None:
+        seconds = max(1, round(self._log.step_seconds(self._done)))
+        until = "this evaluation" if self._evaluating else f"this step (about {seconds} s)"
+        with contextlib.suppress(Exception):  # the terminal may have closed
+            console.print(f"stopping after {until}; again to stop now")
+
     def _save_before_error(self) -> None:
         """Saves the last step if it is not saved yet; a failure to save is ignored. One of several processes saves
         nothing, because the others do not save at this time."""
@@ -226,12 +234,13 @@ class _Loop:
         self._read()
         began, nll = time.monotonic(), None
         if evaluates:
+            self._evaluating = True
             result, watched = self._evaluation.watch(self._state), self._evaluation.watched
             self._log.evaluation(done, watched, {"accuracy": result.accuracy, "nll": result.nll})
             nll = result.nll if watched == "validation" else None
         self._watchdog.progress(f"the evaluation at step {done}")
         self._checkpoints.save(self._state, self._config, nll, self._log.sync())
-        self._saved = done
+        self._saved, self._evaluating = done, False
         self._log.paused(time.monotonic() - began)
 
     def _read(self) -> None:

@@ -44,6 +44,7 @@ class RunData(NamedTuple):
 
 def load_data(config: Config, routing: Routing, mesh: Mesh) -> RunData:
     """Returns the splits and the order of the training images. Raises ConfigError for settings that do not fit them."""
+    console.print(f"reading     {config.data.name} {config.data.dir}".rstrip())
     records = processes.first_process_then_others(lambda: datasets.browse(config.data, config.model))
     facts = processes.together(records.facts)
     if not processes.is_single():  # on other data one would mislabel its part of each batch, or wait for ever
