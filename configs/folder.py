@@ -1,7 +1,7 @@
 """A ViT on a folder of pictures of any size, train/CLASS/FILE and test/CLASS/FILE: 192 x 6, at 64 pixels, 20 epochs.
 
-    python -m jvitmoe.train --config configs/folder.py --config.data.dir=FOLDER
-    python -m jvitmoe.train --config configs/folder.py:random --config.data.dir=FOLDER
+    jvitmoe train --config folder --config.data.dir=FOLDER
+    jvitmoe train --config folder:random --config.data.dir=FOLDER
 
 A start, not a recipe: what it gives depends on the pictures. Copy the file to change more than a few settings. In the
 random variant the experts have four times the learning rate, which is measured with Muon on CIFAR-10 only: if the loss

@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import sys
+import textwrap
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
@@ -20,8 +21,9 @@ from jvitmoe import experiment_files
 from jvitmoe.config import SETTINGS, Config, unknown_field
 from jvitmoe.errors import UserError, did_you_mean, one_line
 from jvitmoe.runs import files
-from jvitmoe.settings import help_text
+from jvitmoe.settings import help_lines, help_text
 
+EXPERIMENT = "An experiment that jvitmoe configs lists, or a file"
 MISSING = "--config is missing; give an experiment, such as --config=digits_random, or a file, --config=my_images.py"
 
 
@@ -64,9 +66,18 @@ def parse_with_arguments(
     except Exception as error:  # config_flags raises several types for a field that does not exist
         raise UserError(_explain(error, values, argv)) from error
     if values.help:
-        print(f"usage: python -m jvitmoe.{Path(argv[0]).stem} [flags] {arguments}".rstrip() + f"\n{values.get_help()}")
+        width = shutil.get_terminal_size().columns
+        print(f"usage: jvitmoe {Path(argv[0]).stem} [flags] {arguments}".rstrip(), "", sep="\n")
+        print(*textwrap.wrap((sys.modules[define.__module__].__doc__ or "").partition("\n\n")[0], width), "", sep="\n")
+        for flag in {id(values[name]): values[name] for name in sorted(values) if "config" not in name}.values():
+            default = ",".join(flag.default) if isinstance(flag.default, list) else flag.default
+            given = f"[no]{flag.name}" if flag.boolean else f"{flag.name}={default}"
+            print(*help_lines(f"--{given}", flag.help, width), sep="\n")
         if config:
-            print(help_text(SETTINGS, shutil.get_terminal_size().columns))
+            print(*help_lines("--config=NAME[:VARIANT]", f"{EXPERIMENT}.", width), sep="\n")
+            whose = "this experiment" if path or _saved_config(argv) else "Config(); --config NAME shows those of NAME"
+            print("", *textwrap.wrap(f"Settings, with the values of {whose}:", width), sep="\n")
+            print(help_text(SETTINGS, values.config, width))
         sys.exit(0)
     return values, others
 

@@ -1,7 +1,6 @@
-"""Compiles the training step of an experiment for TPUs or GPUs that are not here, and prints what it takes.
+"""Compiles a training step for TPUs or GPUs that are not here: `jvitmoe compile --config imagenet --target v5e:4x4`.
 
-    python -m jvitmoe.compile --config imagenet --target v5e:4x4
-    python -m jvitmoe.compile --config imagenet:random --target h100:8 --fit --config.train.expert_devices=4
+    jvitmoe compile --config imagenet:random --target h100:8 --fit --config.train.expert_devices=4
 
 It is the program that `train` would run there, compiled by the same compiler, from shapes only. It proves that the step
 compiles, fits and moves so many bytes. It says nothing of time (no kernel is tuned without a device) or of numbers.

@@ -1,4 +1,4 @@
-"""Tests the models of a run: `python -m jvitmoe.evaluate --workdir runs/X [--checkpoint latest|best|STEP]`.
+"""Tests the models of a run: `jvitmoe evaluate --workdir runs/X [--checkpoint latest|best|STEP]`.
 
 Prints one row per model, writes result.json and report.md, and draws what the dense or merged model says: of all images
 in confusion.png, of 15 in samples.png. For a run with experts it also measures why averaging works or fails, and draws

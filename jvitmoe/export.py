@@ -1,4 +1,4 @@
-"""Exports a run's dense model for other libraries: `python -m jvitmoe.export --workdir runs/X --to TARGET --out DIR`.
+"""Exports a run's dense model for other libraries: `jvitmoe export --workdir runs/X --to TARGET --out DIR`.
 
 Writes the model, a model card and sample.npz (test images and their logits), then reads the model back and compares the
 logits. A model that the target cannot express is refused before anything is written.

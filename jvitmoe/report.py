@@ -1,4 +1,4 @@
-"""Compares runs: `python -m jvitmoe.report runs/* [--out runs/report]`.
+"""Compares runs: `jvitmoe report runs/* [--out runs/report]`.
 
 Runs that differ only in their seed form a group: mean ± sample deviation. `name=runs/a,runs/b` names a group. Prints a
 table and writes report.md, comparison.png, curves.png, and runs.json: the config and the results of each group. --html

@@ -1,4 +1,4 @@
-"""Trains one experiment: `python -m jvitmoe.train --config configs/digits_random.py [--workdir runs/x]`.
+"""Trains one experiment: `jvitmoe train --config digits_random [--workdir runs/x]`.
 
 Repeat the command to resume from the newest sound checkpoint; on a CPU the result is bit-identical to that of an
 uninterrupted run. SIGTERM, SIGINT and SIGHUP finish the step, save and exit; a second signal exits at once.

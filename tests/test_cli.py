@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -72,6 +73,7 @@ def test_a_variant_of_an_experiment_is_its_argument_and_part_of_its_name(monkeyp
         ("--config.train=3", "config.train is not a field"),
         ("--config.train.epochs=2.5", "--config.train.epochs=2.5"),
         ("--config.routing.experts=0", "config.routing.experts is 0"),
+        ("--config.optim.lr=x", "did you mean 'optim.learning_rate'?"),
         ("--config.data.flip=x", "--config.data.flip=x: ('Non-boolean argument to boolean flag', 'x'); --help"),
         ("--config.routing.pattern=dense,experts", """--config.routing.pattern='("dense","experts")'"""),
         ("--wordkir=x", "--wordkir is not a flag; did you mean '--workdir'?"),
@@ -199,7 +201,10 @@ def test_configs_says_what_each_experiment_is_and_gives(capsys):
     assert set(names) == set(re.findall(r"^(\w+) ", listed, re.MULTILINE))
     assert "Expect about 99 % test accuracy" in " ".join(listed.split())
     code, shown, _ = call("digits_dense")
-    assert (code, "python -m jvitmoe.train --config configs/digits_dense.py" in shown) == (0, True)
+    assert (code, "jvitmoe train --config digits_dense\n" in shown) == (0, True)
+    assert "configs/" not in call(*names)[1].replace(str(Path(DIGITS).parent), "")  # a wheel has no such folder
+    assert "random: --config.routing.experts=4\n" in call("folder:random")[1]
+    assert call("folder:odd")[2].startswith("error: the variant is 'odd'; it must be")
     assert call("digits_dens")[0::2] == (2, "error: 'digits_dens' is not an experiment; did you mean 'digits_dense'?\n")
 
 
@@ -223,8 +228,10 @@ def test_the_package_run_as_a_module_lists_and_runs_its_commands():
 
     code, out, err = run()
     assert (code, err, set(re.findall(r"^  jvitmoe (\w+)", out, re.MULTILINE))) == (0, "", modules)
+    assert "\n  Trains one experiment\n  jvitmoe train --config" in out
+    assert run("--version") == (0, f"jvitmoe {metadata.version('jvitmoe')}\n", "")
     assert run("trian") == (2, "", "error: 'trian' is not a command; did you mean 'train'?\n")
-    assert run("predict", "--help")[1].startswith("usage: python -m jvitmoe.predict [flags] IMAGE or FOLDER…\n")
+    assert run("predict", "--help")[1].startswith("usage: jvitmoe predict [flags] IMAGE or FOLDER…\n\nClassifies ")
     assert run("train", "--config=digits_random", "--config.train.epochs=0")[0::2] == (
         2,
         "error: config.train.epochs is 0; it must be greater than 0\n",
