@@ -22,7 +22,7 @@ from jvitmoe.evaluation.models import Result, make_evaluate
 from jvitmoe.interop import pretrained
 from jvitmoe.runs import files, results
 from jvitmoe.runs.checkpoints import CheckpointWriter, Meta, list_steps
-from jvitmoe.runs.console import console, warnings_as_lines
+from jvitmoe.runs.console import console, progress, warnings_as_lines
 from jvitmoe.runs.folder import check_shared, open_run_folder
 from jvitmoe.runs.metrics_log import MetricsLog
 from jvitmoe.runtime import devices, processes
@@ -65,6 +65,11 @@ def train(
     processes.together(lambda: check_shared(workdir))
     setup.print_setup(plan, workdir, data, init_notes)
 
+    damaged = stream.Damaged(len(data.train), lambda text: console.print(f"skipped     {text}"))
+    if config.data.stream and not list_steps(workdir / files.CHECKPOINTS):
+        with progress("checking    the headers of all training images") as checked:
+            processes.together(lambda: damaged.check(data.train, config, checked))
+
     watchdog = Watchdog(STALL_MINUTES)
     evaluation = _Evaluation(plan, data, watchdog)
     checkpoints = CheckpointWriter(workdir / files.CHECKPOINTS, KEEP)
@@ -81,7 +86,7 @@ def train(
     cleanup.enter_context(watchdog)
     log_folder = workdir if processes.is_first() else None
     with (
-        contextlib.closing(_train_batches(plan, data, start)) as batches,
+        contextlib.closing(_train_batches(plan, data, start, damaged)) as batches,
         MetricsLog(log_folder, start, total, config.train.batch_size, trackers, flatten(config)) as log,
     ):
         loop = _Loop(plan, checkpoints, evaluation, log, stop, watchdog)
@@ -112,10 +117,11 @@ def _exit(done: int, number: int) -> NoReturn:
     sys.exit(128 + number)
 
 
-def _train_batches(plan: StepPlan, data: RunData, start: int) -> Generator[Batch, None, None]:
+def _train_batches(plan: StepPlan, data: RunData, start: int, damaged: stream.Damaged) -> Generator[Batch, None, None]:
     if plan.config.data.stream:
         rows = step.streamed_rows(plan)
-        streamed = stream.train_batches(data.train, data.order, plan.config, plan.mesh, start, plan.total, rows)
+        span = start, plan.total
+        streamed = stream.train_batches(data.train, data.order, plan.config, plan.mesh, *span, rows, damaged)
         with contextlib.closing(streamed) as batches:
             for images in batches:
                 yield images, None
