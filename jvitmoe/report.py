@@ -7,14 +7,15 @@ adds report.html, one page that needs no network. A folder that is no tested run
 
 import json
 import os
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
 from absl import flags
 
 from jvitmoe import cli
-from jvitmoe.errors import UserError
-from jvitmoe.runs import files, groups, page
+from jvitmoe.errors import UserError, printable
+from jvitmoe.runs import files, groups, page, results
 from jvitmoe.runs.console import console, show_table
 from jvitmoe.runs.groups import Groups
 
@@ -23,9 +24,9 @@ NOTE = (
     "that differ from it only in `routing` and EMA."
 )
 OVERVIEW = (
-    "Accuracy on the test split. Experts: mean of the expert paths. Barrier: highest rise of the loss on the straight "
+    "Experts: mean of the expert paths. Barrier: highest rise of the loss on the straight "
     "line from an expert to the mean, nats. Gap: how far the output of the mean expert is from the mean of outputs, "
-    "relative, in the worst layer."
+    "relative, in the worst layer. Steps took: the time of training's steps, without evaluation, of the first seed."
 )
 MANY = 4  # with more groups, the console shows the overview only
 
@@ -36,11 +37,13 @@ def main(argv: list[str]) -> None:
     out = Path(values.out)
     found = _read_groups([each for each in arguments if Path(each).resolve() != out.resolve()])  # it may be in runs/*
     rows = [row for name, group in found.items() for row in groups.group_rows(name, group)]
-    overview = [groups.overview_row(name, group) for name, group in found.items()]
+    overview = groups.overview(found)
     pictures = _pictures(found)
-    parts: list[page.Part] = [page.Heading(1, "Runs"), groups.opening(found), overview, OVERVIEW]
+    parts: list[page.Part] = [page.Heading(1, "Runs"), groups.tested(found), overview]
     if differences := groups.differences(found):
-        parts += ["\n".join(f"- {line}" for line in differences), groups.DECIDED]
+        parts += [*differences, groups.DECIDED]
+    command = printable(f"Command: jvitmoe report {shlex.join(argv[1:])}")
+    parts += [OVERVIEW, groups.opening(found), command]
     parts += [*pictures, page.Heading(2, "Every model"), rows, NOTE]
     files.make_folder(out)
     for picture in pictures:
@@ -50,9 +53,9 @@ def main(argv: list[str]) -> None:
     files.write_text(out / "runs.json", json.dumps(records, indent=1) + "\n")
     if values.html:
         files.write_text(out / "report.html", page.as_html([*parts, *_details(found)]))
-    table = rows if len(found) <= MANY else overview
-    columns = [name for name in table[0] if name != "hardware" and any(row[name] != "-" for row in table)]
-    show_table([{name: row[name] for name in columns} for row in table], "test split", str(out / "report.md"))
+    short = [{name: row[name] for name in row if name != "hardware"} for row in rows]
+    table = groups.without_empty(short) if len(found) <= MANY else overview
+    show_table(table, "test split", str(out / "report.md"))
     for hardware in dict.fromkeys(row["hardware"] for row in rows):
         console.print(f"hardware    {hardware}")
     console.print(f"pictures    {', '.join(str(out / f'{picture.name}.png') for picture in pictures)}")
@@ -111,6 +114,10 @@ def _details(found: Groups) -> list[page.Part]:
             pictures.append(samples)
         if pictures:
             parts += [page.Heading(2, f"{name}, seed {run.config.train.seed}"), *pictures]
+        for row in run.result["rows"]:
+            if confusion := row.get("confusion"):
+                names = results.class_names(run.folder, len(confusion))
+                parts += [page.Heading(2, f"{name}, classes, {row['model']}"), results.class_rows(confusion, names)]
     return parts
 
 

@@ -164,7 +164,9 @@ def test_the_command_names_groups_leaves_out_other_folders_and_says_why(make_run
         assert printed.count("left out") == 4
     text = (out / "report.md").read_text()
     assert text.count("| mine |") == text.count("| z=1 |") == 1 + len(MODELS)
-    assert "| mine | 2 | - | 50.00% ± 0.00% | - | - | 50.00% ± 0.00% | 50.00% | - | - |" in text
+    assert "| mine | merged | 50.00% ± 0.00% (best) | 2 | dense | 50.00% ± 0.00% | 50.00% |" in text
+    assert "Accuracy on the test split of digits, 10 images." in text
+    assert f"Command: jvitmoe report mine={a},{b} {dense} " in text
     for picture in ("curves", "comparison"):
         assert (out / f"{picture}.png").read_bytes().startswith(b"\x89PNG")
         assert f"![{picture}]({picture}.png)" in text
@@ -213,6 +215,36 @@ class Seen(html.parser.HTMLParser):
 
     def handle_data(self, data):
         self.texts.add(data)
+
+
+def test_a_page_names_split_data_and_command_marks_the_best_and_says_arms_in_words(make_run, tmp_path):
+    dense = make_run("dense", 0.5, models=("dense",))
+    pulled = {"routing__experts": 4, "routing__kind": "sample", "routing__init": "shared", "routing__pull": 1.0}
+    random, few = make_run("random", 0.6, rate=64.0, **pulled), make_run("few", 0.4, routing__experts=2)
+    result = results.read_result(random)
+    result["rows"][0]["confusion"] = [[3, 1], [0, 6]]
+    results.save_result(random, result)
+    report.main(["report", *map(str, (dense, random, few)), "--html", f"--out={tmp_path / 'out'}"])
+    text = (tmp_path / "out" / "report.md").read_text()
+    overview = [line.split(" | ") for line in text.splitlines() if line.startswith("| ")][:5]
+    assert [row[2] for row in overview[2:]] == ["50.00%", "60.00% (best)", "40.00%"]
+    column = overview[0].index("trained as")
+    assert [row[column] for row in overview[2:]] == [
+        "dense",
+        "4 experts, random by sample, equal start, averaged after every step",
+        "2 experts, random by batch, different starts",
+    ]
+    assert [row[overview[0].index("steps took |")] for row in overview[2:]] == [
+        "- |",
+        "0:04 |",
+        "- |",
+    ]  # 2 of 128 images
+    shown = (tmp_path / "out" / "report.html").read_text()
+    assert f"<p>Command: jvitmoe report {dense} {random} {few} --html --out={tmp_path / 'out'}</p>" in shown
+    assert "random, classes, merged" in shown
+    assert "<td class=left>1 (25.00%)</td>" in shown  # most often taken for
+    # The first columns of the overview, which are on a narrow screen.
+    assert shown.index(">run</th>") < shown.index(">accuracy</th>") < shown.index(">seeds</th>")
 
 
 def test_a_page_needs_nothing_else_and_shows_every_name_as_it_is(make_run, tmp_path):

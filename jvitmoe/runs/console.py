@@ -18,7 +18,7 @@ NARROWEST_BAR, WIDEST_BAR = 10, 40  # columns of a terminal
 KEPT = 4  # columns of a table that are shown in any terminal
 DAY = 24 * 3600.0  # seconds
 LEFT = {  # columns of text; the others are right-aligned
-    *("run", "model", "hardware", "image", "class", "most often taken for", "probe", "data"),
+    *("run", "model", "hardware", "image", "class", "most often taken for", "probe", "data", "trained as"),
     "memory of a device",  # of the commands
     *("arm", "ingredient", "kind", "minus", "module", "pass", "verdict", "program", "shard"),  # of the scripts
 }

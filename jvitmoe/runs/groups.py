@@ -14,7 +14,7 @@ from jvitmoe.config import Config
 from jvitmoe.data import datasets
 from jvitmoe.errors import UserError, one_line
 from jvitmoe.runs import files, results
-from jvitmoe.runs.console import console, quantity
+from jvitmoe.runs.console import console, duration, quantity
 
 
 class TestedRun(NamedTuple):
@@ -197,8 +197,38 @@ def record(group: Sequence[TestedRun]) -> dict[str, Any]:
     return {"config": config, "seeds": {run.config.train.seed: run.result for run in group}}
 
 
+def overview(groups: Groups) -> list[dict[str, str]]:
+    """Returns a row of text cells per group, without columns that are empty. The best accuracy is marked if all groups
+    have the same data."""
+    rows = [overview_row(name, group) for name, group in groups.items()]
+    if len(rows) > 1 and len({repr(_data(group[0])) for group in groups.values()}) == 1:
+        means = [statistics.fmean(next(iter(by_seed([r.result for r in g]).values()))) for g in groups.values()]
+        rows[means.index(max(means))]["accuracy"] += " (best)"
+    return without_empty(rows)
+
+
+def without_empty(rows: Sequence[dict[str, str]]) -> list[dict[str, str]]:
+    """Returns rows without the columns in which none has a value."""
+    return [{name: row[name] for name in row if any(other[name] != "-" for other in rows)} for row in rows]
+
+
+def in_words(config: Config) -> str:
+    """Returns how a run trains its experts, such as "4 experts, random by batch, equal start"."""
+    routing = config.routing
+    if routing.experts == 1:
+        return "dense"
+    drawn = routing.kind in ("batch", "layer", "sample", "token")
+    how = f"random by {routing.kind}" if drawn else f"router {routing.kind}"
+    start = "equal start" if routing.init == "shared" else "different starts"
+    pulled = [f"pulled by {routing.pull:g} every {routing.pull_every} steps"] if routing.pull else []
+    if routing.pull == routing.pull_every == 1:
+        pulled = ["averaged after every step"]
+    return ", ".join([f"{routing.experts} experts", how, start, *pulled])
+
+
 def overview_row(name: str, group: Sequence[TestedRun]) -> dict[str, str]:
-    """Returns the text cells of a group in one row: the accuracy of each kind of model, and how mergeable it is."""
+    """Returns the text cells of a group in one row: the accuracy of each kind of model, how mergeable it is, how it was
+    trained, and for how long."""
     accuracies = by_seed([run.result for run in group])
 
     def cell(model: str) -> str:
@@ -209,13 +239,19 @@ def overview_row(name: str, group: Sequence[TestedRun]) -> dict[str, str]:
 
     experts = [statistics.fmean(values) for model, values in accuracies.items() if model.startswith("expert ")]
     why = [run.result["mergeability"] for run in group if "mergeability" in run.result]
+    main, run = next(iter(accuracies)), group[0]
+    rate, images = run.result.get("images_per_second"), run.result["step"] * run.config.train.batch_size
     return {
         "run": name,
+        "model": main,
+        "accuracy": cell(main),
         "seeds": str(len(group)),
-        **{model: cell(model) for model in ("dense", "merged", "EMA", "routed", "ensemble")},
+        "trained as": in_words(run.config),
+        **{model: cell(model) if model != main else "-" for model in ("merged", "EMA", "ensemble")},
         "experts": f"{statistics.fmean(experts):.2%}" if experts else "-",
         "barrier": f"{statistics.fmean(numbers['barrier']['height'] for numbers in why):.4f}" if why else "-",
         "gap": f"{statistics.fmean(max(numbers['gap']) for numbers in why):.3f}" if why else "-",
+        "steps took": duration(images / rate) if rate else "-",
     }
 
 
@@ -253,8 +289,16 @@ def _shared_name(names: Sequence[str]) -> str:
     return re.sub(r"[-_. ]+(seed|s)?[-_. ]*\d*$", "", shared) or names[0]
 
 
+def tested(groups: Groups) -> str:
+    """Returns the line about the test splits of the groups."""
+    splits = {group[0].result["data"]: group[0].result["rows"][0]["images"] for group in groups.values()}
+    return (
+        f"Accuracy on the test split of {'; '.join(f'{name}, {images:,} images' for name, images in splits.items())}."
+    )
+
+
 def opening(groups: Groups) -> str:
-    """Returns the line that a report opens with: hardware, versions, and the number of seeds of a run."""
+    """Returns the line about what was compared: hardware, versions, and the number of seeds of a run."""
     seeds = sorted({len(group) for group in groups.values()})
     made_with = results.made_with([run.result for group in groups.values() for run in group])
     return f"{made_with} n (seeds of a run): {' or '.join(map(str, seeds))}; ± is the sample deviation."
