@@ -168,7 +168,7 @@ def _draw_samples(evaluate: Any, params: Any, few: Any, workdir: Path) -> None:
     share_NC = jax.device_get(jax.nn.softmax(logits_NC))
     for image_HWc, label, share_C in zip(few.images_NHWc, few.labels_N, share_NC, strict=True):
         order_C = (-share_C).argsort()
-        is_wrong = order_C[0] != label
+        is_wrong = bool(order_C[0] != label)
         guesses, picture = [(names[c], float(share_C[c])) for c in order_C], Picture(names[label], image_HWc)
         cells.append(figures.Cell(picture, f"{'wrong, ' * is_wrong}true: {names[label]}", guesses, is_wrong))
     figures.contact_sheet(workdir / files.SAMPLES, cells)
