@@ -1,7 +1,7 @@
 """A ViT like CCT-7/3x1 for CIFAR-100 on one GPU, 300 epochs: the model and recipe of cifar10_gpu.py.
 
-    python -m jvitmoe.train --config configs/cifar100_gpu.py
-    python -m jvitmoe.train --config configs/cifar100_gpu.py:random
+    jvitmoe train --config cifar100_gpu
+    jvitmoe train --config cifar100_gpu:random
 
 Not measured here, neither accuracy nor time: it needs a GPU.
 """

@@ -1,6 +1,6 @@
 """cifar10_random on CIFAR-100: the same model and recipe with 100 classes.
 
-    python -m jvitmoe.train --config configs/cifar100_random.py
+    jvitmoe train --config cifar100_random
 
 The original reports no figure for CIFAR-100, and none is measured here yet.
 """

@@ -1,6 +1,6 @@
 """The original's dense ViT and recipe on CIFAR-10: 12,798,490 parameters.
 
-    python -m jvitmoe.train --config configs/cifar10_dense.py
+    jvitmoe train --config cifar10_dense
 
 Expect about 71 % test accuracy: the original reports 71.06 % after 100 epochs, selected on the test set; this reports
 the last checkpoint. The figure is not yet reproduced here: it needs a GPU (24 PFLOP).

@@ -1,7 +1,7 @@
 """A ViT for CIFAR-10 of 0.6 M parameters: 128 x 4, 64 tokens from two strided convolutions, sequence pooling, Muon.
 
-    python -m jvitmoe.train --config configs/cifar10_fast.py
-    python -m jvitmoe.train --config configs/cifar10_fast.py:random
+    jvitmoe train --config cifar10_fast
+    jvitmoe train --config cifar10_fast:random
 
 Expect 82.78 ± 0.25 % on the test set (JPEG copy; three seeds, sample deviation). The random variant had 82.02 ± 0.09 %
 after merging with its former settings, optim.mlp_rate=2 and pull=0.1 (results/cifar10_fast); with the present

@@ -1,7 +1,7 @@
 """A ViT like CCT-7/3x1 (Hassani et al., arXiv 2104.05704) for CIFAR-10 on one GPU: 3.8 M parameters, 256 tokens.
 
-    python -m jvitmoe.train --config configs/cifar10_gpu.py
-    python -m jvitmoe.train --config configs/cifar10_gpu.py:random
+    jvitmoe train --config cifar10_gpu
+    jvitmoe train --config cifar10_gpu:random
 
 300 epochs. The paper reports 96.53 % for CCT-7/3x1 with a similar recipe. Its blocks differ from ours: no bias of
 queries, keys and values, dropout of attention. Not measured here, neither accuracy nor time: it needs a GPU.

@@ -1,6 +1,6 @@
 """cifar10_dense with the original's random routing: 4 independent experts, one per step for all layers, then averaged.
 
-    python -m jvitmoe.train --config configs/cifar10_random.py
+    jvitmoe train --config cifar10_random
 
 12,798,490 parameters active, 34,964,554 in total. The original reports 72.18 % after 100 epochs, selected on the test
 set; this reports the last checkpoint. The figure is not yet reproduced here, and experts that start different may not

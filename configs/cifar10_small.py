@@ -1,6 +1,6 @@
 """A dense ViT for CIFAR-10 of a size that two CPU cores can train: 128 x 4, patch 8, 0.8 M parameters.
 
-    python -m jvitmoe.train --config configs/cifar10_small.py
+    jvitmoe train --config cifar10_small
 
 For comparing routers where there is no GPU (scripts/compare_routers.py), not for accuracy.
 """

@@ -1,7 +1,7 @@
 """A ViT for CIFAR-10 of 2 M parameters: 192 x 6, as cifar10_fast, for longer and with strong augmentation.
 
-    python -m jvitmoe.train --config configs/cifar10_strong.py
-    python -m jvitmoe.train --config configs/cifar10_strong.py:random
+    jvitmoe train --config cifar10_strong
+    jvitmoe train --config cifar10_strong:random
 
 Expect 85.84 % on the test set (JPEG copy; one seed), 85.91 % of the EMA, in 2 hours and 30 minutes on two cores of a
 Xeon with AMX, beside some tests (results/cifar10_strong). The aim was 88.5 %. The random variant is not measured. The

@@ -1,6 +1,6 @@
 """cifar10_dense with the original's second row: Switch routing over 4 experts.
 
-    python -m jvitmoe.train --config configs/cifar10_switch.py
+    jvitmoe train --config cifar10_switch
 
 12,812,938 parameters active, 34,979,002 in total. The original reports 71.1 % after 100 epochs, selected on the test
 set; this reports the last checkpoint. The figure is not yet reproduced here.

@@ -1,6 +1,6 @@
 """A small dense ViT on scikit-learn's 1,797 real 8x8 digits: no download, about a minute on two CPU cores.
 
-    python -m jvitmoe.train --config configs/digits_dense.py
+    jvitmoe train --config digits_dense
 
 Expect about 99 % test accuracy (98.98 ± 0.32 %, three seeds; results/digits). Sizes and recipe were chosen on a
 validation split (--config.data.validation=360).

@@ -1,9 +1,9 @@
 """Fine-tuning of a ViT-S/16 of timm on a folder of images, train/CLASS/FILE and test/CLASS/FILE, at 224 pixels.
 
-    python -m jvitmoe.train --config configs/finetune.py --config.data.dir=FOLDER --config.model.classes=N \
+    jvitmoe train --config finetune --config.data.dir=FOLDER \
         --config.init.source=timm://vit_small_patch16_224.augreg_in21k
 
-With configs/finetune.py:random the experts have four times the learning rate, which is measured with Muon on CIFAR-10
+With finetune:random the experts have four times the learning rate, which is measured with Muon on CIFAR-10
 only (docs/study.md, A): if the loss rises, set --config.optim.mlp_rate=1. The source may also be a file of
 timm's weights with its config.json beside it. For another ViT set model.width, model.depth and so on; a message says
 which differ. Layers near the input learn slower (layer decay 0.75, arXiv 2106.08254). Not measured here: it needs a
@@ -18,7 +18,7 @@ def get_config(variant: str = "dense") -> Config:
     config = Config(
         data=DataConfig(name="folder", stream=True, crop="resized", flip=True, mixup=0.2),
         model=ModelConfig(
-            **{"image_size": 224, "channels": 3, "classes": 10, "patch": 16, "width": 384, "hidden": 1536},
+            **{"image_size": 224, "channels": 3, "classes": 0, "patch": 16, "width": 384, "hidden": 1536},
             **{"depth": 12, "heads": 6, "cls_position": True, "norm_epsilon": 1e-6, "drop_path": 0.1},
         ),
         init=InitConfig(source="model.safetensors"),

@@ -1,7 +1,7 @@
 """A ViT on a folder of pictures of any size, train/CLASS/FILE and test/CLASS/FILE: 192 x 6, at 64 pixels, 20 epochs.
 
-    python -m jvitmoe.train --config configs/folder.py --config.data.dir=FOLDER --config.model.classes=N
-    python -m jvitmoe.train --config configs/folder.py:random --config.data.dir=FOLDER --config.model.classes=N
+    jvitmoe train --config folder --config.data.dir=FOLDER
+    jvitmoe train --config folder:random --config.data.dir=FOLDER
 
 A start, not a recipe: what it gives depends on the pictures. Copy the file to change more than a few settings. In the
 random variant the experts have four times the learning rate, which is measured with Muon on CIFAR-10 only: if the loss
@@ -14,7 +14,10 @@ from jvitmoe.config import Config, DataConfig, ModelConfig, OptimConfig, TrainCo
 def get_config(variant: str = "dense") -> Config:
     config = Config(
         data=DataConfig(name="folder", stream=True, crop="resized", flip=True),  # RandomResizedCrop
-        model=ModelConfig(image_size=64, channels=3, patch=8, width=192, hidden=768, depth=6, heads=3, pool="mean"),
+        model=ModelConfig(
+            **{"image_size": 64, "channels": 3, "classes": 0, "patch": 8, "width": 192, "hidden": 768},
+            **{"depth": 6, "heads": 3, "pool": "mean"},
+        ),
         optim=OptimConfig(learning_rate=5e-4, warmup_epochs=2, clip_norm=1.0),  # AdamW, cosine to 0
         train=TrainConfig(epochs=20, batch_size=32, label_smoothing=0.1),
     )

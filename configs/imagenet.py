@@ -1,7 +1,7 @@
 """ViT-S/16 on ImageNet-1k.
 
-    python -m jvitmoe.train --config configs/imagenet.py --config.data.dir=/data/tfds
-    python -m jvitmoe.train --config configs/imagenet.py:random --config.data.dir=/data/tfds
+    jvitmoe train --config imagenet --config.data.dir=/data/tfds
+    jvitmoe train --config imagenet:random --config.data.dir=/data/tfds
 
 Not trained here: no accuracy is claimed. Sizes and recipe are those the field uses for ViT-S/16 (arXiv 2205.01580 for
 pooling, positions, 90 epochs, batch 1024 and the peak learning rate; DeiT, arXiv 2012.12877, for decay, warm-up and

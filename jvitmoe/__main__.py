@@ -1,7 +1,10 @@
 """All commands under one name: `jvitmoe train …` is `python -m jvitmoe.train …`, and so for the others."""
 
+import ast
 import importlib
 import sys
+from importlib import metadata
+from pathlib import Path
 
 from jvitmoe import cli
 from jvitmoe.errors import UserError, did_you_mean
@@ -31,12 +34,16 @@ def main() -> None:
 
 def _list(argv: list[str]) -> None:
     """Prints the commands. Raises UserError for a name that is none of them."""
-    if argv[1:] and argv[1] not in ("--help", "-h", "help"):
+    if argv[1:] and argv[1] not in ("--help", "-h", "help", "--version"):
         hint = did_you_mean(argv[1], COMMANDS) or f"; they are {', '.join(COMMANDS)}"
         raise UserError(f"{argv[1]!r} is not a command{hint}")
+    if argv[1:] == ["--version"]:
+        print(f"jvitmoe {metadata.version('jvitmoe')}")
+        return
     print("--help after a command lists its flags:")
     for name, arguments in COMMANDS.items():
-        print(f"  jvitmoe {name} {arguments}".rstrip())
+        about = ast.get_docstring(ast.parse(Path(__file__).with_name(f"{name}.py").read_text())) or ""
+        print(f"\n  {about.partition(': `')[0]}", f"  jvitmoe {name} {arguments}".rstrip(), sep="\n")
 
 
 if __name__ == "__main__":

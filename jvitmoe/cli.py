@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import sys
+import textwrap
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
@@ -20,8 +21,9 @@ from jvitmoe import experiment_files
 from jvitmoe.config import SETTINGS, Config, unknown_field
 from jvitmoe.errors import UserError, did_you_mean, one_line
 from jvitmoe.runs import files
-from jvitmoe.settings import help_text
+from jvitmoe.settings import help_lines, help_text
 
+EXPERIMENT = "An experiment that jvitmoe configs lists, or a file"
 MISSING = "--config is missing; give an experiment, such as --config=digits_random, or a file, --config=my_images.py"
 
 
@@ -31,7 +33,7 @@ def parse(argv: list[str], define: Callable[[flags.FlagValues], None], config: b
     if others:
         as_flag = f"--config={others[0]}" if config and not config_path(argv) else "--name=value"
         raise UserError(f"{others[0]!r} is not a flag; write {as_flag}")
-    if config and not config_path(argv):
+    if config and not config_path(argv) and not _saved_config(argv):
         raise UserError(MISSING)
     return values
 
@@ -55,7 +57,7 @@ def parse_with_arguments(
     try:
         if config:
             path, argv = _take_config(argv)
-            loaded = experiment_files.load(path) if path else Config()
+            loaded = experiment_files.load(path) if path else _saved_config(argv) or Config()
             config_flags.DEFINE_config_dataclass("config", loaded, "Experiment file.", values, sys_argv=argv)
             values["config"].default_as_str = None  # --help would print all fields on one line
         others = values(argv)[1:]
@@ -64,9 +66,18 @@ def parse_with_arguments(
     except Exception as error:  # config_flags raises several types for a field that does not exist
         raise UserError(_explain(error, values, argv)) from error
     if values.help:
-        print(f"usage: python -m jvitmoe.{Path(argv[0]).stem} [flags] {arguments}".rstrip() + f"\n{values.get_help()}")
+        width = shutil.get_terminal_size().columns
+        print(f"usage: jvitmoe {Path(argv[0]).stem} [flags] {arguments}".rstrip(), "", sep="\n")
+        print(*textwrap.wrap((sys.modules[define.__module__].__doc__ or "").partition("\n\n")[0], width), "", sep="\n")
+        for flag in {id(values[name]): values[name] for name in sorted(values) if "config" not in name}.values():
+            default = ",".join(flag.default) if isinstance(flag.default, list) else flag.default
+            given = f"[no]{flag.name}" if flag.boolean else f"{flag.name}={default}"
+            print(*help_lines(f"--{given}", flag.help, width), sep="\n")
         if config:
-            print(help_text(SETTINGS, shutil.get_terminal_size().columns))
+            print(*help_lines("--config=NAME[:VARIANT]", f"{EXPERIMENT}.", width), sep="\n")
+            whose = "this experiment" if path or _saved_config(argv) else "Config(); --config NAME shows those of NAME"
+            print("", *textwrap.wrap(f"Settings, with the values of {whose}:", width), sep="\n")
+            print(help_text(SETTINGS, values.config, width))
         sys.exit(0)
     return values, others
 
@@ -74,6 +85,16 @@ def parse_with_arguments(
 def config_path(argv: list[str]) -> str:
     """Returns the value of `--config=FILE` or `--config FILE`, or ""."""
     return _take_config(argv)[0]
+
+
+def _saved_config(argv: list[str]) -> Config | None:
+    """Returns the settings of the run in `--workdir`, with which its command goes on; None if there is none."""
+    workdir, _ = _take("workdir", argv)
+    if not workdir or not os.path.isfile(Path(workdir, files.CONFIG)):
+        return None
+    from jvitmoe.runs import groups  # not above: it imports NumPy
+
+    return groups.read_config(Path(workdir))
 
 
 def experiment_name(argv: list[str]) -> str:
@@ -84,10 +105,14 @@ def experiment_name(argv: list[str]) -> str:
 
 def _take_config(argv: list[str]) -> tuple[str, list[str]]:
     """Returns the value of --config, or "", and the other arguments."""
+    return _take("config", argv)
+
+
+def _take(flag: str, argv: list[str]) -> tuple[str, list[str]]:
     path, others, arguments = "", [], iter(argv)
     for argument in arguments:
         name, equals, value = argument.partition("=")
-        if name in ("--config", "-config"):
+        if name in (f"--{flag}", f"-{flag}"):
             path = value if equals else next(arguments, "")
         else:
             others.append(argument)

@@ -1,7 +1,6 @@
-"""Compiles the training step of an experiment for TPUs or GPUs that are not here, and prints what it takes.
+"""Compiles a training step for TPUs or GPUs that are not here: `jvitmoe compile --config imagenet --target v5e:4x4`.
 
-    python -m jvitmoe.compile --config imagenet --target v5e:4x4
-    python -m jvitmoe.compile --config imagenet:random --target h100:8 --fit --config.train.expert_devices=4
+    jvitmoe compile --config imagenet:random --target h100:8 --fit --config.train.expert_devices=4
 
 It is the program that `train` would run there, compiled by the same compiler, from shapes only. It proves that the step
 compiles, fits and moves so many bytes. It says nothing of time (no kernel is tuned without a device) or of numbers.
@@ -19,7 +18,7 @@ from absl import flags
 
 from jvitmoe import cli
 from jvitmoe.config import Config
-from jvitmoe.errors import UserError, one_line
+from jvitmoe.errors import ConfigError, UserError, one_line
 from jvitmoe.runs import files
 from jvitmoe.runtime import targets
 from jvitmoe.runtime.targets import GIB, Target
@@ -47,6 +46,8 @@ def main(argv: list[str]) -> None:
     values = cli.parse(argv, define_flags, config=True)
     config, target = cli.experiment(values), targets.parse(values.target)
     count = values.images or _count(config)
+    if not config.model.classes:
+        raise ConfigError("config.model.classes is 0, and no data are read; set --config.model.classes to their number")
     targets.prepare(target)  # before the next lines, which import JAX
     from jvitmoe.runs.console import console
 

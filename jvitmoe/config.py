@@ -53,7 +53,7 @@ class ModelConfig:
 
     image_size: int = setting(8, "height and width of an image in pixels", above=0)
     channels: int = setting(1, "channels of an image", above=0)
-    classes: int = setting(10, "number of classes", above=0)
+    classes: int = setting(10, "number of classes; 0: counted from the data when a run starts", at_least=0)
     patch: int = setting(2, "height and width of a patch in pixels", above=0)
     stem: str = setting(
         "patch",

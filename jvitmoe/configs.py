@@ -1,6 +1,7 @@
-"""Lists the experiments that come with jvitmoe: `jvitmoe configs [NAME]`.
+"""Lists the experiments that come with jvitmoe: `jvitmoe configs [NAME[:VARIANT]]`.
 
-Says what each experiment is and what to expect of it. With a name it prints the whole description, with the command.
+Says what each experiment is and what to expect of it. With a name it prints the whole description, with the command;
+with a variant also the settings that it changes.
 """
 
 import ast
@@ -8,6 +9,7 @@ import shutil
 import textwrap
 
 from jvitmoe import cli, experiment_files
+from jvitmoe import config as config_lib
 from jvitmoe.errors import UserError, did_you_mean
 
 INDENT = 18  # columns of the names
@@ -15,14 +17,18 @@ INDENT = 18  # columns of the names
 
 def main(argv: list[str]) -> None:
     """Runs the command. Raises UserError for a name that is no experiment."""
-    _, names = cli.parse_with_arguments(argv, lambda values: None, arguments="[NAME…]")
+    _, names = cli.parse_with_arguments(argv, lambda values: None, arguments="[NAME[:VARIANT]…]")
     folder = experiment_files.ours()
     about = {path.stem: ast.get_docstring(ast.parse(path.read_text())) or "" for path in sorted(folder.glob("*.py"))}
-    for name in names:
+    for name, _, variant in (name.partition(":") for name in names):
         if name not in about:
             hint = did_you_mean(name, about) or "; jvitmoe configs lists them"
             raise UserError(f"{name!r} is not an experiment{hint}")
         print(f"{folder / name}.py\n\n{about[name]}\n")
+        if variant:
+            plain, other = (experiment_files.load(each) for each in (name, f"{name}:{variant}"))
+            for path, (_, value) in config_lib.differences(plain, other).items():
+                print(f"{variant}: --config.{path}={value!r}")
     if names:
         return
     width = shutil.get_terminal_size().columns - INDENT

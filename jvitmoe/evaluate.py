@@ -1,4 +1,4 @@
-"""Tests the models of a run: `python -m jvitmoe.evaluate --workdir runs/X [--checkpoint latest|best|STEP]`.
+"""Tests the models of a run: `jvitmoe evaluate --workdir runs/X [--checkpoint latest|best|STEP]`.
 
 Prints one row per model, writes result.json and report.md, and draws what the dense or merged model says: of all images
 in confusion.png, of 15 in samples.png. For a run with experts it also measures why averaging works or fails, and draws
@@ -22,7 +22,7 @@ from jvitmoe import config as config_lib
 from jvitmoe.config import Config
 from jvitmoe.errors import UserError
 from jvitmoe.runs import files, results
-from jvitmoe.runs.console import console, warnings_as_lines
+from jvitmoe.runs.console import console, progress, warnings_as_lines
 
 MOST_SAMPLES = 15  # images of samples.png
 MOST_ROUTED, MAPPED = 1000, 8  # images whose routes are measured, and drawn in experts.png
@@ -47,6 +47,7 @@ def main(argv: list[str]) -> None:
         _verify(workdir)
     else:
         files.refuse_links(workdir)
+        console.print(f"reading     {workdir}")
         _evaluate(values, workdir)
 
 
@@ -59,30 +60,34 @@ def _evaluate(values: flags.FlagValues, workdir: Path) -> None:
     from jvitmoe.runs import figures
 
     config, mesh, model, params, ema, meta = _restore(values, workdir)
+    console.print(f"reading     {config.data.name} {config.data.dir}".rstrip())
     data, probed, probe_config = _data(values, config)
-    evaluate = models.make_evaluate(model, mesh, config.data)
-    shown = stream.eval_images(data.test, config, mesh)
-    known = results.of_training(workdir, meta["versions"])
-    result: dict[str, Any] = {}
-    if values.few_shot or values.knn:  # first, because they refuse more images than there are
-        trees = {"dense" if config.routing.experts == 1 else "merged": merge.dense_tree(config, params)}
-        trees |= {"EMA": ema} if ema is not None else {}
-        settings = probe_config, mesh, values.few_shot, values.knn
-        result["probes"] = probes.measure(evaluate.net, trees, probed, *settings)
-    gate_L = None
-    if evaluate.routed:
-        gate_L, result["routes"] = _routes(config, params, evaluate.routed, data, workdir)
-    result["rows"] = models.evaluate_run(config, params, ema, evaluate, *shown, values.paths, gate_L)
-    result |= models.facts(config, meta["step"], mesh) | known | {"files": meta["files"]}
-    if config.routing.experts > 1:
-        few = _some(data.test, mergeability.IMAGES, config)
-        batches = eval_batches(len(few), config.train.batch_size, mesh)
-        result["mergeability"] = mergeability.measure(config, params, evaluate, on_devices(few, mesh), batches)
+    with progress("testing") as batch_done:
+        evaluate = models.make_evaluate(model, mesh, config.data, batch_done)
+        shown = stream.eval_images(data.test, config, mesh)
+        known = results.of_training(workdir, meta["versions"])
+        result: dict[str, Any] = {}
+        if values.few_shot or values.knn:  # first, because they refuse more images than there are
+            trees = {"dense" if config.routing.experts == 1 else "merged": merge.dense_tree(config, params)}
+            trees |= {"EMA": ema} if ema is not None else {}
+            settings = probe_config, mesh, values.few_shot, values.knn
+            result["probes"] = probes.measure(evaluate.net, trees, probed, *settings)
+        gate_L = None
+        if evaluate.routed:
+            gate_L, result["routes"] = _routes(config, params, evaluate.routed, data, workdir)
+        result["rows"] = models.evaluate_run(config, params, ema, evaluate, *shown, values.paths, gate_L)
+        result |= models.facts(config, meta["step"], mesh) | known | {"files": meta["files"]}
+        if config.routing.experts > 1:
+            few = _some(data.test, mergeability.IMAGES, config)
+            batches = eval_batches(len(few), config.train.batch_size, mesh)
+            result["mergeability"] = mergeability.measure(config, params, evaluate, on_devices(few, mesh), batches)
     _draw_samples(evaluate, merge.dense_tree(config, params), _some(data.test, MOST_SAMPLES, config), workdir)
     drawn = figures.of_run(result, workdir)
     for name, figure in drawn.items():
         figures.save(figure, workdir / name)
     results.write_result(workdir, result, files.CONFUSION in drawn)
+    written = ", ".join((files.RESULT, results.REPORT, files.SAMPLES, *drawn))
+    console.print(f"written     {written} in {workdir}")
 
 
 def _restore(values: flags.FlagValues, workdir: Path) -> tuple[Config, Any, Any, Any, Any, dict[str, Any]]:
@@ -190,8 +195,9 @@ def _draw_samples(evaluate: Any, params: Any, few: Any, workdir: Path) -> None:
     share_NC = jax.device_get(jax.nn.softmax(logits_NC))
     for image_HWc, label, share_C in zip(few.images_NHWc, few.labels_N, share_NC, strict=True):
         order_C = (-share_C).argsort()
+        is_wrong = bool(order_C[0] != label)
         guesses, picture = [(names[c], float(share_C[c])) for c in order_C], Picture(names[label], image_HWc)
-        cells.append(figures.Cell(picture, f"true: {names[label]}", guesses, is_wrong=order_C[0] != label))
+        cells.append(figures.Cell(picture, f"{'wrong, ' * is_wrong}true: {names[label]}", guesses, is_wrong))
     figures.contact_sheet(workdir / files.SAMPLES, cells)
 
 

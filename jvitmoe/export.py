@@ -1,4 +1,4 @@
-"""Exports a run's dense model for other libraries: `python -m jvitmoe.export --workdir runs/X --to TARGET --out DIR`.
+"""Exports a run's dense model for other libraries: `jvitmoe export --workdir runs/X --to TARGET --out DIR`.
 
 Writes the model, a model card and sample.npz (test images and their logits), then reads the model back and compares the
 logits. A model that the target cannot express is refused before anything is written.
@@ -34,6 +34,7 @@ def main(argv: list[str]) -> None:
         raise UserError(f"--out is {values.out!r}; it cannot be listed: {error.strerror}; give a new folder") from error
     if out.name in ("", "..") or not is_new:
         raise UserError(f"--out is {values.out!r}, which is not a new or empty folder; give one that is")
+    console.print(f"reading     {workdir}")
     # Not above: these import JAX, and --help need not wait for that.
     from jvitmoe.interop import load, model_card
     from jvitmoe.interop.targets import TARGETS
@@ -51,6 +52,7 @@ def main(argv: list[str]) -> None:
     remarks = target.examine(config)
     for remark in remarks:
         console.print(f"note        {remark}")
+    console.print(f"exporting   as {target.name}, and comparing logits")
     with cli.data_dir_flag():
         sample = target.sample(source, config)
 
@@ -71,6 +73,8 @@ def main(argv: list[str]) -> None:
     console.print(f"exported    {printable(str(out))}, {weights} at step {source.step:,}, as {target.name}")
     compared = f"logits of {len(sample['labels'])} images within {difference:.2g} of ours"
     console.print(f"checked     read back by {target.reader}: {compared}")
+    written = sorted(str(path.relative_to(out)) for path in out.rglob("*") if path.is_file())
+    console.print(f"written     {printable(', '.join(written))}")
     if target.torch:
         console.print(f"            README.md has a check that runs {target.library} itself")
 

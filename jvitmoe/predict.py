@@ -1,4 +1,4 @@
-"""Classifies pictures: `python -m jvitmoe.predict --workdir runs/X IMAGE… [--json] [--sheet sheet.png] [--top 5]`.
+"""Classifies pictures: `jvitmoe predict --workdir runs/X IMAGE… [--json] [--sheet sheet.png] [--top 5]`.
 
 Prints the most probable classes of each file, also of those in folders. Files that cannot be read are reported and
 skipped, and the exit code is 1.

@@ -1,4 +1,4 @@
-"""Compares runs: `python -m jvitmoe.report runs/* [--out runs/report]`.
+"""Compares runs: `jvitmoe report runs/* [--out runs/report]`.
 
 Runs that differ only in their seed form a group: mean ± sample deviation. `name=runs/a,runs/b` names a group. Prints a
 table and writes report.md, comparison.png, curves.png, and runs.json: the config and the results of each group. --html
@@ -7,14 +7,15 @@ adds report.html, one page that needs no network. A folder that is no tested run
 
 import json
 import os
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
 from absl import flags
 
 from jvitmoe import cli
-from jvitmoe.errors import UserError
-from jvitmoe.runs import files, groups, page
+from jvitmoe.errors import UserError, printable
+from jvitmoe.runs import files, groups, page, results
 from jvitmoe.runs.console import console, show_table
 from jvitmoe.runs.groups import Groups
 
@@ -23,9 +24,9 @@ NOTE = (
     "that differ from it only in `routing` and EMA."
 )
 OVERVIEW = (
-    "Accuracy on the test split. Experts: mean of the expert paths. Barrier: highest rise of the loss on the straight "
+    "Experts: mean of the expert paths. Barrier: highest rise of the loss on the straight "
     "line from an expert to the mean, nats. Gap: how far the output of the mean expert is from the mean of outputs, "
-    "relative, in the worst layer."
+    "relative, in the worst layer. Steps took: the time of training's steps, without evaluation, of the first seed."
 )
 MANY = 4  # with more groups, the console shows the overview only
 
@@ -36,9 +37,13 @@ def main(argv: list[str]) -> None:
     out = Path(values.out)
     found = _read_groups([each for each in arguments if Path(each).resolve() != out.resolve()])  # it may be in runs/*
     rows = [row for name, group in found.items() for row in groups.group_rows(name, group)]
-    overview = [groups.overview_row(name, group) for name, group in found.items()]
+    overview = groups.overview(found)
     pictures = _pictures(found)
-    parts: list[page.Part] = [page.Heading(1, "Runs"), groups.opening(found), overview, OVERVIEW]
+    parts: list[page.Part] = [page.Heading(1, "Runs"), groups.tested(found), overview]
+    if differences := groups.differences(found):
+        parts += [*differences, groups.DECIDED]
+    command = printable(f"Command: jvitmoe report {shlex.join(argv[1:])}")
+    parts += [OVERVIEW, groups.opening(found), command]
     parts += [*pictures, page.Heading(2, "Every model"), rows, NOTE]
     files.make_folder(out)
     for picture in pictures:
@@ -48,13 +53,16 @@ def main(argv: list[str]) -> None:
     files.write_text(out / "runs.json", json.dumps(records, indent=1) + "\n")
     if values.html:
         files.write_text(out / "report.html", page.as_html([*parts, *_details(found)]))
-    short = [{name: cell for name, cell in row.items() if name != "hardware"} for row in rows]
-    show_table(short if len(found) <= MANY else overview, "test split")
+    short = [{name: row[name] for name in row if name != "hardware"} for row in rows]
+    table = groups.without_empty(short) if len(found) <= MANY else overview
+    show_table(table, "test split", str(out / "report.md"))
     for hardware in dict.fromkeys(row["hardware"] for row in rows):
         console.print(f"hardware    {hardware}")
     console.print(f"pictures    {', '.join(str(out / f'{picture.name}.png') for picture in pictures)}")
     if values.html:
         console.print(f"page        {out / 'report.html'}")
+    for line in differences[:MANY]:
+        console.print(line)
 
 
 def _read_groups(arguments: Sequence[str]) -> Groups:
@@ -107,6 +115,10 @@ def _details(found: Groups) -> list[page.Part]:
         pictures += filter(None, own)
         if pictures:
             parts += [page.Heading(2, f"{name}, seed {run.config.train.seed}"), *pictures]
+        for row in run.result["rows"]:
+            if confusion := row.get("confusion"):
+                names = results.class_names(run.folder, len(confusion))
+                parts += [page.Heading(2, f"{name}, classes, {row['model']}"), results.class_rows(confusion, names)]
     return parts
 
 

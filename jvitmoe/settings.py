@@ -187,17 +187,21 @@ def _about_parameters(config: Config) -> int:
     return model.width * (model.depth * block + tables) + head
 
 
-def help_text(settings: dict[str, dataclasses.Field], width: int) -> str:
-    """Returns the part of `--help` about {"section.name": field}, wrapped at `width` columns."""
-    lines = ["", "Defaults of Config(); the experiment sets others:"]
+def help_text(settings: dict[str, dataclasses.Field], config: Config, width: int) -> str:
+    """Returns the part of `--help` about {"section.name": field}, with the values of a config, wrapped at `width`."""
+    lines = []
     for section, fields in itertools.groupby(settings.items(), _section):
         lines += ["", f"{section}:"]
         for path, field in fields:
-            flag = f"--config.{path}={field.default!r}"
-            for text, indent in ((flag, "  "), (f"{field.metadata['doc']} ({values(field)})", "      ")):
-                wrapper = textwrap.TextWrapper(max(width, 20), indent, indent, break_on_hyphens=False)
-                lines += wrapper.wrap(text)
+            flag = f"--config.{path}={operator.attrgetter(path)(config)!r}"
+            lines += help_lines(flag, f"{field.metadata['doc']} ({values(field)})", width)
     return "\n".join(lines)
+
+
+def help_lines(flag: str, about: str, width: int) -> Iterator[str]:
+    """Yields the lines of `--help` about a flag, wrapped at `width` columns."""
+    for text, indent in ((flag, "  "), (about, "      ")):
+        yield from textwrap.TextWrapper(max(width, 20), indent, indent, break_on_hyphens=False).wrap(text)
 
 
 def page(settings: dict[str, dataclasses.Field]) -> str:

@@ -1,4 +1,4 @@
-"""Trains one experiment: `python -m jvitmoe.train --config configs/digits_random.py [--workdir runs/x]`.
+"""Trains one experiment: `jvitmoe train --config digits_random [--workdir runs/x]`.
 
 Repeat the command to resume from the newest sound checkpoint; on a CPU the result is bit-identical to that of an
 uninterrupted run. SIGTERM, SIGINT and SIGHUP finish the step, save and exit; a second signal exits at once.
@@ -17,6 +17,7 @@ from absl import flags
 
 from jvitmoe import cli
 from jvitmoe.config import Config
+from jvitmoe.runs.console import console
 from jvitmoe.runtime import memory
 
 if TYPE_CHECKING:
@@ -28,7 +29,9 @@ def main(argv: list[str]) -> None:
     values = cli.parse(argv, define_flags, config=True)
     config = cli.experiment(values)
     workdir = Path(values.workdir or Path("runs") / cli.experiment_name(argv))
-    # Not above: these import JAX, and --help need not wait for that.
+    if not (values.coordinator or values.distributed):  # only the first of several processes prints
+        console.print("starting    JAX")
+    # Not above: these import JAX.
     from jvitmoe.runs import trackers
     from jvitmoe.runtime import processes
     from jvitmoe.training.launch import launch

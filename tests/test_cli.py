@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 import types
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -83,6 +84,7 @@ def test_a_file_is_taken_only_by_a_name_that_ends_in_py_or_has_a_separator(monke
         ("--config.train=3", "config.train is not a field"),
         ("--config.train.epochs=2.5", "--config.train.epochs=2.5"),
         ("--config.routing.experts=0", "config.routing.experts is 0"),
+        ("--config.optim.lr=x", "did you mean 'optim.learning_rate'?"),
         ("--config.data.flip=x", "--config.data.flip=x: ('Non-boolean argument to boolean flag', 'x'); --help"),
         ("--config.routing.pattern=dense,experts", """--config.routing.pattern='("dense","experts")'"""),
         ("--wordkir=x", "--wordkir is not a flag; did you mean '--workdir'?"),
@@ -192,6 +194,24 @@ print(sorted({"jax", "matplotlib"} & sys.modules.keys()))
     assert done.stdout.splitlines()[-1] == "[]", done.stderr
 
 
+@pytest.mark.process
+@pytest.mark.parametrize(
+    ("command", "argument", "line"),
+    [
+        ("train", "--config=digits_random", "starting    JAX"),
+        ("evaluate", "", "reading     {}"),
+        ("export", "", "reading     {}"),
+    ],
+)
+def test_a_command_says_what_it_does_before_it_imports_jax(tmp_path, command, argument, line):
+    (tmp_path / "checkpoints").mkdir()
+    code = f"import sys; sys.modules['jax'] = None; from jvitmoe import {command}; {command}.main(sys.argv)"
+    arguments = [argument] * bool(argument) + [f"--out={tmp_path / 'new'}"] * (command == "export")
+    ended = processes.run([sys.executable, "-c", code, f"--workdir={tmp_path}", *arguments], cold=True)
+    assert ended.out == line.format(tmp_path) + "\n"
+    assert "jax" in ended.err.splitlines()[-1]
+
+
 def test_configs_says_what_each_experiment_is_and_gives(capsys):
     call = functools.partial(processes.call, configs.main)
     code, listed, _ = call()
@@ -200,7 +220,10 @@ def test_configs_says_what_each_experiment_is_and_gives(capsys):
     assert set(names) == set(re.findall(r"^(\w+) ", listed, re.MULTILINE))
     assert "Expect about 99 % test accuracy" in " ".join(listed.split())
     code, shown, _ = call("digits_dense")
-    assert (code, "python -m jvitmoe.train --config configs/digits_dense.py" in shown) == (0, True)
+    assert (code, "jvitmoe train --config digits_dense\n" in shown) == (0, True)
+    assert "configs/" not in call(*names)[1].replace(str(Path(DIGITS).parent), "")  # a wheel has no such folder
+    assert "random: --config.routing.experts=4\n" in call("folder:random")[1]
+    assert call("folder:odd")[2].startswith("error: the variant is 'odd'; it must be")
     assert call("digits_dens")[0::2] == (2, "error: 'digits_dens' is not an experiment; did you mean 'digits_dense'?\n")
 
 
@@ -224,8 +247,10 @@ def test_the_package_run_as_a_module_lists_and_runs_its_commands():
 
     code, out, err = run()
     assert (code, err, set(re.findall(r"^  jvitmoe (\w+)", out, re.MULTILINE))) == (0, "", modules)
+    assert "\n  Trains one experiment\n  jvitmoe train --config" in out
+    assert run("--version") == (0, f"jvitmoe {metadata.version('jvitmoe')}\n", "")
     assert run("trian") == (2, "", "error: 'trian' is not a command; did you mean 'train'?\n")
-    assert run("predict", "--help")[1].startswith("usage: python -m jvitmoe.predict [flags] IMAGE or FOLDER…\n")
+    assert run("predict", "--help")[1].startswith("usage: jvitmoe predict [flags] IMAGE or FOLDER…\n\nClassifies ")
     assert run("train", "--config=digits_random", "--config.train.epochs=0")[0::2] == (
         2,
         "error: config.train.epochs is 0; it must be greater than 0\n",

@@ -47,6 +47,8 @@ def test_without_a_compiler_one_line_says_what_to_install(monkeypatch, target, e
 def test_a_set_of_unknown_size_needs_its_number_of_images():
     line = processes.refused(compile_command.main, "--config=folder", "--target=h100:8")
     assert line == "error: the number of images of 'folder' is not known; give --images, training images\n"
+    line = processes.refused(compile_command.main, "--config=folder", "--target=h100:8", "--images=9")
+    assert line.startswith("error: config.model.classes is 0, and no data are read; set --config.model.classes")
 
 
 @pytest.mark.parametrize("is_refused", [False, True])  # a TPU's compiler refuses what does not fit

@@ -5,13 +5,14 @@ import dataclasses
 import importlib.util
 import inspect
 import json
+import operator
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from jvitmoe import cli, errors, routing, settings
+from jvitmoe import cli, errors, experiment_files, routing, settings
 from jvitmoe import config as config_lib
 from jvitmoe.config import Config, DataConfig, ModelConfig, RoutingConfig
 from jvitmoe.errors import ConfigError, UserError
@@ -174,16 +175,20 @@ def test_the_page_about_settings_is_what_its_command_writes():
     assert all(f"| `{path}` |" in written for path in config_lib.flatten(Config()))
 
 
-@pytest.mark.parametrize("columns", [60, 120])
-def test_help_describes_each_setting_and_fits_the_terminal(columns, monkeypatch, capsys):
+@pytest.mark.parametrize(("columns", "given"), [(60, []), (120, ["--config=imagenet", "--config.train.epochs=7"])])
+def test_help_describes_each_setting_with_its_value_and_fits_the_terminal(columns, given, monkeypatch, capsys):
+    config = experiment_files.load("imagenet") if given else Config()
+    config.train.epochs = 7 if given else config.train.epochs
     monkeypatch.setenv("COLUMNS", str(columns))
     with pytest.raises(SystemExit):
-        cli.parse(["train.py", "--help"], lambda values: None, config=True)
+        cli.parse(["train.py", "--help", *given], lambda values: None, config=True)
     lines = capsys.readouterr().out.splitlines()
+    assert not [line for line in lines if "absl" in line or "flagfile" in line]
     assert max(map(len, lines)) <= columns
     shown = " ".join(" ".join(lines).split())
     for path, field in config_lib.SETTINGS.items():
-        about = f"--config.{path}={field.default!r} {field.metadata['doc']} ({settings.values(field)})"
+        value = operator.attrgetter(path)(config)
+        about = f"--config.{path}={value!r} {field.metadata['doc']} ({settings.values(field)})"
         assert about in shown
     assert [line for line in lines if line in ("data:", "model:", "routing:", "init:", "optim:", "train:")] == [
         f"{section.name}:" for section in dataclasses.fields(Config)
@@ -230,10 +235,10 @@ def test_every_experiment_is_valid_and_opens_with_its_command(path, monkeypatch)
     module = load_experiment(path, monkeypatch)
     config = module.get_config().validate()
     json.loads(config_lib.dumps(config))
-    assert f"python -m jvitmoe.train --config configs/{path.name}" in module.__doc__
+    assert f"jvitmoe train --config {path.stem}" in module.__doc__
     assert (config.routing.experts > 1) == path.stem.endswith(("random", "switch"))
     if inspect.signature(module.get_config).parameters:
-        assert f"configs/{path.name}:random" in module.__doc__
+        assert f"{path.stem}:random" in module.__doc__
         assert module.get_config("random").validate().routing.experts > 1
         assert module.get_config("dense") == config
 

@@ -373,6 +373,7 @@ def test_a_target_takes_one_class_and_a_folder_beside_its_export_stays(experimen
     assert (code, err) == (0, "")
     assert "as toy" in out
     assert "checked     read back by jvitmoe: logits of 16 images within " in out
+    assert "written     README.md, " in out
     found = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.*") if path.is_file()}
     assert found == {f"x/{name}" for name in ("README.md", "classes.json", "sample.npz", "toy.npz")}
     assert [path.name for path in (tmp_path / "x.part").iterdir()] == ["mine"]

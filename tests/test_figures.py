@@ -103,6 +103,7 @@ def test_twenty_two_groups_of_curves_and_their_comparison_can_be_told_apart(tmp_
     assert [axes.get_title() for axes in curves.axes[:2]] == ["Training loss", "Test error"]
     labels = [text.get_text() for axes in curves.axes if (key := axes.get_legend()) for text in key.get_texts()]
     assert len(set(labels)) == 22
+    assert curves._suptitle.get_text().startswith("Lowest test error at the end: 77.8 %\na_name_as_long")
     assert "2 seeds" in curves._suptitle.get_text()
     check(curves)
     check(comparison)
@@ -180,6 +181,12 @@ def test_mergeability_shows_small_differences_of_accuracy_and_no_mountain_of_rou
     (first, _), (second, _) = marks(accuracy)
     assert second[0] - first[0] > 0.5 * accuracy.bbox.width
     assert "10,000 test images" in accuracy.get_title()
+    assert loss.get_title() == "Loss from expert to mean: rises by 0.0004 nats"
+    colours = {line.get_color() for axes in figure.axes for line in axes.lines}
+    assert not colours & set(figures.COLOURS)  # which are those of runs
+    why["barrier"]["height"] = 0.0
+    loss = figures.mergeability({"mergeability": why, "rows": rows}).axes[1]
+    assert loss.get_title() == "Loss from expert to mean: no rise"
     assert len(accuracy.containers) == 2  # whiskers
 
 
@@ -203,6 +210,7 @@ def test_the_confusion_matrix_names_its_classes_and_counts_up_to_20(classes, nam
     cells = {(d, c): str(counts_CC[c, d]) for c, d in zip(*np.nonzero(counts_CC), strict=True)}
     assert texts == (cells if classes <= 20 else {})
     np.testing.assert_allclose(axes.get_images()[0].get_array().sum(1), 100)
+    assert np.ptp(axes.get_images()[0].cmap([0.0, 0.5, 1.0])[:, :3], axis=1).max() < 0.01  # greys: a colour is a run
     assert axes.get_yticklabels()[0].get_text() == ("0 a [name]…mageNet's" if name else "0")
 
 

@@ -49,6 +49,62 @@ def test_runs_that_differ_in_the_seed_become_one_row_of_mean_and_deviation(make_
     assert "nan" in groups.group_rows(name, group)[0]["nll"]
 
 
+def test_seeds_of_other_pictures_of_equal_number_and_classes_are_no_seeds_of_one_run(make_run):
+    runs = [make_run(f"cats_s{seed}", train__seed=seed) for seed in (0, 1, 2)]
+    for run, pictures in zip(runs, ("a1", "b2", "a1"), strict=True):
+        (run / "images.json").write_text(json.dumps({"train": 24, "hash of train images and labels": pictures}))
+    assert [[run.config.train.seed for run in group] for group in read(*runs).values()] == [[0, 2], [1]]
+
+
+def test_a_difference_is_said_in_images_and_decided_only_beyond_its_error_and_by_six_images(make_run):
+    def line(dense, merged, images=360):
+        made = {}
+        for kind, rights, experts in (("dense", dense, 1), ("random", merged, 4)):
+            made[kind] = []
+            for seed, right in enumerate(rights):
+                folder = make_run(f"{kind} {dense} {merged} s{seed}", models=(kind,), routing__experts=experts)
+                run = groups.read_run(folder)
+                run.config.train.seed = seed
+                run.result["rows"][0] |= {"accuracy": right / images, "images": images}
+                made[kind].append(run)
+        (found,) = groups.differences({"b": made["random"], "a": made["dense"]})
+        return found
+
+    one = "b, random - a, dense: +1 of 360 images, +0.28 points, undecided (95 % interval -1.81 to +2.36, one seed)"
+    assert line([352], [353]) == one
+    assert line([180], [340]).startswith("b, random - a, dense: +160 of 360 images, +44.44 points, decided (")
+    assert "+1.0 of 360 images, +0.28 points, undecided" in line([350, 351, 352], [351, 352, 353])  # no deviation
+    assert "+9.0 of 360 images, +2.50 points, decided (95 % interval +1.81 to" in line([340, 341, 342], [350, 350, 350])
+    assert "-9.0 of 360 images, -2.50 points, undecided" in line([350, 350, 350], [330, 345, 348])
+    assert not groups.differences({"a": [groups.read_run(make_run("alone"))]})
+
+
+def test_equal_experts_and_what_is_made_of_them_are_one_row(make_run):
+    models = ("merged", "expert 0", "expert 1", "2 random paths", "ensemble")
+    run = groups.read_run(make_run("equal", models=models))
+    (run.result["rows"][3])["accuracy_std"] = 0.0
+    assert [row["model"] for row in groups.group_rows("equal", [run])] == ["merged", "2 experts, equal"]
+    assert [row["model"] for row in results.result_rows(run.result)] == ["merged", "2 experts, equal"]
+    run.result["rows"][2]["nll"] += 0.001
+    assert [row["model"] for row in groups.group_rows("other", [run])] == list(models)
+
+
+@pytest.mark.parametrize(("columns", "shown"), [(54, ["nll"]), (80, ["nll", "ece"]), (200, ["nll", "ece", "total"])])
+def test_a_narrow_terminal_shows_whole_cells_and_says_where_the_other_columns_are(
+    make_run, tmp_path, capsys, monkeypatch, columns, shown
+):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    runs = [str(make_run(name, models=("merged", "ensemble"), rate=9.0)) for name in ("digits_dense", "digits_random")]
+    report.main(["report", *runs, f"--out={tmp_path / 'out'}"])
+    printed = capsys.readouterr().out
+    table = [line for line in printed.splitlines() if line[:1] in "┏┃┡│└"]
+    assert len(table) == 4 + 4  # no cell is folded
+    assert max(map(len, table)) <= columns
+    assert [name for name in ("nll", "ece", "total") if f" {name} " in table[1]] == shown
+    assert ("more: " in printed) == (columns < 200)
+    assert "| images/s |" in (tmp_path / "out" / "report.md").read_text()
+
+
 def test_the_dense_run_of_the_same_config_stands_first(make_run):
     other = make_run("other", routing__experts=4, optim__learning_rate=0.5)
     many = make_run("many", routing__experts=8, routing__pull=0.1)
@@ -95,16 +151,23 @@ def test_the_command_names_groups_leaves_out_other_folders_and_says_why(make_run
     a, b, dense = make_run("x", train__seed=1), make_run("y", train__seed=2), make_run("z=1", optim__eps=1.0)
     out, gone, damaged = tmp_path / "report", tmp_path / "gone", make_run("damaged")
     (damaged / "result.json").write_text("{}")
+    interrupted, picture = make_run("interrupted"), tmp_path / "a.png"
+    (interrupted / "result.json").unlink()
+    picture.write_bytes(b"")
     for _ in range(2):  # the second time the folder of the report is there, as in runs/*
-        others = [str(path) for path in (dense, out, gone, damaged, a / "metrics.jsonl")]
+        others = [str(path) for path in (dense, out, gone, damaged, picture, interrupted)]
         report.main(["report", f"mine={a},{b}", *others, f"--out={out}"])
         printed = capsys.readouterr().out.replace("\n", "")
-        assert f"left out    '{gone}' is no folder" in printed
+        assert f"left out    '{gone}' is no such folder" in printed
+        assert f"left out    '{picture}' is a file; give a folder" in printed
+        assert f"left out    '{interrupted}' was not trained to its end; repeat its command" in printed
         assert f"left out    {damaged}/result.json is not a result" in printed
-        assert printed.count("left out") == 3
+        assert printed.count("left out") == 4
     text = (out / "report.md").read_text()
     assert text.count("| mine |") == text.count("| z=1 |") == 1 + len(MODELS)
-    assert "| mine | 2 | - | 50.00% ± 0.00% | - | - | 50.00% ± 0.00% | 50.00% | - | - |" in text
+    assert "| mine | merged | 50.00% ± 0.00% (best) | 2 | dense | 50.00% ± 0.00% | 50.00% |" in text
+    assert "Accuracy on the test split of digits, 10 images." in text
+    assert f"Command: jvitmoe report mine={a},{b} {dense} " in text
     for picture in ("curves", "comparison"):
         assert (out / f"{picture}.png").read_bytes().startswith(b"\x89PNG")
         assert f"![{picture}]({picture}.png)" in text
@@ -116,7 +179,7 @@ def test_the_command_names_groups_leaves_out_other_folders_and_says_why(make_run
         ([f"mine={a},{a}"], "both of seed 1"),
         ([str(tmp_path)], r"holds no result\.json"),
         ([], "no run folder was given"),
-        (["group=" + ",".join(["a" * 90] * 4)], "is no folder"),
+        (["group=" + ",".join(["a" * 90] * 4)], "is no such folder"),
     ):
         with pytest.raises(UserError, match=message):
             report.main(["report", *arguments, f"--out={out}"])
@@ -153,6 +216,36 @@ class Seen(html.parser.HTMLParser):
 
     def handle_data(self, data):
         self.texts.add(data)
+
+
+def test_a_page_names_split_data_and_command_marks_the_best_and_says_arms_in_words(make_run, tmp_path):
+    dense = make_run("dense", 0.5, models=("dense",))
+    pulled = {"routing__experts": 4, "routing__kind": "sample", "routing__init": "shared", "routing__pull": 1.0}
+    random, few = make_run("random", 0.6, rate=64.0, **pulled), make_run("few", 0.4, routing__experts=2)
+    result = results.read_result(random)
+    result["rows"][0]["confusion"] = [[3, 1], [0, 6]]
+    results.save_result(random, result)
+    report.main(["report", *map(str, (dense, random, few)), "--html", f"--out={tmp_path / 'out'}"])
+    text = (tmp_path / "out" / "report.md").read_text()
+    overview = [line.split(" | ") for line in text.splitlines() if line.startswith("| ")][:5]
+    assert [row[2] for row in overview[2:]] == ["50.00%", "60.00% (best)", "40.00%"]
+    column = overview[0].index("trained as")
+    assert [row[column] for row in overview[2:]] == [
+        "dense",
+        "4 experts, random by sample, equal start, averaged after every step",
+        "2 experts, random by batch, different starts",
+    ]
+    assert [row[overview[0].index("steps took |")] for row in overview[2:]] == [
+        "- |",
+        "0:04 |",
+        "- |",
+    ]  # 2 of 128 images
+    shown = (tmp_path / "out" / "report.html").read_text()
+    assert f"<p>Command: jvitmoe report {dense} {random} {few} --html --out={tmp_path / 'out'}</p>" in shown
+    assert "random, classes, merged" in shown
+    assert "<td class=left>1 (25.00%)</td>" in shown  # most often taken for
+    # The first columns of the overview, which are on a narrow screen.
+    assert shown.index(">run</th>") < shown.index(">accuracy</th>") < shown.index(">seeds</th>")
 
 
 def test_a_page_needs_nothing_else_and_shows_every_name_as_it_is(make_run, tmp_path):

@@ -72,6 +72,16 @@ def test_mlflow_gets_figures_settings_the_test_and_how_a_run_ended_and_a_resumed
     assert "warning" not in capsys.readouterr().out
 
 
+def test_a_server_that_refuses_is_one_line_and_none_of_its_library(tmp_path, monkeypatch, capsys, caplog):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR", "0")
+    follow(tmp_path / "a", ["mlflow"], 0, [1])
+    captured = capsys.readouterr()
+    assert captured.out.count("warning: tracker mlflow failed") == 1
+    assert (captured.err, caplog.text) == ("", "")
+
+
 def test_trackio_gets_figures_and_a_resumed_run_goes_on_in_it(tmp_path, capsys):
     follow(tmp_path / "a", ["trackio"], 0, [1, 2])
     follow(tmp_path / "a", ["trackio"], 2, [3])
@@ -80,7 +90,9 @@ def test_trackio_gets_figures_and_a_resumed_run_goes_on_in_it(tmp_path, capsys):
     losses = sorted((step, found["train/loss"]) for step, found in figures if "train/loss" in found)
     assert losses == [(1, 0.25), (2, 0.5), (3, 0.75)]
     assert len({run for run, _, _ in lines}) == 1
-    assert "warning" not in capsys.readouterr().out
+    captured = capsys.readouterr()
+    assert "warning" not in captured.out
+    assert "trackio" not in (captured.out + captured.err).lower()
 
 
 def test_wandb_offline_keeps_figures_and_a_resumed_run_has_the_same_id(tmp_path, capsys):

@@ -60,28 +60,45 @@ def test_the_progress_line_drops_its_last_parts_where_the_terminal_is_narrow(clo
         wide.print(line)
         return [text.rstrip() for text in wide.file.getvalue().splitlines()]
 
-    parts = ["1:02:03 left", "step 4200/390000", "loss 0.5010", "accuracy 100.0%", "6,634 images/s"]
+    parts = ["1 h 2 min left", "step 4200/390000", "loss 0.5010", "accuracy 100.0%", "6,634 images/s"]
     line = console.ProgressLine(parts, done=3, total=4)
     clock[0] += 75.0
     (wide,) = printed(120)
     assert wide.startswith(f"{'  '.join(parts)}  1:15 elapsed  ━━━")
-    for width, left in ((80, 5), (60, 4), (45, 3), (31, 2), (20, 1)):
+    for width, left in ((80, 5), (62, 4), (47, 3), (33, 2), (20, 1)):
         assert printed(width) == ["  ".join(parts[:left])]
 
 
-def test_the_first_step_is_shown_with_its_time_and_the_time_left_for_all(clock, capsys):
+def test_the_first_step_is_shown_with_its_time_and_the_time_left_from_the_second_on(clock, capsys):
     with MetricsLog(None, start=0, total=201, batch_size=4) as log:
         assert log.is_due()
         log.started(1, 25.0)
         log.show(1, VALUES)
-        assert capsys.readouterr().out == "1:23:20 left  step 1/201  loss 1.0000  accuracy 50.0%  first step 25.0 s\n"
+        assert capsys.readouterr().out == "step 1/201  loss 1.0000  accuracy 50.0%  first step 25.0 s\n"
         clock[0] += 19.0
         assert not log.is_due()
         clock[0] += 2.0
         assert log.is_due()
         log.show(2, VALUES)
-        assert "1:09:39 left  step 2/201" in capsys.readouterr().out
+        assert capsys.readouterr().out.startswith("1 h 9 min left  step 2/201")
         assert not log.is_due()
+
+
+@pytest.mark.parametrize(("total", "left"), [(4000, "23 h 19 min"), (10_001, "2.4 days")])
+def test_a_run_of_more_than_a_day_says_how_to_make_it_shorter_once(clock, capsys, total, left):
+    with MetricsLog(None, start=0, total=total, batch_size=4) as log:
+        log.started(1, 25.0)
+        log.show(1, VALUES)
+        clock[0] += 21.0
+        log.show(2, VALUES)
+        log.show(3, VALUES)
+    note, *others = [line for line in capsys.readouterr().out.splitlines() if "step 1/" not in line]
+    if "days" in left:
+        remedies = "a GPU, --config cifar10_fast, or fewer --config.train.epochs"
+        assert note == f"note: this will take {left} on this machine; shorter: {remedies}"
+        note = others[0]
+    assert note.startswith(f"{left} left  step 2/{total}")
+    assert "note" not in "".join(others)
 
 
 @pytest.mark.parametrize("columns", ["60", ""])

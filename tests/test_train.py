@@ -91,6 +91,7 @@ def test_asked_to_stop_it_saves_exits_within_ten_seconds_and_goes_on_to_the_same
         assert ended.seconds - asked < 10
         before, stopped_at = stopped_at, int(final_state(workdir).step)
         assert before < stopped_at < STEPS
+        assert re.search(r"^stopping after this (step \(about \d+ s\)|evaluation); again to", ended.out, re.MULTILINE)
         assert f"stopped at step {stopped_at} by {number.name}" in ended.out
     ended = processes.run(processes.train(experiment, workdir))
     assert ended.code == 0, ended.err
@@ -151,8 +152,8 @@ def test_steps_are_shown_where_none_was_for_long_and_the_history_stays_the_same(
         workdir = tmp_path / str(seconds)
         arguments = f"--workdir={workdir}", "--config.train.epochs=2", "--config.train.log_every=5"
         out = succeed(train.main, f"--config={experiment}", *arguments)
-        shown.append([int(number) for number in re.findall(r"left  step (\d+)/", out)])
-        assert re.search(r"^\d+:\d\d left  step 1/10  .*  first step \d+\.\d s$", out, re.MULTILINE)
+        shown.append([int(number) for number in re.findall(r"step (\d+)/\d+  loss", out)])
+        assert re.search(r"^step 1/10  .*  first step \d+\.\d s$", out, re.MULTILINE)
     # Before a save all that was done is shown, and each step once the next one is on its way.
     assert shown == [list(range(1, 11)), [1, 5, 10]]
     assert history(tmp_path / "0.0") == history(tmp_path / "1000000000.0")
@@ -204,24 +205,44 @@ def test_evaluate_needs_only_the_folder_and_any_devices_and_training_again_tells
 def test_evaluate_tests_any_checkpoint_and_training_again_tests_the_last(experiment, uninterrupted, copy):
     watched = {line["step"]: line["nll"] for line in history(copy) if line["kind"] == "validation"}
     best = min(watched, key=lambda step: (watched[step], -step))
+    began = (copy / "config.json").stat().st_ctime
     for which, step in (("best", best), (f"{STEPS - 2}", STEPS - 2)):
         out = succeed(evaluate.main, f"--workdir={copy}", f"--checkpoint={which}")
         assert json.loads((copy / "result.json").read_text())["step"] == step
         assert f"checkpoint at step {step}" in out
+        assert out.rstrip().endswith(f" in {copy}")
+        for name in re.search(r"^written     (.*) in ", out, re.MULTILINE)[1].split(", "):
+            assert (copy / name).stat().st_mtime >= began, name
     # The result of an earlier step is not that of the run.
     succeed(train.main, f"--config={experiment}", f"--workdir={copy}")
     assert json.loads((copy / "result.json").read_text())["step"] == STEPS
     assert rows(copy) == rows(uninterrupted)
 
 
+def test_classes_are_counted_and_a_run_goes_on_by_its_folder_alone(experiment, tmp_path):
+    arguments = f"--workdir={tmp_path / 'run'}", "--config.model.classes=0", "--config.train.epochs=1"
+    for again in (arguments, arguments, arguments[:1]):
+        out = succeed(train.main, *([f"--config={experiment}"] if again == arguments else []), *again)
+    assert "the run was trained and tested before" in out
+    assert saved_config(tmp_path / "run").model.classes == 10
+    assert "train.seed was 0 and is 1 now" in refused(train.main, arguments[0], "--config.train.seed=1")
+    assert "--config is missing" in refused(train.main, f"--workdir={tmp_path}")
+
+
 def test_a_folder_with_something_else_is_refused_and_left_as_it_is(experiment, uninterrupted, tmp_path):
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "cat.jpg").write_text("cat")
     (tmp_path / "file").write_text("file")
+    run = uninterrupted
     for folder, override, message in (
         (tmp_path / "photos", "seed=0", "holds other files than a run"),
         (tmp_path / "file", "seed=0", "is a file"),
         (uninterrupted, "batch_size=255", "train.batch_size was 256 and is 255 now"),
+        (
+            uninterrupted,
+            "epochs=5",
+            f"to train longer, start there from this run's weights: --config.init.source={run}",
+        ),
     ):
         before = snapshot(folder.parent)
         arguments = f"--workdir={folder}", f"--config.train.{override}"
@@ -233,13 +254,16 @@ def test_a_folder_with_something_else_is_refused_and_left_as_it_is(experiment, u
     ("override", "message"),
     [
         ("model.width=9", "must be a multiple of model.heads"),
-        ("train.batch_size=2000", "must be at most the 1337 training images"),
+        ("train.batch_size=2000", "must be at most the 1337 training images; set --config.train.batch_size=1337"),
         ("data.name=no_such_set", "must be digits, folder, hf:NAME or the name of a TFDS set"),
         ("data.validation=5000", "below the number of training images"),
         ("model.image_size=12", "images of digits are 8x8x1 but config.model expects 12x12x1"),
         ("model.classes=9", "digits has 10 classes but config.model.classes is 9"),
         ("train.devices=64 train.batch_size=128", "must be at most 8"),
-        ("train.devices=0 train.batch_size=255", "batch_size is 255; it must be a multiple of the 8 devices"),
+        (
+            "train.devices=0 train.batch_size=255",
+            "batch_size is 255; it must be a multiple of the 8 devices; set --config.train.batch_size=248",
+        ),
         ("train.accumulate=3", "must be a multiple of the 1 devices x 3 parts of train.accumulate"),
         ("data.name=folder data.dir=no/such/folder", "no/such/folder"),
         ("data.name=folder optim.name=adamx", "config.optim.name is 'adamx'; it must be one of"),

@@ -79,11 +79,13 @@ class TrainOrder:
             divisor, rule = mesh.shape[DATA] * slots, f"{mesh.shape[DATA]} data devices x {slots} experts"
         if parts > 1:
             divisor, rule = divisor * parts, f"{rule} x {parts} parts of train.accumulate"
+        fits = max(min(batch_size, count) // divisor, 1) * divisor
+        remedy = f"set --config.train.batch_size={fits}" if fits <= count else "set fewer --config.train.devices"
         if batch_size % divisor:
-            rule = f"it must be a multiple of the {rule}; change it or set --config.train.devices"
+            rule = f"it must be a multiple of the {rule}; {remedy}"
             raise ConfigError(f"config.train.batch_size is {batch_size}; {rule}")
         if batch_size > count:
-            rule = f"it must be at most the {count} training images"
+            rule = f"it must be at most the {count} training images; {remedy}"
             raise ConfigError(f"config.train.batch_size is {batch_size}; {rule}")
         self.steps_per_epoch = steps = count // batch_size
 

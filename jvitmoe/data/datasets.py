@@ -37,7 +37,11 @@ SOURCES: dict[str, type[Source]] = {"digits": Digits, "folder": ImageFolder, "hf
 
 def load(data: DataConfig, model: ModelConfig) -> Dataset[Split]:
     """Returns the splits of `browse` with all images in memory. Raises DataError."""
-    records = browse(data, model)
+    return read(browse(data, model), data, model)
+
+
+def read(records: Dataset[Records], data: DataConfig, model: ModelConfig) -> Dataset[Split]:
+    """Returns the set with all images in memory. Raises DataError."""
     return Dataset(decode(records.train, data, model), decode(records.test, data, model), records.class_names)
 
 

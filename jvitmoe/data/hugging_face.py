@@ -98,6 +98,7 @@ def _column(name: str, features: Any, kind: str, wanted: str | None) -> str:
 
 def _records(split: Any, about: str, image: str, labels_N: np.ndarray) -> Records:
     import datasets as hf
+    import pyarrow.compute as pc
 
     encoded = split.select_columns([image]).cast_column(image, hf.Image(decode=False))
 
@@ -113,4 +114,15 @@ def _records(split: Any, about: str, image: str, labels_N: np.ndarray) -> Record
             raise DataError(f"image {number} of {about} is absent; remove its row, or use another set")
         return Picture(f"image {number} of {about}", file["bytes"] or Path(file["path"]))
 
-    return Records(read, np.arange(len(labels_N)), labels_N.astype(np.int32))
+    def known() -> list[str]:
+        """Returns name and size of each picture; of a parquet file only the offsets of its pictures are read."""
+        column = encoded.data.column(image)
+        sizes = pc.binary_length(pc.struct_field(column, "bytes")).to_pylist()
+        paths = [path or "" for path in pc.struct_field(column, "path").to_pylist()]
+        try:
+            sizes = [os.path.getsize(path) if n is None and path else n for n, path in zip(sizes, paths, strict=True)]
+        except OSError as error:
+            raise DataError(f"cannot read all of {about} ({one_line(error)}); load it again") from error
+        return [f"{os.path.basename(path)} {size}" for path, size in zip(paths, sizes, strict=True)]
+
+    return Records(read, np.arange(len(labels_N)), labels_N.astype(np.int32), known)

@@ -34,12 +34,6 @@ class Split:
         """Returns the images that a mask or indices choose."""
         return Split(self.images_NHWc[chosen_N], self.labels_N[chosen_N])
 
-    def fingerprint(self) -> str:
-        """Returns a hash of pixels and labels."""
-        found = hashlib.sha256(self.images_NHWc.data)
-        found.update(self.labels_N.data)
-        return found.hexdigest()[:12]
-
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Records:
@@ -78,8 +72,8 @@ class Dataset(Generic[S]):
     test: S
     class_names: tuple[str, ...]
 
-    def facts(self) -> dict[str, object]:
-        """Returns what the processes of one run compare. Raises DataError."""
+    def facts(self: "Dataset[Records]") -> dict[str, object]:
+        """Returns what the processes of one run compare, and a run that goes on with its start. Raises DataError."""
         splits = {"train": self.train, "test": self.test}
         facts: dict[str, object] = {f"class {label}": name for label, name in enumerate(self.class_names)}
         facts |= {f"number of {name} images": len(split) for name, split in splits.items()}
@@ -130,7 +124,9 @@ def in_memory(split: Split) -> Records:
     def read(numbers: Sequence[int]) -> list[Record]:
         return [(Picture(f"image {n}", split.images_NHWc[n]), int(split.labels_N[n])) for n in numbers]
 
-    return Records(read, np.arange(len(split)), split.labels_N)
+    return Records(
+        read, np.arange(len(split)), split.labels_N, lambda: [hashlib.sha256(split.images_NHWc.data).hexdigest()]
+    )
 
 
 def read_pixels(

@@ -9,7 +9,10 @@ B global batch, b the rows of it in this process · H, W image rows and columns 
 
 import contextlib
 import os
+import threading
 from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -18,12 +21,60 @@ from jax.sharding import Mesh, NamedSharding
 
 from jvitmoe.config import Config
 from jvitmoe.data.batches import Batches, Images, TrainOrder, eval_batches, on_devices
-from jvitmoe.data.splits import Records, Split, read_pixels
+from jvitmoe.data.images import DataError, opened
+from jvitmoe.data.splits import GROUP, Records, Split, read_pixels
 from jvitmoe.runtime.devices import BY_DEVICE
 
+MOST_DAMAGED = 0.01  # of the pictures of a training split
 AHEAD = 2  # batches that wait on the devices; as many wait decoded on the host
 CROP = 0x43726F70  # distinguishes these random numbers from others that depend on (seed, step, row)
 Row = tuple[np.ndarray, np.int32]  # image_HWc and its label
+
+
+class Damaged:
+    """The pictures of a split that cannot be read. In training the next one takes their place, so that a batch still
+    follows from seed and step.
+
+    Args:
+        count: of the split's pictures.
+        say: gets a line about each damaged one.
+    """
+
+    def __init__(self, count: int, say: Callable[[str], object]) -> None:
+        self._count, self._say, self._found, self._lock = count, say, set[str](), threading.Lock()
+
+    def add(self, name: str, error: DataError) -> None:
+        """Counts a picture once. Raises DataError where more than MOST_DAMAGED of all are damaged."""
+        with self._lock:
+            if name in self._found:
+                return
+            self._found.add(name)
+            found = f"{len(self._found):,} of {self._count:,} training images"
+            if len(self._found) > MOST_DAMAGED * self._count:
+                raise DataError(f"{found} cannot be read, which is more than {MOST_DAMAGED:.0%}; the last: {error}")
+            self._say(f"{found}: {error}")
+
+    def check(self, records: Records, config: Config, checked: Callable[[], object]) -> None:
+        """Adds the files whose headers cannot be read; of other records the headers are inside, and are not read.
+        `checked` is called after each GROUP. Raises DataError, also for another size than data.crop=exact allows."""
+        side = config.model.image_size
+
+        def check(start: int) -> None:
+            for picture, _ in records.read(records.number_N[start : start + GROUP].tolist()):
+                try:
+                    with opened(picture) as image:
+                        is_other = config.data.crop == "exact" and image.size != (side, side)
+                except DataError as error:
+                    self.add(picture.name, error)
+                else:
+                    if is_other:
+                        read_pixels(picture, config.data, config.model)  # says what to set
+            checked()
+
+        if isinstance(records[0][0].encoded, Path):
+            with ThreadPoolExecutor() as pool:
+                for _ in pool.map(check, range(0, len(records), GROUP)):
+                    pass
 
 
 def train_batches(
@@ -34,18 +85,28 @@ def train_batches(
     start: int,
     total: int,
     rows: Callable[[int], np.ndarray] | None = None,
+    damaged: Damaged | None = None,
 ) -> Generator[Images, None, None]:
     """Yields the batch of every step from `start` to before `total`, split over the whole mesh. Raises DataError.
 
-    `rows` maps an epoch to row_SB, the rows of each batch in the order of the devices. None: ascending.
+    `rows` maps an epoch to row_SB, the rows of each batch in the order of the devices. None: ascending. `damaged`
+    counts the pictures that are skipped; None skips none.
     """
     seed = config.train.seed & 0xFFFFFFFF, config.train.seed >> 32
 
     def read(step: int, place: int) -> Row:
         epoch, step_of_epoch = divmod(step, order.steps_per_epoch)
         row = int(rows(epoch)[step_of_epoch, place]) if rows else place
-        picture, label = records[order.on_host(epoch)[step_of_epoch, row]]
-        return read_pixels(picture, config.data, config.model, (CROP, *seed, step, row)), np.int32(label)
+        index = int(order.on_host(epoch)[step_of_epoch, row])
+        while True:
+            picture, label = records[index]
+            try:
+                return read_pixels(picture, config.data, config.model, (CROP, *seed, step, row)), np.int32(label)
+            except DataError as error:
+                if damaged is None:
+                    raise
+                damaged.add(picture.name, error)
+                index = (index + 1) % len(records)
 
     sharding = NamedSharding(mesh, BY_DEVICE)
     return _batches(read, range(start, total), config.train.batch_size, sharding)

@@ -8,15 +8,19 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+from rich.cells import cell_len
 from rich.console import Console, ConsoleOptions
+from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 
 from jvitmoe.errors import escaped
 
 NARROWEST_BAR, WIDEST_BAR = 10, 40  # columns of a terminal
+KEPT = 4  # columns of a table that are shown in any terminal
+DAY = 24 * 3600.0  # seconds
 LEFT = {  # columns of text; the others are right-aligned
-    *("run", "model", "hardware", "image", "class", "most often taken for", "probe", "data"),
+    *("run", "model", "hardware", "image", "class", "most often taken for", "probe", "data", "trained as"),
     "memory of a device",  # of the commands
     *("arm", "ingredient", "kind", "minus", "module", "pass", "verdict", "program", "shard"),  # of the scripts
 }
@@ -45,16 +49,26 @@ def warnings_as_lines(show: Callable[[str], object] | None = None) -> Iterator[N
                     (show or console.print)(escaped(f"warning: {warning.message}"))
 
 
-def show_table(rows: Sequence[Mapping[str, Any]], title: str) -> None:
-    """Prints rows of text cells as a table; columns are the first row's keys."""
-    table = Table(title=escaped(title), title_justify="left")
-    for name in rows[0]:
-        table.add_column(name, justify="left" if name in LEFT else "right", overflow="fold")
-    for row in rows:
-        table.add_row(*(escaped(str(cell)) for cell in row.values()))
+def show_table(rows: Sequence[Mapping[str, Any]], title: str, file: str = "") -> None:
+    """Prints rows of text cells as a table; columns are the first row's keys. Where `file` has all of them, those that
+    do not fit are left out from the right, but not the first KEPT, and the title says so."""
     # In a file, do not fold cells at the usual 80 columns, unless COLUMNS sets a width.
     wide = Console(width=None if os.environ.get("COLUMNS") else 200, highlight=False, markup=False)
-    (console if console.is_terminal else wide).print(table)
+    shown, names = console if console.is_terminal else wide, list(rows[0])
+    while file and len(names) > KEPT:
+        if 1 + sum(3 + max(cell_len(str(text)) for text in (name, *(r[name] for r in rows))) for name in names) <= (
+            shown.width
+        ):
+            break
+        names.pop()
+    if left_out := len(rows[0]) - len(names):
+        title = f"{title} ({left_out} more: {file})"
+    table = Table(title=escaped(title), title_justify="left")
+    for name in names:
+        table.add_column(name, justify="left" if name in LEFT else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*(escaped(str(row[name])) for name in names))
+    shown.print(table)
 
 
 def markdown_table(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -78,7 +92,7 @@ class ProgressLine:
     """One line of progress. A terminal, where it is drawn several times a second, shows as many of `texts` and the
     elapsed time as fit, then a bar; a notebook shows a bar, then all texts."""
 
-    def __init__(self, texts: list[str], done: int, total: int) -> None:
+    def __init__(self, texts: list[str], done: int, total: int | None) -> None:
         self.texts, self.done, self._total = texts, done, total
         self._began = time.monotonic()
 
@@ -98,7 +112,28 @@ class ProgressLine:
         return f'<progress value="{self.done}" max="{self._total}"></progress> {html.escape("  ".join(texts))}'
 
 
+@contextlib.contextmanager
+def progress(stage: str) -> Iterator[Callable[[], None]]:
+    """Says that a stage begins, and yields what to call after each batch of it: a terminal shows their number."""
+    line = ProgressLine([stage], 0, None)
+    if not console.is_terminal:
+        console.print(stage)
+        yield lambda: None
+        return
+
+    def advance() -> None:
+        line.done += 1
+        line.texts = [stage, f"batch {line.done}"]
+
+    with Live(line, console=console, transient=True):
+        console.show_cursor(True)  # rich hides it, and a killed process cannot show it again
+        yield advance
+
+
 def duration(seconds: float) -> str:
+    """Returns a time as 3:09 (minutes and seconds), 5 h 12 min or 3.2 days."""
+    if seconds >= DAY:
+        return f"{seconds / DAY:,.1f} days"
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+    return f"{hours} h {minutes} min" if hours else f"{minutes}:{rest:02d}"

@@ -37,6 +37,7 @@ STYLE: Any = {
 }
 in_style: Any = matplotlib.rc_context(STYLE)  # used as a decorator
 MARKS = {"dense": "D", "EMA": "v", "merged": "o", "routed": "s", "expert (mean)": "P", "ensemble": "^"}
+LEAST_RISE = 5e-5  # nats of a barrier that is shown as a number
 LEAST = 1e-3  # shown instead of an error or a loss of 0, which a log scale has not
 LEAST_RANGE = 0.05  # of an axis, relative to its values: one that shows less would make mountains of rounding errors
 MOST_CLASSES, MOST_COUNTED = 100, 20  # classes of a confusion matrix that is drawn, and of one with counts in its cells
@@ -44,7 +45,7 @@ POINTS = 60  # most points of a line; more records are averaged
 # Of a contact sheet: side of a picture, height of a line of text and space between cells, in pixels; lines of text per
 # picture, its caption and three guesses.
 CELL, LINE, GAP, LINES = 180, 18, 12, 4
-WHITE, INK, FAINT, BAR, WRONG = "#ffffff", "#1a1a1a", "#6b6b6b", "#c9dcf2", COLOURS[1]
+WHITE, INK, FAINT, BAR, WRONG = "#ffffff", "#1a1a1a", "#6b6b6b", "#dddddd", "#b00020"
 
 
 def shown(name: str, most: int = 40) -> str:
@@ -107,8 +108,12 @@ def curves(groups: Mapping[str, Sequence[Path]]) -> Figure | None:
         column[0].set(title=title, yscale="log")
         column[-1].set_xlabel("step")
         plain_ticks(column[0].yaxis, scale)
+    title, _, scale, _, found = panels[-1]
+    ends = {name: np.mean([s[max(s)] for s in several if s]) for name, several in found.items() if any(several)}
+    best = min(ends, key=lambda name: ends[name])
+    finding = f"Lowest {title.lower()} at the end: {scale * ends[best]:.3g}{' %' * (scale > 1)}\n{shown(best)}"
     averaged = f"lines averaged to {POINTS} points" if max(lengths) > POINTS else ""
-    figure.suptitle("; ".join(filter(None, (statistics, averaged))), fontsize=11)
+    figure.suptitle("\n".join(filter(None, (finding, statistics, averaged))), fontsize=11)
     return figure
 
 
@@ -198,8 +203,8 @@ def mergeability(result: Mapping[str, Any]) -> Figure:
     their mean, and the accuracy of every tested model."""
     why, rows = result["mergeability"], result["rows"]
     figure, ((layer_axes, loss_axes, accuracy_axes),) = subplots(1, 3, (13, max(4.0, 1.2 + 0.25 * len(rows))))
-    layer_axes.plot(why["layers"], why["spread"], "o-", color=COLOURS[0], label="experts' weights (spread)")
-    layer_axes.plot(why["layers"], why["gap"], "s-", color=COLOURS[1], label="layer's output (gap)")
+    layer_axes.plot(why["layers"], why["spread"], "o-", color="black", label="experts' weights (spread)")
+    layer_axes.plot(why["layers"], why["gap"], "s:", color="black", label="layer's output (gap)")
     layer_axes.set(title="Distance of experts from their mean", xlabel="layer", ylabel="distance / size of the mean")
     top = max(layer_axes.get_ylim()[1], LEAST_RANGE)
     layer_axes.set_ylim(-0.04 * top, top)
@@ -212,7 +217,8 @@ def mergeability(result: Mapping[str, Any]) -> Figure:
         label = "_" if number else "from an expert to the next"
         loss_axes.plot(xs, losses[e] + losses[f][-2::-1], color="0.5", label=label)
     loss_axes.plot(0, losses[0][-1], "ok", markersize=8, zorder=3, label="mean (merged)")
-    rise = f"rises by {why['barrier']['height']:.4f} nats"
+    height = why["barrier"]["height"]
+    rise = f"rises by {height:.4f} nats" if height >= LEAST_RISE else "no rise"
     loss_axes.set(title=f"Loss from expert to mean: {rise}", ylabel="loss, nats")
     loss_axes.set_xticks([-1, 0, 1], ["expert", "mean", "expert"])
     low, high = loss_axes.get_ylim()
@@ -247,7 +253,7 @@ def confusion(row: Mapping[str, Any], classes: Sequence[str]) -> Figure | None:
     share_CC = 100 * counts_CC / np.maximum(counts_CC.sum(1, keepdims=True), 1)
     side, size = (0.5, 9) if counted else (0.14, 7)  # of a cell, inches; of its text, points
     figure, ((axes,),) = subplots(1, 1, (max(side * count, 3) + 2.5, max(side * count, 3) + 1.5))
-    colours = LinearSegmentedColormap.from_list("confusion", ["white", COLOURS[0]])
+    colours = LinearSegmentedColormap.from_list("confusion", ["white", "0.15"])
     # On a linear scale the errors of a good model, a few per cent, would look white.
     picture = axes.imshow(share_CC, cmap=colours, norm=PowerNorm(0.5, 0, 100))
     for label, predicted in zip(*np.nonzero(counts_CC), strict=True) if counted else ():

@@ -18,7 +18,7 @@ METRICS = "metrics.jsonl"  # the history: a line per step and kind ("train", "va
 MOST_FIGURE = 1e300  # in a line of it; a larger one is damage
 CHECKPOINTS = "checkpoints"  # a folder
 CLASSES = "classes.json"  # names of the classes, in the order of their labels
-IMAGES = "images.json"  # split -> number of images, to notice on resuming that the data have changed
+IMAGES = "images.json"  # split -> number of images, and hashes, to notice that data have changed
 MERGEABILITY = "mergeability.png"
 CONFUSION = "confusion.png"
 SAMPLES = "samples.png"
@@ -141,14 +141,18 @@ def read_classes(workdir: Path) -> tuple[str, ...]:
     return tuple(read_json(workdir / CLASSES, fits, "a list of names", remedy) or ())
 
 
-def read_images(workdir: Path) -> dict[str, int] | None:
-    """Returns split -> number of images; None if the run kept none. Raises UserError where the file is damaged."""
+def read_images(workdir: Path) -> dict[str, int | str] | None:
+    """Returns split -> number of images, and "hash of …" -> that of the data; None if the run kept none. Raises
+    UserError where the file is damaged."""
     remedy = "delete it if the data are the same"
 
     def fits(counts: Any) -> bool:
-        return isinstance(counts, dict) and all(type(n) is int and 0 <= n < 2**63 for n in counts.values())
+        return isinstance(counts, dict) and all(
+            isinstance(n, str) if name.startswith("hash of ") else type(n) is int and 0 <= n < 2**63
+            for name, n in counts.items()
+        )
 
-    counts: dict[str, int] | None = read_json(workdir / IMAGES, fits, "the numbers of images", remedy)
+    counts: dict[str, int | str] | None = read_json(workdir / IMAGES, fits, "the numbers of images", remedy)
     return counts
 
 

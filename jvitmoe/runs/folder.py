@@ -41,14 +41,17 @@ def check_folder(workdir: Path, config: Config) -> None:
     changed = datasets.differences(config_lib.loads(text, str(saved)), config)
     if changed:
         listed = ", ".join(f"{name} was {old!r} and is {new!r} now" for name, (old, new) in changed.items())
-        raise ConfigError(f"workdir {str(workdir)!r} holds another experiment: {listed}; set --workdir to a new folder")
+        remedy = "set --workdir to a new folder"
+        if [*changed] == ["train.epochs"]:
+            remedy += f"; to train longer, start there from this run's weights: --config.init.source={workdir}"
+        raise ConfigError(f"workdir {str(workdir)!r} holds another experiment: {listed}; {remedy}")
 
 
 def open_run_folder(
-    workdir: Path, config: Config, class_names: Sequence[str], counts: Mapping[str, int]
+    workdir: Path, config: Config, class_names: Sequence[str], images: Mapping[str, int | str]
 ) -> contextlib.AbstractContextManager[object]:
-    """Makes the run folder, locks it and writes the config, class names and image counts, in process 0. Returns the
-    lock.
+    """Makes the run folder, locks it and writes the config, class names, image counts and hashes of the data, in
+    process 0. Returns the lock.
 
     Raises UserError where that fails, and ConfigError where another experiment started in the folder after
     `check_folder`, or the data differ from those of the folder's checkpoints.
@@ -63,21 +66,21 @@ def open_run_folder(
         stack.enter_context(Lock(workdir))
         check_folder(workdir, config)
         if checkpoints.list_steps(workdir / files.CHECKPOINTS):
-            _check_data(workdir, class_names, counts)
+            _check_data(workdir, class_names, images)
         files.write_text(workdir / files.CONFIG, config_lib.dumps(config))
         files.write_text(workdir / files.CLASSES, json.dumps(list(class_names), indent=1) + "\n")
-        files.write_text(workdir / files.IMAGES, json.dumps(dict(counts)) + "\n")
+        files.write_text(workdir / files.IMAGES, json.dumps(dict(images)) + "\n")
         return stack.pop_all()
 
 
-def _check_data(workdir: Path, class_names: Sequence[str], counts: Mapping[str, int]) -> None:
-    """Raises ConfigError where classes or numbers of images differ from those at the start of the run. `data.dir` may
-    change on resuming, so nothing else notices other data."""
-    old_counts, old_names = files.read_images(workdir) or counts, files.read_classes(workdir)
+def _check_data(workdir: Path, class_names: Sequence[str], images: Mapping[str, int | str]) -> None:
+    """Raises ConfigError where classes, numbers of images or hashes of the data differ from those at the start of the
+    run. `data.dir` may change on resuming, so nothing else notices other data."""
+    old_images, old_names = files.read_images(workdir) or images, files.read_classes(workdir)
     changed = [
-        f"{old_counts.get(name, 0):,} {name} images, {count:,} now"
-        for name, count in counts.items()
-        if old_counts.get(name) != count
+        f"another {name}" if isinstance(now, str) else f"{old_images.get(name, 0):,} {name} images, {now:,} now"
+        for name, now in images.items()
+        if old_images.get(name) != now
     ]
     if old_names and old_names != tuple(class_names):
         changed.append("other classes")

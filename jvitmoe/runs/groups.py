@@ -15,7 +15,7 @@ from jvitmoe.config import Config
 from jvitmoe.data import datasets
 from jvitmoe.errors import UserError, one_line
 from jvitmoe.runs import files, results
-from jvitmoe.runs.console import console, quantity
+from jvitmoe.runs.console import console, duration, quantity
 
 
 class TestedRun(NamedTuple):
@@ -27,15 +27,24 @@ class TestedRun(NamedTuple):
 
 
 Groups = dict[str, list[TestedRun]]
+LEAST_IMAGES = 6  # that decide: by a sign test, five of five would come by chance in 1 of 16 cases
+DECIDED = (
+    "Differences are of the same seeds, first the group, then the first dense group of the same data. Interval: "
+    "Student's t over seeds; of one seed, by the number of images, as if both were tested on others. Decided: the "
+    f"interval leaves out 0, and the difference is at least {LEAST_IMAGES} images."
+)
 
 
 def read_run(folder: Path) -> TestedRun:
     """Returns a run that was tested. Raises UserError where the folder holds none."""
-    if not os.path.exists(folder):  # unlike Path.exists, it raises for no name
-        raise UserError(f"{str(folder)!r} is no folder; give a folder whose training has ended")
+    remedy = "give a folder whose training has ended"
+    if not os.path.isdir(folder):  # unlike Path.is_dir, it raises for no name
+        raise UserError(f"{str(folder)!r} is {'a file' if os.path.exists(folder) else 'no such folder'}; {remedy}")
     result = results.read_result(folder)
+    if not result and (folder / files.CONFIG).exists():
+        raise UserError(f"{str(folder)!r} was not trained to its end; repeat its command to go on")
     if not result:
-        raise UserError(f"{str(folder)!r} holds no {files.RESULT}; give a folder whose training has ended")
+        raise UserError(f"{str(folder)!r} holds no {files.RESULT}; {remedy}")
     config = read_config(folder)
     with naming_result(folder):
         if (config.train.seed, config.data.name) != (result["seed"], result["data"]):
@@ -154,16 +163,50 @@ def group_rows(name: str, group: Sequence[TestedRun]) -> list[dict[str, str]]:
             {
                 "run": name,
                 "model": numbers["model"],
-                "seeds": str(len(group)),
                 **{**dict.fromkeys(results.METRIC_FORMATS, "-"), **results.metric_cells(numbers)},
+                "seeds": str(len(group)),
+                "images/s": f"{statistics.fmean(rates):,.0f}" if rates else "-",
+                "FLOPs/image": quantity(numbers["flops_per_image"]) if "flops_per_image" in numbers else "-",
                 "parameters": f"{numbers.get('parameters', result['active_parameters']):,}",
                 "total": f"{result['total_parameters']:,}",
-                "FLOPs/image": quantity(numbers["flops_per_image"]) if "flops_per_image" in numbers else "-",
-                "images/s": f"{statistics.fmean(rates):,.0f}" if rates else "-",
                 "hardware": hardware,
             }
         )
-    return rows
+    return results.equal_experts_as_one(rows)
+
+
+def differences(groups: Groups) -> list[str]:
+    """Returns a line for each group: how its first model differs from that of the first group of its data, a dense one
+    if there is any, in images and points, and whether that is decided (`DECIDED`)."""
+    lines = []
+    for name, group in groups.items():
+        of_data = [(n, g) for n, g in groups.items() if _data(g[0]) == _data(group[0])]
+        other, reference = next((item for item in of_data if item[1][0].config.routing.experts == 1), of_data[0])
+        first, second = ({run.config.train.seed: run.result["rows"][0] for run in runs} for runs in (group, reference))
+        paired = [(first[seed]["accuracy"], second[seed]["accuracy"]) for seed in first if seed in second]
+        if name == other or not paired:
+            continue
+        row, against = next(iter(first.values())), next(iter(second.values()))
+        differences, images = [ours - theirs for ours, theirs in paired], row["images"]
+        mean, half = statistics.fmean(differences), _half_interval(paired, images)
+        decided = abs(mean) > half and abs(mean) * images > LEAST_IMAGES - 0.5
+        low, high = (f"{100 * (mean + edge):+.2f}" for edge in (-half, half))
+        seeds, digits = ("one seed", 0) if len(paired) == 1 else (f"mean of {len(paired)} seeds", 1)
+        lines.append(
+            f"{name}, {row['model']} - {other}, {against['model']}: {mean * images:+,.{digits}f} of {images:,} images, "
+            f"{100 * mean:+.2f} points, {'' if decided else 'un'}decided (95 % interval {low} to {high}, {seeds})"
+        )
+    return lines
+
+
+def _half_interval(paired: Sequence[tuple[float, float]], images: int) -> float:
+    """Returns half the 95 % interval of the mean difference of pairs of accuracies."""
+    from scipy.special import stdtrit  # not above: --help need not wait for that
+
+    if len(paired) == 1:
+        return 1.96 * math.sqrt(sum(p * (1 - p) for p in paired[0]) / images)
+    deviation = _deviation([ours - theirs for ours, theirs in paired])
+    return float(stdtrit(len(paired) - 1, 0.975)) * deviation / math.sqrt(len(paired))
 
 
 def by_seed(seeds_results: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
@@ -178,8 +221,38 @@ def record(group: Sequence[TestedRun]) -> dict[str, Any]:
     return {"config": config, "seeds": {run.config.train.seed: run.result for run in group}}
 
 
+def overview(groups: Groups) -> list[dict[str, str]]:
+    """Returns a row of text cells per group, without columns that are empty. The best accuracy is marked if all groups
+    have the same data."""
+    rows = [overview_row(name, group) for name, group in groups.items()]
+    if len(rows) > 1 and len({repr(_data(group[0])) for group in groups.values()}) == 1:
+        means = [statistics.fmean(next(iter(by_seed([r.result for r in g]).values()))) for g in groups.values()]
+        rows[means.index(max(means))]["accuracy"] += " (best)"
+    return without_empty(rows)
+
+
+def without_empty(rows: Sequence[dict[str, str]]) -> list[dict[str, str]]:
+    """Returns rows without the columns in which none has a value."""
+    return [{name: row[name] for name in row if any(other[name] != "-" for other in rows)} for row in rows]
+
+
+def in_words(config: Config) -> str:
+    """Returns how a run trains its experts, such as "4 experts, random by batch, equal start"."""
+    routing = config.routing
+    if routing.experts == 1:
+        return "dense"
+    drawn = routing.kind in ("batch", "layer", "sample", "token")
+    how = f"random by {routing.kind}" if drawn else f"router {routing.kind}"
+    start = "equal start" if routing.init == "shared" else "different starts"
+    pulled = [f"pulled by {routing.pull:g} every {routing.pull_every} steps"] if routing.pull else []
+    if routing.pull == routing.pull_every == 1:
+        pulled = ["averaged after every step"]
+    return ", ".join([f"{routing.experts} experts", how, start, *pulled])
+
+
 def overview_row(name: str, group: Sequence[TestedRun]) -> dict[str, str]:
-    """Returns the text cells of a group in one row: the accuracy of each kind of model, and how mergeable it is."""
+    """Returns the text cells of a group in one row: the accuracy of each kind of model, how mergeable it is, how it was
+    trained, and for how long."""
     accuracies = by_seed([run.result for run in group])
 
     def cell(model: str) -> str:
@@ -190,13 +263,19 @@ def overview_row(name: str, group: Sequence[TestedRun]) -> dict[str, str]:
 
     experts = [statistics.fmean(values) for model, values in accuracies.items() if model.startswith("expert ")]
     why = [run.result["mergeability"] for run in group if "mergeability" in run.result]
+    main, run = next(iter(accuracies)), group[0]
+    rate, images = run.result.get("images_per_second"), run.result["step"] * run.config.train.batch_size
     return {
         "run": name,
+        "model": main,
+        "accuracy": cell(main),
         "seeds": str(len(group)),
-        **{model: cell(model) for model in ("dense", "merged", "EMA", "routed", "ensemble")},
+        "trained as": in_words(run.config),
+        **{model: cell(model) if model != main else "-" for model in ("merged", "EMA", "ensemble")},
         "experts": f"{statistics.fmean(experts):.2%}" if experts else "-",
         "barrier": f"{statistics.fmean(numbers['barrier']['height'] for numbers in why):.4f}" if why else "-",
         "gap": f"{statistics.fmean(max(numbers['gap']) for numbers in why):.3f}" if why else "-",
+        "steps took": duration(images / rate) if rate else "-",
     }
 
 
@@ -217,8 +296,12 @@ def _key(run: TestedRun, ignored: tuple[str, ...]) -> str:
     return repr((kept, _images(run)))
 
 
-def _images(run: TestedRun) -> tuple[tuple[str, ...], dict[str, int] | None]:
-    """Returns names of the classes and numbers of images, by which sets of one `data.name` are told apart."""
+def _data(run: TestedRun) -> object:
+    return run.config.data.name, _images(run)
+
+
+def _images(run: TestedRun) -> tuple[tuple[str, ...], dict[str, int | str] | None]:
+    """Returns names of the classes, numbers of images and hashes, by which sets of one `data.name` are told apart."""
     return files.read_classes(run.folder), files.read_images(run.folder)
 
 
@@ -230,8 +313,16 @@ def _shared_name(names: Sequence[str]) -> str:
     return re.sub(r"[-_. ]+(seed|s)?[-_. ]*\d*$", "", shared) or names[0]
 
 
+def tested(groups: Groups) -> str:
+    """Returns the line about the test splits of the groups."""
+    splits = {group[0].result["data"]: group[0].result["rows"][0]["images"] for group in groups.values()}
+    return (
+        f"Accuracy on the test split of {'; '.join(f'{name}, {images:,} images' for name, images in splits.items())}."
+    )
+
+
 def opening(groups: Groups) -> str:
-    """Returns the line that a report opens with: hardware, versions, and the number of seeds of a run."""
+    """Returns the line about what was compared: hardware, versions, and the number of seeds of a run."""
     seeds = sorted({len(group) for group in groups.values()})
     made_with = results.made_with([run.result for group in groups.values() for run in group])
     return f"{made_with} n (seeds of a run): {' or '.join(map(str, seeds))}; ± is the sample deviation."

@@ -11,7 +11,7 @@ from typing import Any
 
 from rich.live import Live
 
-from jvitmoe.runs.console import ProgressLine, console, duration
+from jvitmoe.runs.console import DAY, ProgressLine, console, duration
 from jvitmoe.runs.files import METRICS, checksums, crc32, metrics_up_to, write_text, writing
 from jvitmoe.runs.trackers import Feed, TrackedRun, close_all
 
@@ -52,6 +52,7 @@ class MetricsLog:
             self._feeds = [Feed(name, TrackedRun(workdir, start, settings or {})) for name in trackers]
         self._total, self._batch = total, batch_size
         self._clock: tuple[int, float] | None = None  # step and time at which the measured interval starts
+        self._warned = False
         self._first_seconds = 0.0  # duration of the step before that
         self._shown = self._printed = -math.inf  # time when a step was last shown, and printed
         self._line = ProgressLine(["compiling"], start, total)
@@ -62,6 +63,8 @@ class MetricsLog:
         if self._live:
             self._live.start()
             console.show_cursor(True)  # rich hides it, and a killed process cannot show it again
+        elif not self._cell and self._line.done < self._total:
+            console.print("compiling")
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
@@ -112,9 +115,14 @@ class MetricsLog:
     def show(self, step: int, values: Mapping[str, float]) -> None:
         """Shows one training step: on a terminal always, in a file at most every PLAIN_SECONDS."""
         rate, seconds = self.images_per_second(step), self.step_seconds(step)
+        left = (self._total - step) * seconds
+        if rate and left > DAY and not self._warned:
+            self._warned = True
+            remedies = "a GPU, --config cifar10_fast, or fewer --config.train.epochs"
+            console.print(f"note: this will take {duration(left)} on this machine; shorter: {remedies}")
         self._line.done = step
         self._line.texts = [
-            f"{duration((self._total - step) * seconds)} left",
+            *([f"{duration(left)} left"] if rate else []),  # the first step may take much longer than the others
             f"step {step}/{self._total}",
             f"loss {values['loss']:.4f}",
             f"accuracy {values['accuracy']:.1%}",

@@ -22,11 +22,17 @@ OPENING = """<!doctype html>
 :root { color-scheme: light dark; }
 body { margin: 0 auto; max-width: 1400px; padding: 1rem; font: 15px/1.45 system-ui, sans-serif; }
 h1 { font-size: 1.4rem; } h2 { font-size: 1.1rem; margin-top: 2rem; }
-div { overflow-x: auto; }
+/* A shadow at the side where a table goes on. */
+div { overflow-x: auto; background: linear-gradient(to right, Canvas 1rem, #0000 3rem) 0 0 / 100% 100% local,
+  linear-gradient(to left, Canvas 1rem, #0000 3rem) 0 0 / 100% 100% local,
+  linear-gradient(to right, #8888, #0000 1rem) 0 0 / 100% 100% scroll,
+  linear-gradient(to left, #8888, #0000 1rem) 0 0 / 100% 100% scroll; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; white-space: pre; }
 th, td { padding: .25rem .6rem; text-align: right; border-bottom: 1px solid #8884; }
 .left { text-align: left; }
 h2 { white-space: pre-wrap; }
+@media (max-width: 600px) { body { padding: .5rem; } th, td { padding: .25rem .3rem; font-size: 13px; }
+  td:first-child { white-space: pre-wrap; overflow-wrap: anywhere; min-width: 4.5rem; } }
 img { background: #fff; max-width: max(100%, 720px); display: block; margin: 1rem 0; }
 </style>
 </head>

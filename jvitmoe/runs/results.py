@@ -21,7 +21,8 @@ PROBES = (
     "k-nn: weighted vote of the k nearest training images. Both see only the features, the input of the head."
 )
 # Of a row of a model, and how they are shown.
-METRIC_FORMATS = {"accuracy": ".2%", "top5": ".2%", "nll": ".4f", "ece": ".4f"}
+METRIC_FORMATS = {"accuracy": ".2%", "nll": ".4f", "top5": ".2%", "ece": ".4f"}
+REPORT = "report.md"
 LAYER_COLUMNS = {"spread": "spread", "cosine": "cosine", "closest pair": "difference_cosine", "layer gap": "gap"}
 
 
@@ -64,8 +65,8 @@ def of_training(workdir: Path, versions: Mapping[str, str] | None) -> dict[str, 
 
 
 def result_rows(result: Mapping[str, Any]) -> list[dict[str, str]]:
-    """Returns the rows of a result as text cells."""
-    return [
+    """Returns the rows of a result as text cells, those of equal experts as one."""
+    rows = [
         {
             "model": row["model"],
             **metric_cells(row),
@@ -75,6 +76,22 @@ def result_rows(result: Mapping[str, Any]) -> list[dict[str, str]]:
         }
         for row in result["rows"]
     ]
+    return equal_experts_as_one(rows)
+
+
+def equal_experts_as_one(rows: Sequence[dict[str, str]]) -> list[dict[str, str]]:
+    """Returns rows of text cells in which experts that are equal in every metric, and paths and ensembles of them, are
+    one row."""
+
+    def metrics(row: Mapping[str, str]) -> list[str]:
+        return [row.get(name, "").partition(" ")[0] for name in METRIC_FORMATS]  # without the deviation, 0 over paths
+
+    experts = [row for row in rows if row["model"].startswith("expert ")]
+    if len(experts) < 2 or any(metrics(row) != metrics(experts[0]) for row in experts):
+        return list(rows)
+    shipped = ("dense", "merged", "EMA", "routed")
+    kept = [r for r in rows if r is experts[0] or r["model"] in shipped or metrics(r) != metrics(experts[0])]
+    return [r | {"model": f"{len(experts)} experts, equal"} if r is experts[0] else r for r in kept]
 
 
 def metric_cells(row: Mapping[str, Any]) -> dict[str, str]:
@@ -132,7 +149,8 @@ def made_with(several: Sequence[Mapping[str, Any]]) -> str:
 
 def show_models(workdir: Path, result: Mapping[str, Any]) -> None:
     """Prints the table of the tested models."""
-    show_table(result_rows(result), f"{workdir.resolve().name}: {result['data']} test split, step {result['step']}")
+    title = f"{workdir.resolve().name}: {result['data']} test split, step {result['step']}"
+    show_table(result_rows(result), title, str(workdir / REPORT))
 
 
 def write_result(workdir: Path, result: Mapping[str, Any], confusion_drawn: bool = False) -> None:
@@ -168,5 +186,5 @@ def write_result(workdir: Path, result: Mapping[str, Any], confusion_drawn: bool
             if confusion_drawn:
                 parts.append(Picture(Path(CONFUSION).stem))
             parts.append(class_rows(confusion, class_names(workdir, len(confusion))))
-    write_text(workdir / "report.md", as_markdown(parts))
+    write_text(workdir / REPORT, as_markdown(parts))
     save_result(workdir, result)

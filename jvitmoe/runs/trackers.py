@@ -6,8 +6,10 @@ that resumes goes on in the same run of the tracker, whose id is kept in <run fo
 
 import abc
 import importlib.util
+import logging
 import os
 import queue
+import sys
 import threading
 import time
 import uuid
@@ -116,6 +118,8 @@ class Mlflow(Tracker):
         import mlflow
         from mlflow.entities import Metric, Param
 
+        for name in ("mlflow", "alembic", "urllib3"):  # a server that refuses would be retried in eight lines of theirs
+            logging.getLogger(name).setLevel(logging.ERROR)
         self._client, self._metric = mlflow.MlflowClient(), Metric
 
         def create() -> str:
@@ -148,6 +152,9 @@ class Trackio(Tracker):
     def __init__(self, run: TrackedRun) -> None:
         import trackio
 
+        for name, module in list(sys.modules.items()):  # it prints into the progress line, and has no quiet mode
+            if name.partition(".")[0] == "trackio":
+                vars(module)["print"] = lambda *_, **__: None
         self._run = trackio.init(
             PROJECT,
             name=_id(run, "trackio", lambda: f"{run.workdir.resolve().name}-{_new_id()}"),  # a name is its id

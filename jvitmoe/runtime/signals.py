@@ -4,6 +4,7 @@ once."""
 import os
 import signal
 import threading
+from collections.abc import Callable
 
 from jax.experimental import multihost_utils
 
@@ -26,6 +27,7 @@ class Stop:
     def __init__(self) -> None:
         self.signal: int | None = None
         self.unsaved = False  # True if no checkpoint holds the last steps; set by the loop
+        self.announce: Callable[[], None] = lambda: None  # says what the first signal has begun; set by the loop
         self._thread: threading.Thread | None = None
 
     def __enter__(self) -> "Stop":
@@ -74,6 +76,8 @@ class Stop:
             self._tell_others()
 
     def _tell_others(self) -> None:
-        """Makes the other processes stop too, if there are any."""
+        """Says that the run stops, and makes the other processes stop too, if there are any."""
+        # In a thread: while it waits for an output that nobody reads, a second signal must still end the process.
+        threading.Thread(target=self.announce, name="stopping", daemon=True).start()
         if not processes.is_single():
             os.kill(os.getpid(), signal.SIGTERM)

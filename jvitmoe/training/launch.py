@@ -9,6 +9,7 @@ from absl import flags
 
 from jvitmoe import routing
 from jvitmoe.config import Config, flatten
+from jvitmoe.data import datasets
 from jvitmoe.errors import UserError
 from jvitmoe.runs import checkpoints
 from jvitmoe.runs.console import console
@@ -60,6 +61,9 @@ def _launch(
         if not processes.is_single():
             code = checkpoints.versions() | {"source code": processes.source_hash()}
             processes.agree({"workdir": workdir} | flatten(config) | code)
+        if not config.model.classes:
+            found = processes.first_process_then_others(lambda: datasets.browse(config.data, config.model))
+            config.model.classes = len(found.class_names)
         processes.together(check)
         try:
             train(config, workdir, stop, cleanup, trackers)

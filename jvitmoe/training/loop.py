@@ -22,7 +22,7 @@ from jvitmoe.evaluation.models import Result, make_evaluate
 from jvitmoe.interop import pretrained
 from jvitmoe.runs import files, results
 from jvitmoe.runs.checkpoints import CheckpointWriter, Meta, list_steps
-from jvitmoe.runs.console import console, warnings_as_lines
+from jvitmoe.runs.console import console, progress, warnings_as_lines
 from jvitmoe.runs.folder import check_shared, open_run_folder
 from jvitmoe.runs.metrics_log import MetricsLog
 from jvitmoe.runtime import devices, processes
@@ -60,9 +60,15 @@ def train(
         steps = processes.together(lambda: list_steps(workdir / files.CHECKPOINTS))
         if processes.broadcast_from_first(not steps):  # a checkpoint includes the source
             dense, init_notes = processes.together(lambda: pretrained.start(config))
-    cleanup.enter_context(processes.together(lambda: open_run_folder(workdir, config, data.classes, data.counts)))
+    images = data.counts | data.hashes
+    cleanup.enter_context(processes.together(lambda: open_run_folder(workdir, config, data.classes, images)))
     processes.together(lambda: check_shared(workdir))
     setup.print_setup(plan, workdir, data, init_notes)
+
+    damaged = stream.Damaged(len(data.train), lambda text: console.print(f"skipped     {text}"))
+    if config.data.stream and not list_steps(workdir / files.CHECKPOINTS):
+        with progress("checking    the headers of all training images") as checked:
+            processes.together(lambda: damaged.check(data.train, config, checked))
 
     watchdog = Watchdog(STALL_MINUTES)
     evaluation = _Evaluation(plan, data, watchdog)
@@ -80,7 +86,7 @@ def train(
     cleanup.enter_context(watchdog)
     log_folder = workdir if processes.is_first() else None
     with (
-        contextlib.closing(_train_batches(plan, data, start)) as batches,
+        contextlib.closing(_train_batches(plan, data, start, damaged)) as batches,
         MetricsLog(log_folder, start, total, config.train.batch_size, trackers, flatten(config)) as log,
     ):
         loop = _Loop(plan, checkpoints, evaluation, log, stop, watchdog)
@@ -112,10 +118,11 @@ def _exit(done: int, number: int) -> NoReturn:
     sys.exit(128 + number)
 
 
-def _train_batches(plan: StepPlan, data: RunData, start: int) -> Generator[Batch, None, None]:
+def _train_batches(plan: StepPlan, data: RunData, start: int, damaged: stream.Damaged) -> Generator[Batch, None, None]:
     if plan.config.data.stream:
         rows = step.streamed_rows(plan)
-        streamed = stream.train_batches(data.train, data.order, plan.config, plan.mesh, start, plan.total, rows)
+        span = start, plan.total
+        streamed = stream.train_batches(data.train, data.order, plan.config, plan.mesh, *span, rows, damaged)
         with contextlib.closing(streamed) as batches:
             for images in batches:
                 yield images, None
@@ -171,13 +178,14 @@ class _Loop:
         self._stop, self._watchdog = stop, watchdog
         self._unread: list[tuple[int, Metrics]] = []  # metrics that are still on the device
         self._saved = 0  # step of the newest checkpoint
-        self._slow = False
+        self._slow = self._evaluating = False
 
     def run(self, state: TrainState, batches: Iterator[Batch], train_step: step.TrainStep) -> TrainState:
         """Returns the state after the last step. On a signal it saves the state and exits with 128 + signal. If a
         picture cannot be read, it saves the last step and raises UserError."""
         config, start = self._config.train, int(state.step)
-        self._state, self._saved = state, start
+        self._state, self._saved, self._done = state, start, start
+        self._stop.announce = self._say_that_it_stops
         for done in range(start + 1, self._total + 1):
             try:
                 images, index_SB = next(batches)
@@ -188,6 +196,7 @@ class _Loop:
                 # Apart, to time the first step alone.
                 compiled = train_step.lower(self._state, images, index_SB).compile()
                 began = time.monotonic()
+            self._done = done
             self._state, metrics = compiled(self._state, images, index_SB)
             devices.wait_on_cpu(self._mesh, metrics)
             if self._slow:  # with more than one step queued, progress and a stop would have to wait for all of them
@@ -213,6 +222,12 @@ class _Loop:
                 _exit(done, stop)
         return self._state
 
+    def _say_that_it_stops(self) -> None:
+        seconds = max(1, round(self._log.step_seconds(self._done)))
+        until = "this evaluation" if self._evaluating else f"this step (about {seconds} s)"
+        with contextlib.suppress(Exception):  # the terminal may have closed
+            console.print(f"stopping after {until}; again to stop now")
+
     def _save_before_error(self) -> None:
         """Saves the last step if it is not saved yet; a failure to save is ignored. One of several processes saves
         nothing, because the others do not save at this time."""
@@ -226,12 +241,13 @@ class _Loop:
         self._read()
         began, nll = time.monotonic(), None
         if evaluates:
+            self._evaluating = True
             result, watched = self._evaluation.watch(self._state), self._evaluation.watched
             self._log.evaluation(done, watched, {"accuracy": result.accuracy, "nll": result.nll})
             nll = result.nll if watched == "validation" else None
         self._watchdog.progress(f"the evaluation at step {done}")
         self._checkpoints.save(self._state, self._config, nll, self._log.sync())
-        self._saved = done
+        self._saved, self._evaluating = done, False
         self._log.paused(time.monotonic() - began)
 
     def _read(self) -> None:

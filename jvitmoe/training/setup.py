@@ -35,6 +35,7 @@ class RunData(NamedTuple):
     test: Any
     classes: tuple[str, ...]
     order: TrainOrder
+    hashes: dict[str, str]  # of the data (`Dataset.facts`)
 
     @property
     def counts(self) -> dict[str, int]:
@@ -43,12 +44,17 @@ class RunData(NamedTuple):
 
 def load_data(config: Config, routing: Routing, mesh: Mesh) -> RunData:
     """Returns the splits and the order of the training images. Raises ConfigError for settings that do not fit them."""
-    find = datasets.browse if config.data.stream else datasets.load
-    dataset: Dataset[Any] = processes.first_process_then_others(lambda: find(config.data, config.model))
+    console.print(f"reading     {config.data.name} {config.data.dir}".rstrip())
+    records = processes.first_process_then_others(lambda: datasets.browse(config.data, config.model))
+    facts = processes.together(records.facts)
     if not processes.is_single():  # on other data one would mislabel its part of each batch, or wait for ever
-        processes.agree(processes.together(dataset.facts), "give all the same data")
+        processes.agree(facts, "give all the same data")
+    hashes = {name: str(value) for name, value in facts.items() if name.startswith("hash of ")}
 
     def split() -> RunData:
+        dataset: Dataset[Any] = records
+        if not config.data.stream:
+            dataset = datasets.read(records, config.data, config.model)
         train_split, validation = datasets.hold_out(dataset.train, config.data.validation)
         key = address(jax.random.key(config.train.seed), Purpose.ORDER)
         order = TrainOrder(len(train_split), config.train.batch_size, key, mesh, routing.slots, config.train.accumulate)
@@ -63,7 +69,7 @@ def load_data(config: Config, routing: Routing, mesh: Mesh) -> RunData:
                 "config.train.epochs"
             )
         check_memory(config, routing, mesh, dataset)
-        return RunData(train_split, validation, dataset.test, dataset.class_names, order)
+        return RunData(train_split, validation, dataset.test, dataset.class_names, order, hashes)
 
     return processes.together(split)
 

@@ -22,11 +22,11 @@ def offline(tmp_path, monkeypatch):
     hf.disable_progress_bars()
 
 
-def pixels(split: str, count: int) -> np.ndarray:
-    return np.random.default_rng(len(split)).integers(0, 255, (count, 8, 8, 3)).astype(np.uint8)
+def pixels(split: str, count: int, levels: int = 255) -> np.ndarray:
+    return np.random.default_rng(len(split)).integers(0, levels, (count, 8, 8, 3)).astype(np.uint8)
 
 
-def write_parquet(root, labels=None, splits=(("train", 6), ("test", 4)), **columns):
+def write_parquet(root, labels=None, splits=(("train", 6), ("test", 4)), levels=255, **columns):
     """Writes a set as the hub keeps it: one parquet file per split, pictures encoded in it."""
     (root / "data").mkdir(parents=True)
     labels = labels or hf.ClassLabel(names=list(NAMES))
@@ -35,7 +35,7 @@ def write_parquet(root, labels=None, splits=(("train", 6), ("test", 4)), **colum
             {"image": hf.Image(), "label": labels, **{name: kind for name, (kind, _) in columns.items()}}
         )
         values = {
-            "image": [Image.fromarray(image) for image in pixels(split, count)],
+            "image": [Image.fromarray(image) for image in pixels(split, count, levels)],
             "label": [number % 2 for number in range(count)],
             **{name: [value] * count for name, (_, value) in columns.items()},
         }
@@ -43,9 +43,9 @@ def write_parquet(root, labels=None, splits=(("train", 6), ("test", 4)), **colum
     return root
 
 
-def write_images(root):
+def write_images(root, levels=255):
     for split, count in (("train", 6), ("test", 4)):
-        for number, image in enumerate(pixels(split, count)):
+        for number, image in enumerate(pixels(split, count, levels)):
             folder = root / split / NAMES[number % 2]
             folder.mkdir(parents=True, exist_ok=True)
             Image.fromarray(image).save(folder / f"{number}.png")
@@ -64,6 +64,20 @@ def test_pictures_labels_and_names_are_those_of_the_set(tmp_path, write):
         written = {bytes(image): number % 2 for number, image in enumerate(pixels(name, count))}
         read = {bytes(image): int(label) for image, label in zip(split.images_NHWc, split.labels_N, strict=True)}
         assert read == written
+
+
+@pytest.mark.parametrize("write", [write_parquet, write_images])
+def test_a_set_is_known_by_its_pictures_names_sizes_and_labels_wherever_it_lies(tmp_path, write):
+    def facts(name):
+        data = DataConfig(name=f"hf:{tmp_path / name}", dir=str(tmp_path / f"{name} cache"))
+        return datasets.browse(data, MODEL).facts()
+
+    for name in ("set", "a copy that lies somewhere else"):
+        write(tmp_path / name)
+    assert facts("set") == facts("a copy that lies somewhere else")
+    write(tmp_path / "other", levels=2)
+    differ = {key for key, value in facts("set").items() if facts("other")[key] != value}
+    assert differ == {"hash of train images and labels", "hash of test images and labels"}
 
 
 def test_validation_images_are_the_same_streamed_or_not(tmp_path):

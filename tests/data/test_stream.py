@@ -16,16 +16,20 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 from PIL import Image
 
-from jvitmoe import evaluate, train
+from jvitmoe import evaluate, routing, train
+from jvitmoe.config import Config, DataConfig, ModelConfig, TrainConfig
 from jvitmoe.data import datasets, stream
 from jvitmoe.data import images as images_lib
 from jvitmoe.data.batches import TrainOrder, eval_batches
-from jvitmoe.data.images import DataError
+from jvitmoe.data.images import DataError, Picture
 from jvitmoe.data.splits import Records, decode, in_memory
+from jvitmoe.errors import ConfigError
 from jvitmoe.evaluation import models
 from jvitmoe.evaluation.models import make_evaluate
+from jvitmoe.runs.folder import open_run_folder
 from jvitmoe.runtime.addresses import Purpose, address
 from jvitmoe.runtime.devices import make_mesh
+from jvitmoe.training import setup
 from jvitmoe.training.state import StepPlan
 from jvitmoe.training.step import streamed_rows
 from processes import call
@@ -155,9 +159,9 @@ def test_a_streamed_split_is_evaluated_exactly_with_padding_masked(tiny_config, 
 # pictures of many sizes
 
 
-def write_pictures(root: Path, per_class: int = 12) -> None:
+def write_pictures(root: Path, per_class: int = 12, seed: int = 0) -> None:
     """Writes JPEG files of all sizes and two classes, bright and dark."""
-    random = np.random.default_rng(0)
+    random = np.random.default_rng(seed)
     for part, count in (("train", per_class), ("val", 5)):
         for label, name in enumerate(("bright", "dark")):
             (root / part / name).mkdir(parents=True)
@@ -216,7 +220,87 @@ def test_a_streamed_folder_goes_on_on_4_devices_and_not_with_a_picture_more(tmp_
     shutil.copy(dark / "00.jpg", dark / "99.jpg")
     code, _, err = call(train.main, *arguments)
     assert (code, err.count("\n")) == (2, 1)
-    assert "holds a run on other data: 24 train images, 25 now; set --config.data.dir to what it was" in err
+    assert "holds a run on other data: 24 train images, 25 now, another hash of train images" in err.replace(";", ",")
+    assert "set --config.data.dir to what it was" in err
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_run_goes_on_with_its_pictures_moved_or_streamed_and_not_with_as_many_others(tmp_path, stream):
+    write_pictures(tmp_path / "set")
+    write_pictures(tmp_path / "others", seed=1)
+    shutil.copytree(tmp_path / "set", tmp_path / "moved")
+    config, workdir = Config(), tmp_path / "run"
+    config.data = DataConfig(name="folder", crop="centre", stream=stream)
+    config.model, config.train = ModelConfig(channels=3, classes=2), TrainConfig(batch_size=8, devices=1)
+    routed, mesh = routing.find(config), make_mesh(config.train)
+
+    def start(folder):
+        config.data.dir = str(tmp_path / folder)
+        data = setup.load_data(config, routed, mesh)
+        with open_run_folder(workdir, config, data.classes, data.counts | data.hashes):
+            (workdir / "checkpoints" / "1").mkdir(parents=True, exist_ok=True)
+
+    start("set")
+    config.data.stream = not stream
+    start("moved")
+    with pytest.raises(ConfigError, match=r"on other data: another hash of train images and labels; another hash of t"):
+        start("others")
+
+
+@pytest.mark.parametrize("broken", [(7, 8), (7, 8, 150)])
+def test_up_to_one_per_cent_of_pictures_are_skipped_counted_and_named(tiny_split, tiny_config, broken):
+    """The next picture takes the place of a damaged one, whatever the batch."""
+
+    def read(numbers):
+        found = in_memory(tiny_split).read([n % len(tiny_split) for n in numbers])
+        return [
+            (Picture(f"picture {n}", b"none"), 0) if n in broken else one for n, one in zip(numbers, found, strict=True)
+        ]
+
+    config = tiny_config(train={"batch_size": 40, "devices": 1})
+    mesh, said = make_mesh(config.train), []
+    order, number_N = TrainOrder(200, 40, jax.random.key(0), mesh), np.arange(200)
+
+    def batches(records, *damaged):
+        found = stream.train_batches(records, order, config, mesh, 0, 10, None, *damaged)
+        return [jax.device_get((images.pixels_NP, images.labels_N)) for images in found]
+
+    records, damaged = Records(read, number_N, None), stream.Damaged(200, said.append)
+    if len(broken) > 2:
+        with pytest.raises(
+            DataError, match=r"3 of 200 training images cannot be read, which is more than 1%; the last"
+        ):
+            batches(records, damaged)
+        return
+    taken = batches(records, damaged)
+    number_N[[7, 8]] = 9
+    chex.assert_trees_all_equal(taken, batches(records))
+    assert [line.partition(": picture")[0] for line in said] == [f"{n} of 200 training images" for n in (1, 2)]
+
+
+def test_damaged_headers_are_found_before_the_first_step(tmp_path, tiny_config):
+    write_pictures(tmp_path, per_class=60)
+    config = tiny_config(
+        data={"name": "folder", "dir": str(tmp_path), "crop": "centre"}, model={"channels": 3, "classes": 2}
+    )
+    said, groups = [], []
+
+    def check():
+        records = datasets.browse(config.data, config.model).train
+        stream.Damaged(len(records), said.append).check(records, config, lambda: groups.append(1))
+
+    (tmp_path / "train" / "dark" / "07.jpg").write_bytes(b"none")
+    check()
+    (line,) = said
+    assert line.startswith(f"1 of 120 training images: {tmp_path}/train/dark/07.jpg cannot be read as an image")
+    assert len(groups) == 2
+    (tmp_path / "train" / "dark" / "08.jpg").write_bytes(b"")
+    with pytest.raises(DataError, match="2 of 120 training images cannot be read, which is more than 1%"):
+        check()
+    (tmp_path / "train" / "dark" / "08.jpg").unlink()
+    config.data.crop = "exact"
+    with pytest.raises(DataError, match=r"pixels but config.model.image_size is 8; .*--config.data.crop=resized"):
+        check()
 
 
 def test_a_picture_that_cannot_be_read_for_a_while_costs_no_step(tmp_path, monkeypatch):
@@ -231,10 +315,11 @@ def test_a_picture_that_cannot_be_read_for_a_while_costs_no_step(tmp_path, monke
     files = sorted((tmp_path / "set" / "train").glob("*/*"))
     last = files[order.on_host(0)[2, 0]]  # seen at step 3
     content = last.read_bytes()
-    last.write_bytes(content[:100])
+    monkeypatch.setattr(stream.Damaged, "check", lambda *_: None)  # it is damaged after the start
+    last.write_bytes(content[:100] + bytes(len(content) - 100))  # of the same size, so that the data are the same
     code, _, err = call(train.main, *arguments, f"--workdir={tmp_path / 'run'}")
     assert (code, err.count("\n")) == (2, 1)
-    assert f"{last} cannot be read" in err
+    assert f"1 of 12 training images cannot be read, which is more than 1%; the last: {last} cannot be read" in err
     assert [path.name for path in saved(tmp_path / "run")] == ["2"]
     last.write_bytes(content)
     code, out, err = call(train.main, *arguments, f"--workdir={tmp_path / 'run'}")
