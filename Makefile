@@ -21,13 +21,13 @@ PIP := $(RUN) -m pip install --disable-pip-version-check -c $(CONSTRAINTS)
 
 # --no-compile: the bytecode of all packages would take more than 100 MB; Python writes what it needs when it imports.
 $(VENV)/base: pyproject.toml $(CONSTRAINTS)
-	@echo "Installing jvitmoe into $(VENV): about 1 GB, half a minute or more."
+	@echo "Installing jvitmoe into $(VENV): about 0.8 GB, half a minute or more."
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) --no-compile -e .
 	touch $@
 
 $(VENV)/installed: $(VENV)/base
-	@echo "Installing the tools for development into $(VENV), TensorFlow and ONNX among them: about 2 GB more."
+	@echo "Installing the tools for development into $(VENV), TensorFlow and ONNX among them: about 3 GB more."
 	$(PIP) -e '.[dev]'
 	touch $@
 

@@ -72,9 +72,12 @@ class Tfds(Source):
         return Dataset(train, test, classes)
 
     def _builder(self) -> Any:
+        name, place = self.data.name, self.data.dir
+        if importlib.util.find_spec("tensorflow_datasets") is None:
+            rule = f"other sets than {', '.join(OTHERS)} need TFDS: pip install 'jvitmoe[prepare]'"
+            raise DataError(f"config.data.name is {name!r}; {rule}, or 'jvitmoe[tfds]' to read what is prepared")
         import tensorflow_datasets as tfds
 
-        name, place = self.data.name, self.data.dir
         base, _, version = name.partition("/")[0].partition(":")
         try:
             if version and not version[0].isdigit():  # a name with a namespace would search the network

@@ -487,13 +487,15 @@ def test_offline_an_absent_set_fails_within_10_seconds_and_names_its_remedies(tm
     shutil.rmtree(tmp_path / "cifar10")
     remedies = ["--config.data.dir", f"{ARCHIVE} into {tmp_path}/downloads/manual", "--config digits_random"]
     point_cifar10_at(monkeypatch, f"http://127.0.0.1:{closed_port()}/{ARCHIVE}")
-    for installed in (True, False):  # TensorFlow
-        spec = types.SimpleNamespace(find_spec=lambda name, installed=installed: object() if installed else None)
+    missing = {"": remedies, "tensorflow": ["needs TensorFlow: pip install 'jvitmoe[prepare]'"]}
+    missing |= {"tensorflow_datasets": ["need TFDS: pip install 'jvitmoe[prepare]', or 'jvitmoe[tfds]'"]}
+    for absent, remedies in missing.items():
+        spec = types.SimpleNamespace(find_spec=lambda name, absent=absent: None if name == absent else object())
         monkeypatch.setattr(tfds, "importlib", types.SimpleNamespace(util=spec))
         start = time.monotonic()
         with pytest.raises(DataError) as error:
             cifar10(tmp_path)
         assert time.monotonic() - start < 10
-        for remedy in remedies if installed else ["pip install 'jvitmoe[prepare]'"]:
+        for remedy in remedies:
             assert remedy in one_line(error)
         assert not list(tmp_path.iterdir())
