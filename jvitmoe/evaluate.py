@@ -86,7 +86,8 @@ def _evaluate(values: flags.FlagValues, workdir: Path) -> None:
     for name, figure in drawn.items():
         figures.save(figure, workdir / name)
     results.write_result(workdir, result, files.CONFUSION in drawn)
-    written = ", ".join((files.RESULT, results.REPORT, files.SAMPLES, *drawn))
+    routes = [files.EXPERTS] if evaluate.routed else []
+    written = ", ".join((files.RESULT, results.REPORT, files.SAMPLES, *drawn, *routes))
     console.print(f"written     {written} in {workdir}")
 
 

@@ -370,9 +370,10 @@ def test_a_learned_router_trains_resumes_and_is_tested_routed_and_merged(experim
     out, _ = trained_and_resumed(experiment, workdir, "--config.routing.kind=switch", *more)
     assert "warm-up     2 steps: at most half of all; config.optim.warmup_epochs is 5\n" in out
     assert saved_config(workdir).optim.warmup_epochs == 5
-    succeed(evaluate.main, f"--workdir={workdir}")
+    assert "experts.png" in succeed(evaluate.main, f"--workdir={workdir}")
+    assert (workdir / "experts.png").read_bytes().startswith(b"\x89PNG")
     found = {row["model"]: row for row in rows(workdir)}
-    assert {"routed", "merged", "expert 0", "8 random paths", "ensemble"} <= found.keys()
+    assert {"routed", "merged", "merged, gated", "expert 0", "8 random paths", "ensemble"} <= found.keys()
     for figure in ("flops_per_image", "parameters"):
         assert found["routed"][figure] > found["merged"][figure]
     whole = json.loads((tmp_path / "whole" / "result.json").read_text())
