@@ -26,6 +26,7 @@ from jvitmoe.runs.console import console, progress, warnings_as_lines
 
 MOST_SAMPLES = 15  # images of samples.png
 MOST_ROUTED, MAPPED = 1000, 8  # images whose routes are measured, and drawn in experts.png
+KEPT = 16  # images whose routes result.json keeps, to compare seeds
 
 
 def main(argv: list[str]) -> None:
@@ -179,7 +180,8 @@ def _routes(config: Config, params: Any, routed: Any, data: Any, workdir: Path) 
     shown = np.linspace(0, len(few.labels_N) - 1, min(MAPPED, len(few.labels_N))).astype(int)
     pictures = [(few.images_NHWc[n], names[few.labels_N[n]], found.expert_XBP[:, n]) for n in shown]
     figures.save(figures.experts(found, pictures, layers.tolist(), names), workdir / files.EXPERTS)
-    return gate_L, {"load": found.load_XE.tolist(), "gate": found.gate_X.tolist(), "images": len(few.labels_N)}
+    routes = {"load": found.load_XE, "gate": found.gate_X, "experts": found.expert_XBP[:, :KEPT]}
+    return gate_L, {name: x.tolist() for name, x in routes.items()} | {"images": len(few.labels_N)}
 
 
 def _draw_samples(evaluate: Any, params: Any, few: Any, workdir: Path) -> None:

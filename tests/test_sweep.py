@@ -8,17 +8,20 @@ import shlex
 import shutil
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import ablate_recipe
 import compare_routers
 import pytest
 import reproduce_original
+import routers
 import sweep
 from scipy import stats
 
 import processes
-from jvitmoe import cli, experiment_files, train
+from jvitmoe import cli, experiment_files, routing, train
+from jvitmoe.experts import cost
 
 EXPERIMENT = """
 from jvitmoe.config import Config, ModelConfig, OptimConfig, TrainConfig, with_variant
@@ -43,7 +46,12 @@ def run_sweep(folder: Path) -> str:
 
 
 def test_every_variant_is_an_experiment_of_its_own():
-    for script, experiment in ((ablate_recipe, "cifar10_fast"), (compare_routers, "digits_dense")):
+    searched = types.SimpleNamespace(variants=routers.search)
+    for script, experiment in (
+        (ablate_recipe, "cifar10_fast"),
+        (compare_routers, "digits_dense"),
+        (searched, "cifar10_fast"),
+    ):
         configs = []
         for variant in script.variants().values():
             name = f"{experiment}:{variant.of_file}" if variant.of_file != "dense" else experiment
@@ -51,6 +59,21 @@ def test_every_variant_is_an_experiment_of_its_own():
             argv = ["train", f"--config={name}", *flags]
             configs.append(cli.experiment(cli.parse(argv, train.define_flags, config=True)))
         assert len(set(map(repr, configs))) == len(configs)
+
+
+@pytest.mark.slow
+def test_every_router_of_the_table_costs_what_dense_costs():
+    """Counted by XLA in the compiled forward pass."""
+
+    def flops(settings):
+        flags = [f"--config.{field}={value}" for field, value in routers.arm(settings, 1).settings.items()]
+        config = cli.experiment(cli.parse(["train", "--config=cifar10_fast", *flags], train.define_flags, config=True))
+        return cost.flops_per_image(routing.find(config).model(), 4)
+
+    dense = flops({})
+    assert {name: flops(routers.ROUTERS[name]) / dense for name in routers.ROUTERS} == pytest.approx(
+        dict.fromkeys(routers.ROUTERS, 1.015), abs=0.02
+    )
 
 
 def test_the_interval_is_student_s_and_the_time_left_that_of_runs_side_by_side():
