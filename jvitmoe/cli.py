@@ -171,6 +171,9 @@ def run(main: Callable[[list[str]], Any]) -> NoReturn:
     try:
         try:
             main(sys.argv)
+        except SystemExit as stopped:
+            _leave_trackers(stopped.code)
+            raise
         finally:
             if sys.stdout:
                 sys.stdout.flush()  # raises UserError here if the disk is full
@@ -185,7 +188,15 @@ def run(main: Callable[[list[str]], Any]) -> NoReturn:
         remedy = "end other programs on it, or set JAX_PLATFORMS=cpu"
         print(f"error: the memory of a device is too small ({one_line(error)}); {remedy}", file=sys.stderr)
         sys.exit(2)
+    _leave_trackers(0)
     sys.exit(0)
+
+
+def _leave_trackers(code: Any) -> None:
+    """Ends the process at once if a tracker hangs, whose package would wait for it at exit."""
+    trackers = sys.modules.get("jvitmoe.runs.trackers")  # that a run has imported
+    if trackers and trackers.are_hanging():
+        trackers.leave(int(code or 0))
 
 
 class _Stdout(io.FileIO):

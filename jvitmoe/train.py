@@ -31,20 +31,9 @@ def main(argv: list[str]) -> None:
     workdir = Path(values.workdir or Path("runs") / cli.experiment_name(argv))
     if not (values.coordinator or values.distributed):  # only the first of several processes prints
         console.print("starting    JAX")
-    # Not above: these import JAX.
-    from jvitmoe.runs import trackers
-    from jvitmoe.runtime import processes
-    from jvitmoe.training.launch import launch
+    from jvitmoe.training.launch import launch  # not above: it imports JAX
 
-    code = 0
-    try:
-        launch(config, workdir, values, trackers=values.trackers)
-    except SystemExit as stopped:  # by a signal
-        code = int(stopped.code or 0)
-    if trackers.are_hanging():
-        processes.leave_last(code)
-    if code:
-        sys.exit(code)
+    launch(config, workdir, values, trackers=values.trackers)
 
 
 def define_flags(values: flags.FlagValues) -> None:
