@@ -194,9 +194,9 @@ def run(main: Callable[[list[str]], Any]) -> NoReturn:
 
 def _leave_trackers(code: Any) -> None:
     """Ends the process at once if a tracker hangs, whose package would wait for it at exit."""
-    trackers = sys.modules.get("jvitmoe.runs.trackers")  # that a run has imported
-    if trackers and trackers.are_hanging():
-        trackers.leave(int(code or 0))
+    trackers, processes = (sys.modules.get(f"jvitmoe.{name}") for name in ("runs.trackers", "runtime.processes"))
+    if trackers and processes and trackers.are_hanging():  # a run has imported both
+        processes.leave_last(int(code or 0))
 
 
 class _Stdout(io.FileIO):

@@ -15,7 +15,7 @@ import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 from tensorboardX import summary
 from tensorboardX.event_file_writer import EventsWriter
@@ -231,13 +231,6 @@ def close_all(feeds: Sequence[Feed], finished: bool) -> None:
 def are_hanging() -> bool:
     """True if a tracker is still at work. After a run, its package may wait for it at the end of the process."""
     return any(thread.name.startswith(THREAD) for thread in threading.enumerate())
-
-
-def leave(code: int) -> NoReturn:
-    """Ends this process at once after its run, without being lost to the others."""
-    from jvitmoe.runtime import processes  # not above: it imports JAX
-
-    processes.leave_last(code)
 
 
 def _id(run: TrackedRun, name: str, create: Callable[[], str]) -> str:
