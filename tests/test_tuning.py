@@ -103,7 +103,7 @@ def test_merging_averages_matrices_and_then_folds():
     blocks = {name: jnp.asarray(leaf)[None] for name, leaf in (plain | zeros).items()}
     blocks |= {"up_a": jnp.asarray(a_EDR)[None], "up_b": jnp.asarray(b_ERF)[None]}
     blocks |= {name: jnp.broadcast_to(blocks[name][:, None], (1, E, *zeros[name].shape)) for name in zeros}
-    merged = merge.average_experts({"blocks": {"mlp": blocks}, "norm": {"scale": jnp.ones(4)}})["blocks"]["mlp"]
+    merged = merge.average_experts({"blocks": {"mlp": blocks}})["blocks"]["mlp"]
     assert set(merged) == set(plain)
     wanted = plain["up"] + a_EDR.mean(0) @ b_ERF.mean(0)
     np.testing.assert_allclose(merged["up"][0], wanted, rtol=1e-5)

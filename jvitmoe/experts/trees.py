@@ -32,8 +32,8 @@ EXPERT_AXIS = 1  # of the leaves of an MLP, after L
 
 
 def is_whole(params: Tree) -> bool:
-    """True if each expert of a tree of parameters is a whole model."""
-    return bool(params["norm"]["scale"].ndim == 2)  # [E, D], in a dense tree [D]
+    """True if each expert of a tree of parameters is a whole model. Blocks alone are taken to have experts in MLPs."""
+    return "norm" in params and bool(params["norm"]["scale"].ndim == 2)  # [E, D], in a dense tree [D]
 
 
 def expert_axis(params: Tree) -> int:
