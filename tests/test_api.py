@@ -92,7 +92,7 @@ def test_a_second_thread_that_trains_is_refused_in_one_line(run, config, monkeyp
 
 def test_help_is_no_damage_and_a_name_that_looks_like_a_flag_is_a_name(run, capsys):
     assert run.evaluate(help=True) == run.results
-    assert "usage: python -m jvitmoe.evaluate" in capsys.readouterr().out
+    assert "usage: jvitmoe evaluate" in capsys.readouterr().out
     run.report("--help")
     assert "left out    '--help' is no folder" in capsys.readouterr().out
 
