@@ -160,7 +160,8 @@ def run(main: Callable[[list[str]], Any]) -> NoReturn:
         if getattr(sys, name) is None:  # closed, as by >&-
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
     stdout = sys.__stdout__
-    if stdout and sys.stdout is stdout:  # not replaced by a test runner
+    is_own = bool(stdout) and sys.stdout is stdout  # the process is this command's, and not a test runner's
+    if stdout and is_own:
         raw = io.BufferedWriter(_Stdout(stdout.fileno(), "w", closefd=False))
         sys.stdout = io.TextIOWrapper(raw, stdout.encoding, stdout.errors, line_buffering=stdout.line_buffering)
     logging.set_verbosity(logging.FATAL)  # Orbax logs a lot, and commands report what matters themselves
@@ -172,7 +173,8 @@ def run(main: Callable[[list[str]], Any]) -> NoReturn:
         try:
             main(sys.argv)
         except SystemExit as stopped:
-            _leave_trackers(stopped.code)
+            if is_own:
+                _leave_trackers(stopped.code)
             raise
         finally:
             if sys.stdout:
@@ -188,7 +190,8 @@ def run(main: Callable[[list[str]], Any]) -> NoReturn:
         remedy = "end other programs on it, or set JAX_PLATFORMS=cpu"
         print(f"error: the memory of a device is too small ({one_line(error)}); {remedy}", file=sys.stderr)
         sys.exit(2)
-    _leave_trackers(0)
+    if is_own:
+        _leave_trackers(0)
     sys.exit(0)
 
 
