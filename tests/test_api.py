@@ -94,7 +94,7 @@ def test_help_is_no_damage_and_a_name_that_looks_like_a_flag_is_a_name(run, caps
     assert run.evaluate(help=True) == run.results
     assert "usage: jvitmoe evaluate" in capsys.readouterr().out
     run.report("--help")
-    assert "left out    '--help' is no folder" in capsys.readouterr().out
+    assert "left out    '--help' is no such folder" in capsys.readouterr().out
 
 
 def test_the_compilation_cache_of_the_caller_stays_as_it_was(run, config, monkeypatch, tmp_path):
