@@ -25,8 +25,7 @@ def main(argv: list[str]) -> None:
     values, arguments = cli.parse_with_arguments(argv, _define_flags, arguments="IMAGE or FOLDER…")
     if not values.workdir:
         raise UserError(
-            "--workdir is missing; give a run folder or an exported one, such as --workdir=runs/digits_random, or "
-            "--model=cifar10_fast, which comes with jvitmoe"
+            "--workdir is missing; give a run folder or an exported one, such as --workdir=runs/digits_random"
         )
     if not arguments:
         raise UserError("no picture was given; name files or folders after the flags")
@@ -82,7 +81,6 @@ def main(argv: list[str]) -> None:
 
 def _define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_string("workdir", "", "Run folder, or a folder that jvitmoe.export wrote.", flag_values=values)
-    flags.DEFINE_alias("model", "workdir", flag_values=values)
     cli.define_weights(values)
     flags.DEFINE_integer("top", 5, "Classes per picture.", flag_values=values)
     flags.DEFINE_bool("json", False, "JSON on standard output, instead of a table.", flag_values=values)
