@@ -25,7 +25,7 @@ from jvitmoe.runs import files, results
 from jvitmoe.runs.console import console, progress, warnings_as_lines
 
 MOST_SAMPLES = 15  # images of samples.png
-MOST_ROUTED, MAPPED = 1000, 8  # images whose routes are measured, and drawn in experts.png
+MAPPED = 8  # images whose routes are drawn in experts.png
 KEPT = 16  # images whose routes result.json keeps, to compare seeds
 
 
@@ -73,13 +73,15 @@ def _evaluate(values: flags.FlagValues, workdir: Path) -> None:
             trees |= {"EMA": ema} if ema is not None else {}
             settings = probe_config, mesh, values.few_shot, values.knn
             result["probes"] = probes.measure(evaluate.net, trees, probed, *settings)
-        gate_L = None
-        if evaluate.routed:
-            gate_L, result["routes"] = _routes(config, params, evaluate.routed, data, workdir)
-        result["rows"] = models.evaluate_run(config, params, ema, evaluate, *shown, values.paths, gate_L)
-        result |= models.facts(config, meta["step"], mesh) | known | {"files": meta["files"]}
+        gate_L, few = None, None
         if config.routing.experts > 1:
             few = _some(data.test, mergeability.IMAGES, config)
+        if evaluate.routed:
+            seen = _some(data.train, mergeability.IMAGES, config)
+            gate_L, result["routes"] = _routes(config, params, evaluate.routed, seen, few, workdir)
+        result["rows"] = models.evaluate_run(config, params, ema, evaluate, *shown, values.paths, gate_L)
+        result |= models.facts(config, meta["step"], mesh) | known | {"files": meta["files"]}
+        if few is not None:
             batches = eval_batches(len(few), config.train.batch_size, mesh)
             result["mergeability"] = mergeability.measure(config, params, evaluate, on_devices(few, mesh), batches)
     _draw_samples(evaluate, merge.dense_tree(config, params), _some(data.test, MOST_SAMPLES, config), workdir)
@@ -161,9 +163,9 @@ def _some(test: Any, most: int, config: Config) -> Any:
     return chosen if isinstance(chosen, Split) else decode(chosen, config.data, config.model)
 
 
-def _routes(config: Config, params: Any, routed: Any, data: Any, workdir: Path) -> tuple[Any, dict[str, Any]]:
-    """Returns (the mean gate of each layer, from training images; figures of test images), and draws what the router
-    does."""
+def _routes(config: Config, params: Any, routed: Any, seen: Any, few: Any, workdir: Path) -> tuple[Any, dict[str, Any]]:
+    """Returns (the mean gate of each layer, from the training images `seen`; figures of the test images `few`), and
+    draws what the router does."""
     import jax.numpy as jnp
     import numpy as np
 
@@ -174,8 +176,8 @@ def _routes(config: Config, params: Any, routed: Any, data: Any, workdir: Path) 
         return expert_maps.measure(routed.net, params, split.images_NHWc, split.labels_N, routed.normalize)
 
     layers = np.array(config.expert_layers)
-    gate_L = jnp.ones(config.model.depth).at[layers].set(measured(_some(data.train, MOST_ROUTED, config)).gate_X)
-    few, found = (split := _some(data.test, MOST_ROUTED, config)), measured(split)
+    gate_L = jnp.ones(config.model.depth).at[layers].set(measured(seen).gate_X)
+    found = measured(few)
     names = results.class_names(workdir, config.model.classes)
     shown = np.linspace(0, len(few.labels_N) - 1, min(MAPPED, len(few.labels_N))).astype(int)
     pictures = [(few.images_NHWc[n], names[few.labels_N[n]], found.expert_XBP[:, n]) for n in shown]

@@ -22,7 +22,7 @@ Array = TypeVar("Array", jax.Array, np.ndarray)
 
 MLP = ("up", "up_bias", "down", "down_bias")
 TUNED = (*mlp.LORA, *mlp.ADAPTER)
-SECOND = ("up_b", "down_b", "adapter_down", "adapter_down_bias")  # AdaMix shares the second matrix of each pair
+SECOND = mlp.START_AT_ZERO  # AdaMix shares the second matrix of each pair
 # routing.part -> the leaves of an MLP that each expert owns; and of LoRA and adapters, if these are what is trained
 PARTS = {"mlp": MLP, "up": MLP[:2], "down": MLP[2:]}
 TUNED_PARTS = {"mlp": TUNED, "up": tuple(name for name in TUNED if name not in SECOND), "down": SECOND}
@@ -42,7 +42,7 @@ def expert_axis(params: Tree) -> int:
 
 
 def one(params: Tree) -> Tree:
-    """Returns the first expert if experts are whole models, else all parameters. `params` may be shapes."""
+    """Returns the shapes of one expert if experts are whole models, else `params` themselves."""
     if not is_whole(params):
         return params
     return jax.eval_shape(lambda tree: jax.tree.map(lambda x: x[0], tree), params)
