@@ -47,8 +47,8 @@ ROUTERS: Mapping[str, Mapping[str, object]] = {
     # Mixing tokens into slots and back costs as much as 5/12 of the MLP.
     "soft": ONE | {"routing.kind": "soft", "model.expert_hidden": HIDDEN * 7 // 12},
     "hash": ONE | {"routing.kind": "hash"},
-    # It ends with all experts for every token.
-    "frozen": ONE | {"routing.kind": "frozen", "routing.top_k": 2, "model.expert_hidden": HIDDEN // 4},
+    # It ends with all experts for every token, and weighting four outputs costs as well.
+    "frozen": ONE | {"routing.kind": "frozen", "routing.top_k": 2, "model.expert_hidden": HIDDEN // 4 - 2},
     "batch": RANDOM | {"routing.kind": "batch"},
     "sample": RANDOM | {"routing.kind": "sample"},
     "token": RANDOM | {"routing.kind": "token"},
