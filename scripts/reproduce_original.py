@@ -1,15 +1,18 @@
-"""Repeats the original's table on one GPU: dense, Switch and random routing, 100 epochs, three seeds, and their time.
+"""Repeats the original's table on one GPU: dense, Switch and random routing, 100 epochs, three seeds, and their time;
+and the table of routers at equal FLOPs (scripts/routers.py) at the original's size.
 
     python scripts/reproduce_original.py --config configs/cifar10_dense.py --jobs 1 --runs runs/original \\
         --out results/original -- --config.data.dir=DIR
 
 The original kept the model with the lowest loss on the test set; this reports the last checkpoint. With --dry_run it
-prints the commands only. Repeat the command to resume: see scripts/sweep.py.
+prints the commands only. Repeat the command to resume: see scripts/sweep.py. The original's rows alone:
+--only dense switch random.
 """
 
 import statistics
 from pathlib import Path
 
+import routers
 from sweep import Variant, accuracies, main, mean_cell
 
 from jvitmoe import config, experiment_files
@@ -21,11 +24,14 @@ ORIGINAL = {"dense": ("dense", 71.06, 52.70), "switch": ("routed", 71.1, 71.80),
 
 
 def variants() -> dict[str, Variant]:
-    """Returns what the experiments of the original's rows change in its dense one."""
+    """Returns what the experiments of the original's rows change in its dense one, and the rows of the routers."""
     dense = experiment_files.load("cifar10_dense")
     others = {name: experiment_files.load(f"cifar10_{name}") for name in ORIGINAL}
     changes = {name: config.differences(dense, other) for name, other in others.items()}
-    return {name: Variant({field: new for field, (_, new) in changed.items()}) for name, changed in changes.items()}
+    found = {name: Variant({field: new for field, (_, new) in changed.items()}) for name, changed in changes.items()}
+    found[routers.REFERENCE] = Variant({"optim.mlp_rate": 2.0})
+    rivals = routers.routers(dense.model.hidden)
+    return found | {f"equal_{name}": Variant(settings) for name, settings in rivals.items()}
 
 
 def table(runs: Path) -> list[dict[str, str]]:
@@ -53,7 +59,8 @@ def table(runs: Path) -> list[dict[str, str]]:
 
 def conclusion(runs: Path) -> str:
     """Returns the end of the report."""
-    return f"\n## Beside the original\n\n{markdown_table(table(runs))}"
+    rivals = markdown_table(routers.rows(runs, variants()))
+    return f"\n## Beside the original\n\n{markdown_table(table(runs))}\n## Routers\n\n{rivals}"
 
 
 if __name__ == "__main__":

@@ -33,26 +33,33 @@ SIZE = {"model.patch": 4, "model.stem": "patch", "model.width": 96, "model.heads
 SIZE |= {"data.validation": 5000, "train.ema": 0.0}
 RATES = (1, 2, 4)  # of MLPs or experts: the tries of every row
 REFERENCE = "dense_rate2"
-# Every token has one slot of an MLP of the dense width, or more slots of narrower ones.
-ONE = {"routing.experts": 4, "routing.capacity": 1.0, "routing.eval_capacity": 1.0, "routing.init": "shared"}
-TWO = ONE | {"routing.kind": "topk", "routing.top_k": 2, "model.expert_hidden": HIDDEN // 2}
-SHARED = {"model.expert_hidden": HIDDEN // 3, "model.shared_hidden": HIDDEN // 3}
-RANDOM = {"routing.experts": 4, "routing.init": "shared", "routing.pull": 1.0}
-ROUTERS: Mapping[str, Mapping[str, object]] = {
-    "switch": ONE | {"routing.kind": "switch"},
-    "top2": TWO,
-    "top2_bias": TWO | {"routing.balance_loss": 0.0, "routing.balance_bias": 1e-3},
-    "top2_shared": TWO | SHARED,
-    "expert_choice": ONE | {"routing.kind": "expert_choice"},
-    # Mixing tokens into slots and back costs as much as 5/12 of the MLP.
-    "soft": ONE | {"routing.kind": "soft", "model.expert_hidden": HIDDEN * 7 // 12},
-    "hash": ONE | {"routing.kind": "hash"},
-    # It ends with all experts for every token, and weighting four outputs costs as well.
-    "frozen": ONE | {"routing.kind": "frozen", "routing.top_k": 2, "model.expert_hidden": HIDDEN // 4 - 2},
-    "batch": RANDOM | {"routing.kind": "batch"},
-    "sample": RANDOM | {"routing.kind": "sample"},
-    "token": RANDOM | {"routing.kind": "token"},
-}
+
+
+def routers(hidden: int) -> dict[str, dict[str, object]]:
+    """Returns the settings of every router beside MLPs of that width, at about the FLOPs of dense: a token has one slot
+    of an expert of the dense width, or more slots of narrower ones."""
+    one = {"routing.experts": 4, "routing.capacity": 1.0, "routing.eval_capacity": 1.0, "routing.init": "shared"}
+    two = one | {"routing.kind": "topk", "routing.top_k": 2, "model.expert_hidden": hidden // 2}
+    shared = {"model.expert_hidden": hidden // 3, "model.shared_hidden": hidden // 3}
+    random = {"routing.experts": 4, "routing.init": "shared", "routing.pull": 1.0}
+    return {
+        "switch": one | {"routing.kind": "switch"},
+        "top2": two,
+        "top2_bias": two | {"routing.balance_loss": 0.0, "routing.balance_bias": 1e-3},
+        "top2_shared": two | shared,
+        "expert_choice": one | {"routing.kind": "expert_choice"},
+        # Mixing tokens into slots and back costs as much as 5/12 of the MLP of the study.
+        "soft": one | {"routing.kind": "soft", "model.expert_hidden": hidden * 7 // 12},
+        "hash": one | {"routing.kind": "hash"},
+        # It ends with all experts for every token, and weighting four outputs costs as well.
+        "frozen": one | {"routing.kind": "frozen", "routing.top_k": 2, "model.expert_hidden": hidden // 4 - 2},
+        "batch": random | {"routing.kind": "batch"},
+        "sample": random | {"routing.kind": "sample"},
+        "token": random | {"routing.kind": "token"},
+    }
+
+
+ROUTERS: Mapping[str, Mapping[str, object]] = routers(HIDDEN)
 
 
 def arm(settings: Mapping[str, object], rate: float, *against: str, length: int = LENGTH) -> Variant:
