@@ -25,7 +25,8 @@ def main(argv: list[str]) -> None:
     values, arguments = cli.parse_with_arguments(argv, _define_flags, arguments="IMAGE or FOLDER…")
     if not values.workdir:
         raise UserError(
-            "--workdir is missing; give a run folder or an exported one, such as --workdir=runs/digits_random"
+            "--workdir is missing; give a run folder or an exported one, such as --workdir=runs/digits_random, or "
+            "--model=cifar10_fast, which comes with jvitmoe"
         )
     if not arguments:
         raise UserError("no picture was given; name files or folders after the flags")
@@ -34,9 +35,8 @@ def main(argv: list[str]) -> None:
     out = Path(values.sheet) if values.sheet else None
     if out and (out.suffix.lower() != ".png" or not out.parent.is_dir()):
         raise UserError(f"--sheet is {values.sheet!r}; it must be a .png in a folder that exists")
-    # Not above: these import JAX and matplotlib, and --help need not wait for that.
+    # Not above: these import JAX, and --help need not wait for that.
     from jvitmoe.interop import classifier
-    from jvitmoe.runs import figures
     from jvitmoe.runtime import compilation
 
     compilation.use_cache()
@@ -67,6 +67,8 @@ def main(argv: list[str]) -> None:
         ]
         show_table(rows, f"{values.workdir}: most probable classes")
     if out and classes:
+        from jvitmoe.runs import figures  # imports matplotlib, which takes as long as an answer
+
         guesses = [[(c.name, c.probability) for c in top] for _, top in classes]
         pictures = [images.Picture(str(path), path) for path, _ in classes]
         captions = [path.name for path, _ in classes]
@@ -81,6 +83,7 @@ def main(argv: list[str]) -> None:
 
 def _define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_string("workdir", "", "Run folder, or a folder that jvitmoe.export wrote.", flag_values=values)
+    flags.DEFINE_alias("model", "workdir", flag_values=values)
     cli.define_weights(values)
     flags.DEFINE_integer("top", 5, "Classes per picture.", flag_values=values)
     flags.DEFINE_bool("json", False, "JSON on standard output, instead of a table.", flag_values=values)

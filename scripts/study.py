@@ -124,7 +124,7 @@ def workers(part: str, every: int, settings: dict[str, object], *against: str) -
 
 def inside_search() -> Arms:
     found = {"dense_rate2": dense(INSIDE)}
-    for rate in (1e-3, 2e-3, 4e-3, 8e-3):
+    for rate in (5e-4, 1e-3, 2e-3, 4e-3, 8e-3):
         found[f"adamw_{rate:g}"] = dense(INSIDE | {"optim.name": "adamw", "optim.learning_rate": rate})
     for every, rate, momentum in itertools.product((10, 30), OUTER_RATES, OUTER_MOMENTA):
         settings = INSIDE | {"routing.pull_every": every} | outer(rate, momentum)

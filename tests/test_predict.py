@@ -6,7 +6,8 @@ import shutil
 
 import numpy as np
 import pytest
-from PIL import Image
+import safetensors
+from PIL import Image, ImageDraw
 
 import jvitmoe
 from jvitmoe import export, predict
@@ -14,9 +15,9 @@ from jvitmoe.config import Config
 from jvitmoe.data import datasets, images
 from jvitmoe.data.images import DataError
 from jvitmoe.errors import UserError
-from jvitmoe.interop import classifier
+from jvitmoe.interop import classifier, load
 from jvitmoe.runs import figures
-from processes import call
+from processes import call, succeed
 from run_folders import saved
 
 
@@ -81,6 +82,32 @@ ZEROS = np.zeros((2, 8, 8, 1), np.uint8)
 def test_arrays_of_another_shape_or_type_are_refused(model, images, message):
     with pytest.raises(UserError, match=message):
         model(images)
+
+
+def test_a_trained_model_comes_with_the_package_and_a_file_of_its_name_goes_before_it(tmp_path, monkeypatch):
+    folder = load.SHIPPED / "cifar10_fast"
+    assert sorted(path.name for path in folder.iterdir()) == ["README.md", load.CONFIG, load.WEIGHTS]
+    assert (folder / load.WEIGHTS).stat().st_size < 1.3e6
+    with safetensors.safe_open(folder / load.WEIGHTS, "numpy") as weights:
+        assert weights.metadata()[load.CHECKSUM] == load.sha256(folder / load.WEIGHTS)
+    picture = Image.new("RGB", (320, 320), "skyblue")
+    draw = ImageDraw.Draw(picture)
+    draw.rectangle((0, 210, 320, 320), fill="steelblue")
+    draw.polygon([(40, 190), (280, 190), (245, 245), (75, 245)], fill="dimgray")
+    draw.rectangle((110, 140, 200, 190), fill="white")
+    draw.rectangle((150, 95, 175, 140), fill="firebrick")
+    picture.save(tmp_path / "picture.png")
+    listed = json.loads(succeed(predict.main, "--model=cifar10_fast", "--json", "--top=10", tmp_path / "picture.png"))
+    names = [guess["name"] for guess in listed[0]["classes"]]
+    assert names[0] == "ship"
+    assert sorted(names) == ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "cifar10_fast").mkdir()
+    with pytest.raises(UserError, match=r"'cifar10_fast/model\.safetensors' is not a file"):
+        jvitmoe.load("cifar10_fast")
+    with pytest.raises(UserError, match=r"a model that comes with jvitmoe \(cifar10_fast\)"):
+        jvitmoe.load("cifar10")
 
 
 def test_hidden_files_in_a_folder_are_skipped_as_in_training(folder):

@@ -31,6 +31,7 @@ from jvitmoe.runs import files
 from jvitmoe.runs.checkpoints import Checkpoints
 from jvitmoe.runtime import devices
 
+SHIPPED = Path(__file__).parents[1] / "weights"  # exported models that come with the package, by name
 OURS = "jvitmoe"  # the format of our own exports, named in their config.json
 WEIGHTS, CONFIG, PROCESSOR = "model.safetensors", "config.json", "preprocessor_config.json"
 CHECKSUM = "sha256"  # in the metadata of the weights of our exports; who writes other weights leaves it out
@@ -67,7 +68,8 @@ def read(path: Path | str, heads: int = 0, checkpoint: str = "latest", ema: bool
     """Returns the dense ViT in a run folder, an exported folder, a .safetensors or an .npz file.
 
     Args:
-        path: folder or file, or a name on the hub (`fetch`); the config.json beside a .safetensors is read too.
+        path: folder or file, a name on the hub (`fetch`), or that of a model that comes with jvitmoe, such as
+            "cifar10_fast"; the config.json beside a .safetensors is read too.
         heads: number of attention heads, for files that do not have it.
         checkpoint: of a run folder: latest, best or a step.
         ema: of a run folder that has one, the EMA of the weights, not the last weights.
@@ -80,6 +82,8 @@ def read(path: Path | str, heads: int = 0, checkpoint: str = "latest", ema: bool
         source = read(folder, heads, checkpoint, ema)
         return dataclasses.replace(source, notes=(f"{path} is commit {folder.name}", *source.notes))
     path = Path(os.path.expanduser(path))
+    if path.name == str(path) and not os.path.lexists(path) and (SHIPPED / path / WEIGHTS).is_file():
+        path = SHIPPED / path
     if os.path.isdir(path / files.CHECKPOINTS):  # unlike Path's, these raise for no name
         return _read_run(path, checkpoint, ema)
     if ema:
@@ -88,7 +92,8 @@ def read(path: Path | str, heads: int = 0, checkpoint: str = "latest", ema: bool
         path = path / WEIGHTS
     if not os.path.isfile(path):
         raise UserError(
-            f"{str(path)!r} is not a file; give a run folder, a folder with {WEIGHTS}, a .safetensors or a .npz file"
+            f"{str(path)!r} is not a file; give a run folder, a folder with {WEIGHTS}, a .safetensors or a .npz file, "
+            f"or a model that comes with jvitmoe ({', '.join(shipped())})"
         )
     if path.suffix not in (".safetensors", ".npz"):
         raise UserError(f"{str(path)!r} is neither .safetensors nor .npz; convert it with safetensors first")
@@ -101,6 +106,11 @@ def read(path: Path | str, heads: int = 0, checkpoint: str = "latest", ema: bool
         raise UserError(f"{path}: {error}") from error
     except Exception as error:  # a damaged file may contain anything
         raise UserError(f"{path}: its {CONFIG} or its arrays are not those of a ViT ({one_line(error)})") from error
+
+
+def shipped() -> list[str]:
+    """Returns the names of the models that come with jvitmoe."""
+    return sorted(path.parent.name for path in SHIPPED.glob(f"*/{WEIGHTS}"))
 
 
 def is_on_hub(source: Path | str) -> bool:
