@@ -22,7 +22,7 @@ from jvitmoe.runs import files
 from jvitmoe.runs.console import markdown_table
 
 Arms = dict[str, Variant]
-AUGMENTED = {"data.augment": "three", "data.cutmix": 1.0, "data.plain_at_end": 0.1}
+AUGMENTED = {"data.cutmix": 1.0, "data.plain_at_end": 0.1}
 # The window of EMA is 500 steps, or 143 steps in B and D: a seventh of most runs. A shorter one would change nothing,
 # because the learning rate falls to 0.
 SIZE = {"model.patch": 8, "model.stem": "patch", "data.validation": 5000, "train.ema": 0.998}
