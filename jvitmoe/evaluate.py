@@ -182,8 +182,9 @@ def _routes(config: Config, params: Any, routed: Any, seen: Any, few: Any, workd
     shown = np.linspace(0, len(few.labels_N) - 1, min(MAPPED, len(few.labels_N))).astype(int)
     pictures = [(few.images_NHWc[n], names[few.labels_N[n]], found.expert_XBP[:, n]) for n in shown]
     figures.save(figures.experts(found, pictures, layers.tolist(), names), workdir / files.EXPERTS)
-    routes = {"load": found.load_XE, "gate": found.gate_X, "experts": found.expert_XBP[:, :KEPT]}
-    return gate_L, {name: x.tolist() for name, x in routes.items()} | {"images": len(few.labels_N)}
+    kept = [[" ".join(map(str, expert_P)) for expert_P in expert_BP[:KEPT]] for expert_BP in found.expert_XBP]
+    figures_of = {"load": found.load_XE.tolist(), "gate": found.gate_X.tolist(), "images": len(few.labels_N)}
+    return gate_L, figures_of | {"experts": kept}
 
 
 def _draw_samples(evaluate: Any, params: Any, few: Any, workdir: Path) -> None:

@@ -19,6 +19,7 @@ from jvitmoe import config, experiment_files
 from jvitmoe.runs import files, results
 from jvitmoe.runs.console import markdown_table
 
+REFERENCE = "dense_rate2"
 # Model that is compared, accuracy in %, seconds per 60,000 images on four RTX 8000, as the original reports them.
 ORIGINAL = {"dense": ("dense", 71.06, 52.70), "switch": ("routed", 71.1, 71.80), "random": ("merged", 72.18, 131.24)}
 
@@ -29,9 +30,12 @@ def variants() -> dict[str, Variant]:
     others = {name: experiment_files.load(f"cifar10_{name}") for name in ORIGINAL}
     changes = {name: config.differences(dense, other) for name, other in others.items()}
     found = {name: Variant({field: new for field, (_, new) in changed.items()}) for name, changed in changes.items()}
-    found[routers.REFERENCE] = Variant({"optim.mlp_rate": 2.0})
-    rivals = routers.routers(dense.model.hidden)
-    return found | {f"equal_{name}": Variant(settings) for name, settings in rivals.items()}
+    found[REFERENCE] = Variant({"optim.mlp_rate": 2.0})
+    rivals = routers.routers(dense.model.hidden, dense.model.patches + dense.model.has_cls, dense.model.depth)
+    for name, settings in rivals.items():
+        rate = {"optim.mlp_rate": 4.0} if "routing.pull" in settings else {}  # as the random variants of other files
+        found[f"equal_{name}"] = Variant(settings | rate)
+    return found
 
 
 def table(runs: Path) -> list[dict[str, str]]:
@@ -59,9 +63,9 @@ def table(runs: Path) -> list[dict[str, str]]:
 
 def conclusion(runs: Path) -> str:
     """Returns the end of the report."""
-    rivals = markdown_table(routers.rows(runs, variants()))
+    rivals = markdown_table(routers.rows(runs, variants(), REFERENCE))
     return f"\n## Beside the original\n\n{markdown_table(table(runs))}\n## Routers\n\n{rivals}"
 
 
 if __name__ == "__main__":
-    main(__doc__, variants(), conclusion=conclusion)
+    main(__doc__, variants(), evaluate=["--paths=0"], conclusion=conclusion)

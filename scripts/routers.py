@@ -1,109 +1,179 @@
-"""Compares routers at equal FLOPs: the search of each router's learning rate, and the table (docs/routing.md).
+"""Compares routers at equal FLOPs: their search, their step times and the table (docs/routing.md).
 
     python scripts/routers.py search --config configs/cifar10_fast.py --seeds 1 --runs runs/routers_search \\
         --out results/routers_search -- --config.data.dir=DIR
+    python scripts/routers.py time --out results/routers
     python scripts/routers.py table --config configs/cifar10_fast.py --seeds 5 --runs runs/routers \\
         --out results/routers -- --config.data.dir=DIR
 
-Repeat a command to resume: see scripts/sweep.py. The table takes the rates that were best in the search, whose results
-must lie beside --out, on held-out images.
+Repeat a command to resume: see scripts/sweep.py. Repeat the search until it has nothing to do: it adds a rate where the
+best one is the highest or the lowest. The table takes the rates that were best in the search, whose results must lie
+beside --out, on held-out images. Run `time` on an idle machine.
 """
 
 import argparse
 import itertools
+import json
 import statistics
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
 import numpy as np
-from study import best, dense, epochs, ranking
+import timed_step
+from study import best, dense, epochs, ranking, validation_accuracies
 from sweep import Variant, accuracies, interval, main, mean_cell
 
+from jvitmoe import cli, train
+from jvitmoe.config import Config
 from jvitmoe.errors import UserError
 from jvitmoe.evaluation import expert_maps
-from jvitmoe.runs import figures, files, results
-from jvitmoe.runs.console import markdown_table
+from jvitmoe.runs import checkpoints, figures, files, results
+from jvitmoe.runs.console import console, markdown_table, quantity
+from jvitmoe.runtime import devices, memory, programs
 
 Arms = dict[str, Variant]
-# 64 tokens; a run takes less than 20 minutes of a core.
-HIDDEN, LENGTH = 192, 8
-SIZE = {"model.patch": 4, "model.stem": "patch", "model.width": 96, "model.heads": 3, "model.hidden": HIDDEN}
-SIZE |= {"data.validation": 5000, "train.ema": 0.0}
-RATES = (1, 2, 4)  # of MLPs or experts: the tries of every row
-REFERENCE = "dense_rate2"
+HIDDEN, TOKENS, DEPTH, LENGTH = 192, 64, 4, 8  # a run takes about ten minutes of a core
+SIZE = {"model.patch": 4, "model.stem": "patch", "model.width": 64, "model.heads": 2, "model.hidden": HIDDEN}
+SIZE |= {"model.depth": DEPTH, "data.validation": 5000, "train.ema": 0.0}
+SEARCH = "routers_search"
+# Of MLPs or experts: the first tries of every row. The mean of experts that are averaged at every step moves by a part
+# of their updates.
+RATES = (1, 2, 4)
+RATES_OF = {"batch": (4, 8, 16), "sample": (2, 4, 8), "token": (2, 4, 8)}
+TIMES, ROUNDS = "times.json", 11
 
 
-def routers(hidden: int) -> dict[str, dict[str, object]]:
+def routers(hidden: int, tokens: int, layers: int) -> dict[str, dict[str, object]]:
     """Returns the settings of every router beside MLPs of that width, at about the FLOPs of dense: a token has one slot
-    of an expert of the dense width, or more slots of narrower ones."""
-    one = {"routing.experts": 4, "routing.capacity": 1.0, "routing.eval_capacity": 1.0, "routing.init": "shared"}
-    two = one | {"routing.kind": "topk", "routing.top_k": 2, "model.expert_hidden": hidden // 2}
+    of an expert of the dense width, or more slots of narrower ones. The experts of learned routers start different, as
+    in their papers; the balance loss is a mean over layers here and a sum there."""
+    even = {"routing.experts": 4, "routing.capacity": 1.0, "routing.eval_capacity": 1.0}
+    balanced = even | {"routing.balance_loss": 0.01 * layers}
+    two = {"routing.kind": "topk", "routing.top_k": 2, "model.expert_hidden": hidden // 2}
     shared = {"model.expert_hidden": hidden // 3, "model.shared_hidden": hidden // 3}
+    # It ends with all experts for every token, and weighting four outputs costs as well. It drops no token: while it
+    # has two experts for each, half of its slots are empty.
+    frozen = {"routing.kind": "frozen", "routing.top_k": 2, "routing.capacity": 2.0}
+    frozen |= {"model.expert_hidden": hidden // 4 - 2}
+    slots = 4 * -(-tokens // 4)
     random = {"routing.experts": 4, "routing.init": "shared", "routing.pull": 1.0}
     return {
-        "switch": one | {"routing.kind": "switch"},
-        "top2": two,
-        "top2_bias": two | {"routing.balance_loss": 0.0, "routing.balance_bias": 1e-3},
-        "top2_shared": two | shared,
-        "expert_choice": one | {"routing.kind": "expert_choice"},
-        # Mixing tokens into slots and back costs as much as 5/12 of the MLP of the study.
-        "soft": one | {"routing.kind": "soft", "model.expert_hidden": hidden * 7 // 12},
-        "hash": one | {"routing.kind": "hash"},
-        # It ends with all experts for every token, and weighting four outputs costs as well.
-        "frozen": one | {"routing.kind": "frozen", "routing.top_k": 2, "model.expert_hidden": hidden // 4 - 2},
+        "switch": balanced | {"routing.kind": "switch"},
+        "top2": balanced | two,
+        "top2_bias": even | two | {"routing.balance_loss": 0.0, "routing.balance_bias": 1e-3},
+        "top2_shared": balanced | two | shared,
+        "expert_choice": even | {"routing.kind": "expert_choice"},
+        # Mixing tokens into slots and back costs as much as 9/8 as many hidden units as there are tokens.
+        "soft": even | {"routing.kind": "soft", "model.expert_hidden": hidden * tokens // slots - tokens * 9 // 8},
+        "hash": even | {"routing.kind": "hash"},
+        "frozen": even | frozen,
         "batch": random | {"routing.kind": "batch"},
         "sample": random | {"routing.kind": "sample"},
         "token": random | {"routing.kind": "token"},
     }
 
 
-ROUTERS: Mapping[str, Mapping[str, object]] = routers(HIDDEN)
+ROUTERS: Mapping[str, Mapping[str, object]] = {"dense": {}, **routers(HIDDEN, TOKENS, DEPTH)}
 
 
-def arm(settings: Mapping[str, object], rate: float, *against: str, length: int = LENGTH) -> Variant:
+def arm(settings: Mapping[str, object], rate: float = 1, *against: str, length: int = LENGTH) -> Variant:
     return dense({**SIZE, **epochs(length), "optim.mlp_rate": rate, **settings}, *against)
 
 
-def search() -> Arms:
-    found = {f"dense_{rate}": arm({}, rate) for rate in RATES}
-    return found | {f"{name}_{rate}": arm(ROUTERS[name], rate) for name, rate in itertools.product(ROUTERS, RATES)}
+def tries(results_folder: Path, name: str) -> dict[str, float]:
+    """Returns the names of the search's arms of a row, with their rates: the first ones, and a further one while the
+    best of those that have been run is the highest or the lowest."""
+    rates = [float(rate) for rate in RATES_OF.get(name, RATES)]
+    while True:
+        arms = {f"{name}_{rate:g}": rate for rate in rates}
+        found = validation_accuracies(results_folder / SEARCH / "runs", arms)
+        if len(found) < len(arms):
+            return arms
+        winner = arms[max(found, key=lambda name: found[name])]
+        if winner == rates[-1]:
+            rates.append(2 * winner)
+        elif winner == rates[0]:
+            rates.insert(0, winner / 2)
+        else:
+            return arms
+
+
+def search(results_folder: Path) -> Arms:
+    return {
+        tried: arm(settings, rate, length=LENGTH // 2)
+        for name, settings in ROUTERS.items()
+        for tried, rate in tries(results_folder, name).items()
+    }
 
 
 def table(results_folder: Path, runs: Path) -> Arms:
-    """Returns a row per router at its best rate, beside dense; and Switch upcycled from dense at half of its length."""
+    """Returns a row per router at its best rate, beside dense; Switch whose experts start equal; and Switch upcycled
+    from dense at half of its length. The rows without a search of their own have the rate of dense or of Switch."""
 
     def rate(name: str) -> float:
-        tried = [f"{name}_{rate}" for rate in RATES]
-        return float(best(results_folder, "routers_search", tried).rpartition("_")[2])
+        arms = tries(results_folder, name)
+        return arms[best(results_folder, SEARCH, list(arms))]
 
+    tuned = rate("dense")
+    found = {"dense": arm({})} | {f"dense_rate{r:g}": arm({}, r, "dense") for r in sorted({2, tuned} - {1})}
+    against = "dense", f"dense_rate{tuned:g}" if tuned != 1 else "dense_rate2"
+    found["dense_half"] = arm({}, tuned, length=LENGTH // 2)
+    found["dense_wide"] = arm({"model.hidden": 4 * HIDDEN}, tuned, *against)  # the total parameters of Switch
+    found |= {name: arm(ROUTERS[name], rate(name), *against) for name in ROUTERS if name != "dense"}
+    equal = ROUTERS["switch"] | {"routing.init": "shared"}
+    found["switch_equal"] = arm(equal, rate("switch"), *against)
+    half = equal | {"init.source": str(runs / "dense_half-seed0")}
+    return found | {"upcycled": arm(half, rate("switch"), *against, length=LENGTH // 2)}
+
+
+def experiment(settings: Mapping[str, object]) -> Config:
+    """Returns the config of a row that is not a random variant of the file."""
+    flags = [f"--config.{field}={value}" for field, value in arm(settings).settings.items()]
+    return cli.experiment(cli.parse(["train", "--config=cifar10_fast", *flags], train.define_flags, config=True))
+
+
+def measure(out: Path) -> None:
+    """Writes the step time of every row, relative to dense, and the memory of its step."""
+    mesh = devices.make_mesh(experiment({}).train)
+    rows = {**ROUTERS, "dense_wide": {"model.hidden": 4 * HIDDEN}}
+    steps = {name: timed_step.TimedStep(experiment(settings), mesh) for name, settings in rows.items()}
+    seconds = timed_step.interleave(
+        {name: timed.seconds for name, timed in steps.items()},
+        ROUNDS,
+        lambda number, left: console.print(f"round       {number} of {ROUNDS}, {left:.0f} s left"),
+    )
     found = {
-        "dense": arm({}, 1),
-        REFERENCE: arm({}, 2, "dense"),
-        "dense_half": arm({}, 2, length=LENGTH // 2),
-        "dense_wide": arm({"model.hidden": 4 * HIDDEN}, 2, "dense", REFERENCE),  # the total parameters of Switch
+        name: {
+            "times_dense": timed_step.ratio(seconds[name], seconds["dense"]),
+            "seconds": statistics.median(seconds[name]),
+            "planned_bytes": programs.planned_bytes(timed.compiled),
+        }
+        for name, timed in steps.items()
     }
-    found |= {name: arm(ROUTERS[name], rate(name), "dense", REFERENCE) for name in ROUTERS}
-    half = ROUTERS["switch"] | {"init.source": str(runs / "dense_half-seed0")}
-    return found | {"upcycled": arm(half, rate("switch"), "dense", REFERENCE, length=LENGTH // 2)}
+    about = {"rounds": ROUNDS, "hardware": devices.describe(mesh), "versions": checkpoints.versions(), "rows": found}
+    files.write_text(out / TIMES, json.dumps(about, indent=1) + "\n")
 
 
-def rows(runs: Path, arms: Arms) -> list[dict[str, str]]:
+def rows(runs: Path, arms: Arms, reference: str) -> list[dict[str, str]]:
     """Returns the text cells of a row per tested model of an arm."""
-    seconds = {name: _seconds(runs, name) for name in arms}
-    reference = accuracies(runs, REFERENCE).get("dense", {})
+    times_of = json.loads(files.read_bytes(runs.parent / TIMES) or b'{"rows": {}}')["rows"]
+    baseline = accuracies(runs, reference).get("dense", {})
     cells = []
     for name in arms:
-        tested = [results.read_result(folder) for folder in sorted(runs.glob(f"{name}-seed*"))]
+        folders = [folder for folder in sorted(runs.glob(f"{name}-seed*")) if (folder / files.RESULT).exists()]
+        tested = [results.read_result(folder) for folder in folders]
+        # These have the step of a row that was timed.
+        times = times_of.get({"switch_equal": "switch", "upcycled": "switch"}.get(name, name.partition("_rate")[0]))
         for model in [row["model"] for row in tested[0]["rows"]] if tested else ():
             if model not in ("dense", "routed", "merged", "merged, gated"):
                 continue
             by_seed = accuracies(runs, name, (model,)).get(model, {})
-            paired = [value - reference[seed] for seed, value in by_seed.items() if seed in reference]
+            paired = [value - baseline[seed] for seed, value in by_seed.items() if seed in baseline]
             nll = [row["nll"] for result in tested for row in result["rows"] if row["model"] == model]
-            difference = f"{statistics.fmean(paired):+.2f}" if paired and name != REFERENCE else "-"
-            if len(paired) > 1 and name != REFERENCE:
+            difference = f"{statistics.fmean(paired):+.2f}" if paired and name != reference else "-"
+            if len(paired) > 1 and name != reference:
                 difference += " ({:+.2f} to {:+.2f})".format(*interval(paired))
             cells.append(
                 {
@@ -111,10 +181,11 @@ def rows(runs: Path, arms: Arms) -> list[dict[str, str]]:
                     "model": model,
                     "accuracy": mean_cell(list(by_seed.values())),
                     "nll": f"{statistics.fmean(nll):.4f}",
-                    f"minus {REFERENCE}": difference,
-                    "step time / dense": f"{seconds[name] / seconds['dense']:.2f}" if seconds["dense"] else "-",
+                    f"minus {reference}": difference,
+                    "step time / dense": "{:.2f} ({:.2f} to {:.2f})".format(*times["times_dense"]) if times else "-",
+                    "step's memory": f"{quantity(times['planned_bytes'])}B" if times else "-",
                     "total parameters": f"{tested[0]['total_parameters']:,}",
-                    "dropped": _dropped(runs, name) if model == "routed" else "-",
+                    "dropped": _dropped(folders) if model == "routed" else "-",
                     "agreement": _agreement(tested) if model == "routed" else "-",
                     "seeds": str(len(by_seed)),
                 }
@@ -122,16 +193,10 @@ def rows(runs: Path, arms: Arms) -> list[dict[str, str]]:
     return cells
 
 
-def _seconds(runs: Path, name: str) -> float:
-    """Returns the time of an image in training, the median over seeds; 0 if it is not known."""
-    found = [results.read_result(folder).get("images_per_second") for folder in runs.glob(f"{name}-seed*")]
-    return 1 / statistics.median(filter(None, found)) if any(found) else 0.0
-
-
-def _dropped(runs: Path, name: str) -> str:
+def _dropped(folders: Sequence[Path]) -> str:
     """Returns the share of choices that found no slot in the last logged step, the mean over layers and seeds."""
     shares = []
-    for folder in runs.glob(f"{name}-seed*"):
+    for folder in folders:
         logged = [line for line in files.read_metrics(folder / files.METRICS) if "router/dropped/layer0" in line]
         shares += [value for key, value in logged[-1].items() if key.startswith("router/dropped/")] if logged else []
     return f"{statistics.fmean(shares):.1%}" if shares else "-"
@@ -139,7 +204,8 @@ def _dropped(runs: Path, name: str) -> str:
 
 def _agreement(tested: list[dict]) -> str:
     """Returns `expert_maps.agreement` of the same test patches, the mean over layers and pairs of seeds."""
-    maps = [np.array(result["routes"]["experts"]) for result in tested]
+    kept = [result["routes"]["experts"] for result in tested]
+    maps = [np.array([[text.split() for text in of_layer] for of_layer in layers], int) for layers in kept]
     pairs = itertools.combinations(maps, 2)
     values = [
         expert_maps.agreement(one.ravel(), other.ravel(), 1 + max(one.max(), other.max()))
@@ -157,7 +223,7 @@ def picture(cells: list[dict[str, str]]) -> figures.Figure:
         if cell["step time / dense"] == "-":
             continue
         mean, _, deviation = cell["accuracy"].partition(" ± ")
-        at = float(cell["step time / dense"]), float(mean)
+        at = float(cell["step time / dense"].split()[0]), float(mean)
         axes.errorbar(*at, yerr=float(deviation or 0), fmt=figures.MARKS.get(cell["model"], "o"), color="black")
         if cell["model"] in ("dense", "routed", "merged"):
             axes.annotate(cell["arm"], at, (5, 4), textcoords="offset points", fontsize=9)
@@ -167,22 +233,24 @@ def picture(cells: list[dict[str, str]]) -> figures.Figure:
 
 def conclusion(runs: Path, arms: Arms) -> str:
     """Returns the end of the report, and draws its figure beside it."""
-    cells = rows(runs, arms)
+    cells = rows(runs, arms, arms["switch"].against[-1])
     figures.save(picture(cells), runs.parent / "routers.png")
     return f"\n## Routers\n\n{markdown_table(cells)}\n![accuracy against step time](routers.png)\n"
 
 
 def run() -> None:
     """Runs the command line; see the top of the file."""
-    if sys.argv[1:2] not in (["search"], ["table"]):
-        sys.exit("the first argument must be search or table")
+    if sys.argv[1:2] not in (["search"], ["time"], ["table"]):
+        sys.exit("the first argument must be search, time or table")
     kind, *arguments = sys.argv[1:]
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--out", type=Path, default=Path())
     parser.add_argument("--runs", type=Path, default=Path())
     known = parser.parse_known_args(arguments)[0]
+    if kind == "time":
+        return measure(known.out)
     try:
-        arms = search() if kind == "search" else table(known.out.parent, known.runs)
+        arms = search(known.out.parent) if kind == "search" else table(known.out.parent, known.runs)
     except UserError as error:
         sys.exit(str(error))
     conclude = ranking if kind == "search" else conclusion
@@ -190,4 +258,5 @@ def run() -> None:
 
 
 if __name__ == "__main__":
+    memory.use_huge_pages()
     run()

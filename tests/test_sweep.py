@@ -1,7 +1,9 @@
 """A sweep keeps what a report reads of each run, and trains only what is not kept."""
 
+import functools
 import itertools
 import json
+import math
 import re
 import runpy
 import shlex
@@ -22,6 +24,7 @@ from scipy import stats
 import processes
 from jvitmoe import cli, experiment_files, routing, train
 from jvitmoe.experts import cost
+from jvitmoe.runs import files
 
 EXPERIMENT = """
 from jvitmoe.config import Config, ModelConfig, OptimConfig, TrainConfig, with_variant
@@ -45,8 +48,8 @@ def run_sweep(folder: Path) -> str:
     return subprocess.run(command(folder), capture_output=True, text=True, check=True).stdout
 
 
-def test_every_variant_is_an_experiment_of_its_own():
-    searched = types.SimpleNamespace(variants=routers.search)
+def test_every_variant_is_an_experiment_of_its_own(tmp_path):
+    searched = types.SimpleNamespace(variants=functools.partial(routers.search, tmp_path))
     for script, experiment in (
         (ablate_recipe, "cifar10_fast"),
         (compare_routers, "digits_dense"),
@@ -62,18 +65,43 @@ def test_every_variant_is_an_experiment_of_its_own():
 
 
 @pytest.mark.slow
-def test_every_router_of_the_table_costs_what_dense_costs():
-    """Counted by XLA in the compiled forward pass."""
+def test_every_router_of_the_tables_costs_what_dense_costs():
+    """Counted by XLA in the compiled forward pass, of two layers at the original's size."""
 
-    def flops(settings):
-        flags = [f"--config.{field}={value}" for field, value in routers.arm(settings, 1).settings.items()]
-        config = cli.experiment(cli.parse(["train", "--config=cifar10_fast", *flags], train.define_flags, config=True))
+    def flops(experiment, settings):
+        flags = [f"--config.{field}={value}" for field, value in settings.items()]
+        argv = ["train", f"--config={experiment}", *flags]
+        config = cli.experiment(cli.parse(argv, train.define_flags, config=True))
         return cost.flops_per_image(routing.find(config).model(), 4)
 
-    dense = flops({})
-    assert {name: flops(routers.ROUTERS[name]) / dense for name in routers.ROUTERS} == pytest.approx(
-        dict.fromkeys(routers.ROUTERS, 1.015), abs=0.02
-    )
+    study = {name: routers.arm(settings).settings for name, settings in routers.ROUTERS.items()}
+    shallow = {"model.depth": 2}
+    original = {name: variant.settings for name, variant in reproduce_original.variants().items()}
+    original = {name: settings | shallow for name, settings in original.items() if name.startswith("equal_")}
+    for experiment, arms, dense in (("cifar10_fast", study, study["dense"]), ("cifar10_dense", original, shallow)):
+        once = flops(experiment, dense)
+        found = {name: flops(experiment, settings) / once for name, settings in arms.items()}
+        assert found == pytest.approx(dict.fromkeys(arms, 1.015), abs=0.02)
+
+
+def test_the_search_of_a_router_goes_on_while_the_best_rate_is_at_an_edge(tmp_path):
+    def run(name, accuracy):
+        folder = tmp_path / routers.SEARCH / "runs" / f"{name}-seed0"
+        folder.mkdir(parents=True)
+        (folder / files.METRICS).write_text(json.dumps({"step": 1, "kind": "validation", "accuracy": accuracy}) + "\n")
+
+    best_at = {"switch": 0.5, "soft": 2.0, "batch": 16.0}
+    tried = {name: set() for name in best_at}
+    for name, best in best_at.items():
+        while todo := [arm for arm in routers.tries(tmp_path, name) if arm not in tried[name]]:
+            for arm in todo:
+                run(arm, -abs(math.log(routers.tries(tmp_path, name)[arm] / best)))
+            tried[name] |= set(todo)
+    assert {name: sorted(routers.tries(tmp_path, name).values()) for name in best_at} == {
+        "switch": [0.25, 0.5, 1, 2, 4],
+        "soft": [1, 2, 4],
+        "batch": [4, 8, 16, 32],
+    }
 
 
 def test_the_interval_is_student_s_and_the_time_left_that_of_runs_side_by_side():
@@ -92,7 +120,7 @@ def test_a_dry_run_of_the_original_s_table_prints_the_commands_of_its_experiment
         runpy.run_path(reproduce_original.__file__, run_name="__main__")
     assert not ended.value.code
     first, *lines = capsys.readouterr().out.splitlines()
-    per_seed = 4 + len(routers.ROUTERS)
+    per_seed = 3 + len(routers.ROUTERS)  # with the original's, and dense at another rate
     assert first.startswith(f"{3 * per_seed} runs, 0 of them kept")
     names = ("dense", "switch", "random")
     own = [line for seed in range(3) for line in lines[seed * per_seed :][: len(names)]]
