@@ -2,7 +2,7 @@
 
 differences.png of each experiment: every arm minus what it is compared with, and the 95 % interval. Comparisons of
 fewer than three seeds are not drawn: with two, the interval reaches 12.7 standard errors to each side. bytes.png:
-accuracy against the bytes that a device reduces, of experiment C.
+accuracy against the bytes that a device reduces, of C and of the arms of H that reduce fewer.
 """
 
 import argparse
@@ -35,8 +35,8 @@ def main(results: Path, out: Path) -> None:
         if shown := [item for item in repeated if item.model != "ensemble" or apart(item, merged)]:
             (out / name).mkdir(parents=True, exist_ok=True)
             figures.save(differences(name, shown), out / name / "differences.png")
-            if name == "C":
-                figures.save(bytes_against_accuracy(runs), out / "bytes.png")
+    if (results / "C" / "runs").is_dir():
+        figures.save(bytes_against_accuracy(results), out / "bytes.png")
 
 
 def apart(item: verdicts.Comparison, merged: dict[tuple[str, str], list[float]]) -> bool:
@@ -70,24 +70,32 @@ def differences(name: str, compared: list[verdicts.Comparison]) -> Figure:
 
 
 @figures.in_style
-def bytes_against_accuracy(runs: Path) -> Figure:
+def bytes_against_accuracy(results: Path) -> Figure:
     """Returns accuracy, mean ± sample deviation, against the bytes that a device reduces until the last
     logged step."""
-    figure, ((axes,),) = figures.subplots(1, 1, (7, 4.5))
-    for name, models in verdicts.read(runs, study.bytes_against_accuracy()).items():
-        model = verdicts.final(models)
-        accuracies = list(models[model].values())
-        deviation = statistics.stdev(accuracies) if len(accuracies) > 1 else 0.0
-        at = study.reduced_bytes(runs, name) / 1e9, statistics.fmean(accuracies)
-        axes.errorbar(*at, yerr=deviation, fmt=figures.MARKS[model], color="black")
-        left = model == "dense"  # it reduces as much as a pull at every step: their names would overlap
-        place = (-6, -12) if left else (6, 4)
-        where = {"xytext": place, "textcoords": "offset points", "ha": "right" if left else "left"}
-        axes.annotate(name, at, **where)
-    axes.set(xlabel="reduced per device until the last logged step, GB", ylabel="test accuracy, %")
-    right = 1.2 * axes.get_xlim()[1]
-    axes.set_xlim(-0.03 * right, right)  # from about 0, so that the share that is saved can be seen
-    axes.set_title("Accuracy against communication, one expert per device")
+    arms = dict.fromkeys(study.bytes_against_accuracy(), results / "C" / "runs")
+    if (runs := results / "H" / "runs").is_dir():
+        inside = [name for name in study.inside(results) if name.startswith(("dense_rate2", "local", "mlp_outer"))]
+        arms |= dict.fromkeys(inside, runs)
+    figure, ((axes,),) = figures.subplots(1, 1, (9, 5.5))
+    for name, runs in arms.items():
+        for models in verdicts.read(runs, [name]).values():
+            model = verdicts.final(models)
+            accuracies = list(models[model].values())
+            deviation = statistics.stdev(accuracies) if len(accuracies) > 1 else 0.0
+            at = study.reduced_bytes(runs, name) / 1e9, statistics.fmean(accuracies)
+            axes.errorbar(*at, yerr=deviation, fmt=figures.MARKS[model], color="black")
+            left = model == "dense"  # it reduces as much as a pull at every step: their names would overlap
+            place = (-6, -12) if left else (6, 4)
+            where = {"xytext": place, "textcoords": "offset points", "ha": "right" if left else "left"}
+            axes.annotate(name, at, fontsize=9, **where)
+    axes.set(xlabel="reduced per device until the last logged step, GB", ylabel="test accuracy, %", xscale="log")
+    low, high = axes.get_xlim()
+    ticks = [tick for tick in (0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 3, 4, 5, 10) if low < tick < 1.6 * high]
+    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.set_xticks([], minor=True)
+    axes.set_xlim(low, 1.6 * high)  # room for the names
+    axes.set_title("Accuracy against communication, one expert or one model per device")
     return figure
 
 

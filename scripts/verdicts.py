@@ -1,7 +1,7 @@
 """Verdicts of the study: every arm minus what it is compared with, seed by seed, by the rule of docs/study.md."""
 
 import statistics
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -39,7 +39,7 @@ def conclusion(runs: Path, arms: Arms) -> str:
     )
 
 
-def read(runs: Path, arms: Arms) -> Found:
+def read(runs: Path, arms: Iterable[str]) -> Found:
     """Returns the accuracies of the arms that have results."""
     found = {name: accuracies(runs, name) for name in arms}
     return {name: models for name, models in found.items() if models}
