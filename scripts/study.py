@@ -132,7 +132,7 @@ def inside_search() -> Arms:
     for decay, share in itertools.product((0.99, 0.9967), (0.7, 0.9)):
         averaging = {"optim.primal_averaging": decay, "optim.primal_share": share}
         found[f"gpa_{decay:g}_{share:g}"] = dense(INSIDE | averaging)
-    for rate in (2e-3, 4e-3, 8e-3):
+    for rate in (1e-3, 2e-3, 4e-3, 8e-3):
         found[f"local_{rate:g}"] = workers("model", 32, {"optim.learning_rate": rate})
     for rate, momentum in itertools.product(OUTER_RATES[1:], OUTER_MOMENTA):
         found[f"local_outer_{rate:g}_{momentum:g}"] = workers("model", 32, outer(rate, momentum))
