@@ -136,6 +136,7 @@ def experiment(settings: Mapping[str, object]) -> Config:
 
 def measure(out: Path) -> None:
     """Writes the step time of every row, relative to dense, and the memory of its step."""
+    out.mkdir(parents=True, exist_ok=True)
     mesh = devices.make_mesh(experiment({}).train)
     rows = {**ROUTERS, "dense_wide": {"model.hidden": 4 * HIDDEN}}
     steps = {name: timed_step.TimedStep(experiment(settings), mesh) for name, settings in rows.items()}
