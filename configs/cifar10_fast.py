@@ -5,10 +5,10 @@
 
 Expect 82.78 ± 0.25 % on the test set (JPEG copy; three seeds, sample deviation). The random variant had 82.02 ± 0.09 %
 after merging with its former settings, optim.mlp_rate=2 and pull=0.1 (results/cifar10_fast); with the present
-ones it is measured at a smaller size only (docs/study.md). On one core of a Xeon with AMX, with another run on the
-other core, seed 2 took 42 minutes; at the 432 images/s of dense on both cores of an EPYC Zen 4
-(results/benchmark_fast) it would take 31. Stem, learning rate and label smoothing were chosen on held-out images
-(results/recipe_search); the other settings are usual ones.
+ones 83.08 % by one seed (results/cifar10_fast_pull1); that model is `jvitmoe predict --model cifar10_fast`. On one
+core of a Xeon with AMX, with another run on the other core, seed 2 took 42 minutes; at the 432 images/s of dense on
+both cores of an EPYC Zen 4 (results/benchmark_fast) it would take 31. Stem, learning rate and label smoothing were
+chosen on held-out images (results/recipe_search); the other settings are usual ones.
 """
 
 from jvitmoe.config import Config, DataConfig, ModelConfig, OptimConfig, TrainConfig, with_variant

@@ -82,7 +82,8 @@ def main(argv: list[str]) -> None:
 
 
 def _define_flags(values: flags.FlagValues) -> None:
-    flags.DEFINE_string("workdir", "", "Run folder, or a folder that jvitmoe.export wrote.", flag_values=values)
+    where = "Run folder, a folder that jvitmoe.export wrote, or cifar10_fast, which comes with jvitmoe."
+    flags.DEFINE_string("workdir", "", where, flag_values=values)
     flags.DEFINE_alias("model", "workdir", flag_values=values)
     cli.define_weights(values)
     flags.DEFINE_integer("top", 5, "Classes per picture.", flag_values=values)

@@ -45,9 +45,8 @@ def main() -> None:
     found = jvitmoe.load(options.out).logits(test.images_NHWc).argmax(-1)
     accuracy = np.mean(found == test.labels_N)
     card = options.out / "README.md"
-    text = (
-        card.read_text().replace("license: unknown", "license: apache-2.0").replace("`classes.json`", "`config.json`")
-    )
+    text = card.read_text().replace("license: unknown", "license: apache-2.0")
+    text = text.replace("`classes.json`", "`config.json`")
     text = replaced(text, "## Check\n", "## Accuracy", "")
     text = replaced(text, "No licence is chosen", "\n\n## Recipe", "Licence of the weights: Apache-2.0.")
     rounded = f"These weights are rounded to float16. With them {accuracy:.2%} of {len(found):,} test images are right."

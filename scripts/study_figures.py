@@ -2,7 +2,7 @@
 
 differences.png of each experiment: every arm minus what it is compared with, and the 95 % interval. Comparisons of
 fewer than three seeds are not drawn: with two, the interval reaches 12.7 standard errors to each side. bytes.png:
-accuracy against the bytes that a device reduces, of C and of the arms of H that reduce fewer.
+accuracy against the bytes that a device reduces, of C and, of H, of workers and their dense reference.
 """
 
 import argparse
