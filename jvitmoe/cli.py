@@ -10,6 +10,7 @@ import re
 import shutil
 import sys
 import textwrap
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
@@ -165,8 +166,10 @@ def run(main: Callable[[list[str]], Any]) -> NoReturn:
         raw = io.BufferedWriter(_Stdout(stdout.fileno(), "w", closefd=False))
         sys.stdout = io.TextIOWrapper(raw, stdout.encoding, stdout.errors, line_buffering=stdout.line_buffering)
     logging.set_verbosity(logging.FATAL)  # Orbax logs a lot, and commands report what matters themselves
-    # If several files of a checkpoint fail, the first failure is raised; asyncio would log the others with stacks.
+    # If several files of a checkpoint fail, the first failure is raised; asyncio would log the others with stacks, and
+    # Python would warn of the writes that were never begun.
     standard_logging.getLogger("asyncio").setLevel(standard_logging.CRITICAL)
+    warnings.filterwarnings("ignore", "coroutine 'async_serialize.* was never awaited", RuntimeWarning)
     if sys.unraisablehook is sys.__unraisablehook__:  # not replaced by a test runner
         sys.unraisablehook = _show_unraisable
     try:

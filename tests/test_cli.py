@@ -300,3 +300,21 @@ def test_a_full_disk_behind_standard_output_is_one_line_at_once_or_at_the_end(pr
         done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
     message = "error: standard output cannot be written: No space left on device; make room or send it elsewhere\n"
     assert (done.returncode, done.stderr) == (2, message)
+
+
+@pytest.mark.process
+def test_a_checkpoint_whose_other_writes_were_never_begun_is_one_line():
+    program = """
+from jvitmoe import cli
+from jvitmoe.errors import UserError
+
+async def async_serialize_from_host(): ...
+
+def main(argv):
+    async_serialize_from_host()
+    raise UserError("no room")
+
+cli.run(main)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (2, "error: no room\n")

@@ -82,7 +82,7 @@ def read(path: Path | str, heads: int = 0, checkpoint: str = "latest", ema: bool
         source = read(folder, heads, checkpoint, ema)
         return dataclasses.replace(source, notes=(f"{path} is commit {folder.name}", *source.notes))
     path = Path(os.path.expanduser(path))
-    if path.name == str(path) and not os.path.lexists(path) and (SHIPPED / path / WEIGHTS).is_file():
+    if str(path) in shipped() and not os.path.lexists(path):
         path = SHIPPED / path
     if os.path.isdir(path / files.CHECKPOINTS):  # unlike Path's, these raise for no name
         return _read_run(path, checkpoint, ema)
