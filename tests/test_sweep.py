@@ -22,9 +22,9 @@ import sweep
 from scipy import stats
 
 import processes
-from jvitmoe import cli, experiment_files, routing, train
+from jvitmoe import cli, evaluate, experiment_files, routing, train
 from jvitmoe.experts import cost
-from jvitmoe.runs import files
+from jvitmoe.runs import files, results
 
 EXPERIMENT = """
 from jvitmoe.config import Config, ModelConfig, OptimConfig, TrainConfig, with_variant
@@ -131,6 +131,54 @@ def test_a_dry_run_of_the_original_s_table_prints_the_commands_of_its_experiment
         expected.train.seed, expected.data.dir = seed, "D"
         assert cli.experiment(cli.parse(["train", *argv], train.define_flags, config=True)) == expected
     assert not list(tmp_path.iterdir())
+
+
+def test_a_row_of_the_router_table_is_what_the_files_of_its_runs_say(tmp_path):
+    (tmp_path / "tiny.py").write_text(EXPERIMENT)
+    kept = tmp_path / "out" / "runs"
+    kept.mkdir(parents=True)
+    for name, flags in {"dense": [], "switch": ["--config.routing.kind=switch", "--config.routing.experts=4"]}.items():
+        workdir = tmp_path / name
+        flags += [f"--config={tmp_path / 'tiny.py'}", f"--config.data.dir={tmp_path}", f"--workdir={workdir}"]
+        train.main(["train", *flags])
+        evaluate.main(["evaluate", f"--workdir={workdir}", "--paths=0"])
+        for arm, seed in itertools.product(("dense", "dense_rate2") if name == "dense" else ("switch",), (0, 1)):
+            sweep._keep(workdir, kept / f"{arm}-seed{seed}")
+    # The other seed calls the experts by other names, drops half as many choices, and is 1 point better.
+    folder = kept / "switch-seed1"
+    result = results.read_result(folder)
+    renamed = str.maketrans("0123", "2301")
+    layers = result["routes"]["experts"]
+    result["routes"]["experts"] = [[text.translate(renamed) for text in images] for images in layers]
+    result["rows"] = [row | {"accuracy": row["accuracy"] + 0.01} for row in result["rows"]]
+    results.save_result(folder, result)
+    logged = [line for line in files.read_metrics(folder / files.METRICS) if "router/dropped/layer0" in line]
+    halved = [line | {"router/dropped/layer0": line["router/dropped/layer0"] / 2} for line in logged]
+    (folder / files.METRICS).write_text("".join(json.dumps(line) + "\n" for line in halved))
+    timed = {"times_dense": [1.5, 1.4, 1.6], "seconds": 1.0, "planned_bytes": 2_500_000}
+    (tmp_path / "out" / routers.TIMES).write_text(json.dumps({"rows": {"dense": timed, "switch": timed}}))
+
+    arms = {"dense": routers.arm({}), "dense_rate2": routers.arm({}), "switch": routers.arm({}, 1, "dense_rate2")}
+    cells = {(cell["arm"], cell["model"]): cell for cell in routers.rows(kept, arms, "dense_rate2")}
+    of_switch = {("switch", model) for model in ("routed", "merged", "merged, gated")}
+    assert set(cells) == {("dense", "dense"), ("dense_rate2", "dense")} | of_switch
+    routed, reference = cells["switch", "routed"], cells["dense_rate2", "dense"]
+    first = results.read_result(kept / "switch-seed0")
+    accuracy = {row["model"]: 100 * row["accuracy"] for row in first["rows"]}
+    assert routed["accuracy"] == f"{accuracy['routed'] + 0.5:.2f} ± {math.sqrt(0.5):.2f}"
+    less = accuracy["routed"] + 0.5 - float(reference["accuracy"].split()[0])
+    mean, interval = re.fullmatch(r"(\S+) \((.*)\)", routed["minus dense_rate2"]).groups()
+    assert float(mean) == pytest.approx(less, abs=0.011)
+    low, high = map(float, interval.split(" to "))
+    assert high - low == pytest.approx(2 * 12.706 / 2, abs=0.02)  # of two values that differ by 1
+    assert reference["minus dense_rate2"] == "-"
+    dropped = logged[-1]["router/dropped/layer0"]
+    assert dropped > 0
+    assert routed["dropped"] == f"{0.75 * dropped:.1%}"
+    assert routed["agreement"] == "1.00"
+    assert (routed["step time / dense"], routed["step's memory"]) == ("1.50 (1.40 to 1.60)", "2.5 MB")
+    assert {cell["seeds"] for cell in cells.values()} == {"2"}
+    routers.picture(list(cells.values()))
 
 
 @pytest.mark.process
