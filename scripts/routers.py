@@ -23,10 +23,8 @@ from pathlib import Path
 import numpy as np
 import timed_step
 from study import best, dense, epochs, ranking, validation_accuracies
-from sweep import Variant, accuracies, interval, main, mean_cell
+from sweep import Variant, accuracies, config_of, flags_of, interval, main, mean_cell
 
-from jvitmoe import cli, train
-from jvitmoe.config import Config
 from jvitmoe.errors import UserError
 from jvitmoe.evaluation import expert_maps
 from jvitmoe.runs import checkpoints, figures, files, results
@@ -128,18 +126,13 @@ def table(results_folder: Path, runs: Path) -> Arms:
     return found | {"upcycled": arm(half, rate("switch"), *against, length=LENGTH // 2)}
 
 
-def experiment(settings: Mapping[str, object]) -> Config:
-    """Returns the config of a row that is not a random variant of the file."""
-    flags = [f"--config.{field}={value}" for field, value in arm(settings).settings.items()]
-    return cli.experiment(cli.parse(["train", "--config=cifar10_fast", *flags], train.define_flags, config=True))
-
-
 def measure(out: Path) -> None:
     """Writes the step time of every row, relative to dense, and the memory of its step."""
     out.mkdir(parents=True, exist_ok=True)
-    mesh = devices.make_mesh(experiment({}).train)
     rows = {**ROUTERS, "dense_wide": {"model.hidden": 4 * HIDDEN}}
-    steps = {name: timed_step.TimedStep(experiment(settings), mesh) for name, settings in rows.items()}
+    configs = {name: config_of(flags_of("cifar10_fast", arm(settings))) for name, settings in rows.items()}
+    mesh = devices.make_mesh(configs["dense"].train)
+    steps = {name: timed_step.TimedStep(config, mesh) for name, config in configs.items()}
     seconds = timed_step.interleave(
         {name: timed.seconds for name, timed in steps.items()},
         ROUNDS,

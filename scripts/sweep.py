@@ -91,6 +91,17 @@ def main(
         sys.exit(problem)
 
 
+def flags_of(experiment: str, variant: Variant) -> list[str]:
+    """Returns the flags of `jvitmoe.train` that make an experiment the variant."""
+    name = experiment if variant.of_file == "dense" else f"{experiment}:{variant.of_file}"
+    return [f"--config={name}", *(f"--config.{field}={value}" for field, value in variant.settings.items())]
+
+
+def config_of(flags: Sequence[str]) -> config.Config:
+    """Returns what `jvitmoe.train` trains with these flags."""
+    return cli.experiment(cli.parse(["train", *flags], train.define_flags, config=True))
+
+
 def accuracies(
     runs: Path, name: str, models: Sequence[str] = ("dense", "merged", "ensemble", "EMA")
 ) -> dict[str, dict[str, float]]:
@@ -179,11 +190,9 @@ def minutes_left(seconds: Sequence[float], runs: int, jobs: int) -> float:
 
 def _command(name: str, variant: Variant, seed: int, options: argparse.Namespace) -> list[str]:
     """Returns the module and the arguments that train a run."""
-    flags = [f"--config={options.config}" + (f":{variant.of_file}" if variant.of_file != "dense" else "")]
-    flags += [f"--config.{field}={value}" for field, value in variant.settings.items()]
     return [
         "jvitmoe.train",
-        *flags,
+        *flags_of(options.config, variant),
         f"--config.train.seed={seed}",
         f"--workdir={options.runs / name}",
         *options.arguments,
@@ -193,7 +202,7 @@ def _command(name: str, variant: Variant, seed: int, options: argparse.Namespace
 def _changed(folder: Path, command: list[str]) -> str:
     """Returns in words the first setting in which a kept run differs from what a command would train, or ""."""
     source = folder / files.CONFIG
-    asked = cli.experiment(cli.parse(command, train.define_flags, config=True))
+    asked = config_of(command[1:])
     changed = datasets.differences(config.loads(source.read_text(), str(source)), asked)
     return next((f"{path}={old!r}, not {new!r}" for path, (old, new) in changed.items()), "")
 

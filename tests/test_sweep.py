@@ -22,7 +22,7 @@ import sweep
 from scipy import stats
 
 import processes
-from jvitmoe import cli, evaluate, experiment_files, routing, train
+from jvitmoe import evaluate, experiment_files, routing, train
 from jvitmoe.experts import cost
 from jvitmoe.runs import files, results
 
@@ -57,10 +57,7 @@ def test_every_variant_is_an_experiment_of_its_own(tmp_path):
     ):
         configs = []
         for variant in script.variants().values():
-            name = f"{experiment}:{variant.of_file}" if variant.of_file != "dense" else experiment
-            flags = [f"--config.{field}={value}" for field, value in variant.settings.items()]
-            argv = ["train", f"--config={name}", *flags]
-            configs.append(cli.experiment(cli.parse(argv, train.define_flags, config=True)))
+            configs.append(sweep.config_of(sweep.flags_of(experiment, variant)))
         assert len(set(map(repr, configs))) == len(configs)
 
 
@@ -69,9 +66,7 @@ def test_every_router_of_the_tables_costs_what_dense_costs():
     """Counted by XLA in the compiled forward pass, of two layers at the original's size."""
 
     def flops(experiment, settings):
-        flags = [f"--config.{field}={value}" for field, value in settings.items()]
-        argv = ["train", f"--config={experiment}", *flags]
-        config = cli.experiment(cli.parse(argv, train.define_flags, config=True))
+        config = sweep.config_of(sweep.flags_of(experiment, sweep.Variant(settings)))
         return cost.flops_per_image(routing.find(config).model(), 4)
 
     study = {name: routers.arm(settings).settings for name, settings in routers.ROUTERS.items()}
@@ -129,7 +124,7 @@ def test_a_dry_run_of_the_original_s_table_prints_the_commands_of_its_experiment
         assert (python, m, module) == ("python", "-m", "jvitmoe.train")
         expected = experiment_files.load(f"cifar10_{name}")
         expected.train.seed, expected.data.dir = seed, "D"
-        assert cli.experiment(cli.parse(["train", *argv], train.define_flags, config=True)) == expected
+        assert sweep.config_of(argv) == expected
     assert not list(tmp_path.iterdir())
 
 
