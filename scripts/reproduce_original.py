@@ -3,17 +3,20 @@ and the table of routers at equal FLOPs (scripts/routers.py) at the original's s
 
     python scripts/reproduce_original.py --config configs/cifar10_dense.py --jobs 1 --runs runs/original \\
         --out results/original -- --config.data.dir=DIR
+    python scripts/reproduce_original.py time --out results/original
 
 The original kept the model with the lowest loss on the test set; this reports the last checkpoint. With --dry_run it
 prints the commands only. Repeat the command to resume: see scripts/sweep.py. The original's rows alone:
---only dense switch random.
+--only dense switch random. The step times of all rows come into the table if `time` ran before, on an idle GPU.
 """
 
+import argparse
 import statistics
+import sys
 from pathlib import Path
 
 import routers
-from sweep import Variant, accuracies, main, mean_cell
+from sweep import Variant, accuracies, config_of, flags_of, main, mean_cell
 
 from jvitmoe import config, experiment_files
 from jvitmoe.runs import files, results
@@ -67,5 +70,15 @@ def conclusion(runs: Path) -> str:
     return f"\n## Beside the original\n\n{markdown_table(table(runs))}\n## Routers\n\n{rivals}"
 
 
-if __name__ == "__main__":
+def run() -> None:
+    """Runs the command line; see the top of the file."""
+    if sys.argv[1:2] == ["time"]:
+        parser = argparse.ArgumentParser(allow_abbrev=False)
+        parser.add_argument("--out", type=Path, required=True)
+        configs = {name: config_of(flags_of("cifar10_dense", variant)) for name, variant in variants().items()}
+        return routers.measure(configs, parser.parse_args(sys.argv[2:]).out)
     main(__doc__, variants(), evaluate=["--paths=0"], conclusion=conclusion)
+
+
+if __name__ == "__main__":
+    run()

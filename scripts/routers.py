@@ -25,6 +25,7 @@ import timed_step
 from study import best, dense, epochs, ranking, validation_accuracies
 from sweep import Variant, accuracies, config_of, flags_of, interval, main, mean_cell
 
+from jvitmoe.config import Config
 from jvitmoe.errors import UserError
 from jvitmoe.evaluation import expert_maps
 from jvitmoe.runs import checkpoints, figures, files, results
@@ -126,11 +127,9 @@ def table(results_folder: Path, runs: Path) -> Arms:
     return found | {"upcycled": arm(half, rate("switch"), *against, length=LENGTH // 2)}
 
 
-def measure(out: Path) -> None:
+def measure(configs: Mapping[str, Config], out: Path) -> None:
     """Writes the step time of every row, relative to dense, and the memory of its step."""
     out.mkdir(parents=True, exist_ok=True)
-    rows = {**ROUTERS, "dense_wide": {"model.hidden": 4 * HIDDEN}}
-    configs = {name: config_of(flags_of("cifar10_fast", arm(settings))) for name, settings in rows.items()}
     mesh = devices.make_mesh(configs["dense"].train)
     steps = {name: timed_step.TimedStep(config, mesh) for name, config in configs.items()}
     seconds = timed_step.interleave(
@@ -242,7 +241,10 @@ def run() -> None:
     parser.add_argument("--runs", type=Path, default=Path())
     known = parser.parse_known_args(arguments)[0]
     if kind == "time":
-        return measure(known.out)
+        timed = {**ROUTERS, "dense_wide": {"model.hidden": 4 * HIDDEN}}
+        variants = {name: arm(settings) for name, settings in timed.items()}
+        configs = {name: config_of(flags_of("cifar10_fast", variant)) for name, variant in variants.items()}
+        return measure(configs, known.out)
     try:
         arms = search(known.out.parent) if kind == "search" else table(known.out.parent, known.runs)
     except UserError as error:

@@ -19,10 +19,11 @@ import pytest
 import reproduce_original
 import routers
 import sweep
+import timed_step
 from scipy import stats
 
 import processes
-from jvitmoe import evaluate, experiment_files, routing, train
+from jvitmoe import config, evaluate, experiment_files, routing, train
 from jvitmoe.experts import cost
 from jvitmoe.runs import files, results
 
@@ -66,8 +67,8 @@ def test_every_router_of_the_tables_costs_what_dense_costs():
     """Counted by XLA in the compiled forward pass, of two layers at the original's size."""
 
     def flops(experiment, settings):
-        config = sweep.config_of(sweep.flags_of(experiment, sweep.Variant(settings)))
-        return cost.flops_per_image(routing.find(config).model(), 4)
+        asked = sweep.config_of(sweep.flags_of(experiment, sweep.Variant(settings)))
+        return cost.flops_per_image(routing.find(asked).model(), 4)
 
     study = {name: routers.arm(settings).settings for name, settings in routers.ROUTERS.items()}
     shallow = {"model.depth": 2}
@@ -128,7 +129,7 @@ def test_a_dry_run_of_the_original_s_table_prints_the_commands_of_its_experiment
     assert not list(tmp_path.iterdir())
 
 
-def test_a_row_of_the_router_table_is_what_the_files_of_its_runs_say(tmp_path):
+def test_a_row_of_the_router_table_is_what_the_files_of_its_runs_say(tmp_path, monkeypatch):
     (tmp_path / "tiny.py").write_text(EXPERIMENT)
     kept = tmp_path / "out" / "runs"
     kept.mkdir(parents=True)
@@ -150,8 +151,11 @@ def test_a_row_of_the_router_table_is_what_the_files_of_its_runs_say(tmp_path):
     logged = [line for line in files.read_metrics(folder / files.METRICS) if "router/dropped/layer0" in line]
     halved = [line | {"router/dropped/layer0": line["router/dropped/layer0"] / 2} for line in logged]
     (folder / files.METRICS).write_text("".join(json.dumps(line) + "\n" for line in halved))
-    timed = {"times_dense": [1.5, 1.4, 1.6], "seconds": 1.0, "planned_bytes": 2_500_000}
-    (tmp_path / "out" / routers.TIMES).write_text(json.dumps({"rows": {"dense": timed, "switch": timed}}))
+    monkeypatch.setattr(routers, "ROUNDS", 1)
+    monkeypatch.setattr(timed_step, "VISIT_SECONDS", 0.0)
+    configs = {name: config.loads((tmp_path / name / files.CONFIG).read_text(), name) for name in ("dense", "switch")}
+    routers.measure(configs, tmp_path / "out")
+    timed = json.loads((tmp_path / "out" / routers.TIMES).read_text())["rows"]
 
     arms = {"dense": routers.arm({}), "dense_rate2": routers.arm({}), "switch": routers.arm({}, 1, "dense_rate2")}
     cells = {(cell["arm"], cell["model"]): cell for cell in routers.rows(kept, arms, "dense_rate2")}
@@ -171,7 +175,11 @@ def test_a_row_of_the_router_table_is_what_the_files_of_its_runs_say(tmp_path):
     assert dropped > 0
     assert routed["dropped"] == f"{0.75 * dropped:.1%}"
     assert routed["agreement"] == "1.00"
-    assert (routed["step time / dense"], routed["step's memory"]) == ("1.50 (1.40 to 1.60)", "2.5 MB")
+    assert timed["switch"]["planned_bytes"] > timed["dense"]["planned_bytes"] > 0
+    ratio = timed["switch"]["seconds"] / timed["dense"]["seconds"]
+    assert routed["step time / dense"] == f"{ratio:.2f} ({ratio:.2f} to {ratio:.2f})"
+    assert routed["step's memory"] != reference["step's memory"]
+    assert reference["step time / dense"] == "1.00 (1.00 to 1.00)"
     assert {cell["seeds"] for cell in cells.values()} == {"2"}
     routers.picture(list(cells.values()))
 
