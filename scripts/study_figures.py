@@ -6,6 +6,7 @@ accuracy against the bytes that a device reduces, of C and, of H, of workers and
 """
 
 import argparse
+import math
 import statistics
 from pathlib import Path
 
@@ -17,6 +18,8 @@ from sweep import interval
 from jvitmoe.runs import figures
 
 LEAST_SEEDS = 3  # of a comparison that is drawn
+CROWDED = 2.5  # GB; the names of points from here on stand in a column of their own
+LINE = 0.35  # points between the names in that column
 EDGE = 4.0  # points; a larger difference is a number at the edge, so that the small ones can be told apart
 EQUAL = 0.2  # points; an ensemble that is so close to the merged model in every seed is not drawn beside it
 
@@ -78,23 +81,29 @@ def bytes_against_accuracy(results: Path) -> Figure:
         inside = [name for name in study.inside(results) if name.startswith(("dense_rate2", "local", "mlp_outer"))]
         arms |= dict.fromkeys(inside, runs)
     figure, ((axes,),) = figures.subplots(1, 1, (9, 5.5))
+    points = {}
     for name, runs in arms.items():
         for models in verdicts.read(runs, [name]).values():
             model = verdicts.final(models)
             accuracies = list(models[model].values())
             deviation = statistics.stdev(accuracies) if len(accuracies) > 1 else 0.0
-            at = study.reduced_bytes(runs, name) / 1e9, statistics.fmean(accuracies)
+            points[name] = at = study.reduced_bytes(runs, name) / 1e9, statistics.fmean(accuracies)
             axes.errorbar(*at, yerr=deviation, fmt=figures.MARKS[model], color="black")
-            left = model == "dense"  # it reduces as much as a pull at every step: their names would overlap
-            place = (-6, -12) if left else (6, 4)
-            where = {"xytext": place, "textcoords": "offset points", "ha": "right" if left else "left"}
-            axes.annotate(name, at, fontsize=9, **where)
+    below = math.inf
+    for name, (reduced, accuracy) in sorted(points.items(), key=lambda item: -item[1][1]):
+        if reduced < CROWDED:
+            axes.annotate(name, (reduced, accuracy), (6, 4), textcoords="offset points", fontsize=9)
+        else:
+            below = min(accuracy, below - LINE)
+            line = {"arrowstyle": "-", "color": "grey", "linewidth": 0.5}
+            at = 1.25 * max(x for x, _ in points.values()), below
+            axes.annotate(name, (reduced, accuracy), at, fontsize=9, va="center", arrowprops=line)
     axes.set(xlabel="reduced per device until the last logged step, GB", ylabel="test accuracy, %", xscale="log")
     low, high = axes.get_xlim()
-    ticks = [tick for tick in (0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 3, 4, 5, 10) if low < tick < 1.6 * high]
+    ticks = [tick for tick in (0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 3, 4, 5, 10) if low < tick < high]
     axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     axes.set_xticks([], minor=True)
-    axes.set_xlim(low, 1.6 * high)  # room for the names
+    axes.set_xlim(low, 2 * high)  # room for the names
     axes.set_title("Accuracy against communication, one expert or one model per device")
     return figure
 
