@@ -12,6 +12,7 @@ from pathlib import Path
 
 import study
 import verdicts
+from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 from sweep import interval
 
@@ -89,15 +90,15 @@ def bytes_against_accuracy(results: Path) -> Figure:
             deviation = statistics.stdev(accuracies) if len(accuracies) > 1 else 0.0
             points[name] = at = study.reduced_bytes(runs, name) / 1e9, statistics.fmean(accuracies)
             axes.errorbar(*at, yerr=deviation, fmt=figures.MARKS[model], color="black")
-    below = math.inf
+    column, below, leaders = 1.25 * max(x for x, _ in points.values()), math.inf, []
     for name, (reduced, accuracy) in sorted(points.items(), key=lambda item: -item[1][1]):
         if reduced < CROWDED:
             axes.annotate(name, (reduced, accuracy), (6, 4), textcoords="offset points", fontsize=9)
         else:
             below = min(accuracy, below - LINE)
-            line = {"arrowstyle": "-", "color": "grey", "linewidth": 0.5}
-            at = 1.25 * max(x for x, _ in points.values()), below
-            axes.annotate(name, (reduced, accuracy), at, fontsize=9, va="center", arrowprops=line)
+            leaders.append([(reduced, accuracy), (column, below)])
+            axes.annotate(name, (column, below), (2, 0), textcoords="offset points", fontsize=9, va="center")
+    axes.add_collection(LineCollection(leaders, colors="grey", linewidths=0.5, zorder=0))
     axes.set(xlabel="reduced per device until the last logged step, GB", ylabel="test accuracy, %", xscale="log")
     low, high = axes.get_xlim()
     ticks = [tick for tick in (0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 3, 4, 5, 10) if low < tick < high]
