@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 
 import routers
-from sweep import Variant, accuracies, config_of, flags_of, main, mean_cell
+from sweep import Variant, accuracies, main, mean_cell
 
 from jvitmoe import config, experiment_files
 from jvitmoe.runs import files, results
@@ -75,8 +75,7 @@ def run() -> None:
     if sys.argv[1:2] == ["time"]:
         parser = argparse.ArgumentParser(allow_abbrev=False)
         parser.add_argument("--out", type=Path, required=True)
-        configs = {name: config_of(flags_of("cifar10_dense", variant)) for name, variant in variants().items()}
-        return routers.measure(configs, parser.parse_args(sys.argv[2:]).out)
+        return routers.measure("cifar10_dense", variants(), parser.parse_args(sys.argv[2:]).out)
     main(__doc__, variants(), evaluate=["--paths=0"], conclusion=conclusion)
 
 

@@ -25,7 +25,6 @@ import timed_step
 from study import best, dense, epochs, ranking, validation_accuracies
 from sweep import Variant, accuracies, config_of, flags_of, interval, main, mean_cell
 
-from jvitmoe.config import Config
 from jvitmoe.errors import UserError
 from jvitmoe.evaluation import expert_maps
 from jvitmoe.runs import checkpoints, figures, files, results
@@ -127,9 +126,10 @@ def table(results_folder: Path, runs: Path) -> Arms:
     return found | {"upcycled": arm(half, rate("switch"), *against, length=LENGTH // 2)}
 
 
-def measure(configs: Mapping[str, Config], out: Path) -> None:
-    """Writes the step time of every row, relative to dense, and the memory of its step."""
+def measure(experiment: str, arms: Arms, out: Path) -> None:
+    """Writes the step time of every arm of an experiment, relative to its arm dense, and the memory of its step."""
     out.mkdir(parents=True, exist_ok=True)
+    configs = {name: config_of(flags_of(experiment, variant)) for name, variant in arms.items()}
     mesh = devices.make_mesh(configs["dense"].train)
     steps = {name: timed_step.TimedStep(config, mesh) for name, config in configs.items()}
     seconds = timed_step.interleave(
@@ -242,9 +242,7 @@ def run() -> None:
     known = parser.parse_known_args(arguments)[0]
     if kind == "time":
         timed = {**ROUTERS, "dense_wide": {"model.hidden": 4 * HIDDEN}}
-        variants = {name: arm(settings) for name, settings in timed.items()}
-        configs = {name: config_of(flags_of("cifar10_fast", variant)) for name, variant in variants.items()}
-        return measure(configs, known.out)
+        return measure("cifar10_fast", {name: arm(settings) for name, settings in timed.items()}, known.out)
     try:
         arms = search(known.out.parent) if kind == "search" else table(known.out.parent, known.runs)
     except UserError as error:

@@ -23,7 +23,7 @@ import timed_step
 from scipy import stats
 
 import processes
-from jvitmoe import config, evaluate, experiment_files, routing, train
+from jvitmoe import evaluate, experiment_files, routing, train
 from jvitmoe.experts import cost
 from jvitmoe.runs import files, results
 
@@ -56,9 +56,7 @@ def test_every_variant_is_an_experiment_of_its_own(tmp_path):
         (compare_routers, "digits_dense"),
         (searched, "cifar10_fast"),
     ):
-        configs = []
-        for variant in script.variants().values():
-            configs.append(sweep.config_of(sweep.flags_of(experiment, variant)))
+        configs = [sweep.config_of(sweep.flags_of(experiment, variant)) for variant in script.variants().values()]
         assert len(set(map(repr, configs))) == len(configs)
 
 
@@ -133,10 +131,11 @@ def test_a_row_of_the_router_table_is_what_the_files_of_its_runs_say(tmp_path, m
     (tmp_path / "tiny.py").write_text(EXPERIMENT)
     kept = tmp_path / "out" / "runs"
     kept.mkdir(parents=True)
-    for name, flags in {"dense": [], "switch": ["--config.routing.kind=switch", "--config.routing.experts=4"]}.items():
+    trained = {"dense": {}, "switch": {"routing.kind": "switch", "routing.experts": 4}}
+    trained = {name: sweep.Variant({"data.dir": str(tmp_path), **settings}) for name, settings in trained.items()}
+    for name, variant in trained.items():
         workdir = tmp_path / name
-        flags += [f"--config={tmp_path / 'tiny.py'}", f"--config.data.dir={tmp_path}", f"--workdir={workdir}"]
-        train.main(["train", *flags])
+        train.main(["train", *sweep.flags_of(str(tmp_path / "tiny.py"), variant), f"--workdir={workdir}"])
         evaluate.main(["evaluate", f"--workdir={workdir}", "--paths=0"])
         for arm, seed in itertools.product(("dense", "dense_rate2") if name == "dense" else ("switch",), (0, 1)):
             sweep._keep(workdir, kept / f"{arm}-seed{seed}")
@@ -153,8 +152,7 @@ def test_a_row_of_the_router_table_is_what_the_files_of_its_runs_say(tmp_path, m
     (folder / files.METRICS).write_text("".join(json.dumps(line) + "\n" for line in halved))
     monkeypatch.setattr(routers, "ROUNDS", 1)
     monkeypatch.setattr(timed_step, "VISIT_SECONDS", 0.0)
-    configs = {name: config.loads((tmp_path / name / files.CONFIG).read_text(), name) for name in ("dense", "switch")}
-    routers.measure(configs, tmp_path / "out")
+    routers.measure(str(tmp_path / "tiny.py"), trained, tmp_path / "out")
     timed = json.loads((tmp_path / "out" / routers.TIMES).read_text())["rows"]
 
     arms = {"dense": routers.arm({}), "dense_rate2": routers.arm({}), "switch": routers.arm({}, 1, "dense_rate2")}
