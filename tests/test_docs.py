@@ -237,7 +237,6 @@ class Page(HTMLParser):
 
 
 @pytest.mark.process
-@pytest.mark.long
 def test_the_site_has_every_page_and_picture_swallows_no_placeholder_and_needs_nothing_else(tmp_path):
     """Built with warnings as errors."""
     build = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", tmp_path]
