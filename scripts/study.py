@@ -3,8 +3,8 @@
     python scripts/study.py B --config configs/cifar10_fast.py --seeds 5 --runs runs/study/B --out results/study/B \\
         -- --config.data.dir=DIR
 
-Repeat the command to resume: see scripts/sweep.py. The arms of A, A_augmented, D and H are those that were best in
-A_search, D_search and H_search, whose results must lie beside --out.
+Repeat the command to resume: see scripts/sweep.py. The arms of A, A_augmented, D, H and H_again are those that were
+best in A_search, D_search and H_search, whose results must lie beside --out.
 """
 
 import argparse
@@ -169,6 +169,15 @@ def inside(results: Path) -> Arms:
     return found
 
 
+def outer_again(results: Path) -> Arms:
+    """Returns the outer step of H and what it is compared with when it is repeated: the MLP rate x 2 at other learning
+    rates, one of them the outer step's own on a constant gradient, rate / (1 - momentum) = 5 / 6 of 4e-3."""
+    found = {"dense_rate2": dense(INSIDE)}
+    for rate in (2e-3, 3.3e-3, 8e-3):
+        found[f"dense_rate2_{rate:g}"] = dense(INSIDE | {"optim.learning_rate": rate}, "dense_rate2")
+    return found | {"outer": Variant(inside(results)["outer"].settings, against=tuple(found))}
+
+
 def pretrained() -> Arms:
     return {"dense": dense({"data.name": "hf:runs/study/halves/first", "model.classes": 6} | epochs(20))}
 
@@ -283,6 +292,7 @@ EXPERIMENTS: dict[str, Callable[[Path], Arms]] = {
     "F": lambda _: ensemble_into_one(),
     "H_search": lambda _: inside_search(),
     "H": inside,
+    "H_again": outer_again,
 }
 
 
