@@ -1,6 +1,7 @@
 """Writes the model of a run as one that comes with jvitmoe, in float16, with the test accuracy that it then has:
 
-    python scripts/ship_weights.py --workdir runs/cifar10_fast --out jvitmoe/weights/cifar10_fast
+    python scripts/ship_weights.py --workdir runs/cifar10_fast --out jvitmoe/weights/cifar10_fast \\
+        --copy "a copy as JPEG"
 
 The data set must still be where the run had it.
 """
@@ -29,6 +30,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workdir", type=Path, required=True, help="a run folder")
     parser.add_argument("--out", type=Path, required=True, help="a new folder")
+    parser.add_argument("--copy", default="", help="what the copy of the data set was, in words, for the card")
     options = parser.parse_args()
     export.main(["export", f"--workdir={options.workdir}", "--to=safetensors", f"--out={options.out}"])
     weights = options.out / load.WEIGHTS
@@ -47,6 +49,8 @@ def main() -> None:
     card = options.out / "README.md"
     text = card.read_text().replace("license: unknown", "license: apache-2.0")
     text = text.replace("`classes.json`", "`config.json`")
+    if options.copy:
+        text = text.replace("`, trained on its", f"`, {options.copy}, trained on its")
     text = replaced(text, "## Check\n", "## Accuracy", "")
     text = replaced(text, "No licence is chosen", "\n\n## Recipe", "Licence of the weights: Apache-2.0.")
     rounded = f"These weights are rounded to float16. With them {accuracy:.2%} of {len(found):,} test images are right."
