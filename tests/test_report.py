@@ -9,6 +9,7 @@ import pytest
 
 import processes
 from jvitmoe import report
+from jvitmoe.config import Config, OptimConfig, RoutingConfig
 from jvitmoe.errors import UserError
 from jvitmoe.runs import files, groups, page, results
 from jvitmoe.runs.console import quantity
@@ -216,6 +217,16 @@ class Seen(html.parser.HTMLParser):
 
     def handle_data(self, data):
         self.texts.add(data)
+
+
+def test_whole_models_and_an_outer_optimiser_are_said_in_words():
+    outer = OptimConfig(outer_rate=0.5)
+    local = RoutingConfig(experts=4, kind="sample", init="shared", part="model", pull=1.0, pull_every=8)
+    start = "4 whole models, random by sample, equal start"
+    assert groups.in_words(Config(routing=local)) == f"{start}, pulled by 1 every 8 steps"
+    assert groups.in_words(Config(routing=local, optim=outer)) == f"{start}, outer step every 8 steps"
+    dense = Config(routing=RoutingConfig(pull_every=10), optim=outer)
+    assert groups.in_words(dense) == "dense, outer step every 10 steps"
 
 
 def test_a_page_names_split_data_and_command_marks_the_best_and_says_arms_in_words(make_run, tmp_path):
