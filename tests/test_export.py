@@ -21,7 +21,7 @@ from safetensors.numpy import save as save_file
 
 import jvitmoe
 from jvitmoe import evaluate, export
-from jvitmoe.config import Config, DataConfig, ModelConfig
+from jvitmoe.config import Config, DataConfig, ModelConfig, RoutingConfig
 from jvitmoe.data import datasets, images
 from jvitmoe.errors import UserError
 from jvitmoe.interop import classifier, load, model_card, weight_names
@@ -235,6 +235,15 @@ def test_what_has_no_counterpart_is_refused_with_the_config_that_has(target, mod
     assert flags in str(caught.value)
     assert "\n" not in str(caught.value)
     assert TARGETS["stablehlo"].examine(config_of(**model)) == []
+
+
+@pytest.mark.parametrize("target", ["timm", "hf"])
+def test_a_merged_model_goes_where_a_dense_one_of_its_width_goes(target):
+    routed = config_of(pool="cls", expert_hidden=24, shared_hidden=8)
+    routed.routing = RoutingConfig(experts=4, kind="topk")
+    (remark, *others) = TARGETS[target].examine(routed)
+    assert remark == "the router (topk) is left behind: this is the mean of the experts"
+    assert others == TARGETS[target].examine(config_of(pool="cls", hidden=32))
 
 
 @pytest.mark.parametrize("target", ["timm", "hf"])

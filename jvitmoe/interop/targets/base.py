@@ -50,9 +50,9 @@ class Target:
         return model.set_beyond(self.fields | NEUTRAL)
 
     def examine(self, config: Config) -> list[str]:
-        """Returns remarks on this export. Raises UserError, with the flags to change, for a model that the format
-        cannot express."""
-        model = config.model
+        """Returns remarks on this export. Raises UserError, with the flags to change, for a merged model that the
+        format cannot express."""
+        model = config.model.plain()
         default = type(model)()
         if odd := self.unsupported(model):
             found = ", ".join(f"model.{name}={getattr(model, name)}" for name in odd)
