@@ -57,7 +57,7 @@ def parse_with_arguments(
     flags.DEFINE_bool("help", False, "Shows this help.", short_name="h", flag_values=values)
     try:
         if config:
-            path, argv = _take_config(argv)
+            path, argv = _take("config", argv)
             loaded = experiment_files.load(path) if path else _saved_config(argv) or Config()
             config_flags.DEFINE_config_dataclass("config", loaded, "Experiment file.", values, sys_argv=argv)
             values["config"].default_as_str = None  # --help would print all fields on one line
@@ -85,7 +85,7 @@ def parse_with_arguments(
 
 def config_path(argv: list[str]) -> str:
     """Returns the value of `--config=FILE` or `--config FILE`, or ""."""
-    return _take_config(argv)[0]
+    return _take("config", argv)[0]
 
 
 def _saved_config(argv: list[str]) -> Config | None:
@@ -104,12 +104,8 @@ def experiment_name(argv: list[str]) -> str:
     return Path(path).stem + (f"_{variant}" if variant else "")
 
 
-def _take_config(argv: list[str]) -> tuple[str, list[str]]:
-    """Returns the value of --config, or "", and the other arguments."""
-    return _take("config", argv)
-
-
 def _take(flag: str, argv: list[str]) -> tuple[str, list[str]]:
+    """Returns the value of a flag, or "", and the other arguments."""
     path, others, arguments = "", [], iter(argv)
     for argument in arguments:
         name, equals, value = argument.partition("=")

@@ -6,6 +6,7 @@ It is the program that `train` would run there, compiled by the same compiler, f
 compiles, fits and moves so many bytes. It says nothing of time (no kernel is tuned without a device) or of numbers.
 """
 
+import copy
 import json
 import time
 from collections import Counter
@@ -28,6 +29,8 @@ PARTS = {  # what the names of arguments begin with -> what they are
     "before.params": "parameters",
     "before.opt_state": "optimiser",
     "before.ema": "average of the weights",
+    "before.outer": "outer optimiser",
+    "before.fast": "weights whose mean is the model",
     "split": "images",
 }
 WASTE, WORST = 1.05, 3  # padding that is worth a line, and how many arrays it names
@@ -36,7 +39,7 @@ FIT_TRIES, FIT_SHARE = 7, 0.03  # of --fit: programs compiled, and the share of 
 
 def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_string("target", "", "v5e:4x4, v6e:4x4, v5p:2x2x2, h100:8, h200:8, h100:8x8, …", flag_values=values)
-    flags.DEFINE_integer("images", 0, "Training images; 0: those of data.name, if known.", flag_values=values)
+    flags.DEFINE_integer("images", 0, "Training images; 0: those of data.name, if known.", 0, flag_values=values)
     flags.DEFINE_bool("fit", False, "Find the largest train.batch_size that fits.", flag_values=values)
     flags.DEFINE_string("out", "", "JSON file to write.", flag_values=values)
 
@@ -61,11 +64,16 @@ def main(argv: list[str]) -> None:
             raise
         console.print(f"tried       {error}")
     if values.fit:
-        found["largest_batch"] = _fit(config, target, count, found.get("peak_bytes", float("inf")), console.print)
-        console.print(f"largest     --config.train.batch_size={found['largest_batch']} fits in {target}")
+        largest = _fit(config, target, count, found.get("peak_bytes", float("inf")), console.print)
+        found["largest_batch"] = largest
+        fits = f"--config.train.batch_size={largest}" if largest else "no batch"
+        console.print(f"largest     {fits} fits in {target}")
     if values.out:
         files.write_text(Path(values.out), json.dumps(found, indent=1) + "\n")
         console.print(f"written     {values.out}")
+    if found.get("largest_batch") == 0:
+        remedy = "set --config.train.accumulate or --config.train.shard=parameters, or take a smaller model"
+        raise TooLargeError(f"no config.train.batch_size fits in {target}; {remedy}")
     if "peak_bytes" in found:
         _refuse_too_large(found, target)
 
@@ -75,9 +83,11 @@ class TooLargeError(UserError):
 
 
 def _count(config: Config) -> int:
-    if (count := COUNTS.get(config.data.name, 0) - config.data.validation) > 0:
-        return count
-    raise UserError(f"the number of images of {config.data.name!r} is not known; give --images, training images")
+    if not (count := COUNTS.get(config.data.name)):
+        raise UserError(f"the number of images of {config.data.name!r} is not known; give --images, training images")
+    if (held_out := config.data.validation) >= count:
+        raise ConfigError(f"config.data.validation is {held_out}; it must be below the {count:,} training images")
+    return count - held_out
 
 
 def measure(config: Config, target: Target, count: int) -> dict[str, Any]:
@@ -172,18 +182,14 @@ def _fit(config: Config, target: Target, count: int, peak: float, show: Callable
     """Returns the largest batch that fits, to FIT_SHARE: memory grows nearly linearly with it. `show` gets a line for
     each batch that is tried, and `peak` is what the batch of the config needs."""
     from jvitmoe import routing
+    from jvitmoe.data import batches
     from jvitmoe.runtime import devices
 
-    unit = (
-        devices.make_mesh(config.train, found=targets.devices(target)).size
-        * routing.find(config).slots
-        * config.train.accumulate
-    )
+    mesh = devices.make_mesh(config.train, found=targets.devices(target))
+    unit, _ = batches.divisor(mesh, routing.find(config).slots, config.train.accumulate)
 
     def needed(batch: int) -> float:
-        from jvitmoe.config import from_dict, to_dict
-
-        other = from_dict(to_dict(config))
+        other = copy.deepcopy(config)
         other.train.batch_size = batch
         try:
             size = measure(other.validate(), target, max(count, batch))["peak_bytes"]

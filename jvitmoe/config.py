@@ -138,8 +138,7 @@ class ModelConfig:
 
 
 # Fields of ModelConfig that do not change what a trained, merged model computes in float32.
-NEUTRAL = frozenset(("position_rows", "init_layers", "dropout", "drop_path", "lora", "adapter"))
-NEUTRAL |= {"dtype"}
+NEUTRAL = frozenset(("position_rows", "init_layers", "dropout", "drop_path", "lora", "adapter", "dtype"))
 
 
 @dataclasses.dataclass
@@ -192,6 +191,11 @@ class RoutingConfig:
         "adamix: cross-entropy of one pass; thor: of both (R-Drop if one expert); cosub: each is the other's target",
         ("adamix", "thor", "cosub"),
     )
+
+    @property
+    def averages_every_step(self) -> bool:
+        """True if all experts are equal after every step."""
+        return self.pull == self.pull_every == 1 and self.pull_schedule == "constant"
 
 
 @dataclasses.dataclass

@@ -9,7 +9,6 @@ Takes about half an hour on two cores; cases that results/compile/cases.json has
 
 import itertools
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -17,9 +16,10 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import sweep
 from absl import app, flags
 
-from jvitmoe import experiment_files, routing
+from jvitmoe import routing
 from jvitmoe.config import Config
 from jvitmoe.experts import cost, trees
 from jvitmoe.runs.console import markdown_table
@@ -46,20 +46,15 @@ def is_left_out(target: str, size: str, program: str, shard: str) -> bool:
     return target.startswith("v5e") and size == "ViT-B/16" and shard != "none"
 
 
-def settings(case: Case) -> list[str]:
+def flags_of(case: Case) -> list[str]:
     _, size, program, shard = case
-    return [*SIZES[size], *PROGRAMS[program], f"train.shard={shard}"]
+    settings = [*SIZES[size], *PROGRAMS[program], f"train.shard={shard}"]
+    return ["--config=imagenet", *(f"--config.{setting}" for setting in settings)]
 
 
 def config_of(case: Case) -> Config:
     """Returns the Config of a case, as its flags make it."""
-    config = experiment_files.load("imagenet")
-    for setting in settings(case):
-        name, _, text = setting.partition("=")
-        section, field = name.split(".")
-        old = getattr(getattr(config, section), field)
-        setattr(getattr(config, section), field, type(old)(text))
-    return config.validate()
+    return sweep.config_of(flags_of(case))
 
 
 def predicted(case: Case) -> int:
@@ -87,9 +82,8 @@ def measure(case: Case) -> dict[str, Any]:
     """Returns what `jvitmoe compile` found, in a process of its own: a compiler keeps the memory that it took."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "found.json"
-        command = [sys.executable, "-m", "jvitmoe.compile", "--config=imagenet", f"--target={case[0]}", f"--out={out}"]
-        flags_of_case = [f"--config.{setting}" for setting in settings(case)]
-        done = subprocess.run([*command, *flags_of_case], capture_output=True, text=True, env=os.environ)
+        command = [sys.executable, "-m", "jvitmoe.compile", *flags_of(case), f"--target={case[0]}", f"--out={out}"]
+        done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             sys.exit(f"{' | '.join(case)}: {done.stderr}")
         return json.loads(out.read_text())

@@ -16,10 +16,9 @@ import sys
 from pathlib import Path
 
 import routers
-from sweep import Variant, accuracies, main, mean_cell
+from sweep import Variant, accuracies, main, mean_cell, tested_runs
 
 from jvitmoe import config, experiment_files
-from jvitmoe.runs import files, results
 from jvitmoe.runs.console import markdown_table
 
 REFERENCE = "dense_rate2"
@@ -46,8 +45,7 @@ def table(runs: Path) -> list[dict[str, str]]:
     original reports."""
     rows = []
     for name, (model, accuracy, seconds) in ORIGINAL.items():
-        folders = [folder for folder in sorted(runs.glob(f"{name}-seed*")) if (folder / files.RESULT).exists()]
-        tested = [results.read_result(folder) for folder in folders]
+        tested = tested_runs(runs, name).values()
         values = list(accuracies(runs, name, (model,)).get(model, {}).values())
         rates = [result["images_per_second"] for result in tested if result.get("images_per_second")]
         rows.append(

@@ -23,11 +23,11 @@ from pathlib import Path
 import numpy as np
 import timed_step
 from study import best, dense, epochs, ranking, validation_accuracies
-from sweep import Variant, accuracies, config_of, flags_of, interval, main, mean_cell
+from sweep import Variant, accuracies, config_of, flags_of, interval, main, mean_cell, tested_runs
 
 from jvitmoe.errors import UserError
 from jvitmoe.evaluation import expert_maps
-from jvitmoe.runs import checkpoints, figures, files, results
+from jvitmoe.runs import checkpoints, figures, files
 from jvitmoe.runs.console import console, markdown_table, quantity
 from jvitmoe.runtime import devices, memory, programs
 
@@ -155,8 +155,8 @@ def rows(runs: Path, arms: Arms, reference: str) -> list[dict[str, str]]:
     baseline = accuracies(runs, reference).get("dense", {})
     cells = []
     for name in arms:
-        folders = [folder for folder in sorted(runs.glob(f"{name}-seed*")) if (folder / files.RESULT).exists()]
-        tested = [results.read_result(folder) for folder in folders]
+        found = tested_runs(runs, name)
+        tested = list(found.values())
         # These have the step of a row that was timed.
         times = times_of.get({"switch_equal": "switch", "upcycled": "switch"}.get(name, name.partition("_rate")[0]))
         for model in [row["model"] for row in tested[0]["rows"]] if tested else ():
@@ -178,7 +178,7 @@ def rows(runs: Path, arms: Arms, reference: str) -> list[dict[str, str]]:
                     "step time / dense": "{:.2f} ({:.2f} to {:.2f})".format(*times["times_dense"]) if times else "-",
                     "step's memory": f"{quantity(times['planned_bytes'])}B" if times else "-",
                     "total parameters": f"{tested[0]['total_parameters']:,}",
-                    "dropped": _dropped(folders) if model == "routed" else "-",
+                    "dropped": _dropped(list(found)) if model == "routed" else "-",
                     "agreement": _agreement(tested) if model == "routed" else "-",
                     "seeds": str(len(by_seed)),
                 }

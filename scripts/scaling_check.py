@@ -33,7 +33,7 @@ import scaling_model
 import timed_step
 
 from jvitmoe import train
-from jvitmoe.config import Config, ModelConfig, OptimConfig, RoutingConfig, TrainConfig
+from jvitmoe.config import Config, ModelConfig, RoutingConfig, TrainConfig
 from jvitmoe.runs import checkpoints, figures
 from jvitmoe.runtime import processes, programs
 from jvitmoe.runtime.devices import AXES, describe, make_mesh, to_devices
@@ -57,7 +57,7 @@ def config(name: str, devices: int) -> Config:
         "sample": RoutingConfig(experts=EXPERTS, kind="sample", pull=float(pulled)),
     }[variant]
     train = TrainConfig(batch_size=IMAGES * devices, devices=devices, expert_devices=devices if spreads else 1)
-    return Config(model=MODEL, routing=routed, optim=OptimConfig(), train=train).validate()
+    return Config(model=MODEL, routing=routed, train=train).validate()
 
 
 def alone(name: str, devices: int) -> Config:
@@ -281,7 +281,6 @@ def main() -> None:
         values(sys.argv)
         processes.guard(lambda: worker(values))
         return
-    jax.config.update("jax_platforms", "cpu")
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
     parser.add_argument("--counts", default="1,2,4,8", help="numbers of processes")
     parser.add_argument("--steps", type=int, default=25, help="steps timed, of which the median counts")

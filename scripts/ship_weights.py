@@ -13,11 +13,10 @@ import numpy as np
 from safetensors.numpy import load_file, save_file
 
 import jvitmoe
-from jvitmoe import config as config_lib
 from jvitmoe import export
 from jvitmoe.data import datasets
 from jvitmoe.interop import load
-from jvitmoe.runs import files
+from jvitmoe.runs import groups
 
 
 def replaced(text: str, start: str, end: str, new: str) -> str:
@@ -41,8 +40,7 @@ def main() -> None:
     for name in ("sample.npz", "classes.json"):  # logits of the float32 weights; names that config.json has too
         (options.out / name).unlink()
 
-    source = options.workdir / files.CONFIG
-    config = config_lib.loads(source.read_text(), str(source))
+    config = groups.read_config(options.workdir)
     test = datasets.load(config.data, config.model).test
     found = jvitmoe.load(options.out).logits(test.images_NHWc).argmax(-1)
     accuracy = np.mean(found == test.labels_N)

@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from scipy import stats
 
@@ -107,13 +107,18 @@ def accuracies(
 ) -> dict[str, dict[str, float]]:
     """Returns model -> seed -> accuracy on the test split, %, of a variant's models."""
     found: dict[str, dict[str, float]] = {}
-    for folder in sorted(runs.glob(f"{name}-seed*")):
-        if (folder / files.RESULT).exists():
-            by_model = groups.by_seed([results.read_result(folder)])
-            for model in models:
-                if model in by_model:
-                    found.setdefault(model, {})[folder.name.rpartition("-")[2]] = 100 * by_model[model][0]
+    for folder, result in tested_runs(runs, name).items():
+        by_model = groups.by_seed([result])
+        for model in models:
+            if model in by_model:
+                found.setdefault(model, {})[folder.name.rpartition("-")[2]] = 100 * by_model[model][0]
     return found
+
+
+def tested_runs(runs: Path, name: str) -> dict[Path, dict[str, Any]]:
+    """Returns folder -> what its result.json has, of the runs of a variant that were tested."""
+    folders = [folder for folder in sorted(runs.glob(f"{name}-seed*")) if (folder / files.RESULT).exists()]
+    return {folder: results.read_result(folder) for folder in folders}
 
 
 def mean_cell(values: Sequence[float], form: str = ".2f") -> str:
@@ -201,9 +206,7 @@ def _command(name: str, variant: Variant, seed: int, options: argparse.Namespace
 
 def _changed(folder: Path, command: list[str]) -> str:
     """Returns in words the first setting in which a kept run differs from what a command would train, or ""."""
-    source = folder / files.CONFIG
-    asked = config_of(command[1:])
-    changed = datasets.differences(config.loads(source.read_text(), str(source)), asked)
+    changed = datasets.differences(groups.read_config(folder), config_of(command[1:]))
     return next((f"{path}={old!r}, not {new!r}" for path, (old, new) in changed.items()), "")
 
 
@@ -215,8 +218,7 @@ def _last_line(log: Path) -> str:
 def _keep(workdir: Path, folder: Path) -> None:
     """Copies to `folder` what a report reads of a run, without the place of its data on this machine."""
     folder.mkdir(exist_ok=True)
-    source = workdir / files.CONFIG
-    loaded = config.loads(source.read_text(), str(source))
+    loaded = groups.read_config(workdir)
     loaded = dataclasses.replace(loaded, data=dataclasses.replace(loaded.data, dir=""))
     files.write_text(folder / files.CONFIG, config.dumps(loaded))
     shutil.copy(workdir / files.METRICS, folder)

@@ -47,6 +47,12 @@ def test_without_a_compiler_one_line_says_what_to_install(monkeypatch, target, e
 def test_a_set_of_unknown_size_needs_its_number_of_images():
     line = processes.refused(compile_command.main, "--config=folder", "--target=h100:8")
     assert line == "error: the number of images of 'folder' is not known; give --images, training images\n"
+    line = processes.refused(compile_command.main, "--config=folder", "--target=h100:8", "--images=-9")
+    assert line.startswith("error: flag --images=-9: -9 is not a non-negative integer")
+    line = processes.refused(
+        compile_command.main, "--config=digits_dense", "--target=h100:8", "--config.data.validation=1437"
+    )
+    assert line.startswith("error: config.data.validation is 1437; it must be below the 1,437 training images")
     line = processes.refused(compile_command.main, "--config=folder", "--target=h100:8", "--images=9")
     assert line.startswith("error: config.model.classes is 0, and no data are read; set --config.model.classes")
 
@@ -72,18 +78,27 @@ def test_the_largest_batch_is_found_where_memory_grows_faster_than_was_seen():
     assert 0.9 * 239 <= found < 240
 
 
-def test_fit_goes_on_from_a_batch_that_the_compiler_refuses(monkeypatch, capsys):
-    """As a TPU's compiler does; here it takes a GiB for each 100 images of the batch."""
+@pytest.fixture
+def compiler(monkeypatch):
+    """A compiler for four devices. It refuses a batch above `most`, as a TPU's does, and takes a GiB for 100 images."""
 
-    def measure(config, target, count):
-        if config.train.batch_size > 1575:
-            raise compile_command.TooLargeError("config.train.batch_size does not fit; lower it")
-        return {"peak_bytes": config.train.batch_size * targets.GIB // 100}
+    class Compiler:
+        most = 1575
 
-    monkeypatch.setattr(compile_command, "measure", measure)
+        def measure(self, config, target, count):
+            if config.train.batch_size > self.most:
+                raise compile_command.TooLargeError("config.train.batch_size does not fit; lower it")
+            return {"peak_bytes": config.train.batch_size * targets.GIB // 100}
+
+    compiler = Compiler()
+    monkeypatch.setattr(compile_command, "measure", compiler.measure)
     monkeypatch.setattr(compile_command, "show", lambda found: None)
     monkeypatch.setattr(targets, "prepare", lambda target: None)
     monkeypatch.setattr(targets, "devices", lambda target: jax.devices()[:4])
+    return compiler
+
+
+def test_fit_goes_on_from_a_batch_that_the_compiler_refuses(compiler, capsys):
     flags = ["compile.py", "--config=imagenet", "--target=v5e:2x2", "--config.train.batch_size=8192"]
     with pytest.raises(compile_command.TooLargeError):
         compile_command.main(flags)
@@ -91,6 +106,18 @@ def test_fit_goes_on_from_a_batch_that_the_compiler_refuses(monkeypatch, capsys)
     found = int(capsys.readouterr().out.partition("--config.train.batch_size=")[2].split()[0])
     assert 0.85 * 1575 < found <= 1575
     assert found % 4 == 0
+
+
+def test_fit_tries_every_batch_that_divides_and_says_where_none_fits(compiler, capsys):
+    axis = ["--config.train.expert_devices=4", "--config.train.batch_size=40"]  # one data device, four experts
+    flags = ["compile.py", "--config=imagenet:random", "--target=v5e:2x2", "--fit", *axis]
+    compiler.most = 30
+    compile_command.main(flags)
+    assert "--config.train.batch_size=28 fits" in capsys.readouterr().out
+    compiler.most = 3
+    with pytest.raises(compile_command.TooLargeError, match=r"^no config\.train\.batch_size fits in v5e:2x2; set"):
+        compile_command.main(flags)
+    assert "largest     no batch fits" in capsys.readouterr().out
 
 
 def test_what_is_measured_is_what_the_devices_of_this_machine_hold_and_move(tiny_config, monkeypatch, tmp_path):

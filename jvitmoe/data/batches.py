@@ -65,6 +65,16 @@ def on_host(draw: Callable[[jax.Array], jax.Array], mesh: Mesh) -> Callable[[int
     return locked
 
 
+def divisor(mesh: Mesh, slots: int, parts: int) -> tuple[int, str]:
+    """Returns what a batch must be a multiple of, and how that comes about in words; see `TrainOrder`."""
+    count, rule = mesh.size, f"{mesh.size} devices"
+    if slots > 1:
+        count, rule = mesh.shape[DATA] * slots, f"{mesh.shape[DATA]} data devices x {slots} experts"
+    if parts > 1:
+        count, rule = count * parts, f"{rule} x {parts} parts of train.accumulate"
+    return count, rule
+
+
 class TrainOrder:
     """Order of the training images: a new permutation in every epoch, without the images that fill no batch.
 
@@ -74,14 +84,10 @@ class TrainOrder:
     """
 
     def __init__(self, count: int, batch_size: int, key: jax.Array, mesh: Mesh, slots: int = 1, parts: int = 1) -> None:
-        divisor, rule = mesh.size, f"{mesh.size} devices"
-        if slots > 1:
-            divisor, rule = mesh.shape[DATA] * slots, f"{mesh.shape[DATA]} data devices x {slots} experts"
-        if parts > 1:
-            divisor, rule = divisor * parts, f"{rule} x {parts} parts of train.accumulate"
-        fits = max(min(batch_size, count) // divisor, 1) * divisor
+        unit, rule = divisor(mesh, slots, parts)
+        fits = max(min(batch_size, count) // unit, 1) * unit
         remedy = f"set --config.train.batch_size={fits}" if fits <= count else "set fewer --config.train.devices"
-        if batch_size % divisor:
+        if batch_size % unit:
             rule = f"it must be a multiple of the {rule}; {remedy}"
             raise ConfigError(f"config.train.batch_size is {batch_size}; {rule}")
         if batch_size > count:

@@ -35,7 +35,7 @@ class HuggingFace(Source):
             rule = f"write hf:NAME?revision=COMMIT&label=COLUMN; the options are {', '.join(OPTIONS)}"
             raise DataError(f"config.data.name is {self.data.name!r}; {rule}")
         splits = _load(name, options, self.data.dir)
-        features = splits["train"].features if "train" in splits else {}
+        features = next(iter(splits.values())).features  # all splits have the same
         image, label = (_column(name, features, kind, options.get(kind)) for kind in ("image", "label"))
         classes, side = tuple(features[label].names), self.model.image_size
         check_fit(name, (side, side, self.model.channels), len(classes), self.model)

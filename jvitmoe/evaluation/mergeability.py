@@ -136,7 +136,7 @@ def mlp_inputs(dense: vit.ViT, params: Any, images_BHWc: jax.Array) -> jax.Array
 
 
 def _mlp(params: Any, layer: int, x_BTD: jax.Array) -> jax.Array:
-    weights = tuple(params["blocks"]["mlp"][name][layer] for name in ("up", "up_bias", "down", "down_bias"))
+    weights = tuple(params["blocks"]["mlp"][name][layer] for name in trees.MLP)
     return mlp.two_layers(x_BTD, None, weights, 0.0)
 
 

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from jvitmoe.config import Config
-from jvitmoe.experts.trees import EXPERT_AXIS, Tree, expert_axis, is_whole, join, of_group, split, stacked, take
+from jvitmoe.experts.trees import EXPERT_AXIS, TUNED, Tree, expert_axis, is_whole, join, of_group, split, stacked, take
 from jvitmoe.models import mlp, vit
 
 
@@ -89,7 +89,7 @@ def upcycle(dense: Tree, like: Tree) -> Tree:
 
     def fill(path: tuple[Any, ...], wanted: jax.Array) -> jax.Array:
         names = [entry.key for entry in path]
-        if "router" in names or names[-1] in (*mlp.LORA, *mlp.ADAPTER):
+        if "router" in names or names[-1] in TUNED:
             return wanted
         leaf = functools.reduce(operator.getitem, (name for name in names if name not in groups), dense)
         if names[0] == "blocks":

@@ -45,7 +45,8 @@ def write(source: Source, result: Mapping[str, Any], target: Target, remarks: Se
     layout = "[N, channels, rows, columns]" if target.torch else "[N, rows, columns, channels]"
     size = f"{model.image_size} x {model.image_size} x {model.channels}"
     experts = config.routing.experts
-    kind = f"{experts} experts per MLP, averaged into one" if experts > 1 else "trained dense"
+    what = "whole models" if config.routing.part == "model" else "experts per MLP"
+    kind = f"{experts} {what}, averaged into one" if experts > 1 else "trained dense"
     torch = "import torch\n" if target.torch else ""
     data, base = _public_name(config.data.name), _base_model(config)
     listed = f": {', '.join(classes)}" if len(classes) <= 100 else ""

@@ -38,7 +38,7 @@ class InModel(Routing):
             yield "routing.consistency", f"must be 0 for routing.kind={routing.kind}, which is no random route"
         if routing.part != "mlp" or config.trains_adapters_only:
             yield "routing.part", f"must be 'mlp', without LoRA and adapters, for routing.kind={routing.kind}"
-        if routing.pull == routing.pull_every == 1 and routing.pull_schedule == "constant" and router.is_tested:
+        if routing.averages_every_step and router.is_tested:
             rule = "must be below 1 with a learned router, or all experts would be equal after every step; set it to 0"
             yield "routing.pull", rule
 

@@ -239,14 +239,16 @@ def without_empty(rows: Sequence[dict[str, str]]) -> list[dict[str, str]]:
 def in_words(config: Config) -> str:
     """Returns how a run trains its experts, such as "4 experts, random by batch, equal start"."""
     routing = config.routing
-    outer = [f"outer step every {routing.pull_every} steps"] if config.optim.outer_rate else []
+    when = "at every step" if routing.pull_every == 1 else f"every {routing.pull_every} steps"
+    outer = [f"outer step {when}"] if config.optim.outer_rate else []
     if routing.experts == 1:
         return ", ".join(["dense", *outer])
     drawn = routing.kind in ("batch", "layer", "sample", "token")
     how = f"random by {routing.kind}" if drawn else f"router {routing.kind}"
     start = "equal start" if routing.init == "shared" else "different starts"
-    pulled = [f"pulled by {routing.pull:g} every {routing.pull_every} steps"] if routing.pull else []
-    if routing.pull == routing.pull_every == 1:
+    schedule = "" if routing.pull_schedule == "constant" else f" ({routing.pull_schedule})"
+    pulled = [f"pulled by {routing.pull:g} {when}{schedule}"] if routing.pull else []
+    if routing.averages_every_step:
         pulled = ["averaged after every step"]
     what = "whole models" if routing.part == "model" else "experts"
     return ", ".join([f"{routing.experts} {what}", how, start, *(outer or pulled)])

@@ -13,7 +13,7 @@ BACKSTOP, LEAST_BACKSTOP = 3, 5.0  # times the time allowed; seconds
 
 
 class Watchdog:
-    """Ends the process with all Python stacks if `progress` is not called for `minutes` (0: never); a context manager.
+    """Ends the process with all Python stacks if `progress` is not called for `minutes`; a context manager.
 
     A Python thread counts the time and ends the process with code 70 and one line. Time during which the process was
     stopped (SIGSTOP, a laptop asleep) does not count. This thread cannot run while C code hangs and holds the GIL. Then
@@ -30,15 +30,13 @@ class Watchdog:
         self._stream = sys.__stderr__ or sys.stderr
 
     def __enter__(self) -> "Watchdog":
-        if self._seconds:
-            self._arm()  # not in the thread: C code may take the GIL before it first runs
-            self._thread.start()
+        self._arm()  # not in the thread: C code may take the GIL before it first runs
+        self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._over.set()
-        if self._seconds:
-            self._thread.join()
+        self._thread.join()
 
     def progress(self, done: str) -> None:
         """Restarts the time. `done` names what has just been done, such as "step 7"."""

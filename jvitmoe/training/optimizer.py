@@ -256,7 +256,7 @@ def frozen(config: Config) -> Callable[[Sequence[Any]], bool] | None:
     if fixed:
         rules.append(lambda path: any(entry.key == fixed for entry in path))
     if config.trains_adapters_only:
-        rules.append(lambda path: path[0].key != "head" and path[-1].key not in (*mlp.LORA, *mlp.ADAPTER))
+        rules.append(lambda path: path[0].key != "head" and path[-1].key not in trees.TUNED)
     if config.optim.freeze_layers:
         blocks = () if config.optim.freeze_layers == config.model.depth else ("blocks",)
         rules.append(lambda path: path[0].key not in (*AFTER_BLOCKS, *blocks))

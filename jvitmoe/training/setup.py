@@ -100,7 +100,7 @@ def describe(routing: Routing) -> str:
     routed = routing.config.routing
     if routing.config.optim.outer_rate:
         pull = f"an outer optimiser steps toward their mean every {routed.pull_every} steps"
-    elif routed.pull == routed.pull_every == 1 and routed.pull_schedule == "constant":
+    elif routed.averages_every_step:
         pull = "averaged after every step, so all are equal"
     elif routed.pull:
         pull = f"pulled together by {routed.pull:g} ({routed.pull_schedule})"

@@ -58,8 +58,6 @@ class TrainStep(Protocol):
 
     def lower(self, before: TrainState, split: Images, index_SB: jax.Array | None) -> Any: ...
 
-    def trace(self, before: TrainState, split: Images, index_SB: jax.Array | None) -> Any: ...
-
 
 def make_train_step(plan: StepPlan) -> TrainStep:
     """Returns `train_step` compiled for a run; the state is donated."""

@@ -130,8 +130,9 @@ def test_a_set_that_is_not_there_is_one_line_with_the_remedy(name, message):
 
 
 def test_a_set_without_a_test_split_images_or_names_of_classes_is_refused(tmp_path):
-    with pytest.raises(DataError, match="train and one of test, validation"):
-        load(write_parquet(tmp_path / "set", splits=(("train", 6),)))
+    for split in ("train", "test"):
+        with pytest.raises(DataError, match=f"has the splits {split}; train and one of test, validation"):
+            load(write_parquet(tmp_path / split, splits=((split, 6),)))
     with pytest.raises(DataError, match="of which none are of type ClassLabel; use another set"):
         load(write_parquet(tmp_path / "numbers", hf.Value("int64")))
     (tmp_path / "text").mkdir()
