@@ -222,7 +222,11 @@ def test_a_training_takes_trackers_and_sends_the_last_test_too(tmp_path):
 
 @pytest.mark.parametrize(
     ("names", "message"),
-    [(["tensorboard", "wanbd"], "'wanbd' is not one of tensorboard, wandb"), (["absent"], "pip install 'jvitmoe")],
+    [
+        (["tensorboard", "wanbd"], "'wanbd' is not one of tensorboard, wandb"),
+        (["absent"], "pip install 'jvitmoe"),
+        (["tensorboard", "tensorboard"], "'tensorboard' must be there once"),
+    ],
 )
 def test_an_unknown_tracker_and_one_that_is_not_installed_are_refused_before_training(monkeypatch, names, message):
     monkeypatch.setitem(trackers.TRACKERS, "absent", type("Absent", (Broken,), {"package": "absent_package"}))

@@ -49,7 +49,7 @@ class MetricsLog:
             with writing(self._path):
                 self._file = self._path.open("a")
         if workdir:
-            self._feeds = [Feed(name, TrackedRun(workdir, start, settings or {})) for name in dict.fromkeys(trackers)]
+            self._feeds = [Feed(name, TrackedRun(workdir, start, settings or {})) for name in trackers]
         self._total, self._batch = total, batch_size
         self._clock: tuple[int, float] | None = None  # step and time at which the measured interval starts
         self._warned = False

@@ -174,8 +174,10 @@ TRACKERS: dict[str, type[Tracker]] = {"tensorboard": TensorBoard, "wandb": Wandb
 
 
 def check(names: Sequence[str]) -> None:
-    """Raises UserError for a tracker that does not exist, or whose package is not installed."""
+    """Raises UserError for a tracker that does not exist, is named twice, or whose package is not installed."""
     for name in names:
+        if names.count(name) > 1:
+            raise UserError(f"--trackers is {','.join(names)!r}; {name!r} must be there once, or both write one file")
         if name not in TRACKERS:
             raise UserError(f"--trackers is {','.join(names)!r}; {name!r} is not one of {', '.join(TRACKERS)}")
         package = TRACKERS[name].package
