@@ -22,11 +22,11 @@ from pathlib import Path
 
 import numpy as np
 import timed_step
+from sklearn import metrics
 from study import best, dense, epochs, ranking, validation_accuracies
 from sweep import Variant, accuracies, config_of, flags_of, interval, main, mean_cell, tested_runs
 
 from jvitmoe.errors import UserError
-from jvitmoe.evaluation import expert_maps
 from jvitmoe.runs import checkpoints, figures, files
 from jvitmoe.runs.console import console, markdown_table, quantity
 from jvitmoe.runtime import devices, memory, programs
@@ -196,15 +196,16 @@ def _dropped(folders: Sequence[Path]) -> str:
 
 
 def _agreement(tested: list[dict]) -> str:
-    """Returns `expert_maps.agreement` of the same test patches, the mean over layers and pairs of seeds."""
+    """Returns how far the routers of two seeds part the same test patches in the same way, whatever they call their
+    experts: the normalised mutual information of patches that both took, the mean over layers and pairs of seeds."""
     kept = [result["routes"]["experts"] for result in tested]
     maps = [np.array([[text.split() for text in of_layer] for of_layer in layers], int) for layers in kept]
-    pairs = itertools.combinations(maps, 2)
-    values = [
-        expert_maps.agreement(one.ravel(), other.ravel(), 1 + max(one.max(), other.max()))
-        for a, b in pairs
-        for one, other in zip(a, b, strict=True)
-    ]
+    values = []
+    for one, other in itertools.chain.from_iterable(
+        zip(*pair, strict=True) for pair in itertools.combinations(maps, 2)
+    ):
+        both = (one >= 0) & (other >= 0)  # -1 where no expert took the patch
+        values.append(metrics.normalized_mutual_info_score(one[both], other[both]))
     return f"{statistics.fmean(values):.2f}" if values else "-"
 
 

@@ -80,16 +80,6 @@ def test_the_gated_mean_of_equal_experts_is_what_a_router_of_one_weight_computes
         assert np.allclose(merged, wanted, rtol=1e-3, atol=1e-4) == same
 
 
-def test_routers_that_part_patches_alike_agree_whatever_their_experts_are_called():
-    rng = np.random.default_rng(0)
-    one = rng.integers(0, E, 40_000)
-    assert expert_maps.agreement(one, (one + 1) % E, E) == pytest.approx(1)
-    assert expert_maps.agreement(one, rng.integers(0, E, 40_000), E) == pytest.approx(0, abs=1e-3)
-    half = np.where(rng.random(40_000) < 0.5, one, -1)  # what an expert did not take does not count
-    assert expert_maps.agreement(one, half, E) == pytest.approx(1)
-    assert expert_maps.agreement(np.zeros(9, int), np.zeros(9, int), E) == 0
-
-
 @pytest.mark.parametrize("channels", [1, 3])
 def test_the_drawing_has_a_row_per_layer_for_many_experts_and_classes(channels):
     rng = np.random.default_rng(0)

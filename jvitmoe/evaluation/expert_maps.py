@@ -46,22 +46,3 @@ def measure(
         weight_XBTE.sum(-1).mean((1, 2)),
         of_class_XCE / np.maximum(of_class_XCE.sum(-1, keepdims=True), 1e-30),
     )
-
-
-def agreement(one_N: np.ndarray, other_N: np.ndarray, experts: int) -> float:
-    """Returns how far two routers part the same patches in the same way, whatever they call their experts: the mutual
-    information of the experts that they choose, divided by the mean of both entropies; 0 for independent choices, 1 for
-    equal ones. Patches that an expert of one did not take are left out."""
-    both = (one_N >= 0) & (other_N >= 0)
-    joint_EE = np.zeros((experts, experts))
-    np.add.at(joint_EE, (one_N[both], other_N[both]), 1.0)
-    joint_EE /= max(float(joint_EE.sum()), 1.0)
-    marginals = joint_EE.sum(1), joint_EE.sum(0)
-    entropies = [_entropy(p) for p in (*marginals, joint_EE)]
-    mean = (entropies[0] + entropies[1]) / 2
-    return (entropies[0] + entropies[1] - entropies[2]) / mean if mean > 0 else 0.0
-
-
-def _entropy(p: np.ndarray) -> float:
-    positive = p[p > 0]
-    return float(-(positive * np.log(positive)).sum())
