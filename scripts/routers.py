@@ -201,11 +201,10 @@ def _agreement(tested: list[dict]) -> str:
     kept = [result["routes"]["experts"] for result in tested]
     maps = [np.array([[text.split() for text in of_layer] for of_layer in layers], int) for layers in kept]
     values = []
-    for one, other in itertools.chain.from_iterable(
-        zip(*pair, strict=True) for pair in itertools.combinations(maps, 2)
-    ):
-        both = (one >= 0) & (other >= 0)  # -1 where no expert took the patch
-        values.append(metrics.normalized_mutual_info_score(one[both], other[both]))
+    for a, b in itertools.combinations(maps, 2):
+        for one, other in zip(a, b, strict=True):
+            both = (one >= 0) & (other >= 0)  # -1 where no expert took the patch
+            values.append(metrics.normalized_mutual_info_score(one[both], other[both]))
     return f"{statistics.fmean(values):.2f}" if values else "-"
 
 
