@@ -20,7 +20,7 @@ from jvitmoe.runs import figures
 
 LEAST_SEEDS = 3  # of a comparison that is drawn
 CROWDED = 2.5  # GB; the names of points from here on stand in a column of their own
-LINE = 0.35  # points between the names in that column
+LINE = 0.35  # points between two names, one above the other
 EDGE = 4.0  # points; a larger difference is a number at the edge, so that the small ones can be told apart
 EQUAL = 0.2  # points; an ensemble that is so close to the merged model in every seed is not drawn beside it
 
@@ -90,14 +90,14 @@ def bytes_against_accuracy(results: Path) -> Figure:
             deviation = statistics.stdev(accuracies) if len(accuracies) > 1 else 0.0
             points[name] = at = study.reduced_bytes(runs, name) / 1e9, statistics.fmean(accuracies)
             axes.errorbar(*at, yerr=deviation, fmt=figures.MARKS[model], color="black")
-    column, below, leaders = 1.25 * max(x for x, _ in points.values()), math.inf, []
+    column, leaders = 1.25 * max(x for x, _ in points.values()), []
+    below: dict[float, float] = {}  # bytes -> height of the lowest name there
     for name, (reduced, accuracy) in sorted(points.items(), key=lambda item: -item[1][1]):
-        if reduced < CROWDED:
-            axes.annotate(name, (reduced, accuracy), (6, 4), textcoords="offset points", fontsize=9)
-        else:
-            below = min(accuracy, below - LINE)
-            leaders.append([(reduced, accuracy), (column, below)])
-            axes.annotate(name, (column, below), (2, 0), textcoords="offset points", fontsize=9, va="center")
+        at = column if reduced >= CROWDED else reduced
+        below[at] = min(accuracy, below.get(at, math.inf) - LINE)
+        if at == column:
+            leaders.append([(reduced, accuracy), (column, below[at])])
+        axes.annotate(name, (at, below[at]), (6, 0), textcoords="offset points", fontsize=9, va="center")
     axes.add_collection(LineCollection(leaders, colors="grey", linewidths=0.5, zorder=0))
     axes.set(xlabel="reduced per device until the last logged step, GB", ylabel="test accuracy, %", xscale="log")
     low, high = axes.get_xlim()
