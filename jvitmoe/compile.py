@@ -64,15 +64,15 @@ def main(argv: list[str]) -> None:
             raise
         console.print(f"tried       {error}")
     if values.fit:
-        largest = _fit(config, target, count, found.get("peak_bytes", float("inf")), console.print)
-        found["largest_batch"] = largest
-        fits = f"--config.train.batch_size={largest}" if largest else "no batch"
+        batch = _fit(config, target, count, found.get("peak_bytes", float("inf")), console.print)
+        found["largest_batch"] = batch
+        fits = f"--config.train.batch_size={batch}" if batch else "no batch"
         console.print(f"largest     {fits} fits in {target}")
     if values.out:
         files.write_text(Path(values.out), json.dumps(found, indent=1) + "\n")
         console.print(f"written     {values.out}")
     if found.get("largest_batch") == 0:
-        remedy = "set --config.train.accumulate or --config.train.shard=parameters, or take a smaller model"
+        remedy = "set --config.train.shard=parameters, or take a smaller model"
         raise TooLargeError(f"no config.train.batch_size fits in {target}; {remedy}")
     if "peak_bytes" in found:
         _refuse_too_large(found, target)

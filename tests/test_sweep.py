@@ -127,6 +127,16 @@ def test_a_dry_run_of_the_original_s_table_prints_the_commands_of_its_experiment
     assert not list(tmp_path.iterdir())
 
 
+def test_routers_agree_that_part_patches_alike_whatever_their_experts_are_called():
+    def seed(text):
+        return {"routes": {"experts": [[text]]}}
+
+    one = seed("0 1 0 1 2")
+    assert routers._agreement([one, seed("1 0 1 0 -1")]) == "1.00"  # what no expert took does not count
+    assert routers._agreement([seed("0 0 1 1"), seed("0 1 0 1")]) == "0.00"
+    assert routers._agreement([one]) == "-"
+
+
 def test_a_row_of_the_router_table_is_what_the_files_of_its_runs_say(tmp_path, monkeypatch):
     (tmp_path / "tiny.py").write_text(EXPERIMENT)
     kept = tmp_path / "out" / "runs"
