@@ -3,8 +3,8 @@
     python scripts/study.py B --config configs/cifar10_fast.py --seeds 5 --runs runs/study/B --out results/study/B \\
         -- --config.data.dir=DIR
 
-Repeat the command to resume: see scripts/sweep.py. The arms of A, A_augmented, D, H and H_again are those that were
-best in A_search, D_search and H_search, whose results must lie beside --out.
+Repeat the command to resume: see scripts/sweep.py. The arms of A, A_again, A_augmented, D, D_adamix, H and
+H_again are those that were best in their searches, whose results must lie beside --out.
 """
 
 import argparse
@@ -59,9 +59,9 @@ def token_search() -> Arms:
     return {f"token_rate{rate}_pull{pull}": random("token", rate, pull, epochs(5)) for rate, pull in grid}
 
 
-def parity(results: Path, settings: dict[str, object] | None = None) -> Arms:
-    """Returns dense, its controls, and the best arms of A_search, all trained for longer and with these settings;
-    with `token`, once its own search has been run."""
+def parity(results: Path) -> Arms:
+    """Returns dense, its controls, and the best arms of A_search, all trained for longer; with `token`, once its own
+    search has been run."""
     arms = parity_search()
     samples = [name for name in arms if name.startswith("sample")]
     synchronous = best(results, "A_search", [name for name in samples if name.endswith("pull1")])
@@ -70,14 +70,24 @@ def parity(results: Path, settings: dict[str, object] | None = None) -> Arms:
     tuned = best(results, "A_search", [name for name in arms if name.startswith("dense")])
     controls = dict.fromkeys(("dense_rate1", tuned, f"dense_{synchronous.split('_')[1]}"))  # each of them once
     against = tuple("dense" if name == "dense_rate1" else name for name in controls)
-    changed = epochs(10) | (settings or {})
-    found = {"dense": Variant(arms["dense_rate1"].settings | changed)}
-    found |= {name: Variant(arms[name].settings | changed, against=("dense",)) for name in against[1:]}
+    found = {"dense": Variant(arms["dense_rate1"].settings | epochs(10))}
+    found |= {name: Variant(arms[name].settings | epochs(10), against=("dense",)) for name in against[1:]}
     chosen = [synchronous, drifting, batch]
-    if not settings and (results / "A_token_search").exists():
+    if (results / "A_token_search").exists():
         arms |= token_search()
         chosen.append(best(results, "A_token_search", token_search()))
-    return found | {name: Variant(arms[name].settings | changed, "random", against) for name in chosen}
+    return found | {name: Variant(arms[name].settings | epochs(10), "random", against) for name in chosen}
+
+
+def parity_again(results: Path, settings: dict[str, object] | None = None) -> Arms:
+    """Returns the two arms of A that lost nothing, at the learning rate that H_again found for dense."""
+    arms, changed = parity(results), {"optim.learning_rate": 2e-3} | (settings or {})
+    return {
+        "dense_rate2": Variant(arms["dense_rate2"].settings | changed),
+        "sample_rate4_pull1": Variant(
+            arms["sample_rate4_pull1"].settings | changed, "random", against=("dense_rate2",)
+        ),
+    }
 
 
 def rare_meetings() -> Arms:
@@ -282,7 +292,8 @@ EXPERIMENTS: dict[str, Callable[[Path], Arms]] = {
     "A_search": lambda _: parity_search(),
     "A_token_search": lambda _: token_search(),
     "A": parity,
-    "A_augmented": partial(parity, settings=AUGMENTED),
+    "A_again": parity_again,
+    "A_augmented": partial(parity_again, settings=AUGMENTED),
     "B": lambda _: rare_meetings(),
     "C": lambda _: bytes_against_accuracy(),
     "D_pretrained": lambda _: pretrained(),
