@@ -6,7 +6,8 @@
     python scripts/routers.py table --config configs/cifar10_fast.py --seeds 5 --runs runs/routers \\
         --out results/routers -- --config.data.dir=DIR
 
-Repeat a command to resume: see scripts/sweep.py. Repeat the search until it has nothing to do: it adds a rate where the
+Repeat a command to resume: see scripts/sweep.py. Repeat the search until it has nothing to do: it first searches the
+learning rate of dense, which all rows take, and then the rate of each row's MLPs or experts; it adds a rate where the
 best one is the highest or the lowest. The table takes the rates that were best in the search, whose results must lie
 beside --out, on held-out images. Run `time` on an idle machine.
 """
@@ -36,6 +37,7 @@ HIDDEN, TOKENS, DEPTH, LENGTH = 192, 64, 4, 8  # a run takes about ten minutes o
 SIZE = {"model.patch": 4, "model.stem": "patch", "model.width": 64, "model.heads": 2, "model.hidden": HIDDEN}
 SIZE |= {"model.depth": DEPTH, "data.validation": 5000, "train.ema": 0.0}
 SEARCH = "routers_search"
+LEARNING_RATES = (1e-3, 2e-3, 4e-3)  # the first tries of dense, with the MLP rate x 2
 # Of MLPs or experts: the first tries of every row. The mean of experts that are averaged at every step moves by a part
 # of their updates.
 RATES = (1, 2, 4)
@@ -80,10 +82,10 @@ def arm(settings: Mapping[str, object], rate: float = 1, *against: str, length: 
     return dense({**SIZE, **epochs(length), "optim.mlp_rate": rate, **settings}, *against)
 
 
-def tries(results_folder: Path, name: str) -> dict[str, float]:
+def tries(results_folder: Path, name: str, first: Sequence[float]) -> dict[str, float]:
     """Returns the names of the search's arms of a row, with their rates: the first ones, and a further one while the
     best of those that have been run is the highest or the lowest."""
-    rates = [float(rate) for rate in RATES_OF.get(name, RATES)]
+    rates = list(first)
     while True:
         arms = {f"{name}_{rate:g}": rate for rate in rates}
         found = validation_accuracies(results_folder / SEARCH / "runs", arms)
@@ -98,11 +100,34 @@ def tries(results_folder: Path, name: str) -> dict[str, float]:
             return arms
 
 
+def tries_of(results_folder: Path, name: str) -> dict[str, float]:
+    """Returns the tries of a row's rate of its MLPs or experts."""
+    return tries(results_folder, name, RATES_OF.get(name, RATES))
+
+
+def chosen(results_folder: Path, arms: Mapping[str, float]) -> float:
+    """Returns the best of these rates. Raises UserError if one of them has no result."""
+    return arms[best(results_folder, SEARCH, list(arms))]
+
+
+def learning_rate(results_folder: Path) -> dict[str, object]:
+    """Returns the setting of the learning rate that was best for dense. Raises UserError if its search is not done."""
+    return {"optim.learning_rate": chosen(results_folder, tries(results_folder, "learning_rate", LEARNING_RATES))}
+
+
 def search(results_folder: Path) -> Arms:
-    return {
-        tried: arm(settings, rate, length=LENGTH // 2)
-        for name, settings in ROUTERS.items()
-        for tried, rate in tries(results_folder, name).items()
+    def tried(settings: Mapping[str, object], rate: float) -> Variant:
+        return arm(settings, rate, length=LENGTH // 2)
+
+    first = tries(results_folder, "learning_rate", LEARNING_RATES)
+    found = {name: tried({"optim.learning_rate": rate}, 2) for name, rate in first.items()}
+    if len(validation_accuracies(results_folder / SEARCH / "runs", first)) < len(first):
+        return found
+    common = learning_rate(results_folder)
+    return found | {
+        name: tried({**settings, **common}, rate)
+        for row, settings in ROUTERS.items()
+        for name, rate in tries_of(results_folder, row).items()
     }
 
 
@@ -110,20 +135,22 @@ def table(results_folder: Path, runs: Path) -> Arms:
     """Returns a row per router at its best rate, beside dense; Switch whose experts start equal; and Switch upcycled
     from dense at half of its length. The rows without a search of their own have the rate of dense or of Switch."""
 
-    def rate(name: str) -> float:
-        arms = tries(results_folder, name)
-        return arms[best(results_folder, SEARCH, list(arms))]
+    common = learning_rate(results_folder)
+    rates = {name: chosen(results_folder, tries_of(results_folder, name)) for name in ROUTERS}
 
-    tuned = rate("dense")
-    found = {"dense": arm({})} | {f"dense_rate{r:g}": arm({}, r, "dense") for r in sorted({2, tuned} - {1})}
+    def row(settings: Mapping[str, object], rate: float, *against: str, length: int = LENGTH) -> Variant:
+        return arm({**settings, **common}, rate, *against, length=length)
+
+    tuned = rates["dense"]
+    found = {"dense": row({}, 1)} | {f"dense_rate{r:g}": row({}, r, "dense") for r in sorted({2, tuned} - {1})}
     against = "dense", f"dense_rate{tuned:g}" if tuned != 1 else "dense_rate2"
-    found["dense_half"] = arm({}, tuned, length=LENGTH // 2)
-    found["dense_wide"] = arm({"model.hidden": 4 * HIDDEN}, tuned, *against)  # the total parameters of Switch
-    found |= {name: arm(ROUTERS[name], rate(name), *against) for name in ROUTERS if name != "dense"}
-    equal = ROUTERS["switch"] | {"routing.init": "shared"}
-    found["switch_equal"] = arm(equal, rate("switch"), *against)
-    half = equal | {"init.source": str(runs / "dense_half-seed0")}
-    return found | {"upcycled": arm(half, rate("switch"), *against, length=LENGTH // 2)}
+    found["dense_half"] = row({}, tuned, length=LENGTH // 2)
+    found["dense_wide"] = row({"model.hidden": 4 * HIDDEN}, tuned, *against)  # the total parameters of Switch
+    found |= {name: row(ROUTERS[name], rates[name], *against) for name in ROUTERS if name != "dense"}
+    equal = {**ROUTERS["switch"], "routing.init": "shared"}
+    found["switch_equal"] = row(equal, rates["switch"], *against)
+    half = {**equal, "init.source": str(runs / "dense_half-seed0")}
+    return found | {"upcycled": row(half, rates["switch"], *against, length=LENGTH // 2)}
 
 
 def measure(experiment: str, arms: Arms, out: Path) -> None:

@@ -1,6 +1,5 @@
 """A sweep keeps what a report reads of each run, and trains only what is not kept."""
 
-import functools
 import itertools
 import json
 import math
@@ -24,6 +23,7 @@ from scipy import stats
 
 import processes
 from jvitmoe import evaluate, experiment_files, routing, train
+from jvitmoe.errors import UserError
 from jvitmoe.experts import cost
 from jvitmoe.runs import files, results
 
@@ -49,8 +49,9 @@ def run_sweep(folder: Path) -> str:
     return subprocess.run(command(folder), capture_output=True, text=True, check=True).stdout
 
 
-def test_every_variant_is_an_experiment_of_its_own(tmp_path):
-    searched = types.SimpleNamespace(variants=functools.partial(routers.search, tmp_path))
+def test_every_variant_is_an_experiment_of_its_own():
+    compared = {name: routers.arm(settings) for name, settings in routers.ROUTERS.items()}
+    searched = types.SimpleNamespace(variants=lambda: compared)
     for script, experiment in (
         (ablate_recipe, "cifar10_fast"),
         (compare_routers, "digits_dense"),
@@ -78,24 +79,38 @@ def test_every_router_of_the_tables_costs_what_dense_costs():
         assert found == pytest.approx(dict.fromkeys(arms, 1.015), abs=0.02)
 
 
-def test_the_search_of_a_router_goes_on_while_the_best_rate_is_at_an_edge(tmp_path):
+def test_the_search_of_routers_takes_dense_s_learning_rate_and_goes_on_while_a_best_rate_is_at_an_edge(tmp_path):
     def run(name, accuracy):
         folder = tmp_path / routers.SEARCH / "runs" / f"{name}-seed0"
         folder.mkdir(parents=True)
         (folder / files.METRICS).write_text(json.dumps({"step": 1, "kind": "validation", "accuracy": accuracy}) + "\n")
 
-    best_at = {"switch": 0.5, "soft": 2.0, "batch": 16.0}
-    tried = {name: set() for name in best_at}
-    for name, best in best_at.items():
-        while todo := [arm for arm in routers.tries(tmp_path, name) if arm not in tried[name]]:
-            for arm in todo:
-                run(arm, -abs(math.log(routers.tries(tmp_path, name)[arm] / best)))
-            tried[name] |= set(todo)
-    assert {name: sorted(routers.tries(tmp_path, name).values()) for name in best_at} == {
+    best_at = dict.fromkeys(routers.ROUTERS, 2.0) | {"switch": 0.5, "batch": 16.0, "learning_rate": 5e-4}
+    rates, tried = {name: [] for name in best_at}, set()
+    with pytest.raises(UserError, match="has no result"):
+        routers.table(tmp_path, tmp_path)
+    while todo := routers.search(tmp_path).keys() - tried:
+        assert len({name.startswith("learning_rate") for name in todo}) == 1  # dense's is known before the others start
+        for name in todo:
+            row, _, rate = name.rpartition("_")
+            rates[row].append(float(rate))
+            run(name, -abs(math.log(float(rate) / best_at[row])))
+        tried |= todo
+    assert {name: sorted(rates[name]) for name in ("learning_rate", "switch", "soft", "sample", "batch")} == {
+        "learning_rate": [2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3],
         "switch": [0.25, 0.5, 1, 2, 4],
         "soft": [1, 2, 4],
+        "sample": [1, 2, 4, 8],
         "batch": [4, 8, 16, 32],
     }
+    rows = routers.table(tmp_path, tmp_path)
+    assert {arm.settings["optim.learning_rate"] for arm in rows.values()} == {5e-4}
+    assert [rows[name].settings["optim.mlp_rate"] for name in ("switch", "upcycled", "batch", "dense_wide")] == [
+        0.5,
+        0.5,
+        16,
+        2,
+    ]
 
 
 def test_the_interval_is_student_s_and_the_time_left_that_of_runs_side_by_side():
