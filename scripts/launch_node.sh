@@ -25,7 +25,7 @@ for ((attempt = 1; ; attempt++)); do
         JAX_LOCAL_DEVICE_IDS=$i setsid "$@" --coordinator="localhost:$port" --processes="$processes" --process="$i" &
         children+=($!)
     done
-    code=0
+    code=$((stopped ? 143 : 0)) # a signal may come before there is a process
     while ((${#children[@]})); do
         running=()
         for child in "${children[@]}"; do

@@ -23,14 +23,12 @@ from typing import Any
 
 import jax
 import numpy as np
+import scaling_model
+import timed_step
 from absl import flags
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 from scipy import optimize
-
-sys.path.insert(0, str(Path(__file__).parent))
-import scaling_model
-import timed_step
 
 from jvitmoe import train
 from jvitmoe.config import Config, ModelConfig, RoutingConfig, TrainConfig

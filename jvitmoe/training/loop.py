@@ -55,21 +55,13 @@ def train(
     data = setup.load_data(config, routed, mesh)
     model = routed.model(mesh)
     plan = StepPlan(config, routed, model, mesh, data.order.steps_per_epoch)
-    dense, init_notes = None, list[str]()
-    if config.init.source:
-        steps = processes.together(lambda: list_steps(workdir / files.CHECKPOINTS))
-        if processes.broadcast_from_first(not steps):  # a checkpoint includes the source
-            dense, init_notes = processes.together(lambda: pretrained.start(config))
+    dense, init_notes = _source(config, workdir)
     images = data.counts | data.hashes
     cleanup.enter_context(processes.together(lambda: open_run_folder(workdir, config, data.classes, images)))
     processes.together(lambda: check_shared(workdir))
     setup.print_setup(plan, workdir, data, init_notes)
 
-    damaged = stream.Damaged(len(data.train), lambda text: console.print(f"skipped     {text}"))
-    if config.data.stream and not list_steps(workdir / files.CHECKPOINTS):
-        with progress("checking    the headers of all training images") as checked:
-            processes.together(lambda: damaged.check(data.train, config, checked))
-
+    damaged = _damaged(config, workdir, data)
     watchdog = Watchdog(STALL_MINUTES)
     evaluation = _Evaluation(plan, data, watchdog)
     checkpoints = CheckpointWriter(workdir / files.CHECKPOINTS, KEEP)
@@ -110,6 +102,26 @@ def train(
             if not rate:  # this command timed no step; earlier ones did
                 result |= results.of_training(workdir, meta.get("versions"))
             results.write_result(workdir, result)
+
+
+def _source(config: Config, workdir: Path) -> tuple[Any, list[str]]:
+    """Returns the dense parameters of `init.source` and notes on them; (None, []) without one and for a run that
+    resumes, whose checkpoint includes them."""
+    if config.init.source:
+        steps = processes.together(lambda: list_steps(workdir / files.CHECKPOINTS))
+        if processes.broadcast_from_first(not steps):
+            return processes.together(lambda: pretrained.start(config))
+    return None, []
+
+
+def _damaged(config: Config, workdir: Path, data: RunData) -> stream.Damaged:
+    """Returns the record of training images that cannot be read, after looking at all headers if a run that streams
+    starts."""
+    damaged = stream.Damaged(len(data.train), lambda text: console.print(f"skipped     {text}"))
+    if config.data.stream and not list_steps(workdir / files.CHECKPOINTS):
+        with progress("checking    the headers of all training images") as checked:
+            processes.together(lambda: damaged.check(data.train, config, checked))
+    return damaged
 
 
 def _exit(done: int, number: int) -> NoReturn:
