@@ -5,23 +5,13 @@ from typing import Any
 
 __version__ = "0.1.0"
 __all__ = ["Run", "load", "merging", "train"]
+_FILES = {"Run": "api", "load": "interop.classifier", "merging": "experts.merge", "train": "train"}
 
 
 def __getattr__(name: str) -> Any:
     """Imports `load`, `merging` (experts/merge.py), `Run`, and `train`, a module that one can call, on first use. The
     package alone does not import JAX."""
-    if name == "train":
-        return importlib.import_module("jvitmoe.train")
-    if name == "Run":
-        from jvitmoe.api import Run
-
-        return Run
-    if name == "load":
-        from jvitmoe.interop.classifier import load
-
-        return load
-    if name == "merging":
-        from jvitmoe.experts import merge
-
-        return merge
-    raise AttributeError(f"module 'jvitmoe' has no attribute {name!r}")
+    if name not in _FILES:
+        raise AttributeError(f"module 'jvitmoe' has no attribute {name!r}")
+    module = importlib.import_module(f"jvitmoe.{_FILES[name]}")
+    return module if name in ("merging", "train") else getattr(module, name)

@@ -33,13 +33,6 @@ def main(argv: list[str]) -> None:
     """Runs the command. Raises UserError for a flag, a run folder or data that do not fit."""
     values = cli.parse(argv, _define_flags)
     workdir = cli.run_folder(values)
-    if values.paths < 0:
-        raise UserError(f"--paths is {values.paths}; it must be the number of random paths, 0 or more")
-    if values.devices < 0:
-        raise UserError(f"--devices is {values.devices}; it must be a number of devices, or 0 for all of them")
-    for name in ("few_shot", "knn"):
-        if (images := getattr(values, name)) < 0:
-            raise UserError(f"--{name} is {images}; it must be a number of images, or 0 for no probe")
     if values.probe_data and not (values.few_shot or values.knn):
         raise UserError(f"--probe_data is {values.probe_data!r}; name a probe on it: --few_shot=10 or --knn=20")
     if values.probe_dir and not values.probe_data:
@@ -221,13 +214,13 @@ def _define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_string("workdir", "", "Run folder that training wrote.", flag_values=values)
     flags.DEFINE_string("checkpoint", "latest", "latest, best (on validation) or a step.", flag_values=values)
     flags.DEFINE_bool("verify", False, "Only report which files of the folder are sound.", flag_values=values)
-    flags.DEFINE_integer("paths", 8, "Random paths to test: an expert drawn per layer.", flag_values=values)
-    flags.DEFINE_integer("few_shot", 0, "Linear probe on this many images per class; 0 is none.", flag_values=values)
-    flags.DEFINE_integer("knn", 0, "Vote of this many nearest training images; 0 is none.", flag_values=values)
+    flags.DEFINE_integer("paths", 8, "Random paths to test: an expert drawn per layer.", 0, flag_values=values)
+    flags.DEFINE_integer("few_shot", 0, "Linear probe on this many images per class; 0 is none.", 0, flag_values=values)
+    flags.DEFINE_integer("knn", 0, "Vote of this many nearest training images; 0 is none.", 0, flag_values=values)
     flags.DEFINE_string("probe_data", "", "Set of the probes, if not the run's: a data.name.", flag_values=values)
     flags.DEFINE_string("probe_dir", "", "Its folder, if not that of the run's data.", flag_values=values)
     flags.DEFINE_string("data_dir", "", "Where the data are, if not where training found them.", flag_values=values)
-    flags.DEFINE_integer("devices", 0, "Devices to use; 0 is all local ones.", flag_values=values)
+    flags.DEFINE_integer("devices", 0, "Devices to use; 0 is all local ones.", 0, flag_values=values)
 
 
 if __name__ == "__main__":

@@ -30,8 +30,6 @@ def main(argv: list[str]) -> None:
         )
     if not arguments:
         raise UserError("no picture was given; name files or folders after the flags")
-    if values.top < 1:
-        raise UserError(f"--top is {values.top}; it must be at least 1")
     out = Path(values.sheet) if values.sheet else None
     if out and (out.suffix.lower() != ".png" or not out.parent.is_dir()):
         raise UserError(f"--sheet is {values.sheet!r}; it must be a .png in a folder that exists")
@@ -86,7 +84,7 @@ def _define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_string("workdir", "", where, flag_values=values)
     flags.DEFINE_alias("model", "workdir", flag_values=values)
     cli.define_weights(values)
-    flags.DEFINE_integer("top", 5, "Classes per picture.", flag_values=values)
+    flags.DEFINE_integer("top", 5, "Classes per picture.", 1, flag_values=values)
     flags.DEFINE_bool("json", False, "JSON on standard output, instead of a table.", flag_values=values)
     flags.DEFINE_string("sheet", "", "PNG to draw the pictures in, with the classes below them.", flag_values=values)
 

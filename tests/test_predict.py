@@ -233,7 +233,7 @@ def test_the_contact_sheet_shows_every_picture_and_its_classes(experiment_run, f
     [
         (("x.png",), "--workdir is missing"),
         (("--workdir={run}",), "no picture was given"),
-        (("--workdir={run}", "--top=0", "x.png"), "--top is 0"),
+        (("--workdir={run}", "--top=0", "x.png"), "--top=0: 0 is not a positive integer"),
         (("--workdir={run}", "--sheet=x.jpg", "x.png"), "it must be a .png"),
         (("--workdir={run}", "--checkpoint=9", "x.png"), "checkpoint '9' does not exist"),
         (("--workdir=no/where", "x.png"), "'no/where"),

@@ -246,7 +246,7 @@ class Fitting(Source):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--few_shot=-1",), "--few_shot is -1; it must be a number of images, or 0 for no probe"),
+        (("--few_shot=-1",), "--few_shot=-1: -1 is not a non-negative integer"),
         (("--probe_data=digits",), "--probe_data is 'digits'; name a probe on it: --few_shot=10 or --knn=20"),
         (("--knn=3", "--probe_dir=x"), "--probe_dir is 'x'; name the set in it: --probe_data=NAME"),
         (("--knn=3", "--probe_data=folder"), "data.name=folder needs the folder: set --probe_dir="),

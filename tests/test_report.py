@@ -144,7 +144,7 @@ def test_runs_that_may_not_be_averaged_are_apart_and_a_named_group_of_them_is_re
         apart = capsys.readouterr().out.replace("\n", " ")
         assert (f"{first} and {other} " in apart) == (fault.split()[0] in ("are", "tested"))
         with pytest.raises(UserError, match="group 'mine'") as caught:
-            groups.check_group("mine", [groups.read_run(first), groups.read_run(other)])
+            groups.add_group({}, "mine", [groups.read_run(first), groups.read_run(other)])
         assert fault in str(caught.value)
 
 

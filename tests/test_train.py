@@ -295,9 +295,9 @@ def test_a_run_that_blows_up_stops_and_names_step_value_and_last_good_checkpoint
 @pytest.mark.parametrize(
     ("flag", "message"),
     [
-        ("--paths=-1", "--paths is -1"),
+        ("--paths=-1", "--paths=-1: -1 is not a non-negative integer"),
         ("--checkpoint=999", "checkpoint '999' does not exist"),
-        ("--devices=-1", "--devices is -1"),
+        ("--devices=-1", "--devices=-1: -1 is not a non-negative integer"),
         ("--devices=64", "error: --devices is 64; it must be at most 8"),
     ],
 )

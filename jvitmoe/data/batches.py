@@ -99,16 +99,12 @@ class TrainOrder:
             permutation_N = jax.random.permutation(jax.random.fold_in(key, epoch), count)
             return permutation_N[: steps * batch_size].reshape(steps, batch_size)
 
-        self._on_host = on_host(order, mesh)
+        self.on_host = on_host(order, mesh)  # the same index_SB, on the host
         self._order = jax.jit(order, out_shardings=NamedSharding(mesh, REPLICATED))
 
     def epoch(self, number: int) -> jax.Array:
         """Returns index_SB of an epoch, on every device. It is a pure function of (seed, epoch)."""
         return self._order(jnp.int32(number))
-
-    def on_host(self, number: int) -> np.ndarray:
-        """Returns the same index_SB on the host, as `on_host` does."""
-        return self._on_host(number)
 
 
 def resident_batches(

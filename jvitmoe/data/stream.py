@@ -13,7 +13,6 @@ import threading
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -162,11 +161,7 @@ def _batches(
         return read(steps[step], int(row_b[local]))
 
     def to_devices(array_b: np.ndarray) -> jax.Array:
-        def shard(index: Any) -> np.ndarray:
-            first, last, _ = index[0].indices(batch)
-            return array_b[np.searchsorted(row_b, first) : np.searchsorted(row_b, last)]
-
-        return jax.make_array_from_callback((batch, *array_b.shape[1:]), sharding, shard)
+        return jax.make_array_from_process_local_data(sharding, array_b, (batch, *array_b.shape[1:]))
 
     # Slurm lets a task use some of the cores. macOS cannot say which a process may use.
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -18,7 +18,7 @@ from matplotlib.axis import Axis
 from matplotlib.colors import LinearSegmentedColormap, PowerNorm, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.font_manager import get_font
-from matplotlib.ticker import Formatter, LogLocator, MaxNLocator, NullLocator
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from jvitmoe.data.images import Picture, opened, pixels
@@ -332,26 +332,12 @@ def _seeds(counts: Mapping[str, int]) -> tuple[dict[str, str], str]:
     return labels, f"mean ± sample deviation over {'n' if more else one} seeds" if more or one > 1 else ""
 
 
-class _Plain(Formatter):
-    """Plain decimals of value * scale, in as few digits as tell the ticks of an axis apart."""
-
-    def __init__(self, scale: float) -> None:
-        self._scale = scale
-
-    def format_ticks(self, values: Sequence[float]) -> list[str]:
-        digits, texts = 3, list[str]()
-        while len(set(texts)) < len(values) and digits < 16:
-            scaled = [np.format_float_positional(self._scale * v, digits, fractional=False, trim="-") for v in values]
-            digits, texts = digits + 1, scaled
-        return texts
-
-
 def plain_ticks(axis: Axis, scale: float = 1) -> None:
     """Gives a logarithmic axis several ticks, whatever its range, as plain decimals of value * scale."""
     low, high = axis.get_view_interval()
     subs = (1, 2, 5) if high > 20 * low else (1, 1.5, 2, 3, 4, 6)
     axis.set_major_locator(LogLocator(subs=subs) if high > 4 * low else MaxNLocator(8, steps=(1, 2, 5, 10)))
-    axis.set_major_formatter(_Plain(scale))
+    axis.set_major_formatter(lambda value, _: np.format_float_positional(scale * value, 9, fractional=False, trim="-"))
     axis.set_minor_locator(NullLocator())
 
 

@@ -107,19 +107,13 @@ def group_runs(runs: Sequence[TestedRun], named: Groups | None = None) -> Groups
 
 
 def add_group(groups: Groups, name: str, group: list[TestedRun]) -> None:
-    """Adds a group. Raises UserError as `check_group` does, and for a name that is taken."""
+    """Adds a group, sorted by seed. Raises UserError where its name is taken or its runs may not be averaged."""
     if name in groups:
         raise UserError(f"two groups are called {name!r}; give one another name")
-    groups[name] = check_group(name, group)
-
-
-def check_group(name: str, group: list[TestedRun]) -> list[TestedRun]:
-    """Returns the group, sorted by seed. Raises UserError where its runs may not be averaged."""
-    group = sorted(group, key=lambda run: run.config.train.seed)
-    for run, other in itertools.pairwise(group):
+    groups[name] = sorted(group, key=lambda run: run.config.train.seed)
+    for run, other in itertools.pairwise(groups[name]):
         for fault in _faults(run, other):
             raise UserError(f"group {name!r}: {run.folder} and {other.folder} {fault}")
-    return group
 
 
 def _faults(run: TestedRun, other: TestedRun) -> Iterator[str]:

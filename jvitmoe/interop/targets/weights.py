@@ -133,8 +133,8 @@ def _preprocessor(model: ModelConfig, source: load.Source) -> dict[str, Any]:
         **{"resample": 2 if crop == "resized" else 3},  # Pillow's bilinear, bicubic
         **{"do_center_crop": True, "crop_size": {"height": side, "width": side}},
         **{"do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True},
-        "image_mean": _per_channel(source.mean, model),
-        "image_std": _per_channel(source.std, model),
+        "image_mean": np.broadcast_to(source.mean, model.channels).tolist(),
+        "image_std": np.broadcast_to(source.std, model.channels).tolist(),
     }
 
 
@@ -204,7 +204,7 @@ def timm_config(
         **{"class_token": model.has_cls, "no_embed_class": not _cls_row(model), "global_pool": pool},
         **{name: value for name, value in parts.items() if value},
     }
-    pixels = {"mean": _per_channel(mean, model), "std": _per_channel(std, model)}
+    pixels = {name: np.broadcast_to(v, model.channels).tolist() for name, v in (("mean", mean), ("std", std))}
     cfg = {
         **{"num_classes": model.classes, "input_size": [model.channels, model.image_size, model.image_size], **pixels},
         **{"interpolation": "bilinear" if crop == "resized" else "bicubic", "crop_mode": "center"},
@@ -227,8 +227,3 @@ def _ratio(hidden: int, width: int) -> float:
     """Returns the ratio r with int(width * r) = hidden, which is timm's formula."""
     ratio = hidden / width
     return ratio if int(width * ratio) == hidden else (hidden + 0.5) / width
-
-
-def _per_channel(values: Sequence[float], model: ModelConfig) -> list[float]:
-    """Returns the mean or deviation of pixels with one number per channel."""
-    return list(values) if len(values) == model.channels else list(values) * model.channels
