@@ -20,17 +20,12 @@ from jvitmoe.errors import ConfigError, UserError
 CONFIGS = Path(__file__).parents[1] / "configs"
 
 
-def set_field(config: Config, path: str, value: object) -> Config:
-    section, name = path.split(".")
-    setattr(getattr(config, section), name, value)
-    return config
-
-
 def refused(**fields: object) -> str:
     """Returns the line that refuses a config with these settings: refused(model__depth=0)."""
     config = Config()
     for path, value in fields.items():
-        set_field(config, path.replace("__", "."), value)
+        section, name = path.split("__")
+        setattr(getattr(config, section), name, value)
     with pytest.raises(ConfigError) as caught:
         routing.find(config.validate())
     assert "\n" not in str(caught.value)

@@ -77,7 +77,7 @@ MIXED = {"crop_padding": 1, "flip": True, "erase": 0.5, "mixup": 0.8, "cutmix": 
 
 @pytest.mark.parametrize(
     ("kind", "augment", "meshes"),
-    [("sample", "three", ((4, 4), (8, 2))), ("token", "trivial", ((2, 1), (4, 1)))],
+    [("sample", "three", ((4, 4), (8, 2))), ("token", "trivial", ((4, 1),))],
 )
 def test_mixing_images_is_the_same_on_any_devices(tiny_config, training, kind, augment, meshes):
     """The partner of an image may be on another device, and where experts have devices, images are sorted by expert.
@@ -152,7 +152,7 @@ def test_a_batch_in_parts_is_the_batch(axis_run):
     chex.assert_trees_all_close(many.history[-1], one.history[-1], rtol=1e-6, atol=3e-7)
 
 
-@pytest.mark.parametrize(("pull", "ema"), [(0.0, 0.0), (0.1, 0.0), (0.1, 0.9)])
+@pytest.mark.parametrize(("pull", "ema"), [(0.0, 0.0), (0.1, 0.9)])
 def test_an_expert_axis_reduces_the_trunk_and_means_of_experts_and_moves_no_image(tiny_config, tiny_split, pull, ema):
     config = tiny_config(
         model={"width": 32, "hidden": 64, "patch": 2},

@@ -131,11 +131,11 @@ def test_the_example_of_merging_runs():
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """Returns a folder with what the examples begin with: two short runs, and a picture."""
+    """Returns a folder with what the examples begin with: a short run under three names, and a picture."""
     folder = tmp_path_factory.mktemp("examples")
-    jvitmoe.train("digits_dense", folder / "runs" / "digits_dense", SHORT)
     jvitmoe.train("digits_random", folder / "runs" / "random", SHORT)
-    shutil.copytree(folder / "runs" / "random", folder / "runs" / "demo" / "random")
+    for name in ("demo/random", "digits"):
+        shutil.copytree(folder / "runs" / "random", folder / "runs" / name)
     (folder / "shapes" / "test" / "disc").mkdir(parents=True)
     Image.fromarray(np.full((20, 30, 3), 200, np.uint8)).save(folder / "shapes" / "test" / "disc" / "0.png")
     return folder

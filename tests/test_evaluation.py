@@ -118,7 +118,8 @@ def test_no_confusion_is_counted_for_more_than_1000_classes(tiny_config, split):
     evaluate, params = make_evaluate(net, mesh, config.data), vit.init(net, jax.random.key(0))
     images, batches = on_devices(split, mesh), eval_batches(26, 26, mesh)
     assert evaluate(params, images, batches).confusion == []
-    (row,) = models.evaluate_run(config, params, None, evaluate, images, batches)
+    (row,) = models.evaluate_run(config, params, None, evaluate, images, batches, 8)
+    assert (row["model"], row["images"]) == ("dense", 26)
     assert "confusion" not in row
 
 
@@ -131,28 +132,17 @@ def test_progress_is_told_after_every_batch_of_every_model(tiny_config, split, p
     assert len(told) == 3 * len(batches.index_SB)  # merged, EMA, and all paths
 
 
-def test_an_ensemble_of_one_path_is_that_path(tiny_config, split, params_of):
-    config = tiny_config(routing={"experts": E})
-    mesh = make_mesh(config.train)
-    images, batches = on_devices(split, mesh), eval_batches(26, 8, mesh)
-    evaluate = make_evaluate(vit.build(config.model), mesh, config.data)
-    (first, second, _), ensemble = evaluate.paths(params_of(E), models.path_routes(config, 0), 1, images, batches)
-    assert ensemble == near(first)
-    assert first != second
-
-
-@pytest.mark.parametrize("count", [1, 5])
-def test_images_outside_the_batches_do_not_count(tiny_config, split, params_of, count):
+def test_images_outside_the_batches_do_not_count(tiny_config, split, params_of):
     config = tiny_config(train={"devices": 2})
-    mesh = make_mesh(config.train)
+    mesh, params = make_mesh(config.train), params_of(1)
     evaluate = make_evaluate(vit.build(config.model), mesh, config.data)
-    images, params = on_devices(split, mesh), params_of(1)
-    few = evaluate(params, images, eval_batches(count, 8, mesh))
-    changed = split.images_NHWc.copy()
-    changed[count:] = 255
-    images = on_devices(Split(changed, split.labels_N), mesh)
-    assert few == evaluate(params, images, eval_batches(count, 8, mesh))
-    assert few.images == count
+    for count in (1, 5):
+        few = evaluate(params, on_devices(split, mesh), eval_batches(count, 8, mesh))
+        changed = split.images_NHWc.copy()
+        changed[count:] = 255
+        images = on_devices(Split(changed, split.labels_N), mesh)
+        assert few == evaluate(params, images, eval_batches(count, 8, mesh))
+        assert few.images == count
 
 
 @pytest.mark.parametrize("paths", [0, 4])
@@ -217,16 +207,6 @@ def test_random_paths_are_fixed_by_the_seed_and_fresh_per_layer_and_number(tiny_
     assert len(set(map(tuple, routes(0)))) == 7
     key = address(jax.random.key(0), Purpose.PATH, 2)
     assert routes(0)[6] == jax.random.randint(key, (12,), 0, 4).tolist()
-
-
-def test_a_dense_run_has_one_row(tiny_config, split, params_of):
-    config = tiny_config()
-    mesh = make_mesh(config.train)
-    evaluate = make_evaluate(vit.build(config.model), mesh, config.data)
-    (row,) = models.evaluate_run(
-        config, params_of(1), None, evaluate, on_devices(split, mesh), eval_batches(26, 26, mesh), 8
-    )
-    assert (row["model"], row["images"]) == ("dense", 26)
 
 
 def test_flops_count_every_layer_and_every_product(tiny_config):

@@ -283,17 +283,15 @@ def test_a_model_of_any_parts_is_the_same_where_it_goes(parts, target, tmp_path,
 def write(target: str, out: Path) -> Path:
     """Returns the folder with the files of a small model that was never trained."""
     model = config_of(image_size=8, channels=1, patch=4, width=16, hidden=24, depth=2, heads=2, norm_epsilon=1e-6).model
-    params = weight_names.flatten(vit.init(vit.build(model), jax.random.key(0)))
+    rng = np.random.default_rng(0)
+    params = {name: rng.normal(size=shape).astype("f") for name, shape in load._shapes(model).items()}
     out.mkdir()
     TARGETS[target].write(out, load.Source(Path("run"), "run", params, model, tuple("abcdefghij")), model)
     return out
 
 
-@pytest.mark.parametrize("target", ["safetensors", "timm", "hf"])
-def test_one_flipped_bit_in_the_weights_of_an_export_is_noticed_and_weights_without_a_checksum_are_read(
-    tmp_path, target
-):
-    path = write(target, tmp_path / "out") / "model.safetensors"
+def test_one_flipped_bit_in_the_weights_of_an_export_is_noticed_and_weights_without_a_checksum_are_read(tmp_path):
+    path = write("safetensors", tmp_path / "out") / "model.safetensors"
     sound = path.read_bytes()
     header = int.from_bytes(sound[:8], "little")
     random = np.random.default_rng(0)

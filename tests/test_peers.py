@@ -300,7 +300,8 @@ def test_trivial_augment_is_torchvisions_at_every_level(peers, tmp_path, side):
     """To the bit; blends and autocontrast, whose float32 is rounded otherwise, within one level."""
     rng, ramp = np.random.default_rng(0), np.linspace(0, 255, side)
     smooth = np.stack(np.broadcast_arrays(ramp[:, None], ramp, (ramp[:, None] + ramp) / 2), -1)
-    images = np.stack([rng.integers(0, 256, (side, side, 3)), smooth, smooth // 2 + 40]).astype(np.uint8)
+    flat = np.full_like(smooth, 77)  # nothing to stretch or equalise
+    images = np.stack([rng.integers(0, 256, (side, side, 3)), smooth, smooth // 2 + 40, flat]).astype(np.uint8)
     names = dict(zip(augment.TRIVIAL, TRIVIAL_THERE, strict=True))
     np.savez(tmp_path / "in.npz", images=images)
     peers("trivial", arrays=tmp_path / "in.npz", names=names, out=tmp_path / "out.npz")

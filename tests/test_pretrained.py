@@ -398,10 +398,3 @@ def test_damaged_and_foreign_sources_are_one_line_with_the_path(tmp_path):
 def test_a_path_that_no_file_can_have_is_one_line(path):
     with pytest.raises(UserError, match="is not a file; give a run folder"):
         load.read(path)
-
-
-def test_a_finished_run_is_read_merged_with_its_names(experiment_run):
-    found = load.read(experiment_run)
-    assert (found.kind, found.classes) == ("run", tuple("0123456789"))
-    assert found.params["blocks.mlp.up"].ndim == 3
-    assert "averaged the experts" in found.notes

@@ -25,14 +25,14 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def slot_run(tiny_config, training):
-    """Returns five steps where all experts run, once for each setting: slot_run(kind, devices)."""
+    """Returns five steps where all experts run, once for each number of devices: slot_run(devices)."""
 
     @functools.cache
-    def run(kind, devices):
+    def run(devices):
         config = tiny_config(
             data={"crop_padding": 1, "flip": True},
             model={"dropout": 0.2},
-            routing={"experts": 2, "kind": kind, "pull": 0.1},
+            routing={"experts": 2, "kind": "sample", "pull": 0.1},
             optim={"eps": 1e-3, "mlp_rate": 2.0},
             train={"devices": devices, "ema": 0.75, "batch_size": 16, "epochs": 8},
         )
@@ -41,15 +41,14 @@ def slot_run(tiny_config, training):
     return run
 
 
-@pytest.mark.parametrize("kind", ["sample", "token"])
-def test_training_of_all_experts_is_the_same_on_1_and_8_devices(slot_run, kind):
-    one, many = slot_run(kind, 1), slot_run(kind, 8)
+def test_training_of_all_experts_is_the_same_on_1_and_8_devices(slot_run):
+    one, many = slot_run(1), slot_run(8)
     chex.assert_trees_all_close(many.metrics, one.metrics, rtol=1e-6, atol=1e-6)
     chex.assert_trees_all_close(many.history[-1], one.history[-1], rtol=1e-6, atol=3e-7)
 
 
 def test_with_sample_every_expert_runs_every_step(slot_run):
-    run = slot_run("sample", 1)
+    run = slot_run(1)
     counts_LE = optax.tree.get(run.history[-1].opt_state.experts, "count")
     np.testing.assert_array_equal(counts_LE, np.full((2, 2), 5))
 
@@ -66,15 +65,6 @@ def test_with_sample_the_loss_is_that_of_each_expert_on_its_images(tiny_config, 
             logits = vit.logits(run.model.plain(), path, x[slot::4])
             wanted.append(optax.softmax_cross_entropy_with_integer_labels(logits, labels_B[slot::4]))
         np.testing.assert_allclose(run.metrics[number].loss, np.mean(wanted), rtol=1e-5)
-
-
-def test_ema_is_the_running_mean_of_the_merged_tree(slot_run):
-    run = slot_run("sample", 1)
-    expected = merge.average_experts(run.history[0].params)
-    for done, after in enumerate(run.history[1:]):
-        merged, decay = merge.average_experts(after.params), min(0.75, (1 + done) / (10 + done))
-        expected = jax.tree.map(lambda mean, new, d=decay: d * mean + (1 - d) * new, expected, merged)
-        chex.assert_trees_all_close(after.ema, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_each_expert_on_a_share_of_the_images_costs_what_dense_costs(tiny_config):
@@ -95,16 +85,14 @@ def test_each_expert_on_a_share_of_the_images_costs_what_dense_costs(tiny_config
 
 
 @pytest.mark.parametrize("kind", ["batch", "sample"])
-def test_equal_experts_with_pull_1_stay_equal(tiny_config, training, kind):
+def test_with_pull_1_experts_that_started_different_are_equal_after_every_step(tiny_config, training, kind):
     def spread(state):
         _, experts = trees.split(state.params, trees.stacked(state.params))
         return max(float(np.ptp(leaf, axis=1).max()) for leaf in jax.tree.leaves(experts))
 
-    for init, equal in (("shared", True), ("independent", False)):
-        routed = {"experts": 2, "kind": kind, "init": init, "pull": 1.0}
-        first, *later = map(spread, training(tiny_config(routing=routed)).run(3).history)
-        assert (first == 0) == equal
-        assert max(later) == 0
+    routed = {"experts": 2, "kind": kind, "init": "independent", "pull": 1.0}
+    first, *later = map(spread, training(tiny_config(routing=routed)).run(3).history)
+    assert first > 0 == max(later)
 
 
 @pytest.mark.parametrize("routed", [{"experts": 2, "kind": "sample"}, {}])
@@ -223,17 +211,7 @@ def test_cosub_equals_its_formula():
     np.testing.assert_allclose(slope, wanted, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize(("kind", "form", "times"), [("layer", "adamix", 1), ("sample", "thor", 2)])
-def test_with_equal_experts_consistency_adds_nothing(tiny_config, training, kind, form, times):
-    routed = {"experts": 4, "kind": kind, "init": "shared"}
-    plain, two = (
-        training(tiny_config(routing=routed | more)).run(1).metrics[0].loss
-        for more in ({}, {"consistency": 5.0, "consistency_loss": form})
-    )
-    np.testing.assert_allclose(two, times * plain, rtol=1e-5)
-
-
-def test_two_passes_over_batch_routes_touch_exactly_their_two_experts(tiny_config, training):
+def test_two_passes_touch_exactly_their_two_experts_and_have_the_loss_of_both(tiny_config, training):
     routed = {"experts": 4, "kind": "layer", "consistency": 1.0, "consistency_loss": "thor"}
     run = training(tiny_config(routing=routed)).run(3)
     root = jax.random.key(run.config.train.seed)
@@ -244,10 +222,15 @@ def test_two_passes_over_batch_routes_touch_exactly_their_two_experts(tiny_confi
             for expert in range(4):
                 same = up_before[layer, expert].tobytes() == up_after[layer, expert].tobytes()
                 assert same == (expert not in ran[layer])
+    index_B = np.asarray(run.order.epoch(0))[0]
+    x, labels_B = augment.normalize(run.images.rows(index_B)[0]), run.images.labels_N[index_B]
+    routes = run.routing.draw(root, jnp.int32(0))
+    p, q = (vit.logits(run.model, merge.take_path(run.history[0].params, route_L), x) for route_L in routes)
+    ce = [optax.softmax_cross_entropy_with_integer_labels(logits, labels_B).mean() for logits in (p, q)]
+    np.testing.assert_allclose(run.metrics[0].loss, sum(ce) + losses.consistency(p, q, False), rtol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["batch", "sample"])
-@pytest.mark.parametrize("form", ["thor", "adamix"])
+@pytest.mark.parametrize(("kind", "form"), [("batch", "thor"), ("sample", "adamix")])
 def test_two_passes_give_the_gradients_of_the_whole_stack(tiny_config, training, kind, form):
     """The step on two picked experts moves the trunk as plain differentiation through all experts says."""
     routed = {"experts": 3, "kind": kind, "consistency": 2.0, "consistency_loss": form}
@@ -271,8 +254,7 @@ def test_two_passes_give_the_gradients_of_the_whole_stack(tiny_config, training,
 
 
 @pytest.mark.parametrize(
-    ("drops", "form", "weight"),
-    [({"dropout": 0.3}, "thor", 2.0), ({"drop_path": 0.5}, "thor", 2.0), ({"drop_path": 0.5}, "cosub", 0.5)],
+    ("drops", "form", "weight"), [({"dropout": 0.3}, "thor", 2.0), ({"drop_path": 0.5}, "cosub", 0.5)]
 )
 def test_a_dense_model_s_two_passes_differ_in_what_they_drop(tiny_config, training, drops, form, weight):
     """R-Drop and cosub: the loss is that of both passes, and they are those of one pass under their own keys."""
@@ -362,13 +344,6 @@ def test_what_is_augmented_follows_the_step(tiny_config, training):
     np.testing.assert_allclose(late, np.where(np.arange(8) >= 6, plain, erased), rtol=1e-5)
 
 
-@pytest.mark.parametrize("router", ["switch", "soft"])
-def test_experts_of_a_learned_router_average_to_the_dense_models_tree(tiny_config, training, router):
-    merged = merge.average_experts(training(tiny_config(routing={"experts": 2, "kind": router})).state.params)
-    dense = jax.eval_shape(lambda: vit.init(vit.build(tiny_config().model), jax.random.key(0)))
-    chex.assert_trees_all_equal_shapes_and_dtypes(merged, dense)
-
-
 def test_a_frozen_router_keeps_its_bits_and_sends_tokens_to_ever_more_experts(tiny_config, training):
     config = tiny_config(
         routing={"experts": 4, "kind": "frozen", "top_k": 2, "capacity": 4.0},
@@ -391,28 +366,11 @@ def test_a_frozen_router_keeps_its_bits_and_sends_tokens_to_ever_more_experts(ti
     np.testing.assert_allclose(run.metrics[-1].router.load_E, 0.25, rtol=1e-6)  # all run on all
 
 
-@pytest.fixture(scope="module")
-def patterned_run(tiny_config, training):
-    """Returns four steps of a model whose every second layer has experts: patterned_run(kind, devices)."""
-
-    @functools.cache
-    def run(kind, devices):
-        routed = {"experts": 2, "pattern": ("dense", "experts"), "kind": kind}
-        config = tiny_config(model={"depth": 4}, routing=routed, optim={"eps": 1e-3}, train={"devices": devices})
-        return training(config).run(4)
-
-    return run
-
-
-def test_training_of_a_pattern_is_the_same_on_1_and_4_devices(patterned_run):
-    one, many = patterned_run("sample", 1), patterned_run("sample", 4)
-    chex.assert_trees_all_close(many.metrics, one.metrics, rtol=1e-6, atol=1e-6)
-    chex.assert_trees_all_close(many.history[-1], one.history[-1], rtol=1e-6, atol=3e-7)
-
-
 @pytest.mark.parametrize("kind", ["layer", "sample"])
-def test_layers_without_experts_train_as_the_trunk_does(patterned_run, kind):
-    history = patterned_run(kind, 4).history
+def test_layers_without_experts_train_as_the_trunk_does(tiny_config, training, kind):
+    routed = {"experts": 2, "pattern": ("dense", "experts"), "kind": kind}
+    config = tiny_config(model={"depth": 4}, routing=routed, optim={"eps": 1e-3}, train={"devices": 4})
+    history = training(config).run(4).history
     for before, after in itertools.pairwise(history):
         old, new = (
             [state.params["blocks"][block]["mlp"]["up"] for block in ("block0", "block1")] for state in (before, after)
@@ -421,14 +379,6 @@ def test_layers_without_experts_train_as_the_trunk_does(patterned_run, kind):
         assert (dense_moved_L.shape, moved_LE.shape) == ((2,), (2, 2))
         assert dense_moved_L.all()
         assert (moved_LE.sum(1) == (1 if kind == "layer" else 2)).all()
-
-
-def test_frozen_layers_of_a_pattern_have_counts_of_steps_only_and_train_the_head(tiny_config, training):
-    routed = {"experts": 2, "pattern": ("dense", "experts")}
-    config = tiny_config(model={"depth": 4}, routing=routed, optim={"freeze_layers": 4})
-    first, *_, last = training(config).run(3).history
-    chex.assert_trees_all_equal(first.params["blocks"], last.params["blocks"])
-    assert (first.params["head"]["logits"]["kernel"] != last.params["head"]["logits"]["kernel"]).any()
 
 
 @pytest.mark.parametrize(("kind", "parts"), [("batch", 4), ("sample", 2)])
@@ -450,10 +400,7 @@ def test_accumulated_parts_have_equal_shares_of_every_slot_and_a_mean(tiny_confi
     assert set(sizes) == {8 // parts}
 
 
-@pytest.mark.parametrize("devices", [1, 4])
-def test_a_selection_bias_steps_against_the_load_of_the_whole_batch_and_nothing_else_moves_it(
-    tiny_config, training, devices
-):
+def test_a_selection_bias_steps_against_the_load_of_the_whole_batch_and_nothing_else_moves_it(tiny_config, training):
     """DeepSeek-V3, arXiv 2412.19437: b += u sign(mean load - load)."""
     run = training(
         tiny_config(
@@ -463,7 +410,7 @@ def test_a_selection_bias_steps_against_the_load_of_the_whole_batch_and_nothing_
             },
             optim={"name": "muon", "weight_decay": 0.5, "eps": 1e-3},
             model={"shared_hidden": 0, "depth": 4},
-            train={"devices": devices},
+            train={"devices": 4},
         )
     ).run(4)
     bias_XE = np.zeros((2, 4), np.float32)

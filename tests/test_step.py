@@ -42,7 +42,7 @@ def full_run(tiny_config, training):
             routing={"experts": E, "kind": kind},
             # The gradient of an attention key's bias is 0 but for rounding; at eps=1e-8 Adam would blow that noise up.
             optim={"name": "adam" if kind == "batch" else "adamw", "clip_norm": 0.3, "eps": 1e-3},
-            train={"devices": devices, "batch_size": B, "epochs": 12, "label_smoothing": 0.1, "seed": 7},
+            train={"devices": devices, "batch_size": B, "epochs": 12, "label_smoothing": 0.1, "seed": 7, "ema": 0.3},
         )
         return training(config).run(5)
 
@@ -196,11 +196,18 @@ def test_a_step_is_a_pure_function_of_seed_and_step(full_run, kind):
         again, metrics = jax.block_until_ready(run.step(again, run.images, index_SB))
         chex.assert_trees_all_equal(metrics, run.metrics[number])
     chex.assert_trees_all_equal(again, run.history[-1])
+    assert run.step._cache_size() == 1
 
 
 @KINDS
-def test_the_step_compiles_once(full_run, kind):
-    assert full_run(kind, MANY[kind]).step._cache_size() == 1
+def test_ema_is_the_running_mean_of_the_merged_tree_and_early_steps_count_more(full_run, kind):
+    history = full_run(kind, MANY[kind]).history
+    wanted = merge.average_experts(history[0].params)
+    for number, after in enumerate(history[1:]):
+        decay = min(0.3, (1 + number) / (10 + number))  # 0.1, 0.18, 0.25, 0.3, 0.3
+        merged = merge.average_experts(after.params)
+        wanted = jax.tree.map(lambda mean, new, d=decay: d * mean + (1 - d) * new, wanted, merged)
+        chex.assert_trees_all_close(after.ema, wanted, rtol=1e-5, atol=1e-6)
 
 
 def test_the_step_donates_the_state_and_not_the_images(full_run):

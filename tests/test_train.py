@@ -124,16 +124,20 @@ def test_a_signal_in_an_evaluation_ends_the_run_after_it_also_before_its_test(ex
     assert_same_run(workdir, whole)
 
 
-def test_a_run_folder_reached_through_dots_and_links_trains_verifies_predicts_loads_and_starts_others(
-    experiment, tmp_path, monkeypatch
-):
+def test_a_run_goes_on_by_its_folder_alone_and_dots_and_links_lead_to_it(experiment, tmp_path, monkeypatch):
     (tmp_path / "here").mkdir()
     (tmp_path / "deep" / "folder").mkdir(parents=True)
     (tmp_path / "here" / "link").symlink_to(tmp_path / "deep" / "folder")
     Image.new("L", (8, 8)).save(tmp_path / "black.png")
     monkeypatch.chdir(tmp_path / "here")
     started = train.main, f"--config={experiment}", "--config.train.epochs=1"
-    succeed(*started, "--workdir=../run")
+    counted = *started, "--config.model.classes=0"
+    succeed(*counted, "--workdir=../run")
+    for again in (counted, counted[:1]):  # also by its folder alone
+        assert "the run was trained and tested before" in succeed(*again, "--workdir=../run")
+    assert saved_config(tmp_path / "run").model.classes == 10
+    assert "train.seed was 0 and is 1 now" in refused(train.main, "--workdir=../run", "--config.train.seed=1")
+    assert "--config is missing" in refused(train.main, f"--workdir={tmp_path}")
     succeed(evaluate.main, "--workdir=../run", "--verify")
     succeed(predict.main, "--workdir=../run", "../black.png")
     black = np.zeros((1, 8, 8, 1), np.uint8)
@@ -217,16 +221,6 @@ def test_evaluate_tests_any_checkpoint_and_training_again_tests_the_last(experim
     succeed(train.main, f"--config={experiment}", f"--workdir={copy}")
     assert json.loads((copy / "result.json").read_text())["step"] == STEPS
     assert rows(copy) == rows(uninterrupted)
-
-
-def test_classes_are_counted_and_a_run_goes_on_by_its_folder_alone(experiment, tmp_path):
-    arguments = f"--workdir={tmp_path / 'run'}", "--config.model.classes=0", "--config.train.epochs=1"
-    for again in (arguments, arguments, arguments[:1]):
-        out = succeed(train.main, *([f"--config={experiment}"] if again == arguments else []), *again)
-    assert "the run was trained and tested before" in out
-    assert saved_config(tmp_path / "run").model.classes == 10
-    assert "train.seed was 0 and is 1 now" in refused(train.main, arguments[0], "--config.train.seed=1")
-    assert "--config is missing" in refused(train.main, f"--workdir={tmp_path}")
 
 
 def test_a_folder_with_something_else_is_refused_and_left_as_it_is(experiment, uninterrupted, tmp_path):

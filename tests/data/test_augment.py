@@ -84,45 +84,6 @@ def levels_apart(found, wanted):
     return np.abs(np.asarray(found).astype(int) - np.stack([np.asarray(image) for image in wanted]).astype(int))
 
 
-AFFINE = {  # what torchvision hands to Pillow
-    "shear_x": lambda size, m: (1, 0.99 * m, 0, 0, 1, 0),
-    "shear_y": lambda size, m: (1, 0, 0, 0.99 * m, 1, 0),
-    "translate_x": lambda size, m: (1, 0, -int(32 * m), 0, 1, 0),
-    "translate_y": lambda size, m: (1, 0, 0, 0, 1, -int(32 * m)),
-}
-BLENDS = ("brightness", "saturation", "contrast", "sharpness", "autocontrast")
-BY_PILLOW = {
-    "identity": lambda image, m: image,
-    **{
-        name: lambda image, m, matrix=matrix: image.transform(image.size, Image.Transform.AFFINE, matrix(image.size, m))
-        for name, matrix in AFFINE.items()
-    },
-    "rotate": lambda image, m: image.rotate(135 * m),
-    "brightness": lambda image, m: ImageEnhance.Brightness(image).enhance(1 + 0.99 * m),
-    "saturation": lambda image, m: ImageEnhance.Color(image).enhance(1 + 0.99 * m),
-    "contrast": lambda image, m: ImageEnhance.Contrast(image).enhance(1 + 0.99 * m),
-    "sharpness": lambda image, m: ImageEnhance.Sharpness(image).enhance(1 + 0.99 * m),
-    "posterize": lambda image, m: ImageOps.posterize(image, 8 - round(6 * abs(m))),
-    "solarize": lambda image, m: ImageOps.solarize(image, 255 - 255 * abs(m)),
-    "autocontrast": lambda image, m: ImageOps.autocontrast(image),
-    "equalize": lambda image, m: ImageOps.equalize(image),
-}
-
-
-@pytest.mark.parametrize("name", augment_lib.TRIVIAL)
-def test_each_operation_of_trivial_augment_is_pillows(name):
-    """Colours within one level, positions of pixels the same. All levels, and torchvision's: tests/test_peers.py."""
-    images = np.concatenate([smooth_images(15), smooth_images(15) // 2 + 40, np.full((1, 32, 32, 3), 77, np.uint8)])
-    strength_B = np.linspace(-1, 1, len(images)).astype(np.float32)
-    kind_B = np.full(len(images), augment_lib.TRIVIAL.index(name), np.float32)
-    found = jax.jit(augment_lib.one_of_trivial)(kind_B, strength_B, images)
-    assert found.dtype == np.uint8
-    wanted = [BY_PILLOW[name](Image.fromarray(image), m) for image, m in zip(images, strength_B.tolist(), strict=True)]
-    apart = levels_apart(found, wanted)
-    assert apart.max() <= (name in BLENDS)
-    assert (name == "identity") == bool((np.asarray(found) == images).all())
-
-
 @pytest.mark.parametrize("name", augment_lib.THREE)
 def test_each_of_the_three_augmentations_is_pillows(name):
     """To the bit; the blur within three levels and unbiased, because Pillow rounds after each of its six passes."""
@@ -175,14 +136,14 @@ def test_every_augmentation_is_off_by_default():
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("name", [name for name in ON if name != "mix_images"])
 def test_an_image_after_each_augmentation_depends_on_its_own_key_only(name, channels):
-    images, data = smooth_images(B, channels, 8), DataConfig(**ON[name])
-    whole, targets = apply(data, keys(), images, TARGETS)
+    images, run = smooth_images(B, channels, 8), augmenter(DataConfig(**ON[name]))
+    whole, targets = run(keys(), images, TARGETS)
     assert whole.dtype == np.uint8
     np.testing.assert_array_equal(targets, TARGETS)
     some = np.array([7, 3, 250, 4])
-    np.testing.assert_array_equal(apply(data, keys()[some], images[some], TARGETS[some])[0], whole[some])
+    np.testing.assert_array_equal(run(keys()[some], images[some], TARGETS[some])[0], whole[some])
     assert (whole != images).any((1, 2, 3)).mean() > 0.4
-    other = apply(data, keys(1), images, TARGETS)[0]
+    other = run(keys(1), images, TARGETS)[0]
     assert (other != whole).any((1, 2, 3)).mean() > 0.4
 
 
@@ -249,22 +210,14 @@ def test_mixing_mixes_pixels_and_targets_by_one_share_of_the_batch(mixup, cutmix
     assert (0.25 < np.mean(cut) < 0.75) if mixup and cutmix else np.mean(cut) == bool(cutmix)
 
 
-def test_the_partner_is_the_image_from_the_other_end_of_the_batch():
-    images, targets = smooth_images(6), np.eye(6, dtype=np.float32)
-    found, mixed = apply(DataConfig(mixup=1.0), keys()[:6], images, targets)
-    share = mixed[0, 0]
-    np.testing.assert_allclose(mixed, share * targets + (1 - share) * targets[::-1], atol=1e-6)
-    np.testing.assert_allclose(found, share * images + (1 - share) * images[::-1].astype(float), atol=1e-3)
-
-
 def test_in_the_last_part_only_crop_and_flip_go_on():
     images = smooth_images(40, side=8)
     settings = functools.reduce(lambda a, b: a | b, ON.values()) | {"plain_at_end": 0.5}
-    everything, plain = DataConfig(**settings), DataConfig(crop_padding=2, flip=True)
-    found, targets = apply(everything, keys()[:40], images, TARGETS[:40], plain=True)
+    everything, plain = augmenter(DataConfig(**settings)), DataConfig(crop_padding=2, flip=True)
+    found, targets = everything(keys()[:40], images, TARGETS[:40], plain=True)
     np.testing.assert_array_equal(found, apply(plain, keys()[:40], images, TARGETS[:40])[0])
     np.testing.assert_array_equal(targets, TARGETS[:40])
-    before = apply(everything, keys()[:40], images, TARGETS[:40], plain=False)
+    before = everything(keys()[:40], images, TARGETS[:40], plain=False)
     never = apply(DataConfig(**settings | {"plain_at_end": 0.0}), keys()[:40], images, TARGETS[:40])
     np.testing.assert_array_equal(before[0], never[0])
     np.testing.assert_array_equal(before[1], never[1])
