@@ -61,8 +61,8 @@ class Run:
 
     @compilation.cache_as_before()
     def evaluate(self, **options: object) -> dict[str, Any]:
-        """Tests the run again, draws mergeability.png, confusion.png and samples.png into its folder, and returns the
-        results. Options are the flags of jvitmoe.evaluate, such as few_shot=10. Raises UserError where verify=True
+        """Tests the run again, draws the pictures of `jvitmoe.evaluate` into its folder, and returns the results.
+        Options are the flags of jvitmoe.evaluate, such as few_shot=10. Raises UserError where verify=True
         finds damage."""
         try:
             evaluate.main(["evaluate", f"--workdir={self.workdir}", *(f"--{name}={v}" for name, v in options.items())])

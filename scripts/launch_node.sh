@@ -14,19 +14,20 @@ fi
 processes=$1
 shift
 children=()
-stopped=0
-# Children have sessions of their own: Ctrl-C reaches this script only, which passes it on once. It passes SIGTERM on,
-# because bash starts children with SIGINT ignored.
-trap 'stopped=1; kill -TERM ${children[@]+"${children[@]}"} 2>/dev/null' TERM INT HUP
+signals=0 told=0
+# Children have sessions of their own: Ctrl-C reaches this script only, which passes it on as SIGTERM, because bash starts
+# children with SIGINT ignored. The loop passes it on and not the trap, which may run before a new child is in `children`.
+trap 'signals=$((signals + 1))' TERM INT HUP
 for ((attempt = 1; ; attempt++)); do
     port=$(python3 -c 'import socket; s = socket.socket(); s.bind(("localhost", 0)); print(s.getsockname()[1])')
     children=()
-    for ((i = 0; i < processes && !stopped; i++)); do
+    for ((i = 0; i < processes && !signals; i++)); do
         JAX_LOCAL_DEVICE_IDS=$i setsid "$@" --coordinator="localhost:$port" --processes="$processes" --process="$i" &
         children+=($!)
     done
-    code=$((stopped ? 143 : 0)) # a signal may come before there is a process
+    code=$((signals && ${#children[@]} == 0 ? 143 : 0)) # a signal may come before there is a process
     while ((${#children[@]})); do
+        for (( ; told < signals; told++)); do kill -TERM "${children[@]}" 2>/dev/null; done
         running=()
         for child in "${children[@]}"; do
             if kill -0 "$child" 2>/dev/null; then
@@ -43,6 +44,6 @@ for ((attempt = 1; ; attempt++)); do
         fi
         sleep 0.2
     done
-    if ((code == 0 || code == 2 || stopped || attempt > ${RESTARTS:-0})); then exit "$code"; fi
+    if ((code == 0 || code == 2 || signals || attempt > ${RESTARTS:-0})); then exit "$code"; fi
     echo "a process ended with code $code; all start again ($attempt of $RESTARTS restarts)" >&2
 done

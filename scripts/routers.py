@@ -83,7 +83,7 @@ def arm(settings: Mapping[str, object], rate: float = 1, *against: str, length: 
 
 
 def tries(results_folder: Path, name: str, first: Sequence[float]) -> dict[str, float]:
-    """Returns the names of the search's arms of a row, with their rates: the first ones, and a further one while the
+    """Returns the names of the search's arms NAME_RATE, with their rates: the first ones, and a further one while the
     best of those that have been run is the highest or the lowest."""
     rates = list(first)
     while True:

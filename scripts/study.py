@@ -3,8 +3,8 @@
     python scripts/study.py B --config configs/cifar10_fast.py --seeds 5 --runs runs/study/B --out results/study/B \\
         -- --config.data.dir=DIR
 
-Repeat the command to resume: see scripts/sweep.py. The arms of A, A_again, A_augmented, D, D_adamix, H and
-H_again are those that were best in their searches, whose results must lie beside --out.
+Repeat the command to resume: see scripts/sweep.py. The arms of A, D, D_adamix, H and H_again are those that
+were best in their searches, whose results must lie beside --out.
 """
 
 import argparse
@@ -73,15 +73,17 @@ def parity(results: Path) -> Arms:
     found = {"dense": Variant(arms["dense_rate1"].settings | epochs(10))}
     found |= {name: Variant(arms[name].settings | epochs(10), against=("dense",)) for name in against[1:]}
     chosen = [synchronous, drifting, batch]
-    if (results / "A_token_search").exists():
-        arms |= token_search()
-        chosen.append(best(results, "A_token_search", token_search()))
+    tokens = token_search()
+    if len(validation_accuracies(results / "A_token_search" / "runs", tokens)) == len(tokens):
+        arms |= tokens
+        chosen.append(best(results, "A_token_search", tokens))
     return found | {name: Variant(arms[name].settings | epochs(10), "random", against) for name in chosen}
 
 
-def parity_again(results: Path, settings: dict[str, object] | None = None) -> Arms:
-    """Returns the two arms of A that lost nothing, at the learning rate that H_again found for dense."""
-    arms, changed = parity(results), {"optim.learning_rate": 2e-3} | (settings or {})
+def parity_again(settings: dict[str, object] | None = None) -> Arms:
+    """Returns dense with the MLP rate x 2 and the best `sample` arm of A, at half of A's learning rate, which H_again
+    found better for dense."""
+    arms, changed = parity_search(), epochs(10) | {"optim.learning_rate": 2e-3} | (settings or {})
     return {
         "dense_rate2": Variant(arms["dense_rate2"].settings | changed),
         "sample_rate4_pull1": Variant(
@@ -292,8 +294,8 @@ EXPERIMENTS: dict[str, Callable[[Path], Arms]] = {
     "A_search": lambda _: parity_search(),
     "A_token_search": lambda _: token_search(),
     "A": parity,
-    "A_again": parity_again,
-    "A_augmented": partial(parity_again, settings=AUGMENTED),
+    "A_again": lambda _: parity_again(),
+    "A_augmented": lambda _: parity_again(AUGMENTED),
     "B": lambda _: rare_meetings(),
     "C": lambda _: bytes_against_accuracy(),
     "D_pretrained": lambda _: pretrained(),
@@ -313,7 +315,7 @@ def best(results: Path, search: str, names: Sequence[str]) -> str:
     """Returns the arm with the best validation accuracy. Raises UserError if one of the arms has no result."""
     found = validation_accuracies(results / search / "runs", names)
     if missing := set(names) - set(found):
-        raise UserError(f"{results / search} has no result of {', '.join(sorted(missing))}; run {search} first")
+        raise UserError(f"{results / search} has no result of {', '.join(sorted(missing))}; repeat its search first")
     return max(found, key=lambda name: found[name])
 
 

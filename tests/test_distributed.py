@@ -169,6 +169,18 @@ def test_a_signal_to_all_processes_of_a_terminal_reaches_those_of_the_launcher_o
     assert steps_saved(tmp_path / "run") == [len(losses(tmp_path / "run"))]
 
 
+def test_a_signal_while_the_launcher_starts_its_processes_reaches_each_that_has_started(tmp_path):
+    child = """for last; do :; done  # --process=N
+trap 'touch "$0/stopped$last"; exit 143' TERM
+touch "$0/started$last"
+if [[ $last == --process=0 ]]; then kill -TERM $PPID; fi
+for ((i = 0; i < 100; i++)); do sleep 0.1; done"""
+    ended = processes.run(["scripts/launch_node.sh", "12", "bash", "-c", child, tmp_path])
+    assert ended.code == 143, ended
+    reached = {kind: {path.name[7:] for path in tmp_path.glob(f"{kind}*")} for kind in ("started", "stopped")}
+    assert set() != reached["started"] <= reached["stopped"]
+
+
 def test_processes_that_cannot_be_one_run_end_within_30_seconds_and_each_says_why_in_one_line(experiment, tmp_path):
     copy = tmp_path / "copy" / "jvitmoe"
     shutil.copytree(processes.ROOT / "jvitmoe", copy, ignore=shutil.ignore_patterns("__pycache__"))

@@ -68,7 +68,7 @@ def train(
     state, meta = _initial_or_restored(checkpoints, plan, dense)
     start, total = int(state.step), plan.total
     if start:
-        setup.print_resumed(workdir, start, config, meta)
+        setup.print_resumed(workdir, start, meta)
     if start == total and processes.broadcast_from_first(bool(tested := results.of_step(workdir, total))):
         console.print("ended       the run was trained and tested before; jvitmoe.evaluate tests it again")
         if processes.is_first():
@@ -107,18 +107,22 @@ def train(
 def _source(config: Config, workdir: Path) -> tuple[Any, list[str]]:
     """Returns the dense parameters of `init.source` and notes on them; (None, []) without one and for a run that
     resumes, whose checkpoint includes them."""
-    if config.init.source:
-        steps = processes.together(lambda: list_steps(workdir / files.CHECKPOINTS))
-        if processes.broadcast_from_first(not steps):
-            return processes.together(lambda: pretrained.start(config))
+    if config.init.source and _is_new(workdir):
+        return processes.together(lambda: pretrained.start(config))
     return None, []
+
+
+def _is_new(workdir: Path) -> bool:
+    """Tells all processes whether the first one sees no checkpoint: on a network disk they may not see the same."""
+    steps = processes.together(lambda: list_steps(workdir / files.CHECKPOINTS))
+    return processes.broadcast_from_first(not steps)
 
 
 def _damaged(config: Config, workdir: Path, data: RunData) -> stream.Damaged:
     """Returns the record of training images that cannot be read, after looking at all headers if a run that streams
     starts."""
     damaged = stream.Damaged(len(data.train), lambda text: console.print(f"skipped     {text}"))
-    if config.data.stream and not list_steps(workdir / files.CHECKPOINTS):
+    if config.data.stream and _is_new(workdir):
         with progress("checking    the headers of all training images") as checked:
             processes.together(lambda: damaged.check(data.train, config, checked))
     return damaged

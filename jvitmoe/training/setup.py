@@ -110,7 +110,7 @@ def describe(routing: Routing) -> str:
     return f"{routed.experts} {what}: {routing.meaning}; {pull}"
 
 
-def print_resumed(workdir: Path, start: int, config: Config, meta: Meta) -> None:
+def print_resumed(workdir: Path, start: int, meta: Meta) -> None:
     """Prints the step that the run resumes from, notes on other versions, and a warning if metrics.jsonl has lost lines
     since its save."""
     console.print(f"resuming    from step {start:,}")
