@@ -27,7 +27,7 @@ class Run:
     """A run folder."""
 
     def __init__(self, workdir: Path | str) -> None:
-        self.workdir = Path(workdir)
+        self.workdir = files.run_folder(workdir)
 
     def __repr__(self) -> str:
         return f"Run({str(self.workdir)!r})"

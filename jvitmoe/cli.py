@@ -90,12 +90,13 @@ def config_path(argv: list[str]) -> str:
 
 def _saved_config(argv: list[str]) -> Config | None:
     """Returns the settings of the run in `--workdir`, with which its command goes on; None if there is none."""
-    workdir, _ = _take("workdir", argv)
-    if not workdir or not os.path.isfile(Path(workdir, files.CONFIG)):
+    name, _ = _take("workdir", argv)
+    workdir = files.run_folder(name)
+    if not name or not os.path.isfile(workdir / files.CONFIG):
         return None
     from jvitmoe.runs import groups  # not above: it imports NumPy
 
-    return groups.read_config(Path(workdir))
+    return groups.read_config(workdir)
 
 
 def experiment_name(argv: list[str]) -> str:
@@ -138,7 +139,7 @@ def run_folder(values: flags.FlagValues) -> Path:
     """Returns --workdir. Raises UserError where it is missing, does not exist or holds no checkpoints."""
     if not values.workdir:
         raise UserError("--workdir is missing; give a run folder, such as --workdir=runs/digits_random")
-    workdir = Path(values.workdir)
+    workdir = files.run_folder(values.workdir)
     if os.path.isdir(workdir / files.CHECKPOINTS):
         return workdir
     problem = "holds no checkpoints" if os.path.exists(workdir) else "does not exist"

@@ -74,7 +74,7 @@ def main(argv: list[str]) -> None:
     if found.get("largest_batch") == 0:
         remedy = "set --config.train.shard=parameters, or take a smaller model"
         raise TooLargeError(f"no config.train.batch_size fits in {target}; {remedy}")
-    if "peak_bytes" in found:
+    if "peak_bytes" in found and not values.fit:
         _refuse_too_large(found, target)
 
 
@@ -155,7 +155,11 @@ def show(found: Mapping[str, Any]) -> None:
     rows.append({"memory of a device": "available", "MiB": f"{found['available_bytes'] / 2**20:,.1f}"})
     show_table(rows, "")
     for one in found["collectives"]:
-        when = {"step": "once a step", "loop": "in the loop over layers", "pull": "in a step that pulls"}[one["place"]]
+        when = {
+            "step": "once a step",
+            "loop": "in the loop over layers",
+            "some": "in some steps (a pull; mixing before data.plain_at_end)",
+        }[one["place"]]
         console.print(f"moved       {one['kind']} over {one['axis']}: {one['bytes']:,} bytes, {when}")
     if not found["collectives"]:
         console.print("moved       nothing: one device")
@@ -200,7 +204,10 @@ def _fit(config: Config, target: Target, count: int, peak: float, show: Callable
         return size
 
     start = max(config.train.batch_size // unit, 1)
-    return unit * largest(lambda n: needed(n * unit), start, peak, target.memory)
+    found = largest(lambda n: needed(n * unit), start, peak, target.memory)
+    if found > (most := count // unit):
+        show(f"limited     to the {count:,} training images")
+    return unit * min(found, most)
 
 
 def largest(needed: Callable[[int], float], start: int, at_start: float, limit: int) -> int:

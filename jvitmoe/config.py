@@ -215,7 +215,9 @@ class OptimConfig:
 
     name: str = setting("adamw", "adam (weight decay in the gradient, the original), adamw, lion, or muon with adamw")
     learning_rate: float = setting(1e-3, "highest learning rate", above=0)
-    mlp_rate: float = setting(1.0, "learning rate of MLPs (of experts, if any) as a multiple of the others'", above=0)
+    mlp_rate: float = setting(
+        1.0, "learning rate of MLPs (of what experts own, if any) as a multiple of the others'", above=0
+    )
     weight_decay: float = setting(0.05, "coefficient of weight decay; except with adam, of matrices only", at_least=0)
     schedule: str = setting("step", "cosine per step, or per epoch (the original)", ("step", "epoch"))
     warmup_epochs: float = setting(0.0, "linear from 0, at most half of training; only if schedule=step", at_least=0)

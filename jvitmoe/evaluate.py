@@ -12,6 +12,7 @@ With --verify it only reports which files of the run folder are sound, and exits
 import dataclasses
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +71,7 @@ def _evaluate(values: flags.FlagValues, workdir: Path) -> None:
         if config.routing.experts > 1:
             few = _some(data.test, mergeability.IMAGES, config)
         if evaluate.routed:
-            seen = _some(data.train, mergeability.IMAGES, config)
+            seen = _some(data.train, mergeability.IMAGES, config, skipped=console.print)  # as training may have
             gate_L, result["routes"] = _routes(config, params, evaluate.routed, seen, few, workdir)
         result["rows"] = models.evaluate_run(config, params, ema, evaluate, *shown, values.paths, gate_L)
         result |= models.facts(config, meta["step"], mesh) | known | {"files": meta["files"]}
@@ -147,13 +148,13 @@ def _data(values: flags.FlagValues, config: Config) -> tuple[Any, Any, Config]:
         raise UserError(f"--probe_data is {values.probe_data!r}, but {error.fault}; {remedy}") from error
 
 
-def _some(test: Any, most: int, config: Config) -> Any:
-    """Returns at most that many images of a split, in memory."""
+def _some(split: Any, most: int, config: Config, skipped: Callable[[str], object] | None = None) -> Any:
+    """Returns at most that many images of a split, in memory; on `skipped` see `splits.decode`."""
     from jvitmoe.data.splits import Split, decode
     from jvitmoe.evaluation import mergeability
 
-    chosen = test.select(mergeability.evenly_spaced(len(test), most))
-    return chosen if isinstance(chosen, Split) else decode(chosen, config.data, config.model)
+    chosen = split.select(mergeability.evenly_spaced(len(split), most))
+    return chosen if isinstance(chosen, Split) else decode(chosen, config.data, config.model, skipped)
 
 
 def _routes(config: Config, params: Any, routed: Any, seen: Any, few: Any, workdir: Path) -> tuple[Any, dict[str, Any]]:

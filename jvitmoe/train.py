@@ -17,6 +17,7 @@ from absl import flags
 
 from jvitmoe import cli
 from jvitmoe.config import Config
+from jvitmoe.runs import files
 from jvitmoe.runs.console import console
 from jvitmoe.runtime import memory
 
@@ -28,7 +29,7 @@ def main(argv: list[str]) -> None:
     """Trains to the end, tests, and writes result.json and report.md in the run folder."""
     values = cli.parse(argv, define_flags, config=True)
     config = cli.experiment(values)
-    workdir = Path(values.workdir or Path("runs") / cli.experiment_name(argv))
+    workdir = files.run_folder(values.workdir or Path("runs") / cli.experiment_name(argv))
     if not (values.coordinator or values.distributed):  # only the first of several processes prints
         console.print("starting    JAX")
     from jvitmoe.training.launch import launch  # not above: it imports JAX

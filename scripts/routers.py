@@ -43,6 +43,7 @@ LEARNING_RATES = (1e-3, 2e-3, 4e-3)  # the first tries of dense, with the MLP ra
 RATES = (1, 2, 4)
 RATES_OF = {"batch": (4, 8, 16), "sample": (2, 4, 8), "token": (2, 4, 8)}
 TIMES, ROUNDS = "times.json", 11
+SAME_STEP = {"switch_equal": "switch", "upcycled": "switch", "dense_half": "dense"}  # as a row that was timed
 
 
 def routers(hidden: int, tokens: int, layers: int) -> dict[str, dict[str, object]]:
@@ -184,8 +185,7 @@ def rows(runs: Path, arms: Arms, reference: str) -> list[dict[str, str]]:
     for name in arms:
         found = tested_runs(runs, name)
         tested = list(found.values())
-        # These have the step of a row that was timed.
-        times = times_of.get({"switch_equal": "switch", "upcycled": "switch"}.get(name, name.partition("_rate")[0]))
+        times = times_of.get(SAME_STEP.get(name, name.partition("_rate")[0]))
         for model in [row["model"] for row in tested[0]["rows"]] if tested else ():
             if model not in ("dense", "routed", "merged", "merged, gated"):
                 continue

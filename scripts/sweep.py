@@ -206,7 +206,9 @@ def _command(name: str, variant: Variant, seed: int, options: argparse.Namespace
 
 def _changed(folder: Path, command: list[str]) -> str:
     """Returns in words the first setting in which a kept run differs from what a command would train, or ""."""
-    changed = datasets.differences(groups.read_config(folder), config_of(command[1:]))
+    kept, new = groups.read_config(folder), config_of(command[1:])
+    new.model.classes = new.model.classes or kept.model.classes  # 0: as many as the data have, which a run writes down
+    changed = datasets.differences(kept, new)
     return next((f"{path}={old!r}, not {new!r}" for path, (old, new) in changed.items()), "")
 
 

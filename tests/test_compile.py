@@ -88,7 +88,8 @@ def compiler(monkeypatch):
         def measure(self, config, target, count):
             if config.train.batch_size > self.most:
                 raise compile_command.TooLargeError("config.train.batch_size does not fit; lower it")
-            return {"peak_bytes": config.train.batch_size * targets.GIB // 100}
+            size = config.train.batch_size
+            return {"peak_bytes": size * targets.GIB // 100, "batch_size": size}
 
     compiler = Compiler()
     monkeypatch.setattr(compile_command, "measure", compiler.measure)
@@ -106,6 +107,20 @@ def test_fit_goes_on_from_a_batch_that_the_compiler_refuses(compiler, capsys):
     found = int(capsys.readouterr().out.partition("--config.train.batch_size=")[2].split()[0])
     assert 0.85 * 1575 < found <= 1575
     assert found % 4 == 0
+
+
+def test_fit_ends_well_if_a_gpus_compiler_takes_any_batch_and_names_none_above_the_number_of_images(compiler, capsys):
+    flags = ["compile.py", "--config=imagenet", "--target=v5e:2x2", "--config.train.batch_size=8192"]
+    compiler.most = 10**6
+    with pytest.raises(compile_command.TooLargeError):
+        compile_command.main(flags)
+    for images, most in ((10_000, 1575), (1000, 1000)):
+        size = min(8192, images // 8)
+        compile_command.main([*flags[:3], f"--config.train.batch_size={size}", f"--images={images}", "--fit"])
+        found = int(capsys.readouterr().out.partition("--config.train.batch_size=")[2].split()[0])
+        assert 0.85 * most < found <= most
+        assert found < most or most == images
+    compile_command.main([*flags, "--fit"])
 
 
 def test_fit_tries_every_batch_that_divides_and_says_where_none_fits(compiler, capsys):

@@ -209,14 +209,23 @@ def test_random_paths_are_fixed_by_the_seed_and_fresh_per_layer_and_number(tiny_
     assert routes(0)[6] == jax.random.randint(key, (12,), 0, 4).tolist()
 
 
-def test_flops_count_every_layer_and_every_product(tiny_config):
-    def flops(depth):
-        return cost.flops_per_image(vit.build(tiny_config(model={"depth": depth, "width": 32}).model), 4)
+def test_flops_count_every_layer_and_every_product_whatever_the_dtype_and_without_a_cpu_too(tiny_config, monkeypatch):
+    def flops(depth, dtype="float32"):
+        return cost.flops_per_image(
+            vit.build(tiny_config(model={"depth": depth, "width": 32, "dtype": dtype}).model), 4
+        )
 
     tokens, width, hidden = 5, 32, 12
     products = 2 * (tokens * (4 * width**2 + 2 * width * hidden) + 2 * tokens**2 * width)  # of one layer
     one, three = flops(1), flops(3)
     assert products < (three - one) / 2 < 1.4 * products  # and norms, softmax, GELU
+    assert flops(3, "bfloat16") == three
+
+    def no_cpu(backend=None):
+        raise RuntimeError(f"Unknown backend {backend}")
+
+    monkeypatch.setattr(jax, "local_devices", no_cpu)  # as under JAX_PLATFORMS=cuda
+    assert flops(3) == pytest.approx(three, rel=0.02)
 
 
 def test_active_parameters_are_those_of_the_dense_model_and_total_counts_every_expert(tiny_config, params_of):

@@ -88,4 +88,6 @@ def test_the_drawing_has_a_row_per_layer_for_many_experts_and_classes(channels):
     pictures = [(rng.integers(0, 256, (8, 8, channels)).astype(np.uint8), "cat", np.array([[0, 1, -1, 8], [0] * 4]))]
     figure = figures.experts(routes, pictures, [1, 3], [f"class {n}" for n in range(30)])
     assert [axes.get_ylabel() for axes in figure.axes if axes.get_ylabel()] == ["layer 1", "layer 3"]
+    colours = [{bar.get_facecolor() for bar in axes.patches} for axes in figure.axes if axes.get_title() == "load, %"]
+    assert [len(of_layer) for of_layer in colours] == [9]
     figures.png(figure)

@@ -116,11 +116,11 @@ def test_between_pulls_devices_of_whole_models_exchange_nothing_but_metrics(tiny
     mesh = make_mesh(config.train)
     plan = program.plan_for(config, mesh, 64)
     found = collectives(for_reading(program.lower(plan, 64)).as_text(), mesh.shape)
-    sizes = {place: sum(one.bytes * one.times for one in found if one.place == place) for place in ("step", "pull")}
+    sizes = {place: sum(one.bytes * one.times for one in found if one.place == place) for place in ("step", "some")}
     dense = 4 * routing.find(tiny_config(model={"width": 32, "hidden": 64, "patch": 2})).count_parameters()[0]
-    assert {one.place for one in found} == {"step", "pull"}
+    assert {one.place for one in found} == {"step", "some"}
     assert sizes["step"] <= 4 * 4  # loss, accuracy, norm
-    assert sizes["pull"] == dense
+    assert sizes["some"] == dense
     assert [update.bytes_reduced(plan)(done) for done in (7, 8, 80)] == [0, dense, 10 * dense]
 
 

@@ -22,6 +22,7 @@ from jvitmoe import evaluate, train
 from jvitmoe.errors import UserError
 from jvitmoe.evaluation import models
 from jvitmoe.runs import folder
+from jvitmoe.runs.metrics_log import MetricsLog
 from processes import call, refused, succeed, wait_for_output
 from run_folders import assert_same_run, saved, snapshot, tiny, write_experiment
 
@@ -279,6 +280,24 @@ def test_a_disk_that_fills_up_ends_the_run_in_one_line_and_with_room_it_goes_on_
         assert "cannot be written" in error
         assert "make room" in error
     assert any("checkpoint" in error.partition(":")[2][:30] for error in errors), errors
+    assert_same_run(tmp_path / "run", uninterrupted)
+
+
+def test_output_that_nobody_reads_any_more_costs_no_step(experiment, uninterrupted, tmp_path, monkeypatch):
+    def show(log, step, values):
+        if step == 7:  # after the checkpoint of step 6; what is written later is dropped
+            raise UserError("standard output cannot be written: Broken pipe")
+
+    arguments = f"--config={experiment}", f"--workdir={tmp_path / 'run'}"
+    with monkeypatch.context() as broken:
+        broken.setattr(MetricsLog, "show", show)
+        code, _, err = call(train.main, *arguments)
+    assert (code, err) == (2, "error: standard output cannot be written: Broken pipe\n")
+    stopped = int(saved(tmp_path / "run")[-1].name)
+    assert stopped > 7
+    code, out, err = call(train.main, *arguments)
+    assert code == 0, err
+    assert f"resuming    from step {stopped}\n" in out
     assert_same_run(tmp_path / "run", uninterrupted)
 
 

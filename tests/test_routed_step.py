@@ -400,22 +400,26 @@ def test_accumulated_parts_have_equal_shares_of_every_slot_and_a_mean(tiny_confi
     assert set(sizes) == {8 // parts}
 
 
-def test_a_selection_bias_steps_against_the_load_of_the_whole_batch_and_nothing_else_moves_it(tiny_config, training):
-    """DeepSeek-V3, arXiv 2412.19437: b += u sign(mean load - load)."""
+@pytest.mark.parametrize("frozen", [0, 2])
+def test_a_selection_bias_steps_against_the_load_of_the_whole_batch_and_nothing_else_moves_it(
+    tiny_config, training, frozen
+):
+    """DeepSeek-V3, arXiv 2412.19437: b += u sign(mean load - load). In a layer that is not trained it stays."""
     run = training(
         tiny_config(
             routing={
                 **{"experts": 4, "kind": "topk", "pattern": ("dense", "experts"), "init": "shared"},
                 **{"balance_bias": 0.01, "balance_loss": 0.0},
             },
-            optim={"name": "muon", "weight_decay": 0.5, "eps": 1e-3},
+            optim={"name": "muon", "weight_decay": 0.5, "eps": 1e-3, "freeze_layers": frozen},
             model={"shared_hidden": 0, "depth": 4},
             train={"devices": 4},
         )
     ).run(4)
     bias_XE = np.zeros((2, 4), np.float32)
     for metrics, after in zip(run.metrics, run.history[1:], strict=True):
-        bias_XE = bias_XE + np.float32(0.01) * np.sign(np.float32(0.25) - metrics.router.load_E)
+        moved_XE = np.float32(0.01) * np.sign(np.float32(0.25) - metrics.router.load_E)
+        bias_XE = bias_XE + moved_XE * [[frozen == 0], [True]]
         found = after.params["blocks"]["block1"]["mlp"]["router"]["selection_bias"]
         np.testing.assert_allclose(found, bias_XE, rtol=1e-6)
     assert np.abs(bias_XE).max() > 0.01

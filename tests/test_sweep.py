@@ -22,6 +22,7 @@ import timed_step
 from scipy import stats
 
 import processes
+from jvitmoe import config as config_lib
 from jvitmoe import evaluate, experiment_files, routing, train
 from jvitmoe.errors import UserError
 from jvitmoe.experts import cost
@@ -206,6 +207,16 @@ def test_a_row_of_the_router_table_is_what_the_files_of_its_runs_say(tmp_path, m
     assert reference["step time / dense"] == "1.00 (1.00 to 1.00)"
     assert {cell["seeds"] for cell in cells.values()} == {"2"}
     routers.picture(list(cells.values()))
+
+
+def test_a_kept_run_whose_classes_were_counted_is_the_run_that_its_flags_would_train(tmp_path):
+    command = ["jvitmoe.train", f"--config={processes.ROOT / 'configs' / 'folder.py'}"]
+    config = sweep.config_of(command[1:])
+    assert config.model.classes == 0
+    config.model.classes = 3  # a run writes down how many its folder has
+    (tmp_path / files.CONFIG).write_text(config_lib.dumps(config))
+    assert sweep._changed(tmp_path, command) == ""
+    assert sweep._changed(tmp_path, [*command, "--config.model.classes=2"]) == "model.classes=3, not 2"
 
 
 @pytest.mark.process

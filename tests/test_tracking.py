@@ -146,10 +146,10 @@ def test_too_many_open_files_are_told_from_a_full_disk(tmp_path, monkeypatch):
 
 
 def test_names_are_printed_as_they_are(capsys):
-    console.console.print("run [bold]x[/y]")
-    show_table([{"model": "[red]cat[/dog]", "nll": "1"}], "runs/[a][/b]")
+    console.console.print("run [bold]x[/y]:cat:")
+    show_table([{"model": "[red]cat[/dog]:dog:", "nll": "1"}], "runs/[a][/b]")
     out = capsys.readouterr().out
-    for name in ("run [bold]x[/y]", "[red]cat[/dog]", "runs/[a][/b]"):
+    for name in ("run [bold]x[/y]:cat:", "[red]cat[/dog]:dog:", "runs/[a][/b]"):
         assert name in out
 
 

@@ -110,9 +110,8 @@ def _records(split: Any, about: str, image: str, labels_N: np.ndarray) -> Record
         return [(picture(n, file), int(labels_N[n])) for n, file in zip(numbers, files, strict=True)]
 
     def picture(number: int, file: Any) -> Picture:
-        if not file or not (file["bytes"] or file["path"]):
-            raise DataError(f"image {number} of {about} is absent; remove its row, or use another set")
-        return Picture(f"image {number} of {about}", file["bytes"] or Path(file["path"]))
+        known = file or {"bytes": None, "path": None}  # a row may lack its picture
+        return Picture(f"image {number} of {about}", known["bytes"] or (Path(known["path"]) if known["path"] else b""))
 
     def known() -> list[str]:
         """Returns name and size of each picture; of a parquet file only the offsets of its pictures are read."""

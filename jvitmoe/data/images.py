@@ -62,12 +62,15 @@ def random_crop(picture: Picture, side: int, channels: int, seed: int | Sequence
     from PIL import Image
 
     with opened(picture) as file:
-        turned = file.getexif().get(ORIENTATION, 1) > 4  # rows become columns
-        width, height = file.size[::-1] if turned else file.size
+        shrinks = file.format in ("JPEG", "MPO")  # only these can be decoded at a smaller size
+        image = file if shrinks else pixels(file, channels, picture.name)
+        turned = shrinks and file.getexif().get(ORIENTATION, 1) > 4  # rows become columns
+        width, height = image.size[::-1] if turned else image.size
         left, top, right, bottom = box = _random_box(width, height, np.random.RandomState(seed))
-        needed = math.ceil(GAP * side * width / (right - left)), math.ceil(GAP * side * height / (bottom - top))
-        file.draft(None, needed[::-1] if turned else needed)  # only a JPEG can be decoded at a smaller size
-        image = pixels(file, channels, picture.name)
+        if shrinks:
+            needed = math.ceil(GAP * side * width / (right - left)), math.ceil(GAP * side * height / (bottom - top))
+            file.draft(None, needed[::-1] if turned else needed)
+            image = pixels(file, channels, picture.name)
         scale = round(width / image.width)
         box = tuple(edge / scale for edge in box)
         resized = image.resize((side, side), Image.Resampling.BILINEAR, box=box)
@@ -111,13 +114,19 @@ def opened(picture: Picture) -> Iterator[Any]:
     from PIL import Image
 
     encoded = picture.encoded
+    # For good: `catch_warnings` would mix up the filters of a server's threads. Larger images are refused below.
+    warnings.simplefilter("ignore", Image.DecompressionBombWarning)
     try:
         if isinstance(encoded, np.ndarray):
             yield Image.fromarray(encoded.squeeze(-1) if encoded.shape[-1] == 1 else encoded)
             return
         if isinstance(encoded, Path) and not encoded.is_file():
             raise ValueError("it is no regular file")  # reading a pipe or a device might never end
-        with Image.open(io.BytesIO(encoded) if isinstance(encoded, bytes) else encoded, formats=FORMATS) as image:
+        if encoded == b"":
+            raise ValueError("it is absent or empty")
+        # Never by its name: Pillow maps an uncompressed TIFF into memory, with a wrong size if it is rotated.
+        file = io.BytesIO(encoded) if isinstance(encoded, bytes) else encoded.open("rb")
+        with file, Image.open(file, formats=FORMATS) as image:
             area = image.width * image.height
             if area > (Image.MAX_IMAGE_PIXELS or math.inf) or max(image.size) > LONGEST:
                 raise ValueError(f"{image.width}x{image.height} pixels are more than any photograph has")
@@ -188,6 +197,4 @@ def read(picture: str | Path | bytes, size: int, channels: int, crop: str = "exa
     if channels not in MODES:
         raise DataError(f"the model takes {channels} channels; pictures have 1, 3 or 4: classify arrays instead")
     named = Picture("the picture", picture) if isinstance(picture, bytes) else Picture(str(picture), Path(picture))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Pillow warns about sizes that `opened` refuses
-        return centre_crop(named, size, channels, crop)
+    return centre_crop(named, size, channels, crop)

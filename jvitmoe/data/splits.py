@@ -6,7 +6,7 @@ N images · H rows · W columns · c channels
 import abc
 import dataclasses
 import hashlib
-import warnings
+import math
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Generic, TypeVar
@@ -15,6 +15,7 @@ import numpy as np
 
 from jvitmoe.config import DataConfig, ModelConfig
 from jvitmoe.data.images import MODES, DataError, Picture, centre_crop, exact, random_crop
+from jvitmoe.runtime import memory
 
 GROUP = 64  # records per thread task: one record per task costs more in overhead than in decoding
 Record = tuple[Picture, int]  # a picture and its label
@@ -146,20 +147,37 @@ def read_pixels(
     return exact(picture, (side, side, channels), f"config.model.image_size is {side}; {remedy}")
 
 
-def decode(records: Records, data: DataConfig, model: ModelConfig) -> Split:
-    """Returns all records in memory, as evaluation sees them. Raises DataError."""
-    from PIL import Image
+def decode(
+    records: Records, data: DataConfig, model: ModelConfig, skipped: Callable[[str], object] | None = None
+) -> Split:
+    """Returns all records in memory, as evaluation sees them. Raises DataError; if `skipped` is given, it gets the line
+    about a picture that cannot be read, which is left out."""
+    shape = len(records), model.image_size, model.image_size, model.channels
+    if math.prod(shape) > (installed := memory.installed()):
+        raise DataError(
+            f"{len(records):,} images need {math.prod(shape) / 2**30:,.1f} GiB of a machine that has "
+            f"{installed / 2**30:,.1f} GiB; set --config.data.stream=true or a smaller model.image_size"
+        )
+    images_NHWc, labels_N = np.empty(shape, np.uint8), np.empty(len(records), np.int32)
 
-    images_NHWc = np.empty((len(records), model.image_size, model.image_size, model.channels), np.uint8)
-    labels_N = np.empty(len(records), np.int32)
+    absent = []
 
     def decode_group(start: int) -> None:
         for index, record in enumerate(records.read(records.number_N[start : start + GROUP].tolist()), start):
             picture, labels_N[index] = record
-            images_NHWc[index] = read_pixels(picture, data, model)
+            try:
+                images_NHWc[index] = read_pixels(picture, data, model)
+            except DataError as error:
+                if skipped is None:
+                    raise
+                absent.append(index)
+                skipped(f"skipped     {error}")
 
-    with warnings.catch_warnings(), ThreadPoolExecutor() as pool:
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
+    with ThreadPoolExecutor() as pool:
         for _ in pool.map(decode_group, range(0, len(records), GROUP)):
             pass
-    return Split(images_NHWc, labels_N)
+    return (
+        Split(np.delete(images_NHWc, absent, 0), np.delete(labels_N, absent))
+        if absent
+        else Split(images_NHWc, labels_N)
+    )

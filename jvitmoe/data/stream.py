@@ -118,6 +118,13 @@ def eval_images(split: Split | Records, config: Config, mesh: Mesh) -> "tuple[Im
     return images, batches
 
 
+def read_once(records: Records, config: Config, mesh: Mesh, checked: Callable[[], object]) -> None:
+    """Reads this process's part of a split. `checked` is called after each batch. Raises DataError."""
+    if len(records):
+        for _ in EvalImages(records, eval_batches(len(records), config.train.batch_size, mesh), config, mesh):
+            checked()
+
+
 class EvalImages(Iterable[Images]):
     """The batches of `eval_batches` in order, rows split over the whole mesh; each iteration reads them again.
 

@@ -77,14 +77,16 @@ class InModel(Routing):
         return vit.logits_and_statistics(model, params, images_bHWc, key_b, top_k)
 
     def adjust(self, params: Tree, statistics: Statistics | None) -> Tree:
-        """Moves the bias of each expert by `routing.balance_bias`, up if its load is below the mean and down if above
+        """Moves the bias of each trained expert by `routing.balance_bias`, up below the mean load and down above
         (DeepSeek-V3, arXiv 2412.19437, section 2.1.2; arXiv 2408.15664)."""
         step = self.config.routing.balance_bias
         if not step:
             return params
         assert statistics is not None
         layers = jnp.array(self.config.expert_layers)
-        load_LE = jnp.zeros((self.config.model.depth, self.experts)).at[layers].set(statistics.load_E)
+        is_trained_X1 = (layers >= self.config.optim.freeze_layers)[:, None]
+        load_XE = jnp.where(is_trained_X1, statistics.load_E, 1 / self.experts)
+        load_LE = jnp.zeros((self.config.model.depth, self.experts)).at[layers].set(load_XE)
 
         def move(path: Sequence[Any], leaf: jax.Array) -> jax.Array:
             if path[-1].key != SELECTION_BIAS:

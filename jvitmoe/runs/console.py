@@ -33,7 +33,7 @@ class _Console(Console):
         super().print(*(escaped(x, "\n") if isinstance(x, str) else x for x in objects), **options)
 
 
-console = _Console(highlight=False, markup=False, soft_wrap=True)  # no markup: names may hold brackets
+console = _Console(highlight=False, markup=False, emoji=False, soft_wrap=True)  # names may hold [b] and :b:
 
 
 @contextlib.contextmanager
@@ -53,7 +53,7 @@ def show_table(rows: Sequence[Mapping[str, Any]], title: str, file: str = "") ->
     """Prints rows of text cells as a table; columns are the first row's keys. Where `file` has all of them, those that
     do not fit are left out from the right, but not the first KEPT, and the title says so."""
     # In a file, do not fold cells at the usual 80 columns, unless COLUMNS sets a width.
-    wide = Console(width=None if os.environ.get("COLUMNS") else 200, highlight=False, markup=False)
+    wide = Console(width=None if os.environ.get("COLUMNS") else 200, highlight=False, markup=False, emoji=False)
     shown, names = console if console.is_terminal else wide, list(rows[0])
     while file and len(names) > KEPT:
         if 1 + sum(3 + max(cell_len(str(text)) for text in (name, *(r[name] for r in rows))) for name in names) <= (

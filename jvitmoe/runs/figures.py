@@ -283,7 +283,8 @@ def experts(
         classes: names, drawn for up to 20.
     """
     count = routes.load_XE.shape[1]
-    palette = np.array([to_rgb(COLOURS[e % len(COLOURS)]) for e in range(count)] + [to_rgb("white")])
+    more = matplotlib.colormaps["turbo"](np.linspace(0.05, 0.95, count))[:, :3]  # no two experts have one colour
+    palette = np.array([*([to_rgb(c) for c in COLOURS[:count]] if count <= len(COLOURS) else more), to_rgb("white")])
     columns = len(pictures) + 2
     figure = Figure(figsize=(1.25 * len(pictures) + 5, 1.25 * (len(layers) + 1) + 0.6))
     widths = [1.0] * len(pictures) + [1.4, 1.8]

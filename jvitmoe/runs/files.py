@@ -28,6 +28,13 @@ UNFINISHED = ".part"  # suffix of a file that is being written
 MOST_BYTES, MOST_HISTORY = 2**26, 2**30
 
 
+def run_folder(name: Path | str) -> Path:
+    """Returns the path of a run folder, with ~ for the home. Raises UserError for a URL."""
+    if "://" in str(name):
+        raise UserError(f"workdir {str(name)!r} is a URL; a run folder lies on a disk: mount it, and give its path")
+    return Path(os.path.expanduser(name))
+
+
 def checksum(value: Any) -> str:
     """Returns the CRC-32 of a value's JSON, independent of the order of keys."""
     return crc32(json.dumps(value, sort_keys=True).encode())

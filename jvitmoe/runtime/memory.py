@@ -1,4 +1,4 @@
-"""Huge pages for the arrays of a step on a CPU."""
+"""The memory of this machine: its size, and huge pages for the arrays of a step on a CPU."""
 
 import os
 import sys
@@ -6,6 +6,11 @@ from pathlib import Path
 
 KERNEL = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 TUNABLES = "GLIBC_TUNABLES"  # glibc reads it when a process starts, and never again
+
+
+def installed() -> int:
+    """Returns the bytes of this machine's memory."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def use_huge_pages() -> None:

@@ -30,7 +30,7 @@ class Collective(NamedTuple):
     arrays: int  # that it takes at once
     bytes: int  # of the whole arrays on one device: summed, gathered or exchanged
     times: int  # how often a step runs it: layers, if it is in the loop over layers
-    place: str  # "step", "loop", or "pull" if it runs only in steps that pull
+    place: str  # "step", "loop", or "some" if it runs only in some steps, such as those that pull
 
 
 class Argument(NamedTuple):
@@ -163,13 +163,13 @@ def _walk(
                 yield Collective(kind, _axis(groups, axes), len(ARRAY.findall(shape)), size, times, place)
         elif one.kind == "while":
             trips = int(found[1]) if (found := TRIPS.search(one.rest)) else 1
-            inner = place if place == "pull" else "loop"
+            inner = place if place == "some" else "loop"
             yield from _walk(computations, CALLED.findall(one.rest)[0], axes, times * trips, inner, chains)
         elif one.kind == "conditional":
             listed = BRANCHES.search(one.rest)
             branches = re.findall(r"[\w.\-]+", listed[1]) if listed else CALLED.findall(one.rest)
             for branch in branches:
-                yield from _walk(computations, branch, axes, times, "pull", chains)
+                yield from _walk(computations, branch, axes, times, "some", chains)
         elif one.kind in ("call", "fusion", "async-start"):
             for called in CALLED.findall(one.rest):
                 yield from _walk(computations, called, axes, times, place, chains)

@@ -61,7 +61,7 @@ def train(
     processes.together(lambda: check_shared(workdir))
     setup.print_setup(plan, workdir, data, init_notes)
 
-    damaged = _damaged(config, workdir, data)
+    damaged = _damaged(plan, workdir, data)
     watchdog = Watchdog(STALL_MINUTES)
     evaluation = _Evaluation(plan, data, watchdog)
     checkpoints = CheckpointWriter(workdir / files.CHECKPOINTS, KEEP)
@@ -84,8 +84,10 @@ def train(
         loop = _Loop(plan, checkpoints, evaluation, log, stop, watchdog)
         try:
             state = loop.run(state, batches, step.make_train_step(plan))
-        except BaseException:
-            if processes.is_single():  # of several, close() would wait for the others, and they for this one
+        except BaseException as error:
+            if processes.is_single():  # of several, both would wait for the others, and they for this one
+                if isinstance(error, UserError) and not isinstance(error, TrainingError):
+                    loop.save_before_error()
                 checkpoints.close()
             raise
         rate = log.images_per_second(total)
@@ -118,13 +120,19 @@ def _is_new(workdir: Path) -> bool:
     return processes.broadcast_from_first(not steps)
 
 
-def _damaged(config: Config, workdir: Path, data: RunData) -> stream.Damaged:
-    """Returns the record of training images that cannot be read, after looking at all headers if a run that streams
-    starts."""
-    damaged = stream.Damaged(len(data.train), lambda text: console.print(f"skipped     {text}"))
+def _damaged(plan: StepPlan, workdir: Path, data: RunData) -> stream.Damaged:
+    """Returns the record of training images that cannot be read. Before a run that streams starts, the headers of all
+    training images are looked at, and those of evaluations are read once: a damaged one must not end a long run."""
+    config = plan.config
+    # The console of other processes is quiet.
+    say = console.print if processes.is_first() else functools.partial(print, file=sys.stderr)
+    damaged = stream.Damaged(len(data.train), lambda text: say(f"skipped     {text}"))
     if config.data.stream and _is_new(workdir):
         with progress("checking    the headers of all training images") as checked:
             processes.together(lambda: damaged.check(data.train, config, checked))
+        with progress("checking    the images of evaluations") as checked:
+            for split in (data.validation, data.test):
+                processes.together(functools.partial(stream.read_once, split, config, plan.mesh, checked))
     return damaged
 
 
@@ -197,17 +205,12 @@ class _Loop:
         self._slow = self._evaluating = False
 
     def run(self, state: TrainState, batches: Iterator[Batch], train_step: step.TrainStep) -> TrainState:
-        """Returns the state after the last step. On a signal it saves the state and exits with 128 + signal. If a
-        picture cannot be read, it saves the last step and raises UserError."""
+        """Returns the state after the last step. On a signal it saves the state and exits with 128 + signal."""
         config, start = self._config.train, int(state.step)
         self._state, self._saved, self._done = state, start, start
         self._stop.announce = self._say_that_it_stops
         for done in range(start + 1, self._total + 1):
-            try:
-                images, index_SB = next(batches)
-            except UserError:
-                self._save_before_error()
-                raise
+            images, index_SB = next(batches)
             if done == start + 1:
                 # Apart, to time the first step alone.
                 compiled = train_step.lower(self._state, images, index_SB).compile()
@@ -218,9 +221,11 @@ class _Loop:
             if self._slow:  # with more than one step queued, progress and a stop would have to wait for all of them
                 jax.block_until_ready(self._unread)
             # By the clock only if this process is the only one: each has its own, and reading may end the run together.
-            if (done - 1) % config.log_every == 0 or (processes.is_single() and self._log.is_due()):
-                self._read()  # reads the steps before this one, which runs meanwhile
-            self._unread.append((done, metrics))
+            try:
+                if (done - 1) % config.log_every == 0 or (processes.is_single() and self._log.is_due()):
+                    self._read()  # reads the steps before this one, which runs meanwhile
+            finally:
+                self._unread.append((done, metrics))
             if done == start + 1:
                 jax.block_until_ready(metrics)
                 self._log.started(done, time.monotonic() - began)
@@ -244,13 +249,11 @@ class _Loop:
         with contextlib.suppress(Exception):  # the terminal may have closed
             console.print(f"stopping after {until}; again to stop now")
 
-    def _save_before_error(self) -> None:
-        """Saves the last step if it is not saved yet; a failure to save is ignored. One of several processes saves
-        nothing, because the others do not save at this time."""
-        if not processes.is_single() or int(self._state.step) == self._saved:
-            return
+    def save_before_error(self) -> None:
+        """Saves the last step if it is not saved yet; a failure to save is ignored."""
         with contextlib.suppress(UserError):
-            self._save(int(self._state.step), evaluates=False)
+            if int(self._state.step) != self._saved:
+                self._save(int(self._state.step), evaluates=False)
 
     def _save(self, done: int, evaluates: bool) -> None:
         """Saves a checkpoint, after an evaluation if asked for."""
@@ -272,8 +275,8 @@ class _Loop:
         if not self._unread:
             return
         steps, metrics = zip(*self._unread, strict=True)
-        self._unread.clear()
         for done, values in zip(steps, jax.device_get(metrics), strict=True):
+            del self._unread[0]  # here: if it cannot be shown, those after it are recorded before the last save
             self._check_finite(done, values)
             logs = done % self._config.train.log_every == 0
             if logs or (done == steps[-1] and log.is_due()):

@@ -1,7 +1,6 @@
 """What a run needs before its first step: the data, the model, and what the first lines say of them."""
 
 import math
-import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +17,7 @@ from jvitmoe.routing import Routing
 from jvitmoe.runs.checkpoints import Meta, versions
 from jvitmoe.runs.console import console
 from jvitmoe.runs.files import METRICS, checksums
-from jvitmoe.runtime import devices, processes
+from jvitmoe.runtime import devices, memory, processes
 from jvitmoe.runtime.addresses import Purpose, address
 from jvitmoe.settings import LARGEST
 from jvitmoe.training import optimizer
@@ -129,7 +128,7 @@ def check_memory(config: Config, routing: Routing, mesh: Mesh, dataset: Dataset[
     leaves = jax.tree.leaves(abstract_state(config, routing, mesh))
     needed = sum(leaf.dtype.itemsize * math.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in leaves)
     statistics = mesh.local_devices[0].memory_stats() or {}  # None on a CPU
-    available = statistics.get("bytes_limit") or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    available = statistics.get("bytes_limit") or memory.installed()
     if needed > available:
         raise ConfigError(
             f"config.model has {everything:,} parameters; the state of training needs {needed / 2**30:,.1f} GiB of "

@@ -85,6 +85,20 @@ def test_a_large_jpeg_is_decoded_at_a_smaller_scale_to_almost_the_same_pixels():
         assert 0 < np.mean(apart) < 1
 
 
+def test_a_turned_tiff_is_read_as_it_is_seen_from_its_file_and_cropped_inside(tmp_path):
+    """Pillow swaps the size of a turned TIFF already when it opens it, and maps an uncompressed one wrongly."""
+    grey = np.add.outer(np.arange(64), 3 * np.arange(48)).astype(np.uint8)
+    image = Image.fromarray(grey)
+    exif = image.getexif()
+    exif[ORIENTATION] = 6
+    image.save(tmp_path / "turned.tif", exif=exif)
+    seen = np.rot90(grey, -1)
+    turned, upright = Picture("turned", tmp_path / "turned.tif"), Picture("upright", seen[..., None])
+    np.testing.assert_array_equal(exact(turned, (48, 64, 1), "")[..., 0], seen)
+    for seed in range(20):
+        np.testing.assert_array_equal(random_crop(turned, 8, 1, seed), random_crop(upright, 8, 1, seed))
+
+
 def test_a_strip_that_no_part_fits_in_gives_its_middle():
     strip = Picture("strip", np.tile(np.arange(250, dtype=np.uint8)[None, :, None], (2, 1, 3)))
     pixels = random_crop(strip, 8, 3, 0)

@@ -154,10 +154,10 @@ def test_images_without_a_label_or_without_pixels_are_refused_where_they_are_use
     write("test", pictures, [None, None])  # as the hub has test splits whose labels are kept back
     assert len(load(root).test) == 4
     write("train", [pictures[0], None], [0, 1])
-    with pytest.raises(DataError, match=r"image 1 of the train split of .* is absent"):
+    with pytest.raises(DataError, match=r"image 1 of the train split of .* cannot be read .*it is absent"):
         load(root)
     write("train", [{"bytes": b"", "path": None}, pictures[0]], [0, 1])
-    with pytest.raises(DataError, match=r"image 0 of the train split of .* is absent"):
+    with pytest.raises(DataError, match=r"image 0 of the train split of .* cannot be read .*it is absent"):
         load(root)
     for label, shown in ((None, "None"), (-1, "-1")):
         write("train", pictures, [0, label])

@@ -164,9 +164,9 @@ FOLDER_MISTAKES = {  # reading a picture itself: tests/data/test_decode.py, test
         "/train/004.png is not in a class folder, {root}/train/<class>; move it",
     ),
     "another size": (lambda p: Image.new("RGB", (10, 12)).save(png(p)), "004.png is 12x10 pixels but config.model.im"),
-    "a bomb": (  # beyond Pillow's warning: 144 MB of pixels in a small file
+    "a bomb": (  # beyond what Pillow warns about: 144 MB of pixels in a small file
         lambda p: Image.new("1", (12000, 12000)).save(png(p)),
-        "004.png cannot be read as an image (DecompressionBombWarning",
+        "004.png cannot be read as an image (ValueError: 12000x12000 pixels are more than any photograph has",
     ),
     "a pipe": (lambda p: [png(p).unlink(), os.mkfifo(png(p))], "004.png cannot be read as an image (ValueError: it is"),
 }

@@ -278,6 +278,21 @@ def test_up_to_one_per_cent_of_pictures_are_skipped_counted_and_named(tiny_split
     assert [line.partition(": picture")[0] for line in said] == [f"{n} of 200 training images" for n in (1, 2)]
 
 
+def test_an_evaluation_leaves_out_the_pictures_that_training_may_have_skipped(tiny_split, tiny_config):
+    def read(numbers):
+        found = in_memory(tiny_split).read(numbers)
+        return [(Picture(f"picture {n}", b""), 0) if n == 7 else one for n, one in zip(numbers, found, strict=True)]
+
+    config, said = tiny_config(), []
+    records = Records(read, np.arange(len(tiny_split)), None)
+    with pytest.raises(DataError, match=r"picture 7 cannot be read as an image .*it is absent or empty"):
+        decode(records, config.data, config.model)
+    found, rest = decode(records, config.data, config.model, said.append), np.delete(np.arange(len(tiny_split)), 7)
+    np.testing.assert_array_equal(found.images_NHWc, tiny_split.images_NHWc[rest])
+    np.testing.assert_array_equal(found.labels_N, tiny_split.labels_N[rest])
+    assert [line.partition(" cannot")[0] for line in said] == ["skipped     picture 7"]
+
+
 def test_damaged_headers_are_found_before_the_first_step(tmp_path, tiny_config):
     write_pictures(tmp_path, per_class=60)
     config = tiny_config(
@@ -301,6 +316,28 @@ def test_damaged_headers_are_found_before_the_first_step(tmp_path, tiny_config):
     config.data.crop = "exact"
     with pytest.raises(DataError, match=r"pixels but config.model.image_size is 8; .*--config.data.crop=resized"):
         check()
+
+
+def test_what_a_start_refuses_can_be_mended_as_it_says_in_the_same_folder(tmp_path, monkeypatch):
+    """A setting, and a picture that only the first evaluation would read."""
+    write_pictures(tmp_path / "set")
+    picture = tmp_path / "set" / "val" / "dark" / "03.jpg"
+    content = picture.read_bytes()
+    picture.write_bytes(content[: len(content) // 2])
+    arguments = [*command(tmp_path / "set", "train.epochs=1"), f"--workdir={tmp_path / 'run'}"]
+    monkeypatch.chdir(CONFIGS.parent)
+    code, _, err = call(train.main, *arguments, "--config.data.crop=exact")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "set --config.data.crop=centre" in err
+    code, _, err = call(train.main, *arguments)
+    assert (code, err.count("\n")) == (2, 1)
+    assert f"{picture} cannot be read as an image" in err
+    assert "replace or remove it" in err
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+    picture.write_bytes(content)
+    code, out, err = call(train.main, *arguments)
+    assert code == 0, err
+    assert "checking    the images of evaluations" in out
 
 
 def test_a_picture_that_cannot_be_read_for_a_while_costs_no_step(tmp_path, monkeypatch):
