@@ -83,11 +83,10 @@ def train(
     ):
         loop = _Loop(plan, checkpoints, evaluation, log, stop, watchdog)
         try:
-            state = loop.run(state, batches, step.make_train_step(plan))
+            state = loop.run(state, batches)
         except BaseException as error:
             if processes.is_single():  # of several, both would wait for the others, and they for this one
-                if isinstance(error, UserError) and not isinstance(error, TrainingError):
-                    loop.save_before_error()
+                loop.save_before(error)
                 checkpoints.close()
             raise
         rate = log.images_per_second(total)
@@ -197,6 +196,7 @@ class _Loop:
         watchdog: Watchdog,
     ) -> None:
         self._config, self._total, self._mesh = plan.config, plan.total, plan.mesh
+        self._train_step = step.make_train_step(plan)
         self._steps_per_epoch, self._reduced_bytes = plan.steps_per_epoch, update.bytes_reduced(plan)
         self._checkpoints, self._evaluation, self._log = checkpoints, evaluation, log
         self._stop, self._watchdog = stop, watchdog
@@ -204,7 +204,7 @@ class _Loop:
         self._saved = 0  # step of the newest checkpoint
         self._slow = self._evaluating = False
 
-    def run(self, state: TrainState, batches: Iterator[Batch], train_step: step.TrainStep) -> TrainState:
+    def run(self, state: TrainState, batches: Iterator[Batch]) -> TrainState:
         """Returns the state after the last step. On a signal it saves the state and exits with 128 + signal."""
         config, start = self._config.train, int(state.step)
         self._state, self._saved, self._done = state, start, start
@@ -213,7 +213,7 @@ class _Loop:
             images, index_SB = next(batches)
             if done == start + 1:
                 # Apart, to time the first step alone.
-                compiled = train_step.lower(self._state, images, index_SB).compile()
+                compiled = self._train_step.lower(self._state, images, index_SB).compile()
                 began = time.monotonic()
             self._done = done
             self._state, metrics = compiled(self._state, images, index_SB)
@@ -249,8 +249,10 @@ class _Loop:
         with contextlib.suppress(Exception):  # the terminal may have closed
             console.print(f"stopping after {until}; again to stop now")
 
-    def save_before_error(self) -> None:
-        """Saves the last step if it is not saved yet; a failure to save is ignored."""
+    def save_before(self, error: BaseException) -> None:
+        """Saves the last step if the run ends for what a user can mend; a failure to save is ignored."""
+        if not isinstance(error, UserError) or isinstance(error, TrainingError):
+            return
         with contextlib.suppress(UserError):
             if int(self._state.step) != self._saved:
                 self._save(int(self._state.step), evaluates=False)
