@@ -16,8 +16,9 @@ import pytest
 from absl import flags
 
 import processes
-from jvitmoe import cli, configs, experiment_files
+from jvitmoe import cli, configs, evaluate, experiment_files, train
 from jvitmoe.errors import UserError
+from jvitmoe.runs import files
 
 DIGITS, FAST = (str(Path(__file__).parents[1] / "configs" / f"{name}.py") for name in ("digits_random", "cifar10_fast"))
 
@@ -145,6 +146,14 @@ def test_an_experiment_of_ours_takes_no_module_of_its_user_that_has_the_name_of_
     monkeypatch.setitem(sys.modules, "digits_dense", theirs)
     assert experiment("--config=digits_random") == before
     assert sys.modules["digits_dense"] is theirs
+
+
+def test_a_run_folder_may_be_given_by_home_and_not_by_a_url(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert files.run_folder("~/runs/x") == tmp_path / "runs" / "x"
+    for command, *arguments in ((train.main, "--config=digits_dense"), (evaluate.main,)):
+        said = processes.refused(command, *arguments, "--workdir=gs://bucket/x")
+        assert "'gs://bucket/x' is a URL; a run folder lies on a disk" in said
 
 
 def test_a_run_folder_that_is_not_there_is_one_line(tmp_path, monkeypatch):

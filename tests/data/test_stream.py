@@ -27,6 +27,7 @@ from jvitmoe.errors import ConfigError
 from jvitmoe.evaluation import models
 from jvitmoe.evaluation.models import make_evaluate
 from jvitmoe.runs.folder import open_run_folder
+from jvitmoe.runtime import memory
 from jvitmoe.runtime.addresses import Purpose, address
 from jvitmoe.runtime.devices import make_mesh
 from jvitmoe.training import setup
@@ -291,6 +292,13 @@ def test_an_evaluation_leaves_out_the_pictures_that_training_may_have_skipped(ti
     np.testing.assert_array_equal(found.images_NHWc, tiny_split.images_NHWc[rest])
     np.testing.assert_array_equal(found.labels_N, tiny_split.labels_N[rest])
     assert [line.partition(" cannot")[0] for line in said] == ["skipped     picture 7"]
+
+
+def test_a_set_larger_than_the_memory_is_refused_before_it_is_read(tiny_split, tiny_config, monkeypatch):
+    config = tiny_config()
+    monkeypatch.setattr(memory, "installed", lambda: tiny_split.images_NHWc.nbytes - 1)
+    with pytest.raises(DataError, match=r"^\d+ images need .* set --config\.data\.stream=true"):
+        decode(Records(None, np.arange(len(tiny_split)), None), config.data, config.model)
 
 
 def test_damaged_headers_are_found_before_the_first_step(tmp_path, tiny_config):
