@@ -57,7 +57,7 @@ def routers(hidden: int, tokens: int, layers: int) -> dict[str, dict[str, object
     # It ends with all experts for every token, and weighting four outputs costs as well. It drops no token: while it
     # has two experts for each, half of its slots are empty.
     frozen = {"routing.kind": "frozen", "routing.top_k": 2, "routing.capacity": 2.0}
-    frozen |= {"model.expert_hidden": hidden // 4 - 2}
+    frozen |= {"model.expert_hidden": hidden // 4 - 1}
     slots = 4 * -(-tokens // 4)
     random = {"routing.experts": 4, "routing.init": "shared", "routing.pull": 1.0}
     return {

@@ -18,6 +18,7 @@ from jvitmoe.errors import ConfigError
 from jvitmoe.evaluation.models import make_evaluate
 from jvitmoe.experts import cost, trees
 from jvitmoe.models import vit
+from jvitmoe.runtime import memory
 from jvitmoe.runtime.devices import EXPERT, make_mesh
 from jvitmoe.runtime.programs import collectives, for_reading, reduced_bytes
 from jvitmoe.training import program, setup, state, step, update
@@ -129,19 +130,18 @@ def test_the_memory_that_a_start_asks_for_is_what_a_device_holds(tiny_config, mo
     mesh, way = make_mesh(config.train), routing.find(config)
     made = jax.tree.leaves(state.make_state(config, way, mesh))
     held = sum(leaf.addressable_shards[0].data.nbytes for leaf in made)
-    memory = {"SC_PAGE_SIZE": 1, "SC_PHYS_PAGES": held}
-    monkeypatch.setattr(setup.os, "sysconf", memory.__getitem__)
     split = Split(np.zeros((3, 8, 8, 1), np.uint8), np.zeros(3, np.int32))
     dataset = Dataset(split, split, ("one",))
-    memory["SC_PHYS_PAGES"] += 2 * split.images_NHWc.nbytes
+    needed = held + 2 * split.images_NHWc.nbytes
+    monkeypatch.setattr(memory, "installed", lambda: needed)
     setup.check_memory(config, way, mesh, dataset)
-    memory["SC_PHYS_PAGES"] -= 1
+    needed -= 1
     with pytest.raises(ConfigError, match=r"the images need .*; set --config.data.stream=true"):
         setup.check_memory(config, way, mesh, dataset)
     config.data.stream = True
-    memory["SC_PHYS_PAGES"] = held
+    needed = held
     setup.check_memory(config, way, mesh, dataset)
-    memory["SC_PHYS_PAGES"] -= 1
+    needed -= 1
     with pytest.raises(ConfigError, match="the state of training needs"):
         setup.check_memory(config, way, mesh, dataset)
 

@@ -68,7 +68,7 @@ def test_each_collective_has_its_kind_axis_size_and_place():
         "reduce-scatterstep": ("expert", 1, 32, 1, "step"),
         "collective-permutestep": ("data", 1, 3, 1, "step"),
         "all-gatherloop": ("data", 1, 32, 12, "loop"),
-        "all-reducepull": ("expert", 1, 32, 1, "pull"),
+        "all-reducesome": ("expert", 1, 32, 1, "some"),
     }
     with pytest.raises(ValueError, match=r"the program holds an (all-gather|reduce-scatter|collective-permute)"):
         programs.reduced_bytes(PROGRAM, BOTH)
