@@ -188,13 +188,13 @@ def test_the_step_compiles_for_a_target_in_place_and_moves_what_was_computed(tmp
     assert not found["float64"]
     assert "all-to-all" not in {one["kind"] for one in found["collectives"]}
     assert found["peak_bytes"] < found["available_bytes"]
-    moved = {place: sum(x["bytes"] for x in found["collectives"] if x["place"] == place) for place in ("step", "pull")}
+    moved = {place: sum(x["bytes"] for x in found["collectives"] if x["place"] == place) for place in ("step", "some")}
     config = experiment_files.load(name)
     if flags == EXPERT_AXIS:
         config.train.expert_devices, config.routing.pull_every = 4, 2
         shapes = routing.find(config.validate()).shapes()
         trunk, experts = (4 * cost.tree_size(tree) for tree in trees.split(shapes, trees.stacked(shapes)))
-        assert moved["pull"] == experts // 4
+        assert moved["some"] == experts // 4
         assert 0 <= moved["step"] - trunk - experts // 4 <= 64  # two devices hold each expert
     elif not flags:
         dense = 4 * routing.find(config).count_parameters()[0]
