@@ -119,7 +119,6 @@ def test_fit_ends_well_if_a_gpus_compiler_takes_any_batch_and_names_none_above_t
         compile_command.main([*flags[:3], f"--config.train.batch_size={size}", f"--images={images}", "--fit"])
         found = int(capsys.readouterr().out.partition("--config.train.batch_size=")[2].split()[0])
         assert 0.85 * most < found <= most
-        assert found < most or most == images
     compile_command.main([*flags, "--fit"])
 
 

@@ -110,8 +110,8 @@ def _records(split: Any, about: str, image: str, labels_N: np.ndarray) -> Record
         return [(picture(n, file), int(labels_N[n])) for n, file in zip(numbers, files, strict=True)]
 
     def picture(number: int, file: Any) -> Picture:
-        known = file or {"bytes": None, "path": None}  # a row may lack its picture
-        return Picture(f"image {number} of {about}", known["bytes"] or (Path(known["path"]) if known["path"] else b""))
+        content, path = (file["bytes"], file["path"]) if file else (None, None)  # a row may lack its picture
+        return Picture(f"image {number} of {about}", content or (Path(path) if path else b""))
 
     def known() -> list[str]:
         """Returns name and size of each picture; of a parquet file only the offsets of its pictures are read."""

@@ -31,6 +31,9 @@ TRIES = 10
 GAP = 2  # a JPEG is decoded at the smallest scale of which the crop still has this many times the pixels per side
 ORIENTATION = 0x0112  # EXIF's tag for how the camera was held; 1 is upright
 
+# Pillow warns about sizes that `opened` refuses. Here, once: `catch_warnings` would mix up the filters of threads.
+warnings.filterwarnings("ignore", "Image size .* exceeds limit")
+
 
 class DataError(UserError):
     """The data are absent, damaged, or do not fit the model; the message is one line and names the remedy."""
@@ -114,8 +117,6 @@ def opened(picture: Picture) -> Iterator[Any]:
     from PIL import Image
 
     encoded = picture.encoded
-    # For good: `catch_warnings` would mix up the filters of a server's threads. Larger images are refused below.
-    warnings.simplefilter("ignore", Image.DecompressionBombWarning)
     try:
         if isinstance(encoded, np.ndarray):
             yield Image.fromarray(encoded.squeeze(-1) if encoded.shape[-1] == 1 else encoded)

@@ -159,7 +159,6 @@ def decode(
             f"{installed / 2**30:,.1f} GiB; set --config.data.stream=true or a smaller model.image_size"
         )
     images_NHWc, labels_N = np.empty(shape, np.uint8), np.empty(len(records), np.int32)
-
     absent = []
 
     def decode_group(start: int) -> None:

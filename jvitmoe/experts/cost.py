@@ -22,10 +22,12 @@ def flops_per_image(net: vit.ViT, batch: int) -> float:
     images = jax.ShapeDtypeStruct((batch, config.image_size, config.image_size, config.channels), jnp.float32)
     forward = jax.jit(lambda p, x: vit.logits(model, p, x))
     try:
-        with jax.default_device(jax.local_devices(backend="cpu")[0]):
-            cost = programs.for_reading(forward.lower(vit.shapes(model), images)).cost_analysis()
+        cpu = jax.local_devices(backend="cpu")[0]
     except RuntimeError:
         cost = forward.lower(vit.shapes(model), images).cost_analysis()
+    else:
+        with jax.default_device(cpu):
+            cost = programs.for_reading(forward.lower(vit.shapes(model), images)).cost_analysis()
     assert cost is not None, "XLA analyses programs of the CPU, GPU and TPU"
     return float(cost["flops"]) / batch
 

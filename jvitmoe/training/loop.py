@@ -224,7 +224,7 @@ class _Loop:
             try:
                 if (done - 1) % config.log_every == 0 or (processes.is_single() and self._log.is_due()):
                     self._read()  # reads the steps before this one, which runs meanwhile
-            finally:
+            finally:  # also before an error, for the history of the save that follows it
                 self._unread.append((done, metrics))
             if done == start + 1:
                 jax.block_until_ready(metrics)
