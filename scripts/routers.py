@@ -47,29 +47,27 @@ SAME_STEP = {"switch_equal": "switch", "upcycled": "switch", "dense_half": "dens
 
 
 def routers(hidden: int, tokens: int, layers: int) -> dict[str, dict[str, object]]:
-    """Returns the settings of every router beside MLPs of that width, at about the FLOPs of dense: a token has one slot
-    of an expert of the dense width, or more slots of narrower ones. The experts of learned routers start different, as
-    in their papers; the balance loss is a mean over layers here and a sum there."""
-    even = {"routing.experts": 4, "routing.capacity": 1.0, "routing.eval_capacity": 1.0}
-    balanced = even | {"routing.balance_loss": 0.01 * layers}
-    two = {"routing.kind": "topk", "routing.top_k": 2, "model.expert_hidden": hidden // 2}
-    shared = {"model.expert_hidden": hidden // 3, "model.shared_hidden": hidden // 3}
-    # It ends with all experts for every token, and weighting four outputs costs as well. It drops no token: while it
-    # has two experts for each, half of its slots are empty.
-    frozen = {"routing.kind": "frozen", "routing.top_k": 2, "routing.capacity": 2.0}
-    frozen |= {"model.expert_hidden": hidden // 4 - 1}
+    """Returns the settings of every router beside MLPs of that width, at about the FLOPs of dense: an expert has twice
+    the slots of an even load, and half of the width. The experts of learned routers start different, as in their
+    papers; the balance loss is a mean over layers here and a sum there."""
+    four = {"routing.experts": 4}
+    spare = four | {"routing.capacity": 2.0, "routing.eval_capacity": 2.0}
+    balanced = spare | {"routing.balance_loss": 0.01 * layers}
+    half = {"model.expert_hidden": hidden // 2}
+    two = {"routing.kind": "topk", "routing.top_k": 2, "model.expert_hidden": hidden // 4}
+    shared = {"model.expert_hidden": hidden // 5, "model.shared_hidden": hidden // 5}
     slots = 4 * -(-tokens // 4)
     random = {"routing.experts": 4, "routing.init": "shared", "routing.pull": 1.0}
     return {
-        "switch": balanced | {"routing.kind": "switch"},
+        "switch": balanced | {"routing.kind": "switch"} | half,
         "top2": balanced | two,
-        "top2_bias": even | two | {"routing.balance_loss": 0.0, "routing.balance_bias": 1e-3},
+        "top2_bias": spare | two | {"routing.balance_loss": 0.0, "routing.balance_bias": 1e-3},
         "top2_shared": balanced | two | shared,
-        "expert_choice": even | {"routing.kind": "expert_choice"},
+        "expert_choice": spare | {"routing.kind": "expert_choice"} | half,
         # Mixing tokens into slots and back costs as much as 9/8 as many hidden units as there are tokens.
-        "soft": even | {"routing.kind": "soft", "model.expert_hidden": hidden * tokens // slots - tokens * 9 // 8},
-        "hash": even | {"routing.kind": "hash"},
-        "frozen": even | frozen,
+        "soft": four | {"routing.kind": "soft", "model.expert_hidden": hidden * tokens // slots - tokens * 9 // 8},
+        "hash": four | {"routing.kind": "hash"},
+        "frozen": spare | two | {"routing.kind": "frozen"},  # it ends with all experts for every token
         "batch": random | {"routing.kind": "batch"},
         "sample": random | {"routing.kind": "sample"},
         "token": random | {"routing.kind": "token"},
@@ -77,6 +75,9 @@ def routers(hidden: int, tokens: int, layers: int) -> dict[str, dict[str, object
 
 
 ROUTERS: Mapping[str, Mapping[str, object]] = {"dense": {}, **routers(HIDDEN, TOKENS, DEPTH)}
+# Searched beside Switch: no spare slots, and experts of the dense width.
+CAPACITY_1 = {"routing.capacity": 1.0, "routing.eval_capacity": 1.0, "model.expert_hidden": 0}
+SEARCHED = {**ROUTERS, "switch_capacity1": {**ROUTERS["switch"], **CAPACITY_1}}
 
 
 def arm(settings: Mapping[str, object], rate: float = 1, *against: str, length: int = LENGTH) -> Variant:
@@ -127,7 +128,7 @@ def search(results_folder: Path) -> Arms:
     common = learning_rate(results_folder)
     return found | {
         name: tried({**settings, **common}, rate)
-        for row, settings in ROUTERS.items()
+        for row, settings in SEARCHED.items()
         for name, rate in tries_of(results_folder, row).items()
     }
 

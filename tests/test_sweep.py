@@ -51,7 +51,7 @@ def run_sweep(folder: Path) -> str:
 
 
 def test_every_variant_is_an_experiment_of_its_own():
-    compared = {name: routers.arm(settings) for name, settings in routers.ROUTERS.items()}
+    compared = {name: routers.arm(settings) for name, settings in routers.SEARCHED.items()}
     searched = types.SimpleNamespace(variants=lambda: compared)
     for script, experiment in (
         (ablate_recipe, "cifar10_fast"),
@@ -70,7 +70,7 @@ def test_every_router_of_the_tables_costs_what_dense_costs():
         asked = sweep.config_of(sweep.flags_of(experiment, sweep.Variant(settings)))
         return cost.flops_per_image(routing.find(asked).model(), 4)
 
-    study = {name: routers.arm(settings).settings for name, settings in routers.ROUTERS.items()}
+    study = {name: routers.arm(settings).settings for name, settings in routers.SEARCHED.items()}
     shallow = {"model.depth": 2}
     original = {name: variant.settings for name, variant in reproduce_original.variants().items()}
     original = {name: settings | shallow for name, settings in original.items() if name.startswith("equal_")}
@@ -86,7 +86,7 @@ def test_the_search_of_routers_takes_dense_s_learning_rate_and_goes_on_while_a_b
         folder.mkdir(parents=True)
         (folder / files.METRICS).write_text(json.dumps({"step": 1, "kind": "validation", "accuracy": accuracy}) + "\n")
 
-    best_at = dict.fromkeys(routers.ROUTERS, 2.0) | {"switch": 0.5, "batch": 16.0, "learning_rate": 5e-4}
+    best_at = dict.fromkeys(routers.SEARCHED, 2.0) | {"switch": 0.5, "batch": 16.0, "learning_rate": 5e-4}
     rates, tried = {name: [] for name in best_at}, set()
     with pytest.raises(UserError, match="has no result"):
         routers.table(tmp_path, tmp_path)
