@@ -238,16 +238,14 @@ def _agreement(tested: list[dict]) -> str:
 
 @figures.in_style
 def picture(cells: list[dict[str, str]]) -> figures.Figure:
-    """Returns accuracy against step time."""
+    """Returns accuracy against step time, of each arm's first model: the one that its step trains."""
+    first = {cell["arm"]: cell for cell in reversed(cells) if cell["step time / dense"] != "-"}
     figure, ((axes,),) = figures.subplots(1, 1, (8, 5))
-    for cell in cells:
-        if cell["step time / dense"] == "-":
-            continue
+    for arm, cell in first.items():
         mean, _, deviation = cell["accuracy"].partition(" ± ")
         at = float(cell["step time / dense"].split()[0]), float(mean)
-        axes.errorbar(*at, yerr=float(deviation or 0), fmt=figures.MARKS.get(cell["model"], "o"), color="black")
-        if cell["model"] in ("dense", "routed", "merged"):
-            axes.annotate(cell["arm"], at, (5, 4), textcoords="offset points", fontsize=9)
+        axes.errorbar(*at, yerr=float(deviation or 0), fmt=figures.MARKS[cell["model"]], color="black")
+        axes.annotate(arm, at, (5, 4), textcoords="offset points", fontsize=9)
     axes.set(xlabel="step time / dense", ylabel="test accuracy, %", title="Accuracy against step time, equal FLOPs")
     return figure
 
