@@ -47,27 +47,29 @@ SAME_STEP = {"switch_equal": "switch", "upcycled": "switch", "dense_half": "dens
 
 
 def routers(hidden: int, tokens: int, layers: int) -> dict[str, dict[str, object]]:
-    """Returns the settings of every router beside MLPs of that width, at about the FLOPs of dense: an expert has twice
-    the slots of an even load, and half of the width. The experts of learned routers start different, as in their
+    """Returns the settings of every router beside MLPs of that width, at about the FLOPs of dense: four experts of half
+    the width, which may take half of the tokens each. The experts of learned routers start different, as in their
     papers; the balance loss is a mean over layers here and a sum there."""
     four = {"routing.experts": 4}
+    even = four | {"routing.capacity": 1.0, "routing.eval_capacity": 1.0}
     spare = four | {"routing.capacity": 2.0, "routing.eval_capacity": 2.0}
-    balanced = spare | {"routing.balance_loss": 0.01 * layers}
+    balanced = {"routing.balance_loss": 0.01 * layers}
     half = {"model.expert_hidden": hidden // 2}
-    two = {"routing.kind": "topk", "routing.top_k": 2, "model.expert_hidden": hidden // 4}
-    shared = {"model.expert_hidden": hidden // 5, "model.shared_hidden": hidden // 5}
+    two = even | half | {"routing.kind": "topk", "routing.top_k": 2}
+    shared = {"model.expert_hidden": hidden // 3, "model.shared_hidden": hidden // 3}
+    frozen = {"routing.top_k": 2, "model.expert_hidden": hidden // 4}  # it ends with all experts for every token
     slots = 4 * -(-tokens // 4)
     random = {"routing.experts": 4, "routing.init": "shared", "routing.pull": 1.0}
     return {
-        "switch": balanced | {"routing.kind": "switch"} | half,
-        "top2": balanced | two,
-        "top2_bias": spare | two | {"routing.balance_loss": 0.0, "routing.balance_bias": 1e-3},
-        "top2_shared": balanced | two | shared,
-        "expert_choice": spare | {"routing.kind": "expert_choice"} | half,
+        "switch": spare | half | balanced | {"routing.kind": "switch"},
+        "top2": two | balanced,
+        "top2_bias": two | {"routing.balance_loss": 0.0, "routing.balance_bias": 1e-3},
+        "top2_shared": two | balanced | shared,
+        "expert_choice": spare | half | {"routing.kind": "expert_choice"},
         # Mixing tokens into slots and back costs as much as 9/8 as many hidden units as there are tokens.
         "soft": four | {"routing.kind": "soft", "model.expert_hidden": hidden * tokens // slots - tokens * 9 // 8},
         "hash": four | {"routing.kind": "hash"},
-        "frozen": spare | two | {"routing.kind": "frozen"},  # it ends with all experts for every token
+        "frozen": spare | frozen | {"routing.kind": "frozen"},
         "batch": random | {"routing.kind": "batch"},
         "sample": random | {"routing.kind": "sample"},
         "token": random | {"routing.kind": "token"},
