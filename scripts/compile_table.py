@@ -4,7 +4,7 @@ the model of docs/scaling.md.
     pip install -e '.[tpu,gpu-compile]'
     python scripts/compile_table.py
 
-Takes about half an hour on two cores; cases that results/compile/cases.json has are not compiled again. Nothing is run.
+Takes about 45 minutes on two cores; cases that results/compile/cases.json has are not compiled again. Nothing is run.
 """
 
 import itertools
