@@ -55,7 +55,7 @@ class Run:
             raise UserError(f"{model!r} was not tested; the models are {', '.join(rows)}")
         return rows[model] if model else next(iter(rows.values()))
 
-    def classifier(self, checkpoint: str = "latest", ema: bool = False) -> classifier.Classifier:
+    def classifier(self, checkpoint: str | int = "latest", ema: bool = False) -> classifier.Classifier:
         """Returns the dense or merged model, or its EMA, for pictures and arrays (`jvitmoe.load`)."""
         return classifier.load(self.workdir, checkpoint, ema)
 
@@ -75,13 +75,14 @@ class Run:
     def export(self, to: str, out: Path | str, ema: bool = False) -> Path:
         """Writes the dense or merged model, or its EMA, for another library, as jvitmoe.export, and returns the
         folder."""
-        export.main(["export", f"--workdir={self.workdir}", f"--to={to}", f"--out={out}", f"--ema={ema}"])
-        return Path(out)
+        folder = Path(out).expanduser()
+        export.main(["export", f"--workdir={self.workdir}", f"--to={to}", f"--out={folder}", f"--ema={ema}"])
+        return folder
 
     def report(self, *others: "Run | Path | str", out: Path | str = "") -> Path:
         """Compares this run with others: writes report.md and its pictures into `out`, by default `<workdir>/report`,
         and returns that folder. Raises UserError as jvitmoe.report does."""
-        folder = Path(out or self.workdir / "report")
+        folder = Path(out or self.workdir / "report").expanduser()
         workdirs = [str(run.workdir if isinstance(run, Run) else run) for run in (self, *others)]
         report.main(["report", f"--out={folder}", "--", *workdirs])
         return folder
@@ -119,8 +120,9 @@ def train(
         raise UserError("another thread trains; wait for it, or train in a process of its own")
     verbosity = logging.get_verbosity()
     logging.set_verbosity(logging.FATAL)  # Orbax logs a lot
+    asked = [trackers] if isinstance(trackers, str) else trackers
     try:
-        launch.launch(settings.validate(), run.workdir, stop=_Interrupts(), trackers=trackers)
+        launch.launch(settings.validate(), run.workdir, stop=_Interrupts(), trackers=asked)
     except SystemExit as error:
         raise KeyboardInterrupt("stopped and saved; train again to go on") from error
     finally:

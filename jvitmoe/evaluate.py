@@ -56,7 +56,7 @@ def _evaluate(values: flags.FlagValues, workdir: Path) -> None:
 
     config, mesh, model, params, ema, meta = _restore(values, workdir)
     console.print(f"reading     {config.data.name} {config.data.dir}".rstrip())
-    data, probed, probe_config = _data(values, config)
+    data, probed, probe_config = _data(values, config, workdir)
     with progress("testing") as batch_done:
         evaluate = models.make_evaluate(model, mesh, config.data, batch_done)
         shown = stream.eval_images(data.test, config, mesh)
@@ -118,7 +118,7 @@ def _restore(values: flags.FlagValues, workdir: Path) -> tuple[Config, Any, Any,
     return config, mesh, model, params, ema, saved.meta
 
 
-def _data(values: flags.FlagValues, config: Config) -> tuple[Any, Any, Config]:
+def _data(values: flags.FlagValues, config: Config, workdir: Path) -> tuple[Any, Any, Config]:
     """Returns (the run's data set, that of the probes, the config with the latter). Probes of the run's own set do not
     train on the validation images that it held out, which chose its checkpoint."""
     from jvitmoe.data import datasets
@@ -126,7 +126,7 @@ def _data(values: flags.FlagValues, config: Config) -> tuple[Any, Any, Config]:
 
     find = datasets.browse if config.data.stream else datasets.load
     with cli.data_dir_flag():
-        own: Any = find(config.data, config.model)
+        own: Any = datasets.with_classes(find, config.data, config.model, files.read_classes(workdir))
 
     def without_held_out(data: Any) -> Any:
         return dataclasses.replace(data, train=datasets.hold_out(data.train, config.data.validation)[0])
@@ -138,7 +138,7 @@ def _data(values: flags.FlagValues, config: Config) -> tuple[Any, Any, Config]:
     model = dataclasses.replace(config.model, classes=0)  # any number of them
     is_own = data.name == config.data.name
     if data.name == "folder":  # other sets are known by their names
-        is_own &= os.path.realpath(data.dir) == os.path.realpath(config.data.dir)
+        is_own &= len({os.path.realpath(os.path.expanduser(where)) for where in (data.dir, config.data.dir)}) == 1
     try:
         with cli.data_dir_flag("--probe_dir"):
             found = find(data, model)

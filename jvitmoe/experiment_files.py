@@ -34,7 +34,7 @@ def _is_file_name(path: str) -> bool:
 def load(name: str | Path) -> Config:
     """Returns the Config of an experiment, `FILE.py` or NAME; with `:VARIANT` after it, of that variant, a text for its
     get_config. Raises UserError with the line that fails."""
-    path, variant = split_variant(str(name))
+    path, variant = split_variant(os.path.expanduser(name))
     if not os.path.isfile(path) or not _is_file_name(path):
         problem = "is a folder" if os.path.isdir(path) else "does not exist"
         names = [file.stem for file in ours().glob("*.py")]

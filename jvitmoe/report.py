@@ -35,11 +35,14 @@ def main(argv: list[str]) -> None:
     """Runs the command. Raises UserError where no folder holds a tested run or a named group may not be averaged."""
     values, arguments = cli.parse_with_arguments(argv, _define_flags, arguments="RUN… [GROUP=RUN,RUN…]")
     out = Path(values.out)
+    if (out / files.CONFIG).exists():
+        raise UserError(f"--out is {values.out!r}, which is a run folder; give a folder for the report")
     found = _read_groups([each for each in arguments if Path(each).resolve() != out.resolve()])  # it may be in runs/*
     rows = [row for name, group in found.items() for row in groups.group_rows(name, group)]
     overview = groups.overview(found)
     pictures = _pictures(found)
-    parts: list[page.Part] = [page.Heading(1, "Runs"), groups.tested(found), overview]
+    unfinished = groups.unfinished(found)
+    parts: list[page.Part] = [page.Heading(1, "Runs"), groups.tested(found), *unfinished, overview]
     if differences := groups.differences(found):
         parts += [*differences, groups.DECIDED]
     command = printable(f"Command: jvitmoe report {shlex.join(argv[1:])}")
@@ -61,7 +64,7 @@ def main(argv: list[str]) -> None:
     console.print(f"pictures    {', '.join(str(out / f'{picture.name}.png') for picture in pictures)}")
     if values.html:
         console.print(f"page        {out / 'report.html'}")
-    for line in differences[:MANY]:
+    for line in [*unfinished, *differences[:MANY]]:
         console.print(line)
 
 

@@ -42,6 +42,7 @@ def test_a_run_gives_its_config_history_results_classifier_and_report(run, confi
     assert run.accuracy() == run.accuracy("merged") == run.results["rows"][0]["accuracy"]
     params = run.classifier().params
     chex.assert_trees_all_equal(jvitmoe.load(run.workdir).params, params)
+    chex.assert_trees_all_equal(jvitmoe.load(run.workdir, checkpoint=run.results["step"]).params, params)
     assert "| run |" in (run.report() / "report.md").read_text()
     assert run.evaluate(knn=5)["probes"][0]["probe"] == "5-nn"
     assert (run.workdir / "samples.png").is_file()

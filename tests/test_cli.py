@@ -16,7 +16,8 @@ import pytest
 from absl import flags
 
 import processes
-from jvitmoe import cli, configs, evaluate, experiment_files, train
+from jvitmoe import cli, configs, evaluate, experiment_files, export, train
+from jvitmoe.config import Config
 from jvitmoe.errors import UserError
 from jvitmoe.runs import files
 
@@ -148,9 +149,13 @@ def test_an_experiment_of_ours_takes_no_module_of_its_user_that_has_the_name_of_
     assert sys.modules["digits_dense"] is theirs
 
 
-def test_a_run_folder_may_be_given_by_home_and_not_by_a_url(monkeypatch, tmp_path):
+def test_a_folder_may_be_given_by_home_and_a_run_folder_not_by_a_url(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     assert files.run_folder("~/runs/x") == tmp_path / "runs" / "x"
+    values = cli.parse(["export", "--out=~/x", "--to=a=~b"], export._define_flags)  # no shell expands --out=~/x
+    assert (values.out, values.to) == (f"{tmp_path}/x", "a=~b")
+    (tmp_path / "mine.py").write_text("from jvitmoe.config import Config as get_config")
+    assert experiment_files.load("~/mine.py") == Config()
     for command, *arguments in ((train.main, "--config=digits_dense"), (evaluate.main,)):
         said = processes.refused(command, *arguments, "--workdir=gs://bucket/x")
         assert "'gs://bucket/x' is a URL; a run folder lies on a disk" in said

@@ -128,7 +128,7 @@ def test_a_hub_that_accepts_and_never_answers_is_one_line_or_what_was_fetched_be
     with socket.create_server(("127.0.0.1", 0)) as silent, monkeypatch.context() as patch:
         patch.setattr(huggingface_hub.constants, "ENDPOINT", f"http://127.0.0.1:{silent.getsockname()[1]}")
         for name in ("hf://someone/digits", f"hf://someone/digits@{COMMIT}"):
-            with pytest.raises(UserError, match=r"cannot be fetched \(TimeoutError: it takes more than 0\.2 s\); "):
+            with pytest.raises(UserError, match=r"cannot be fetched \(\w*Time\w*: .*timed out.*\); "):
                 load.fetch(name)
         assert server.asked == []
     monkeypatch.setattr(load, "ANSWER_SECONDS", 60)

@@ -118,11 +118,12 @@ def test_hidden_files_in_a_folder_are_skipped_as_in_training(folder):
     assert images.find([folder / ".hidden.png"]) == ([folder / ".hidden.png"], [])
 
 
-def test_a_sheet_shows_names_of_files_and_classes_that_its_font_lacks(tmp_path):
+def test_a_sheet_shows_very_wide_pictures_and_names_of_files_and_classes_that_its_font_lacks(tmp_path):
     names = ["é.png", "中.png", "line\nbreak.png"]
     for name in names:
         Image.new("L", (20, 30)).save(tmp_path / name)
     pictures = [images.Picture(name, tmp_path / name) for name in names]
+    Image.new("L", (1000, 2)).save(tmp_path / names[0])
     guesses = [("ß", 0.5), ("中", 0.25)]
     figures.contact_sheet(tmp_path / "sheet.png", [figures.Cell(p, p.name, guesses) for p in pictures])
     assert (tmp_path / "sheet.png").read_bytes().startswith(b"\x89PNG")

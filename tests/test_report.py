@@ -180,10 +180,26 @@ def test_the_command_names_groups_leaves_out_other_folders_and_says_why(make_run
         ([f"mine={a},{a}"], "both of seed 1"),
         ([str(tmp_path)], r"holds no result\.json"),
         ([], "no run folder was given"),
+        ([str(b), f"--out={a}"], "which is a run folder; give a folder for the report"),
         (["group=" + ",".join(["a" * 90] * 4)], "is no such folder"),
     ):
         with pytest.raises(UserError, match=message):
-            report.main(["report", *arguments, f"--out={out}"])
+            report.main(["report", f"--out={out}", *arguments])
+
+
+def test_a_group_that_was_tested_before_its_end_is_named_and_each_test_split_has_its_size(make_run, tmp_path, capsys):
+    early, done = make_run("early", optim__eps=1.0, train__epochs=3), make_run("done", train__epochs=1)
+    for folder in (early, done):
+        (folder / "images.json").write_text(json.dumps({"train": 300}))  # two steps of 128 images
+    result = json.loads((early / "result.json").read_text())
+    result["rows"][0]["images"] = 12
+    results.save_result(early, result)
+    report.main(["report", str(early), str(done), f"--out={tmp_path / 'report'}"])
+    text = (tmp_path / "report" / "report.md").read_text()
+    assert "split of digits, 12 images; digits, 10 images." in text or "10 images; digits, 12 images." in text
+    for shown in (text, capsys.readouterr().out):
+        assert "early was tested at step 2 of 6." in shown
+        assert "done was tested" not in shown
 
 
 def test_a_report_on_runs_of_one_step_has_no_curves(make_run, tmp_path):

@@ -227,9 +227,13 @@ def test_a_folder_with_something_else_is_refused_and_left_as_it_is(experiment, u
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "cat.jpg").write_text("cat")
     (tmp_path / "file").write_text("file")
+    (tmp_path / "kept").mkdir()
+    for name in ("config.json", "metrics.jsonl", "result.json"):
+        shutil.copy(uninterrupted / name, tmp_path / "kept")
     run = uninterrupted
     for folder, override, message in (
         (tmp_path / "photos", "seed=0", "holds other files than a run"),
+        (tmp_path / "kept", "seed=0", "holds the results of a run without its checkpoints; set --workdir"),
         (tmp_path / "file", "seed=0", "is a file"),
         (uninterrupted, "batch_size=255", "train.batch_size was 256 and is 255 now"),
         (

@@ -3,6 +3,9 @@
 N images · H rows · W columns · c channels
 """
 
+import dataclasses
+import itertools
+from collections.abc import Callable, Sequence
 from importlib import metadata
 from typing import Any
 
@@ -52,6 +55,21 @@ def browse(data: DataConfig, model: ModelConfig) -> Dataset[Records]:
     or damaged, or their size or number of classes is not the model's.
     """
     return _kind(data)(data, model).browse()
+
+
+def with_classes(
+    find: Callable[[DataConfig, ModelConfig], Dataset[S]], data: DataConfig, model: ModelConfig, names: Sequence[str]
+) -> Dataset[S]:
+    """Returns the set that `find` (`browse` or `load`) gives. Raises DataError as it does, and where the classes are
+    not `names`, those of a run; with no names only their number counts."""
+    if not names:
+        return find(data, model)
+    found = find(data, dataclasses.replace(model, classes=0))
+    for label, (now, then) in enumerate(itertools.zip_longest(found.class_names, names)):
+        if now != then:
+            fault = f"the data have other classes than the run: number {label} is {now!r}, and was {then!r}"
+            raise DataError(f"{fault}; set --config.data.dir to data of the run's classes")
+    return found
 
 
 def _kind(data: DataConfig) -> type[Source]:

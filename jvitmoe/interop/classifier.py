@@ -129,7 +129,7 @@ class Classifier:
         return array
 
 
-def load(path: str | Path, checkpoint: str = "latest", ema: bool = False) -> Classifier:
+def load(path: str | Path, checkpoint: str | int = "latest", ema: bool = False) -> Classifier:
     """Returns the Classifier of a run folder (experts merged), an exported folder, or a ViT of timm, Hugging Face or
     google-research whose files have the number of heads. Arguments and errors as `load.read`."""
     verbosity = logging.get_verbosity()

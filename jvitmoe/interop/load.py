@@ -9,12 +9,10 @@ import functools
 import hashlib
 import json
 import os
-import threading
 import zipfile
 from collections.abc import Callable
-from concurrent.futures import Future, wait
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
 import numpy as np
@@ -35,10 +33,9 @@ SHIPPED = Path(__file__).parents[1] / "weights"  # exported models that come wit
 OURS = "jvitmoe"  # the format of our own exports, named in their config.json
 WEIGHTS, CONFIG, PROCESSOR = "model.safetensors", "config.json", "preprocessor_config.json"
 CHECKSUM = "sha256"  # in the metadata of the weights of our exports; who writes other weights leaves it out
-ANSWER_SECONDS, FETCH_SECONDS = 30.0, 3600.0  # longest wait for the hub to answer at all, and for a model
+ANSWER_SECONDS = 30.0  # longest wait for the hub to answer at all
 MOST_PIXEL = 1e6  # of mean and deviation of another library's pixels, from 0 to 1
 MOST_INFLATION = 20  # of an .npz: weights hardly compress, so a larger factor is an attack on memory
-T = TypeVar("T")
 Pixels = tuple[tuple[float, ...], tuple[float, ...]]  # mean and standard deviation, each one number or one per channel
 
 
@@ -64,7 +61,7 @@ class Source:
     ema: bool = False  # True if the parameters are a run's EMA
 
 
-def read(path: Path | str, heads: int = 0, checkpoint: str = "latest", ema: bool = False) -> Source:
+def read(path: Path | str, heads: int = 0, checkpoint: str | int = "latest", ema: bool = False) -> Source:
     """Returns the dense ViT in a run folder, an exported folder, a .safetensors or an .npz file.
 
     Args:
@@ -142,8 +139,8 @@ def fetch(name: str) -> Path:
         return Path(hub.snapshot_download(repository, **place))
 
     try:
-        _within(ANSWER_SECONDS, lambda: hub.HfApi().model_info(repository, revision=revision or "main"))
-        folder = _within(FETCH_SECONDS, lambda: download(False))
+        hub.HfApi().model_info(repository, revision=revision or "main", timeout=ANSWER_SECONDS)
+        folder = download(False)
     except Exception as error:  # of the hub's client, its HTTP library and the disk
         try:
             folder = download(True)  # as it was fetched before
@@ -154,24 +151,7 @@ def fetch(name: str) -> Path:
     return folder
 
 
-def _within(seconds: float, work: Callable[[], T]) -> T:
-    """Returns the result of `work`, or raises what it raises. Raises TimeoutError after `seconds`; its thread goes on,
-    and ends with the process."""
-    future: Future[T] = Future()
-
-    def run() -> None:
-        try:
-            future.set_result(work())
-        except BaseException as error:
-            future.set_exception(error)
-
-    threading.Thread(target=run, daemon=True).start()
-    if not wait([future], seconds).done:
-        raise TimeoutError(f"it takes more than {seconds:g} s")
-    return future.result()
-
-
-def _read_run(path: Path, checkpoint: str, ema: bool) -> Source:
+def _read_run(path: Path, checkpoint: str | int, ema: bool) -> Source:
     # Each process reads it on its own: one that cannot raises an error, and must not leave others waiting.
     saved = Checkpoints(path / files.CHECKPOINTS).read(checkpoint)
     config = config_lib.from_dict(saved.meta["config"])

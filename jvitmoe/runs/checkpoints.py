@@ -86,13 +86,14 @@ class Checkpoints:
         except Exception as error:  # damage raises errors of any type
             raise CheckpointError(one_line(error)) from error
 
-    def read(self, which: str) -> Saved:
+    def read(self, which: str | int) -> Saved:
         """Returns the checkpoint "latest", "best" (least validation NLL) or of a step, without optimiser state.
 
         Latest and best are the sound ones, with a warning for each damaged one that is passed over. Chooses again where
         a run that trains deletes checkpoints meanwhile. Raises CheckpointError, and UserError where the names of the
         classes beside the folder are not those of the checkpoint.
         """
+        which = str(which)  # from Python a step may be a number
         steps, faults, found = self.steps(), dict[int, str](), None
         if not steps:
             raise CheckpointError(f"{self.directory} holds no checkpoint; train first")

@@ -19,7 +19,7 @@ from matplotlib.colors import LinearSegmentedColormap, PowerNorm, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.font_manager import get_font
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont
 
 from jvitmoe.data.images import Picture, opened, pixels
 from jvitmoe.runs import files, results
@@ -366,7 +366,8 @@ def contact_sheet(path: Path, cells: Sequence[Cell]) -> None:
             image = pixels(file, 3, cell.picture.name)
             smooth = max(image.size) * 2 > CELL  # small pictures are enlarged without smoothing
             resample = Image.Resampling.BICUBIC if smooth else Image.Resampling.NEAREST
-            thumbnail = ImageOps.contain(image, (CELL, CELL), resample)
+            shrink = CELL / max(image.size)  # unlike in ImageOps.contain, no side becomes 0
+            thumbnail = image.resize([max(1, round(side * shrink)) for side in image.size], resample)
         sheet.paste(thumbnail, (left + (CELL - thumbnail.width) // 2, top + (CELL - thumbnail.height) // 2))
         top += CELL + 2
         pen.text((left, top), _fit(pen, font, cell.caption, CELL), WRONG if cell.is_wrong else FAINT, font)

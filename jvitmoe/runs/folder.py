@@ -22,8 +22,8 @@ SHARED_SECONDS = 8.0  # a network disk may take a moment to show a new file
 
 
 def check_folder(workdir: Path, config: Config) -> None:
-    """Raises ConfigError where the folder holds checkpoints of another experiment, or files that are no run. Writes
-    nothing."""
+    """Raises ConfigError where the folder holds checkpoints of another experiment, results that a new start would
+    replace, or files that are no run. Writes nothing."""
     saved = workdir / files.CONFIG
     try:
         if not workdir.exists():
@@ -37,7 +37,10 @@ def check_folder(workdir: Path, config: Config) -> None:
                 raise ConfigError(f"workdir {str(workdir)!r} holds other files than a run; set --workdir to a new one")
             return
         if not checkpoints.list_steps(workdir / files.CHECKPOINTS):
-            return  # a start that failed: its remedy may be another setting
+            if not (workdir / files.RESULT).exists():
+                return  # a start that failed: its remedy may be another setting
+            held = "holds the results of a run without its checkpoints"
+            raise ConfigError(f"workdir {str(workdir)!r} {held}; set --workdir to a new folder")
         text = files.read_bytes(saved) or b""
     except (OSError, ValueError) as error:  # ValueError: the name is not UTF-8
         raise ConfigError(f"workdir {str(workdir)!r} cannot be read: {error}; set --workdir to another") from error

@@ -313,10 +313,18 @@ def _shared_name(names: Sequence[str]) -> str:
 
 def tested(groups: Groups) -> str:
     """Returns the line about the test splits of the groups."""
-    splits = {group[0].result["data"]: group[0].result["rows"][0]["images"] for group in groups.values()}
-    return (
-        f"Accuracy on the test split of {'; '.join(f'{name}, {images:,} images' for name, images in splits.items())}."
-    )
+    splits = {(group[0].result["data"], group[0].result["rows"][0]["images"]): None for group in groups.values()}
+    return f"Accuracy on the test split of {'; '.join(f'{name}, {images:,} images' for name, images in splits)}."
+
+
+def unfinished(groups: Groups) -> list[str]:
+    """Returns a line for each group that was tested before the end of its training."""
+    lines = []
+    for name, ((folder, config, result), *_) in groups.items():
+        images = (files.read_images(folder) or {}).get("train", 0)  # results may be kept without that file
+        if result["step"] < (last := config.train.epochs * (int(images) // config.train.batch_size)):
+            lines.append(f"{name} was tested at step {result['step']:,} of {last:,}.")
+    return lines
 
 
 def opening(groups: Groups) -> str:

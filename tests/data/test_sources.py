@@ -120,6 +120,16 @@ def folder(root: Path, **model) -> splits.Dataset:
     return load(DataConfig(name="folder", dir=str(root)), ModelConfig(**({"channels": 3, "classes": 2} | model)))
 
 
+def test_a_set_that_serves_a_run_has_the_run_s_classes_in_their_order(tmp_path):
+    write_folder(tmp_path)
+    asked = DataConfig(name="folder", dir=str(tmp_path)), ModelConfig(channels=3, classes=2)
+    for names in ((), ("cat", "dog")):
+        assert datasets.with_classes(datasets.load, *asked, names).class_names == ("cat", "dog")
+    for names, fault in ((("dog", "cat"), "number 0 is 'cat', and was 'dog'"), (("cat",), "1 is 'dog', and was None")):
+        with pytest.raises(DataError, match=f"{fault}; set --config.data.dir to data of the run's classes"):
+            datasets.with_classes(datasets.browse, *asked, names)
+
+
 @pytest.mark.parametrize(("test", "mode", "channels"), [("test", "L", 1), ("val", "RGB", 3), ("validation", "RGBA", 4)])
 def test_a_folder_gives_back_the_pixels_and_sorted_classes_written_into_it(tmp_path, monkeypatch, test, mode, channels):
     monkeypatch.setattr(splits, "GROUP", 2)  # several threads share it
