@@ -55,7 +55,7 @@ def write(source: Source, result: Mapping[str, Any], target: Target, remarks: Se
         f"# {data} ViT\n\nA plain Vision Transformer for images of {size} and {model.classes} classes, "
         f"trained with jvitmoe: {kind}. It is dense: no router, no experts, the cost of one ViT.",
         *(f"- {remark}" for remark in remarks),
-        "## Use\n\nIn this folder:\n\n" + target.use.format(epsilon=model.norm_epsilon),
+        "## Use\n\nIn this folder:\n\n" + target.use,
         f"Inputs are float32 {layout}, `{_normalised(source)}` of 8-bit pixels, at exactly {size}. Outputs are logits."
         + (f" Their classes in order are in `classes.json`{listed}." if classes else ""),
         "## Check\n\n`sample.npz` contains test images (`images`, 8 bits), the model's `inputs` for them, their "

@@ -30,7 +30,7 @@ class Target:
     reader = "jvitmoe"  # the library that reads the export back after writing
     torch = False  # True if it runs in PyTorch: channels come before rows
     fields = FIELDS  # of ModelConfig that the format can express; all others must have their default
-    use: str  # Markdown for the card: how to load the model; {epsilon} is LayerNorm's
+    use: str  # Markdown for the card: how to load the model
     check: str  # expression for the card: the logits of `sample`
 
     def write(self, out: Path, source: load.Source, model: ModelConfig) -> Run:

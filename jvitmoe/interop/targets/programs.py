@@ -70,7 +70,7 @@ class Onnx(base.Target):
 import onnxruntime
 
 model = onnxruntime.InferenceSession("model.onnx")
-run = lambda inputs: model.run(None, {{model.get_inputs()[0].name: inputs}})[0]
+run = lambda inputs: model.run(None, {model.get_inputs()[0].name: inputs})[0]
 ```"""
     check = 'run(sample["inputs"])'
 

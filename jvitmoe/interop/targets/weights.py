@@ -149,20 +149,6 @@ import timm
 
 model = timm.create_model("local-dir:.", pretrained=True).eval()
 transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
-```
-
-or, with the arguments in sight:
-
-```python
-import functools, json, timm, torch
-from pathlib import Path
-from safetensors.torch import load_file
-
-about = json.loads(Path("config.json").read_text())
-norm = functools.partial(torch.nn.LayerNorm, eps={epsilon})
-arguments = {{**about["model_args"], "norm_layer": norm}}
-model = timm.create_model(about["architecture"], num_classes=about["num_classes"], **arguments).eval()
-model.load_state_dict(load_file("model.safetensors"), strict=True)
 ```"""
     check = 'model(torch.from_numpy(sample["inputs"])).detach().numpy()'
 
