@@ -37,11 +37,12 @@ def one_line(error: BaseException) -> str:
 
 
 def did_you_mean(name: str, known: Collection[str]) -> str:
-    """Returns "; did you mean 'x'?" with the most similar known name, by its initials (lr), by the whole or by the part
-    after its last dot; or "" if none is similar."""
+    """Returns "; did you mean 'x'?" with the most similar known name, by its initials (lr), by the whole, first in
+    another case, or by the part after its last dot; or "" if none is similar."""
     ends = {word.rpartition(".")[2]: word for word in known}
     initials = {"".join(part[:1] for part in end.split("_")): word for end, word in ends.items() if "_" in end}
     near = [initials[end] for end in [name.rpartition(".")[2]] if end in initials]
+    near += [word for word in known if word.lower() == name.lower()]
     near += difflib.get_close_matches(name, known, n=1)
     near += [ends[end] for end in difflib.get_close_matches(name.rpartition(".")[2], ends, n=1, cutoff=0.7)]
     return f"; did you mean {near[0]!r}?" if near else ""

@@ -155,8 +155,6 @@ def _routing_faults(config: Config) -> Iterator[tuple[str, str]]:
         yield "routing.pattern", rule + """--config.routing.pattern='("dense","experts")'"""
     elif model.depth % len(routing.pattern):
         yield "routing.pattern", f"must have a length that divides model.depth, which is {model.depth}"
-    if routing.experts == 1 and routing.kind != "batch":
-        yield "routing.experts", f"must be above 1 for routing.kind={routing.kind}"
     if routing.consistency and routing.experts == 1 and not model.drops:
         rule = "must be 0 with one expert, without model.dropout and model.drop_path: both passes are equal"
         yield "routing.consistency", rule

@@ -50,7 +50,7 @@ from jvitmoe.runtime.addresses import Purpose, address
 from jvitmoe.runtime.devices import make_mesh
 from jvitmoe.training import loop
 from jvitmoe.training.state import StepPlan, TrainState, make_state
-from jvitmoe.training.step import Metrics, TrainStep, make_train_step
+from jvitmoe.training.step import Metrics, make_train_step
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_debug_key_reuse", True)
@@ -131,7 +131,7 @@ class Training:
     model: vit.ViT
     images: Images
     order: batches.TrainOrder
-    step: TrainStep
+    step: jax.stages.Wrapped
     state: TrainState  # on the devices
     history: list[TrainState] = dataclasses.field(default_factory=list)  # copies on the host: [k] after k steps
     metrics: list[Metrics] = dataclasses.field(default_factory=list)  # on the host: [k] of the step after history[k]

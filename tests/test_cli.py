@@ -18,7 +18,7 @@ from absl import flags
 import processes
 from jvitmoe import cli, configs, evaluate, experiment_files, export, train
 from jvitmoe.config import Config
-from jvitmoe.errors import UserError
+from jvitmoe.errors import UserError, did_you_mean
 from jvitmoe.runs import files
 
 DIGITS, FAST = (str(Path(__file__).parents[1] / "configs" / f"{name}.py") for name in ("digits_random", "cifar10_fast"))
@@ -104,6 +104,10 @@ def test_a_mistyped_command_line_is_one_clear_line(monkeypatch, arguments, messa
         experiment(*([] if complete else [f"--config={DIGITS}"]), *arguments.split())
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_name_in_another_case_is_meant_before_a_nearer_one():
+    assert did_you_mean("adamW", ("adam", "adamw")) == "; did you mean 'adamw'?"
 
 
 @pytest.mark.parametrize(

@@ -64,6 +64,7 @@ def test_a_setting_is_described_takes_its_default_and_refuses_what_is_outside_of
         ({"model__positions": "sincos2d", "model__width": 6, "model__heads": 3}, "multiple of 4"),
         ({"train__devices": 3}, "must be a multiple of train.devices, which is 3"),
         ({"routing__init": "sharde"}, "did you mean 'shared'?"),
+        ({"routing__kind": "swich"}, "did you mean 'switch'?"),
         ({"routing__kind": "switch"}, "routing.experts is 1; it must be above 1 for routing.kind=switch"),
         ({"routing__consistency": 1.0}, "must be 0 with one expert"),
         ({"routing__experts": 3, "routing__kind": "sample"}, "is 128; it must be a multiple of routing.experts"),

@@ -145,6 +145,20 @@ def test_images_outside_the_batches_do_not_count(tiny_config, split, params_of):
         assert few.images == count
 
 
+def test_an_expert_that_is_not_finite_ends_no_test_of_random_paths(tiny_config, split, params_of):
+    config, mesh = tiny_config(routing={"experts": E}), make_mesh(tiny_config().train)
+
+    def without_the_first(of_one, of_all):
+        return of_all.at[:, 0].set(jnp.nan) if of_all.ndim > of_one.ndim else of_all
+
+    params = jax.tree.map(without_the_first, params_of(1), params_of(E))
+    images, batches = on_devices(split, mesh), eval_batches(26, 26, mesh)
+    evaluate = make_evaluate(vit.build(config.model), mesh, config.data)
+    rows = {row["model"]: row for row in models.evaluate_run(config, params, None, evaluate, images, batches, 8)}
+    assert np.isnan([rows["8 random paths"][name] for name in ("nll", "nll_std")]).all()
+    assert np.isfinite(rows["expert 1"]["nll"])
+
+
 @pytest.mark.parametrize("paths", [0, 4])
 def test_a_run_of_experts_is_tested_merged_per_expert_on_random_paths_and_as_an_ensemble(
     tiny_config, split, params_of, paths

@@ -90,6 +90,11 @@ def test_few_shot_is_the_closed_form_of_ridge_regression(shots, width):
         assert 0.25 < expected < 1
 
 
+def test_few_shot_of_one_class_is_always_right():
+    one = Features(clusters(20, 6, 0).features_ND, np.zeros(20, np.int32))
+    assert probes.few_shot(one, one, ("all",), 5, 0) == 1
+
+
 @pytest.mark.parametrize("neighbours", [1, 5, 20])
 def test_nearest_is_the_brute_force_vote(neighbours):
     train, test = clusters(200, 6, 0), clusters(300, 6, 1)

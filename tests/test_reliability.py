@@ -21,7 +21,8 @@ import processes
 from jvitmoe import evaluate, train
 from jvitmoe.errors import UserError
 from jvitmoe.evaluation import models
-from jvitmoe.runs import folder
+from jvitmoe.runs import files, folder
+from jvitmoe.runs.checkpoints import Checkpoints
 from jvitmoe.runs.metrics_log import MetricsLog
 from processes import call, refused, succeed, wait_for_output
 from run_folders import assert_same_run, saved, snapshot, tiny, write_experiment
@@ -283,18 +284,27 @@ def test_a_disk_that_fills_up_ends_the_run_in_one_line_and_with_room_it_goes_on_
     assert_same_run(tmp_path / "run", uninterrupted)
 
 
-def test_output_that_nobody_reads_any_more_costs_no_step(experiment, uninterrupted, tmp_path, monkeypatch):
-    def show(log, step, values):
-        if step == 7:  # after the checkpoint of step 6; what is written later is dropped
+@pytest.mark.parametrize("shown", ["show", "evaluation"])
+def test_output_that_nobody_reads_any_more_costs_no_step_and_no_rating(
+    experiment, uninterrupted, tmp_path, monkeypatch, shown
+):
+    as_before, broke_at = getattr(MetricsLog, shown), []
+
+    def show(log, step, *values):
+        as_before(log, step, *values)
+        if step >= 7 and not broke_at:  # after the checkpoint of step 6; what is written later is dropped
+            broke_at.append(step)
             raise UserError("standard output cannot be written: Broken pipe")
 
     arguments = f"--config={experiment}", f"--workdir={tmp_path / 'run'}"
     with monkeypatch.context() as broken:
-        broken.setattr(MetricsLog, "show", show)
+        broken.setattr(MetricsLog, shown, show)
         code, _, err = call(train.main, *arguments)
     assert (code, err) == (2, "error: standard output cannot be written: Broken pipe\n")
     stopped = int(saved(tmp_path / "run")[-1].name)
     assert stopped > 7
+    nll = Checkpoints(tmp_path / "run" / files.CHECKPOINTS).check(stopped)["nll"]
+    assert (nll is not None) == (shown == "evaluation")
     code, out, err = call(train.main, *arguments)
     assert code == 0, err
     assert f"resuming    from step {stopped}\n" in out

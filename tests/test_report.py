@@ -366,6 +366,15 @@ def test_a_run_whose_seed_data_history_or_classes_are_not_those_of_its_test_is_l
     assert groups.read_run(history).result["step"] == 2
 
 
+def test_the_hardware_of_training_is_that_of_no_later_test(tmp_path):
+    trained = {"hardware": "GPU", "versions": {}}
+    tested = {"hardware": "laptop", "trained_with": {"jax": "1"}}  # no result of training was left
+    several = trained, tested, tested | {"trained_on": "GPU"}, {}
+    assert [results.trained_on(result) for result in several] == ["GPU", "", "GPU", ""]
+    results.save_result(tmp_path, tested)
+    assert results.of_training(tmp_path, {"jax": "1"}) == {"images_per_second": None, "trained_with": {"jax": "1"}}
+
+
 def test_a_report_lists_the_versions_that_trained_and_those_that_tested():
     run = {"hardware": "b", "trained_on": "a", "versions": {"jax": "2", "numpy": "1"}, "trained_with": {"jax": "1"}}
     assert results.made_with([run]) == "Hardware: a; b. Versions: jax 1, jax 2, numpy 1."

@@ -69,7 +69,7 @@ def test_addresses_differ_across_seeds_purposes_and_numbers():
             "tokens; pulled together by 0.1 (qsr)",
         ),
         ({"kind": "sample", "pull": 1.0}, "images; averaged after every step, so all are equal"),
-        ({"kind": "sample", "pull": 1.0, "pull_every": 2}, "images; pulled together by 1 (constant)"),
+        ({"kind": "sample", "pull": 1.0, "pull_every": 2}, "images; pulled together by 1 every 2 steps (constant)"),
         ({"kind": "switch", "pull": 0.1}, "switch routes the tokens; pulled together by 0.1 (constant)"),
     ],
 )

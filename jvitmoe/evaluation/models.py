@@ -23,6 +23,7 @@ from jvitmoe.experts import merge
 from jvitmoe.experts.cost import flops_per_image, tree_size
 from jvitmoe.models import routers, vit
 from jvitmoe.runs.checkpoints import versions
+from jvitmoe.runs.results import deviation
 from jvitmoe.runtime import devices
 from jvitmoe.runtime.addresses import Purpose, address
 from jvitmoe.runtime.devices import AXES, REPLICATED, to_devices, wait_on_cpu
@@ -256,7 +257,7 @@ def evaluate_run(
             name: [result.numbers()[name] for result in drawn] for name in drawn[0].numbers() if name != "images"
         }
         mean = {name: statistics.fmean(values) for name, values in several.items()}
-        spread = {f"{name}_std": statistics.stdev(values) for name, values in several.items() if paths > 1}
+        spread = {f"{name}_std": deviation(values) for name, values in several.items() if paths > 1}
         rows.append(row("random path" if paths == 1 else f"{paths} random paths", drawn[0]) | mean | spread)
     ensemble_cost = {"parameters": total, "flops_per_image": experts * cost["flops_per_image"]}
     return [*rows, row("ensemble", ensemble) | ensemble_cost]

@@ -118,7 +118,8 @@ def few_shot(train: Features, test: Features, names: tuple[str, ...], shots: int
 
     targets_NC = 2 * np.eye(len(names))[train.labels_N[index]] - 1
     ridge = Ridge(L2, fit_intercept=False).fit(inputs(shots_ND), targets_NC)
-    return float(np.mean(ridge.predict(inputs(test.features_ND)).argmax(1) == test.labels_N))
+    scores_NC = ridge.predict(inputs(test.features_ND)).reshape(-1, len(names))  # [N] for one class
+    return float(np.mean(scores_NC.argmax(1) == test.labels_N))
 
 
 def nearest(train: Features, test: Features, neighbours: int) -> float:

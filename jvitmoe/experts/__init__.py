@@ -1,1 +1,1 @@
-"""The idea of this project: routes, slices of expert-stacked trees, merging, and what it costs. Read this first."""
+"""Trees of experts: the expert axis, merging, and what a model costs."""

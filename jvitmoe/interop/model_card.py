@@ -114,7 +114,7 @@ def _recipe(config: Config) -> str:
 
 
 def _made_with(result: Mapping[str, Any]) -> str:
-    trained = result.get("trained_on") or result.get("hardware") or "hardware that was not recorded"
+    trained = results.trained_on(result) or "hardware that was not recorded"
     then = ", ".join(f"{name} {version}" for name, version in result.get("versions", {}).items())
     now = ", ".join(f"{name} {version}" for name, version in checkpoints.versions().items())
     return f"Trained on {trained}. Tested with {then or 'nothing yet'}. Exported with {now}."

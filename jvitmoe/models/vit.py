@@ -246,7 +246,6 @@ class ViT(nn.Module):
 
 def build(
     config: ModelConfig,
-    router: RouterSettings | None = None,
     platform: str = "cpu",
     pattern: tuple[str, ...] = ("experts",),
     fused: bool = False,
@@ -258,7 +257,7 @@ def build(
     """
     name = config.dtype if config.dtype != "auto" else "float32" if platform == "cpu" else "bfloat16"
     attention = "cudnn" if fused and name == "bfloat16" and config.fits_cudnn else "xla"
-    return ViT(config, jnp.dtype(name), router, pattern, attention)
+    return ViT(config, jnp.dtype(name), None, pattern, attention)
 
 
 def logits(model: ViT, params: Any, images_BHWc: jax.Array, key_B: jax.Array | None = None) -> jax.Array:

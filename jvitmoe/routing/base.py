@@ -50,6 +50,8 @@ class Routing:
     def faults(cls, config: Config) -> Iterator[tuple[str, str]]:
         """Yields (setting, rule) for each rule of this way of routing that the config breaks."""
         kind = config.routing.kind
+        if config.routing.experts == 1 and kind != "batch":
+            yield "routing.experts", f"must be above 1 for routing.kind={kind}"
         if config.train.expert_devices > 1:
             yield "train.expert_devices", f"must be 1 for routing.kind={kind}; experts have devices with 'sample'"
         yield from cls.router_faults(config)
@@ -85,7 +87,7 @@ class Routing:
     @property
     def trained_apart(self) -> int:
         """The number of whole models that a step trains, each on its share of the batch: 1, or E."""
-        return 1
+        return self.slots if self.has_whole_models else 1
 
     @property
     def active_experts(self) -> float:
@@ -101,7 +103,7 @@ class Routing:
         """Returns the model for the devices of a mesh, or for a CPU: dense, because an expert is a dense model."""
         pattern = self.config.routing.pattern if self.experts > 1 else ("experts",)
         platform, fused = (mesh.devices.flat[0].platform, devices.fuses_attention(mesh)) if mesh else ("cpu", False)
-        return vit.build(self.config.model, None, platform, pattern, fused)
+        return vit.build(self.config.model, platform, pattern, fused)
 
     def init(self, key: jax.Array) -> Tree:
         """Returns the parameters at step 0, float32. Experts start as copies of the dense model's draw, or with

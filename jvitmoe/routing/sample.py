@@ -37,10 +37,6 @@ class Sample(Routing):
         return self.experts
 
     @property
-    def trained_apart(self) -> int:
-        return self.experts if self.has_whole_models else 1
-
-    @property
     def reduced_experts(self) -> int:
         return self.experts
 

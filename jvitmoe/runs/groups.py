@@ -145,14 +145,14 @@ def in_order(groups: Groups) -> Groups:
 def group_rows(name: str, group: Sequence[TestedRun]) -> list[dict[str, str]]:
     """Returns the text cells of a group, one row per model; mean ± sample deviation where there are several seeds."""
     rates = [run.result["images_per_second"] for run in group if run.result.get("images_per_second")]
-    hardware = "; ".join(dict.fromkeys(run.result.get("trained_on") or run.result["hardware"] for run in group))
+    hardware = "; ".join(dict.fromkeys(results.trained_on(run.result) or "not recorded" for run in group))
     rows, result = [], group[0].result
     for several in zip(*(run.result["rows"] for run in group), strict=True):
         numbers = dict(several[0])
         for metric in results.METRIC_FORMATS:
             values = [row[metric] for row in several if metric in row]
             if len(values) == len(group) > 1:
-                numbers |= {metric: statistics.fmean(values), f"{metric}_std": _deviation(values)}
+                numbers |= {metric: statistics.fmean(values), f"{metric}_std": results.deviation(values)}
         rows.append(
             {
                 "run": name,
@@ -199,7 +199,7 @@ def _half_interval(paired: Sequence[tuple[float, float]], images: int) -> float:
 
     if len(paired) == 1:
         return 1.96 * math.sqrt(sum(p * (1 - p) for p in paired[0]) / images)
-    deviation = _deviation([ours - theirs for ours, theirs in paired])
+    deviation = results.deviation([ours - theirs for ours, theirs in paired])
     return float(stdtrit(len(paired) - 1, 0.975)) * deviation / math.sqrt(len(paired))
 
 
@@ -256,7 +256,7 @@ def overview_row(name: str, group: Sequence[TestedRun]) -> dict[str, str]:
     def cell(model: str) -> str:
         if model not in accuracies:
             return "-"
-        deviation = f" ± {_deviation(accuracies[model]):.2%}" if len(group) > 1 else ""
+        deviation = f" ± {results.deviation(accuracies[model]):.2%}" if len(group) > 1 else ""
         return f"{statistics.fmean(accuracies[model]):.2%}{deviation}"
 
     experts = [statistics.fmean(values) for model, values in accuracies.items() if model.startswith("expert ")]
@@ -275,11 +275,6 @@ def overview_row(name: str, group: Sequence[TestedRun]) -> dict[str, str]:
         "gap": f"{statistics.fmean(max(numbers['gap']) for numbers in why):.3f}" if why else "-",
         "steps took": duration(images / rate) if rate else "-",
     }
-
-
-def _deviation(values: Sequence[float]) -> float:
-    """Returns the sample deviation; nan if a value is not finite, which `statistics` does not accept."""
-    return statistics.stdev(values) if all(map(math.isfinite, values)) else math.nan
 
 
 def _models(run: TestedRun) -> list[str]:

@@ -2,6 +2,8 @@
 
 import contextlib
 import json
+import math
+import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -59,9 +61,20 @@ def of_training(workdir: Path, versions: Mapping[str, str] | None) -> dict[str, 
     except UserError:
         console.print(f"warning: {RESULT} is damaged; it is rewritten without images/s")
         earlier = {}
-    found = {"trained_on": earlier.get("trained_on") or earlier.get("hardware"), "trained_with": versions}
+    found = {"trained_on": trained_on(earlier), "trained_with": versions}
     known = {name: value for name, value in found.items() if value}
     return {"images_per_second": earlier.get("images_per_second"), **known}
+
+
+def trained_on(result: Mapping[str, Any]) -> str:
+    """Returns the hardware of training; "" if no result recorded it. Where `trained_with` stands, `hardware` is that of
+    a later test."""
+    return str(result.get("trained_on") or ("" if "trained_with" in result else result.get("hardware", "")))
+
+
+def deviation(values: Sequence[float]) -> float:
+    """Returns the sample deviation; nan if a value is not finite, which `statistics` does not accept."""
+    return statistics.stdev(values) if all(map(math.isfinite, values)) else math.nan
 
 
 def result_rows(result: Mapping[str, Any]) -> list[dict[str, str]]:

@@ -53,6 +53,8 @@ def _launch(
         check_trackers(trackers)
         routing.find(config)  # this and the next raise ConfigError before any data are read
         optimizer.direction(config)
+
+    def check_workdir() -> None:
         if processes.is_first():  # where others look before it is there, a network disk may hide it for a minute
             check_folder(workdir, config)
 
@@ -61,10 +63,11 @@ def _launch(
         if not processes.is_single():
             code = checkpoints.versions() | {"source code": processes.source_hash()}
             processes.agree({"workdir": workdir} | flatten(config) | code)
+        processes.together(check)
         if not config.model.classes:
             found = processes.first_process_then_others(lambda: datasets.browse(config.data, config.model))
             config.model.classes = len(found.class_names)
-        processes.together(check)
+        processes.together(check_workdir)
         try:
             train(config, workdir, stop, cleanup, trackers)
         except jax.errors.JaxRuntimeError as error:

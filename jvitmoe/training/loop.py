@@ -202,6 +202,7 @@ class _Loop:
         self._stop, self._watchdog = stop, watchdog
         self._unread: list[tuple[int, Metrics]] = []  # metrics that are still on the device
         self._saved = 0  # step of the newest checkpoint
+        self._rated: tuple[int, float | None] = 0, None  # step and validation NLL of the newest evaluation
         self._slow = self._evaluating = False
 
     def run(self, state: TrainState, batches: Iterator[Batch]) -> TrainState:
@@ -260,14 +261,16 @@ class _Loop:
     def _save(self, done: int, evaluates: bool) -> None:
         """Saves a checkpoint, after an evaluation if asked for."""
         self._read()
-        began, nll = time.monotonic(), None
+        began = time.monotonic()
         if evaluates:
             self._evaluating = True
             result, watched = self._evaluation.watch(self._state), self._evaluation.watched
+            # Kept before it is shown: if that fails, `save_before` saves it.
+            self._rated = done, result.nll if watched == "validation" else None
             self._log.evaluation(done, watched, {"accuracy": result.accuracy, "nll": result.nll})
-            nll = result.nll if watched == "validation" else None
         self._watchdog.progress(f"the evaluation at step {done}")
-        self._checkpoints.save(self._state, self._config, nll, self._log.sync())
+        rated, nll = self._rated
+        self._checkpoints.save(self._state, self._config, nll if rated == done else None, self._log.sync())
         self._saved, self._evaluating = done, False
         self._log.paused(time.monotonic() - began)
 

@@ -102,7 +102,8 @@ def describe(routing: Routing) -> str:
     elif routed.averages_every_step:
         pull = "averaged after every step, so all are equal"
     elif routed.pull:
-        pull = f"pulled together by {routed.pull:g} ({routed.pull_schedule})"
+        every = f" every {routed.pull_every} steps" if routed.pull_every > 1 else ""
+        pull = f"pulled together by {routed.pull:g}{every} ({routed.pull_schedule})"
     else:
         pull = "never pulled together"
     what = "whole models" if routing.has_whole_models else "experts per MLP"

@@ -9,7 +9,7 @@ E experts, e the share of one device
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol, cast
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -51,24 +51,15 @@ def as_floats(metrics: Metrics, expert_layers: Sequence[int]) -> dict[str, float
     return scalars
 
 
-class TrainStep(Protocol):
-    """`train_step` of one plan under `jax.jit`."""
-
-    def __call__(self, before: TrainState, split: Images, index_SB: jax.Array | None) -> tuple[TrainState, Metrics]: ...
-
-    def lower(self, before: TrainState, split: Images, index_SB: jax.Array | None) -> Any: ...
-
-
-def make_train_step(plan: StepPlan) -> TrainStep:
+def make_train_step(plan: StepPlan) -> jax.stages.Wrapped:
     """Returns `train_step` compiled for a run; the state is donated."""
     shardings = jax.tree.map(lambda x: x.sharding, abstract_state(plan.config, plan.routing, plan.mesh))
-    jitted = jax.jit(
+    return jax.jit(
         functools.partial(train_step, plan),
         donate_argnums=0,
         out_shardings=(shardings, NamedSharding(plan.mesh, REPLICATED)),
         compiler_options=compilation.options(plan.model.dtype, plan.mesh.devices.flat[0].platform),
     )
-    return cast(TrainStep, jitted)
 
 
 def train_step(

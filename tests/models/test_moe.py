@@ -280,7 +280,6 @@ def test_statistics_and_losses_of_constant_logits_are_those_worked_out_by_hand()
         smooth_load_E=np.array([1.0, 0, 0, 0]),
         dropped=np.array(0.75),  # two slots for eight tokens
         entropy=np.array(1.75 * math.log(2)),
-        z=np.array(9.0),  # the logits are 3 above those of a normalised softmax
     )
     chex.assert_trees_all_close(statistics, expected, rtol=1e-5)
     two_layers = jax.tree.map(lambda x: np.stack([x, x]), statistics)
@@ -290,7 +289,7 @@ def test_statistics_and_losses_of_constant_logits_are_those_worked_out_by_hand()
 def hand(load_LE, probability_LE, smooth_load_LE):
     zero = np.zeros(len(load_LE), np.float32)
     leaves = (np.asarray(x, np.float32) for x in (load_LE, probability_LE, smooth_load_LE))
-    return Statistics(*leaves, zero, zero, zero)
+    return Statistics(*leaves, zero, zero)
 
 
 def test_balance_losses_are_those_worked_out_by_hand():
@@ -363,7 +362,7 @@ def scanned_gradients(kind):
         value, statistics = jnp.square(y_BTD).mean(), published["statistics"]["mlp"]["routing"]
         if sharded:
             value, statistics = jax.lax.pmean((value, statistics), "data")
-        return value + ROUTERS[kind].loss(statistics) + statistics.z.mean(), statistics
+        return value + ROUTERS[kind].loss(statistics) + statistics.entropy.mean(), statistics
 
     one, four = (jax.value_and_grad(functools.partial(loss, sharded=s), has_aux=True) for s in (False, True))
     mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))

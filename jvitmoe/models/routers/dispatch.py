@@ -40,7 +40,6 @@ class Statistics(NamedTuple):
     smooth_load_E: jax.Array  # topk: mean probability that new noise puts the expert in the top K; else load_E
     dropped: jax.Array  # share of choices without a slot; expert_choice: share of tokens that no expert took
     entropy: jax.Array  # mean entropy of the router probabilities, nats
-    z: jax.Array  # mean of logsumexp(logits)^2
 
 
 class Slots(NamedTuple):
@@ -217,5 +216,4 @@ def statistics(
         smooth_load_E=load_E if smooth_load_E is None else smooth_load_E,
         dropped=dropped,
         entropy=(normaliser_BT - (probability_BTE * logits_BTE).sum(-1)).mean(),
-        z=jnp.square(normaliser_BT).mean(),
     )
