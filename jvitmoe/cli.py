@@ -52,7 +52,8 @@ def parse_with_arguments(
 
     Raises UserError for an unknown flag or field, a value of the wrong type, and an experiment file that fails.
     """
-    argv = [re.sub("^(.+?=)~(?=/|$)", lambda given: given[1] + os.path.expanduser("~"), part) for part in argv]
+    # ~ in a setting stays as it is: each process of a run may have another home.
+    argv = [re.sub(r"^(?!--config\.)(.+?=)~(?=/|$)", lambda m: m[1] + os.path.expanduser("~"), part) for part in argv]
     values = flags.FlagValues()
     define(values)
     flags.DEFINE_bool("help", False, "Shows this help.", short_name="h", flag_values=values)

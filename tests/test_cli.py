@@ -158,6 +158,7 @@ def test_a_folder_may_be_given_by_home_and_a_run_folder_not_by_a_url(monkeypatch
     assert files.run_folder("~/runs/x") == tmp_path / "runs" / "x"
     values = cli.parse(["export", "--out=~/x", "--to=a=~b"], export._define_flags)  # no shell expands --out=~/x
     assert (values.out, values.to) == (f"{tmp_path}/x", "a=~b")
+    assert experiment("--config=digits_dense", "--config.data.dir=~/x").data.dir == "~/x"
     (tmp_path / "mine.py").write_text("from jvitmoe.config import Config as get_config")
     assert experiment_files.load("~/mine.py") == Config()
     for command, *arguments in ((train.main, "--config=digits_dense"), (evaluate.main,)):

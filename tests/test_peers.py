@@ -414,12 +414,10 @@ def test_the_code_of_a_card_runs_there(peers, experiment_run, tmp_path, monkeypa
         assert about["pipeline_tag"] == "image-classification"
         assert "vit" in about["tags"]
         blocks = re.findall(r"```python\n(.*?)```", (out / "README.md").read_text(), re.DOTALL)
-        assert len(blocks) == (3 if target == "timm" else 2)
-        peers("run_code", code="\n".join(blocks[-2:]))  # the last way to load it, and the check
-        if target == "timm":
-            peers("run_code", code="\n".join((blocks[0], blocks[-1])))
+        assert len(blocks) == 2  # to load it, and the check
+        peers("run_code", code="\n".join(blocks))
         sample = dict(np.load(out / "sample.npz"))
         sample["logits"] = sample["logits"] + 0.01
         np.savez(out / "sample.npz", **sample)
         with pytest.raises(AssertionError):
-            peers("run_code", code="\n".join(blocks[-2:]))
+            peers("run_code", code="\n".join(blocks))

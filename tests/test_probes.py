@@ -198,14 +198,14 @@ def test_probes_take_another_set_with_another_number_of_classes(workdir, tmp_pat
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_probes_do_not_train_on_the_validation_images_of_the_run(stream, monkeypatch):
+def test_probes_do_not_train_on_the_validation_images_of_the_run(stream, monkeypatch, tmp_path):
     config = Config(data=DataConfig(validation=37, stream=stream))
     whole = datasets.load(config.data, config.model).train
     kept, _ = datasets.hold_out(whole, 37)
     monkeypatch.setitem(datasets.SOURCES, "other", datasets.Digits)
     for probe_data, labels_N in (("", kept.labels_N), ("digits", kept.labels_N), ("other", whole.labels_N)):
         flags = SimpleNamespace(few_shot=5, knn=0, probe_data=probe_data, probe_dir="")
-        own, probed, _ = evaluate._data(flags, config)
+        own, probed, _ = evaluate._data(flags, config, tmp_path)
         np.testing.assert_array_equal(probed.train.labels_N, labels_N)
         assert len(own.test) == len(probed.test) == 360
 
@@ -220,7 +220,7 @@ def test_another_folder_of_images_has_no_validation_images_of_the_run(tmp_path):
     config.model.classes = 2
     for folder, count in (("own/../own", 20), ("other", 24)):
         flags = SimpleNamespace(few_shot=0, knn=1, probe_data="folder", probe_dir=str(tmp_path / folder))
-        assert len(evaluate._data(flags, config)[1].train) == count
+        assert len(evaluate._data(flags, config, tmp_path)[1].train) == count
 
 
 def test_digits_of_another_size_are_probed_too():
