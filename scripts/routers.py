@@ -7,9 +7,10 @@
         --out results/routers -- --config.data.dir=DIR
 
 Repeat a command to resume: see scripts/sweep.py. Repeat the search until it has nothing to do: it first searches the
-learning rate of dense, which all rows take, and then the rate of each row's MLPs or experts; it adds a rate where the
-best one is the highest or the lowest. The table takes the rates that were best in the search, whose results must lie
-beside --out, on held-out images. Run `time` on an idle machine.
+learning rate of dense, which all rows take, then that rate again at the table's length, and then the rate of each row's
+MLPs or experts; it adds a rate where the best one is the highest or the lowest. The table takes the rates that were
+best in the search, on held-out images. Its --out must lie beside that of the search, routers_search. Run `time` on an
+idle machine.
 """
 
 import argparse
@@ -38,6 +39,7 @@ SIZE = {"model.patch": 4, "model.stem": "patch", "model.width": 64, "model.heads
 SIZE |= {"model.depth": DEPTH, "data.validation": 5000, "train.ema": 0.0}
 SEARCH = "routers_search"
 LEARNING_RATES = (1e-3, 2e-3, 4e-3)  # the first tries of dense, with the MLP rate x 2
+LONG = "long_learning_rate"  # the same at the table's length: the best, and half of it
 # Of MLPs or experts: the first tries of every row. The mean of experts that are averaged at every step moves by a part
 # of their updates.
 RATES = (1, 2, 4)
@@ -114,9 +116,16 @@ def chosen(results_folder: Path, arms: Mapping[str, float]) -> float:
     return arms[best(results_folder, SEARCH, list(arms))]
 
 
+def long_tries(results_folder: Path) -> dict[str, float]:
+    """Returns the tries of dense's learning rate at the table's length. Raises UserError if the shorter ones are not
+    done."""
+    short = chosen(results_folder, tries(results_folder, "learning_rate", LEARNING_RATES))
+    return tries(results_folder, LONG, (short / 2, short))
+
+
 def learning_rate(results_folder: Path) -> dict[str, object]:
     """Returns the setting of the learning rate that was best for dense. Raises UserError if its search is not done."""
-    return {"optim.learning_rate": chosen(results_folder, tries(results_folder, "learning_rate", LEARNING_RATES))}
+    return {"optim.learning_rate": chosen(results_folder, long_tries(results_folder))}
 
 
 def search(results_folder: Path) -> Arms:
@@ -125,9 +134,11 @@ def search(results_folder: Path) -> Arms:
 
     first = tries(results_folder, "learning_rate", LEARNING_RATES)
     found = {name: tried({"optim.learning_rate": rate}, 2) for name, rate in first.items()}
-    if len(validation_accuracies(results_folder / SEARCH / "runs", first)) < len(first):
+    try:
+        found |= {name: arm({"optim.learning_rate": rate}, 2) for name, rate in long_tries(results_folder).items()}
+        common = learning_rate(results_folder)
+    except UserError:  # an earlier part of the search is not done
         return found
-    common = learning_rate(results_folder)
     return found | {
         name: tried({**settings, **common}, rate)
         for row, settings in SEARCHED.items()
