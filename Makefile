@@ -55,6 +55,7 @@ test-long: install $(PEERS)/installed $(COMPILERS)/installed  ## many kills, com
 	JVITMOE_FUZZ=5 JVITMOE_COMPILERS=$(abspath $(COMPILERS)) $(PYTEST) -m long
 
 $(COMPILERS)/installed: $(VENV)/base $(CONSTRAINTS)
+	rm -rf $(COMPILERS)
 	$(PIP) --quiet --no-deps --target $(COMPILERS) libtpu jax-cuda12-plugin jax-cuda12-pjrt nvidia-cudnn-cu12
 	touch $@
 

@@ -6,10 +6,9 @@
 The report ends with a line per ingredient. Repeat the command to resume: see scripts/sweep.py.
 """
 
-import statistics
 from pathlib import Path
 
-from sweep import Variant, accuracies, interval, main, mean_cell
+from sweep import Variant, accuracies, main, mean_cell
 
 from jvitmoe.runs.console import markdown_table
 
@@ -58,21 +57,10 @@ def table(runs: Path) -> list[dict[str, str]]:
     return rows
 
 
-def against_dense(runs: Path) -> str:
-    """Returns the line about merged minus dense of the recipe, seed by seed; "" for fewer than two seeds."""
-    dense, merged = (accuracies(runs, f"{kind}_recipe").get(model, {}) for kind, model in MODELS.items())
-    paired = [merged[seed] - dense[seed] for seed in dense.keys() & merged.keys()]
-    if len(paired) < 2:
-        return ""
-    low, high = interval(paired)
-    difference = f"{statistics.fmean(paired):+.2f} points, 95 % interval {low:+.2f} to {high:+.2f}"
-    return f"\nRecipe, merged - dense: {difference}, {len(paired)} seeds.\n"
-
-
 def conclusion(runs: Path) -> str:
     """Returns the end of the report."""
     legend = "Accuracy on the test split, %. Seeds: of the dense and of the random variant."
-    return f"\n## Ingredients\n\n{legend}\n\n{markdown_table(table(runs))}{against_dense(runs)}"
+    return f"\n## Ingredients\n\n{legend}\n\n{markdown_table(table(runs))}"
 
 
 if __name__ == "__main__":

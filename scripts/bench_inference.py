@@ -52,7 +52,7 @@ def work(name: str, folder: Path) -> None:
         print(seconds(logits, inputs[:batch], steps), flush=True)
 
 
-def measure(peer: str, rounds: int, folder: Path) -> None:
+def measure(peer: str, rounds: int, threads: int, folder: Path) -> None:
     """Prints our images/s, their ratios to those of the engines with 95 % intervals, and the seconds of `predict`."""
     import jax
     import timed_step
@@ -75,7 +75,10 @@ def measure(peer: str, rounds: int, folder: Path) -> None:
     np.save(folder / "inputs.npy", (images / 127.5 - 1).astype("f"))
     np.save(folder / "logits.npy", ours.logits(images))
     engines = {"timm eager": peer, "timm compiled": peer, "onnxruntime": sys.executable}
-    peers = {name: timed_step.Peer(python, __file__, "--work", name, str(folder)) for name, python in engines.items()}
+    peers = {
+        name: timed_step.Peer(python, __file__, f"--threads={threads}", "--work", name, str(folder))
+        for name, python in engines.items()
+    }
     for batch in BATCHES:
         cases = {name: lambda steps, p=p, batch=batch: p.ask(f"{batch} {steps}") for name, p in peers.items()}
         cases["jvitmoe"] = lambda steps, batch=batch: seconds(ours.logits, images[:batch], steps)
@@ -108,4 +111,4 @@ if __name__ == "__main__":
     if chosen.work:
         sys.exit(work(chosen.work[0], Path(chosen.work[1])))
     with tempfile.TemporaryDirectory() as temporary:
-        measure(chosen.peer_python, chosen.rounds, Path(temporary))
+        measure(chosen.peer_python, chosen.rounds, chosen.threads, Path(temporary))

@@ -24,9 +24,10 @@ from pathlib import Path
 
 import numpy as np
 import timed_step
+import verdicts
 from sklearn import metrics
 from study import best, dense, epochs, ranking, validation_accuracies
-from sweep import Variant, accuracies, config_of, flags_of, interval, main, mean_cell, tested_runs
+from sweep import SEED, Variant, accuracies, config_of, flags_of, interval, main, mean_cell, tested_runs
 
 from jvitmoe.errors import UserError
 from jvitmoe.runs import checkpoints, figures, files
@@ -45,7 +46,7 @@ LONG = "long_learning_rate"  # the same at the table's length: the best, and hal
 RATES = (1, 2, 4)
 RATES_OF = {"batch": (4, 8, 16), "sample": (2, 4, 8), "token": (2, 4, 8)}
 TIMES, ROUNDS = "times.json", 11
-SAME_STEP = {"switch_equal": "switch", "upcycled": "switch", "dense_half": "dense"}  # as a row that was timed
+WIDE = {"model.hidden": 4 * HIDDEN}  # the total parameters of four experts of the dense width
 
 
 def routers(hidden: int, tokens: int, layers: int) -> dict[str, dict[str, object]]:
@@ -147,25 +148,24 @@ def search(results_folder: Path) -> Arms:
 
 
 def table(results_folder: Path, runs: Path) -> Arms:
-    """Returns a row per router at its best rate, beside dense; Switch whose experts start equal; and Switch upcycled
-    from dense at half of its length. The rows without a search of their own have the rate of dense or of Switch."""
-
+    """Returns a row per router at its best rate beside dense, the reference; and two rows with the settings and rate of
+    Switch without spare slots, whose experts start equal: as one draw, and upcycled from dense at half of its length.
+    Other rows without a search of their own have the rate of dense."""
     common = learning_rate(results_folder)
-    rates = {name: chosen(results_folder, tries_of(results_folder, name)) for name in ROUTERS}
-
-    def row(settings: Mapping[str, object], rate: float, *against: str, length: int = LENGTH) -> Variant:
-        return arm({**settings, **common}, rate, *against, length=length)
-
+    rates = {name: chosen(results_folder, tries_of(results_folder, name)) for name in SEARCHED}
     tuned = rates["dense"]
-    found = {"dense": row({}, 1)} | {f"dense_rate{r:g}": row({}, r, "dense") for r in sorted({2, tuned} - {1})}
-    against = "dense", f"dense_rate{tuned:g}" if tuned != 1 else "dense_rate2"
-    found["dense_half"] = row({}, tuned, length=LENGTH // 2)
-    found["dense_wide"] = row({"model.hidden": 4 * HIDDEN}, tuned, *against)  # the total parameters of Switch
-    found |= {name: row(ROUTERS[name], rates[name], *against) for name in ROUTERS if name != "dense"}
-    equal = {**ROUTERS["switch"], "routing.init": "shared"}
-    found["switch_equal"] = row(equal, rates["switch"], *against)
-    half = {**equal, "init.source": str(runs / "dense_half-seed0")}
-    return found | {"upcycled": row(half, rates["switch"], *against, length=LENGTH // 2)}
+    reference = "dense" if tuned == 1 else f"dense_rate{tuned:g}"
+
+    def row(settings: Mapping[str, object], rate: float, length: int = LENGTH) -> Variant:
+        return arm({**settings, **common}, rate, reference, length=length)
+
+    found = {"dense": row({}, 1)} | {f"dense_rate{rate:g}": row({}, rate) for rate in sorted({2, tuned} - {1})}
+    found["dense_half"] = row({}, tuned, LENGTH // 2)
+    found["dense_wide"] = row(WIDE, tuned)
+    found |= {name: row(ROUTERS[name], rates[name]) for name in ROUTERS if name != "dense"}
+    equal, rate = {**SEARCHED["switch_capacity1"], "routing.init": "shared"}, rates["switch_capacity1"]
+    source = {"init.source": f"{runs}/dense_half-seed{SEED}"}
+    return found | {"switch_equal": row(equal, rate), "upcycled": row({**equal, **source}, rate, LENGTH // 2)}
 
 
 def measure(experiment: str, arms: Arms, out: Path) -> None:
@@ -181,6 +181,7 @@ def measure(experiment: str, arms: Arms, out: Path) -> None:
     )
     found = {
         name: {
+            "settings": shape(arms[name]),
             "times_dense": timed_step.ratio(seconds[name], seconds["dense"]),
             "seconds": statistics.median(seconds[name]),
             "planned_bytes": programs.planned_bytes(timed.compiled),
@@ -191,34 +192,48 @@ def measure(experiment: str, arms: Arms, out: Path) -> None:
     files.write_text(out / TIMES, json.dumps(about, indent=1) + "\n")
 
 
+def shape(variant: Variant) -> dict[str, object]:
+    """Returns the settings of an arm on which the time of its step depends."""
+    names = {name for name in variant.settings if name.startswith(("model.", "routing."))} - {"routing.init"}
+    found: dict[str, object] = json.loads(json.dumps({name: variant.settings[name] for name in names}))  # as in TIMES
+    return found
+
+
 def rows(runs: Path, arms: Arms, reference: str) -> list[dict[str, str]]:
-    """Returns the text cells of a row per tested model of an arm."""
-    times_of = json.loads(files.read_bytes(runs.parent / TIMES) or b'{"rows": {}}')["rows"]
+    """Returns the text cells of a row per tested model of an arm. What belongs to training stands in the first."""
+    timed = list(json.loads(files.read_bytes(runs.parent / TIMES) or b'{"rows": {}}')["rows"].values())
     baseline = accuracies(runs, reference).get("dense", {})
     cells = []
-    for name in arms:
+    for name, variant in arms.items():
         found = tested_runs(runs, name)
         tested = list(found.values())
-        times = times_of.get(SAME_STEP.get(name, name.partition("_rate")[0]))
-        for model in [row["model"] for row in tested[0]["rows"]] if tested else ():
+        times = next((row for row in timed if row.get("settings") == shape(variant)), None)
+        models = [row["model"] for row in tested[0]["rows"]] if tested else []
+        for model in models:
             if model not in ("dense", "routed", "merged", "merged, gated"):
                 continue
-            by_seed = accuracies(runs, name, (model,)).get(model, {})
+            by_seed, is_first = accuracies(runs, name, (model,)).get(model, {}), model == models[0]
             paired = [value - baseline[seed] for seed, value in by_seed.items() if seed in baseline]
-            nll = [row["nll"] for result in tested for row in result["rows"] if row["model"] == model]
-            difference = f"{statistics.fmean(paired):+.2f}" if paired and name != reference else "-"
+            of_model = [row for result in tested for row in result["rows"] if row["model"] == model]
+            difference, verdict = f"{statistics.fmean(paired):+.2f}" if paired and name != reference else "-", "-"
             if len(paired) > 1 and name != reference:
-                difference += " ({:+.2f} to {:+.2f})".format(*interval(paired))
+                low, high = interval(paired)
+                difference, verdict = f"{difference} ({low:+.2f} to {high:+.2f})", verdicts.verdict(low, high)
             cells.append(
                 {
                     "arm": name,
                     "model": model,
                     "accuracy": mean_cell(list(by_seed.values())),
-                    "nll": f"{statistics.fmean(nll):.4f}",
+                    "nll": f"{statistics.fmean(row['nll'] for row in of_model):.4f}",
                     f"minus {reference}": difference,
-                    "step time / dense": "{:.2f} ({:.2f} to {:.2f})".format(*times["times_dense"]) if times else "-",
-                    "step's memory": f"{quantity(times['planned_bytes'])}B" if times else "-",
-                    "total parameters": f"{tested[0]['total_parameters']:,}",
+                    "verdict": verdict,
+                    "FLOPs/image": quantity(of_model[0]["flops_per_image"]),
+                    "parameters": f"{of_model[0]['parameters']:,}",
+                    "total parameters": f"{tested[0]['total_parameters']:,}" if is_first else "-",
+                    "step time / dense": "{:.2f} ({:.2f} to {:.2f})".format(*times["times_dense"])
+                    if times and is_first
+                    else "-",
+                    "step's memory": f"{quantity(times['planned_bytes'])}B" if times and is_first else "-",
                     "dropped": _dropped(list(found)) if model == "routed" else "-",
                     "agreement": _agreement(tested) if model == "routed" else "-",
                     "seeds": str(len(by_seed)),
@@ -245,14 +260,15 @@ def _agreement(tested: list[dict]) -> str:
     for a, b in itertools.combinations(maps, 2):
         for one, other in zip(a, b, strict=True):
             both = (one >= 0) & (other >= 0)  # -1 where no expert took the patch
-            values.append(metrics.normalized_mutual_info_score(one[both], other[both]))
+            if len(np.unique(one[both])) > 1 < len(np.unique(other[both])):  # else no patches are parted
+                values.append(metrics.normalized_mutual_info_score(one[both], other[both]))
     return f"{statistics.fmean(values):.2f}" if values else "-"
 
 
 @figures.in_style
 def picture(cells: list[dict[str, str]]) -> figures.Figure:
     """Returns accuracy against step time, of each arm's first model: the one that its step trains."""
-    first = {cell["arm"]: cell for cell in reversed(cells) if cell["step time / dense"] != "-"}
+    first = {cell["arm"]: cell for cell in cells if cell["step time / dense"] != "-"}
     figure, ((axes,),) = figures.subplots(1, 1, (8, 5))
     for arm, cell in first.items():
         mean, _, deviation = cell["accuracy"].partition(" ± ")
@@ -265,7 +281,7 @@ def picture(cells: list[dict[str, str]]) -> figures.Figure:
 
 def conclusion(runs: Path, arms: Arms) -> str:
     """Returns the end of the report, and draws its figure beside it."""
-    cells = rows(runs, arms, arms["switch"].against[-1])
+    cells = rows(runs, arms, *arms["switch"].against)
     figures.save(picture(cells), runs.parent / "routers.png")
     return f"\n## Routers\n\n{markdown_table(cells)}\n![accuracy against step time](routers.png)\n"
 
@@ -280,7 +296,7 @@ def run() -> None:
     parser.add_argument("--runs", type=Path, default=Path())
     known = parser.parse_known_args(arguments)[0]
     if kind == "time":
-        timed = {**ROUTERS, "dense_wide": {"model.hidden": 4 * HIDDEN}}
+        timed = {**SEARCHED, "dense_wide": WIDE}
         return measure("cifar10_fast", {name: arm(settings) for name, settings in timed.items()}, known.out)
     try:
         arms = search(known.out.parent) if kind == "search" else table(known.out.parent, known.runs)

@@ -13,6 +13,7 @@ import os
 import queue
 import shlex
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -27,6 +28,8 @@ from scipy import stats
 from jvitmoe import cli, config, train
 from jvitmoe.data import datasets
 from jvitmoe.runs import files, groups, results
+
+SEED = "{seed}"  # in the value of a setting: the seed of the run
 
 
 class Variant(NamedTuple):
@@ -75,7 +78,8 @@ def main(
     problem = f"{len(failed)} runs failed: {', '.join(failed)}; see their logs in {options.runs}"
     if len(failed) == len(every):
         sys.exit(problem)
-    folders = [str(kept / name) for name in every if name not in failed]
+    all_names = (f"{name}-seed{seed}" for seed in seeds for name in variants)  # also those that --only left out
+    folders = [str(kept / name) for name in all_names if (kept / name / files.RESULT).exists()]
     subprocess.run([sys.executable, "-m", "jvitmoe.report", *folders, f"--out={options.out}"], check=True)
     for name in figures:
         if (figure := options.runs / f"{name}-seed0" / files.MERGEABILITY).exists():
@@ -147,7 +151,9 @@ def _options(
         "--first_seed", type=int, default=0, help="to repeat a result with new seeds, 5 and another --out"
     )
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time; 1 on a GPU")
-    parser.add_argument("--only", nargs="+", choices=variants, metavar="VARIANT", help=", ".join(variants))
+    parser.add_argument(
+        "--only", nargs="+", choices=variants, metavar="VARIANT", help=f"train these only: {', '.join(variants)}"
+    )
     parser.add_argument("--dry_run", action="store_true", help="print the commands that are missing, run none")
     parser.add_argument("arguments", nargs="*", help="after --: flags for every jvitmoe.train")
     return parser.parse_args(arguments)
@@ -168,8 +174,11 @@ def _train(todo: Mapping[str, tuple[Variant, int]], options: argparse.Namespace,
             with (options.runs / f"{name}.log").open("a") as log:
                 for command in (training, ["jvitmoe.evaluate", f"--workdir={workdir}", *evaluate]):
                     process = subprocess.Popen([sys.executable, "-m", *command], stdout=log, stderr=log)
+                    running.add(process)
                     os.sched_setaffinity(process.pid, share)
-                    if code := process.wait():
+                    code = process.wait()
+                    running.discard(process)
+                    if code:
                         return code
         finally:
             seconds.append(time.monotonic() - began)
@@ -177,6 +186,13 @@ def _train(todo: Mapping[str, tuple[Variant, int]], options: argparse.Namespace,
         _keep(workdir, options.out / "runs" / name)
         return 0
 
+    def stop(number: int, _: object) -> None:
+        for process in running:  # a training saves its state
+            process.terminate()
+        os._exit(128 + number)
+
+    running: set[subprocess.Popen[bytes]] = set()
+    before = signal.signal(signal.SIGTERM, stop)
     seconds: list[float] = []  # of every run that has ended
     failed = []
     with ThreadPoolExecutor(options.jobs) as pool:
@@ -185,6 +201,7 @@ def _train(todo: Mapping[str, tuple[Variant, int]], options: argparse.Namespace,
             left = minutes_left(seconds, len(todo), options.jobs)
             print(f"{done}/{len(todo)}  {name}{outcome}  {left:.0f} min left", flush=True)
             failed += [name] if code else []
+    signal.signal(signal.SIGTERM, before)
     return failed
 
 
@@ -197,7 +214,7 @@ def _command(name: str, variant: Variant, seed: int, options: argparse.Namespace
     """Returns the module and the arguments that train a run."""
     return [
         "jvitmoe.train",
-        *flags_of(options.config, variant),
+        *(flag.replace(SEED, str(seed)) for flag in flags_of(options.config, variant)),
         f"--config.train.seed={seed}",
         f"--workdir={options.runs / name}",
         *options.arguments,

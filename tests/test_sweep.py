@@ -7,8 +7,10 @@ import re
 import runpy
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
+import time
 import types
 from pathlib import Path
 
@@ -19,6 +21,7 @@ import reproduce_original
 import routers
 import sweep
 import timed_step
+import verdicts
 from scipy import stats
 
 import processes
@@ -87,7 +90,7 @@ def test_the_search_of_routers_takes_dense_s_learning_rate_and_goes_on_while_a_b
         (folder / files.METRICS).write_text(json.dumps({"step": 1, "kind": "validation", "accuracy": accuracy}) + "\n")
 
     best_at = dict.fromkeys(routers.SEARCHED, 2.0) | {"switch": 0.5, "batch": 16.0}
-    best_at |= {"learning_rate": 5e-4, routers.LONG: 1e-3}
+    best_at |= {"learning_rate": 5e-4, routers.LONG: 1e-3, "switch_capacity1": 1.0}
     rates, tried = {name: [] for name in best_at}, set()
     with pytest.raises(UserError, match="has no result"):
         routers.table(tmp_path, tmp_path)
@@ -98,7 +101,9 @@ def test_the_search_of_routers_takes_dense_s_learning_rate_and_goes_on_while_a_b
             rates[row].append(float(rate))
             run(name, -abs(math.log(float(rate) / best_at[row])))
         tried |= todo
-    assert {name: sorted(rates[name]) for name in ("learning_rate", routers.LONG, "switch", "soft", "sample", "batch")} == {
+    assert {
+        name: sorted(rates[name]) for name in ("learning_rate", routers.LONG, "switch", "soft", "sample", "batch")
+    } == {
         "learning_rate": [2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3],
         routers.LONG: [2.5e-4, 5e-4, 1e-3, 2e-3],
         "switch": [0.25, 0.5, 1, 2, 4],
@@ -107,10 +112,18 @@ def test_the_search_of_routers_takes_dense_s_learning_rate_and_goes_on_while_a_b
         "batch": [4, 8, 16, 32],
     }
     rows = routers.table(tmp_path, tmp_path)
+    assert {arm.against for arm in rows.values()} == {("dense_rate2",)}
+    settings = [
+        config_lib.flatten(sweep.config_of(sweep.flags_of("cifar10_fast", rows[name])))
+        for name in ("dense", "upcycled")
+    ]
+    assert settings[0]["model.hidden"] == (settings[1]["model.expert_hidden"] or settings[1]["model.hidden"])
+    options = types.SimpleNamespace(config="cifar10_fast", runs=tmp_path, arguments=[])
+    assert f"--config.init.source={tmp_path}/dense_half-seed3" in sweep._command("x", rows["upcycled"], 3, options)
     assert {arm.settings["optim.learning_rate"] for arm in rows.values()} == {1e-3}
     assert [rows[name].settings["optim.mlp_rate"] for name in ("switch", "upcycled", "batch", "dense_wide")] == [
         0.5,
-        0.5,
+        1,
         16,
         2,
     ]
@@ -153,6 +166,7 @@ def test_routers_agree_that_part_patches_alike_whatever_their_experts_are_called
     assert routers._agreement([one, seed("1 0 1 0 -1")]) == "1.00"  # what no expert took does not count
     assert routers._agreement([seed("0 0 1 1"), seed("0 1 0 1")]) == "0.00"
     assert routers._agreement([one]) == "-"
+    assert routers._agreement([seed("0 0 0 0")] * 2) == "-"  # one expert takes all
 
 
 @pytest.mark.slow
@@ -184,7 +198,7 @@ def test_a_row_of_the_router_table_is_what_the_files_of_its_runs_say(tmp_path, m
     routers.measure(str(tmp_path / "tiny.py"), trained, tmp_path / "out")
     timed = json.loads((tmp_path / "out" / routers.TIMES).read_text())["rows"]
 
-    arms = {"dense": routers.arm({}), "dense_rate2": routers.arm({}), "switch": routers.arm({}, 1, "dense_rate2")}
+    arms = trained | {"dense_rate2": trained["dense"]}
     cells = {(cell["arm"], cell["model"]): cell for cell in routers.rows(kept, arms, "dense_rate2")}
     of_switch = {("switch", model) for model in ("routed", "merged", "merged, gated")}
     assert set(cells) == {("dense", "dense"), ("dense_rate2", "dense")} | of_switch
@@ -207,7 +221,13 @@ def test_a_row_of_the_router_table_is_what_the_files_of_its_runs_say(tmp_path, m
     assert routed["step time / dense"] == f"{ratio:.2f} ({ratio:.2f} to {ratio:.2f})"
     assert routed["step's memory"] != reference["step's memory"]
     assert reference["step time / dense"] == "1.00 (1.00 to 1.00)"
+    merged = cells["switch", "merged"]
+    assert merged["step time / dense"] == merged["total parameters"] == "-"  # of training: in the first row
+    assert int(merged["parameters"].replace(",", "")) < int(routed["total parameters"].replace(",", ""))
+    assert routed["verdict"] == verdicts.verdict(low, high)
     assert {cell["seeds"] for cell in cells.values()} == {"2"}
+    narrower = {"switch": sweep.Variant(trained["switch"].settings | {"model.expert_hidden": 4})}
+    assert routers.rows(kept, narrower, "dense")[0]["step time / dense"] == "-"  # what was timed is another step
     routers.picture(list(cells.values()))
 
 
@@ -219,6 +239,25 @@ def test_a_kept_run_whose_classes_were_counted_is_the_run_that_its_flags_would_t
     (tmp_path / files.CONFIG).write_text(config_lib.dumps(config))
     assert sweep._changed(tmp_path, command) == ""
     assert sweep._changed(tmp_path, [*command, "--config.model.classes=2"]) == "model.classes=3, not 2"
+
+
+@pytest.mark.process
+@pytest.mark.long
+def test_a_sweep_that_gets_sigterm_stops_its_training_which_saves_its_state(tmp_path):
+    (tmp_path / "tiny.py").write_text(EXPERIMENT)
+    sweeps = subprocess.Popen([*command(tmp_path), "--config.train.epochs=100000"], stdout=subprocess.DEVNULL)
+    log = tmp_path / "runs" / "dense_recipe-seed0.log"
+
+    def wait_for(text):
+        deadline = time.monotonic() + 120
+        while not (log.exists() and text in log.read_text()):
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+
+    wait_for("images/s")
+    sweeps.terminate()
+    assert sweeps.wait(20) == 128 + signal.SIGTERM
+    wait_for("by SIGTERM; the same command goes on")
 
 
 @pytest.mark.process
