@@ -90,7 +90,7 @@ def test_the_cases_that_are_measured_must_fit_the_config_and_have_their_images_o
         benchmark.cases(config, ["dense", "sparse"])
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_every_case_is_measured_in_every_round_and_beside_dense(tmp_path, monkeypatch):
     monkeypatch.setattr(timed_step, "PRODUCT_SIDE", 256)
     monkeypatch.setattr(timed_step, "VISIT_SECONDS", 0.05)
@@ -127,7 +127,7 @@ def test_a_peer_that_cannot_serve_is_one_line(tmp_path):
 
 
 @pytest.mark.process
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_profile_says_where_a_step_goes(tmp_path):
     """Both passes are in it, and what is in it takes about the step: on several cores instructions run side by side."""
     command = [sys.executable, "scripts/profile_step.py"]

@@ -2,7 +2,6 @@
 
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,18 +16,6 @@ def test_make_alone_lists_the_targets_and_installs_nothing(tmp_path):
     listed = subprocess.run(["make"], cwd=tmp_path, capture_output=True, text=True, check=True).stdout
     assert all(f"make {target} " in listed for target in ("help", "demo", "test", "test-fast", "test-long", "check"))
     assert [path.name for path in tmp_path.iterdir()] == ["Makefile"]
-
-
-@pytest.mark.process
-def test_lint_is_the_same_whatever_folders_the_user_has_made(tmp_path):
-    """Ruff sorts imports by where a module comes from: a folder `runs/` must not make a module of it."""
-    shutil.copy(ROOT / "pyproject.toml", tmp_path)
-    shutil.copytree(ROOT / "tests", tmp_path / "tests", ignore=shutil.ignore_patterns("__pycache__", "*.npz"))
-    for name in ("runs", "data", "build", "processes", "run_folders", "numpy"):
-        (tmp_path / name).mkdir()
-    ruff = [sys.executable, "-m", "ruff", "check", "--no-cache", "--select=I", "tests"]
-    found = subprocess.run(ruff, cwd=tmp_path, capture_output=True, text=True)
-    assert found.returncode == 0, found.stdout
 
 
 def test_ci_runs_the_readme_s_commands_in_its_order_and_the_long_tests():

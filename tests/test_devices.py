@@ -146,12 +146,6 @@ def test_the_memory_that_a_start_asks_for_is_what_a_device_holds(tiny_config, mo
         setup.check_memory(config, way, mesh, dataset)
 
 
-def test_a_batch_in_parts_is_the_batch(axis_run):
-    one, many = axis_run(1, 1), axis_run(1, 1, accumulate=4)
-    chex.assert_trees_all_close(many.metrics, one.metrics, rtol=1e-6, atol=1e-6)
-    chex.assert_trees_all_close(many.history[-1], one.history[-1], rtol=1e-6, atol=3e-7)
-
-
 @pytest.mark.parametrize(("pull", "ema"), [(0.0, 0.0), (0.1, 0.9)])
 def test_an_expert_axis_reduces_the_trunk_and_means_of_experts_and_moves_no_image(tiny_config, tiny_split, pull, ema):
     config = tiny_config(

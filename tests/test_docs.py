@@ -171,7 +171,7 @@ def test_the_readme_s_prediction_and_export_run(folder, monkeypatch, peers):
     peers("run_code", code=check)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_every_block_of_the_tutorial_runs_in_its_order(tmp_path, monkeypatch, capsys):
     """On fewer pictures, for one epoch, and with another port."""
     monkeypatch.chdir(tmp_path)
@@ -236,6 +236,7 @@ class Page(HTMLParser):
             self.loaded |= {value for name, value in attributes if name in ("src", "href") and value}
 
 
+@pytest.mark.long
 @pytest.mark.process
 def test_the_site_has_every_page_and_picture_swallows_no_placeholder_and_needs_nothing_else(tmp_path):
     """Built with warnings as errors."""

@@ -12,7 +12,7 @@ import pytest
 
 from jvitmoe import config as config_lib
 from jvitmoe import routing
-from jvitmoe.config import Config, ModelConfig, OptimConfig
+from jvitmoe.config import ModelConfig, OptimConfig
 from jvitmoe.data import augment, datasets
 from jvitmoe.data.images import DataError
 from jvitmoe.data.splits import Dataset, Source, check_fit, in_memory
@@ -233,23 +233,3 @@ def test_each_layer_is_a_leaf_of_its_own_to_an_optimiser_that_asks(tiny_config, 
 
     wanted = jax.tree.map_with_path(slow, *jax.device_get((grads, params)), marks)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), update(grads, params), wanted)
-
-
-def test_adam_is_the_same_but_for_rounding_when_it_sees_each_layer_alone(tiny_config):
-    params = jax.device_get(jax.jit(lambda: vit.init(vit.build(tiny_config().model), jax.random.key(0)))())
-    grads = jax.tree.map(np.sin, params)
-    whole = optimizer.direction(Config())
-    directions = [
-        jax.jit(lambda tx=tx: tx.update(grads, tx.init(params), params)[0])
-        for tx in (whole, optimizer.per_layer(whole))
-    ]
-    found = [direction() for direction in directions]
-    jax.tree.map(lambda a, b: np.testing.assert_array_max_ulp(a, b, 2), *jax.device_get(found))
-
-
-def test_an_unknown_optimiser_is_refused_with_the_names_there_are():
-    message = (
-        r"config\.optim\.name is 'adamv'; it must be one of 'adam', 'adamw', 'lion', 'muon'; did you mean 'adam.?'\?"
-    )
-    with pytest.raises(ConfigError, match=message):
-        optimizer.direction(Config(optim=OptimConfig(name="adamv")))

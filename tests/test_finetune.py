@@ -42,6 +42,7 @@ def files(tmp_path):
     return source, pictures
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("variant", ["dense", "random"])
 def test_a_vit_of_timm_is_tuned_on_a_folder_of_pictures(files, tmp_path, variant):
     source, pictures = files

@@ -261,7 +261,7 @@ def test_a_disk_that_fills_up_ends_the_run_in_one_line_and_with_room_it_goes_on_
     experiment, uninterrupted, tmp_path
 ):
     (tmp_path / "disk").mkdir()
-    sizes = ("24k", "200k", "320k", "64m")
+    sizes = ("24k", "200k", "1600k", "64m")  # the third has room for some checkpoints
     mounting = ("unshare", "-rm", "bash", "-c", SMALL_DISK, "bash")
     done = subprocess.run(
         [*mounting, tmp_path / "disk", tmp_path / "run", *processes.train(experiment, tmp_path / "disk" / "run")],
@@ -281,6 +281,7 @@ def test_a_disk_that_fills_up_ends_the_run_in_one_line_and_with_room_it_goes_on_
         assert "cannot be written" in error
         assert "make room" in error
     assert any("checkpoint" in error.partition(":")[2][:30] for error in errors), errors
+    assert "resuming    from step" in done.stdout  # a run that begins again would have the same bits
     assert_same_run(tmp_path / "run", uninterrupted)
 
 

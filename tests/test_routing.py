@@ -13,7 +13,6 @@ import pytest
 
 from jvitmoe import routing
 from jvitmoe.config import Config, ModelConfig, RoutingConfig, TrainConfig
-from jvitmoe.errors import ConfigError
 from jvitmoe.experts import trees
 from jvitmoe.routing import Pass
 from jvitmoe.runtime.addresses import Purpose, address
@@ -156,11 +155,6 @@ def test_experts_start_as_dense_models(tiny_config, kind, init):
             for entry in path:
                 found = found[entry.key]
             np.testing.assert_array_equal(leaf, found)
-
-
-def test_an_unknown_way_of_routing_is_an_error_of_one_line():
-    with pytest.raises(ConfigError, match=r"config\.routing\.kind is 'smaple'; .*did you mean 'sample'\?"):
-        find(kind="smaple")
 
 
 def test_a_pass_of_sample_is_each_expert_on_its_part(tiny_config):

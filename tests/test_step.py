@@ -15,7 +15,6 @@ from jvitmoe.data import augment, batches
 from jvitmoe.errors import ConfigError
 from jvitmoe.experts import merge, trees
 from jvitmoe.models import vit
-from jvitmoe.routing.batch import Batch
 from jvitmoe.runtime.addresses import Purpose, address
 from jvitmoe.runtime.devices import REPLICATED, describe, make_mesh
 from jvitmoe.runtime.programs import for_reading, reduced_bytes
@@ -257,26 +256,6 @@ def test_random_routing_costs_what_dense_costs(compiled):
     dense, experts = (compiled[n].cost_analysis()["flops"] for n in (1, 4))
     assert dense > 1e6
     assert experts == pytest.approx(dense, rel=0.01)
-
-
-@pytest.mark.slow
-def test_a_stack_of_one_expert_trains_exactly_as_the_dense_model(tiny_config, training):
-    run = training(tiny_config(train={"devices": 2}))
-    mlp = {"up", "up_bias", "down", "down_bias"}
-    params = jax.tree.map_with_path(
-        lambda path, x: np.array(x)[:, None] if path[-1].key in mlp else np.array(x), run.state.params
-    )
-    tx, batch = optimizer.direction(run.config), Batch(run.config)
-    plan = StepPlan(run.config, batch, run.model, run.mesh, run.order.steps_per_epoch)
-    train_step = jax.jit(functools.partial(step.train_step, plan))
-    one = jax.device_put(jax.jit(lambda p: state.create(p, tx))(params), NamedSharding(run.mesh, REPLICATED))
-    assert sum(jax.tree.leaves(trees.stacked(one.params))) == 4
-    run.run(4)
-    for number in range(4):
-        index_SB = run.order.epoch(number // run.order.steps_per_epoch)
-        one, metrics = jax.block_until_ready(train_step(one, run.images, index_SB))
-        chex.assert_trees_all_equal(metrics, run.metrics[number])
-        chex.assert_trees_all_equal(merge.average_experts(one.params), run.history[number + 1].params)
 
 
 @pytest.fixture(scope="module")

@@ -169,7 +169,7 @@ def test_routers_agree_that_part_patches_alike_whatever_their_experts_are_called
     assert routers._agreement([seed("0 0 0 0")] * 2) == "-"  # one expert takes all
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_row_of_the_router_table_is_what_the_files_of_its_runs_say(tmp_path, monkeypatch):
     (tmp_path / "tiny.py").write_text(EXPERIMENT)
     kept = tmp_path / "out" / "runs"

@@ -342,13 +342,13 @@ def test_upcycling_starts_from_the_dense_models_own_predictions_and_resumes_with
 LOCAL = ("routing.part=model", "routing.pull=1", "routing.pull_every=3", "optim.outer_rate=0.7")
 
 
-@pytest.mark.parametrize("local", [(), tuple(f"--config.{flag}" for flag in LOCAL)], ids=["mlp", "model"])
-def test_an_expert_axis_with_an_ema_trains_resumes_is_exported_and_tested_on_another_number_of_devices(
-    experiment, tmp_path, local
+def test_whole_models_on_an_expert_axis_with_an_ema_train_resume_and_are_exported_and_tested_on_other_devices(
+    experiment, tmp_path
 ):
     workdir = tmp_path / "slots"
     arguments = ("--config.routing.kind=sample", "--config.train.batch_size=255", "--config.train.ema=0.9")
-    arguments += ("--config.train.devices=3", "--config.train.expert_devices=3", "--config.train.epochs=2", *local)
+    arguments += ("--config.train.devices=3", "--config.train.expert_devices=3", "--config.train.epochs=2")
+    arguments += tuple(f"--config.{setting}" for setting in LOCAL)
     trained_and_resumed(experiment, workdir, *arguments)
     trained = {row["model"]: row["accuracy"] for row in rows(workdir)}
     out = succeed(evaluate.main, f"--workdir={workdir}", "--paths=0", "--devices=2")

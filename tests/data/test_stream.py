@@ -6,14 +6,12 @@ import json
 import shutil
 import threading
 import time
-import types
 from pathlib import Path
 
 import chex
 import jax
 import numpy as np
 import pytest
-from jax.sharding import NamedSharding, PartitionSpec
 from PIL import Image
 
 from jvitmoe import evaluate, routing, train
@@ -117,16 +115,6 @@ def test_a_stream_is_the_same_with_any_number_of_threads_and_ends_all_of_them(ti
     while set(threading.enumerate()) - before and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not set(threading.enumerate()) - before
-
-
-def test_a_process_reads_the_rows_of_its_own_devices_only(tiny_config):
-    mesh = make_mesh(tiny_config(train={"devices": 4}).train)
-    sharding = NamedSharding(mesh, PartitionSpec("data"))
-    assert stream._rows_here(8, sharding).tolist() == list(range(8))
-    of_devices = sharding.devices_indices_map((8,))
-    mine = {device: of_devices[device] for device in list(mesh.devices.flat)[1:3]}
-    elsewhere = types.SimpleNamespace(addressable_devices_indices_map=lambda shape: mine)
-    assert stream._rows_here(8, elsewhere).tolist() == [2, 3, 4, 5]
 
 
 def test_no_image_of_a_streamed_batch_lies_on_two_devices(tiny_config, streamed):
