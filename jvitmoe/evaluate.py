@@ -138,7 +138,8 @@ def _data(values: flags.FlagValues, config: Config, workdir: Path) -> tuple[Any,
     model = dataclasses.replace(config.model, classes=0)  # any number of them
     is_own = data.name == config.data.name
     if data.name == "folder":  # other sets are known by their names
-        is_own &= len({os.path.realpath(os.path.expanduser(where)) for where in (data.dir, config.data.dir)}) == 1
+        places = {os.path.realpath(os.path.expanduser(place)) for place in (data.dir, config.data.dir)}
+        is_own &= len(places) == 1
     try:
         with cli.data_dir_flag("--probe_dir"):
             found = find(data, model)

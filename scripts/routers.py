@@ -215,10 +215,13 @@ def rows(runs: Path, arms: Arms, reference: str) -> list[dict[str, str]]:
             by_seed, is_first = accuracies(runs, name, (model,)).get(model, {}), model == models[0]
             paired = [value - baseline[seed] for seed, value in by_seed.items() if seed in baseline]
             of_model = [row for result in tested for row in result["rows"] if row["model"] == model]
-            difference, verdict = f"{statistics.fmean(paired):+.2f}" if paired and name != reference else "-", "-"
+            difference = verdict = "-"
+            if paired and name != reference:
+                difference = f"{statistics.fmean(paired):+.2f}"
             if len(paired) > 1 and name != reference:
                 low, high = interval(paired)
                 difference, verdict = f"{difference} ({low:+.2f} to {high:+.2f})", verdicts.verdict(low, high)
+            step = times if is_first else None
             cells.append(
                 {
                     "arm": name,
@@ -230,10 +233,8 @@ def rows(runs: Path, arms: Arms, reference: str) -> list[dict[str, str]]:
                     "FLOPs/image": quantity(of_model[0]["flops_per_image"]),
                     "parameters": f"{of_model[0]['parameters']:,}",
                     "total parameters": f"{tested[0]['total_parameters']:,}" if is_first else "-",
-                    "step time / dense": "{:.2f} ({:.2f} to {:.2f})".format(*times["times_dense"])
-                    if times and is_first
-                    else "-",
-                    "step's memory": f"{quantity(times['planned_bytes'])}B" if times and is_first else "-",
+                    "step time / dense": "{:.2f} ({:.2f} to {:.2f})".format(*step["times_dense"]) if step else "-",
+                    "step's memory": f"{quantity(step['planned_bytes'])}B" if step else "-",
                     "dropped": _dropped(list(found)) if model == "routed" else "-",
                     "agreement": _agreement(tested) if model == "routed" else "-",
                     "seeds": str(len(by_seed)),

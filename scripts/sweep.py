@@ -187,7 +187,7 @@ def _train(todo: Mapping[str, tuple[Variant, int]], options: argparse.Namespace,
         return 0
 
     def stop(number: int, _: object) -> None:
-        for process in running:  # a training saves its state
+        for process in list(running):  # a copy, because jobs change the set; a training saves its state
             process.terminate()
         os._exit(128 + number)
 
