@@ -1,6 +1,6 @@
 """Writes results/runs.csv, a flat file of all runs in results/: `python scripts/runs_csv.py results results/runs.csv`.
 
-A row is a tested model of a run. After what was measured come the settings that differ between any two of the runs.
+A row is a tested model of a run; a single expert has none. After what was measured come the settings that differ between any two of the runs.
 """
 
 import csv
@@ -28,6 +28,8 @@ def text(results: Path) -> str:
         result["hardware"] = result.get("trained_on") or result.get("hardware", "")
         about = [result.get(name, "") for name in OF_RUN] + [settings[folder].get(name, "") for name in differ]
         for row in result["rows"]:
+            if row["model"].startswith("expert "):
+                continue
             measured = [row.get(name, "") for name in MEASURED]
             table.writerow([place.parent.parent, place.name, row["model"], *measured, *about])
     return out.getvalue()
