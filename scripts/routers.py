@@ -226,6 +226,7 @@ def rows(runs: Path, arms: Arms, reference: str) -> list[dict[str, str]]:
                 {
                     "arm": name,
                     "model": model,
+                    "rate": f"{variant.settings['optim.mlp_rate']:g}" if is_first else "-",
                     "accuracy": mean_cell(list(by_seed.values())),
                     "nll": f"{statistics.fmean(row['nll'] for row in of_model):.4f}",
                     f"minus {reference}": difference,

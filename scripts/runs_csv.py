@@ -1,6 +1,7 @@
 """Writes results/runs.csv, a flat file of all runs in results/: `python scripts/runs_csv.py results results/runs.csv`.
 
-A row is a tested model of a run; a single expert has none. After what was measured come the settings that differ between any two of the runs.
+A row is a tested model of a run; a single expert has none. After what was measured come the settings that differ
+between any two of the runs.
 """
 
 import csv

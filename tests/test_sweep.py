@@ -175,7 +175,8 @@ def test_a_row_of_the_router_table_is_what_the_files_of_its_runs_say(tmp_path, m
     kept = tmp_path / "out" / "runs"
     kept.mkdir(parents=True)
     trained = {"dense": {}, "switch": {"routing.kind": "switch", "routing.experts": 4}}
-    trained = {name: sweep.Variant({"data.dir": str(tmp_path), **settings}) for name, settings in trained.items()}
+    common = {"data.dir": str(tmp_path), "optim.mlp_rate": 2.0}
+    trained = {name: sweep.Variant({**common, **settings}) for name, settings in trained.items()}
     for name, variant in trained.items():
         workdir = tmp_path / name
         train.main(["train", *sweep.flags_of(str(tmp_path / "tiny.py"), variant), f"--workdir={workdir}"])
@@ -222,7 +223,9 @@ def test_a_row_of_the_router_table_is_what_the_files_of_its_runs_say(tmp_path, m
     assert routed["step's memory"] != reference["step's memory"]
     assert reference["step time / dense"] == "1.00 (1.00 to 1.00)"
     merged = cells["switch", "merged"]
-    assert merged["step time / dense"] == merged["total parameters"] == "-"  # of training: in the first row
+    of_training = ("rate", "step time / dense", "total parameters")
+    assert [merged[name] for name in of_training] == ["-"] * 3  # in the first row
+    assert routed["rate"] == "2"
     assert int(merged["parameters"].replace(",", "")) < int(routed["total parameters"].replace(",", ""))
     assert routed["verdict"] == verdicts.verdict(low, high)
     assert {cell["seeds"] for cell in cells.values()} == {"2"}
