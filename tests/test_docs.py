@@ -221,6 +221,16 @@ def test_differences_with_intervals_are_those_of_the_study_s_reports():
     assert not [difference for difference in told if f"| {' | '.join(difference)} |" not in reports]
 
 
+def test_the_rows_of_the_router_table_are_those_of_its_report():
+    report = (ROOT / "results" / "routers" / "report.md").read_text()
+    section = (ROOT / "docs" / "routing.md").read_text().partition("### The table so far")[2]
+    rows = re.findall(r"^\| `(\w+)`[^|]* \| (.*) \|$", section, re.MULTILINE)
+    assert len(rows) > 10
+    for arm, cells in rows:
+        of_arm = re.findall(rf"^\| {arm} \|.*", report, re.MULTILINE)
+        assert not [cell for cell in cells.split(" | ") if cell and not any(f"| {cell} |" in row for row in of_arm)]
+
+
 class Page(HTMLParser):
     """A page of the site: its tags, and the files that it loads."""
 
