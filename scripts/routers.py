@@ -25,6 +25,7 @@ from pathlib import Path
 import numpy as np
 import timed_step
 import verdicts
+from matplotlib.transforms import Bbox
 from sklearn import metrics
 from study import best, dense, epochs, ranking, validation_accuracies
 from sweep import SEED, Variant, accuracies, config_of, flags_of, interval, main, mean_cell, tested_runs
@@ -272,12 +273,25 @@ def picture(cells: list[dict[str, str]]) -> figures.Figure:
     """Returns accuracy against step time, of each arm's first model: the one that its step trains."""
     first = {cell["arm"]: cell for cell in cells if cell["step time / dense"] != "-"}
     figure, ((axes,),) = figures.subplots(1, 1, (8, 5))
-    for arm, cell in first.items():
+    points = []
+    for cell in first.values():
         mean, _, deviation = cell["accuracy"].partition(" ± ")
-        at = float(cell["step time / dense"].split()[0]), float(mean)
-        axes.errorbar(*at, yerr=float(deviation or 0), fmt=figures.MARKS[cell["model"]], color="black")
-        axes.annotate(arm, at, (5, 4), textcoords="offset points", fontsize=9)
+        points.append((float(cell["step time / dense"].split()[0]), float(mean)))
+        axes.errorbar(*points[-1], yerr=float(deviation or 0), fmt=figures.MARKS[cell["model"]], color="black")
+    for model in dict.fromkeys(cell["model"] for cell in first.values()):
+        axes.plot([], [], figures.MARKS[model], color="black", label=model)
+    axes.legend(loc="lower right")
     axes.set(xlabel="step time / dense", ylabel="test accuracy, %", title="Accuracy against step time, equal FLOPs")
+    figure.draw_without_rendering()  # so that the places of names are those of the final axes
+    taken: list[Bbox] = []
+    for arm, at in zip(first, points, strict=True):
+        label = axes.annotate(arm, at, (0, 0), textcoords="offset points", fontsize=8)
+        for side, height in itertools.product(("left", "right"), ("bottom", "top")):  # until it covers no other name
+            offset = (6 if side == "left" else -6, 3 if height == "bottom" else -3)
+            label.set(position=offset, horizontalalignment=side, verticalalignment=height)
+            if not label.get_window_extent().count_overlaps(taken):
+                break
+        taken.append(label.get_window_extent())
     return figure
 
 
