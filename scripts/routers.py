@@ -281,7 +281,7 @@ def picture(cells: list[dict[str, str]]) -> figures.Figure:
     for model in dict.fromkeys(cell["model"] for cell in first.values()):
         axes.plot([], [], figures.MARKS[model], color="black", label=model)
     axes.legend(loc="lower right")
-    axes.set(xlabel="step time / dense", ylabel="test accuracy, %", title="Accuracy against step time, equal FLOPs")
+    axes.set(xlabel="step time / dense", ylabel="test accuracy, %", title="Equal FLOPs, but for dense_wide")
     figure.draw_without_rendering()  # so that the places of names are those of the final axes
     taken: list[Bbox] = []
     for arm, at in zip(first, points, strict=True):

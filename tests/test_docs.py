@@ -221,14 +221,28 @@ def test_differences_with_intervals_are_those_of_the_study_s_reports():
     assert not [difference for difference in told if f"| {' | '.join(difference)} |" not in reports]
 
 
-def test_the_rows_of_the_router_table_are_those_of_its_report():
-    report = (ROOT / "results" / "routers" / "report.md").read_text()
+def test_the_router_tables_are_those_of_the_report():
+    def cells_of(text):
+        return [line.strip("| ").split(" | ") for line in re.findall(r"^\| .*", text, re.MULTILINE)]
+
+    report = (ROOT / "results" / "routers" / "report.md").read_text().partition("## Routers")[2]
+    names, _, *cells = cells_of(report)
+    by_arm = {}
+    for row in cells:
+        row = dict(zip(names, row, strict=True))
+        by_arm.setdefault(row["arm"], {})[row["model"]] = row
+    columns = ["rate", "accuracy", "minus dense_rate2", "nll", "step time / dense", "total parameters"]
+    columns += ["dropped", "agreement", "seeds"]
+    first = {arm: [next(iter(rows.values()))[name] for name in columns] for arm, rows in by_arm.items()}
+    learned = {
+        arm: [rows[model]["accuracy"] for model in ("routed", "merged", "merged, gated")]
+        + [rows["merged"]["parameters"], rows["routed"]["seeds"]]
+        for arm, rows in by_arm.items()
+        if "routed" in rows
+    }
     section = (ROOT / "docs" / "routing.md").read_text().partition("### The table so far")[2]
-    rows = re.findall(r"^\| `(\w+)`[^|]* \| (.*) \|$", section, re.MULTILINE)
-    assert len(rows) > 10
-    for arm, cells in rows:
-        of_arm = re.findall(rf"^\| {arm} \|.*", report, re.MULTILINE)
-        assert not [cell for cell in cells.split(" | ") if cell and not any(f"| {cell} |" in row for row in of_arm)]
+    for text, expected in zip(section.split("Can the experts")[:2], (first, learned), strict=True):
+        assert {row[0].split("`")[1]: row[1:] for row in cells_of(text)[2:]} == expected
 
 
 class Page(HTMLParser):
