@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import benchmark
+import routers
 import scaling_check
 import scaling_model
 import study_figures
@@ -54,6 +55,7 @@ def main() -> None:
         out = chosen.out / folder.relative_to(RESULTS)
         out.mkdir(parents=True, exist_ok=True)
         redraw(folder, out)
+    routers.draw(RESULTS / "routers" / "runs", routers.table(RESULTS, Path()), chosen.out / "routers")
     study_figures.main(RESULTS / "study", chosen.out / "study")
 
 

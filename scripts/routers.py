@@ -268,9 +268,26 @@ def _agreement(tested: list[dict]) -> str:
     return f"{statistics.fmean(values):.2f}" if values else "-"
 
 
+def tables(cells: list[dict[str, str]]) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
+    """Returns a row for each arm, of its first model, and one for each learned router with its merged models, from the
+    most accurate arm to the least."""
+    by_arm: dict[str, dict[str, dict[str, str]]] = {}
+    for cell in cells:
+        by_arm.setdefault(cell["arm"], {})[cell["model"]] = cell
+    ordered = sorted(by_arm.values(), key=lambda models: -float(next(iter(models.values()))["accuracy"].split()[0]))
+    merged = [
+        {"arm": models["routed"]["arm"]}
+        | {model: cell["accuracy"] for model, cell in models.items()}
+        | {"parameters, merged": models["merged"]["parameters"], "seeds": models["routed"]["seeds"]}
+        for models in ordered
+        if "routed" in models
+    ]
+    return [next(iter(models.values())) for models in ordered], merged
+
+
 @figures.in_style
 def picture(cells: list[dict[str, str]]) -> figures.Figure:
-    """Returns accuracy against step time, of each arm's first model: the one that its step trains."""
+    """Returns accuracy against step time, of the arms' first models: those that their steps train."""
     first = {cell["arm"]: cell for cell in cells if cell["step time / dense"] != "-"}
     figure, ((axes,),) = figures.subplots(1, 1, (8, 5))
     points = []
@@ -281,7 +298,7 @@ def picture(cells: list[dict[str, str]]) -> figures.Figure:
     for model in dict.fromkeys(cell["model"] for cell in first.values()):
         axes.plot([], [], figures.MARKS[model], color="black", label=model)
     axes.legend(loc="lower right")
-    axes.set(xlabel="step time / dense", ylabel="test accuracy, %", title="Equal FLOPs, but for dense_wide")
+    axes.set(xlabel="time / time of dense, of a step", ylabel="test accuracy, %", title="Equal FLOPs, but for dense_wide")
     figure.draw_without_rendering()  # so that the places of names are those of the final axes
     taken: list[Bbox] = []
     for arm, at in zip(first, points, strict=True):
@@ -295,11 +312,17 @@ def picture(cells: list[dict[str, str]]) -> figures.Figure:
     return figure
 
 
+def draw(runs: Path, arms: Arms, out: Path) -> str:
+    """Writes the figure to a folder and returns the tables as markdown."""
+    found = tables(rows(runs, arms, *arms["switch"].against))
+    figures.save(picture(found[0]), out / "routers.png")
+    return "\n".join(markdown_table(table) for table in found if table)
+
+
 def conclusion(runs: Path, arms: Arms) -> str:
     """Returns the end of the report, and draws its figure beside it."""
-    cells = rows(runs, arms, *arms["switch"].against)
-    figures.save(picture(cells), runs.parent / "routers.png")
-    return f"\n## Routers\n\n{markdown_table(cells)}\n![accuracy against step time](routers.png)\n"
+    text = draw(runs, arms, runs.parent)
+    return f"\n## Routers\n\n{text}\n![accuracy against step time](routers.png)\n"
 
 
 def run() -> None:
