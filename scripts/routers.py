@@ -28,6 +28,7 @@ import verdicts
 from matplotlib.transforms import Bbox
 from sklearn import metrics
 from study import best, dense, epochs, ranking, validation_accuracies
+from study_figures import LEAST_SEEDS
 from sweep import SEED, Variant, accuracies, config_of, flags_of, interval, main, mean_cell, tested_runs
 
 from jvitmoe.errors import UserError
@@ -219,7 +220,7 @@ def rows(runs: Path, arms: Arms, reference: str) -> list[dict[str, str]]:
             difference = verdict = "-"
             if paired and name != reference:
                 difference = f"{statistics.fmean(paired):+.2f}"
-            if len(paired) > 1 and name != reference:
+            if len(paired) >= LEAST_SEEDS and name != reference:
                 low, high = interval(paired)
                 difference, verdict = f"{difference} ({low:+.2f} to {high:+.2f})", verdicts.verdict(low, high)
             step = times if is_first else None
@@ -298,12 +299,15 @@ def picture(cells: list[dict[str, str]]) -> figures.Figure:
     for model in dict.fromkeys(cell["model"] for cell in first.values()):
         axes.plot([], [], figures.MARKS[model], color="black", label=model)
     axes.legend(loc="lower right")
-    axes.set(xlabel="time / time of dense, of a step", ylabel="test accuracy, %", title="Equal FLOPs, but for dense_wide")
+    axes.margins(x=0.15)  # for the names at its edges
+    axes.set(
+        xlabel="time / time of dense, of a step", ylabel="test accuracy, %", title="Equal FLOPs, but for dense_wide"
+    )
     figure.draw_without_rendering()  # so that the places of names are those of the final axes
-    taken: list[Bbox] = []
+    taken = [Bbox.from_bounds(x, y, 0, 0).padded(6) for x, y in axes.transData.transform(points)]  # the marks
     for arm, at in zip(first, points, strict=True):
         label = axes.annotate(arm, at, (0, 0), textcoords="offset points", fontsize=8)
-        for side, height in itertools.product(("left", "right"), ("bottom", "top")):  # until it covers no other name
+        for side, height in itertools.product(("left", "right"), ("bottom", "top")):  # until it covers no other
             offset = (6 if side == "left" else -6, 3 if height == "bottom" else -3)
             label.set(position=offset, horizontalalignment=side, verticalalignment=height)
             if not label.get_window_extent().count_overlaps(taken):
