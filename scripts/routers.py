@@ -47,7 +47,7 @@ LONG = "long_learning_rate"  # the same at the table's length: the best, and hal
 # of their updates.
 RATES = (1, 2, 4)
 RATES_OF = {"batch": (4, 8, 16), "sample": (2, 4, 8), "token": (2, 4, 8)}
-TIMES, ROUNDS = "times.json", 11
+TIMES, ROUNDS = "times.json", 41
 WIDE = {"model.hidden": 4 * HIDDEN}  # the total parameters of four experts of the dense width
 
 
