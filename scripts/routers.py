@@ -290,7 +290,7 @@ def tables(cells: list[dict[str, str]]) -> tuple[list[dict[str, str]], list[dict
 def picture(cells: list[dict[str, str]]) -> figures.Figure:
     """Returns accuracy against step time, of the arms' first models: those that their steps train."""
     first = {cell["arm"]: cell for cell in cells if cell["step time / dense"] != "-"}
-    figure, ((axes,),) = figures.subplots(1, 1, (8, 5))
+    figure, ((axes,),) = figures.subplots(1, 1, (10, 6))
     points = []
     for cell in first.values():
         mean, _, deviation = cell["accuracy"].partition(" ± ")
@@ -307,9 +307,9 @@ def picture(cells: list[dict[str, str]]) -> figures.Figure:
     taken = [Bbox.from_bounds(x, y, 0, 0).padded(6) for x, y in axes.transData.transform(points)]  # the marks
     for arm, at in zip(first, points, strict=True):
         label = axes.annotate(arm, at, (0, 0), textcoords="offset points", fontsize=8)
-        for side, height in itertools.product(("left", "right"), ("bottom", "top")):  # until it covers no other
-            offset = (6 if side == "left" else -6, 3 if height == "bottom" else -3)
-            label.set(position=offset, horizontalalignment=side, verticalalignment=height)
+        for y, x in itertools.product((3, -3, 12, -12), (6, -6)):  # points, until it covers no other
+            side, height = "left" if x > 0 else "right", "bottom" if y > 0 else "top"
+            label.set(position=(x, y), horizontalalignment=side, verticalalignment=height)
             if not label.get_window_extent().count_overlaps(taken):
                 break
         taken.append(label.get_window_extent())
