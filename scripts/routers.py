@@ -289,14 +289,14 @@ def tables(cells: list[dict[str, str]]) -> tuple[list[dict[str, str]], list[dict
 @figures.in_style
 def picture(cells: list[dict[str, str]]) -> figures.Figure:
     """Returns accuracy against step time, of the arms' first models: those that their steps train."""
-    first = {cell["arm"]: cell for cell in cells if cell["step time / dense"] != "-"}
+    timed = [cell for cell in cells if cell["step time / dense"] != "-"]
     figure, ((axes,),) = figures.subplots(1, 1, (10, 6))
     points = []
-    for cell in first.values():
+    for cell in timed:
         mean, _, deviation = cell["accuracy"].partition(" ± ")
         points.append((float(cell["step time / dense"].split()[0]), float(mean)))
         axes.errorbar(*points[-1], yerr=float(deviation or 0), fmt=figures.MARKS[cell["model"]], color="black")
-    for model in dict.fromkeys(cell["model"] for cell in first.values()):
+    for model in dict.fromkeys(cell["model"] for cell in timed):
         axes.plot([], [], figures.MARKS[model], color="black", label=model)
     axes.legend(loc="lower right")
     axes.margins(x=0.15)  # for the names at its edges
@@ -305,8 +305,8 @@ def picture(cells: list[dict[str, str]]) -> figures.Figure:
     )
     figure.draw_without_rendering()  # so that the places of names are those of the final axes
     taken = [Bbox.from_bounds(x, y, 0, 0).padded(6) for x, y in axes.transData.transform(points)]  # the marks
-    for arm, at in zip(first, points, strict=True):
-        label = axes.annotate(arm, at, (0, 0), textcoords="offset points", fontsize=8)
+    for cell, at in zip(timed, points, strict=True):
+        label = axes.annotate(cell["arm"], at, (0, 0), textcoords="offset points", fontsize=8)
         for y, x in itertools.product((3, -3, 12, -12), (6, -6)):  # points, until it covers no other
             side, height = "left" if x > 0 else "right", "bottom" if y > 0 else "top"
             label.set(position=(x, y), horizontalalignment=side, verticalalignment=height)
@@ -318,9 +318,9 @@ def picture(cells: list[dict[str, str]]) -> figures.Figure:
 
 def draw(runs: Path, arms: Arms, out: Path) -> str:
     """Writes the figure to a folder and returns the tables as markdown."""
-    found = tables(rows(runs, arms, *arms["switch"].against))
-    figures.save(picture(found[0]), out / "routers.png")
-    return "\n".join(markdown_table(table) for table in found if table)
+    first, merged = tables(rows(runs, arms, *arms["switch"].against))
+    figures.save(picture(first), out / "routers.png")
+    return "\n".join(markdown_table(table) for table in (first, merged) if table)
 
 
 def conclusion(runs: Path, arms: Arms) -> str:

@@ -18,7 +18,7 @@ from sweep import interval
 
 from jvitmoe.runs import figures
 
-LEAST_SEEDS = 3  # of a comparison that is drawn
+LEAST_SEEDS = 3  # of a comparison that is shown with an interval
 CROWDED = 2.5  # GB; the names of points from here on stand in a column of their own
 LINE = 0.35  # points between two names, one above the other
 EDGE = 4.0  # points; a larger difference is a number at the edge, so that the small ones can be told apart

@@ -229,6 +229,13 @@ def test_a_row_of_the_router_table_is_what_the_files_of_its_runs_say(tmp_path, m
     assert int(merged["parameters"].replace(",", "")) < int(routed["total parameters"].replace(",", ""))
     assert routed["verdict"] == verdicts.verdict(low, high)
     assert {cell["seeds"] for cell in cells.values()} == {"3"}
+    models = {model: cells["switch", model]["accuracy"] for model in ("routed", "merged", "merged, gated")}
+    one_row = {"arm": "switch", **models, "parameters, merged": merged["parameters"], "seeds": "3"}
+    firsts, of_routers = routers.tables(list(cells.values()))
+    assert of_routers == [one_row]
+    assert sorted(firsts, key=lambda cell: -float(cell["accuracy"].split()[0])) == firsts
+    trained_as = {("dense", "dense"), ("dense_rate2", "dense"), ("switch", "routed")}
+    assert {(cell["arm"], cell["model"]) for cell in firsts} == trained_as
     shutil.rmtree(kept / "switch-seed2")
     assert "(" not in routers.rows(kept, arms, "dense_rate2")[1]["minus dense_rate2"]  # no interval of two seeds
     narrower = {"switch": sweep.Variant(trained["switch"].settings | {"model.expert_hidden": 4})}
