@@ -49,6 +49,8 @@ def main(argv: list[str]) -> None:
     values = cli.parse(argv, define_flags, config=True)
     config, target = cli.experiment(values), targets.parse(values.target)
     count = values.images or _count(config)
+    if values.out and not Path(values.out).parent.is_dir():
+        raise UserError(f"--out is {values.out!r}; it must be a file in a folder that exists")
     if not config.model.classes:
         raise ConfigError("config.model.classes is 0, and no data are read; set --config.model.classes to their number")
     targets.prepare(target)  # before the next lines, which import JAX

@@ -290,7 +290,11 @@ class Config:
     def validate(self) -> "Config":
         """Returns itself if every rule holds. Raises ConfigError naming the first setting that breaks one."""
         for path, field in SETTINGS.items():
-            check(path, field, operator.attrgetter(path)(self))
+            value = operator.attrgetter(path)(self)
+            check(path, field, value)
+            if field.type is float:  # 2 and 2.0 are one setting, also where they are compared as text
+                section, _, name = path.partition(".")
+                setattr(getattr(self, section), name, float(value))
         self.refuse(joint_faults(self))
         return self
 

@@ -14,14 +14,14 @@ from pathlib import Path
 from absl import flags
 
 from jvitmoe import cli
-from jvitmoe.errors import UserError, printable
+from jvitmoe.errors import UserError, escaped
 from jvitmoe.runs import files, groups, page, results
 from jvitmoe.runs.console import console, show_table
 from jvitmoe.runs.groups import Groups
 
 NOTE = (
     "± is the sample deviation over seeds; in a row of one seed, over random paths. A dense run stands before the runs "
-    "that differ from it only in `routing` and EMA."
+    "that differ from it only in `routing`, `optim.mlp_rate` and EMA."
 )
 OVERVIEW = (
     "Experts: mean of the expert paths. Barrier: highest rise of the loss on the straight "
@@ -45,7 +45,7 @@ def main(argv: list[str]) -> None:
     parts: list[page.Part] = [page.Heading(1, "Runs"), groups.tested(found), *unfinished, overview]
     if differences := groups.differences(found):
         parts += [*differences, groups.DECIDED]
-    command = printable(f"Command: jvitmoe report {shlex.join(argv[1:])}")
+    command = escaped(f"Command: jvitmoe report {shlex.join(argv[1:])}")
     parts += [OVERVIEW, groups.opening(found), command]
     parts += [*pictures, page.Heading(2, "Every model"), rows, NOTE]
     files.make_folder(out)

@@ -8,6 +8,7 @@ The report ends with a line per ingredient. Repeat the command to resume: see sc
 
 from pathlib import Path
 
+import verdicts
 from sweep import Variant, accuracies, main, mean_cell
 
 from jvitmoe.runs.console import markdown_table
@@ -30,14 +31,17 @@ RANDOM_ONLY: dict[str, dict[str, object]] = {
     "same_rate": {"optim.mlp_rate": 1.0},
     "independent_init": {"routing.init": "independent"},
     "route_per_batch": {"routing.kind": "batch"},
+    "former": {"optim.mlp_rate": 2.0, "routing.pull": 0.1},  # the random variant before the study
 }
 MODELS = {"dense": "dense", "random": "merged"}  # variant of the file -> the model that is compared
+DENSE = ("dense_recipe", "dense_mlp_rate2")  # what random routing has to beat
 
 
 def variants() -> dict[str, Variant]:
     """Returns name -> what differs from the dense config; the recipe itself first, then those of both kinds."""
     both = {f"{kind}_{name}": Variant(settings, kind) for name, settings in INGREDIENTS.items() for kind in MODELS}
-    return both | {f"random_{name}": Variant(settings, "random") for name, settings in RANDOM_ONLY.items()}
+    routed = {"recipe": INGREDIENTS["recipe"]} | RANDOM_ONLY
+    return both | {f"random_{name}": Variant(settings, "random", DENSE) for name, settings in routed.items()}
 
 
 def table(runs: Path) -> list[dict[str, str]]:
@@ -60,7 +64,10 @@ def table(runs: Path) -> list[dict[str, str]]:
 def conclusion(runs: Path) -> str:
     """Returns the end of the report."""
     legend = "Accuracy on the test split, %. Seeds: of the dense and of the random variant."
-    return f"\n## Ingredients\n\n{legend}\n\n{markdown_table(table(runs))}"
+    arms = variants()
+    compared = verdicts.rows(verdicts.comparisons(verdicts.read(runs, arms), arms))
+    against_dense = f"\n## Random routing against dense\n\n{markdown_table(compared)}" if compared else ""
+    return f"\n## Ingredients\n\n{legend}\n\n{markdown_table(table(runs))}{against_dense}"
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Times a training step of every router beside dense, all in one run:
+"""Times a training step of random and learned routers beside dense, all in one run:
 
     python scripts/benchmark.py --config cifar10_dense --config.train.batch_size=64 [--peer .venv-peers/bin/python]
 

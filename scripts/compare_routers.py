@@ -1,4 +1,4 @@
-"""Trains every router beside dense, several seeds each, and writes one table, its pictures, configs and versions.
+"""Trains random and learned routers beside dense, several seeds each, and writes one table with pictures.
 
     python scripts/compare_routers.py --config configs/digits_dense.py --runs runs/routers --out results/digits
     python scripts/compare_routers.py --config configs/cifar10_small.py --seeds 1 --only dense switch … \

@@ -228,7 +228,7 @@ def rows(runs: Path, arms: Arms, reference: str) -> list[dict[str, str]]:
                 {
                     "arm": name,
                     "model": model,
-                    "rate": f"{variant.settings['optim.mlp_rate']:g}" if is_first else "-",
+                    "rate": f"{variant.settings.get('optim.mlp_rate', 1):g}" if is_first else "-",
                     "accuracy": mean_cell(list(by_seed.values())),
                     "nll": f"{statistics.fmean(row['nll'] for row in of_model):.4f}",
                     f"minus {reference}": difference,

@@ -11,6 +11,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from jvitmoe.runs.results import trained_on
+
 MEASURED = ("accuracy", "nll", "ece", "images", "parameters", "flops_per_image")
 OF_RUN = ("step", "images_per_second", "hardware")
 
@@ -26,7 +28,7 @@ def text(results: Path) -> str:
     table.writerow(["folder", "run", "model", *MEASURED, *OF_RUN, *differ])
     for folder, result in runs:
         place = folder.relative_to(results)
-        result["hardware"] = result.get("trained_on") or result.get("hardware", "")
+        result["hardware"] = trained_on(result)
         about = [result.get(name, "") for name in OF_RUN] + [settings[folder].get(name, "") for name in differ]
         for row in result["rows"]:
             if row["model"].startswith("expert "):

@@ -106,7 +106,8 @@ def random_split(config: Config) -> Split:
 def lower(config: Config, mesh: Mesh) -> tuple[Any, tuple[Any, ...]]:
     """Returns the training step, lowered for a mesh, and what it takes: (state, random images, order of the epoch)."""
     way, split = routing.find(config), random_split(config)
-    order = batches.TrainOrder(len(split), config.train.batch_size, jax.random.key(0), mesh, way.slots)
+    train, key = config.train, jax.random.key(0)
+    order = batches.TrainOrder(len(split), train.batch_size, key, mesh, way.slots, train.accumulate)
     given = make_state(config, way, mesh), batches.on_devices(split, mesh), order.epoch(0)
     plan = StepPlan(config, way, way.model(mesh), mesh, order.steps_per_epoch)
     return step.make_train_step(plan).lower(*given), given

@@ -134,6 +134,12 @@ def test_fit_tries_every_batch_that_divides_and_says_where_none_fits(compiler, c
     assert "largest     no batch fits" in capsys.readouterr().out
 
 
+def test_a_file_that_cannot_be_written_is_refused_before_the_first_program(compiler, tmp_path):
+    argv = ["compile.py", "--config=imagenet", "--target=v5e:2x2", f"--out={tmp_path / 'none' / 'found.json'}"]
+    with pytest.raises(UserError, match="it must be a file in a folder that exists"):
+        compile_command.main(argv)
+
+
 def test_what_is_measured_is_what_the_devices_of_this_machine_hold_and_move(tiny_config, monkeypatch, tmp_path):
     config = tiny_config(
         routing={"experts": 4, "kind": "sample", "pull": 0.1},

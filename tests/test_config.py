@@ -14,7 +14,7 @@ import pytest
 
 from jvitmoe import cli, errors, experiment_files, routing, settings
 from jvitmoe import config as config_lib
-from jvitmoe.config import Config, DataConfig, ModelConfig, RoutingConfig
+from jvitmoe.config import Config, DataConfig, ModelConfig, OptimConfig, RoutingConfig
 from jvitmoe.errors import ConfigError, UserError
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -107,6 +107,11 @@ def test_what_is_left_of_lora_and_adapters_is_a_plain_vit():
     config.model.lora, config.model.adapter = 4, 3
     plain = config.model.plain()
     assert (plain.lora, plain.adapter, plain.hidden) == (0, 0, config.model.hidden + 3)
+
+
+def test_a_whole_number_and_its_float_are_one_setting():
+    config = Config(optim=OptimConfig(mlp_rate=2)).validate()
+    assert repr(config) == repr(Config(optim=OptimConfig(mlp_rate=2.0)))
 
 
 def test_json_round_trip_is_exact():

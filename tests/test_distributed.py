@@ -443,9 +443,8 @@ def test_a_process_killed_frozen_or_failing_ends_the_others_within_40_seconds_an
         for start, other in zip(starts, ended.result(), strict=True):
             assert other.seconds - start < 40, (victim, fault, other)
             assert other.code not in (0, None), (victim, fault, other)
-            assert (
-                f"if another process is lost, JAX ends this one within {LOST_SECONDS} s; start all again" in other.err
-            )
+            limit = f"JAX ends this one within {2 * LOST_SECONDS} s"
+            assert f"if another process is lost, {limit}; start all again" in other.err
             ends = "another task died", "if another process ended before, its output says why; start all again to go on"
             assert any(line in other.err for line in ends), (victim, fault, other.err)
     for (count, victim, fault, _), one in zip(FAULTS, failed, strict=True):

@@ -244,6 +244,8 @@ def test_a_merged_model_goes_where_a_dense_one_of_its_width_goes(target):
     (remark, *others) = TARGETS[target].examine(routed)
     assert remark == "the router (topk) is left behind: this is the mean of the experts"
     assert others == TARGETS[target].examine(config_of(pool="cls", hidden=32))
+    routed.routing = RoutingConfig(experts=4, kind="token")  # nothing to leave behind: chance chose
+    assert TARGETS[target].examine(routed) == others
 
 
 @pytest.mark.parametrize("target", ["timm", "hf"])

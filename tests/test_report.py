@@ -9,7 +9,7 @@ import pytest
 
 import processes
 from jvitmoe import report
-from jvitmoe.config import Config, OptimConfig, RoutingConfig
+from jvitmoe.config import Config, InitConfig, OptimConfig, RoutingConfig
 from jvitmoe.errors import UserError
 from jvitmoe.runs import files, groups, page, results
 from jvitmoe.runs.console import quantity
@@ -108,7 +108,7 @@ def test_a_narrow_terminal_shows_whole_cells_and_says_where_the_other_columns_ar
 
 def test_the_dense_run_of_the_same_config_stands_first(make_run):
     other = make_run("other", routing__experts=4, optim__learning_rate=0.5)
-    many = make_run("many", routing__experts=8, routing__pull=0.1)
+    many = make_run("many", routing__experts=8, routing__pull=0.1, optim__mlp_rate=4.0)
     dense, few = make_run("dense", models=("dense",)), make_run("few", routing__experts=4)
     assert list(groups.in_order(read(other, many, dense, few))) == ["other", "dense", "many", "few"]
 
@@ -247,6 +247,10 @@ def test_whole_models_schedules_and_an_outer_optimiser_are_said_in_words():
     assert groups.in_words(Config(routing=local)) == f"{start}, pulled by 1 at every step (qsr)"
     dense = Config(routing=RoutingConfig(pull_every=10), optim=outer)
     assert groups.in_words(dense) == "dense, outer step every 10 steps"
+    copies = Config(routing=RoutingConfig(experts=4), init=InitConfig(source="vit"))
+    assert groups.in_words(copies) == "4 experts, random by batch, equal start"
+    copies.model.lora = 2  # what the experts are is not in the source
+    assert groups.in_words(copies) == "4 experts, random by batch, different starts"
 
 
 def test_a_page_names_split_data_and_command_marks_the_best_and_says_arms_in_words(make_run, tmp_path):
@@ -256,8 +260,9 @@ def test_a_page_names_split_data_and_command_marks_the_best_and_says_arms_in_wor
     result = results.read_result(random)
     result["rows"][0]["confusion"] = [[3, 1], [0, 6]]
     results.save_result(random, result)
-    report.main(["report", *map(str, (dense, random, few)), "--html", f"--out={tmp_path / 'out'}"])
-    text = (tmp_path / "out" / "report.md").read_text()
+    out = tmp_path / "/".join(["x" * 250] * 5)  # a command is longer than a message may be
+    report.main(["report", *map(str, (dense, random, few)), "--html", f"--out={out}"])
+    text = (out / "report.md").read_text()
     overview = [line.split(" | ") for line in text.splitlines() if line.startswith("| ")][:5]
     assert [row[2] for row in overview[2:]] == ["50.00%", "60.00% (best)", "40.00%"]
     column = overview[0].index("trained as")
@@ -271,8 +276,8 @@ def test_a_page_names_split_data_and_command_marks_the_best_and_says_arms_in_wor
         "0:04 |",
         "- |",
     ]  # 2 of 128 images
-    shown = (tmp_path / "out" / "report.html").read_text()
-    assert f"<p>Command: jvitmoe report {dense} {random} {few} --html --out={tmp_path / 'out'}</p>" in shown
+    shown = (out / "report.html").read_text()
+    assert f"<p>Command: jvitmoe report {dense} {random} {few} --html --out={out}</p>" in shown
     assert "random, classes, merged" in shown
     assert "<td class=left>1 (25.00%)</td>" in shown  # most often taken for
     # The first columns of the overview, which are on a narrow screen.

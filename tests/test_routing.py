@@ -65,7 +65,7 @@ def test_addresses_differ_across_seeds_purposes_and_numbers():
         ({"kind": "layer"}, "one is drawn for each batch and layer; never pulled together"),
         (
             {"kind": "token", "pull": 0.1, "pull_schedule": "qsr"},
-            "tokens; pulled together by 0.1 (qsr)",
+            "each gets a random share of every image's tokens; pulled together by 0.1 (qsr)",
         ),
         ({"kind": "sample", "pull": 1.0}, "images; averaged after every step, so all are equal"),
         ({"kind": "sample", "pull": 1.0, "pull_every": 2}, "images; pulled together by 1 every 2 steps (constant)"),

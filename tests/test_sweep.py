@@ -169,6 +169,16 @@ def test_routers_agree_that_part_patches_alike_whatever_their_experts_are_called
     assert routers._agreement([seed("0 0 0 0")] * 2) == "-"  # one expert takes all
 
 
+def test_the_original_s_report_ends_with_the_rows_of_the_routers(tmp_path):
+    for name in ("dense", "switch"):
+        shutil.copytree(processes.ROOT / "results" / "routers" / "runs" / f"{name}-seed0", tmp_path / f"{name}-seed0")
+    rows = reproduce_original.conclusion(tmp_path).partition("## Routers")[2]
+    assert re.findall(r"^\| (\w+) \| (dense|routed) \| 1 \| \d\d\.\d\d ", rows, re.MULTILINE) == [
+        ("dense", "dense"),
+        ("switch", "routed"),
+    ]
+
+
 @pytest.mark.long
 def test_a_row_of_the_router_table_is_what_the_files_of_its_runs_say(tmp_path, monkeypatch):
     (tmp_path / "tiny.py").write_text(EXPERIMENT)

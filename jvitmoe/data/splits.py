@@ -156,7 +156,8 @@ def decode(
     if math.prod(shape) > (installed := memory.installed()):
         raise DataError(
             f"{len(records):,} images need {math.prod(shape) / 2**30:,.1f} GiB of a machine that has "
-            f"{installed / 2**30:,.1f} GiB; set --config.data.stream=true or a smaller model.image_size"
+            f"{installed / 2**30:,.1f} GiB; take a larger machine, or train with --config.data.stream=true or a "
+            "smaller model.image_size"
         )
     images_NHWc, labels_N = np.empty(shape, np.uint8), np.empty(len(records), np.int32)
     absent = []

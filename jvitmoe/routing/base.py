@@ -34,14 +34,14 @@ class Pass(NamedTuple):
 class Routing:
     """The dense run, with one expert for all images, and the base class of ways of routing.
 
-    An expert is a dense ViT: the parameters of E experts are one tree in which some leaves have an axis E more
+    An expert is a dense ViT: the parameters of E experts are one tree in which some leaves have an extra axis E
     (`experts.trees`). A step draws routes, takes what runs out of that tree, differentiates and updates it, and puts it
     back. Routes come from (seed, step) for the global batch, so any step can be replayed on any number of devices.
     """
 
     meaning = ""  # what an expert is trained on, for the first lines of a run
     slots = 1  # equal parts of a batch that run at once, each through another expert
-    untrained = ""  # the key of parameters that keep their initial values; "" if there are none
+    untrained = ""  # the key of parameters that the optimiser does not train; "" if there are none
 
     def __init__(self, config: Config) -> None:
         self.config = config

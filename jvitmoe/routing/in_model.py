@@ -20,7 +20,9 @@ class InModel(Routing):
     def __init__(self, config: Config) -> None:
         super().__init__(config)
         self.router = routers.find(config.routing.kind)
-        self.meaning = f"{config.routing.kind} routes the tokens"
+        self.meaning = "each gets a random share of every image's tokens"
+        if self.router.is_tested:
+            self.meaning = f"{config.routing.kind} routes the tokens"
         self.untrained = SELECTION_BIAS if self.router.is_trained else "router"
 
     @classmethod

@@ -2,7 +2,7 @@
 predicted classes.
 
 A function returns a figure, or None if it would show nothing. `save` writes it, and `report --html` embeds the same
-PNG. In all figures a colour is a run and the form of a mark a model. The contact sheet of pictures is Pillow's.
+PNG. In `curves` and `comparison` a colour is a run and a mark a model. The contact sheet of pictures is Pillow's.
 """
 
 import io

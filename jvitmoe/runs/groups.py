@@ -135,8 +135,10 @@ def _faults(run: TestedRun, other: TestedRun) -> Iterator[str]:
 
 
 def in_order(groups: Groups) -> Groups:
-    """Returns the groups with those that differ only in `routing` and EMA next to each other, dense ones first."""
-    matched = {name: _key(group[0], ("train.seed", "train.ema", "routing.")) for name, group in groups.items()}
+    """Returns the groups with those next to each other that differ only in `routing`, `optim.mlp_rate` and EMA, dense
+    ones first."""
+    of_routing = "train.seed", "train.ema", "routing.", "optim.mlp_rate"
+    matched = {name: _key(group[0], of_routing) for name, group in groups.items()}
     keys = list(matched.values())
     names = sorted(groups, key=lambda name: (keys.index(matched[name]), groups[name][0].config.routing.experts > 1))
     return {name: groups[name] for name in names}
@@ -239,7 +241,8 @@ def in_words(config: Config) -> str:
         return ", ".join(["dense", *outer])
     drawn = routing.kind in ("batch", "layer", "sample", "token")
     how = f"random by {routing.kind}" if drawn else f"router {routing.kind}"
-    start = "equal start" if routing.init == "shared" else "different starts"
+    upcycled = config.init.source and not config.trains_adapters_only
+    start = "equal start" if upcycled or routing.init == "shared" else "different starts"
     schedule = "" if routing.pull_schedule == "constant" else f" ({routing.pull_schedule})"
     pulled = [f"pulled by {routing.pull:g} {when}{schedule}"] if routing.pull else []
     if routing.averages_every_step:

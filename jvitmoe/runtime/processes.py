@@ -1,7 +1,8 @@
 """Several processes as one run, through `jax.distributed`: joining, agreeing, and ending together.
 
-Every process runs the same program on the same batches. Only process 0 prints and writes files. If one is lost, JAX
-ends the others; a launcher starts all of them again, and the run goes on from its last checkpoint.
+Every process runs the same program on the same batches. Only process 0 prints, and writes files; the arrays of a
+checkpoint are written by all. If one is lost, JAX ends the others; a launcher starts all of them again, and the run
+goes on from its last checkpoint.
 """
 
 import contextlib
@@ -26,7 +27,7 @@ from jvitmoe.errors import UserError, one_line
 from jvitmoe.runtime import devices
 
 T = TypeVar("T")
-LOST_SECONDS = 20  # without a heartbeat of a process, after which JAX ends all others
+LOST_SECONDS = 20  # without a heartbeat of a process, until JAX notices; it ends all others as long after that at most
 SHUTDOWN_SECONDS = 15  # for which a process that has ended waits for the others
 
 
@@ -63,7 +64,7 @@ def join(values: flags.FlagValues) -> None:
         timer.cancel()
     devices.start()
     if not is_single():
-        text = f"if another process is lost, JAX ends this one within {LOST_SECONDS} s; start all again to go on"
+        text = f"if another process is lost, JAX ends this one within {2 * LOST_SECONDS} s; start all again to go on"
         sys.stderr.write(f"note: {_name(jax.process_index())}: {text}\n")
 
 

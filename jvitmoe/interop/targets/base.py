@@ -63,7 +63,8 @@ class Target:
                 f"--to={others}"
             )
         kind = config.routing.kind
-        left = [f"the router ({kind}) is left behind: this is the mean of the experts"] if kind in ROUTERS else []
+        has_router = kind in ROUTERS and ROUTERS[kind].is_tested
+        left = [f"the router ({kind}) is left behind: this is the mean of the experts"] if has_router else []
         return left + self.remarks(config)
 
     def sample(self, source: load.Source, config: Config) -> weight_names.Dict:
