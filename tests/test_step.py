@@ -168,7 +168,7 @@ def test_another_seed_is_another_start_and_another_order(tiny_config):
         way = routing.find(config)
         params = state.make_state(config, way, mesh).params
         starts.add(np.asarray(params["head"]["logits"]["kernel"]).tobytes())
-        orders.add(np.asarray(setup.load_data(config, way, mesh).order.epoch(0)).tobytes())
+        orders.add(np.asarray(setup.load_data(config, way, mesh, setup.browse(config)).order.epoch(0)).tobytes())
     assert len(starts) == len(orders) == 2
 
 

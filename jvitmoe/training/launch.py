@@ -9,7 +9,6 @@ from absl import flags
 
 from jvitmoe import routing
 from jvitmoe.config import Config, flatten
-from jvitmoe.data import datasets
 from jvitmoe.errors import UserError
 from jvitmoe.runs import checkpoints
 from jvitmoe.runs.console import console
@@ -18,7 +17,7 @@ from jvitmoe.runs.trackers import DEFAULT
 from jvitmoe.runs.trackers import check as check_trackers
 from jvitmoe.runtime import compilation, processes
 from jvitmoe.runtime.signals import Stop
-from jvitmoe.training import optimizer
+from jvitmoe.training import optimizer, setup
 from jvitmoe.training.loop import train
 
 
@@ -64,12 +63,12 @@ def _launch(
             code = checkpoints.versions() | {"source code": processes.source_hash()}
             processes.agree({"workdir": workdir} | flatten(config) | code)
         processes.together(check)
-        if not config.model.classes:
-            found = processes.first_process_then_others(lambda: datasets.browse(config.data, config.model))
-            config.model.classes = len(found.class_names)
+        records = None if config.model.classes else setup.browse(config)
+        if records:
+            config.model.classes = len(records.class_names)
         processes.together(check_workdir)
         try:
-            train(config, workdir, stop, cleanup, trackers)
+            train(config, workdir, stop, cleanup, trackers, records)
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise

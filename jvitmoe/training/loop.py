@@ -16,6 +16,7 @@ from jvitmoe import routing
 from jvitmoe.config import Config, flatten
 from jvitmoe.data import stream
 from jvitmoe.data.batches import Images, on_devices, resident_batches
+from jvitmoe.data.splits import Dataset, Records
 from jvitmoe.errors import UserError
 from jvitmoe.evaluation import models
 from jvitmoe.evaluation.models import Result, make_evaluate
@@ -44,15 +45,21 @@ class TrainingError(UserError):
 
 
 def train(
-    config: Config, workdir: Path, stop: Stop, cleanup: contextlib.ExitStack, trackers: Sequence[str] = ()
+    config: Config,
+    workdir: Path,
+    stop: Stop,
+    cleanup: contextlib.ExitStack,
+    trackers: Sequence[str] = (),
+    records: Dataset[Records] | None = None,
 ) -> None:
     """Trains from the newest sound checkpoint, or from the initial state, to the last step, and then tests.
 
+    `records` is the data set if the caller has browsed it, because a listing of a large folder takes minutes.
     The lock of the run folder and the watchdog are entered into `cleanup`, which the caller closes. Raises UserError.
     """
     mesh = processes.together(lambda: devices.make_mesh(config.train))
     routed = routing.find(config)
-    data = setup.load_data(config, routed, mesh)
+    data = setup.load_data(config, routed, mesh, records or setup.browse(config))
     model = routed.model(mesh)
     plan = StepPlan(config, routed, model, mesh, data.order.steps_per_epoch)
     dense, init_notes = _source(config, workdir)

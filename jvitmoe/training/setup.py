@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 from jvitmoe.config import Config
 from jvitmoe.data import datasets
 from jvitmoe.data.batches import TrainOrder
-from jvitmoe.data.splits import Dataset
+from jvitmoe.data.splits import Dataset, Records
 from jvitmoe.errors import ConfigError
 from jvitmoe.experts import cost
 from jvitmoe.routing import Routing
@@ -41,10 +41,14 @@ class RunData(NamedTuple):
         return {"train": len(self.train), "validation": len(self.validation), "test": len(self.test)}
 
 
-def load_data(config: Config, routing: Routing, mesh: Mesh) -> RunData:
-    """Returns the splits and the order of the training images. Raises ConfigError for settings that do not fit them."""
+def browse(config: Config) -> Dataset[Records]:
+    """Returns the set of a run, whose pictures are not read yet. The first process may download it for all."""
     console.print(f"reading     {config.data.name} {config.data.dir}".rstrip())
-    records = processes.first_process_then_others(lambda: datasets.browse(config.data, config.model))
+    return processes.first_process_then_others(lambda: datasets.browse(config.data, config.model))
+
+
+def load_data(config: Config, routing: Routing, mesh: Mesh, records: Dataset[Records]) -> RunData:
+    """Returns the splits and the order of the training images. Raises ConfigError for settings that do not fit them."""
     facts = processes.together(records.facts)
     if not processes.is_single():  # on other data one would mislabel its part of each batch, or wait for ever
         processes.agree(facts, "give all the same data")

@@ -225,7 +225,7 @@ def test_a_run_goes_on_with_its_pictures_moved_or_streamed_and_not_with_as_many_
 
     def start(folder):
         config.data.dir = str(tmp_path / folder)
-        data = setup.load_data(config, routed, mesh)
+        data = setup.load_data(config, routed, mesh, setup.browse(config))
         with open_run_folder(workdir, config, data.classes, data.counts | data.hashes):
             (workdir / "checkpoints" / "1").mkdir(parents=True, exist_ok=True)
 
