@@ -3,9 +3,9 @@
 Repeat the command to resume from the newest sound checkpoint; on a CPU the result is bit-identical to that of an
 uninterrupted run. SIGTERM, SIGINT and SIGHUP finish the step, save and exit; a second signal exits at once.
 
-A run may use several processes, connected by --distributed or --coordinator. Process 0 prints, and all
-write their parts of a checkpoint. A signal to one process stops all after the same step. If one is lost or fails, all
-end; start all again to go on.
+A run may use several processes, connected by --distributed or --coordinator. Process 0 prints, and all write their
+parts of a checkpoint. A signal to one process stops all after the same step. If one is lost or fails, all end; start
+all again to go on.
 """
 
 import sys

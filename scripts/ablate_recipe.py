@@ -3,7 +3,7 @@
     python scripts/ablate_recipe.py --config configs/cifar10_fast.py --runs runs/ablation --out results/recipe \
         -- --config.data.dir=DIR --config.train.epochs=4
 
-The report ends with a line per ingredient. Repeat the command to resume: see scripts/sweep.py.
+The report ends with a line per ingredient, and random routing against dense. To resume, repeat: see scripts/sweep.py.
 """
 
 from pathlib import Path
@@ -64,10 +64,7 @@ def table(runs: Path) -> list[dict[str, str]]:
 def conclusion(runs: Path) -> str:
     """Returns the end of the report."""
     legend = "Accuracy on the test split, %. Seeds: of the dense and of the random variant."
-    arms = variants()
-    compared = verdicts.rows(verdicts.comparisons(verdicts.read(runs, arms), arms))
-    against_dense = f"\n## Random routing against dense\n\n{markdown_table(compared)}" if compared else ""
-    return f"\n## Ingredients\n\n{legend}\n\n{markdown_table(table(runs))}{against_dense}"
+    return f"\n## Ingredients\n\n{legend}\n\n{markdown_table(table(runs))}{verdicts.conclusion(runs, variants())}"
 
 
 if __name__ == "__main__":

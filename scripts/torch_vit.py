@@ -1,9 +1,8 @@
 """The original in PyTorch, written here from its description: what `benchmark.py --peer` is measured beside.
 
-As a program it is a worker that another process drives by lines, so that the two
-never compute at the same time: it reads {"settings", "batch", "dropout"} (JSON), then lines "EXPERTS eager DTYPE STEPS"
-or "EXPERTS compiled DTYPE STEPS", and answers each with the mean seconds of a training step. `compiled` runs the model
-under torch.compile.
+As a program it is a worker that another process drives by lines, so that the two never compute at the same time: it
+reads {"settings", "batch", "dropout"} (JSON), then lines "EXPERTS eager DTYPE STEPS" or "EXPERTS compiled DTYPE STEPS",
+and answers each with the mean seconds of a training step. `compiled` runs the model under torch.compile.
 
 B batch · T tokens · D width · H heads · K head width · c channels
 """

@@ -63,8 +63,9 @@ def _launch(
             code = checkpoints.versions() | {"source code": processes.source_hash()}
             processes.agree({"workdir": workdir} | flatten(config) | code)
         processes.together(check)
-        records = None if config.model.classes else setup.browse(config)
-        if records:
+        records = None
+        if not config.model.classes:
+            records = setup.browse(config)
             config.model.classes = len(records.class_names)
         processes.together(check_workdir)
         try:

@@ -101,13 +101,12 @@ def print_setup(plan: StepPlan, workdir: Path, data: RunData, init_notes: list[s
 def describe(routing: Routing) -> str:
     """Returns what the first lines of a run with experts say of its routing."""
     routed = routing.config.routing
-    when = f"every {routed.pull_every} steps" if routed.pull_every > 1 else "after every step"
+    every = f" every {routed.pull_every} steps" if routed.pull_every > 1 else ""
     if routing.config.optim.outer_rate:
-        pull = f"an outer optimiser steps toward their mean {when} ({routed.pull_schedule})"
+        pull = f"an outer optimiser steps toward their mean{every or ' after every step'} ({routed.pull_schedule})"
     elif routed.averages_every_step:
         pull = "averaged after every step, so all are equal"
     elif routed.pull:
-        every = f" {when}" if routed.pull_every > 1 else ""
         pull = f"pulled together by {routed.pull:g}{every} ({routed.pull_schedule})"
     else:
         pull = "never pulled together"
