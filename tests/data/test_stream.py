@@ -285,7 +285,7 @@ def test_an_evaluation_leaves_out_the_pictures_that_training_may_have_skipped(ti
 def test_a_set_larger_than_the_memory_is_refused_before_it_is_read(tiny_split, tiny_config, monkeypatch):
     config = tiny_config()
     monkeypatch.setattr(memory, "installed", lambda: tiny_split.images_NHWc.nbytes - 1)
-    with pytest.raises(DataError, match=r"^\d+ images need .* set --config\.data\.stream=true"):
+    with pytest.raises(DataError, match=r"^\d+ images need .* train with --config\.data\.stream=true"):
         decode(Records(None, np.arange(len(tiny_split)), None), config.data, config.model)
 
 
