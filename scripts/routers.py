@@ -28,8 +28,7 @@ import verdicts
 from matplotlib.transforms import Bbox
 from sklearn import metrics
 from study import best, dense, epochs, ranking, validation_accuracies
-from study_figures import LEAST_SEEDS
-from sweep import SEED, Variant, accuracies, config_of, flags_of, interval, main, mean_cell, tested_runs
+from sweep import SEED, Variant, accuracies, config_of, flags_of, main, mean_cell, tested_runs
 
 from jvitmoe.errors import UserError
 from jvitmoe.runs import checkpoints, figures, files
@@ -215,14 +214,10 @@ def rows(runs: Path, arms: Arms, reference: str) -> list[dict[str, str]]:
             if model not in ("dense", "routed", "merged", "merged, gated"):
                 continue
             by_seed, is_first = accuracies(runs, name, (model,)).get(model, {}), model == models[0]
-            paired = [value - baseline[seed] for seed, value in by_seed.items() if seed in baseline]
+            against = {} if name == reference else baseline
+            minus = verdicts.cells([value - against[seed] for seed, value in by_seed.items() if seed in against])
+            within = "" if minus["interval"] == "-" else f" ({minus['interval']})"
             of_model = [row for result in tested for row in result["rows"] if row["model"] == model]
-            difference = verdict = "-"
-            if paired and name != reference:
-                difference = f"{statistics.fmean(paired):+.2f}"
-            if len(paired) >= LEAST_SEEDS and name != reference:
-                low, high = interval(paired)
-                difference, verdict = f"{difference} ({low:+.2f} to {high:+.2f})", verdicts.verdict(low, high)
             step = times if is_first else None
             cells.append(
                 {
@@ -231,8 +226,8 @@ def rows(runs: Path, arms: Arms, reference: str) -> list[dict[str, str]]:
                     "rate": f"{variant.settings.get('optim.mlp_rate', 1):g}" if is_first else "-",
                     "accuracy": mean_cell(list(by_seed.values())),
                     "nll": f"{statistics.fmean(row['nll'] for row in of_model):.4f}",
-                    f"minus {reference}": difference,
-                    "verdict": verdict,
+                    f"minus {reference}": minus["difference"] + within,
+                    "verdict": minus["verdict"],
                     "FLOPs/image": quantity(of_model[0]["flops_per_image"]),
                     "parameters": f"{of_model[0]['parameters']:,}",
                     "total parameters": f"{tested[0]['total_parameters']:,}" if is_first else "-",

@@ -1,8 +1,7 @@
 """Draws the study (docs/study.md): `python scripts/study_figures.py --results results/study`.
 
-differences.png of each experiment: every arm minus what it is compared with, and the 95 % interval. Comparisons of
-fewer than three seeds are not drawn: with two, the interval reaches 12.7 standard errors to each side. bytes.png:
-accuracy against the bytes that a device reduces, of C and, of H, of workers and their dense reference.
+differences.png of each experiment: every arm minus what it is compared with, and the 95 % interval, where there is one.
+bytes.png: accuracy against the bytes that a device reduces, of C and, of H, of workers and their dense reference.
 """
 
 import argparse
@@ -18,7 +17,6 @@ from sweep import interval
 
 from jvitmoe.runs import figures
 
-LEAST_SEEDS = 3  # of a comparison that is shown with an interval
 CROWDED = 2.5  # GB; the names of points from here on stand in a column of their own
 LINE = 0.35  # points between two names, one above the other
 EDGE = 4.0  # points; a larger difference is a number at the edge, so that the small ones can be told apart
@@ -35,7 +33,7 @@ def main(results: Path, out: Path) -> None:
         compared = verdicts.comparisons(verdicts.read(runs, arms), arms)
         final = [item for item in compared if "EMA" not in (item.model, item.reference_model)]
         merged = {(item.arm, item.reference): item.paired for item in final if item.model == "merged"}
-        repeated = [item for item in final if len(item.paired) >= LEAST_SEEDS]
+        repeated = [item for item in final if len(item.paired) >= verdicts.LEAST_SEEDS]
         if shown := [item for item in repeated if item.model != "ensemble" or apart(item, merged)]:
             (out / name).mkdir(parents=True, exist_ok=True)
             figures.save(differences(name, shown), out / name / "differences.png")

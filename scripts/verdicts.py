@@ -11,6 +11,7 @@ from jvitmoe.runs.console import markdown_table
 
 Arms = Mapping[str, Variant]
 Found = Mapping[str, Mapping[str, Mapping[str, float]]]  # arm -> model -> seed -> accuracy on the test split, %
+LEAST_SEEDS = 3  # of an interval: with two it reaches 12.7 standard errors to each side
 CLAIM = 5  # seeds
 PARITY = 0.5  # points: an arm that is not better loses nothing if its interval is above -PARITY; see `verdict`
 
@@ -75,16 +76,21 @@ def summary(found: Found) -> list[dict[str, str]]:
 
 
 def rows(compared: list[Comparison]) -> list[dict[str, str]]:
-    """Returns the text cells of a row per comparison; one of a single seed has no interval and no verdict."""
-    cells = []
-    for arm, model, reference, other, paired in compared:
-        row = {"arm": arm, "model": model, "minus": f"{reference}, {other}", "seeds": str(len(paired))}
-        row |= {"difference": f"{statistics.fmean(paired):+.2f}", "interval": "-", "verdict": "-"}
-        if len(paired) > 1:
-            low, high = interval(paired)
-            row |= {"interval": f"{low:+.2f} to {high:+.2f}", "verdict": verdict(low, high)}
-        cells.append(row)
-    return cells
+    """Returns the text cells of a row per comparison."""
+    return [
+        {"arm": arm, "model": model, "minus": f"{reference}, {other}", "seeds": str(len(paired)), **cells(paired)}
+        for arm, model, reference, other, paired in compared
+    ]
+
+
+def cells(paired: list[float]) -> dict[str, str]:
+    """Returns the text cells of differences: their mean, and from LEAST_SEEDS on their interval and verdict; "-" where
+    there is none."""
+    found = {"difference": f"{statistics.fmean(paired):+.2f}" if paired else "-", "interval": "-", "verdict": "-"}
+    if len(paired) >= LEAST_SEEDS:
+        low, high = interval(paired)
+        found |= {"interval": f"{low:+.2f} to {high:+.2f}", "verdict": verdict(low, high)}
+    return found
 
 
 def verdict(low: float, high: float) -> str:
