@@ -32,6 +32,7 @@ from jvitmoe.training.step import image_keys
 
 BATCH, TOKENS, WIDTH, HIDDEN, EXPERTS = 4, 9, 5, 6, 4
 KINDS = ("switch", "topk", "expert_choice", "soft", "hash", "token")
+TWO = ("topk", "frozen")  # a token chooses two experts
 MLP = ("up", "up_bias", "down", "down_bias")
 TRAINING = {"dropout": 0.5, "capacity": 0.5, "eval_capacity": float(EXPERTS)}  # with drops, in training only
 
@@ -99,9 +100,10 @@ def slow_mask(kind, probability_TE, capacity, order_T):
     choices = []
     if kind == "switch":
         choices = [(t, probability_TE[t].argmax()) for t in range(tokens)]
-    elif kind == "topk":
+    elif kind in TWO:
         surest_first = sorted(range(tokens), key=lambda t: -probability_TE[t].max())
-        choices = [(t, np.argsort(-probability_TE[t])[k]) for k in range(2) for t in surest_first]
+        in_order = surest_first if kind == "topk" else range(tokens)
+        choices = [(t, np.argsort(-probability_TE[t])[k]) for k in range(2) for t in in_order]
     elif kind == "expert_choice":
         choices = [(t, e) for e in range(experts) for t in np.argsort(-probability_TE[:, e])]
     elif kind == "hash":
@@ -120,18 +122,21 @@ def logits_of(params, x_BTD):
     return x_BTD @ params["router"]["kernel"] + params["router"]["bias"][None, None]
 
 
-def masked_sum(params, x_BTD, noise_BTE, mask_BTE):
-    """Returns y_BTD with every expert run on every token, and weighted."""
+def masked_sum(params, x_BTD, noise_BTE, mask_BTE, of_frozen_BTE):
+    """Returns y_BTD with every expert run on every token, and weighted; `of_frozen_BTE`: what a frozen router chose."""
     weight_BTE = mask_BTE
-    if "router" in params:
+    if of_frozen_BTE is not None:
+        logits_BTE = logits_of(jax.lax.stop_gradient(params), x_BTD)
+        weight_BTE = mask_BTE * jax.nn.softmax(jnp.where(of_frozen_BTE, logits_BTE, -jnp.inf))
+    elif "router" in params:
         weight_BTE = mask_BTE * jax.nn.softmax(logits_of(params, x_BTD) + noise_BTE)
     each = [Mlp(HIDDEN).apply({"params": {n: params[n][e] for n in MLP}}, x_BTD, None) for e in range(EXPERTS)]
     return sum(weight_BTE[..., e, None] * each[e] for e in range(EXPERTS))
 
 
 @jax.jit
-def masked_sum_and_gradients(params, x_BTD, direction_BTD, noise_BTE, mask_BTE):
-    y_BTD, pull_back = jax.vjp(lambda p, x: masked_sum(p, x, noise_BTE, mask_BTE), params, x_BTD)
+def masked_sum_and_gradients(params, x_BTD, direction_BTD, *of_tokens):
+    y_BTD, pull_back = jax.vjp(lambda p, x: masked_sum(p, x, *of_tokens), params, x_BTD)
     return y_BTD, pull_back(direction_BTD)
 
 
@@ -152,7 +157,7 @@ def dealt(key_B, tokens=TOKENS):
     ("kind", "train"),
     [
         *(("switch", True), ("switch", False), ("topk", True), ("topk", False), ("expert_choice", True)),
-        *(("hash", False), ("token", True), ("token", False)),
+        *(("hash", False), ("token", True), ("token", False), ("frozen", True), ("frozen", False)),
     ],
 )
 def test_outputs_and_gradients_are_those_of_a_loop_over_tokens(kind, train):
@@ -165,7 +170,8 @@ def test_outputs_and_gradients_are_those_of_a_loop_over_tokens(kind, train):
         )(key_B)
         noise_BTE = np.asarray(noise_BTE) / EXPERTS
     factor = 0.75 if train else 1.25
-    factor = {"topk": 2 * factor, "hash": EXPERTS, "token": EXPERTS, "expert_choice": 0.75}.get(kind, factor)
+    others = {"hash": EXPERTS, "token": EXPERTS, "expert_choice": 0.75}
+    factor = 2 * factor if kind in TWO else others.get(kind, factor)
     probability_BTE = np.full(noise_BTE.shape, 1 / EXPERTS)
     if "router" in params:
         probability_BTE = softmax(logits_of(params, x_BTD) + noise_BTE)
@@ -174,7 +180,9 @@ def test_outputs_and_gradients_are_those_of_a_loop_over_tokens(kind, train):
     mask_BTE = np.asarray([slow_mask(kind, p_TE, slots(factor), order_T) for p_TE, order_T in inputs], np.float32)
     direction_BTD = images(seed=3)
     y_BTD, gradients, statistics = apply_and_gradients(mlp, params, x_BTD, direction_BTD, key_B)
-    wanted_BTD, wanted = masked_sum_and_gradients(params, x_BTD, direction_BTD, noise_BTE, mask_BTE)
+    second_BT1 = np.sort(probability_BTE)[..., -2:-1]
+    of_frozen_BTE = probability_BTE >= second_BT1 if kind == "frozen" else None
+    wanted_BTD, wanted = masked_sum_and_gradients(params, x_BTD, direction_BTD, noise_BTE, mask_BTE, of_frozen_BTE)
     np.testing.assert_allclose(y_BTD, wanted_BTD, rtol=1e-4, atol=1e-5)
     chex.assert_trees_all_close(gradients, wanted, rtol=1e-4, atol=1e-4)
 
@@ -182,7 +190,7 @@ def test_outputs_and_gradients_are_those_of_a_loop_over_tokens(kind, train):
     if kind == "expert_choice":
         np.testing.assert_allclose(statistics.dropped, (chosen_BT == 0).mean(), atol=1e-6)
     else:
-        np.testing.assert_allclose(statistics.dropped, 1 - chosen_BT.mean() / (1 + (kind == "topk")), atol=1e-6)
+        np.testing.assert_allclose(statistics.dropped, 1 - chosen_BT.mean() / (1 + (kind in TWO)), atol=1e-6)
     assert (statistics.dropped > 0) == ("router" in params)  # else the case would show nothing
     if "router" not in params:
         np.testing.assert_allclose(statistics.load_E, mask_BTE.sum((0, 1)) / BATCH / TOKENS, rtol=1e-6)
