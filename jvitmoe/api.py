@@ -83,7 +83,7 @@ class Run:
         """Compares this run with others: writes report.md and its pictures into `out`, by default `<workdir>/report`,
         and returns that folder. Raises UserError as jvitmoe.report does."""
         folder = Path(out or self.workdir / "report").expanduser()
-        workdirs = [str(run.workdir if isinstance(run, Run) else run) for run in (self, *others)]
+        workdirs = [str((run if isinstance(run, Run) else Run(run)).workdir) for run in (self, *others)]
         report.main(["report", f"--out={folder}", "--", *workdirs])
         return folder
 

@@ -275,6 +275,11 @@ class TrainConfig:
     eval_every: int = setting(1, "epochs from one evaluation to the next", free=True, above=0)
     checkpoint_every: int = setting(0, "steps between checkpoints; 0: only after evaluations", free=True, at_least=0)
 
+    @property
+    def images_at_once(self) -> int:
+        """The images of a step's batch that run together, on all devices; evaluation takes as many."""
+        return self.batch_size // self.accumulate
+
 
 @dataclasses.dataclass
 class Config:

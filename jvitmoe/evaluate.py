@@ -76,7 +76,7 @@ def _evaluate(values: flags.FlagValues, workdir: Path) -> None:
         result["rows"] = models.evaluate_run(config, params, ema, evaluate, *shown, values.paths, gate_L)
         result |= models.facts(config, meta["step"], mesh) | known | {"files": meta["files"]}
         if few is not None:
-            batches = eval_batches(len(few), config.train.batch_size, mesh)
+            batches = eval_batches(len(few), config.train.images_at_once, mesh)
             result["mergeability"] = mergeability.measure(config, params, evaluate, on_devices(few, mesh), batches)
     _draw_samples(evaluate, merge.dense_tree(config, params), _some(data.test, MOST_SAMPLES, config), workdir)
     drawn = figures.of_run(result, workdir)
@@ -119,20 +119,24 @@ def _restore(values: flags.FlagValues, workdir: Path) -> tuple[Config, Any, Any,
 
 
 def _data(values: flags.FlagValues, config: Config, workdir: Path) -> tuple[Any, Any, Config]:
-    """Returns (the run's data set, that of the probes, the config with the latter). Probes of the run's own set do not
-    train on the validation images that it held out, which chose its checkpoint."""
+    """Returns (the run's data set, that of the probes, the config with the latter). Only probes need all training
+    images in memory. Those of the run's own set do not train on the validation images that it held out, which chose its
+    checkpoint."""
     from jvitmoe.data import datasets
-    from jvitmoe.data.splits import SizeError
+    from jvitmoe.data.splits import SizeError, decode
 
-    find = datasets.browse if config.data.stream else datasets.load
+    probes = values.few_shot or values.knn
+    find = datasets.load if probes and not config.data.stream else datasets.browse
     with cli.data_dir_flag():
         own: Any = datasets.with_classes(find, config.data, config.model, files.read_classes(workdir))
+        if not (probes or config.data.stream):
+            own = dataclasses.replace(own, test=decode(own.test, config.data, config.model))
 
     def without_held_out(data: Any) -> Any:
         return dataclasses.replace(data, train=datasets.hold_out(data.train, config.data.validation)[0])
 
     if not values.probe_data:
-        return own, without_held_out(own) if values.few_shot or values.knn else own, config
+        return own, without_held_out(own) if probes else own, config
     crop = "centre" if config.data.crop == "exact" else config.data.crop  # its images may have any size
     data = dataclasses.replace(config.data, name=values.probe_data, dir=values.probe_dir or config.data.dir, crop=crop)
     model = dataclasses.replace(config.model, classes=0)  # any number of them

@@ -7,6 +7,7 @@ skipped, and the exit code is 1.
 import dataclasses
 import functools
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -31,7 +32,7 @@ def main(argv: list[str]) -> None:
     if not arguments:
         raise UserError("no picture was given; name files or folders after the flags")
     out = Path(values.sheet) if values.sheet else None
-    if out and (out.suffix.lower() != ".png" or not out.parent.is_dir()):
+    if out and (out.suffix.lower() != ".png" or not os.path.isdir(out.parent)):
         raise UserError(f"--sheet is {values.sheet!r}; it must be a .png in a folder that exists")
     # Not above: these import JAX, and --help need not wait for that.
     from jvitmoe.interop import classifier

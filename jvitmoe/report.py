@@ -35,7 +35,7 @@ def main(argv: list[str]) -> None:
     """Runs the command. Raises UserError where no folder holds a tested run or a named group may not be averaged."""
     values, arguments = cli.parse_with_arguments(argv, _define_flags, arguments="RUN… [GROUP=RUN,RUN…]")
     out = Path(values.out)
-    if (out / files.CONFIG).exists():
+    if os.path.exists(out / files.CONFIG):  # unlike Path.exists, it raises for no name
         raise UserError(f"--out is {values.out!r}, which is a run folder; give a folder for the report")
     found = _read_groups([each for each in arguments if Path(each).resolve() != out.resolve()])  # it may be in runs/*
     rows = [row for name, group in found.items() for row in groups.group_rows(name, group)]
@@ -96,8 +96,9 @@ def _pictures(found: Groups) -> list[page.Picture]:
 
     images = {name: group[0].result["rows"][0]["images"] for name, group in found.items()}
     table = {name: groups.by_seed([run.result for run in group]) for name, group in found.items()}
-    pictures = [page.Picture("comparison", figures.png(figures.comparison(table, images)))]
-    if curves := figures.curves({name: [run.folder for run in group] for name, group in found.items()}):
+    ranked = groups.of_one_set(found)
+    pictures = [page.Picture("comparison", figures.png(figures.comparison(table, images, ranked)))]
+    if curves := figures.curves({name: [run.folder for run in group] for name, group in found.items()}, ranked):
         pictures.append(page.Picture("curves", figures.png(curves)))
     return pictures
 

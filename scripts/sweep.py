@@ -78,8 +78,8 @@ def main(
     problem = f"{len(failed)} runs failed: {', '.join(failed)}; see their logs in {options.runs}"
     if len(failed) == len(every):
         sys.exit(problem)
-    all_names = (f"{name}-seed{seed}" for seed in seeds for name in variants)  # also those that --only left out
-    folders = [str(kept / name) for name in all_names if (kept / name / files.RESULT).exists()]
+    # Also variants that --only left out, and seeds of earlier calls.
+    folders = [str(folder) for name in variants for folder in tested_runs(kept, name)]
     subprocess.run([sys.executable, "-m", "jvitmoe.report", *folders, f"--out={options.out}"], check=True)
     for name in figures:
         if (figure := options.runs / f"{name}-seed0" / files.MERGEABILITY).exists():

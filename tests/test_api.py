@@ -16,6 +16,7 @@ from absl import logging
 import jvitmoe
 import processes
 from jvitmoe import api
+from jvitmoe.data import images
 from jvitmoe.errors import UserError
 from jvitmoe.runtime import compilation, signals
 from run_folders import tiny
@@ -35,7 +36,7 @@ def run(config, tmp_path_factory):
         return threads.submit(jvitmoe.train, config, workdir=tmp_path_factory.mktemp("api") / "run").result()
 
 
-def test_a_run_gives_its_config_history_results_classifier_and_report(run, config, capsys):
+def test_a_run_gives_its_config_history_results_classifier_and_report(run, config, capsys, monkeypatch):
     assert run.config == config
     losses = [line["loss"] for line in run.history if line["kind"] == "train"]
     assert len(losses) == run.results["step"] == run.history[-1]["step"]
@@ -44,6 +45,9 @@ def test_a_run_gives_its_config_history_results_classifier_and_report(run, confi
     chex.assert_trees_all_equal(jvitmoe.load(run.workdir).params, params)
     chex.assert_trees_all_equal(jvitmoe.load(run.workdir, checkpoint=run.results["step"]).params, params)
     assert "| run |" in (run.report() / "report.md").read_text()
+    monkeypatch.setenv("HOME", str(run.workdir.parent))
+    assert "| run (2) |" in (run.report("~/run") / "report.md").read_text()
+    assert images.find(["~/run/config.json", "~/none.png"])[0] == [run.workdir / "config.json"]
     assert run.evaluate(knn=5)["probes"][0]["probe"] == "5-nn"
     assert (run.workdir / "samples.png").is_file()
     chex.assert_trees_all_equal(jvitmoe.load(run.export("safetensors", run.workdir / "out")).params, params)

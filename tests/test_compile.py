@@ -39,7 +39,7 @@ def test_a_target_that_is_none_is_refused_in_one_line(text):
 
 @pytest.mark.parametrize(("target", "extra"), [("h100:8", "gpu-compile"), ("v5e:4x4", "tpu")])
 def test_without_a_compiler_one_line_says_what_to_install(monkeypatch, target, extra):
-    monkeypatch.setattr(targets.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(targets, "is_installed", lambda name: False)
     line = processes.refused(compile_command.main, "--config=imagenet", f"--target={target}")
     assert f"pip install 'jvitmoe[{extra}]'" in line
 

@@ -1,8 +1,10 @@
 """To add one of each kind takes a class or function and a line in a registry. The kinds added here are toys."""
 
+import contextlib
 import dataclasses
 import math
 
+import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -23,6 +25,7 @@ from jvitmoe.models.routers import ROUTERS, find
 from jvitmoe.models.routers.dispatch import Router, RouterSettings, fill_slots
 from jvitmoe.models.routers.dispatch import statistics as statistics_of
 from jvitmoe.routing import Routing
+from jvitmoe.runs.checkpoints import CheckpointWriter
 from jvitmoe.runtime.addresses import Purpose, address
 from jvitmoe.training import losses, optimizer, state
 from jvitmoe.training.update import PULL_SCHEDULES, directions
@@ -201,13 +204,18 @@ def toy_optimizer(optim):
     return optimizer.per_layer(optax.scale_by_trust_ratio())
 
 
-def test_an_optimiser_is_a_factory_and_a_line(tiny_config, training, monkeypatch):
+def test_an_optimiser_is_a_factory_and_a_line(tiny_config, training, monkeypatch, tmp_path):
     monkeypatch.setitem(optimizer.OPTIMIZERS, "toy", toy_optimizer)
     config = changed(tiny_config(routing={"experts": 2}), "optim", name="toy")
     run = training(config).run(3)
     assert all(np.isfinite(metrics.loss) for metrics in run.metrics)
     before, after = run.history[0].params, run.history[-1].params
     assert (before["blocks"]["mlp"]["up"] != after["blocks"]["mlp"]["up"]).any()
+    with contextlib.closing(CheckpointWriter(tmp_path / "checkpoints", 1)) as checkpoints:
+        checkpoints.save(run.state, config, None)  # the toy has no state
+    with contextlib.closing(CheckpointWriter(tmp_path / "checkpoints", 1)) as checkpoints:
+        restored, _ = checkpoints.restore(state.abstract_state(config, run.routing, run.mesh))
+    chex.assert_trees_all_equal(restored, run.state)
 
 
 @pytest.mark.parametrize("experts", [1, 2])

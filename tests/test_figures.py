@@ -128,6 +128,16 @@ def test_a_few_runs_of_one_seed_make_sound_figures(tmp_path, drawn, accuracies):
     assert f"{best}\none seed ± standard error over 10 images" in title
 
 
+def test_errors_on_several_data_sets_are_not_ranked(tmp_path, drawn):
+    runs = [write_tested_run(tmp_path / name, models=("dense",)) for name in ("one", "other")]
+    (runs[1] / "images.json").write_text(json.dumps({"train": 24}))
+    report.main(["report", *map(str, runs), f"--out={tmp_path / 'report'}"])
+    comparison, curves = drawn
+    assert comparison._suptitle.get_text() == f"{figures.SEVERAL}\none seed ± standard error over 10 images"
+    assert curves._suptitle.get_text() == figures.SEVERAL
+    assert all(len(line.get_xdata()) <= 1 for line in comparison.axes[0].lines)  # no line of dense through both
+
+
 def test_the_standard_error_of_each_run_is_of_its_own_images(tmp_path):
     table = {"few": {"dense": [0.8]}, "many": {"dense": [0.8]}}
     (axes,) = (figure := figures.comparison(table, {"few": 10, "many": 1000})).axes

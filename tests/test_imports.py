@@ -13,7 +13,7 @@ COMMANDS = ("train", "evaluate", "predict", "export", "report", "compile", "conf
 
 # A file imports from folders (and top-level files) to the left of its own; those of one group never import each other.
 ORDER = (
-    ("errors",),
+    ("errors", "extras"),
     ("settings",),
     ("config",),
     ("runtime",),

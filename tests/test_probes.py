@@ -15,8 +15,8 @@ from jvitmoe import evaluate
 from jvitmoe.config import Config, DataConfig, ModelConfig
 from jvitmoe.data import datasets, stream
 from jvitmoe.data.batches import eval_batches, on_devices
-from jvitmoe.data.images import DataError
-from jvitmoe.data.splits import Dataset, Source, Split, check_fit, in_memory
+from jvitmoe.data.images import DataError, Picture
+from jvitmoe.data.splits import Dataset, Records, Source, Split, check_fit, in_memory
 from jvitmoe.errors import UserError
 from jvitmoe.evaluation import probes
 from jvitmoe.evaluation.probes import Features
@@ -58,11 +58,22 @@ def test_features_are_those_of_one_image_at_a_time_on_any_number_of_devices(tiny
     images_NHWc = jnp.asarray(tiny_split.images_NHWc / 127.5 - 1, jnp.float32)
     expected_ND = np.concatenate([vit.features(net, params, image[None]) for image in images_NHWc])
     extract, batches = probes.make_extract(net, DataConfig()), eval_batches(26, 8, mesh)
+    whole, rest = np.arange(26), np.delete(np.arange(26), 7)
+
+    def read(numbers):
+        found = in_memory(tiny_split).read(numbers)
+        return [(Picture(f"picture {n}", b""), 0) if n == 7 else one for n, one in zip(numbers, found, strict=True)]
+
+    said = []
+    damaged = Records(read, whole, None), batches, config, mesh, stream.Damaged(100, said.append)
     streamed = stream.EvalImages(in_memory(tiny_split), batches, config, mesh)
-    for shown in (on_devices(tiny_split, mesh), streamed):
+    every = (on_devices(tiny_split, mesh), whole), (streamed, whole), (stream.EvalImages(*damaged), rest)
+    for shown, kept in every:
         features_ND, labels_N = extract(params, shown, batches)
-        np.testing.assert_allclose(features_ND, expected_ND, rtol=1e-5, atol=1e-5)
-        np.testing.assert_array_equal(labels_N, tiny_split.labels_N)
+        np.testing.assert_allclose(features_ND, expected_ND[kept], rtol=1e-5, atol=1e-5)
+        np.testing.assert_array_equal(labels_N, tiny_split.labels_N[kept])
+    (line,) = said
+    assert line.startswith("1 of 100 training images: picture 7 cannot be read")
 
 
 def clusters(count, width, seed):
@@ -221,6 +232,8 @@ def test_another_folder_of_images_has_no_validation_images_of_the_run(tmp_path):
     for folder, count in (("own/../own", 20), ("other", 24)):
         flags = SimpleNamespace(few_shot=0, knn=1, probe_data="folder", probe_dir=str(tmp_path / folder))
         assert len(evaluate._data(flags, config, tmp_path)[1].train) == count
+    own, _, _ = evaluate._data(SimpleNamespace(few_shot=0, knn=0, probe_data=""), config, tmp_path)
+    assert (type(own.train), type(own.test)) == (Records, Split)  # without probes no training picture is read
 
 
 def test_digits_of_another_size_are_probed_too():

@@ -50,6 +50,12 @@ def test_runs_that_differ_in_the_seed_become_one_row_of_mean_and_deviation(make_
     assert "nan" in groups.group_rows(name, group)[0]["nll"]
 
 
+def test_seeds_that_start_from_runs_of_their_own_seeds_are_one_group_and_others_are_not(make_run):
+    sources = {1: "runs/half-seed1", 2: "runs/half-seed2", 10: "runs/half-seed10", 3: "runs/half-seed1"}
+    runs = [make_run(f"up_s{seed}", train__seed=seed, init__source=source) for seed, source in sources.items()]
+    assert [[run.config.train.seed for run in group] for group in read(*runs).values()] == [[1, 2, 10], [3]]
+
+
 def test_seeds_of_other_pictures_of_equal_number_and_classes_are_no_seeds_of_one_run(make_run):
     runs = [make_run(f"cats_s{seed}", train__seed=seed) for seed in (0, 1, 2)]
     for run, pictures in zip(runs, ("a1", "b2", "a1"), strict=True):

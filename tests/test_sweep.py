@@ -327,3 +327,12 @@ def test_a_sweep_started_again_trains_only_what_is_not_kept(tmp_path, monkeypatc
     assert [folder.name for folder in (tmp_path / "runs").iterdir() if folder.is_dir()] == ["random_recipe-seed0"]
     again = (tmp_path / "out" / "report.md").read_text()
     assert re.findall(r"\| recipe \|.*", again) == re.findall(r"\| recipe \|.*", report)
+
+    # A further seed joins the earlier ones.
+    argv = command(tmp_path)
+    argv.remove("random_recipe")
+    subprocess.run([*argv[:2], "--first_seed=1", *argv[2:]], capture_output=True, check=True)
+    seeds = {
+        name: set(group["seeds"]) for name, group in json.loads((tmp_path / "out" / "runs.json").read_text()).items()
+    }
+    assert seeds == {"dense_recipe": {"0", "1"}, "random_recipe-seed0": {"0"}}

@@ -1,6 +1,7 @@
 """Trackers in their offline or local mode: the same figures, one run per run folder, and none that stops a run."""
 
 import contextlib
+import importlib
 import json
 import os
 import sqlite3
@@ -14,6 +15,7 @@ import wandb
 import jvitmoe
 import processes
 from jvitmoe.errors import UserError
+from jvitmoe.extras import is_installed
 from jvitmoe.runs import trackers
 from jvitmoe.runs.metrics_log import MetricsLog
 from run_folders import tiny
@@ -214,6 +216,14 @@ def test_a_training_sends_its_last_test_and_writes_its_result_before_it_waits_fo
     assert {"result.json", "report.md"} <= set(seen["files"])
     assert seen["figures"]["final/merged/accuracy"] == run.accuracy("merged")
     assert not (run.workdir / "tb").exists()
+
+
+def test_a_folder_that_runs_left_is_no_package(tmp_path, monkeypatch):
+    (tmp_path / "left_behind").mkdir()
+    monkeypatch.syspath_prepend(tmp_path)
+    importlib.import_module("left_behind")  # Python takes it for one
+    found = [is_installed(name) for name in ("left_behind", "absent", "absent.part", "tensorboardX")]
+    assert found == [False, False, False, True]
 
 
 @pytest.mark.parametrize(

@@ -221,4 +221,4 @@ def test_a_pipe_a_link_and_a_file_that_is_too_long_are_one_line_and_not_read(tmp
     (tmp_path / name).unlink()
     with (tmp_path / name).open("wb") as file:
         file.truncate(files.MOST_HISTORY + 1)
-    refused("its 1,073,741,825 bytes are more than")
+    refused("its 4,294,967,297 bytes are more than")

@@ -34,7 +34,7 @@ class Digits(Source):
         return Dataset(in_memory(train), in_memory(test), tuple("0123456789"))
 
 
-# By `data.name`, or its part up to a colon; any other name is a TFDS set's.
+# By `data.name` up to a colon; any other name is a TFDS set's.
 SOURCES: dict[str, type[Source]] = {"digits": Digits, "folder": ImageFolder, "hf:": HuggingFace}
 
 
@@ -73,7 +73,8 @@ def with_classes(
 
 
 def _kind(data: DataConfig) -> type[Source]:
-    return SOURCES.get(data.name) or SOURCES.get(data.name.partition(":")[0] + ":", Tfds)
+    kind, colon, _ = data.name.partition(":")
+    return SOURCES.get(kind + colon, Tfds)
 
 
 def differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:

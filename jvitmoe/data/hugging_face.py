@@ -11,6 +11,7 @@ import numpy as np
 from jvitmoe.data.images import DataError, Picture
 from jvitmoe.data.splits import Dataset, Record, Records, Source, check_fit
 from jvitmoe.errors import one_line
+from jvitmoe.extras import is_installed
 
 OPTIONS = ("config", "revision", "image", "label")
 TESTS = ("test", "validation", "valid", "val")
@@ -65,10 +66,10 @@ def _odd_label(splits: Any, column: str, labels: dict[str, np.ndarray], classes:
 
 def _load(name: str, options: dict[str, str], place: str) -> Any:
     """Returns the splits by name, downloaded if need be."""
-    try:
-        import datasets as hf
-    except ImportError as error:
-        raise DataError(f"config.data.name=hf:{name} needs datasets: pip install 'jvitmoe[hf]'") from error
+    if not is_installed("datasets"):
+        raise DataError(f"config.data.name=hf:{name} needs datasets: pip install 'jvitmoe[hf]'")
+    import datasets as hf
+
     try:
         return hf.load_dataset(
             os.path.expanduser(name) if is_local(name) else name,

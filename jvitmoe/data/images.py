@@ -174,10 +174,10 @@ def visible(folder: Path) -> list[Path]:
 
 
 def find(paths: Sequence[str | Path]) -> tuple[list[Path], list[str]]:
-    """Returns (files, complaints): each file, and the images directly in each folder, in order."""
+    """Returns (files, complaints): each file, and the images directly in each folder, in order; ~ is the home."""
     files: list[Path] = []
     complaints = []
-    for path in map(Path, paths):
+    for path in (Path(os.path.expanduser(name)) for name in paths):
         if not os.path.lexists(path):  # unlike Path.exists, this raises for no name
             complaints.append(f"{path} does not exist; give files or folders")
             continue

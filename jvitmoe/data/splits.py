@@ -112,7 +112,7 @@ def check_fit(name: str, shape_HWc: Sequence[int], classes: int, model: ModelCon
         wanted = f"{model.image_size}x{model.image_size}x{model.channels}"
         flags = [f"--config.model.image_size={height}"] * (height != model.image_size)
         flags += [f"--config.model.channels={channels}"] * (channels != model.channels)
-        remedy = f"set {' '.join(flags)}" if height == width else "only square images fit"
+        remedy = f"set {' '.join(flags)}" if height == width else "set --config.data.crop=centre, which cuts squares"
         raise SizeError(f"images of {name} are {height}x{width}x{channels} but config.model expects {wanted}", remedy)
     if model.classes and classes != model.classes:
         rule = f"config.model.classes is {model.classes}; set --config.model.classes={classes}"

@@ -31,8 +31,8 @@ Row = tuple[np.ndarray, np.int32]  # image_HWc and its label
 
 
 class Damaged:
-    """The pictures of a split that cannot be read. In training the next one takes their place, so that a batch still
-    follows from seed and step.
+    """The pictures of a training split that cannot be read. In training the next one takes their place, so that a batch
+    still follows from seed and step; probes leave them out.
 
     Args:
         count: of the split's pictures.
@@ -111,28 +111,33 @@ def train_batches(
     return _batches(read, range(start, total), config.train.batch_size, sharding)
 
 
-def eval_images(split: Split | Records, config: Config, mesh: Mesh) -> "tuple[Images | EvalImages, Batches]":
+def eval_images(
+    split: Split | Records, config: Config, mesh: Mesh, damaged: Damaged | None = None
+) -> "tuple[Images | EvalImages, Batches]":
     """Returns (images, batches) to evaluate a split: whole on the devices, or read from disk batch by batch."""
-    batches = eval_batches(len(split), config.train.batch_size, mesh)
-    images = on_devices(split, mesh) if isinstance(split, Split) else EvalImages(split, batches, config, mesh)
+    batches = eval_batches(len(split), config.train.images_at_once, mesh)
+    images = on_devices(split, mesh) if isinstance(split, Split) else EvalImages(split, batches, config, mesh, damaged)
     return images, batches
 
 
 def read_once(records: Records, config: Config, mesh: Mesh, checked: Callable[[], object]) -> None:
     """Reads this process's part of a split. `checked` is called after each batch. Raises DataError."""
     if len(records):
-        for _ in EvalImages(records, eval_batches(len(records), config.train.batch_size, mesh), config, mesh):
+        for _ in EvalImages(records, eval_batches(len(records), config.train.images_at_once, mesh), config, mesh):
             checked()
 
 
 class EvalImages(Iterable[Images]):
     """The batches of `eval_batches` in order, rows split over the whole mesh; each iteration reads them again.
 
-    Padded rows are zeros: the masks of `eval_batches` leave them out.
+    Padded rows are zeros: the masks of `eval_batches` leave them out. Pictures that `damaged` counts are zeros with the
+    label -1; without it they raise DataError.
     """
 
-    def __init__(self, records: Records, batches: Batches, config: Config, mesh: Mesh) -> None:
-        self._records, self._config = records, config
+    def __init__(
+        self, records: Records, batches: Batches, config: Config, mesh: Mesh, damaged: Damaged | None = None
+    ) -> None:
+        self._records, self._config, self._damaged = records, config, damaged
         self._steps, self._batch = batches.index_SB.shape
         self._sharding = NamedSharding(mesh, BY_DEVICE)
 
@@ -141,10 +146,17 @@ class EvalImages(Iterable[Images]):
 
     def _read(self, step: int, row: int) -> Row:
         model, index = self._config.model, step * self._batch + row
+        empty = (model.image_size, model.image_size, model.channels)
         if index >= len(self._records):
-            return np.zeros((model.image_size, model.image_size, model.channels), np.uint8), np.int32(0)
+            return np.zeros(empty, np.uint8), np.int32(0)
         picture, label = self._records[index]
-        return read_pixels(picture, self._config.data, model), np.int32(label)
+        try:
+            return read_pixels(picture, self._config.data, model), np.int32(label)
+        except DataError as error:
+            if self._damaged is None:
+                raise
+            self._damaged.add(picture.name, error)
+            return np.zeros(empty, np.uint8), np.int32(-1)
 
 
 def _rows_here(batch: int, sharding: NamedSharding) -> np.ndarray:

@@ -1,7 +1,6 @@
 """Image classification sets of TensorFlow Datasets (TFDS)."""
 
 import contextlib
-import importlib.util
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ import numpy as np
 from jvitmoe.data.images import DataError, Picture
 from jvitmoe.data.splits import Dataset, Record, Records, Source, check_fit
 from jvitmoe.errors import did_you_mean, one_line
+from jvitmoe.extras import is_installed
 
 OTHERS = ("digits", "folder", "hf:NAME")  # what data.name may be besides
 CONNECT_SECONDS = 10.0
@@ -73,7 +73,7 @@ class Tfds(Source):
 
     def _builder(self) -> Any:
         name, place = self.data.name, self.data.dir
-        if importlib.util.find_spec("tensorflow_datasets") is None:
+        if not is_installed("tensorflow_datasets"):
             rule = f"other sets than {', '.join(OTHERS)} need TFDS: pip install 'jvitmoe[prepare]'"
             raise DataError(f"config.data.name is {name!r}; {rule}, or 'jvitmoe[tfds]' to read what is prepared")
         import tensorflow_datasets as tfds
@@ -124,7 +124,7 @@ def _prepare(name: str, builder: Any) -> None:
         raise DataError(f"{builder.data_path} is not a complete TFDS set; remove that folder")
     downloads = Path(builder.data_dir_root) / "downloads"
     absent = f"{name} is not prepared in {builder.data_dir_root}"
-    if importlib.util.find_spec("tensorflow") is None:
+    if not is_installed("tensorflow"):
         raise DataError(f"{absent}, and preparing it needs TensorFlow: pip install 'jvitmoe[prepare]', or {ELSEWHERE}")
     here = {path.name for pattern in ("*", "*/*") for path in downloads.glob(pattern)}
     for url, info in () if builder.MANUAL_DOWNLOAD_INSTRUCTIONS else (builder.url_infos or {}).items():

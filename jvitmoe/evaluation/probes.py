@@ -18,6 +18,7 @@ from jvitmoe.data.splits import Dataset
 from jvitmoe.errors import UserError
 from jvitmoe.evaluation.models import SplitImages
 from jvitmoe.models import vit
+from jvitmoe.runs.console import console
 
 SEEDS = (0, 1, 2)  # of the draws of shots
 L2, BIAS = 2.0**10, 100.0
@@ -48,7 +49,8 @@ def measure(
     """
     if neighbours > len(data.train):
         raise UserError(f"--knn is {neighbours}; it must be at most the {len(data.train)} training images")
-    splits = [stream.eval_images(split, config, mesh) for split in (data.train, data.test)]
+    damaged = stream.Damaged(len(data.train), console.print)
+    splits = [stream.eval_images(data.train, config, mesh, damaged), stream.eval_images(data.test, config, mesh)]
     extract, names, rows = make_extract(net, config.data), data.class_names, []
 
     for model, params in trees.items():
@@ -67,7 +69,8 @@ def measure(
 
 
 def make_extract(net: vit.ViT, data: DataConfig) -> Callable[[Any, SplitImages, Batches], Features]:
-    """Returns a function (params, split, batches) -> features of every image, in order, without padding."""
+    """Returns a function (params, split, batches) -> features of every image, in order, without padding and without
+    pictures that could not be read."""
 
     @jax.jit
     def of_batch(params: Any, images: Images, index_B: jax.Array | None) -> tuple[jax.Array, jax.Array]:
@@ -79,9 +82,9 @@ def make_extract(net: vit.ViT, data: DataConfig) -> Callable[[Any, SplitImages, 
             found = [jax.device_get(of_batch(params, split, index_B)) for index_B in batches.index_SB]
         else:
             found = [jax.device_get(of_batch(params, images, None)) for images in split]
-        mask_N = np.ravel(batches.mask_SB)
-        features_ND, labels_N = (np.concatenate(arrays)[mask_N] for arrays in zip(*found, strict=True))
-        return Features(features_ND, labels_N)
+        features_ND, labels_N = map(np.concatenate, zip(*found, strict=True))
+        mask_N = np.ravel(batches.mask_SB) & (labels_N >= 0)
+        return Features(features_ND[mask_N], labels_N[mask_N])
 
     return extract
 

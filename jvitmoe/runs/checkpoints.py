@@ -352,8 +352,8 @@ class _Best:
 
 
 def _trees(state: State) -> dict[str, Any]:
-    """Returns name -> tree of what is saved. The step is the name of the folder."""
-    return {name: tree for name, tree in state._asdict().items() if name != "step" and tree is not None}
+    """Returns name -> tree of what is saved: all that has arrays. The step is the name of the folder."""
+    return {name: tree for name, tree in state._asdict().items() if name != "step" and jax.tree.leaves(tree)}
 
 
 def _items(meta: Meta) -> list[str]:

@@ -36,6 +36,7 @@ STYLE: Any = {
     **{"font.family": "DejaVu Sans", "backend": "Agg"},
 }
 in_style: Any = matplotlib.rc_context(STYLE)  # used as a decorator
+SEVERAL = "Several data sets: their errors cannot be compared"
 MARKS = {"dense": "D", "EMA": "v", "merged": "o", "routed": "s", "expert (mean)": "P", "ensemble": "^"}
 LEAST_RISE = 5e-5  # nats of a barrier that is shown as a number
 LEAST = 1e-3  # shown instead of an error or a loss of 0, which a log scale has not
@@ -75,10 +76,10 @@ def save(figure: Figure, path: Path) -> None:
 
 
 @in_style
-def curves(groups: Mapping[str, Sequence[Path]]) -> Figure | None:
+def curves(groups: Mapping[str, Sequence[Path]], ranked: bool = True) -> Figure | None:
     """Returns training loss and evaluation error of {group: folders} against the step, and None if no run recorded two
     of one. A line is the mean over a group's seeds, its band the sample deviation. A row of panels has the first group
-    and at most six others."""
+    and at most six others. `ranked` is False for groups of several data sets: the title then names no best one."""
     runs = {name: [files.read_metrics(folder / files.METRICS) for folder in groups[name]] for name in groups}
     splits = sorted({line["kind"] for several in runs.values() for run in several for line in run} - {"train"})
     losses, errors = (
@@ -111,7 +112,8 @@ def curves(groups: Mapping[str, Sequence[Path]]) -> Figure | None:
     title, _, scale, _, found = panels[-1]
     ends = {name: np.mean([s[max(s)] for s in several if s]) for name, several in found.items() if any(several)}
     best = min(ends, key=lambda name: ends[name])
-    finding = f"Lowest {title.lower()} at the end: {scale * ends[best]:.3g}{' %' * (scale > 1)}\n{shown(best)}"
+    lowest = f"Lowest {title.lower()} at the end: {scale * ends[best]:.3g}{' %' * (scale > 1)}\n{shown(best)}"
+    finding = lowest if ranked else SEVERAL
     averaged = f"lines averaged to {POINTS} points" if max(lengths) > POINTS else ""
     figure.suptitle("\n".join(filter(None, (finding, statistics, averaged))), fontsize=11)
     return figure
@@ -149,10 +151,12 @@ def _colour(names: Sequence[str], name: str) -> str:
 
 
 @in_style
-def comparison(table: Mapping[str, Mapping[str, Sequence[float]]], images: Mapping[str, int]) -> Figure:
+def comparison(
+    table: Mapping[str, Mapping[str, Sequence[float]]], images: Mapping[str, int], ranked: bool = True
+) -> Figure:
     """Returns a figure of {group: {model: accuracy of each seed}}: a mark per model at its mean error, and one for all
     experts. Whiskers: the deviation over seeds; if all groups have one seed, the standard error over the group's
-    `images`."""
+    `images`. On `ranked` see `curves`."""
     counts = {name: len(next(iter(models.values()))) for name, models in table.items()}
     errors: list[dict[str, Any]] = []
     for models in table.values():
@@ -170,14 +174,15 @@ def comparison(table: Mapping[str, Mapping[str, Sequence[float]]], images: Mappi
             y = band + (number - (len(by_model) - 1) / 2) * spacing
             limits = [[min(whisker, error - LEAST)], [whisker]]
             axes.errorbar(error, y, xerr=limits, fmt=MARKS[model], color=_colour(list(table), name))
-    if "dense" in errors[0]:
+    if ranked and "dense" in errors[0]:
         axes.axvline(max(errors[0]["dense"].mean(), LEAST), color="black", linewidth=0.8, linestyle=":")
     labels, statistics = _seeds(counts)
     counted = " or ".join(f"{number:,}" for number in sorted(set(images.values())))
     means = [(v.mean(), name, model) for name, e in zip(table, errors, strict=True) for model, v in e.items()]
     best, name, model = min(means, key=lambda item: item[0])
     spread = statistics or f"one seed ± standard error over {counted} images"
-    figure.suptitle(f"Lowest test error: {100 * best:.2f} %, {shown(name)}, {model}\n{spread}", fontsize=12)
+    finding = f"Lowest test error: {100 * best:.2f} %, {shown(name)}, {model}" if ranked else SEVERAL
+    figure.suptitle(f"{finding}\n{spread}", fontsize=12)
     axes.set(xlabel="test error, % (left is better)", xscale="log", ylim=(len(table) - 0.5, -0.5))
     axes.set_yticks(range(len(table)), labels.values())
     axes.grid(axis="y", visible=False)

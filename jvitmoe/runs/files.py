@@ -25,7 +25,7 @@ SAMPLES = "samples.png"
 EXPERTS = "experts.png"
 UNFINISHED = ".part"  # suffix of a file that is being written
 # Bytes of a file that is read, and of a history: a longer one is damage, or an attack on memory.
-MOST_BYTES, MOST_HISTORY = 2**26, 2**30
+MOST_BYTES, MOST_HISTORY = 2**26, 2**32
 
 
 def run_folder(name: Path | str) -> Path:

@@ -1,6 +1,7 @@
 """Tested runs in groups that differ only in their seed: which may be averaged, and their figures as text."""
 
 import contextlib
+import dataclasses
 import itertools
 import math
 import os
@@ -118,7 +119,7 @@ def add_group(groups: Groups, name: str, group: list[TestedRun]) -> None:
 
 def _faults(run: TestedRun, other: TestedRun) -> Iterator[str]:
     """Yields why two runs may not be averaged, with the remedy."""
-    changed = datasets.differences(run.config, other.config)
+    changed = datasets.differences(_of_any_seed(run.config), _of_any_seed(other.config))
     changed.pop("train.seed", None)
     if changed:
         listed = ", ".join(f"{field} ({a!r} and {b!r})" for field, (a, b) in changed.items())
@@ -221,10 +222,15 @@ def overview(groups: Groups) -> list[dict[str, str]]:
     """Returns a row of text cells per group, without columns that are empty. The best accuracy is marked if all groups
     have the same data."""
     rows = [overview_row(name, group) for name, group in groups.items()]
-    if len(rows) > 1 and len({repr(_data(group[0])) for group in groups.values()}) == 1:
+    if len(rows) > 1 and of_one_set(groups):
         means = [statistics.fmean(next(iter(by_seed([r.result for r in g]).values()))) for g in groups.values()]
         rows[means.index(max(means))]["accuracy"] += " (best)"
     return without_empty(rows)
+
+
+def of_one_set(groups: Groups) -> bool:
+    """True if all groups have the same data."""
+    return len({repr(_data(group[0])) for group in groups.values()}) == 1
 
 
 def without_empty(rows: Sequence[dict[str, str]]) -> list[dict[str, str]]:
@@ -287,9 +293,15 @@ def _models(run: TestedRun) -> list[str]:
 def _key(run: TestedRun, ignored: tuple[str, ...]) -> str:
     """Returns the config and the data as text, without fields that change no number and those that start with one of
     `ignored`."""
-    fields = config_lib.flatten(run.config).items()
+    fields = config_lib.flatten(_of_any_seed(run.config)).items()
     kept = [(k, v) for k, v in fields if k not in config_lib.FREE_ON_RESUME and not k.startswith(ignored)]
     return repr((kept, _images(run)))
+
+
+def _of_any_seed(config: Config) -> Config:
+    """Returns a config without the seed in `init.source`, where each seed starts from a run of the same seed."""
+    source = re.sub(rf"(?<=seed){config.train.seed}(?!\d)", "", config.init.source)
+    return dataclasses.replace(config, init=dataclasses.replace(config.init, source=source))
 
 
 def _data(run: TestedRun) -> object:

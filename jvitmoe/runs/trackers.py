@@ -5,7 +5,6 @@ that resumes goes on in the same run of the tracker, whose id is kept in <run fo
 """
 
 import abc
-import importlib.util
 import logging
 import os
 import queue
@@ -22,6 +21,7 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from jvitmoe.errors import UserError, one_line
+from jvitmoe.extras import is_installed
 from jvitmoe.runs.console import console
 from jvitmoe.runs.files import read_bytes, write_bytes
 
@@ -181,7 +181,7 @@ def check(names: Sequence[str]) -> None:
         if name not in TRACKERS:
             raise UserError(f"--trackers is {','.join(names)!r}; {name!r} is not one of {', '.join(TRACKERS)}")
         package = TRACKERS[name].package
-        if package and importlib.util.find_spec(package) is None:
+        if package and not is_installed(package):
             raise UserError(f"--trackers {name} needs {package}; install it with pip install 'jvitmoe[{name}]'")
 
 

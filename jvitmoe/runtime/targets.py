@@ -6,10 +6,11 @@ XLA compiles for them on any CPU. No device is opened, so a training may run on 
 import os
 import re
 from collections.abc import Sequence
-from importlib import metadata, util
+from importlib import metadata
 from typing import Any, NamedTuple
 
 from jvitmoe.errors import UserError, did_you_mean, one_line
+from jvitmoe.extras import is_installed
 
 GIB = 2**30
 GPU_SHARE = 0.75  # of a GPU's memory that JAX takes when it starts (XLA_PYTHON_CLIENT_MEM_FRACTION)
@@ -94,11 +95,7 @@ def prepare(target: Target) -> None:
     """Sets what the compilers read from the environment. Call it before JAX is imported. Raises UserError where the
     compiler is not installed."""
     module, extra = ("jax_plugins.xla_cuda12", "gpu-compile") if target.is_gpu else ("libtpu", "tpu")
-    try:
-        is_here = util.find_spec(module) is not None
-    except ModuleNotFoundError:  # of the package that holds it
-        is_here = False
-    if not is_here:
+    if not is_installed(module):
         size = "0.5 GB, and 1.1 GB of cuDNN" if target.is_gpu else "0.6 GB"
         raise UserError(f"{target} needs XLA's compiler for it; pip install 'jvitmoe[{extra}]' ({size}, no device)")
     os.environ["JAX_PLATFORMS"] = "cpu"

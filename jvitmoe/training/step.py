@@ -45,7 +45,7 @@ def as_floats(metrics: Metrics, expert_layers: Sequence[int]) -> dict[str, float
     """Returns name -> value of metrics on the host; a router's as router/<name>/layer<l>[/expert<e>]."""
     scalars = {name: float(getattr(metrics, name)) for name in ("loss", "accuracy", "grad_norm", "learning_rate")}
     for name, leaf in metrics.router._asdict().items() if metrics.router else ():
-        for x, *expert in np.ndindex(leaf.shape):
+        for x, *expert in () if leaf is None else np.ndindex(leaf.shape):
             parts = [f"layer{expert_layers[x]}", *(f"expert{e}" for e in expert)]
             scalars["/".join(("router", name.removesuffix("_E"), *parts))] = float(leaf[x, *expert])
     return scalars

@@ -40,7 +40,9 @@ def update(plan: StepPlan, active: TrainState, stacked: Any, grads: Any, norm: j
     rate = learning_rate(plan, active.step)
     params = jax.tree.map(lambda p, d: p - rate * d, params, direction)
     if active.fast is not None:
-        mean = optax.incremental_update(params, active.params, 1.0 - config.optim.primal_averaging)
+        share = 1.0 - config.optim.primal_averaging
+        # Not as a weighted sum, whose two weights are rounded: weights that are not trained would drift.
+        mean = jax.tree.map(lambda slow, fast: slow + share * (fast - slow), active.params, params)
         return active._replace(params=mean, fast=params, opt_state=opt_state)
     return active._replace(params=params, opt_state=opt_state)
 
@@ -194,8 +196,8 @@ def qsr_pulls(plan: StepPlan) -> np.ndarray:
 
 
 def bytes_reduced(plan: StepPlan) -> Callable[[int], int]:
-    """Returns a function of the number of steps done: the bytes that each device has reduced with others until then, in
-    gradients of what is trained, pulls and the EMA, scalars apart.
+    """Returns a function of the number of steps done: the bytes that each device reduces with others in these steps, on
+    the devices of the plan, in gradients of what is trained, pulls and the EMA, scalars apart.
 
     On one device it is what each would reduce if there were several, and for routing.kind=sample one for each expert.
     On the expert axis an expert's gradients stay on its devices; a pull reduces its weights, and an EMA of the merged

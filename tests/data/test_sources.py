@@ -12,7 +12,6 @@ import sys
 import tarfile
 import threading
 import time
-import types
 from pathlib import Path
 
 import numpy as np
@@ -306,6 +305,7 @@ def test_a_prepared_set_is_read_whole_without_tensorflow_or_jax():
     ("name", "message"),
     [
         ("cifra10", "did you mean 'cifar10'?"),
+        ("hf", "it must be digits, folder, hf:"),
         ("CIFAR-10", "TFDS cannot open 'CIFAR-10'"),
         ("huggingface:mnist", "is 'huggingface:mnist'; it must be digits, folder, hf:NAME or the name"),
         ("cifar10:1.0.0", "cannot be loaded at version 1.0.0"),
@@ -500,8 +500,7 @@ def test_offline_an_absent_set_fails_within_10_seconds_and_names_its_remedies(tm
     missing = {"": remedies, "tensorflow": ["needs TensorFlow: pip install 'jvitmoe[prepare]'"]}
     missing |= {"tensorflow_datasets": ["need TFDS: pip install 'jvitmoe[prepare]', or 'jvitmoe[tfds]'"]}
     for absent, remedies in missing.items():
-        spec = types.SimpleNamespace(find_spec=lambda name, absent=absent: None if name == absent else object())
-        monkeypatch.setattr(tfds, "importlib", types.SimpleNamespace(util=spec))
+        monkeypatch.setattr(tfds, "is_installed", lambda name, absent=absent: name != absent)
         start = time.monotonic()
         with pytest.raises(DataError) as error:
             cifar10(tmp_path)

@@ -1,7 +1,6 @@
 """The model as a program with a free batch size: StableHLO and ONNX."""
 
 import contextlib
-import importlib.util
 import io
 import logging
 from collections.abc import Callable
@@ -15,6 +14,7 @@ import numpy as np
 from jvitmoe.config import Config, ModelConfig
 from jvitmoe.errors import UserError
 from jvitmoe.experts import cost
+from jvitmoe.extras import is_installed
 from jvitmoe.interop import classifier, load, weight_names
 from jvitmoe.interop.targets import base
 from jvitmoe.models import vit
@@ -75,7 +75,7 @@ run = lambda inputs: model.run(None, {model.get_inputs()[0].name: inputs})[0]
     check = 'run(sample["inputs"])'
 
     def examine(self, config: Config) -> list[str]:
-        if importlib.util.find_spec("jax2onnx") is None:
+        if not is_installed("jax2onnx"):
             raise UserError("--to=onnx needs jax2onnx, which is not installed: pip install 'jvitmoe[export]'")
         if (needed := 4 * cost.tree_size(vit.shapes(vit.build(config.model.plain())))) > MOST_BYTES:
             rule = f"--to=onnx writes at most {MOST_BYTES:,}; export --to=safetensors"

@@ -195,7 +195,8 @@ def timm_config(
         **{"num_classes": model.classes, "input_size": [model.channels, model.image_size, model.image_size], **pixels},
         **{"interpolation": "bilinear" if crop == "resized" else "bicubic", "crop_mode": "center"},
         **{"crop_pct": 7 / 8 if crop == "resized" else 1.0, "fixed_input_size": True, "pool_size": None},
-        **{"first_conv": "patch_embed.proj", "classifier": "head"},
+        # timm fits the named convolution to other channels; older versions drop one of four channels.
+        **{"first_conv": "patch_embed.proj" if model.channels == 3 else None, "classifier": "head"},
     }
     return {
         "architecture": NORMS[min(NORMS, key=lambda epsilon: abs(epsilon - model.norm_epsilon))],

@@ -37,9 +37,9 @@ class Statistics(NamedTuple):
 
     load_E: jax.Array  # share of all choices that each expert has, before drops; no gradient
     probability_E: jax.Array  # mean router probability, without noise
-    smooth_load_E: jax.Array  # topk: mean probability that new noise puts the expert in the top K; else load_E
     dropped: jax.Array  # share of choices without a slot; expert_choice: share of tokens that no expert took
     entropy: jax.Array  # mean entropy of the router probabilities, nats
+    smooth_load_E: jax.Array | None = None  # topk only: mean probability that new noise puts the expert in the top K
 
 
 class Slots(NamedTuple):
@@ -207,13 +207,13 @@ def fill_slots(
 def statistics(
     logits_BTE: jax.Array, load_E: jax.Array, dropped: jax.Array, smooth_load_E: jax.Array | None = None
 ) -> Statistics:
-    """Returns Statistics of these logits; smooth_load_E is load_E unless given."""
+    """Returns Statistics of these logits."""
     probability_BTE = jax.nn.softmax(logits_BTE)
     normaliser_BT = jax.nn.logsumexp(logits_BTE, axis=-1)
     return Statistics(
         load_E=load_E,
         probability_E=probability_BTE.mean((0, 1)),
-        smooth_load_E=load_E if smooth_load_E is None else smooth_load_E,
         dropped=dropped,
         entropy=(normaliser_BT - (probability_BTE * logits_BTE).sum(-1)).mean(),
+        smooth_load_E=smooth_load_E,
     )

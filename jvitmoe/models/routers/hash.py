@@ -20,4 +20,4 @@ class Hash(Router):
         token_EBQ = jnp.broadcast_to(jnp.asarray(token_QE.T, jnp.int32)[:, None], (self.experts, batch, count))
         load_E = jnp.asarray((token_QE < tokens).sum(0) / tokens, jnp.float32)
         slots, zero = Slots(token_EBQ, jnp.ones(token_EBQ.shape), once=True), jnp.zeros(())
-        return slots, Statistics(load_E, load_E, load_E, zero, zero)
+        return slots, Statistics(load_E, load_E, zero, zero)

@@ -25,4 +25,4 @@ class RandomTokens(Router):
         token_EBQ = token_BQE.transpose(2, 0, 1)
         load_E = (token_EBQ[:, 0] < tokens).sum(-1) / tokens
         zero = jnp.zeros(())
-        return Slots(token_EBQ, jnp.ones(token_EBQ.shape), once=True), Statistics(load_E, load_E, load_E, zero, zero)
+        return Slots(token_EBQ, jnp.ones(token_EBQ.shape), once=True), Statistics(load_E, load_E, zero, zero)

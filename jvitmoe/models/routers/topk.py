@@ -38,6 +38,7 @@ class TopK(Router):
     def loss(statistics: Statistics) -> jax.Array:
         """Returns the mean of two CV^2, of probability (importance) and of smooth load, averaged over layers; 0 when
         balanced (app. A, which takes them per group of images; here over the global batch)."""
+        assert statistics.smooth_load_E is not None
         return (_cv_squared(statistics.probability_E) + _cv_squared(statistics.smooth_load_E)).mean() / 2
 
     @staticmethod
