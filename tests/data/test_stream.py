@@ -282,6 +282,13 @@ def test_an_evaluation_leaves_out_the_pictures_that_training_may_have_skipped(ti
     assert [line.partition(" cannot")[0] for line in said] == ["skipped     picture 7"]
 
 
+def test_an_evaluation_holds_no_more_images_at_once_than_a_part_of_a_batch(tiny_split, tiny_config):
+    config = tiny_config(train={"accumulate": 4, "devices": 1})
+    for split in (tiny_split, in_memory(tiny_split)):
+        _, batches = stream.eval_images(split, config, make_mesh(config.train))
+        assert batches.index_SB.shape == (13, 2)  # of 26 images, where a step has 8 at a time
+
+
 def test_a_set_larger_than_the_memory_is_refused_before_it_is_read(tiny_split, tiny_config, monkeypatch):
     config = tiny_config()
     monkeypatch.setattr(memory, "installed", lambda: tiny_split.images_NHWc.nbytes - 1)
