@@ -71,9 +71,8 @@ def test_learned_routers_are_measured_at_the_flops_of_dense_and_what_routing_add
     config = Config(
         model=ModelConfig(width=64, hidden=512, depth=2, patch=1), train=TrainConfig(batch_size=8)
     ).validate()
-    found = benchmark.cases(config)
+    found = benchmark.cases(config, ["dense", "switch", "top2"])
     flops = {name: timed_step.step_flops(case) for name, case in found.items()}
-    assert flops["batch"] == flops["sample"] == flops["dense"]
     for name in ("switch", "top2"):
         assert flops["dense"] <= flops[name] <= 1.1 * flops["dense"]
 

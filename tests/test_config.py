@@ -80,6 +80,33 @@ def test_a_setting_is_described_takes_its_default_and_refuses_what_is_outside_of
         ({"data__mean": (float("nan"),)}, "each from 0 to 1"),
         ({"data__mean": (1,)}, "must be of type tuple of float"),
         ({"data__std": (0.0,)}, "each from 0.001 to 1"),
+        ({"model__cls_position": True, "model__pool": "mean"}, "has no CLS token"),
+        ({"train__devices": 2, "train__expert_devices": 4}, "must divide train.devices"),
+        (
+            {"routing__experts": 2, "routing__consistency": 1.5, "routing__consistency_loss": "cosub"},
+            "a share of the loss",
+        ),
+        ({"routing__pull_schedule": "qsr", "optim__schedule": "epoch"}, "needs the rate of every step"),
+        (
+            {"model__lora": 2, "init__source": "x", "model__shared_hidden": 4, "routing__experts": 4},
+            "must be 0 with model.lora",
+        ),
+        ({"optim__primal_averaging": 0.9, "routing__experts": 2}, "must be 0 with experts"),
+        (
+            {
+                **{"routing__experts": 2, "routing__kind": "layer"},
+                "routing__pattern": ("experts", "experts", "dense", "dense"),
+            },
+            "must have one 'experts'",
+        ),
+        ({"routing__experts": 2, "routing__kind": "soft", "routing__consistency": 1.0}, "which is no random route"),
+        (
+            {
+                **{"routing__experts": 4, "routing__kind": "sample", "routing__consistency": 1.0},
+                "train__expert_devices": 2,
+            },
+            "without routing.consistency",
+        ),
     ],
 )
 def test_settings_that_do_not_go_together_are_named_with_the_rule(fields, rule):

@@ -210,6 +210,15 @@ def test_equal_experts_make_every_path_and_the_ensemble_the_merged_model(tiny_co
         assert {name: row[name] for name in names} == pytest.approx(names, rel=1e-5)
 
 
+@pytest.mark.parametrize(("kind", "is_routed"), [("token", False), ("switch", True), ("batch", False)])
+def test_token_and_routing_outside_the_model_are_tested_merged(tiny_config, kind, is_routed):
+    config = tiny_config(routing={"experts": 4, "kind": kind})
+    way, mesh = routing.find(config), make_mesh(config.train)
+    found = make_evaluate(way.model(mesh), mesh, config.data)
+    assert found.net == way.model().plain()
+    assert (found.routed is not None) == is_routed
+
+
 def test_random_paths_are_fixed_by_the_seed_and_fresh_per_layer_and_number(tiny_config):
     def routes(seed, paths=3):
         config = tiny_config(model={"depth": 12}, routing={"experts": 4}, train={"seed": seed})

@@ -1,14 +1,16 @@
 """What is drawn and counted of a learned router, against the slots and statistics that it trains with."""
 
 import functools
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jvitmoe import routing
+from jvitmoe import evaluate, routing
 from jvitmoe.data import augment
+from jvitmoe.data.splits import Split
 from jvitmoe.evaluation import expert_maps
 from jvitmoe.experts import merge
 from jvitmoe.models import vit
@@ -30,6 +32,20 @@ def made(tiny_config):
         return way.model(), params, rng.integers(0, 256, (7, 8, 8, 1)).astype(np.uint8), np.arange(7) % 3
 
     return make
+
+
+def test_the_mean_gate_is_of_training_images_and_what_is_shown_of_test_images(tiny_config, made, tmp_path):
+    model, params, images, labels = made("switch")
+    config = tiny_config(model={"depth": LAYERS, "patch": 2}, routing={"experts": E, "pattern": ("dense", "experts")})
+    seen, few = Split(images[:4], labels[:4]), Split(images[4:], labels[4:])
+    routed = SimpleNamespace(net=model, normalize=augment.normalize)
+    gate_L, shown = evaluate._routes(config, params, routed, seen, few, tmp_path)
+    of_seen, of_few = (
+        expert_maps.measure(model, params, split.images_NHWc, split.labels_N, augment.normalize).gate_X.tolist()
+        for split in (seen, few)
+    )
+    assert gate_L.tolist() == [1, of_seen[0], 1, of_seen[1]]
+    assert shown["gate"] == of_few != of_seen
 
 
 @pytest.mark.parametrize("kind", ["switch", "topk", "expert_choice", "soft"])

@@ -54,10 +54,12 @@ def test_a_whole_model_trains_as_a_dense_one_on_its_share_of_the_images(tiny_con
             return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
         grads = jax.grad(loss)(params)
-        clip = jnp.minimum(1.0, 0.5 / optax.tree.norm(grads))
+        norm = optax.tree.norm(grads)
+        clip = jnp.minimum(1.0, 0.5 / norm)
         direction, opt_state = tx.update(jax.tree.map(lambda g: g * clip, grads), opt_state, params)
-        return jax.tree.map(lambda p, d, s: p - rate * s * d, params, direction, scales), opt_state
+        return jax.tree.map(lambda p, d, s: p - rate * s * d, params, direction, scales), opt_state, norm
 
+    norms_SE = np.zeros((3, E))
     root = jax.random.key(run.config.train.seed)
     for e in range(E):
         params = jax.tree.map(lambda x, e=e: jnp.asarray(x[e]), run.history[0].params)
@@ -66,9 +68,11 @@ def test_a_whole_model_trains_as_a_dense_one_on_its_share_of_the_images(tiny_con
             (route,) = run.routing.draw(root, jnp.int32(step))
             part = int(run.routing.slot_of_expert((route,))[e])
             images, labels = run.images.rows(run.order.epoch(0)[step][part::E])
-            params, opt_state = dense_step(params, opt_state, images, labels, run.metrics[step].learning_rate)
+            rate = run.metrics[step].learning_rate
+            params, opt_state, norms_SE[step, e] = dense_step(params, opt_state, images, labels, rate)
             after = jax.tree.map(lambda x, e=e: x[e], run.history[step + 1].params)
             chex.assert_trees_all_close(after, params, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose([metrics.grad_norm for metrics in run.metrics], norms_SE.mean(1), rtol=1e-5)
 
 
 @pytest.fixture(scope="module")

@@ -94,10 +94,16 @@ def test_the_direction_is_that_of_a_slow_numpy_adam(name):
         params = jax.tree.map(lambda x, d: x - 0.1 * d, params, direction)
 
 
+TUNED = {"model": {"head_hidden": 4, "lora": 2, "adapter": 2}, "routing": {"experts": 2}, "init": {"source": "x"}}
+SHARED = {"model": {"head_hidden": 4, "shared_hidden": 4}, "routing": {"experts": 2, "kind": "topk"}}
+OF_TUNED = {"up_a", "up_b", "down_a", "down_b", "adapter_up", "adapter_down"}, {"adapter_up_bias", "adapter_down_bias"}
+OF_SHARED = {"shared_up", "shared_down"}, {"shared_up_bias", "shared_down_bias"}
+
+
 @pytest.mark.parametrize("name", optimizer.OPTIMIZERS)
-def test_all_but_adam_decay_matrices_only(tiny_config, name):
-    model = {"head_hidden": 4, "lora": 2, "adapter": 2}
-    shapes = routing.find(tiny_config(model=model, routing={"experts": 2}, init={"source": "x"})).shapes()
+@pytest.mark.parametrize(("sections", "own"), [(TUNED, OF_TUNED), (SHARED, OF_SHARED)], ids=["tuned", "shared"])
+def test_all_but_adam_decay_matrices_only(tiny_config, sections, own, name):
+    shapes = routing.find(tiny_config(**sections)).shapes()
     params = jax.tree.map(lambda x: np.ones(x.shape, x.dtype), shapes)
     tx = optimizer.direction(Config(optim=OptimConfig(name=name, weight_decay=0.25)))
     direction = jax.jit(lambda p: tx.update(optax.tree.zeros_like(p), tx.init(p), p)[0])(params)
@@ -108,8 +114,8 @@ def test_all_but_adam_decay_matrices_only(tiny_config, name):
         seen["decayed" if moved[0] else "left"].add(path[-1].key)
         if name != "adam":
             assert moved[0] in (0, 0.25)
-    vectors = {"bias", "scale", "cls", "positions", "up_bias", "down_bias", "adapter_up_bias", "adapter_down_bias"}
-    matrices = {"kernel", "up", "down", "up_a", "up_b", "down_a", "down_b", "adapter_up", "adapter_down"}
+    matrices = {"kernel", "up", "down"} | own[0]
+    vectors = {"bias", "scale", "cls", "positions", "up_bias", "down_bias"} | own[1]
     wanted = (matrices | vectors, set()) if name == "adam" else (matrices, vectors)
     assert (seen["decayed"], seen["left"]) == wanted
 
@@ -117,19 +123,28 @@ def test_all_but_adam_decay_matrices_only(tiny_config, name):
 def is_muons(path):
     """Returns True for what Muon takes; written apart from `optimizer.is_matrix`."""
     names = [entry.key for entry in path]
-    return names[-1] in ("up", "down") or (names[-1] == "kernel" and names[-3:-1][0] == "attention")
+    of_mlp = ("up", "down", "shared_up", "shared_down")
+    return names[-1] in of_mlp or (names[-1] == "kernel" and names[-3:-1][0] == "attention")
 
 
 def matrix_of(path, x):
     """Returns the array of one layer and expert as the matrix of its inputs and outputs."""
-    if path[-1].key in ("up", "down"):
+    if path[-1].key != "kernel":  # of attention
         return x
     return x.reshape(-1, x.shape[-1]) if path[-2].key == "out" else x.reshape(x.shape[0], -1)
 
 
-@pytest.mark.parametrize("routed", [{}, {"experts": 2, "pattern": ("dense", "experts")}])
-def test_muon_is_optaxs_on_the_matrix_of_each_layer_and_expert_alone_and_adamw_on_the_rest(tiny_config, routed):
-    made, rng = tiny_config(routing=routed, model={"depth": 4, "head_hidden": 4}), np.random.default_rng(0)
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {"model": {"depth": 4, "head_hidden": 4}},
+        {"model": {"depth": 4, "head_hidden": 4}, "routing": {"experts": 2, "pattern": ("dense", "experts")}},
+        SHARED,
+    ],
+    ids=["dense", "pattern", "shared"],
+)
+def test_muon_is_optaxs_on_the_matrix_of_each_layer_and_expert_alone_and_adamw_on_the_rest(tiny_config, sections):
+    made, rng = tiny_config(**sections), np.random.default_rng(0)
     shapes = routing.find(made).shapes()
     noise = lambda: jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), jnp.float32), shapes)  # noqa: E731
     params, grads_S = noise(), [noise() for _ in range(3)]

@@ -419,5 +419,5 @@ def test_the_code_of_a_card_runs_there(peers, experiment_run, tmp_path, monkeypa
         sample = dict(np.load(out / "sample.npz"))
         sample["logits"] = sample["logits"] + 0.01
         np.savez(out / "sample.npz", **sample)
-        with pytest.raises(AssertionError):
+        with pytest.raises(AssertionError, match=r"^AssertionError"):  # raised there, by the check
             peers("run_code", code="\n".join(blocks))

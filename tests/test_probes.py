@@ -55,9 +55,9 @@ def test_the_head_on_the_features_gives_the_logits(noise, settings):
 def test_features_are_those_of_one_image_at_a_time_on_any_number_of_devices(tiny_config, tiny_split, noise, devices):
     config = tiny_config(train={"devices": devices})
     mesh, (net, params) = make_mesh(config.train), noise()
-    images_NHWc = jnp.asarray(tiny_split.images_NHWc / 127.5 - 1, jnp.float32)
+    images_NHWc = jnp.asarray((tiny_split.images_NHWc / 255 - 0.2) / 0.3, jnp.float32)
     expected_ND = np.concatenate([vit.features(net, params, image[None]) for image in images_NHWc])
-    extract, batches = probes.make_extract(net, DataConfig()), eval_batches(26, 8, mesh)
+    extract, batches = probes.make_extract(net, DataConfig(mean=(0.2,), std=(0.3,))), eval_batches(26, 8, mesh)
     whole, rest = np.arange(26), np.delete(np.arange(26), 7)
 
     def read(numbers):

@@ -24,6 +24,8 @@ from jvitmoe.evaluation import models
 from jvitmoe.runs import files, folder
 from jvitmoe.runs.checkpoints import Checkpoints
 from jvitmoe.runs.metrics_log import MetricsLog
+from jvitmoe.runtime import watchdog
+from jvitmoe.training import loop
 from processes import call, refused, succeed, wait_for_output
 from run_folders import assert_same_run, saved, snapshot, tiny, write_experiment
 
@@ -175,6 +177,13 @@ with Watchdog(0.05) as watchdog:
     print("six seconds of steps", flush=True)
     time.sleep(100)
 """
+
+
+def test_a_hang_that_holds_python_s_lock_ends_after_90_minutes(monkeypatch):
+    armed = []
+    monkeypatch.setattr(watchdog.faulthandler, "dump_traceback_later", lambda seconds, **_: armed.append(seconds))
+    watchdog.Watchdog(loop.STALL_MINUTES)._arm()
+    assert armed == [90 * 60]
 
 
 def test_the_watchdog_leaves_what_moves_and_what_was_itself_stopped_and_ends_what_hangs():

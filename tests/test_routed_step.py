@@ -429,10 +429,12 @@ def test_a_shared_expert_trains_at_the_rate_of_experts(tiny_config, training):
     for times in (1.0, 3.0):
         sizes = {"shared_hidden": 4, "expert_hidden": 6}
         routed = {"experts": 4, "kind": "topk", "balance_loss": 0.0}
-        run = training(tiny_config(model=sizes, routing=routed, optim={"mlp_rate": times})).run(1)
+        optim = {"mlp_rate": times, "weight_decay": 0.0}
+        run = training(tiny_config(model=sizes, routing=routed, optim=optim)).run(1)
         before, after = (state.params["blocks"]["mlp"]["shared_up"] for state in run.history)
         moved.append(after - before)
     np.testing.assert_allclose(moved[1], 3 * moved[0], rtol=1e-3, atol=1e-7)
+    assert np.median(np.abs(moved[0])) > 9e-4  # Adam's first step is the rate, 1e-3
 
 
 @pytest.mark.parametrize(

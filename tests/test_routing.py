@@ -14,6 +14,7 @@ import pytest
 from jvitmoe import routing
 from jvitmoe.config import Config, ModelConfig, RoutingConfig, TrainConfig
 from jvitmoe.experts import trees
+from jvitmoe.models.layers import Site
 from jvitmoe.routing import Pass
 from jvitmoe.runtime.addresses import Purpose, address
 from jvitmoe.training.setup import describe
@@ -44,6 +45,8 @@ def chi_square(counts: np.ndarray) -> float:
 def test_purposes_are_pinned():
     names = ["INIT", "ORDER", "AUGMENT", "DROPOUT", "ROUTE", "PATH", "SECOND_ROUTE"]
     assert {purpose.name: purpose.value for purpose in Purpose} == {name: n for n, name in enumerate(names)}
+    names = ["HIDDEN", "WEIGHTS", "ATTENTION", "MLP", "ROUTER_NOISE", "EXPERTS", "ATTENTION_PATH", "MLP_PATH"]
+    assert {site.name: site.value for site in Site} == {name: n for n, name in enumerate(names)}
 
 
 def test_an_address_is_pure():
@@ -105,7 +108,9 @@ def test_a_route_over_parts_of_the_batch_is_a_uniform_permutation():
 def test_a_second_route_differs_everywhere_and_is_as_good(kind):
     first_N, second_N = many_routes(50, experts=3, kind=kind, consistency=1.0)
     assert (first_N != second_N).all()
-    assert set(((second_N - first_N) % 3).ravel().tolist()) == {1, 2}
+    shift_N = (second_N - first_N) % 3
+    assert set(shift_N.ravel().tolist()) == {1, 2}
+    assert (shift_N != shift_N[:, :1]).any() == (kind == "layer")  # a shift of its own for each layer
     np.testing.assert_array_equal(first_N, many_routes(50, experts=3, kind=kind)[0])  # the first is as without it
     if kind == "sample":
         assert (np.sort(second_N, axis=-1) == np.arange(3)).all()

@@ -22,7 +22,7 @@ from jvitmoe.interop import pretrained
 from jvitmoe.runs import metrics_log
 from jvitmoe.runs.checkpoints import Checkpoints
 from jvitmoe.runtime.devices import make_mesh
-from jvitmoe.training import loop
+from jvitmoe.training import loop, program, update
 from jvitmoe.training.state import make_state
 from processes import call, refused, succeed, wait_for_step
 from run_folders import (
@@ -353,6 +353,10 @@ def test_whole_models_on_an_expert_axis_with_an_ema_train_resume_and_are_exporte
     arguments += ("--config.train.devices=3", "--config.train.expert_devices=3", "--config.train.epochs=2")
     arguments += tuple(f"--config.{setting}" for setting in LOCAL)
     trained_and_resumed(experiment, workdir, *arguments)
+    config = saved_config(workdir)
+    counted = update.bytes_reduced(program.plan_for(config, make_mesh(config.train), 1337))
+    logged = {line["step"]: line["reduced_bytes"] for line in history(workdir) if line["kind"] == "train"}
+    assert logged == {step: counted(step) for step in range(2, 11, 2)}
     trained = {row["model"]: row["accuracy"] for row in rows(workdir)}
     out = succeed(evaluate.main, f"--workdir={workdir}", "--paths=0", "--devices=2")
     found = {row["model"]: row["accuracy"] for row in rows(workdir)}
@@ -375,6 +379,7 @@ def test_a_learned_router_trains_resumes_and_is_tested_routed_and_merged(experim
     assert (workdir / "experts.png").read_bytes().startswith(b"\x89PNG")
     found = {row["model"]: row for row in rows(workdir)}
     assert {"routed", "merged", "merged, gated", "expert 0", "8 random paths", "ensemble"} <= found.keys()
+    assert found["merged, gated"]["nll"] != pytest.approx(found["merged"]["nll"], rel=1e-3)
     for figure in ("flops_per_image", "parameters"):
         assert found["routed"][figure] > found["merged"][figure]
     whole = json.loads((tmp_path / "whole" / "result.json").read_text())

@@ -271,8 +271,10 @@ def test_parameters_are_the_mlps_and_a_pytorch_linear():
     assert {name: x.shape for name, x in params["router"].items()} == {"kernel": (WIDTH, EXPERTS), "bias": (EXPERTS,)}
     chex.assert_trees_all_equal({n: params[n][0] for n in MLP}, {n: params[n][3] for n in MLP})
     for x in params["router"].values():
-        assert 0 < np.abs(x).max() <= WIDTH**-0.5
+        assert 0.5 * WIDTH**-0.5 < np.abs(x).max() <= WIDTH**-0.5
         assert len(np.unique(x)) == x.size
+    soft = jax.jit(routed("soft").init)(jax.random.key(0), images(1), None)["params"]["router"]
+    assert soft["scale"] == 1
     assert "router" not in make("hash")[1]
     assert "router" not in make("token")[1]
 
