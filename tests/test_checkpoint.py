@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import gc
 import itertools
 import json
 import math
@@ -17,6 +18,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jvitmoe import routing
 from jvitmoe.config import Config, ModelConfig, RoutingConfig, TrainConfig
@@ -24,7 +26,7 @@ from jvitmoe.runs import checkpoints as checkpoints_lib
 from jvitmoe.runs import files
 from jvitmoe.runs.checkpoints import CheckpointError, Checkpoints, CheckpointWriter, list_steps
 from jvitmoe.runtime.devices import make_mesh
-from jvitmoe.training.state import TrainState, abstract_state, make_state
+from jvitmoe.training.state import OptState, TrainState, abstract_state, make_state
 
 
 def make_config(devices: int = 1, shard: str = "none") -> Config:
@@ -288,26 +290,32 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used_and_never_a_fr
     tally("damaged checkpoints named and passed over", 2)
 
 
-@pytest.mark.slow
-def test_a_flipped_byte_anywhere_never_gives_other_values(copy, tally):
-    state, abstract = make()
-    expected = {number: jax.device_get(at(state, number)) for number in (1, 2)}
+@pytest.mark.filterwarnings("ignore:coroutine 'ArrayHandler.metadata' was never awaited")  # by Orbax, after an error
+def test_a_flipped_bit_anywhere_never_gives_other_values(tmp_path, tally):
+    """A small state, because what depends on a file depends on its kind."""
     random, noticed = np.random.default_rng(0), 0
-    paths = sorted(p for p in (copy / "2").rglob("*") if p.is_file() and p.stat().st_size)
+    place = NamedSharding(make_mesh(TrainConfig(devices=1)), PartitionSpec())
+    params = {"matrix": random.normal(size=(64, 64)).astype("f"), "vector": random.normal(size=5).astype("f")}
+    moments = OptState({"mu": jax.tree.map(np.square, params), "count": np.int32(7)}, None)
+    state = jax.device_put(TrainState(np.int32(1), params, moments), place)
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), state)
+    with opened(tmp_path / "c") as checkpoints:
+        checkpoints.save(state, make_config(), None)
+    paths = [p for p in sorted((tmp_path / "c").rglob("*")) if p.is_file() and p.stat().st_size] * 9
     for path in paths:
         sound = path.read_bytes()
         damaged = bytearray(sound)
         damaged[random.integers(len(sound))] ^= 1 << random.integers(8)
         path.write_bytes(damaged)
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            restored, meta = Checkpoints(copy).restore(abstract)
+        try:
+            restored, _ = Checkpoints(tmp_path / "c").restore(abstract)
+            chex.assert_trees_all_equal(restored, state)
+        except CheckpointError:
+            noticed += 1
         path.write_bytes(sound)
-        skipped = any("checkpoint 2 skipped" in str(warning.message) for warning in caught)
-        assert meta["step"] == (1 if skipped else 2)
-        chex.assert_trees_all_equal(jax.device_get(restored), expected[meta["step"]])
-        noticed += skipped
-    assert noticed > 0
+    gc.collect()  # so that Orbax's warning comes in this test
+    assert len(paths) > 100
+    assert noticed > 50
     tally("bits flipped in checkpoints without one wrong value", len(paths))
     tally("of these noticed, the others where nothing depends on them", noticed)
 

@@ -55,6 +55,7 @@ def test_an_expert_axis_changes_nothing_but_where_things_are(axis_run, devices, 
     leaf = many.state.params["blocks"]["block1"]["mlp"]["up"]
     assert leaf.addressable_shards[0].data.shape == (1, 4 // expert_devices, 8, 12)
     counts = optax.tree.get(many.state.opt_state.experts, "count")
+    np.testing.assert_array_equal(counts, 3)  # every expert runs in every step
     assert counts.sharding.spec[1] == EXPERT
 
 

@@ -23,36 +23,6 @@ from jvitmoe.training.state import StepPlan
 pytestmark = pytest.mark.slow
 
 
-@pytest.fixture(scope="module")
-def slot_run(tiny_config, training):
-    """Returns five steps where all experts run, once for each number of devices: slot_run(devices)."""
-
-    @functools.cache
-    def run(devices):
-        config = tiny_config(
-            data={"crop_padding": 1, "flip": True},
-            model={"dropout": 0.2},
-            routing={"experts": 2, "kind": "sample", "pull": 0.1},
-            optim={"eps": 1e-3, "mlp_rate": 2.0},
-            train={"devices": devices, "ema": 0.75, "batch_size": 16, "epochs": 8},
-        )
-        return training(config).run(5)
-
-    return run
-
-
-def test_training_of_all_experts_is_the_same_on_1_and_8_devices(slot_run):
-    one, many = slot_run(1), slot_run(8)
-    chex.assert_trees_all_close(many.metrics, one.metrics, rtol=1e-6, atol=1e-6)
-    chex.assert_trees_all_close(many.history[-1], one.history[-1], rtol=1e-6, atol=3e-7)
-
-
-def test_with_sample_every_expert_runs_every_step(slot_run):
-    run = slot_run(1)
-    counts_LE = optax.tree.get(run.history[-1].opt_state.experts, "count")
-    np.testing.assert_array_equal(counts_LE, np.full((2, 2), 5))
-
-
 def test_with_sample_the_loss_is_that_of_each_expert_on_its_images(tiny_config, training):
     run = training(tiny_config(routing={"experts": 4, "kind": "sample"})).run(3)
     for number in range(3):

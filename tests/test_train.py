@@ -100,9 +100,12 @@ def test_asked_to_stop_it_saves_exits_within_ten_seconds_and_goes_on_to_the_same
     assert_same_run(workdir, uninterrupted)
 
 
+DENSE = "--config.routing.experts=1", "--config.routing.kind=batch"  # its test has one row, so it takes less time
+
+
 def test_a_signal_in_an_evaluation_ends_the_run_after_it_also_before_its_test(experiment, tmp_path, monkeypatch):
     whole, workdir = tmp_path / "whole", tmp_path / "run"
-    settings = "--config.train.epochs=2", "--config.train.eval_every=1"
+    settings = *DENSE, "--config.train.epochs=2", "--config.train.eval_every=1"
     short = train.main, f"--config={experiment}", *settings, "--trackers="
     succeed(*short, f"--workdir={whole}")
     assert not (whole / "tb").exists()
@@ -131,7 +134,7 @@ def test_a_run_goes_on_by_its_folder_alone_and_dots_and_links_lead_to_it(experim
     (tmp_path / "here" / "link").symlink_to(tmp_path / "deep" / "folder")
     Image.new("L", (8, 8)).save(tmp_path / "black.png")
     monkeypatch.chdir(tmp_path / "here")
-    started = train.main, f"--config={experiment}", "--config.train.epochs=1"
+    started = train.main, f"--config={experiment}", *DENSE, "--config.train.epochs=1"
     counted, browse, calls = (*started, "--config.model.classes=0"), datasets.browse, []
     monkeypatch.setattr(datasets, "browse", lambda *of: calls.append(of) or browse(*of))
     succeed(*counted, "--workdir=../run")
@@ -157,7 +160,7 @@ def test_steps_are_shown_where_none_was_for_long_and_the_history_stays_the_same(
         monkeypatch.setattr(metrics_log, "SHOW_SECONDS", seconds)
         monkeypatch.setattr(loop, "SLOW_SECONDS", 1e9 if seconds else 0.0)
         workdir = tmp_path / str(seconds)
-        arguments = f"--workdir={workdir}", "--config.train.epochs=2", "--config.train.log_every=5"
+        arguments = f"--workdir={workdir}", *DENSE, "--config.train.epochs=2", "--config.train.log_every=5"
         out = succeed(train.main, f"--config={experiment}", *arguments)
         shown.append([int(number) for number in re.findall(r"step (\d+)/\d+  loss", out)])
         assert re.search(r"^step 1/10  .*  first step \d+\.\d s$", out, re.MULTILINE)
