@@ -60,8 +60,7 @@ def train(
     mesh = processes.together(lambda: devices.make_mesh(config.train))
     routed = routing.find(config)
     data = setup.load_data(config, routed, mesh, records or setup.browse(config))
-    model = routed.model(mesh)
-    plan = StepPlan(config, routed, model, mesh, data.order.steps_per_epoch)
+    plan = StepPlan(config, routed, routed.model(mesh), mesh, data.order.steps_per_epoch)
     dense, init_notes = _source(config, workdir)
     images = data.counts | data.hashes
     cleanup.enter_context(processes.together(lambda: open_run_folder(workdir, config, data.classes, images)))
@@ -76,10 +75,7 @@ def train(
     start, total = int(state.step), plan.total
     if start:
         setup.print_resumed(workdir, start, meta)
-    if start == total and processes.broadcast_from_first(bool(tested := results.of_step(workdir, total))):
-        console.print("ended       the run was trained and tested before; jvitmoe.evaluate tests it again")
-        if processes.is_first():
-            results.show_models(workdir, tested)
+    if start == total and _was_tested(workdir, total):
         checkpoints.close()
         return
     cleanup.enter_context(watchdog)
@@ -110,6 +106,17 @@ def train(
             if not rate:  # this command timed no step; earlier ones did
                 result |= results.of_training(workdir, meta.get("versions"))
             results.write_result(workdir, result)
+
+
+def _was_tested(workdir: Path, total: int) -> bool:
+    """Tells all processes whether the last step was tested before; shows its results."""
+    tested = results.of_step(workdir, total)
+    if not processes.broadcast_from_first(bool(tested)):
+        return False
+    console.print("ended       the run was trained and tested before; jvitmoe.evaluate tests it again")
+    if processes.is_first():
+        results.show_models(workdir, tested)
+    return True
 
 
 def _source(config: Config, workdir: Path) -> tuple[Any, list[str]]:
