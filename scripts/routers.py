@@ -5,12 +5,14 @@
     python scripts/routers.py time --out results/routers
     python scripts/routers.py table --config configs/cifar10_fast.py --seeds 5 --runs runs/routers \\
         --out results/routers -- --config.data.dir=DIR
+    python scripts/routers.py again --config configs/cifar10_fast.py --first_seed 5 --seeds 5 \\
+        --runs runs/routers_again --out results/routers_again -- --config.data.dir=DIR
 
 Repeat a command to resume: see scripts/sweep.py. Repeat the search until it has nothing to do: it first searches the
 learning rate of dense, which all rows take, then that rate again at the table's length, and then the rate of each row's
 MLPs or experts; it adds a rate where the best one is the highest or the lowest. The table takes the rates that were
-best in the search, on held-out images. Its --out must lie beside that of the search, routers_search. Run `time` on an
-idle machine.
+best in the search, on held-out images. Its --out must lie beside that of the search, routers_search; so must that of
+`again`, which repeats the row that is ahead. Run `time` on an idle machine.
 """
 
 import argparse
@@ -169,6 +171,18 @@ def table(results_folder: Path, runs: Path) -> Arms:
     return found | {"switch_equal": row(equal, rate), "upcycled": row({**equal, **source}, rate, LENGTH // 2)}
 
 
+def again(results_folder: Path) -> Arms:
+    """Returns `sample`, the row that is ahead of the reference, and the reference at three learning rates: that of all
+    rows, half of it and twice of it."""
+    rows = table(results_folder, Path())
+    (reference,) = rows["sample"].against
+    rate = float(str(rows[reference].settings["optim.learning_rate"]))
+    found = {reference: rows[reference]._replace(against=())}
+    for other in (rate / 2, 2 * rate):
+        found[f"{reference}_{other:g}"] = Variant({**rows[reference].settings, "optim.learning_rate": other})
+    return found | {"sample": rows["sample"]._replace(against=tuple(found))}
+
+
 def measure(experiment: str, arms: Arms, out: Path) -> None:
     """Writes the step time of every arm of an experiment, relative to its arm dense, and the memory of its step."""
     out.mkdir(parents=True, exist_ok=True)
@@ -324,10 +338,14 @@ def conclusion(runs: Path, arms: Arms) -> str:
     return f"\n## Routers\n\n{text}\n![accuracy against step time](routers.png)\n"
 
 
+PARTS = {"search": search, "again": again}
+CONCLUSIONS = {"search": ranking, "table": conclusion, "again": verdicts.conclusion}
+
+
 def run() -> None:
     """Runs the command line; see the top of the file."""
-    if sys.argv[1:2] not in (["search"], ["time"], ["table"]):
-        sys.exit("the first argument must be search, time or table")
+    if sys.argv[1:2] not in (["search"], ["time"], ["table"], ["again"]):
+        sys.exit("the first argument must be search, time, table or again")
     kind, *arguments = sys.argv[1:]
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--out", type=Path, default=Path())
@@ -337,10 +355,10 @@ def run() -> None:
         timed = {**SEARCHED, "dense_wide": WIDE}
         return measure("cifar10_fast", {name: arm(settings) for name, settings in timed.items()}, known.out)
     try:
-        arms = search(known.out.parent) if kind == "search" else table(known.out.parent, known.runs)
+        arms = table(known.out.parent, known.runs) if kind == "table" else PARTS[kind](known.out.parent)
     except UserError as error:
         sys.exit(str(error))
-    conclude = ranking if kind == "search" else conclusion
+    conclude = CONCLUSIONS[kind]
     main(__doc__, arms, evaluate=["--paths=0"], conclusion=partial(conclude, arms=arms), arguments=arguments)
 
 

@@ -253,6 +253,17 @@ def test_a_row_of_the_router_table_is_what_the_files_of_its_runs_say(tmp_path, m
     routers.picture(list(cells.values()))
 
 
+def test_the_row_that_is_ahead_is_repeated_beside_dense_at_three_learning_rates():
+    arms, rows = routers.again(processes.ROOT / "results"), routers.table(processes.ROOT / "results", Path())
+    *references, ahead = arms
+    assert (ahead, arms[ahead].settings, arms[ahead].against) == ("sample", rows["sample"].settings, (*references,))
+    rates = [arms[name].settings["optim.learning_rate"] for name in references]
+    assert rates == [4e-3, 2e-3, 8e-3]
+    for name, rate in zip(references, rates, strict=True):
+        assert arms[name].settings == rows["dense_rate2"].settings | {"optim.learning_rate": rate}
+        assert arms[name].against == ()
+
+
 def test_a_kept_run_whose_classes_were_counted_is_the_run_that_its_flags_would_train(tmp_path):
     command = ["jvitmoe.train", f"--config={processes.ROOT / 'configs' / 'folder.py'}"]
     config = sweep.config_of(command[1:])
