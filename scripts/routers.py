@@ -176,7 +176,7 @@ def again(results_folder: Path) -> Arms:
     rows, half of it and twice of it."""
     rows = table(results_folder, Path())
     (reference,) = rows["sample"].against
-    rate = float(str(rows[reference].settings["optim.learning_rate"]))
+    rate = chosen(results_folder, long_tries(results_folder))
     found = {reference: rows[reference]._replace(against=())}
     for other in (rate / 2, 2 * rate):
         found[f"{reference}_{other:g}"] = Variant({**rows[reference].settings, "optim.learning_rate": other})
@@ -338,10 +338,6 @@ def conclusion(runs: Path, arms: Arms) -> str:
     return f"\n## Routers\n\n{text}\n![accuracy against step time](routers.png)\n"
 
 
-PARTS = {"search": search, "again": again}
-CONCLUSIONS = {"search": ranking, "table": conclusion, "again": verdicts.conclusion}
-
-
 def run() -> None:
     """Runs the command line; see the top of the file."""
     if sys.argv[1:2] not in (["search"], ["time"], ["table"], ["again"]):
@@ -354,11 +350,15 @@ def run() -> None:
     if kind == "time":
         timed = {**SEARCHED, "dense_wide": WIDE}
         return measure("cifar10_fast", {name: arm(settings) for name, settings in timed.items()}, known.out)
+    find, conclude = {
+        "search": (search, ranking),
+        "table": (partial(table, runs=known.runs), conclusion),
+        "again": (again, verdicts.conclusion),
+    }[kind]
     try:
-        arms = table(known.out.parent, known.runs) if kind == "table" else PARTS[kind](known.out.parent)
+        arms = find(known.out.parent)
     except UserError as error:
         sys.exit(str(error))
-    conclude = CONCLUSIONS[kind]
     main(__doc__, arms, evaluate=["--paths=0"], conclusion=partial(conclude, arms=arms), arguments=arguments)
 
 

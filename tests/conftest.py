@@ -30,7 +30,7 @@ import importlib.util
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -43,7 +43,8 @@ from jvitmoe import routing
 from jvitmoe.config import Config
 from jvitmoe.data import batches
 from jvitmoe.data.batches import Images
-from jvitmoe.data.splits import Split
+from jvitmoe.data.images import Picture
+from jvitmoe.data.splits import Record, Records, Split, in_memory
 from jvitmoe.models import vit
 from jvitmoe.runtime import signals
 from jvitmoe.runtime.addresses import Purpose, address
@@ -119,6 +120,17 @@ def tiny_split() -> Split:
         row, column = 4 * (label // 2), 4 * (label % 2)
         image_HWc[row : row + 4, column : column + 4] += 100
     return Split(images_NHWc, labels_N)
+
+
+@pytest.fixture
+def damaged_7(tiny_split: Split) -> Records:
+    """Returns the tiny split as records, of which picture 7 cannot be read."""
+
+    def read(numbers: Sequence[int]) -> list[Record]:
+        found = in_memory(tiny_split).read(numbers)
+        return [(Picture(f"picture {n}", b""), 0) if n == 7 else one for n, one in zip(numbers, found, strict=True)]
+
+    return Records(read, np.arange(len(tiny_split)), None)
 
 
 @dataclasses.dataclass

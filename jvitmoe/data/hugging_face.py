@@ -68,9 +68,9 @@ def _load(name: str, options: dict[str, str], place: str) -> Any:
     """Returns the splits by name, downloaded if need be."""
     if not is_installed("datasets"):
         raise DataError(f"config.data.name=hf:{name} needs datasets: pip install 'jvitmoe[hf]'")
-    import datasets as hf
-
     try:
+        import datasets as hf
+
         return hf.load_dataset(
             os.path.expanduser(name) if is_local(name) else name,
             options.get("config"),

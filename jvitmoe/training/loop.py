@@ -101,11 +101,15 @@ def train(
         rows = evaluation.test(state)
         log.tested(total, rows)
         if processes.is_first():  # here, because the log waits for trackers at its end
-            result = models.facts(config, total, mesh) | {"rows": rows, "images_per_second": rate}
-            result["files"] = log.sync() if start < total else meta["files"]
-            if not rate:  # this command timed no step; earlier ones did
-                result |= results.of_training(workdir, meta.get("versions"))
-            results.write_result(workdir, result)
+            tested = {"rows": rows, "files": log.sync() if start < total else meta["files"]}
+            _write_result(workdir, models.facts(config, total, mesh) | tested, rate, meta)
+
+
+def _write_result(workdir: Path, result: dict[str, Any], rate: float, meta: Meta) -> None:
+    """Writes the test results and how fast the run was trained; a command of rate 0 timed no step, and earlier ones
+    did."""
+    known = {} if rate else results.of_training(workdir, meta.get("versions"))
+    results.write_result(workdir, result | {"images_per_second": rate} | known)
 
 
 def _was_tested(workdir: Path, total: int) -> bool:
