@@ -71,7 +71,7 @@ class ModelConfig:
     heads: int = setting(4, "attention heads, G", above=0)
     pool: str = setting(
         "cls",
-        "input of the head: CLS; mean of the patches; cls_mean: the same, with a CLS beside them; seq: weighted (CCT)",
+        "input of the head. cls: CLS token; mean: of the patches; cls_mean: the same, beside a CLS; seq: weighted (CCT)",
         ("cls", "mean", "cls_mean", "seq"),
     )
     registers: int = setting(0, "learned tokens beside the patches that the head does not see", at_least=0)
@@ -242,7 +242,7 @@ class OptimConfig:
         1.0, "ratio of a layer's learning rate to that of the next layer, as in timm; 1 is off", above=0, at_most=1
     )
     freeze_layers: int = setting(
-        0, "first layers that are not trained, nor are embeddings; depth: only final norm and head are", at_least=0
+        0, "first layers to freeze, with the embeddings; depth: only final norm and head are trained", at_least=0
     )
 
 
@@ -251,7 +251,9 @@ class TrainConfig:
     """Length, batch, loss, devices and checkpoints of a run."""
 
     epochs: int = setting(10, "passes over the training images", above=0)
-    batch_size: int = setting(128, "images per step over all devices, B", above=0)
+    batch_size: int = setting(
+        128, "images per step, B; a multiple of all devices, with sample of data devices x experts", above=0
+    )
     seed: int = setting(0, "seed of all random numbers of training", at_least=0)
     label_smoothing: float = setting(0.0, "share of the target spread over all classes", at_least=0, below=1)
     ema: float = setting(
@@ -266,7 +268,7 @@ class TrainConfig:
     )
     shard: str = setting(
         "none",
-        "what the data axis splits: moments (ZeRO), or all (FSDP)",
+        "what the data axis splits: the moments, or the parameters too (ZeRO)",
         ("none", "optimizer", "parameters"),
         free=True,
     )
