@@ -71,7 +71,7 @@ class ModelConfig:
     heads: int = setting(4, "attention heads, G", above=0)
     pool: str = setting(
         "cls",
-        "input of the head. cls: CLS token; mean: of the patches; cls_mean: the same, beside a CLS; seq: weighted (CCT)",
+        "head input. cls: CLS token; mean: of the patches; cls_mean: the same, beside a CLS; seq: weighted (CCT)",
         ("cls", "mean", "cls_mean", "seq"),
     )
     registers: int = setting(0, "learned tokens beside the patches that the head does not see", at_least=0)

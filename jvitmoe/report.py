@@ -37,7 +37,7 @@ def main(argv: list[str]) -> None:
     out = Path(values.out)
     if os.path.exists(out / files.CONFIG):  # unlike Path.exists, it raises for no name
         raise UserError(f"--out is {values.out!r}, which is a run folder; give a folder for the report")
-    found = _read_groups([each for each in arguments if Path(each).resolve() != out.resolve()])  # it may be in runs/*
+    found = _read_groups([each for each in arguments if os.path.realpath(each) != os.path.realpath(out)])  # in runs/*
     rows = [row for name, group in found.items() for row in groups.group_rows(name, group)]
     overview = groups.overview(found)
     pictures = _pictures(found)
@@ -76,10 +76,10 @@ def _read_groups(arguments: Sequence[str]) -> Groups:
     for argument in arguments:
         name, equals, members = argument.partition("=")
         if equals and not os.path.exists(argument):  # unlike Path.exists, it raises for no name
-            groups.add_group(named, name, [groups.read_run(Path(member)) for member in members.split(",")])
+            groups.add_group(named, name, [groups.read_run(files.run_folder(member)) for member in members.split(",")])
             continue
         try:
-            runs.append(groups.read_run(Path(argument)))
+            runs.append(groups.read_run(files.run_folder(argument)))
         except UserError as error:
             left_out.append(error)
     if not (runs or named):

@@ -65,9 +65,11 @@ def main(
     seeds = range(options.first_seed, options.first_seed + options.seeds)
     every = {f"{name}-seed{seed}": (variants[name], seed) for seed in seeds for name in names}
     todo = {name: item for name, item in every.items() if not (kept / name / files.RESULT).exists()}
-    for name in every.keys() - todo.keys():
-        if changed := _changed(kept / name, _command(name, *every[name], options)):
-            sys.exit(f"{kept / name} was trained with {changed}; give another --out")
+    for name, variant in variants.items():  # the report has all that is kept, also of other seeds and without --only
+        for folder in tested_runs(kept, name):
+            seed = int(folder.name.removeprefix(f"{name}-seed"))
+            if changed := _changed(folder, _command(folder.name, variant, seed, options), options.runs):
+                sys.exit(f"{folder} was trained with {changed}; give another --out")
     print(f"{len(every)} runs, {len(every) - len(todo)} of them kept in {kept}", flush=True)
     if options.dry_run:
         print("\n".join(shlex.join(["python", "-m", *_command(name, *todo[name], options)]) for name in todo))
@@ -221,11 +223,14 @@ def _command(name: str, variant: Variant, seed: int, options: argparse.Namespace
     ]
 
 
-def _changed(folder: Path, command: list[str]) -> str:
+def _changed(folder: Path, command: list[str], runs: Path) -> str:
     """Returns in words the first setting in which a kept run differs from what a command would train, or ""."""
     kept, new = groups.read_config(folder), config_of(command[1:])
     new.model.classes = new.model.classes or kept.model.classes  # 0: as many as the data have, which a run writes down
     changed = datasets.differences(kept, new)
+    source = Path(new.init.source)
+    if source.parent == runs and source.name == Path(kept.init.source).name:  # RUNS was another folder then
+        changed.pop("init.source", None)
     return next((f"{path}={old!r}, not {new!r}" for path, (old, new) in changed.items()), "")
 
 

@@ -264,7 +264,8 @@ def test_two_workers_of_ray_train_one_run_and_start_again_when_one_is_killed(tmp
     settings = {"epochs": 12, "eval_every": 12, "checkpoint_every": 10, "devices": 0}
     experiment = write_experiment(tmp_path / "tiny.py", tiny(train=settings))
     workdir = tmp_path / "run"
-    arguments = f"--config={experiment}", f"--workdir={workdir}", "--workers=2"
+    experiment.write_text(experiment.read_text().replace("def get_config()", "def get_config(variant)"))
+    arguments = f"--config={experiment}:dense", f"--workdir={workdir}", "--workers=2"
     # Ray's sockets need a short path. Without a token of its own Ray would write one into the home folder.
     with tempfile.TemporaryDirectory(prefix="ray-") as folder:
         private = {"RAY_TMPDIR": folder, "RAY_AUTH_TOKEN": secrets.token_hex(32), "RAY_USAGE_STATS_ENABLED": "0"}

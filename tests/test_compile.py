@@ -134,8 +134,9 @@ def test_fit_tries_every_batch_that_divides_and_says_where_none_fits(compiler, c
     assert "largest     no batch fits" in capsys.readouterr().out
 
 
-def test_a_file_that_cannot_be_written_is_refused_before_the_first_program(compiler, tmp_path):
-    argv = ["compile.py", "--config=imagenet", "--target=v5e:2x2", f"--out={tmp_path / 'none' / 'found.json'}"]
+@pytest.mark.parametrize("folder", ["none", "x" * 300])
+def test_a_file_that_cannot_be_written_is_refused_before_the_first_program(compiler, tmp_path, folder):
+    argv = ["compile.py", "--config=imagenet", "--target=v5e:2x2", f"--out={tmp_path / folder / 'found.json'}"]
     compiler.most = 0  # refuses what it is given
     with pytest.raises(UserError, match="it must be a file in a folder that exists"):
         compile_command.main(argv)

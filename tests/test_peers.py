@@ -253,7 +253,7 @@ def test_positions_and_patches_are_resized_as_timm_resizes_them(peers, tmp_path,
         ({"global_pool": "avgmax", "class_token": False}, "its global_pool is 'avgmax'; it must be 'avg'"),
         ({"patch_size": [2, 4]}, "its patches have 2x4 pixels; they must be square"),
         ({"img_size": [16, 4]}, "its images have 16x4 pixels; they must be square"),  # 17 positions, as of 8x8 pixels
-        ({"architecture": "deit_tiny_distilled_patch16_224"}, "must make a square"),
+        ({"architecture": "deit_tiny_distilled_patch16_224"}, "no place in a plain ViT"),
     ],
 )
 def test_what_our_vit_has_no_place_for_is_refused(peers, tmp_path, arguments, message):

@@ -187,6 +187,7 @@ def test_pixels_are_rescaled_as_the_processor_says(tmp_path):
         ({"model_args": {"num_heads": 2}, "architecture": "vit_base_patch16_rpn_224.x"}, "'rpn' may mean other blocks"),
         ({"model_args": {"num_heads": 2}, "architecture": "beit3_base_patch16_224"}, "'beit3' may mean other blocks"),
         ({"model_args": {}, "architecture": "vit_base_patch16_gap_224"}, "nothing tells its number of heads"),  # 16
+        ({"model_args": {}, "architecture": "vit_base_patch16_plus_240"}, "nothing tells its number of heads"),  # 14
     ],
 )
 def test_what_timms_config_may_change_is_refused(tmp_path, about, message):

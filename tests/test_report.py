@@ -54,6 +54,10 @@ def test_seeds_that_start_from_runs_of_their_own_seeds_are_one_group_and_others_
     sources = {1: "runs/half-seed1", 2: "runs/half-seed2", 10: "runs/half-seed10", 3: "runs/half-seed1"}
     runs = [make_run(f"up_s{seed}", train__seed=seed, init__source=source) for seed, source in sources.items()]
     assert [[run.config.train.seed for run in group] for group in read(*runs).values()] == [[1, 2, 10], [3]]
+    one = [make_run(f"one_s{seed}", train__seed=seed, init__source="runs/pre-seed0") for seed in (0, 1, 2)]
+    (group,) = read(*one).values()
+    assert [run.config.train.seed for run in group] == [0, 1, 2]
+    groups.add_group({}, "named", group)
 
 
 def test_seeds_of_other_pictures_of_equal_number_and_classes_are_no_seeds_of_one_run(make_run):
@@ -83,7 +87,21 @@ def test_a_difference_is_said_in_images_and_decided_only_beyond_its_error_and_by
     assert "+1.0 of 360 images, +0.28 points, undecided" in line([350, 351, 352], [351, 352, 353])  # no deviation
     assert "+9.0 of 360 images, +2.50 points, decided (95 % interval +1.81 to" in line([340, 341, 342], [350, 350, 350])
     assert "-9.0 of 360 images, -2.50 points, undecided" in line([350, 350, 350], [330, 345, 348])
+    assert "-7.0 of 360 images, -1.94 points, undecided" in line([350, 351], [343, 344])  # equal by chance
+    assert "+160.0 of 360 images, +44.44 points, decided" in line([180, 181], [340, 341])
     assert not groups.differences({"a": [groups.read_run(make_run("alone"))]})
+
+
+def test_the_members_of_a_named_group_may_lie_in_the_home_and_a_link_to_itself_is_left_out(
+    make_run, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for seed in (0, 1):
+        make_run(f"s{seed}", train__seed=seed)
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    report.main(["report", "both=~/s0,~/s1", str(tmp_path / "loop"), f"--out={tmp_path / 'out'}"])
+    assert "| both | merged |" in (tmp_path / "out" / "report.md").read_text()
+    assert "left out" in capsys.readouterr().out
 
 
 def test_equal_experts_and_what_is_made_of_them_are_one_row(make_run):

@@ -30,6 +30,7 @@ from jvitmoe import evaluate, experiment_files, routing, train
 from jvitmoe.errors import UserError
 from jvitmoe.experts import cost
 from jvitmoe.runs import files, results
+from tested_runs import write_tested_run
 
 EXPERIMENT = """
 from jvitmoe.config import Config, ModelConfig, OptimConfig, TrainConfig, with_variant
@@ -270,8 +271,36 @@ def test_a_kept_run_whose_classes_were_counted_is_the_run_that_its_flags_would_t
     assert config.model.classes == 0
     config.model.classes = 3  # a run writes down how many its folder has
     (tmp_path / files.CONFIG).write_text(config_lib.dumps(config))
-    assert sweep._changed(tmp_path, command) == ""
-    assert sweep._changed(tmp_path, [*command, "--config.model.classes=2"]) == "model.classes=3, not 2"
+    assert sweep._changed(tmp_path, command, tmp_path) == ""
+    assert sweep._changed(tmp_path, [*command, "--config.model.classes=2"], tmp_path) == "model.classes=3, not 2"
+
+
+def test_a_kept_run_may_have_started_from_a_run_of_the_sweep_in_another_folder(tmp_path):
+    command = ["jvitmoe.train", "--config=digits_dense"]
+    config = sweep.config_of(command[1:])
+    config.init.source = "there/half-seed1"
+    (tmp_path / files.CONFIG).write_text(config_lib.dumps(config))
+    for source, changed in (("here/half-seed1", ""), ("here/half-seed2", "seed2'"), ("other/half-seed1", "seed1'")):
+        found = sweep._changed(tmp_path, [*command, f"--config.init.source={source}"], Path("here"))
+        assert found.endswith(changed)
+        assert bool(found) == bool(changed)
+
+
+@pytest.mark.parametrize("asked", [["--first_seed=1"], ["--only", "other"]])
+def test_a_report_has_no_kept_run_of_other_settings_also_none_of_a_seed_or_variant_that_is_not_asked_for(
+    tmp_path, asked
+):
+    (tmp_path / "tiny.py").write_text("from jvitmoe.config import Config\n\ndef get_config():\n    return Config()\n")
+    (tmp_path / "out" / "runs").mkdir(parents=True)
+    write_tested_run(tmp_path / "out" / "runs" / "dense-seed0", train__epochs=1)
+    variants = {"dense": sweep.Variant({"train.epochs": 1}), "other": sweep.Variant({"model.width": 8})}
+    arguments = [f"--config={tmp_path / 'tiny.py'}", f"--runs={tmp_path}", f"--out={tmp_path / 'out'}", "--seeds=1"]
+    arguments += [*asked, "--dry_run", "--"]
+    with pytest.raises(SystemExit) as ended:
+        sweep.main(None, variants, arguments=arguments)
+    assert not ended.value.code
+    with pytest.raises(SystemExit, match=r"dense-seed0 was trained with train.epochs=1, not 2; give another --out"):
+        sweep.main(None, variants, arguments=[*arguments, "--config.train.epochs=2"])
 
 
 @pytest.mark.process

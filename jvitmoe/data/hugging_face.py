@@ -40,7 +40,7 @@ class HuggingFace(Source):
         image, label = (_column(name, features, kind, options.get(kind)) for kind in ("image", "label"))
         classes, side = tuple(features[label].names), self.model.image_size
         check_fit(name, (side, side, self.model.channels), len(classes), self.model)
-        labels = {split: np.array([-1 if x is None else x for x in splits[split][label]], int) for split in splits}
+        labels = {split: np.array([-1 if x is None else x for x in splits[split][label][:]], int) for split in splits}
         labelled = [
             split for split, found in labels.items() if len(found) and 0 <= min(found) <= max(found) < len(classes)
         ]

@@ -29,7 +29,9 @@ AREA = (0.08, 1.0)
 RATIO = (3 / 4, 4 / 3)
 TRIES = 10
 GAP = 2  # a JPEG is decoded at the smallest scale of which the crop still has this many times the pixels per side
-ORIENTATION = 0x0112  # EXIF's tag for how the camera was held; 1 is upright
+ORIENTATION = 0x0112  # EXIF's tag for how the camera was held; 1 is upright, and above 4 rows are columns
+TURNS = {2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM"}  # how Pillow makes it upright
+TURNS |= {5: "TRANSPOSE", 6: "ROTATE_270", 7: "TRANSVERSE", 8: "ROTATE_90"}
 
 # Pillow warns about sizes that `opened` refuses. Here, once: `catch_warnings` would mix up the filters of threads.
 warnings.filterwarnings("ignore", "Image size .* exceeds limit")
@@ -67,7 +69,7 @@ def random_crop(picture: Picture, side: int, channels: int, seed: int | Sequence
     with opened(picture) as file:
         shrinks = file.format in ("JPEG", "MPO")  # only these can be decoded at a smaller size
         image = file if shrinks else pixels(file, channels, picture.name)
-        turned = shrinks and file.getexif().get(ORIENTATION, 1) > 4  # rows become columns
+        turned = shrinks and _orientation(file) > 4
         width, height = image.size[::-1] if turned else image.size
         left, top, right, bottom = box = _random_box(width, height, np.random.RandomState(seed))
         if shrinks:
@@ -146,12 +148,13 @@ def pixels(image: Any, channels: int, name: str) -> Any:
     Of 16 bits the upper 8 are kept. Transparency is put on white unless the model has 4 channels. Raises DataError for
     other kinds of pixels.
     """
-    from PIL import Image, ImageOps
+    from PIL import Image
 
     # Pillow reads a PGM of 16 bits into pixels of 32.
     has_16_bits = image.mode.startswith("I;16") or (image.mode, image.format) == ("I", "PPM")
-    if image.getexif().get(ORIENTATION, 1) != 1:
-        image = ImageOps.exif_transpose(image)
+    image.load()  # this turns a TIFF
+    if (orientation := _orientation(image)) != 1:  # not exif_transpose, which fails where it cannot write EXIF again
+        image = image.transpose(Image.Transpose[TURNS[orientation]])
     if has_16_bits:
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     if image.mode in ("I", "F"):
@@ -161,6 +164,15 @@ def pixels(image: Any, channels: int, name: str) -> Any:
         if channels < 4:
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image if image.mode == MODES[channels] else image.convert(MODES[channels])
+
+
+def _orientation(image: Any) -> int:
+    """Returns the EXIF orientation, 1 to 8; 1 where it cannot be read, because the pixels can."""
+    try:
+        value = image.getexif().get(ORIENTATION, 1)
+    except Exception:  # Pillow raises SyntaxError and more for damaged EXIF
+        return 1
+    return int(value) if value in TURNS else 1
 
 
 def is_image(path: Path) -> bool:

@@ -62,7 +62,7 @@ POSITIONS = {TIMM: "pos_embed", HF: "embeddings.position_embeddings"}
 POSITIONS |= {GOOGLE: "Transformer/posembed_input/pos_embedding"}
 
 # Arrays that a file may have besides: heads of other tasks. Any other array would change what the model computes.
-SPARE = re.compile(r"(head|fc|pre_logits|head_dist|pooler|classifier|decoder|dist_token|(embeddings\.)?mask_token)\b.*")
+SPARE = re.compile(r"(head|fc|pre_logits|pooler|classifier|decoder|(embeddings\.)?mask_token)\b.*")
 FLOAT = re.compile(r"(float|F|BF)(16|32|64)")  # NumPy's and safetensors' names of types
 
 

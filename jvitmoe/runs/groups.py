@@ -1,7 +1,6 @@
 """Tested runs in groups that differ only in their seed: which may be averaged, and their figures as text."""
 
 import contextlib
-import dataclasses
 import itertools
 import math
 import os
@@ -31,8 +30,8 @@ Groups = dict[str, list[TestedRun]]
 LEAST_IMAGES = 6  # that decide: by a sign test, five of five would come by chance in 1 of 16 cases
 DECIDED = (
     "Differences are of the same seeds, first the group, then the first dense group of the same data. Interval: "
-    "Student's t over seeds; of one seed, by the number of images, as if both were tested on others. Decided: the "
-    f"interval leaves out 0, and the difference is at least {LEAST_IMAGES} images."
+    "Student's t over seeds; of one seed, by the number of images, as if both were tested on others; of two seeds, the "
+    f"wider of both. Decided: the interval leaves out 0, and the difference is at least {LEAST_IMAGES} images."
 )
 
 
@@ -119,8 +118,10 @@ def add_group(groups: Groups, name: str, group: list[TestedRun]) -> None:
 
 def _faults(run: TestedRun, other: TestedRun) -> Iterator[str]:
     """Yields why two runs may not be averaged, with the remedy."""
-    changed = datasets.differences(_of_any_seed(run.config), _of_any_seed(other.config))
+    changed = datasets.differences(run.config, other.config)
     changed.pop("train.seed", None)
+    if _source(run.config) == _source(other.config):  # each seed may start from a run of its own seed
+        changed.pop("init.source", None)
     if changed:
         listed = ", ".join(f"{field} ({a!r} and {b!r})" for field, (a, b) in changed.items())
         yield f"differ in {listed}; only seeds may differ"
@@ -200,10 +201,13 @@ def _half_interval(paired: Sequence[tuple[float, float]], images: int) -> float:
     """Returns half the 95 % interval of the mean difference of pairs of accuracies."""
     from scipy.special import stdtrit  # not above: --help need not wait for that
 
+    variance = statistics.fmean(sum(p * (1 - p) for p in pair) for pair in paired)  # all seeds share the test images
+    by_images = 1.96 * math.sqrt(variance / images)
     if len(paired) == 1:
-        return 1.96 * math.sqrt(sum(p * (1 - p) for p in paired[0]) / images)
+        return by_images
     deviation = results.deviation([ours - theirs for ours, theirs in paired])
-    return float(stdtrit(len(paired) - 1, 0.975)) * deviation / math.sqrt(len(paired))
+    over_seeds = float(stdtrit(len(paired) - 1, 0.975)) * deviation / math.sqrt(len(paired))
+    return over_seeds if len(paired) > 2 else max(over_seeds, by_images)  # two differences may be equal by chance
 
 
 def by_seed(seeds_results: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
@@ -293,15 +297,14 @@ def _models(run: TestedRun) -> list[str]:
 def _key(run: TestedRun, ignored: tuple[str, ...]) -> str:
     """Returns the config and the data as text, without fields that change no number and those that start with one of
     `ignored`."""
-    fields = config_lib.flatten(_of_any_seed(run.config)).items()
-    kept = [(k, v) for k, v in fields if k not in config_lib.FREE_ON_RESUME and not k.startswith(ignored)]
+    fields = config_lib.flatten(run.config) | {"init.source": re.sub(r"(?<=seed)\d+", "", run.config.init.source)}
+    kept = [(k, v) for k, v in fields.items() if k not in config_lib.FREE_ON_RESUME and not k.startswith(ignored)]
     return repr((kept, _images(run)))
 
 
-def _of_any_seed(config: Config) -> Config:
-    """Returns a config without the seed in `init.source`, where each seed starts from a run of the same seed."""
-    source = re.sub(rf"(?<=seed){config.train.seed}(?!\d)", "", config.init.source)
-    return dataclasses.replace(config, init=dataclasses.replace(config.init, source=source))
+def _source(config: Config) -> str:
+    """Returns `init.source` without the seed of the run."""
+    return re.sub(rf"(?<=seed){config.train.seed}(?!\d)", "", config.init.source)
 
 
 def _data(run: TestedRun) -> object:

@@ -2,6 +2,7 @@
 
 import functools
 import io
+import struct
 
 import numpy as np
 import pytest
@@ -83,6 +84,32 @@ def test_a_large_jpeg_is_decoded_at_a_smaller_scale_to_almost_the_same_pixels():
             np.testing.assert_array_equal(*crops)
         assert max(difference.max() for difference in apart) <= 8
         assert 0 < np.mean(apart) < 1
+
+
+def test_a_picture_whose_pixels_can_be_read_is_whatever_its_exif_says(tmp_path):
+    """Turned where the orientation is a number of EXIF, else as it is; by all ways of reading alike."""
+
+    def exif(*entries: tuple[int, int, bytes]) -> bytes:  # (tag, type, value) of one value each
+        body = b"".join(struct.pack("<HHI4s", tag, kind, 1, value) for tag, kind, value in entries)
+        return b"II*\0" + struct.pack("<IH", 8, len(entries)) + body + bytes(4)
+
+    sideways, odd = (ORIENTATION, 3, b"\6\0\0\0"), (0x128, 1, b"\2\0\0\0")  # ResolutionUnit must be a short
+    text = (ORIENTATION, 2, b"6\0\0\0")
+    smooth = np.add.outer(np.arange(64), 3 * np.arange(48)).astype(np.uint8)
+    contents = {"sound": (exif(sideways), True), "odd": (exif(sideways, odd), True), "text": (exif(text), False)}
+    contents |= {"none": (exif((ORIENTATION, 3, bytes([9, 0, 0, 0]))), False), "rubbish": (b"rubbish", False)}
+    for kind in ("JPEG", "PNG", "WEBP"):
+        plain = io.BytesIO()
+        Image.fromarray(smooth).convert("RGB").save(plain, kind)
+        with opened(Picture("plain", plain.getvalue())) as image:
+            upright = np.asarray(image.convert("L"))
+        for name, (content, turned) in contents.items():
+            file, seen = io.BytesIO(), np.rot90(upright, -1) if turned else upright
+            Image.fromarray(smooth).convert("RGB").save(file, kind, exif=b"Exif\0\0" + content)
+            picture, whole = Picture(f"{kind} {name}", file.getvalue()), Picture(name, seen[..., None])
+            np.testing.assert_array_equal(exact(picture, (*seen.shape, 1), ""), seen[..., None], picture.name)
+            np.testing.assert_array_equal(square(picture, 48, 1), square(whole, 48, 1), picture.name)
+            np.testing.assert_array_equal(random_crop(picture, 24, 1, 0), random_crop(whole, 24, 1, 0), picture.name)
 
 
 def test_a_turned_tiff_is_read_as_it_is_seen_from_its_file_and_cropped_inside(tmp_path):
