@@ -215,12 +215,14 @@ def test_the_readme_s_results_are_those_of_the_report():
         assert not [(mean, deviation) for mean, deviation in results if f"{mean}% ± {deviation}%" not in report]
 
 
-def test_differences_with_intervals_are_those_of_the_study_s_reports():
-    reports = "".join(path.read_text() for path in sorted((ROOT / "results" / "study").glob("*/report.md")))
+@pytest.mark.parametrize(("page", "folders"), [("study", "study/*"), ("routing", "routers*")])
+def test_differences_with_intervals_are_those_of_the_reports(page, folders):
+    reports = "".join(path.read_text() for path in sorted((ROOT / "results").glob(f"{folders}/report.md")))
     difference = r"([+-]\d+\.\d\d)(?: points on dense)? \(([+-]\S+ to [+-]\d+\.\d\d)\)"
-    told = re.findall(difference, (ROOT / "docs" / "study.md").read_text())
+    told = re.findall(difference, (ROOT / "docs" / f"{page}.md").read_text())
     assert len(told) > 1
-    assert not [difference for difference in told if f"| {' | '.join(difference)} |" not in reports]
+    reported = [f"| {' | '.join(item)} |" in reports or f"| {item[0]} ({item[1]}) |" in reports for item in told]
+    assert all(reported), [item for item, found in zip(told, reported, strict=True) if not found]
 
 
 def test_the_router_tables_are_those_of_the_kept_runs_in_the_report_and_in_routing_md():
