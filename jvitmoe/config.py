@@ -252,7 +252,7 @@ class TrainConfig:
 
     epochs: int = setting(10, "passes over the training images", above=0)
     batch_size: int = setting(
-        128, "images per step, B; a multiple of all devices, with sample of data devices x experts", above=0
+        128, "images per step, B; a multiple of the number of devices (sample: of data devices x experts)", above=0
     )
     seed: int = setting(0, "seed of all random numbers of training", at_least=0)
     label_smoothing: float = setting(0.0, "share of the target spread over all classes", at_least=0, below=1)

@@ -37,7 +37,8 @@ def main(argv: list[str]) -> None:
     out = Path(values.out)
     if os.path.exists(out / files.CONFIG):  # unlike Path.exists, it raises for no name
         raise UserError(f"--out is {values.out!r}, which is a run folder; give a folder for the report")
-    found = _read_groups([each for each in arguments if os.path.realpath(each) != os.path.realpath(out)])  # in runs/*
+    ours = os.path.realpath(out)  # it may be in runs/*
+    found = _read_groups([each for each in arguments if os.path.realpath(each) != ours])
     rows = [row for name, group in found.items() for row in groups.group_rows(name, group)]
     overview = groups.overview(found)
     pictures = _pictures(found)

@@ -52,7 +52,8 @@ def read_timm(arrays: Arrays, about: About, processor: About) -> ConfigValues:
         raise UserError(f"its architecture is {architecture!r}, whose act_layer is not 'gelu'; use a plain ViT")
     if odd := [word for word in words if not TIMM_WORD.fullmatch(word)]:
         raise UserError(f"its architecture is {architecture!r}, and {odd[0]!r} may mean other blocks; use a plain ViT")
-    guesses = [] if {"base", "gap"} <= {*words} or "plus" in words else [HEADS[word] for word in words if word in HEADS]
+    other = {"base", "gap"} <= {*words} or "plus" in words  # 12 or 16 heads, and 14
+    guesses = [] if other else [HEADS[word] for word in words if word in HEADS]
     pixels = about.get("pretrained_cfg") or {}
     return ConfigValues(
         heads=int(args.get("num_heads") or next(iter(guesses), 0)),

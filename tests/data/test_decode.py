@@ -86,7 +86,7 @@ def test_a_large_jpeg_is_decoded_at_a_smaller_scale_to_almost_the_same_pixels():
         assert 0 < np.mean(apart) < 1
 
 
-def test_a_picture_whose_pixels_can_be_read_is_whatever_its_exif_says(tmp_path):
+def test_a_picture_whose_pixels_can_be_read_is_read_whatever_its_exif_says():
     """Turned where the orientation is a number of EXIF, else as it is; by all ways of reading alike."""
 
     def exif(*entries: tuple[int, int, bytes]) -> bytes:  # (tag, type, value) of one value each
