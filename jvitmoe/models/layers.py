@@ -53,8 +53,9 @@ def dropout(x_B: jax.Array, key_B: jax.Array | None, site: Site, rate: float) ->
     """Returns x with a share `rate` of its entries zeroed and the rest scaled by 1 / (1 - rate); x itself without keys.
 
     Each image has its own key, so the mask does not depend on the number of devices. Each entry uses 16 random bits:
-    the rate is rounded to a multiple of 2^-16, and the scale is that of the rounded rate, so the mean is exact. The
-    mask of a row (an index of the first axis after B) does not depend on the number of rows.
+    the rate is rounded to a multiple of 2^-16. In float32 the scale is that of the rounded rate, so the mean is exact;
+    in bfloat16 it is off by at most 5e-5 up to a rate of 0.95. The mask of a row (an index of the first axis after B)
+    does not depend on the number of rows.
     """
     if key_B is None or rate == 0.0:
         return x_B
@@ -68,7 +69,9 @@ def dropout(x_B: jax.Array, key_B: jax.Array | None, site: Site, rate: float) ->
     packed_B = jax.lax.optimization_barrier(packed_B)
     kept_B = jnp.stack([packed_B >> n & np.uint8(1) for n in range(4)], axis=2).reshape(len(x_B), -1, *rest)[:, :rows]
     # In float32: bfloat16 would round 1 / 0.9 to 1.109375, so that the mean were 0.16 % too low.
-    scaled_B = x_B.astype(jnp.float32) * (1.0 / (1.0 - threshold / 2**16))
+    # The scale of a rounded rate may lie beside a tie of bfloat16, where nearly all products round the same way.
+    dropped = threshold / 2**16 if x_B.dtype == jnp.float32 else min(rate, 1 - 2**-16)
+    scaled_B = x_B.astype(jnp.float32) * (1.0 / (1.0 - dropped))
     return jnp.where(kept_B == 1, scaled_B, 0.0).astype(x_B.dtype)
 
 

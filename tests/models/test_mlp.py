@@ -168,3 +168,14 @@ def test_dropout_keeps_bfloat16_and_its_mean():
     chex.assert_type(y_B, jnp.bfloat16)
     x_B, y_B = (np.asarray(array, np.float64) for array in (x_B, y_B))
     assert y_B[y_B != 0].sum() / x_B[y_B != 0].sum() == pytest.approx(1 / 0.9, rel=3e-4)
+
+
+@pytest.mark.parametrize("rate", [0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95])
+def test_dropout_keeps_the_mean_of_all_numbers_of_bfloat16(rate):
+    """What is kept is a function of the number alone, so its mean is known without a draw."""
+    numbers = jnp.arange(2**7, 2**8, dtype=jnp.bfloat16)  # all of 8 bits; others are these times a power of two
+    x_B = jnp.broadcast_to(numbers, (16, 40, len(numbers)))
+    y_B, numbers = (np.asarray(x, np.float64) for x in (drop(x_B, images_keys(16), 0, rate), numbers))
+    kept = y_B.max((0, 1))  # each number is kept somewhere
+    assert (kept > 0).all()
+    assert (1 - round(rate * 2**16) / 2**16) * kept.sum() / numbers.sum() == pytest.approx(1, abs=5e-5)
