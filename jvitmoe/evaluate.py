@@ -194,8 +194,13 @@ def _draw_samples(evaluate: Any, params: Any, few: Any, workdir: Path) -> None:
     from jvitmoe.data.images import Picture
     from jvitmoe.models import vit
     from jvitmoe.runs import figures
+    from jvitmoe.runtime import compilation
 
-    logits_NC = vit.logits(evaluate.net, params, evaluate.normalize(jnp.asarray(few.images_NHWc)))
+    run = jax.jit(
+        lambda params, images: vit.logits(evaluate.net, params, evaluate.normalize(images)),
+        compiler_options=compilation.exact(jax.default_backend()),
+    )
+    logits_NC = run(params, jnp.asarray(few.images_NHWc))
     names, cells = results.class_names(workdir, logits_NC.shape[1]), []
     share_NC = jax.device_get(jax.nn.softmax(logits_NC))
     for image_HWc, label, share_C in zip(few.images_NHWc, few.labels_N, share_NC, strict=True):

@@ -124,7 +124,7 @@ def main(argv: list[str]) -> None:
         "versions": checkpoints.versions() | ({"torch": torch.about["version"]} if torch else {}),
         "xla": {
             "XLA_FLAGS": os.environ.get("XLA_FLAGS", ""),
-            **{dtype: compilation.options(jax.numpy.dtype(dtype), platform) for dtype in values.dtypes},
+            **{dtype: compilation.of_training(jax.numpy.dtype(dtype), platform) for dtype in values.dtypes},
         },
         "batch": config.train.batch_size,
         "rounds": values.rounds,

@@ -144,7 +144,7 @@ def peak_flops(dtype: str, mesh: Mesh) -> float:
     """Returns the FLOP/s of a large matrix product, the best of several."""
     device = mesh.devices.flat[0]
     x = jax.device_put(jnp.ones((PRODUCT_SIDE, PRODUCT_SIDE), dtype), device)
-    product = jax.jit(jnp.matmul, compiler_options=compilation.options(jnp.dtype(dtype), device.platform))
+    product = jax.jit(jnp.matmul, compiler_options=compilation.of_training(jnp.dtype(dtype), device.platform))
 
     def seconds() -> float:
         began = time.perf_counter()

@@ -3,10 +3,12 @@ import os
 import subprocess
 import sys
 import types
+import warnings
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import processes
@@ -16,23 +18,64 @@ from run_folders import history
 DIGITS = Path(__file__).parents[1] / "configs" / "digits_dense.py"
 
 
-def test_options_are_for_bfloat16_on_a_cpu_that_has_it_and_never_against_the_users_own(monkeypatch, tmp_path):
+SHAPES = (5, 60, 60), (4, 65, 300), (8, 4, 65, 75)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_batched_product_with_a_broadcast_operand_is_right_as_training_compiles_it(shape, dtype):
+    """By XLA's default on CPUs it is wrong by factors of 1e14 to 1e35, or NaN (jaxlib 0.10.2 and 0.12.0.1)."""
+
+    def sums(x, value):  # x @ full_like(x, value), times x
+        side = *x.shape[:-2], x.shape[-1], x.shape[-1]
+        return jnp.sum((x @ jnp.broadcast_to(value, side)) * x, -1)
+
+    x = jnp.asarray(np.random.default_rng(0).normal(size=shape), dtype)
+    wide = np.asarray(x, np.float64)
+    tolerance = {"float32": 1e-5, "bfloat16": 2e-2}[dtype]
+    for options in (compilation.of_training(jnp.dtype(dtype), "cpu"), compilation.exact("cpu")):
+        options = {"xla_backend_optimization_level": 3, **options}  # the other tests leave out LLVM's optimisation
+        found = jax.jit(sums, compiler_options=options)(x, jnp.asarray(0.5, dtype))
+        wanted = 0.5 * wide.sum(-1) ** 2
+        np.testing.assert_allclose(np.asarray(found, np.float64), wanted, atol=tolerance * wanted.max())
+
+
+def test_a_jaxlib_that_does_not_know_the_option_is_checked_at_the_start(monkeypatch):
+    monkeypatch.delenv("XLA_FLAGS", raising=False)
+    monkeypatch.setattr(compilation.programs, "is_known", lambda *_: False)
+    right = jax.jit
+    compilation._check_products.cache_clear()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        monkeypatch.setattr(compilation.jax, "jit", lambda f, **_: lambda x: right(f)(x) + 1)  # wrong in any jaxlib
+        assert compilation.exact("cpu") == {}
+        assert compilation.exact("cpu") == {}
+    (warning,) = caught
+    assert "this jaxlib is wrong on CPUs" in str(warning.message)
+    compilation._check_products.cache_clear()
+
+
+def test_options_are_for_cpus_and_never_against_the_users_own(monkeypatch, tmp_path):
     jax.devices()  # made while XLA_FLAGS still asks for several
     monkeypatch.delenv("XLA_FLAGS", raising=False)
     monkeypatch.setattr(compilation, "CPU_FLAGS", tmp_path / "cpuinfo")
-    of_bfloat16 = functools.partial(compilation.options, jnp.dtype("bfloat16"))
-    assert of_bfloat16("cpu") == {}  # nothing is known of it
+    of_bfloat16 = functools.partial(compilation.of_training, jnp.dtype("bfloat16"))
+    exact = compilation.exact("cpu")
+    assert exact == {compilation.YNNPACK: compilation.PRODUCTS_ALONE}
+    assert of_bfloat16("cpu") == exact  # nothing is known of it
     for feature in ("not_amx_bf16", "amx_bf16", "avx512_bf16"):
         compilation.CPU_FLAGS.write_text(f"flags\t\t: fpu {feature} avx2\n")
-        assert of_bfloat16("cpu") == ({} if "not" in feature else {compilation.ONEDNN: True})
-    assert of_bfloat16("gpu") == {}
-    assert compilation.options(jnp.dtype("float32"), "cpu") == {}
+        assert of_bfloat16("cpu") == exact | ({} if "not" in feature else {compilation.ONEDNN: True})
+    assert of_bfloat16("gpu") == compilation.exact("tpu") == {}
+    assert compilation.of_training(jnp.dtype("float32"), "cpu") == exact
     monkeypatch.setenv("XLA_FLAGS", f"--{compilation.ONEDNN}=false")
-    assert of_bfloat16("cpu") == {}
+    assert of_bfloat16("cpu") == exact
+    monkeypatch.setenv("XLA_FLAGS", f"--{compilation.YNNPACK}=individual_dot")
+    assert of_bfloat16("cpu") == {compilation.ONEDNN: True}
     monkeypatch.delenv("XLA_FLAGS")
     monkeypatch.setattr(compilation, "ONEDNN", "xla_option_that_the_installed_jaxlib_has_not")
     monkeypatch.setattr(compilation, "_stop_writing", lambda: pytest.fail("programs are no longer cached"))
-    assert of_bfloat16("cpu") == {}
+    assert of_bfloat16("cpu") == exact
 
 
 def test_one_of_several_processes_and_one_without_a_home_folder_cache_nothing(monkeypatch, tmp_path):

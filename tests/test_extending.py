@@ -26,6 +26,7 @@ from jvitmoe.models.routers.dispatch import Router, RouterSettings, fill_slots
 from jvitmoe.models.routers.dispatch import statistics as statistics_of
 from jvitmoe.routing import Routing
 from jvitmoe.runs.checkpoints import CheckpointWriter
+from jvitmoe.runtime import compilation
 from jvitmoe.runtime.addresses import Purpose, address
 from jvitmoe.training import losses, optimizer, state
 from jvitmoe.training.update import PULL_SCHEDULES, directions
@@ -67,6 +68,39 @@ def test_a_router_is_a_class_and_a_line_in_its_registry(monkeypatch, tiny_config
     assert 0 < active < total
     with pytest.raises(ConfigError, match="must be 1 for a router with a balance loss"):
         routing.find(tiny_config(routing=routed, train={"accumulate": 2}))
+
+
+class SecondMoment(RoundRobin):
+    """Its balance loss is the square of the mean over the entries of a gated product of the tokens with themselves."""
+
+    @nn.compact
+    def route(self, x_BTD, key_B):
+        slots, statistics = RoundRobin.route(self, x_BTD, key_B)
+        gate_BT = jax.nn.sigmoid(self.logits(x_BTD)[..., 0])
+        x_BTD = jax.lax.stop_gradient(x_BTD)
+        moment_BDD = jnp.einsum("bti,btj->bij", x_BTD, gate_BT[..., None] * x_BTD)
+        return slots, statistics._replace(entropy=moment_BDD.mean())
+
+    @staticmethod
+    def loss(statistics):
+        return jnp.square(statistics.entropy).mean()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_router_with_the_derivative_of_a_mean_has_right_gradients(monkeypatch, tiny_config, training, dtype):
+    """XLA's default on CPUs computes the sum of products in it wrongly."""
+    monkeypatch.setitem(ROUTERS, "second_moment", SecondMoment)
+    model = {"image_size": 8, "patch": 1, "width": 60, "dtype": dtype}
+    config = tiny_config(model=model, routing={"experts": 2, "kind": "second_moment", "balance_loss": 1.0})
+    runs = []
+    for options in (compilation.of_training(jnp.dtype(dtype), "cpu"), {compilation.YNNPACK: ""}):
+        as_trained = {"xla_backend_optimization_level": 3, **options}  # the other tests leave out LLVM's optimisation
+        monkeypatch.setattr(compilation, "of_training", lambda *_, options=as_trained: options)
+        runs.append(training(config).run(1))
+    norms = [float(run.metrics[0].grad_norm) for run in runs]
+    np.testing.assert_allclose(*norms, rtol={"float32": 1e-5, "bfloat16": 1e-2}[dtype])
+    moments = [run.history[1].opt_state.trunk for run in runs]
+    chex.assert_trees_all_close(*moments, rtol=1e-2, atol=1e-3)
 
 
 class Pairs(Routing):

@@ -72,7 +72,7 @@ def test_the_compiled_gradient_over_4160_rows_is_that_of_float64(batch, exact, d
     model, (params, images_BHWc, labels_B) = batch
     assert MODELS[model].tokens == TOKENS
     # As training compiles it, not as the other tests do, which leave out LLVM's optimisation.
-    options = {"xla_backend_optimization_level": 3, **compilation.options(jnp.dtype(dtype), "cpu")}
+    options = {"xla_backend_optimization_level": 3, **compilation.of_training(jnp.dtype(dtype), "cpu")}
     gradient = jax.jit(jax.grad(loss), static_argnums=(1, 2), compiler_options=options)
     found = jax.tree.map(np.array, gradient(params, model, jnp.dtype(dtype), images_BHWc, labels_B))
     worst = errors(found, exact)

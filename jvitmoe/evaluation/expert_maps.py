@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jvitmoe.models import vit
+from jvitmoe.runtime import compilation
 
 BATCH = 100
 
@@ -32,7 +33,8 @@ def measure(
     normalize: Callable[[jax.Array], jax.Array],
 ) -> Routes:
     """Returns the routes of uint8 images, in evaluation."""
-    run = jax.jit(lambda params, images: vit.token_weights(model, params, normalize(images)))
+    options = compilation.exact(jax.default_backend())
+    run = jax.jit(lambda params, x: vit.token_weights(model, params, normalize(x)), compiler_options=options)
     parts = range(0, len(images_BHWc), BATCH)
     found = [jax.device_get(run(params, jnp.asarray(images_BHWc[at : at + BATCH]))) for at in parts]
     weight_XBTE = np.concatenate(found, 1)

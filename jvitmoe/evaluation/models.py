@@ -24,7 +24,7 @@ from jvitmoe.experts.cost import flops_per_image, tree_size
 from jvitmoe.models import routers, vit
 from jvitmoe.runs.checkpoints import versions
 from jvitmoe.runs.results import deviation
-from jvitmoe.runtime import devices
+from jvitmoe.runtime import compilation, devices
 from jvitmoe.runtime.addresses import Purpose, address
 from jvitmoe.runtime.devices import AXES, REPLICATED, to_devices, wait_on_cpu
 
@@ -86,7 +86,8 @@ class Evaluator:
             images = PartitionSpec(AXES) if streamed else REPLICATED
             specs = (*[REPLICATED] * 4, images, PartitionSpec(None, AXES), REPLICATED)
             body = functools.partial(self._batch_sums, streamed)
-            return jax.jit(jax.shard_map(body, mesh=mesh, in_specs=specs, out_specs=REPLICATED))
+            program = jax.shard_map(body, mesh=mesh, in_specs=specs, out_specs=REPLICATED)
+            return jax.jit(program, compiler_options=compilation.exact(mesh.devices.flat[0].platform))
 
         self._step, self._streamed_step = compiled(False), compiled(True)
 

@@ -3,6 +3,7 @@
 N images · D width · C classes
 """
 
+import functools
 from collections.abc import Callable, Mapping
 from statistics import fmean, stdev
 from typing import Any, NamedTuple
@@ -19,6 +20,7 @@ from jvitmoe.errors import UserError
 from jvitmoe.evaluation.models import SplitImages
 from jvitmoe.models import vit
 from jvitmoe.runs.console import console
+from jvitmoe.runtime import compilation
 
 SEEDS = (0, 1, 2)  # of the draws of shots
 L2, BIAS = 2.0**10, 100.0
@@ -72,7 +74,7 @@ def make_extract(net: vit.ViT, data: DataConfig) -> Callable[[Any, SplitImages, 
     """Returns a function (params, split, batches) -> features of every image, in order, without padding and without
     pictures that could not be read."""
 
-    @jax.jit
+    @functools.partial(jax.jit, compiler_options=compilation.exact(jax.default_backend()))
     def of_batch(params: Any, images: Images, index_B: jax.Array | None) -> tuple[jax.Array, jax.Array]:
         images_BHWc, labels_B = images.rows(slice(None) if index_B is None else index_B)
         return vit.features(net, params, augment.normalize(images_BHWc, data.mean, data.std)), labels_B

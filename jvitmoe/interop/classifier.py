@@ -20,6 +20,7 @@ from jvitmoe.errors import UserError
 from jvitmoe.interop import load as load_lib
 from jvitmoe.interop import weight_names
 from jvitmoe.models import vit
+from jvitmoe.runtime import compilation
 
 BATCH = 64  # images per call
 
@@ -62,7 +63,8 @@ class Classifier:
         self.names = tuple(names) if len(names) == model.classes else tuple(map(str, range(model.classes)))
         self.params = jax.tree.map(jnp.asarray, params)
         net = vit.build(self.config)
-        self._run = jax.jit(lambda p, x: vit.logits(net, p, augment.normalize(x, mean, std)))
+        options = compilation.exact(jax.default_backend())
+        self._run = jax.jit(lambda p, x: vit.logits(net, p, augment.normalize(x, mean, std)), compiler_options=options)
 
     def __call__(self, inputs: Any, top: int = 5) -> list[list[Prediction]]:
         """Returns the `top` most probable classes of each input, most probable first.

@@ -1,7 +1,9 @@
 """XLA options and the compilation cache."""
 
 import contextlib
+import functools
 import os
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,25 +14,52 @@ import jax.numpy as jnp
 from jvitmoe.runtime import programs
 
 ONEDNN = "xla_cpu_experimental_onednn_custom_call"
+# What XLA hands to YNNPACK. By default that is also a product together with what follows it. jaxlib 0.10.2 and 0.12.0.1
+# then compute a batched product with a broadcast operand, times an array, summed, wrongly by many orders of magnitude:
+# the derivative of a mean is such a product. Products alone are right; docs/performance.md has what this costs.
+YNNPACK = "xla_cpu_experimental_ynn_fusion_type"
+PRODUCTS_ALONE = "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT,LIBRARY_FUSION_TYPE_INDIVIDUAL_CONVOLUTION"
 CPU_FLAGS = Path("/proc/cpuinfo")
 # Products of the CPU in bfloat16. A training step of the original's size without oneDNN takes 3.3 x (amx_bf16, two Xeon
 # cores) and 2.9 x the time (avx512_bf16, two EPYC cores); docs/performance.md.
 BFLOAT16 = frozenset({"amx_bf16", "avx512_bf16"})
 
 
-def options(dtype: Any, platform: str) -> dict[str, bool]:
-    """Returns XLA's options for programs that compute in `dtype` on "cpu", "gpu" or "tpu".
+def exact(platform: str) -> dict[str, bool | str]:
+    """Returns XLA's options with which products are right on "cpu", "gpu" or "tpu" (YNNPACK). Every program that
+    multiplies matrices gets them. XLA_FLAGS takes precedence. Warns where jaxlib does not know them and is wrong."""
+    if platform != "cpu" or YNNPACK in os.environ.get("XLA_FLAGS", ""):
+        return {}
+    if programs.is_known(YNNPACK, PRODUCTS_ALONE):
+        return {YNNPACK: PRODUCTS_ALONE}
+    _check_products()
+    return {}
+
+
+def of_training(dtype: Any, platform: str) -> dict[str, bool | str]:
+    """Returns XLA's options for a training step that computes in `dtype`: those of `exact`, and oneDNN.
 
     On a CPU that multiplies in bfloat16, products with a transposed operand (gradients of weights) use that only
-    through oneDNN (BFLOAT16). On other CPUs oneDNN is slower. XLA_FLAGS takes precedence. A process that gets the
-    option writes no more programs to the compilation cache.
+    through oneDNN (BFLOAT16). On other CPUs oneDNN is slower. XLA_FLAGS takes precedence. A process that gets oneDNN
+    writes no more programs to the compilation cache.
     """
+    found = exact(platform)
     if platform != "cpu" or dtype != jnp.bfloat16 or ONEDNN in os.environ.get("XLA_FLAGS", "") or not _has_bfloat16():
-        return {}
+        return found
     if not programs.is_known(ONEDNN):
-        return {}
+        return found
     _stop_writing()
-    return {ONEDNN: True}
+    return found | {ONEDNN: True}
+
+
+@functools.cache
+def _check_products() -> None:
+    """Warns, once, if a product with a broadcast operand is wrong on the CPU."""
+    with jax.default_device(jax.local_devices(backend="cpu")[0]):
+        found = float(jax.jit(lambda x: jnp.sum((x @ jnp.full_like(x, 0.5)) * x, -1))(jnp.ones((5, 60, 60))).max())
+    if found != 1800:
+        rule = f"it computes a sum of products as {found:g}, which is 1800, and does not know {YNNPACK}"
+        warnings.warn(f"this jaxlib is wrong on CPUs: {rule}; install another version", RuntimeWarning, stacklevel=2)
 
 
 def _has_bfloat16() -> bool:

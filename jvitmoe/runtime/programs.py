@@ -56,7 +56,7 @@ def for_reading(lowered: Any) -> Any:
 
 
 @functools.cache
-def is_known(option: str, value: bool | int = True) -> bool:
+def is_known(option: str, value: bool | int | str = True) -> bool:
     """True if the installed jaxlib has this option. An unknown option makes every compilation fail."""
     try:
         jax.jit(lambda: 0, compiler_options={option: value}).lower().compile()

@@ -58,7 +58,7 @@ def make_train_step(plan: StepPlan) -> jax.stages.Wrapped:
         functools.partial(train_step, plan),
         donate_argnums=0,
         out_shardings=(shardings, NamedSharding(plan.mesh, REPLICATED)),
-        compiler_options=compilation.options(plan.model.dtype, plan.mesh.devices.flat[0].platform),
+        compiler_options=compilation.of_training(plan.model.dtype, plan.mesh.devices.flat[0].platform),
     )
 
 
