@@ -8,7 +8,9 @@ The report ends with a line per ingredient, and random routing against dense. To
 
 from pathlib import Path
 
+import archive
 import verdicts
+from archive import Runs
 from sweep import Variant, accuracies, main, mean_cell
 
 from jvitmoe.runs.console import markdown_table
@@ -44,7 +46,7 @@ def variants() -> dict[str, Variant]:
     return both | {f"random_{name}": Variant(settings, "random", DENSE) for name, settings in routed.items()}
 
 
-def table(runs: Path) -> list[dict[str, str]]:
+def table(runs: Runs) -> list[dict[str, str]]:
     """Returns the text cells of a row per ingredient: accuracy, and its difference from the recipe's on the same seeds,
     mean ± sample deviation; and how many seeds there are of the dense and of the random variant."""
     recipe = {kind: accuracies(runs, f"{kind}_recipe").get(model, {}) for kind, model in MODELS.items()}
@@ -61,10 +63,11 @@ def table(runs: Path) -> list[dict[str, str]]:
     return rows
 
 
-def conclusion(runs: Path) -> str:
+def conclusion(out: Path) -> str:
     """Returns the end of the report."""
     legend = "Accuracy on the test split, %. Seeds: of the dense and of the random variant."
-    return f"\n## Ingredients\n\n{legend}\n\n{markdown_table(table(runs))}{verdicts.conclusion(runs, variants())}"
+    ingredients = markdown_table(table(archive.kept(out)))
+    return f"\n## Ingredients\n\n{legend}\n\n{ingredients}{verdicts.conclusion(out, variants())}"
 
 
 if __name__ == "__main__":

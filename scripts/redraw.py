@@ -1,34 +1,39 @@
 """Draws the pictures in results/ again, from the numbers beside them: `python scripts/redraw.py [--out DIR]`.
 
-The curves (curves.png) are left alone: they need the metrics.jsonl of all runs, and results/ keeps only some of them.
+Curves are drawn where there are some, and the history is kept.
 """
 
 import argparse
 import json
+import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import archive
 import benchmark
 import routers
 import scaling_check
 import scaling_model
 import study_figures
+from archive import Run, Runs
 
 from jvitmoe.runs import figures, groups
 
+CURVES = "curves.png"
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 
 
 def redraw(folder: Path, out: Path) -> None:
     """Writes the pictures of one folder of results to `out`."""
-    if (folder / "runs.json").is_file():
-        runs = read(folder / "runs.json")
-        compare({name: list(group["seeds"].values()) for name, group in runs.items()}, out)
-        for name, group in runs.items():
+    if runs := archive.kept(folder):
+        by_group = grouped(runs)
+        compare(by_group, out)
+        for name, group in by_group.items():
             if (folder / (picture := f"mergeability_{name}.png")).is_file():
-                figures.save(figures.mergeability(group["seeds"]["0"]), out / picture)
-    if singles := sorted(folder.glob("*_result.json")):
-        compare({path.name.removesuffix("_result.json"): [read(path)] for path in singles}, out)
+                figures.save(figures.mergeability(next(iter(group.values()))["result"]), out / picture)
+        if (folder / CURVES).is_file():
+            draw_curves(by_group, out)
     if (folder / "benchmark.json").is_file():
         figures.save(benchmark.throughput(read(folder / "benchmark.json")["rows"]), out / "benchmark.png")
     if (folder / "model.json").is_file():
@@ -37,10 +42,26 @@ def redraw(folder: Path, out: Path) -> None:
         scaling_check.draw(read(folder / "check.json")["rows"], out / "check.png")
 
 
-def compare(results: dict[str, list[dict[str, Any]]], out: Path) -> None:
-    table = {name: groups.by_seed(group) for name, group in results.items()}
-    images = {name: group[0]["rows"][0]["images"] for name, group in results.items()}
+def grouped(runs: Runs) -> dict[str, Runs]:
+    """Returns the runs by the names that their report gives their groups: a run without others keeps its own."""
+    by_group: dict[str, dict[str, Run]] = {}
+    for name, run in runs.items():
+        by_group.setdefault(name.rpartition("-seed")[0] or name, {})[name] = run
+    return {next(iter(group)) if len(group) == 1 else name: group for name, group in by_group.items()}
+
+
+def compare(by_group: Mapping[str, Runs], out: Path) -> None:
+    results = {name: [run["result"] for run in group.values()] for name, group in by_group.items()}
+    table = {name: groups.by_seed(seeds) for name, seeds in results.items()}
+    images = {name: seeds[0]["rows"][0]["images"] for name, seeds in results.items()}
     figures.save(figures.comparison(table, images), out / "comparison.png")
+
+
+def draw_curves(by_group: Mapping[str, Runs], out: Path) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        folders = {name: archive.unpack(group, Path(folder)) for name, group in by_group.items()}
+        if curves := figures.curves(folders):
+            figures.save(curves, out / CURVES)
 
 
 def read(path: Path) -> Any:
@@ -51,11 +72,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder to write to, with a subfolder per result")
     chosen = parser.parse_args()
-    for folder in sorted({path.parent for path in RESULTS.rglob("*.json") if path.parent.parent.name != "runs"}):
+    for folder in sorted(path for path in RESULTS.glob("**/") if "runs" not in path.parts[len(RESULTS.parts) :]):
         out = chosen.out / folder.relative_to(RESULTS)
         out.mkdir(parents=True, exist_ok=True)
         redraw(folder, out)
-    routers.draw(RESULTS / "routers" / "runs", routers.table(RESULTS, Path()), chosen.out / "routers")
+    routers.draw(RESULTS / "routers", routers.table(RESULTS, Path()), chosen.out / "routers")
     study_figures.main(RESULTS / "study", chosen.out / "study")
 
 

@@ -15,7 +15,9 @@ import statistics
 import sys
 from pathlib import Path
 
+import archive
 import routers
+from archive import Runs
 from sweep import Variant, accuracies, main, mean_cell, tested_runs
 
 from jvitmoe import config, experiment_files
@@ -40,12 +42,12 @@ def variants() -> dict[str, Variant]:
     return found
 
 
-def table(runs: Path) -> list[dict[str, str]]:
+def table(runs: Runs) -> list[dict[str, str]]:
     """Returns the text cells of a row per kind of run: accuracy, mean ± sample deviation, and time, beside what the
     original reports."""
     rows = []
     for name, (model, accuracy, seconds) in ORIGINAL.items():
-        tested = tested_runs(runs, name).values()
+        tested = [run["result"] for run in tested_runs(runs, name).values()]
         values = list(accuracies(runs, name, (model,)).get(model, {}).values())
         rates = [result["images_per_second"] for result in tested if result.get("images_per_second")]
         rows.append(
@@ -62,10 +64,10 @@ def table(runs: Path) -> list[dict[str, str]]:
     return rows
 
 
-def conclusion(runs: Path) -> str:
+def conclusion(out: Path) -> str:
     """Returns the end of the report."""
-    rivals = markdown_table(routers.rows(runs, variants(), REFERENCE))
-    return f"\n## Beside the original\n\n{markdown_table(table(runs))}\n## Routers\n\n{rivals}"
+    rivals = markdown_table(routers.rows(out, variants(), REFERENCE))
+    return f"\n## Beside the original\n\n{markdown_table(table(archive.kept(out)))}\n## Routers\n\n{rivals}"
 
 
 def run() -> None:

@@ -24,9 +24,11 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
+import archive
 import numpy as np
 import timed_step
 import verdicts
+from archive import Run
 from matplotlib.transforms import Bbox
 from sklearn import metrics
 from study import best, dense, epochs, ranking, validation_accuracies
@@ -98,7 +100,7 @@ def tries(results_folder: Path, name: str, first: Sequence[float]) -> dict[str, 
     rates = list(first)
     while True:
         arms = {f"{name}_{rate:g}": rate for rate in rates}
-        found = validation_accuracies(results_folder / SEARCH / "runs", arms)
+        found = validation_accuracies(archive.kept(results_folder / SEARCH), arms)
         if len(found) < len(arms):
             return arms
         winner = arms[max(found, key=lambda name: found[name])]
@@ -214,14 +216,16 @@ def shape(variant: Variant) -> dict[str, object]:
     return found
 
 
-def rows(runs: Path, arms: Arms, reference: str) -> list[dict[str, str]]:
-    """Returns the text cells of a row per tested model of an arm. What belongs to training stands in the first."""
-    timed = list(json.loads(files.read_bytes(runs.parent / TIMES) or b'{"rows": {}}')["rows"].values())
+def rows(out: Path, arms: Arms, reference: str) -> list[dict[str, str]]:
+    """Returns the text cells of a row per tested model of an arm, from the kept runs and the times in a folder. What
+    belongs to training stands in the first."""
+    timed = list(json.loads(files.read_bytes(out / TIMES) or b'{"rows": {}}')["rows"].values())
+    runs = archive.kept(out)
     baseline = accuracies(runs, reference).get("dense", {})
     cells = []
     for name, variant in arms.items():
-        found = tested_runs(runs, name)
-        tested = list(found.values())
+        found = list(tested_runs(runs, name).values())
+        tested = [run["result"] for run in found]
         times = next((row for row in timed if row.get("settings") == shape(variant)), None)
         models = [row["model"] for row in tested[0]["rows"]] if tested else []
         for model in models:
@@ -247,7 +251,7 @@ def rows(runs: Path, arms: Arms, reference: str) -> list[dict[str, str]]:
                     "total parameters": f"{tested[0]['total_parameters']:,}" if is_first else "-",
                     "step time / dense": "{:.2f} ({:.2f} to {:.2f})".format(*step["times_dense"]) if step else "-",
                     "step's memory": f"{quantity(step['planned_bytes'])}B" if step else "-",
-                    "dropped": _dropped(list(found)) if model == "routed" else "-",
+                    "dropped": _dropped(found) if model == "routed" else "-",
                     "agreement": _agreement(tested) if model == "routed" else "-",
                     "seeds": str(len(by_seed)),
                 }
@@ -255,11 +259,11 @@ def rows(runs: Path, arms: Arms, reference: str) -> list[dict[str, str]]:
     return cells
 
 
-def _dropped(folders: Sequence[Path]) -> str:
+def _dropped(runs: Sequence[Run]) -> str:
     """Returns the share of choices that found no slot in the last logged step, the mean over layers and seeds."""
     shares = []
-    for folder in folders:
-        logged = [line for line in files.read_metrics(folder / files.METRICS) if "router/dropped/layer0" in line]
+    for run in runs:
+        logged = [line for line in run["metrics"] if "router/dropped/layer0" in line]
         shares += [value for key, value in logged[-1].items() if key.startswith("router/dropped/")] if logged else []
     return f"{statistics.fmean(shares):.1%}" if shares else "-"
 
@@ -325,16 +329,16 @@ def picture(cells: list[dict[str, str]]) -> figures.Figure:
     return figure
 
 
-def draw(runs: Path, arms: Arms, out: Path) -> str:
-    """Writes the figure to a folder and returns the tables as markdown."""
-    first, merged = tables(rows(runs, arms, *arms["switch"].against))
+def draw(results: Path, arms: Arms, out: Path) -> str:
+    """Writes the figure of a folder's kept runs to another and returns the tables as markdown."""
+    first, merged = tables(rows(results, arms, *arms["switch"].against))
     figures.save(picture(first), out / "routers.png")
     return "\n".join(markdown_table(table) for table in (first, merged) if table)
 
 
-def conclusion(runs: Path, arms: Arms) -> str:
+def conclusion(out: Path, arms: Arms) -> str:
     """Returns the end of the report, and draws its figure beside it."""
-    text = draw(runs, arms, runs.parent)
+    text = draw(out, arms, out)
     return f"\n## Routers\n\n{text}\n![accuracy against step time](routers.png)\n"
 
 

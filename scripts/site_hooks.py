@@ -1,7 +1,8 @@
 """Hooks of MkDocs (mkdocs.yml): reports and pictures of results/ become part of the site.
 
 MkDocs knows only files below docs/. Pages link to `../results/…`, as a code host needs it. In the site results/ lies
-beside the pages, so such a link loses its `../`. A link to any other file outside docs/ fails the strict build.
+beside the pages, so such a link loses its `../`, and one from results/ to docs/ its `docs/`. A link to any other file
+outside docs/ fails the strict build.
 """
 
 from pathlib import Path
@@ -22,5 +23,5 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, **_: object) -> str:
-    """Returns the page with links into the site's results/."""
-    return markdown.replace("](../results/", "](results/")
+    """Returns the page with links into the site's results/, or out of it."""
+    return markdown.replace("](../results/", "](results/").replace("](../docs/", "](../")

@@ -14,11 +14,12 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 
+import archive
 import verdicts
-from sweep import Variant, main
+from archive import Runs
+from sweep import Variant, main, tested_runs
 
 from jvitmoe.errors import UserError
-from jvitmoe.runs import files
 from jvitmoe.runs.console import markdown_table
 
 Arms = dict[str, Variant]
@@ -74,7 +75,7 @@ def parity(results: Path) -> Arms:
     found |= {name: Variant(arms[name].settings | epochs(10), against=("dense",)) for name in against[1:]}
     chosen = [synchronous, drifting, batch]
     tokens = token_search()
-    if len(validation_accuracies(results / "A_token_search" / "runs", tokens)) == len(tokens):
+    if len(validation_accuracies(archive.kept(results / "A_token_search"), tokens)) == len(tokens):
         arms |= tokens
         chosen.append(best(results, "A_token_search", tokens))
     return found | {name: Variant(arms[name].settings | epochs(10), "random", against) for name in chosen}
@@ -313,45 +314,46 @@ EXPERIMENTS: dict[str, Callable[[Path], Arms]] = {
 
 def best(results: Path, search: str, names: Sequence[str]) -> str:
     """Returns the arm with the best validation accuracy. Raises UserError if one of the arms has no result."""
-    found = validation_accuracies(results / search / "runs", names)
+    found = validation_accuracies(archive.kept(results / search), names)
     if missing := set(names) - set(found):
         raise UserError(f"{results / search} has no result of {', '.join(sorted(missing))}; repeat its search first")
     return max(found, key=lambda name: found[name])
 
 
-def validation_accuracies(runs: Path, names: Iterable[str]) -> dict[str, float]:
+def validation_accuracies(runs: Runs, names: Iterable[str]) -> dict[str, float]:
     """Returns the accuracy of arms on validation images after the last step of seed 0, where there is one."""
     found = {}
     for name in names:
-        lines = files.read_metrics(runs / f"{name}-seed0" / files.METRICS)
+        lines = runs[f"{name}-seed0"]["metrics"] if f"{name}-seed0" in runs else ()
         if values := [line["accuracy"] for line in lines if line["kind"] == "validation"]:
             found[name] = values[-1]
     return found
 
 
-def ranking(runs: Path, arms: Iterable[str]) -> str:
+def ranking(out: Path, arms: Iterable[str]) -> str:
     """Returns the end of a search's report: a row per arm, the best first."""
-    found = validation_accuracies(runs, arms)
+    found = validation_accuracies(archive.kept(out), arms)
     best_first = sorted(found, key=lambda name: -found[name])
     rows = [{"arm": name, "validation": f"{found[name]:.2%}"} for name in best_first]
     return f"\n## Ranking\n\n{markdown_table(rows)}"
 
 
-def communication(runs: Path, arms: Arms) -> str:
+def communication(out: Path, arms: Arms) -> str:
     """Returns the end of the report of C and H: the verdicts, and the bytes that a device reduces in a run of each arm,
     until the last logged step."""
+    runs = archive.kept(out)
     found = {arm: reduced_bytes(runs, arm) for arm in verdicts.read(runs, arms)}
     most = max(found.values())
     rows = [
         {"arm": arm, "reduced per device, GB": f"{reduced / 1e9:.2f}", "saved": f"{1 - reduced / most:.0%}"}
         for arm, reduced in found.items()
     ]
-    return f"{verdicts.conclusion(runs, arms)}\n## Communication\n\n{markdown_table(rows)}"
+    return f"{verdicts.conclusion(out, arms)}\n## Communication\n\n{markdown_table(rows)}"
 
 
-def reduced_bytes(runs: Path, arm: str) -> int:
+def reduced_bytes(runs: Runs, arm: str) -> int:
     """Returns the bytes that a device reduces in a run of the arm, equal for all seeds; up to the last logged step."""
-    lines = files.read_metrics(next(runs.glob(f"{arm}-seed*")) / files.METRICS)
+    lines = next(iter(tested_runs(runs, arm).values()))["metrics"]
     return next(line["reduced_bytes"] for line in reversed(lines) if "reduced_bytes" in line)
 
 

@@ -9,6 +9,7 @@ import math
 import statistics
 from pathlib import Path
 
+import archive
 import study
 import verdicts
 from matplotlib.collections import LineCollection
@@ -26,8 +27,7 @@ EQUAL = 0.2  # points; an ensemble that is so close to the merged model in every
 def main(results: Path, out: Path) -> None:
     """Draws what there is of results/study into a folder; nothing where no arm has three seeds."""
     for name, arms_of in study.EXPERIMENTS.items():
-        runs = results / name / "runs"
-        if not runs.is_dir():
+        if not (runs := archive.kept(results / name)):
             continue
         arms = arms_of(results)
         compared = verdicts.comparisons(verdicts.read(runs, arms), arms)
@@ -37,7 +37,7 @@ def main(results: Path, out: Path) -> None:
         if shown := [item for item in repeated if item.model != "ensemble" or apart(item, merged)]:
             (out / name).mkdir(parents=True, exist_ok=True)
             figures.save(differences(name, shown), out / name / "differences.png")
-    if (results / "C" / "runs").is_dir():
+    if archive.kept(results / "C"):
         figures.save(bytes_against_accuracy(results), out / "bytes.png")
 
 
@@ -75,8 +75,8 @@ def differences(name: str, compared: list[verdicts.Comparison]) -> Figure:
 def bytes_against_accuracy(results: Path) -> Figure:
     """Returns accuracy, mean ± sample deviation, against the bytes that a device reduces until the last
     logged step."""
-    arms = dict.fromkeys(study.bytes_against_accuracy(), results / "C" / "runs")
-    if (runs := results / "H" / "runs").is_dir():
+    arms = dict.fromkeys(study.bytes_against_accuracy(), archive.kept(results / "C"))
+    if runs := archive.kept(results / "H"):
         inside = [name for name in study.inside(results) if name.startswith(("dense_rate2", "local", "mlp_outer"))]
         arms |= dict.fromkeys(inside, runs)
     figure, ((axes,),) = figures.subplots(1, 1, (9, 5.5))

@@ -1,13 +1,13 @@
 """Trains variants of an experiment, several seeds each, and reports them in one table. The scripts beside it that list
 variants import it.
 
-What a report reads of a finished run is kept in OUT/runs. A sweep that is started again, also from another clone,
-trains only what is not there, and exits where that was trained with other settings; a run that was stopped goes on from
-RUNS. What follows `--` on the command line goes to every `jvitmoe.train`.
+What a report reads of a finished run is kept in OUT/runs.jsonl.gz (archive.py), and unpacked into OUT/runs for the
+report. A sweep that is started again, also from another clone, trains only what the archive has not, and exits where
+that was trained with other settings; a run that was stopped goes on from RUNS. What follows `--` on the command line
+goes to every `jvitmoe.train`.
 """
 
 import argparse
-import dataclasses
 import math
 import os
 import queue
@@ -17,17 +17,20 @@ import signal
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+import archive
+from archive import Run, Runs
 from scipy import stats
 
 from jvitmoe import cli, config, train
 from jvitmoe.data import datasets
-from jvitmoe.runs import files, groups, results
+from jvitmoe.runs import files, groups
 
 SEED = "{seed}"  # in the value of a setting: the seed of the run
 
@@ -46,7 +49,7 @@ def main(
     *,
     figures: Sequence[str] = (),
     evaluate: Sequence[str] = (),
-    conclusion: Callable[[Path], str] = lambda runs: "",
+    conclusion: Callable[[Path], str] = lambda out: "",
     arguments: Sequence[str] | None = None,
 ) -> None:
     """Runs the command line of a script and exits if a run failed; with --dry_run it prints commands and exits.
@@ -55,34 +58,38 @@ def main(
         description: the script's docstring.
         figures: variants whose picture of mergeability is kept, of seed 0.
         evaluate: flags for every `jvitmoe.evaluate`.
-        conclusion: returns the end of the report from the folder with what is kept of the runs.
+        conclusion: returns the end of the report from its folder, which has the archive of the kept runs.
         arguments: of the command line, without those that the script has read itself; None for all.
     """
     options = _options(description, variants, arguments)
-    kept = options.out / "runs"
+    file, kept = options.out / archive.FILE, archive.kept(options.out)
     # Seed by seed, so that a table of all variants can be had after the first third.
     names = [name for name in variants if not options.only or name in options.only]
     seeds = range(options.first_seed, options.first_seed + options.seeds)
     every = {f"{name}-seed{seed}": (variants[name], seed) for seed in seeds for name in names}
-    todo = {name: item for name, item in every.items() if not (kept / name / files.RESULT).exists()}
+    todo = {name: item for name, item in every.items() if name not in kept}
     for name, variant in variants.items():  # the report has all that is kept, also of other seeds and without --only
-        for folder in tested_runs(kept, name):
-            seed = int(folder.name.removeprefix(f"{name}-seed"))
-            if changed := _changed(folder, _command(folder.name, variant, seed, options), options.runs):
-                sys.exit(f"{folder} was trained with {changed}; give another --out")
-    print(f"{len(every)} runs, {len(every) - len(todo)} of them kept in {kept}", flush=True)
+        for run_name, run in tested_runs(kept, name).items():
+            seed = int(run_name.removeprefix(f"{name}-seed"))
+            if changed := _changed(run, _command(run_name, variant, seed, options), options.runs):
+                sys.exit(f"{file}: {run_name} was trained with {changed}; give another --out")
+    print(f"{len(every)} runs, {len(every) - len(todo)} of them kept in {file}", flush=True)
     if options.dry_run:
         print("\n".join(shlex.join(["python", "-m", *_command(name, *todo[name], options)]) for name in todo))
         sys.exit()
-    kept.mkdir(parents=True, exist_ok=True)
+    options.out.mkdir(parents=True, exist_ok=True)
     options.runs.mkdir(parents=True, exist_ok=True)
     failed = _train(todo, options, evaluate)
     problem = f"{len(failed)} runs failed: {', '.join(failed)}; see their logs in {options.runs}"
     if len(failed) == len(every):
         sys.exit(problem)
     # Also variants that --only left out, and seeds of earlier calls.
-    folders = [str(folder) for name in variants for folder in tested_runs(kept, name)]
+    kept = archive.kept(options.out)
+    reported = {name: run for variant in variants for name, run in tested_runs(kept, variant).items()}
+    archive.write(file, {**reported, **kept})  # in the report's order, whatever ended first
+    folders = [str(folder) for folder in archive.unpack(reported, options.out / "runs")]
     subprocess.run([sys.executable, "-m", "jvitmoe.report", *folders, f"--out={options.out}"], check=True)
+    (options.out / "runs.json").unlink()  # the report's record, which the archive has too
     for name in figures:
         if (figure := options.runs / f"{name}-seed0" / files.MERGEABILITY).exists():
             shutil.copy(figure, options.out / f"mergeability_{name}.png")
@@ -92,7 +99,7 @@ def main(
         )
         text.write(f"\nWritten by `python {shlex.join(sys.argv)}`{shared if options.jobs > 1 else ''}.\n")
         text.writelines(f"\n{name} failed: {_last_line(options.runs / f'{name}.log')}\n" for name in failed)
-        text.write(conclusion(kept))
+        text.write(conclusion(options.out))
     if failed:
         sys.exit(problem)
 
@@ -109,22 +116,21 @@ def config_of(flags: Sequence[str]) -> config.Config:
 
 
 def accuracies(
-    runs: Path, name: str, models: Sequence[str] = ("dense", "merged", "ensemble", "EMA")
+    runs: Runs, name: str, models: Sequence[str] = ("dense", "merged", "ensemble", "EMA")
 ) -> dict[str, dict[str, float]]:
     """Returns model -> seed -> accuracy on the test split, %, of a variant's models."""
     found: dict[str, dict[str, float]] = {}
-    for folder, result in tested_runs(runs, name).items():
-        by_model = groups.by_seed([result])
+    for run_name, run in tested_runs(runs, name).items():
+        by_model = groups.by_seed([run["result"]])
         for model in models:
             if model in by_model:
-                found.setdefault(model, {})[folder.name.rpartition("-")[2]] = 100 * by_model[model][0]
+                found.setdefault(model, {})[run_name.rpartition("-")[2]] = 100 * by_model[model][0]
     return found
 
 
-def tested_runs(runs: Path, name: str) -> dict[Path, dict[str, Any]]:
-    """Returns folder -> what its result.json has, of the runs of a variant that were tested."""
-    folders = [folder for folder in sorted(runs.glob(f"{name}-seed*")) if (folder / files.RESULT).exists()]
-    return {folder: results.read_result(folder) for folder in folders}
+def tested_runs(runs: Runs, name: str) -> dict[str, Run]:
+    """Returns the runs of a variant, by name."""
+    return {run: runs[run] for run in sorted(runs) if run.startswith(f"{name}-seed")}
 
 
 def mean_cell(values: Sequence[float], form: str = ".2f") -> str:
@@ -185,7 +191,8 @@ def _train(todo: Mapping[str, tuple[Variant, int]], options: argparse.Namespace,
         finally:
             seconds.append(time.monotonic() - began)
             shares.put(share)
-        _keep(workdir, options.out / "runs" / name)
+        with writing:  # the archive is read, and written with one run more
+            archive.write(options.out / archive.FILE, {**archive.kept(options.out), name: _kept(workdir)})
         return 0
 
     def stop(number: int, _: object) -> None:
@@ -193,7 +200,7 @@ def _train(todo: Mapping[str, tuple[Variant, int]], options: argparse.Namespace,
             process.terminate()
         os._exit(128 + number)
 
-    running: set[subprocess.Popen[bytes]] = set()
+    running, writing = set[subprocess.Popen[bytes]](), threading.Lock()
     before = signal.signal(signal.SIGTERM, stop)
     seconds: list[float] = []  # of every run that has ended
     failed = []
@@ -223,9 +230,9 @@ def _command(name: str, variant: Variant, seed: int, options: argparse.Namespace
     ]
 
 
-def _changed(folder: Path, command: list[str], runs: Path) -> str:
+def _changed(run: Run, command: list[str], runs: Path) -> str:
     """Returns in words the first setting in which a kept run differs from what a command would train, or ""."""
-    kept, new = groups.read_config(folder), config_of(command[1:])
+    kept, new = config.from_dict(run["config"]).validate(), config_of(command[1:])
     new.model.classes = new.model.classes or kept.model.classes  # 0: as many as the data have, which a run writes down
     changed = datasets.differences(kept, new)
     source = Path(new.init.source)
@@ -239,11 +246,8 @@ def _last_line(log: Path) -> str:
     return next((line.strip() for line in reversed(lines) if line.strip()), "its log is empty")
 
 
-def _keep(workdir: Path, folder: Path) -> None:
-    """Copies to `folder` what a report reads of a run, without the place of its data on this machine."""
-    folder.mkdir(exist_ok=True)
-    loaded = groups.read_config(workdir)
-    loaded = dataclasses.replace(loaded, data=dataclasses.replace(loaded.data, dir=""))
-    files.write_text(folder / files.CONFIG, config.dumps(loaded))
-    shutil.copy(workdir / files.METRICS, folder)
-    shutil.copy(workdir / files.RESULT, folder)  # last: the run counts as kept from here on
+def _kept(workdir: Path) -> Run:
+    """Returns what a report reads of a run, without the place of its data on this machine."""
+    run = archive.of_folder(workdir)
+    run["config"]["data"]["dir"] = ""
+    return run

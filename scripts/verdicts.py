@@ -5,6 +5,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+import archive
+from archive import Runs
 from sweep import Variant, accuracies, interval, mean_cell
 
 from jvitmoe.runs.console import markdown_table
@@ -26,10 +28,10 @@ class Comparison(NamedTuple):
     paired: list[float]  # differences in points
 
 
-def conclusion(runs: Path, arms: Arms) -> str:
+def conclusion(out: Path, arms: Arms) -> str:
     """Returns the end of a report: the accuracies of all arms, all comparisons, and which arms are better than all that
     they are compared with."""
-    found = read(runs, arms)
+    found = read(archive.kept(out), arms)
     compared = comparisons(found, arms)
     if not compared:
         return "\n## Verdicts\n\nNo two arms have been trained that are compared.\n"
@@ -40,7 +42,7 @@ def conclusion(runs: Path, arms: Arms) -> str:
     )
 
 
-def read(runs: Path, arms: Iterable[str]) -> Found:
+def read(runs: Runs, arms: Iterable[str]) -> Found:
     """Returns the accuracies of the arms that have results."""
     found = {name: accuracies(runs, name) for name in arms}
     return {name: models for name, models in found.items() if models}

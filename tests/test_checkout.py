@@ -5,7 +5,6 @@ import subprocess
 from pathlib import Path
 
 import pytest
-import runs_csv
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -23,8 +22,3 @@ def test_ci_runs_the_readme_s_commands_in_its_order_and_the_long_tests():
     commands = [line.split("#")[0].strip() for line in readme.splitlines() if line.startswith("make ")]
     script = [line for line in (ROOT / ".ci" / "run").read_text().splitlines() if line.startswith("make ")]
     assert script == [*commands, "make test-long"]
-
-
-def test_the_flat_file_of_all_runs_is_that_of_the_results():
-    """After new results: python scripts/runs_csv.py results results/runs.csv."""
-    assert (ROOT / "results" / "runs.csv").read_text() == runs_csv.text(ROOT / "results")

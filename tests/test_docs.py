@@ -29,7 +29,7 @@ from processes import call
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = sorted((ROOT / "docs").glob("*.md"))
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *DOCS]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "results" / "README.md", *DOCS]
 
 # The tests that run the Python and bash blocks of a page: one for each block, in their order, or one for all of them.
 DEPLOY = "test_deploy_page.py::test_every_block_of_the_page_runs"
@@ -227,8 +227,7 @@ def test_differences_with_intervals_are_those_of_the_reports(page, folders):
 
 def test_the_router_tables_are_those_of_the_kept_runs_in_the_report_and_in_routing_md():
     arms = routers.table(ROOT / "results", Path())
-    kept = ROOT / "results" / "routers" / "runs"
-    found = routers.tables(routers.rows(kept, arms, *arms["switch"].against))
+    found = routers.tables(routers.rows(ROOT / "results" / "routers", arms, *arms["switch"].against))
     for name in ("results/routers/report.md", "docs/routing.md"):
         text = (ROOT / name).read_text()
         assert all(markdown_table(table) in text for table in found), name

@@ -15,6 +15,7 @@ import types
 from pathlib import Path
 
 import ablate_recipe
+import archive
 import compare_routers
 import pytest
 import reproduce_original
@@ -29,7 +30,7 @@ from jvitmoe import config as config_lib
 from jvitmoe import evaluate, experiment_files, routing, train
 from jvitmoe.errors import UserError
 from jvitmoe.experts import cost
-from jvitmoe.runs import files, results
+from jvitmoe.runs import files
 from tested_runs import write_tested_run
 
 EXPERIMENT = """
@@ -85,10 +86,12 @@ def test_every_router_of_the_tables_costs_what_dense_costs():
 
 
 def test_the_search_of_routers_takes_dense_s_learning_rate_and_goes_on_while_a_best_rate_is_at_an_edge(tmp_path):
+    folder = tmp_path / routers.SEARCH
+    folder.mkdir()
+
     def run(name, accuracy):
-        folder = tmp_path / routers.SEARCH / "runs" / f"{name}-seed0"
-        folder.mkdir(parents=True)
-        (folder / files.METRICS).write_text(json.dumps({"step": 1, "kind": "validation", "accuracy": accuracy}) + "\n")
+        metrics = [{"step": 1, "kind": "validation", "accuracy": accuracy}]
+        archive.write(folder / archive.FILE, {**archive.kept(folder), f"{name}-seed0": {"metrics": metrics}})
 
     best_at = dict.fromkeys(routers.SEARCHED, 2.0) | {"switch": 0.5, "batch": 16.0}
     best_at |= {"learning_rate": 5e-4, routers.LONG: 1e-3, "switch_capacity1": 1.0}
@@ -171,8 +174,8 @@ def test_routers_agree_that_part_patches_alike_whatever_their_experts_are_called
 
 
 def test_the_original_s_report_ends_with_the_rows_of_the_routers(tmp_path):
-    for name in ("dense", "switch"):
-        shutil.copytree(processes.ROOT / "results" / "routers" / "runs" / f"{name}-seed0", tmp_path / f"{name}-seed0")
+    kept = archive.kept(processes.ROOT / "results" / "routers")
+    archive.write(tmp_path / archive.FILE, {name: kept[name] for name in ("dense-seed0", "switch-seed0")})
     rows = reproduce_original.conclusion(tmp_path).partition("## Routers")[2]
     assert re.findall(r"^\| (\w+) \| (dense|routed) \| 1 \| \d\d\.\d\d ", rows, re.MULTILINE) == [
         ("dense", "dense"),
@@ -183,8 +186,8 @@ def test_the_original_s_report_ends_with_the_rows_of_the_routers(tmp_path):
 @pytest.mark.long
 def test_a_row_of_the_router_table_is_what_the_files_of_its_runs_say(tmp_path, monkeypatch):
     (tmp_path / "tiny.py").write_text(EXPERIMENT)
-    kept = tmp_path / "out" / "runs"
-    kept.mkdir(parents=True)
+    out, kept = tmp_path / "out", {}
+    out.mkdir()
     trained = {"dense": {}, "switch": {"routing.kind": "switch", "routing.experts": 4}}
     common = {"data.dir": str(tmp_path), "optim.mlp_rate": 2.0}
     trained = {name: sweep.Variant({**common, **settings}) for name, settings in trained.items()}
@@ -193,29 +196,28 @@ def test_a_row_of_the_router_table_is_what_the_files_of_its_runs_say(tmp_path, m
         train.main(["train", *sweep.flags_of(str(tmp_path / "tiny.py"), variant), f"--workdir={workdir}"])
         evaluate.main(["evaluate", f"--workdir={workdir}", "--paths=0"])
         for arm, seed in itertools.product(("dense", "dense_rate2") if name == "dense" else ("switch",), range(3)):
-            sweep._keep(workdir, kept / f"{arm}-seed{seed}")
+            kept[f"{arm}-seed{seed}"] = sweep._kept(workdir)
     # One seed calls the experts by other names, drops half as many choices, and is 3 points better.
-    folder = kept / "switch-seed1"
-    result = results.read_result(folder)
+    changed = kept["switch-seed1"]
+    result = changed["result"]
     renamed = str.maketrans("0123", "2301")
     layers = result["routes"]["experts"]
     result["routes"]["experts"] = [[text.translate(renamed) for text in images] for images in layers]
     result["rows"] = [row | {"accuracy": row["accuracy"] + 0.03} for row in result["rows"]]
-    results.save_result(folder, result)
-    logged = [line for line in files.read_metrics(folder / files.METRICS) if "router/dropped/layer0" in line]
-    halved = [line | {"router/dropped/layer0": line["router/dropped/layer0"] / 2} for line in logged]
-    (folder / files.METRICS).write_text("".join(json.dumps(line) + "\n" for line in halved))
+    logged = [line for line in changed["metrics"] if "router/dropped/layer0" in line]
+    changed["metrics"] = [line | {"router/dropped/layer0": line["router/dropped/layer0"] / 2} for line in logged]
+    archive.write(out / archive.FILE, kept)
     monkeypatch.setattr(routers, "ROUNDS", 1)
     monkeypatch.setattr(timed_step, "VISIT_SECONDS", 0.0)
-    routers.measure(str(tmp_path / "tiny.py"), trained, tmp_path / "out")
-    timed = json.loads((tmp_path / "out" / routers.TIMES).read_text())["rows"]
+    routers.measure(str(tmp_path / "tiny.py"), trained, out)
+    timed = json.loads((out / routers.TIMES).read_text())["rows"]
 
     arms = trained | {"dense_rate2": trained["dense"]}
-    cells = {(cell["arm"], cell["model"]): cell for cell in routers.rows(kept, arms, "dense_rate2")}
+    cells = {(cell["arm"], cell["model"]): cell for cell in routers.rows(out, arms, "dense_rate2")}
     of_switch = {("switch", model) for model in ("routed", "merged", "merged, gated")}
     assert set(cells) == {("dense", "dense"), ("dense_rate2", "dense")} | of_switch
     routed, reference = cells["switch", "routed"], cells["dense_rate2", "dense"]
-    first = results.read_result(kept / "switch-seed0")
+    first = kept["switch-seed0"]["result"]
     accuracy = {row["model"]: 100 * row["accuracy"] for row in first["rows"]}
     assert routed["accuracy"] == f"{accuracy['routed'] + 1:.2f} ± {math.sqrt(3):.2f}"
     less = accuracy["routed"] + 1 - float(reference["accuracy"].split()[0])
@@ -247,10 +249,10 @@ def test_a_row_of_the_router_table_is_what_the_files_of_its_runs_say(tmp_path, m
     assert sorted(firsts, key=lambda cell: -float(cell["accuracy"].split()[0])) == firsts
     trained_as = {("dense", "dense"), ("dense_rate2", "dense"), ("switch", "routed")}
     assert {(cell["arm"], cell["model"]) for cell in firsts} == trained_as
-    shutil.rmtree(kept / "switch-seed2")
-    assert "(" not in routers.rows(kept, arms, "dense_rate2")[1]["minus dense_rate2"]  # no interval of two seeds
+    archive.write(out / archive.FILE, {name: run for name, run in kept.items() if name != "switch-seed2"})
+    assert "(" not in routers.rows(out, arms, "dense_rate2")[1]["minus dense_rate2"]  # no interval of two seeds
     narrower = {"switch": sweep.Variant(trained["switch"].settings | {"model.expert_hidden": 4})}
-    assert routers.rows(kept, narrower, "dense")[0]["step time / dense"] == "-"  # what was timed is another step
+    assert routers.rows(out, narrower, "dense")[0]["step time / dense"] == "-"  # what was timed is another step
     routers.picture(list(cells.values()))
 
 
@@ -270,18 +272,18 @@ def test_a_kept_run_whose_classes_were_counted_is_the_run_that_its_flags_would_t
     config = sweep.config_of(command[1:])
     assert config.model.classes == 0
     config.model.classes = 3  # a run writes down how many its folder has
-    (tmp_path / files.CONFIG).write_text(config_lib.dumps(config))
-    assert sweep._changed(tmp_path, command, tmp_path) == ""
-    assert sweep._changed(tmp_path, [*command, "--config.model.classes=2"], tmp_path) == "model.classes=3, not 2"
+    run = {"config": config_lib.to_dict(config)}
+    assert sweep._changed(run, command, tmp_path) == ""
+    assert sweep._changed(run, [*command, "--config.model.classes=2"], tmp_path) == "model.classes=3, not 2"
 
 
-def test_a_kept_run_may_have_started_from_a_run_of_the_sweep_in_another_folder(tmp_path):
+def test_a_kept_run_may_have_started_from_a_run_of_the_sweep_in_another_folder():
     command = ["jvitmoe.train", "--config=digits_dense"]
     config = sweep.config_of(command[1:])
     config.init.source = "there/half-seed1"
-    (tmp_path / files.CONFIG).write_text(config_lib.dumps(config))
+    run = {"config": config_lib.to_dict(config)}
     for source, changed in (("here/half-seed1", ""), ("here/half-seed2", "seed2'"), ("other/half-seed1", "seed1'")):
-        found = sweep._changed(tmp_path, [*command, f"--config.init.source={source}"], Path("here"))
+        found = sweep._changed(run, [*command, f"--config.init.source={source}"], Path("here"))
         assert found.endswith(changed)
         assert bool(found) == bool(changed)
 
@@ -291,8 +293,10 @@ def test_a_report_has_no_kept_run_of_other_settings_also_none_of_a_seed_or_varia
     tmp_path, asked
 ):
     (tmp_path / "tiny.py").write_text("from jvitmoe.config import Config\n\ndef get_config():\n    return Config()\n")
-    (tmp_path / "out" / "runs").mkdir(parents=True)
-    write_tested_run(tmp_path / "out" / "runs" / "dense-seed0", train__epochs=1)
+    for folder in ("kept", "out"):
+        (tmp_path / folder).mkdir()
+    write_tested_run(tmp_path / "kept" / "dense-seed0", train__epochs=1)
+    archive.write(tmp_path / "out" / archive.FILE, archive.pack([tmp_path / "kept"]))
     variants = {"dense": sweep.Variant({"train.epochs": 1}), "other": sweep.Variant({"model.width": 8})}
     arguments = [f"--config={tmp_path / 'tiny.py'}", f"--runs={tmp_path}", f"--out={tmp_path / 'out'}", "--seeds=1"]
     arguments += [*asked, "--dry_run", "--"]
@@ -331,19 +335,19 @@ def test_a_sweep_started_again_trains_only_what_is_not_kept(tmp_path, monkeypatc
     assert "FAILED" not in printed
     report = (tmp_path / "out" / "report.md").read_text()
     (row,) = re.findall(r"\| recipe \| (\S+) \| (\S+) \| (\S+) \| (\S+) \|", report)
-    kept = {folder.name: folder for folder in (tmp_path / "out" / "runs").iterdir()}
-    assert set(kept) == {"dense_recipe-seed0", "random_recipe-seed0"}
+    kept = archive.kept(tmp_path / "out")
+    assert list(kept) == ["dense_recipe-seed0", "random_recipe-seed0"]
     for name, model, shown in (("dense_recipe-seed0", "dense", row[0]), ("random_recipe-seed0", "merged", row[2])):
-        folder = kept[name]
-        result = json.loads((folder / "result.json").read_text())
-        (accuracy,) = (r["accuracy"] for r in result["rows"] if r["model"] == model)
+        (accuracy,) = (r["accuracy"] for r in kept[name]["result"]["rows"] if r["model"] == model)
         assert float(shown) == pytest.approx(100 * accuracy, abs=0.005)
-        assert str(tmp_path) not in (folder / "config.json").read_text()
+        assert str(tmp_path) not in json.dumps(kept[name]["config"])
+        for file in (files.METRICS, files.RESULT):  # as the run left them
+            unpacked = tmp_path / "out" / "runs" / name / file
+            assert unpacked.read_bytes() == (tmp_path / "runs" / name / file).read_bytes()
 
-    for seed in (0, 1):
-        shutil.copytree(kept["dense_recipe-seed0"], tmp_path / "original" / f"dense-seed{seed}")
-    dense, switch, _ = reproduce_original.table(tmp_path / "original")
-    result = json.loads((kept["dense_recipe-seed0"] / "result.json").read_text())
+    run = kept["dense_recipe-seed0"]
+    dense, switch, _ = reproduce_original.table({f"dense-seed{seed}": run for seed in (0, 1)})
+    result = run["result"]
     assert (dense["seeds"], dense["accuracy"]) == ("2", f"{100 * result['rows'][0]['accuracy']:.2f} ± 0.00")
     assert float(dense["s per 60,000 images"]) == pytest.approx(60_000 / result["images_per_second"], abs=0.005)
     assert (switch["seeds"], switch["accuracy"], switch["original"]) == ("0", "-", "71.1")
@@ -359,9 +363,10 @@ def test_a_sweep_started_again_trains_only_what_is_not_kept(tmp_path, monkeypatc
     with pytest.raises(SystemExit, match=r"recipe-seed0 was trained with train.epochs=1, not 2; give another --out"):
         runpy.run_path(ablate_recipe.__file__, run_name="__main__")
 
-    # In another clone there are no checkpoints: what is kept is enough, and what is missing is trained again.
+    # In another clone there are no run folders: the archive is enough, and what is missing is trained again.
     shutil.rmtree(tmp_path / "runs")
-    shutil.rmtree(kept["random_recipe-seed0"])
+    shutil.rmtree(tmp_path / "out" / "runs")
+    archive.write(tmp_path / "out" / archive.FILE, {"dense_recipe-seed0": run})
     printed = run_sweep(tmp_path)
     assert "2 runs, 1 of them kept" in printed
     assert [folder.name for folder in (tmp_path / "runs").iterdir() if folder.is_dir()] == ["random_recipe-seed0"]
@@ -372,7 +377,5 @@ def test_a_sweep_started_again_trains_only_what_is_not_kept(tmp_path, monkeypatc
     argv = command(tmp_path)
     argv.remove("random_recipe")
     subprocess.run([*argv[:2], "--first_seed=1", *argv[2:]], capture_output=True, check=True)
-    seeds = {
-        name: set(group["seeds"]) for name, group in json.loads((tmp_path / "out" / "runs.json").read_text()).items()
-    }
-    assert seeds == {"dense_recipe": {"0", "1"}, "random_recipe-seed0": {"0"}}
+    assert list(archive.kept(tmp_path / "out")) == ["dense_recipe-seed0", "dense_recipe-seed1", "random_recipe-seed0"]
+    assert "| dense_recipe | dense | " in (tmp_path / "out" / "report.md").read_text()
