@@ -1,6 +1,6 @@
 """Draws the pictures in results/ again, from the numbers beside them: `python scripts/redraw.py [--out DIR]`.
 
-Curves are drawn where there are some, and the history is kept.
+They have 256 colours, which takes a third of the space. Curves are drawn where there are some, and the history is kept.
 """
 
 import argparse
@@ -17,6 +17,7 @@ import scaling_check
 import scaling_model
 import study_figures
 from archive import Run, Runs
+from PIL import Image
 
 from jvitmoe.runs import figures, groups
 
@@ -64,6 +65,13 @@ def draw_curves(by_group: Mapping[str, Runs], out: Path) -> None:
             figures.save(curves, out / CURVES)
 
 
+def reduce_colours(path: Path) -> None:
+    """Writes a picture again with 256 colours if it is one of matplotlib's."""
+    with Image.open(path) as picture:
+        if picture.mode == "RGBA":
+            picture.convert("RGB").quantize(256, dither=Image.Dither.NONE).save(path, optimize=True)
+
+
 def read(path: Path) -> Any:
     return json.loads(path.read_text())
 
@@ -78,6 +86,8 @@ def main() -> None:
         redraw(folder, out)
     routers.draw(RESULTS / "routers", routers.table(RESULTS, Path()), chosen.out / "routers")
     study_figures.main(RESULTS / "study", chosen.out / "study")
+    for path in chosen.out.rglob("*.png"):
+        reduce_colours(path)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import csv
 import gzip
 import re
 import sys
+from pathlib import Path
 
 import archive
 import pytest
@@ -29,6 +30,10 @@ def command(monkeypatch, capsys):
         return capsys.readouterr().out
 
     return run
+
+
+def of_results(path: Path) -> bool:
+    return "runs" not in path.relative_to(RESULTS).parts  # unpacked ones, which git ignores
 
 
 @pytest.mark.parametrize("experiment", ["routers_again", "study/D_pretrained", "digits_demo"])
@@ -118,3 +123,15 @@ def test_a_report_on_the_runs_of_an_archive_is_the_one_beside_it(tmp_path):
     made = re.sub("Command: .*", "", (tmp_path / "out" / "report.md").read_text())
     assert kept.startswith("# Runs\n")
     assert re.sub("Command: .*", "", kept).startswith(made)
+
+
+def test_results_are_few_and_small_and_hold_no_picture_that_no_page_shows():
+    found = [path for path in RESULTS.rglob("*") if path.is_file() and of_results(path)]
+    assert len(found) <= 150
+    assert sum(path.stat().st_size for path in found) <= 10_000_000
+    pages = [processes.ROOT / "README.md", *processes.ROOT.glob("docs/*.md")]
+    pages += [path for path in found if path.suffix == ".md"]
+    shown = {(page.parent / link).resolve() for page in pages for link in re.findall(r"\]\((\S+?)\)", page.read_text())}
+    pictures = {path for path in found if path.suffix == ".png"}
+    assert pictures <= shown
+    assert {path for path in shown if path.suffix == ".png"} - pictures == set()

@@ -6,6 +6,7 @@ import json
 import re
 from unittest import mock
 
+import archive
 import benchmark
 import numpy as np
 import pytest
@@ -247,6 +248,20 @@ def test_a_panel_of_the_benchmark_shows_one_quantity(name):
     shown, _ = time.transData.inverted().transform([at for at, _ in marks(time)]).T
     assert shown == pytest.approx([row["times_dense"] for row in rows])
     assert len(benchmark.throughput([row for row in rows if row["model"] != "dense"]).axes) == 1
+
+
+def test_a_picture_of_256_colours_is_the_same_to_the_eye(tmp_path):
+    path = tmp_path / "curves.png"
+    redraw.draw_curves(redraw.grouped(archive.kept(RESULTS / "routers_again")), tmp_path)
+    before, size = np.asarray(Image.open(path).convert("RGB"), int), path.stat().st_size
+    redraw.reduce_colours(path)
+    apart = np.abs(np.asarray(Image.open(path).convert("RGB")) - before)
+    assert path.stat().st_size < size / 2
+    assert apart.mean() < 0.5  # of 255
+    assert apart[(before == 255).all(-1)].max() == 0  # the background stays white
+    reduced = path.read_bytes()
+    redraw.reduce_colours(path)
+    assert path.read_bytes() == reduced
 
 
 @pytest.mark.slow
