@@ -150,7 +150,7 @@ class RoutingConfig:
         "batch",
         "which expert runs. Drawn at random: batch, one for all images and layers (the original); layer, one per "
         "layer; sample, each on a share of the images; token, each on a share of an image's tokens. By a router: "
-        "switch, topk, expert_choice, soft, hash, frozen",
+        "switch, topk, expert_choice, soft, hash",
     )
     pattern: tuple[str, ...] = setting(("experts",), """kinds of layers, repeated over depth: '("dense","experts")'""")
     part: str = setting(
@@ -161,21 +161,14 @@ class RoutingConfig:
     )
     init: str = setting("independent", "experts start different (the original) or equal", ("independent", "shared"))
     pull: float = setting(0.0, "share of the way to their mean that experts move (EWA, PAPA)", at_least=0, at_most=1)
-    pull_every: int = setting(
-        1, "steps between two pulls, or two steps of the outer optimiser; with qsr, at the highest rate", above=0
-    )
-    pull_schedule: str = setting(
-        "constant",
-        "pull over training: as the learning_rate, or rarer while that falls (QSR)",
-        ("constant", "learning_rate", "qsr"),
-    )
-    top_k: int = setting(2, "experts of a token: topk; frozen at the start, growing to all experts", above=0)
+    pull_every: int = setting(1, "steps between two pulls", above=0)
+    top_k: int = setting(2, "experts of a token: topk", above=0)
     capacity: float = setting(
         1.25,
-        "slots per expert = capacity * K * tokens / experts: switch, topk, frozen; expert_choice with K = 1",
+        "slots per expert = capacity * K * tokens / experts: switch, topk; expert_choice with K = 1",
         above=0,
     )
-    eval_capacity: float = setting(2.0, "capacity in evaluation: switch, topk, frozen", above=0)
+    eval_capacity: float = setting(2.0, "capacity in evaluation: switch, topk", above=0)
     balance_loss: float = setting(
         0.01, "coefficient of the load-balancing loss, the mean over layers (Switch, V-MoE: the sum)", at_least=0
     )
@@ -195,7 +188,7 @@ class RoutingConfig:
     @property
     def averages_every_step(self) -> bool:
         """True if all experts are equal after every step."""
-        return self.pull == self.pull_every == 1 and self.pull_schedule == "constant"
+        return self.pull == self.pull_every == 1
 
 
 @dataclasses.dataclass
@@ -223,21 +216,6 @@ class OptimConfig:
     warmup_epochs: float = setting(0.0, "linear from 0, at most half of training; only if schedule=step", at_least=0)
     clip_norm: float = setting(0.0, "largest global norm of the gradient; 0 does not clip", at_least=0)
     eps: float = setting(1e-8, "epsilon of Adam", above=0)
-    outer_rate: float = setting(
-        0.0,
-        "learning rate of an outer optimiser, which steps from the last pull toward the experts' mean, or toward a "
-        "dense model (DiLoCo: 0.7); 0: none",
-        at_least=0,
-    )
-    outer_momentum: float = setting(0.6, "Nesterov momentum of the outer optimiser", at_least=0, below=1)
-    primal_averaging: float = setting(
-        0.0,
-        "decay of a running mean of the weights, which is the dense model; gradients are taken between both (GPA: "
-        "0.9967); 0: none",
-        at_least=0,
-        below=1,
-    )
-    primal_share: float = setting(0.7, "share of that mean where gradients are taken", at_least=0, at_most=1)
     layer_decay: float = setting(
         1.0, "ratio of a layer's learning rate to that of the next layer, as in timm; 1 is off", above=0, at_most=1
     )
@@ -344,6 +322,13 @@ SETTINGS = {  # {"section.field": field}
     for section in dataclasses.fields(Config)
     for field in dataclasses.fields(getattr(Config(), section.name))
 }
+# Settings that are gone, at the values with which they did nothing: older run folders have them.
+RETIRED = {
+    "optim.outer_rate": 0.0,
+    "optim.primal_averaging": 0.0,
+    "routing.pull_schedule": "constant",
+}
+RETIRED_DETAILS = ("optim.outer_momentum", "optim.primal_share")  # of these
 # A run may resume with other values of these: they never change a number of training (but see `differences`).
 FREE_ON_RESUME = frozenset(path for path, field in SETTINGS.items() if field.metadata["free"])
 
@@ -355,7 +340,7 @@ def to_dict(config: Config) -> dict[str, dict[str, Any]]:
 
 def from_dict(values: dict[str, dict[str, Any]]) -> Config:
     """Returns the Config of `to_dict`. Absent fields get their defaults. Raises ConfigError for an unknown section or
-    field."""
+    field, and for one that is gone and changed what was trained."""
     config = Config()
     sections = {field.name for field in dataclasses.fields(config)}
     for section_name, section_values in values.items():
@@ -363,8 +348,13 @@ def from_dict(values: dict[str, dict[str, Any]]) -> Config:
             raise ConfigError(unknown_field(section_name))
         section = getattr(config, section_name)
         for name, value in section_values.items():
-            if f"{section_name}.{name}" not in SETTINGS:
-                raise ConfigError(unknown_field(f"{section_name}.{name}"))
+            path = f"{section_name}.{name}"
+            if path in RETIRED_DETAILS or (path in RETIRED and value == RETIRED[path]):
+                continue
+            if path in RETIRED:
+                raise ConfigError(f"config.{path} is {value!r}; the setting is gone; commit 6c750bb has it")
+            if path not in SETTINGS:
+                raise ConfigError(unknown_field(path))
             setattr(section, name, tuple(value) if isinstance(value, list) else value)  # JSON has no tuples
     return config
 

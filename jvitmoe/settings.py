@@ -138,12 +138,6 @@ def _train_faults(config: Config) -> Iterator[tuple[str, str]]:
         yield "optim.warmup_epochs", "must be 0 for optim.schedule=epoch; warm-up needs optim.schedule=step"
     if optim.freeze_layers > config.model.depth:
         yield "optim.freeze_layers", f"must be at most model.depth, which is {config.model.depth}"
-    if optim.outer_rate and routing.experts > 1 and routing.pull < 1:
-        yield "optim.outer_rate", "must be 0 for experts without routing.pull=1"
-    if optim.outer_rate and routing.pull_schedule == "learning_rate":
-        yield "optim.outer_rate", "must be 0 for routing.pull_schedule=learning_rate; an outer step has its own rate"
-    if optim.primal_averaging and (routing.experts > 1 or optim.outer_rate):
-        yield "optim.primal_averaging", "must be 0 with experts and with optim.outer_rate, whose mean is another"
     if optim.freeze_layers and routing.experts > 1 and routing.pull:
         yield "optim.freeze_layers", "must be 0 with routing.pull, which moves experts of all layers"
 
@@ -160,8 +154,6 @@ def _routing_faults(config: Config) -> Iterator[tuple[str, str]]:
         yield "routing.consistency", rule
     if routing.consistency > 1 and routing.consistency_loss == "cosub":
         yield "routing.consistency", "must be at most 1 for consistency_loss=cosub: it is a share of the loss"
-    if routing.pull_schedule == "qsr" and config.optim.schedule == "epoch":
-        yield "routing.pull_schedule", "must not be 'qsr' for optim.schedule=epoch; it needs the rate of every step"
     if config.trains_adapters_only and not init.source:
         yield "init.source", "must name a trained ViT for model.lora and model.adapter, which keep it frozen"
     if model.expert_hidden or model.shared_hidden:

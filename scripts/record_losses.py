@@ -35,7 +35,6 @@ RUNS = {
     "sample": SLOTS,
     "token": EXPERTS | {"routing.kind": "token"},
     **{name: EXPERTS | {"routing.kind": name} for name in ("switch", "topk", "expert_choice", "soft", "hash")},
-    "frozen": EXPERTS | {"routing.kind": "frozen", "routing.top_k": 1},
     "consistency": EXPERTS | {"routing.consistency": 1.0},
     "thor": EXPERTS | {"routing.consistency": 1.0, "routing.consistency_loss": "thor", "routing.kind": "layer"},
     "expert_axis": SLOTS | {"train.expert_devices": 2},
@@ -45,12 +44,14 @@ RUNS = {
     "cosub": SLOTS | {"routing.consistency": 0.5, "routing.consistency_loss": "cosub"},
     "muon": SLOTS | {"optim.name": "muon", "optim.mlp_rate": 4.0, "routing.pull": 1.0, "routing.init": "shared"},
     "muon_batch": EXPERTS | {"optim.name": "muon", "optim.mlp_rate": 2.0, "routing.pull": 0.1, "train.ema": 0.9},
-    "qsr": SLOTS | {"routing.pull": 1.0, "routing.pull_schedule": "qsr", "routing.pull_every": 2},
-    "pull_rate": EXPERTS | {"routing.pull": 0.5, "routing.pull_schedule": "learning_rate", "routing.kind": "layer"},
     "pull_constant": SLOTS | {"routing.pull": 0.1, "routing.pull_every": 2},
     "mlp_rate": {"optim.mlp_rate": 2.0, "optim.clip_norm": 0.5, "optim.layer_decay": 0.8, "train.ema": 0.9},
     "pattern_sample": SLOTS | {"routing.pattern": '("dense","experts")'},
     "rdrop": {"routing.consistency": 1.0, "routing.consistency_loss": "thor"},
+    "whole": SLOTS | {"routing.part": "model", "routing.pull": 1.0, "routing.pull_every": 4, "optim.clip_norm": 0.5},
+    "whole_axis": SLOTS | {"routing.part": "model", "train.expert_devices": 2, "optim.name": "muon"},
+    "shared_expert": EXPERTS
+    | {"routing.kind": "topk", "model.shared_hidden": 16, "model.expert_hidden": 16, "routing.balance_bias": 0.001},
     "pattern": EXPERTS | {"routing.pattern": '("dense","experts")', "routing.part": "down"},
 }
 

@@ -86,12 +86,10 @@ def test_a_setting_is_described_takes_its_default_and_refuses_what_is_outside_of
             {"routing__experts": 2, "routing__consistency": 1.5, "routing__consistency_loss": "cosub"},
             "a share of the loss",
         ),
-        ({"routing__pull_schedule": "qsr", "optim__schedule": "epoch"}, "needs the rate of every step"),
         (
             {"model__lora": 2, "init__source": "x", "model__shared_hidden": 4, "routing__experts": 4},
             "must be 0 with model.lora",
         ),
-        ({"optim__primal_averaging": 0.9, "routing__experts": 2}, "must be 0 with experts"),
         (
             {
                 **{"routing__experts": 2, "routing__kind": "layer"},
@@ -280,3 +278,10 @@ def test_a_message_shows_control_characters_escaped_and_long_values_cut_between_
         assert message.endswith("\\x1b[31m ; it must be 'digits': set it")
     assert errors.one_line(ValueError("\x1b]0;title\x07\n" + "x" * 20_000)).startswith("ValueError: \\x1b]0;title")
     assert str(UserError("a class 'é 字' in /a path")) == "a class 'é 字' in /a path"
+
+
+def test_a_setting_that_is_gone_is_read_where_it_did_nothing_and_else_refused():
+    old = {"optim": {"outer_rate": 0.0, "outer_momentum": 0.9}, "routing": {"pull_schedule": "constant"}}
+    assert config_lib.from_dict(old) == Config()
+    with pytest.raises(ConfigError, match=r"config.optim.outer_rate is 0.7; the setting is gone; commit \w+ has it"):
+        config_lib.from_dict({"optim": {"outer_rate": 0.7}})

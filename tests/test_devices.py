@@ -172,7 +172,7 @@ def test_an_expert_axis_reduces_the_trunk_and_means_of_experts_and_moves_no_imag
         {"routing": {"experts": 4, "kind": "sample", "pull": 0.1}},  # every device has all experts
         {"routing": {"experts": 4, "kind": "sample", "pull": 0.1}, "train": {"expert_devices": 2}},  # two hold each
         {"routing": {"experts": 4, "kind": "batch", "pull": 0.1, "consistency": 1.0}},
-        {"routing": {"experts": 4, "kind": "frozen"}},
+        {"routing": {"experts": 4, "kind": "topk"}},
         {"optim": {"freeze_layers": 1}},
         {"optim": {"freeze_layers": 2}},
         {"model": {"lora": 2}, "init": {"source": "x"}},
@@ -185,7 +185,7 @@ def test_the_bytes_that_are_counted_are_those_of_the_program(tiny_config, sectio
     mesh = make_mesh(config.train)
     plan = program.plan_for(config, mesh, 64)
     text = for_reading(program.lower(plan, 64)).as_text()
-    spreads, routed = config.train.expert_devices > 1, config.routing.kind == "frozen"
+    spreads, routed = config.train.expert_devices > 1, config.routing.kind == "topk"
     scalars = 2 + 4 * spreads + 20 * routed  # loss, accuracy; parts of the norm; statistics of two layers
     assert reduced_bytes(text, mesh.shape) == update.bytes_reduced(plan)(1) + 4 * scalars
 

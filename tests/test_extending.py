@@ -29,7 +29,7 @@ from jvitmoe.runs.checkpoints import CheckpointWriter
 from jvitmoe.runtime import compilation
 from jvitmoe.runtime.addresses import Purpose, address
 from jvitmoe.training import losses, optimizer, state
-from jvitmoe.training.update import PULL_SCHEDULES, directions
+from jvitmoe.training.update import directions
 
 pytestmark = pytest.mark.slow
 
@@ -163,7 +163,6 @@ def test_a_way_of_routing_is_a_class_and_a_line(monkeypatch, tiny_config, traini
     ("routed", "rule"),
     [
         ({"kind": "topk", "top_k": 3}, "config.routing.top_k is 3; it must be at most routing.experts, which is 2"),
-        ({"kind": "frozen", "top_k": 3}, "must be at most routing.experts"),
     ],
 )
 def test_a_router_that_breaks_its_rule_is_refused(tiny_config, routed, rule):
@@ -173,7 +172,6 @@ def test_a_router_that_breaks_its_rule_is_refused(tiny_config, routed, rule):
 
 def test_the_choices_of_a_setting_are_the_names_of_its_registry():
     choices = {path: field.metadata["choices"] for path, field in config_lib.SETTINGS.items()}
-    assert choices["routing.pull_schedule"] == tuple(PULL_SCHEDULES)
     assert choices["routing.consistency_loss"] == tuple(losses.CONSISTENCY_LOSSES)
 
 
@@ -181,7 +179,7 @@ def test_each_router_says_how_many_experts_a_token_passes_through():
     most = {name: find(name).most_experts(2, 8) for name in ROUTERS}
     settings = {name: RouterSettings(name, 8, top_k, capacity=1.5) for name, top_k in most.items()}
     found = {name: find(name).active_experts(settings[name], tokens=16) for name in ROUTERS}
-    assert found == {"switch": 1, "topk": 2, "expert_choice": 1.5, "soft": 1, "hash": 1, "frozen": 8, "token": 1}
+    assert found == {"switch": 1, "topk": 2, "expert_choice": 1.5, "soft": 1, "hash": 1, "token": 1}
     assert find("expert_choice").active_experts(settings["expert_choice"], tokens=4) == 2  # one slot per expert
 
 

@@ -1,4 +1,4 @@
-"""Local training: experts that are whole models, the outer optimiser, and averaging inside the optimiser."""
+"""Local training: experts that are whole models."""
 
 import functools
 
@@ -12,15 +12,14 @@ import pytest
 from jvitmoe import routing
 from jvitmoe.data import augment
 from jvitmoe.errors import ConfigError
-from jvitmoe.experts import merge, trees
+from jvitmoe.experts import merge
 from jvitmoe.models import vit
 from jvitmoe.runtime.devices import make_mesh
 from jvitmoe.runtime.programs import collectives, for_reading
-from jvitmoe.training import optimizer, program, state, update
+from jvitmoe.training import optimizer, program, update
 
 E = 4
 WHOLE = {"experts": E, "kind": "sample", "part": "model", "init": "shared"}
-MLPS = {"experts": E, "kind": "sample", "init": "shared"}
 
 
 @pytest.fixture
@@ -77,7 +76,7 @@ def test_a_whole_model_trains_as_a_dense_one_on_its_share_of_the_images(tiny_con
 
 @pytest.fixture(scope="module")
 def whole_run(tiny_config, training):
-    """Returns four steps of whole models with an outer optimiser, once for each setting: whole_run(devices=1)."""
+    """Returns four steps of whole models, once for each setting: whole_run(devices=1)."""
 
     @functools.cache
     def run(**train):
@@ -86,7 +85,7 @@ def whole_run(tiny_config, training):
                 data={"crop_padding": 1, "flip": True, "cutmix": 1.0},
                 model={"dropout": 0.2},
                 routing=WHOLE | {"pull": 1.0, "pull_every": 2},
-                optim={"eps": 1e-3, "clip_norm": 0.5, "outer_rate": 0.7},
+                optim={"eps": 1e-3, "clip_norm": 0.5},
                 train={"ema": 0.5, "batch_size": 16, "epochs": 8} | train,
             )
         ).run(4)
@@ -100,7 +99,7 @@ def whole_run(tiny_config, training):
     [{"devices": 4, "expert_devices": 4}, {"devices": 8, "expert_devices": 4}, {"devices": 4, "shard": "optimizer"}],
     ids=str,
 )
-def test_whole_models_and_their_outer_optimiser_are_the_same_on_any_devices(whole_run, train):
+def test_whole_models_are_the_same_on_any_devices(whole_run, train):
     one, many = whole_run(devices=1), whole_run(**train)
     chex.assert_trees_all_close(many.metrics, one.metrics, rtol=1e-6, atol=1e-6)
     chex.assert_trees_all_close(many.history, one.history, rtol=1e-6, atol=5e-7)
@@ -109,12 +108,11 @@ def test_whole_models_and_their_outer_optimiser_are_the_same_on_any_devices(whol
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("outer_rate", [0.0, 0.7])
-def test_between_pulls_devices_of_whole_models_exchange_nothing_but_metrics(tiny_config, outer_rate):
+def test_between_pulls_devices_of_whole_models_exchange_nothing_but_metrics(tiny_config):
     config = tiny_config(
         model={"width": 32, "hidden": 64, "patch": 2},
         routing=WHOLE | {"pull": 1.0, "pull_every": 8},
-        optim={"name": "muon", "clip_norm": 1.0, "outer_rate": outer_rate, "layer_decay": 0.9, "mlp_rate": 2.0},
+        optim={"name": "muon", "clip_norm": 1.0, "layer_decay": 0.9, "mlp_rate": 2.0},
         train={"devices": E, "expert_devices": E, "batch_size": 16},
     )
     mesh = make_mesh(config.train)
@@ -126,84 +124,6 @@ def test_between_pulls_devices_of_whole_models_exchange_nothing_but_metrics(tiny
     assert sizes["step"] <= 4 * 4  # loss, accuracy, norm
     assert sizes["some"] == dense
     assert [update.bytes_reduced(plan)(done) for done in (7, 8, 80)] == [0, dense, 10 * dense]
-
-
-def by_outer_optimiser(anchor, momentum, mean, rate, decay):
-    """Returns (anchor, momentum) after a step of SGD with Nesterov's momentum toward the mean, in NumPy."""
-    gradient = anchor - mean
-    momentum = gradient + decay * momentum
-    return anchor - rate * (gradient + decay * momentum), momentum
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("routed", [{}, MLPS, WHOLE], ids=["dense", "mlp", "model"])
-def test_20_steps_with_an_outer_optimiser_are_those_of_numpy(tiny_config, training, routed):
-    every, rate, decay = 3, 0.7, 0.6
-    pull = {"pull": 1.0} if routed else {}
-    optim = {"learning_rate": 1e-2, "eps": 1e-3}
-    outer = {"outer_rate": rate, "outer_momentum": decay}
-    train = {"epochs": 8}
-    run = training(tiny_config(optim=optim | outer, routing=routed | pull | {"pull_every": every}, train=train)).run(20)
-    inner = training(tiny_config(optim=optim, routing=routed, train=train))  # nothing is pulled
-    marks = trees.stacked(inner.state.params)
-    owned = jax.tree.map(lambda mark: mark or not routed, marks)
-    axis = trees.expert_axis(inner.state.params)
-
-    def mean_of(x, mark):
-        return np.array(x).mean(axis) if mark else np.array(x)
-
-    anchor = jax.tree.map(mean_of, inner.state.params, marks)
-    momentum = jax.tree.map(np.zeros_like, anchor)
-    for step in range(20):
-        inner.run(1)
-        if (step + 1) % every == 0:
-            means = jax.tree.map(mean_of, inner.state.params, marks)
-            both = jax.tree.map(lambda *each: by_outer_optimiser(*each, rate, decay), anchor, momentum, means)
-            anchor = jax.tree.map(lambda _, pair: pair[0], means, both)
-            momentum = jax.tree.map(lambda _, pair: pair[1], means, both)
-
-            def begin(x, at, mark, owns):
-                start = np.broadcast_to(np.expand_dims(at, axis), x.shape) if mark else at
-                return jax.device_put(start, x.sharding) if owns else x
-
-            params = jax.tree.map(begin, inner.state.params, anchor, marks, owned)
-            inner.state = inner.state._replace(params=params)
-        chex.assert_trees_all_close(run.history[step + 1].params, inner.state.params, rtol=1e-5, atol=2e-6)
-
-
-@pytest.mark.parametrize("routed", [MLPS, WHOLE], ids=["mlp", "model"])
-def test_an_outer_rate_of_1_without_momentum_is_the_mean(tiny_config, routed):
-    optim, rng = {"outer_rate": 1.0, "outer_momentum": 0.0}, np.random.default_rng(0)
-    config = tiny_config(routing=routed | {"pull": 1.0, "pull_every": 2}, optim=optim)
-    params = jax.tree.map(lambda x: rng.normal(size=x.shape).astype(x.dtype), routing.find(config).shapes())
-    tx, anchor = optimizer.outer(config), jax.tree.map(lambda x: x + 1, state.one_copy(params))
-    moved, _ = jax.jit(functools.partial(update.outer_step, tx))(params, state.OuterState(anchor, tx.init(anchor)))
-    chex.assert_trees_all_close(moved, merge.pull(params, 1.0), rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.slow
-def test_20_steps_of_primal_averaging_are_those_of_numpy(tiny_config, training, sgd):
-    """GPA, arXiv 2512.17131: gradients at y = 0.7 x + 0.3 z, a step of z, and x follows z."""
-    run = training(tiny_config(optim=sgd | {"primal_averaging": 0.9}, train={"epochs": 8})).run(20)
-
-    @jax.jit
-    def gradient(params, images, labels):
-        def loss(params):
-            logits = vit.logits(run.model, params, augment.normalize(images))
-            return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
-
-        return jax.grad(loss)(params)
-
-    x = z = run.history[0].params
-    steps = run.order.steps_per_epoch
-    for step in range(20):
-        images, labels = run.images.rows(run.order.epoch(step // steps)[step % steps])
-        rate = np.float32(run.metrics[step].learning_rate)
-        y = jax.tree.map(lambda x, z: np.float32(0.7) * x + np.float32(0.3) * z, x, z)
-        z = jax.tree.map(lambda z, g, rate=rate: z - rate * np.asarray(g), z, gradient(y, images, labels))
-        x = jax.tree.map(lambda x, z: np.float32(0.9) * x + np.float32(0.1) * z, x, z)
-        after = run.history[step + 1]
-        chex.assert_trees_all_close((after.params, after.fast), (x, z), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("passes", [{}, {"consistency": 1.0}], ids=["one", "two"])
@@ -226,12 +146,6 @@ def test_a_batch_trains_one_whole_model_and_leaves_the_others_alone(tiny_config,
         ),
         ({"routing": WHOLE | {"kind": "switch"}}, "routing.part is 'model'; it must be 'mlp'"),
         ({"routing": WHOLE | {"pattern": ("dense", "experts")}}, "for routing.part=model"),
-        ({"routing": WHOLE, "optim": {"outer_rate": 0.7}}, "outer_rate is 0.7; it must be 0 for experts without"),
-        (
-            {"routing": WHOLE | {"pull": 1.0, "pull_schedule": "learning_rate"}, "optim": {"outer_rate": 0.7}},
-            "an outer step has its own rate",
-        ),
-        ({"optim": {"primal_averaging": 0.9, "outer_rate": 0.7}}, "must be 0 with experts and with optim.outer_rate"),
     ],
 )
 def test_settings_of_local_training_that_do_not_fit_are_refused(tiny_config, sections, rule):

@@ -270,15 +270,13 @@ FROZEN = [
     (1, {}, "muon"),
     (3, {"experts": 2, "pattern": ("dense", "experts"), "kind": "sample"}, "adamw"),
     (4, {"experts": 2, "pattern": ("dense", "experts")}, "adam"),
-    (2, {}, "primal_averaging"),
+    (2, {}, "adamw"),
 ]
 
 
 @pytest.mark.parametrize(("layers", "routed", "name"), FROZEN)
 def test_frozen_layers_keep_their_bits_and_count_in_no_norm(tiny_config, training, layers, routed, name):
     optim = {"name": name, "freeze_layers": layers, "learning_rate": 1e-2, "weight_decay": 0.1}
-    if name == "primal_averaging":
-        optim |= {"name": "adamw", "primal_averaging": 0.9967}
     made = tiny_config(model={"depth": 4, "cls_position": True}, optim=optim, routing=routed)
     run = training(made).run(3)
     before, after = run.history[0].params, run.history[-1].params

@@ -9,7 +9,7 @@ import pytest
 
 import processes
 from jvitmoe import report
-from jvitmoe.config import Config, InitConfig, OptimConfig, RoutingConfig
+from jvitmoe.config import Config, InitConfig, RoutingConfig
 from jvitmoe.errors import UserError
 from jvitmoe.runs import files, groups, page, results
 from jvitmoe.runs.console import quantity
@@ -259,18 +259,10 @@ class Seen(html.parser.HTMLParser):
         self.texts.add(data)
 
 
-def test_whole_models_schedules_and_an_outer_optimiser_are_said_in_words():
-    outer = OptimConfig(outer_rate=0.5)
+def test_whole_models_and_pulls_are_said_in_words():
     local = RoutingConfig(experts=4, kind="sample", init="shared", part="model", pull=1.0, pull_every=8)
     start = "4 whole models, random by sample, equal start"
     assert groups.in_words(Config(routing=local)) == f"{start}, pulled by 1 every 8 steps"
-    assert groups.in_words(Config(routing=local, optim=outer)) == f"{start}, outer step every 8 steps"
-    local.pull_schedule = "qsr"
-    assert groups.in_words(Config(routing=local)) == f"{start}, pulled by 1 every 8 steps (qsr)"
-    local.pull_every = 1
-    assert groups.in_words(Config(routing=local)) == f"{start}, pulled by 1 at every step (qsr)"
-    dense = Config(routing=RoutingConfig(pull_every=10), optim=outer)
-    assert groups.in_words(dense) == "dense, outer step every 10 steps"
     copies = Config(routing=RoutingConfig(experts=4), init=InitConfig(source="vit"))
     assert groups.in_words(copies) == "4 experts, random by batch, equal start"
     copies.model.lora = 2  # what the experts are is not in the source

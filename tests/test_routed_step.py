@@ -18,7 +18,7 @@ from jvitmoe.routing import Pass
 from jvitmoe.runtime.addresses import Purpose, address
 from jvitmoe.runtime.devices import make_mesh
 from jvitmoe.training import losses, step, update
-from jvitmoe.training.state import StepPlan
+from jvitmoe.training.state import StepPlan, make_state
 
 pytestmark = pytest.mark.slow
 
@@ -85,39 +85,15 @@ def make_plan(config, steps_per_epoch=1):
     return StepPlan(config, way, way.model(), make_mesh(config.train), steps_per_epoch)
 
 
-def pulls_of(config, steps_per_epoch=1):
-    plan = make_plan(config, steps_per_epoch)
-    return np.asarray(jax.jit(jax.vmap(functools.partial(update.pull_share, plan)))(jnp.arange(plan.total)))
-
-
-def test_pull_follows_its_schedule():
-    config = Config(train=TrainConfig(epochs=10))
-    config.routing = RoutingConfig(experts=4, pull=0.2, pull_every=5)
-    np.testing.assert_allclose(pulls_of(config), [0, 0, 0, 0, 0.2] * 2, rtol=1e-6)
-
-
-def test_pull_follows_the_learning_rate():
-    config = Config(train=TrainConfig(epochs=3), optim=OptimConfig(learning_rate=0.03, warmup_epochs=1))
-    config.routing = RoutingConfig(experts=4, pull=0.2, pull_schedule="learning_rate")
-    plan = make_plan(config, 4)
-    rates = np.asarray(jax.vmap(functools.partial(update.learning_rate, plan))(jnp.arange(12)))
-    assert rates[0] == 0 < rates.max() == pytest.approx(0.03)
-    np.testing.assert_allclose(pulls_of(config, 4), 0.2 * rates / 0.03, rtol=1e-5)
-
-
-def test_intervals_between_pulls_grow_as_the_learning_rate_falls():
-    """QSR: H = max(H_0, floor((alpha / rate)^2)) where an interval begins, and H_0 in the warm-up."""
-    config = Config(train=TrainConfig(epochs=20), optim=OptimConfig(learning_rate=0.03, warmup_epochs=2))
-    config.routing = RoutingConfig(experts=4, pull=1.0, pull_every=4, pull_schedule="qsr")
-    ends = np.flatnonzero(pulls_of(config, 10)) + 1
-    begins = np.array([0, *ends[:-1]])
-    rate = 0.03 * np.where(begins < 20, 1.0, (1 + np.cos(np.pi * (begins - 20) / 180)) / 2)
-    wanted = np.maximum(4, np.floor((np.sqrt(4) * 0.03 / rate) ** 2))
-    assert (np.diff(ends, prepend=0)[:-1] == wanted[:-1]).all()
-    assert ends[-1] == 200  # the last interval is cut off
-    assert (wanted[:6] == 4).all()
-    assert wanted[-2] > 20
-    assert (np.diff(wanted) >= 0).all()
+def test_experts_are_pulled_by_their_share_after_every_nth_step(tiny_config):
+    plan = make_plan(tiny_config(routing={"experts": 4, "pull": 0.2, "pull_every": 3}))
+    before = make_state(plan.config, plan.routing, plan.mesh)
+    finish = jax.jit(functools.partial(update.finish, plan))
+    for done in range(7):
+        after = finish(before._replace(step=jnp.int32(done)))
+        pulled = merge.pull(before.params, 0.2) if done in (2, 5) else before.params
+        chex.assert_trees_all_close(after.params, pulled, rtol=1e-6, atol=1e-7)
+        assert after.step == done + 1
 
 
 def test_consistency_of_equal_logits_costs_nothing_and_equals_the_formula_otherwise():
@@ -141,9 +117,7 @@ def test_consistency_of_equal_logits_costs_nothing_and_equals_the_formula_otherw
     "routed",
     [
         {"pull": 0.1, "pull_every": 3},
-        {"pull": 1.0, "pull_every": 2, "pull_schedule": "qsr"},
-        {"pull": 0.1, "pull_schedule": "learning_rate"},
-        {"pull": 0.1, "pull_every": 2, "pull_schedule": "learning_rate"},
+        {"pull": 1.0},
         {},
     ],
 )
@@ -153,10 +127,10 @@ def test_the_bytes_of_pulls_are_counted(routed):
     plan = make_plan(config, 3)
     count = update.bytes_reduced(plan)
     found = np.diff([count(done) for done in range(plan.total + 1)])
-    pulled = pulls_of(config, 3) > 0 if routed else np.zeros(plan.total, bool)
+    pulled = [bool(routed) and done % config.routing.pull_every == 0 for done in range(1, plan.total + 1)]
     shapes = plan.routing.shapes()
     trunk, experts = trees.split(shapes, trees.stacked(shapes))
-    np.testing.assert_array_equal(found, 4 * cost.tree_size(trunk) + pulled * cost.tree_size(experts))
+    np.testing.assert_array_equal(found, 4 * cost.tree_size(trunk) + np.array(pulled) * cost.tree_size(experts))
 
 
 def test_cosub_equals_its_formula():
@@ -269,7 +243,7 @@ def routed_run(tiny_config, training):
 
 
 # test_moe has the gradients of the other routers on one device and four.
-@pytest.mark.parametrize("router", ["switch", "expert_choice", "frozen"])
+@pytest.mark.parametrize("router", ["switch", "expert_choice"])
 def test_training_with_a_learned_router_is_the_same_on_1_and_4_devices(routed_run, router):
     one, many = routed_run(router, 1), routed_run(router, 4)
     chex.assert_trees_all_close(many.metrics, one.metrics, rtol=1e-5, atol=1e-6)
@@ -311,28 +285,6 @@ def test_what_is_augmented_follows_the_step(tiny_config, training):
     assert not np.isclose(plain, erased, rtol=1e-5).any()
     late = losses_of({"erase": 1.0, "plain_at_end": 0.25})
     np.testing.assert_allclose(late, np.where(np.arange(8) >= 6, plain, erased), rtol=1e-5)
-
-
-def test_a_frozen_router_keeps_its_bits_and_sends_tokens_to_ever_more_experts(tiny_config, training):
-    config = tiny_config(
-        routing={"experts": 4, "kind": "frozen", "top_k": 2, "capacity": 4.0},
-        optim={"name": "adam", "weight_decay": 0.1},
-        train={"epochs": 2},
-    )
-    run = training(config).run(6)
-    before, after = (state.params["blocks"]["mlp"] for state in (run.history[0], run.history[-1]))
-    chex.assert_trees_all_equal(after["router"], before["router"])
-    assert not np.array_equal(after["up"], before["up"])
-    frozen = [x for x in jax.tree.leaves(run.state.opt_state.trunk) if x.shape == before["router"]["kernel"].shape]
-    assert not frozen  # no moments are kept
-    # A share of choices is 1 / (K tokens) times an integer: over 6 steps K is 2, 2, 3, 3, 4, 4.
-    choices = config.train.batch_size * config.model.tokens
-    for top_k, metrics in zip([2, 2, 3, 3, 4, 4], run.metrics, strict=True):
-        count_LE = metrics.router.load_E * choices * top_k
-        np.testing.assert_allclose(count_LE, np.round(count_LE), atol=1e-3)
-        assert count_LE.max() <= choices * (1 + 1e-6)
-        np.testing.assert_allclose(metrics.router.load_E.sum(-1), 1, rtol=1e-6)
-    np.testing.assert_allclose(run.metrics[-1].router.load_E, 0.25, rtol=1e-6)  # all run on all
 
 
 @pytest.mark.parametrize("kind", ["layer", "sample"])

@@ -67,12 +67,12 @@ def test_addresses_differ_across_seeds_purposes_and_numbers():
         ({}, "one is drawn for each batch; never pulled together"),
         ({"kind": "layer"}, "one is drawn for each batch and layer; never pulled together"),
         (
-            {"kind": "token", "pull": 0.1, "pull_schedule": "qsr"},
-            "each gets a random share of every image's tokens; pulled together by 0.1 (qsr)",
+            {"kind": "token", "pull": 0.1},
+            "each gets a random share of every image's tokens; pulled together by 0.1",
         ),
         ({"kind": "sample", "pull": 1.0}, "images; averaged after every step, so all are equal"),
-        ({"kind": "sample", "pull": 1.0, "pull_every": 2}, "images; pulled together by 1 every 2 steps (constant)"),
-        ({"kind": "switch", "pull": 0.1}, "switch routes the tokens; pulled together by 0.1 (constant)"),
+        ({"kind": "sample", "pull": 1.0, "pull_every": 2}, "images; pulled together by 1 every 2 steps"),
+        ({"kind": "switch", "pull": 0.1}, "switch routes the tokens; pulled together by 0.1"),
     ],
 )
 def test_a_run_says_how_it_routes(routed, says):

@@ -345,7 +345,7 @@ def test_upcycling_starts_from_the_dense_models_own_predictions_and_resumes_with
     assert "source  " not in second
 
 
-LOCAL = ("routing.part=model", "routing.pull=1", "routing.pull_every=3", "optim.outer_rate=0.7")
+LOCAL = ("routing.part=model", "routing.pull=1", "routing.pull_every=3")
 
 
 def test_whole_models_on_an_expert_axis_with_an_ema_train_resume_and_are_exported_and_tested_on_other_devices(

@@ -83,19 +83,18 @@ class RoutedMlp(Mlp):
     shared: int = 0  # hidden units of the shared expert; 0 is none
 
     @nn.compact
-    def __call__(self, x_BTD: jax.Array, key_B: jax.Array | None, top_k: jax.Array | None = None) -> jax.Array:
+    def __call__(self, x_BTD: jax.Array, key_B: jax.Array | None) -> jax.Array:
         """Returns y_BTD in the compute dtype.
 
         Args:
             x_BTD: input tokens.
             key_B: one key per image, for noise and dropout. None is evaluation: deterministic, with eval_capacity.
-            top_k: K of a frozen router in this step, an integer scalar, at most settings.top_k; None is settings.top_k.
         """
         weights, experts = self._weights(x_BTD.shape[-1]), self.settings.experts
         key_EB = None
         if key_B is not None and self.dropout:
             key_EB = jax.vmap(fold_in, (None, 0))(fold_in(key_B, Site.EXPERTS), jnp.arange(experts))
-        router = find(self.settings.kind)(self.settings, top_k, name="router")
+        router = find(self.settings.kind)(self.settings, name="router")
         slots, statistics = router.route(jnp.asarray(x_BTD, jnp.float32), key_B)
         self.sow("statistics", "routing", statistics, reduce_fn=lambda _, new: new)
         if self.is_mutable_collection("intermediates"):

@@ -48,7 +48,6 @@ class Block(nn.Module):
         x_BTD: jax.Array,
         index: jax.Array,
         key_B: jax.Array | None,
-        top_k: jax.Array | None = None,
     ) -> tuple[jax.Array, None]:
         config, rate = self.config, self.config.dropout
         key_B = None if key_B is None else fold_in(key_B, index)
@@ -81,7 +80,7 @@ class Block(nn.Module):
                 y_BTD = Mlp(**settings)(x_BTD, key_B)
             else:
                 sizes = {"hidden": config.expert_hidden or config.hidden, "shared": config.shared_hidden}
-                y_BTD = RoutedMlp(**settings | sizes, settings=self.router)(x_BTD, key_B, top_k)
+                y_BTD = RoutedMlp(**settings | sizes, settings=self.router)(x_BTD, key_B)
             return finish(dropout(y_BTD, key_B, Site.MLP, rate), "layer_scale2", Site.MLP_PATH)
 
         def finish(y_BTD: jax.Array, scale: str, site: Site) -> jax.Array:
@@ -109,12 +108,11 @@ class LayerGroup(Block):
         x_BTD: jax.Array,
         indices: jax.Array,
         key_B: jax.Array | None,
-        top_k: jax.Array | None = None,
     ) -> tuple[jax.Array, None]:
         for position, kind in enumerate(self.pattern):
             router = self.router if kind == "experts" else None
             block = Block(self.config, self.dtype, self.attention, router, name=f"{BLOCK}{position}")
-            x_BTD, _ = block(x_BTD, indices[position], key_B, top_k)
+            x_BTD, _ = block(x_BTD, indices[position], key_B)
         return x_BTD, None
 
 
@@ -158,7 +156,6 @@ class ViT(nn.Module):
         self,
         images_BHWc: jax.Array,
         key_B: jax.Array | None = None,
-        top_k: jax.Array | None = None,
         head: bool = True,
     ) -> jax.Array:
         """Returns float32 logits_BC; without `head` float32 features_BD, its input.
@@ -166,10 +163,9 @@ class ViT(nn.Module):
         Args:
             images_BHWc: normalised images, image_size x image_size x channels.
             key_B: one dropout key per image; None is deterministic.
-            top_k: K of a frozen router in this step, an integer scalar; None is that of its settings.
         """
         x_BTD, patches = self._embed(images_BHWc)
-        x_BTD = self._scanned(x_BTD, key_B, top_k) if self.loops else self._unrolled(x_BTD)
+        x_BTD = self._scanned(x_BTD, key_B) if self.loops else self._unrolled(x_BTD)
         pooled_BD = self._pooled(x_BTD, patches)
         if not head:
             return pooled_BD.astype(jnp.float32)
@@ -213,7 +209,7 @@ class ViT(nn.Module):
             return SequencePool(self.dtype, name="pool")(norm(patches_BTD))
         return norm(x_BTD[:, 0] if self.config.pool == "cls" else patches_BTD.mean(axis=1))
 
-    def _scanned(self, x_BTD: jax.Array, key_B: jax.Array | None, top_k: jax.Array | None) -> jax.Array:
+    def _scanned(self, x_BTD: jax.Array, key_B: jax.Array | None) -> jax.Array:
         settings: tuple[Any, ...] = (self.config, self.dtype, self.attention, self.router)
         body: type[nn.Module] = Block
         indices = jnp.arange(self.config.depth)
@@ -225,11 +221,11 @@ class ViT(nn.Module):
             body,
             variable_axes={"params": 0, "statistics": 0, "intermediates": 0},
             split_rngs={"params": True},
-            in_axes=(0, nn.broadcast, nn.broadcast),
+            in_axes=(0, nn.broadcast),
             length=groups,
             unroll=min(self.unroll, groups),
         )(*settings, name="blocks")
-        return blocks(x_BTD, indices, key_B, top_k)[0]
+        return blocks(x_BTD, indices, key_B)[0]
 
     def _unrolled(self, x_BTD: jax.Array) -> jax.Array:
         block = Block(self.config, self.dtype, parent=None)
@@ -271,10 +267,10 @@ def features(model: ViT, params: Any, images_BHWc: jax.Array) -> jax.Array:
 
 
 def logits_and_statistics(
-    model: ViT, params: Any, images_BHWc: jax.Array, key_B: jax.Array | None = None, top_k: jax.Array | None = None
+    model: ViT, params: Any, images_BHWc: jax.Array, key_B: jax.Array | None = None
 ) -> tuple[jax.Array, Statistics]:
     """Returns (logits_BC, Statistics) of a model with a router; leaves [X, ...] over the layers with experts."""
-    logits_BC, sown = model.apply({"params": params}, images_BHWc, key_B, top_k, mutable=["statistics"])
+    logits_BC, sown = model.apply({"params": params}, images_BHWc, key_B, mutable=["statistics"])
     return cast(jax.Array, logits_BC), in_layers(sown["statistics"]["blocks"])["mlp"]["routing"]
 
 

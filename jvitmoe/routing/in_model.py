@@ -17,13 +17,14 @@ from jvitmoe.routing.base import Pass, Routing, Tree
 class InModel(Routing):
     """All experts take part in each step, on the tokens that a router gives them (`models.routers`)."""
 
+    untrained = SELECTION_BIAS
+
     def __init__(self, config: Config) -> None:
         super().__init__(config)
         self.router = routers.find(config.routing.kind)
         self.meaning = "each gets a random share of every image's tokens"
         if self.router.is_tested:
             self.meaning = f"{config.routing.kind} routes the tokens"
-        self.untrained = SELECTION_BIAS if self.router.is_trained else "router"
 
     @classmethod
     def faults(cls, config: Config) -> Iterator[tuple[str, str]]:
@@ -75,8 +76,7 @@ class InModel(Routing):
     def logits(
         self, model: vit.ViT, params: Tree, images_bHWc: jax.Array, key_b: jax.Array | None, at: Pass
     ) -> tuple[jax.Array, Statistics | None]:
-        top_k = self.router.top_k_at(at.step, at.total, self.config.routing.top_k, self.experts)
-        return vit.logits_and_statistics(model, params, images_bHWc, key_b, top_k)
+        return vit.logits_and_statistics(model, params, images_bHWc, key_b)
 
     def adjust(self, params: Tree, statistics: Statistics | None) -> Tree:
         """Moves the bias of each trained expert by `routing.balance_bias`, up below the mean load and down above

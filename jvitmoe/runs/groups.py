@@ -246,19 +246,17 @@ def in_words(config: Config) -> str:
     """Returns how a run trains its experts, such as "4 experts, random by batch, equal start"."""
     routing = config.routing
     when = "at every step" if routing.pull_every == 1 else f"every {routing.pull_every} steps"
-    outer = [f"outer step {when}"] if config.optim.outer_rate else []
     if routing.experts == 1:
-        return ", ".join(["dense", *outer])
+        return "dense"
     drawn = routing.kind in ("batch", "layer", "sample", "token")
     how = f"random by {routing.kind}" if drawn else f"router {routing.kind}"
     upcycled = config.init.source and not config.trains_adapters_only
     start = "equal start" if upcycled or routing.init == "shared" else "different starts"
-    schedule = "" if routing.pull_schedule == "constant" else f" ({routing.pull_schedule})"
-    pulled = [f"pulled by {routing.pull:g} {when}{schedule}"] if routing.pull else []
+    pulled = [f"pulled by {routing.pull:g} {when}"] if routing.pull else []
     if routing.averages_every_step:
         pulled = ["averaged after every step"]
     what = "whole models" if routing.part == "model" else "experts"
-    return ", ".join([f"{routing.experts} {what}", how, start, *(outer or pulled)])
+    return ", ".join([f"{routing.experts} {what}", how, start, *pulled])
 
 
 def overview_row(name: str, group: Sequence[TestedRun]) -> dict[str, str]:

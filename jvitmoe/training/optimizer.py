@@ -173,11 +173,6 @@ def direction(config: Config) -> optax.GradientTransformation:
     return optax.partition({"trained": tx, "frozen": optax.set_to_zero()}, labels)
 
 
-def outer(config: Config) -> optax.GradientTransformation:
-    """Returns the outer optimiser, SGD with Nesterov's momentum (DiLoCo, arXiv 2311.08105)."""
-    return optax.sgd(config.optim.outer_rate, config.optim.outer_momentum, nesterov=True)
-
-
 def scales_differ(config: Config) -> bool:
     """True if some of `layer_scales` is not 1."""
     optim = config.optim
@@ -248,7 +243,7 @@ def groups(config: Config, params: Any) -> list[str]:
 def frozen(config: Config) -> Callable[[Sequence[Any]], bool] | None:
     """Returns a function that is True for the key path of a parameter that is not trained; None if all are trained.
 
-    These are not trained: a router, if it says so; with LoRA or adapters, all except these and the head; with
+    These are not trained: the selection bias of a router; with LoRA or adapters, all except these and the head; with
     optim.freeze_layers, the embeddings, and the blocks if all of them are frozen. If some layers are frozen,
     `trained_layers` tells which layers of a block's leaf are trained.
     """

@@ -23,8 +23,6 @@ from jvitmoe.settings import LARGEST
 from jvitmoe.training import optimizer
 from jvitmoe.training.state import StepPlan, abstract_state
 
-MOST_QSR_STEPS = 10**7  # the rule is a constant of the program, a byte per step
-
 
 class RunData(NamedTuple):
     """The splits of a run. All of them are `Records` if `data.stream` is set, otherwise `Split`."""
@@ -66,11 +64,6 @@ def load_data(config: Config, routing: Routing, mesh: Mesh, records: Dataset[Rec
                 f"config.train.epochs is {config.train.epochs}; it must make at most {LARGEST:,} steps, "
                 f"and an epoch has {order.steps_per_epoch}"
             )
-        if config.routing.pull_schedule == "qsr" and config.train.epochs * order.steps_per_epoch > MOST_QSR_STEPS:
-            raise ConfigError(
-                f"config.routing.pull_schedule is 'qsr'; it is planned for at most {MOST_QSR_STEPS:,} steps; lower "
-                "config.train.epochs"
-            )
         check_memory(config, routing, mesh, dataset)
         return RunData(train_split, validation, dataset.test, dataset.class_names, order, hashes)
 
@@ -102,12 +95,10 @@ def describe(routing: Routing) -> str:
     """Returns what the first lines of a run with experts say of its routing."""
     routed = routing.config.routing
     every = f" every {routed.pull_every} steps" if routed.pull_every > 1 else ""
-    if routing.config.optim.outer_rate:
-        pull = f"an outer optimiser steps toward their mean{every or ' after every step'} ({routed.pull_schedule})"
-    elif routed.averages_every_step:
+    if routed.averages_every_step:
         pull = "averaged after every step, so all are equal"
     elif routed.pull:
-        pull = f"pulled together by {routed.pull:g}{every} ({routed.pull_schedule})"
+        pull = f"pulled together by {routed.pull:g}{every}"
     else:
         pull = "never pulled together"
     what = "whole models" if routing.has_whole_models else "experts per MLP"

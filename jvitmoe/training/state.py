@@ -24,7 +24,7 @@ from jvitmoe.routing import Routing
 from jvitmoe.routing.base import Route
 from jvitmoe.runtime.addresses import Purpose, address
 from jvitmoe.runtime.devices import DATA, EXPERT
-from jvitmoe.training.optimizer import direction, outer
+from jvitmoe.training.optimizer import direction
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,37 +61,20 @@ class OptState(NamedTuple):
     experts: Any  # leaves [L, E, ...] (one path: [L, ...]), of whole models [E, ...]; None in a dense model
 
 
-class OuterState(NamedTuple):
-    anchor: Any  # one copy of what experts own, or of a dense model, where the last pull left it
-    momentum: Any  # state of `optimizer.outer`
-
-
 class TrainState(NamedTuple):
     step: jax.Array  # int32, updates done
     params: Any
     opt_state: OptState
     ema: Any = None  # exponential moving average of the merged tree; None if train.ema is 0
-    outer: OuterState | None = None  # None if optim.outer_rate is 0
-    fast: Any = None  # weights that the optimiser steps from, if `params` are their mean (optim.primal_averaging)
 
 
-def create(
-    params: Any,
-    tx: optax.GradientTransformation,
-    ema: bool = False,
-    outer: optax.GradientTransformation | None = None,
-    fast: bool = False,
-) -> TrainState:
+def create(params: Any, tx: optax.GradientTransformation, ema: bool = False) -> TrainState:
     """Returns the state of a run at step 0."""
     marks = trees.stacked(params)
     trunk, experts = trees.split(params, marks)
     expert_state = per_expert(tx.init, marks, several=True)(experts) if jax.tree.leaves(experts) else None
     average = merge.average_experts(params) if ema else None
-    state = TrainState(jnp.zeros((), jnp.int32), params, OptState(tx.init(trunk), expert_state), average)
-    if outer:
-        anchor = one_copy(params)
-        state = state._replace(outer=OuterState(anchor, outer.init(anchor)))
-    return state._replace(fast=params if fast else None)
+    return TrainState(jnp.zeros((), jnp.int32), params, OptState(tx.init(trunk), expert_state), average)
 
 
 def per_expert(function: Callable[..., Any], marks: Any, several: bool) -> Callable[..., Any]:
@@ -101,14 +84,6 @@ def per_expert(function: Callable[..., Any], marks: Any, several: bool) -> Calla
     for _ in range(several + (not whole)):
         function = jax.vmap(function)
     return function
-
-
-def one_copy(params: Any) -> Any:
-    """Returns what experts own, averaged over them; all parameters of a dense model."""
-    marks = trees.stacked(params)
-    if not any(jax.tree.leaves(marks)):
-        return params
-    return merge.mean(trees.split(params, marks)[1], trees.expert_axis(params))
 
 
 def take(routing: Routing, state: TrainState, routes: tuple[Route, ...]) -> TrainState:
@@ -167,8 +142,6 @@ def abstract_state(config: Config, routing: Routing, mesh: Mesh) -> TrainState:
             shard_tree(shapes.opt_state.experts, True, shard != "none"),
         ),
         shard_tree(shapes.ema, False, shard != "none"),
-        shard_tree(shapes.outer, False, shard != "none"),
-        shard_tree(shapes.fast, False, shard != "none"),
     )
 
 
@@ -190,6 +163,4 @@ def _create(config: Config, routing: Routing, dense: Any = None) -> TrainState:
     params = routing.init(address(jax.random.key(config.train.seed), Purpose.INIT))
     if dense is not None:
         params = merge.upcycle(dense, params)
-    optim = config.optim
-    outer_tx = outer(config) if optim.outer_rate else None
-    return create(params, direction(config), config.train.ema > 0, outer_tx, optim.primal_averaging > 0)
+    return create(params, direction(config), config.train.ema > 0)

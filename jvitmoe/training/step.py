@@ -28,7 +28,7 @@ from jvitmoe.runtime.addresses import Purpose, address
 from jvitmoe.runtime.devices import AXES, BY_DEVICE, DATA, EXPERT, REPLICATED
 from jvitmoe.training import losses, optimizer
 from jvitmoe.training.state import StepPlan, TrainState, abstract_state, leaf_spec, put, take
-from jvitmoe.training.update import finish, gather_slices, gradient_norm, gradient_point, learning_rate, update
+from jvitmoe.training.update import finish, gather_slices, gradient_norm, learning_rate, update
 
 
 class Metrics(NamedTuple):
@@ -78,7 +78,7 @@ def train_step(
     active = take(routing, before, routes)
     index_B = None if index_SB is None else index_SB[step % plan.steps_per_epoch]
     inputs = Inputs(split, index_B, step, routes)
-    loss, accuracy, statistics, grads = gradients(plan, gradient_point(plan, active), inputs)
+    loss, accuracy, statistics, grads = gradients(plan, active.params, inputs)
     norm = gradient_norm(plan, grads)
     active = update(plan, active, trees.stacked(before.params), grads, norm)
     params = gather_slices(plan, before.params, routing.adjust(active.params, statistics))

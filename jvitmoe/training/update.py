@@ -10,14 +10,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax.sharding import NamedSharding
 
 from jvitmoe.experts import merge, trees
 from jvitmoe.runtime.devices import REPLICATED
+from jvitmoe.settings import LARGEST
 from jvitmoe.training import optimizer
-from jvitmoe.training.state import OptState, OuterState, StepPlan, TrainState, leaf_spec, one_copy, per_expert
+from jvitmoe.training.state import OptState, StepPlan, TrainState, leaf_spec, per_expert
 
 
 def update(plan: StepPlan, active: TrainState, stacked: Any, grads: Any, norm: jax.Array) -> TrainState:
@@ -25,7 +25,7 @@ def update(plan: StepPlan, active: TrainState, stacked: Any, grads: Any, norm: j
 
     `stacked` marks the leaves that experts own, and `norm` is `gradient_norm` of `grads`.
     """
-    config, params = plan.config, active.params if active.fast is None else active.fast
+    config, params = plan.config, active.params
     if config.optim.clip_norm:
         clip = jnp.minimum(1.0, config.optim.clip_norm / norm)
         grads = jax.tree.map(lambda g: g * clip.reshape(-1, *[1] * (g.ndim - 1)) if clip.ndim else g * clip, grads)
@@ -39,11 +39,6 @@ def update(plan: StepPlan, active: TrainState, stacked: Any, grads: Any, norm: j
         direction = jax.vmap(scale)(direction) if trees.is_whole(params) else scale(direction)
     rate = learning_rate(plan, active.step)
     params = jax.tree.map(lambda p, d: p - rate * d, params, direction)
-    if active.fast is not None:
-        share = 1.0 - config.optim.primal_averaging
-        # Not as a weighted sum, whose two weights are rounded: weights that are not trained would drift.
-        mean = jax.tree.map(lambda slow, fast: slow + share * (fast - slow), active.params, params)
-        return active._replace(params=mean, fast=params, opt_state=opt_state)
     return active._replace(params=params, opt_state=opt_state)
 
 
@@ -81,47 +76,15 @@ def whole_matrices(plan: StepPlan, tree: Any) -> Any:
 
 
 def finish(plan: StepPlan, state: TrainState) -> TrainState:
-    """Returns the whole state with experts pulled toward their mean or to where the outer optimiser steps, the EMA
-    updated and the step counted."""
-    config, params, ema, outer = plan.config, state.params, state.ema, state.outer
-    if outer is not None:
-        due = PULL_SCHEDULES[config.routing.pull_schedule](plan, state.step) > 0
-        step = functools.partial(outer_step, optimizer.outer(config))
-        params, outer = jax.lax.cond(due, step, lambda *same: same, params, outer)
-    elif config.routing.experts > 1 and config.routing.pull > 0:
-        pull = pull_share(plan, state.step)
-        params = jax.lax.cond(pull > 0, lambda tree: merge.pull(tree, pull), lambda tree: tree, params)
+    """Returns the whole state with experts pulled toward their mean, the EMA updated and the step counted."""
+    config, params, ema, routed = plan.config, state.params, state.ema, plan.config.routing
+    if routed.experts > 1 and routed.pull:
+        due = (state.step + 1) % routed.pull_every == 0
+        params = jax.lax.cond(due, lambda tree: merge.pull(tree, routed.pull), lambda tree: tree, params)
     if config.train.ema:
         decay = jnp.minimum(config.train.ema, (1 + state.step) / (10 + state.step))
         ema = optax.incremental_update(merge.average_experts(params), ema, 1.0 - decay)
-    return state._replace(step=state.step + 1, params=params, ema=ema, outer=outer)
-
-
-def outer_step(tx: optax.GradientTransformation, params: Any, outer: OuterState) -> tuple[Any, OuterState]:
-    """Returns (params, outer) after a step of the outer optimiser, whose gradient is the way back from the mean of the
-    experts to the anchor. All experts begin again at the new anchor.
-
-    Sources: DiLoCo, arXiv 2311.08105, algorithm 1; of a dense model SNOO, arXiv 2510.15830, and without momentum
-    Lookahead, arXiv 1907.08610.
-    """
-    way_back = jax.tree.map(operator.sub, outer.anchor, one_copy(params))
-    updates, momentum = tx.update(way_back, outer.momentum)
-    anchor = optax.apply_updates(outer.anchor, updates)
-    marks = trees.stacked(params)
-    if not any(jax.tree.leaves(marks)):
-        return anchor, OuterState(anchor, momentum)
-    trunk, experts = trees.split(params, marks)
-    axis = trees.expert_axis(params)
-    begin = jax.tree.map(lambda x, like: jnp.broadcast_to(jnp.expand_dims(x, axis), like.shape), anchor, experts)
-    return trees.join(trunk, begin), OuterState(anchor, momentum)
-
-
-def gradient_point(plan: StepPlan, state: TrainState) -> Any:
-    """Returns the parameters at which a step differentiates: with `optim.primal_averaging`, a point between the mean
-    and the weights that the optimiser steps from (GPA, arXiv 2512.17131)."""
-    if state.fast is None:
-        return state.params
-    return optax.incremental_update(state.params, state.fast, plan.config.optim.primal_share)
+    return state._replace(step=state.step + 1, params=params, ema=ema)
 
 
 def learning_rate(plan: StepPlan, step: jax.Array) -> jax.Array:
@@ -153,48 +116,6 @@ def directions(
     return trees.join(trunk, experts), OptState(trunk_state, expert_state)
 
 
-def pull_share(plan: StepPlan, step: jax.Array) -> jax.Array:
-    """Returns the share of the way to their mean that experts move after a step."""
-    routed = plan.config.routing
-    return routed.pull * PULL_SCHEDULES[routed.pull_schedule](plan, step)
-
-
-def is_due(plan: StepPlan, step: jax.Array) -> jax.Array:
-    """Returns 1 for every `pull_every`-th step, else 0."""
-    return ((step + 1) % plan.config.routing.pull_every == 0).astype(jnp.float32)
-
-
-# Name -> what multiplies routing.pull after a step, 0 to 1.
-PULL_SCHEDULES: dict[str, Callable[[StepPlan, jax.Array], jax.Array]] = {
-    "constant": is_due,
-    # PAPA, arXiv 2304.03094
-    "learning_rate": lambda plan, step: (
-        is_due(plan, step) * learning_rate(plan, step) / plan.config.optim.learning_rate
-    ),
-    "qsr": lambda plan, step: jnp.asarray(qsr_pulls(plan))[step].astype(jnp.float32),
-}
-
-
-def qsr_pulls(plan: StepPlan) -> np.ndarray:
-    """Returns bool [steps of the run], True for a step that a pull follows.
-
-    The quadratic synchronization rule (Gu et al., arXiv 2310.14423): an interval that begins at learning rate r has
-    max(pull_every, floor((alpha / r)^2)) steps. alpha is sqrt(pull_every) * optim.learning_rate, with which an interval
-    at the highest learning rate has pull_every steps. Intervals that begin in the warm-up have as many, as in the
-    paper.
-    """
-    config, total = plan.config, plan.total
-    with jax.ensure_compile_time_eval():
-        rates = np.asarray(optimizer.schedule(config, plan.steps_per_epoch)(jnp.arange(total)), np.float64)
-    rates[: optimizer.warmup_steps(config, plan.steps_per_epoch)] = config.optim.learning_rate
-    pulls, step = np.zeros(total, bool), 0
-    while step < total:
-        relative = max(rates[step] / config.optim.learning_rate, 1e-9)
-        step += min(max(config.routing.pull_every, int(config.routing.pull_every / relative**2)), total)
-        pulls[min(step, total) - 1] = True  # the last interval ends with the run
-    return pulls
-
-
 def bytes_reduced(plan: StepPlan) -> Callable[[int], int]:
     """Returns a function of the number of steps done: the bytes that each device reduces with others in these steps, on
     the devices of the plan, in gradients of what is trained, pulls and the EMA, scalars apart.
@@ -214,18 +135,5 @@ def bytes_reduced(plan: StepPlan) -> Callable[[int], int]:
     if routing.slots == 1 or 1 == plan.expert_devices < mesh.size:
         return lambda done: done * (trunk + routing.reduced_experts * one)
     gradients = trunk + (experts // plan.expert_devices if 1 < plan.expert_devices < mesh.size else 0)
-    pulls = pulls_until(plan)
-    return lambda done: done * gradients + (pulls(done) + (done if plan.config.train.ema else 0)) * one
-
-
-def pulls_until(plan: StepPlan) -> Callable[[int], int]:
-    """Returns a function of the number of steps done: the pulls until then that move something."""
-    routed = plan.config.routing
-    if not routed.pull:  # a dense model is not pulled together
-        return lambda done: 0
-    if routed.pull_schedule == "qsr":
-        qsr = np.flatnonzero(qsr_pulls(plan))
-        return lambda done: int(np.searchsorted(qsr, done))
-    # A warm-up begins at learning rate 0, so a pull in proportion to it moves nothing after the first step.
-    none_at_first = routed.pull_every == 1 and not pull_share(plan, jnp.int32(0))
-    return lambda done: done // routed.pull_every - (none_at_first and done > 0)
+    pull_every = plan.config.routing.pull_every if plan.config.routing.pull else LARGEST
+    return lambda done: done * gradients + (done // pull_every + (done if plan.config.train.ema else 0)) * one

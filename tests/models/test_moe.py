@@ -21,7 +21,6 @@ from jvitmoe.models.layers import Site
 from jvitmoe.models.mlp import Mlp, RoutedMlp
 from jvitmoe.models.routers import ROUTERS, RouterSettings, Statistics
 from jvitmoe.models.routers.dispatch import slots_per_expert
-from jvitmoe.models.routers.frozen import Frozen
 from jvitmoe.models.routers.random_tokens import RandomTokens
 from jvitmoe.models.routers.topk import upper_tail
 from jvitmoe.runtime import programs
@@ -32,7 +31,6 @@ from jvitmoe.training.step import image_keys
 
 BATCH, TOKENS, WIDTH, HIDDEN, EXPERTS = 4, 9, 5, 6, 4
 KINDS = ("switch", "topk", "expert_choice", "soft", "hash", "token")
-TWO = ("topk", "frozen")  # a token chooses two experts
 MLP = ("up", "up_bias", "down", "down_bias")
 TRAINING = {"dropout": 0.5, "capacity": 0.5, "eval_capacity": float(EXPERTS)}  # with drops, in training only
 
@@ -100,10 +98,9 @@ def slow_mask(kind, probability_TE, capacity, order_T):
     choices = []
     if kind == "switch":
         choices = [(t, probability_TE[t].argmax()) for t in range(tokens)]
-    elif kind in TWO:
+    elif kind == "topk":
         surest_first = sorted(range(tokens), key=lambda t: -probability_TE[t].max())
-        in_order = surest_first if kind == "topk" else range(tokens)
-        choices = [(t, np.argsort(-probability_TE[t])[k]) for k in range(2) for t in in_order]
+        choices = [(t, np.argsort(-probability_TE[t])[k]) for k in range(2) for t in surest_first]
     elif kind == "expert_choice":
         choices = [(t, e) for e in range(experts) for t in np.argsort(-probability_TE[:, e])]
     elif kind == "hash":
@@ -122,13 +119,10 @@ def logits_of(params, x_BTD):
     return x_BTD @ params["router"]["kernel"] + params["router"]["bias"][None, None]
 
 
-def masked_sum(params, x_BTD, noise_BTE, mask_BTE, of_frozen_BTE=None):
-    """Returns y_BTD with every expert run on every token, and weighted; `of_frozen_BTE`: what a frozen router chose."""
+def masked_sum(params, x_BTD, noise_BTE, mask_BTE):
+    """Returns y_BTD with every expert run on every token, and weighted."""
     weight_BTE = mask_BTE
-    if of_frozen_BTE is not None:
-        logits_BTE = logits_of(jax.lax.stop_gradient(params), x_BTD)
-        weight_BTE = mask_BTE * jax.nn.softmax(jnp.where(of_frozen_BTE, logits_BTE, -jnp.inf))
-    elif "router" in params:
+    if "router" in params:
         weight_BTE = mask_BTE * jax.nn.softmax(logits_of(params, x_BTD) + noise_BTE)
     each = [Mlp(HIDDEN).apply({"params": {n: params[n][e] for n in MLP}}, x_BTD, None) for e in range(EXPERTS)]
     return sum(weight_BTE[..., e, None] * each[e] for e in range(EXPERTS))
@@ -157,7 +151,7 @@ def dealt(key_B, tokens=TOKENS):
     ("kind", "train"),
     [
         *(("switch", True), ("switch", False), ("topk", True), ("topk", False), ("expert_choice", True)),
-        *(("hash", False), ("token", True), ("token", False), ("frozen", True), ("frozen", False)),
+        *(("hash", False), ("token", True), ("token", False)),
     ],
 )
 def test_outputs_and_gradients_are_those_of_a_loop_over_tokens(kind, train):
@@ -171,7 +165,7 @@ def test_outputs_and_gradients_are_those_of_a_loop_over_tokens(kind, train):
         noise_BTE = np.asarray(noise_BTE) / EXPERTS
     factor = 0.75 if train else 1.25
     others = {"hash": EXPERTS, "token": EXPERTS, "expert_choice": 0.75}
-    factor = 2 * factor if kind in TWO else others.get(kind, factor)
+    factor = 2 * factor if kind == "topk" else others.get(kind, factor)
     probability_BTE = np.full(noise_BTE.shape, 1 / EXPERTS)
     if "router" in params:
         probability_BTE = softmax(logits_of(params, x_BTD) + noise_BTE)
@@ -180,9 +174,7 @@ def test_outputs_and_gradients_are_those_of_a_loop_over_tokens(kind, train):
     mask_BTE = np.asarray([slow_mask(kind, p_TE, slots(factor), order_T) for p_TE, order_T in inputs], np.float32)
     direction_BTD = images(seed=3)
     y_BTD, gradients, statistics = apply_and_gradients(mlp, params, x_BTD, direction_BTD, key_B)
-    second_BT1 = np.sort(probability_BTE)[..., -2:-1]
-    of_frozen_BTE = probability_BTE >= second_BT1 if kind == "frozen" else None
-    wanted_BTD, wanted = masked_sum_and_gradients(params, x_BTD, direction_BTD, noise_BTE, mask_BTE, of_frozen_BTE)
+    wanted_BTD, wanted = masked_sum_and_gradients(params, x_BTD, direction_BTD, noise_BTE, mask_BTE)
     np.testing.assert_allclose(y_BTD, wanted_BTD, rtol=1e-4, atol=1e-5)
     chex.assert_trees_all_close(gradients, wanted, rtol=1e-4, atol=1e-4)
 
@@ -190,7 +182,7 @@ def test_outputs_and_gradients_are_those_of_a_loop_over_tokens(kind, train):
     if kind == "expert_choice":
         np.testing.assert_allclose(statistics.dropped, (chosen_BT == 0).mean(), atol=1e-6)
     else:
-        np.testing.assert_allclose(statistics.dropped, 1 - chosen_BT.mean() / (1 + (kind in TWO)), atol=1e-6)
+        np.testing.assert_allclose(statistics.dropped, 1 - chosen_BT.mean() / (1 + (kind == "topk")), atol=1e-6)
     assert (statistics.dropped > 0) == ("router" in params)  # else the case would show nothing
     if "router" not in params:
         np.testing.assert_allclose(statistics.load_E, mask_BTE.sum((0, 1)) / BATCH / TOKENS, rtol=1e-6)
@@ -439,33 +431,6 @@ def test_no_array_holds_tokens_times_experts_times_slots_but_in_soft_moe(kind):
     jaxpr = jax.make_jaxpr(gradient)(params, images(1, tokens), keys(1)).jaxpr
     count = tokens // experts  # the fewest slots of any kind
     assert (largest(jaxpr) >= tokens * experts * count) == (kind == "soft")
-
-
-@pytest.mark.parametrize(("top_k", "experts", "total"), [(2, 4, 123), (1, 6, 4398), (1, 16, 656), (3, 3, 5)])
-def test_a_frozen_router_s_k_grows_at_exact_steps(top_k, experts, total):
-    """K - top_k is the integer part of (E - top_k + 1) step / total, in whole numbers: no step is late by rounding."""
-    at = jax.jit(jax.vmap(lambda step: Frozen.top_k_at(step, total, top_k, experts)))
-    found_S = at(jnp.arange(total))
-    assert found_S.tolist() == [top_k + (experts - top_k + 1) * step // total for step in range(total)]
-
-
-@pytest.mark.parametrize("top_k", [1, 2])
-def test_a_frozen_router_that_masks_ranks_equals_one_built_for_its_k(top_k):
-    """Outputs, statistics and gradients, with drops and dropout: capacity is that of K, not of E."""
-    settings = {"dropout": 0.5, "capacity": 0.7}
-    growing, params = make("frozen", top_k=EXPERTS, **settings)
-    built = routed("frozen", top_k=top_k, **settings)
-
-    def run(mlp, params, x_BTD, *k):
-        y_BTD, published = mlp.apply({"params": params}, x_BTD, keys(), *k, mutable=["statistics"])
-        return jnp.sin(y_BTD).sum(), (y_BTD, published["statistics"]["routing"])
-
-    differentiate = jax.jit(jax.value_and_grad(run, (1, 2), has_aux=True), static_argnums=0)
-    wanted = differentiate(built, params, images())
-    assert wanted[0][1][1].dropped > 0
-    chex.assert_trees_all_close(
-        differentiate(growing, params, images(), jnp.int32(top_k)), wanted, rtol=1e-5, atol=1e-6
-    )
 
 
 @pytest.mark.parametrize("kind", ["batch", *ROUTERS])

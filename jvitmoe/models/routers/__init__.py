@@ -2,7 +2,6 @@
 
 from jvitmoe.models.routers.dispatch import SELECTION_BIAS, Router, RouterSettings, Statistics
 from jvitmoe.models.routers.expert_choice import ExpertChoice
-from jvitmoe.models.routers.frozen import Frozen
 from jvitmoe.models.routers.hash import Hash
 from jvitmoe.models.routers.random_tokens import RandomTokens
 from jvitmoe.models.routers.soft import Soft
@@ -18,7 +17,6 @@ ROUTERS: dict[str, type[Router]] = {
     "expert_choice": ExpertChoice,
     "soft": Soft,
     "hash": Hash,
-    "frozen": Frozen,
     "token": RandomTokens,
 }
 

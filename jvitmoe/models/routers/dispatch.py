@@ -26,8 +26,8 @@ class RouterSettings:
 
     kind: str = "switch"  # a key of ROUTERS
     experts: int = 4  # E
-    top_k: int = 2  # K of topk and frozen, at most E
-    capacity: float = 1.25  # of switch, topk and frozen; of expert_choice with K = 1
+    top_k: int = 2  # K of topk, at most E
+    capacity: float = 1.25  # of switch and topk; of expert_choice with K = 1
     eval_capacity: float = 2.0  # in evaluation (expert_choice keeps `capacity`); at E / K or more no token is dropped
     has_bias: bool = False  # switch and topk: the bias of `Router.preference`
 
@@ -90,11 +90,9 @@ class Router(nn.Module):
     """Base class of routers. A subclass defines `route`; its parameters are "router" beside those of the MLP."""
 
     settings: RouterSettings
-    top_k: jax.Array | None = None  # K of this step if it grows (frozen); None is settings.top_k
 
     uses_top_k: ClassVar[bool] = False  # True if it reads settings.top_k
     uses_bias: ClassVar[bool] = False  # True if it selects experts by `preference`
-    is_trained: ClassVar[bool] = True  # False if its parameters keep their initial values
     is_tested: ClassVar[bool] = True  # False if it exists in training only, and the merged model is what is tested
 
     @property
@@ -128,20 +126,13 @@ class Router(nn.Module):
         image if it varies. For `Mixtures` a slot takes the place of the token."""
         return settings.top_k
 
-    @staticmethod
-    def top_k_at(step: jax.Array, total: int, top_k: int, experts: int) -> jax.Array | None:
-        """Returns K at a training step of `total`, an integer scalar; None if it is always settings.top_k."""
-        return None
-
     def logits(self, x_BTD: jax.Array) -> jax.Array:
         """Returns logits_BTE of a linear layer, kernel [D, E] and bias [E], float32, initialised as PyTorch's Linear
-        (V-MoE's and Switch's routers have no bias). Its parameters get no gradient if they are not trained."""
+        (V-MoE's and Switch's routers have no bias)."""
         width = x_BTD.shape[-1]
         init = torch_uniform(width)
         kernel_DE = self.param("kernel", init, (width, self.experts))
         bias_E = self.param("bias", init, (self.experts,))
-        if not self.is_trained:
-            kernel_DE, bias_E = jax.lax.stop_gradient((kernel_DE, bias_E))
         # A GPU (TF32) or TPU would round the inputs of float32 products.
         return jnp.matmul(x_BTD, kernel_DE, precision="highest") + bias_E[None, None]
 
@@ -170,18 +161,12 @@ def fill_slots(
     experts: int,
     count: int,
     priority_BT: jax.Array | None = None,
-    limit: jax.Array | None = None,
-    chosen: jax.Array | None = None,
 ) -> tuple[Slots, jax.Array, jax.Array]:
     """Returns (slots, load_E, dropped) if tokens choose experts and each expert has `count` slots per image.
 
-    Slots go to first choices, then to second ones; among these to tokens of high priority, then of low index. An
-    expert fills at most `limit` of its slots (None: all). A token makes its first `chosen` choices (None: all K); the
-    others must be E, which is no expert.
+    Slots go to first choices, then to second ones; among these to tokens of high priority, then of low index.
     """
     _, tokens, ranks = choice_BTK.shape
-    most = count if limit is None else limit
-    choices = tokens * (ranks if chosen is None else chosen.astype(jnp.float32))
     empty_EQ = tokens + jnp.arange(experts * count).reshape(experts, count)
 
     def one_image(choice_TK: jax.Array, weight_TK: jax.Array, priority_T: jax.Array | None) -> tuple[jax.Array, ...]:
@@ -192,15 +177,15 @@ def fill_slots(
         count_E = (choice_A[:, None] == jnp.arange(experts)[None]).sum(0)
         start_E = jnp.cumsum(count_E) - count_E
         slot_Q = jnp.arange(count)
-        full_EQ = slot_Q[None] < jnp.minimum(count_E, most)[:, None]
+        full_EQ = slot_Q[None] < jnp.minimum(count_E, count)[:, None]
         choice_EQ = by_expert_A[jnp.where(full_EQ, start_E[:, None] + slot_Q[None], 0)]
         token_EQ = jnp.where(full_EQ, token_A[choice_EQ], empty_EQ)
         return token_EQ, jnp.where(full_EQ, weight_A[choice_EQ], 0.0), count_E
 
     token_BEQ, weight_BEQ, count_BE = jax.vmap(one_image)(choice_BTK, weight_BTK, priority_BT)
     slots = Slots(token_BEQ.swapaxes(0, 1), weight_BEQ.swapaxes(0, 1), once=ranks == 1)
-    load_E = count_BE.mean(0) / choices
-    dropped = jnp.maximum(count_BE - most, 0).sum(1).mean() / choices
+    load_E = count_BE.mean(0) / (tokens * ranks)
+    dropped = jnp.maximum(count_BE - count, 0).sum(1).mean() / (tokens * ranks)
     return slots, load_E, dropped
 
 
