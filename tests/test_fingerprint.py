@@ -40,7 +40,8 @@ def test_it_is_what_its_formulas_say():
         mixed = (u + i * 0x9E3779B1) % 2**32
         mixed = (mixed ^ mixed >> 16) * 0x7FEB352D % 2**32
         mixed = (mixed ^ mixed >> 15) * 0x846CA68B % 2**32
-        first, second = (first + u * (2 * i + 1)) % 2**32, (second + (mixed ^ mixed >> 16)) % 2**32
+        mixed ^= mixed >> 16
+        first, second = (first + mixed * (2 * i + 1)) % 2**32, (second + mixed) % 2**32
     assert sums(ELEMENTS) == (f"{first:08x}", f"{second:08x}")
 
 
@@ -63,11 +64,36 @@ def test_both_sums_find_any_other_value_of_an_element():
         assert all(a != b for a, b in zip(sums(damaged), expected, strict=True))
 
 
+@pytest.mark.parametrize("bit", [31, 30, 0])
+def test_each_sum_finds_one_bit_that_flips_in_an_even_number_of_elements(bit):
+    """Such as signs: twice 2^31 is 0."""
+    random, array = np.random.default_rng(4), np.ones(2**12, np.float32)
+    array[1::2] = random.standard_normal(2**11)
+    expected = sums(array)
+    for count in [2, 2, 2, 2, 4, 64, 2**12] * 10:
+        damaged = array.copy()
+        damaged.view(np.uint32)[random.choice(len(array), count, replace=False)] ^= np.uint32(1 << bit)
+        assert all(a != b for a, b in zip(sums(damaged), expected, strict=True)), count
+
+
+@pytest.mark.parametrize("distance", [1, 4, 64])
+def test_two_changed_elements_escape_by_the_chance_that_the_docstring_says(distance):
+    """Of sums of 8 bits, 2^-15 and not 2^-63: the lowest bits of a sum depend on the lowest bits of its terms only."""
+    pairs, random = 2**20, np.random.default_rng(5)
+    index = random.integers(0, 2**20, pairs, np.uint32)
+    change = np.zeros((2, pairs), np.uint32)
+    for place in (index, index + np.uint32(distance)):
+        before, after = random.integers(0, 2**32, (2, pairs), np.uint32)
+        change += np.array(fingerprint._terms(after, place)) - np.array(fingerprint._terms(before, place))
+    expected = pairs * distance / 2**15
+    assert abs((change % 256 == 0).all(0).sum() - expected) < 5 * expected**0.5
+
+
 @pytest.mark.parametrize("values", ["random", "opposite", "small"])
 def test_two_elements_that_change_places_and_blocks_that_become_zero_are_found(values):
     random = np.random.default_rng(2)
     array = random.standard_normal(2**16).astype(np.float32) if values == "random" else np.ones(2**16, np.float32)
-    if values == "opposite":  # differ in one bit, so the first sum cannot tell
+    if values == "opposite":  # differ in one bit, the highest
         array[::3] = -1
     if values == "small":
         array = random.integers(0, 3, 2**16).astype(np.int32)

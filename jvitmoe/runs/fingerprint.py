@@ -2,12 +2,15 @@
 
 For elements of bits u_i (as uint32; shorter types are widened) at the flat index i of the global array, modulo 2^32:
 
-    first  = sum of u_i · (2i + 1)
-    second = sum of mix(u_i + i · 0x9E3779B1)      mix: products with odd numbers, and x ^ (x >> n)
+    m_i    = mix(u_i + i · 0x9E3779B1)      mix: products with odd numbers, and x ^ (x >> n)
+    first  = sum of m_i · (2i + 1)
+    second = sum of m_i
 
-Each of them finds every single changed element: an odd factor has an inverse, and `mix` is a bijection. Other damage,
-such as a block of zeros or two elements exchanged, escapes both by a chance of about 2^-64. They are sums of integers,
-so an array has one fingerprint on any number of devices, however it is split, and on the host.
+Each of them finds every single changed element: `mix` is a bijection, and an odd factor has an inverse. Other damage,
+such as a block of zeros, elements exchanged or signs flipped, escapes each by a chance of about 2^-32, and both by
+2^-63 (their lowest bits are equal); by 2^-(63-k) if all changed elements lie multiples of 2^k apart, as in a column.
+They are sums of integers, so an array has one fingerprint on any number of devices, however it is split, and on the
+host.
 """
 
 import functools
@@ -43,11 +46,13 @@ def _texts(tree: Any, sums_N2: np.ndarray) -> dict[str, str]:
 
 
 def _terms(bits: Any, index: Any) -> tuple[Any, Any]:
-    """Returns the terms of both sums; arrays of uint32, NumPy's or JAX's."""
+    """Returns the terms of both sums; arrays of uint32, NumPy's or JAX's. The first is mixed before it is multiplied:
+    an odd factor keeps the highest bit, so two signs that flip would leave that sum as it was."""
     mixed = bits + index * np.uint32(0x9E3779B1)
     mixed = (mixed ^ (mixed >> 16)) * np.uint32(0x7FEB352D)
     mixed = (mixed ^ (mixed >> 15)) * np.uint32(0x846CA68B)
-    return bits * (2 * index + 1), mixed ^ (mixed >> 16)
+    mixed ^= mixed >> 16
+    return mixed * (2 * index + 1), mixed
 
 
 def _of_array(array: np.ndarray) -> np.ndarray:
