@@ -154,6 +154,42 @@ def test_a_save_that_a_lost_process_ends_is_told_from_a_full_disk(tmp_path, monk
         save_all(tmp_path / "c", make()[0], [1])
 
 
+def change_a_copy(params, device):
+    """Changes one value of an array in one device only, as failing memory does."""
+    array = params["head"]["logits"]["bias"]
+    copies = [shard.data for shard in array.addressable_shards]
+    copies[device] = copies[device].at[0].add(1e-6)
+    params["head"]["logits"]["bias"] = jax.make_array_from_single_device_arrays(array.shape, array.sharding, copies)
+
+
+def test_a_copy_that_changes_in_one_of_several_devices_is_not_saved_and_after_a_restore_is_damage(
+    tmp_path, monkeypatch
+):
+    state, abstract = make(2)
+    where = "params.head.logits.bias on device 1 of process 0 is not equal to that on device 0 of process 0"
+    with opened(tmp_path / "c") as checkpoints:
+        for number in (1, 2):
+            checkpoints.save(at(state, number), make_config(2), None)
+        changed = at(state, 3)
+        change_a_copy(changed.params, 1)
+        with pytest.raises(
+            CheckpointError, match=rf"^{where} at step 3 \(1 of \d+ arrays differ\); .* without that device"
+        ):
+            checkpoints.save(changed, make_config(2), None)
+    assert list_steps(tmp_path / "c") == [1, 2]
+
+    def read(folder, *how):
+        tree = as_before(folder, *how)
+        if folder.parts[-2:] == ("2", "params"):
+            change_a_copy(tree, 1)
+        return tree
+
+    as_before = checkpoints_lib._read
+    monkeypatch.setattr(checkpoints_lib, "_read", read)
+    with pytest.warns(RuntimeWarning, match=f"checkpoint 2 skipped: {where}"):
+        assert Checkpoints(tmp_path / "c").restore(abstract)[1]["step"] == 1
+
+
 def test_what_is_restored_is_what_was_saved_bit_for_bit_also_by_orbax_itself(two):
     """The folders are Orbax's own checkpoints: programs that know nothing of jvitmoe read them."""
     state, abstract = make()

@@ -9,6 +9,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jvitmoe import routing
+from jvitmoe.config import TrainConfig
 from jvitmoe.runs import fingerprint
 from jvitmoe.runtime.devices import make_mesh
 from jvitmoe.training.state import abstract_state
@@ -119,7 +120,7 @@ def test_the_devices_and_the_host_agree_on_every_type_however_an_array_is_split(
                 spec = PartitionSpec(*[None] * axis, "data") if splits else PartitionSpec()
                 return jax.device_put(x, NamedSharding(mesh, spec))
 
-            assert fingerprint.of_devices(jax.tree.map(place, LEAVES)) == [expected]
+            assert fingerprint.of_devices(jax.tree.map(place, LEAVES)) == (expected, [])
 
 
 def test_a_training_state_has_one_fingerprint_on_any_devices_and_no_device_gathers_an_array(tiny_config):
@@ -132,8 +133,40 @@ def test_a_training_state_has_one_fingerprint_on_any_devices_and_no_device_gathe
         values = values or jax.tree.map(lambda x: random.standard_normal(x.shape, np.float32), abstract)
         placed = jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), values, abstract)
         expected = expected or fingerprint.of_host(values)
-        assert fingerprint.of_devices(placed) == [expected]
+        assert fingerprint.of_devices(placed) == (expected, [])
     leaves = jax.tree.leaves(placed)
     assert any(not leaf.is_fully_replicated for leaf in leaves)
-    needed = fingerprint._program(mesh).lower(leaves).compile().memory_analysis().temp_size_in_bytes
+    program = fingerprint._program(mesh, tuple(leaf.sharding.spec for leaf in leaves))
+    needed = program.lower(leaves).compile().memory_analysis().temp_size_in_bytes
     assert needed < max(leaf.nbytes for leaf in leaves) / 4
+
+
+SPLITS = {  # of an array on 2 x 2 devices -> which device holds a copy of the same part
+    (): None,  # all do
+    ("data",): [1, 0, 3, 2],
+    (None, "expert"): [2, 3, 0, 1],
+    ("expert", "data"): [],
+    (("data", "expert"),): [],
+}
+
+
+@pytest.mark.parametrize("split", SPLITS)
+@pytest.mark.parametrize("changed", range(4))
+def test_a_copy_that_changes_in_one_device_is_found_and_the_device_is_named(split, changed):
+    mesh = make_mesh(TrainConfig(devices=4, expert_devices=2))
+    value = np.random.default_rng(6).standard_normal((4, 6), np.float32)
+    array = jax.device_put(value, NamedSharding(mesh, PartitionSpec(*split)))
+    parts = [shard.data for shard in array.addressable_shards]
+    parts[changed] = parts[changed].at[0, 0].multiply(-1)
+    wrong = jax.make_array_from_single_device_arrays(array.shape, array.sharding, parts)
+    found, faults = fingerprint.of_devices({"sound": array, "wrong": wrong})
+    expected = fingerprint.of_host({"sound": value, "wrong": value})
+    assert found["sound"] == expected["sound"]
+    if SPLITS[split] == []:  # no other copy, and then the fingerprint is that of what the devices hold
+        assert (faults, found["wrong"] == expected["wrong"]) == ([], False)
+        return
+    pair = (changed, 0 if changed else 1)  # of four copies, that which differs comes first
+    if SPLITS[split]:
+        pair = max(changed, SPLITS[split][changed]), min(changed, SPLITS[split][changed])
+    where = [f"on device {device} of process 0" for device in pair]
+    assert faults == [f"wrong {where[0]} is not equal to that {where[1]}"]

@@ -160,8 +160,10 @@ class Checkpoints:
         failed_P = multihost_utils.process_allgather(np.array(bool(fault)))
         if failed_P.any():
             raise ValueError(fault or f"process {int(np.argmax(failed_P))} cannot read it")
-        for found in fingerprint.of_devices(trees):
-            _compare(meta["fingerprint"], found)
+        found, unequal = fingerprint.of_devices(trees)
+        if unequal:
+            raise ValueError(unequal[0])
+        _compare(meta["fingerprint"], found)
         return trees, meta
 
     def _meta(self, step: int) -> Meta:
@@ -273,12 +275,18 @@ class CheckpointWriter(Checkpoints):
             nll: validation NLL, to choose the best checkpoint; None without a validation split.
             others: name -> checksum of other files of the run folder at this step.
 
-        Raises CheckpointError when this write or the previous one fails, and when processes have unequal copies.
+        Raises CheckpointError when this write or the previous one fails, and when devices hold unequal copies.
         """
         self._finish_write()
         step, trees = int(state.step), _trees(state)
-        found, *elsewhere = fingerprint.of_devices(trees)
-        _check_copies(step, found, elsewhere)
+        found, unequal = fingerprint.of_devices(trees)
+        if unequal:
+            error = CheckpointError(
+                f"{unequal[0]} at step {step} ({len(unequal)} of {len(found)} arrays differ); one of them may be "
+                "failing, or its memory; this checkpoint was not written; the same command, without that device or "
+                "its machine, goes on from the one before"
+            )
+            processes.all_raise(error)  # all have found the same
         meta = {"step": step, "config": config_lib.to_dict(config), "versions": versions(), "nll": nll}
         meta |= {"files": dict(others or {}), "fingerprint": found}
         meta["checksum"] = files.checksum(meta)
@@ -392,18 +400,6 @@ def _compare(expected: Mapping[str, str], found: Mapping[str, str]) -> None:
     """Raises ValueError where an array does not have its fingerprint."""
     if wrong := sorted(name for name in expected.keys() | found.keys() if found.get(name) != expected.get(name)):
         raise ValueError(f"{wrong[0]} does not match its fingerprint ({len(wrong)} of {len(expected)} arrays)")
-
-
-def _check_copies(step: int, first: Mapping[str, str], others: Sequence[Mapping[str, str]]) -> None:
-    """Raises CheckpointError, in all processes, where the copies of an array in several processes differ."""
-    wrong = [(n, name) for n, found in enumerate(others, 1) for name in first if found[name] != first[name]]
-    if wrong:
-        error = CheckpointError(
-            f"{wrong[0][1]} of process {wrong[0][0]} is not equal to that of process 0 at step {step} "
-            f"({len(wrong)} of {len(first)} arrays differ); the memory or a device of one of them may be failing; "
-            "this checkpoint was not written; the same command, without that machine, goes on from the one before"
-        )
-        processes.all_raise(error)
 
 
 def _warn(faults: Mapping[int, str]) -> None:

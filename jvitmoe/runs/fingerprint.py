@@ -14,25 +14,51 @@ host.
 """
 
 import functools
-import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 PART = 2**18  # elements that NumPy takes at a time: they fit into a cache
 UINT = {1: np.uint8, 2: np.uint16, 4: np.uint32}
 
 
-def of_devices(tree: Any) -> list[dict[str, str]]:
-    """Returns, for each process, {"blocks.mlp.up": 16 hexadecimal digits, ...} of its copies of arrays on one mesh. All
-    processes must call it. No array is gathered."""
+def of_devices(tree: Any) -> tuple[dict[str, str], list[str]]:
+    """Returns ({"blocks.mlp.up": 16 hexadecimal digits, ...}, faults) of arrays on one mesh. A fault is an array of
+    which two devices hold unequal copies: "head.bias on device 1 of process 0 is not equal to that on device 0 of
+    process 0". All processes must call it, and get the same. No array is gathered."""
     leaves = jax.tree.leaves(tree)
-    sums_N2 = np.asarray(_program(leaves[0].sharding.mesh)(leaves))
-    return [_texts(tree, sums) for sums in np.reshape(multihost_utils.process_allgather(sums_N2), (-1, *sums_N2.shape))]
+    mesh, specs = leaves[0].sharding.mesh, tuple(leaf.sharding.spec for leaf in leaves)
+    sums_DN2, found_N2, faults = np.asarray(_program(mesh, specs)(leaves)), [], []
+    for n, (name, leaf) in enumerate(zip(_names(tree), leaves, strict=True)):
+        holders = dict[str, list[int]]()  # part of the array -> the devices that hold a copy of it
+        for d, part in enumerate(leaf.sharding.devices_indices_map(leaf.shape).values()):
+            holders.setdefault(str(part), []).append(d)
+        found_N2.append(sum(sums_DN2[copies[0], n] for copies in holders.values()))
+        unequal = [text for copies in holders.values() if (text := _unequal(sums_DN2[copies, n], mesh, copies))]
+        faults += [f"{name} {text}" for text in unequal[:1]]
+    return _texts(tree, np.array(found_N2)), faults
+
+
+def _unequal(sums_D2: np.ndarray, mesh: Mesh, copies: Sequence[int]) -> str:
+    """Returns on which device a copy differs from the first one, or, if most do, the first one from another; "" if all
+    copies are equal."""
+    wrong_D = (sums_D2 != sums_D2[0]).any(1)
+    if not wrong_D.any():
+        return ""
+    pair = copies[int(wrong_D.argmax())], copies[0]
+    one, other = (_where(mesh, d) for d in (pair if 2 * wrong_D.sum() <= len(wrong_D) else pair[::-1]))
+    return f"{one} is not equal to that {other}"
+
+
+def _where(mesh: Mesh, d: int) -> str:
+    """Returns the words for a device: its number among those of its process."""
+    device = mesh.devices.flat[d]
+    own = sorted(other.id for other in mesh.devices.flat if other.process_index == device.process_index)
+    return f"on device {own.index(device.id)} of process {device.process_index}"
 
 
 def of_host(tree: Any) -> dict[str, str]:
@@ -41,8 +67,12 @@ def of_host(tree: Any) -> dict[str, str]:
 
 
 def _texts(tree: Any, sums_N2: np.ndarray) -> dict[str, str]:
-    names = [jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in jax.tree.leaves_with_path(tree)]
-    return {name: f"{first:08x}{second:08x}" for name, (first, second) in zip(names, sums_N2.tolist(), strict=True)}
+    sums = zip(_names(tree), sums_N2.tolist(), strict=True)
+    return {name: f"{first:08x}{second:08x}" for name, (first, second) in sums}
+
+
+def _names(tree: Any) -> list[str]:
+    return [jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in jax.tree.leaves_with_path(tree)]
 
 
 def _terms(bits: Any, index: Any) -> tuple[Any, Any]:
@@ -65,19 +95,28 @@ def _of_array(array: np.ndarray) -> np.ndarray:
 
 
 @functools.cache
-def _program(mesh: Any) -> Any:
-    """Returns the function from arrays on a mesh to their sums [N, 2] in each of its devices."""
+def _program(mesh: Mesh, specs: tuple[PartitionSpec, ...]) -> Any:
+    """Returns the function from arrays that are split so to the sums [D, N, 2] that each device has of its parts."""
 
-    def one(array: jax.Array) -> jax.Array:
-        bits = array if array.dtype == bool else jax.lax.bitcast_convert_type(array, UINT[array.dtype.itemsize])
-        index = jnp.uint32(0)
-        for axis in range(array.ndim):
-            stride = np.uint32(math.prod(array.shape[axis + 1 :]) % 2**32)
-            index += jax.lax.broadcasted_iota(jnp.uint32, array.shape, axis) * stride
+    def one(part: jax.Array, spec: PartitionSpec) -> jax.Array:
+        bits = part if part.dtype == bool else jax.lax.bitcast_convert_type(part, UINT[part.dtype.itemsize])
+        index, stride = jnp.uint32(0), 1
+        for axis in reversed(range(part.ndim)):
+            place = jax.lax.broadcasted_iota(jnp.uint32, part.shape, axis)
+            count = part.shape[axis]
+            if axis < len(spec) and spec[axis]:
+                place += jax.lax.axis_index(spec[axis]).astype(jnp.uint32) * np.uint32(count)
+                count *= jax.lax.axis_size(spec[axis])
+            index, stride = index + place * np.uint32(stride % 2**32), stride * count
         # One reduction of both, which reads the array once; XLA for a CPU is slow with two.
         terms, zeros = _terms(bits.astype(jnp.uint32), index), (jnp.uint32(0),) * 2
-        return jnp.stack(jax.lax.reduce(terms, zeros, lambda a, b: (a[0] + b[0], a[1] + b[1]), range(array.ndim)))
+        return jnp.stack(jax.lax.reduce(terms, zeros, lambda a, b: (a[0] + b[0], a[1] + b[1]), range(part.ndim)))
 
-    return jax.jit(
-        lambda arrays: jnp.stack([one(x) for x in arrays]), out_shardings=NamedSharding(mesh, PartitionSpec())
+    def all_parts(parts: list[jax.Array]) -> jax.Array:
+        return jnp.stack([one(part, spec) for part, spec in zip(parts, specs, strict=True)])[None]
+
+    # By device, because XLA may take copies for equal, and read only one.
+    each = jax.shard_map(
+        all_parts, mesh=mesh, in_specs=(list(specs),), out_specs=PartitionSpec(mesh.axis_names), check_vma=False
     )
+    return jax.jit(each, out_shardings=NamedSharding(mesh, PartitionSpec()))
