@@ -138,7 +138,7 @@ def finish(run: Run) -> None:
 
 def fingerprint(workdir: Path, number: int) -> dict[str, str]:
     """Returns leaf -> fingerprint, of parameters and optimiser state, of one checkpoint."""
-    return Checkpoints(workdir / files.CHECKPOINTS).check(number)["fingerprint"]
+    return Checkpoints(workdir / files.CHECKPOINTS).check(number)["fingerprints"]
 
 
 def history(workdir: Path, last: int) -> list[dict[str, float]]:

@@ -114,12 +114,37 @@ def test_a_pipe_or_a_link_in_a_checkpoint_is_damage_and_nobody_reads_it(copy, pl
                 read("latest")
 
 
+def edit_array(path, **fields):
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
 @pytest.mark.parametrize("field", ["shape", "chunks"])
 def test_an_array_that_claims_more_than_its_files_hold_is_damage_and_no_abort(copy, field):
     path = next((copy / "2" / "params").glob("norm.scale/.zarray"))
-    path.write_text(json.dumps(json.loads(path.read_text()) | {field: [10**10]}))
+    edit_array(path, **{field: [10**10]})
     for read in (Checkpoints(copy).read, lambda which: Checkpoints(copy).restore(make()[1])[1]):
         with pytest.warns(RuntimeWarning, match=r"2 skipped: ValueError: its arrays claim 40,000,\d*,\d* bytes"):
+            read("latest")
+
+
+@pytest.mark.parametrize(
+    ("leaf", "fields"),
+    [
+        ("norm.scale", {"dtype": "<i4"}),
+        ("norm.scale", {"dtype": ">f4"}),
+        ("norm.scale", {"dtype": "<f2"}),
+        ("blocks.mlp.up", {"shape": [2, 2, 1024, 8], "chunks": [2, 2, 1024, 8]}),  # of [2, 2, 8, 1024]
+        ("blocks.mlp.up", {"order": "F"}),
+    ],
+)
+def test_an_array_whose_dtype_or_shape_is_edited_is_damage_also_where_the_bytes_of_its_values_are_the_same(
+    copy, leaf, fields
+):
+    edit_array(next((copy / "2" / "params").glob(f"{leaf}/.zarray")), **fields)
+    with pytest.raises(CheckpointError):
+        Checkpoints(copy).check(2)
+    for read in (Checkpoints(copy).read, lambda which: Checkpoints(copy).restore(make()[1])[1]):
+        with pytest.warns(RuntimeWarning, match="checkpoint 2 skipped: "):
             read("latest")
 
 
@@ -127,7 +152,7 @@ def test_an_array_that_claims_more_than_its_files_hold_is_damage_and_no_abort(co
     ("name", "value"),
     [
         *(("nll", "x"), ("config", None), ("config", {"train": {"seed": None}}), ("config", {"model": {"width": "8"}})),
-        *((name, value) for name in ("versions", "files", "fingerprint") for value in (None, [1], {"a": 1})),
+        *((name, value) for name in ("versions", "files", "fingerprints") for value in (None, [1], {"a": 1})),
     ],
 )
 def test_a_meta_with_other_types_is_damage_even_where_its_checksum_fits(copy, name, value):
@@ -368,7 +393,7 @@ def test_a_checkpoint_of_another_version_and_of_another_model_say_so(copy):
             restore(copy, wrong)
     path = copy / "1" / "meta" / "metadata"
     meta = json.loads(path.read_text())
-    path.write_text(json.dumps({name: meta[name] for name in meta if name != "fingerprint"}))
+    path.write_text(json.dumps({name: meta[name] for name in meta if name != "fingerprints"}))
     for read in (lambda: restore(copy, abstract), lambda: Checkpoints(copy).read("latest")):
         with pytest.raises(CheckpointError, match="1: ValueError: it was written by another version of jvitmoe; train"):
             read()

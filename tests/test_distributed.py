@@ -115,7 +115,7 @@ def test_two_processes_of_the_node_launcher_take_up_the_run_of_one_and_any_devic
     assert merged["nll"] == pytest.approx(other["nll"], abs=1e-6)
 
     checkpoints = Checkpoints(workdir / "checkpoints")
-    config, expected = saved_config(workdir), checkpoints.check(STEPS)["fingerprint"]  # of the host
+    config, expected = saved_config(workdir), checkpoints.check(STEPS)["fingerprints"]  # of the host
     assert any(path.name.endswith(".1") for path in (workdir / "checkpoints" / str(STEPS)).glob("params/*/*"))
     for config.train.devices in (1, 2, 4):
         abstract = abstract_state(config, routing.find(config), make_mesh(config.train))

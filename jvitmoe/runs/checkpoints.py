@@ -1,9 +1,9 @@
 """Checkpoints of a run: Orbax writes and reads them, and a fingerprint tells whether they are sound.
 
 `checkpoints/<step>/` holds a folder of Zarr arrays for each field of the training state, and `meta/metadata`, which is
-JSON: config, validation NLL, versions, checksums of other files of the run folder, and the fingerprint of all arrays.
-Every read compares it, because Orbax does not notice a flipped bit. Each process writes and reads only its own parts of
-an array, so a state may be larger than the memory of a host.
+JSON: config, validation NLL, versions, checksums of other files of the run folder, and fingerprints of all arrays.
+Every read compares them, because Orbax does not notice a flipped bit. Each process writes and reads only its own parts
+of an array, so a state may be larger than the memory of a host.
 """
 
 import contextlib
@@ -152,7 +152,8 @@ class Checkpoints:
             meta = self._meta(step)
             if _items(meta) != sorted(wanted):
                 raise ValueError(f"it holds {', '.join(_items(meta))}, but the run has {', '.join(sorted(wanted))}")
-            trees = {name: _read(self.directory / str(step) / name, tree) for name, tree in wanted.items()}
+            place = self.directory / str(step)
+            trees = {name: _read(place / name, _of_item(meta, name), tree) for name, tree in wanted.items()}
         except JaxRuntimeError:  # of the devices, such as too little memory: no fault of the checkpoint
             raise
         except Exception as error:  # damage raises errors of any type
@@ -163,21 +164,21 @@ class Checkpoints:
         found, unequal = fingerprint.of_devices(trees)
         if unequal:
             raise ValueError(unequal[0])
-        _compare(meta["fingerprint"], found)
+        _compare(meta["fingerprints"], found)
         return trees, meta
 
     def _meta(self, step: int) -> Meta:
         """Returns the JSON of a checkpoint. Raises errors of any type where it is damaged."""
         files.bytes_below(self.directory / str(step))  # raises for what Orbax might wait for
         meta = json.loads(files.read_bytes(self.directory / str(step) / META) or b"")
-        if "fingerprint" not in meta:
+        if "fingerprints" not in meta:
             raise ValueError("it was written by another version of jvitmoe; train again")
         if meta.pop("checksum", None) != files.checksum(meta):
             raise ValueError("its meta does not match its checksum")
         if meta["step"] != step:
             raise ValueError(f"it is the checkpoint of step {meta['step']}")
         config_lib.from_dict(meta["config"]).validate()
-        texts = [text for name in ("versions", "files", "fingerprint") for text in meta[name].values()]
+        texts = [text for name in ("versions", "files", "fingerprints") for text in meta[name].values()]
         if not all(isinstance(text, str) for text in texts):
             raise ValueError("its versions, checksums and fingerprints are not all texts")
         math.isfinite(meta["nll"] or 0)  # raises for what is no number
@@ -187,8 +188,8 @@ class Checkpoints:
         """Returns a checkpoint after verifying the items `names`, by default all. Raises errors of any type."""
         meta, trees = self._meta(step), dict[str, Any]()
         for name in [item for item in _items(meta) if not names or item in names]:
-            trees[name] = _read(self.directory / str(step) / name)
-            expected = {leaf: text for leaf, text in meta["fingerprint"].items() if leaf.startswith(f"{name}.")}
+            expected = _of_item(meta, name)
+            trees[name] = _read(self.directory / str(step) / name, expected)
             _compare(expected, fingerprint.of_host({name: trees[name]}))
         return Saved(step, meta, trees["params"], trees.get("ema"))
 
@@ -288,7 +289,7 @@ class CheckpointWriter(Checkpoints):
             )
             processes.all_raise(error)  # all have found the same
         meta = {"step": step, "config": config_lib.to_dict(config), "versions": versions(), "nll": nll}
-        meta |= {"files": dict(others or {}), "fingerprint": found}
+        meta |= {"files": dict(others or {}), "fingerprints": found}
         meta["checksum"] = files.checksum(meta)
         self._kept_nlls[step] = nll
         parts = {name: ocp.args.PyTreeSave(tree) for name, tree in trees.items()}
@@ -365,7 +366,12 @@ def _trees(state: State) -> dict[str, Any]:
 
 
 def _items(meta: Meta) -> list[str]:
-    return sorted({leaf.partition(".")[0] for leaf in meta["fingerprint"]})
+    return sorted({leaf.partition(".")[0] for leaf in meta["fingerprints"]})
+
+
+def _of_item(meta: Meta, name: str) -> dict[str, str]:
+    """Returns leaf -> fingerprint of the arrays of one item."""
+    return {leaf: text for leaf, text in meta["fingerprints"].items() if leaf.startswith(f"{name}.")}
 
 
 def _rated(nlls: Mapping[int, Any]) -> list[int]:
@@ -376,9 +382,10 @@ def _rated(nlls: Mapping[int, Any]) -> list[int]:
     )
 
 
-def _read(folder: Path, abstract: Any = None) -> Any:
+def _read(folder: Path, fingerprints: Mapping[str, str], abstract: Any = None) -> Any:
     """Returns one item with the structure, dtypes and shardings of `abstract`, or as nested dicts and lists of NumPy
-    arrays. Waits for no other process. Raises errors of any type where it is damaged."""
+    arrays. Waits for no other process. Raises errors of any type where it is damaged, as where dtypes and shapes are
+    not those of the fingerprints; the sums are for the caller to compare."""
     alone = ocp.options.MultiprocessingOptions(jax.process_index(), {jax.process_index()})
     handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False, multiprocessing_options=alone)
     with ocp.Checkpointer(handler, multiprocessing_options=alone) as reader:
@@ -389,6 +396,8 @@ def _read(folder: Path, abstract: Any = None) -> Any:
         )
         if needed > (there := files.bytes_below(folder)):  # TensorStore aborts without the memory
             raise ValueError(f"its arrays claim {needed:,} bytes, and its files have {there:,}")
+        kinds = {leaf: text.rpartition(" ")[0] for leaf, text in fingerprints.items()}
+        _compare(kinds, fingerprint.kinds({folder.name: stored}))
         if abstract is not None:
             how = ocp.checkpoint_utils.construct_restore_args(abstract)
         else:

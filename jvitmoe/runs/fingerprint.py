@@ -1,4 +1,4 @@
-"""The fingerprint of an array, by which damage of a checkpoint is found: two sums of 32 bits.
+"""The fingerprint of an array, by which damage of a checkpoint is found: dtype, shape, and two sums of 32 bits.
 
 For elements of bits u_i (as uint32; shorter types are widened) at the flat index i of the global array, modulo 2^32:
 
@@ -27,13 +27,13 @@ UINT = {1: np.uint8, 2: np.uint16, 4: np.uint32}
 
 
 def of_devices(tree: Any) -> tuple[dict[str, str], list[str]]:
-    """Returns ({"blocks.mlp.up": 16 hexadecimal digits, ...}, faults) of arrays on one mesh. A fault is an array of
-    which two devices hold unequal copies: "head.bias on device 1 of process 0 is not equal to that on device 0 of
-    process 0". All processes must call it, and get the same. No array is gathered."""
+    """Returns ({"blocks.mlp.up": "float32[4, 8] 0123456789abcdef", ...}, faults) of arrays on one mesh. A fault is an
+    array of which two devices hold unequal copies: "head.bias on device 1 of process 0 is not equal to that on device
+    0 of process 0". All processes must call it, and get the same. No array is gathered."""
     leaves = jax.tree.leaves(tree)
     mesh, specs = leaves[0].sharding.mesh, tuple(leaf.sharding.spec for leaf in leaves)
     sums_DN2, found_N2, faults = np.asarray(_program(mesh, specs)(leaves)), [], []
-    for n, (name, leaf) in enumerate(zip(_names(tree), leaves, strict=True)):
+    for n, (name, leaf) in enumerate(zip(kinds(tree), leaves, strict=True)):
         holders = dict[str, list[int]]()  # part of the array -> the devices that hold a copy of it
         for d, part in enumerate(leaf.sharding.devices_indices_map(leaf.shape).values()):
             holders.setdefault(str(part), []).append(d)
@@ -62,17 +62,21 @@ def _where(mesh: Mesh, d: int) -> str:
 
 
 def of_host(tree: Any) -> dict[str, str]:
-    """Returns {"blocks.mlp.up": 16 hexadecimal digits, ...} of a tree of NumPy arrays."""
+    """Returns {"blocks.mlp.up": "float32[4, 8] 0123456789abcdef", ...} of a tree of NumPy arrays."""
     return _texts(tree, np.array([_of_array(leaf) for leaf in jax.tree.leaves(tree)]))
 
 
+def kinds(tree: Any) -> dict[str, str]:
+    """Returns {"blocks.mlp.up": "float32[4, 8]", ...}, with which the fingerprints of these arrays begin."""
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="."): f"{leaf.dtype.name}{list(leaf.shape)}"
+        for path, leaf in jax.tree.leaves_with_path(tree)
+    }
+
+
 def _texts(tree: Any, sums_N2: np.ndarray) -> dict[str, str]:
-    sums = zip(_names(tree), sums_N2.tolist(), strict=True)
-    return {name: f"{first:08x}{second:08x}" for name, (first, second) in sums}
-
-
-def _names(tree: Any) -> list[str]:
-    return [jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in jax.tree.leaves_with_path(tree)]
+    sums = zip(kinds(tree).items(), sums_N2.tolist(), strict=True)
+    return {name: f"{kind} {first:08x}{second:08x}" for (name, kind), (first, second) in sums}
 
 
 def _terms(bits: Any, index: Any) -> tuple[Any, Any]:
