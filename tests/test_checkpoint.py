@@ -20,6 +20,7 @@ import pytest
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
+from jvitmoe import config as config_lib
 from jvitmoe import routing
 from jvitmoe.config import Config, ModelConfig, RoutingConfig, TrainConfig
 from jvitmoe.runs import checkpoints as checkpoints_lib
@@ -397,6 +398,30 @@ def test_a_checkpoint_of_another_version_and_of_another_model_say_so(copy):
     for read in (lambda: restore(copy, abstract), lambda: Checkpoints(copy).read("latest")):
         with pytest.raises(CheckpointError, match="1: ValueError: it was written by another version of jvitmoe; train"):
             read()
+
+
+def test_a_checkpoint_of_another_run_counts_for_nothing_and_is_named_with_the_setting_that_differs(tmp_path):
+    """It is newer, and rated better, than those of the run, of which one has a setting that may change on resuming."""
+    (state, abstract), own, other = make(), make_config(), make_config()
+    own.train.log_every, other.train.seed = 7, 4
+    with opened(tmp_path / "checkpoints") as checkpoints:
+        for number, config in enumerate((make_config(), other, own, other), 1):
+            checkpoints.save(at(state, number), config, 1 / number)
+    (tmp_path / "config.json").write_text(config_lib.dumps(own))
+    reader, named = Checkpoints(tmp_path / "checkpoints"), "it is of another run: train.seed is 4, and 3 in config.json"
+    for which in ("latest", "best"):
+        with pytest.warns(RuntimeWarning, match=f"checkpoint [24] skipped: ValueError: {named}$"):
+            assert reader.read(which).step == 3
+    with pytest.raises(CheckpointError, match=rf"\(4: ValueError: {named}\); restore"):
+        reader.read("4")
+    assert reader.check(4)["step"] == 4  # it is sound
+    with opened(tmp_path / "checkpoints") as checkpoints:
+        with pytest.warns(RuntimeWarning, match=f"checkpoint [24] skipped: ValueError: {named}$"):
+            restored, meta = checkpoints.restore(abstract)
+        assert meta["step"] == 3
+        chex.assert_trees_all_equal(restored, at(state, 3))
+    assert reader.steps() == [1, 3]
+    assert len(list(tmp_path.glob("damaged-checkpoint-[24]-*"))) == 2
 
 
 @pytest.mark.parametrize(  # older than all checkpoints, in between, newer

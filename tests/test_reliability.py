@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 
+import jvitmoe
 import processes
 from jvitmoe import evaluate, train
 from jvitmoe.errors import UserError
@@ -450,6 +451,30 @@ def test_verify_names_the_part_that_is_damaged_and_no_other(copy, place, damage,
     assert part == place.replace("checkpoints/", "checkpoint ")
     assert message in said
     tally("damaged parts of run folders found by --verify", 1)
+
+
+@pytest.mark.slow
+def test_a_checkpoint_of_another_run_is_named_by_every_command_and_none_uses_it(
+    experiment, uninterrupted, copy, tmp_path
+):
+    ended = processes.run(processes.train(experiment, tmp_path / "other", "--config.train.seed=1"))
+    assert ended.code == 0, ended.err
+    newest, before = saved(copy)[-1], saved(copy)[-2].name
+    shutil.rmtree(newest)
+    shutil.copytree(tmp_path / "other" / "checkpoints" / newest.name, newest)
+    named = "it is of another run: train.seed is 1, and 0 in config.json"
+    code, found = verify(copy)
+    assert (code, found.pop(f"checkpoint {newest.name}")) == (1, named)
+    assert {*found.values()} == {"sound"}
+    skipped = f"warning: checkpoint {newest.name} skipped: ValueError: {named}\n"
+    assert skipped in succeed(evaluate.main, f"--workdir={copy}")
+    with pytest.warns(RuntimeWarning, match=named):
+        jvitmoe.load(copy)
+    (copy / "result.json").unlink()
+    out = succeed(train.main, f"--config={experiment}", f"--workdir={copy}")
+    assert skipped in out
+    assert f"resuming    from step {before}\n" in out
+    assert_same_run(copy, uninterrupted)
 
 
 # folders from elsewhere

@@ -27,6 +27,7 @@ from jax.experimental import multihost_utils
 
 from jvitmoe import config as config_lib
 from jvitmoe.config import Config
+from jvitmoe.data import datasets
 from jvitmoe.errors import UserError, one_line
 from jvitmoe.runs import files, fingerprint
 from jvitmoe.runtime import devices, processes
@@ -80,18 +81,29 @@ class Checkpoints:
         return list_steps(self.directory)
 
     def check(self, step: int) -> Meta:
-        """Returns the meta of a checkpoint after reading all of it. Raises CheckpointError with what is wrong."""
+        """Returns the meta of a checkpoint, of any run, after reading all of it. Raises CheckpointError with what is
+        wrong."""
         try:
-            return self._read_to_host(step).meta
+            return self._read_to_host(self._meta(step)).meta
         except Exception as error:  # damage raises errors of any type
             raise CheckpointError(one_line(error)) from error
+
+    def difference(self, meta: Meta) -> str:
+        """Returns how the settings of a checkpoint differ from those in the config.json beside the folder; "" if they
+        do not, or if there is none. Raises UserError where that cannot be read."""
+        path = self.directory.parent / files.CONFIG
+        if (text := files.read_bytes(path)) is None:
+            return ""
+        changed = datasets.differences(config_lib.from_dict(meta["config"]), config_lib.loads(text, str(path)))
+        listed = ", ".join(f"{name} is {own!r}, and {runs!r} in {path.name}" for name, (own, runs) in changed.items())
+        return listed and f"it is of another run: {listed}"
 
     def read(self, which: str | int) -> Saved:
         """Returns the checkpoint "latest", "best" (least validation NLL) or of a step, without optimiser state.
 
-        Latest and best are the sound ones, with a warning for each damaged one that is passed over. Chooses again where
-        a run that trains deletes checkpoints meanwhile. Raises CheckpointError, and UserError where the names of the
-        classes beside the folder are not those of the checkpoint.
+        Latest and best are the sound ones of this run (`difference`), with a warning for each other one that is passed
+        over. Chooses again where a run that trains deletes checkpoints meanwhile. Raises CheckpointError, and UserError
+        where the names of the classes beside the folder are not those of the checkpoint.
         """
         which = str(which)  # from Python a step may be a number
         steps, faults, found = self.steps(), dict[int, str](), None
@@ -102,7 +114,7 @@ class Checkpoints:
         newest_first = [int(which)] if which.isdigit() else steps[::-1]
         for step in _rated(self._nlls(steps, faults)) if which == "best" else newest_first:
             try:
-                found = self._read_to_host(step, ("params", "ema"))
+                found = self._read_to_host(self._meta_of_run(step), ("params", "ema"))
                 break
             except Exception as error:  # damage raises errors of any type
                 faults[step] = one_line(error)
@@ -118,7 +130,7 @@ class Checkpoints:
         return found
 
     def restore(self, abstract: State) -> tuple[State, Meta] | None:
-        """Returns (state, meta) of the newest sound checkpoint, or None if there is no checkpoint at all.
+        """Returns (state, meta) of the newest sound checkpoint of this run, or None if there is no checkpoint at all.
 
         All processes must call it. Warns of each newer checkpoint that was skipped, with the reason. Raises
         CheckpointError if none is sound, so that a run never starts afresh by accident.
@@ -149,7 +161,7 @@ class Checkpoints:
         """Returns (item -> tree on the devices, meta). Raises ValueError, in all processes, where one finds damage."""
         fault, trees, meta = "", dict[str, Any](), Meta()
         try:
-            meta = self._meta(step)
+            meta = self._meta_of_run(step)
             if _items(meta) != sorted(wanted):
                 raise ValueError(f"it holds {', '.join(_items(meta))}, but the run has {', '.join(sorted(wanted))}")
             place = self.directory / str(step)
@@ -184,9 +196,16 @@ class Checkpoints:
         math.isfinite(meta["nll"] or 0)  # raises for what is no number
         return meta
 
-    def _read_to_host(self, step: int, names: Sequence[str] = ()) -> Saved:
+    def _meta_of_run(self, step: int) -> Meta:
+        """As `_meta`; also raises where the checkpoint is one of another run."""
+        meta = self._meta(step)
+        if difference := self.difference(meta):
+            raise ValueError(difference)
+        return meta
+
+    def _read_to_host(self, meta: Meta, names: Sequence[str] = ()) -> Saved:
         """Returns a checkpoint after verifying the items `names`, by default all. Raises errors of any type."""
-        meta, trees = self._meta(step), dict[str, Any]()
+        step, trees = meta["step"], dict[str, Any]()
         for name in [item for item in _items(meta) if not names or item in names]:
             expected = _of_item(meta, name)
             trees[name] = _read(self.directory / str(step) / name, expected)
@@ -194,11 +213,11 @@ class Checkpoints:
         return Saved(step, meta, trees["params"], trees.get("ema"))
 
     def _nlls(self, steps: Iterable[int], faults: dict[int, str]) -> dict[int, Any]:
-        """Returns step -> validation NLL; enters into `faults` what is wrong with checkpoints whose meta is damaged."""
+        """Returns step -> validation NLL; enters into `faults` what is wrong with other checkpoints."""
         nlls = {}
         for step in steps:
             try:
-                nlls[step] = self._meta(step)["nll"]
+                nlls[step] = self._meta_of_run(step)["nll"]
             except Exception as error:  # damage raises errors of any type
                 faults[step] = one_line(error)
         return nlls

@@ -165,16 +165,22 @@ def verify(workdir: Path) -> Iterator[tuple[str, str]]:
     Covers the checkpoints and the files that other commands read; `tb/`, `report.md` and the pictures repeat them. A
     checkpoint holds fingerprints of its arrays and checksums of other files.
     """
-    reader, meta = checkpoints.Checkpoints(workdir / files.CHECKPOINTS), dict[str, Any](step=0)
+    reader = checkpoints.Checkpoints(workdir / files.CHECKPOINTS)
     if not (steps := reader.steps()):
         yield files.CHECKPOINTS, "there is none"
+    metas, faults = dict[int, dict[str, Any]](), dict[int, str]()
     for step in steps:
-        fault = ""
         try:
-            meta = reader.check(step)  # after the last one, that of the newest sound checkpoint
+            metas[step] = reader.check(step)
         except UserError as error:
-            fault = str(error)
-        yield f"checkpoint {step}", fault
+            faults[step] = str(error)
+    with contextlib.suppress(UserError):  # of config.json, which is checked below
+        others = {step: text for step, meta in metas.items() if (text := reader.difference(meta))}
+        if len(others) < len(metas):  # if all are of another run, it is config.json that is
+            faults |= others
+    for step in steps:
+        yield f"checkpoint {step}", faults.get(step, "")
+    meta = metas.get(max(metas.keys() - faults, default=0), {"step": 0})
     for name in CHECKS:
         if (workdir / name).exists() or name in (files.CONFIG, files.METRICS, *meta.get("files", ())):
             fault = ""
