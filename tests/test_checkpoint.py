@@ -26,6 +26,7 @@ from jvitmoe.config import Config, ModelConfig, RoutingConfig, TrainConfig
 from jvitmoe.runs import checkpoints as checkpoints_lib
 from jvitmoe.runs import files
 from jvitmoe.runs.checkpoints import CheckpointError, Checkpoints, CheckpointWriter, list_steps
+from jvitmoe.runtime import memory
 from jvitmoe.runtime.devices import make_mesh
 from jvitmoe.training.state import OptState, TrainState, abstract_state, make_state
 
@@ -115,8 +116,42 @@ def test_a_pipe_or_a_link_in_a_checkpoint_is_damage_and_nobody_reads_it(copy, pl
                 read("latest")
 
 
+@pytest.mark.parametrize(
+    "place",
+    [
+        *("params/norm.scale/0", "params/norm.scale/.zarray", "opt_state/*norm.scale/0"),
+        *("params/_METADATA", "_CHECKPOINT_METADATA", "meta/metadata"),
+    ],
+)
+def test_a_file_of_a_tebibyte_is_damage_and_nobody_reads_it(copy, place):
+    """It takes no room on the disk: all of it is a hole."""
+    os.truncate(next((copy / "2").glob(place)), 2**40)
+    for read in (Checkpoints(copy).read, lambda which: restore(copy, make()[1])[1]):
+        with pytest.warns(RuntimeWarning, match=r"checkpoint 2 skipped: .*1,099,511,627,776 bytes"):
+            read("latest")
+
+
 def edit_array(path, **fields):
     path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+def edit_meta(checkpoint, **fields):
+    """Edits it with a checksum that fits."""
+    path = checkpoint / "meta" / "metadata"
+    meta = json.loads(path.read_text()) | fields
+    del meta["checksum"]
+    path.write_text(json.dumps(meta | {"checksum": files.checksum(meta)}))
+
+
+def test_a_file_larger_than_the_memory_is_damage_also_where_all_claims_agree(copy):
+    size = 2 * memory.installed()
+    os.truncate(copy / "2" / "params/norm.scale/0", size)
+    edit_array(copy / "2" / "params/norm.scale/.zarray", shape=[size // 4], chunks=[size // 4])
+    fingerprints = json.loads((copy / "2/meta/metadata").read_text())["fingerprints"]
+    edit_meta(copy / "2", bytes=2 * size, fingerprints=fingerprints | {"params.norm.scale": f"float32[{size // 4}] 0"})
+    for read in (Checkpoints(copy).read, lambda which: restore(copy, make()[1])[1]):
+        with pytest.warns(RuntimeWarning, match=rf"checkpoint 2 skipped: .* more than {size // 2:,}$"):
+            read("latest")
 
 
 @pytest.mark.parametrize("field", ["shape", "chunks"])
@@ -152,15 +187,19 @@ def test_an_array_whose_dtype_or_shape_is_edited_is_damage_also_where_the_bytes_
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        *(("nll", "x"), ("config", None), ("config", {"train": {"seed": None}}), ("config", {"model": {"width": "8"}})),
+        *(
+            ("nll", "x"),
+            ("bytes", None),
+            ("bytes", "x"),
+            ("config", None),
+            ("config", {"train": {"seed": None}}),
+            ("config", {"model": {"width": "8"}}),
+        ),
         *((name, value) for name in ("versions", "files", "fingerprints") for value in (None, [1], {"a": 1})),
     ],
 )
 def test_a_meta_with_other_types_is_damage_even_where_its_checksum_fits(copy, name, value):
-    path = copy / "2" / "meta" / "metadata"
-    meta = json.loads(path.read_text()) | {name: value}
-    del meta["checksum"]
-    path.write_text(json.dumps(meta | {"checksum": files.checksum(meta)}))
+    edit_meta(copy / "2", **{name: value})
     with pytest.warns(RuntimeWarning, match="checkpoint 2 skipped"):
         assert Checkpoints(copy).read("latest").step == 1
     with pytest.raises(CheckpointError, match="none of the checkpoints"):
@@ -316,7 +355,7 @@ def flip_byte(path):
     path.write_bytes(content)
 
 
-def edit_meta(folder):
+def other_seed(folder):
     path = next(path for path in (folder / "meta").iterdir() if path.is_file() and "seed" in path.read_text())
     path.write_text(path.read_text().replace('"seed": 3', '"seed": 4'))
 
@@ -329,7 +368,7 @@ DAMAGES = {
     "cut meta": lambda folder: os.truncate(folder / "meta" / "metadata", 20),
     "no array metadata": lambda folder: next((folder / "params").rglob(".zarray")).unlink(),
     "no item": lambda folder: shutil.rmtree(folder / "opt_state"),
-    "edited meta": edit_meta,
+    "edited meta": other_seed,
 }
 
 

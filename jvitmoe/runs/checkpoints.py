@@ -1,7 +1,7 @@
 """Checkpoints of a run: Orbax writes and reads them, and a fingerprint tells whether they are sound.
 
 `checkpoints/<step>/` holds a folder of Zarr arrays for each field of the training state, and `meta/metadata`, which is
-JSON: config, validation NLL, versions, checksums of other files of the run folder, and fingerprints of all arrays.
+JSON: config, validation NLL, versions, checksums of other files of the run folder, size and fingerprints of all arrays.
 Every read compares them, because Orbax does not notice a flipped bit. Each process writes and reads only its own parts
 of an array, so a state may be larger than the memory of a host.
 """
@@ -30,7 +30,7 @@ from jvitmoe.config import Config
 from jvitmoe.data import datasets
 from jvitmoe.errors import UserError, one_line
 from jvitmoe.runs import files, fingerprint
-from jvitmoe.runtime import devices, processes
+from jvitmoe.runtime import devices, memory, processes
 from jvitmoe.settings import LARGEST
 
 META = Path("meta", "metadata")
@@ -181,7 +181,7 @@ class Checkpoints:
 
     def _meta(self, step: int) -> Meta:
         """Returns the JSON of a checkpoint. Raises errors of any type where it is damaged."""
-        files.bytes_below(self.directory / str(step))  # raises for what Orbax might wait for
+        sizes = files.sizes_below(self.directory / str(step))  # raises for what Orbax might wait for
         meta = json.loads(files.read_bytes(self.directory / str(step) / META) or b"")
         if "fingerprints" not in meta:
             raise ValueError("it was written by another version of jvitmoe; train again")
@@ -194,6 +194,10 @@ class Checkpoints:
         if not all(isinstance(text, str) for text in texts):
             raise ValueError("its versions, checksums and fingerprints are not all texts")
         math.isfinite(meta["nll"] or 0)  # raises for what is no number
+        # TensorStore reads a file whole, and aborts without the memory for it.
+        most = min(max(meta["bytes"], files.MOST_BYTES), memory.installed())
+        if large := [f"{path.name} has {size:,} bytes" for path, size in sizes.items() if size > most]:
+            raise ValueError(f"{large[0]}, which is more than {most:,}")
         return meta
 
     def _meta_of_run(self, step: int) -> Meta:
@@ -309,6 +313,7 @@ class CheckpointWriter(Checkpoints):
             processes.all_raise(error)  # all have found the same
         meta = {"step": step, "config": config_lib.to_dict(config), "versions": versions(), "nll": nll}
         meta |= {"files": dict(others or {}), "fingerprints": found}
+        meta["bytes"] = sum(leaf.nbytes for leaf in jax.tree.leaves(trees))
         meta["checksum"] = files.checksum(meta)
         self._kept_nlls[step] = nll
         parts = {name: ocp.args.PyTreeSave(tree) for name, tree in trees.items()}
@@ -413,7 +418,7 @@ def _read(folder: Path, fingerprints: Mapping[str, str], abstract: Any = None) -
             max(map(math.prod, (leaf.shape, leaf.storage.chunk_shape))) * leaf.dtype.itemsize
             for leaf in jax.tree.leaves(stored)
         )
-        if needed > (there := files.bytes_below(folder)):  # TensorStore aborts without the memory
+        if needed > (there := sum(files.sizes_below(folder).values())):  # TensorStore aborts without the memory
             raise ValueError(f"its arrays claim {needed:,} bytes, and its files have {there:,}")
         kinds = {leaf: text.rpartition(" ")[0] for leaf, text in fingerprints.items()}
         _compare(kinds, fingerprint.kinds({folder.name: stored}))

@@ -68,19 +68,19 @@ def read_bytes(path: Path, most: int = MOST_BYTES, follow: bool = False) -> byte
     raise UserError(f"{path} cannot be read: {reason}; make it readable, or restore it from a copy")
 
 
-def bytes_below(folder: Path) -> int:
-    """Returns the bytes of all files in a folder and the folders in it. Raises ValueError for anything else in it: who
+def sizes_below(folder: Path) -> dict[Path, int]:
+    """Returns the bytes of each file in a folder and the folders in it. Raises ValueError for anything else in it: who
     reads a link, a pipe or a device may read a secret, or for ever."""
-    total = 0
+    sizes = dict[Path, int]()
     with os.scandir(folder) as entries:
         for entry in entries:
             if entry.is_dir(follow_symlinks=False):
-                total += bytes_below(Path(entry.path))
+                sizes |= sizes_below(Path(entry.path))
             elif entry.is_file(follow_symlinks=False):
-                total += entry.stat(follow_symlinks=False).st_size
+                sizes[Path(entry.path)] = entry.stat(follow_symlinks=False).st_size
             else:
                 raise ValueError(f"{entry.name} is no regular file")
-    return total
+    return sizes
 
 
 def refuse_links(workdir: Path) -> None:
