@@ -4,6 +4,8 @@ import errno
 import io
 import json
 import os
+import time
+import tracemalloc
 import warnings
 from pathlib import Path
 
@@ -11,7 +13,7 @@ import pytest
 from rich.console import Console
 
 from jvitmoe.errors import UserError
-from jvitmoe.runs import console, files, metrics_log, results
+from jvitmoe.runs import console, files, folder, metrics_log, results
 from jvitmoe.runs.console import markdown_table, show_table
 from jvitmoe.runs.metrics_log import MetricsLog
 
@@ -222,3 +224,20 @@ def test_a_pipe_a_link_and_a_file_that_is_too_long_are_one_line_and_not_read(tmp
     with (tmp_path / name).open("wb") as file:
         file.truncate(files.MOST_HISTORY + 1)
     refused("its 4,294,967,297 bytes are more than")
+
+
+def test_a_history_of_four_gibibytes_of_zeros_takes_seconds_and_little_memory_and_keeps_its_lines(tmp_path):
+    line = {"step": 1, "kind": "train", "loss": 2.0}
+    path = tmp_path / files.METRICS
+    path.write_text(json.dumps(line) + "\n")
+    os.truncate(path, files.MOST_HISTORY)  # a hole, as a power cut may leave one
+    tracemalloc.start()
+    began = time.thread_time()
+    try:
+        assert files.read_metrics(path) == [line]
+        with pytest.raises(UserError, match="a line is damaged"):
+            folder._check_metrics(tmp_path, {})
+        assert tracemalloc.get_traced_memory()[1] < 2**25
+        assert time.thread_time() - began < 30
+    finally:
+        tracemalloc.stop()

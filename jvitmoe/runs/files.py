@@ -8,7 +8,7 @@ import stat
 import zlib
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from jvitmoe.errors import UserError, one_line
 from jvitmoe.settings import LARGEST
@@ -24,8 +24,8 @@ CONFUSION = "confusion.png"
 SAMPLES = "samples.png"
 EXPERTS = "experts.png"
 UNFINISHED = ".part"  # suffix of a file that is being written
-# Bytes of a file that is read, and of a history: a longer one is damage, or an attack on memory.
-MOST_BYTES, MOST_HISTORY = 2**26, 2**32
+# Bytes of a file that is read, of a history, and of a line of it: a longer one is damage, or an attack on memory.
+MOST_BYTES, MOST_HISTORY, MOST_LINE = 2**26, 2**32, 2**22
 
 
 def run_folder(name: Path | str) -> Path:
@@ -49,19 +49,28 @@ def read_bytes(path: Path, most: int = MOST_BYTES, follow: bool = False) -> byte
     """Returns the content of a regular file; None if there is none. Raises UserError where it cannot be read, for a
     pipe or a device, whose end may never come, for more than `most` bytes, and, unless `follow`, for a link, whose
     target may be a secret."""
+    with _reading(path, most, follow) as file:
+        return file.read(most) if file else None
+
+
+@contextlib.contextmanager
+def _reading(path: Path, most: int, follow: bool) -> Iterator[IO[bytes] | None]:
+    """Opens what `read_bytes` reads, and raises its errors, also those of reading."""
 
     def opener(name: str, flags: int) -> int:
         return os.open(name, flags | os.O_NONBLOCK | (0 if follow else os.O_NOFOLLOW))
 
     try:
-        with open(path, "rb", opener=opener) as file:
+        with open(path, "rb", MOST_LINE, opener=opener) as file:  # a buffer of that size reads lines four times as fast
             about = os.fstat(file.fileno())
             if stat.S_ISREG(about.st_mode) and about.st_size <= most:
-                return file.read(most)
+                yield file
+                return
             reason = f"its {about.st_size:,} bytes are more than {most:,}"
             reason = reason if stat.S_ISREG(about.st_mode) else "it is no regular file"
     except FileNotFoundError:
-        return None
+        yield None
+        return
     except (OSError, ValueError) as error:  # ValueError: no name of a file
         is_link = isinstance(error, OSError) and error.errno == errno.ELOOP
         reason = "it is a link" if is_link else getattr(error, "strerror", None) or str(error)
@@ -176,13 +185,21 @@ def read_json(path: Path, fits: Callable[[Any], bool], what: str, remedy: str) -
     return value
 
 
+def metrics_lines(path: Path) -> Iterator[bytes]:
+    """Yields the lines of a metrics.jsonl, and parts of a line of more than MOST_LINE bytes, which is damage. Raises
+    UserError where it cannot be read."""
+    with _reading(path, MOST_HISTORY, follow=False) as file:
+        while file and (line := file.readline(MOST_LINE)):
+            yield line
+
+
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """Returns the lines of a metrics.jsonl, each step and kind once, without damaged lines; [] if there is no file.
     Raises UserError where it cannot be read. A line has a step, a kind, and figures that are finite or null."""
     lines: dict[tuple[int, str], dict[str, Any]] = {}
-    for text in (read_bytes(path, MOST_HISTORY) or b"").decode(errors="replace").split("\n"):
+    for text in metrics_lines(path):
         try:
-            line = json.loads(text)
+            line = json.loads(text.decode(errors="replace"))
             step, kind = line["step"], line["kind"]
             figures = [value for name, value in line.items() if name != "kind" and value is not None]
             known = type(step) is int and 0 <= step <= LARGEST and isinstance(kind, str)

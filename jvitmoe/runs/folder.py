@@ -207,8 +207,7 @@ def _check_config(workdir: Path, meta: dict[str, Any]) -> None:
 
 def _check_metrics(workdir: Path, meta: dict[str, Any]) -> None:
     try:
-        content = files.read_bytes(workdir / files.METRICS, files.MOST_HISTORY) or b""
-        lines = [json.loads(text) for text in content.splitlines()]
+        lines = [json.loads(text) for text in files.metrics_lines(workdir / files.METRICS)]
         steps, keys = [line["step"] for line in lines], {(line["step"], line["kind"]) for line in lines}
         if len(keys) < len(lines):
             raise UserError("it has two lines for one step; resuming the training repairs it")
