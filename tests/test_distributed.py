@@ -224,14 +224,17 @@ def test_processes_that_cannot_be_one_run_end_within_30_seconds_and_each_says_wh
 
 
 def write_sets(root: Path) -> None:
-    """Writes two equal image folders, of process 0 and of process 1. All classes have files of the same names."""
+    """Writes two equal image folders, of process 0 and of process 1. All classes have files of the same names, and all
+    files have one size."""
     random = np.random.default_rng(0)
     for split, count in (("train", 12), ("test", 4)):
         for label, name in enumerate(("flat", "rough")):
             (root / "0" / "set" / split / name).mkdir(parents=True)
             for n in range(count):
                 pixels = 100 * label + random.integers(0, 1 + 60 * label, (8, 8))
-                Image.fromarray(pixels.astype(np.uint8)).save(root / "0" / "set" / split / name / f"{n:02}.png")
+                path = root / "0" / "set" / split / name / f"{n:02}.png"
+                Image.fromarray(pixels.astype(np.uint8)).save(path, compress_level=0)
+    assert len({path.stat().st_size for path in root.rglob("*.png")}) == 1
     shutil.copytree(root / "0", root / "1")
 
 

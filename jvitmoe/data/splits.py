@@ -4,11 +4,14 @@ N images · H rows · W columns · c channels
 """
 
 import abc
+import contextlib
 import dataclasses
 import hashlib
 import math
+import zlib
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Generic, TypeVar
 
 import numpy as np
@@ -18,6 +21,8 @@ from jvitmoe.data.images import MODES, DataError, Picture, centre_crop, exact, r
 from jvitmoe.runtime import memory
 
 GROUP = 64  # records per thread task: one record per task costs more in overhead than in decoding
+SAMPLED = 64  # records of a split, evenly spaced, whose contents are part of its fingerprint
+MOST_SAMPLED = 2**26  # bytes of each: a file may be of any size
 Record = tuple[Picture, int]  # a picture and its label
 
 
@@ -57,9 +62,27 @@ class Records:
         return dataclasses.replace(self, number_N=self.number_N[chosen_N], labels_N=labels_N)
 
     def fingerprint(self) -> str:
-        """Returns a hash of what is known without reading records: `about`, and labels if known. Raises DataError."""
+        """Returns a hash of what is known without reading records (`about`, and labels if known), and of SAMPLED
+        records, the first and the last among them: other pictures may have the same sizes. Raises DataError."""
         known = "\n".join(self.about()).encode(errors="surrogateescape")
-        return hashlib.sha256(known + (b"" if self.labels_N is None else self.labels_N.tobytes())).hexdigest()[:12]
+        known += b"" if self.labels_N is None else self.labels_N.tobytes()
+        places = np.linspace(0, len(self) - 1, min(SAMPLED, len(self))).round().astype(int)
+        crc = 0
+        for picture, label in self.read(self.number_N[places].tolist()):
+            crc = zlib.crc32(b"%d" % label, zlib.crc32(_content(picture), crc))
+        return hashlib.sha256(known + b"%d" % crc).hexdigest()[:12]
+
+
+def _content(picture: Picture) -> bytes:
+    """Returns the encoded bytes of a picture, of a file at most MOST_SAMPLED. A file that cannot be read has none:
+    training skips it or names it."""
+    if isinstance(picture.encoded, Path):
+        with contextlib.suppress(OSError):
+            if picture.encoded.is_file():  # reading a pipe or a device might never end
+                with picture.encoded.open("rb") as file:
+                    return file.read(MOST_SAMPLED)
+        return b""
+    return bytes(picture.encoded)
 
 
 S = TypeVar("S", Split, Records)

@@ -1,6 +1,7 @@
 """Sets of Hugging Face's `datasets`, from local folders: no test reaches the hub."""
 
 import dataclasses
+import io
 import json
 
 import datasets as hf
@@ -66,8 +67,21 @@ def test_pictures_labels_and_names_are_those_of_the_set(tmp_path, write):
         assert read == written
 
 
-@pytest.mark.parametrize("write", [write_parquet, write_images])
-def test_a_set_is_known_by_its_pictures_names_sizes_and_labels_wherever_it_lies(tmp_path, write):
+def write_bmps(root, levels=255):
+    """Writes a set as `write_parquet`, whose encoded pictures all have one size in bytes."""
+    (root / "data").mkdir(parents=True)
+    features = hf.Features({"image": hf.Image(), "label": hf.ClassLabel(names=list(NAMES))})
+    for split, count in (("train", 6), ("test", 4)):
+        encoded = [io.BytesIO() for _ in range(count)]
+        for file, image in zip(encoded, pixels(split, count, levels), strict=True):
+            Image.fromarray(image).save(file, "BMP")
+        rows = [{"image": {"bytes": file.getvalue(), "path": None}, "label": n % 2} for n, file in enumerate(encoded)]
+        hf.Dataset.from_list(rows, features).to_parquet(root / "data" / f"{split}-00000-of-00001.parquet")
+    return root
+
+
+@pytest.mark.parametrize("write", [write_parquet, write_images, write_bmps])
+def test_a_set_is_known_by_its_pictures_names_sizes_labels_and_contents_wherever_it_lies(tmp_path, write):
     def facts(name):
         data = DataConfig(name=f"hf:{tmp_path / name}", dir=str(tmp_path / f"{name} cache"))
         return datasets.browse(data, MODEL).facts()

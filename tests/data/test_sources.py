@@ -211,7 +211,7 @@ def test_folders_in_a_class_folder_are_of_that_class_and_links_are_not_followed_
     assert len(folder(tmp_path).train) == 7
 
 
-def test_a_folder_read_picture_by_picture_is_known_by_its_names_sizes_and_labels_wherever_it_lies(tmp_path):
+def test_a_folder_read_picture_by_picture_is_known_by_names_sizes_labels_and_contents_wherever_it_lies(tmp_path):
     def facts(name: str) -> dict[str, object]:
         model = ModelConfig(channels=3, classes=2)
         return datasets.browse(DataConfig(name="folder", dir=str(tmp_path / name)), model).facts()
@@ -220,6 +220,8 @@ def test_a_folder_read_picture_by_picture_is_known_by_its_names_sizes_and_labels
         "copy": lambda path: None,
         "renamed": lambda path: path.rename(path.with_name("005b.png")),
         "longer": lambda path: path.write_bytes(path.read_bytes() + b"x"),
+        "another of equal size": lambda path: path.write_bytes(path.read_bytes()[::-1]),
+        "a pipe": lambda path: [path.unlink(), os.mkfifo(path)],
         "moved": lambda path: path.rename(path.parents[1] / "cat" / path.name),
     }
     write_folder(tmp_path / "set")
@@ -232,6 +234,30 @@ def test_a_folder_read_picture_by_picture_is_known_by_its_names_sizes_and_labels
     png(tmp_path / "copy").symlink_to("nowhere")
     with pytest.raises(DataError, match=r"cannot read all of .*004.png"):
         facts("copy")
+
+
+@pytest.mark.parametrize("count", [1, 2, 63, 64, 65, 1000])
+def test_of_each_split_the_first_the_last_and_at_most_64_records_evenly_spaced_are_read_to_know_it(count):
+    """What changes in the others, sizes and labels apart, is not found."""
+    split, read = numbered(np.zeros(count)), []
+
+    def fingerprint(labels_N, images_NHWc):
+        def records(numbers):
+            read[:] = numbers
+            return splits.in_memory(Split(images_NHWc, labels_N)).read(numbers)
+
+        return splits.Records(records, np.arange(count), None).fingerprint()
+
+    known = fingerprint(split.labels_N, split.images_NHWc)
+    sampled = list(read)
+    assert (sampled[0], sampled[-1], len(sampled)) == (0, count - 1, min(64, count))
+    assert set(np.diff(sampled)) <= {max(1, (count - 1) // 63), (count - 1) // 63 + 1}
+    for number in range(0, count, 7):
+        labels_N, images_NHWc = split.labels_N.copy(), split.images_NHWc.copy()
+        labels_N[number] += 1  # of a source that knows labels only by reading records
+        images_NHWc[number] ^= 1
+        for changed in ((labels_N, split.images_NHWc), (split.labels_N, images_NHWc)):
+            assert (fingerprint(*changed) != known) == (number in sampled)
 
 
 def test_a_test_folder_without_classes_gives_way_to_the_validation_folder(tmp_path):
@@ -328,9 +354,9 @@ def closed_port() -> int:
         return taken.getsockname()[1]
 
 
-def cifar_archive(path: Path) -> dict[bytes, int]:
+def cifar_archive(path: Path, seed: int = 0) -> dict[bytes, int]:
     """Writes CIFAR-10's official layout with 10 images per file; returns the label of each image's pixels."""
-    random, labels = np.random.default_rng(0), {}
+    random, labels = np.random.default_rng(seed), {}
     with tarfile.open(path, "w:gz") as archive:
 
         def add(name: str, content: bytes) -> None:
@@ -439,6 +465,22 @@ def test_an_archive_in_the_manual_folder_needs_no_network_and_its_set_obeys_the_
     with pytest.raises(DataError) as error:
         cifar10(tmp_path)
     assert "it must be a whole set in array_record" in one_line(error)
+
+
+@pytest.mark.slow
+@needs_tensorflow
+def test_a_prepared_set_is_known_by_its_contents_wherever_it_lies(tmp_path, monkeypatch):
+    facts = []
+    for name, seed in (("set", 0), ("same", 0), ("others of equal sizes", 1)):
+        archive = tmp_path / name / "downloads" / "manual" / ARCHIVE
+        archive.parent.mkdir(parents=True)
+        cifar_archive(archive, seed)
+        point_cifar10_at(monkeypatch, f"http://127.0.0.1:{closed_port()}/{ARCHIVE}", archive)
+        facts.append(datasets.browse(DataConfig(name="cifar10", dir=str(tmp_path / name)), CIFAR_MODEL).facts())
+    one, same, others = facts
+    assert one == same
+    differ = {key for key, value in one.items() if others[key] != value}
+    assert differ == {"hash of train images and labels", "hash of test images and labels"}
 
 
 @needs_tensorflow

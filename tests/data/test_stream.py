@@ -148,16 +148,16 @@ def test_a_streamed_split_is_evaluated_exactly_with_padding_masked(tiny_config, 
 # pictures of many sizes
 
 
-def write_pictures(root: Path, per_class: int = 12, seed: int = 0) -> None:
-    """Writes JPEG files of all sizes and two classes, bright and dark."""
+def write_pictures(root: Path, per_class: int = 12, seed: int = 0, suffix: str = "jpg") -> None:
+    """Writes JPEG files of all sizes, or BMP files of one, and two classes, bright and dark."""
     random = np.random.default_rng(seed)
     for part, count in (("train", per_class), ("val", 5)):
         for label, name in enumerate(("bright", "dark")):
             (root / part / name).mkdir(parents=True)
             for i in range(count):
-                height, width = random.integers(9, 40, 2)
+                height, width = random.integers(9, 40, 2) if suffix == "jpg" else (20, 20)
                 pixels = random.integers(0, 100, (height, width, 3)) + (150 if label == 0 else 0)
-                Image.fromarray(pixels.astype(np.uint8)).save(root / part / name / f"{i:02}.jpg")
+                Image.fromarray(pixels.astype(np.uint8)).save(root / part / name / f"{i:02}.{suffix}")
 
 
 SIZES = ("model.image_size=8", "model.channels=3", "model.patch=4", "model.width=8", "model.hidden=12")
@@ -213,10 +213,10 @@ def test_a_streamed_folder_goes_on_on_4_devices_and_not_with_a_picture_more(tmp_
     assert "set --config.data.dir to what it was" in err
 
 
-@pytest.mark.parametrize("stream", [True, False])
-def test_a_run_goes_on_with_its_pictures_moved_or_streamed_and_not_with_as_many_others(tmp_path, stream):
-    write_pictures(tmp_path / "set")
-    write_pictures(tmp_path / "others", seed=1)
+@pytest.mark.parametrize(("stream", "suffix"), [(True, "jpg"), (False, "jpg"), (True, "bmp")])
+def test_a_run_goes_on_with_its_pictures_moved_or_streamed_and_not_with_as_many_others(tmp_path, stream, suffix):
+    write_pictures(tmp_path / "set", suffix=suffix)
+    write_pictures(tmp_path / "others", seed=1, suffix=suffix)
     shutil.copytree(tmp_path / "set", tmp_path / "moved")
     config, workdir = Config(), tmp_path / "run"
     config.data = DataConfig(name="folder", crop="centre", stream=stream)
@@ -350,9 +350,10 @@ def test_a_picture_that_cannot_be_read_for_a_while_costs_no_step(tmp_path, monke
     files = sorted((tmp_path / "set" / "train").glob("*/*"))
     last = files[order.on_host(0)[2, 0]]  # seen at step 3
     content = last.read_bytes()
-    monkeypatch.setattr(stream.Damaged, "check", lambda *_: None)  # it is damaged after the start
-    last.write_bytes(content[:100] + bytes(len(content) - 100))  # of the same size, so that the data are the same
-    code, _, err = call(train.main, *arguments, f"--workdir={tmp_path / 'run'}")
+    damaged = content[:100] + bytes(len(content) - 100)
+    with monkeypatch.context() as patch:  # it is damaged after the start
+        patch.setattr(stream.Damaged, "check", lambda *_: last.write_bytes(damaged))
+        code, _, err = call(train.main, *arguments, f"--workdir={tmp_path / 'run'}")
     assert (code, err.count("\n")) == (2, 1)
     assert f"1 of 12 training images cannot be read, which is more than 1%; the last: {last} cannot be read" in err
     assert [path.name for path in saved(tmp_path / "run")] == ["2"]
