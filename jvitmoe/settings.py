@@ -16,6 +16,7 @@ Config = Any  # of `config`, which imports this file
 LARGEST = 2**31 - 1  # sizes, steps and seeds are int32 on the devices
 LARGEST_FLOAT = 3e38  # float32
 MOST_PARAMETERS = 10**13
+MOST_POSITIONS = 2**27  # numbers in a table of fixed positions, which is computed wherever the model is built
 SMALLEST_STD = 1e-3  # of pixels from 0 to 1: a quarter of their smallest difference
 BOUNDS = {
     "above": ("greater than", operator.gt),
@@ -117,6 +118,9 @@ def _model_faults(config: Config) -> Iterator[tuple[str, str]]:
         yield "model.width", f"must be a multiple of model.heads, which is {model.heads}"
     if model.positions == "sincos2d" and model.width % 4:
         yield "model.width", "must be a multiple of 4 for model.positions=sincos2d"
+    if model.positions == "sincos2d" and (made := model.patches * model.width) > MOST_POSITIONS:
+        rule = f"they must be at most {MOST_POSITIONS:,}: lower it, or raise model.patch"
+        yield "model.image_size", f"makes {made:,} fixed positions with model.patch and model.width; {rule}"
     if model.image_size % model.patch:
         yield "model.patch", f"must divide model.image_size, which is {model.image_size}"
     if 0 < model.position_rows < model.patches:

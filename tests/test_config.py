@@ -62,6 +62,7 @@ def test_a_setting_is_described_takes_its_default_and_refuses_what_is_outside_of
         ({"model__patch": 3}, "is 3; it must divide model.image_size, which is 8"),
         ({"model__position_rows": 5}, "must be 0 or at least the number of patches, which is 16"),
         ({"model__positions": "sincos2d", "model__width": 6, "model__heads": 3}, "multiple of 4"),
+        ({"model__positions": "sincos2d", "model__image_size": 30_000}, "14,400,000,000 fixed positions with model.p"),
         ({"train__devices": 3}, "must be a multiple of train.devices, which is 3"),
         ({"routing__init": "sharde"}, "did you mean 'shared'?"),
         ({"routing__kind": "swich"}, "did you mean 'switch'?"),

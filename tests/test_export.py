@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import tracemalloc
 from pathlib import Path
 
 import jax
@@ -333,6 +334,23 @@ def test_a_value_in_the_config_of_an_export_that_no_run_has_is_one_line(tmp_path
         load.read(path.parent)
     assert "\n" not in str(caught.value)
     assert "config.json" in str(caught.value)
+
+
+def test_positions_that_no_array_shows_are_bounded_before_they_are_computed(tmp_path):
+    model = config_of(patch=4, width=16, hidden=24, depth=2, heads=2, positions="sincos2d").model
+    params = {name: np.zeros(shape, "f") for name, shape in load._shapes(model).items()}
+    TARGETS["safetensors"].write(tmp_path, load.Source(Path("run"), "run", params | {"positions": None}, model), model)
+    path = tmp_path / "config.json"
+    about = json.loads(path.read_text())
+    about["model"]["image_size"] = 30_000
+    path.write_text(json.dumps(about))
+    tracemalloc.start()
+    with pytest.raises(UserError, match=r"model.image_size is 30000; it makes 900,000,000 fixed positions") as caught:
+        load.read(tmp_path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2**27  # of which 2**26 are the longest config.json that is read
+    assert "\n" not in str(caught.value)
 
 
 def test_names_that_were_swapped_in_a_run_folder_are_not_exported(experiment_run, tmp_path):
