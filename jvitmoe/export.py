@@ -1,7 +1,7 @@
 """Exports a run's dense model for other libraries: `jvitmoe export --workdir runs/X --to TARGET --out DIR`.
 
-Writes the model, a model card and sample.npz (test images and their logits), then reads the model back and compares the
-logits. A model that the target cannot express is refused before anything is written.
+Writes the model, a model card, sample.npz (test images and their logits) and checksums, and reads the model back to
+compare the logits. A model that the target cannot express is refused before anything is written.
 """
 
 import contextlib
@@ -36,7 +36,7 @@ def main(argv: list[str]) -> None:
         raise UserError(f"--out is {values.out!r}, which is not a new or empty folder; give one that is")
     console.print(f"reading     {workdir}")
     # Not above: these import JAX, and --help need not wait for that.
-    from jvitmoe.interop import load, model_card
+    from jvitmoe.interop import load, manifest, model_card
     from jvitmoe.interop.targets import TARGETS
     from jvitmoe.runtime import compilation
 
@@ -63,7 +63,8 @@ def main(argv: list[str]) -> None:
         with _sigterm_raises(), files.writing(out):
             difference = target.export(unfinished, source, sample)
             card = model_card.write(source, results.read_result(workdir), target, remarks)
-            files.write_text(unfinished / "README.md", card)
+            files.write_text(unfinished / manifest.CARD, card)
+            manifest.write(unfinished)
             if out.exists():
                 out.rmdir()
             unfinished.rename(out)

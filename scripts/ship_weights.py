@@ -15,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 import jvitmoe
 from jvitmoe import export
 from jvitmoe.data import datasets
-from jvitmoe.interop import load
+from jvitmoe.interop import load, manifest
 from jvitmoe.runs import groups
 
 
@@ -39,6 +39,7 @@ def main() -> None:
     weights.chmod(0o644)
     for name in ("sample.npz", "classes.json"):  # logits of the float32 weights; names that config.json has too
         (options.out / name).unlink()
+    manifest.write(options.out)
 
     config = groups.read_config(options.workdir)
     test = datasets.load(config.data, config.model).test

@@ -35,6 +35,7 @@ from processes import call
 pytestmark = pytest.mark.slow
 
 WITH_ONNX = pytest.mark.skipif(importlib.util.find_spec("jax2onnx") is None, reason="needs jvitmoe[export]")
+EVERY_TARGET = ["safetensors", "timm", "hf", "stablehlo", pytest.param("onnx", marks=WITH_ONNX)]
 
 
 @pytest.fixture(scope="module")
@@ -146,7 +147,7 @@ def test_in_a_fresh_process_without_jvitmoe_the_code_of_the_card_runs_at_any_bat
     assert (done.returncode, done.stdout) == (0, "noticed\n"), done.stderr
 
 
-@pytest.mark.parametrize("target", ["safetensors", "timm", "hf", "stablehlo", pytest.param("onnx", marks=WITH_ONNX)])
+@pytest.mark.parametrize("target", EVERY_TARGET)
 def test_a_mean_and_deviation_of_pixels_are_carried_by_every_export(experiment_run, tmp_path, target):
     plain = load.read(experiment_run)
     source = dataclasses.replace(plain, mean=(0.2,), std=(0.3,))
@@ -318,6 +319,55 @@ def test_one_flipped_bit_in_the_weights_of_an_export_is_noticed_and_weights_with
     assert load.read(path.parent).classes == tuple("abcdefghij")
 
 
+@pytest.mark.parametrize("target", EVERY_TARGET)
+def test_one_flipped_bit_in_any_file_of_an_export_is_noticed_by_loading_and_by_the_code_of_its_card(
+    exported, tmp_path, monkeypatch, target
+):
+    out = shutil.copytree(exported(target), tmp_path / target)
+    monkeypatch.chdir(out)
+    names = sorted({path.name for path in out.iterdir()} - {"README.md", "SHA256SUMS"})
+    assert [line[66:] for line in (out / "SHA256SUMS").read_text().splitlines()] == names
+    subprocess.run(["sha256sum", "--check", "--strict", "--quiet", "SHA256SUMS"], check=True)
+    check = re.findall(r"```python\n(.*?)```", (out / "README.md").read_text(), re.DOTALL)[0]
+    exec(check, {})
+    is_read, random = target not in ("stablehlo", "onnx"), np.random.default_rng(0)
+    for name in names:
+        sound = (out / name).read_bytes()
+        for at in random.integers(len(sound), size=3):
+            content = bytearray(sound)
+            content[at] ^= 1 << random.integers(8)
+            (out / name).write_bytes(content)
+            with pytest.raises(AssertionError, match=name):
+                exec(check, {})
+            if is_read and name not in ("sample.npz", "classes.json"):  # of which nothing is computed
+                with pytest.raises(
+                    UserError, match=f"{name} is not the file that SHA256SUMS lists; restore it"
+                ) as caught:
+                    load.read(out)
+                assert "\n" not in str(caught.value)
+        (out / name).write_bytes(sound)
+    exec(check, {})
+    if is_read:
+        (out / "config.json").unlink()
+        with pytest.raises(UserError, match=r"config\.json is not the file that SHA256SUMS lists"):
+            load.read(out)
+
+
+def test_an_export_without_checksums_says_so_and_a_vit_of_others_has_none(exported, tmp_path):
+    assert load.read("cifar10_fast").notes == ()
+    for target in ("safetensors", "timm"):
+        out = shutil.copytree(exported(target), tmp_path / target)
+        assert load.read(out).notes == ()
+        (out / "SHA256SUMS").unlink()
+        (note,) = jvitmoe.load(out).notes
+        assert note == "no SHA256SUMS beside it lists it, so its config.json is not checked"
+    weights = out / "model.safetensors"
+    weights.write_bytes(save_file(load_file(weights.read_bytes()), metadata={"format": "pt"}))  # as timm writes them
+    assert load.read(out).notes == ()
+    (out / "SHA256SUMS").write_text(f"{64 * '0'}  other.iso\n")  # of a folder of downloads
+    assert load.read(out).notes == ()
+
+
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
@@ -401,8 +451,9 @@ def test_a_target_takes_one_class_and_a_folder_beside_its_export_stays(experimen
     assert "as toy" in out
     assert "checked     read back by jvitmoe: logits of 16 images within " in out
     assert "written     README.md, " in out
-    found = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.*") if path.is_file()}
-    assert found == {f"x/{name}" for name in ("README.md", "classes.json", "sample.npz", "toy.npz")}
+    found = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
+    written = ("README.md", "SHA256SUMS", "classes.json", "sample.npz", "toy.npz")
+    assert found == {"x.part/mine", *(f"x/{name}" for name in written)}
     assert [path.name for path in (tmp_path / "x.part").iterdir()] == ["mine"]
     assert "library_name: toy" in (tmp_path / "x" / "README.md").read_text()
     with pytest.raises(UserError, match=r"toy has no counterpart of model\.pool=mean; .*--config\.model\.pool=cls, or"):

@@ -96,7 +96,7 @@ def test_an_export_on_the_hub_is_the_same_model_and_is_fetched_once(exported, se
     source = load.read(name)
     assert source.notes[0] == f"{name} is commit {COMMIT}"
     fetched = {path.rpartition("/")[2] for path in server.asked if "/resolve/" in path}
-    assert fetched == {"model.safetensors", "config.json"}
+    assert fetched == {"model.safetensors", "config.json", "SHA256SUMS"}
     found, wanted = jvitmoe.load(name), jvitmoe.load(exported)
     chex.assert_trees_all_equal(found.params, wanted.params)
     for about in ("config", "names", "crop", "mean", "std"):
@@ -107,11 +107,12 @@ def test_an_export_on_the_hub_is_the_same_model_and_is_fetched_once(exported, se
 
 def test_a_bit_that_flips_on_the_way_is_noticed(exported, serve):
     files = {path.name: path.read_bytes() for path in exported.iterdir()}
-    weights = bytearray(files["model.safetensors"])
-    weights[-100] ^= 1
-    serve("someone/digits", files | {"model.safetensors": bytes(weights)})
-    with pytest.raises(UserError, match="its arrays do not match their checksum"):
-        load.read("hf://someone/digits")
+    for name in ("model.safetensors", "config.json"):
+        content = bytearray(files[name])
+        content[-100] ^= 1
+        serve(f"someone/{name}", files | {name: bytes(content)})
+        with pytest.raises(UserError, match=f"{name} is not the file that SHA256SUMS lists"):
+            load.read(f"hf://someone/{name}")
 
 
 def test_a_repository_without_safetensors_and_one_that_is_absent_are_one_line(serve):

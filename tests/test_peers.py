@@ -18,7 +18,7 @@ from jvitmoe import errors, export, routing
 from jvitmoe.config import Config, ModelConfig, OptimConfig
 from jvitmoe.data import augment
 from jvitmoe.experts import merge, trees
-from jvitmoe.interop import classifier, load, pretrained, weight_names
+from jvitmoe.interop import classifier, load, manifest, pretrained, weight_names
 from jvitmoe.interop.targets import TARGETS, weights
 from jvitmoe.models import vit
 from jvitmoe.runtime import devices
@@ -416,10 +416,11 @@ def test_the_code_of_a_card_runs_there(peers, experiment_run, tmp_path, monkeypa
         assert about["pipeline_tag"] == "image-classification"
         assert "vit" in about["tags"]
         blocks = re.findall(r"```python\n(.*?)```", (out / "README.md").read_text(), re.DOTALL)
-        assert len(blocks) == 2  # to load it, and the check
+        assert len(blocks) == 3  # checksums, to load it, and the check
         peers("run_code", code="\n".join(blocks))
         sample = dict(np.load(out / "sample.npz"))
         sample["logits"] = sample["logits"] + 0.01
         np.savez(out / "sample.npz", **sample)
-        with pytest.raises(AssertionError, match=r"^AssertionError"):  # raised there, by the check
+        manifest.write(out)
+        with pytest.raises(AssertionError, match=r"(?m)^AssertionError: $"):  # raised there, by the check
             peers("run_code", code="\n".join(blocks))

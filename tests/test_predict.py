@@ -86,7 +86,7 @@ def test_arrays_of_another_shape_or_type_are_refused(model, images, message):
 
 def test_a_trained_model_comes_with_the_package_and_a_file_of_its_name_goes_before_it(tmp_path, monkeypatch):
     folder = load.SHIPPED / "cifar10_fast"
-    assert sorted(path.name for path in folder.iterdir()) == ["README.md", load.CONFIG, load.WEIGHTS]
+    assert sorted(path.name for path in folder.iterdir()) == ["README.md", "SHA256SUMS", load.CONFIG, load.WEIGHTS]
     assert (folder / load.WEIGHTS).stat().st_size < 1.3e6
     with safetensors.safe_open(folder / load.WEIGHTS, "numpy") as weights:
         assert weights.metadata()[load.CHECKSUM] == load.sha256(folder / load.WEIGHTS)
@@ -166,8 +166,10 @@ def test_what_was_assumed_of_weights_of_another_library_is_told(experiment_run, 
     about = json.loads((out / "config.json").read_text())
     about["pretrained_cfg"]["crop_pct"] = 0.5
     (out / "config.json").write_text(json.dumps(about))
+    (out / "SHA256SUMS").unlink()
     code, _, err = call(predict.main, f"--workdir={out}", folder)
     assert code == 0
+    assert "source      no SHA256SUMS beside it lists it, so its config.json is not checked" in err
     assert "source      its test transform is 'shorter side 16 pixels, bicubic, centre cropped'; the nearest" in err
     code, _, err = call(predict.main, f"--workdir={out}", folder, "--checkpoint=best")
     assert (code, err.count("\n")) == (2, 1)

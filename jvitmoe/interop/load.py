@@ -22,7 +22,7 @@ from jvitmoe import config as config_lib
 from jvitmoe.config import Config, ModelConfig
 from jvitmoe.errors import ConfigError, UserError, one_line
 from jvitmoe.experts import merge
-from jvitmoe.interop import config_files, weight_names
+from jvitmoe.interop import config_files, manifest, weight_names
 from jvitmoe.interop.weight_names import Dict
 from jvitmoe.models import layers, vit
 from jvitmoe.runs import files
@@ -134,7 +134,7 @@ def fetch(name: str) -> Path:
         raise UserError(f"{name!r} needs huggingface_hub; install it with pip install 'jvitmoe[hf]'") from error
 
     def download(local: bool) -> Path:
-        wanted = [WEIGHTS, CONFIG, PROCESSOR]
+        wanted = [WEIGHTS, CONFIG, PROCESSOR, manifest.NAME]
         place: Any = {"revision": revision or None, "allow_patterns": wanted, "local_files_only": local}
         return Path(hub.snapshot_download(repository, **place))
 
@@ -187,9 +187,10 @@ class _Stored:
         return self.read()
 
 
-def _open(path: Path) -> dict[str, _Stored]:
-    """Returns the arrays of a .safetensors or .npz file. Raises UserError if it cannot be read, if its arrays are not
-    those of its checksum, and for an .npz that expands too much."""
+def _open(path: Path) -> tuple[dict[str, _Stored], bool]:
+    """Returns (the arrays of a .safetensors or .npz file, True if it has a checksum of them, as our exports have).
+    Raises UserError if it cannot be read, if its arrays are not those of its checksum, and for an .npz that expands too
+    much."""
     try:
         if path.suffix == ".safetensors":
             file = safetensors.safe_open(path, framework="numpy")
@@ -197,15 +198,16 @@ def _open(path: Path) -> dict[str, _Stored]:
             if checksum and checksum != sha256(path):
                 raise ValueError("its arrays do not match their checksum")
             headers = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
-            return {
+            arrays = {
                 name: _Stored(tuple(header.get_shape()), header.get_dtype(), functools.partial(file.get_tensor, name))
                 for name, header in headers.items()
             }
+            return arrays, bool(checksum)
         archive = zipfile.ZipFile(path)
         inflated, packed = sum(entry.file_size for entry in archive.infolist()), path.stat().st_size
         if inflated > MOST_INFLATION * packed:
             raise ValueError(f"{packed:,} bytes expand to {inflated:,}; weights do not compress so well")
-        return {entry.filename.removesuffix(".npy"): _npz_array(archive, entry) for entry in archive.infolist()}
+        return {entry.filename.removesuffix(".npy"): _npz_array(archive, entry) for entry in archive.infolist()}, False
     except Exception as error:  # of safetensors, zipfile, zlib and NumPy, and OSError
         raise UserError(f"cannot be read as {path.suffix} ({one_line(error)}); restore it from a copy") from error
 
@@ -233,10 +235,13 @@ def _npz_array(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> _Stored:
 
 def _read_file(path: Path, heads: int) -> Source:
     """Returns the ViT of a .safetensors or .npz file."""
-    arrays, processor = _open(path), _json(path.with_name(PROCESSOR))
+    is_listed = manifest.check(path, (CONFIG, PROCESSOR))
+    (arrays, has_checksum), processor = _open(path), _json(path.with_name(PROCESSOR))
     about = _json(path.with_name(CONFIG)) if path.suffix == ".safetensors" else {}
+    is_unchecked = not is_listed and (has_checksum or about.get("format") == OURS)  # others' ViTs never have one
+    notes = [f"no {manifest.NAME} beside it lists it, so its {CONFIG} is not checked"] if is_unchecked else []
     if about.get("format") == OURS:
-        return _read_ours(path, arrays, about)
+        return _read_ours(path, arrays, about, tuple(notes))
     style = weight_names.style_of(arrays)
     if style is None:
         raise UserError("its arrays have no names of timm's, Hugging Face's or google-research's ViTs; use a plain ViT")
@@ -246,7 +251,7 @@ def _read_file(path: Path, heads: int) -> Source:
         raise UserError(f"nothing tells its number of heads; put the {CONFIG} that belongs to it beside it")
     model = weight_names.model_of(arrays, style, values)
     flat, unused = weight_names.read(arrays, style, model, _shapes(model))
-    notes = [f"skipped {', '.join(unused)}"] if unused else []
+    notes += [f"skipped {', '.join(unused)}"] if unused else []
     if any(name.startswith("pre_logits") for name in unused):
         notes.append("skipped the head: it needs pre_logits, a tanh layer that our ViT does not have")
     if not about and style != weight_names.GOOGLE:
@@ -267,7 +272,7 @@ def _json(path: Path) -> Any:
     return {} if content is None else json.loads(content)
 
 
-def _read_ours(path: Path, arrays: weight_names.Arrays, about: dict[str, Any]) -> Source:
+def _read_ours(path: Path, arrays: weight_names.Arrays, about: dict[str, Any], notes: tuple[str, ...]) -> Source:
     data: Any = {name: about[name] for name in ("crop", "mean", "std") if name in about}  # older versions wrote none
     config = config_lib.from_dict({"model": about["model"], "data": data | {"stream": True}})
     try:
@@ -285,7 +290,7 @@ def _read_ours(path: Path, arrays: weight_names.Arrays, about: dict[str, Any]) -
         raise UserError(f"the array {odd[0]!r} has no place in the model of its {CONFIG}; restore both from a copy")
     loaded = weight_names.load(arrays, shapes)
     loaded["positions"] = _table(model, loaded)
-    return Source(path, OURS, loaded, model, tuple(classes), crop=data.crop, mean=data.mean, std=data.std)
+    return Source(path, OURS, loaded, model, tuple(classes), notes, crop=data.crop, mean=data.mean, std=data.std)
 
 
 def _shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:

@@ -7,6 +7,7 @@ from typing import Any
 from jvitmoe import config as config_lib
 from jvitmoe.config import Config
 from jvitmoe.data.hugging_face import is_local
+from jvitmoe.interop import manifest
 from jvitmoe.interop.load import Source, is_on_hub, repository_of
 from jvitmoe.interop.targets.base import Target
 from jvitmoe.runs import checkpoints, results
@@ -19,6 +20,17 @@ LICENCES = {
     "cifar100": "CIFAR-100 comes with no licence; its authors ask to be cited (Krizhevsky, 2009).",
 }
 UNKNOWN = "Not known to jvitmoe. Before you publish this model, look up what it says of models trained on the data."
+
+USE = f"""All code runs in this folder. This checks its files, as `sha256sum -c {manifest.NAME}` does:
+
+```python
+import hashlib
+from pathlib import Path
+
+for line in Path("{manifest.NAME}").read_text().splitlines():
+    digest, name = line.split("  ", 1)
+    assert hashlib.sha256(Path(name).read_bytes()).hexdigest() == digest, name
+```"""
 
 # The Hugging Face hub reads this. The owner of the weights chooses their licence, so none is chosen here.
 HEADER = """---
@@ -55,7 +67,7 @@ def write(source: Source, result: Mapping[str, Any], target: Target, remarks: Se
         f"# {data} ViT\n\nA plain Vision Transformer for images of {size} and {model.classes} classes, "
         f"trained with jvitmoe: {kind}. It is dense: no router, no experts, the cost of one ViT.",
         *(f"- {remark}" for remark in remarks),
-        "## Use\n\nIn this folder:\n\n" + target.use,
+        f"## Use\n\n{USE}\n\nThen:\n\n{target.use}",
         f"Inputs are float32 {layout}, `{_normalised(source)}` of 8-bit pixels, at exactly {size}. Outputs are logits."
         + (f" Their classes in order are in `classes.json`{listed}." if classes else ""),
         "## Check\n\n`sample.npz` contains test images (`images`, 8 bits), the model's `inputs` for them, their "
