@@ -5,6 +5,7 @@ import http.server
 import json
 import socket
 import threading
+import time
 
 import chex
 import huggingface_hub.constants
@@ -12,7 +13,9 @@ import pytest
 
 import jvitmoe
 from jvitmoe.errors import UserError
-from jvitmoe.interop import load
+from jvitmoe.interop import download, load
+
+pytestmark = pytest.mark.process  # a download is one
 
 COMMIT = hashlib.sha1(b"jvitmoe").hexdigest()
 
@@ -20,8 +23,10 @@ COMMIT = hashlib.sha1(b"jvitmoe").hexdigest()
 class Hub:
     """A server with one repository, and the paths that it was asked for."""
 
-    def __init__(self, repository, files):
+    def __init__(self, repository, files, pause=0.0, piece=1):
+        """With a pause, weights come in pieces of so many bytes, each so many seconds after the last; for 100 s."""
         self.asked = asked = []
+        self.left = left = threading.Event()  # set where a client leaves in the middle of the weights
 
         class Handler(http.server.BaseHTTPRequestHandler):
             def do_GET(self, head=False):
@@ -43,8 +48,18 @@ class Hub:
                     self.send_header("Content-Type", "application/json")
                 self.send_header("Content-Length", str(len(body or b"")))
                 self.end_headers()
-                if body and not head:
+                if body and not head and pause and path.endswith("safetensors"):
+                    self.drip(body)
+                elif body and not head:
                     self.wfile.write(body)
+
+            def drip(self, body):
+                for start in range(0, min(len(body), round(100 / pause) * piece), piece):
+                    try:
+                        self.wfile.write(body[start : start + piece])
+                    except OSError:
+                        return left.set()
+                    time.sleep(pause)
 
             def do_HEAD(self):
                 self.do_GET(head=True)
@@ -67,13 +82,15 @@ def serve(tmp_path, monkeypatch):
     """Returns a function that starts a hub with files and lets huggingface_hub use it."""
     servers = []
 
-    def start(repository, files):
-        servers.append(Hub(repository, files))
+    def start(repository, files, **pace):
+        servers.append(Hub(repository, files, **pace))
         address = f"http://127.0.0.1:{servers[-1].server.server_port}"
         template = address + "/{repo_id}/resolve/{revision}/{filename}"
         settings = {"ENDPOINT": address, "HUGGINGFACE_CO_URL_TEMPLATE": template, "HF_HUB_DISABLE_XET": True}
         for name, value in (settings | {"HF_HUB_CACHE": str(tmp_path / "cache")}).items():
             monkeypatch.setattr(huggingface_hub.constants, name, value)
+        for name, value in (("ENDPOINT", address), ("HUB_CACHE", str(tmp_path / "cache")), ("HUB_DISABLE_XET", "1")):
+            monkeypatch.setenv(f"HF_{name}", value)  # for the process that downloads
         return servers[-1]
 
     yield start
@@ -127,7 +144,7 @@ def test_a_hub_that_accepts_and_never_answers_is_one_line_or_what_was_fetched_be
     monkeypatch.setattr(load, "ANSWER_SECONDS", 0.2)
     server = serve("someone/digits", {path.name: path.read_bytes() for path in exported.iterdir()})
     with socket.create_server(("127.0.0.1", 0)) as silent, monkeypatch.context() as patch:
-        patch.setattr(huggingface_hub.constants, "ENDPOINT", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        patch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{silent.getsockname()[1]}")
         for name in ("hf://someone/digits", f"hf://someone/digits@{COMMIT}"):
             with pytest.raises(UserError, match=r"cannot be fetched \(\w*Time\w*: .*timed out.*\); "):
                 load.fetch(name)
@@ -136,8 +153,27 @@ def test_a_hub_that_accepts_and_never_answers_is_one_line_or_what_was_fetched_be
     folder = load.fetch("hf://someone/digits")
     monkeypatch.setattr(load, "ANSWER_SECONDS", 0.2)
     with socket.create_server(("127.0.0.1", 0)) as silent:
-        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{silent.getsockname()[1]}")
         assert load.fetch("hf://someone/digits") == folder
+
+
+@pytest.mark.slow
+def test_a_hub_that_drips_is_left_and_one_that_is_slow_is_not(serve, monkeypatch):
+    """The first is within every time-out of the hub's client, which begins again with each byte."""
+    monkeypatch.setattr(download, "WINDOW_SECONDS", 8)  # in which the process also starts
+    weights = bytes(20 * download.CHUNK)
+    server = serve("someone/drips", {"model.safetensors": weights}, pause=0.1)
+    start = time.monotonic()
+    with pytest.raises(
+        UserError, match=r"cannot be fetched \(the hub sends less than 262,144 bytes in 8 s\); give a f"
+    ):
+        load.fetch("hf://someone/drips")
+    assert time.monotonic() - start < 20
+    assert server.left.wait(10)  # nobody goes on with it
+    serve("someone/slow", {"model.safetensors": weights}, pause=0.6, piece=download.CHUNK)
+    folder = load.fetch("hf://someone/slow")
+    assert time.monotonic() - start > 8 + 10  # longer than the window
+    assert (folder / "model.safetensors").read_bytes() == weights
 
 
 @pytest.mark.parametrize("name", ["hf://digits", "hf://a/b/c", "hf:///x", "timm://", "timm://a/b"])

@@ -41,7 +41,7 @@ WITHOUT_JAX = (
 # Package -> the folder, or the one file, that may import it.
 ONLY_IN = {
     **{"flax": "models", "orbax": "runs.checkpoints", "tensorstore": "nowhere", "grain": "data.stream"},
-    **{"tensorflow_datasets": "data.tfds", "datasets": "data.hugging_face", "huggingface_hub": "interop.load"},
+    **{"tensorflow_datasets": "data.tfds", "datasets": "data.hugging_face", "huggingface_hub": "interop"},
     **{"wandb": "runs.trackers", "mlflow": "runs.trackers", "trackio": "runs.trackers", "torch": "nowhere"},
 }
 NEVER = {"pickle", "marshal", "shelve", "dill", "cloudpickle", "joblib", "yaml", "runpy"}  # they run what they read

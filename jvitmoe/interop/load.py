@@ -22,7 +22,7 @@ from jvitmoe import config as config_lib
 from jvitmoe.config import Config, ModelConfig
 from jvitmoe.errors import ConfigError, UserError, one_line
 from jvitmoe.experts import merge
-from jvitmoe.interop import config_files, manifest, weight_names
+from jvitmoe.interop import config_files, download, manifest, weight_names
 from jvitmoe.interop.weight_names import Dict
 from jvitmoe.models import layers, vit
 from jvitmoe.runs import files
@@ -124,7 +124,7 @@ def repository_of(name: str) -> tuple[str, str]:
 
 def fetch(name: str) -> Path:
     """Returns the folder in the hub's cache that holds the files of a model, downloaded once; its name is the commit.
-    Only safetensors and their JSON files are fetched. Raises UserError."""
+    Only safetensors, their JSON files and checksums are fetched. Raises UserError."""
     repository, revision = repository_of(name)
     if repository.count("/") != 1 or not all(repository.split("/")):
         raise UserError(f"{name!r} is not a name on the hub; write hf://OWNER/NAME@REVISION or timm://NAME")
@@ -133,19 +133,16 @@ def fetch(name: str) -> Path:
     except ImportError as error:
         raise UserError(f"{name!r} needs huggingface_hub; install it with pip install 'jvitmoe[hf]'") from error
 
-    def download(local: bool) -> Path:
-        wanted = [WEIGHTS, CONFIG, PROCESSOR, manifest.NAME]
-        place: Any = {"revision": revision or None, "allow_patterns": wanted, "local_files_only": local}
-        return Path(hub.snapshot_download(repository, **place))
-
+    place, wanted = (repository, revision or "main"), [WEIGHTS, CONFIG, PROCESSOR, manifest.NAME]
     try:
-        hub.HfApi().model_info(repository, revision=revision or "main", timeout=ANSWER_SECONDS)
-        folder = download(False)
-    except Exception as error:  # of the hub's client, its HTTP library and the disk
-        try:
-            folder = download(True)  # as it was fetched before
-        except Exception:
-            raise UserError(f"{name!r} cannot be fetched ({one_line(error)}); give a folder that you have") from error
+        folder = download.run(*place, wanted, ANSWER_SECONDS)
+    except OSError as error:
+        try:  # as it was fetched before
+            folder = Path(
+                hub.snapshot_download(place[0], revision=place[1], allow_patterns=wanted, local_files_only=True)
+            )
+        except Exception:  # of the hub's client
+            raise UserError(f"{name!r} cannot be fetched ({error}); give a folder that you have") from error
     if not (folder / WEIGHTS).is_file():
         raise UserError(f"{name!r} holds no {WEIGHTS}; only safetensors are read")
     return folder
