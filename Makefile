@@ -15,7 +15,7 @@ CONSTRAINTS := $(shell $(PYTHON) -c 'import sys; print("constraints-py311.txt" i
 help:  ## list these targets
 	@sed -n 's/^\([a-z-]*\):.*## /make \1 \t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 16
 
-install: $(VENV)/installed  ## install jvitmoe with everything for development into $(VENV)
+install: $(VENV)/installed  ## install jvitmoe with everything for development into $(VENV), and the hooks of commits
 
 PIP := $(RUN) -m pip install --disable-pip-version-check -c $(CONSTRAINTS)
 
@@ -29,6 +29,7 @@ $(VENV)/base: pyproject.toml $(CONSTRAINTS)
 $(VENV)/installed: $(VENV)/base
 	@echo "Installing the tools for development into $(VENV), TensorFlow and ONNX among them: about 3 GB more."
 	$(PIP) -e '.[dev]'
+	@if git rev-parse --git-dir >/dev/null 2>&1; then $(RUN) -m pre_commit install; fi
 	touch $@
 
 demo: $(VENV)/base  ## train a dense and a random-routed ViT on digits, one table (minutes on a CPU)
