@@ -1,6 +1,7 @@
 """Training from Python: what a run gives, and how it is interrupted."""
 
 import ctypes
+import itertools
 import shutil
 import signal
 import subprocess
@@ -144,12 +145,12 @@ def test_the_function_and_the_module_have_one_name(config, tmp_path):
 
 def test_an_interrupt_saves_and_the_same_call_goes_on(run, config, tmp_path, monkeypatch):
     before = signal.getsignal(signal.SIGINT)
-    asked = api._Interrupts.asked
+    asked, steps = api._Interrupts.asked, itertools.count(1)
 
-    def press(self, step):
-        if step == 3:
+    def press(self):
+        if next(steps) == 3:
             signal.raise_signal(signal.SIGINT)
-        return asked(self, step)
+        return asked(self)
 
     monkeypatch.setattr(api._Interrupts, "asked", press)
     with pytest.raises(KeyboardInterrupt, match="train again to go on"):

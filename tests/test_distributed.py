@@ -10,6 +10,7 @@ import shutil
 import signal
 import socket
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -25,7 +26,7 @@ from jvitmoe.runs.checkpoints import Checkpoints
 from jvitmoe.runtime.devices import make_mesh
 from jvitmoe.runtime.processes import LOST_SECONDS
 from jvitmoe.training.state import abstract_state
-from processes import wait_for_step
+from processes import wait_for_output, wait_for_step
 from run_folders import assert_same_run, losses, rows, saved, saved_config, tiny, write_experiment
 
 pytestmark = pytest.mark.process
@@ -340,7 +341,7 @@ processes.join(values)
 with Stop() as stop:
     stop.unsaved = True
     for step in range(10**6):
-        if stop.asked(step):
+        if stop.asked():
             break
         if step == 0:
             print("ready", flush=True)
@@ -354,10 +355,10 @@ with Stop() as stop:
 def test_a_second_signal_ends_one_of_several_processes_at_once(number):
     joined = processes.start_joined(2, [sys.executable, "-c", STOPS])
     for one in joined:
-        processes.wait_for_output(one, "ready\n")
+        wait_for_output(one, "ready\n")
     joined[1].process.send_signal(number)
     for one in joined:
-        processes.wait_for_output(one, "asked at")
+        wait_for_output(one, "asked at")
     for one in reversed(joined):  # process 0 last, which has JAX's coordinator
         one.process.send_signal(signal.SIGTERM)
         one.process.wait()
@@ -366,6 +367,49 @@ def test_a_second_signal_ends_one_of_several_processes_at_once(number):
     assert ended[0].out.splitlines()[-1] == ended[1].out.splitlines()[-1]
     for one in ended:
         assert errors(one) == ["stopped at once by SIGTERM, without saving the last steps; the same command goes on"]
+
+
+def test_a_sigterm_before_the_first_step_stops_a_resumed_run_as_well_as_a_new_one(experiment, tmp_path):
+    longer = [f"--config.train.{setting}" for setting in ("checkpoint_every=0", "epochs=200", "eval_every=200")]
+    command = processes.train(experiment, tmp_path / "run", *longer)
+    for _ in range(3):
+        joined = processes.start_joined(2, command)
+        wait_for_output(joined[1]._replace(out=joined[1].err), "note: process 1 of 2: ")  # it has joined
+        joined[1].process.send_signal(signal.SIGTERM)
+        for one in processes.collect(joined):
+            assert one.code == 128 + signal.SIGTERM, one
+        assert steps_saved(tmp_path / "run")[-1] == len(losses(tmp_path / "run"))
+    assert len(steps_saved(tmp_path / "run")) > 1
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("resumed", [False, True])
+def test_a_sigterm_at_every_50_ms_from_the_start_to_step_3_is_never_lost(experiment, tmp_path, resumed):
+    """Before it has joined, a process ends at once, and the other after it; from then on both stop together."""
+    longer = [f"--config.train.{setting}" for setting in ("checkpoint_every=0", "epochs=200", "eval_every=200")]
+    (base := tmp_path / "base").mkdir()
+    if resumed:
+        joined = processes.start_joined(2, processes.train(experiment, base, "--join_seconds=120", *longer))
+        wait_for_step(base, 3, joined[0])
+        joined[0].process.send_signal(signal.SIGTERM)
+        processes.collect(joined)
+    workdir, begun, reached, number = tmp_path / "run", len(losses(base)) if resumed else 0, 0, 0
+    while reached < 3:
+        shutil.copytree(base, workdir)
+        joined = processes.start_joined(2, processes.train(experiment, workdir, "--join_seconds=10", *longer))
+        time.sleep(0.05 * number)
+        told = all("note: process" in Path(one.err.name).read_text() for one in joined)
+        history = workdir / "metrics.jsonl"
+        reached = history.read_text().count('"loss"') - begun if history.exists() else 0
+        for one in (joined[1:], joined[:1], joined)[number % 3]:
+            one.process.send_signal(signal.SIGTERM)
+        codes = [one.code for one in processes.collect(joined, 120)]
+        assert 0 not in codes, number
+        if told:
+            assert codes == [128 + signal.SIGTERM] * 2, number
+            assert steps_saved(workdir)[-1] == len(losses(workdir))
+        shutil.rmtree(workdir)
+        number += 1
 
 
 @pytest.mark.long

@@ -67,9 +67,9 @@ from jvitmoe.runtime.signals import Stop
 with Stop() as stop:
     stop.unsaved = {unsaved}
     print("ready", flush=True)
-    while not stop.asked(0):
+    while not stop.asked():
         time.sleep(0.01)
-    print("asked", stop.asked(0), flush=True)
+    print("asked", stop.asked(), flush=True)
     time.sleep(100)
 """
 
@@ -109,7 +109,7 @@ from jvitmoe.runs.metrics_log import MetricsLog
 
 with Stop() as stop, MetricsLog(None, 0, 10, 4) as log:
     stop.unsaved = {unsaved}
-    while not stop.asked(0):
+    while not stop.asked():
         time.sleep(0.01)
     print("asked", flush=True)
     time.sleep(100)

@@ -1,6 +1,7 @@
 """SIGTERM, SIGINT and SIGHUP: the first lets the step end and the state be saved, the second ends the process at
 once."""
 
+import itertools
 import os
 import signal
 import threading
@@ -11,6 +12,7 @@ from jax.experimental import multihost_utils
 from jvitmoe.runtime import processes
 
 STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+_calls = itertools.count(1)  # of `Stop.asked` with several processes, in all runs of this process
 
 
 class Stop:
@@ -51,11 +53,12 @@ class Stop:
             self._thread.join()
         os.close(self._read)
 
-    def asked(self, step: int) -> int | None:
+    def asked(self) -> int | None:
         """Returns the signal that makes this step the last, or None. All processes must call it after every step."""
         if processes.is_single():
             return self.signal
-        if not multihost_utils.reached_preemption_sync_point(step):
+        # Not the step of the run: after a signal before the first call JAX chooses 1, which a resumed run is past.
+        if not multihost_utils.reached_preemption_sync_point(next(_calls)):
             return None
         self.signal = signal.SIGTERM
         if self._thread:  # from here on it reads SIGTERM too, so that one more ends the process at once

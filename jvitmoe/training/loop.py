@@ -251,7 +251,7 @@ class _Loop:
                 self._stop.unsaved = True  # before the step is shown: a signal may come at once
                 self._read()
             self._watchdog.progress(f"step {done}")
-            stop = self._stop.asked(done)
+            stop = self._stop.asked()
             evaluates = done == self._total or done % (config.eval_every * self._steps_per_epoch) == 0
             if stop or evaluates or (config.checkpoint_every and done % config.checkpoint_every == 0):
                 self._save(done, evaluates)
