@@ -194,7 +194,7 @@ def test_processes_that_cannot_be_one_run_end_within_30_seconds_and_each_says_wh
     batch, seed, devices = (f"--config.train.{setting}" for setting in ("batch_size=130", "seed=1", "devices=4"))
     launches = [  # name: of each process, its flags, what it says, and other variables
         ("alone", [("--process=0 --join_seconds=4", late, {})]),
-        ("alone", [("--process=1 --join_seconds=4", late, {})]),
+        ("alone", [("--process=1 --join_seconds=4", "process 0 does not answer at 127.0.0.1:", {})]),
         ("taken", [("--process=0", "Address already in use", {}), ("--process=1 --join_seconds=4", late, {})]),
         ("both", [(f"--process={n} {batch}", "130; it must be a multiple of the 2 data devices", {}) for n in (0, 1)]),
         ("both", [(f"--process={n} {devices}", "devices is 4; it must be at most 2", {}) for n in (0, 1)]),
@@ -222,6 +222,37 @@ def test_processes_that_cannot_be_one_run_end_within_30_seconds_and_each_says_wh
         assert line.startswith("error: ")
         assert says in line
     assert not (tmp_path / "x").exists()
+
+
+UNREACHABLE = [  # where process 0 is not, and what is said of it
+    ("no-such-host.invalid", "gaierror: "),
+    ("255.255.255.255", "OSError: [Errno 101] Network is unreachable"),
+    ("127.0.0.1", "ConnectionRefusedError: "),
+    ("127.0.0.2", "TimeoutError: timed out"),
+]
+
+
+def test_a_wrong_host_name_or_address_of_process_0_is_named_as_the_cause_in_one_line(experiment, tmp_path):
+    command = processes.train(experiment, tmp_path / "x", "--join_seconds=4", "--processes=2")
+    with socket.create_server(("127.0.0.2", processes.free_port()), backlog=0) as full:
+        port = full.getsockname()[1]
+        with socket.create_connection(("127.0.0.2", port)):  # the only one that Linux lets wait; further ones time out
+            where = [f"--coordinator={host}:{port}" for host, _ in UNREACHABLE]
+            started = [processes.start([*command, one, "--process=1"]) for one in where]
+            first = f"--coordinator={UNREACHABLE[0][0]}:{processes.free_port()}"
+            started.append(processes.start([*command, first, "--process=0"]))
+            variables = {f"SLURM_{name}": "1" for name in ("JOB_ID", "STEP_NODELIST", "PROCID", "LOCALID")}
+            variables |= {"SLURM_NTASKS": "2", "JAX_COORDINATOR_ADDRESS": where[0].partition("=")[2]}
+            distributed = processes.train(experiment, tmp_path / "x", "--join_seconds=4", "--distributed")
+            started.append(processes.start(distributed, processes.environment() | variables))
+            ended = processes.collect(started)
+    for one, (host, says) in zip(ended, [*UNREACHABLE, *2 * UNREACHABLE[:1]], strict=True):
+        assert one.code == 2, one
+        assert one.seconds < 30
+        (line,) = errors(one)
+        assert f" after 4 s (--join_seconds) process 0 does not answer at {host}:" in line
+        assert f": {says}" in line
+        assert "; give the name or address of its node" in line
 
 
 def write_sets(root: Path) -> None:

@@ -28,6 +28,7 @@ from jvitmoe.runtime import devices
 
 T = TypeVar("T")
 LOST_SECONDS = 20  # without a heartbeat of a process, until JAX notices; it ends all others as long after that at most
+ANSWER_SECONDS = 2  # for a connection to process 0
 SHUTDOWN_SECONDS = 15  # for which a process that has ended waits for the others
 
 
@@ -43,17 +44,24 @@ def join(values: flags.FlagValues) -> None:
         where = {"coordinator_address": address, "num_processes": values.processes, "process_id": values.process}
         where["cluster_detection_method"] = "deactivate"
     cannot = f"cannot join by {f'--coordinator={address} {given}' if address else '--distributed'}"
-    late = f"error: {cannot}: after {values.join_seconds} s (--join_seconds) not all processes have reached process 0\n"
-    timer = threading.Timer(values.join_seconds, leave, (late, 2))  # JAX itself would abort
-    timer.daemon = True
-    timer.start()
+    joined = threading.Event()
+
+    def give_up() -> None:
+        if joined.wait(values.join_seconds):
+            return
+        found = address or os.environ.get("JAX_COORDINATOR_ADDRESS", "")
+        why = (found and _unreachable(found)) or "not all processes have reached process 0"
+        if not joined.is_set():
+            leave(f"error: {cannot}: after {values.join_seconds} s (--join_seconds) {why}\n", 2)
+
+    threading.Thread(target=give_up, name="joining", daemon=True).start()  # JAX itself would abort
     try:
         if address and values.process == 0:  # JAX crashes if the port is taken
             bound = os.environ.get("JAX_COORDINATOR_BIND_ADDRESS", address)
             socket.create_server(("", int(bound.rpartition(":")[2]))).close()
         jax.distributed.initialize(
             **where,
-            initialization_timeout=2 * abs(values.join_seconds) + 60,  # the timer ends it earlier
+            initialization_timeout=2 * abs(values.join_seconds) + 60,  # `give_up` ends it earlier
             heartbeat_timeout_seconds=LOST_SECONDS,
             shutdown_timeout_seconds=SHUTDOWN_SECONDS,
         )
@@ -61,11 +69,22 @@ def join(values: flags.FlagValues) -> None:
         remedy = "give a free port, a number for each process, or start it in a job of Slurm, Open MPI or Kubernetes"
         raise UserError(f"{cannot}: {one_line(error)}; {remedy}") from error
     finally:
-        timer.cancel()
+        joined.set()
     devices.start()
     if not is_single():
         text = f"if another process is lost, JAX ends this one within {2 * LOST_SECONDS} s; start all again to go on"
         sys.stderr.write(f"note: {_name(jax.process_index())}: {text}\n")
+
+
+def _unreachable(address: str) -> str:
+    """Returns why nothing answers at the address of process 0; "" if something does."""
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), ANSWER_SECONDS).close()
+    except Exception as error:  # also for a port that is none
+        remedy = "give the name or address of its node, as all nodes know it, and start all"
+        return f"process 0 does not answer at {address}: {one_line(error)}; {remedy}"
+    return ""
 
 
 def _is_alone_on_node() -> bool:
