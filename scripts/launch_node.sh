@@ -5,7 +5,8 @@
 #   RESTARTS=3 scripts/launch_node.sh 4 python -m jvitmoe.train --config configs/cifar10_random.py
 #
 # SIGTERM, SIGINT and SIGHUP go to all of them. When one fails, so do the others, and all start again if RESTARTS allows
-# it: not after a signal, nor for an error that the user must correct (code 2). The first failure's code is returned.
+# it: not after a signal, nor if all end for an error that the user must correct (code 2). The first failure's code is
+# returned.
 set -uo pipefail
 if [[ $# -lt 2 || ! $1 =~ ^[1-9][0-9]*$ ]]; then
     echo "usage: $0 PROCESSES COMMAND [FLAGS]" >&2
@@ -26,6 +27,7 @@ for ((attempt = 1; ; attempt++)); do
         children+=($!)
     done
     code=$((signals && ${#children[@]} == 0 ? 143 : 0)) # a signal may come before there is a process
+    restart=0
     while ((${#children[@]})); do
         for (( ; told < signals; told++)); do kill -TERM "${children[@]}" 2>/dev/null; done
         running=()
@@ -37,6 +39,7 @@ for ((attempt = 1; ; attempt++)); do
             wait "$child"
             found=$?
             if ((code == 0)); then code=$found failed=$SECONDS; fi
+            if ((found != 2)); then restart=1; fi
         done
         children=(${running[@]+"${running[@]}"})
         if ((code && ${#children[@]} && SECONDS - failed > 40)); then # by now all have ended that are not frozen
@@ -44,6 +47,6 @@ for ((attempt = 1; ; attempt++)); do
         fi
         sleep 0.2
     done
-    if ((code == 0 || code == 2 || signals || attempt > ${RESTARTS:-0})); then exit "$code"; fi
+    if ((code == 0 || restart == 0 || signals || attempt > ${RESTARTS:-0})); then exit "$code"; fi
     echo "a process ended with code $code; all start again ($attempt of $RESTARTS restarts)" >&2
 done

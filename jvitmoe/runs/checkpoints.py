@@ -13,6 +13,7 @@ import os
 import re
 import shutil
 import time
+import traceback
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib import metadata
@@ -344,6 +345,8 @@ class CheckpointWriter(Checkpoints):
         except (OSError, ValueError) as error:  # TensorStore raises ValueError for what the disk refuses
             if isinstance(error.__cause__, JaxRuntimeError):  # of a device, or of a process that is lost
                 raise error.__cause__ from None
+            if any(frame.f_globals is vars(multihost_utils) for frame, _ in traceback.walk_tb(error.__traceback__)):
+                raise  # of a process that it waits for: JAX raises ValueError, too
             for path in self.directory.glob(f"*{UNFINISHED}*") if processes.is_first() else ():
                 shutil.rmtree(path, ignore_errors=True)
             raise CheckpointError(
