@@ -26,7 +26,7 @@ from kubeflow_trainer_api import models
 
 import processes
 from jvitmoe import cli, train
-from run_folders import losses, rows, tiny, write_experiment
+from run_folders import losses, tiny, write_experiment
 
 MODELS = {
     "JobSet": models.JobsetV1alpha2JobSet,
@@ -239,30 +239,87 @@ def test_the_slurm_script_gives_each_task_its_cores_and_the_flags_and_queues_a_f
     assert (values.distributed, values.workdir) == (True, "two words")
 
 
+LOSES = {"epochs": 12, "eval_every": 12, "checkpoint_every": 10, "devices": 0}  # 60 steps; a process is lost at 25
+SRUN = """#!/bin/bash
+# As srun: starts two tasks, ends both when one fails, and returns the highest code.
+while [[ $1 == --* ]]; do shift; done
+for number in 0 1; do
+    SLURM_PROCID=$number SLURM_LOCALID=$number "$@" &
+    tasks+=($!)
+done
+echo "${tasks[1]}" > "$TASK"
+highest=0
+for task in 0 1; do
+    wait -n
+    code=$?
+    if ((code)); then kill -TERM "${tasks[@]}"; fi
+    if ((code > highest)); then highest=$code; fi
+done
+exit "$highest"
+"""
+
+
+def python_first() -> dict[str, str]:
+    """Returns the environment of a process in which `python` is this one."""
+    return processes.environment() | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+
+
+def check_resumed(workdir: Path, out: str) -> None:
+    """Raises AssertionError unless the run went on from a checkpoint before the loss, to its end."""
+    assert re.search(r"resuming +from step [12]0\n", out), out
+    assert sorted(losses(workdir)) == list(range(1, 61))
+    result = json.loads((workdir / "result.json").read_text())
+    assert result["hardware"].endswith("2 processes")
+    assert result["rows"][0]["images"] == 360
+
+
 @pytest.mark.process
 @pytest.mark.long
-def test_two_pods_of_the_trainjob_train_one_run(tmp_path):
-    experiment = write_experiment(tmp_path / "tiny.py", tiny(train={"epochs": 1, "devices": 0}))
+def test_a_slurm_job_that_loses_a_task_is_queued_again_and_goes_on(tmp_path):
+    experiment = write_experiment(tmp_path / "tiny.py", tiny(train=LOSES))
+    for command, text in (("srun", SRUN), ("scontrol", '#!/bin/sh\necho "$@"\n')):
+        (tmp_path / command).write_text(text)
+        (tmp_path / command).chmod(0o755)
+    env = python_first() | SLURM | {"SLURM_NTASKS": "2", "SLURM_STEP_TASKS_PER_NODE": "2"}
+    env |= {"JAX_COORDINATOR_PORT": str(processes.free_port()), "TASK": str(tmp_path / "task")}
+    env["PATH"] = f"{tmp_path}:{env['PATH']}"
+    job = "bash", "scripts/slurm.sbatch", f"--config={experiment}", f"--workdir={tmp_path / 'run'}"
+    started = processes.start(job, env)
+    processes.wait_for_step(tmp_path / "run", 25, started)
+    os.kill(int((tmp_path / "task").read_text()), signal.SIGKILL)
+    (ended,) = processes.collect([started])
+    assert (ended.code, ended.out.splitlines()[-1]) == (137, "requeue 7"), ended
+    ended = processes.run(job, env | {"SLURM_RESTART_COUNT": "1"})
+    assert ended.code == 0, ended
+    check_resumed(tmp_path / "run", ended.out)
+
+
+@pytest.mark.process
+@pytest.mark.long
+def test_two_pods_of_the_trainjob_train_one_run_and_go_on_when_one_was_lost(tmp_path):
+    experiment = write_experiment(tmp_path / "tiny.py", tiny(train=LOSES))
     trainer = kind("TrainJob")["spec"]["trainer"]
     own = {"cifar10_random": str(experiment), "/runs/cifar10_random": str(tmp_path / "run")}
     command = trainer["command"] + [re.sub("=(.*)", lambda m: "=" + own.get(m[1], m[1]), a) for a in trainer["args"]]
-    env = processes.environment() | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    env = python_first() | {"XDG_CACHE_HOME": str(tmp_path / "cache")}
     env |= {"JAX_COORDINATOR_ADDRESS": f"localhost:{processes.free_port()}", "JAX_NUM_PROCESSES": "2"}
-    env |= {"XDG_CACHE_HOME": str(tmp_path / "cache")}
     env.pop("JAX_COMPILATION_CACHE_DIR", None)
     pods = [env | {"JAX_PROCESS_ID": str(number)} for number in range(2)]
+    started = [processes.start(expand(command, pod), pod) for pod in pods]
+    processes.wait_for_step(tmp_path / "run", 25, started[0])
+    started[1].process.kill()
+    for one in processes.collect(started, 60):
+        assert one.code not in (0, 2), one
     ended = processes.collect([processes.start(expand(command, pod), pod) for pod in pods])
     assert [one.code for one in ended] == [0, 0], ended
-    assert "2 processes" in ended[0].out
-    assert rows(tmp_path / "run")[0]["images"] == 360
+    check_resumed(tmp_path / "run", ended[0].out)
     assert not (tmp_path / "cache").exists()  # one of several processes keeps no compiled programs of its own accord
 
 
 @pytest.mark.process
 @pytest.mark.long
 def test_two_workers_of_ray_train_one_run_and_start_again_when_one_is_killed(tmp_path):
-    settings = {"epochs": 12, "eval_every": 12, "checkpoint_every": 10, "devices": 0}
-    experiment = write_experiment(tmp_path / "tiny.py", tiny(train=settings))
+    experiment = write_experiment(tmp_path / "tiny.py", tiny(train=LOSES))
     workdir = tmp_path / "run"
     experiment.write_text(experiment.read_text().replace("def get_config()", "def get_config(variant)"))
     arguments = f"--config={experiment}:dense", f"--workdir={workdir}", "--workers=2"
@@ -276,8 +333,4 @@ def test_two_workers_of_ray_train_one_run_and_start_again_when_one_is_killed(tmp
         os.kill(json.loads((workdir / "lock").read_text())["pid"], signal.SIGKILL)
         (ended,) = processes.collect([started])
     assert ended.code == 0, ended
-    assert re.search(r"resuming +from step [12]0\n", ended.out + ended.err), ended
-    assert sorted(losses(workdir)) == list(range(1, 61))
-    result = json.loads((workdir / "result.json").read_text())
-    assert result["hardware"].endswith("2 processes")
-    assert result["rows"][0]["images"] == 360
+    check_resumed(workdir, ended.out + ended.err)
