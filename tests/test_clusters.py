@@ -317,6 +317,16 @@ def test_two_pods_of_the_trainjob_train_one_run_and_go_on_when_one_was_lost(tmp_
 
 
 @pytest.mark.process
+def test_a_pod_of_the_trainjob_whose_coordinator_is_unknown_ends_with_the_reason():
+    pod = RUNTIME | {"JAX_COORDINATOR_ADDRESS": "no-such-host.invalid:1234"}
+    trainer = kind("TrainJob")["spec"]["trainer"]
+    command = [*expand(trainer["command"] + trainer["args"], pod), "--join_seconds=2"]
+    (ended,) = processes.collect([processes.start(command, python_first() | pod)], 60)
+    assert ended.code == 2, ended
+    assert "process 0 does not answer at no-such-host.invalid:1234: gaierror: " in ended.err
+
+
+@pytest.mark.process
 @pytest.mark.long
 def test_two_workers_of_ray_train_one_run_and_start_again_when_one_is_killed(tmp_path):
     experiment = write_experiment(tmp_path / "tiny.py", tiny(train=LOSES))
