@@ -14,6 +14,8 @@ if [[ $# -lt 2 || ! $1 =~ ^[1-9][0-9]*$ ]]; then
 fi
 processes=$1
 shift
+dying=() # with Linux's setpriv, processes get SIGTERM too when this script is killed
+if setpriv --pdeathsig TERM true 2>/dev/null; then dying=(setpriv --pdeathsig TERM); fi
 children=()
 signals=0 told=0
 # Children have sessions of their own: Ctrl-C reaches this script only, which passes it on as SIGTERM, because bash starts
@@ -23,7 +25,7 @@ for ((attempt = 1; ; attempt++)); do
     port=$(python3 -c 'import socket; s = socket.socket(); s.bind(("localhost", 0)); print(s.getsockname()[1])')
     children=()
     for ((i = 0; i < processes && !signals; i++)); do
-        JAX_LOCAL_DEVICE_IDS=$i setsid "$@" --coordinator="localhost:$port" --processes="$processes" --process="$i" &
+        JAX_LOCAL_DEVICE_IDS=$i setsid ${dying[@]+"${dying[@]}"} "$@" --coordinator="localhost:$port" --processes="$processes" --process="$i" &
         children+=($!)
     done
     code=$((signals && ${#children[@]} == 0 ? 143 : 0)) # a signal may come before there is a process

@@ -4,6 +4,7 @@ Results are compared within 1e-6 and not bit for bit, because a sum over process
 order.
 """
 
+import contextlib
 import os
 import re
 import shutil
@@ -167,6 +168,36 @@ def test_a_signal_to_all_processes_of_a_terminal_reaches_those_of_the_launcher_o
     assert ended.code > 128, ended
     assert "stopped at step" in ended.out
     assert "at once" not in ended.err
+    assert steps_saved(tmp_path / "run") == [len(losses(tmp_path / "run"))]
+
+
+def children(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def running(pid: int) -> bool:
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    return False
+
+
+def test_processes_whose_launcher_is_killed_stop_with_a_checkpoint(experiment, tmp_path):
+    longer = [f"--config.train.{setting}" for setting in ("checkpoint_every=0", "epochs=1000", "eval_every=1000")]
+    launcher = processes.start(["scripts/launch_node.sh", "2", *processes.train(experiment, tmp_path / "run", *longer)])
+    wait_for_step(tmp_path / "run", 2, launcher)
+    joined = [pid for pid in children(launcher.process.pid) if "--process=" in Path(f"/proc/{pid}/cmdline").read_text()]
+    assert len(joined) == 2
+    try:
+        launcher.process.kill()
+        deadline = time.monotonic() + 60
+        while any(map(running, joined)):
+            assert time.monotonic() < deadline, "they still run"
+            time.sleep(0.1)
+    finally:
+        for pid in filter(running, joined):
+            os.kill(pid, signal.SIGKILL)
+    (ended,) = processes.collect([launcher])
+    assert "stopped at step" in ended.out, ended
     assert steps_saved(tmp_path / "run") == [len(losses(tmp_path / "run"))]
 
 
@@ -454,10 +485,9 @@ def test_a_run_whose_process_is_killed_is_started_again_and_ends_with_the_bits_o
     assert ended.code == 0, ended.err
     command = [*launcher, *processes.train(experiment, broken, "--config.train.checkpoint_every=20")]
     started = processes.start(command, processes.environment() | {"RESTARTS": "1"})
-    children = Path(f"/proc/{started.process.pid}/task/{started.process.pid}/children")
     wait_for_step(broken, 50, started)
-    (pid,) = (n for n in children.read_text().split() if "--process=0" in Path(f"/proc/{n}/cmdline").read_text())
-    os.kill(int(pid), signal.SIGKILL)
+    (pid,) = (n for n in children(started.process.pid) if "--process=0" in Path(f"/proc/{n}/cmdline").read_text())
+    os.kill(pid, signal.SIGKILL)
     (ended,) = processes.collect([started])
     assert ended.code == 0, ended.err
     assert ended.err.count("; all start again (1 of 1 restarts)\n") == 1
