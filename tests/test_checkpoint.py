@@ -23,6 +23,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jvitmoe import config as config_lib
 from jvitmoe import routing
 from jvitmoe.config import Config, ModelConfig, RoutingConfig, TrainConfig
+from jvitmoe.errors import UserError
 from jvitmoe.runs import checkpoints as checkpoints_lib
 from jvitmoe.runs import files
 from jvitmoe.runs.checkpoints import CheckpointError, Checkpoints, CheckpointWriter, list_steps
@@ -480,6 +481,17 @@ def test_a_foreign_folder_costs_no_checkpoint(tmp_path, name, inside):
             checkpoints.save(at(state, 30), make_config(), 0.3)
     assert Checkpoints(tmp_path / "c").steps() == [10, 30]
     assert len(list(tmp_path.glob(f"damaged-checkpoint-{name}-*/{inside}"))) == 1  # it is never deleted
+
+
+@pytest.mark.parametrize("name", ["deleted", "10", "3.orbax-checkpoint-tmp"])
+def test_a_link_among_the_checkpoints_is_one_line_and_what_it_leads_to_is_left(tmp_path, name):
+    save_all(tmp_path / "c", make()[0], [5])
+    (tmp_path / "outside").mkdir()
+    (tmp_path / "outside" / "file").write_text("mine")
+    (tmp_path / "c" / name).symlink_to(tmp_path / "outside")
+    with pytest.raises(UserError, match=f"^{tmp_path / 'c' / name} is a link, so writing to it .*; replace it by"):
+        CheckpointWriter(tmp_path / "c", 1)
+    assert (tmp_path / "outside" / "file").read_text() == "mine"
 
 
 def test_only_a_step_number_as_it_is_written_names_a_checkpoint(tmp_path):

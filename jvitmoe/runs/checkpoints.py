@@ -244,7 +244,7 @@ class CheckpointWriter(Checkpoints):
         directory: made if absent.
         keep: newest checkpoints kept, besides the one of least validation NLL.
 
-    Raises CheckpointError where the folder cannot be made or listed.
+    Raises UserError where the folder cannot be made or listed, or contains a link.
     """
 
     def __init__(self, directory: Path, keep: int) -> None:
@@ -270,6 +270,7 @@ class CheckpointWriter(Checkpoints):
         registry.add(None, ocp.args.JsonSave, ocp.JsonCheckpointHandler())
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
+            files.refuse_links(self.directory)
             self._delete()
             self._manager = _Manager(self.directory, options=options, handler_registry=registry)
         except OSError as error:
