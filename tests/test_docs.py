@@ -8,19 +8,25 @@ import re
 import shlex
 import shutil
 import socket
+import statistics
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import archive
 import draw_idea
 import numpy as np
 import pytest
 import routers
+import sweep
+import verdicts
 from markdown_it import MarkdownIt
 from PIL import Image
+from sweep import Variant
 
 import jvitmoe
 from jvitmoe import api
@@ -29,6 +35,8 @@ from processes import call
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = sorted((ROOT / "docs").glob("*.md"))
+RESULTS = ROOT / "results"
+VERDICTS = [path for path in sorted(RESULTS.glob("**/report.md")) if "\n## Arms\n" in path.read_text()]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "results" / "README.md", *DOCS]
 
 # The tests that run the Python and bash blocks of a page: one for each block, in their order, or one for all of them.
@@ -38,12 +46,13 @@ WHEEL = "test_wheel.py::test_five_commands_lead_from_pictures_to_a_page"
 PYTHON = "test_docs.py::test_the_examples_in_python_run"
 TUTORIAL = "test_docs.py::test_every_block_of_the_tutorial_runs_in_its_order"
 EXPORT = "test_docs.py::test_the_readme_s_prediction_and_export_run"
+MERGING = "test_docs.py::test_the_example_of_merging_runs"
 RUN_BY = {
     "README.md": (CI, PYTHON, WHEEL, EXPORT, PYTHON, EXPORT),
     "docs/commands.md": (PYTHON,),
     "docs/deploy.md": (DEPLOY,),
     "docs/tutorial.md": (TUTORIAL,),
-    "docs/routing.md": ("test_docs.py::test_the_example_of_merging_runs",),
+    "docs/routing.md": (MERGING,),
 }
 COMMAND = r"^\s*(\$|>>>|(sudo|python3?|pip|make|jvitmoe|sbatch|kubectl|scripts/\S+|import|from)) "  # of a line of code
 
@@ -125,7 +134,7 @@ def test_every_block_of_code_is_run_by_a_test_or_says_why_not(page):
 
 @pytest.mark.slow
 def test_the_example_of_merging_runs():
-    (example,) = code("docs/routing.md", "test_docs.py::test_the_example_of_merging_runs")
+    (example,) = code("docs/routing.md", MERGING)
     names: dict[str, Any] = {}
     exec(example, names)
     assert names["logits"].shape == (2, 10)
@@ -216,21 +225,126 @@ def test_the_readme_s_results_are_those_of_the_report():
 
 
 @pytest.mark.parametrize(("page", "folders"), [("study", "study/*"), ("routing", "routers*")])
-def test_differences_with_intervals_are_those_of_the_reports(page, folders):
-    reports = "".join(path.read_text() for path in sorted((ROOT / "results").glob(f"{folders}/report.md")))
-    difference = r"([+-]\d+\.\d\d)(?: points on dense)? \(([+-]\S+ to [+-]\d+\.\d\d)\)"
-    told = re.findall(difference, (ROOT / "docs" / f"{page}.md").read_text())
-    assert len(told) > 1
-    reported = [f"| {' | '.join(item)} |" in reports or f"| {item[0]} ({item[1]}) |" in reports for item in told]
-    assert all(reported), [item for item, found in zip(told, reported, strict=True) if not found]
+def test_differences_with_intervals_are_those_of_the_reports_that_their_section_names(page, folders):
+    """Of all reports where a section names none."""
+    every = sorted(RESULTS.glob(f"{folders}/report.md"))
+    difference, unknown = r"([+-]\d+\.\d\d) \(([+-]\S+\s+to\s+[+-]\d+\.\d\d)\)", []
+    sections = re.split(r"^## ", (ROOT / "docs" / f"{page}.md").read_text(), flags=re.MULTILINE)
+    for section in sections:
+        named = [path for path in every if f"/{path.relative_to(RESULTS)}" in section]
+        reports = "".join(path.read_text() for path in named or every)
+        told = [(mean, " ".join(interval.split())) for mean, interval in re.findall(difference, section)]
+        cells = [(f"| {mean} | {interval} |", f"| {mean} ({interval}) |") for mean, interval in told]
+        cells += [(f"| {cell} |",) for cell in re.findall(r"\d\d\.\d\d ± \d\.\d\d", section)]
+        unknown += [forms for forms in cells if not any(form in reports for form in forms)]
+    assert len(sections) > 3
+    assert not unknown
+
+
+@pytest.mark.parametrize("report", VERDICTS, ids=lambda report: report.parent.name)
+def test_the_verdicts_of_a_report_follow_from_its_kept_runs(report):
+    text = report.read_text()
+    tested = text.partition("## Arms")[2].partition("## ")[0]
+    against: dict[str, dict[str, None]] = {
+        arm: {} for arm in re.findall(r"^\| (\S+) \| \w+ \| \d", tested, re.MULTILINE)
+    }
+    for arm, reference in re.findall(r"^\| (\S+) \| \w+ \| (\S+), \w+ \| \d", text, re.MULTILINE):
+        against[arm][reference] = None
+    arms = {arm: Variant({}, against=(*references,)) for arm, references in against.items()}
+    assert any(against.values())
+    assert verdicts.conclusion(report.parent, arms) in text
+
+
+def study_tables() -> Iterator[tuple[Path, list[str], list[list[str]]]]:
+    """Yields the folder, the columns and the rows of each table of arms; its report is named before it."""
+    folder, columns, rows = Path(), list[str](), list[list[str]]()
+    for line in [*(ROOT / "docs" / "study.md").read_text().splitlines(), ""]:
+        if named := re.findall(r"\.\./results/(study/\w+)/report\.md", line):
+            folder = RESULTS / named[-1]
+        cells = [cell.strip(" `") for cell in line.replace("`", "").split("|")[1:-1]]
+        if cells[:1] == ["arm"]:
+            columns, rows = cells, []
+        elif columns and cells and ":--" not in line:
+            rows.append(cells)
+        elif columns and not cells:
+            yield folder, columns, rows
+            columns = []
+
+
+def study_cell(runs: archive.Runs, arm: str, column: str) -> str:
+    """Returns what a table of the study says of an arm (a name, or a name and a model of its), from its kept runs."""
+    name, _, model = arm.partition(", ")
+    family = name.split("_")[0] if name.startswith(("lora", "adapter")) else "dense"
+    references = {"the plain mean": name.replace("_outer", ""), "40 epochs": family, "80 epochs": f"{family}_80"}
+    if column == "learning rate":
+        return f"{runs[f'{name}-seed0']['config']['optim']['learning_rate']:g}"
+    if column in ("GB", "saved"):
+        reduced, most = (
+            next(line["reduced_bytes"] for line in runs[f"{of}-seed0"]["metrics"][::-1] if "reduced_bytes" in line)
+            for of in (name, "dense")
+        )
+        return f"{reduced / 1e9:.2f}" if column == "GB" else f"{100 * (1 - reduced / most):.0f} %"
+    of_arm = sweep.accuracies(runs, name)
+    by_seed = of_arm["EMA" if column == "its EMA, %" else model or verdicts.final(of_arm)]
+    if column in ("accuracy, %", "its EMA, %"):
+        return sweep.mean_cell(list(by_seed.values()))
+    other = column.removeprefix("minus ")
+    of_reference = sweep.accuracies(runs, references.get(other, other))
+    its = of_reference[verdicts.final(of_reference)]
+    found = verdicts.cells([value - its[seed] for seed, value in by_seed.items()])
+    return f"{found['difference']} ({found['interval']})"
+
+
+def test_every_cell_of_the_study_s_tables_is_that_of_the_kept_runs():
+    tables = list(study_tables())
+    assert {folder.name for folder, _, _ in tables} == {"A", "B", "C", "D", "D_adamix", "E", "F", "H", "H_again"}
+    for folder, columns, rows in tables:
+        runs = archive.kept(folder)
+        for row in rows:
+            cells = dict(zip(columns, row, strict=True))
+            told = {column: cell for column, cell in cells.items() if cell and column != "arm"}
+            assert told == {column: study_cell(runs, cells["arm"], column) for column in told}, folder.name
 
 
 def test_the_router_tables_are_those_of_the_kept_runs_in_the_report_and_in_routing_md():
-    arms = routers.table(ROOT / "results", Path())
-    found = routers.tables(routers.rows(ROOT / "results" / "routers", arms, *arms["switch"].against))
+    arms = routers.table(RESULTS, Path())
+    found = routers.tables(routers.rows(RESULTS / "routers", arms, *arms["switch"].against))
     for name in ("results/routers/report.md", "docs/routing.md"):
         text = (ROOT / name).read_text()
         assert all(markdown_table(table) in text for table in found), name
+
+
+@pytest.mark.parametrize(
+    ("sentence", "folders", "arm", "reference"),
+    [
+        (
+            r"has (\S+) points (less) than that source, with an interval from (\S+) to (\S+):",
+            ("routers",),
+            "upcycled",
+            "dense_half",
+        ),
+        (
+            r"\*\*All ten seeds together\*\* differ by (\S+) points, (with) an interval from (\S+) to (\S+)\.",
+            ("routers", "routers_again"),
+            "sample",
+            "dense_rate2",
+        ),
+    ],
+    ids=["upcycled", "ten seeds"],
+)
+def test_two_intervals_that_no_table_has_follow_from_the_kept_runs(sentence, folders, arm, reference):
+    text = " ".join((ROOT / "docs" / "routing.md").read_text().split())
+    mean, less, low, high = re.search(sentence, text).groups()
+    paired = []
+    for runs in (archive.kept(RESULTS / folder) for folder in folders):
+        own, its = (
+            next(iter(sweep.accuracies(runs, name, ("routed", "merged", "dense")).values()))
+            for name in (arm, reference)
+        )
+        paired += [value - its[seed] for seed, value in own.items()]
+    sign = -1 if less == "less" else 1
+    told = (sign * float(mean), float(low), float(high))
+    assert told == tuple(round(value, 2) for value in (statistics.fmean(paired), *sweep.interval(paired)))
 
 
 class Page(HTMLParser):
