@@ -2,7 +2,7 @@
 
     jvitmoe train --config cifar10_small
 
-For comparing routers where there is no GPU (scripts/compare_routers.py), not for accuracy.
+For comparing routers where there is no GPU, with a sweep (docs/routing.md, Routers), not for accuracy.
 """
 
 from jvitmoe.config import Config, DataConfig, ModelConfig, OptimConfig, TrainConfig

@@ -1,6 +1,7 @@
 """Draws the pictures in results/ again, from the numbers beside them: `python scripts/redraw.py [--out DIR]`.
 
 They have 256 colours, which takes a third of the space. Curves are drawn where there are some, and the history is kept.
+The pictures of the study's differences and bytes, and the sheet of augmentations, stay as they are.
 """
 
 import argparse
@@ -15,7 +16,6 @@ import benchmark
 import routers
 import scaling_check
 import scaling_model
-import study_figures
 from archive import Run, Runs
 from PIL import Image
 
@@ -85,7 +85,6 @@ def main() -> None:
         out.mkdir(parents=True, exist_ok=True)
         redraw(folder, out)
     routers.draw(RESULTS / "routers", routers.table(RESULTS, Path()), chosen.out / "routers")
-    study_figures.main(RESULTS / "study", chosen.out / "study")
     for path in chosen.out.rglob("*.png"):
         reduce_colours(path)
 

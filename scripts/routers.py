@@ -20,7 +20,7 @@ import itertools
 import json
 import statistics
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -28,10 +28,9 @@ import archive
 import numpy as np
 import timed_step
 import verdicts
-from archive import Run
+from archive import Run, Runs
 from matplotlib.transforms import Bbox
 from sklearn import metrics
-from study import best, dense, epochs, ranking, validation_accuracies
 from sweep import SEED, Variant, accuracies, config_of, flags_of, main, mean_cell, tested_runs
 
 from jvitmoe.errors import UserError
@@ -65,7 +64,6 @@ def routers(hidden: int, tokens: int, layers: int) -> dict[str, dict[str, object
     half = {"model.expert_hidden": hidden // 2}
     two = even | half | {"routing.kind": "topk", "routing.top_k": 2}
     shared = {"model.expert_hidden": hidden // 3, "model.shared_hidden": hidden // 3}
-    frozen = {"routing.top_k": 2, "model.expert_hidden": hidden // 4}  # it ends with all experts for every token
     slots = 4 * -(-tokens // 4)
     random = {"routing.experts": 4, "routing.init": "shared", "routing.pull": 1.0}
     return {
@@ -77,7 +75,6 @@ def routers(hidden: int, tokens: int, layers: int) -> dict[str, dict[str, object
         # Mixing tokens into slots and back costs as much as 9/8 as many hidden units as there are tokens.
         "soft": four | {"routing.kind": "soft", "model.expert_hidden": hidden * tokens // slots - tokens * 9 // 8},
         "hash": four | {"routing.kind": "hash"},
-        "frozen": spare | frozen | {"routing.kind": "frozen"},
         "batch": random | {"routing.kind": "batch"},
         "sample": random | {"routing.kind": "sample"},
         "token": random | {"routing.kind": "token"},
@@ -91,7 +88,26 @@ SEARCHED = {**ROUTERS, "switch_capacity1": {**ROUTERS["switch"], **CAPACITY_1}}
 
 
 def arm(settings: Mapping[str, object], rate: float = 1, *against: str, length: int = LENGTH) -> Variant:
-    return dense({**SIZE, **epochs(length), "optim.mlp_rate": rate, **settings}, *against)
+    epochs = {"train.epochs": length, "train.eval_every": length}  # it is evaluated at its end
+    return Variant({**SIZE, **epochs, "optim.mlp_rate": rate, **settings}, against=against)
+
+
+def validation_accuracies(runs: Runs, names: Iterable[str]) -> dict[str, float]:
+    """Returns the accuracy of arms on validation images after the last step of seed 0, where there is one."""
+    found = {}
+    for name in names:
+        lines = runs[f"{name}-seed0"]["metrics"] if f"{name}-seed0" in runs else ()
+        if values := [line["accuracy"] for line in lines if line["kind"] == "validation"]:
+            found[name] = values[-1]
+    return found
+
+
+def ranking(out: Path, arms: Iterable[str]) -> str:
+    """Returns the end of a search's report: a row per arm, the best first."""
+    found = validation_accuracies(archive.kept(out), arms)
+    best_first = sorted(found, key=lambda name: -found[name])
+    rows = [{"arm": name, "validation": f"{found[name]:.2%}"} for name in best_first]
+    return f"\n## Ranking\n\n{markdown_table(rows)}"
 
 
 def tries(results_folder: Path, name: str, first: Sequence[float]) -> dict[str, float]:
@@ -119,7 +135,10 @@ def tries_of(results_folder: Path, name: str) -> dict[str, float]:
 
 def chosen(results_folder: Path, arms: Mapping[str, float]) -> float:
     """Returns the best of these rates. Raises UserError if one of them has no result."""
-    return arms[best(results_folder, SEARCH, list(arms))]
+    found = validation_accuracies(archive.kept(results_folder / SEARCH), arms)
+    if missing := sorted(arms.keys() - found.keys()):
+        raise UserError(f"{results_folder / SEARCH} has no result of {', '.join(missing)}; repeat its search first")
+    return arms[max(found, key=lambda name: found[name])]
 
 
 def long_tries(results_folder: Path) -> dict[str, float]:
@@ -213,6 +232,18 @@ def shape(variant: Variant) -> dict[str, object]:
     """Returns the settings of an arm on which the time of its step depends."""
     names = {name for name in variant.settings if name.startswith(("model.", "routing."))} - {"routing.init"}
     found: dict[str, object] = json.loads(json.dumps({name: variant.settings[name] for name in names}))  # as in TIMES
+    return found
+
+
+def gone(out: Path, arms: Arms) -> Arms:
+    """Returns the arms of a folder's kept runs that can no longer be trained (results/README.md), with their rates and
+    the settings that were timed."""
+    timed = json.loads(files.read_bytes(out / TIMES) or b'{"rows": {}}')["rows"]
+    found: Arms = {}
+    for run_name, run in archive.kept(out).items():
+        if (name := run_name.rpartition("-seed")[0]) not in arms:
+            settings = timed[name]["settings"] if name in timed else {}
+            found[name] = Variant({**settings, "optim.mlp_rate": run["config"]["optim"]["mlp_rate"]})
     return found
 
 
@@ -331,7 +362,7 @@ def picture(cells: list[dict[str, str]]) -> figures.Figure:
 
 def draw(results: Path, arms: Arms, out: Path) -> str:
     """Writes the figure of a folder's kept runs to another and returns the tables as markdown."""
-    first, merged = tables(rows(results, arms, *arms["switch"].against))
+    first, merged = tables(rows(results, arms | gone(results, arms), *arms["switch"].against))
     figures.save(picture(first), out / "routers.png")
     return "\n".join(markdown_table(table) for table in (first, merged) if table)
 

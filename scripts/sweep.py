@@ -12,7 +12,6 @@ import math
 import os
 import queue
 import shlex
-import shutil
 import signal
 import statistics
 import subprocess
@@ -30,7 +29,7 @@ from scipy import stats
 
 from jvitmoe import cli, config, train
 from jvitmoe.data import datasets
-from jvitmoe.runs import files, groups
+from jvitmoe.runs import groups
 
 SEED = "{seed}"  # in the value of a setting: the seed of the run
 
@@ -47,7 +46,6 @@ def main(
     description: str | None,
     variants: Mapping[str, Variant],
     *,
-    figures: Sequence[str] = (),
     evaluate: Sequence[str] = (),
     conclusion: Callable[[Path], str] = lambda out: "",
     arguments: Sequence[str] | None = None,
@@ -56,7 +54,6 @@ def main(
 
     Args:
         description: the script's docstring.
-        figures: variants whose picture of mergeability is kept, of seed 0.
         evaluate: flags for every `jvitmoe.evaluate`.
         conclusion: returns the end of the report from its folder, which has the archive of the kept runs.
         arguments: of the command line, without those that the script has read itself; None for all.
@@ -90,9 +87,6 @@ def main(
     folders = [str(folder) for folder in archive.unpack(reported, options.out / "runs")]
     subprocess.run([sys.executable, "-m", "jvitmoe.report", *folders, f"--out={options.out}"], check=True)
     (options.out / "runs.json").unlink()  # the report's record, which the archive has too
-    for name in figures:
-        if (figure := options.runs / f"{name}-seed0" / files.MERGEABILITY).exists():
-            shutil.copy(figure, options.out / f"mergeability_{name}.png")
     with (options.out / "report.md").open("a") as text:
         shared = (
             f", {options.jobs} runs at a time, each on its share of the CPUs: images/s are those of a shared machine"

@@ -1,4 +1,4 @@
-"""Verdicts of the study: every arm minus what it is compared with, seed by seed, by the rule of docs/study.md."""
+"""Verdicts of a sweep: every arm minus what it is compared with, seed by seed, by the rule of docs/study.md."""
 
 import statistics
 from collections.abc import Iterable, Mapping

@@ -1,5 +1,6 @@
 """The README, the pages in docs/ and their site: what they point to exists, and their code runs."""
 
+import ast
 import glob
 import importlib
 import json
@@ -46,13 +47,14 @@ WHEEL = "test_wheel.py::test_five_commands_lead_from_pictures_to_a_page"
 PYTHON = "test_docs.py::test_the_examples_in_python_run"
 TUTORIAL = "test_docs.py::test_every_block_of_the_tutorial_runs_in_its_order"
 EXPORT = "test_docs.py::test_the_readme_s_prediction_and_export_run"
+SWEEP = "test_docs.py::test_the_sweep_of_routers_trains_each_kind_that_it_names"
 MERGING = "test_docs.py::test_the_example_of_merging_runs"
 RUN_BY = {
     "README.md": (CI, PYTHON, WHEEL, EXPORT, PYTHON, EXPORT),
     "docs/commands.md": (PYTHON,),
     "docs/deploy.md": (DEPLOY,),
     "docs/tutorial.md": (TUTORIAL,),
-    "docs/routing.md": (MERGING,),
+    "docs/routing.md": (SWEEP, MERGING),
 }
 COMMAND = r"^\s*(\$|>>>|(sudo|python3?|pip|make|jvitmoe|sbatch|kubectl|scripts/\S+|import|from)) "  # of a line of code
 
@@ -138,6 +140,22 @@ def test_the_example_of_merging_runs():
     names: dict[str, Any] = {}
     exec(example, names)
     assert names["logits"].shape == (2, 10)
+
+
+def test_the_sweep_of_routers_trains_each_kind_that_it_names(monkeypatch, capsys):
+    (example,) = code("docs/routing.md", SWEEP)
+    script = ast.get_docstring(ast.parse(example))
+    monkeypatch.setattr(sys, "argv", [*shlex.split(script)[1:], "--seeds=1", "--dry_run"])
+    names: dict[str, Any] = {}
+    with pytest.raises(SystemExit) as ended:
+        exec(example, names)
+    assert not ended.value.code
+    commands = [shlex.split(line)[3:] for line in capsys.readouterr().out.splitlines()[1:]]
+    trained = [sweep.config_of(command) for command in commands]
+    assert [(config.routing.kind, config.routing.experts) for config in trained[1:]] == [
+        (kind, 4) for kind in names["kinds"]
+    ]
+    assert trained[0] == sweep.config_of(["--config=digits_dense", commands[0][-1]])
 
 
 @pytest.fixture(scope="module")
@@ -307,8 +325,11 @@ def test_every_cell_of_the_study_s_tables_is_that_of_the_kept_runs():
 
 
 def test_the_router_tables_are_those_of_the_kept_runs_in_the_report_and_in_routing_md():
+    """Also their row that can no longer be trained."""
     arms = routers.table(RESULTS, Path())
-    found = routers.tables(routers.rows(RESULTS / "routers", arms, *arms["switch"].against))
+    gone = routers.gone(RESULTS / "routers", arms)
+    assert list(gone) == ["frozen"]
+    found = routers.tables(routers.rows(RESULTS / "routers", arms | gone, *arms["switch"].against))
     for name in ("results/routers/report.md", "docs/routing.md"):
         text = (ROOT / name).read_text()
         assert all(markdown_table(table) in text for table in found), name

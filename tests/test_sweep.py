@@ -16,7 +16,6 @@ from pathlib import Path
 
 import ablate_recipe
 import archive
-import compare_routers
 import pytest
 import reproduce_original
 import routers
@@ -56,14 +55,9 @@ def run_sweep(folder: Path) -> str:
 
 
 def test_every_variant_is_an_experiment_of_its_own():
-    compared = {name: routers.arm(settings) for name, settings in routers.SEARCHED.items()}
-    searched = types.SimpleNamespace(variants=lambda: compared)
-    for script, experiment in (
-        (ablate_recipe, "cifar10_fast"),
-        (compare_routers, "digits_dense"),
-        (searched, "cifar10_fast"),
-    ):
-        configs = [sweep.config_of(sweep.flags_of(experiment, variant)) for variant in script.variants().values()]
+    searched = {name: routers.arm(settings) for name, settings in routers.SEARCHED.items()}
+    for variants in (ablate_recipe.variants(), searched):
+        configs = [sweep.config_of(sweep.flags_of("cifar10_fast", variant)) for variant in variants.values()]
         assert len(set(map(repr, configs))) == len(configs)
 
 
