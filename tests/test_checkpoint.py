@@ -483,6 +483,22 @@ def test_a_foreign_folder_costs_no_checkpoint(tmp_path, name, inside):
     assert len(list(tmp_path.glob(f"damaged-checkpoint-{name}-*/{inside}"))) == 1  # it is never deleted
 
 
+@pytest.mark.parametrize("cause", [None, jax.errors.JaxRuntimeError("INTERNAL: a device has failed")])
+def test_nothing_of_a_save_that_fails_is_left_in_the_folder(tmp_path, monkeypatch, cause):
+    """Also where a device has failed, and where a thread of the write goes on for a moment."""
+
+    def fail(*_, **__):
+        raise ValueError("the write has failed") from cause
+
+    save_all(tmp_path / "c", make()[0], [1])
+    monkeypatch.setattr(ocp.CheckpointManager, "save", fail)
+    with opened(tmp_path / "c") as checkpoints:
+        with pytest.raises((CheckpointError, jax.errors.JaxRuntimeError)):
+            checkpoints.save(at(make()[0], 2), make_config(), None)
+        (tmp_path / "c" / "2.orbax-checkpoint-tmp" / "params").mkdir(parents=True)
+    assert os.listdir(tmp_path / "c") == ["1"]
+
+
 @pytest.mark.parametrize("name", ["deleted", "10", "3.orbax-checkpoint-tmp"])
 def test_a_link_among_the_checkpoints_is_one_line_and_what_it_leads_to_is_left(tmp_path, name):
     save_all(tmp_path / "c", make()[0], [5])

@@ -324,12 +324,16 @@ class CheckpointWriter(Checkpoints):
         self._writing = step
 
     def close(self) -> None:
-        """Waits for the last write. Raises CheckpointError when it failed: Orbax reports that only here."""
+        """Waits for the last write, and deletes what failed ones have left. Raises CheckpointError when the last one
+        failed: Orbax reports that only here."""
         try:
             self._finish_write()
         finally:
             with contextlib.suppress(Exception):  # Orbax reports a failed write again
                 self._manager.close()
+            if processes.is_first():  # nothing writes any more, so what a write has left is of one that failed
+                for path in self.directory.glob(f"*{UNFINISHED}*"):
+                    shutil.rmtree(path, ignore_errors=True)
 
     def _finish_write(self) -> None:
         step, self._writing = self._writing, None
