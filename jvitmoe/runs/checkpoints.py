@@ -331,9 +331,7 @@ class CheckpointWriter(Checkpoints):
         finally:
             with contextlib.suppress(Exception):  # Orbax reports a failed write again
                 self._manager.close()
-            if processes.is_first():  # nothing writes any more, so what a write has left is of one that failed
-                for path in self.directory.glob(f"*{UNFINISHED}*"):
-                    shutil.rmtree(path, ignore_errors=True)
+            self._delete_unfinished()  # nothing writes any more, so what a write has left is of one that failed
 
     def _finish_write(self) -> None:
         step, self._writing = self._writing, None
@@ -352,8 +350,7 @@ class CheckpointWriter(Checkpoints):
                 raise error.__cause__ from None
             if any(frame.f_globals is vars(multihost_utils) for frame, _ in traceback.walk_tb(error.__traceback__)):
                 raise  # of a process that it waits for: JAX raises ValueError, too
-            for path in self.directory.glob(f"*{UNFINISHED}*") if processes.is_first() else ():
-                shutil.rmtree(path, ignore_errors=True)
+            self._delete_unfinished()
             raise CheckpointError(
                 f"checkpoint {step} cannot be written to {self.directory}: {one_line(error)}; "
                 f"older ones are as they were; {files.remedy_of(error)}, and start again"
@@ -363,6 +360,10 @@ class CheckpointWriter(Checkpoints):
         """Deletes the checkpoints that Orbax has moved away."""
         if processes.is_first() and (self.directory / DELETED).exists():
             shutil.rmtree(self.directory / DELETED)
+
+    def _delete_unfinished(self) -> None:
+        for path in self.directory.glob(f"*{UNFINISHED}*") if processes.is_first() else ():
+            shutil.rmtree(path, ignore_errors=True)
 
     def _flush(self) -> None:
         """Returns once the disk holds the JSON files, before they are renamed with their folder: a power cut must not
