@@ -446,9 +446,13 @@ def test_a_sigterm_before_the_first_step_stops_a_resumed_run_as_well_as_a_new_on
 
 @pytest.mark.long
 @pytest.mark.parametrize("resumed", [False, True])
-def test_a_sigterm_at_every_50_ms_from_the_start_to_step_3_is_never_lost(experiment, tmp_path, resumed):
+def test_a_sigterm_at_every_50_ms_from_the_start_to_step_3_is_never_lost(tmp_path, resumed):
     """Before it has joined, a process ends at once, and the other after it; from then on both stop together."""
     longer = [f"--config.train.{setting}" for setting in ("checkpoint_every=0", "epochs=200", "eval_every=200")]
+    quick = tiny(  # to compile
+        data={"validation": 0}, model={"depth": 1}, routing={"experts": 1, "kind": "batch"}, train={"devices": 0}
+    )
+    experiment = write_experiment(tmp_path / "quick.py", quick)
     (base := tmp_path / "base").mkdir()
     if resumed:
         joined = processes.start_joined(2, processes.train(experiment, base, "--join_seconds=120", *longer))
