@@ -36,7 +36,7 @@ demo: $(VENV)/base  ## train a dense and a random-routed ViT on digits, one tabl
 	rm -rf runs/demo
 	$(RUN) -m jvitmoe.train --config configs/digits_dense.py --workdir runs/demo/dense
 	$(RUN) -m jvitmoe.train --config configs/digits_random.py --workdir runs/demo/random
-	$(RUN) -m jvitmoe.report runs/demo/dense runs/demo/random --out runs/demo
+	$(RUN) -m jvitmoe report runs/demo/dense runs/demo/random --out runs/demo
 
 check: install  ## lint, format and types
 	$(RUN) -m ruff check .

@@ -1,4 +1,4 @@
-"""All commands under one name: `jvitmoe train …` is `python -m jvitmoe.train …`, and so for the others."""
+"""All commands under one name: `jvitmoe train …` is `python -m jvitmoe train …`, and so for the others."""
 
 import ast
 import importlib
@@ -6,7 +6,7 @@ import sys
 from importlib import metadata
 from pathlib import Path
 
-from jvitmoe import cli
+from jvitmoe.commands import cli
 from jvitmoe.errors import UserError, did_you_mean
 from jvitmoe.runtime import memory
 
@@ -26,10 +26,15 @@ def main() -> None:
     name = sys.argv[1] if len(sys.argv) > 1 else ""
     if name not in COMMANDS:
         cli.run(_list)
+    run(name, sys.argv[1:])
+
+
+def run(name: str, argv: list[str]) -> None:
+    """Runs a command on its command line, program name first."""
     if name == "train":  # its steps use much memory
         memory.use_huge_pages()
-    sys.argv = sys.argv[1:]
-    cli.run(importlib.import_module(f"jvitmoe.{name}").main)
+    sys.argv = argv
+    cli.run(importlib.import_module(f"jvitmoe.commands.{name}").main)
 
 
 def _list(argv: list[str]) -> None:
@@ -42,7 +47,7 @@ def _list(argv: list[str]) -> None:
         return
     print("--help after a command lists its flags:")
     for name, arguments in COMMANDS.items():
-        about = ast.get_docstring(ast.parse(Path(__file__).with_name(f"{name}.py").read_text())) or ""
+        about = ast.get_docstring(ast.parse((Path(__file__).parent / "commands" / f"{name}.py").read_text())) or ""
         print(f"\n  {about.partition(': `')[0]}", f"  jvitmoe {name} {arguments}".rstrip(), sep="\n")
 
 

@@ -10,7 +10,8 @@ from typing import Any
 
 from absl import logging
 
-from jvitmoe import cli, evaluate, experiment_files, export, report
+from jvitmoe import experiments, rules
+from jvitmoe.commands import cli, evaluate, export, report
 from jvitmoe.config import SETTINGS, Config, unknown_field
 from jvitmoe.errors import ConfigError, UserError
 from jvitmoe.interop import classifier
@@ -60,31 +61,40 @@ class Run:
         return classifier.load(self.workdir, checkpoint, ema)
 
     @compilation.cache_as_before()
-    def evaluate(self, **options: object) -> dict[str, Any]:
-        """Tests the run again, draws the pictures of `jvitmoe.evaluate` into its folder, and returns the results.
-        Options are the flags of jvitmoe.evaluate, such as few_shot=10. Raises UserError where verify=True
-        finds damage."""
-        try:
-            evaluate.main(["evaluate", f"--workdir={self.workdir}", *(f"--{name}={v}" for name, v in options.items())])
-        except SystemExit as error:
-            if error.code:  # help=True has none
-                raise UserError(f"{self.workdir} is damaged: see the list above") from error
+    def evaluate(
+        self,
+        checkpoint: str | int = "latest",
+        paths: int = 8,
+        few_shot: int = 0,
+        knn: int = 0,
+        probe_data: str = "",
+        probe_dir: str = "",
+        data_dir: str = "",
+        devices: int = 0,
+    ) -> dict[str, Any]:
+        """Tests the run again, draws the pictures of `jvitmoe evaluate` into its folder, and returns the results. The
+        arguments are its flags. Raises UserError."""
+        probes = evaluate.Probes(few_shot, knn, probe_data, probe_dir)
+        evaluate.evaluate(self.workdir, checkpoint, paths, probes, data_dir, devices)
         return self.results
+
+    def verify(self) -> bool:
+        """Prints which files of the folder are sound, and returns whether all are."""
+        return evaluate.verify(self.workdir)
 
     @compilation.cache_as_before()
     def export(self, to: str, out: Path | str, ema: bool = False) -> Path:
-        """Writes the dense or merged model, or its EMA, for another library, as jvitmoe.export, and returns the
+        """Writes the dense or merged model, or its EMA, for another library, as `jvitmoe export`, and returns the
         folder."""
         folder = Path(out).expanduser()
-        export.main(["export", f"--workdir={self.workdir}", f"--to={to}", f"--out={folder}", f"--ema={ema}"])
+        export.export(self.workdir, to, folder, ema=ema)
         return folder
 
     def report(self, *others: "Run | Path | str", out: Path | str = "") -> Path:
         """Compares this run with others: writes report.md and its pictures into `out`, by default `<workdir>/report`,
-        and returns that folder. Raises UserError as jvitmoe.report does."""
+        and returns that folder. Raises UserError as `jvitmoe report` does."""
         folder = Path(out or self.workdir / "report").expanduser()
-        workdirs = [str((run if isinstance(run, Run) else Run(run)).workdir) for run in (self, *others)]
-        report.main(["report", f"--out={folder}", "--", *workdirs])
+        report.report([str((run if isinstance(run, Run) else Run(run)).workdir) for run in (self, *others)], folder)
         return folder
 
 
@@ -110,7 +120,7 @@ def train(
     """
     name = "run" if isinstance(config, Config) else cli.experiment_name(["", f"--config={config}"])
     run = Run(workdir or Path("runs") / name)
-    settings = copy.deepcopy(config) if isinstance(config, Config) else experiment_files.load(config)
+    settings = copy.deepcopy(config) if isinstance(config, Config) else experiments.load(config)
     for path, value in (overrides or {}).items():
         if path not in SETTINGS:
             raise ConfigError(unknown_field(path))
@@ -122,7 +132,7 @@ def train(
     logging.set_verbosity(logging.FATAL)  # Orbax logs a lot
     asked = [trackers] if isinstance(trackers, str) else trackers
     try:
-        launch.launch(settings.validate(), run.workdir, stop=_Interrupts(), trackers=asked)
+        launch.launch(rules.check(settings), run.workdir, stop=_Interrupts(), trackers=asked)
     except SystemExit as error:
         raise KeyboardInterrupt("stopped and saved; train again to go on") from error
     finally:

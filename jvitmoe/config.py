@@ -1,17 +1,39 @@
-"""The configuration of a run: all settings, each with its rule. `settings` has those that join several.
+"""The configuration of a run: all settings, each with its description and its bounds. `rules` checks them.
 
 An experiment is a small file in `configs/` whose `get_config()` returns a `Config`. On the command line any setting can
-be overridden with `--config.a.b=value`. `python -m jvitmoe.config > docs/settings.md` writes the page about them.
+be overridden with `--config.a.b=value`.
 """
 
 import dataclasses
 import json
 import operator
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 from typing import Any
 
 from jvitmoe.errors import ConfigError, did_you_mean
-from jvitmoe.settings import check, joint_faults, page, setting
+
+LARGEST = 2**31 - 1  # sizes, steps and seeds are int32 on the devices
+BOUNDS = {
+    "above": ("greater than", operator.gt),
+    "at_least": ("at least", operator.ge),
+    "below": ("below", operator.lt),
+    "at_most": ("at most", operator.le),
+}
+
+
+def setting(default: Any, doc: str, choices: tuple[str, ...] = (), free: bool = False, **bounds: float) -> Any:
+    """Returns a dataclass field with all that is known about one setting.
+
+    Args:
+        doc: the description for `--help` and docs/settings.md.
+        choices: the allowed values; empty allows all.
+        free: True if a run may resume with another value, because it never changes a number of training.
+        bounds: limits, by the names in BOUNDS.
+    """
+    limits = [f"{BOUNDS[name][0]} {limit:,}" for name, limit in bounds.items()]
+    rule = f"one of {', '.join(map(repr, choices))}" if choices else " and ".join(limits)
+    about = {"doc": doc, "choices": choices, "free": free, "bounds": bounds, "rule": rule}
+    return dataclasses.field(default=default, metadata=about)
 
 
 @dataclasses.dataclass
@@ -263,7 +285,7 @@ class TrainConfig:
 
 @dataclasses.dataclass
 class Config:
-    """All settings of a run, in six sections. `get_config()` of an experiment returns one; `validate` checks it."""
+    """All settings of a run, in six sections. `get_config()` of an experiment returns one; `rules.check` checks it."""
 
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
@@ -271,22 +293,6 @@ class Config:
     init: InitConfig = dataclasses.field(default_factory=InitConfig)
     optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
     train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
-
-    def validate(self) -> "Config":
-        """Returns itself if every rule holds. Raises ConfigError naming the first setting that breaks one."""
-        for path, field in SETTINGS.items():
-            value = operator.attrgetter(path)(self)
-            check(path, field, value)
-            if field.type is float:  # 2 and 2.0 are one setting, also where they are compared as text
-                section, _, name = path.partition(".")
-                setattr(getattr(self, section), name, float(value))
-        self.refuse(joint_faults(self))
-        return self
-
-    def refuse(self, faults: Iterable[tuple[str, str]]) -> None:
-        """Raises ConfigError for the first fault: (setting, the rule that it breaks)."""
-        for path, rule in faults:
-            raise ConfigError(f"config.{path} is {operator.attrgetter(path)(self)!r}; it {rule}")
 
     @property
     def trains_adapters_only(self) -> bool:
@@ -390,7 +396,3 @@ def loads(text: str | bytes, name: str) -> Config:
         raise ConfigError(f"{name}: {error}") from error
     except (ValueError, AttributeError, RecursionError) as error:
         raise ConfigError(f"{name} is not the config of a run: {error}; restore it from a copy") from error
-
-
-if __name__ == "__main__":
-    print(page(SETTINGS))

@@ -1,4 +1,4 @@
-"""Times the merged model beside timm and onnxruntime on the same weights, and `jvitmoe.predict` from files:
+"""Times the merged model beside timm and onnxruntime on the same weights, and `jvitmoe predict` from files:
 `python scripts/bench_inference.py --peer_python .venv-peers/bin/python [--rounds 9] [--threads 2]`.
 
 All compute in float32 on the same cores, every other engine in a process of its own that waits passively. Needs timm in
@@ -92,7 +92,7 @@ def measure(peer: str, rounds: int, threads: int, folder: Path) -> None:
     (folder / "pictures").mkdir()
     for n in range(1000):
         Image.fromarray(images[n % len(images)]).save(folder / "pictures" / f"{n}.png")
-    command = [sys.executable, "-m", "jvitmoe.predict", "--workdir", str(folder / "safetensors"), "--json"]
+    command = [sys.executable, "-m", "jvitmoe", "predict", "--workdir", str(folder / "safetensors"), "--json"]
     for pictures in ("pictures/0.png", "pictures"):
         began = time.perf_counter()
         found = subprocess.check_output([*command, str(folder / pictures)])

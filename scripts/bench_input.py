@@ -78,7 +78,8 @@ def our_passes(data: str, side: int, batch: int) -> Iterator[float]:
     start, steps = 0, order.steps_per_epoch
     while True:
         began = time.perf_counter()
-        for images in stream.train_batches(records, order, config, mesh, start, start + steps):
+        settings = config.data, config.model, config.train, mesh
+        for images in stream.train_batches(records, order, *settings, start, start + steps):
             jax.block_until_ready(images)
         yield time.perf_counter() - began
         start += steps

@@ -25,8 +25,9 @@ from absl import flags
 from jax.sharding import Mesh
 from matplotlib.figure import Figure
 
-from jvitmoe import cli, routing
 from jvitmoe import config as config_lib
+from jvitmoe import routing, rules
+from jvitmoe.commands import cli
 from jvitmoe.config import Config, ModelConfig
 from jvitmoe.errors import UserError
 from jvitmoe.runs import checkpoints, figures, files, results
@@ -70,7 +71,7 @@ def cases(config: Config, only: Collection[str] = ()) -> dict[str, Config]:
         case.routing = config_lib.RoutingConfig(init="shared", **settings[name])
         if name == "top2":
             case.model.hidden //= 2
-        found[name] = case.validate()
+        found[name] = rules.check(case)
         routing.find(case)
     return found
 
@@ -151,7 +152,7 @@ def measure(
     for name, config in configs.items():
         case = copy.deepcopy(config)
         case.model.dtype = dtype
-        timed = timed_step.TimedStep(case.validate(), mesh)
+        timed = timed_step.TimedStep(rules.check(case), mesh)
         active, total = routing.find(case).count_parameters()
         facts[name] = {
             "parameters": active,

@@ -82,7 +82,7 @@ def measure(case: Case) -> dict[str, Any]:
     """Returns what `jvitmoe compile` found, in a process of its own: a compiler keeps the memory that it took."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "found.json"
-        command = [sys.executable, "-m", "jvitmoe.compile", *flags_of(case), f"--target={case[0]}", f"--out={out}"]
+        command = [sys.executable, "-m", "jvitmoe", "compile", *flags_of(case), f"--target={case[0]}", f"--out={out}"]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             sys.exit(f"{' | '.join(case)}: {done.stderr}")

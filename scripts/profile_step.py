@@ -18,7 +18,8 @@ import timed_step
 from absl import flags
 from jax.profiler import ProfileData
 
-from jvitmoe import cli, routing
+from jvitmoe import routing
+from jvitmoe.commands import cli
 from jvitmoe.runs.console import console, markdown_table
 from jvitmoe.runtime import devices
 

@@ -13,7 +13,7 @@ import ray
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.v2.jax import JaxConfig, JaxTrainer
 
-from jvitmoe import experiment_files
+from jvitmoe import experiments
 
 
 def train(run: dict[str, str]) -> None:
@@ -31,7 +31,7 @@ if __name__ == "__main__":
     parser.add_argument("--gpus", default=0, type=int, help="GPUs of each worker")
     flags = parser.parse_args()
     workdir = flags.workdir.resolve()  # workers have another current folder
-    path, variant = experiment_files.split_variant(flags.config)
+    path, variant = experiments.split_variant(flags.config)
     config = f"{Path(path).resolve()}:{variant}".removesuffix(":")
     # Without its dashboard Ray Train warns every second that it cannot ask it.
     ray.init(include_dashboard=False, logging_config=ray.LoggingConfig(log_level="ERROR"))

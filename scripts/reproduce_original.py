@@ -20,7 +20,7 @@ import routers
 from archive import Runs
 from sweep import Variant, accuracies, main, mean_cell, tested_runs
 
-from jvitmoe import config, experiment_files
+from jvitmoe import config, experiments
 from jvitmoe.runs.console import markdown_table
 
 REFERENCE = "dense_rate2"
@@ -30,8 +30,8 @@ ORIGINAL = {"dense": ("dense", 71.06, 52.70), "switch": ("routed", 71.1, 71.80),
 
 def variants() -> dict[str, Variant]:
     """Returns what the experiments of the original's rows change in its dense one, and the rows of the routers."""
-    dense = experiment_files.load("cifar10_dense")
-    others = {name: experiment_files.load(f"cifar10_{name}") for name in ORIGINAL}
+    dense = experiments.load("cifar10_dense")
+    others = {name: experiments.load(f"cifar10_{name}") for name in ORIGINAL}
     changes = {name: config.differences(dense, other) for name, other in others.items()}
     found = {name: Variant({field: new for field, (_, new) in changed.items()}) for name, changed in changes.items()}
     found[REFERENCE] = Variant({"optim.mlp_rate": 2.0})

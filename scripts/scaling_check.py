@@ -30,7 +30,8 @@ from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 from scipy import optimize
 
-from jvitmoe import train
+from jvitmoe import rules
+from jvitmoe.commands import train
 from jvitmoe.config import Config, ModelConfig, RoutingConfig, TrainConfig
 from jvitmoe.runs import checkpoints, figures
 from jvitmoe.runtime import processes, programs
@@ -55,7 +56,7 @@ def config(name: str, devices: int) -> Config:
         "sample": RoutingConfig(experts=EXPERTS, kind="sample", pull=float(pulled)),
     }[variant]
     train = TrainConfig(batch_size=IMAGES * devices, devices=devices, expert_devices=devices if spreads else 1)
-    return Config(model=MODEL, routing=routed, train=train).validate()
+    return rules.check(Config(model=MODEL, routing=routed, train=train))
 
 
 def alone(name: str, devices: int) -> Config:
@@ -65,7 +66,7 @@ def alone(name: str, devices: int) -> Config:
     if scaling_model.VARIANTS[name][1]:
         mine.routing.experts = EXPERTS // devices
         mine.routing.kind = "sample" if mine.routing.experts > 1 else "batch"
-    return mine.validate()
+    return rules.check(mine)
 
 
 def predicted_bytes(name: str, devices: int) -> int:
@@ -84,7 +85,7 @@ def predicted_bytes(name: str, devices: int) -> int:
 
 def worker(values: flags.FlagValues) -> None:
     """Times sums, work and steps, all processes at once, and prints what was found."""
-    processes.join(values)
+    processes.join(train.join_of(values))
     count = jax.process_count()
     local = jax.make_mesh((1, 1), AXES, axis_types=(jax.sharding.AxisType.Auto,) * 2, devices=jax.local_devices())
 

@@ -9,7 +9,7 @@ import dataclasses
 import json
 from pathlib import Path
 
-from jvitmoe import routing
+from jvitmoe import routing, rules
 from jvitmoe.config import Config, ModelConfig, RoutingConfig
 from jvitmoe.runs import figures
 
@@ -51,7 +51,7 @@ class Work:
 
 def work(model: ModelConfig, experts: int, images: int, capacity: float = 1.25) -> Work:
     """Returns the counts of a ViT whose MLPs are `experts` experts each."""
-    config = Config(model=model, routing=RoutingConfig(experts=experts)).validate()
+    config = rules.check(Config(model=model, routing=RoutingConfig(experts=experts)))
     active, total = routing.find(config).count_parameters()
     expert = (total - active) // (experts - 1)
     tokens, width, depth = model.tokens, model.width, model.depth

@@ -13,7 +13,6 @@ import numpy as np
 from safetensors.numpy import load_file, save_file
 
 import jvitmoe
-from jvitmoe import export
 from jvitmoe.data import datasets
 from jvitmoe.interop import load, manifest
 from jvitmoe.runs import groups
@@ -31,7 +30,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="a new folder")
     parser.add_argument("--copy", default="", help="what the copy of the data set was, in words, for the card")
     options = parser.parse_args()
-    export.main(["export", f"--workdir={options.workdir}", "--to=safetensors", f"--out={options.out}"])
+    jvitmoe.Run(options.workdir).export("safetensors", options.out)
     weights = options.out / load.WEIGHTS
     halves = {name: leaf.astype(np.float16) for name, leaf in load_file(weights).items()}
     save_file(halves, weights, {"format": "pt"})

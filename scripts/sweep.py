@@ -27,7 +27,8 @@ import archive
 from archive import Run, Runs
 from scipy import stats
 
-from jvitmoe import cli, config, train
+from jvitmoe import config, rules
+from jvitmoe.commands import cli, train
 from jvitmoe.data import datasets
 from jvitmoe.runs import groups
 
@@ -54,7 +55,7 @@ def main(
 
     Args:
         description: the script's docstring.
-        evaluate: flags for every `jvitmoe.evaluate`.
+        evaluate: flags for every `jvitmoe evaluate`.
         conclusion: returns the end of the report from its folder, which has the archive of the kept runs.
         arguments: of the command line, without those that the script has read itself; None for all.
     """
@@ -85,7 +86,7 @@ def main(
     reported = {name: run for variant in variants for name, run in tested_runs(kept, variant).items()}
     archive.write(file, {**reported, **kept})  # in the report's order, whatever ended first
     folders = [str(folder) for folder in archive.unpack(reported, options.out / "runs")]
-    subprocess.run([sys.executable, "-m", "jvitmoe.report", *folders, f"--out={options.out}"], check=True)
+    subprocess.run([sys.executable, "-m", "jvitmoe", "report", *folders, f"--out={options.out}"], check=True)
     (options.out / "runs.json").unlink()  # the report's record, which the archive has too
     with (options.out / "report.md").open("a") as text:
         shared = (
@@ -174,7 +175,7 @@ def _train(todo: Mapping[str, tuple[Variant, int]], options: argparse.Namespace,
         share, began = shares.get(), time.monotonic()
         try:
             with (options.runs / f"{name}.log").open("a") as log:
-                for command in (training, ["jvitmoe.evaluate", f"--workdir={workdir}", *evaluate]):
+                for command in (training, ["jvitmoe", "evaluate", f"--workdir={workdir}", *evaluate]):
                     process = subprocess.Popen([sys.executable, "-m", *command], stdout=log, stderr=log)
                     running.add(process)
                     os.sched_setaffinity(process.pid, share)
@@ -226,7 +227,7 @@ def _command(name: str, variant: Variant, seed: int, options: argparse.Namespace
 
 def _changed(run: Run, command: list[str], runs: Path) -> str:
     """Returns in words the first setting in which a kept run differs from what a command would train, or ""."""
-    kept, new = config.from_dict(run["config"]).validate(), config_of(command[1:])
+    kept, new = rules.check(config.from_dict(run["config"])), config_of(command[1:])
     new.model.classes = new.model.classes or kept.model.classes  # 0: as many as the data have, which a run writes down
     changed = datasets.differences(kept, new)
     source = Path(new.init.source)

@@ -26,8 +26,8 @@ from jvitmoe.data.splits import Split
 from jvitmoe.errors import UserError
 from jvitmoe.experts import cost
 from jvitmoe.runtime import compilation, devices
-from jvitmoe.training import step
-from jvitmoe.training.state import StepPlan, make_state
+from jvitmoe.training import build, step
+from jvitmoe.training.state import make_state
 
 VISIT_SECONDS = 0.5  # least time that a visit measures
 BATCHES = 10  # of random images
@@ -105,11 +105,9 @@ def random_split(config: Config) -> Split:
 
 def lower(config: Config, mesh: Mesh) -> tuple[Any, tuple[Any, ...]]:
     """Returns the training step, lowered for a mesh, and what it takes: (state, random images, order of the epoch)."""
-    way, split = routing.find(config), random_split(config)
-    train, key = config.train, jax.random.key(0)
-    order = batches.TrainOrder(len(split), train.batch_size, key, mesh, way.slots, train.accumulate)
-    given = make_state(config, way, mesh), batches.on_devices(split, mesh), order.epoch(0)
-    plan = StepPlan(config, way, way.model(mesh), mesh, order.steps_per_epoch)
+    split = random_split(config)
+    plan = build.plan_for(config, mesh, len(split))
+    given = make_state(plan), batches.on_devices(split, mesh), plan.order.epoch(0)
     return step.make_train_step(plan).lower(*given), given
 
 

@@ -36,21 +36,18 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from jax.sharding import Mesh
 
 from jvitmoe import config as config_lib
-from jvitmoe import routing
+from jvitmoe import rules
 from jvitmoe.config import Config
 from jvitmoe.data import batches
 from jvitmoe.data.batches import Images
 from jvitmoe.data.images import Picture
 from jvitmoe.data.splits import Record, Records, Split, in_memory
-from jvitmoe.models import vit
 from jvitmoe.runtime import signals
-from jvitmoe.runtime.addresses import Purpose, address
 from jvitmoe.runtime.devices import make_mesh
-from jvitmoe.training import loop
-from jvitmoe.training.state import StepPlan, TrainState, make_state
+from jvitmoe.training import build, loop
+from jvitmoe.training.state import Plan, TrainState, make_state
 from jvitmoe.training.step import Metrics, make_train_step
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -105,7 +102,7 @@ def tiny_config() -> Callable[..., Config]:
 
     def make(**overrides: dict[str, Any]) -> Config:
         sections = {*TINY, *overrides}
-        return config_lib.from_dict({s: {**TINY.get(s, {}), **overrides.get(s, {})} for s in sections}).validate()
+        return rules.check(config_lib.from_dict({s: TINY.get(s, {}) | overrides.get(s, {}) for s in sections}))
 
     return make
 
@@ -137,12 +134,8 @@ def damaged_7(tiny_split: Split) -> Records:
 class Training:
     """One run, set up as `jvitmoe.train` sets it up."""
 
-    config: Config
-    mesh: Mesh
-    routing: routing.Routing
-    model: vit.ViT
+    plan: Plan
     images: Images
-    order: batches.TrainOrder
     step: jax.stages.Wrapped
     state: TrainState  # on the devices
     history: list[TrainState] = dataclasses.field(default_factory=list)  # copies on the host: [k] after k steps
@@ -152,9 +145,9 @@ class Training:
         """Goes on for `steps` steps and returns itself."""
         self.history = self.history or [host_copy(self.state)]
         for _ in range(steps):
-            epoch = int(self.state.step) // self.order.steps_per_epoch
             # Waited for at every step: on JAX 0.10 collectives of two programs in flight can deadlock on a CPU.
-            self.state, metrics = jax.block_until_ready(self.step(self.state, self.images, self.order.epoch(epoch)))
+            index_SB = self.plan.order.epoch(int(self.state.step) // self.plan.steps_per_epoch)
+            self.state, metrics = jax.block_until_ready(self.step(self.state, self.images, index_SB))
             self.history.append(host_copy(self.state))
             self.metrics.append(host_copy(metrics))
         return self
@@ -169,14 +162,8 @@ def training(tiny_split: Split) -> Callable[[Config], Training]:
     """Returns a maker of runs over the tiny split: training(config).run(5)."""
 
     def make(config: Config) -> Training:
-        mesh = make_mesh(config.train)
-        key = address(jax.random.key(config.train.seed), Purpose.ORDER)
-        way = routing.find(config)
-        order = batches.TrainOrder(len(tiny_split), config.train.batch_size, key, mesh, way.slots)
-        model = way.model()
-        train_step = make_train_step(StepPlan(config, way, model, mesh, order.steps_per_epoch))
-        state = make_state(config, way, mesh)
-        return Training(config, mesh, way, model, batches.on_devices(tiny_split, mesh), order, train_step, state)
+        plan = build.plan_for(config, make_mesh(config.train), len(tiny_split))
+        return Training(plan, batches.on_devices(tiny_split, plan.mesh), make_train_step(plan), make_state(plan))
 
     return make
 
@@ -195,7 +182,8 @@ def experiment_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         }
     )
     with contextlib.ExitStack() as held:
-        loop.train(config.validate(), workdir, held.enter_context(signals.Stop()), held)
+        run = build.build(rules.check(config), build.choose(config))
+        loop.fit(run, workdir, held.enter_context(signals.Stop()), held)
     return workdir
 
 

@@ -23,7 +23,7 @@ from unittest import mock
 
 import pytest
 
-from jvitmoe import cli
+from jvitmoe.commands import cli
 
 ROOT = Path(__file__).resolve().parents[1]
 INHERITED = dict(os.environ)  # now: some packages set variables when they are imported

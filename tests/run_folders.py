@@ -8,11 +8,10 @@ import chex
 import jax
 
 from jvitmoe import config as config_lib
-from jvitmoe import routing
 from jvitmoe.config import Config
 from jvitmoe.runs.checkpoints import Checkpoints
 from jvitmoe.runtime import devices
-from jvitmoe.training import state
+from jvitmoe.training import build, state
 from jvitmoe.training.state import TrainState
 
 # Three epochs of five steps on digits.
@@ -47,7 +46,7 @@ def saved(workdir: Path) -> list[Path]:
 def final_state(workdir: Path) -> TrainState:
     """Returns the newest sound checkpoint's state, on the host."""
     config = saved_config(workdir)
-    given = state.abstract_state(config, routing.find(config), devices.make_mesh(config.train))
+    given = state.abstract_state(build.plan_for(config, devices.make_mesh(config.train), config.train.batch_size))
     return jax.device_get(Checkpoints(workdir / "checkpoints").restore(given)[0])
 
 

@@ -10,7 +10,7 @@ import archive
 import pytest
 
 import processes
-from jvitmoe import report
+from jvitmoe.commands import report
 from jvitmoe.errors import UserError
 from jvitmoe.runs import files
 from run_folders import snapshot

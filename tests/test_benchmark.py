@@ -68,10 +68,8 @@ def test_the_interval_has_the_ranks_of_the_binomial_distribution():
 
 @pytest.mark.slow
 def test_learned_routers_are_measured_at_the_flops_of_dense_and_what_routing_adds():
-    config = Config(
-        model=ModelConfig(width=64, hidden=512, depth=2, patch=1), train=TrainConfig(batch_size=8)
-    ).validate()
-    found = benchmark.cases(config, ["dense", "switch", "top2"])
+    model = ModelConfig(width=64, hidden=512, depth=2, patch=1)
+    found = benchmark.cases(Config(model=model, train=TrainConfig(batch_size=8)), ["dense", "switch", "top2"])
     flops = {name: timed_step.step_flops(case) for name, case in found.items()}
     for name in ("switch", "top2"):
         assert flops["dense"] <= flops[name] <= 1.1 * flops["dense"]
@@ -80,7 +78,7 @@ def test_learned_routers_are_measured_at_the_flops_of_dense_and_what_routing_add
 def test_the_cases_that_are_measured_must_fit_the_config_and_have_their_images_on_the_devices():
     config = Config(train=TrainConfig(batch_size=30))
     config.data.stream, config.data.crop = True, "resized"
-    found = benchmark.cases(config.validate(), ["dense", "batch"])
+    found = benchmark.cases(config, ["dense", "batch"])
     assert list(found) == ["dense", "batch"]
     assert not found["dense"].data.stream
     with pytest.raises(UserError, match=r"train\.batch_size is 30; it must be a multiple of routing\.experts, 4"):

@@ -21,7 +21,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jvitmoe import config as config_lib
-from jvitmoe import routing
+from jvitmoe import rules
 from jvitmoe.config import Config, ModelConfig, RoutingConfig, TrainConfig
 from jvitmoe.errors import UserError
 from jvitmoe.runs import checkpoints as checkpoints_lib
@@ -29,6 +29,7 @@ from jvitmoe.runs import files
 from jvitmoe.runs.checkpoints import CheckpointError, Checkpoints, CheckpointWriter, list_steps
 from jvitmoe.runtime import memory
 from jvitmoe.runtime.devices import make_mesh
+from jvitmoe.training import build
 from jvitmoe.training.state import OptState, TrainState, abstract_state, make_state
 
 
@@ -36,15 +37,14 @@ def make_config(devices: int = 1, shard: str = "none") -> Config:
     # Hidden layers wide enough for a file that is changed to be one of values.
     model = ModelConfig(width=8, hidden=1024, depth=2, heads=2)
     train = TrainConfig(devices=devices, batch_size=24, seed=3, shard=shard)
-    return Config(model=model, routing=RoutingConfig(experts=2), train=train).validate()
+    return rules.check(Config(model=model, routing=RoutingConfig(experts=2), train=train))
 
 
 @functools.cache
 def make(devices: int = 1, shard: str = "none"):
     config = make_config(devices, shard)
-    model = routing.find(config)
-    mesh = make_mesh(config.train)
-    return make_state(config, model, mesh), abstract_state(config, model, mesh)
+    plan = build.plan_for(config, make_mesh(config.train), config.train.batch_size)
+    return make_state(plan), abstract_state(plan)
 
 
 @contextlib.contextmanager

@@ -16,7 +16,8 @@ import pytest
 from absl import flags
 
 import processes
-from jvitmoe import cli, configs, evaluate, experiment_files, export, train
+from jvitmoe import experiments
+from jvitmoe.commands import cli, configs, evaluate, export, train
 from jvitmoe.config import Config
 from jvitmoe.errors import UserError, did_you_mean
 from jvitmoe.runs import files
@@ -141,7 +142,7 @@ def test_an_experiment_imports_the_files_of_its_folder_as_they_are_now(tmp_path)
         (tmp_path / folder / "base.py").write_text(f"EPOCHS = {epochs}  # {'x' * epochs}\n")
         text = "from base import EPOCHS\nfrom jvitmoe.config import Config, TrainConfig\n"
         (tmp_path / folder / "exp.py").write_text(text + "get_config = lambda: Config(train=TrainConfig(EPOCHS))\n")
-        assert experiment_files.load(tmp_path / folder / "exp.py").train.epochs == epochs
+        assert experiments.load(tmp_path / folder / "exp.py").train.epochs == epochs
         assert "base" not in sys.modules
 
 
@@ -160,7 +161,7 @@ def test_a_folder_may_be_given_by_home_and_a_run_folder_not_by_a_url(monkeypatch
     assert (values.out, values.to) == (f"{tmp_path}/x", "a=~b")
     assert experiment("--config=digits_dense", "--config.data.dir=~/x").data.dir == "~/x"
     (tmp_path / "mine.py").write_text("from jvitmoe.config import Config as get_config")
-    assert experiment_files.load("~/mine.py") == Config()
+    assert experiments.load("~/mine.py") == Config()
     for command, *arguments in ((train.main, "--config=digits_dense"), (evaluate.main,)):
         said = processes.refused(command, *arguments, "--workdir=gs://bucket/x")
         assert "'gs://bucket/x' is a URL; a run folder lies on a disk" in said
@@ -204,7 +205,7 @@ import importlib, sys
 for command in ("train", "evaluate", "predict", "export", "report", "compile", "configs"):
     for argument in ("--help", "--no_such_flag"):
         try:
-            importlib.import_module(f"jvitmoe.{command}").main(["x.py", argument])
+            importlib.import_module(f"jvitmoe.commands.{command}").main(["x.py", argument])
         except BaseException as error:
             assert type(error).__name__ in ("SystemExit", "UserError"), error
 print(sorted({"jax", "matplotlib"} & sys.modules.keys()))
@@ -224,7 +225,7 @@ print(sorted({"jax", "matplotlib"} & sys.modules.keys()))
 )
 def test_a_command_says_what_it_does_before_it_imports_jax(tmp_path, command, argument, line):
     (tmp_path / "checkpoints").mkdir()
-    code = f"import sys; sys.modules['jax'] = None; from jvitmoe import {command}; {command}.main(sys.argv)"
+    code = f"import sys; sys.modules['jax'] = None; from jvitmoe.commands import {command}; {command}.main(sys.argv)"
     arguments = [argument] * bool(argument) + [f"--out={tmp_path / 'new'}"] * (command == "export")
     ended = processes.run([sys.executable, "-c", code, f"--workdir={tmp_path}", *arguments], cold=True)
     assert ended.out == line.format(tmp_path) + "\n"
@@ -258,7 +259,7 @@ def test_a_terminal_that_has_closed_ends_no_command():
 @pytest.mark.process
 def test_the_package_run_as_a_module_lists_and_runs_its_commands():
     root = Path(DIGITS).parents[1]
-    modules = {path.stem for path in (root / "jvitmoe").glob("[!_]*.py") if "\n    cli.run(" in path.read_text()}
+    modules = {path.stem for path in (root / "jvitmoe" / "commands").glob("[!_]*.py")} - {"cli"}
 
     def run(*arguments):
         done = subprocess.run([sys.executable, "-m", "jvitmoe", *arguments], capture_output=True, text=True, cwd=root)
@@ -297,7 +298,7 @@ def test_of_several_failures_of_one_write_only_the_raised_one_is_shown(caplog):
 def test_a_closed_standard_output_ends_no_command():
     program = """
 import sys
-from jvitmoe import cli
+from jvitmoe.commands import cli
 from jvitmoe.runs.console import console
 from jvitmoe.runtime import memory
 
@@ -313,7 +314,7 @@ cli.run(lambda argv: (console.print("x"), print("y"), print("z", file=sys.stderr
 @pytest.mark.process
 @pytest.mark.parametrize("program", ["train.main(['x', '--help'])", "console.print('x')", "print('x' * 100_000)"])
 def test_a_full_disk_behind_standard_output_is_one_line_at_once_or_at_the_end(program):
-    imports = "from jvitmoe import cli, train; from jvitmoe.runs.console import console"
+    imports = "from jvitmoe.commands import cli, train; from jvitmoe.runs.console import console"
     with open("/dev/full", "w") as full:
         command = [sys.executable, "-c", f"{imports}; cli.run(lambda argv: {program})"]
         done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
@@ -324,7 +325,7 @@ def test_a_full_disk_behind_standard_output_is_one_line_at_once_or_at_the_end(pr
 @pytest.mark.process
 def test_a_checkpoint_whose_other_writes_were_never_begun_is_one_line():
     program = """
-from jvitmoe import cli
+from jvitmoe.commands import cli
 from jvitmoe.errors import UserError
 
 async def async_serialize_from_host(): ...
@@ -337,3 +338,13 @@ cli.run(main)
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (2, "error: no room\n")
+
+
+@pytest.mark.process
+def test_a_folder_whose_name_is_no_utf_8_in_this_process_is_refused_in_one_line(tmp_path):
+    """As with PYTHONUTF8=0 in the C locale, where TensorStore cannot open it."""
+    env = processes.environment() | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    command = [sys.executable, "-m", "jvitmoe", "train", "--config=digits_dense", f"--workdir={tmp_path / 'ä'}"]
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+    assert done.stderr.endswith("is no UTF-8 here; set --workdir to another name, or leave PYTHONUTF8=0 out\n")

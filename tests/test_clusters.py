@@ -25,7 +25,7 @@ from jax._src.clusters.k8s_cluster import K8sCluster
 from kubeflow_trainer_api import models
 
 import processes
-from jvitmoe import cli, train
+from jvitmoe.commands import cli, train
 from run_folders import losses, tiny, write_experiment
 
 MODELS = {
@@ -187,7 +187,7 @@ import json, os, sys
 import jax
 from absl import flags
 from jax._src.xla_bridge import CUDA_VISIBLE_DEVICES
-from jvitmoe import train
+from jvitmoe.commands import train
 from jvitmoe.runtime import devices, processes
 
 devices.start, processes.is_single = lambda: None, lambda: True  # JAX cannot join again once its devices run
@@ -197,7 +197,7 @@ values(["train", "--distributed"])
 for variables in json.loads(sys.argv[1]):
     os.environ.update(variables)
     jax.config.update("jax_cuda_visible_devices", "all")
-    processes.join(values)
+    processes.join(train.join_of(values))
     print(CUDA_VISIBLE_DEVICES.value)
     jax.distributed.shutdown()
     for name in variables:

@@ -10,13 +10,13 @@ import jax
 import pytest
 
 import processes
-from jvitmoe import compile as compile_command
-from jvitmoe import experiment_files, routing
+from jvitmoe import experiments, routing, rules
+from jvitmoe.commands import compile as compile_command
 from jvitmoe.errors import UserError
 from jvitmoe.experts import cost, trees
 from jvitmoe.runtime import programs, targets
 from jvitmoe.runtime.devices import make_mesh
-from jvitmoe.training import program, update
+from jvitmoe.training import build, update
 
 COMPILERS = os.environ.get("JVITMOE_COMPILERS", "")
 
@@ -152,7 +152,7 @@ def test_what_is_measured_is_what_the_devices_of_this_machine_hold_and_move(tiny
     found = compile_command.measure(config, here, 100)
     trunk, experts = trees.split(routing.find(config).shapes(), trees.stacked(routing.find(config).shapes()))
     own = 4 * (cost.tree_size(trunk) + cost.tree_size(experts) // 4)
-    plan = program.plan_for(config, make_mesh(config.train), 100)
+    plan = build.plan_for(config, make_mesh(config.train), 100)
     moved = sum(one["bytes"] for one in found["collectives"])
     assert found["bytes"]["parameters"] == own
     assert found["bytes"]["optimiser"] > 2 * own
@@ -184,7 +184,7 @@ def is_donated(found):
 @pytest.mark.skipif(not COMPILERS, reason="needs XLA's compilers: `make test-long` installs them")
 @pytest.mark.parametrize(("target", "name", "flags"), CASES)
 def test_the_step_compiles_for_a_target_in_place_and_moves_what_was_computed(tmp_path, target, name, flags):
-    command = [sys.executable, "-m", "jvitmoe.compile", f"--config={name}", f"--target={target}", *flags]
+    command = [sys.executable, "-m", "jvitmoe", "compile", f"--config={name}", f"--target={target}", *flags]
     environment = {**processes.INHERITED, "PYTHONPATH": os.pathsep.join([str(processes.ROOT), COMPILERS])}
     done = subprocess.run(
         [*command, f"--out={tmp_path / 'found.json'}"], capture_output=True, text=True, env=environment, timeout=600
@@ -196,10 +196,10 @@ def test_the_step_compiles_for_a_target_in_place_and_moves_what_was_computed(tmp
     assert "all-to-all" not in {one["kind"] for one in found["collectives"]}
     assert found["peak_bytes"] < found["available_bytes"]
     moved = {place: sum(x["bytes"] for x in found["collectives"] if x["place"] == place) for place in ("step", "some")}
-    config = experiment_files.load(name)
+    config = experiments.load(name)
     if flags == EXPERT_AXIS:
         config.train.expert_devices, config.routing.pull_every = 4, 2
-        shapes = routing.find(config.validate()).shapes()
+        shapes = routing.find(rules.check(config)).shapes()
         trunk, experts = (4 * cost.tree_size(tree) for tree in trees.split(shapes, trees.stacked(shapes)))
         assert moved["some"] == experts // 4
         assert 0 <= moved["step"] - trunk - experts // 4 <= 64  # two devices hold each expert

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from jvitmoe import cli, errors, experiment_files, routing, settings
 from jvitmoe import config as config_lib
+from jvitmoe import errors, experiments, routing, rules
+from jvitmoe.commands import cli
 from jvitmoe.config import Config, DataConfig, ModelConfig, OptimConfig, RoutingConfig
 from jvitmoe.errors import ConfigError, UserError
 
@@ -27,7 +28,7 @@ def refused(**fields: object) -> str:
         section, name = path.split("__")
         setattr(getattr(config, section), name, value)
     with pytest.raises(ConfigError) as caught:
-        routing.find(config.validate())
+        routing.find(rules.check(config))
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
@@ -41,7 +42,7 @@ def test_a_setting_is_described_takes_its_default_and_refuses_what_is_outside_of
     about, name = field.metadata, path.replace(".", "__")
     assert len(about["doc"]) > 10
     assert "|" not in about["doc"]  # it would end a cell of the table
-    settings.check(path, field, field.default)
+    assert not rules.broken_rule(field, field.default)
     for bound, limit in about["bounds"].items():
         value = type(field.default)(limit + OUTSIDE[bound])
         assert refused(**{name: value}) == f"config.{path} is {value!r}; it must be {about['rule']}"
@@ -115,7 +116,7 @@ def test_settings_that_do_not_go_together_are_named_with_the_rule(fields, rule):
 def test_a_learned_router_refuses_a_pull_that_makes_its_experts_equal():
     router = {"routing__experts": 4, "routing__kind": "switch", "routing__pull": 1.0}
     assert "routing.pull is 1.0; it must be below 1 with a learned router" in refused(**router)
-    routing.find(Config(routing=RoutingConfig(experts=4, kind="switch", pull=1.0, pull_every=8)).validate())
+    routing.find(rules.check(Config(routing=RoutingConfig(experts=4, kind="switch", pull=1.0, pull_every=8))))
 
 
 def test_lora_and_adapters_go_with_random_routing_of_every_layer():
@@ -136,7 +137,7 @@ def test_what_is_left_of_lora_and_adapters_is_a_plain_vit():
 
 
 def test_a_whole_number_and_its_float_are_one_setting():
-    config = Config(optim=OptimConfig(mlp_rate=2)).validate()
+    config = rules.check(Config(optim=OptimConfig(mlp_rate=2)))
     assert repr(config) == repr(Config(optim=OptimConfig(mlp_rate=2.0)))
 
 
@@ -154,7 +155,7 @@ def test_json_round_trip_is_exact():
         ("[]", "is not the config of a run"),
         ('{"train": {"epoch": 3}}', "did you mean 'train.epochs'"),
         ('{"trian": {}}', "config.trian is not a field"),
-        ('{"validate": {"x": 1}}', "config.validate is not a field"),
+        ('{"expert_layers": {"x": 1}}', "config.expert_layers is not a field"),
     ],
 )
 def test_a_damaged_saved_config_is_one_clear_line(text, message):
@@ -173,10 +174,10 @@ def test_only_what_changes_numbers_counts_as_a_difference():
 
 
 def test_a_stream_of_pictures_cut_at_random_cannot_become_a_set_on_the_device():
-    config = Config(data=DataConfig(stream=True, crop="resized")).validate()
+    config = rules.check(Config(data=DataConfig(stream=True, crop="resized")))
     config.data.stream = False
     with pytest.raises(ConfigError, match=r"'resized' needs data\.stream=True"):
-        config.validate()
+        rules.check(config)
     old = Config(data=DataConfig(stream=True, crop="resized"))
     new = Config(data=DataConfig(stream=True))
     assert config_lib.differences(old, new) == {"data.crop": ("resized", "exact")}
@@ -191,12 +192,12 @@ def test_a_run_may_resume_with_other_files_devices_and_outputs_only():
 
 def test_a_bound_with_an_unknown_name_is_refused_where_it_is_written():
     with pytest.raises(KeyError):
-        settings.setting(1, "a number", at_lest=1)
+        config_lib.setting(1, "a number", at_lest=1)
 
 
 @pytest.mark.process
 def test_the_page_about_settings_is_what_its_command_writes():
-    command = [sys.executable, "-m", "jvitmoe.config"]
+    command = [sys.executable, "-m", "jvitmoe.settings"]
     written = subprocess.run(command, capture_output=True, text=True, check=True, cwd=CONFIGS.parent).stdout
     assert written == (CONFIGS.with_name("docs") / "settings.md").read_text()
     assert all(f"| `{path}` |" in written for path in config_lib.flatten(Config()))
@@ -204,7 +205,7 @@ def test_the_page_about_settings_is_what_its_command_writes():
 
 @pytest.mark.parametrize(("columns", "given"), [(60, []), (120, ["--config=imagenet", "--config.train.epochs=7"])])
 def test_help_describes_each_setting_with_its_value_and_fits_the_terminal(columns, given, monkeypatch, capsys):
-    config = experiment_files.load("imagenet") if given else Config()
+    config = experiments.load("imagenet") if given else Config()
     config.train.epochs = 7 if given else config.train.epochs
     monkeypatch.setenv("COLUMNS", str(columns))
     with pytest.raises(SystemExit):
@@ -215,7 +216,7 @@ def test_help_describes_each_setting_with_its_value_and_fits_the_terminal(column
     shown = " ".join(" ".join(lines).split())
     for path, field in config_lib.SETTINGS.items():
         value = operator.attrgetter(path)(config)
-        about = f"--config.{path}={value!r} {field.metadata['doc']} ({settings.values(field)})"
+        about = f"--config.{path}={value!r} {field.metadata['doc']} ({rules.values(field)})"
         assert about in shown
     assert [line for line in lines if line in ("data:", "model:", "routing:", "init:", "optim:", "train:")] == [
         f"{section.name}:" for section in dataclasses.fields(Config)
@@ -260,13 +261,13 @@ def test_the_original_has_exactly_its_parameters(name, active, total, monkeypatc
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.py")), ids=lambda path: path.stem)
 def test_every_experiment_is_valid_and_opens_with_its_command(path, monkeypatch):
     module = load_experiment(path, monkeypatch)
-    config = module.get_config().validate()
+    config = rules.check(module.get_config())
     json.loads(config_lib.dumps(config))
     assert f"jvitmoe train --config {path.stem}" in module.__doc__
     assert (config.routing.experts > 1) == path.stem.endswith(("random", "switch"))
     if inspect.signature(module.get_config).parameters:
         assert f"{path.stem}:random" in module.__doc__
-        assert module.get_config("random").validate().routing.experts > 1
+        assert rules.check(module.get_config("random")).routing.experts > 1
         assert module.get_config("dense") == config
 
 

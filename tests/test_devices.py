@@ -1,4 +1,5 @@
 import collections
+import dataclasses
 import functools
 import math
 import re
@@ -21,8 +22,7 @@ from jvitmoe.models import vit
 from jvitmoe.runtime import memory
 from jvitmoe.runtime.devices import EXPERT, make_mesh
 from jvitmoe.runtime.programs import collectives, for_reading, reduced_bytes
-from jvitmoe.training import optimizer, program, setup, state, step, update
-from jvitmoe.training.state import StepPlan
+from jvitmoe.training import build, state, step, update
 
 pytestmark = pytest.mark.slow
 
@@ -68,8 +68,8 @@ def test_a_mean_and_deviation_of_pixels_reach_training_and_evaluation(tiny_confi
         run.state = run.state._replace(
             params=run.state.params | {"patches": run.state.params["patches"] | {"kernel": kernel}}
         )
-        evaluate = make_evaluate(run.model, run.mesh, run.config.data)
-        found = evaluate(run.state.params, run.images, batches.eval_batches(len(tiny_split), 8, run.mesh))
+        evaluate = make_evaluate(run.plan.model, run.plan.mesh, run.plan.data)
+        found = evaluate(run.state.params, run.images, batches.eval_batches(len(tiny_split), 8, run.plan.mesh))
         runs[std] = found.nll, float(run.run(1).metrics[0].loss)
     assert runs[0.25] == pytest.approx(runs[0.5], rel=1e-5)
 
@@ -117,8 +117,8 @@ def test_a_sharded_state_trains_the_same_on_less_memory(axis_run):
 
     assert share(many.state.opt_state) < 0.3
     assert share(many.state.params) < 0.3
-    many.config.train.shard = "optimizer"
-    moments_only = state.abstract_state(many.config, many.routing, many.mesh)
+    train = dataclasses.replace(many.plan.train, shard="optimizer")
+    moments_only = state.abstract_state(dataclasses.replace(many.plan, train=train))
     assert (share(moments_only.opt_state), share(moments_only.params)) == (share(many.state.opt_state), 1.0)
 
 
@@ -128,38 +128,36 @@ def test_the_memory_that_a_start_asks_for_is_what_a_device_holds(tiny_config, mo
         routing={"experts": 2, "kind": "sample"},
         train={"devices": 4, "expert_devices": 2, "batch_size": 8, "shard": shard, "ema": 0.9},
     )
-    mesh, way = make_mesh(config.train), routing.find(config)
-    made = jax.tree.leaves(state.make_state(config, way, mesh))
+    plan = build.plan_for(config, make_mesh(config.train), 8)
+    made = jax.tree.leaves(state.make_state(plan))
     held = sum(leaf.addressable_shards[0].data.nbytes for leaf in made)
     split = Split(np.zeros((3, 8, 8, 1), np.uint8), np.zeros(3, np.int32))
     dataset = Dataset(split, split, ("one",))
     needed = held + 2 * split.images_NHWc.nbytes
     monkeypatch.setattr(memory, "installed", lambda: needed)
-    setup.check_memory(config, way, mesh, dataset)
+    build.check_memory(plan, dataset)
     needed -= 1
     with pytest.raises(ConfigError, match=r"the images need .*; set --config.data.stream=true"):
-        setup.check_memory(config, way, mesh, dataset)
+        build.check_memory(plan, dataset)
     config.data.stream = True
     needed = held
-    setup.check_memory(config, way, mesh, dataset)
+    build.check_memory(plan, dataset)
     needed -= 1
     with pytest.raises(ConfigError, match="the state of training needs"):
-        setup.check_memory(config, way, mesh, dataset)
+        build.check_memory(plan, dataset)
 
 
 @pytest.mark.parametrize(("pull", "ema"), [(0.0, 0.0), (0.1, 0.9)])
-def test_an_expert_axis_reduces_the_trunk_and_means_of_experts_and_moves_no_image(tiny_config, tiny_split, pull, ema):
+def test_an_expert_axis_reduces_the_trunk_and_means_of_experts_and_moves_no_image(tiny_config, pull, ema):
     config = tiny_config(
         model={"width": 32, "hidden": 64, "patch": 2},
         routing={"experts": 4, "kind": "sample", "pull": pull},
         train={"devices": 4, "expert_devices": 4, "batch_size": 16, "ema": ema},
     )
-    mesh, way = make_mesh(config.train), routing.find(config)
-    order = batches.TrainOrder(len(tiny_split), 16, jax.random.key(0), mesh, way.slots)
-    plan = StepPlan(config, way, way.model(), mesh, order.steps_per_epoch)
-    train_step, given = step.make_train_step(plan), state.abstract_state(config, way, mesh)
-    text = for_reading(train_step.lower(given, batches.on_devices(tiny_split, mesh), order.epoch(0))).as_text()
-    trunk, experts = trees.split(given.params, trees.stacked(given.params))
+    mesh = make_mesh(config.train)
+    plan = build.plan_for(config, mesh, 26)
+    text, params = for_reading(step.lower(plan, 26)).as_text(), plan.routing.shapes()
+    trunk, experts = trees.split(params, trees.stacked(params))
     size = cost.tree_size(trunk) + cost.tree_size(experts) // 4 * (bool(pull) + bool(ema))
     # Every gradient of the trunk, the loss and the accuracy; and the sum of squares of the experts' part of the norm.
     assert 4 * (size + 2) <= reduced_bytes(text, mesh.shape) <= 4 * (size + 2 + 8)
@@ -183,8 +181,8 @@ def test_an_expert_axis_reduces_the_trunk_and_means_of_experts_and_moves_no_imag
 def test_the_bytes_that_are_counted_are_those_of_the_program(tiny_config, sections):
     config = tiny_config(**sections | {"train": {"devices": 4, "batch_size": 16} | sections.get("train", {})})
     mesh = make_mesh(config.train)
-    plan = program.plan_for(config, mesh, 64)
-    text = for_reading(program.lower(plan, 64)).as_text()
+    plan = build.plan_for(config, mesh, 64)
+    text = for_reading(step.lower(plan, 64)).as_text()
     spreads, routed = config.train.expert_devices > 1, config.routing.kind == "topk"
     scalars = 2 + 4 * spreads + 28 * routed  # loss, accuracy; parts of the norm; statistics of two layers
     assert reduced_bytes(text, mesh.shape) == update.bytes_reduced(plan)(1) + 4 * scalars
@@ -193,8 +191,8 @@ def test_the_bytes_that_are_counted_are_those_of_the_program(tiny_config, sectio
 def bytes_by_kind(config):
     """Returns (the plan, bytes of the arrays in the collectives of a step by their kind)."""
     mesh = make_mesh(config.train)
-    plan, found = program.plan_for(config, mesh, 64), collections.Counter()
-    for one in collectives(for_reading(program.lower(plan, 64)).as_text(), mesh.shape):
+    plan, found = build.plan_for(config, mesh, 64), collections.Counter()
+    for one in collectives(for_reading(step.lower(plan, 64)).as_text(), mesh.shape):
         found[one.kind] += one.bytes * one.times
     return plan, found
 
@@ -224,7 +222,7 @@ def test_muon_reduces_gradients_of_matrices_whole_and_gathers_them_twice_more_wh
     plan, found = bytes_by_kind(tiny_config(model=model, optim={"name": "muon"}, train=train))
     leaves = jax.tree.leaves_with_path(plan.routing.shapes())
     size = sum(4 * leaf.size for _, leaf in leaves)
-    matrices = sum(4 * leaf.size for path, leaf in leaves if optimizer.multiplies_whole(plan.config, path))
+    matrices = sum(4 * leaf.size for path, leaf in leaves if plan.optimizer.multiplies_whole(path))
     assert matrices > 0.95 * size
     within = functools.partial(pytest.approx, abs=0.02 * size)
     assert found["all-reduce"] == within(matrices)
@@ -255,7 +253,7 @@ def test_meshes_and_parts_that_cannot_be_are_refused(tiny_config, sections, says
 
 
 @pytest.mark.parametrize("attention", ["xla", "cudnn"])
-def test_the_step_lowers_for_cuda_where_there_is_no_gpu(tiny_config, tiny_split, monkeypatch, attention):
+def test_the_step_lowers_for_cuda_where_there_is_no_gpu(tiny_config, monkeypatch, attention):
     # JAX asks the driver what it has before it writes cuDNN's call; here there is none to ask.
     monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91000)
     monkeypatch.setattr(fused_attention_stablehlo, "check_compute_capability", lambda _: True)
@@ -264,12 +262,10 @@ def test_the_step_lowers_for_cuda_where_there_is_no_gpu(tiny_config, tiny_split,
         routing={"experts": 4},
         train={"devices": 2, "batch_size": 8},
     )
-    mesh, way = make_mesh(config.train), routing.find(config)
-    order = batches.TrainOrder(len(tiny_split), 8, jax.random.key(0), mesh)
     model = vit.build(config.model, platform="gpu", fused=attention == "cudnn")
-    given = state.abstract_state(config, way, mesh), batches.on_devices(tiny_split, mesh), order.epoch(0)
-    program = step.make_train_step(StepPlan(config, way, model, mesh, order.steps_per_epoch))
-    text = program.trace(*given).lower(lowering_platforms=("cuda",)).as_text()
+    plan = dataclasses.replace(build.plan_for(config, make_mesh(config.train), 26), model=model)
+    given = step.abstract_inputs(plan, 26)
+    text = step.make_train_step(plan).trace(*given).lower(lowering_platforms=("cuda",)).as_text()
     products = re.findall(r"stablehlo.dot_general.*-> tensor<\S*x(\w+)>", text)
     assert set(products) == {"bf16"}
     calls = set(re.findall(r"custom_call @([\w$]+)", text))

@@ -21,11 +21,11 @@ import pytest
 from PIL import Image
 
 import processes
-from jvitmoe import routing
 from jvitmoe.runs import fingerprint
 from jvitmoe.runs.checkpoints import Checkpoints
 from jvitmoe.runtime.devices import make_mesh
 from jvitmoe.runtime.processes import LOST_SECONDS
+from jvitmoe.training import build
 from jvitmoe.training.state import abstract_state
 from processes import wait_for_output, wait_for_step
 from run_folders import assert_same_run, losses, rows, saved, saved_config, tiny, write_experiment
@@ -120,7 +120,7 @@ def test_two_processes_of_the_node_launcher_take_up_the_run_of_one_and_any_devic
     config, expected = saved_config(workdir), checkpoints.check(STEPS)["fingerprints"]  # of the host
     assert any(path.name.endswith(".1") for path in (workdir / "checkpoints" / str(STEPS)).glob("params/*/*"))
     for config.train.devices in (1, 2, 4):
-        abstract = abstract_state(config, routing.find(config), make_mesh(config.train))
+        abstract = abstract_state(build.plan_for(config, make_mesh(config.train), config.train.batch_size))
         restored, meta = checkpoints.restore(abstract)
         assert meta["step"] == STEPS
         assert fingerprint.of_host(jax.device_get(restored._replace(step=None)._asdict())) == expected
@@ -392,14 +392,14 @@ def test_a_loss_that_is_not_finite_ends_all_with_the_same_line(experiment, tmp_p
 STOPS = """
 import sys, time
 from absl import flags
-from jvitmoe import train
+from jvitmoe.commands import train
 from jvitmoe.runtime import processes
 from jvitmoe.runtime.signals import Stop
 
 values = flags.FlagValues()
 train.define_flags(values)
 values(sys.argv)
-processes.join(values)
+processes.join(train.join_of(values))
 with Stop() as stop:
     stop.unsaved = True
     for step in range(10**6):

@@ -194,7 +194,7 @@ def test_the_readme_s_prediction_and_export_run(folder, monkeypatch, peers):
         jvitmoe, command, *words = shlex.split(line)
         assert jvitmoe == "jvitmoe"
         arguments = [path for word in words for path in (sorted(glob.glob(word)) if "*" in word else [word])]
-        status, _, err = call(importlib.import_module(f"jvitmoe.{command}").main, *arguments)
+        status, _, err = call(importlib.import_module(f"jvitmoe.commands.{command}").main, *arguments)
         assert status == 0, err
     peers("change_folder", folder=folder)
     peers("run_code", code=check)
@@ -211,7 +211,7 @@ def test_every_block_of_the_tutorial_runs_in_its_order(tmp_path, monkeypatch, ca
         if block.language == "bash":
             for _, command, *arguments in map(shlex.split, block.code.splitlines()):
                 short = ["--config.train.epochs=1"] if command == "train" else []
-                status, _, err = call(importlib.import_module(f"jvitmoe.{command}").main, *arguments, *short)
+                status, _, err = call(importlib.import_module(f"jvitmoe.commands.{command}").main, *arguments, *short)
                 assert status == 0, err
             continue
         names: dict[str, Any] = {"__name__": "tutorial"}

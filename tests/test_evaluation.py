@@ -78,7 +78,7 @@ def test_metrics_are_those_of_one_image_at_a_time_on_any_number_of_devices(
     mesh = make_mesh(config.train)
     evaluate = make_evaluate(vit.build(config.model), mesh, config.data)
     images, dense, params = on_devices(split, mesh), params_of(1), params_of(E)
-    route_PL = models.path_routes(config, 1)
+    route_PL = models.path_routes(routing.find(config), 0, 1)
     p_PNC = [probabilities(merge.take_path(params, route_L)) for route_L in route_PL]
     slow = slowly(probabilities(dense), split.labels_N)
     slow_paths = [slowly(p_NC, split.labels_N) for p_NC in p_PNC]
@@ -118,7 +118,7 @@ def test_no_confusion_is_counted_for_more_than_1000_classes(tiny_config, split):
     evaluate, params = make_evaluate(net, mesh, config.data), vit.init(net, jax.random.key(0))
     images, batches = on_devices(split, mesh), eval_batches(26, 26, mesh)
     assert evaluate(params, images, batches).confusion == []
-    (row,) = models.evaluate_run(config, params, None, evaluate, images, batches, 8)
+    (row,) = models.evaluate_run(routing.find(config), 0, params, None, evaluate, images, batches, 8)
     assert (row["model"], row["images"]) == ("dense", 26)
     assert "confusion" not in row
 
@@ -128,7 +128,7 @@ def test_progress_is_told_after_every_batch_of_every_model(tiny_config, split, p
     mesh = make_mesh(config.train)
     images, batches = on_devices(split, mesh), eval_batches(26, 8, mesh)
     evaluate = make_evaluate(vit.build(config.model), mesh, config.data, lambda: told.append(1))
-    models.evaluate_run(config, params_of(E), params_of(1), evaluate, images, batches)
+    models.evaluate_run(routing.find(config), 0, params_of(E), params_of(1), evaluate, images, batches)
     assert len(told) == 3 * len(batches.index_SB)  # merged, EMA, and all paths
 
 
@@ -154,7 +154,10 @@ def test_an_expert_that_is_not_finite_ends_no_test_of_random_paths(tiny_config, 
     params = jax.tree.map(without_the_first, params_of(1), params_of(E))
     images, batches = on_devices(split, mesh), eval_batches(26, 26, mesh)
     evaluate = make_evaluate(vit.build(config.model), mesh, config.data)
-    rows = {row["model"]: row for row in models.evaluate_run(config, params, None, evaluate, images, batches, 8)}
+    rows = {
+        row["model"]: row
+        for row in models.evaluate_run(routing.find(config), 0, params, None, evaluate, images, batches, 8)
+    }
     assert np.isnan([rows["8 random paths"][name] for name in ("nll", "nll_std")]).all()
     assert np.isfinite(rows["expert 1"]["nll"])
 
@@ -163,11 +166,12 @@ def test_an_expert_that_is_not_finite_ends_no_test_of_random_paths(tiny_config, 
 def test_a_run_of_experts_is_tested_merged_per_expert_on_random_paths_and_as_an_ensemble(
     tiny_config, split, params_of, paths
 ):
-    config, params = tiny_config(routing={"experts": E}, train={"seed": 5}), params_of(E)
+    config, params = tiny_config(routing={"experts": E}), params_of(E)
+    way = routing.find(config)
     mesh = make_mesh(config.train)
     images, batches = on_devices(split, mesh), eval_batches(26, 26, mesh)
     evaluate = make_evaluate(vit.build(config.model), mesh, config.data)
-    rows = models.evaluate_run(config, params, params_of(1), evaluate, images, batches, paths)
+    rows = models.evaluate_run(way, 5, params, params_of(1), evaluate, images, batches, paths)
     random = [f"{paths} random paths"] if paths else []
     assert [row["model"] for row in rows] == ["merged", "EMA", *[f"expert {e}" for e in range(E)], *random, "ensemble"]
 
@@ -175,7 +179,7 @@ def test_a_run_of_experts_is_tested_merged_per_expert_on_random_paths_and_as_an_
         found = near(evaluate(tree, images, batches))
         return {name: getattr(found, name) for name in ("accuracy", "nll", "ece", "images")}
 
-    route_PL = models.path_routes(config, paths)
+    route_PL = models.path_routes(way, 5, paths)
     merged = merge.average_experts(params)
     assert rows[0].items() >= metrics(merged).items()
     assert rows[0]["confusion"] == evaluate(merged, images, batches).confusion
@@ -189,7 +193,7 @@ def test_a_run_of_experts_is_tested_merged_per_expert_on_random_paths_and_as_an_
             values = [getattr(result, name) for result in drawn]
             assert rows[-2][name] == pytest.approx(np.mean(values), rel=1e-5)
             assert rows[-2][f"{name}_std"] == pytest.approx(np.std(values, ddof=1), rel=1e-3, abs=1e-6)
-    active, total = routing.find(config).count_parameters()
+    active, total = way.count_parameters()
     flops = rows[0]["flops_per_image"]
     assert {(row["parameters"], row["flops_per_image"]) for row in rows[:-1]} == {(active, flops)}
     assert (rows[-1]["parameters"], rows[-1]["flops_per_image"]) == (total, E * flops)
@@ -197,10 +201,11 @@ def test_a_run_of_experts_is_tested_merged_per_expert_on_random_paths_and_as_an_
 
 def test_equal_experts_make_every_path_and_the_ensemble_the_merged_model(tiny_config, split, params_of):
     config, dense = tiny_config(routing={"experts": E}), params_of(1)
+    equal = merge.upcycle(dense, params_of(E))
     mesh = make_mesh(config.train)
     images, batches = on_devices(split, mesh), eval_batches(26, 26, mesh)
     evaluate = make_evaluate(vit.build(config.model), mesh, config.data)
-    rows = models.evaluate_run(config, merge.upcycle(dense, params_of(E)), None, evaluate, images, batches, 1)
+    rows = models.evaluate_run(routing.find(config), 0, equal, None, evaluate, images, batches, 1)
     merged = evaluate(dense, images, batches)
     assert [row["model"] for row in rows][-2:] == ["random path", "ensemble"]
     assert len(rows) == E + 3
@@ -220,9 +225,10 @@ def test_token_and_routing_outside_the_model_are_tested_merged(tiny_config, kind
 
 
 def test_random_paths_are_fixed_by_the_seed_and_fresh_per_layer_and_number(tiny_config):
+    way = routing.find(tiny_config(model={"depth": 12}, routing={"experts": 4}))
+
     def routes(seed, paths=3):
-        config = tiny_config(model={"depth": 12}, routing={"experts": 4}, train={"seed": seed})
-        return np.asarray(models.path_routes(config, paths)).tolist()
+        return np.asarray(models.path_routes(way, seed, paths)).tolist()
 
     assert routes(0)[:4] == [[e] * 12 for e in range(4)]
     assert routes(0) == routes(0, 5)[:7] != routes(1)

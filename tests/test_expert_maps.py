@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jvitmoe import evaluate, routing
+from jvitmoe import routing
+from jvitmoe.commands import evaluate
 from jvitmoe.data import augment
 from jvitmoe.data.splits import Split
 from jvitmoe.evaluation import expert_maps
@@ -39,7 +40,7 @@ def test_the_mean_gate_is_of_training_images_and_what_is_shown_of_test_images(ti
     config = tiny_config(model={"depth": LAYERS, "patch": 2}, routing={"experts": E, "pattern": ("dense", "experts")})
     seen, few = Split(images[:4], labels[:4]), Split(images[4:], labels[4:])
     routed = SimpleNamespace(net=model, normalize=augment.normalize)
-    gate_L, shown = evaluate._routes(config, params, routed, seen, few, tmp_path)
+    gate_L, shown = evaluate._routes(routing.find(config), params, routed, seen, few, tmp_path)
     of_seen, of_few = (
         expert_maps.measure(model, params, split.images_NHWc, split.labels_N, augment.normalize).gate_X.tolist()
         for split in (seen, few)

@@ -22,7 +22,7 @@ from safetensors.numpy import load as load_file
 from safetensors.numpy import save as save_file
 
 import jvitmoe
-from jvitmoe import evaluate, export
+from jvitmoe.commands import evaluate, export
 from jvitmoe.config import Config, DataConfig, ModelConfig, RoutingConfig
 from jvitmoe.data import datasets, images
 from jvitmoe.errors import UserError

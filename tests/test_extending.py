@@ -58,13 +58,13 @@ def test_a_router_is_a_class_and_a_line_in_its_registry(monkeypatch, tiny_config
     first, last = (state.params["blocks"]["mlp"] for state in (run.history[0], run.history[-1]))
     assert not np.array_equal(first["router"]["kernel"], last["router"]["kernel"])
     assert not np.array_equal(first["up"][:, 1], last["up"][:, 1])
-    tokens, statistics = run.config.model.tokens, run.metrics[0].router
+    tokens, statistics = run.plan.model.config.tokens, run.metrics[0].router
     share_E = np.bincount(np.arange(tokens) % 2) / tokens
     np.testing.assert_allclose(statistics.load_E, np.stack([share_E] * 2), rtol=1e-6)
     unbalanced = training(tiny_config(routing=routed | {"balance_loss": 0.0})).run(1)
     balance_loss = run.metrics[0].loss - unbalanced.metrics[0].loss
-    np.testing.assert_allclose(balance_loss, run.config.routing.balance_loss * statistics.entropy.mean(), rtol=1e-3)
-    active, total = run.routing.count_parameters()
+    np.testing.assert_allclose(balance_loss, 0.01 * statistics.entropy.mean(), rtol=1e-3)
+    active, total = run.plan.routing.count_parameters()
     assert 0 < active < total
     with pytest.raises(ConfigError, match="must be 1 for a router with a balance loss"):
         routing.find(tiny_config(routing=routed, train={"accumulate": 2}))
@@ -111,6 +111,7 @@ class Pairs(Routing):
 
     @classmethod
     def faults(cls, config):
+        yield from super().faults(config)
         if config.routing.experts < 3:
             yield "routing.experts", "must be above 2 for routing.kind=pairs"
 
@@ -137,26 +138,29 @@ class Pairs(Routing):
 def test_a_way_of_routing_is_a_class_and_a_line(monkeypatch, tiny_config, training):
     monkeypatch.setitem(routing.ROUTINGS, "pairs", Pairs)
     run = training(tiny_config(routing={"experts": 4, "kind": "pairs"})).run(4)
+    way = run.plan.routing
     for step, (before, after) in enumerate(zip(run.history, run.history[1:], strict=False)):
-        (route,) = map(np.asarray, run.routing.draw(jax.random.key(0), jnp.int32(step)))
+        (route,) = map(np.asarray, way.draw(jax.random.key(0), jnp.int32(step)))
         counts = [optax.tree.get(now.opt_state.experts, "count") for now in (before, after)]
         np.testing.assert_array_equal(counts[1] - counts[0], np.isin(np.arange(4), route)[None].repeat(2, 0))
         moved_LEDF = after.params["blocks"]["mlp"]["up"] - before.params["blocks"]["mlp"]["up"]
         assert set(np.flatnonzero(moved_LEDF.any((0, 2, 3)))) == (set(route.tolist()) if step < 2 else set())
         np.testing.assert_allclose(moved_LEDF[:, route[0]], moved_LEDF[:, route[1]], atol=1e-6)
     # The loss of the first step is that of half the logits of the mean of two experts.
-    start, index_B = run.history[0].params, np.asarray(run.order.epoch(0))[0]
+    start, index_B = run.history[0].params, np.asarray(run.plan.order.epoch(0))[0]
 
     @jax.jit
     def loss(start):
         trunk, experts = trees.split(start, trees.stacked(start))
-        params = trees.join(trunk, run.routing.take(experts, run.routing.draw(jax.random.key(0), jnp.int32(0))))
-        logits_BC = vit.logits(run.model, params, run.images.rows(index_B)[0] / 127.5 - 1.0) / 2
+        params = trees.join(trunk, way.take(experts, way.draw(jax.random.key(0), jnp.int32(0))))
+        logits_BC = vit.logits(run.plan.model, params, run.images.rows(index_B)[0] / 127.5 - 1.0) / 2
         return optax.softmax_cross_entropy_with_integer_labels(logits_BC, run.images.labels_N[index_B]).mean()
 
     np.testing.assert_allclose(run.metrics[0].loss, loss(start), rtol=1e-5)
     with pytest.raises(ConfigError, match=r"routing\.experts is 2; it must be above 2"):
         routing.find(tiny_config(routing={"experts": 2, "kind": "pairs"}))
+    with pytest.raises(ConfigError, match=r"model\.shared_hidden is 3; it must be 0 without a router"):
+        routing.find(tiny_config(routing={"experts": 3, "kind": "pairs"}, model={"shared_hidden": 3}))
 
 
 @pytest.mark.parametrize(
@@ -244,7 +248,7 @@ def test_an_optimiser_is_a_factory_and_a_line(tiny_config, training, monkeypatch
     with contextlib.closing(CheckpointWriter(tmp_path / "checkpoints", 1)) as checkpoints:
         checkpoints.save(run.state, config, None)  # the toy has no state
     with contextlib.closing(CheckpointWriter(tmp_path / "checkpoints", 1)) as checkpoints:
-        restored, _ = checkpoints.restore(state.abstract_state(config, run.routing, run.mesh))
+        restored, _ = checkpoints.restore(state.abstract_state(run.plan))
     chex.assert_trees_all_equal(restored, run.state)
 
 

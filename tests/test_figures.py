@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 import processes
-from jvitmoe import report
+from jvitmoe.commands import report
 from jvitmoe.runs import figures
 from tested_runs import MODELS, write_tested_run
 

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 from safetensors.numpy import save_file
 
-from jvitmoe import train
+from jvitmoe.commands import train
 from jvitmoe.config import ModelConfig
 from jvitmoe.interop import load, weight_names
 from jvitmoe.interop.targets import weights

@@ -19,8 +19,9 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from jvitmoe import cli, routing, train
 from jvitmoe import config as config_lib
+from jvitmoe import routing, rules
+from jvitmoe.commands import cli, train
 from jvitmoe.config import Config
 from jvitmoe.data import images
 from jvitmoe.data.images import Picture
@@ -146,20 +147,20 @@ def as_json(pairs: list[tuple[str, object]]) -> str:
 @example(as_json([("optim.learning_rate", 10**400)]))
 @example(as_json([("routing.pattern", [["experts"]])]))
 @example('{"__class__": {"train": {}}}')
-@example('{"__dict__": {}, "validate": {}}')
+@example('{"__dict__": {}, "expert_layers": {}}')
 @example("[" * 100_000)
 @example("9" * 5_000)
 def test_any_text_as_a_config_json_is_refused_in_one_line_or_makes_a_model(text):
     before = {name: value for name, value in vars(Config).items() if not name.startswith("_abc")}
     try:
-        config = config_lib.loads(text, "config.json").validate()
+        config = rules.check(config_lib.loads(text, "config.json"))
         active, total = routing.find(config).count_parameters()
     except UserError as error:
         assert_one_line(str(error))
         OUTCOMES["refused"] += 1
     else:
         OUTCOMES["accepted"] += 1
-        assert config_lib.loads(config_lib.dumps(config), "config.json").validate() == config
+        assert rules.check(config_lib.loads(config_lib.dumps(config), "config.json")) == config
         assert 0 < active <= total
     assert {name: value for name, value in vars(Config).items() if not name.startswith("_abc")} == before
 
@@ -225,7 +226,7 @@ def test_any_mix_of_settings_trains_or_is_refused_in_one_line_and_leaves_a_whole
         assert_one_line(err)
         if workdir.exists():  # it began, and became sick: the folder can be used again
             assert "must be finite" in err
-            config_lib.loads((workdir / "config.json").read_text(), "config.json").validate()
+            rules.check(config_lib.loads((workdir / "config.json").read_text(), "config.json"))
             assert not [path for path in workdir.iterdir() if path.name.endswith(".part")]
 
 

@@ -9,31 +9,30 @@ import jvitmoe
 
 ROOT = Path(jvitmoe.__file__).parent
 FILES = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in sorted(ROOT.rglob("*.py"))}
-COMMANDS = ("train", "evaluate", "predict", "export", "report", "compile", "configs")
 
 # A file imports from folders (and top-level files) to the left of its own; those of one group never import each other.
 ORDER = (
     ("errors", "extras"),
-    ("settings",),
     ("config",),
-    ("runtime",),
+    ("rules",),
+    ("settings", "runtime"),
     ("data", "models"),
     ("experts", "runs"),
     ("routing",),
     ("evaluation",),
     ("interop",),
     ("training",),
-    ("experiment_files",),
-    ("cli",),
-    tuple(name for name in COMMANDS if name != "train"),
-    ("api",),
-    ("train", "__main__", "__init__"),
+    ("experiments",),
+    ("commands",),
+    ("api", "__main__"),
+    ("train", "__init__"),
 )
 RANK = {folder: rank for rank, group in enumerate(ORDER) for folder in group}
 
 JAX = {"jax", "jaxlib", "flax", "optax", "orbax", "tensorstore", "chex"}
 WITHOUT_JAX = (
-    *("errors", "settings", "config", "experiment_files", "cli", "report", "configs", "data.datasets", "data.images"),
+    *("errors", "settings", "config", "rules", "experiments", "train", "data.datasets", "data.images"),
+    *(f"commands.{name}" for name in ("cli", "report", "configs")),
     *("interop.weight_names", "interop.config_files"),
     *(f"runs.{name}" for name in ("console", "files", "figures", "page", "results", "groups")),
     *("runs.metrics_log", "runtime.watchdog", "runtime.memory"),
@@ -100,7 +99,7 @@ def folder(name: str) -> str:
 def test_the_checker_sees_what_is_imported():
     assert {"routing.base", "data.batches", "models.routers.__init__"} <= imports("training.step")[1]
     assert "tensorflow_datasets" in imports("data.tfds")[0]  # inside a function
-    assert {"errors", "config", "runs.checkpoints"} <= reached("evaluate")
+    assert {"errors", "config", "runs.checkpoints"} <= reached("commands.evaluate")
     assert ("models.routers.__init__", "models.routers.hash") in arrows()
 
 

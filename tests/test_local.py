@@ -16,7 +16,7 @@ from jvitmoe.experts import merge
 from jvitmoe.models import vit
 from jvitmoe.runtime.devices import make_mesh
 from jvitmoe.runtime.programs import collectives, for_reading
-from jvitmoe.training import optimizer, program, update
+from jvitmoe.training import build, optimizer, step, update
 
 E = 4
 WHOLE = {"experts": E, "kind": "sample", "part": "model", "init": "shared"}
@@ -43,13 +43,13 @@ def test_a_whole_model_trains_as_a_dense_one_on_its_share_of_the_images(tiny_con
     """With a norm, a step count and moments of its own."""
     optim = {"name": "muon", "clip_norm": 0.5, "learning_rate": 1e-2, "weight_decay": 0.1, "eps": 1e-3, "mlp_rate": 2.0}
     run = training(tiny_config(optim=optim, routing=WHOLE | {"init": "independent"})).run(3)
-    dense = tiny_config(optim=optim)
-    tx, scales = optimizer.direction(dense), optimizer.layer_scales(dense, routing.find(dense).shapes())
+    dense, updates = build.choose(tiny_config(optim=optim))
+    tx, scales = updates.tx, updates.scales(dense.shapes())
 
     @jax.jit
     def dense_step(params, opt_state, images, labels, rate):
         def loss(params):
-            logits = vit.logits(run.model, params, augment.normalize(images))
+            logits = vit.logits(run.plan.model, params, augment.normalize(images))
             return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
         grads = jax.grad(loss)(params)
@@ -59,17 +59,16 @@ def test_a_whole_model_trains_as_a_dense_one_on_its_share_of_the_images(tiny_con
         return jax.tree.map(lambda p, d, s: p - rate * s * d, params, direction, scales), opt_state, norm
 
     norms_SE = np.zeros((3, E))
-    root = jax.random.key(run.config.train.seed)
     for e in range(E):
         params = jax.tree.map(lambda x, e=e: jnp.asarray(x[e]), run.history[0].params)
         opt_state = tx.init(params)
-        for step in range(3):
-            (route,) = run.routing.draw(root, jnp.int32(step))
-            part = int(run.routing.slot_of_expert((route,))[e])
-            images, labels = run.images.rows(run.order.epoch(0)[step][part::E])
-            rate = run.metrics[step].learning_rate
-            params, opt_state, norms_SE[step, e] = dense_step(params, opt_state, images, labels, rate)
-            after = jax.tree.map(lambda x, e=e: x[e], run.history[step + 1].params)
+        for number in range(3):
+            (route,) = run.plan.routing.draw(run.plan.root, jnp.int32(number))
+            part = int(run.plan.routing.slot_of_expert((route,))[e])
+            images, labels = run.images.rows(run.plan.order.epoch(0)[number][part::E])
+            rate = run.metrics[number].learning_rate
+            params, opt_state, norms_SE[number, e] = dense_step(params, opt_state, images, labels, rate)
+            after = jax.tree.map(lambda x, e=e: x[e], run.history[number + 1].params)
             chex.assert_trees_all_close(after, params, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose([metrics.grad_norm for metrics in run.metrics], norms_SE.mean(1), rtol=1e-5)
 
@@ -104,7 +103,7 @@ def test_whole_models_are_the_same_on_any_devices(whole_run, train):
     chex.assert_trees_all_close(many.metrics, one.metrics, rtol=1e-6, atol=1e-6)
     chex.assert_trees_all_close(many.history, one.history, rtol=1e-6, atol=5e-7)
     shard = many.state.params["norm"]["scale"].addressable_shards[0]
-    assert shard.data.shape[0] == E // many.config.train.expert_devices
+    assert shard.data.shape[0] == E // many.plan.expert_devices
 
 
 @pytest.mark.slow
@@ -116,8 +115,8 @@ def test_between_pulls_devices_of_whole_models_exchange_nothing_but_metrics(tiny
         train={"devices": E, "expert_devices": E, "batch_size": 16},
     )
     mesh = make_mesh(config.train)
-    plan = program.plan_for(config, mesh, 64)
-    found = collectives(for_reading(program.lower(plan, 64)).as_text(), mesh.shape)
+    plan = build.plan_for(config, mesh, 64)
+    found = collectives(for_reading(step.lower(plan, 64)).as_text(), mesh.shape)
     sizes = {place: sum(one.bytes * one.times for one in found if one.place == place) for place in ("step", "some")}
     dense = 4 * routing.find(tiny_config(model={"width": 32, "hidden": 64, "patch": 2})).count_parameters()[0]
     assert {one.place for one in found} == {"step", "some"}
@@ -129,7 +128,7 @@ def test_between_pulls_devices_of_whole_models_exchange_nothing_but_metrics(tiny
 @pytest.mark.parametrize("passes", [{}, {"consistency": 1.0}], ids=["one", "two"])
 def test_a_batch_trains_one_whole_model_and_leaves_the_others_alone(tiny_config, training, passes):
     run = training(tiny_config(routing=WHOLE | {"kind": "batch", "init": "independent"} | passes)).run(1)
-    routes = run.routing.draw(jax.random.key(0), jnp.int32(0))
+    routes = run.plan.routing.draw(jax.random.key(0), jnp.int32(0))
     before, after = run.history
     for e in range(E):
         same = jax.tree.map(lambda x, y, e=e: np.array_equal(x[e], y[e]), before.params, after.params)

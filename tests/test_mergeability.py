@@ -141,7 +141,7 @@ def test_the_line_starts_at_the_experts_and_ends_at_the_merged_model(tiny_config
     net, params, images, batches = setup()
     config = tiny_config(routing={"experts": E})
     evaluate = models.make_evaluate(net, make_mesh(config.train), config.data)
-    route_PL = models.path_routes(config, 0)
+    route_PL = models.path_routes(routing.find(config), 0, 0)
 
     def losses(tree):
         return [result.nll for result in evaluate.paths(tree, route_PL, E, images, batches)[0]]

@@ -9,19 +9,24 @@ import optax
 import pytest
 
 from jvitmoe import routing
-from jvitmoe.config import Config, OptimConfig
+from jvitmoe.config import OptimConfig
 from jvitmoe.errors import ConfigError
 from jvitmoe.experts import cost, trees
 from jvitmoe.models import vit
 from jvitmoe.runtime.devices import make_mesh
-from jvitmoe.training import optimizer, state, update
+from jvitmoe.training import build, optimizer, state, update
 
 STEPS, EPOCHS, PEAK = 7, 5, 3e-3  # of one epoch, of the run
 
 
+def made_of(config):
+    """Returns the optimiser of a config."""
+    return optimizer.Optimizer(config, routing.find(config))
+
+
 def rates(config):
     """Returns the learning rate of every step of the run, and of the one after its last."""
-    return np.asarray(jax.jit(jax.vmap(optimizer.schedule(config, STEPS)))(jnp.arange(EPOCHS * STEPS + 1)))
+    return np.asarray(jax.jit(jax.vmap(made_of(config).schedule(STEPS)))(jnp.arange(EPOCHS * STEPS + 1)))
 
 
 @pytest.fixture
@@ -61,10 +66,10 @@ def test_warm_up_is_linear_from_0_per_step_and_the_cosine_fills_the_rest(config)
 @pytest.mark.parametrize("epochs", [2.5, 3.0, 5.0, 40.0, 3e38])
 def test_warm_up_takes_at_most_half_of_the_training(config, epochs):
     capped = config(schedule="step", warmup_epochs=epochs)
-    assert optimizer.warmup_steps(capped, STEPS) == EPOCHS * STEPS // 2
+    assert made_of(capped).warmup_steps(STEPS) == EPOCHS * STEPS // 2
     np.testing.assert_array_equal(rates(capped), rates(config(schedule="step", warmup_epochs=17 / 7)))
     assert rates(capped).max() == np.float32(PEAK)
-    assert optimizer.warmup_steps(config(schedule="step", warmup_epochs=17 / 7), STEPS) == 17
+    assert made_of(config(schedule="step", warmup_epochs=17 / 7)).warmup_steps(STEPS) == 17
 
 
 @pytest.mark.parametrize("name", ["adam", "adamw"])
@@ -74,7 +79,7 @@ def test_the_direction_is_that_of_a_slow_numpy_adam(name):
     p = {"kernel": rng.normal(size=(3, 4)), "bias": rng.normal(size=4)}
     m, v = ({k: np.zeros_like(x) for k, x in p.items()} for _ in range(2))
     params = {k: jnp.asarray(x, jnp.float32) for k, x in p.items()}
-    tx = optimizer.direction(Config(optim=optim_config))
+    tx = optimizer.find(optim_config)
     # 1 - b2^t loses digits: not from step 1 on, where float32 has but four of it, and with the b2 that float32 has.
     b2 = float(np.float32(0.999))
     opt_state, update = optax.tree.set(tx.init(params), count=jnp.int32(20)), jax.jit(tx.update)
@@ -105,7 +110,7 @@ OF_SHARED = {"shared_up", "shared_down"}, {"shared_up_bias", "shared_down_bias"}
 def test_all_but_adam_decay_matrices_only(tiny_config, sections, own, name):
     shapes = routing.find(tiny_config(**sections)).shapes()
     params = jax.tree.map(lambda x: np.ones(x.shape, x.dtype), shapes)
-    tx = optimizer.direction(Config(optim=OptimConfig(name=name, weight_decay=0.25)))
+    tx = optimizer.find(OptimConfig(name=name, weight_decay=0.25))
     direction = jax.jit(lambda p: tx.update(optax.tree.zeros_like(p), tx.init(p), p)[0])(params)
     seen = {"decayed": set(), "left": set()}
     for path, leaf in jax.tree_util.tree_leaves_with_path(direction):
@@ -151,7 +156,7 @@ def test_muon_is_optaxs_on_the_matrix_of_each_layer_and_expert_alone_and_adamw_o
     marks = trees.stacked(params)
 
     def directions(name):
-        tx = optimizer.direction(Config(optim=OptimConfig(name=name, weight_decay=0.3, eps=1e-3)))
+        tx = optimizer.find(OptimConfig(name=name, weight_decay=0.3, eps=1e-3))
         opt_state, found = state.create(params, tx).opt_state, None
         move = jax.jit(lambda g, s: update.directions(tx, g, s, params, marks))
         for grads in grads_S:
@@ -180,7 +185,7 @@ def test_muon_makes_singular_values_about_equal_and_the_rms_of_an_update_0_2():
     for rows, columns in ((16, 16), (16, 64), (64, 16)):
         u, v = (np.linalg.qr(rng.normal(size=(n, 16)))[0] for n in (rows, columns))
         gradient = {"up": jnp.asarray(u * np.geomspace(0.1, 1, 16) @ v.T, jnp.float32)}
-        tx = optimizer.direction(Config(optim=OptimConfig(name="muon", weight_decay=0.0)))
+        tx = optimizer.find(OptimConfig(name="muon", weight_decay=0.0))
         found = np.asarray(tx.update(gradient, tx.init(gradient), gradient)[0]["up"])
         # The band in which five Newton-Schulz iterations leave singular values (Jordan et al., "0.7 to 1.2").
         values = np.linalg.svd(found, compute_uv=False) / (0.2 * max(rows, columns) ** 0.5)
@@ -191,7 +196,7 @@ def test_muon_makes_singular_values_about_equal_and_the_rms_of_an_update_0_2():
 def test_lion_is_optaxs_with_decay_of_matrices():
     rng = np.random.default_rng(0)
     params = {"kernel": jnp.asarray(rng.normal(size=(3, 4)), jnp.float32), "bias": jnp.ones(4)}
-    ours = optimizer.direction(Config(optim=OptimConfig(name="lion", weight_decay=0.3)))
+    ours = optimizer.find(OptimConfig(name="lion", weight_decay=0.3))
     theirs = optax.lion(-1.0, weight_decay=0.3, mask={"kernel": True, "bias": False})
     states = ours.init(params), theirs.init(params)
     for _ in range(4):
@@ -225,7 +230,7 @@ def test_each_layer_learns_faster_than_the_one_before(tiny_config, pool, routed)
     """The rule by hand; tests/test_peers.py compares it with timm's."""
     made = tiny_config(optim={"layer_decay": 0.5}, model={"depth": 4, "pool": pool, "head_hidden": 4}, routing=routed)
     shapes = routing.find(made).shapes()
-    scales = optimizer.layer_scales(made, shapes)
+    scales = made_of(made).scales(shapes)
     first = {"blocks": None, "norm": 0.5 if pool == "cls" else 1.0, "head": 1.0}
 
     def check(path, scale, leaf):
@@ -246,13 +251,12 @@ def test_layer_decay_multiplies_the_step_of_each_parameter(tiny_config, kind):
 
     def step(layer_decay):
         made = tiny_config(optim={"layer_decay": layer_decay}, routing={"experts": 2, "kind": kind})
-        way, mesh = routing.find(made), make_mesh(made.train)
-        plan = state.StepPlan(made, way, way.model(), mesh, STEPS)
+        plan = build.plan_for(made, make_mesh(made.train), STEPS * made.train.batch_size)
 
         @jax.jit
         def run(params):
-            before = state.create(params, optimizer.direction(made))
-            active = state.take(way, before, way.draw(plan.root, before.step))
+            before = state.create(params, plan.optimizer.tx)
+            active = state.take(plan.routing, before, plan.routing.draw(plan.root, before.step))
             grads = jax.tree.map(jnp.cos, active.params)
             after = update.update(plan, active, trees.stacked(params), grads, jnp.float32(1))
             return jax.tree.map(jnp.subtract, after.params, active.params)
@@ -262,7 +266,7 @@ def test_layer_decay_multiplies_the_step_of_each_parameter(tiny_config, kind):
     (whole, made), (scaled, decayed) = step(1.0), step(0.5)
     params = jax.tree.map(lambda x: rng.normal(size=x.shape).astype("f"), routing.find(made).shapes())
     found, wanted = scaled(params), whole(params)
-    scales = optimizer.layer_scales(decayed, wanted)
+    scales = made_of(decayed).scales(wanted)
     jax.tree.map(lambda a, b, scale: np.testing.assert_allclose(a, b * scale, atol=2e-7), found, wanted, scales)
 
 
@@ -300,24 +304,24 @@ def test_frozen_layers_keep_their_bits_and_count_in_no_norm(tiny_config, trainin
             moving += old.size
 
     jax.tree.map_with_path(check, before, after)
-    assert optimizer.count_trained(made, before) == moving
+    assert run.plan.optimizer.count_trained(before) == moving
     if layers == 4:  # a linear probe: its gradient is that of norm and head, and nothing else has moments
         moments = sum(x.size for x in jax.tree.leaves(run.state.opt_state) if x.dtype == jnp.float32)
         assert moments == moving * 2
     if not routed:
         grads = plain_gradient(run)
-        kept = jax.tree.map(lambda g, s: g * (s > 0), grads, optimizer.layer_scales(made, grads))
+        kept = jax.tree.map(lambda g, s: g * (s > 0), grads, run.plan.optimizer.scales(grads))
         kept = {part: kept[part] for part in ("blocks", "norm", "head")}
         np.testing.assert_allclose(run.metrics[0].grad_norm, optax.tree.norm(kept), rtol=1e-5)
 
 
 def plain_gradient(run):
     """Returns the gradient of the first step's loss of a dense model."""
-    index_B = np.asarray(run.order.epoch(0))[0]
+    index_B = np.asarray(run.plan.order.epoch(0))[0]
     images, labels = run.images.rows(index_B)[0] / 127.5 - 1.0, run.images.labels_N[index_B]
 
     def loss(params):
-        logits = vit.logits(run.model, params, images)
+        logits = vit.logits(run.plan.model, params, images)
         return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
     return jax.jit(jax.grad(loss))(run.history[0].params)
@@ -342,7 +346,7 @@ def test_the_groups_of_an_optimiser_are_printed_with_what_they_hold(tiny_config)
     optim = {"name": "muon", "layer_decay": 0.5, "freeze_layers": 1, "mlp_rate": 2.0}
     made = tiny_config(model={"head_hidden": 4}, routing={"experts": 3}, optim=optim)
     shapes = routing.find(made).shapes()
-    lines = optimizer.groups(made, shapes)
+    lines = made_of(made).groups(shapes)
     d, f, experts, hidden, classes = 8, 12, 3, 4, 3
     matrices = 4 * d * d + experts * 2 * d * f
     assert (
@@ -351,6 +355,6 @@ def test_the_groups_of_an_optimiser_are_printed_with_what_they_hold(tiny_config)
     )
     heads = hidden * (d + classes)
     assert f"adamw, weight decay 0.05: 2 arrays, {heads} parameters, learning rate 0.001" in lines
-    frozen = cost.tree_size(shapes) - optimizer.count_trained(made, shapes)
+    frozen = cost.tree_size(shapes) - made_of(made).count_trained(shapes)
     assert any(line.startswith("not trained: ") and line.endswith(f" {frozen:,} parameters") for line in lines)
     assert len(lines) == 4

@@ -14,7 +14,8 @@ import pytest
 from PIL import Image
 from safetensors.numpy import load_file
 
-from jvitmoe import errors, export, routing
+from jvitmoe import errors, rules
+from jvitmoe.commands import export
 from jvitmoe.config import Config, ModelConfig, OptimConfig
 from jvitmoe.data import augment
 from jvitmoe.experts import merge, trees
@@ -22,7 +23,7 @@ from jvitmoe.interop import classifier, load, manifest, pretrained, weight_names
 from jvitmoe.interop.targets import TARGETS, weights
 from jvitmoe.models import vit
 from jvitmoe.runtime import devices
-from jvitmoe.training import optimizer
+from jvitmoe.training import build
 from jvitmoe.training.state import make_state
 
 pytestmark = pytest.mark.process
@@ -98,11 +99,11 @@ def upcycled_and_merged(source: load.Source, experts: int) -> dict:
     config = Config(model=source.model)
     config.routing.experts, config.init.source = experts, str(source.path)
     config.train.batch_size, config.train.devices = 8, 1
-    mesh = devices.make_mesh(config.validate().train)
+    plan = build.plan_for(rules.check(config), devices.make_mesh(config.train), 8)
     dense, _ = pretrained.start(config)
-    state = make_state(config, routing.find(config), mesh, dense)
+    state = make_state(plan, dense)
     assert any(jax.tree.leaves(trees.stacked(state.params)))
-    return merge.dense_tree(config, state.params)
+    return merge.dense_tree(state.params)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -211,8 +212,8 @@ def test_layer_decay_is_timms_for_every_parameter(peers, pool, norm):
     theirs = peers("layer_scales", decay=0.75, **SMALL, global_pool=pool, class_token=pool == "token")
     model = ModelConfig(image_size=8, channels=3, classes=5, patch=2, width=16, hidden=24, depth=2, heads=2)
     model.pool = "cls" if pool == "token" else "mean"
-    config = Config(model=model, optim=OptimConfig(layer_decay=0.75)).validate()
-    ours = weight_names.flatten(optimizer.layer_scales(config, routing.find(config).shapes()))
+    dense, updates = build.choose(Config(model=model, optim=OptimConfig(layer_decay=0.75)))
+    ours = weight_names.flatten(updates.scales(dense.shapes()))
     names = {ours: theirs.replace("norm", norm) for ours, theirs, *_ in weight_names.OUTER}
     names |= {"cls": "cls_token", "positions": "pos_embed"}
     found = {names[name]: float(scale) for name, scale in ours.items() if not name.startswith("blocks.")}
@@ -270,7 +271,7 @@ def our_vit(**overrides: object) -> load.Source:
     """Returns a small ViT of ours with random parameters, as read from a run."""
     small = {"channels": 3, "classes": 5, "width": 16, "hidden": 24, "depth": 2, "heads": 2, "patch": 4}
     model = dataclasses.replace(Config().model, **{**small, **overrides})
-    Config(model=model).validate()
+    rules.check(Config(model=model))
     leaves, structure = jax.tree.flatten(jax.device_get(vit.init(vit.build(model), jax.random.key(3))))
     rng = np.random.default_rng(4)
     leaves = [np.asarray(leaf + 0.2 * rng.normal(size=leaf.shape), np.float32) for leaf in leaves]

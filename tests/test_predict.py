@@ -10,7 +10,7 @@ import safetensors
 from PIL import Image, ImageDraw
 
 import jvitmoe
-from jvitmoe import export, predict
+from jvitmoe.commands import export, predict
 from jvitmoe.config import Config
 from jvitmoe.data import datasets, images
 from jvitmoe.data.images import DataError

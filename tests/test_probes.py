@@ -3,7 +3,6 @@
 import itertools
 import json
 import shutil
-from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jvitmoe import evaluate
+from jvitmoe.commands import evaluate
 from jvitmoe.config import Config, DataConfig, ModelConfig
 from jvitmoe.data import datasets, stream
 from jvitmoe.data.batches import eval_batches, on_devices
@@ -62,10 +61,10 @@ def test_features_are_those_of_one_image_at_a_time_on_any_number_of_devices(
     extract, batches = probes.make_extract(net, DataConfig(mean=(0.2,), std=(0.3,))), eval_batches(26, 8, mesh)
     whole, rest = np.arange(26), np.delete(np.arange(26), 7)
 
-    said = []
-    damaged = damaged_7, batches, config, mesh, stream.Damaged(100, said.append)
-    streamed = stream.EvalImages(in_memory(tiny_split), batches, config, mesh)
-    every = (on_devices(tiny_split, mesh), whole), (streamed, whole), (stream.EvalImages(*damaged), rest)
+    settings, said = (batches, config.data, config.model, mesh), []
+    streamed = stream.EvalImages(in_memory(tiny_split), *settings)
+    skipping = stream.EvalImages(damaged_7, *settings, stream.Damaged(100, said.append))
+    every = (on_devices(tiny_split, mesh), whole), (streamed, whole), (skipping, rest)
     for shown, kept in every:
         features_ND, labels_N = extract(params, shown, batches)
         np.testing.assert_allclose(features_ND, expected_ND[kept], rtol=1e-5, atol=1e-5)
@@ -136,7 +135,7 @@ def test_each_probe_has_a_row_for_each_model(tiny_config, tiny_split, noise):
     config, (net, params) = tiny_config(), noise()
     trees = {"merged": params, "EMA": jax.tree.map(lambda leaf: leaf**3, params)}
     data = Dataset(tiny_split, tiny_split, ("a", "b", "c"))
-    rows = probes.measure(net, trees, data, config, make_mesh(config.train), 2, 1)
+    rows = probes.measure(net, trees, data, config.data, 8, make_mesh(config.train), 2, 1)
     assert [(row["probe"], row["model"]) for row in rows] == [
         *(("2-shot", "merged"), ("1-nn", "merged")),
         *(("2-shot", "EMA"), ("1-nn", "EMA")),
@@ -149,7 +148,7 @@ def test_few_shot_is_told_as_mean_and_deviation_over_three_draws(tiny_config, ti
     monkeypatch.setattr(probes, "few_shot", lambda *arguments: {0: 0.1, 1: 0.2, 2: 0.6}[arguments[-1]])
     config, (net, params) = tiny_config(), noise()
     data = Dataset(tiny_split, tiny_split, ("a", "b", "c"))
-    (row,) = probes.measure(net, {"merged": params}, data, config, make_mesh(config.train), 2, 0)
+    (row,) = probes.measure(net, {"merged": params}, data, config.data, 8, make_mesh(config.train), 2, 0)
     assert row["accuracy"] == pytest.approx(0.3)
     assert row["accuracy_std"] == pytest.approx((0.14 / 2) ** 0.5)
 
@@ -213,8 +212,7 @@ def test_probes_do_not_train_on_the_validation_images_of_the_run(stream, monkeyp
     kept, _ = datasets.hold_out(whole, 37)
     monkeypatch.setitem(datasets.SOURCES, "other", datasets.Digits)
     for probe_data, labels_N in (("", kept.labels_N), ("digits", kept.labels_N), ("other", whole.labels_N)):
-        flags = SimpleNamespace(few_shot=5, knn=0, probe_data=probe_data, probe_dir="")
-        own, probed, _ = evaluate._data(flags, config, tmp_path)
+        own, probed, _ = evaluate._data(config, tmp_path, evaluate.Probes(few_shot=5, data=probe_data))
         np.testing.assert_array_equal(probed.train.labels_N, labels_N)
         assert len(own.test) == len(probed.test) == 360
 
@@ -228,9 +226,9 @@ def test_another_folder_of_images_has_no_validation_images_of_the_run(tmp_path):
     config = Config(data=DataConfig(name="folder", dir=str(tmp_path / "own"), validation=4))
     config.model.classes = 2
     for folder, count in (("own/../own", 20), ("other", 24)):
-        flags = SimpleNamespace(few_shot=0, knn=1, probe_data="folder", probe_dir=str(tmp_path / folder))
-        assert len(evaluate._data(flags, config, tmp_path)[1].train) == count
-    own, _, _ = evaluate._data(SimpleNamespace(few_shot=0, knn=0, probe_data=""), config, tmp_path)
+        asked = evaluate.Probes(knn=1, data="folder", dir=str(tmp_path / folder))
+        assert len(evaluate._data(config, tmp_path, asked)[1].train) == count
+    own, _, _ = evaluate._data(config, tmp_path, evaluate.NO_PROBES)
     assert (type(own.train), type(own.test)) == (Records, Split)  # without probes no training picture is read
 
 

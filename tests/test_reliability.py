@@ -19,7 +19,7 @@ import pytest
 
 import jvitmoe
 import processes
-from jvitmoe import evaluate, train
+from jvitmoe.commands import evaluate, train
 from jvitmoe.errors import UserError
 from jvitmoe.evaluation import models
 from jvitmoe.runs import files, folder
@@ -146,7 +146,7 @@ def test_ctrl_c_under_the_progress_line_says_so_in_one_line_and_leaves_the_curso
 
 STALLS = """
 import sys
-from jvitmoe import cli, train
+from jvitmoe.commands import cli, train
 from jvitmoe.training import loop
 
 loop.STALL_MINUTES = 0.0005
@@ -325,7 +325,7 @@ def test_output_that_nobody_reads_any_more_costs_no_step_and_no_rating(
 # Takes away root's right to read and write everything, and goes on with each run.
 WITHOUT_RIGHTS = """
 import ctypes, sys
-from jvitmoe import cli, train
+from jvitmoe.commands import cli, train
 
 assert ctypes.CDLL(None).capset((ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()) == 0
 config, *runs = sys.argv[1:]

@@ -1,4 +1,4 @@
-"""`jvitmoe.report`: which runs are averaged, the table of many runs, the page, and result.json that they come from."""
+"""`jvitmoe report`: which runs are averaged, the table of many runs, the page, and result.json that they come from."""
 
 import html.parser
 import json
@@ -8,7 +8,7 @@ import statistics
 import pytest
 
 import processes
-from jvitmoe import report
+from jvitmoe.commands import report
 from jvitmoe.config import Config, InitConfig, RoutingConfig
 from jvitmoe.errors import UserError
 from jvitmoe.runs import files, groups, page, results
@@ -157,7 +157,7 @@ def test_runs_that_may_not_be_averaged_are_apart_and_a_named_group_of_them_is_re
     faults = {
         make_run("a_1", train__log_every=7): "are both of seed 0; leave one out",
         make_run("a_2", models=("merged",), train__seed=1): "tested as different models",
-        make_run("a_3", train__seed=1, step=1): "tested at steps 2 and 1; run jvitmoe.evaluate",
+        make_run("a_3", train__seed=1, step=1): "tested at steps 2 and 1; run jvitmoe evaluate",
         make_run("more/a_0", optim__learning_rate=0.5, train__seed=1): "differ in optim.learning_rate (0.001 and 0.5)",
         dogs: "trained on other images or classes",
     }

@@ -17,8 +17,8 @@ from jvitmoe.models import routers, vit
 from jvitmoe.routing import Pass
 from jvitmoe.runtime.addresses import Purpose, address
 from jvitmoe.runtime.devices import make_mesh
-from jvitmoe.training import losses, step, update
-from jvitmoe.training.state import StepPlan, make_state
+from jvitmoe.training import build, losses, step, update
+from jvitmoe.training.state import make_state
 
 pytestmark = pytest.mark.slow
 
@@ -26,13 +26,13 @@ pytestmark = pytest.mark.slow
 def test_with_sample_the_loss_is_that_of_each_expert_on_its_images(tiny_config, training):
     run = training(tiny_config(routing={"experts": 4, "kind": "sample"})).run(3)
     for number in range(3):
-        (route_E,) = run.routing.draw(jax.random.key(run.config.train.seed), jnp.int32(number))
-        index_B = np.asarray(run.order.epoch(0))[number]
+        (route_E,) = run.plan.routing.draw(run.plan.root, jnp.int32(number))
+        index_B = np.asarray(run.plan.order.epoch(0))[number]
         x, labels_B = augment.normalize(run.images.rows(index_B)[0]), run.images.labels_N[index_B]
         wanted = []
         for slot in range(4):
             path = merge.take_path(run.history[number].params, route_E[slot])
-            logits = vit.logits(run.model.plain(), path, x[slot::4])
+            logits = vit.logits(run.plan.model.plain(), path, x[slot::4])
             wanted.append(optax.softmax_cross_entropy_with_integer_labels(logits, labels_B[slot::4]))
         np.testing.assert_allclose(run.metrics[number].loss, np.mean(wanted), rtol=1e-5)
 
@@ -81,13 +81,12 @@ def test_experts_and_the_mlps_of_a_dense_model_move_by_their_own_learning_rate(t
 
 
 def make_plan(config, steps_per_epoch=1):
-    way = routing.find(config)
-    return StepPlan(config, way, way.model(), make_mesh(config.train), steps_per_epoch)
+    return build.plan_for(config, make_mesh(config.train), steps_per_epoch * config.train.batch_size)
 
 
 def test_experts_are_pulled_by_their_share_after_every_nth_step(tiny_config):
     plan = make_plan(tiny_config(routing={"experts": 4, "pull": 0.2, "pull_every": 3}))
-    before = make_state(plan.config, plan.routing, plan.mesh)
+    before = make_state(plan)
     finish = jax.jit(functools.partial(update.finish, plan))
     for done in range(7):
         after = finish(before._replace(step=jnp.int32(done)))
@@ -158,18 +157,18 @@ def test_cosub_equals_its_formula():
 def test_two_passes_touch_exactly_their_two_experts_and_have_the_loss_of_both(tiny_config, training):
     routed = {"experts": 4, "kind": "layer", "consistency": 1.0, "consistency_loss": "thor"}
     run = training(tiny_config(routing=routed)).run(3)
-    root = jax.random.key(run.config.train.seed)
+    root = run.plan.root
     for number, (before, after) in enumerate(zip(run.history[:-1], run.history[1:], strict=True)):
-        ran = np.stack(run.routing.draw(root, jnp.int32(number)), axis=1)
+        ran = np.stack(run.plan.routing.draw(root, jnp.int32(number)), axis=1)
         up_before, up_after = before.params["blocks"]["mlp"]["up"], after.params["blocks"]["mlp"]["up"]
         for layer in range(2):
             for expert in range(4):
                 same = up_before[layer, expert].tobytes() == up_after[layer, expert].tobytes()
                 assert same == (expert not in ran[layer])
-    index_B = np.asarray(run.order.epoch(0))[0]
+    index_B = np.asarray(run.plan.order.epoch(0))[0]
     x, labels_B = augment.normalize(run.images.rows(index_B)[0]), run.images.labels_N[index_B]
-    routes = run.routing.draw(root, jnp.int32(0))
-    p, q = (vit.logits(run.model, merge.take_path(run.history[0].params, route_L), x) for route_L in routes)
+    routes = run.plan.routing.draw(root, jnp.int32(0))
+    p, q = (vit.logits(run.plan.model, merge.take_path(run.history[0].params, route_L), x) for route_L in routes)
     ce = [optax.softmax_cross_entropy_with_integer_labels(logits, labels_B).mean() for logits in (p, q)]
     np.testing.assert_allclose(run.metrics[0].loss, sum(ce) + losses.consistency(p, q, False), rtol=1e-5)
 
@@ -179,15 +178,14 @@ def test_two_passes_give_the_gradients_of_the_whole_stack(tiny_config, training,
     """The step on two picked experts moves the trunk as plain differentiation through all experts says."""
     routed = {"experts": 3, "kind": kind, "consistency": 2.0, "consistency_loss": form}
     run = training(tiny_config(routing=routed, train={"devices": 2, "batch_size": 12})).run(1)
-    before, config = run.history[0], run.config
-    root = jax.random.key(config.train.seed)
-    index_B = np.asarray(run.order.epoch(0))[0]
-    expert_PB = [np.broadcast_to(route, 3)[np.arange(12) % 3] for route in run.routing.draw(root, jnp.int32(0))]
+    before, root = run.history[0], run.plan.root
+    index_B = np.asarray(run.plan.order.epoch(0))[0]
+    expert_PB = [np.broadcast_to(route, 3)[np.arange(12) % 3] for route in run.plan.routing.draw(root, jnp.int32(0))]
     x = augment.normalize(np.asarray(run.images.rows(index_B)[0]))
     labels_B = np.asarray(run.images.labels_N)[index_B]
 
     def loss_fn(params):
-        every_EBC = jnp.stack([vit.logits(run.model, merge.take_path(params, jnp.int32(e)), x) for e in range(3)])
+        every_EBC = jnp.stack([vit.logits(run.plan.model, merge.take_path(params, jnp.int32(e)), x) for e in range(3)])
         p, q = (every_EBC[expert_B, np.arange(12)] for expert_B in expert_PB)
         ce = [optax.softmax_cross_entropy_with_integer_labels(logits, labels_B).mean() for logits in (p, q)]
         return (sum(ce) if form == "thor" else ce[0]) + 2.0 * losses.consistency(p, q, form == "adamix")
@@ -205,15 +203,14 @@ def test_a_dense_model_s_two_passes_differ_in_what_they_drop(tiny_config, traini
     routed = {"consistency": weight, "consistency_loss": form}
     made = [tiny_config(model=drops, routing=routed, optim={"eps": 1e-3}, train={"devices": n}) for n in (1, 2)]
     runs = [training(config).run(2) for config in made]
-    before, config = runs[0].history[0], runs[0].config
-    index_B = np.asarray(runs[0].order.epoch(0))[0]
-    batch = config.train.batch_size
-    key = address(jax.random.key(config.train.seed), Purpose.DROPOUT, 0)
+    before, plan = runs[0].history[0], runs[0].plan
+    index_B = np.asarray(plan.order.epoch(0))[0]
+    batch, key = plan.train.batch_size, address(plan.root, Purpose.DROPOUT, 0)
     x = augment.normalize(np.asarray(runs[0].images.rows(index_B)[0]))
     labels_B = np.asarray(runs[0].images.labels_N)[index_B]
     numbers = (np.arange(batch), np.arange(batch) + batch)
     keys = [jax.vmap(jax.random.fold_in, (None, 0))(key, number_B) for number_B in numbers]
-    p, q = (vit.logits(runs[0].model, before.params, x, keys_B) for keys_B in keys)
+    p, q = (vit.logits(plan.model, before.params, x, keys_B) for keys_B in keys)
     assert jnp.abs(p - q).max() > 1e-3
     wanted = sum(optax.softmax_cross_entropy_with_integer_labels(logits, labels_B).mean() for logits in (p, q))
     if form == "thor":

@@ -6,7 +6,7 @@ import optax
 import pytest
 
 from jvitmoe import routing
-from jvitmoe.config import Config, OptimConfig
+from jvitmoe.config import OptimConfig
 from jvitmoe.data import augment
 from jvitmoe.experts import merge, trees
 from jvitmoe.models import vit
@@ -32,7 +32,7 @@ def layer(tiny_config):
 
 @pytest.mark.parametrize("name", optimizer.OPTIMIZERS)
 def test_an_experts_state_is_that_of_a_dense_optimiser_that_saw_only_its_steps(params, layer, name):
-    tx = optimizer.direction(Config(optim=OptimConfig(name=name, weight_decay=0.1, eps=1e-3)))
+    tx = optimizer.find(OptimConfig(name=name, weight_decay=0.1, eps=1e-3))
     marks = trees.stacked(params)
     now = state.create(params, tx)
     rng = np.random.default_rng(0)
@@ -71,7 +71,7 @@ def test_an_experts_state_is_that_of_a_dense_optimiser_that_saw_only_its_steps(p
 
 
 def test_the_active_slice_is_the_dense_models_tree(params, layer, tiny_config):
-    tx = optimizer.direction(Config())
+    tx = optimizer.find(OptimConfig())
     dense = jax.eval_shape(lambda: vit.init(vit.build(tiny_config().model), jax.random.key(0)))
     active = state.take(layer, state.create(params, tx), (jnp.array([3, 1]),))
     chex.assert_trees_all_equal_shapes_and_dtypes(active.params, dense)
@@ -85,14 +85,14 @@ def test_a_dense_model_has_no_expert_state(tiny_config):
         lambda x: jnp.zeros(x.shape),
         jax.eval_shape(lambda: vit.init(vit.build(tiny_config().model), jax.random.key(0))),
     )
-    assert state.create(dense, optimizer.direction(Config())).opt_state.experts is None
+    assert state.create(dense, optimizer.find(OptimConfig())).opt_state.experts is None
 
 
 @pytest.mark.slow
 def test_one_expert_trains_as_plain_optax_on_the_dense_model(tiny_config, training):
     config = tiny_config(optim={"name": "adamw", "weight_decay": 0.1, "eps": 1e-3, "learning_rate": 1e-2})
     run = training(config).run(4)
-    optax_schedule = optimizer.schedule(config, run.order.steps_per_epoch)
+    optax_schedule = run.plan.optimizer.schedule(run.plan.steps_per_epoch)
     mask = lambda tree: jax.tree.map_with_path(lambda path, _: path[-1].key in ("kernel", "up", "down"), tree)  # noqa: E731
     tx = optax.adamw(optax_schedule, eps=1e-3, weight_decay=0.1, mask=mask)
     params = run.history[0].params
@@ -101,15 +101,15 @@ def test_one_expert_trains_as_plain_optax_on_the_dense_model(tiny_config, traini
     @jax.jit
     def plain_step(params, opt_state, images, labels):
         def loss_fn(params):
-            logits = run.model.apply({"params": params}, augment.normalize(images))
+            logits = run.plan.model.apply({"params": params}, augment.normalize(images))
             return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
         updates, opt_state = tx.update(jax.grad(loss_fn)(params), opt_state, params)
         return optax.apply_updates(params, updates), opt_state
 
-    per_epoch = run.order.steps_per_epoch
+    per_epoch = run.plan.steps_per_epoch
     for step in range(4):
-        index_B = np.asarray(run.order.epoch(step // per_epoch))[step % per_epoch]
+        index_B = np.asarray(run.plan.order.epoch(step // per_epoch))[step % per_epoch]
         params, opt_state = plain_step(
             params, opt_state, np.asarray(run.images.rows(index_B)[0]), np.asarray(run.images.labels_N)[index_B]
         )
@@ -125,7 +125,7 @@ def test_one_expert_trains_as_plain_optax_on_the_dense_model(tiny_config, traini
 def test_with_a_pattern_an_experts_count_of_steps_is_taken_and_put_with_its_parameters(tiny_config, pattern):
     config = tiny_config(model={"depth": 6}, routing={"experts": E, "kind": "layer", "pattern": pattern})
     way = routing.find(config)
-    made = jax.jit(lambda: state.create(way.init(jax.random.key(0)), optimizer.direction(config)))()
+    made = jax.jit(lambda: state.create(way.init(jax.random.key(0)), optimizer.find(config.optim)))()
     groups = 6 // len(pattern)
 
     def numbered(tree):

@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 import re
 
@@ -9,17 +10,16 @@ import optax
 import pytest
 from jax.sharding import NamedSharding
 
-from jvitmoe import routing
 from jvitmoe.config import TrainConfig
-from jvitmoe.data import augment, batches
+from jvitmoe.data import augment
 from jvitmoe.errors import ConfigError
-from jvitmoe.experts import merge, trees
+from jvitmoe.experts import cost, merge, trees
 from jvitmoe.models import vit
 from jvitmoe.runtime.addresses import Purpose, address
 from jvitmoe.runtime.devices import REPLICATED, describe, make_mesh
 from jvitmoe.runtime.programs import for_reading, reduced_bytes
-from jvitmoe.training import optimizer, setup, state, step, update
-from jvitmoe.training.state import StepPlan, TrainState
+from jvitmoe.training import build, state, step, update
+from jvitmoe.training.state import TrainState
 
 KINDS = pytest.mark.parametrize("kind", ["batch", "layer"])
 E, L, B = 4, 2, 24
@@ -70,7 +70,7 @@ def test_every_device_holds_the_same_bits(full_run, kind):
 
 def route_of(run, number):
     """Returns route_L of this step."""
-    (route,) = run.routing.draw(jax.random.key(run.config.train.seed), jnp.int32(number))
+    (route,) = run.plan.routing.draw(run.plan.root, jnp.int32(number))
     return np.broadcast_to(route, L)
 
 
@@ -84,7 +84,7 @@ def expert_leaves(tree: TrainState):
 @KINDS
 def test_idle_experts_stay_bit_identical(full_run, kind):
     run = full_run(kind, MANY[kind])
-    assert run.config.optim.weight_decay > 0
+    assert run.plan.optimizer.settings.weight_decay > 0
     ran = set()
     for number, (before, after) in enumerate(zip(run.history[:-1], run.history[1:], strict=True)):
         route_L = route_of(run, number)
@@ -114,13 +114,13 @@ def test_every_expert_counts_its_own_steps_and_the_trunk_all(full_run, kind):
 @pytest.mark.parametrize("number", [0, 3])
 def test_gradients_on_3_devices_are_those_of_plain_grad_over_the_whole_batch(full_run, number):
     run = full_run("layer", 3)
-    config, before, after = run.config, run.history[number], run.history[number + 1]
-    root, slot_B = jax.random.key(config.train.seed), jnp.arange(config.train.batch_size)
+    before, after = run.history[number : number + 2]
+    root, slot_B = run.plan.root, jnp.arange(run.plan.train.batch_size)
 
     def keys_of(purpose):
         return jax.vmap(jax.random.fold_in, (None, 0))(address(root, purpose, number), slot_B)
 
-    index_B = np.asarray(run.order.epoch(number // run.order.steps_per_epoch))[number % run.order.steps_per_epoch]
+    index_B = np.asarray(run.plan.order.epoch(number // run.plan.steps_per_epoch))[number % run.plan.steps_per_epoch]
     images = np.asarray(run.images.rows(index_B)[0])
     labels = np.asarray(run.images.labels_N)[index_B]
     route_L = jnp.asarray(route_of(run, number))
@@ -131,10 +131,10 @@ def test_gradients_on_3_devices_are_those_of_plain_grad_over_the_whole_batch(ful
             targets = 0.9 * jax.nn.one_hot(labels, 3) + 0.1 / 3
             key = address(root, Purpose.AUGMENT, number, B)
             batch = augment.Batch(keys_of(Purpose.AUGMENT), key, augment.reversed_rows)
-            x, targets = augment.augment(config.data, batch, images, targets)
+            x, targets = augment.augment(run.plan.data, batch, images, targets)
             x = augment.normalize(x)
             log_p = jax.nn.log_softmax(
-                vit.logits(run.model, merge.take_path(params, route_L), x, keys_of(Purpose.DROPOUT))
+                vit.logits(run.plan.model, merge.take_path(params, route_L), x, keys_of(Purpose.DROPOUT))
             )
             return -(targets * log_p).sum(-1).mean()
 
@@ -145,12 +145,13 @@ def test_gradients_on_3_devices_are_those_of_plain_grad_over_the_whole_batch(ful
     norm = optax.tree.norm(grads)
     np.testing.assert_allclose(run.metrics[number].loss, loss, rtol=1e-6)
     np.testing.assert_allclose(run.metrics[number].grad_norm, norm, rtol=1e-5)
-    assert norm > config.optim.clip_norm
+    clip_norm = run.plan.optimizer.settings.clip_norm
+    assert norm > clip_norm
     if number:
         return
-    moments = state.take(run.routing, after, (route_L,)).opt_state
+    moments = state.take(run.plan.routing, after, (route_L,)).opt_state
     mu = trees.join(optax.tree.get(moments.trunk, "mu"), optax.tree.get(moments.experts, "mu"))
-    scale = (1 - 0.9) * config.optim.clip_norm / norm
+    scale = (1 - 0.9) * clip_norm / norm
     wanted = jax.tree.map(lambda g: g * scale, merge.take_path(grads, route_L))
     chex.assert_trees_all_close(mu, wanted, rtol=1e-4, atol=1e-8)
 
@@ -164,18 +165,16 @@ def test_another_seed_is_another_start_and_another_order(tiny_config):
     starts, orders = set(), set()
     for seed in (0, 1):
         config = tiny_config(model={"classes": 10}, train={"seed": seed})
-        mesh = make_mesh(config.train)
-        way = routing.find(config)
-        params = state.make_state(config, way, mesh).params
-        starts.add(np.asarray(params["head"]["logits"]["kernel"]).tobytes())
-        orders.add(np.asarray(setup.load_data(config, way, mesh, setup.browse(config)).order.epoch(0)).tobytes())
+        plan = build.build(config, build.choose(config)).plan
+        starts.add(np.asarray(state.make_state(plan).params["head"]["logits"]["kernel"]).tobytes())
+        orders.add(np.asarray(plan.order.epoch(0)).tobytes())
     assert len(starts) == len(orders) == 2
 
 
 @KINDS
 def test_metrics_are_scalars_and_the_rate_is_that_of_the_schedule(full_run, kind):
     run = full_run(kind, MANY[kind])
-    learning_rate = optimizer.schedule(run.config, run.order.steps_per_epoch)
+    learning_rate = run.plan.optimizer.schedule(run.plan.steps_per_epoch)
     for number, metrics in enumerate(run.metrics):
         assert metrics.router is None
         for value in (metrics.loss, metrics.accuracy, metrics.grad_norm, metrics.learning_rate):
@@ -188,10 +187,10 @@ def test_metrics_are_scalars_and_the_rate_is_that_of_the_schedule(full_run, kind
 @KINDS
 def test_a_step_is_a_pure_function_of_seed_and_step(full_run, kind):
     run = full_run(kind, MANY[kind])
-    sharding = NamedSharding(run.mesh, REPLICATED)
+    sharding = NamedSharding(run.plan.mesh, REPLICATED)
     again = jax.device_put(run.history[2], sharding)
     for number in range(2, 5):
-        index_SB = run.order.epoch(number // run.order.steps_per_epoch)
+        index_SB = run.plan.order.epoch(number // run.plan.steps_per_epoch)
         again, metrics = jax.block_until_ready(run.step(again, run.images, index_SB))
         chex.assert_trees_all_equal(metrics, run.metrics[number])
     chex.assert_trees_all_equal(again, run.history[-1])
@@ -211,15 +210,15 @@ def test_ema_is_the_running_mean_of_the_merged_tree_and_early_steps_count_more(f
 
 def test_the_step_donates_the_state_and_not_the_images(full_run):
     run = full_run("batch", 8)
-    given = jax.device_put(run.history[0], NamedSharding(run.mesh, REPLICATED))
-    index_SB = run.order.epoch(0)
+    given = jax.device_put(run.history[0], NamedSharding(run.plan.mesh, REPLICATED))
+    index_SB = run.plan.order.epoch(0)
     jax.block_until_ready(run.step(given, run.images, index_SB))
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(given))
     assert not any(leaf.is_deleted() for leaf in (*jax.tree.leaves(run.images), index_SB))
 
 
 @pytest.fixture(scope="module")
-def compiled(tiny_config, tiny_split):
+def compiled(tiny_config):
     """Returns {experts: the step on 4 devices, compiled}, of a model whose matrix products outweigh the rest."""
     programs = {}
     for experts in (1, 4):
@@ -228,19 +227,12 @@ def compiled(tiny_config, tiny_split):
             routing={"experts": experts, "kind": "layer" if experts > 1 else "batch"},
             train={"devices": 4, "batch_size": 16},
         )
-        mesh = make_mesh(config.train)
-        way = routing.find(config)
-        model = way.model().clone(unroll=2)  # because XLA counts the body of a loop once
-        images = batches.on_devices(tiny_split, mesh)
-        order = batches.TrainOrder(len(tiny_split), 16, jax.random.key(0), mesh)
-        train_step = step.make_train_step(StepPlan(config, way, model, mesh, order.steps_per_epoch))
-        given = state.abstract_state(config, way, mesh)
-        programs[experts] = for_reading(train_step.lower(given, images, order.epoch(0)))
-        counted = update.bytes_reduced(StepPlan(config, way, model, mesh, order.steps_per_epoch))
-        programs[f"bytes of {experts}"] = counted(1)
-        programs[f"active of {experts}"] = sum(
-            x.size for x in jax.tree.leaves(jax.eval_shape(merge.average_experts, given.params))
-        )
+        plan = build.plan_for(config, make_mesh(config.train), 26)
+        # Unrolled, because XLA counts the body of a loop once.
+        programs[experts] = for_reading(step.lower(dataclasses.replace(plan, model=plan.model.clone(unroll=2)), 26))
+        programs[f"bytes of {experts}"] = update.bytes_reduced(plan)(1)
+        merged = jax.eval_shape(merge.average_experts, plan.routing.shapes())
+        programs[f"active of {experts}"] = cost.tree_size(merged)
     return programs
 
 
@@ -291,9 +283,9 @@ def test_the_loss_falls_on_what_can_be_learned(learned):
 
 def test_the_abstract_state_is_the_state(full_run):
     run = full_run("batch", 8)
-    abstract = state.abstract_state(run.config, run.routing, run.mesh)
+    abstract = state.abstract_state(run.plan)
     chex.assert_trees_all_equal_shapes_and_dtypes(abstract, run.state)
-    assert all(x.sharding == NamedSharding(run.mesh, REPLICATED) for x in jax.tree.leaves(abstract))
+    assert all(x.sharding == NamedSharding(run.plan.mesh, REPLICATED) for x in jax.tree.leaves(abstract))
 
 
 def test_0_devices_are_all_of_them():

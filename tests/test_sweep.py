@@ -26,7 +26,8 @@ from scipy import stats
 
 import processes
 from jvitmoe import config as config_lib
-from jvitmoe import evaluate, experiment_files, routing, train
+from jvitmoe import experiments, routing
+from jvitmoe.commands import evaluate, train
 from jvitmoe.errors import UserError
 from jvitmoe.experts import cost
 from jvitmoe.runs import files
@@ -150,7 +151,7 @@ def test_a_dry_run_of_the_original_s_table_prints_the_commands_of_its_experiment
     for line, (seed, name) in zip(own, itertools.product(range(3), names), strict=True):
         python, m, module, *argv = shlex.split(line)
         assert (python, m, module) == ("python", "-m", "jvitmoe.train")
-        expected = experiment_files.load(f"cifar10_{name}")
+        expected = experiments.load(f"cifar10_{name}")
         expected.train.seed, expected.data.dir = seed, "D"
         assert sweep.config_of(argv) == expected
     assert not list(tmp_path.iterdir())

@@ -162,7 +162,7 @@ def test_trackers_that_hang_delay_a_stopped_run_by_one_short_wait_together(tmp_p
 WAITS_AT_EXIT = """
 import atexit, sys, threading, time
 from pathlib import Path
-from jvitmoe import cli, train
+from jvitmoe.commands import cli, train
 from jvitmoe.runs import trackers
 from jvitmoe.runs.metrics_log import MetricsLog
 from jvitmoe.training import launch

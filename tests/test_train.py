@@ -14,7 +14,8 @@ from PIL import Image
 
 import jvitmoe
 import processes
-from jvitmoe import evaluate, export, predict, routing, train
+from jvitmoe import rules
+from jvitmoe.commands import evaluate, export, predict, train
 from jvitmoe.data import datasets
 from jvitmoe.evaluation import models
 from jvitmoe.experts import merge
@@ -22,7 +23,7 @@ from jvitmoe.interop import pretrained
 from jvitmoe.runs import metrics_log
 from jvitmoe.runs.checkpoints import Checkpoints
 from jvitmoe.runtime.devices import make_mesh
-from jvitmoe.training import loop, program, update
+from jvitmoe.training import build, loop, update
 from jvitmoe.training.state import make_state
 from processes import call, refused, succeed, wait_for_step
 from run_folders import (
@@ -205,7 +206,7 @@ def test_evaluate_needs_only_the_folder_and_any_devices_and_training_again_tells
         "1,337 train, 100 validation, 360 test",
         f"steps       {STEPS}",
         f"resuming    from step {STEPS}",
-        "the run was trained and tested before; jvitmoe.evaluate tests it again",
+        "the run was trained and tested before; jvitmoe evaluate tests it again",
         *("active", "total", "merged", "expert 0", "expert 1", "expert 2", "3 random paths"),
     ):
         assert wanted in out
@@ -327,14 +328,14 @@ def test_upcycling_starts_from_the_dense_models_own_predictions_and_resumes_with
 ):
     config = saved_config(uninterrupted)
     config.init.source, config.routing.experts = str(uninterrupted), 4
-    mesh = make_mesh(config.validate().train)
+    mesh = make_mesh(config.train)
     dense, told = pretrained.start(config)
     assert "(run): " in told[0]
-    state = make_state(config, routing.find(config), mesh, dense)
+    state = make_state(build.plan_for(rules.check(config), mesh, 1337), dense)
     for route in ([3, 1], [0, 2]):
         chex.assert_trees_all_equal(merge.take_path(state.params, jax.numpy.array(route)), dense)
     config.routing.kind, config.routing.part = "sample", "model"
-    copies = make_state(config, routing.find(config), mesh, dense).params
+    copies = make_state(build.plan_for(config, mesh, 1337), dense).params
     chex.assert_trees_all_equal(merge.take_path(copies, jax.numpy.array([3, 3])), dense)
     source = shutil.copytree(uninterrupted, tmp_path / "source")
     settings = f"--config.init.source={source}", "--config.train.epochs=1"
@@ -357,7 +358,7 @@ def test_whole_models_on_an_expert_axis_with_an_ema_train_resume_and_are_exporte
     arguments += tuple(f"--config.{setting}" for setting in LOCAL)
     trained_and_resumed(experiment, workdir, *arguments)
     config = saved_config(workdir)
-    counted = update.bytes_reduced(program.plan_for(config, make_mesh(config.train), 1337))
+    counted = update.bytes_reduced(build.plan_for(config, make_mesh(config.train), 1337))
     logged = {line["step"]: line["reduced_bytes"] for line in history(workdir) if line["kind"] == "train"}
     assert logged == {step: counted(step) for step in range(2, 11, 2)}
     trained = {row["model"]: row["accuracy"] for row in rows(workdir)}

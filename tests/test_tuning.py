@@ -16,13 +16,13 @@ import pytest
 
 import jvitmoe
 from jvitmoe import config as config_lib
-from jvitmoe import routing
+from jvitmoe import routing, rules
 from jvitmoe.config import Config
 from jvitmoe.experts import merge, trees
 from jvitmoe.interop import load
 from jvitmoe.models import mlp, vit
 from jvitmoe.runtime import devices, signals
-from jvitmoe.training import loop, optimizer
+from jvitmoe.training import build, loop
 from jvitmoe.training.state import TrainState, make_state
 from run_folders import assert_same_run, lose_newest, saved
 
@@ -47,13 +47,13 @@ def start(request, tiny_config):
         model=KINDS[request.param], routing={"experts": E, "kind": "layer"}, init={"source": "somewhere"}
     )
     source = jax.jit(functools.partial(vit.init, vit.build(untuned(config))))(jax.random.key(7))
-    way = routing.find(config)
-    model, state = way.model(), make_state(config, way, devices.make_mesh(config.train), source)
+    plan = build.plan_for(config, devices.make_mesh(config.train), config.train.batch_size)
+    model, state = plan.model, make_state(plan, source)
 
     @jax.jit
     def logits(params, images, route_L):
         trunk, experts = trees.split(params, trees.stacked(params))
-        return vit.logits(model, trees.join(trunk, way.take(experts, (route_L,))), images)
+        return vit.logits(model, trees.join(trunk, plan.routing.take(experts, (route_L,))), images)
 
     return Start(config, source, model, state, logits, jax.jit(functools.partial(vit.logits, model.plain())))
 
@@ -143,9 +143,9 @@ def test_training_moves_what_is_tuned_and_the_head_and_not_one_bit_more(tiny_con
             moved.add((path[0].key, path[-1].key))
     tuned = {("blocks", name) for name in (*mlp.LORA, *mlp.ADAPTER)}
     assert moved == tuned | {("head", "kernel"), ("head", "bias")}
-    wanted = jax.eval_shape(lambda: vit.init(run.model.plain(), jax.random.key(0)))
+    wanted = jax.eval_shape(lambda: vit.init(run.plan.model.plain(), jax.random.key(0)))
     chex.assert_trees_all_equal_shapes(after.ema, wanted)
-    chex.assert_trees_all_equal_shapes(merge.dense_tree(config, after.params), wanted)
+    chex.assert_trees_all_equal_shapes(merge.dense_tree(after.params), wanted)
 
 
 def test_the_trained_parameters_are_counted_and_only_they_have_moments(start):
@@ -154,27 +154,28 @@ def test_the_trained_parameters_are_counted_and_only_they_have_moments(start):
     lora = 2 * (d + f) * 2 if config.model.lora else 0
     adapter = (3 * (2 * d + 1) + d) if config.model.adapter else 0
     moving = E * layers * (lora + adapter) + classes * (d + 1)
-    assert optimizer.count_trained(config, start.state.params) == moving
+    assert build.choose(config)[1].count_trained(start.state.params) == moving
     floats = [leaf for leaf in jax.tree.leaves(start.state.opt_state) if leaf.dtype == jnp.float32]
     assert sum(leaf.size for leaf in floats) == 2 * moving
-    assert optimizer.frozen(dataclasses.replace(config, model=config.model.plain())) is None
+    plain, updates = build.choose(dataclasses.replace(config, model=config.model.plain()))
+    assert updates.count_trained(plain.shapes()) == plain.count_parameters()[1]
 
 
 def test_the_gradient_norm_is_of_what_is_trained(tiny_config, training):
     config = tiny_config(model={"lora": 2}, routing={"experts": 2}, init={"source": "x"})
     run = training(config).run(1)
-    images = run.images.rows(run.order.epoch(0)[0])[0] / 127.5 - 1.0
-    labels = run.images.labels_N[run.order.epoch(0)[0]]
+    images = run.images.rows(run.plan.order.epoch(0)[0])[0] / 127.5 - 1.0
+    labels = run.images.labels_N[run.plan.order.epoch(0)[0]]
 
     @jax.jit
     @jax.grad
     def gradient(tree):
         log_p = jax.nn.log_softmax(
-            vit.logits(run.model.plain(), merge.take_path(tree, jnp.full(2, route_1[0])), images)
+            vit.logits(run.plan.model.plain(), merge.take_path(tree, jnp.full(2, route_1[0])), images)
         )
         return -jnp.take_along_axis(log_p, labels[:, None], 1).mean()
 
-    (route_1,) = run.routing.draw(jax.random.key(run.config.train.seed), jnp.int32(0))
+    (route_1,) = run.plan.routing.draw(run.plan.root, jnp.int32(0))
     grads = jax.tree.leaves_with_path(gradient(run.history[0].params))
     trained = [leaf for path, leaf in grads if path[0].key == "head" or path[-1].key in mlp.LORA]
     np.testing.assert_allclose(run.metrics[0].grad_norm, optax.tree.norm(trained), rtol=1e-5)
@@ -188,15 +189,15 @@ def test_a_run_tunes_prints_resumes_without_its_source_and_ships_a_plain_vit(exp
     config.model.lora, config.model.adapter = 2, 3
     config.init.source, config.routing.consistency = str(source), 0.1
     config.train.epochs, config.train.checkpoint_every = 1, 2
-    config.validate()
+    chosen = way, updates = build.choose(rules.check(config))
 
     def run():
         with contextlib.ExitStack() as held:
-            loop.train(config, tmp_path / "run", held.enter_context(signals.Stop()), held)
+            loop.fit(build.build(config, chosen), tmp_path / "run", held.enter_context(signals.Stop()), held)
 
     run()
     out = capsys.readouterr().out
-    assert f"trained     {optimizer.count_trained(config, routing.find(config).shapes()):,} of" in out
+    assert f"trained     {updates.count_trained(way.shapes()):,} of" in out
     assert "(run): " in out
     shutil.rmtree(source)
     whole = shutil.copytree(tmp_path / "run", tmp_path / "whole")

@@ -18,7 +18,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from jvitmoe.config import Config
+from jvitmoe.config import DataConfig, ModelConfig, TrainConfig
 from jvitmoe.data.batches import Batches, Images, TrainOrder, eval_batches, on_devices
 from jvitmoe.data.images import DataError, opened
 from jvitmoe.data.splits import GROUP, Records, Split, read_pixels
@@ -53,21 +53,21 @@ class Damaged:
                 raise DataError(f"{found} cannot be read, which is more than {MOST_DAMAGED:.0%}; the last: {error}")
             self._say(f"{found}: {error}")
 
-    def check(self, records: Records, config: Config, checked: Callable[[], object]) -> None:
+    def check(self, records: Records, data: DataConfig, model: ModelConfig, checked: Callable[[], object]) -> None:
         """Adds the files whose headers cannot be read; of other records the headers are inside, and are not read.
         `checked` is called after each GROUP. Raises DataError, also for another size than data.crop=exact allows."""
-        side = config.model.image_size
+        side = model.image_size
 
         def check(start: int) -> None:
             for picture, _ in records.read(records.number_N[start : start + GROUP].tolist()):
                 try:
                     with opened(picture) as image:
-                        is_other = config.data.crop == "exact" and image.size != (side, side)
+                        is_other = data.crop == "exact" and image.size != (side, side)
                 except DataError as error:
                     self.add(picture.name, error)
                 else:
                     if is_other:
-                        read_pixels(picture, config.data, config.model)  # says what to set
+                        read_pixels(picture, data, model)  # says what to set
             checked()
 
         if isinstance(records[0][0].encoded, Path):
@@ -79,7 +79,9 @@ class Damaged:
 def train_batches(
     records: Records,
     order: TrainOrder,
-    config: Config,
+    data: DataConfig,
+    model: ModelConfig,
+    train: TrainConfig,
     mesh: Mesh,
     start: int,
     total: int,
@@ -91,7 +93,7 @@ def train_batches(
     `rows` maps an epoch to row_SB, the rows of each batch in the order of the devices. None: ascending. `damaged`
     counts the pictures that are skipped; None skips none.
     """
-    seed = config.train.seed & 0xFFFFFFFF, config.train.seed >> 32
+    seed = train.seed & 0xFFFFFFFF, train.seed >> 32
 
     def read(step: int, place: int) -> Row:
         epoch, step_of_epoch = divmod(step, order.steps_per_epoch)
@@ -100,7 +102,7 @@ def train_batches(
         while True:
             picture, label = records[index]
             try:
-                return read_pixels(picture, config.data, config.model, (CROP, *seed, step, row)), np.int32(label)
+                return read_pixels(picture, data, model, (CROP, *seed, step, row)), np.int32(label)
             except DataError as error:
                 if damaged is None:
                     raise
@@ -108,22 +110,35 @@ def train_batches(
                 index = (index + 1) % len(records)
 
     sharding = NamedSharding(mesh, BY_DEVICE)
-    return _batches(read, range(start, total), config.train.batch_size, sharding)
+    return _batches(read, range(start, total), train.batch_size, sharding)
 
 
 def eval_images(
-    split: Split | Records, config: Config, mesh: Mesh, damaged: Damaged | None = None
+    split: Split | Records,
+    batch_size: int,
+    data: DataConfig,
+    model: ModelConfig,
+    mesh: Mesh,
+    damaged: Damaged | None = None,
 ) -> "tuple[Images | EvalImages, Batches]":
     """Returns (images, batches) to evaluate a split: whole on the devices, or read from disk batch by batch."""
-    batches = eval_batches(len(split), config.train.images_at_once, mesh)
-    images = on_devices(split, mesh) if isinstance(split, Split) else EvalImages(split, batches, config, mesh, damaged)
-    return images, batches
+    batches = eval_batches(len(split), batch_size, mesh)
+    if isinstance(split, Split):
+        return on_devices(split, mesh), batches
+    return EvalImages(split, batches, data, model, mesh, damaged), batches
 
 
-def read_once(records: Records, config: Config, mesh: Mesh, checked: Callable[[], object]) -> None:
+def read_once(
+    records: Records,
+    batch_size: int,
+    data: DataConfig,
+    model: ModelConfig,
+    mesh: Mesh,
+    checked: Callable[[], object],
+) -> None:
     """Reads this process's part of a split. `checked` is called after each batch. Raises DataError."""
     if len(records):
-        for _ in EvalImages(records, eval_batches(len(records), config.train.images_at_once, mesh), config, mesh):
+        for _ in EvalImages(records, eval_batches(len(records), batch_size, mesh), data, model, mesh):
             checked()
 
 
@@ -135,9 +150,15 @@ class EvalImages(Iterable[Images]):
     """
 
     def __init__(
-        self, records: Records, batches: Batches, config: Config, mesh: Mesh, damaged: Damaged | None = None
+        self,
+        records: Records,
+        batches: Batches,
+        data: DataConfig,
+        model: ModelConfig,
+        mesh: Mesh,
+        damaged: Damaged | None = None,
     ) -> None:
-        self._records, self._config, self._damaged = records, config, damaged
+        self._records, self._data, self._model, self._damaged = records, data, model, damaged
         self._steps, self._batch = batches.index_SB.shape
         self._sharding = NamedSharding(mesh, BY_DEVICE)
 
@@ -145,13 +166,13 @@ class EvalImages(Iterable[Images]):
         return _batches(self._read, range(self._steps), self._batch, self._sharding)
 
     def _read(self, step: int, row: int) -> Row:
-        model, index = self._config.model, step * self._batch + row
+        model, index = self._model, step * self._batch + row
         empty = (model.image_size, model.image_size, model.channels)
         if index >= len(self._records):
             return np.zeros(empty, np.uint8), np.int32(0)
         picture, label = self._records[index]
         try:
-            return read_pixels(picture, self._config.data, model), np.int32(label)
+            return read_pixels(picture, self._data, model), np.int32(label)
         except DataError as error:
             if self._damaged is None:
                 raise

@@ -11,13 +11,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jvitmoe import routing
-from jvitmoe.config import Config
 from jvitmoe.data import augment
 from jvitmoe.data.batches import Batches, Images
 from jvitmoe.evaluation.models import Evaluator, path_routes
 from jvitmoe.experts import merge, trees
 from jvitmoe.models import mlp, vit
+from jvitmoe.routing import Routing
 from jvitmoe.runtime import compilation
 
 SHARES = tuple(i / 8 for i in range(9))
@@ -31,19 +30,18 @@ def evenly_spaced(images: int, most: int = IMAGES) -> np.ndarray:
     return np.linspace(0, images - 1, min(images, most)).astype(int)
 
 
-def measure(config: Config, params: Any, evaluate: Evaluator, split: Images, batches: Batches) -> dict[str, Any]:
+def measure(routing: Routing, params: Any, evaluate: Evaluator, split: Images, batches: Batches) -> dict[str, Any]:
     """Returns the numbers of `weight_geometry`, `layer_gap` and `barrier`, measured on a split."""
-    experts, layers, route_PL = config.routing.experts, config.expert_layers, path_routes(config, 0)
+    experts, layers, route_PL = routing.experts, routing.layers_with_experts, path_routes(routing, 0, paths=0)
 
     def losses(params: Any) -> list[float]:
         return [result.nll for result in evaluate.paths(params, route_PL, experts, split, batches)[0]]
 
-    model = routing.find(config).model()
     return {
         "images": len(split.labels_N),
         "layers": list(layers),
         **weight_geometry(params),
-        "gap": layer_gap(model, experts, params, split, batches, layers, evaluate.normalize),
+        "gap": layer_gap(routing.model(), experts, params, split, batches, layers, evaluate.normalize),
         "barrier": barrier(params, losses),
     }
 

@@ -15,13 +15,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jvitmoe import routing
-from jvitmoe.config import Config, DataConfig
+from jvitmoe.config import DataConfig
 from jvitmoe.data import augment
 from jvitmoe.data.batches import Batches, Images
 from jvitmoe.experts import merge
 from jvitmoe.experts.cost import flops_per_image, tree_size
 from jvitmoe.models import routers, vit
+from jvitmoe.routing import Routing
 from jvitmoe.runs.checkpoints import versions
 from jvitmoe.runs.results import deviation
 from jvitmoe.runtime import compilation, devices
@@ -190,13 +190,13 @@ def _result(sums: Sums, classes: int) -> Result:
     return Result(int(sums.correct) / seen, float(sums.nll) / seen, ece, seen, top5, confusion)
 
 
-def facts(config: Config, step: int, mesh: Mesh) -> dict[str, Any]:
+def facts(routing: Routing, mesh: Mesh, data: str, seed: int, step: int) -> dict[str, Any]:
     """Returns what result.json says of a run and the machine, besides what was measured."""
-    active, total = routing.find(config).count_parameters()
+    active, total = routing.count_parameters()
     return {
-        "data": config.data.name,
+        "data": data,
         "step": step,
-        "seed": config.train.seed,
+        "seed": seed,
         "active_parameters": active,
         "total_parameters": total,
         "hardware": devices.describe(mesh),
@@ -204,15 +204,16 @@ def facts(config: Config, step: int, mesh: Mesh) -> dict[str, Any]:
     }
 
 
-def evaluate_main(config: Config, params: Any, evaluate: Evaluator, split: SplitImages, batches: Batches) -> Result:
+def evaluate_main(params: Any, evaluate: Evaluator, split: SplitImages, batches: Batches) -> Result:
     """Returns the Result of a run's main model: with its router if it has one, otherwise dense or merged."""
     if evaluate.routed:
         return evaluate.routed(params, split, batches)
-    return evaluate(merge.dense_tree(config, params), split, batches)
+    return evaluate(merge.dense_tree(params), split, batches)
 
 
 def evaluate_run(
-    config: Config,
+    routing: Routing,
+    seed: int,
     params: Any,
     ema: Any,
     evaluate: Evaluator,
@@ -229,8 +230,8 @@ def evaluate_run(
     "merged, gated" is the merged model of a learned router with its experts' outputs scaled by gate_L, its mean gate
     in each layer.
     """
-    active, total = routing.find(config).count_parameters()
-    experts, batch = config.routing.experts, batches.index_SB.shape[1]
+    active, total = routing.count_parameters()
+    experts, batch = routing.experts, batches.index_SB.shape[1]
     dense_size = tree_size(jax.eval_shape(merge.average_experts, params))
     cost = {"parameters": dense_size, "flops_per_image": flops_per_image(evaluate.net, batch)}
 
@@ -241,7 +242,7 @@ def evaluate_run(
     if evaluate.routed:
         routed_cost = {"parameters": active, "flops_per_image": flops_per_image(evaluate.routed.net, batch)}
         rows.append(row("routed", evaluate.routed(params, split, batches)) | routed_cost)
-    shipped = evaluate(merge.dense_tree(config, params), split, batches)
+    shipped = evaluate(merge.dense_tree(params), split, batches)
     confusion = {"confusion": shipped.confusion} if shipped.confusion else {}
     rows.append(row("dense" if experts == 1 else "merged", shipped) | confusion)
     if gate_L is not None:
@@ -251,7 +252,7 @@ def evaluate_run(
         rows.append(row("EMA", evaluate(ema, split, batches)))
     if experts == 1:
         return rows
-    results, ensemble = evaluate.paths(params, path_routes(config, paths), experts, split, batches)
+    results, ensemble = evaluate.paths(params, path_routes(routing, seed, paths), experts, split, batches)
     rows += [row(f"expert {e}", result) for e, result in enumerate(results[:experts])]
     if drawn := results[experts:]:
         several = {
@@ -264,10 +265,10 @@ def evaluate_run(
     return [*rows, row("ensemble", ensemble) | ensemble_cost]
 
 
-def path_routes(config: Config, paths: int) -> jax.Array:
+def path_routes(routing: Routing, seed: int, paths: int) -> jax.Array:
     """Returns route_PL of the tested paths: each expert in all layers, then `paths` routes with an expert drawn per
     layer, fixed by the seed."""
-    depth, experts, root = config.model.depth, config.routing.experts, jax.random.key(config.train.seed)
-    paths = 0 if config.routing.part == "model" else paths  # layers of two whole models do not fit together
+    depth, experts, root = routing.model_settings.depth, routing.experts, jax.random.key(seed)
+    paths = 0 if routing.has_whole_models else paths  # layers of two whole models do not fit together
     drawn = [jax.random.randint(address(root, Purpose.PATH, p), (depth,), 0, experts) for p in range(paths)]
     return jnp.stack([*(jnp.full((depth,), e, jnp.int32) for e in range(experts)), *drawn])

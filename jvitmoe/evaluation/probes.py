@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from jvitmoe.config import Config, DataConfig
+from jvitmoe.config import DataConfig
 from jvitmoe.data import augment, stream
 from jvitmoe.data.batches import Batches, Images
 from jvitmoe.data.splits import Dataset
@@ -35,29 +35,38 @@ class Features(NamedTuple):
 
 
 def measure(
-    net: vit.ViT, trees: Mapping[str, Any], data: Dataset, config: Config, mesh: Mesh, shots: int, neighbours: int
+    net: vit.ViT,
+    trees: Mapping[str, Any],
+    found: Dataset,
+    data: DataConfig,
+    batch_size: int,
+    mesh: Mesh,
+    shots: int,
+    neighbours: int,
 ) -> list[dict[str, Any]]:
     """Returns one row per probe and model: its name, the model's, the set's, accuracy on the test split, and images.
 
     Args:
         net: the dense model.
         trees: {name of a model: its parameters}.
-        data: the set, whose images are seen as evaluation sees them. Its whole training split is passed through.
-        config: of the run, with the `data` settings of the set.
+        found: the set, whose images are seen as evaluation sees them. Its whole training split is passed through.
+        data: the settings of the set.
+        batch_size: images at once.
         shots: images per class of `few_shot`, mean over SEEDS with the deviation as accuracy_std; 0 leaves it out.
         neighbours: k of `nearest`; 0 leaves it out.
 
     Raises UserError for more shots or neighbours than there are training images.
     """
-    if neighbours > len(data.train):
-        raise UserError(f"--knn is {neighbours}; it must be at most the {len(data.train)} training images")
-    damaged = stream.Damaged(len(data.train), console.print)
-    splits = [stream.eval_images(data.train, config, mesh, damaged), stream.eval_images(data.test, config, mesh)]
-    extract, names, rows = make_extract(net, config.data), data.class_names, []
+    if neighbours > len(found.train):
+        raise UserError(f"--knn is {neighbours}; it must be at most the {len(found.train)} training images")
+    damaged = stream.Damaged(len(found.train), console.print)
+    settings = batch_size, data, net.config, mesh
+    splits = [stream.eval_images(found.train, *settings, damaged), stream.eval_images(found.test, *settings)]
+    extract, names, rows = make_extract(net, data), found.class_names, []
 
     for model, params in trees.items():
         train, test = (extract(params, *split) for split in splits)
-        about = {"model": model, "data": config.data.name, "test_images": len(test.labels_N)}
+        about = {"model": model, "data": data.name, "test_images": len(test.labels_N)}
         if shots:
             accuracies = [few_shot(train, test, names, shots, seed) for seed in SEEDS]
             numbers = {"accuracy": fmean(accuracies), "accuracy_std": stdev(accuracies)}

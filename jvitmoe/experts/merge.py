@@ -11,7 +11,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jvitmoe.config import Config
 from jvitmoe.experts.trees import EXPERT_AXIS, TUNED, Tree, expert_axis, is_whole, join, of_group, split, stacked, take
 from jvitmoe.models import mlp, vit
 
@@ -41,10 +40,9 @@ def mean(experts: Tree, axis: int) -> Tree:
     return jax.tree.map(lambda leaf: leaf.mean(axis), experts)
 
 
-def dense_tree(config: Config, params: Tree) -> Tree:
-    """Returns the dense tree of a run: the merged model, or the parameters themselves of a dense run."""
-    plain = config.routing.experts == 1 and not config.trains_adapters_only
-    return params if plain else jax.jit(average_experts)(params)
+def dense_tree(params: Tree) -> Tree:
+    """Returns the dense tree of a run: `average_experts`, which of a dense run are its parameters."""
+    return jax.jit(average_experts)(params)
 
 
 def take_path(params: Tree, route_L: jax.Array) -> Tree:

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jvitmoe.config import Config
+from jvitmoe.config import RoutingConfig
 from jvitmoe.models import mlp, vit
 
 Tree = Any
@@ -48,11 +48,11 @@ def one(params: Tree) -> Tree:
     return jax.eval_shape(lambda tree: jax.tree.map(lambda x: x[0], tree), params)
 
 
-def owned(config: Config) -> Callable[[Sequence[Any]], bool]:
+def owned(routing: RoutingConfig, adapters_only: bool) -> Callable[[Sequence[Any]], bool]:
     """Returns a function that is True for the key path of a parameter that each expert has its own copy of: those of
-    `routing.part`, or LoRA and adapters, in the layers that `routing.pattern` marks."""
-    pattern = config.routing.pattern
-    names = (TUNED_PARTS if config.trains_adapters_only else PARTS)[config.routing.part]
+    `routing.part`, of LoRA and adapters if only they are trained, in the layers that `routing.pattern` marks."""
+    pattern = routing.pattern
+    names = (TUNED_PARTS if adapters_only else PARTS)[routing.part]
     return lambda path: path[-1].key in names and pattern[vit.position_in_group(path) or 0] == "experts"
 
 

@@ -19,6 +19,7 @@ import numpy as np
 import safetensors
 
 from jvitmoe import config as config_lib
+from jvitmoe import rules
 from jvitmoe.config import Config, ModelConfig
 from jvitmoe.errors import ConfigError, UserError, one_line
 from jvitmoe.experts import merge
@@ -153,7 +154,7 @@ def _read_run(path: Path, checkpoint: str | int, ema: bool) -> Source:
     saved = Checkpoints(path / files.CHECKPOINTS).read(checkpoint)
     config = config_lib.from_dict(saved.meta["config"])
     if not ema:
-        flat = weight_names.flatten(jax.device_get(merge.dense_tree(config, saved.params)))
+        flat = weight_names.flatten(jax.device_get(merge.dense_tree(saved.params)))
     elif saved.ema is None:
         raise UserError(f"{path} has no EMA; leave --ema out, or train with --config.train.ema=0.999")
     else:
@@ -273,7 +274,7 @@ def _read_ours(path: Path, arrays: weight_names.Arrays, about: dict[str, Any], n
     data: Any = {name: about[name] for name in ("crop", "mean", "std") if name in about}  # older versions wrote none
     config = config_lib.from_dict({"model": about["model"], "data": data | {"stream": True}})
     try:
-        model, data = config.validate().model, config.data
+        model, data = rules.check(config).model, config.data
     except ConfigError as error:
         raise UserError(f"its {CONFIG} has values that no run has: {error}; restore it from a copy") from error
     classes = about.get("classes", [])

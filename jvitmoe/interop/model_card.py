@@ -96,7 +96,7 @@ def _normalised(source: Source) -> str:
 
 def _accuracy(result: Mapping[str, Any], source: Source) -> str:
     if not result.get("rows"):
-        return "Not tested. `python -m jvitmoe.evaluate --workdir …` measures it; export again to have it here."
+        return "Not tested. `python -m jvitmoe evaluate --workdir …` measures it; export again to have it here."
     text = markdown_table(results.result_rows(result))
     text += f"\nTest split, checkpoint at step {result['step']:,}, seed {result['seed']}: one run, no deviation known."
     if result["step"] != source.step:

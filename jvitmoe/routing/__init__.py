@@ -1,5 +1,6 @@
 """How a step uses experts: one class for each way of routing. To add one: a class, and a line in ROUTINGS."""
 
+from jvitmoe import rules
 from jvitmoe.config import Config
 from jvitmoe.errors import ConfigError, did_you_mean
 from jvitmoe.models.routers import ROUTERS
@@ -15,11 +16,12 @@ ROUTINGS: dict[str, type[Routing]] = {"batch": Batch, "layer": Layer, "sample": 
 
 
 def find(config: Config) -> Routing:
-    """Returns the routing of a run. Raises ConfigError for an unknown name, and for a rule of it that is broken."""
+    """Returns the routing of a checked config. Raises ConfigError for an unknown name, and for a rule of its class that
+    is broken."""
     kind, names = config.routing.kind, (*ROUTINGS, *ROUTERS)
     if kind not in names:
         rule = f"it must be one of {', '.join(map(repr, names))}{did_you_mean(kind, names)}"
         raise ConfigError(f"config.routing.kind is {kind!r}; {rule}")
     chosen = ROUTINGS.get(kind, InModel) if config.routing.experts > 1 else Routing
-    config.refuse(chosen.faults(config))
+    rules.refuse(config, rules.of_router(config, ROUTERS[kind]) if chosen is InModel else chosen.faults(config))
     return chosen(config)

@@ -3,7 +3,6 @@
 b the images of one device · C classes · E experts, e the share of one device · L layers
 """
 
-import operator
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -11,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from jvitmoe import rules
 from jvitmoe.config import Config
 from jvitmoe.experts import cost, trees
 from jvitmoe.models import vit
@@ -44,34 +44,26 @@ class Routing:
     untrained = ""  # the key of parameters that the optimiser does not train; "" if there are none
 
     def __init__(self, config: Config) -> None:
-        self.config = config
+        self.settings, self.model_settings = config.routing, config.model
+        self.layers_with_experts = config.expert_layers
+        self.trains_adapters_only = config.trains_adapters_only
+        self._mlp_rate = config.optim.mlp_rate
 
     @classmethod
     def faults(cls, config: Config) -> Iterator[tuple[str, str]]:
-        """Yields (setting, rule) for each rule of this way of routing that the config breaks."""
-        kind = config.routing.kind
-        if config.routing.experts == 1 and kind != "batch":
-            yield "routing.experts", f"must be above 1 for routing.kind={kind}"
-        if config.train.expert_devices > 1:
-            yield "train.expert_devices", f"must be 1 for routing.kind={kind}; experts have devices with 'sample'"
-        yield from cls.router_faults(config)
-
-    @classmethod
-    def router_faults(cls, config: Config) -> Iterator[tuple[str, str]]:
-        """Yields the faults of settings that only a router in the model has."""
-        for path in ("model.expert_hidden", "model.shared_hidden", "routing.balance_bias"):
-            if operator.attrgetter(path)(config):
-                yield path, "must be 0 without a router in the model, such as routing.kind=topk"
+        """Yields (setting, rule) for each rule of this way of routing that the config breaks: here what holds for all.
+        More rules of jvitmoe's own ways are in `rules`."""
+        yield from rules.of_route(config)
 
     @property
     def experts(self) -> int:
         """E."""
-        return self.config.routing.experts
+        return self.settings.experts
 
     @property
     def has_whole_models(self) -> bool:
         """True if each expert is a whole model: E copies of it are trained by themselves."""
-        return self.experts > 1 and self.config.routing.part == "model"
+        return self.experts > 1 and self.settings.part == "model"
 
     @property
     def axis(self) -> int:
@@ -82,7 +74,7 @@ class Routing:
     def passes(self) -> int:
         """Number of forward passes per step. The consistency loss compares two: on two routes if there are several
         experts, and with two draws of dropout and drop_path."""
-        return 2 if self.config.routing.consistency else 1
+        return 2 if self.settings.consistency else 1
 
     @property
     def trained_apart(self) -> int:
@@ -101,9 +93,9 @@ class Routing:
 
     def model(self, mesh: Mesh | None = None) -> vit.ViT:
         """Returns the model for the devices of a mesh, or for a CPU: dense, because an expert is a dense model."""
-        pattern = self.config.routing.pattern if self.experts > 1 else ("experts",)
+        pattern = self.settings.pattern if self.experts > 1 else ("experts",)
         platform, fused = (mesh.devices.flat[0].platform, devices.fuses_attention(mesh)) if mesh else ("cpu", False)
-        return vit.build(self.config.model, platform, pattern, fused)
+        return vit.build(self.model_settings, platform, pattern, fused)
 
     def init(self, key: jax.Array) -> Tree:
         """Returns the parameters at step 0, float32. Experts start as copies of the dense model's draw, or with
@@ -112,12 +104,14 @@ class Routing:
         params = vit.init(model, key)
         if experts == 1:
             return params
-        dense = model.clone(router=None, config=self.config.model.one_expert())
-        if self.config.routing.init == "independent":
+        dense = model.clone(router=None, config=self.model_settings.one_expert())
+        if self.settings.init == "independent":
             copies = jax.vmap(lambda key: vit.init(dense, key))(jax.random.split(key, experts))
         else:
             copies = jax.tree.map(lambda x: jnp.broadcast_to(x, (experts, *x.shape)), vit.init(dense, key))
-        return copies if self.has_whole_models else trees.stack(params, copies, trees.owned(self.config))
+        if self.has_whole_models:
+            return copies
+        return trees.stack(params, copies, trees.owned(self.settings, self.trains_adapters_only))
 
     def shapes(self) -> Tree:
         """Returns the parameters as `jax.ShapeDtypeStruct`; nothing is allocated."""
@@ -173,7 +167,7 @@ class Routing:
     @property
     def needs_keys(self) -> bool:
         """True if `logits` needs `key_b`."""
-        return self.config.model.drops
+        return self.model_settings.drops
 
     def adjust(self, params: Tree, statistics: Statistics | None) -> Tree:
         """Returns the parameters after what a router changes in them by itself, from the statistics of the global
@@ -186,5 +180,5 @@ class Routing:
 
     def rate(self, step: jax.Array) -> jax.Array:
         """Returns what multiplies the learning rate of experts at a step. Of whole models, see
-        `optimizer.layer_scales`."""
-        return jnp.float32(1.0 if self.has_whole_models else self.config.optim.mlp_rate)
+        `Optimizer.scales`."""
+        return jnp.float32(1.0 if self.has_whole_models else self._mlp_rate)

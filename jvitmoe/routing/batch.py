@@ -1,11 +1,8 @@
 """One expert for the whole batch, or one per layer: the step is the dense step on that expert's slice."""
 
-from collections.abc import Iterator
-
 import jax
 import jax.numpy as jnp
 
-from jvitmoe.config import Config
 from jvitmoe.experts import trees
 from jvitmoe.models import vit
 from jvitmoe.models.routers import Statistics
@@ -62,17 +59,9 @@ class Layer(Batch):
 
     meaning = "one is drawn for each batch and layer"
 
-    @classmethod
-    def faults(cls, config: Config) -> Iterator[tuple[str, str]]:
-        yield from super().faults(config)
-        if config.routing.pattern.count("experts") > 1:  # the layers of one optimiser state must have one route
-            yield "routing.pattern", "must have one 'experts', for routing.kind=layer"
-        if config.routing.part == "model":
-            yield "routing.part", "must not be 'model' for routing.kind=layer, which draws an expert in each layer"
-
     @property
     def draws(self) -> int:  # type: ignore[override]
-        return self.config.model.depth
+        return self.model_settings.depth
 
     def expert(self, route: Route) -> Route:
         return route

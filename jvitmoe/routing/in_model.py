@@ -1,6 +1,6 @@
 """A router inside the model chooses the experts of each token."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 from jvitmoe.config import Config
 from jvitmoe.experts import trees
 from jvitmoe.models import routers, vit
-from jvitmoe.models.routers import SELECTION_BIAS, Router, RouterSettings, Statistics
+from jvitmoe.models.routers import SELECTION_BIAS, RouterSettings, Statistics
 from jvitmoe.routing.base import Pass, Routing, Tree
 
 
@@ -22,45 +22,21 @@ class InModel(Routing):
     def __init__(self, config: Config) -> None:
         super().__init__(config)
         self.router = routers.find(config.routing.kind)
+        self._frozen_layers = config.optim.freeze_layers
         self.meaning = "each gets a random share of every image's tokens"
         if self.router.is_tested:
             self.meaning = f"{config.routing.kind} routes the tokens"
 
-    @classmethod
-    def faults(cls, config: Config) -> Iterator[tuple[str, str]]:
-        yield from super().faults(config)
-        routing, router = config.routing, routers.find(config.routing.kind)
-        if router.uses_top_k and routing.top_k > routing.experts:
-            yield "routing.top_k", f"must be at most routing.experts, which is {routing.experts}"
-        if config.train.accumulate > 1 and routing.balance_loss and router.loss is not Router.loss:
-            yield (
-                "train.accumulate",
-                "must be 1 for a router with a balance loss, which needs the whole batch at once",
-            )
-        if routing.consistency:
-            yield "routing.consistency", f"must be 0 for routing.kind={routing.kind}, which is no random route"
-        if routing.part != "mlp" or config.trains_adapters_only:
-            yield "routing.part", f"must be 'mlp', without LoRA and adapters, for routing.kind={routing.kind}"
-        if routing.averages_every_step and router.is_tested:
-            rule = "must be below 1 with a learned router, or all experts would be equal after every step; set it to 0"
-            yield "routing.pull", rule
-
-    @classmethod
-    def router_faults(cls, config: Config) -> Iterator[tuple[str, str]]:
-        routing = config.routing
-        if routing.balance_bias and not routers.find(routing.kind).uses_bias:
-            yield "routing.balance_bias", f"must be 0 for routing.kind={routing.kind}; switch and topk have such a bias"
-
     @property
-    def settings(self) -> RouterSettings:
-        routing = self.config.routing
+    def router_settings(self) -> RouterSettings:
+        routing = self.settings
         top_k = self.router.most_experts(routing.top_k, self.experts)
         capacity = routing.capacity, routing.eval_capacity
         return RouterSettings(routing.kind, self.experts, top_k, *capacity, has_bias=routing.balance_bias > 0)
 
     @property
     def active_experts(self) -> float:
-        return self.router.active_experts(self.settings, self.config.model.tokens)
+        return self.router.active_experts(self.router_settings, self.model_settings.tokens)
 
     @property
     def reduced_experts(self) -> int:
@@ -71,7 +47,7 @@ class InModel(Routing):
         return True  # also without dropout: no keys mean evaluation
 
     def model(self, mesh: Mesh | None = None) -> vit.ViT:
-        return super().model(mesh).clone(router=self.settings)
+        return super().model(mesh).clone(router=self.router_settings)
 
     def logits(
         self, model: vit.ViT, params: Tree, images_bHWc: jax.Array, key_b: jax.Array | None, at: Pass
@@ -81,14 +57,14 @@ class InModel(Routing):
     def adjust(self, params: Tree, statistics: Statistics | None) -> Tree:
         """Moves the bias of each trained expert by `routing.balance_bias`, up below the mean load and down above
         (DeepSeek-V3, arXiv 2412.19437, section 2.1.2; arXiv 2408.15664)."""
-        step = self.config.routing.balance_bias
+        step = self.settings.balance_bias
         if not step:
             return params
         assert statistics is not None
-        layers = jnp.array(self.config.expert_layers)
-        is_trained_X1 = (layers >= self.config.optim.freeze_layers)[:, None]
+        layers = jnp.array(self.layers_with_experts)
+        is_trained_X1 = (layers >= self._frozen_layers)[:, None]
         load_XE = jnp.where(is_trained_X1, statistics.load_E, 1 / self.experts)
-        load_LE = jnp.zeros((self.config.model.depth, self.experts)).at[layers].set(load_XE)
+        load_LE = jnp.zeros((self.model_settings.depth, self.experts)).at[layers].set(load_XE)
 
         def move(path: Sequence[Any], leaf: jax.Array) -> jax.Array:
             if path[-1].key != SELECTION_BIAS:
@@ -99,4 +75,4 @@ class InModel(Routing):
 
     def loss(self, statistics: Statistics | None) -> jax.Array:
         assert statistics is not None
-        return self.config.routing.balance_loss * self.router.loss(statistics)
+        return self.settings.balance_loss * self.router.loss(statistics)

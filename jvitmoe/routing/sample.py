@@ -1,11 +1,8 @@
 """Every expert runs in every step, each on an equal share of the images: `jax.vmap` of the dense model over experts."""
 
-from collections.abc import Iterator
-
 import jax
 import jax.numpy as jnp
 
-from jvitmoe.config import Config
 from jvitmoe.experts import trees
 from jvitmoe.models import vit
 from jvitmoe.models.routers import Statistics
@@ -22,15 +19,6 @@ class Sample(Routing):
     """
 
     meaning = "each gets a random share of every batch's images"
-
-    @classmethod
-    def faults(cls, config: Config) -> Iterator[tuple[str, str]]:
-        yield from cls.router_faults(config)
-        experts, train = config.routing.experts, config.train
-        if train.batch_size % experts:
-            yield "train.batch_size", f"must be a multiple of routing.experts, {experts}, for routing.kind=sample"
-        if train.expert_devices > 1 and (experts % train.expert_devices or config.routing.consistency):
-            yield "train.expert_devices", "must be 1, or divide routing.experts without routing.consistency"
 
     @property
     def slots(self) -> int:  # type: ignore[override]

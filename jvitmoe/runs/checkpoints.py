@@ -27,12 +27,12 @@ from jax.errors import JaxRuntimeError
 from jax.experimental import multihost_utils
 
 from jvitmoe import config as config_lib
-from jvitmoe.config import Config
+from jvitmoe import rules
+from jvitmoe.config import LARGEST, Config
 from jvitmoe.data import datasets
 from jvitmoe.errors import UserError, one_line
 from jvitmoe.runs import files, fingerprint
 from jvitmoe.runtime import devices, memory, processes
-from jvitmoe.settings import LARGEST
 
 META = Path("meta", "metadata")
 DELETED, UNFINISHED = "deleted", ".orbax-checkpoint-tmp"  # in names of folders that are being deleted and written
@@ -190,7 +190,7 @@ class Checkpoints:
             raise ValueError("its meta does not match its checksum")
         if meta["step"] != step:
             raise ValueError(f"it is the checkpoint of step {meta['step']}")
-        config_lib.from_dict(meta["config"]).validate()
+        rules.check(config_lib.from_dict(meta["config"]))
         texts = [text for name in ("versions", "files", "fingerprints") for text in meta[name].values()]
         if not all(isinstance(text, str) for text in texts):
             raise ValueError("its versions, checksums and fingerprints are not all texts")

@@ -10,8 +10,8 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
+from jvitmoe.config import LARGEST
 from jvitmoe.errors import UserError, one_line
-from jvitmoe.settings import LARGEST
 
 CONFIG, RESULT = "config.json", "result.json"
 METRICS = "metrics.jsonl"  # the history: a line per step and kind ("train", "validation" or "test")
@@ -29,10 +29,17 @@ MOST_BYTES, MOST_HISTORY, MOST_LINE = 2**26, 2**32, 2**22
 
 
 def run_folder(name: Path | str) -> Path:
-    """Returns the path of a run folder, with ~ for the home. Raises UserError for a URL."""
+    """Returns the path of a run folder, with ~ for the home. Raises UserError for a URL, and for a path that is no
+    UTF-8 in this process, which TensorStore cannot open."""
     if "://" in str(name):
         raise UserError(f"workdir {str(name)!r} is a URL; a run folder lies on a disk: mount it, and give its path")
-    return Path(os.path.expanduser(name))
+    path = Path(os.path.expanduser(name))
+    try:
+        os.path.abspath(path).encode()
+    except UnicodeEncodeError as error:
+        remedy = "set --workdir to another name, or leave PYTHONUTF8=0 out"
+        raise UserError(f"workdir {str(name)!r} is no UTF-8 here; {remedy}") from error
+    return path
 
 
 def checksum(value: Any) -> str:

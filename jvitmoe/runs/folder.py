@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from jvitmoe import config as config_lib
+from jvitmoe import rules
 from jvitmoe.config import Config
 from jvitmoe.data import datasets
 from jvitmoe.errors import ConfigError, UserError
@@ -199,7 +200,7 @@ def _check_file(workdir: Path, name: str, meta: dict[str, Any]) -> None:
 
 
 def _check_config(workdir: Path, meta: dict[str, Any]) -> None:
-    config = config_lib.loads(files.read_bytes(workdir / files.CONFIG) or b"", files.CONFIG).validate()
+    config = rules.check(config_lib.loads(files.read_bytes(workdir / files.CONFIG) or b"", files.CONFIG))
     saved = config_lib.from_dict(meta["config"]) if "config" in meta else config
     if changed := datasets.differences(saved, config):
         raise UserError(f"{', '.join(changed)} differ from checkpoint {meta['step']}; restore it from a copy")

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jvitmoe import config as config_lib
+from jvitmoe import rules
 from jvitmoe.config import Config
 from jvitmoe.data import datasets
 from jvitmoe.errors import UserError, one_line
@@ -68,7 +69,7 @@ def naming_result(folder: Path) -> Iterator[None]:
         raise
     except Exception as error:
         fault = f"{folder / files.RESULT} has values that no test gives ({one_line(error)})"
-        raise UserError(f"{fault}; delete it and run jvitmoe.evaluate") from error
+        raise UserError(f"{fault}; delete it and run jvitmoe evaluate") from error
 
 
 def read_config(folder: Path) -> Config:
@@ -78,7 +79,7 @@ def read_config(folder: Path) -> Config:
         raise UserError(f"{str(folder)!r} holds no {files.CONFIG}; give a folder that training wrote")
     config = config_lib.loads(text, str(path))
     try:
-        return config.validate()
+        return rules.check(config)
     except UserError as error:
         raise UserError(f"{path}: {error}; restore it from a copy") from error
 
@@ -129,11 +130,11 @@ def _faults(run: TestedRun, other: TestedRun) -> Iterator[str]:
         yield f"are both of seed {seed}; leave one out"
     if (step := run.result["step"]) != other.result["step"]:
         steps = f"{step} and {other.result['step']}"
-        yield f"were tested at steps {steps}; run jvitmoe.evaluate on each with the same --checkpoint"
+        yield f"were tested at steps {steps}; run jvitmoe evaluate on each with the same --checkpoint"
     if _images(run) != _images(other):
         yield "were trained on other images or classes; give each a group of its own"
     if _models(run) != _models(other):
-        yield "were tested as different models; run jvitmoe.evaluate on each with the same --paths"
+        yield "were tested as different models; run jvitmoe evaluate on each with the same --paths"
 
 
 def in_order(groups: Groups) -> Groups:

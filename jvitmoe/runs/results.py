@@ -30,7 +30,7 @@ LAYER_COLUMNS = {"spread": "spread", "cosine": "cosine", "closest pair": "differ
 
 def read_result(workdir: Path) -> dict[str, Any]:
     """Returns the run's result.json; {} if there is none. Raises UserError where it is not as it was written."""
-    remedy = "delete it and run jvitmoe.evaluate"
+    remedy = "delete it and run jvitmoe evaluate"
     return read_json(workdir / RESULT, _is_whole, "a result that matches its checksum", remedy) or {}
 
 

@@ -16,11 +16,10 @@ import threading
 import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NamedTuple, NoReturn, TypeVar
 
 import jax
 import numpy as np
-from absl import flags
 from jax.experimental import multihost_utils
 
 from jvitmoe.errors import UserError, one_line
@@ -32,8 +31,18 @@ ANSWER_SECONDS = 2  # for a connection to process 0
 SHUTDOWN_SECONDS = 15  # for which a process that has ended waits for the others
 
 
-def join(values: flags.FlagValues) -> None:
-    """Joins the other processes if the flags of `jvitmoe.train` say so. Raises UserError."""
+class Join(NamedTuple):
+    """How a process joins the others: the flags of `jvitmoe train`."""
+
+    distributed: bool = False
+    coordinator: str = ""
+    processes: int = 1
+    process: int = 0
+    join_seconds: int = 20
+
+
+def join(values: Join) -> None:
+    """Joins the other processes if there are any. Raises UserError."""
     address, given = values.coordinator, f"--processes={values.processes} --process={values.process}"
     if not address and not values.distributed:
         if (values.processes, values.process) != (1, 0):

@@ -5,26 +5,27 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import jax
-from absl import flags
 
-from jvitmoe import routing
 from jvitmoe.config import Config, flatten
 from jvitmoe.errors import UserError
+from jvitmoe.routing import Routing
 from jvitmoe.runs import checkpoints
 from jvitmoe.runs.console import console
 from jvitmoe.runs.folder import check_folder
 from jvitmoe.runs.trackers import DEFAULT
 from jvitmoe.runs.trackers import check as check_trackers
 from jvitmoe.runtime import compilation, processes
+from jvitmoe.runtime.processes import Join
 from jvitmoe.runtime.signals import Stop
-from jvitmoe.training import optimizer, setup
-from jvitmoe.training.loop import train
+from jvitmoe.training import build
+from jvitmoe.training.loop import fit
+from jvitmoe.training.optimizer import Optimizer
 
 
 def launch(
     config: Config,
     workdir: Path,
-    values: flags.FlagValues | None = None,
+    join: Join | None = None,
     stop: Stop | None = None,
     trackers: Sequence[str] = DEFAULT,
 ) -> None:
@@ -33,25 +34,22 @@ def launch(
     Args:
         config: validated.
         workdir: the run folder.
-        values: the flags of `jvitmoe.train`; None: processes, if several, are connected already.
+        join: how to join other processes; None: processes, if several, are connected already.
         stop: what asks the run to stop; None: signals, which may end the process.
         trackers: names in `runs.trackers.TRACKERS`.
     """
-    processes.guard(lambda: _launch(config, workdir, values, stop, trackers))
+    processes.guard(lambda: _launch(config, workdir, join, stop, trackers))
 
 
-def _launch(
-    config: Config, workdir: Path, values: flags.FlagValues | None, stop: Stop | None, trackers: Sequence[str]
-) -> None:
-    if values:
-        processes.join(values)
+def _launch(config: Config, workdir: Path, join: Join | None, stop: Stop | None, trackers: Sequence[str]) -> None:
+    if join:
+        processes.join(join)
     compilation.use_cache(alone=processes.is_single())
     console.quiet = not processes.is_first()
 
-    def check() -> None:
+    def choose() -> tuple[Routing, Optimizer]:
         check_trackers(trackers)
-        routing.find(config)  # this and the next raise ConfigError before any data are read
-        optimizer.direction(config)
+        return build.choose(config)
 
     def check_workdir() -> None:
         if processes.is_first():  # where others look before it is there, a network disk may hide it for a minute
@@ -62,14 +60,14 @@ def _launch(
         if not processes.is_single():
             code = checkpoints.versions() | {"source code": processes.source_hash()}
             processes.agree({"workdir": workdir} | flatten(config) | code)
-        processes.together(check)
+        chosen = processes.together(choose)
         records = None
         if not config.model.classes:
-            records = setup.browse(config)
+            records = build.browse(config)
             config.model.classes = len(records.class_names)
         processes.together(check_workdir)
         try:
-            train(config, workdir, stop, cleanup, trackers, records)
+            fit(build.build(config, chosen, records), workdir, stop, cleanup, trackers)
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise

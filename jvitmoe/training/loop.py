@@ -1,4 +1,4 @@
-"""One run: load the data, restore or make the state, train, evaluate, save, and test."""
+"""One run: restore or make the state, train, evaluate, save, and test."""
 
 import contextlib
 import functools
@@ -12,11 +12,9 @@ from typing import Any, NoReturn
 
 import jax
 
-from jvitmoe import routing
 from jvitmoe.config import Config, flatten
 from jvitmoe.data import stream
 from jvitmoe.data.batches import Images, on_devices, resident_batches
-from jvitmoe.data.splits import Dataset, Records
 from jvitmoe.errors import UserError
 from jvitmoe.evaluation import models
 from jvitmoe.evaluation.models import Result, make_evaluate
@@ -30,8 +28,8 @@ from jvitmoe.runtime import devices, processes
 from jvitmoe.runtime.signals import Stop
 from jvitmoe.runtime.watchdog import Watchdog
 from jvitmoe.training import setup, step, update
-from jvitmoe.training.setup import RunData
-from jvitmoe.training.state import StepPlan, TrainState, abstract_state, make_state
+from jvitmoe.training.build import Run, RunData
+from jvitmoe.training.state import Plan, TrainState, abstract_state, make_state
 from jvitmoe.training.step import Metrics
 
 STALL_MINUTES = 30.0  # without progress until the run ends: longer than any program takes to compile
@@ -44,28 +42,17 @@ class TrainingError(UserError):
     """A loss or gradient norm is not finite. The message names the step, the value and the last good checkpoint."""
 
 
-def train(
-    config: Config,
-    workdir: Path,
-    stop: Stop,
-    cleanup: contextlib.ExitStack,
-    trackers: Sequence[str] = (),
-    records: Dataset[Records] | None = None,
-) -> None:
+def fit(run: Run, workdir: Path, stop: Stop, cleanup: contextlib.ExitStack, trackers: Sequence[str] = ()) -> None:
     """Trains from the newest sound checkpoint, or from the initial state, to the last step, and then tests.
 
-    `records` is the data set if the caller has browsed it, because a listing of a large folder takes minutes.
     The lock of the run folder and the watchdog are entered into `cleanup`, which the caller closes. Raises UserError.
     """
-    mesh = processes.together(lambda: devices.make_mesh(config.train))
-    routed = routing.find(config)
-    data = setup.load_data(config, routed, mesh, records or setup.browse(config))
-    plan = StepPlan(config, routed, routed.model(mesh), mesh, data.order.steps_per_epoch)
+    plan, data, config = run
     dense, init_notes = _source(config, workdir)
     images = data.counts | data.hashes
     cleanup.enter_context(processes.together(lambda: open_run_folder(workdir, config, data.classes, images)))
     processes.together(lambda: check_shared(workdir))
-    setup.print_setup(plan, workdir, data, init_notes)
+    setup.print_setup(run, workdir, init_notes)
 
     damaged = _damaged(plan, workdir, data)
     watchdog = Watchdog(STALL_MINUTES)
@@ -82,9 +69,9 @@ def train(
     log_folder = workdir if processes.is_first() else None
     with (
         contextlib.closing(_train_batches(plan, data, start, damaged)) as batches,
-        MetricsLog(log_folder, start, total, config.train.batch_size, trackers, flatten(config)) as log,
+        MetricsLog(log_folder, start, total, plan.train.batch_size, trackers, flatten(config)) as log,
     ):
-        loop = _Loop(plan, checkpoints, evaluation, log, stop, watchdog)
+        loop = _Loop(run, checkpoints, evaluation, log, stop, watchdog)
         try:
             state = loop.run(state, batches)
         except BaseException as error:
@@ -102,7 +89,12 @@ def train(
         log.tested(total, rows)
         if processes.is_first():  # here, because the log waits for trackers at its end
             tested = {"rows": rows, "files": log.sync() if start < total else meta["files"]}
-            _write_result(workdir, models.facts(config, total, mesh) | tested, rate, meta)
+            _write_result(
+                workdir,
+                models.facts(plan.routing, plan.mesh, plan.data.name, plan.train.seed, total) | tested,
+                rate,
+                meta,
+            )
 
 
 def _write_result(workdir: Path, result: dict[str, Any], rate: float, meta: Meta) -> None:
@@ -117,7 +109,7 @@ def _was_tested(workdir: Path, total: int) -> bool:
     tested = results.of_step(workdir, total)
     if not processes.broadcast_from_first(bool(tested)):
         return False
-    console.print("ended       the run was trained and tested before; jvitmoe.evaluate tests it again")
+    console.print("ended       the run was trained and tested before; jvitmoe evaluate tests it again")
     if processes.is_first():
         results.show_models(workdir, tested)
     return True
@@ -137,19 +129,21 @@ def _is_new(workdir: Path) -> bool:
     return processes.broadcast_from_first(not steps)
 
 
-def _damaged(plan: StepPlan, workdir: Path, data: RunData) -> stream.Damaged:
+def _damaged(plan: Plan, workdir: Path, data: RunData) -> stream.Damaged:
     """Returns the record of training images that cannot be read. Before a run that streams starts, the headers of all
     training images are looked at, and those of evaluations are read once: a damaged one must not end a long run."""
-    config = plan.config
+    model, batch = plan.model.config, plan.train.images_at_once
     # The console of other processes is quiet.
     say = console.print if processes.is_first() else functools.partial(print, file=sys.stderr)
     damaged = stream.Damaged(len(data.train), lambda text: say(f"skipped     {text}"))
-    if config.data.stream and _is_new(workdir):
+    if plan.data.stream and _is_new(workdir):
         with progress("checking    the headers of all training images") as checked:
-            processes.together(lambda: damaged.check(data.train, config, checked))
+            processes.together(lambda: damaged.check(data.train, plan.data, model, checked))
         with progress("checking    the images of evaluations") as checked:
             for split in (data.validation, data.test):
-                processes.together(functools.partial(stream.read_once, split, config, plan.mesh, checked))
+                processes.together(
+                    functools.partial(stream.read_once, split, batch, plan.data, model, plan.mesh, checked)
+                )
     return damaged
 
 
@@ -159,16 +153,17 @@ def _exit(done: int, number: int) -> NoReturn:
     sys.exit(128 + number)
 
 
-def _train_batches(plan: StepPlan, data: RunData, start: int, damaged: stream.Damaged) -> Generator[Batch, None, None]:
-    if plan.config.data.stream:
+def _train_batches(plan: Plan, data: RunData, start: int, damaged: stream.Damaged) -> Generator[Batch, None, None]:
+    if plan.data.stream:
         rows = step.streamed_rows(plan)
+        settings = plan.data, plan.model.config, plan.train
         span = start, plan.total
-        streamed = stream.train_batches(data.train, data.order, plan.config, plan.mesh, *span, rows, damaged)
+        streamed = stream.train_batches(data.train, plan.order, *settings, plan.mesh, *span, rows, damaged)
         with contextlib.closing(streamed) as batches:
             for images in batches:
                 yield images, None
     else:
-        yield from resident_batches(on_devices(data.train, plan.mesh), data.order, start, plan.total)
+        yield from resident_batches(on_devices(data.train, plan.mesh), plan.order, start, plan.total)
 
 
 class _Evaluation:
@@ -177,28 +172,30 @@ class _Evaluation:
     Without validation images the test split is watched. It then selects nothing: the last checkpoint is the result.
     """
 
-    def __init__(self, plan: StepPlan, data: RunData, watchdog: Watchdog) -> None:
-        config, mesh = plan.config, plan.mesh
+    def __init__(self, plan: Plan, data: RunData, watchdog: Watchdog) -> None:
         progress = functools.partial(watchdog.progress, "a batch of an evaluation")
-        self._config, self._evaluate = config, make_evaluate(plan.model, mesh, config.data, progress)
-        self._test_images = stream.eval_images(data.test, config, mesh)
+        self._plan, self._evaluate = plan, make_evaluate(plan.model, plan.mesh, plan.data, progress)
+        settings = plan.train.images_at_once, plan.data, plan.model.config, plan.mesh
+        self._test_images = stream.eval_images(data.test, *settings)
         self.watched, self._watched_images = "test", self._test_images
         if len(data.validation):
-            self.watched, self._watched_images = "validation", stream.eval_images(data.validation, config, mesh)
+            self.watched, self._watched_images = "validation", stream.eval_images(data.validation, *settings)
 
     def watch(self, state: TrainState) -> Result:
-        return models.evaluate_main(self._config, state.params, self._evaluate, *self._watched_images)
+        return models.evaluate_main(state.params, self._evaluate, *self._watched_images)
 
     def test(self, state: TrainState) -> list[dict[str, Any]]:
         """Returns the rows of the result table (`results.write_result`)."""
-        return models.evaluate_run(self._config, state.params, state.ema, self._evaluate, *self._test_images)
+        return models.evaluate_run(
+            self._plan.routing, self._plan.train.seed, state.params, state.ema, self._evaluate, *self._test_images
+        )
 
 
-def _initial_or_restored(checkpoints: CheckpointWriter, plan: StepPlan, dense: Any) -> tuple[TrainState, Meta]:
+def _initial_or_restored(checkpoints: CheckpointWriter, plan: Plan, dense: Any) -> tuple[TrainState, Meta]:
     """Returns the state that training starts from, and the `meta` of its checkpoint; {} for a new run."""
     with warnings_as_lines():
-        restored = checkpoints.restore(abstract_state(plan.config, plan.routing, plan.mesh))
-    return restored or (make_state(plan.config, plan.routing, plan.mesh, dense), {})
+        restored = checkpoints.restore(abstract_state(plan))
+    return restored or (make_state(plan, dense), {})
 
 
 class _Loop:
@@ -206,14 +203,16 @@ class _Loop:
 
     def __init__(
         self,
-        plan: StepPlan,
+        run: Run,
         checkpoints: CheckpointWriter,
         evaluation: _Evaluation,
         log: MetricsLog,
         stop: Stop,
         watchdog: Watchdog,
     ) -> None:
-        self._config, self._total, self._mesh = plan.config, plan.total, plan.mesh
+        plan, _, self._config = run
+        self._train, self._total, self._mesh = plan.train, plan.total, plan.mesh
+        self._expert_layers = plan.routing.layers_with_experts
         self._train_step = step.make_train_step(plan)
         self._steps_per_epoch, self._reduced_bytes = plan.steps_per_epoch, update.bytes_reduced(plan)
         self._checkpoints, self._evaluation, self._log = checkpoints, evaluation, log
@@ -225,7 +224,7 @@ class _Loop:
 
     def run(self, state: TrainState, batches: Iterator[Batch]) -> TrainState:
         """Returns the state after the last step. On a signal it saves the state and exits with 128 + signal."""
-        config, start = self._config.train, int(state.step)
+        train, start = self._train, int(state.step)
         self._state, self._saved, self._done = state, start, start
         self._stop.announce = self._say_that_it_stops
         for done in range(start + 1, self._total + 1):
@@ -241,7 +240,7 @@ class _Loop:
                 jax.block_until_ready(self._unread)
             # By the clock only if this process is the only one: each has its own, and reading may end the run together.
             try:
-                if (done - 1) % config.log_every == 0 or (processes.is_single() and self._log.is_due()):
+                if (done - 1) % train.log_every == 0 or (processes.is_single() and self._log.is_due()):
                     self._read()  # reads the steps before this one, which runs meanwhile
             finally:  # also before an error, for the history of the save that follows it
                 self._unread.append((done, metrics))
@@ -252,8 +251,8 @@ class _Loop:
                 self._read()
             self._watchdog.progress(f"step {done}")
             stop = self._stop.asked()
-            evaluates = done == self._total or done % (config.eval_every * self._steps_per_epoch) == 0
-            if stop or evaluates or (config.checkpoint_every and done % config.checkpoint_every == 0):
+            evaluates = done == self._total or done % (train.eval_every * self._steps_per_epoch) == 0
+            if stop or evaluates or (train.checkpoint_every and done % train.checkpoint_every == 0):
                 self._save(done, evaluates)
                 if processes.is_single():
                     stop = self._stop.signal  # which may have come in the evaluation; all is saved now
@@ -301,9 +300,9 @@ class _Loop:
         for done, values in zip(steps, jax.device_get(metrics), strict=True):
             del self._unread[0]  # here: if it cannot be shown, those after it are recorded before the last save
             self._check_finite(done, values)
-            logs = done % self._config.train.log_every == 0
+            logs = done % self._train.log_every == 0
             if logs or (done == steps[-1] and log.is_due()):
-                numbers = step.as_floats(values, self._config.expert_layers)
+                numbers = step.as_floats(values, self._expert_layers)
                 numbers["reduced_bytes"] = self._reduced_bytes(done)
                 log.train(done, numbers) if logs else log.show(done, numbers)
         self._slow = log.step_seconds(steps[-1]) > SLOW_SECONDS

@@ -3,7 +3,6 @@
 L layers
 """
 
-import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -14,11 +13,11 @@ import numpy as np
 import optax
 from optax.contrib import MuonDimensionNumbers, scale_by_muon
 
-from jvitmoe import routing
 from jvitmoe.config import Config, OptimConfig
 from jvitmoe.errors import ConfigError, did_you_mean
 from jvitmoe.experts import trees
 from jvitmoe.models import mlp
+from jvitmoe.routing import Routing
 
 # Matrices; AdamW does not decay biases, norms, positions and CLS.
 DECAYED = ("kernel", "up", "down", *mlp.LORA, "adapter_up", "adapter_down", "shared_up", "shared_down")
@@ -31,27 +30,6 @@ MATRICES = {
     "out": MuonDimensionNumbers((-3, -2), (-1,)),
     **dict.fromkeys(("up", "down", "shared_up", "shared_down"), MuonDimensionNumbers((-2,), (-1,))),
 }
-
-
-def schedule(config: Config, steps_per_epoch: int) -> optax.Schedule:
-    """Returns step -> learning rate: cosine to 0 over train.epochs.
-
-    "step": linear warm-up from 0; changes at every step. "epoch": changes only at the start of an epoch, as PyTorch's
-    CosineAnnealingLR with one step per epoch; this is the recipe of the original.
-    """
-    optim, epochs = config.optim, config.train.epochs
-    if optim.schedule == "epoch":
-        by_epoch = optax.cosine_decay_schedule(optim.learning_rate, epochs)
-        return lambda step: by_epoch(step // steps_per_epoch)
-    warmup = warmup_steps(config, steps_per_epoch)
-    start = 0.0 if warmup else optim.learning_rate
-    return optax.warmup_cosine_decay_schedule(start, optim.learning_rate, warmup, epochs * steps_per_epoch)
-
-
-def warmup_steps(config: Config, steps_per_epoch: int) -> int:
-    """Returns the number of warm-up steps: optim.warmup_epochs, but at most half of all steps, so that a short run
-    reaches the peak of the learning rate."""
-    return min(round(config.optim.warmup_epochs * steps_per_epoch), config.train.epochs * steps_per_epoch // 2)
 
 
 def adam(optim: OptimConfig) -> optax.GradientTransformation:
@@ -104,11 +82,6 @@ def is_matrix(path: Sequence[Any]) -> bool:
     return isinstance(path[-1], jax.tree_util.DictKey) and _name(path) in MATRICES
 
 
-def multiplies_whole(config: Config, path: Sequence[Any]) -> bool:
-    """True for the key path of a parameter, or its momentum, that the optimiser multiplies as whole matrices."""
-    return config.optim.name == "muon" and is_matrix(path)
-
-
 def _name(path: Sequence[Any]) -> str:
     """Returns the name of a parameter by its key path; that of its layer for a kernel."""
     return str(path[-2:][0].key if path[-1].key == "kernel" else path[-1].key)
@@ -153,143 +126,165 @@ def per_layer(tx: optax.GradientTransformation) -> optax.GradientTransformation:
     return optax.partition({"layers": optax.GradientTransformation(init, update), "whole": tx}, labels)
 
 
-def direction(config: Config) -> optax.GradientTransformation:
+def find(optim: OptimConfig) -> optax.GradientTransformation:
     """Returns the transformation from gradients to the direction that the learning rate multiplies, by `optim.name`.
-
-    Parameters that are not trained (`frozen`) have no direction, no decay and no moments.
-    Raises ConfigError for an unknown name.
-    """
-    optim, is_frozen = config.optim, frozen(config)
+    Raises ConfigError for an unknown name."""
     if optim.name not in OPTIMIZERS:
         rule = f"it must be one of {', '.join(map(repr, OPTIMIZERS))}{did_you_mean(optim.name, OPTIMIZERS)}"
         raise ConfigError(f"config.optim.name is {optim.name!r}; {rule}")
-    tx = OPTIMIZERS[optim.name](optim)
-    if is_frozen is None:
-        return tx
-
-    def labels(params: Any) -> Any:
-        return jax.tree.map_with_path(lambda path, _: "frozen" if is_frozen(path) else "trained", params)
-
-    return optax.partition({"trained": tx, "frozen": optax.set_to_zero()}, labels)
+    return OPTIMIZERS[optim.name](optim)
 
 
-def scales_differ(config: Config) -> bool:
-    """True if some of `layer_scales` is not 1."""
-    optim = config.optim
-    has_mlps = _mlps_are_trunk(config) or config.model.shared_hidden > 0
-    return optim.layer_decay < 1 or optim.freeze_layers > 0 or (has_mlps and optim.mlp_rate != 1)
+class Optimizer:
+    """How the parameters of a run are updated: direction, learning rate, its scale for each parameter, and what is not
+    trained. Raises ConfigError for an unknown `optim.name`.
 
-
-def _mlps_are_trunk(config: Config) -> bool:
-    """True if no expert is an MLP: the model is dense, or each expert is a whole model."""
-    return config.routing.experts == 1 or config.routing.part == "model"
-
-
-def layer_scales(config: Config, params: Any) -> Any:
-    """Returns what multiplies the learning rate of each parameter: float32 [L, 1, ...] in blocks, else scalars.
-
-    It is optim.layer_decay ** (L + 1 - n), where n is timm's layer (`param_groups_layer_decay`; BEiT, arXiv
-    2106.08254): 0 for patches, positions, CLS and registers, l + 1 for block l, L + 1 for the head. The final norm has
-    L, as has the last block; after a mean of tokens timm calls it fc_norm, and it has L + 1. Frozen layers have 0.
-    The MLPs of a dense model, or of each whole model, and shared experts have optim.mlp_rate times as much; other
-    experts get theirs from `Routing.rate`. `params` may be shapes; of whole models the scales are those of one.
+    Attributes:
+        settings: `optim` of the run.
+        tx: gradients -> directions. What is not trained has no direction, no decay and no moments.
     """
-    params = trees.one(params)
-    depth = config.model.depth
-    is_fc_norm = config.model.pool in ("mean", "cls_mean")
-    layers = {"blocks": 1 + np.arange(depth), "norm": depth + is_fc_norm, "pool": depth + 1, "head": depth + 1}
 
-    def scale(path: Sequence[Any], leaf: jax.Array) -> np.ndarray:
-        layer, is_trained = np.asarray(layers.get(path[0].key, 0)), trained_layers(config, path, leaf)
-        if layer.ndim:
-            layer = trees.of_group(path, layer, leaf.shape[0]).reshape(is_trained.shape)
-        is_mlp = _mlps_are_trunk(config) and any(entry.key == "mlp" for entry in path)
-        rate = config.optim.mlp_rate if is_mlp or path[-1].key in mlp.SHARED else 1.0
-        return np.asarray(rate * config.optim.layer_decay ** (depth + 1.0 - layer) * is_trained, np.float32)
+    def __init__(self, config: Config, routing: Routing) -> None:
+        self.settings, self._epochs, self._experts = config.optim, config.train.epochs, routing.experts
+        self._depth, self._pool = config.model.depth, config.model.pool
+        # No expert is an MLP if the model is dense, or if each expert is a whole model.
+        self._mlps_are_trunk = routing.experts == 1 or routing.settings.part == "model"
+        self._has_shared_expert = config.model.shared_hidden > 0
+        self._rules = list[Callable[[Sequence[Any]], bool]]()  # True for the key path of what is not trained
+        if fixed := routing.untrained:
+            self._rules.append(lambda path: any(entry.key == fixed for entry in path))
+        if config.trains_adapters_only:
+            self._rules.append(lambda path: path[0].key != "head" and path[-1].key not in trees.TUNED)
+        if frozen := config.optim.freeze_layers:
+            blocks = () if frozen == self._depth else ("blocks",)
+            self._rules.append(lambda path: path[0].key not in (*AFTER_BLOCKS, *blocks))
+        self.tx = find(config.optim)
+        if self._rules:
+            self.tx = optax.partition({"trained": self.tx, "frozen": optax.set_to_zero()}, self._labels)
 
-    return jax.tree.map_with_path(scale, params)
+    def _labels(self, params: Any) -> Any:
+        return jax.tree.map_with_path(lambda path, _: "frozen" if self.is_frozen(path) else "trained", params)
 
+    def schedule(self, steps_per_epoch: int) -> optax.Schedule:
+        """Returns step -> learning rate: cosine to 0 over train.epochs.
 
-def groups(config: Config, params: Any) -> list[str]:
-    """Returns one line for each group of parameters with the same optimiser and weight decay, and one for those that
-    are not trained. `params` may be shapes.
+        "step": linear warm-up from 0; changes at every step. "epoch": changes only at the start of an epoch, as
+        PyTorch's CosineAnnealingLR with one step per epoch; this is the recipe of the original.
+        """
+        optim = self.settings
+        if optim.schedule == "epoch":
+            by_epoch = optax.cosine_decay_schedule(optim.learning_rate, self._epochs)
+            return lambda step: by_epoch(step // steps_per_epoch)
+        warmup = self.warmup_steps(steps_per_epoch)
+        start = 0.0 if warmup else optim.learning_rate
+        return optax.warmup_cosine_decay_schedule(start, optim.learning_rate, warmup, self._epochs * steps_per_epoch)
 
-    Arrays of each layer and expert are counted. Learning rates are at the peak of the schedule. An optimiser that is
-    new to this file is taken to decay matrices, as AdamW does.
-    """
-    optim, is_frozen = config.optim, frozen(config)
-    found: dict[str, list[tuple[float, int, int]]] = {}  # of each array: learning rate, arrays, parameters
+    def warmup_steps(self, steps_per_epoch: int) -> int:
+        """Returns the number of warm-up steps: optim.warmup_epochs, but at most half of all steps, so that a short run
+        reaches the peak of the learning rate."""
+        return min(round(self.settings.warmup_epochs * steps_per_epoch), self._epochs * steps_per_epoch // 2)
 
-    def add(path: Sequence[Any], leaf: Any, scales: np.ndarray, is_stacked: bool) -> None:
-        name = "adamw" if optim.name == "muon" and not is_matrix(path) else optim.name
-        decayed = optim.weight_decay and (name == "adam" or path[-1].key in DECAYED)
-        name += f", weight decay {optim.weight_decay:g}" if decayed else ", no weight decay"
-        rate = optim.learning_rate * (optim.mlp_rate if is_stacked and not _mlps_are_trunk(config) else 1.0)
-        for scale in scales.flat:
-            stays = scale == 0 or (is_frozen and is_frozen(path))
-            count = config.routing.experts if is_stacked else 1, leaf.size // scales.size
-            found.setdefault("not trained" if stays else name, []).append((rate * scale, *count))
+    def multiplies_whole(self, path: Sequence[Any]) -> bool:
+        """True for the key path of a parameter, or its momentum, that the optimiser multiplies as whole matrices."""
+        return self.settings.name == "muon" and is_matrix(path)
 
-    jax.tree.map_with_path(add, params, layer_scales(config, params), trees.stacked(params))
-    lines = []
-    for name, members in found.items():
-        rates, arrays, sizes = zip(*members, strict=True)
-        line = f"{name}: {sum(arrays):,} arrays, {sum(sizes):,} parameters"
-        ends = " to ".join(dict.fromkeys(f"{rate:g}" for rate in (min(rates), max(rates))))
-        lines.append(line if name == "not trained" else f"{line}, learning rate {ends}")
-    return lines
+    @property
+    def scales_differ(self) -> bool:
+        """True if some of `scales` is not 1."""
+        optim, has_mlps = self.settings, self._mlps_are_trunk or self._has_shared_expert
+        return optim.layer_decay < 1 or optim.freeze_layers > 0 or (has_mlps and optim.mlp_rate != 1)
 
+    def scales(self, params: Any) -> Any:
+        """Returns what multiplies the learning rate of each parameter: float32 [L, 1, ...] in blocks, else scalars.
 
-def frozen(config: Config) -> Callable[[Sequence[Any]], bool] | None:
-    """Returns a function that is True for the key path of a parameter that is not trained; None if all are trained.
+        It is optim.layer_decay ** (L + 1 - n), where n is timm's layer (`param_groups_layer_decay`; BEiT, arXiv
+        2106.08254): 0 for patches, positions, CLS and registers, l + 1 for block l, L + 1 for the head. The final norm
+        has L, as has the last block; after a mean of tokens timm calls it fc_norm, and it has L + 1. Frozen layers have
+        0. The MLPs of a dense model, or of each whole model, and shared experts have optim.mlp_rate times as much;
+        other experts get theirs from `Routing.rate`. `params` may be shapes; of whole models the scales are those of
+        one.
+        """
+        params, depth, optim = trees.one(params), self._depth, self.settings
+        is_fc_norm = self._pool in ("mean", "cls_mean")
+        layers = {"blocks": 1 + np.arange(depth), "norm": depth + is_fc_norm, "pool": depth + 1, "head": depth + 1}
 
-    These are not trained: the selection bias of a router; with LoRA or adapters, all except these and the head; with
-    optim.freeze_layers, the embeddings, and the blocks if all of them are frozen. If some layers are frozen,
-    `trained_layers` tells which layers of a block's leaf are trained.
-    """
-    fixed, rules = routing.find(config).untrained, list[Callable[[Sequence[Any]], bool]]()
-    if fixed:
-        rules.append(lambda path: any(entry.key == fixed for entry in path))
-    if config.trains_adapters_only:
-        rules.append(lambda path: path[0].key != "head" and path[-1].key not in trees.TUNED)
-    if config.optim.freeze_layers:
-        blocks = () if config.optim.freeze_layers == config.model.depth else ("blocks",)
-        rules.append(lambda path: path[0].key not in (*AFTER_BLOCKS, *blocks))
-    return (lambda path: any(rule(path) for rule in rules)) if rules else None
+        def scale(path: Sequence[Any], leaf: jax.Array) -> np.ndarray:
+            layer, is_trained = np.asarray(layers.get(path[0].key, 0)), self._trained_layers(path, leaf)
+            if layer.ndim:
+                layer = trees.of_group(path, layer, leaf.shape[0]).reshape(is_trained.shape)
+            is_mlp = self._mlps_are_trunk and any(entry.key == "mlp" for entry in path)
+            rate = optim.mlp_rate if is_mlp or path[-1].key in mlp.SHARED else 1.0
+            return np.asarray(rate * optim.layer_decay ** (depth + 1.0 - layer) * is_trained, np.float32)
 
+        return jax.tree.map_with_path(scale, params)
 
-def trained_layers(config: Config, path: Sequence[Any], leaf: Any) -> np.ndarray:
-    """Returns which parts of a leaf optim.freeze_layers leaves trained, to broadcast to the leaf: bool [L, 1, ...] in
-    blocks, else True."""
-    if path[0].key != "blocks":
-        return np.array(True)
-    trained_L = np.arange(config.model.depth) >= config.optim.freeze_layers
-    return trees.of_group(path, trained_L, leaf.shape[0]).reshape(-1, *[1] * (leaf.ndim - 1))
+    def groups(self, params: Any) -> list[str]:
+        """Returns one line for each group of parameters with the same optimiser and weight decay, and one for those
+        that are not trained. `params` may be shapes.
 
+        Arrays of each layer and expert are counted. Learning rates are at the peak of the schedule. An optimiser that
+        is new to this file is taken to decay matrices, as AdamW does.
+        """
+        optim = self.settings
+        found: dict[str, list[tuple[float, int, int]]] = {}  # of each array: learning rate, arrays, parameters
 
-def stop_frozen(config: Config, params: Any) -> Any:
-    """Returns the parameters, with no gradient for those that are not trained: they cost none and count in no norm."""
-    is_frozen = frozen(config)
-    if not is_frozen:
-        return params
-    if trees.is_whole(params):
-        return jax.vmap(functools.partial(stop_frozen, config))(params)
+        def add(path: Sequence[Any], leaf: Any, scales: np.ndarray, is_stacked: bool) -> None:
+            name = "adamw" if optim.name == "muon" and not is_matrix(path) else optim.name
+            decayed = optim.weight_decay and (name == "adam" or path[-1].key in DECAYED)
+            name += f", weight decay {optim.weight_decay:g}" if decayed else ", no weight decay"
+            rate = optim.learning_rate * (optim.mlp_rate if is_stacked and not self._mlps_are_trunk else 1.0)
+            for scale in scales.flat:
+                stays = scale == 0 or self.is_frozen(path)
+                count = self._experts if is_stacked else 1, leaf.size // scales.size
+                found.setdefault("not trained" if stays else name, []).append((rate * scale, *count))
 
-    def stop(path: Sequence[Any], leaf: jax.Array) -> jax.Array:
-        if is_frozen(path):
-            return jax.lax.stop_gradient(leaf)
-        trained = trained_layers(config, path, leaf)
-        return leaf if trained.all() else jnp.where(trained, leaf, jax.lax.stop_gradient(leaf))
+        jax.tree.map_with_path(add, params, self.scales(params), trees.stacked(params))
+        lines = []
+        for name, members in found.items():
+            rates, arrays, sizes = zip(*members, strict=True)
+            line = f"{name}: {sum(arrays):,} arrays, {sum(sizes):,} parameters"
+            ends = " to ".join(dict.fromkeys(f"{rate:g}" for rate in (min(rates), max(rates))))
+            lines.append(line if name == "not trained" else f"{line}, learning rate {ends}")
+        return lines
 
-    return jax.tree.map_with_path(stop, params)
+    def is_frozen(self, path: Sequence[Any]) -> bool:
+        """True for the key path of a parameter that is not trained.
 
+        These are not trained: the selection bias of a router; with LoRA or adapters, all except these and the head;
+        with optim.freeze_layers, the embeddings, and the blocks if all of them are frozen. If some layers are frozen,
+        `scales` and `stop_frozen` tell the layers of a block's leaf apart.
+        """
+        return any(rule(path) for rule in self._rules)
 
-def count_trained(config: Config, params: Any) -> int:
-    """Returns the number of parameters that training may change, all experts together. `params` may be shapes."""
-    is_frozen, total = frozen(config), 0
-    copies = config.routing.experts if trees.is_whole(params) else 1
-    for path, leaf in jax.tree.leaves_with_path(trees.one(params)):
-        if is_frozen is None or not is_frozen(path):
-            trained = trained_layers(config, path, leaf)
-            total += copies * leaf.size // trained.size * int(trained.sum())
-    return total
+    def _trained_layers(self, path: Sequence[Any], leaf: Any) -> np.ndarray:
+        """Returns which parts of a leaf optim.freeze_layers leaves trained, to broadcast to the leaf: bool [L, 1, ...]
+        in blocks, else True."""
+        if path[0].key != "blocks":
+            return np.array(True)
+        trained_L = np.arange(self._depth) >= self.settings.freeze_layers
+        return trees.of_group(path, trained_L, leaf.shape[0]).reshape(-1, *[1] * (leaf.ndim - 1))
+
+    def stop_frozen(self, params: Any) -> Any:
+        """Returns the parameters, with no gradient for those that are not trained: they cost none and count in no
+        norm."""
+        if not self._rules:
+            return params
+        if trees.is_whole(params):
+            return jax.vmap(self.stop_frozen)(params)
+
+        def stop(path: Sequence[Any], leaf: jax.Array) -> jax.Array:
+            if self.is_frozen(path):
+                return jax.lax.stop_gradient(leaf)
+            trained = self._trained_layers(path, leaf)
+            return leaf if trained.all() else jnp.where(trained, leaf, jax.lax.stop_gradient(leaf))
+
+        return jax.tree.map_with_path(stop, params)
+
+    def count_trained(self, params: Any) -> int:
+        """Returns the number of parameters that training may change, all experts together. `params` may be shapes."""
+        total, copies = 0, self._experts if trees.is_whole(params) else 1
+        for path, leaf in jax.tree.leaves_with_path(trees.one(params)):
+            if not self.is_frozen(path):
+                trained = self._trained_layers(path, leaf)
+                total += copies * leaf.size // trained.size * int(trained.sum())
+        return total

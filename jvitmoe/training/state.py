@@ -17,35 +17,42 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jvitmoe.config import Config
+from jvitmoe.config import DataConfig, TrainConfig
+from jvitmoe.data.batches import TrainOrder
 from jvitmoe.experts import merge, trees
 from jvitmoe.models import vit
 from jvitmoe.routing import Routing
 from jvitmoe.routing.base import Route
 from jvitmoe.runtime.addresses import Purpose, address
 from jvitmoe.runtime.devices import DATA, EXPERT
-from jvitmoe.training.optimizer import direction
+from jvitmoe.training.optimizer import Optimizer
 
 
 @dataclasses.dataclass(frozen=True)
-class StepPlan:
-    """The arguments that all functions of the step share, and values derived from them."""
+class Plan:
+    """A run as its settings make it (`build`), and values derived from it: all that the functions of a step share."""
 
-    config: Config
     routing: Routing
+    optimizer: Optimizer
     model: vit.ViT  # that `routing.model` returns for these devices
     mesh: Mesh
-    steps_per_epoch: int
+    order: TrainOrder
+    data: DataConfig  # of these sections the step reads augmentation and normalisation,
+    train: TrainConfig  # and batch, loss, EMA and what the devices share
 
     @property
     def root(self) -> jax.Array:
         """The key of the run (`addresses.address`)."""
-        return jax.random.key(self.config.train.seed)
+        return jax.random.key(self.train.seed)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return self.order.steps_per_epoch
 
     @property
     def total(self) -> int:
         """Number of steps of the run."""
-        return self.config.train.epochs * self.steps_per_epoch
+        return self.train.epochs * self.steps_per_epoch
 
     @property
     def data_devices(self) -> int:
@@ -108,27 +115,27 @@ def put(routing: Routing, state: TrainState, active: TrainState, routes: tuple[R
     )
 
 
-def make_state(config: Config, routing: Routing, mesh: Mesh, dense: Any = None) -> TrainState:
-    """Returns the state at step 0, sharded as the config says: a pure function of config and `dense`.
+def make_state(plan: Plan, dense: Any = None) -> TrainState:
+    """Returns the state at step 0, sharded as `train` says: a pure function of the settings and `dense`.
 
     With a trained dense tree, the trunk is that of the tree, and the experts are copies of its MLPs: sparse upcycling.
     """
-    shardings = jax.tree.map(lambda x: x.sharding, abstract_state(config, routing, mesh))
-    return jax.jit(functools.partial(_create, config, routing), out_shardings=shardings)(dense)
+    shardings = jax.tree.map(lambda x: x.sharding, abstract_state(plan))
+    return jax.jit(functools.partial(_create, plan), out_shardings=shardings)(dense)
 
 
-def abstract_state(config: Config, routing: Routing, mesh: Mesh) -> TrainState:
+def abstract_state(plan: Plan) -> TrainState:
     """Returns shapes, dtypes and shardings of `make_state` without computing it, as restoring a checkpoint needs.
 
     Experts and their moments lie along the expert axis, if it has several devices. `train.shard` splits moments, and
     parameters too, over the data axis, each leaf along its longest axis that divides.
     """
-    shapes = jax.eval_shape(lambda: _create(config, routing))
-    marks, shard = trees.stacked(shapes.params), config.train.shard
+    shapes = jax.eval_shape(lambda: _create(plan))
+    marks, shard = trees.stacked(shapes.params), plan.train.shard
 
     def shard_leaf(x: Any, is_stacked: bool, split: bool) -> jax.ShapeDtypeStruct:
-        spec = leaf_spec(mesh, x.shape, routing.axis if is_stacked else None, split)
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
+        spec = leaf_spec(plan.mesh, x.shape, plan.routing.axis if is_stacked else None, split)
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(plan.mesh, spec))
 
     def shard_tree(tree: Any, is_stacked: bool, split: bool) -> Any:
         return jax.tree.map(lambda x: shard_leaf(x, is_stacked, split), tree)
@@ -159,8 +166,8 @@ def leaf_spec(mesh: Mesh, shape: Sequence[int], expert_axis: int | None, split: 
     return PartitionSpec(*along)
 
 
-def _create(config: Config, routing: Routing, dense: Any = None) -> TrainState:
-    params = routing.init(address(jax.random.key(config.train.seed), Purpose.INIT))
+def _create(plan: Plan, dense: Any = None) -> TrainState:
+    params = plan.routing.init(address(plan.root, Purpose.INIT))
     if dense is not None:
         params = merge.upcycle(dense, params)
-    return create(params, direction(config), config.train.ema > 0)
+    return create(params, plan.optimizer.tx, plan.train.ema > 0)

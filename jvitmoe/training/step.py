@@ -8,6 +8,7 @@ E experts, e the share of one device
 """
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -26,8 +27,8 @@ from jvitmoe.routing.base import Route
 from jvitmoe.runtime import compilation
 from jvitmoe.runtime.addresses import Purpose, address
 from jvitmoe.runtime.devices import AXES, BY_DEVICE, DATA, EXPERT, REPLICATED
-from jvitmoe.training import losses, optimizer
-from jvitmoe.training.state import StepPlan, TrainState, abstract_state, leaf_spec, put, take
+from jvitmoe.training import losses
+from jvitmoe.training.state import Plan, TrainState, abstract_state, leaf_spec, put, take
 from jvitmoe.training.update import finish, gather_slices, gradient_norm, learning_rate, update
 
 
@@ -51,9 +52,9 @@ def as_floats(metrics: Metrics, expert_layers: Sequence[int]) -> dict[str, float
     return scalars
 
 
-def make_train_step(plan: StepPlan) -> jax.stages.Wrapped:
+def make_train_step(plan: Plan) -> jax.stages.Wrapped:
     """Returns `train_step` compiled for a run; the state is donated."""
-    shardings = jax.tree.map(lambda x: x.sharding, abstract_state(plan.config, plan.routing, plan.mesh))
+    shardings = jax.tree.map(lambda x: x.sharding, abstract_state(plan))
     return jax.jit(
         functools.partial(train_step, plan),
         donate_argnums=0,
@@ -62,9 +63,26 @@ def make_train_step(plan: StepPlan) -> jax.stages.Wrapped:
     )
 
 
-def train_step(
-    plan: StepPlan, before: TrainState, split: Images, index_SB: jax.Array | None
-) -> tuple[TrainState, Metrics]:
+def abstract_inputs(plan: Plan, count: int) -> tuple[TrainState, Images, Any]:
+    """Returns shapes, dtypes and shardings of what a step of a run on `count` images takes: state, images, and the
+    order of an epoch. Nothing is allocated."""
+    whole, model, batch = NamedSharding(plan.mesh, REPLICATED), plan.model.config, plan.train.batch_size
+    where = NamedSharding(plan.mesh, BY_DEVICE) if plan.data.stream else whole
+    rows = batch if plan.data.stream else count
+    shape = model.image_size, model.image_size, model.channels
+    pixels_NP: Any = jax.ShapeDtypeStruct((rows, math.prod(shape)), jnp.uint8, sharding=where)
+    labels_N: Any = jax.ShapeDtypeStruct((rows,), jnp.int32, sharding=where)
+    order = plan.steps_per_epoch, batch
+    index_SB = None if plan.data.stream else jax.ShapeDtypeStruct(order, jnp.int32, sharding=whole)
+    return abstract_state(plan), Images(pixels_NP, labels_N, shape), index_SB
+
+
+def lower(plan: Plan, count: int) -> Any:
+    """Returns the step of a run on `count` images, lowered for the devices of its mesh, from shapes only."""
+    return make_train_step(plan).lower(*abstract_inputs(plan, count))
+
+
+def train_step(plan: Plan, before: TrainState, split: Images, index_SB: jax.Array | None) -> tuple[TrainState, Metrics]:
     """Returns (state, Metrics) after one step on the images that index_SB, the order of an epoch, selects.
 
     With `data.stream` the images are those of the batch, and index_SB is None.
@@ -114,12 +132,12 @@ class Shard(NamedTuple):
     index_b: jax.Array  # of each image in the global batch
 
 
-def gradients(plan: StepPlan, params: Any, inputs: Inputs) -> Gradients:
+def gradients(plan: Plan, params: Any, inputs: Inputs) -> Gradients:
     """Returns `local_gradients` of all devices as whole arrays; the arguments are whole arrays too."""
     marks = on_expert_axis(plan, params)
     spec = jax.tree.map(lambda x, leaf: leaf_spec(plan.mesh, x.shape, axis_of(plan, leaf), False), params, marks)
     whole: Any = REPLICATED
-    images: Any = BY_DEVICE if plan.config.data.stream else whole
+    images: Any = BY_DEVICE if plan.data.stream else whole
     found = gradient_specs(plan, params, marks)
     return jax.shard_map(
         functools.partial(local_gradients, plan, found),
@@ -129,22 +147,22 @@ def gradients(plan: StepPlan, params: Any, inputs: Inputs) -> Gradients:
     )(params, inputs)
 
 
-def gradient_specs(plan: StepPlan, params: Any, marks: Any) -> Any:
+def gradient_specs(plan: Plan, params: Any, marks: Any) -> Any:
     """Returns how the gradients of whole parameters lie on the mesh. With `train.shard` each device gets the part that
     its moments need: half of the bytes of an all-reduce. Muon needs whole matrices."""
 
     def spec(path: Sequence[Any], leaf: jax.Array, is_stacked: bool) -> PartitionSpec:
-        split = plan.config.train.shard != "none" and not optimizer.multiplies_whole(plan.config, path)
+        split = plan.train.shard != "none" and not plan.optimizer.multiplies_whole(path)
         return leaf_spec(plan.mesh, leaf.shape, axis_of(plan, is_stacked), split)
 
     return jax.tree.map_with_path(spec, params, marks)
 
 
-def axis_of(plan: StepPlan, is_stacked: bool) -> int | None:
+def axis_of(plan: Plan, is_stacked: bool) -> int | None:
     return plan.routing.axis if is_stacked else None
 
 
-def local_gradients(plan: StepPlan, specs: Any, params: Any, inputs: Inputs) -> Gradients:
+def local_gradients(plan: Plan, specs: Any, params: Any, inputs: Inputs) -> Gradients:
     """Returns the gradients of the global batch for the parameters that this device holds, split as `specs` say. Of a
     streamed batch, `inputs.split` holds the rows of this device."""
     shard = images_of_device(plan, inputs, batch_indices(plan, inputs.routes))
@@ -171,26 +189,26 @@ def reduce(grad: jax.Array, axes: tuple[str, ...], spec: PartitionSpec) -> jax.A
     return jax.lax.psum(part, tuple(axis for axis in axes if axis != DATA))
 
 
-def on_expert_axis(plan: StepPlan, params: Any) -> Any:
+def on_expert_axis(plan: Plan, params: Any) -> Any:
     """Returns the tree of bools that marks the leaves split over the devices of the expert axis."""
     return jax.tree.map(lambda is_stacked: is_stacked and plan.expert_devices > 1, trees.stacked(params))
 
 
-def batch_indices(plan: StepPlan, routes: tuple[Route, ...]) -> jax.Array:
+def batch_indices(plan: Plan, routes: tuple[Route, ...]) -> jax.Array:
     """Returns index_b in the global batch of this device's images, sorted by the expert that they meet."""
     return indices_at(plan, routes, jax.lax.axis_index(DATA), jax.lax.axis_index(EXPERT))
 
 
-def indices_at(plan: StepPlan, routes: tuple[Route, ...], data: jax.Array, expert: jax.Array) -> jax.Array:
+def indices_at(plan: Plan, routes: tuple[Route, ...], data: jax.Array, expert: jax.Array) -> jax.Array:
     """Returns `batch_indices` of the device at this place of the mesh."""
-    slots, share = plan.routing.slots, plan.config.train.batch_size // plan.data_devices
+    slots, share = plan.routing.slots, plan.train.batch_size // plan.data_devices
     here = slots // plan.expert_devices
     slot_e = jax.lax.dynamic_slice(plan.routing.slot_of_expert(routes), (expert * here,), (here,))
     index_eb = slot_e[:, None] + slots * jnp.arange(share // slots)[None]
     return data * share + index_eb.reshape(-1)
 
 
-def streamed_rows(plan: StepPlan) -> Callable[[int], np.ndarray] | None:
+def streamed_rows(plan: Plan) -> Callable[[int], np.ndarray] | None:
     """Returns `rows` of `stream.train_batches`: with an expert axis `batch_indices` of all devices, so that no process
     reads an image that its devices do not use. Without one a device uses consecutive rows, and sorts them itself."""
     if plan.expert_devices == 1:
@@ -205,28 +223,28 @@ def streamed_rows(plan: StepPlan) -> Callable[[int], np.ndarray] | None:
     return on_host(lambda epoch: jax.vmap(of_step)(epoch * steps + jnp.arange(steps)), plan.mesh)
 
 
-def images_of_device(plan: StepPlan, inputs: Inputs, index_b: jax.Array) -> Shard:
+def images_of_device(plan: Plan, inputs: Inputs, index_b: jax.Array) -> Shard:
     """Returns the images at these indices of the batch and their targets, augmented."""
-    config, (split, index_B, step, _) = plan.config, inputs
-    share = config.train.batch_size // plan.data_devices
+    data, (split, index_B, step, _) = plan.data, inputs
+    share = plan.train.batch_size // plan.data_devices
     if index_B is not None:
         image_b: Any = index_B[index_b]
     else:  # with an expert axis the rows of a stream come in the order of `streamed_rows`
         image_b = slice(None) if plan.expert_devices > 1 else index_b - jax.lax.axis_index(DATA) * share
     pixels_bHWc, labels_b = split.rows(image_b)
-    targets_bC = optax.smooth_labels(jax.nn.one_hot(labels_b, config.model.classes), config.train.label_smoothing)
+    targets_bC = optax.smooth_labels(jax.nn.one_hot(labels_b, plan.model.config.classes), plan.train.label_smoothing)
     batch = augment.Batch(
         key_b=image_keys(plan, Purpose.AUGMENT, step, index_b),
-        key=address(plan.root, Purpose.AUGMENT, step, config.train.batch_size),  # no image has this index
+        key=address(plan.root, Purpose.AUGMENT, step, plan.train.batch_size),  # no image has this index
         partner=functools.partial(partner_rows, plan, index_b),
-        plain=step >= round((1.0 - config.data.plain_at_end) * plan.total),
+        plain=step >= round((1.0 - data.plain_at_end) * plan.total),
     )
-    images_bHWc, targets_bC = augment.augment(config.data, batch, pixels_bHWc, targets_bC)
-    x_bHWc = augment.normalize(images_bHWc, config.data.mean, config.data.std)
+    images_bHWc, targets_bC = augment.augment(data, batch, pixels_bHWc, targets_bC)
+    x_bHWc = augment.normalize(images_bHWc, data.mean, data.std)
     return Shard(x_bHWc, labels_b, targets_bC, index_b)
 
 
-def partner_rows(plan: StepPlan, index_b: jax.Array, rows: Any) -> Any:
+def partner_rows(plan: Plan, index_b: jax.Array, rows: Any) -> Any:
     """Returns the rows [b, ...] of the images B - 1 - index_b, the reversed batch, from arrays of this device's images.
 
     They lie on the mirrored device of the data axis. Images may be sorted by expert, so the devices of the expert axis
@@ -239,21 +257,21 @@ def partner_rows(plan: StepPlan, index_b: jax.Array, rows: Any) -> Any:
         return jax.lax.all_gather(jax.lax.ppermute(x_b, DATA, mirrored), EXPERT, tiled=True)
 
     there_b = fetch(index_b)  # a permutation of consecutive indices
-    row_b = jnp.argsort(there_b)[plan.config.train.batch_size - 1 - index_b - there_b.min()]
+    row_b = jnp.argsort(there_b)[plan.train.batch_size - 1 - index_b - there_b.min()]
     return jax.tree.map(lambda x_b: fetch(x_b)[row_b], rows)
 
 
-def image_keys(plan: StepPlan, purpose: Purpose, step: jax.Array, index_b: jax.Array) -> jax.Array:
+def image_keys(plan: Plan, purpose: Purpose, step: jax.Array, index_b: jax.Array) -> jax.Array:
     """Returns one key per image, a function of seed, step and index: the same on any number of devices."""
     return jax.vmap(jax.random.fold_in, (None, 0))(address(plan.root, purpose, step), index_b)
 
 
-def accumulate(plan: StepPlan, differentiate: Callable[[Shard], Any], shard: Shard) -> Any:
+def accumulate(plan: Plan, differentiate: Callable[[Shard], Any], shard: Shard) -> Any:
     """Returns the mean of `differentiate` over `train.accumulate` equal parts of the shard, run one after the other.
 
     Each part has its share of every slot.
     """
-    parts, slots = plan.config.train.accumulate, plan.routing.slots // plan.expert_devices
+    parts, slots = plan.train.accumulate, plan.routing.slots // plan.expert_devices
     if parts == 1:
         return differentiate(shard)
 
@@ -270,19 +288,19 @@ def accumulate(plan: StepPlan, differentiate: Callable[[Shard], Any], shard: Sha
 
 
 def loss_and_metrics(
-    params: Any, plan: StepPlan, shard: Shard, inputs: Inputs
+    params: Any, plan: Plan, shard: Shard, inputs: Inputs
 ) -> tuple[jax.Array, tuple[jax.Array, Statistics | None]]:
     """Returns (loss, (accuracy, statistics of a learned router)), each a mean over the shards of all devices."""
-    params, routing = optimizer.stop_frozen(plan.config, params), plan.routing
+    params, routing = plan.optimizer.stop_frozen(params), plan.routing
 
     def run(number: int) -> tuple[jax.Array, Statistics | None]:
-        index_b = shard.index_b + number * plan.config.train.batch_size
+        index_b = shard.index_b + number * plan.train.batch_size
         key_b = image_keys(plan, Purpose.DROPOUT, inputs.step, index_b) if routing.needs_keys else None
         at = Pass(number, inputs.routes, inputs.step, plan.total)
         return routing.logits(plan.model, params, shard.images_bHWc, key_b, at)
 
     passes, statistics = zip(*map(run, range(routing.passes)), strict=True)
-    loss = losses.classification_loss(plan.config.routing, passes, shard.targets_bC)
+    loss = losses.classification_loss(routing.settings, passes, shard.targets_bC)
     accuracy = (passes[0].argmax(-1) == shard.labels_b).mean()
     # Means over devices belong inside. Those of statistics come first: the loss of means is no mean of losses.
     whole = jax.lax.pmean(statistics[0], AXES)

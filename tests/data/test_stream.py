@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jvitmoe import evaluate, routing, train
+from jvitmoe.commands import evaluate, train
 from jvitmoe.config import Config, DataConfig, ModelConfig, TrainConfig
 from jvitmoe.data import datasets, stream
 from jvitmoe.data import images as images_lib
@@ -28,8 +28,7 @@ from jvitmoe.runs.folder import open_run_folder
 from jvitmoe.runtime import memory
 from jvitmoe.runtime.addresses import Purpose, address
 from jvitmoe.runtime.devices import make_mesh
-from jvitmoe.training import setup
-from jvitmoe.training.state import StepPlan
+from jvitmoe.training import build
 from jvitmoe.training.step import streamed_rows
 from processes import call
 from run_folders import assert_same_run, losses, rows, saved, saved_config
@@ -50,9 +49,9 @@ def streamed(tiny_split, training):
             self.records = in_memory(tiny_split)
 
         def batches(self, start, total):
-            run = self.run_of
-            rows = streamed_rows(StepPlan(run.config, run.routing, run.model, run.mesh, run.order.steps_per_epoch))
-            return stream.train_batches(self.records, run.order, run.config, run.mesh, start, total, rows)
+            plan = self.run_of.plan
+            settings = plan.data, plan.model.config, plan.train, plan.mesh
+            return stream.train_batches(self.records, plan.order, *settings, start, total, streamed_rows(plan))
 
         def run(self, steps):
             state = self.run_of.state
@@ -91,7 +90,7 @@ def test_a_stream_taken_up_at_any_step_gives_the_rest_and_reads_no_row_before_it
     whole = [jax.device_get(images) for images in run.batches(0, 8)]
     assert len(whole) == 8
     assert len({images.pixels_NP.tobytes() for images in whole}) == 8
-    order, seen, read = run.run_of.order, [], run.records.read
+    order, seen, read = run.run_of.plan.order, [], run.records.read
     for epoch in (0, 5, 1):  # on any number of devices: tests/data/test_feed.py
         np.testing.assert_array_equal(order.on_host(epoch), order.epoch(epoch))
     run.records = Records(lambda numbers: seen.extend(numbers) or read(numbers), run.records.number_N, None)
@@ -133,14 +132,15 @@ def test_a_streamed_split_is_evaluated_exactly_with_padding_masked(tiny_config, 
         train={"devices": 4, "batch_size": 8},
     )
     run = training(config)
-    found = make_evaluate(run.model, run.mesh, run.config.data)
-    batches = eval_batches(len(tiny_split), 8, run.mesh)
+    mesh, way = run.plan.mesh, run.plan.routing
+    found = make_evaluate(run.plan.model, mesh, config.data)
+    batches = eval_batches(len(tiny_split), 8, mesh)
     assert len(tiny_split) % 8 != 0
     records = in_memory(tiny_split)
-    shown = stream.EvalImages(records, batches, config, run.mesh)
-    resident = models.evaluate_run(config, run.state.params, None, found, run.images, batches)
+    shown = stream.EvalImages(records, batches, config.data, config.model, mesh)
+    resident = models.evaluate_run(way, 0, run.state.params, None, found, run.images, batches)
     for _ in range(2):  # and once more: a stream can be gone through again
-        assert models.evaluate_run(config, run.state.params, None, found, shown, batches) == resident
+        assert models.evaluate_run(way, 0, run.state.params, None, found, shown, batches) == resident
     assert resident[0]["images"] == len(tiny_split)
     chex.assert_trees_all_equal(vars(decode(records, config.data, config.model)), vars(tiny_split))
 
@@ -221,11 +221,10 @@ def test_a_run_goes_on_with_its_pictures_moved_or_streamed_and_not_with_as_many_
     config, workdir = Config(), tmp_path / "run"
     config.data = DataConfig(name="folder", crop="centre", stream=stream)
     config.model, config.train = ModelConfig(channels=3, classes=2), TrainConfig(batch_size=8, devices=1)
-    routed, mesh = routing.find(config), make_mesh(config.train)
 
     def start(folder):
         config.data.dir = str(tmp_path / folder)
-        data = setup.load_data(config, routed, mesh, setup.browse(config))
+        data = build.build(config, build.choose(config)).data
         with open_run_folder(workdir, config, data.classes, data.counts | data.hashes):
             (workdir / "checkpoints" / "1").mkdir(parents=True, exist_ok=True)
 
@@ -251,7 +250,8 @@ def test_up_to_one_per_cent_of_pictures_are_skipped_counted_and_named(tiny_split
     order, number_N = TrainOrder(200, 40, jax.random.key(0), mesh), np.arange(200)
 
     def batches(records, *damaged):
-        found = stream.train_batches(records, order, config, mesh, 0, 10, None, *damaged)
+        settings = config.data, config.model, config.train, mesh
+        found = stream.train_batches(records, order, *settings, 0, 10, None, *damaged)
         return [jax.device_get((images.pixels_NP, images.labels_N)) for images in found]
 
     records, damaged = Records(read, number_N, None), stream.Damaged(200, said.append)
@@ -279,8 +279,9 @@ def test_an_evaluation_leaves_out_the_pictures_that_training_may_have_skipped(ti
 
 def test_an_evaluation_holds_no_more_images_at_once_than_a_part_of_a_batch(tiny_split, tiny_config):
     config = tiny_config(train={"accumulate": 4, "devices": 1})
+    settings = config.train.images_at_once, config.data, config.model, make_mesh(config.train)
     for split in (tiny_split, in_memory(tiny_split)):
-        _, batches = stream.eval_images(split, config, make_mesh(config.train))
+        _, batches = stream.eval_images(split, *settings)
         assert batches.index_SB.shape == (13, 2)  # of 26 images, where a step has 8 at a time
 
 
@@ -300,7 +301,7 @@ def test_damaged_headers_are_found_before_the_first_step(tmp_path, tiny_config):
 
     def check():
         records = datasets.browse(config.data, config.model).train
-        stream.Damaged(len(records), said.append).check(records, config, lambda: groups.append(1))
+        stream.Damaged(len(records), said.append).check(records, config.data, config.model, lambda: groups.append(1))
 
     (tmp_path / "train" / "dark" / "07.jpg").write_bytes(b"none")
     check()
@@ -396,7 +397,8 @@ def test_random_parts_are_a_function_of_seed_step_and_place(tmp_path, tiny_confi
         records, mesh = datasets.browse(config.data, config.model).train, make_mesh(config.train)
         # The same order for all seeds, so that only the parts can differ.
         order = TrainOrder(len(records), 8, address(jax.random.key(0), Purpose.ORDER), mesh)
-        return [jax.device_get(images) for images in stream.train_batches(records, order, config, mesh, start, 4)]
+        settings = config.data, config.model, config.train, mesh
+        return [jax.device_get(images) for images in stream.train_batches(records, order, *settings, start, 4)]
 
     first = batches()
     chex.assert_trees_all_equal(batches(devices=4), first)

@@ -26,7 +26,7 @@ from jvitmoe.models.routers.topk import upper_tail
 from jvitmoe.runtime import programs
 from jvitmoe.runtime.addresses import Purpose
 from jvitmoe.runtime.devices import make_mesh
-from jvitmoe.training.state import StepPlan
+from jvitmoe.training import build
 from jvitmoe.training.step import image_keys
 
 BATCH, TOKENS, WIDTH, HIDDEN, EXPERTS = 4, 9, 5, 6, 4
@@ -472,8 +472,7 @@ def test_random_tokens_are_dealt_anew_for_every_image_layer_and_step(tiny_config
 
     monkeypatch.setitem(ROUTERS, "token", Seen)
     config = tiny_config(model={"patch": 2}, routing={"experts": 4, "kind": "token"})
-    way = routing.find(config)
-    plan = StepPlan(config, way, way.model(), make_mesh(config.train), 3)
+    plan = build.plan_for(config, make_mesh(config.train), 24)
 
     @jax.jit
     def dealt_in(step, params):
@@ -481,7 +480,7 @@ def test_random_tokens_are_dealt_anew_for_every_image_layer_and_step(tiny_config
         _, found = plan.model.apply({"params": params}, jnp.zeros((8, 8, 8, 1)), key_B, mutable=["intermediates"])
         return found["intermediates"]["blocks"]["mlp"]["router"]["tokens"][0]
 
-    params = drawn(way.shapes())
+    params = drawn(plan.routing.shapes())
     token_SLEBQ = np.stack([np.sort(dealt_in(step, params)) for step in range(3)])
     chex.assert_shape(token_SLEBQ, (3, 2, 4, 8, 5))
     assert len({x.tobytes() for x in token_SLEBQ.swapaxes(2, 3).reshape(-1, 4, 5)}) == 3 * 2 * 8
@@ -525,8 +524,8 @@ def test_a_shared_expert_adds_what_every_token_gets_and_experts_have_a_width_of_
     assert (block["up"].shape, block["shared_up"].shape) == ((EXPERTS, 8, 3), (8, 5))
     x_BTD = drawn(jax.ShapeDtypeStruct((BATCH, TOKENS, 8), jnp.float32), 1)
     names = {name: block[name] for name in (*MLP, "router")}
-    alone_BTD, _ = apply(RoutedMlp(3, settings=way.settings), names, x_BTD)
-    both_BTD, _ = apply(RoutedMlp(3, settings=way.settings, shared=5), block, x_BTD)
+    alone_BTD, _ = apply(RoutedMlp(3, settings=way.router_settings), names, x_BTD)
+    both_BTD, _ = apply(RoutedMlp(3, settings=way.router_settings, shared=5), block, x_BTD)
     shared = {name: block[f"shared_{name}"] for name in MLP}
     wanted_BTD = alone_BTD + jax.jit(Mlp(5).apply)({"params": shared}, x_BTD, None)
     np.testing.assert_allclose(both_BTD, wanted_BTD, rtol=1e-4, atol=1e-5)

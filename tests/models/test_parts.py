@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jvitmoe import routing
+from jvitmoe import routing, rules
 from jvitmoe.config import Config, ModelConfig
 from jvitmoe.errors import ConfigError
 from jvitmoe.experts import cost
@@ -179,11 +179,8 @@ def test_parameters_and_flops_of_cct_are_counted():
     """CCT-2/3x2 has 284,000 parameters and 33 million multiply-adds (its paper, table 2, without the convolutions' bias
     and with attention's; ours counts what XLA does besides)."""
     parts = {"stem": "conv", "pool": "seq"}
-    config = Config(
-        model=ModelConfig(
-            image_size=32, channels=3, classes=10, patch=4, width=128, hidden=128, depth=2, heads=2, **parts
-        )
-    ).validate()
+    sizes = {"image_size": 32, "channels": 3, "classes": 10, "patch": 4, "width": 128, "hidden": 128}
+    config = rules.check(Config(model=ModelConfig(**sizes, depth=2, heads=2, **parts)))
     active, total = routing.find(config).count_parameters()
     assert active == total
     assert 0.28e6 < total < 0.29e6
@@ -223,4 +220,4 @@ def test_each_part_adds_its_parameters_and_the_products_of_its_tokens(part, para
 @pytest.mark.parametrize("patch", [1, 6])
 def test_the_convolutional_stem_needs_a_power_of_two(patch):
     with pytest.raises(ConfigError, match="power of two"):
-        Config(model=small(stem="conv", patch=patch, image_size=24)).validate()
+        rules.check(Config(model=small(stem="conv", patch=patch, image_size=24)))

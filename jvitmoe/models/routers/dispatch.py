@@ -109,6 +109,11 @@ class Router(nn.Module):
         """
         raise NotImplementedError
 
+    @classmethod
+    def has_loss(cls) -> bool:
+        """True if it has a balance loss."""
+        return cls.loss is not Router.loss
+
     @staticmethod
     def loss(statistics: Statistics) -> jax.Array:
         """Returns the balance loss of statistics [X, ...], a scalar: the mean over layers; 0 for a router that is

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from absl import flags
 
-from jvitmoe import cli
+from jvitmoe.commands import cli
 from jvitmoe.errors import UserError, printable
 from jvitmoe.runs import files, results
 from jvitmoe.runs.console import console, warnings_as_lines
@@ -27,28 +27,45 @@ def main(argv: list[str]) -> None:
     workdir = cli.run_folder(values)
     if not values.out:
         raise UserError("--out is missing; give a new folder, such as --out=exports/digits_timm")
-    out = Path(values.out)
+    export(workdir, values.to, Path(values.out), values.checkpoint, values.ema, values.data_dir)
+
+
+def export(
+    workdir: Path, to: str, out: Path, checkpoint: str | int = "latest", ema: bool = False, data_dir: str = ""
+) -> None:
+    """Writes the dense model of a run for another library.
+
+    Args:
+        workdir: the run folder.
+        to: the name of a target.
+        out: a new or empty folder.
+        checkpoint: "latest", "best" (on validation) or a step.
+        ema: whether to take the EMA of the weights.
+        data_dir: where the data are, if not where training found them.
+
+    Raises UserError for a run, target or folder that does not fit.
+    """
     try:
         is_new = not os.path.lexists(out) or (out.is_dir() and not out.is_symlink() and not any(out.iterdir()))
     except OSError as error:
-        raise UserError(f"--out is {values.out!r}; it cannot be listed: {error.strerror}; give a new folder") from error
+        raise UserError(f"--out is {str(out)!r}; it cannot be listed: {error.strerror}; give a new folder") from error
     if out.name in ("", "..") or not is_new:
-        raise UserError(f"--out is {values.out!r}, which is not a new or empty folder; give one that is")
+        raise UserError(f"--out is {str(out)!r}, which is not a new or empty folder; give one that is")
     console.print(f"reading     {workdir}")
     # Not above: these import JAX, and --help need not wait for that.
     from jvitmoe.interop import load, manifest, model_card
     from jvitmoe.interop.targets import TARGETS
     from jvitmoe.runtime import compilation
 
-    if values.to not in TARGETS:
-        raise UserError(f"--to is {values.to!r}; it must be one of {', '.join(sorted(TARGETS))}")
+    if to not in TARGETS:
+        raise UserError(f"--to is {to!r}; it must be one of {', '.join(sorted(TARGETS))}")
     compilation.use_cache()
     with warnings_as_lines():
-        source = load.read(workdir, checkpoint=values.checkpoint, ema=values.ema)
+        source = load.read(workdir, checkpoint=checkpoint, ema=ema)
     assert source.config is not None, "a run has a config"
     config = source.config
-    config.data.dir = values.data_dir or config.data.dir
-    target = TARGETS[values.to]
+    config.data.dir = data_dir or config.data.dir
+    target = TARGETS[to]
     remarks = target.examine(config)
     for remark in remarks:
         console.print(f"note        {remark}")
@@ -99,7 +116,3 @@ def _define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_string("to", "", "What to write: hf, onnx, safetensors, stablehlo or timm.", flag_values=values)
     flags.DEFINE_string("out", "", "New folder to write to.", flag_values=values)
     flags.DEFINE_string("data_dir", "", "Where the data are, if not where training found them.", flag_values=values)
-
-
-if __name__ == "__main__":
-    cli.run(main)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from absl import flags
 
-from jvitmoe import cli
+from jvitmoe.commands import cli
 from jvitmoe.errors import UserError, escaped
 from jvitmoe.runs import files, groups, page, results
 from jvitmoe.runs.console import console, show_table
@@ -34,11 +34,16 @@ MANY = 4  # with more groups, the console shows the overview only
 def main(argv: list[str]) -> None:
     """Runs the command. Raises UserError where no folder holds a tested run or a named group may not be averaged."""
     values, arguments = cli.parse_with_arguments(argv, _define_flags, arguments="RUN… [GROUP=RUN,RUN…]")
-    out = Path(values.out)
+    report(arguments, Path(values.out), values.html, shlex.join(argv[1:]))
+
+
+def report(runs: Sequence[str], out: Path, html: bool = False, command: str = "") -> None:
+    """Writes the report of run folders, and of named groups of them, `GROUP=RUN,RUN`, into a folder. `html` adds one
+    page with all figures; `command` is what the report says after `jvitmoe report`. Raises UserError as `main`."""
     if os.path.exists(out / files.CONFIG):  # unlike Path.exists, it raises for no name
-        raise UserError(f"--out is {values.out!r}, which is a run folder; give a folder for the report")
+        raise UserError(f"--out is {str(out)!r}, which is a run folder; give a folder for the report")
     ours = os.path.realpath(out)  # it may be in runs/*
-    found = _read_groups([each for each in arguments if os.path.realpath(each) != ours])
+    found = _read_groups([each for each in runs if os.path.realpath(each) != ours])
     rows = [row for name, group in found.items() for row in groups.group_rows(name, group)]
     overview = groups.overview(found)
     pictures = _pictures(found)
@@ -46,8 +51,8 @@ def main(argv: list[str]) -> None:
     parts: list[page.Part] = [page.Heading(1, "Runs"), groups.tested(found), *unfinished, overview]
     if differences := groups.differences(found):
         parts += [*differences, groups.DECIDED]
-    command = escaped(f"Command: jvitmoe report {shlex.join(argv[1:])}")
-    parts += [OVERVIEW, groups.opening(found), command]
+    said = escaped(f"Command: jvitmoe report {command or shlex.join([f'--out={out}', *runs])}")
+    parts += [OVERVIEW, groups.opening(found), said]
     parts += [*pictures, page.Heading(2, "Every model"), rows, NOTE]
     files.make_folder(out)
     for picture in pictures:
@@ -55,7 +60,7 @@ def main(argv: list[str]) -> None:
     files.write_text(out / "report.md", page.as_markdown(parts))
     records = {name: groups.record(group) for name, group in found.items()}
     files.write_text(out / "runs.json", json.dumps(records, indent=1) + "\n")
-    if values.html:
+    if html:
         files.write_text(out / "report.html", page.as_html([*parts, *_details(found)]))
     short = [{name: row[name] for name in row if name != "hardware"} for row in rows]
     table = groups.without_empty(short) if len(found) <= MANY else overview
@@ -63,7 +68,7 @@ def main(argv: list[str]) -> None:
     for hardware in dict.fromkeys(row["hardware"] for row in rows):
         console.print(f"hardware    {hardware}")
     console.print(f"pictures    {', '.join(str(out / f'{picture.name}.png') for picture in pictures)}")
-    if values.html:
+    if html:
         console.print(f"page        {out / 'report.html'}")
     for line in [*unfinished, *differences[:MANY]]:
         console.print(line)
@@ -130,7 +135,3 @@ def _details(found: Groups) -> list[page.Part]:
 def _define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_string("out", "runs/report", "Folder for report.md, runs.json and the pictures.", flag_values=values)
     flags.DEFINE_bool("html", False, "Also write report.html: one page with all figures.", flag_values=values)
-
-
-if __name__ == "__main__":
-    cli.run(main)

@@ -18,7 +18,8 @@ from typing import Any
 
 from absl import flags
 
-from jvitmoe import cli
+from jvitmoe import rules
+from jvitmoe.commands import cli
 from jvitmoe.config import Config
 from jvitmoe.errors import ConfigError, UserError, one_line
 from jvitmoe.runs import files
@@ -30,8 +31,6 @@ PARTS = {  # what the names of arguments begin with -> what they are
     "before.params": "parameters",
     "before.opt_state": "optimiser",
     "before.ema": "average of the weights",
-    "before.outer": "outer optimiser",
-    "before.fast": "weights whose mean is the model",
     "split": "images",
 }
 WASTE, WORST = 1.05, 3  # padding that is worth a line, and how many arrays it names
@@ -99,13 +98,13 @@ def measure(config: Config, target: Target, count: int) -> dict[str, Any]:
     Raises UserError where XLA cannot compile it, and ConfigError where the settings do not fit the devices.
     """
     from jvitmoe.runtime import devices, programs
-    from jvitmoe.training import program
+    from jvitmoe.training import build, step
 
     mesh = devices.make_mesh(config.train, found=targets.devices(target))
-    plan = program.plan_for(config, mesh, count)
+    plan = build.plan_for(config, mesh, count)
     began = time.monotonic()
     try:
-        compiled = program.lower(plan, count).compile()
+        compiled = step.lower(plan, count).compile()
     except Exception as error:  # of the compiler, which raises several kinds
         if "RESOURCE_EXHAUSTED" in str(error):
             raise TooLargeError(_too_large(one_line(error)[:200], config.train.batch_size, target)) from error
@@ -199,7 +198,7 @@ def _fit(config: Config, target: Target, count: int, peak: float, show: Callable
         other = copy.deepcopy(config)
         other.train.batch_size = batch
         try:
-            size = measure(other.validate(), target, max(count, batch))["peak_bytes"]
+            size = measure(rules.check(other), target, max(count, batch))["peak_bytes"]
         except TooLargeError as error:
             show(f"tried       {batch:,}: {str(error).partition('; lower')[0]}")
             return float("inf")
@@ -236,7 +235,3 @@ def largest(needed: Callable[[int], float], start: int, at_start: float, limit: 
         known[guess] = needed(guess)
         missed = missed + 1 if known[guess] > limit else 0  # a TPU's compiler also packs less well when memory is short
     return max((n for n, size in known.items() if size <= limit), default=0)
-
-
-if __name__ == "__main__":
-    cli.run(main)

@@ -14,12 +14,13 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from absl import flags
 
-from jvitmoe import cli
 from jvitmoe import config as config_lib
+from jvitmoe import rules
+from jvitmoe.commands import cli
 from jvitmoe.config import Config
 from jvitmoe.errors import UserError
 from jvitmoe.runs import files, results
@@ -30,102 +31,153 @@ MAPPED = 8  # images whose routes are drawn in experts.png
 KEPT = 16  # images whose routes result.json keeps, to compare seeds
 
 
+class Probes(NamedTuple):
+    """The probes of an evaluation."""
+
+    few_shot: int = 0  # images per class of a linear probe; 0 is none
+    knn: int = 0  # nearest training images that vote; 0 is none
+    data: str = ""  # their set, if not the run's: a data.name
+    dir: str = ""  # its folder, if not that of the run's data
+
+    def check(self) -> None:
+        """Raises UserError for a set without a probe, and a folder without a set."""
+        if self.data and not self:
+            raise UserError(f"--probe_data is {self.data!r}; name a probe on it: --few_shot=10 or --knn=20")
+        if self.dir and not self.data:
+            raise UserError(f"--probe_dir is {self.dir!r}; name the set in it: --probe_data=NAME")
+
+    def __bool__(self) -> bool:
+        return bool(self.few_shot or self.knn)
+
+
+NO_PROBES = Probes()
+
+
 def main(argv: list[str]) -> None:
     """Runs the command. Raises UserError for a flag, a run folder or data that do not fit."""
     values = cli.parse(argv, _define_flags)
     workdir = cli.run_folder(values)
-    if values.probe_data and not (values.few_shot or values.knn):
-        raise UserError(f"--probe_data is {values.probe_data!r}; name a probe on it: --few_shot=10 or --knn=20")
-    if values.probe_dir and not values.probe_data:
-        raise UserError(f"--probe_dir is {values.probe_dir!r}; name the set in it: --probe_data=NAME")
-    if values.verify:
-        _verify(workdir)
-    else:
-        files.refuse_links(workdir)
-        console.print(f"reading     {workdir}")
-        _evaluate(values, workdir)
+    probes = Probes(values.few_shot, values.knn, values.probe_data, values.probe_dir)
+    if not values.verify:
+        evaluate(workdir, values.checkpoint, values.paths, probes, values.data_dir, values.devices)
+    elif not verify(workdir):
+        sys.exit(1)
 
 
-def _evaluate(values: flags.FlagValues, workdir: Path) -> None:
+def verify(workdir: Path) -> bool:
+    """Prints which files of a run folder are sound, and returns whether all are."""
+    from jvitmoe.runs import folder  # imports JAX
+
+    faults = dict(folder.verify(workdir))
+    for name, fault in faults.items():
+        console.print(f"{name:<16} {fault or 'sound'}")
+    return not any(faults.values())
+
+
+def evaluate(
+    workdir: Path,
+    checkpoint: str | int = "latest",
+    paths: int = 8,
+    probes: Probes = NO_PROBES,
+    data_dir: str = "",
+    devices: int = 0,
+) -> None:
+    """Tests the models of a run, and writes result.json, report.md and the pictures into its folder.
+
+    Args:
+        workdir: the run folder.
+        checkpoint: "latest", "best" (on validation) or a step.
+        paths: random paths to test: an expert drawn per layer.
+        probes: of the features.
+        data_dir: where the data are, if not where training found them.
+        devices: to use; 0 is all local ones.
+
+    Raises UserError.
+    """
+    probes.check()
+    files.refuse_links(workdir)
+    console.print(f"reading     {workdir}")
     # Not above: these import JAX and matplotlib, and --help need not wait for that.
     from jvitmoe.data import stream
     from jvitmoe.data.batches import eval_batches, on_devices
-    from jvitmoe.evaluation import mergeability, models, probes
+    from jvitmoe.evaluation import mergeability, models
+    from jvitmoe.evaluation import probes as probes_lib
     from jvitmoe.experts import merge
     from jvitmoe.runs import figures
 
-    config, mesh, model, params, ema, meta = _restore(values, workdir)
+    config, routing, mesh, params, ema, meta = _restore(workdir, checkpoint, data_dir, devices)
     console.print(f"reading     {config.data.name} {config.data.dir}".rstrip())
-    data, probed, probe_config = _data(values, config, workdir)
+    data, probed, probed_data = _data(config, workdir, probes)
+    dense, at_once = merge.dense_tree(params), config.train.images_at_once
     with progress("testing") as batch_done:
-        evaluate = models.make_evaluate(model, mesh, config.data, batch_done)
-        shown = stream.eval_images(data.test, config, mesh)
+        evaluator = models.make_evaluate(routing.model(mesh), mesh, config.data, batch_done)
+        shown = stream.eval_images(data.test, at_once, config.data, config.model, mesh)
         known = results.of_training(workdir, meta["versions"])
         result: dict[str, Any] = {}
-        if values.few_shot or values.knn:  # first, because they refuse more images than there are
-            trees = {"dense" if config.routing.experts == 1 else "merged": merge.dense_tree(config, params)}
+        if probes:  # first, because they refuse more images than there are
+            trees = {"dense" if routing.experts == 1 else "merged": dense}
             trees |= {"EMA": ema} if ema is not None else {}
-            settings = probe_config, mesh, values.few_shot, values.knn
-            result["probes"] = probes.measure(evaluate.net, trees, probed, *settings)
+            settings = probed_data, at_once, mesh, probes.few_shot, probes.knn
+            result["probes"] = probes_lib.measure(evaluator.net, trees, probed, *settings)
         gate_L, few = None, None
-        if config.routing.experts > 1:
+        if routing.experts > 1:
             few = _some(data.test, mergeability.IMAGES, config)
-        if evaluate.routed:
+        if evaluator.routed:
             seen = _some(data.train, mergeability.IMAGES, config, skipped=console.print)  # as training may have
-            gate_L, result["routes"] = _routes(config, params, evaluate.routed, seen, few, workdir)
-        result["rows"] = models.evaluate_run(config, params, ema, evaluate, *shown, values.paths, gate_L)
-        result |= models.facts(config, meta["step"], mesh) | known | {"files": meta["files"]}
+            gate_L, result["routes"] = _routes(routing, params, evaluator.routed, seen, few, workdir)
+        seed = config.train.seed
+        result["rows"] = models.evaluate_run(routing, seed, params, ema, evaluator, *shown, paths, gate_L)
+        result |= models.facts(routing, mesh, config.data.name, seed, meta["step"]) | known | {"files": meta["files"]}
         if few is not None:
-            batches = eval_batches(len(few), config.train.images_at_once, mesh)
-            result["mergeability"] = mergeability.measure(config, params, evaluate, on_devices(few, mesh), batches)
-    _draw_samples(evaluate, merge.dense_tree(config, params), _some(data.test, MOST_SAMPLES, config), workdir)
+            batches = eval_batches(len(few), at_once, mesh)
+            result["mergeability"] = mergeability.measure(routing, params, evaluator, on_devices(few, mesh), batches)
+    _draw_samples(evaluator, dense, _some(data.test, MOST_SAMPLES, config), workdir)
     drawn = figures.of_run(result, workdir)
     for name, figure in drawn.items():
         figures.save(figure, workdir / name)
     results.write_result(workdir, result, files.CONFUSION in drawn)
-    routes = [files.EXPERTS] if evaluate.routed else []
+    routes = [files.EXPERTS] if evaluator.routed else []
     written = ", ".join((files.RESULT, results.REPORT, files.SAMPLES, *drawn, *routes))
     console.print(f"written     {written} in {workdir}")
 
 
-def _restore(values: flags.FlagValues, workdir: Path) -> tuple[Config, Any, Any, Any, Any, dict[str, Any]]:
-    """Returns (config, mesh, model, parameters, EMA or None, meta) of the checkpoint that the flags name, its arrays on
-    the devices, and prints what it is."""
+def _restore(
+    workdir: Path, checkpoint: str | int, data_dir: str, count: int
+) -> tuple[Config, Any, Any, Any, Any, dict[str, Any]]:
+    """Returns (config, routing, mesh, parameters, EMA or None, meta) of a checkpoint, its arrays on the devices, and
+    prints what it is."""
     import jax
+    from jax.sharding import NamedSharding
 
     from jvitmoe import routing
     from jvitmoe.runs.checkpoints import Checkpoints
     from jvitmoe.runtime import compilation, devices
-    from jvitmoe.training import state
 
     compilation.use_cache()
     with warnings_as_lines():
-        saved = Checkpoints(workdir / files.CHECKPOINTS).read(values.checkpoint)
+        saved = Checkpoints(workdir / files.CHECKPOINTS).read(checkpoint)
     config = config_lib.from_dict(saved.meta["config"])
-    config.data.dir = values.data_dir or config.data.dir
-    config.validate()
+    config.data.dir = data_dir or config.data.dir
+    rules.check(config)
     # Evaluation has no expert axis, and fills up its batches, so any number of devices will do.
-    where = {"devices": values.devices, "expert_devices": 1}
-    mesh = devices.make_mesh(dataclasses.replace(config.train, **where), settings="--")
+    train = dataclasses.replace(config.train, devices=count, expert_devices=1)
+    mesh = devices.make_mesh(train, settings="--")
     routed = routing.find(config)
-    model = routed.model(mesh)
     active, total = routed.count_parameters()
     console.print(f"run         {workdir}, checkpoint at step {saved.step:,}")
     console.print(f"devices     {devices.describe(mesh)}")
-    console.print(f"parameters  {active:,} active, {total:,} total ({model.dtype.name} compute)")
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, state.abstract_state(config, routed, mesh))
-    params, ema = jax.device_put((saved.params, saved.ema), (shardings.params, shardings.ema))
-    return config, mesh, model, params, ema, saved.meta
+    console.print(f"parameters  {active:,} active, {total:,} total ({routed.model(mesh).dtype.name} compute)")
+    params, ema = jax.device_put((saved.params, saved.ema), NamedSharding(mesh, devices.REPLICATED))
+    return config, routed, mesh, params, ema, saved.meta
 
 
-def _data(values: flags.FlagValues, config: Config, workdir: Path) -> tuple[Any, Any, Config]:
-    """Returns (the run's data set, that of the probes, the config with the latter). Only probes need all training
+def _data(config: Config, workdir: Path, probes: Probes) -> tuple[Any, Any, Any]:
+    """Returns (the run's data set, that of the probes, the settings of the latter). Only probes need all training
     images in memory. Those of the run's own set do not train on the validation images that it held out, which chose its
     checkpoint."""
     from jvitmoe.data import datasets
     from jvitmoe.data.splits import SizeError, decode
 
-    probes = values.few_shot or values.knn
     find = datasets.load if probes and not config.data.stream else datasets.browse
     with cli.data_dir_flag():
         own: Any = datasets.with_classes(find, config.data, config.model, files.read_classes(workdir))
@@ -135,10 +187,10 @@ def _data(values: flags.FlagValues, config: Config, workdir: Path) -> tuple[Any,
     def without_held_out(data: Any) -> Any:
         return dataclasses.replace(data, train=datasets.hold_out(data.train, config.data.validation)[0])
 
-    if not values.probe_data:
-        return own, without_held_out(own) if probes else own, config
+    if not probes.data:
+        return own, without_held_out(own) if probes else own, config.data
     crop = "centre" if config.data.crop == "exact" else config.data.crop  # its images may have any size
-    data = dataclasses.replace(config.data, name=values.probe_data, dir=values.probe_dir or config.data.dir, crop=crop)
+    data = dataclasses.replace(config.data, name=probes.data, dir=probes.dir or config.data.dir, crop=crop)
     model = dataclasses.replace(config.model, classes=0)  # any number of them
     is_own = data.name == config.data.name
     if data.name == "folder":  # other sets are known by their names
@@ -147,10 +199,10 @@ def _data(values: flags.FlagValues, config: Config, workdir: Path) -> tuple[Any,
     try:
         with cli.data_dir_flag("--probe_dir"):
             found = find(data, model)
-        return own, without_held_out(found) if is_own else found, dataclasses.replace(config, data=data, model=model)
+        return own, without_held_out(found) if is_own else found, data
     except SizeError as error:
         remedy = "write them into an image folder, and give --probe_data=folder --probe_dir=DIR"
-        raise UserError(f"--probe_data is {values.probe_data!r}, but {error.fault}; {remedy}") from error
+        raise UserError(f"--probe_data is {probes.data!r}, but {error.fault}; {remedy}") from error
 
 
 def _some(split: Any, most: int, config: Config, skipped: Callable[[str], object] | None = None) -> Any:
@@ -162,7 +214,7 @@ def _some(split: Any, most: int, config: Config, skipped: Callable[[str], object
     return chosen if isinstance(chosen, Split) else decode(chosen, config.data, config.model, skipped)
 
 
-def _routes(config: Config, params: Any, routed: Any, seen: Any, few: Any, workdir: Path) -> tuple[Any, dict[str, Any]]:
+def _routes(routing: Any, params: Any, routed: Any, seen: Any, few: Any, workdir: Path) -> tuple[Any, dict[str, Any]]:
     """Returns (the mean gate of each layer, from the training images `seen`; figures of the test images `few`), and
     draws what the router does."""
     import jax.numpy as jnp
@@ -174,10 +226,10 @@ def _routes(config: Config, params: Any, routed: Any, seen: Any, few: Any, workd
     def measured(split: Any) -> Any:
         return expert_maps.measure(routed.net, params, split.images_NHWc, split.labels_N, routed.normalize)
 
-    layers = np.array(config.expert_layers)
-    gate_L = jnp.ones(config.model.depth).at[layers].set(measured(seen).gate_X)
+    layers, model = np.array(routing.layers_with_experts), routing.model_settings
+    gate_L = jnp.ones(model.depth).at[layers].set(measured(seen).gate_X)
     found = measured(few)
-    names = results.class_names(workdir, config.model.classes)
+    names = results.class_names(workdir, model.classes)
     shown = np.linspace(0, len(few.labels_N) - 1, min(MAPPED, len(few.labels_N))).astype(int)
     pictures = [(few.images_NHWc[n], names[few.labels_N[n]], found.expert_XBP[:, n]) for n in shown]
     figures.save(figures.experts(found, pictures, layers.tolist(), names), workdir / files.EXPERTS)
@@ -211,16 +263,6 @@ def _draw_samples(evaluate: Any, params: Any, few: Any, workdir: Path) -> None:
     figures.contact_sheet(workdir / files.SAMPLES, cells)
 
 
-def _verify(workdir: Path) -> None:
-    from jvitmoe.runs import folder  # imports JAX
-
-    faults = dict(folder.verify(workdir))
-    for name, fault in faults.items():
-        console.print(f"{name:<16} {fault or 'sound'}")
-    if any(faults.values()):
-        sys.exit(1)
-
-
 def _define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_string("workdir", "", "Run folder that training wrote.", flag_values=values)
     flags.DEFINE_string("checkpoint", "latest", "latest, best (on validation) or a step.", flag_values=values)
@@ -232,7 +274,3 @@ def _define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_string("probe_dir", "", "Its folder, if not that of the run's data.", flag_values=values)
     flags.DEFINE_string("data_dir", "", "Where the data are, if not where training found them.", flag_values=values)
     flags.DEFINE_integer("devices", 0, "Devices to use; 0 is all local ones.", 0, flag_values=values)
-
-
-if __name__ == "__main__":
-    cli.run(main)

@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 from absl import flags, logging
 from ml_collections import config_flags
 
-from jvitmoe import experiment_files
+from jvitmoe import experiments, rules
 from jvitmoe.config import SETTINGS, Config, unknown_field
 from jvitmoe.errors import UserError, did_you_mean, one_line
 from jvitmoe.runs import files
@@ -60,7 +60,7 @@ def parse_with_arguments(
     try:
         if config:
             path, argv = _take("config", argv)
-            loaded = experiment_files.load(path) if path else _saved_config(argv) or Config()
+            loaded = experiments.load(path) if path else _saved_config(argv) or Config()
             config_flags.DEFINE_config_dataclass("config", loaded, "Experiment file.", values, sys_argv=argv)
             values["config"].default_as_str = None  # --help would print all fields on one line
         others = values(argv)[1:]
@@ -80,7 +80,7 @@ def parse_with_arguments(
             print(*help_lines("--config=NAME[:VARIANT]", f"{EXPERIMENT}.", width), sep="\n")
             whose = "this experiment" if path or _saved_config(argv) else "Config(); --config NAME shows those of NAME"
             print("", *textwrap.wrap(f"Settings, with the values of {whose}:", width), sep="\n")
-            print(help_text(SETTINGS, values.config, width))
+            print(help_text(values.config, width))
         sys.exit(0)
     return values, others
 
@@ -103,7 +103,7 @@ def _saved_config(argv: list[str]) -> Config | None:
 
 def experiment_name(argv: list[str]) -> str:
     """Returns the name of the experiment without a suffix, and "_VARIANT" if one is given."""
-    path, variant = experiment_files.split_variant(config_path(argv))
+    path, variant = experiments.split_variant(config_path(argv))
     return Path(path).stem + (f"_{variant}" if variant else "")
 
 
@@ -150,7 +150,7 @@ def run_folder(values: flags.FlagValues) -> Path:
 
 def experiment(values: flags.FlagValues) -> Config:
     """Returns the validated Config of `--config`."""
-    return values.config.validate()
+    return rules.check(values.config)
 
 
 def run(main: Callable[[list[str]], Any]) -> NoReturn:

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from absl import flags
 
-from jvitmoe import cli
+from jvitmoe.commands import cli
 from jvitmoe.data import images
 from jvitmoe.data.images import DataError
 from jvitmoe.errors import UserError, printable
@@ -81,14 +81,10 @@ def main(argv: list[str]) -> None:
 
 
 def _define_flags(values: flags.FlagValues) -> None:
-    where = "Run folder, a folder that jvitmoe.export wrote, or cifar10_fast, which comes with jvitmoe."
+    where = "Run folder, a folder that jvitmoe export wrote, or cifar10_fast, which comes with jvitmoe."
     flags.DEFINE_string("workdir", "", where, flag_values=values)
     flags.DEFINE_alias("model", "workdir", flag_values=values)
     cli.define_weights(values)
     flags.DEFINE_integer("top", 5, "Classes per picture.", 1, flag_values=values)
     flags.DEFINE_bool("json", False, "JSON on standard output, instead of a table.", flag_values=values)
     flags.DEFINE_string("sheet", "", "PNG to draw the pictures in, with the classes below them.", flag_values=values)
-
-
-if __name__ == "__main__":
-    cli.run(main)

@@ -8,8 +8,9 @@ import ast
 import shutil
 import textwrap
 
-from jvitmoe import cli, experiment_files
 from jvitmoe import config as config_lib
+from jvitmoe import experiments
+from jvitmoe.commands import cli
 from jvitmoe.errors import UserError, did_you_mean
 
 INDENT = 18  # columns of the names
@@ -18,7 +19,7 @@ INDENT = 18  # columns of the names
 def main(argv: list[str]) -> None:
     """Runs the command. Raises UserError for a name that is no experiment."""
     _, names = cli.parse_with_arguments(argv, lambda values: None, arguments="[NAME[:VARIANT]…]")
-    folder = experiment_files.ours()
+    folder = experiments.ours()
     about = {path.stem: ast.get_docstring(ast.parse(path.read_text())) or "" for path in sorted(folder.glob("*.py"))}
     for name, _, variant in (name.partition(":") for name in names):
         if name not in about:
@@ -26,7 +27,7 @@ def main(argv: list[str]) -> None:
             raise UserError(f"{name!r} is not an experiment{hint}")
         print(f"{folder / name}.py\n\n{about[name]}\n")
         if variant:
-            plain, other = (experiment_files.load(each) for each in (name, f"{name}:{variant}"))
+            plain, other = (experiments.load(each) for each in (name, f"{name}:{variant}"))
             for path, (_, value) in config_lib.differences(plain, other).items():
                 print(f"{variant}: --config.{path}={value!r}")
     if names:
@@ -41,7 +42,3 @@ def _summary(text: str) -> str:
     """Returns the first paragraph of a description and the third, after the command: what to expect."""
     paragraphs = [" ".join(paragraph.split()) for paragraph in text.split("\n\n")]
     return " ".join([paragraphs[0], *paragraphs[2:3]])
-
-
-if __name__ == "__main__":
-    cli.run(main)
