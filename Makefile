@@ -29,7 +29,7 @@ $(VENV)/base: pyproject.toml $(CONSTRAINTS)
 $(VENV)/installed: $(VENV)/base
 	@echo "Installing the tools for development into $(VENV), TensorFlow and ONNX among them: about 3 GB more."
 	$(PIP) -e '.[dev]'
-	@if git rev-parse --git-dir >/dev/null 2>&1; then $(RUN) -m pre_commit install; fi
+	@if git rev-parse --git-dir >/dev/null 2>&1; then $(RUN) -m pre_commit install || echo "No hooks: see above."; fi
 	touch $@
 
 demo: $(VENV)/base  ## train a dense and a random-routed ViT on digits, one table (minutes on a CPU)
