@@ -103,7 +103,6 @@ def evaluate(
     from jvitmoe.evaluation import mergeability, models
     from jvitmoe.evaluation import probes as probes_lib
     from jvitmoe.experts import merge
-    from jvitmoe.runs import figures
 
     config, routing, mesh, params, ema, meta = _restore(workdir, checkpoint, data_dir, devices)
     console.print(f"reading     {config.data.name} {config.data.dir}".rstrip())
@@ -132,12 +131,18 @@ def evaluate(
             batches = eval_batches(len(few), at_once, mesh)
             result["mergeability"] = mergeability.measure(routing, params, evaluator, on_devices(few, mesh), batches)
     _draw_samples(evaluator, dense, _some(data.test, MOST_SAMPLES, config), workdir)
+    _write(workdir, result, [files.EXPERTS] if evaluator.routed else [])
+
+
+def _write(workdir: Path, result: dict[str, Any], others: list[str]) -> None:
+    """Writes the results and draws their figures; `others` are the pictures that are there already."""
+    from jvitmoe.runs import figures
+
     drawn = figures.of_run(result, workdir)
     for name, figure in drawn.items():
         figures.save(figure, workdir / name)
     results.write_result(workdir, result, files.CONFUSION in drawn)
-    routes = [files.EXPERTS] if evaluator.routed else []
-    written = ", ".join((files.RESULT, results.REPORT, files.SAMPLES, *drawn, *routes))
+    written = ", ".join((files.RESULT, results.REPORT, files.SAMPLES, *drawn, *others))
     console.print(f"written     {written} in {workdir}")
 
 

@@ -45,12 +45,7 @@ def export(
 
     Raises UserError for a run, target or folder that does not fit.
     """
-    try:
-        is_new = not os.path.lexists(out) or (out.is_dir() and not out.is_symlink() and not any(out.iterdir()))
-    except OSError as error:
-        raise UserError(f"--out is {str(out)!r}; it cannot be listed: {error.strerror}; give a new folder") from error
-    if out.name in ("", "..") or not is_new:
-        raise UserError(f"--out is {str(out)!r}, which is not a new or empty folder; give one that is")
+    _check_new(out)
     console.print(f"reading     {workdir}")
     # Not above: these import JAX, and --help need not wait for that.
     from jvitmoe.interop import load, manifest, model_card
@@ -95,6 +90,16 @@ def export(
     console.print(f"written     {printable(', '.join(written))}")
     if target.torch:
         console.print(f"            README.md has a check that runs {target.library} itself")
+
+
+def _check_new(out: Path) -> None:
+    """Raises UserError unless a folder is new or empty."""
+    try:
+        is_new = not os.path.lexists(out) or (out.is_dir() and not out.is_symlink() and not any(out.iterdir()))
+    except OSError as error:
+        raise UserError(f"--out is {str(out)!r}; it cannot be listed: {error.strerror}; give a new folder") from error
+    if out.name in ("", "..") or not is_new:
+        raise UserError(f"--out is {str(out)!r}, which is not a new or empty folder; give one that is")
 
 
 @contextlib.contextmanager
