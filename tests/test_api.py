@@ -185,3 +185,16 @@ def test_importing_the_package_imports_neither_jax_nor_a_reader_of_data(imports)
     assert done.stdout == "[]\nTrue\n", done.stderr
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = jvitmoe.nothing
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"few_shot": -1}, "--few_shot is -1; it must be at least 0"),
+        ({"paths": -1}, "--paths is -1; it must be at least 0"),
+        ({}, "missing' does not exist; give the folder that training wrote"),
+    ],
+)
+def test_an_evaluation_from_python_is_refused_as_that_of_the_command_line(tmp_path, options, says):
+    with pytest.raises(UserError, match=says):
+        jvitmoe.Run(tmp_path / "missing").evaluate(**options)

@@ -142,10 +142,15 @@ def run_folder(values: flags.FlagValues) -> Path:
     if not values.workdir:
         raise UserError("--workdir is missing; give a run folder, such as --workdir=runs/digits_random")
     workdir = files.run_folder(values.workdir)
-    if os.path.isdir(workdir / files.CHECKPOINTS):
-        return workdir
-    problem = "holds no checkpoints" if os.path.exists(workdir) else "does not exist"
-    raise UserError(f"workdir {values.workdir!r} {problem}; give the folder that training wrote")
+    check_trained(workdir)
+    return workdir
+
+
+def check_trained(workdir: Path) -> None:
+    """Raises UserError where a folder does not exist or holds no checkpoints."""
+    if not os.path.isdir(workdir / files.CHECKPOINTS):
+        problem = "holds no checkpoints" if os.path.exists(workdir) else "does not exist"
+        raise UserError(f"workdir {str(workdir)!r} {problem}; give the folder that training wrote")
 
 
 def experiment(values: flags.FlagValues) -> Config:

@@ -40,7 +40,10 @@ class Probes(NamedTuple):
     dir: str = ""  # its folder, if not that of the run's data
 
     def check(self) -> None:
-        """Raises UserError for a set without a probe, and a folder without a set."""
+        """Raises UserError for a negative number, a set without a probe, and a folder without a set."""
+        for name, value in (("few_shot", self.few_shot), ("knn", self.knn)):
+            if value < 0:
+                raise UserError(f"--{name} is {value}; it must be at least 0")
         if self.data and not self:
             raise UserError(f"--probe_data is {self.data!r}; name a probe on it: --few_shot=10 or --knn=20")
         if self.dir and not self.data:
@@ -95,6 +98,10 @@ def evaluate(
     Raises UserError.
     """
     probes.check()
+    for name, value in (("paths", paths), ("devices", devices)):
+        if value < 0:
+            raise UserError(f"--{name} is {value}; it must be at least 0")
+    cli.check_trained(workdir)
     files.refuse_links(workdir)
     console.print(f"reading     {workdir}")
     # Not above: these import JAX and matplotlib, and --help need not wait for that.
