@@ -41,9 +41,7 @@ class Probes(NamedTuple):
 
     def check(self) -> None:
         """Raises UserError for a negative number, a set without a probe, and a folder without a set."""
-        for name, value in (("few_shot", self.few_shot), ("knn", self.knn)):
-            if value < 0:
-                raise UserError(f"--{name} is {value}; it must be at least 0")
+        _refuse_negative(few_shot=self.few_shot, knn=self.knn)
         if self.data and not self:
             raise UserError(f"--probe_data is {self.data!r}; name a probe on it: --few_shot=10 or --knn=20")
         if self.dir and not self.data:
@@ -54,6 +52,12 @@ class Probes(NamedTuple):
 
 
 NO_PROBES = Probes()
+
+
+def _refuse_negative(**flags_given: int) -> None:
+    for name, value in flags_given.items():
+        if value < 0:
+            raise UserError(f"--{name} is {value}; it must be at least 0")
 
 
 def main(argv: list[str]) -> None:
@@ -98,9 +102,7 @@ def evaluate(
     Raises UserError.
     """
     probes.check()
-    for name, value in (("paths", paths), ("devices", devices)):
-        if value < 0:
-            raise UserError(f"--{name} is {value}; it must be at least 0")
+    _refuse_negative(paths=paths, devices=devices)
     cli.check_trained(workdir)
     files.refuse_links(workdir)
     console.print(f"reading     {workdir}")
@@ -260,10 +262,7 @@ def _draw_samples(evaluate: Any, params: Any, few: Any, workdir: Path) -> None:
     from jvitmoe.runs import figures
     from jvitmoe.runtime import compilation
 
-    run = jax.jit(
-        lambda params, images: vit.logits(evaluate.net, params, evaluate.normalize(images)),
-        compiler_options=compilation.exact(jax.default_backend()),
-    )
+    run = compilation.jit(lambda params, images: vit.logits(evaluate.net, params, evaluate.normalize(images)))
     logits_NC = run(params, jnp.asarray(few.images_NHWc))
     names, cells = results.class_names(workdir, logits_NC.shape[1]), []
     share_NC = jax.device_get(jax.nn.softmax(logits_NC))

@@ -33,8 +33,7 @@ def measure(
     normalize: Callable[[jax.Array], jax.Array],
 ) -> Routes:
     """Returns the routes of uint8 images, in evaluation."""
-    options = compilation.exact(jax.default_backend())
-    run = jax.jit(lambda params, x: vit.token_weights(model, params, normalize(x)), compiler_options=options)
+    run = compilation.jit(lambda params, images: vit.token_weights(model, params, normalize(images)))
     parts = range(0, len(images_BHWc), BATCH)
     found = [jax.device_get(run(params, jnp.asarray(images_BHWc[at : at + BATCH]))) for at in parts]
     weight_XBTE = np.concatenate(found, 1)

@@ -3,7 +3,6 @@
 B batch · T tokens · L layers · X layers that have experts · E, f experts · S points on the line to the mean
 """
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -56,7 +55,7 @@ def weight_geometry(params: Any) -> dict[str, list[float]]:
         so their average is about -1 / (E - 1) for any experts; a pair far above that is a cluster.
     """
 
-    @functools.partial(jax.jit, compiler_options=compilation.exact(jax.default_backend()))
+    @compilation.jit
     def grams(experts: Any) -> tuple[jax.Array, jax.Array]:
         differences = jax.tree.map(lambda leaf: leaf - leaf.mean(trees.EXPERT_AXIS, keepdims=True), experts)
         return _gram(experts), _gram(differences)
@@ -105,7 +104,7 @@ def layer_gap(
     """
     dense, depth = model.plain().clone(dtype=jnp.dtype("float32"), attention="xla"), model.config.depth
 
-    @functools.partial(jax.jit, compiler_options=compilation.exact(jax.default_backend()))
+    @compilation.jit
     def batch_sums(params: Any, index_B: jax.Array, mask_B: jax.Array) -> jax.Array:
         merged = merge.average_experts(params)
         images = normalize(split.rows(index_B)[0])

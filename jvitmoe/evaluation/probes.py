@@ -3,7 +3,6 @@
 N images · D width · C classes
 """
 
-import functools
 from collections.abc import Callable, Mapping
 from statistics import fmean, stdev
 from typing import Any, NamedTuple
@@ -83,7 +82,7 @@ def make_extract(net: vit.ViT, data: DataConfig) -> Callable[[Any, SplitImages, 
     """Returns a function (params, split, batches) -> features of every image, in order, without padding and without
     pictures that could not be read."""
 
-    @functools.partial(jax.jit, compiler_options=compilation.exact(jax.default_backend()))
+    @compilation.jit
     def of_batch(params: Any, images: Images, index_B: jax.Array | None) -> tuple[jax.Array, jax.Array]:
         images_BHWc, labels_B = images.rows(slice(None) if index_B is None else index_B)
         return vit.features(net, params, augment.normalize(images_BHWc, data.mean, data.std)), labels_B

@@ -63,8 +63,7 @@ class Classifier:
         self.names = tuple(names) if len(names) == model.classes else tuple(map(str, range(model.classes)))
         self.params = jax.tree.map(jnp.asarray, params)
         net = vit.build(self.config)
-        options = compilation.exact(jax.default_backend())
-        self._run = jax.jit(lambda p, x: vit.logits(net, p, augment.normalize(x, mean, std)), compiler_options=options)
+        self._run = compilation.jit(lambda p, x: vit.logits(net, p, augment.normalize(x, mean, std)))
 
     def __call__(self, inputs: Any, top: int = 5) -> list[list[Prediction]]:
         """Returns the `top` most probable classes of each input, most probable first.

@@ -4,7 +4,7 @@ import contextlib
 import functools
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,11 @@ def exact(platform: str) -> dict[str, bool | str]:
         return {YNNPACK: PRODUCTS_ALONE}
     _check_products()
     return {}
+
+
+def jit(function: Callable[..., Any]) -> Any:
+    """Returns the function compiled with the options of `exact` for JAX's default device."""
+    return jax.jit(function, compiler_options=exact(jax.default_backend()))
 
 
 def of_training(dtype: Any, platform: str) -> dict[str, bool | str]:
