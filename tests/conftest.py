@@ -40,8 +40,7 @@ import pytest
 from jvitmoe import config as config_lib
 from jvitmoe import rules
 from jvitmoe.config import Config
-from jvitmoe.data import batches
-from jvitmoe.data.batches import Images
+from jvitmoe.data.batches import Batch, resident_batches
 from jvitmoe.data.images import Picture
 from jvitmoe.data.splits import Record, Records, Split, in_memory
 from jvitmoe.runtime import signals
@@ -135,19 +134,27 @@ class Training:
     """One run, set up as `jvitmoe.train` sets it up."""
 
     plan: Plan
-    images: Images
+    split: Split
     step: jax.stages.Wrapped
     state: TrainState  # on the devices
     history: list[TrainState] = dataclasses.field(default_factory=list)  # copies on the host: [k] after k steps
     metrics: list[Metrics] = dataclasses.field(default_factory=list)  # on the host: [k] of the step after history[k]
+    _next: int = -1  # step of the next batch
+
+    def batch(self, number: int) -> Batch:
+        """Returns the batch of a step."""
+        if self._next != number:
+            self._batches = resident_batches(self.split, self.plan.order, self.plan.mesh, number, 10**6)
+        self._next = number + 1
+        return next(self._batches)
 
     def run(self, steps: int) -> "Training":
         """Goes on for `steps` steps and returns itself."""
         self.history = self.history or [host_copy(self.state)]
         for _ in range(steps):
             # Waited for at every step: on JAX 0.10 collectives of two programs in flight can deadlock on a CPU.
-            index_SB = self.plan.order.epoch(int(self.state.step) // self.plan.steps_per_epoch)
-            self.state, metrics = jax.block_until_ready(self.step(self.state, self.images, index_SB))
+            batch = self.batch(int(self.state.step))
+            self.state, metrics = jax.block_until_ready(self.step(self.state, batch))
             self.history.append(host_copy(self.state))
             self.metrics.append(host_copy(metrics))
         return self
@@ -163,7 +170,7 @@ def training(tiny_split: Split) -> Callable[[Config], Training]:
 
     def make(config: Config) -> Training:
         plan = build.plan_for(config, make_mesh(config.train), len(tiny_split))
-        return Training(plan, batches.on_devices(tiny_split, plan.mesh), make_train_step(plan), make_state(plan))
+        return Training(plan, tiny_split, make_train_step(plan), make_state(plan))
 
     return make
 

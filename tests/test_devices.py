@@ -13,7 +13,7 @@ from jax._src.cudnn import fused_attention_stablehlo
 
 from jvitmoe import routing
 from jvitmoe.config import ModelConfig
-from jvitmoe.data import batches
+from jvitmoe.data.batches import Resident
 from jvitmoe.data.splits import Dataset, Split
 from jvitmoe.errors import ConfigError
 from jvitmoe.evaluation.models import make_evaluate
@@ -69,7 +69,7 @@ def test_a_mean_and_deviation_of_pixels_reach_training_and_evaluation(tiny_confi
             params=run.state.params | {"patches": run.state.params["patches"] | {"kernel": kernel}}
         )
         evaluate = make_evaluate(run.plan.model, run.plan.mesh, run.plan.data)
-        found = evaluate(run.state.params, run.images, batches.eval_batches(len(tiny_split), 8, run.plan.mesh))
+        found = evaluate(run.state.params, Resident(tiny_split, 8, run.plan.mesh))
         runs[std] = found.nll, float(run.run(1).metrics[0].loss)
     assert runs[0.25] == pytest.approx(runs[0.5], rel=1e-5)
 
@@ -156,7 +156,7 @@ def test_an_expert_axis_reduces_the_trunk_and_means_of_experts_and_moves_no_imag
     )
     mesh = make_mesh(config.train)
     plan = build.plan_for(config, mesh, 26)
-    text, params = for_reading(step.lower(plan, 26)).as_text(), plan.routing.shapes()
+    text, params = for_reading(step.lower(plan)).as_text(), plan.routing.shapes()
     trunk, experts = trees.split(params, trees.stacked(params))
     size = cost.tree_size(trunk) + cost.tree_size(experts) // 4 * (bool(pull) + bool(ema))
     # Every gradient of the trunk, the loss and the accuracy; and the sum of squares of the experts' part of the norm.
@@ -182,7 +182,7 @@ def test_the_bytes_that_are_counted_are_those_of_the_program(tiny_config, sectio
     config = tiny_config(**sections | {"train": {"devices": 4, "batch_size": 16} | sections.get("train", {})})
     mesh = make_mesh(config.train)
     plan = build.plan_for(config, mesh, 64)
-    text = for_reading(step.lower(plan, 64)).as_text()
+    text = for_reading(step.lower(plan)).as_text()
     spreads, routed = config.train.expert_devices > 1, config.routing.kind == "topk"
     scalars = 2 + 4 * spreads + 28 * routed  # loss, accuracy; parts of the norm; statistics of two layers
     assert reduced_bytes(text, mesh.shape) == update.bytes_reduced(plan)(1) + 4 * scalars
@@ -192,7 +192,7 @@ def bytes_by_kind(config):
     """Returns (the plan, bytes of the arrays in the collectives of a step by their kind)."""
     mesh = make_mesh(config.train)
     plan, found = build.plan_for(config, mesh, 64), collections.Counter()
-    for one in collectives(for_reading(step.lower(plan, 64)).as_text(), mesh.shape):
+    for one in collectives(for_reading(step.lower(plan)).as_text(), mesh.shape):
         found[one.kind] += one.bytes * one.times
     return plan, found
 
@@ -264,7 +264,7 @@ def test_the_step_lowers_for_cuda_where_there_is_no_gpu(tiny_config, monkeypatch
     )
     model = vit.build(config.model, platform="gpu", fused=attention == "cudnn")
     plan = dataclasses.replace(build.plan_for(config, make_mesh(config.train), 26), model=model)
-    given = step.abstract_inputs(plan, 26)
+    given = step.abstract_inputs(plan)
     text = step.make_train_step(plan).trace(*given).lower(lowering_platforms=("cuda",)).as_text()
     products = re.findall(r"stablehlo.dot_general.*-> tensor<\S*x(\w+)>", text)
     assert set(products) == {"bf16"}

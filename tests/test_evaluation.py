@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from jvitmoe import routing
-from jvitmoe.data.batches import eval_batches, on_devices
+from jvitmoe.data.batches import Resident
 from jvitmoe.data.splits import Split
 from jvitmoe.evaluation import models
 from jvitmoe.evaluation.models import Result, make_evaluate
@@ -64,9 +64,9 @@ def probabilities(tiny_config, tiny_split):
 
 @pytest.fixture(scope="module")
 def split(tiny_split, probabilities, params_of):
-    """Returns the tiny split, its first image classified right: padding repeats it, and would be seen if it counted."""
+    """Returns the tiny split, its last image classified right: padding repeats it, and would be seen if it counted."""
     labels_N = tiny_split.labels_N.copy()
-    labels_N[0] = probabilities(params_of(1))[0].argmax()
+    labels_N[-1] = probabilities(params_of(1))[-1].argmax()
     return Split(tiny_split.images_NHWc, labels_N)
 
 
@@ -77,7 +77,7 @@ def test_metrics_are_those_of_one_image_at_a_time_on_any_number_of_devices(
     config = tiny_config(train={"devices": devices}, routing={"experts": E})
     mesh = make_mesh(config.train)
     evaluate = make_evaluate(vit.build(config.model), mesh, config.data)
-    images, dense, params = on_devices(split, mesh), params_of(1), params_of(E)
+    dense, params = params_of(1), params_of(E)
     route_PL = models.path_routes(routing.find(config), 0, 1)
     p_PNC = [probabilities(merge.take_path(params, route_L)) for route_L in route_PL]
     slow = slowly(probabilities(dense), split.labels_N)
@@ -85,9 +85,9 @@ def test_metrics_are_those_of_one_image_at_a_time_on_any_number_of_devices(
     assert 0 < slow.accuracy < 1
     assert 0 < slow.ece < 1
     for batch_size in (8, 26):  # 26 images: three batches and two images, and one batch
-        batches = eval_batches(26, batch_size, mesh)
-        assert evaluate(dense, images, batches) == near(slow)
-        results, ensemble = evaluate.paths(params, route_PL, E, images, batches)
+        batches = Resident(split, batch_size, mesh)
+        assert evaluate(dense, batches) == near(slow)
+        results, ensemble = evaluate.paths(params, route_PL, E, batches)
         assert results == [near(result) for result in slow_paths]
         assert ensemble == near(slowly(np.mean(p_PNC[:E], axis=0), split.labels_N))
         assert ensemble != near(slowly(np.mean(p_PNC, axis=0), split.labels_N))
@@ -101,7 +101,7 @@ def test_top5_and_confusion_are_those_of_one_image_at_a_time(tiny_config, tiny_s
     split = Split(tiny_split.images_NHWc, rng.integers(0, classes, 26).astype(np.int32))
     images = jnp.asarray(split.images_NHWc / 127.5 - 1, jnp.float32)
     p_NC = np.asarray(jax.nn.softmax(vit.logits(net, params, images)), float)
-    found = make_evaluate(net, mesh, config.data)(params, on_devices(split, mesh), eval_batches(26, 8, mesh))
+    found = make_evaluate(net, mesh, config.data)(params, Resident(split, 8, mesh))
     slow = slowly(p_NC, split.labels_N)
     assert found == near(slow)
     assert [sum(row) for row in found.confusion] == np.bincount(split.labels_N, minlength=classes).tolist()
@@ -116,9 +116,9 @@ def test_no_confusion_is_counted_for_more_than_1000_classes(tiny_config, split):
     config = tiny_config(model={"classes": 1001})
     net, mesh = vit.build(config.model), make_mesh(config.train)
     evaluate, params = make_evaluate(net, mesh, config.data), vit.init(net, jax.random.key(0))
-    images, batches = on_devices(split, mesh), eval_batches(26, 26, mesh)
-    assert evaluate(params, images, batches).confusion == []
-    (row,) = models.evaluate_run(routing.find(config), 0, params, None, evaluate, images, batches, 8)
+    batches = Resident(split, 26, mesh)
+    assert evaluate(params, batches).confusion == []
+    (row,) = models.evaluate_run(routing.find(config), 0, params, None, evaluate, batches, 8)
     assert (row["model"], row["images"]) == ("dense", 26)
     assert "confusion" not in row
 
@@ -126,23 +126,10 @@ def test_no_confusion_is_counted_for_more_than_1000_classes(tiny_config, split):
 def test_progress_is_told_after_every_batch_of_every_model(tiny_config, split, params_of):
     config, told = tiny_config(routing={"experts": E}), []
     mesh = make_mesh(config.train)
-    images, batches = on_devices(split, mesh), eval_batches(26, 8, mesh)
+    batches = Resident(split, 8, mesh)
     evaluate = make_evaluate(vit.build(config.model), mesh, config.data, lambda: told.append(1))
-    models.evaluate_run(routing.find(config), 0, params_of(E), params_of(1), evaluate, images, batches)
-    assert len(told) == 3 * len(batches.index_SB)  # merged, EMA, and all paths
-
-
-def test_images_outside_the_batches_do_not_count(tiny_config, split, params_of):
-    config = tiny_config(train={"devices": 2})
-    mesh, params = make_mesh(config.train), params_of(1)
-    evaluate = make_evaluate(vit.build(config.model), mesh, config.data)
-    for count in (1, 5):
-        few = evaluate(params, on_devices(split, mesh), eval_batches(count, 8, mesh))
-        changed = split.images_NHWc.copy()
-        changed[count:] = 255
-        images = on_devices(Split(changed, split.labels_N), mesh)
-        assert few == evaluate(params, images, eval_batches(count, 8, mesh))
-        assert few.images == count
+    models.evaluate_run(routing.find(config), 0, params_of(E), params_of(1), evaluate, batches)
+    assert len(told) == 3 * len(batches)  # merged, EMA, and all paths
 
 
 def test_an_expert_that_is_not_finite_ends_no_test_of_random_paths(tiny_config, split, params_of):
@@ -152,11 +139,10 @@ def test_an_expert_that_is_not_finite_ends_no_test_of_random_paths(tiny_config, 
         return of_all.at[:, 0].set(jnp.nan) if of_all.ndim > of_one.ndim else of_all
 
     params = jax.tree.map(without_the_first, params_of(1), params_of(E))
-    images, batches = on_devices(split, mesh), eval_batches(26, 26, mesh)
+    batches = Resident(split, 26, mesh)
     evaluate = make_evaluate(vit.build(config.model), mesh, config.data)
     rows = {
-        row["model"]: row
-        for row in models.evaluate_run(routing.find(config), 0, params, None, evaluate, images, batches, 8)
+        row["model"]: row for row in models.evaluate_run(routing.find(config), 0, params, None, evaluate, batches, 8)
     }
     assert np.isnan([rows["8 random paths"][name] for name in ("nll", "nll_std")]).all()
     assert np.isfinite(rows["expert 1"]["nll"])
@@ -169,26 +155,26 @@ def test_a_run_of_experts_is_tested_merged_per_expert_on_random_paths_and_as_an_
     config, params = tiny_config(routing={"experts": E}), params_of(E)
     way = routing.find(config)
     mesh = make_mesh(config.train)
-    images, batches = on_devices(split, mesh), eval_batches(26, 26, mesh)
+    batches = Resident(split, 26, mesh)
     evaluate = make_evaluate(vit.build(config.model), mesh, config.data)
-    rows = models.evaluate_run(way, 5, params, params_of(1), evaluate, images, batches, paths)
+    rows = models.evaluate_run(way, 5, params, params_of(1), evaluate, batches, paths)
     random = [f"{paths} random paths"] if paths else []
     assert [row["model"] for row in rows] == ["merged", "EMA", *[f"expert {e}" for e in range(E)], *random, "ensemble"]
 
     def metrics(tree):
-        found = near(evaluate(tree, images, batches))
+        found = near(evaluate(tree, batches))
         return {name: getattr(found, name) for name in ("accuracy", "nll", "ece", "images")}
 
     route_PL = models.path_routes(way, 5, paths)
     merged = merge.average_experts(params)
     assert rows[0].items() >= metrics(merged).items()
-    assert rows[0]["confusion"] == evaluate(merged, images, batches).confusion
+    assert rows[0]["confusion"] == evaluate(merged, batches).confusion
     assert not [row["model"] for row in rows[1:] if "confusion" in row]
     assert rows[1].items() >= metrics(params_of(1)).items()
     for e in range(E):
         assert rows[2 + e].items() >= metrics(merge.take_path(params, jnp.array([e, e]))).items()
     if paths:
-        drawn = [evaluate(merge.take_path(params, route_L), images, batches) for route_L in route_PL[E:]]
+        drawn = [evaluate(merge.take_path(params, route_L), batches) for route_L in route_PL[E:]]
         for name in ("accuracy", "nll", "ece"):
             values = [getattr(result, name) for result in drawn]
             assert rows[-2][name] == pytest.approx(np.mean(values), rel=1e-5)
@@ -203,10 +189,10 @@ def test_equal_experts_make_every_path_and_the_ensemble_the_merged_model(tiny_co
     config, dense = tiny_config(routing={"experts": E}), params_of(1)
     equal = merge.upcycle(dense, params_of(E))
     mesh = make_mesh(config.train)
-    images, batches = on_devices(split, mesh), eval_batches(26, 26, mesh)
+    batches = Resident(split, 26, mesh)
     evaluate = make_evaluate(vit.build(config.model), mesh, config.data)
-    rows = models.evaluate_run(routing.find(config), 0, equal, None, evaluate, images, batches, 1)
-    merged = evaluate(dense, images, batches)
+    rows = models.evaluate_run(routing.find(config), 0, equal, None, evaluate, batches, 1)
+    merged = evaluate(dense, batches)
     assert [row["model"] for row in rows][-2:] == ["random path", "ensemble"]
     assert len(rows) == E + 3
     assert "nll_std" not in rows[-2]

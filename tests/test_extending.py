@@ -153,8 +153,8 @@ def test_a_way_of_routing_is_a_class_and_a_line(monkeypatch, tiny_config, traini
     def loss(start):
         trunk, experts = trees.split(start, trees.stacked(start))
         params = trees.join(trunk, way.take(experts, way.draw(jax.random.key(0), jnp.int32(0))))
-        logits_BC = vit.logits(run.plan.model, params, run.images.rows(index_B)[0] / 127.5 - 1.0) / 2
-        return optax.softmax_cross_entropy_with_integer_labels(logits_BC, run.images.labels_N[index_B]).mean()
+        logits_BC = vit.logits(run.plan.model, params, jnp.asarray(run.split.images_NHWc[index_B]) / 127.5 - 1.0) / 2
+        return optax.softmax_cross_entropy_with_integer_labels(logits_BC, run.split.labels_N[index_B]).mean()
 
     np.testing.assert_allclose(run.metrics[0].loss, loss(start), rtol=1e-5)
     with pytest.raises(ConfigError, match=r"routing\.experts is 2; it must be above 2"):

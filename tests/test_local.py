@@ -65,7 +65,8 @@ def test_a_whole_model_trains_as_a_dense_one_on_its_share_of_the_images(tiny_con
         for number in range(3):
             (route,) = run.plan.routing.draw(run.plan.root, jnp.int32(number))
             part = int(run.plan.routing.slot_of_expert((route,))[e])
-            images, labels = run.images.rows(run.plan.order.epoch(0)[number][part::E])
+            index_b = np.asarray(run.plan.order.epoch(0)[number][part::E])
+            images, labels = jnp.asarray(run.split.images_NHWc[index_b]), run.split.labels_N[index_b]
             rate = run.metrics[number].learning_rate
             params, opt_state, norms_SE[number, e] = dense_step(params, opt_state, images, labels, rate)
             after = jax.tree.map(lambda x, e=e: x[e], run.history[number + 1].params)
@@ -116,7 +117,7 @@ def test_between_pulls_devices_of_whole_models_exchange_nothing_but_metrics(tiny
     )
     mesh = make_mesh(config.train)
     plan = build.plan_for(config, mesh, 64)
-    found = collectives(for_reading(step.lower(plan, 64)).as_text(), mesh.shape)
+    found = collectives(for_reading(step.lower(plan)).as_text(), mesh.shape)
     sizes = {place: sum(one.bytes * one.times for one in found if one.place == place) for place in ("step", "some")}
     dense = 4 * routing.find(tiny_config(model={"width": 32, "hidden": 64, "patch": 2})).count_parameters()[0]
     assert {one.place for one in found} == {"step", "some"}

@@ -5,7 +5,7 @@ import pytest
 
 from jvitmoe import routing
 from jvitmoe.data import augment
-from jvitmoe.data.batches import eval_batches, on_devices
+from jvitmoe.data.batches import Resident
 from jvitmoe.evaluation import mergeability, models
 from jvitmoe.experts import merge, trees
 from jvitmoe.models import mlp, vit
@@ -18,13 +18,13 @@ E, L = 3, 2
 
 @pytest.fixture(scope="module")
 def setup(tiny_config, tiny_split):
-    """Returns a maker of (dense model, noise in the shape of a run's parameters, images, batches)."""
+    """Returns a maker of (dense model, noise in the shape of a run's parameters, batches)."""
 
     def make(devices=1, part="mlp", **model):
         config = tiny_config(train={"devices": devices}, model=model, routing={"experts": E, "part": part})
         mesh, way, rng = make_mesh(config.train), routing.find(config), np.random.default_rng(0)
         params = jax.tree.map(lambda x: jnp.asarray(0.5 * rng.normal(size=x.shape), x.dtype), way.shapes())
-        return way.model(), params, on_devices(tiny_split, mesh), eval_batches(26, 8, mesh)
+        return way.model(), params, Resident(tiny_split, 8, mesh)
 
     return make
 
@@ -40,7 +40,7 @@ def layer_vectors(params, layer):
 
 
 def test_spread_and_cosines_are_those_of_plain_loops(setup):
-    _, params, _, _ = setup()
+    _, params, _ = setup()
     geometry = mergeability.weight_geometry(params)
 
     def cosines(vectors):
@@ -63,8 +63,8 @@ def test_spread_and_cosines_are_those_of_plain_loops(setup):
     [(1, {}), (4, {"pool": "mean", "positions": "sincos2d", "position_rows": 9})],
 )
 def test_the_layer_gap_is_that_of_one_image_at_a_time(setup, tiny_split, devices, model):
-    net, params, images, batches = setup(devices, **model)
-    gap = mergeability.layer_gap(net, E, params, images, batches, range(L))
+    net, params, batches = setup(devices, **model)
+    gap = mergeability.layer_gap(net, E, params, batches, range(L))
     merged = jax.jit(merge.average_experts)(params)
     inputs = jax.jit(lambda x: mergeability.mlp_inputs(net, merged, x))
 
@@ -88,7 +88,7 @@ def test_the_layer_gap_is_that_of_one_image_at_a_time(setup, tiny_split, devices
 
 
 def test_the_mlp_inputs_are_what_the_whole_model_hands_its_mlps(setup, tiny_split, monkeypatch):
-    net, params, _, _ = setup(pool="mean", positions="sincos2d")
+    net, params, _ = setup(pool="mean", positions="sincos2d")
     merged = jax.jit(merge.average_experts)(params)
     images = augment.normalize(tiny_split.images_NHWc[:2])
     inputs = jax.jit(lambda x: mergeability.mlp_inputs(net, merged, x))(images)
@@ -108,12 +108,12 @@ def test_the_mlp_inputs_are_what_the_whole_model_hands_its_mlps(setup, tiny_spli
 
 
 def test_equal_experts_have_no_spread_and_no_gap(setup):
-    net, params, images, batches = setup()
+    net, params, batches = setup()
     params = equal(params)
     geometry = mergeability.weight_geometry(params)
     assert geometry["spread"] == pytest.approx([0.0] * L, abs=1e-6)
     assert geometry["cosine"] == pytest.approx([1.0] * L, rel=1e-6)
-    assert mergeability.layer_gap(net, E, params, images, batches, range(L)) == pytest.approx([0.0] * L, abs=1e-6)
+    assert mergeability.layer_gap(net, E, params, batches, range(L)) == pytest.approx([0.0] * L, abs=1e-6)
 
 
 def test_experts_that_differ_by_the_rounding_of_their_mean_are_equal():
@@ -129,25 +129,25 @@ def test_experts_that_own_one_layer_and_the_gap(setup):
     """The MLP is linear in `down`, so that a mean over `down` alone is the mean of outputs; `up` sits in the GELU."""
     gaps = {}
     for part in ("down", "up"):
-        net, params, images, batches = setup(part=part)
+        net, params, batches = setup(part=part)
         stacked = trees.stacked(params)["blocks"]["mlp"]
         assert stacked == {name: name.startswith(part) for name in ("up", "up_bias", "down", "down_bias")}
-        gaps[part] = mergeability.layer_gap(net, E, params, images, batches, range(L))
+        gaps[part] = mergeability.layer_gap(net, E, params, batches, range(L))
     assert gaps["down"] == pytest.approx([0.0] * L, abs=1e-5)
     assert min(gaps["up"]) > 0.01
 
 
 def test_the_line_starts_at_the_experts_and_ends_at_the_merged_model(tiny_config, setup):
-    net, params, images, batches = setup()
+    net, params, batches = setup()
     config = tiny_config(routing={"experts": E})
     evaluate = models.make_evaluate(net, make_mesh(config.train), config.data)
     route_PL = models.path_routes(routing.find(config), 0, 0)
 
     def losses(tree):
-        return [result.nll for result in evaluate.paths(tree, route_PL, E, images, batches)[0]]
+        return [result.nll for result in evaluate.paths(tree, route_PL, E, batches)[0]]
 
     def loss(tree):
-        return evaluate(tree, images, batches).nll
+        return evaluate(tree, batches).nll
 
     line = mergeability.barrier(params, losses)
     experts = [merge.take_path(params, route_L) for route_L in route_PL]

@@ -318,7 +318,7 @@ def test_frozen_layers_keep_their_bits_and_count_in_no_norm(tiny_config, trainin
 def plain_gradient(run):
     """Returns the gradient of the first step's loss of a dense model."""
     index_B = np.asarray(run.plan.order.epoch(0))[0]
-    images, labels = run.images.rows(index_B)[0] / 127.5 - 1.0, run.images.labels_N[index_B]
+    images, labels = jnp.asarray(run.split.images_NHWc[index_B]) / 127.5 - 1.0, run.split.labels_N[index_B]
 
     def loss(params):
         logits = vit.logits(run.plan.model, params, images)

@@ -13,7 +13,7 @@ from PIL import Image
 from jvitmoe.commands import evaluate
 from jvitmoe.config import Config, DataConfig, ModelConfig
 from jvitmoe.data import datasets, stream
-from jvitmoe.data.batches import eval_batches, on_devices
+from jvitmoe.data.batches import Resident
 from jvitmoe.data.images import DataError
 from jvitmoe.data.splits import Dataset, Records, Source, Split, check_fit, in_memory
 from jvitmoe.errors import UserError
@@ -58,15 +58,15 @@ def test_features_are_those_of_one_image_at_a_time_on_any_number_of_devices(
     mesh, (net, params) = make_mesh(config.train), noise()
     images_NHWc = jnp.asarray((tiny_split.images_NHWc / 255 - 0.2) / 0.3, jnp.float32)
     expected_ND = np.concatenate([vit.features(net, params, image[None]) for image in images_NHWc])
-    extract, batches = probes.make_extract(net, DataConfig(mean=(0.2,), std=(0.3,))), eval_batches(26, 8, mesh)
+    extract = probes.make_extract(net, DataConfig(mean=(0.2,), std=(0.3,)))
     whole, rest = np.arange(26), np.delete(np.arange(26), 7)
 
-    settings, said = (batches, config.data, config.model, mesh), []
-    streamed = stream.EvalImages(in_memory(tiny_split), *settings)
-    skipping = stream.EvalImages(damaged_7, *settings, stream.Damaged(100, said.append))
-    every = (on_devices(tiny_split, mesh), whole), (streamed, whole), (skipping, rest)
+    settings, said = (8, config.data, config.model, mesh), []
+    streamed = stream.Streamed(in_memory(tiny_split), *settings)
+    skipping = stream.Streamed(damaged_7, *settings, stream.Damaged(100, said.append))
+    every = (Resident(tiny_split, 8, mesh), whole), (streamed, whole), (skipping, rest)
     for shown, kept in every:
-        features_ND, labels_N = extract(params, shown, batches)
+        features_ND, labels_N = extract(params, shown)
         np.testing.assert_allclose(features_ND, expected_ND[kept], rtol=1e-5, atol=1e-5)
         np.testing.assert_array_equal(labels_N, tiny_split.labels_N[kept])
     (line,) = said

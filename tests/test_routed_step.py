@@ -28,7 +28,7 @@ def test_with_sample_the_loss_is_that_of_each_expert_on_its_images(tiny_config, 
     for number in range(3):
         (route_E,) = run.plan.routing.draw(run.plan.root, jnp.int32(number))
         index_B = np.asarray(run.plan.order.epoch(0))[number]
-        x, labels_B = augment.normalize(run.images.rows(index_B)[0]), run.images.labels_N[index_B]
+        x, labels_B = augment.normalize(run.split.images_NHWc[index_B]), run.split.labels_N[index_B]
         wanted = []
         for slot in range(4):
             path = merge.take_path(run.history[number].params, route_E[slot])
@@ -166,7 +166,7 @@ def test_two_passes_touch_exactly_their_two_experts_and_have_the_loss_of_both(ti
                 same = up_before[layer, expert].tobytes() == up_after[layer, expert].tobytes()
                 assert same == (expert not in ran[layer])
     index_B = np.asarray(run.plan.order.epoch(0))[0]
-    x, labels_B = augment.normalize(run.images.rows(index_B)[0]), run.images.labels_N[index_B]
+    x, labels_B = augment.normalize(run.split.images_NHWc[index_B]), run.split.labels_N[index_B]
     routes = run.plan.routing.draw(root, jnp.int32(0))
     p, q = (vit.logits(run.plan.model, merge.take_path(run.history[0].params, route_L), x) for route_L in routes)
     ce = [optax.softmax_cross_entropy_with_integer_labels(logits, labels_B).mean() for logits in (p, q)]
@@ -181,8 +181,8 @@ def test_two_passes_give_the_gradients_of_the_whole_stack(tiny_config, training,
     before, root = run.history[0], run.plan.root
     index_B = np.asarray(run.plan.order.epoch(0))[0]
     expert_PB = [np.broadcast_to(route, 3)[np.arange(12) % 3] for route in run.plan.routing.draw(root, jnp.int32(0))]
-    x = augment.normalize(np.asarray(run.images.rows(index_B)[0]))
-    labels_B = np.asarray(run.images.labels_N)[index_B]
+    x = augment.normalize(run.split.images_NHWc[index_B])
+    labels_B = run.split.labels_N[index_B]
 
     def loss_fn(params):
         every_EBC = jnp.stack([vit.logits(run.plan.model, merge.take_path(params, jnp.int32(e)), x) for e in range(3)])
@@ -206,7 +206,7 @@ def test_a_dense_model_s_two_passes_differ_in_what_they_drop(tiny_config, traini
     before, plan = runs[0].history[0], runs[0].plan
     index_B = np.asarray(plan.order.epoch(0))[0]
     batch, key = plan.train.batch_size, address(plan.root, Purpose.DROPOUT, 0)
-    x = augment.normalize(np.asarray(runs[0].images.rows(index_B)[0]))
+    x = augment.normalize(runs[0].split.images_NHWc[index_B])
     labels_B = np.asarray(runs[0].images.labels_N)[index_B]
     numbers = (np.arange(batch), np.arange(batch) + batch)
     keys = [jax.vmap(jax.random.fold_in, (None, 0))(key, number_B) for number_B in numbers]

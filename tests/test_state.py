@@ -110,9 +110,7 @@ def test_one_expert_trains_as_plain_optax_on_the_dense_model(tiny_config, traini
     per_epoch = run.plan.steps_per_epoch
     for step in range(4):
         index_B = np.asarray(run.plan.order.epoch(step // per_epoch))[step % per_epoch]
-        params, opt_state = plain_step(
-            params, opt_state, np.asarray(run.images.rows(index_B)[0]), np.asarray(run.images.labels_N)[index_B]
-        )
+        params, opt_state = plain_step(params, opt_state, run.split.images_NHWc[index_B], run.split.labels_N[index_B])
         after = run.history[step + 1]
         chex.assert_trees_all_close(after.params, params, rtol=1e-5, atol=1e-6)
         assert isinstance(after.opt_state, OptState)

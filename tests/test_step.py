@@ -121,8 +121,8 @@ def test_gradients_on_3_devices_are_those_of_plain_grad_over_the_whole_batch(ful
         return jax.vmap(jax.random.fold_in, (None, 0))(address(root, purpose, number), slot_B)
 
     index_B = np.asarray(run.plan.order.epoch(number // run.plan.steps_per_epoch))[number % run.plan.steps_per_epoch]
-    images = np.asarray(run.images.rows(index_B)[0])
-    labels = np.asarray(run.images.labels_N)[index_B]
+    images = run.split.images_NHWc[index_B]
+    labels = run.split.labels_N[index_B]
     route_L = jnp.asarray(route_of(run, number))
 
     @jax.jit
@@ -190,8 +190,7 @@ def test_a_step_is_a_pure_function_of_seed_and_step(full_run, kind):
     sharding = NamedSharding(run.plan.mesh, REPLICATED)
     again = jax.device_put(run.history[2], sharding)
     for number in range(2, 5):
-        index_SB = run.plan.order.epoch(number // run.plan.steps_per_epoch)
-        again, metrics = jax.block_until_ready(run.step(again, run.images, index_SB))
+        again, metrics = jax.block_until_ready(run.step(again, run.batch(number)))
         chex.assert_trees_all_equal(metrics, run.metrics[number])
     chex.assert_trees_all_equal(again, run.history[-1])
     assert run.step._cache_size() == 1
@@ -208,13 +207,13 @@ def test_ema_is_the_running_mean_of_the_merged_tree_and_early_steps_count_more(f
         chex.assert_trees_all_close(after.ema, wanted, rtol=1e-5, atol=1e-6)
 
 
-def test_the_step_donates_the_state_and_not_the_images(full_run):
+def test_the_step_donates_the_state_and_not_the_batch(full_run):
     run = full_run("batch", 8)
     given = jax.device_put(run.history[0], NamedSharding(run.plan.mesh, REPLICATED))
-    index_SB = run.plan.order.epoch(0)
-    jax.block_until_ready(run.step(given, run.images, index_SB))
+    batch = run.batch(0)
+    jax.block_until_ready(run.step(given, batch))
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(given))
-    assert not any(leaf.is_deleted() for leaf in (*jax.tree.leaves(run.images), index_SB))
+    assert not any(leaf.is_deleted() for leaf in batch)
 
 
 @pytest.fixture(scope="module")
@@ -229,7 +228,7 @@ def compiled(tiny_config):
         )
         plan = build.plan_for(config, make_mesh(config.train), 26)
         # Unrolled, because XLA counts the body of a loop once.
-        programs[experts] = for_reading(step.lower(dataclasses.replace(plan, model=plan.model.clone(unroll=2)), 26))
+        programs[experts] = for_reading(step.lower(dataclasses.replace(plan, model=plan.model.clone(unroll=2))))
         programs[f"bytes of {experts}"] = update.bytes_reduced(plan)(1)
         merged = jax.eval_shape(merge.average_experts, plan.routing.shapes())
         programs[f"active of {experts}"] = cost.tree_size(merged)

@@ -164,8 +164,8 @@ def test_the_trained_parameters_are_counted_and_only_they_have_moments(start):
 def test_the_gradient_norm_is_of_what_is_trained(tiny_config, training):
     config = tiny_config(model={"lora": 2}, routing={"experts": 2}, init={"source": "x"})
     run = training(config).run(1)
-    images = run.images.rows(run.plan.order.epoch(0)[0])[0] / 127.5 - 1.0
-    labels = run.images.labels_N[run.plan.order.epoch(0)[0]]
+    images = jnp.asarray(run.split.images_NHWc[run.plan.order.epoch(0)[0]]) / 127.5 - 1.0
+    labels = run.split.labels_N[run.plan.order.epoch(0)[0]]
 
     @jax.jit
     @jax.grad

@@ -31,7 +31,7 @@ PARTS = {  # what the names of arguments begin with -> what they are
     "before.params": "parameters",
     "before.opt_state": "optimiser",
     "before.ema": "average of the weights",
-    "split": "images",
+    "batch": "batch",
 }
 WASTE, WORST = 1.05, 3  # padding that is worth a line, and how many arrays it names
 FIT_TRIES, FIT_SHARE = 7, 0.03  # of --fit: programs compiled, and the share of the batch that it may miss
@@ -104,7 +104,7 @@ def measure(config: Config, target: Target, count: int) -> dict[str, Any]:
     plan = build.plan_for(config, mesh, count)
     began = time.monotonic()
     try:
-        compiled = step.lower(plan, count).compile()
+        compiled = step.lower(plan).compile()
     except Exception as error:  # of the compiler, which raises several kinds
         if "RESOURCE_EXHAUSTED" in str(error):
             raise TooLargeError(_too_large(one_line(error)[:200], config.train.batch_size, target)) from error
@@ -115,6 +115,8 @@ def measure(config: Config, target: Target, count: int) -> dict[str, Any]:
     sizes = Counter({name: 0 for name in PARTS.values()})
     for one in arguments:
         sizes[next((part for name, part in PARTS.items() if one.name.startswith(name)), "other inputs")] += one.padded
+    model = plan.model.config
+    sizes["images"] = 0 if plan.data.stream else count * (model.image_size**2 * model.channels + 4)  # and a label each
     sizes["temporaries"] = memory.temp_size_in_bytes
     sizes["results not in place"] = memory.output_size_in_bytes - memory.alias_size_in_bytes
     collectives = Counter[tuple[str, str, str]]()
@@ -130,7 +132,7 @@ def measure(config: Config, target: Target, count: int) -> dict[str, Any]:
         "attention": plan.model.attention,
         "compile_seconds": seconds,
         "bytes": {name: size for name, size in sizes.items() if size},
-        "peak_bytes": programs.planned_bytes(compiled),
+        "peak_bytes": programs.planned_bytes(compiled) + sizes["images"],
         "available_bytes": target.memory,
         "collectives": [
             {"kind": kind, "axis": axis, "place": place, "bytes": size}

@@ -108,7 +108,7 @@ def evaluate(
     console.print(f"reading     {workdir}")
     # Not above: these import JAX and matplotlib, and --help need not wait for that.
     from jvitmoe.data import stream
-    from jvitmoe.data.batches import eval_batches, on_devices
+    from jvitmoe.data.batches import Resident
     from jvitmoe.evaluation import mergeability, models
     from jvitmoe.evaluation import probes as probes_lib
     from jvitmoe.experts import merge
@@ -119,7 +119,7 @@ def evaluate(
     dense, at_once = merge.dense_tree(params), config.train.images_at_once
     with progress("testing") as batch_done:
         evaluator = models.make_evaluate(routing.model(mesh), mesh, config.data, batch_done)
-        shown = stream.eval_images(data.test, at_once, config.data, config.model, mesh)
+        shown = stream.eval_batches(data.test, at_once, config.data, config.model, mesh)
         known = results.of_training(workdir, meta["versions"])
         result: dict[str, Any] = {}
         if probes:  # first, because they refuse more images than there are
@@ -134,11 +134,11 @@ def evaluate(
             seen = _some(data.train, mergeability.IMAGES, config, skipped=console.print)  # as training may have
             gate_L, result["routes"] = _routes(routing, params, evaluator.routed, seen, few, workdir)
         seed = config.train.seed
-        result["rows"] = models.evaluate_run(routing, seed, params, ema, evaluator, *shown, paths, gate_L)
+        result["rows"] = models.evaluate_run(routing, seed, params, ema, evaluator, shown, paths, gate_L)
         result |= models.facts(routing, mesh, config.data.name, seed, meta["step"]) | known | {"files": meta["files"]}
         if few is not None:
-            batches = eval_batches(len(few), at_once, mesh)
-            result["mergeability"] = mergeability.measure(routing, params, evaluator, on_devices(few, mesh), batches)
+            batches = Resident(few, at_once, mesh)
+            result["mergeability"] = mergeability.measure(routing, params, evaluator, batches)
     _draw_samples(evaluator, dense, _some(data.test, MOST_SAMPLES, config), workdir)
     _write(workdir, result, [files.EXPERTS] if evaluator.routed else [])
 

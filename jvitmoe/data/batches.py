@@ -1,68 +1,61 @@
-"""Splits on the devices, and the order of their images.
+"""What a step and an evaluation see: batches, laid out over the devices; their order, and those of a set in memory.
 
 N images · P = H * W * c numbers of an image · S steps of one epoch · B global batch
 """
 
-import dataclasses
+import abc
 import functools
 import threading
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding
 
+from jvitmoe.config import ModelConfig
 from jvitmoe.data.splits import Split
 from jvitmoe.errors import ConfigError
-from jvitmoe.runtime.devices import DATA, REPLICATED, to_devices
+from jvitmoe.runtime.devices import BY_DEVICE, DATA, REPLICATED, to_devices
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, eq=False)
-class Images:
-    """A split, replicated on every device; or one batch of a stream, its rows split over the mesh."""
+class Batch(NamedTuple):
+    """The images of one step, or some of an evaluation; rows are split over all devices of the mesh."""
 
-    pixels_NP: jax.Array  # uint8, each image one row: of [N, H, W, c] a TPU makes a copy in every step, to read a batch
+    pixels_BP: jax.Array  # uint8, each image one row: a TPU would pad the colours of [B, H, W, c] to 128
+    labels_B: jax.Array  # int32; -1 for a row without an image, which evaluation leaves out
+    index_B: jax.Array  # int32, the place of each image in the global batch, which its random numbers follow from
+
+    def images(self, model: ModelConfig) -> jax.Array:
+        """Returns images_BHWc."""
+        return self.pixels_BP.reshape(-1, model.image_size, model.image_size, model.channels)
+
+
+class Images(NamedTuple):
+    """A split on every device."""
+
+    pixels_NP: jax.Array  # uint8
     labels_N: jax.Array  # int32
-    shape: tuple[int, int, int] = dataclasses.field(metadata={"static": True})  # H, W, c
-
-    def rows(self, index: Any) -> tuple[jax.Array, jax.Array]:
-        """Returns (images_BHWc, labels_B) of some rows."""
-        return self.pixels_NP[index].reshape(-1, *self.shape), self.labels_N[index]
 
 
-class Batches(NamedTuple):
-    """Padded batches that visit every image exactly once; the mask is False on padding. Columns are split over the
-    mesh."""
+class Rows(NamedTuple):
+    """The images of an epoch's batches, in the order in which they lie on the devices."""
 
-    index_SB: jax.Array  # int32
-    mask_SB: jax.Array  # bool
+    row_SB: Any  # int32, which image of the split
+    index_SB: Any  # int32, its place in the global batch
 
 
 def on_devices(split: Split, mesh: Mesh) -> Images:
     """Returns the split on every device of the mesh."""
     sharding = NamedSharding(mesh, REPLICATED)
-    pixels_NP = split.images_NHWc.reshape(len(split), -1)
-    return Images(to_devices(pixels_NP, sharding), to_devices(split.labels_N, sharding), split.images_NHWc.shape[1:])
+    return Images(to_devices(split.images_NHWc.reshape(len(split), -1), sharding), to_devices(split.labels_N, sharding))
 
 
-def on_host(draw: Callable[[jax.Array], jax.Array], mesh: Mesh) -> Callable[[int], np.ndarray]:
-    """Returns `draw` of an epoch's number, on the host; two epochs are kept. Any thread may call it; it waits for
-    no other process."""
-    lock, compiled = threading.Lock(), jax.jit(draw)
-
-    @functools.lru_cache(maxsize=2)
-    def compute(number: int) -> np.ndarray:
-        with jax.default_device(mesh.local_devices[0]):
-            return np.asarray(compiled(jnp.int32(number)))
-
-    def locked(number: int) -> np.ndarray:
-        with lock:
-            return compute(number)
-
-    return locked
+def gather(mesh: Mesh, images: Images, row_B: jax.Array, index_B: jax.Array) -> Batch:
+    """Returns these rows of a split as a batch; -1 is no image. Every device copies its own part."""
+    row_B = jax.lax.with_sharding_constraint(row_B, NamedSharding(mesh, BY_DEVICE))
+    return Batch(images.pixels_NP[row_B], jnp.where(row_B < 0, -1, images.labels_N[row_B]), index_B)
 
 
 def divisor(mesh: Mesh, slots: int, parts: int) -> tuple[int, str]:
@@ -78,12 +71,23 @@ def divisor(mesh: Mesh, slots: int, parts: int) -> tuple[int, str]:
 class TrainOrder:
     """Order of the training images: a new permutation in every epoch, without the images that fill no batch.
 
-    `slots` are the equal parts of a data device's images: E for routing.kind=sample, else 1. `parts` are the
-    parts of train.accumulate, which run in turn.
+    The images of a data device lie in `slots` equal parts, E for routing.kind=sample, else 1: those of the slot that
+    the first expert sees come first, so experts may have devices of their own. `parts` are the parts of
+    train.accumulate, which run in turn. `slot_of_expert` maps a step to its slots in the order of the experts; image n
+    of the global batch is in slot n modulo `slots`.
     Raises ConfigError if the batch does not divide into all of them, or is larger than the split.
     """
 
-    def __init__(self, count: int, batch_size: int, key: jax.Array, mesh: Mesh, slots: int = 1, parts: int = 1) -> None:
+    def __init__(
+        self,
+        count: int,
+        batch_size: int,
+        key: jax.Array,
+        mesh: Mesh,
+        slots: int = 1,
+        parts: int = 1,
+        slot_of_expert: Callable[[jax.Array], jax.Array] | None = None,
+    ) -> None:
         unit, rule = divisor(mesh, slots, parts)
         fits = max(min(batch_size, count) // unit, 1) * unit
         remedy = f"set --config.train.batch_size={fits}" if fits <= count else "set fewer --config.train.devices"
@@ -94,36 +98,90 @@ class TrainOrder:
             rule = f"it must be at most the {count} training images; {remedy}"
             raise ConfigError(f"config.train.batch_size is {batch_size}; {rule}")
         self.steps_per_epoch = steps = count // batch_size
+        share = batch_size // mesh.shape[DATA]
+        start_D, number_B = share * np.arange(mesh.shape[DATA]), slots * np.arange(share // slots)
 
-        def order(epoch: jax.Array) -> jax.Array:
-            permutation_N = jax.random.permutation(jax.random.fold_in(key, epoch), count)
+        def places(step: jax.Array) -> jax.Array:
+            """Returns index_B of a step."""
+            slot_E = slot_of_expert(step) if slot_of_expert else jnp.arange(slots)
+            return (start_D[:, None, None] + slot_E[None, :, None] + number_B[None, None]).reshape(-1)
+
+        def epoch(number: jax.Array) -> jax.Array:
+            permutation_N = jax.random.permutation(jax.random.fold_in(key, number), count)
             return permutation_N[: steps * batch_size].reshape(steps, batch_size)
 
-        self.on_host = on_host(order, mesh)  # the same index_SB, on the host
-        self._order = jax.jit(order, out_shardings=NamedSharding(mesh, REPLICATED))
+        def rows(number: jax.Array) -> Rows:
+            index_SB = jax.vmap(places)(number * steps + jnp.arange(steps)).astype(jnp.int32)
+            return Rows(jnp.take_along_axis(epoch(number), index_SB, 1), index_SB)
+
+        whole = NamedSharding(mesh, REPLICATED)
+        self._epoch, self._rows = (jax.jit(draw, out_shardings=whole) for draw in (epoch, rows))
+        self._compiled, self._lock, self._device = jax.jit(rows), threading.Lock(), mesh.local_devices[0]
+        self._kept = functools.lru_cache(maxsize=2)(self._on_host)
 
     def epoch(self, number: int) -> jax.Array:
-        """Returns index_SB of an epoch, on every device. It is a pure function of (seed, epoch)."""
-        return self._order(jnp.int32(number))
+        """Returns which images are the batches of an epoch, [S, B], on every device: a function of (seed, epoch)."""
+        return self._epoch(jnp.int32(number))
+
+    def rows(self, number: int) -> Rows:
+        """Returns the rows of an epoch on every device."""
+        return self._rows(jnp.int32(number))
+
+    def rows_on_host(self, number: int) -> Rows:
+        """Returns the rows of an epoch as NumPy arrays. Any thread may call it; it waits for no other process."""
+        with self._lock:
+            return self._kept(number)
+
+    def _on_host(self, number: int) -> Rows:
+        with jax.default_device(self._device):
+            return jax.device_get(self._compiled(jnp.int32(number)))
 
 
-def resident_batches(
-    images: Images, order: TrainOrder, start: int, total: int
-) -> Generator[tuple[Images, jax.Array | None], None, None]:
-    """Yields (images, index_SB of the epoch) for every step from `start` to before `total`."""
-    epoch, index_SB = -1, None
+def resident_batches(split: Split, order: TrainOrder, mesh: Mesh, start: int, total: int) -> Generator[Batch]:
+    """Yields the batch of every step from `start` to before `total`, of a split that stays on the devices."""
+    images, epoch, rows = on_devices(split, mesh), -1, None
+
+    @functools.partial(jax.jit, out_shardings=NamedSharding(mesh, BY_DEVICE))
+    def batch(images: Images, rows: Rows, s: jax.Array) -> Batch:
+        return gather(mesh, images, rows.row_SB[s], rows.index_SB[s])
+
     for step in range(start, total):
         if epoch != step // order.steps_per_epoch:
             epoch = step // order.steps_per_epoch
-            index_SB = order.epoch(epoch)
-        yield images, index_SB
+            rows = order.rows(epoch)
+        yield batch(images, rows, np.int32(step % order.steps_per_epoch))
 
 
-def eval_batches(count: int, batch_size: int, mesh: Mesh) -> Batches:
-    """Returns batches over `count` images in order. The batch size is rounded up to a multiple of the devices."""
-    size = -(-batch_size // mesh.size) * mesh.size
-    number_SB = np.arange(-(-count // size) * size).reshape(-1, size)
-    sharding = NamedSharding(mesh, PartitionSpec(None, mesh.axis_names))
-    mask_SB = number_SB < count
-    index_SB = np.where(mask_SB, number_SB, 0).astype(np.int32)
-    return Batches(to_devices(index_SB, sharding), to_devices(mask_SB, sharding))
+class EvalBatches(abc.ABC):
+    """The batches of a split in order, as often as they are iterated. The batch size is rounded up to a multiple of the
+    devices; the last batch is filled up with rows without an image.
+
+    Attributes:
+        count: N.
+        batch_size: B.
+    """
+
+    def __init__(self, count: int, batch_size: int, mesh: Mesh) -> None:
+        self.count, self.mesh = count, mesh
+        self.batch_size = -(-batch_size // mesh.size) * mesh.size
+
+    def __len__(self) -> int:
+        return -(-self.count // self.batch_size)
+
+    @abc.abstractmethod
+    def __iter__(self) -> Iterator[Batch]: ...
+
+
+class Resident(EvalBatches):
+    """Those of a split that stays on the devices."""
+
+    def __init__(self, split: Split, batch_size: int, mesh: Mesh) -> None:
+        super().__init__(len(split), batch_size, mesh)
+        self._images = on_devices(split, mesh)
+        self._gather = jax.jit(functools.partial(gather, mesh), out_shardings=NamedSharding(mesh, BY_DEVICE))
+
+    def __iter__(self) -> Iterator[Batch]:
+        index_B = np.arange(self.batch_size, dtype=np.int32)
+        for s in range(len(self)):
+            row_B = s * self.batch_size + index_B
+            yield self._gather(self._images, np.where(row_B < self.count, row_B, -1), index_B)

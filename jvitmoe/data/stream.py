@@ -10,7 +10,7 @@ B global batch, b the rows of it in this process · H, W image rows and columns 
 import contextlib
 import os
 import threading
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -19,7 +19,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from jvitmoe.config import DataConfig, ModelConfig, TrainConfig
-from jvitmoe.data.batches import Batches, Images, TrainOrder, eval_batches, on_devices
+from jvitmoe.data.batches import Batch, EvalBatches, Resident, TrainOrder
 from jvitmoe.data.images import DataError, opened
 from jvitmoe.data.splits import GROUP, Records, Split, read_pixels
 from jvitmoe.runtime.devices import BY_DEVICE
@@ -27,7 +27,7 @@ from jvitmoe.runtime.devices import BY_DEVICE
 MOST_DAMAGED = 0.01  # of the pictures of a training split
 AHEAD = 2  # batches that wait on the devices; as many wait decoded on the host
 CROP = 0x43726F70  # distinguishes these random numbers from others that depend on (seed, step, row)
-Row = tuple[np.ndarray, np.int32]  # image_HWc and its label
+Row = tuple[np.ndarray, np.int32, np.int32]  # image_HWc, its label, and its place in the global batch
 
 
 class Damaged:
@@ -85,99 +85,74 @@ def train_batches(
     mesh: Mesh,
     start: int,
     total: int,
-    rows: Callable[[int], np.ndarray] | None = None,
     damaged: Damaged | None = None,
-) -> Generator[Images, None, None]:
-    """Yields the batch of every step from `start` to before `total`, split over the whole mesh. Raises DataError.
-
-    `rows` maps an epoch to row_SB, the rows of each batch in the order of the devices. None: ascending. `damaged`
-    counts the pictures that are skipped; None skips none.
-    """
+) -> Generator[Batch]:
+    """Yields the batch of every step from `start` to before `total`. Raises DataError. `damaged` counts the pictures
+    that are skipped; None skips none."""
     seed = train.seed & 0xFFFFFFFF, train.seed >> 32
 
     def read(step: int, place: int) -> Row:
-        epoch, step_of_epoch = divmod(step, order.steps_per_epoch)
-        row = int(rows(epoch)[step_of_epoch, place]) if rows else place
-        index = int(order.on_host(epoch)[step_of_epoch, row])
+        epoch, s = divmod(step, order.steps_per_epoch)
+        row, index = (int(array_SB[s, place]) for array_SB in order.rows_on_host(epoch))
         while True:
-            picture, label = records[index]
+            picture, label = records[row]
             try:
-                return read_pixels(picture, data, model, (CROP, *seed, step, row)), np.int32(label)
+                return read_pixels(picture, data, model, (CROP, *seed, step, index)), np.int32(label), np.int32(index)
             except DataError as error:
                 if damaged is None:
                     raise
                 damaged.add(picture.name, error)
-                index = (index + 1) % len(records)
+                row = (row + 1) % len(records)
 
-    sharding = NamedSharding(mesh, BY_DEVICE)
-    return _batches(read, range(start, total), train.batch_size, sharding)
+    return _batches(read, range(start, total), train.batch_size, mesh)
 
 
-def eval_images(
+def eval_batches(
     split: Split | Records,
     batch_size: int,
     data: DataConfig,
     model: ModelConfig,
     mesh: Mesh,
     damaged: Damaged | None = None,
-) -> "tuple[Images | EvalImages, Batches]":
-    """Returns (images, batches) to evaluate a split: whole on the devices, or read from disk batch by batch."""
-    batches = eval_batches(len(split), batch_size, mesh)
+) -> EvalBatches:
+    """Returns the batches to evaluate a split: from the devices, where all of it lies, or read from disk each time."""
     if isinstance(split, Split):
-        return on_devices(split, mesh), batches
-    return EvalImages(split, batches, data, model, mesh, damaged), batches
+        return Resident(split, batch_size, mesh)
+    return Streamed(split, batch_size, data, model, mesh, damaged)
 
 
-def read_once(
-    records: Records,
-    batch_size: int,
-    data: DataConfig,
-    model: ModelConfig,
-    mesh: Mesh,
-    checked: Callable[[], object],
-) -> None:
-    """Reads this process's part of a split. `checked` is called after each batch. Raises DataError."""
-    if len(records):
-        for _ in EvalImages(records, eval_batches(len(records), batch_size, mesh), data, model, mesh):
-            checked()
-
-
-class EvalImages(Iterable[Images]):
-    """The batches of `eval_batches` in order, rows split over the whole mesh; each iteration reads them again.
-
-    Padded rows are zeros: the masks of `eval_batches` leave them out. Pictures that `damaged` counts are zeros with the
-    label -1; without it they raise DataError.
-    """
+class Streamed(EvalBatches):
+    """Those of a split on disk. Pictures that `damaged` counts are rows without an image; without it they raise
+    DataError."""
 
     def __init__(
         self,
         records: Records,
-        batches: Batches,
+        batch_size: int,
         data: DataConfig,
         model: ModelConfig,
         mesh: Mesh,
         damaged: Damaged | None = None,
     ) -> None:
+        super().__init__(len(records), batch_size, mesh)
         self._records, self._data, self._model, self._damaged = records, data, model, damaged
-        self._steps, self._batch = batches.index_SB.shape
-        self._sharding = NamedSharding(mesh, BY_DEVICE)
 
-    def __iter__(self) -> Iterator[Images]:
-        return _batches(self._read, range(self._steps), self._batch, self._sharding)
+    def __iter__(self) -> Iterator[Batch]:
+        return _batches(self._read, range(len(self)), self.batch_size, self.mesh)
 
-    def _read(self, step: int, row: int) -> Row:
-        model, index = self._model, step * self._batch + row
-        empty = (model.image_size, model.image_size, model.channels)
-        if index >= len(self._records):
-            return np.zeros(empty, np.uint8), np.int32(0)
-        picture, label = self._records[index]
+    def _read(self, step: int, index: int) -> Row:
+        model, row = self._model, step * self.batch_size + index
+        empty = np.zeros((model.image_size, model.image_size, model.channels), np.uint8), np.int32(-1), np.int32(index)
+        if row >= self.count:
+            return empty
+        picture, label = self._records[row]
         try:
-            return read_pixels(picture, self._data, model), np.int32(label)
+            return read_pixels(picture, self._data, model), np.int32(label), np.int32(index)
         except DataError as error:
             if self._damaged is None:
                 raise
             self._damaged.add(picture.name, error)
-            return np.zeros(empty, np.uint8), np.int32(-1)
+            return empty
 
 
 def _rows_here(batch: int, sharding: NamedSharding) -> np.ndarray:
@@ -186,19 +161,18 @@ def _rows_here(batch: int, sharding: NamedSharding) -> np.ndarray:
     return np.unique(np.concatenate([np.arange(batch)[index] for index in indices]))
 
 
-def _batches(
-    read: Callable[[int, int], Row], steps: range, batch: int, sharding: NamedSharding
-) -> Generator[Images, None, None]:
-    """Yields the batch of each step on the devices. `read` maps step and row of the batch to a Row."""
+def _batches(read: Callable[[int, int], Row], steps: range, batch: int, mesh: Mesh) -> Generator[Batch]:
+    """Yields the batch of each step on the devices. `read` maps step and place in the batch to a Row."""
     import grain  # not above: it takes as long as half of JAX, which sets on the devices do without
     from PIL import Image
 
     Image.core.set_blocks_max(16)  # Pillow reuses the memory of pictures: new pages took about a tenth of the time
-    row_b = _rows_here(batch, sharding)
+    sharding = NamedSharding(mesh, BY_DEVICE)
+    place_b = _rows_here(batch, sharding)
 
     def read_at(number: int) -> Row:
-        step, local = divmod(int(number), len(row_b))
-        return read(steps[step], int(row_b[local]))
+        step, local = divmod(int(number), len(place_b))
+        return read(steps[step], int(place_b[local]))
 
     def to_devices(array_b: np.ndarray) -> jax.Array:
         return jax.make_array_from_process_local_data(sharding, array_b, (batch, *array_b.shape[1:]))
@@ -206,15 +180,14 @@ def _batches(
     # Slurm lets a task use some of the cores. macOS cannot say which a process may use.
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     threads = min(16, 2 * cores)
-    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(threads, AHEAD * len(row_b)))
-    rows = grain.MapDataset.range(len(steps) * len(row_b)).map(read_at).to_iter_dataset(options)
+    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(threads, AHEAD * len(place_b)))
+    rows = grain.MapDataset.range(len(steps) * len(place_b)).map(read_at).to_iter_dataset(options)
 
-    def put(arrays: tuple[np.ndarray, np.ndarray]) -> Images:
-        images_bHWc, labels_b = arrays
-        pixels_bP = images_bHWc.reshape(len(images_bHWc), -1)
-        return Images(to_devices(pixels_bP), to_devices(labels_b), images_bHWc.shape[1:])
+    def put(arrays: tuple[np.ndarray, np.ndarray, np.ndarray]) -> Batch:
+        images_bHWc, labels_b, index_b = arrays
+        return Batch(*map(to_devices, (images_bHWc.reshape(len(images_bHWc), -1), labels_b, index_b)))
 
-    batches = rows.batch(len(row_b)).map(put)
+    batches = rows.batch(len(place_b)).map(put)
     ahead = grain.experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=AHEAD)
     with contextlib.closing(iter(ahead)) as iterator:  # ends its threads before the interpreter is torn down
         yield from iterator

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jvitmoe.data import augment
-from jvitmoe.data.batches import Batches, Images
+from jvitmoe.data.batches import Batch, EvalBatches
 from jvitmoe.evaluation.models import Evaluator, path_routes
 from jvitmoe.experts import merge, trees
 from jvitmoe.models import mlp, vit
@@ -29,18 +29,18 @@ def evenly_spaced(images: int, most: int = IMAGES) -> np.ndarray:
     return np.linspace(0, images - 1, min(images, most)).astype(int)
 
 
-def measure(routing: Routing, params: Any, evaluate: Evaluator, split: Images, batches: Batches) -> dict[str, Any]:
+def measure(routing: Routing, params: Any, evaluate: Evaluator, batches: EvalBatches) -> dict[str, Any]:
     """Returns the numbers of `weight_geometry`, `layer_gap` and `barrier`, measured on a split."""
     experts, layers, route_PL = routing.experts, routing.layers_with_experts, path_routes(routing, 0, paths=0)
 
     def losses(params: Any) -> list[float]:
-        return [result.nll for result in evaluate.paths(params, route_PL, experts, split, batches)[0]]
+        return [result.nll for result in evaluate.paths(params, route_PL, experts, batches)[0]]
 
     return {
-        "images": len(split.labels_N),
+        "images": batches.count,
         "layers": list(layers),
         **weight_geometry(params),
-        "gap": layer_gap(routing.model(), experts, params, split, batches, layers, evaluate.normalize),
+        "gap": layer_gap(routing.model(), experts, params, batches, layers, evaluate.normalize),
         "barrier": barrier(params, losses),
     }
 
@@ -93,8 +93,7 @@ def layer_gap(
     model: vit.ViT,
     experts: int,
     params: Any,
-    split: Images,
-    batches: Batches,
+    batches: EvalBatches,
     expert_layers: Sequence[int],
     normalize: Callable[[jax.Array], jax.Array] = augment.normalize,
 ) -> list[float]:
@@ -105,20 +104,20 @@ def layer_gap(
     dense, depth = model.plain().clone(dtype=jnp.dtype("float32"), attention="xla"), model.config.depth
 
     @compilation.jit
-    def batch_sums(params: Any, index_B: jax.Array, mask_B: jax.Array) -> jax.Array:
+    def batch_sums(params: Any, batch: Batch) -> jax.Array:
         merged = merge.average_experts(params)
-        images = normalize(split.rows(index_B)[0])
+        images = normalize(batch.images(dense.config))
         sums, inputs = [], mlp_inputs(dense, merged, images)
         for layer in expert_layers:
             x_BTD = inputs[layer]
             outputs = [_mlp(merge.take_path(params, jnp.full((depth,), e)), layer, x_BTD) for e in range(experts)]
             wanted_BTD = sum(outputs) / len(outputs)
             for y_BTD in (wanted_BTD - _mlp(merged, layer, x_BTD), wanted_BTD):
-                sums.append(jnp.where(mask_B[:, None], jnp.linalg.norm(y_BTD, axis=-1), 0.0).sum())
+                sums.append(jnp.where(batch.labels_B[:, None] >= 0, jnp.linalg.norm(y_BTD, axis=-1), 0.0).sum())
         return jnp.stack(sums).reshape(-1, 2)
 
     with jax.default_matmul_precision("highest"):
-        sums_X2 = np.sum([np.asarray(batch_sums(params, *batch), float) for batch in zip(*batches, strict=True)], 0)
+        sums_X2 = np.sum([np.asarray(batch_sums(params, batch), float) for batch in batches], 0)
     return (sums_X2[:, 0] / np.maximum(sums_X2[:, 1], TINY)).tolist()
 
 

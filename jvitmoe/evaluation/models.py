@@ -7,17 +7,17 @@ b images of a batch on one device · S batches · N images · L layers · P path
 
 import functools
 import statistics
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding
 
 from jvitmoe.config import DataConfig
 from jvitmoe.data import augment
-from jvitmoe.data.batches import Batches, Images
+from jvitmoe.data.batches import Batch, EvalBatches
 from jvitmoe.experts import merge
 from jvitmoe.experts.cost import flops_per_image, tree_size
 from jvitmoe.models import routers, vit
@@ -26,9 +26,8 @@ from jvitmoe.runs.checkpoints import versions
 from jvitmoe.runs.results import deviation
 from jvitmoe.runtime import compilation, devices
 from jvitmoe.runtime.addresses import Purpose, address
-from jvitmoe.runtime.devices import AXES, REPLICATED, to_devices, wait_on_cpu
+from jvitmoe.runtime.devices import AXES, BY_DEVICE, REPLICATED, to_devices, wait_on_cpu
 
-SplitImages = Images | Iterable[Images]  # a whole split on the devices, or its batches one after the other
 BINS = 15  # M, as in Guo et al., arXiv 1706.04599
 TOP = 5  # classes that may hold the label; not reported for as few classes or fewer
 MOST_CLASSES = 1000  # with more, a confusion matrix takes too much memory per path, and none is counted
@@ -81,23 +80,18 @@ class Evaluator:
         self.net, self.routed, self._mesh, self._replicated = net, routed, mesh, NamedSharding(mesh, REPLICATED)
         self._progress = progress
         self.normalize = functools.partial(augment.normalize, mean=data.mean, std=data.std)
+        program = jax.shard_map(
+            self._batch_sums, mesh=mesh, in_specs=(*[REPLICATED] * 4, BY_DEVICE), out_specs=REPLICATED
+        )
+        self._add = jax.jit(program, compiler_options=compilation.exact(mesh.devices.flat[0].platform))
 
-        def compiled(streamed: bool) -> Any:
-            images = PartitionSpec(AXES) if streamed else REPLICATED
-            specs = (*[REPLICATED] * 4, images, PartitionSpec(None, AXES), REPLICATED)
-            body = functools.partial(self._batch_sums, streamed)
-            program = jax.shard_map(body, mesh=mesh, in_specs=specs, out_specs=REPLICATED)
-            return jax.jit(program, compiler_options=compilation.exact(mesh.devices.flat[0].platform))
-
-        self._step, self._streamed_step = compiled(False), compiled(True)
-
-    def __call__(self, params: Any, split: SplitImages, batches: Batches) -> Result:
+    def __call__(self, params: Any, batches: EvalBatches) -> Result:
         """Returns the Result of the net with these parameters. All trees use the same compiled program."""
         unused_PL = jnp.zeros((1, self.net.config.depth), jnp.int32)  # the tree has no expert axis
-        return self.paths(params, unused_PL, 1, split, batches)[0][0]
+        return self.paths(params, unused_PL, 1, batches)[0][0]
 
     def paths(
-        self, params: Any, route_PL: jax.Array, members: int, split: SplitImages, batches: Batches
+        self, params: Any, route_PL: jax.Array, members: int, batches: EvalBatches
     ) -> tuple[list[Result], Result]:
         """Returns the Result of each path, and of the ensemble of the first `members`: the mean of their probabilities
         (Lakshminarayanan et al., arXiv 1612.01474). Paths run one after the other, to save memory."""
@@ -108,31 +102,16 @@ class Evaluator:
         zeros: Any = (count, nll, count, bins, confidence, count, confusion)
         # On the mesh, as the step returns them; otherwise the second batch would compile a second program.
         sums = Sums(*(to_devices(x, self._replicated) for x in zeros))
-        step = self._step if isinstance(split, Images) else self._streamed_step
-        shown = [split] * len(batches.index_SB) if isinstance(split, Images) else split
-        for s, images in enumerate(shown):
-            sums = step(params, route_PL, log_weight_P, sums, images, batches, jnp.int32(s))
+        for batch in batches:
+            sums = self._add(params, route_PL, log_weight_P, sums, batch)
             wait_on_cpu(self._mesh, sums)
             self._progress()
         rows = zip(*jax.device_get(sums), strict=True)
         *results, ensemble = (_result(Sums(*row), self.net.config.classes) for row in rows)
         return results, ensemble
 
-    def _batch_sums(
-        self,
-        streamed: bool,
-        params: Any,
-        route_PL: jax.Array,
-        log_weight_P: jax.Array,
-        sums: Sums,
-        split: Images,
-        batches: Batches,
-        s: jax.Array,
-    ) -> Sums:
-        mask_b = batches.mask_SB[s]
-        index_b = jnp.arange(len(mask_b)) if streamed else batches.index_SB[s]
-        images_bHWc, labels_b = split.rows(index_b)
-        images = self.normalize(images_bHWc)
+    def _batch_sums(self, params: Any, route_PL: jax.Array, log_weight_P: jax.Array, sums: Sums, batch: Batch) -> Sums:
+        images = self.normalize(batch.images(self.net.config))
 
         def log_p(route_L: jax.Array) -> jax.Array:
             tree = params if self.net.router else merge.take_path(params, route_L)
@@ -141,7 +120,7 @@ class Evaluator:
         log_p_PbC = jax.lax.map(log_p, route_PL)
         ensemble_bC = jax.nn.logsumexp(log_p_PbC + log_weight_P[:, None, None], axis=0)
         log_p_PbC = jnp.concatenate([log_p_PbC, ensemble_bC[None]])
-        batch_sums = jax.vmap(_sums, (0, None, None))(log_p_PbC, labels_b, mask_b)
+        batch_sums = jax.vmap(_sums, (0, None))(log_p_PbC, batch.labels_B)
         return jax.tree.map(lambda total, of_batch: total + jax.lax.psum(of_batch, AXES), sums, batch_sums)
 
 
@@ -155,7 +134,8 @@ def make_evaluate(
     return Evaluator(model.plain(), mesh, data, routed, progress)
 
 
-def _sums(log_p_bC: jax.Array, labels_b: jax.Array, mask_b: jax.Array) -> Sums:
+def _sums(log_p_bC: jax.Array, labels_b: jax.Array) -> Sums:
+    mask_b = labels_b >= 0
     predicted_b, classes = log_p_bC.argmax(-1), log_p_bC.shape[-1]
     right_b = (predicted_b == labels_b) & mask_b
     top_b5 = jax.lax.top_k(log_p_bC, min(TOP, classes))[1]  # of equal classes it takes the first, as argmax does
@@ -204,11 +184,11 @@ def facts(routing: Routing, mesh: Mesh, data: str, seed: int, step: int) -> dict
     }
 
 
-def evaluate_main(params: Any, evaluate: Evaluator, split: SplitImages, batches: Batches) -> Result:
+def evaluate_main(params: Any, evaluate: Evaluator, batches: EvalBatches) -> Result:
     """Returns the Result of a run's main model: with its router if it has one, otherwise dense or merged."""
     if evaluate.routed:
-        return evaluate.routed(params, split, batches)
-    return evaluate(merge.dense_tree(params), split, batches)
+        return evaluate.routed(params, batches)
+    return evaluate(merge.dense_tree(params), batches)
 
 
 def evaluate_run(
@@ -217,8 +197,7 @@ def evaluate_run(
     params: Any,
     ema: Any,
     evaluate: Evaluator,
-    split: SplitImages,
-    batches: Batches,
+    batches: EvalBatches,
     paths: int = 1,
     gate_L: Any = None,
 ) -> list[dict[str, Any]]:
@@ -231,7 +210,7 @@ def evaluate_run(
     in each layer.
     """
     active, total = routing.count_parameters()
-    experts, batch = routing.experts, batches.index_SB.shape[1]
+    experts, batch = routing.experts, batches.batch_size
     dense_size = tree_size(jax.eval_shape(merge.average_experts, params))
     cost = {"parameters": dense_size, "flops_per_image": flops_per_image(evaluate.net, batch)}
 
@@ -241,18 +220,18 @@ def evaluate_run(
     rows = []
     if evaluate.routed:
         routed_cost = {"parameters": active, "flops_per_image": flops_per_image(evaluate.routed.net, batch)}
-        rows.append(row("routed", evaluate.routed(params, split, batches)) | routed_cost)
-    shipped = evaluate(merge.dense_tree(params), split, batches)
+        rows.append(row("routed", evaluate.routed(params, batches)) | routed_cost)
+    shipped = evaluate(merge.dense_tree(params), batches)
     confusion = {"confusion": shipped.confusion} if shipped.confusion else {}
     rows.append(row("dense" if experts == 1 else "merged", shipped) | confusion)
     if gate_L is not None:
         gated = merge.average_experts(merge.scale_by_gate(params, gate_L))
-        rows.append(row("merged, gated", evaluate(gated, split, batches)))
+        rows.append(row("merged, gated", evaluate(gated, batches)))
     if ema is not None:
-        rows.append(row("EMA", evaluate(ema, split, batches)))
+        rows.append(row("EMA", evaluate(ema, batches)))
     if experts == 1:
         return rows
-    results, ensemble = evaluate.paths(params, path_routes(routing, seed, paths), experts, split, batches)
+    results, ensemble = evaluate.paths(params, path_routes(routing, seed, paths), experts, batches)
     rows += [row(f"expert {e}", result) for e, result in enumerate(results[:experts])]
     if drawn := results[experts:]:
         several = {

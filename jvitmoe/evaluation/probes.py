@@ -13,10 +13,9 @@ from jax.sharding import Mesh
 
 from jvitmoe.config import DataConfig
 from jvitmoe.data import augment, stream
-from jvitmoe.data.batches import Batches, Images
+from jvitmoe.data.batches import Batch, EvalBatches
 from jvitmoe.data.splits import Dataset
 from jvitmoe.errors import UserError
-from jvitmoe.evaluation.models import SplitImages
 from jvitmoe.models import vit
 from jvitmoe.runs.console import console
 from jvitmoe.runtime import compilation
@@ -60,11 +59,11 @@ def measure(
         raise UserError(f"--knn is {neighbours}; it must be at most the {len(found.train)} training images")
     damaged = stream.Damaged(len(found.train), console.print)
     settings = batch_size, data, net.config, mesh
-    splits = [stream.eval_images(found.train, *settings, damaged), stream.eval_images(found.test, *settings)]
+    splits = [stream.eval_batches(found.train, *settings, damaged), stream.eval_batches(found.test, *settings)]
     extract, names, rows = make_extract(net, data), found.class_names, []
 
     for model, params in trees.items():
-        train, test = (extract(params, *split) for split in splits)
+        train, test = (extract(params, split) for split in splits)
         about = {"model": model, "data": data.name, "test_images": len(test.labels_N)}
         if shots:
             accuracies = [few_shot(train, test, names, shots, seed) for seed in SEEDS]
@@ -78,23 +77,17 @@ def measure(
     return rows
 
 
-def make_extract(net: vit.ViT, data: DataConfig) -> Callable[[Any, SplitImages, Batches], Features]:
-    """Returns a function (params, split, batches) -> features of every image, in order, without padding and without
-    pictures that could not be read."""
+def make_extract(net: vit.ViT, data: DataConfig) -> Callable[[Any, EvalBatches], Features]:
+    """Returns a function (params, batches) -> features of every image, in order."""
 
     @compilation.jit
-    def of_batch(params: Any, images: Images, index_B: jax.Array | None) -> tuple[jax.Array, jax.Array]:
-        images_BHWc, labels_B = images.rows(slice(None) if index_B is None else index_B)
-        return vit.features(net, params, augment.normalize(images_BHWc, data.mean, data.std)), labels_B
+    def of_batch(params: Any, batch: Batch) -> jax.Array:
+        return vit.features(net, params, augment.normalize(batch.images(net.config), data.mean, data.std))
 
-    def extract(params: Any, split: SplitImages, batches: Batches) -> Features:
-        if isinstance(split, Images):
-            found = [jax.device_get(of_batch(params, split, index_B)) for index_B in batches.index_SB]
-        else:
-            found = [jax.device_get(of_batch(params, images, None)) for images in split]
+    def extract(params: Any, batches: EvalBatches) -> Features:
+        found = [jax.device_get((of_batch(params, batch), batch.labels_B)) for batch in batches]
         features_ND, labels_N = map(np.concatenate, zip(*found, strict=True))
-        mask_N = np.ravel(batches.mask_SB) & (labels_N >= 0)
-        return Features(features_ND[mask_N], labels_N[mask_N])
+        return Features(features_ND[labels_N >= 0], labels_N[labels_N >= 0])
 
     return extract
 

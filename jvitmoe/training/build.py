@@ -91,8 +91,13 @@ def plan_for(config: Config, mesh: Mesh, count: int) -> Plan:
 def make_plan(config: Config, chosen: tuple[Routing, Optimizer], mesh: Mesh, count: int) -> Plan:
     """Returns the plan. Raises ConfigError for a batch that `count` images or the devices do not allow."""
     (routed, optimizer), data, train = chosen, config.data, config.train
-    key = address(jax.random.key(train.seed), Purpose.ORDER)
-    order = TrainOrder(count, train.batch_size, key, mesh, routed.slots, train.accumulate)
+    root = jax.random.key(train.seed)
+
+    def slot_of_expert(step: jax.Array) -> jax.Array:
+        return routed.slot_of_expert(routed.draw(root, step))
+
+    key = address(root, Purpose.ORDER)
+    order = TrainOrder(count, train.batch_size, key, mesh, routed.slots, train.accumulate, slot_of_expert)
     plan = Plan(routed, optimizer, routed.model(mesh), mesh, order, data, train)
     if plan.total > LARGEST:
         raise ConfigError(

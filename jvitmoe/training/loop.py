@@ -6,7 +6,7 @@ import math
 import signal
 import sys
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -14,7 +14,7 @@ import jax
 
 from jvitmoe.config import Config, flatten
 from jvitmoe.data import stream
-from jvitmoe.data.batches import Images, on_devices, resident_batches
+from jvitmoe.data.batches import Batch, EvalBatches, resident_batches
 from jvitmoe.errors import UserError
 from jvitmoe.evaluation import models
 from jvitmoe.evaluation.models import Result, make_evaluate
@@ -35,7 +35,6 @@ from jvitmoe.training.step import Metrics
 STALL_MINUTES = 30.0  # without progress until the run ends: longer than any program takes to compile
 KEEP = 2  # newest checkpoints kept, besides the best on validation images
 SLOW_SECONDS = 0.1  # a step that takes longer is waited for, so that at most one is queued
-Batch = tuple[Images, jax.Array | None]  # (images, index_SB), the inputs of `step.train_step`
 
 
 class TrainingError(UserError):
@@ -141,10 +140,14 @@ def _damaged(plan: Plan, workdir: Path, data: RunData) -> stream.Damaged:
             processes.together(lambda: damaged.check(data.train, plan.data, model, checked))
         with progress("checking    the images of evaluations") as checked:
             for split in (data.validation, data.test):
-                processes.together(
-                    functools.partial(stream.read_once, split, batch, plan.data, model, plan.mesh, checked)
-                )
+                batches = stream.eval_batches(split, batch, plan.data, model, plan.mesh)
+                processes.together(functools.partial(_read_once, batches, checked))
     return damaged
+
+
+def _read_once(batches: EvalBatches, checked: Callable[[], object]) -> None:
+    for _ in batches:
+        checked()
 
 
 def _exit(done: int, number: int) -> NoReturn:
@@ -153,17 +156,12 @@ def _exit(done: int, number: int) -> NoReturn:
     sys.exit(128 + number)
 
 
-def _train_batches(plan: Plan, data: RunData, start: int, damaged: stream.Damaged) -> Generator[Batch, None, None]:
+def _train_batches(plan: Plan, data: RunData, start: int, damaged: stream.Damaged) -> Generator[Batch]:
+    where = plan.mesh, start, plan.total
     if plan.data.stream:
-        rows = step.streamed_rows(plan)
         settings = plan.data, plan.model.config, plan.train
-        span = start, plan.total
-        streamed = stream.train_batches(data.train, plan.order, *settings, plan.mesh, *span, rows, damaged)
-        with contextlib.closing(streamed) as batches:
-            for images in batches:
-                yield images, None
-    else:
-        yield from resident_batches(on_devices(data.train, plan.mesh), plan.order, start, plan.total)
+        return stream.train_batches(data.train, plan.order, *settings, *where, damaged)
+    return resident_batches(data.train, plan.order, *where)
 
 
 class _Evaluation:
@@ -176,18 +174,18 @@ class _Evaluation:
         progress = functools.partial(watchdog.progress, "a batch of an evaluation")
         self._plan, self._evaluate = plan, make_evaluate(plan.model, plan.mesh, plan.data, progress)
         settings = plan.train.images_at_once, plan.data, plan.model.config, plan.mesh
-        self._test_images = stream.eval_images(data.test, *settings)
-        self.watched, self._watched_images = "test", self._test_images
+        self._test = stream.eval_batches(data.test, *settings)
+        self.watched, self._watched = "test", self._test
         if len(data.validation):
-            self.watched, self._watched_images = "validation", stream.eval_images(data.validation, *settings)
+            self.watched, self._watched = "validation", stream.eval_batches(data.validation, *settings)
 
     def watch(self, state: TrainState) -> Result:
-        return models.evaluate_main(state.params, self._evaluate, *self._watched_images)
+        return models.evaluate_main(state.params, self._evaluate, self._watched)
 
     def test(self, state: TrainState) -> list[dict[str, Any]]:
         """Returns the rows of the result table (`results.write_result`)."""
         return models.evaluate_run(
-            self._plan.routing, self._plan.train.seed, state.params, state.ema, self._evaluate, *self._test_images
+            self._plan.routing, self._plan.train.seed, state.params, state.ema, self._evaluate, self._test
         )
 
 
@@ -228,13 +226,13 @@ class _Loop:
         self._state, self._saved, self._done = state, start, start
         self._stop.announce = self._say_that_it_stops
         for done in range(start + 1, self._total + 1):
-            images, index_SB = next(batches)
+            batch = next(batches)
             if done == start + 1:
                 # Apart, to time the first step alone.
-                compiled = self._train_step.lower(self._state, images, index_SB).compile()
+                compiled = self._train_step.lower(self._state, batch).compile()
                 began = time.monotonic()
             self._done = done
-            self._state, metrics = compiled(self._state, images, index_SB)
+            self._state, metrics = compiled(self._state, batch)
             devices.wait_on_cpu(self._mesh, metrics)
             if self._slow:  # with more than one step queued, progress and a stop would have to wait for all of them
                 jax.block_until_ready(self._unread)

@@ -8,9 +8,8 @@ E experts, e the share of one device
 """
 
 import functools
-import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +18,7 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jvitmoe.data import augment
-from jvitmoe.data.batches import Images, on_host
+from jvitmoe.data.batches import Batch
 from jvitmoe.experts import trees
 from jvitmoe.models.routers import Statistics
 from jvitmoe.routing import Pass
@@ -63,29 +62,21 @@ def make_train_step(plan: Plan) -> jax.stages.Wrapped:
     )
 
 
-def abstract_inputs(plan: Plan, count: int) -> tuple[TrainState, Images, Any]:
-    """Returns shapes, dtypes and shardings of what a step of a run on `count` images takes: state, images, and the
-    order of an epoch. Nothing is allocated."""
-    whole, model, batch = NamedSharding(plan.mesh, REPLICATED), plan.model.config, plan.train.batch_size
-    where = NamedSharding(plan.mesh, BY_DEVICE) if plan.data.stream else whole
-    rows = batch if plan.data.stream else count
-    shape = model.image_size, model.image_size, model.channels
-    pixels_NP: Any = jax.ShapeDtypeStruct((rows, math.prod(shape)), jnp.uint8, sharding=where)
-    labels_N: Any = jax.ShapeDtypeStruct((rows,), jnp.int32, sharding=where)
-    order = plan.steps_per_epoch, batch
-    index_SB = None if plan.data.stream else jax.ShapeDtypeStruct(order, jnp.int32, sharding=whole)
-    return abstract_state(plan), Images(pixels_NP, labels_N, shape), index_SB
+def abstract_inputs(plan: Plan) -> tuple[TrainState, Batch]:
+    """Returns shapes, dtypes and shardings of what a step takes. Nothing is allocated."""
+    model, rows, where = plan.model.config, plan.train.batch_size, NamedSharding(plan.mesh, BY_DEVICE)
+    pixels_BP: Any = jax.ShapeDtypeStruct((rows, model.image_size**2 * model.channels), jnp.uint8, sharding=where)
+    number_B: Any = jax.ShapeDtypeStruct((rows,), jnp.int32, sharding=where)
+    return abstract_state(plan), Batch(pixels_BP, number_B, number_B)
 
 
-def lower(plan: Plan, count: int) -> Any:
-    """Returns the step of a run on `count` images, lowered for the devices of its mesh, from shapes only."""
-    return make_train_step(plan).lower(*abstract_inputs(plan, count))
+def lower(plan: Plan) -> Any:
+    """Returns the step, lowered for the devices of its mesh, from shapes only."""
+    return make_train_step(plan).lower(*abstract_inputs(plan))
 
 
-def train_step(plan: Plan, before: TrainState, split: Images, index_SB: jax.Array | None) -> tuple[TrainState, Metrics]:
-    """Returns (state, Metrics) after one step on the images that index_SB, the order of an epoch, selects.
-
-    With `data.stream` the images are those of the batch, and index_SB is None.
+def train_step(plan: Plan, before: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+    """Returns (state, Metrics) after one step on a batch, whose images lie as `TrainOrder` says.
 
     Routes, augmentation and dropout are addressed by (seed, step, index in the global batch), so the result does not
     depend on the number of devices beyond the order of floating-point sums. The consistency loss makes two passes, at
@@ -94,8 +85,7 @@ def train_step(plan: Plan, before: TrainState, split: Images, index_SB: jax.Arra
     step, routing = before.step, plan.routing
     routes = routing.draw(plan.root, step)
     active = take(routing, before, routes)
-    index_B = None if index_SB is None else index_SB[step % plan.steps_per_epoch]
-    inputs = Inputs(split, index_B, step, routes)
+    inputs = Inputs(batch, step, routes)
     loss, accuracy, statistics, grads = gradients(plan, active.params, inputs)
     norm = gradient_norm(plan, grads)
     active = update(plan, active, trees.stacked(before.params), grads, norm)
@@ -108,8 +98,7 @@ def train_step(plan: Plan, before: TrainState, split: Images, index_SB: jax.Arra
 class Inputs(NamedTuple):
     """What the gradients of a step depend on, besides the parameters."""
 
-    split: Images
-    index_B: jax.Array | None  # which images of `split` make the batch; None if a stream gives just them
+    batch: Batch
     step: jax.Array
     routes: tuple[Route, ...]
 
@@ -136,13 +125,12 @@ def gradients(plan: Plan, params: Any, inputs: Inputs) -> Gradients:
     """Returns `local_gradients` of all devices as whole arrays; the arguments are whole arrays too."""
     marks = on_expert_axis(plan, params)
     spec = jax.tree.map(lambda x, leaf: leaf_spec(plan.mesh, x.shape, axis_of(plan, leaf), False), params, marks)
-    whole: Any = REPLICATED
-    images: Any = BY_DEVICE if plan.data.stream else whole
+    whole, rows = cast(Any, REPLICATED), cast(Any, BY_DEVICE)
     found = gradient_specs(plan, params, marks)
     return jax.shard_map(
         functools.partial(local_gradients, plan, found),
         mesh=plan.mesh,
-        in_specs=(spec, Inputs(images, whole, whole, whole)),
+        in_specs=(spec, Inputs(rows, whole, whole)),
         out_specs=Gradients(whole, whole, whole, found),
     )(params, inputs)
 
@@ -163,9 +151,9 @@ def axis_of(plan: Plan, is_stacked: bool) -> int | None:
 
 
 def local_gradients(plan: Plan, specs: Any, params: Any, inputs: Inputs) -> Gradients:
-    """Returns the gradients of the global batch for the parameters that this device holds, split as `specs` say. Of a
-    streamed batch, `inputs.split` holds the rows of this device."""
-    shard = images_of_device(plan, inputs, batch_indices(plan, inputs.routes))
+    """Returns the gradients of the global batch for the parameters that this device holds, split as `specs` say; the
+    batch holds the rows of this device."""
+    shard = images_of_device(plan, inputs)
     # Each device differentiates its own copy, so gradients are reduced once, at the end, and not where a parameter
     # first meets the images: inside the scan over layers, and the CLS token once per image.
     axes = jax.tree.map(lambda leaf: (DATA,) if leaf else AXES, on_expert_axis(plan, params))
@@ -194,52 +182,18 @@ def on_expert_axis(plan: Plan, params: Any) -> Any:
     return jax.tree.map(lambda is_stacked: is_stacked and plan.expert_devices > 1, trees.stacked(params))
 
 
-def batch_indices(plan: Plan, routes: tuple[Route, ...]) -> jax.Array:
-    """Returns index_b in the global batch of this device's images, sorted by the expert that they meet."""
-    return indices_at(plan, routes, jax.lax.axis_index(DATA), jax.lax.axis_index(EXPERT))
-
-
-def indices_at(plan: Plan, routes: tuple[Route, ...], data: jax.Array, expert: jax.Array) -> jax.Array:
-    """Returns `batch_indices` of the device at this place of the mesh."""
-    slots, share = plan.routing.slots, plan.train.batch_size // plan.data_devices
-    here = slots // plan.expert_devices
-    slot_e = jax.lax.dynamic_slice(plan.routing.slot_of_expert(routes), (expert * here,), (here,))
-    index_eb = slot_e[:, None] + slots * jnp.arange(share // slots)[None]
-    return data * share + index_eb.reshape(-1)
-
-
-def streamed_rows(plan: Plan) -> Callable[[int], np.ndarray] | None:
-    """Returns `rows` of `stream.train_batches`: with an expert axis `batch_indices` of all devices, so that no process
-    reads an image that its devices do not use. Without one a device uses consecutive rows, and sorts them itself."""
-    if plan.expert_devices == 1:
-        return None
-    places = np.indices((plan.data_devices, plan.expert_devices)).reshape(2, -1)
-
-    def of_step(step: jax.Array) -> jax.Array:
-        routes = plan.routing.draw(plan.root, step)
-        return jax.vmap(functools.partial(indices_at, plan, routes))(*places).reshape(-1)
-
-    steps = plan.steps_per_epoch
-    return on_host(lambda epoch: jax.vmap(of_step)(epoch * steps + jnp.arange(steps)), plan.mesh)
-
-
-def images_of_device(plan: Plan, inputs: Inputs, index_b: jax.Array) -> Shard:
-    """Returns the images at these indices of the batch and their targets, augmented."""
-    data, (split, index_B, step, _) = plan.data, inputs
-    share = plan.train.batch_size // plan.data_devices
-    if index_B is not None:
-        image_b: Any = index_B[index_b]
-    else:  # with an expert axis the rows of a stream come in the order of `streamed_rows`
-        image_b = slice(None) if plan.expert_devices > 1 else index_b - jax.lax.axis_index(DATA) * share
-    pixels_bHWc, labels_b = split.rows(image_b)
+def images_of_device(plan: Plan, inputs: Inputs) -> Shard:
+    """Returns the images of this device and their targets, augmented."""
+    data, (batch, step, _) = plan.data, inputs
+    labels_b, index_b = batch.labels_B, batch.index_B
     targets_bC = optax.smooth_labels(jax.nn.one_hot(labels_b, plan.model.config.classes), plan.train.label_smoothing)
-    batch = augment.Batch(
+    draws = augment.Batch(
         key_b=image_keys(plan, Purpose.AUGMENT, step, index_b),
         key=address(plan.root, Purpose.AUGMENT, step, plan.train.batch_size),  # no image has this index
         partner=functools.partial(partner_rows, plan, index_b),
         plain=step >= round((1.0 - data.plain_at_end) * plan.total),
     )
-    images_bHWc, targets_bC = augment.augment(data, batch, pixels_bHWc, targets_bC)
+    images_bHWc, targets_bC = augment.augment(data, draws, batch.images(plan.model.config), targets_bC)
     x_bHWc = augment.normalize(images_bHWc, data.mean, data.std)
     return Shard(x_bHWc, labels_b, targets_bC, index_b)
 

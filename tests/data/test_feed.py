@@ -1,10 +1,11 @@
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jvitmoe.config import TrainConfig
-from jvitmoe.data.batches import TrainOrder, eval_batches, on_devices
+from jvitmoe.data.batches import Resident, TrainOrder, on_devices
 from jvitmoe.errors import ConfigError
 from jvitmoe.runtime.devices import make_mesh
 
@@ -70,20 +71,44 @@ def test_a_batch_that_does_not_fit_is_an_error_that_names_value_and_rule(batch_s
     assert "\n" not in message
 
 
+@pytest.mark.parametrize(("devices", "expert_devices", "slots"), [(1, 1, 1), (4, 1, 2), (4, 2, 2), (2, 1, 4)])
+def test_rows_lie_by_data_device_then_by_the_expert_that_they_meet(devices, expert_devices, slots):
+    """Image n of the global batch is in slot n modulo the slots, and devices have consecutive images."""
+    mesh = make_mesh(TrainConfig(devices=devices, expert_devices=expert_devices))
+
+    def slot_of_expert(step):
+        return (jnp.arange(slots) + step) % slots
+
+    one = TrainOrder(50, 16, jax.random.key(0), mesh, slots, slot_of_expert=slot_of_expert)
+    for epoch in (0, 2):
+        rows, order_SB = one.rows_on_host(epoch), np.asarray(one.epoch(epoch))
+        chex.assert_trees_all_equal(jax.device_get(one.rows(epoch)), rows)
+        np.testing.assert_array_equal(np.take_along_axis(order_SB, rows.index_SB, 1), rows.row_SB)
+        for s, index_B in enumerate(rows.index_SB):
+            parts = index_B.reshape(devices // expert_devices, slots, -1)
+            for data, index_EN in enumerate(parts):
+                share = 16 // len(parts)
+                for e, index_N in enumerate(index_EN):
+                    slot = (e + epoch * 3 + s) % slots
+                    wanted = [n for n in range(data * share, (data + 1) * share) if n % slots == slot]
+                    np.testing.assert_array_equal(index_N, wanted)
+
+
 @pytest.mark.parametrize("devices", [1, 2, 3, 4])
 @pytest.mark.parametrize("batch_size", [1, 7, 8])
-def test_evaluation_visits_every_image_exactly_once(devices, batch_size):
+def test_evaluation_visits_every_image_exactly_once(tiny_split, devices, batch_size):
     for count in (1, 7, 8, 9, 16, 26):
-        batches = eval_batches(count, batch_size, mesh_of(devices))
-        index_SB, mask_SB = np.asarray(batches.index_SB), np.asarray(batches.mask_SB)
-        np.testing.assert_array_equal(np.sort(index_SB[mask_SB]), np.arange(count))
-        assert ((index_SB >= 0) & (index_SB < count)).all()  # padding can be gathered too
-        assert index_SB.shape == mask_SB.shape
-        assert index_SB.shape[1] % devices == 0
-        assert batch_size <= index_SB.shape[1] < batch_size + devices
-        assert mask_SB.any(1).all()  # no batch is padding alone
-        assert index_SB.dtype == np.int32
-        assert mask_SB.dtype == np.bool_
+        split = tiny_split.select(np.arange(count))
+        batches = Resident(split, batch_size, mesh_of(devices))
+        found = [jax.device_get(batch) for batch in batches]
+        assert len(found) == len(batches)
+        assert batches.batch_size % devices == 0
+        assert batch_size <= batches.batch_size < batch_size + devices
+        assert {len(batch.labels_B) for batch in found} == {batches.batch_size}
+        assert all((batch.labels_B >= 0).any() for batch in found)  # no batch is padding alone
+        pixels_NP, labels_N = (np.concatenate([batch[n] for batch in found]) for n in (0, 1))
+        np.testing.assert_array_equal(labels_N[labels_N >= 0], split.labels_N)
+        np.testing.assert_array_equal(pixels_NP[labels_N >= 0], split.images_NHWc.reshape(count, -1))
 
 
 def test_a_split_lies_whole_on_every_device(tiny_split):
@@ -92,6 +117,5 @@ def test_a_split_lies_whole_on_every_device(tiny_split):
     assert images.pixels_NP.dtype == jnp.uint8
     for shard in images.pixels_NP.addressable_shards:
         np.testing.assert_array_equal(shard.data, tiny_split.images_NHWc.reshape(26, -1))
-    np.testing.assert_array_equal(images.rows(np.arange(26))[0], tiny_split.images_NHWc)
     for shard in images.labels_N.addressable_shards:
         np.testing.assert_array_equal(shard.data, tiny_split.labels_N)

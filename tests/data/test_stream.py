@@ -18,7 +18,7 @@ from jvitmoe.commands import evaluate, train
 from jvitmoe.config import Config, DataConfig, ModelConfig, TrainConfig
 from jvitmoe.data import datasets, stream
 from jvitmoe.data import images as images_lib
-from jvitmoe.data.batches import TrainOrder, eval_batches
+from jvitmoe.data.batches import Resident, TrainOrder
 from jvitmoe.data.images import DataError, Picture
 from jvitmoe.data.splits import Records, decode, in_memory
 from jvitmoe.errors import ConfigError
@@ -29,7 +29,6 @@ from jvitmoe.runtime import memory
 from jvitmoe.runtime.addresses import Purpose, address
 from jvitmoe.runtime.devices import make_mesh
 from jvitmoe.training import build
-from jvitmoe.training.step import streamed_rows
 from processes import call
 from run_folders import assert_same_run, losses, rows, saved, saved_config
 
@@ -51,12 +50,12 @@ def streamed(tiny_split, training):
         def batches(self, start, total):
             plan = self.run_of.plan
             settings = plan.data, plan.model.config, plan.train, plan.mesh
-            return stream.train_batches(self.records, plan.order, *settings, start, total, streamed_rows(plan))
+            return stream.train_batches(self.records, plan.order, *settings, start, total)
 
         def run(self, steps):
             state = self.run_of.state
-            for images in self.batches(0, steps):
-                state, metrics = jax.block_until_ready(self.run_of.step(state, images, None))
+            for batch in self.batches(0, steps):
+                state, metrics = jax.block_until_ready(self.run_of.step(state, batch))
             return jax.device_get((state, metrics))
 
     return Streamed
@@ -87,18 +86,18 @@ def test_a_streamed_run_equals_a_run_on_the_device_to_the_bits(tiny_config, trai
 
 def test_a_stream_taken_up_at_any_step_gives_the_rest_and_reads_no_row_before_it(tiny_config, streamed):
     run = streamed(tiny_config())
-    whole = [jax.device_get(images) for images in run.batches(0, 8)]
+    whole = [jax.device_get(batch) for batch in run.batches(0, 8)]
     assert len(whole) == 8
-    assert len({images.pixels_NP.tobytes() for images in whole}) == 8
+    assert len({batch.pixels_BP.tobytes() for batch in whole}) == 8
     order, seen, read = run.run_of.plan.order, [], run.records.read
     for epoch in (0, 5, 1):  # on any number of devices: tests/data/test_feed.py
-        np.testing.assert_array_equal(order.on_host(epoch), order.epoch(epoch))
+        chex.assert_trees_all_equal(order.rows_on_host(epoch), jax.device_get(order.rows(epoch)))
     run.records = Records(lambda numbers: seen.extend(numbers) or read(numbers), run.records.number_N, None)
     for start in (1, 3, 5, 8):
         seen.clear()
-        rest = [jax.device_get(images) for images in run.batches(start, 8)]
+        rest = [jax.device_get(batch) for batch in run.batches(start, 8)]
         chex.assert_trees_all_equal(rest, whole[start:])
-        wanted = [order.on_host(s // 3)[s % 3] for s in range(start, 8)]
+        wanted = [order.rows_on_host(s // 3).row_SB[s % 3] for s in range(start, 8)]
         assert sorted(seen) == sorted(np.concatenate([*wanted, []]).tolist())
 
 
@@ -120,9 +119,9 @@ def test_no_image_of_a_streamed_batch_lies_on_two_devices(tiny_config, streamed)
     """Nor do two processes read it: tests/test_distributed.py."""
     meshes = {"devices": 4, "expert_devices": 2}
     for images in streamed(tiny_config(routing={"experts": 2, "kind": "sample"}, train=meshes)).batches(0, 4):
-        shards = [shard.data.shape[0] for shard in images.pixels_NP.addressable_shards]
+        shards = [shard.data.shape[0] for shard in images.pixels_BP.addressable_shards]
         assert shards == [2] * 4
-        assert len(np.unique(jax.device_get(images.pixels_NP), axis=0)) == 8
+        assert len(np.unique(jax.device_get(images.pixels_BP), axis=0)) == 8
 
 
 def test_a_streamed_split_is_evaluated_exactly_with_padding_masked(tiny_config, training, tiny_split):
@@ -134,13 +133,12 @@ def test_a_streamed_split_is_evaluated_exactly_with_padding_masked(tiny_config, 
     run = training(config)
     mesh, way = run.plan.mesh, run.plan.routing
     found = make_evaluate(run.plan.model, mesh, config.data)
-    batches = eval_batches(len(tiny_split), 8, mesh)
     assert len(tiny_split) % 8 != 0
     records = in_memory(tiny_split)
-    shown = stream.EvalImages(records, batches, config.data, config.model, mesh)
-    resident = models.evaluate_run(way, 0, run.state.params, None, found, run.images, batches)
+    shown = stream.Streamed(records, 8, config.data, config.model, mesh)
+    resident = models.evaluate_run(way, 0, run.state.params, None, found, Resident(tiny_split, 8, mesh))
     for _ in range(2):  # and once more: a stream can be gone through again
-        assert models.evaluate_run(way, 0, run.state.params, None, found, shown, batches) == resident
+        assert models.evaluate_run(way, 0, run.state.params, None, found, shown) == resident
     assert resident[0]["images"] == len(tiny_split)
     chex.assert_trees_all_equal(vars(decode(records, config.data, config.model)), vars(tiny_split))
 
@@ -251,8 +249,8 @@ def test_up_to_one_per_cent_of_pictures_are_skipped_counted_and_named(tiny_split
 
     def batches(records, *damaged):
         settings = config.data, config.model, config.train, mesh
-        found = stream.train_batches(records, order, *settings, 0, 10, None, *damaged)
-        return [jax.device_get((images.pixels_NP, images.labels_N)) for images in found]
+        found = stream.train_batches(records, order, *settings, 0, 10, *damaged)
+        return [jax.device_get((batch.pixels_BP, batch.labels_B)) for batch in found]
 
     records, damaged = Records(read, number_N, None), stream.Damaged(200, said.append)
     if len(broken) > 2:
@@ -281,8 +279,8 @@ def test_an_evaluation_holds_no_more_images_at_once_than_a_part_of_a_batch(tiny_
     config = tiny_config(train={"accumulate": 4, "devices": 1})
     settings = config.train.images_at_once, config.data, config.model, make_mesh(config.train)
     for split in (tiny_split, in_memory(tiny_split)):
-        _, batches = stream.eval_images(split, *settings)
-        assert batches.index_SB.shape == (13, 2)  # of 26 images, where a step has 8 at a time
+        batches = stream.eval_batches(split, *settings)
+        assert (len(batches), batches.batch_size) == (13, 2)  # of 26 images, where a step has 8 at a time
 
 
 def test_a_set_larger_than_the_memory_is_refused_before_it_is_read(tiny_split, tiny_config, monkeypatch):
@@ -349,7 +347,7 @@ def test_a_picture_that_cannot_be_read_for_a_while_costs_no_step(tmp_path, monke
     key = address(jax.random.key(config.train.seed), Purpose.ORDER)
     order = TrainOrder(12, 4, key, make_mesh(config.train))
     files = sorted((tmp_path / "set" / "train").glob("*/*"))
-    last = files[order.on_host(0)[2, 0]]  # seen at step 3
+    last = files[order.rows_on_host(0).row_SB[2, 0]]  # seen at step 3
     content = last.read_bytes()
     damaged = content[:100] + bytes(len(content) - 100)
     with monkeypatch.context() as patch:  # it is damaged after the start
@@ -404,11 +402,11 @@ def test_random_parts_are_a_function_of_seed_step_and_place(tmp_path, tiny_confi
     chex.assert_trees_all_equal(batches(devices=4), first)
     chex.assert_trees_all_equal(batches(start=2), first[2:])
     for one, other in zip(batches(seed=1), first, strict=True):
-        np.testing.assert_array_equal(one.labels_N, other.labels_N)
-        assert (one.pixels_NP != other.pixels_NP).any(1).all()
+        np.testing.assert_array_equal(one.labels_B, other.labels_B)
+        assert (one.pixels_BP != other.pixels_BP).any(1).all()
     for images in first:
-        means = images.pixels_NP.mean(1)
-        np.testing.assert_array_equal(means < 125, images.labels_N == 1)
+        means = images.pixels_BP.mean(1)
+        np.testing.assert_array_equal(means < 125, images.labels_B == 1)
 
 
 # ImageNet as TFDS has it
