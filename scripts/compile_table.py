@@ -21,7 +21,7 @@ from absl import app, flags
 
 from jvitmoe import routing
 from jvitmoe.config import Config
-from jvitmoe.experts import cost, trees
+from jvitmoe.experts import cost
 from jvitmoe.runs.console import markdown_table
 from jvitmoe.runtime import programs
 
@@ -62,8 +62,7 @@ def predicted(case: Case) -> int:
     are reduced whole; with train.shard, gradients are scattered and parameters gathered; and a pull at every step."""
     config, devices = config_of(case), TARGETS[case[0]]
     way, train = routing.find(config), config.train
-    marks = trees.stacked(way.shapes())
-    trunk, experts = (4 * cost.tree_size(tree) for tree in trees.split(way.shapes(), marks))
+    trunk, experts = (4 * cost.tree_size(tree) for tree in way.shapes())
     data = devices // train.expert_devices
     one = experts // config.routing.experts
     scattered = (trunk + one * way.reduced_experts) if way.slots == 1 else trunk + experts // train.expert_devices

@@ -24,6 +24,7 @@ from jvitmoe import config as config_lib
 from jvitmoe import rules
 from jvitmoe.config import Config, ModelConfig, RoutingConfig, TrainConfig
 from jvitmoe.errors import UserError
+from jvitmoe.experts.params import from_dict
 from jvitmoe.runs import checkpoints as checkpoints_lib
 from jvitmoe.runs import files
 from jvitmoe.runs.checkpoints import CheckpointError, Checkpoints, CheckpointWriter, list_steps
@@ -93,7 +94,7 @@ def test_a_reader_waits_for_no_other_process_and_reads_no_moments(two, monkeypat
     found = Checkpoints(two).read("latest")
     assert (found.step, found.meta["step"], found.ema, places) == (2, 2, None, ["params"])
     assert all(type(leaf) is np.ndarray for leaf in jax.tree.leaves(found.params))
-    chex.assert_trees_all_equal(found.params, jax.device_get(at(state, 2).params))
+    chex.assert_trees_all_equal(from_dict(found.params), jax.device_get(at(state, 2).params))
     assert Checkpoints(two).check(2)["step"] == 2
 
 
@@ -120,7 +121,7 @@ def test_a_pipe_or_a_link_in_a_checkpoint_is_damage_and_nobody_reads_it(copy, pl
 @pytest.mark.parametrize(
     "place",
     [
-        *("params/norm.scale/0", "params/norm.scale/.zarray", "opt_state/*norm.scale/0"),
+        *("params/trunk.norm.scale/0", "params/trunk.norm.scale/.zarray", "opt_state/*norm.scale/0"),
         *("params/_METADATA", "_CHECKPOINT_METADATA", "meta/metadata"),
     ],
 )
@@ -146,10 +147,10 @@ def edit_meta(checkpoint, **fields):
 
 def test_a_file_larger_than_the_memory_is_damage_also_where_all_claims_agree(copy):
     size = 2 * memory.installed()
-    os.truncate(copy / "2" / "params/norm.scale/0", size)
-    edit_array(copy / "2" / "params/norm.scale/.zarray", shape=[size // 4], chunks=[size // 4])
+    os.truncate(copy / "2" / "params/trunk.norm.scale/0", size)
+    edit_array(copy / "2" / "params/trunk.norm.scale/.zarray", shape=[size // 4], chunks=[size // 4])
     fingerprints = json.loads((copy / "2/meta/metadata").read_text())["fingerprints"]
-    edit_meta(copy / "2", bytes=2 * size, fingerprints=fingerprints | {"params.norm.scale": f"float32[{size // 4}] 0"})
+    edit_meta(copy / "2", bytes=2 * size, fingerprints=fingerprints | {"params.trunk.norm.scale": f"float32[{size // 4}] 0"})
     for read in (Checkpoints(copy).read, lambda which: restore(copy, make()[1])[1]):
         with pytest.warns(RuntimeWarning, match=rf"checkpoint 2 skipped: .* more than {size // 2:,}$"):
             read("latest")
@@ -157,7 +158,7 @@ def test_a_file_larger_than_the_memory_is_damage_also_where_all_claims_agree(cop
 
 @pytest.mark.parametrize("field", ["shape", "chunks"])
 def test_an_array_that_claims_more_than_its_files_hold_is_damage_and_no_abort(copy, field):
-    path = next((copy / "2" / "params").glob("norm.scale/.zarray"))
+    path = next((copy / "2" / "params").glob("trunk.norm.scale/.zarray"))
     edit_array(path, **{field: [10**10]})
     for read in (Checkpoints(copy).read, lambda which: Checkpoints(copy).restore(make()[1])[1]):
         with pytest.warns(RuntimeWarning, match=r"2 skipped: ValueError: its arrays claim 40,000,\d*,\d* bytes"):
@@ -167,11 +168,11 @@ def test_an_array_that_claims_more_than_its_files_hold_is_damage_and_no_abort(co
 @pytest.mark.parametrize(
     ("leaf", "fields"),
     [
-        ("norm.scale", {"dtype": "<i4"}),
-        ("norm.scale", {"dtype": ">f4"}),
-        ("norm.scale", {"dtype": "<f2"}),
-        ("blocks.mlp.up", {"shape": [2, 2, 1024, 8], "chunks": [2, 2, 1024, 8]}),  # of [2, 2, 8, 1024]
-        ("blocks.mlp.up", {"order": "F"}),
+        ("trunk.norm.scale", {"dtype": "<i4"}),
+        ("trunk.norm.scale", {"dtype": ">f4"}),
+        ("trunk.norm.scale", {"dtype": "<f2"}),
+        ("experts.mlp.up", {"shape": [2, 2, 1024, 8], "chunks": [2, 2, 1024, 8]}),  # of [2, 2, 8, 1024]
+        ("experts.mlp.up", {"order": "F"}),
     ],
 )
 def test_an_array_whose_dtype_or_shape_is_edited_is_damage_also_where_the_bytes_of_its_values_are_the_same(
@@ -222,17 +223,19 @@ def test_a_save_that_a_lost_process_ends_is_told_from_a_full_disk(tmp_path, monk
 
 def change_a_copy(params, device):
     """Changes one value of an array in one device only, as failing memory does."""
-    array = params["head"]["logits"]["bias"]
+    array = params.trunk["head"]["logits"]["bias"]
     copies = [shard.data for shard in array.addressable_shards]
     copies[device] = copies[device].at[0].add(1e-6)
-    params["head"]["logits"]["bias"] = jax.make_array_from_single_device_arrays(array.shape, array.sharding, copies)
+    params.trunk["head"]["logits"]["bias"] = jax.make_array_from_single_device_arrays(
+        array.shape, array.sharding, copies
+    )
 
 
 def test_a_copy_that_changes_in_one_of_several_devices_is_not_saved_and_after_a_restore_is_damage(
     tmp_path, monkeypatch
 ):
     state, abstract = make(2)
-    where = "params.head.logits.bias on device 1 of process 0 is not equal to that on device 0 of process 0"
+    where = "params.trunk.head.logits.bias on device 1 of process 0 is not equal to that on device 0 of process 0"
     with opened(tmp_path / "c") as checkpoints:
         for number in (1, 2):
             checkpoints.save(at(state, number), make_config(2), None)
@@ -265,9 +268,9 @@ def test_what_is_restored_is_what_was_saved_bit_for_bit_also_by_orbax_itself(two
     assert meta["config"]["train"]["seed"] == 3
     assert {"jax", "flax", "orbax-checkpoint"} <= meta["versions"].keys()
     with ocp.PyTreeCheckpointer() as reader:
-        how = jax.tree.map(lambda _: ocp.RestoreArgs(np.ndarray), jax.device_get(state.params))
+        how = jax.tree.map(lambda _: ocp.RestoreArgs(np.ndarray), state.params._asdict())
         params = reader.restore(two / "1" / "params", restore_args=how)
-    chex.assert_trees_all_equal(params, jax.device_get(at(state, 1).params))
+    chex.assert_trees_all_equal(from_dict(params), jax.device_get(at(state, 1).params))
 
 
 def test_later_changes_to_the_saved_arrays_do_not_reach_the_checkpoint(tmp_path):
@@ -425,10 +428,14 @@ def test_a_flipped_bit_anywhere_never_gives_other_values(tmp_path, tally):
 def test_a_checkpoint_of_another_version_and_of_another_model_say_so(copy):
     _, abstract = make()
     shutil.rmtree(copy / "2")
+
+    def changed(**leaves):
+        return abstract._replace(params=abstract.params._replace(trunk=abstract.params.trunk | leaves))
+
     for wrong, says in (
         (abstract._replace(ema=abstract.params), "it holds opt_state, params, but the run has ema, opt_state, params"),
-        (abstract._replace(params=abstract.params | {"more": abstract.params["cls"]}), "more"),
-        (abstract._replace(params=abstract.params | {"cls": abstract.params["head"]["logits"]["bias"]}), "shape"),
+        (changed(more=abstract.params.trunk["cls"]), "more"),
+        (changed(cls=abstract.params.trunk["head"]["logits"]["bias"]), "shape"),
     ):
         with pytest.raises(CheckpointError, match=says):
             restore(copy, wrong)
@@ -542,7 +549,7 @@ def test_a_reader_chooses_again_where_the_trainer_deletes_what_it_chose(tmp_path
             warnings.simplefilter("error")
             saved = reader.read(which)
     assert saved.step == saved.meta["step"] == 2
-    chex.assert_trees_all_equal(saved.params, jax.device_get(at(state, 2).params))
+    chex.assert_trees_all_equal(from_dict(saved.params), jax.device_get(at(state, 2).params))
 
 
 def megabytes():

@@ -13,7 +13,7 @@ import processes
 from jvitmoe import experiments, routing, rules
 from jvitmoe.commands import compile as compile_command
 from jvitmoe.errors import UserError
-from jvitmoe.experts import cost, trees
+from jvitmoe.experts import cost
 from jvitmoe.runtime import programs, targets
 from jvitmoe.runtime.devices import make_mesh
 from jvitmoe.training import build, update
@@ -150,7 +150,7 @@ def test_what_is_measured_is_what_the_devices_of_this_machine_hold_and_move(tiny
     here = targets.Target("h100", (4,))
     monkeypatch.setattr(targets, "devices", lambda target: jax.devices()[:4])
     found = compile_command.measure(config, here, 100)
-    trunk, experts = trees.split(routing.find(config).shapes(), trees.stacked(routing.find(config).shapes()))
+    trunk, experts = routing.find(config).shapes()
     own = 4 * (cost.tree_size(trunk) + cost.tree_size(experts) // 4)
     plan = build.plan_for(config, make_mesh(config.train), 100)
     moved = sum(one["bytes"] for one in found["collectives"])
@@ -200,7 +200,7 @@ def test_the_step_compiles_for_a_target_in_place_and_moves_what_was_computed(tmp
     if flags == EXPERT_AXIS:
         config.train.expert_devices, config.routing.pull_every = 4, 2
         shapes = routing.find(rules.check(config)).shapes()
-        trunk, experts = (4 * cost.tree_size(tree) for tree in trees.split(shapes, trees.stacked(shapes)))
+        trunk, experts = (4 * cost.tree_size(tree) for tree in shapes)
         assert moved["some"] == experts // 4
         assert 0 <= moved["step"] - trunk - experts // 4 <= 64  # two devices hold each expert
     elif not flags:

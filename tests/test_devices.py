@@ -17,7 +17,8 @@ from jvitmoe.data.batches import Resident
 from jvitmoe.data.splits import Dataset, Split
 from jvitmoe.errors import ConfigError
 from jvitmoe.evaluation.models import make_evaluate
-from jvitmoe.experts import cost, trees
+from jvitmoe.experts import cost
+from jvitmoe.experts.params import Params
 from jvitmoe.models import vit
 from jvitmoe.runtime import memory
 from jvitmoe.runtime.devices import EXPERT, make_mesh
@@ -52,11 +53,11 @@ def test_an_expert_axis_changes_nothing_but_where_things_are(axis_run, devices, 
     one, many = axis_run(1, 1), axis_run(devices, expert_devices, accumulate=parts)
     chex.assert_trees_all_close(many.metrics, one.metrics, rtol=1e-6, atol=1e-6)
     chex.assert_trees_all_close(many.history, one.history, rtol=1e-6, atol=3e-7)
-    leaf = many.state.params["blocks"]["block1"]["mlp"]["up"]
-    assert leaf.addressable_shards[0].data.shape == (1, 4 // expert_devices, 8, 12)
+    leaf = many.state.params.experts["mlp"]["up"]
+    assert leaf.addressable_shards[0].data.shape == (4 // expert_devices, 1, 8, 12)
     counts = optax.tree.get(many.state.opt_state.experts, "count")
     np.testing.assert_array_equal(counts, 3)  # every expert runs in every step
-    assert counts.sharding.spec[1] == EXPERT
+    assert counts.sharding.spec[0] == EXPERT
 
 
 def test_a_mean_and_deviation_of_pixels_reach_training_and_evaluation(tiny_config, tiny_split, training):
@@ -64,12 +65,11 @@ def test_a_mean_and_deviation_of_pixels_reach_training_and_evaluation(tiny_confi
     runs = {}
     for std in (0.5, 0.25):
         run = training(tiny_config(data={"std": (std,), "mean": (0.5,)}))
-        kernel = run.state.params["patches"]["kernel"] * (std / 0.5)
-        run.state = run.state._replace(
-            params=run.state.params | {"patches": run.state.params["patches"] | {"kernel": kernel}}
-        )
+        trunk = run.state.params.trunk
+        patches = trunk["patches"] | {"kernel": trunk["patches"]["kernel"] * (std / 0.5)}
+        run.state = run.state._replace(params=Params(trunk | {"patches": patches}, {}))
         evaluate = make_evaluate(run.plan.model, run.plan.mesh, run.plan.data)
-        found = evaluate(run.state.params, Resident(tiny_split, 8, run.plan.mesh))
+        found = evaluate(run.state.params.trunk, Resident(tiny_split, 8, run.plan.mesh))
         runs[std] = found.nll, float(run.run(1).metrics[0].loss)
     assert runs[0.25] == pytest.approx(runs[0.5], rel=1e-5)
 
@@ -156,8 +156,7 @@ def test_an_expert_axis_reduces_the_trunk_and_means_of_experts_and_moves_no_imag
     )
     mesh = make_mesh(config.train)
     plan = build.plan_for(config, mesh, 26)
-    text, params = for_reading(step.lower(plan)).as_text(), plan.routing.shapes()
-    trunk, experts = trees.split(params, trees.stacked(params))
+    text, (trunk, experts) = for_reading(step.lower(plan)).as_text(), plan.routing.shapes()
     size = cost.tree_size(trunk) + cost.tree_size(experts) // 4 * (bool(pull) + bool(ema))
     # Every gradient of the trunk, the loss and the accuracy; and the sum of squares of the experts' part of the norm.
     assert 4 * (size + 2) <= reduced_bytes(text, mesh.shape) <= 4 * (size + 2 + 8)

@@ -360,7 +360,7 @@ def flip(x):
 
 def flip_and_save(self, state, *arguments):
     if jax.process_index() == 1 and int(state.step) == 4:
-        for tree, name in ((state.params["head"]["logits"], "kernel"), (state.params["blocks"]["mlp"], "up")):
+        for tree, name in ((state.params.trunk["head"]["logits"], "kernel"), (state.params.experts["mlp"], "up")):
             tree[name] = flip(tree[name])
     return save(self, state, *arguments)
 
@@ -376,7 +376,7 @@ def test_a_value_that_changes_in_the_memory_of_one_process_stops_all_at_the_next
     for one in ended:
         assert one.code == 2, one
         (line,) = errors(one)
-        assert "params.blocks.mlp.up on device 0 of process 1 is not equal to that on device 0 of process 0" in line
+        assert "params.experts.mlp.up on device 0 of process 1 is not equal to that on device 0 of process 0" in line
         assert "at step 4 (2 of " in line
     assert steps_saved(tmp_path / "x") == [2]
 

@@ -9,6 +9,7 @@ from jvitmoe.data.splits import Split
 from jvitmoe.evaluation import models
 from jvitmoe.evaluation.models import Result, make_evaluate
 from jvitmoe.experts import cost, merge
+from jvitmoe.experts.params import Params
 from jvitmoe.models import vit
 from jvitmoe.runtime.addresses import Purpose, address
 from jvitmoe.runtime.devices import make_mesh
@@ -20,11 +21,12 @@ E, L = 3, 2
 
 @pytest.fixture(scope="module")
 def params_of(tiny_config):
-    """Returns a maker of noise in the shape of the parameters of that many experts."""
+    """Returns a maker of noise in the shape of the parameters of that many experts; of one, a dense tree."""
 
     def make(experts):
         rng, shapes = np.random.default_rng(0), routing.find(tiny_config(routing={"experts": experts})).shapes()
-        return jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), x.dtype), shapes)
+        params = jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), x.dtype), shapes)
+        return params if experts > 1 else params.trunk
 
     return make
 
@@ -78,8 +80,8 @@ def test_metrics_are_those_of_one_image_at_a_time_on_any_number_of_devices(
     mesh = make_mesh(config.train)
     evaluate = make_evaluate(vit.build(config.model), mesh, config.data)
     dense, params = params_of(1), params_of(E)
-    route_PL = models.path_routes(routing.find(config), 0, 1)
-    p_PNC = [probabilities(merge.take_path(params, route_L)) for route_L in route_PL]
+    route_PX = models.path_routes(routing.find(config), 0, 1)
+    p_PNC = [probabilities(merge.take_path(params, route_X)) for route_X in route_PX]
     slow = slowly(probabilities(dense), split.labels_N)
     slow_paths = [slowly(p_NC, split.labels_N) for p_NC in p_PNC]
     assert 0 < slow.accuracy < 1
@@ -87,7 +89,7 @@ def test_metrics_are_those_of_one_image_at_a_time_on_any_number_of_devices(
     for batch_size in (8, 26):  # 26 images: three batches and two images, and one batch
         batches = Resident(split, batch_size, mesh)
         assert evaluate(dense, batches) == near(slow)
-        results, ensemble = evaluate.paths(params, route_PL, E, batches)
+        results, ensemble = evaluate.paths(params, route_PX, E, batches)
         assert results == [near(result) for result in slow_paths]
         assert ensemble == near(slowly(np.mean(p_PNC[:E], axis=0), split.labels_N))
         assert ensemble != near(slowly(np.mean(p_PNC, axis=0), split.labels_N))
@@ -118,7 +120,7 @@ def test_no_confusion_is_counted_for_more_than_1000_classes(tiny_config, split):
     evaluate, params = make_evaluate(net, mesh, config.data), vit.init(net, jax.random.key(0))
     batches = Resident(split, 26, mesh)
     assert evaluate(params, batches).confusion == []
-    (row,) = models.evaluate_run(routing.find(config), 0, params, None, evaluate, batches, 8)
+    (row,) = models.evaluate_run(routing.find(config), 0, Params(params, {}), None, evaluate, batches, 8)
     assert (row["model"], row["images"]) == ("dense", 26)
     assert "confusion" not in row
 
@@ -135,10 +137,8 @@ def test_progress_is_told_after_every_batch_of_every_model(tiny_config, split, p
 def test_an_expert_that_is_not_finite_ends_no_test_of_random_paths(tiny_config, split, params_of):
     config, mesh = tiny_config(routing={"experts": E}), make_mesh(tiny_config().train)
 
-    def without_the_first(of_one, of_all):
-        return of_all.at[:, 0].set(jnp.nan) if of_all.ndim > of_one.ndim else of_all
-
-    params = jax.tree.map(without_the_first, params_of(1), params_of(E))
+    params = params_of(E)
+    params = params._replace(experts=jax.tree.map(lambda leaf: leaf.at[0].set(jnp.nan), params.experts))
     batches = Resident(split, 26, mesh)
     evaluate = make_evaluate(vit.build(config.model), mesh, config.data)
     rows = {
@@ -165,16 +165,16 @@ def test_a_run_of_experts_is_tested_merged_per_expert_on_random_paths_and_as_an_
         found = near(evaluate(tree, batches))
         return {name: getattr(found, name) for name in ("accuracy", "nll", "ece", "images")}
 
-    route_PL = models.path_routes(way, 5, paths)
+    route_PX = models.path_routes(way, 5, paths)
     merged = merge.average_experts(params)
     assert rows[0].items() >= metrics(merged).items()
     assert rows[0]["confusion"] == evaluate(merged, batches).confusion
     assert not [row["model"] for row in rows[1:] if "confusion" in row]
     assert rows[1].items() >= metrics(params_of(1)).items()
     for e in range(E):
-        assert rows[2 + e].items() >= metrics(merge.take_path(params, jnp.array([e, e]))).items()
+        assert rows[2 + e].items() >= metrics(merge.take_path(params, jnp.array([e]))).items()
     if paths:
-        drawn = [evaluate(merge.take_path(params, route_L), batches) for route_L in route_PL[E:]]
+        drawn = [evaluate(merge.take_path(params, route_X), batches) for route_X in route_PX[E:]]
         for name in ("accuracy", "nll", "ece"):
             values = [getattr(result, name) for result in drawn]
             assert rows[-2][name] == pytest.approx(np.mean(values), rel=1e-5)
@@ -187,7 +187,7 @@ def test_a_run_of_experts_is_tested_merged_per_expert_on_random_paths_and_as_an_
 
 def test_equal_experts_make_every_path_and_the_ensemble_the_merged_model(tiny_config, split, params_of):
     config, dense = tiny_config(routing={"experts": E}), params_of(1)
-    equal = merge.upcycle(dense, params_of(E))
+    equal = routing.find(config).init(jax.random.key(0), dense)
     mesh = make_mesh(config.train)
     batches = Resident(split, 26, mesh)
     evaluate = make_evaluate(vit.build(config.model), mesh, config.data)

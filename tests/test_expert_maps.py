@@ -14,6 +14,7 @@ from jvitmoe.data import augment
 from jvitmoe.data.splits import Split
 from jvitmoe.evaluation import expert_maps
 from jvitmoe.experts import merge
+from jvitmoe.experts.params import Params, join_all
 from jvitmoe.models import vit
 from jvitmoe.runs import figures
 
@@ -40,12 +41,12 @@ def test_the_mean_gate_is_of_training_images_and_what_is_shown_of_test_images(ti
     config = tiny_config(model={"depth": LAYERS, "patch": 2}, routing={"experts": E, "pattern": ("dense", "experts")})
     seen, few = Split(images[:4], labels[:4]), Split(images[4:], labels[4:])
     routed = SimpleNamespace(net=model, normalize=augment.normalize)
-    gate_L, shown = evaluate._routes(routing.find(config), params, routed, seen, few, tmp_path)
+    gate_X, shown = evaluate._routes(routing.find(config), params, routed, seen, few, tmp_path)
     of_seen, of_few = (
         expert_maps.measure(model, params, split.images_NHWc, split.labels_N, augment.normalize).gate_X.tolist()
         for split in (seen, few)
     )
-    assert gate_L.tolist() == [1, of_seen[0], 1, of_seen[1]]
+    assert gate_X.tolist() == of_seen
     assert shown["gate"] == of_few != of_seen
 
 
@@ -54,8 +55,8 @@ def test_the_weights_of_tokens_are_those_that_the_layers_use(made, kind):
     model, params, images, labels = made(kind)
     found = expert_maps.measure(model, params, images, labels, augment.normalize)
     normalised = augment.normalize(jnp.asarray(images))
-    weight_XBTE = np.asarray(vit.token_weights(model, params, normalised))
-    _, statistics = vit.logits_and_statistics(model, params, normalised)
+    weight_XBTE = np.asarray(vit.token_weights(model, join_all(params), normalised))
+    _, statistics = vit.logits_and_statistics(model, join_all(params), normalised)
     assert weight_XBTE.shape == (2, 7, 17, E)  # 16 patches and CLS
     chosen_XBTE = weight_XBTE > 0
     if kind in ("switch", "topk"):
@@ -80,19 +81,16 @@ def test_the_gated_mean_of_equal_experts_is_what_a_router_of_one_weight_computes
     """With equal experts and logits, every token gets 1 / E of the MLP from Switch; the mean alone is E times that."""
     model, params, images, _ = made("switch", eval_capacity=float(E))
 
-    def equal(path, leaf):
-        if path[-2:][0].key == "router":
-            return np.zeros_like(leaf)
-        stacked = path[-1].key in ("up", "up_bias", "down", "down_bias") and path[1].key == "block1"
-        return np.broadcast_to(leaf[:, :1], leaf.shape) if stacked else leaf
+    def zeros(path, leaf):
+        return np.zeros_like(leaf) if path[-2:][0].key == "router" else leaf
 
-    params = jax.tree.map_with_path(equal, params)
+    experts = jax.tree.map(lambda leaf: np.broadcast_to(leaf[:1], leaf.shape), params.experts)
+    params = Params(jax.tree.map_with_path(zeros, params.trunk), experts)
     normalised = augment.normalize(jnp.asarray(images))
-    wanted, _ = vit.logits_and_statistics(model, params, normalised)
+    wanted, _ = vit.logits_and_statistics(model, join_all(params), normalised)
     gate = expert_maps.measure(model, params, images, np.zeros(7, int), augment.normalize).gate_X
     np.testing.assert_allclose(gate, 1 / E, rtol=1e-6)
-    gate_L = jnp.ones(LAYERS).at[np.array([1, 3])].set(gate)
-    for scaled, same in ((merge.scale_by_gate(params, gate_L), True), (params, False)):
+    for scaled, same in ((merge.scale_by_gate(params, jnp.asarray(gate)), True), (params, False)):
         merged = vit.logits(model.plain(), merge.average_experts(scaled), normalised)
         assert np.allclose(merged, wanted, rtol=1e-3, atol=1e-4) == same
 

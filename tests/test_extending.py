@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import math
 
 import chex
@@ -19,7 +20,9 @@ from jvitmoe.data import augment, datasets
 from jvitmoe.data.images import DataError
 from jvitmoe.data.splits import Dataset, Source, check_fit, in_memory
 from jvitmoe.errors import ConfigError
-from jvitmoe.experts import cost, trees
+from jvitmoe.experts import cost
+from jvitmoe.experts import params as params_lib
+from jvitmoe.experts.params import Params
 from jvitmoe.models import vit
 from jvitmoe.models.routers import ROUTERS, find
 from jvitmoe.models.routers.dispatch import Router, RouterSettings, fill_slots
@@ -55,9 +58,10 @@ def test_a_router_is_a_class_and_a_line_in_its_registry(monkeypatch, tiny_config
     monkeypatch.setitem(ROUTERS, "round_robin", RoundRobin)
     routed = {"experts": 2, "kind": "round_robin", "capacity": 2.0}
     run = training(tiny_config(routing=routed)).run(3)
-    first, last = (state.params["blocks"]["mlp"] for state in (run.history[0], run.history[-1]))
-    assert not np.array_equal(first["router"]["kernel"], last["router"]["kernel"])
-    assert not np.array_equal(first["up"][:, 1], last["up"][:, 1])
+    first, last = (run.history[n].params for n in (0, -1))
+    routers = [params.trunk["blocks"]["mlp"]["router"]["kernel"] for params in (first, last)]
+    assert not np.array_equal(*routers)
+    assert not np.array_equal(first.experts["mlp"]["up"][1], last.experts["mlp"]["up"][1])
     tokens, statistics = run.plan.model.config.tokens, run.metrics[0].router
     share_E = np.bincount(np.arange(tokens) % 2) / tokens
     np.testing.assert_allclose(statistics.load_E, np.stack([share_E] * 2), rtol=1e-6)
@@ -119,17 +123,19 @@ class Pairs(Routing):
         return (jax.random.permutation(address(root, Purpose.ROUTE, step), self.experts)[:2],)
 
     def take(self, experts, routes):
-        pair = [trees.take(experts, expert) for expert in routes[0]]
+        pair = [params_lib.take(experts, expert[None]) for expert in routes[0]]
         return jax.tree.map(lambda a, b: (a + b) // 2 if a.dtype == jnp.int32 else (a + b) / 2, *pair)
 
     def put(self, experts, taken, routes):
         step = jax.tree.map(jnp.subtract, taken, self.take(experts, routes))
         for expert in routes[0]:
-            experts = trees.put(experts, jax.tree.map(jnp.add, trees.take(experts, expert), step), expert)
+            moved = jax.tree.map(jnp.add, params_lib.take(experts, expert[None]), step)
+            experts = params_lib.put(experts, moved, expert[None])
         return experts
 
-    def logits(self, model, params, images_bHWc, key_b, at):
-        return vit.logits(model, params, images_bHWc, key_b) / 2, None
+    def logits(self, model, given, images_bHWc, key_b, at):
+        tree = params_lib.join(given.trunk, params_lib.one(given.experts))
+        return vit.logits(model, tree, images_bHWc, key_b) / 2, None
 
     def rate(self, step):
         return super().rate(step) * (step < 2)
@@ -142,18 +148,18 @@ def test_a_way_of_routing_is_a_class_and_a_line(monkeypatch, tiny_config, traini
     for step, (before, after) in enumerate(zip(run.history, run.history[1:], strict=False)):
         (route,) = map(np.asarray, way.draw(jax.random.key(0), jnp.int32(step)))
         counts = [optax.tree.get(now.opt_state.experts, "count") for now in (before, after)]
-        np.testing.assert_array_equal(counts[1] - counts[0], np.isin(np.arange(4), route)[None].repeat(2, 0))
-        moved_LEDF = after.params["blocks"]["mlp"]["up"] - before.params["blocks"]["mlp"]["up"]
-        assert set(np.flatnonzero(moved_LEDF.any((0, 2, 3)))) == (set(route.tolist()) if step < 2 else set())
-        np.testing.assert_allclose(moved_LEDF[:, route[0]], moved_LEDF[:, route[1]], atol=1e-6)
+        np.testing.assert_array_equal(counts[1] - counts[0], np.isin(np.arange(4), route)[:, None].repeat(2, 1))
+        moved_ELDF = after.params.experts["mlp"]["up"] - before.params.experts["mlp"]["up"]
+        assert set(np.flatnonzero(moved_ELDF.any((1, 2, 3)))) == (set(route.tolist()) if step < 2 else set())
+        np.testing.assert_allclose(moved_ELDF[route[0]], moved_ELDF[route[1]], atol=1e-6)
     # The loss of the first step is that of half the logits of the mean of two experts.
     start, index_B = run.history[0].params, np.asarray(run.plan.order.epoch(0))[0]
 
     @jax.jit
     def loss(start):
-        trunk, experts = trees.split(start, trees.stacked(start))
-        params = trees.join(trunk, way.take(experts, way.draw(jax.random.key(0), jnp.int32(0))))
-        logits_BC = vit.logits(run.plan.model, params, jnp.asarray(run.split.images_NHWc[index_B]) / 127.5 - 1.0) / 2
+        given = start._replace(experts=way.take(start.experts, way.draw(jax.random.key(0), jnp.int32(0))))
+        tree = params_lib.join(given.trunk, params_lib.one(given.experts))
+        logits_BC = vit.logits(run.plan.model, tree, jnp.asarray(run.split.images_NHWc[index_B]) / 127.5 - 1.0) / 2
         return optax.softmax_cross_entropy_with_integer_labels(logits_BC, run.split.labels_N[index_B]).mean()
 
     np.testing.assert_allclose(run.metrics[0].loss, loss(start), rtol=1e-5)
@@ -191,8 +197,7 @@ def test_each_router_says_how_many_experts_a_token_passes_through():
 def test_the_parameters_of_a_token_under_expert_choice_follow_its_capacity(tiny_config, capacity):
     config = tiny_config(routing={"experts": 2, "kind": "expert_choice", "capacity": capacity})
     way = routing.find(config)
-    (active, total), params = way.count_parameters(), way.shapes()
-    experts = trees.split(params, trees.stacked(params))[1]
+    (active, total), experts = way.count_parameters(), way.shapes().experts
     tokens = config.model.tokens
     taken = min(math.ceil(capacity * tokens / 2), tokens)  # by each of the two experts
     assert active == total - round((1 - taken / tokens) * cost.tree_size(experts))
@@ -244,7 +249,7 @@ def test_an_optimiser_is_a_factory_and_a_line(tiny_config, training, monkeypatch
     run = training(config).run(3)
     assert all(np.isfinite(metrics.loss) for metrics in run.metrics)
     before, after = run.history[0].params, run.history[-1].params
-    assert (before["blocks"]["mlp"]["up"] != after["blocks"]["mlp"]["up"]).any()
+    assert (before.experts["mlp"]["up"] != after.experts["mlp"]["up"]).any()
     with contextlib.closing(CheckpointWriter(tmp_path / "checkpoints", 1)) as checkpoints:
         checkpoints.save(run.state, config, None)  # the toy has no state
     with contextlib.closing(CheckpointWriter(tmp_path / "checkpoints", 1)) as checkpoints:
@@ -256,22 +261,23 @@ def test_an_optimiser_is_a_factory_and_a_line(tiny_config, training, monkeypatch
 def test_each_layer_is_a_leaf_of_its_own_to_an_optimiser_that_asks(tiny_config, experts):
     params = jax.jit(routing.find(tiny_config(routing={"experts": experts})).init)(jax.random.key(0))
     grads = jax.tree.map(lambda x: np.cos(np.arange(x.size, dtype=x.dtype)).reshape(x.shape), params)
-    tx, marks = toy_optimizer(OptimConfig()), trees.stacked(params)
+    tx = toy_optimizer(OptimConfig())
 
     @jax.jit
     def update(grads, params):
-        return directions(tx, grads, state.create(params, tx).opt_state, params, marks)[0]
+        return directions(tx, grads, state.create(params, tx).opt_state, params)[0]
 
     def alone(g, p):
         norms = np.linalg.norm(g), np.linalg.norm(p)
         return g * norms[1] / norms[0] if all(norms) else g
 
-    def slow(path, g, p, is_expert):
-        places = list(np.ndindex(g.shape[: 1 + is_expert])) if path[0].key == "blocks" else [()]
+    def slow(axes, path, g, p):
+        places = list(np.ndindex(g.shape[:axes])) if path[0].key in ("blocks", "mlp") else [()]
         out = np.zeros(g.shape, g.dtype)
         for place in places:
             out[place] = alone(g[place], p[place])
         return out
 
-    wanted = jax.tree.map_with_path(slow, *jax.device_get((grads, params)), marks)
+    pairs = zip((1, 2), *jax.device_get((grads, params)), strict=True)  # layers, and experts and layers
+    wanted = Params(*(jax.tree.map_with_path(functools.partial(slow, axes), g, p) for axes, g, p in pairs))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), update(grads, params), wanted)

@@ -131,7 +131,7 @@ def test_a_training_state_has_one_fingerprint_on_any_devices_and_no_device_gathe
     for count, shard in itertools.product((1, 2, 4), ("none", "optimizer", "parameters")):
         config = tiny_config(train={"devices": count, "shard": shard}, **size)
         mesh = make_mesh(config.train)
-        abstract = abstract_state(build.plan_for(config, mesh, config.train.batch_size)).params["blocks"]["mlp"]
+        abstract = abstract_state(build.plan_for(config, mesh, config.train.batch_size)).params.experts["mlp"]
         values = values or jax.tree.map(lambda x: random.standard_normal(x.shape, np.float32), abstract)
         placed = jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), values, abstract)
         expected = expected or fingerprint.of_host(values)

@@ -34,8 +34,8 @@ def test_whole_models_averaged_after_every_step_of_sgd_are_data_parallel_trainin
     dense = training(tiny_config(optim=optim, model=drops)).run(4)
     copies = training(tiny_config(optim=optim, model=drops, routing=WHOLE | {"pull": 1.0})).run(4)
     for one, many in zip(dense.history, copies.history, strict=True):
-        chex.assert_trees_all_close(merge.average_experts(many.params), one.params, rtol=1e-6, atol=1e-6)
-    assert np.abs(dense.history[-1].params["cls"] - dense.history[0].params["cls"]).max() > 0.01
+        chex.assert_trees_all_close(merge.average_experts(many.params), one.params.trunk, rtol=1e-6, atol=1e-6)
+    assert np.abs(dense.history[-1].params.trunk["cls"] - dense.history[0].params.trunk["cls"]).max() > 0.01
 
 
 @pytest.mark.slow
@@ -44,7 +44,7 @@ def test_a_whole_model_trains_as_a_dense_one_on_its_share_of_the_images(tiny_con
     optim = {"name": "muon", "clip_norm": 0.5, "learning_rate": 1e-2, "weight_decay": 0.1, "eps": 1e-3, "mlp_rate": 2.0}
     run = training(tiny_config(optim=optim, routing=WHOLE | {"init": "independent"})).run(3)
     dense, updates = build.choose(tiny_config(optim=optim))
-    tx, scales = updates.tx, updates.scales(dense.shapes())
+    tx, scales = updates.tx, updates.scales(dense.shapes()).trunk
 
     @jax.jit
     def dense_step(params, opt_state, images, labels, rate):
@@ -60,7 +60,7 @@ def test_a_whole_model_trains_as_a_dense_one_on_its_share_of_the_images(tiny_con
 
     norms_SE = np.zeros((3, E))
     for e in range(E):
-        params = jax.tree.map(lambda x, e=e: jnp.asarray(x[e]), run.history[0].params)
+        params = jax.tree.map(lambda x, e=e: jnp.asarray(x[e]), run.history[0].params.experts)
         opt_state = tx.init(params)
         for number in range(3):
             (route,) = run.plan.routing.draw(run.plan.root, jnp.int32(number))
@@ -69,7 +69,7 @@ def test_a_whole_model_trains_as_a_dense_one_on_its_share_of_the_images(tiny_con
             images, labels = jnp.asarray(run.split.images_NHWc[index_b]), run.split.labels_N[index_b]
             rate = run.metrics[number].learning_rate
             params, opt_state, norms_SE[number, e] = dense_step(params, opt_state, images, labels, rate)
-            after = jax.tree.map(lambda x, e=e: x[e], run.history[number + 1].params)
+            after = jax.tree.map(lambda x, e=e: x[e], run.history[number + 1].params.experts)
             chex.assert_trees_all_close(after, params, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose([metrics.grad_norm for metrics in run.metrics], norms_SE.mean(1), rtol=1e-5)
 
@@ -103,7 +103,7 @@ def test_whole_models_are_the_same_on_any_devices(whole_run, train):
     one, many = whole_run(devices=1), whole_run(**train)
     chex.assert_trees_all_close(many.metrics, one.metrics, rtol=1e-6, atol=1e-6)
     chex.assert_trees_all_close(many.history, one.history, rtol=1e-6, atol=5e-7)
-    shard = many.state.params["norm"]["scale"].addressable_shards[0]
+    shard = many.state.params.experts["norm"]["scale"].addressable_shards[0]
     assert shard.data.shape[0] == E // many.plan.expert_devices
 
 
@@ -132,7 +132,7 @@ def test_a_batch_trains_one_whole_model_and_leaves_the_others_alone(tiny_config,
     routes = run.plan.routing.draw(jax.random.key(0), jnp.int32(0))
     before, after = run.history
     for e in range(E):
-        same = jax.tree.map(lambda x, y, e=e: np.array_equal(x[e], y[e]), before.params, after.params)
+        same = jax.tree.map(lambda x, y, e=e: np.array_equal(x[e], y[e]), before.params.experts, after.params.experts)
         runs = any(int(route[0]) == e for route in routes)
         assert not any(jax.tree.leaves(same["head"])) if runs else all(jax.tree.leaves(same))
 

@@ -7,7 +7,8 @@ from jvitmoe import routing
 from jvitmoe.data import augment
 from jvitmoe.data.batches import Resident
 from jvitmoe.evaluation import mergeability, models
-from jvitmoe.experts import merge, trees
+from jvitmoe.experts import merge
+from jvitmoe.experts.params import Params
 from jvitmoe.models import mlp, vit
 from jvitmoe.runtime.devices import make_mesh
 
@@ -30,12 +31,12 @@ def setup(tiny_config, tiny_split):
 
 
 def equal(params):
-    return merge.upcycle(merge.take_path(params, jnp.zeros((L,), int)), params)
+    return params._replace(experts=jax.tree.map(lambda x: jnp.broadcast_to(x[:1], x.shape), params.experts))
 
 
 def layer_vectors(params, layer):
     """Returns one float64 vector per expert: all its weights in this layer."""
-    leaves = [np.asarray(leaf, float)[layer] for _, leaf in sorted(params["blocks"]["mlp"].items())]
+    leaves = [np.asarray(leaf, float)[:, layer] for _, leaf in sorted(params.experts["mlp"].items())]
     return [np.concatenate([leaf[e].ravel() for leaf in leaves]) for e in range(E)]
 
 
@@ -78,7 +79,7 @@ def test_the_layer_gap_is_that_of_one_image_at_a_time(setup, tiny_split, devices
     for image in tiny_split.images_NHWc:
         for layer, x_BTD in enumerate(inputs(augment.normalize(image[None]))):
             x_TD = np.asarray(x_BTD[0], float)
-            stacks = [params["blocks"]["mlp"][name][layer] for name in ("up", "up_bias", "down", "down_bias")]
+            stacks = [params.experts["mlp"][name][:, layer] for name in ("up", "up_bias", "down", "down_bias")]
             mean_TD = sum(f(layer, x_TD, [w[e] for w in stacks]) for e in range(E)) / E
             merged_TD = f(layer, x_TD, [np.asarray(w, float).mean(0) for w in stacks])
             above[layer] += np.linalg.norm(mean_TD - merged_TD, axis=-1).sum()
@@ -119,9 +120,9 @@ def test_equal_experts_have_no_spread_and_no_gap(setup):
 def test_experts_that_differ_by_the_rounding_of_their_mean_are_equal():
     weight = np.float32(12582914 * 2.0**-23)  # the mean of three of it, in float32, is the next number
     assert (weight + weight + weight) / np.float32(3) != weight
-    leaf = np.full((1, 3, 4, 4), weight)
+    leaf = np.full((3, 1, 4, 4), weight)
     names = {"up": leaf, "down": leaf, "up_bias": leaf[..., 0], "down_bias": leaf[..., 0]}
-    geometry = mergeability.weight_geometry({"blocks": {"mlp": names}})
+    geometry = mergeability.weight_geometry(Params({}, {"mlp": names}))
     assert (geometry["spread"], geometry["difference_cosine"]) == ([0.0], [0.0])
 
 
@@ -130,8 +131,7 @@ def test_experts_that_own_one_layer_and_the_gap(setup):
     gaps = {}
     for part in ("down", "up"):
         net, params, batches = setup(part=part)
-        stacked = trees.stacked(params)["blocks"]["mlp"]
-        assert stacked == {name: name.startswith(part) for name in ("up", "up_bias", "down", "down_bias")}
+        assert set(params.experts["mlp"]) == {part, f"{part}_bias"}
         gaps[part] = mergeability.layer_gap(net, E, params, batches, range(L))
     assert gaps["down"] == pytest.approx([0.0] * L, abs=1e-5)
     assert min(gaps["up"]) > 0.01
@@ -141,16 +141,16 @@ def test_the_line_starts_at_the_experts_and_ends_at_the_merged_model(tiny_config
     net, params, batches = setup()
     config = tiny_config(routing={"experts": E})
     evaluate = models.make_evaluate(net, make_mesh(config.train), config.data)
-    route_PL = models.path_routes(routing.find(config), 0, 0)
+    route_PX = models.path_routes(routing.find(config), 0, 0)
 
     def losses(tree):
-        return [result.nll for result in evaluate.paths(tree, route_PL, E, batches)[0]]
+        return [result.nll for result in evaluate.paths(tree, route_PX, E, batches)[0]]
 
     def loss(tree):
         return evaluate(tree, batches).nll
 
     line = mergeability.barrier(params, losses)
-    experts = [merge.take_path(params, route_L) for route_L in route_PL]
+    experts = [merge.take_path(params, route_X) for route_X in route_PX]
     mean = merge.average_experts(params)
     assert line["share"] == pytest.approx(np.linspace(0, 1, 9))
     for expert, values in zip(experts, line["losses"], strict=True):

@@ -11,7 +11,8 @@ import pytest
 from jvitmoe import routing
 from jvitmoe.config import OptimConfig
 from jvitmoe.errors import ConfigError
-from jvitmoe.experts import cost, trees
+from jvitmoe.experts import cost
+from jvitmoe.experts.params import Params, each, one
 from jvitmoe.models import vit
 from jvitmoe.runtime.devices import make_mesh
 from jvitmoe.training import build, optimizer, state, update
@@ -153,12 +154,11 @@ def test_muon_is_optaxs_on_the_matrix_of_each_layer_and_expert_alone_and_adamw_o
     shapes = routing.find(made).shapes()
     noise = lambda: jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), jnp.float32), shapes)  # noqa: E731
     params, grads_S = noise(), [noise() for _ in range(3)]
-    marks = trees.stacked(params)
 
     def directions(name):
         tx = optimizer.find(OptimConfig(name=name, weight_decay=0.3, eps=1e-3))
         opt_state, found = state.create(params, tx).opt_state, None
-        move = jax.jit(lambda g, s: update.directions(tx, g, s, params, marks))
+        move = jax.jit(lambda g, s: update.directions(tx, g, s, params))
         for grads in grads_S:
             found, opt_state = move(grads, opt_state)
         return found
@@ -166,18 +166,19 @@ def test_muon_is_optaxs_on_the_matrix_of_each_layer_and_expert_alone_and_adamw_o
     tx = optax.contrib.muon(-1.0, beta=0.95, weight_decay=0.3, consistent_rms=0.2)  # -1: the direction, not the step
     alone = jax.jit(lambda s, g, p: tx.update(g, s, p))
 
-    def check(path, ours, adamws, p, is_stacked, *grads):
+    def check(axes, path, ours, adamws, p, *grads):
         if not is_muons(path):
             np.testing.assert_allclose(ours, adamws, rtol=1e-6, atol=1e-7)
             return
-        for place in np.ndindex(p.shape[: 1 + is_stacked]):
+        for place in np.ndindex(p.shape[:axes]):
             matrix = functools.partial(matrix_of, path)
             opt_state = tx.init(matrix(p[place]))
             for g in grads:
                 wanted, opt_state = alone(opt_state, matrix(g[place]), matrix(p[place]))
             np.testing.assert_allclose(matrix(ours[place]), wanted, rtol=1e-4, atol=1e-5)
 
-    jax.tree.map_with_path(check, directions("muon"), directions("adamw"), params, marks, *grads_S)
+    for axes, *trees in zip((1, 2), directions("muon"), directions("adamw"), params, *grads_S, strict=True):
+        jax.tree.map_with_path(functools.partial(check, axes), *trees)  # layers, and experts and layers
 
 
 def test_muon_makes_singular_values_about_equal_and_the_rms_of_an_update_0_2():
@@ -235,14 +236,15 @@ def test_each_layer_learns_faster_than_the_one_before(tiny_config, pool, routed)
 
     def check(path, scale, leaf):
         np.broadcast_to(scale, leaf.shape)
-        if path[0].key != "blocks":
+        if path[0].key not in ("blocks", "mlp"):
             assert scale == first.get(path[0].key, 0.5**5)
             return
-        position = {"block0": 0, "block1": 1}.get(path[1].key)
+        position = 1 if path[0].key == "mlp" else {"block0": 0, "block1": 1}.get(path[1].key)
         layers = range(4) if position is None else range(position, 4, 2)
         np.testing.assert_array_equal(scale.ravel(), [0.5 ** (4 - layer) for layer in layers])
 
-    jax.tree.map_with_path(check, scales, shapes)
+    jax.tree.map_with_path(check, scales.trunk, shapes.trunk)
+    jax.tree.map_with_path(check, scales.experts, jax.eval_shape(one, shapes.experts))
 
 
 @pytest.mark.parametrize("kind", ["layer", "sample"])
@@ -258,7 +260,7 @@ def test_layer_decay_multiplies_the_step_of_each_parameter(tiny_config, kind):
             before = state.create(params, plan.optimizer.tx)
             active = state.take(plan.routing, before, plan.routing.draw(plan.root, before.step))
             grads = jax.tree.map(jnp.cos, active.params)
-            after = update.update(plan, active, trees.stacked(params), grads, jnp.float32(1))
+            after = update.update(plan, active, grads, jnp.float32(1))
             return jax.tree.map(jnp.subtract, after.params, active.params)
 
         return run, made
@@ -267,7 +269,9 @@ def test_layer_decay_multiplies_the_step_of_each_parameter(tiny_config, kind):
     params = jax.tree.map(lambda x: rng.normal(size=x.shape).astype("f"), routing.find(made).shapes())
     found, wanted = scaled(params), whole(params)
     scales = made_of(decayed).scales(wanted)
-    jax.tree.map(lambda a, b, scale: np.testing.assert_allclose(a, b * scale, atol=2e-7), found, wanted, scales)
+    trunk, expert = (functools.partial(jax.tree.map, jnp.multiply, part) for part in scales)
+    scaled_down = Params(trunk(wanted.trunk), each(expert, wanted.experts))
+    chex.assert_trees_all_close(found, scaled_down, rtol=0, atol=2e-7)
 
 
 FROZEN = [
@@ -288,11 +292,13 @@ def test_frozen_layers_keep_their_bits_and_count_in_no_norm(tiny_config, trainin
 
     def check(path, old, new):
         nonlocal moving
-        if path[0].key not in ("blocks", "norm", "head"):
+        if path[0].key not in ("blocks", "mlp", "norm", "head"):
             assert old.tobytes() == new.tobytes(), path
-        elif path[0].key == "blocks":
+        elif path[0].key in ("blocks", "mlp"):
             is_trained_L = np.arange(4) >= layers
-            if path[1].key in ("block0", "block1"):
+            if path[0].key == "mlp":
+                is_trained_L, old, new = is_trained_L[1::2], old.swapaxes(0, 1), new.swapaxes(0, 1)
+            elif path[1].key in ("block0", "block1"):
                 is_trained_L = is_trained_L[int(path[1].key[-1]) :: 2]
             moved_L = (old != new).any(tuple(range(1, old.ndim)))
             assert not moved_L[~is_trained_L].any(), path
@@ -303,14 +309,15 @@ def test_frozen_layers_keep_their_bits_and_count_in_no_norm(tiny_config, trainin
             assert (old != new).any()
             moving += old.size
 
-    jax.tree.map_with_path(check, before, after)
+    for old, new in zip(before, after, strict=True):
+        jax.tree.map_with_path(check, old, new)
     assert run.plan.optimizer.count_trained(before) == moving
     if layers == 4:  # a linear probe: its gradient is that of norm and head, and nothing else has moments
         moments = sum(x.size for x in jax.tree.leaves(run.state.opt_state) if x.dtype == jnp.float32)
         assert moments == moving * 2
     if not routed:
         grads = plain_gradient(run)
-        kept = jax.tree.map(lambda g, s: g * (s > 0), grads, run.plan.optimizer.scales(grads))
+        kept = jax.tree.map(lambda g, s: g * (s > 0), grads, run.plan.optimizer.scales(Params(grads, {})).trunk)
         kept = {part: kept[part] for part in ("blocks", "norm", "head")}
         np.testing.assert_allclose(run.metrics[0].grad_norm, optax.tree.norm(kept), rtol=1e-5)
 
@@ -324,7 +331,7 @@ def plain_gradient(run):
         logits = vit.logits(run.plan.model, params, images)
         return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
-    return jax.jit(jax.grad(loss))(run.history[0].params)
+    return jax.jit(jax.grad(loss))(run.history[0].params.trunk)
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from jvitmoe import errors, rules
 from jvitmoe.commands import export
 from jvitmoe.config import Config, ModelConfig, OptimConfig
 from jvitmoe.data import augment
-from jvitmoe.experts import merge, trees
+from jvitmoe.experts import merge
 from jvitmoe.interop import classifier, load, manifest, pretrained, weight_names
 from jvitmoe.interop.targets import TARGETS, weights
 from jvitmoe.models import vit
@@ -102,7 +102,7 @@ def upcycled_and_merged(source: load.Source, experts: int) -> dict:
     plan = build.plan_for(rules.check(config), devices.make_mesh(config.train), 8)
     dense, _ = pretrained.start(config)
     state = make_state(plan, dense)
-    assert any(jax.tree.leaves(trees.stacked(state.params)))
+    assert state.params.experts
     return merge.dense_tree(state.params)
 
 

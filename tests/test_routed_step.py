@@ -12,7 +12,7 @@ from jvitmoe import routing
 from jvitmoe.config import Config, OptimConfig, RoutingConfig, TrainConfig
 from jvitmoe.data import augment
 from jvitmoe.errors import ConfigError
-from jvitmoe.experts import cost, merge, trees
+from jvitmoe.experts import cost, merge
 from jvitmoe.models import routers, vit
 from jvitmoe.routing import Pass
 from jvitmoe.runtime.addresses import Purpose, address
@@ -31,7 +31,7 @@ def test_with_sample_the_loss_is_that_of_each_expert_on_its_images(tiny_config, 
         x, labels_B = augment.normalize(run.split.images_NHWc[index_B]), run.split.labels_N[index_B]
         wanted = []
         for slot in range(4):
-            path = merge.take_path(run.history[number].params, route_E[slot])
+            path = merge.take_path(run.history[number].params, route_E[slot : slot + 1])
             logits = vit.logits(run.plan.model.plain(), path, x[slot::4])
             wanted.append(optax.softmax_cross_entropy_with_integer_labels(logits, labels_B[slot::4]))
         np.testing.assert_allclose(run.metrics[number].loss, np.mean(wanted), rtol=1e-5)
@@ -57,8 +57,7 @@ def test_each_expert_on_a_share_of_the_images_costs_what_dense_costs(tiny_config
 @pytest.mark.parametrize("kind", ["batch", "sample"])
 def test_with_pull_1_experts_that_started_different_are_equal_after_every_step(tiny_config, training, kind):
     def spread(state):
-        _, experts = trees.split(state.params, trees.stacked(state.params))
-        return max(float(np.ptp(leaf, axis=1).max()) for leaf in jax.tree.leaves(experts))
+        return max(float(np.ptp(leaf, axis=0).max()) for leaf in jax.tree.leaves(state.params.experts))
 
     routed = {"experts": 2, "kind": kind, "init": "independent", "pull": 1.0}
     first, *later = map(spread, training(tiny_config(routing=routed)).run(3).history)
@@ -71,7 +70,7 @@ def test_experts_and_the_mlps_of_a_dense_model_move_by_their_own_learning_rate(t
     for times in (1.0, 3.0):
         run = training(tiny_config(routing=routed, optim={"mlp_rate": times})).run(1)
         before, after = run.history[:2]
-        moved.append(jax.tree.map(lambda a, b: b - a, before.params, after.params))
+        moved.append(jax.tree.map(lambda a, b: b - a, before.params, after.params)._asdict())
 
     def check(path, once, thrice):
         is_mlp = any(entry.key == "mlp" for entry in path)
@@ -127,8 +126,7 @@ def test_the_bytes_of_pulls_are_counted(routed):
     count = update.bytes_reduced(plan)
     found = np.diff([count(done) for done in range(plan.total + 1)])
     pulled = [bool(routed) and done % config.routing.pull_every == 0 for done in range(1, plan.total + 1)]
-    shapes = plan.routing.shapes()
-    trunk, experts = trees.split(shapes, trees.stacked(shapes))
+    trunk, experts = plan.routing.shapes()
     np.testing.assert_array_equal(found, 4 * cost.tree_size(trunk) + np.array(pulled) * cost.tree_size(experts))
 
 
@@ -160,10 +158,10 @@ def test_two_passes_touch_exactly_their_two_experts_and_have_the_loss_of_both(ti
     root = run.plan.root
     for number, (before, after) in enumerate(zip(run.history[:-1], run.history[1:], strict=True)):
         ran = np.stack(run.plan.routing.draw(root, jnp.int32(number)), axis=1)
-        up_before, up_after = before.params["blocks"]["mlp"]["up"], after.params["blocks"]["mlp"]["up"]
+        up_before, up_after = (now.params.experts["mlp"]["up"] for now in (before, after))
         for layer in range(2):
             for expert in range(4):
-                same = up_before[layer, expert].tobytes() == up_after[layer, expert].tobytes()
+                same = up_before[expert, layer].tobytes() == up_after[expert, layer].tobytes()
                 assert same == (expert not in ran[layer])
     index_B = np.asarray(run.plan.order.epoch(0))[0]
     x, labels_B = augment.normalize(run.split.images_NHWc[index_B]), run.split.labels_N[index_B]
@@ -185,7 +183,9 @@ def test_two_passes_give_the_gradients_of_the_whole_stack(tiny_config, training,
     labels_B = run.split.labels_N[index_B]
 
     def loss_fn(params):
-        every_EBC = jnp.stack([vit.logits(run.plan.model, merge.take_path(params, jnp.int32(e)), x) for e in range(3)])
+        every_EBC = jnp.stack(
+            [vit.logits(run.plan.model, merge.take_path(params, jnp.array([e])), x) for e in range(3)]
+        )
         p, q = (every_EBC[expert_B, np.arange(12)] for expert_B in expert_PB)
         ce = [optax.softmax_cross_entropy_with_integer_labels(logits, labels_B).mean() for logits in (p, q)]
         return (sum(ce) if form == "thor" else ce[0]) + 2.0 * losses.consistency(p, q, form == "adamix")
@@ -207,10 +207,10 @@ def test_a_dense_model_s_two_passes_differ_in_what_they_drop(tiny_config, traini
     index_B = np.asarray(plan.order.epoch(0))[0]
     batch, key = plan.train.batch_size, address(plan.root, Purpose.DROPOUT, 0)
     x = augment.normalize(runs[0].split.images_NHWc[index_B])
-    labels_B = np.asarray(runs[0].images.labels_N)[index_B]
+    labels_B = runs[0].split.labels_N[index_B]
     numbers = (np.arange(batch), np.arange(batch) + batch)
     keys = [jax.vmap(jax.random.fold_in, (None, 0))(key, number_B) for number_B in numbers]
-    p, q = (vit.logits(plan.model, before.params, x, keys_B) for keys_B in keys)
+    p, q = (vit.logits(plan.model, before.params.trunk, x, keys_B) for keys_B in keys)
     assert jnp.abs(p - q).max() > 1e-3
     wanted = sum(optax.softmax_cross_entropy_with_integer_labels(logits, labels_B).mean() for logits in (p, q))
     if form == "thor":
@@ -291,12 +291,13 @@ def test_layers_without_experts_train_as_the_trunk_does(tiny_config, training, k
     history = training(config).run(4).history
     for before, after in itertools.pairwise(history):
         old, new = (
-            [state.params["blocks"][block]["mlp"]["up"] for block in ("block0", "block1")] for state in (before, after)
+            (state.params.trunk["blocks"]["block0"]["mlp"]["up"], state.params.experts["mlp"]["up"])
+            for state in (before, after)
         )
-        dense_moved_L, moved_LE = ((a != b).any((-2, -1)) for a, b in zip(old, new, strict=True))
-        assert (dense_moved_L.shape, moved_LE.shape) == ((2,), (2, 2))
+        dense_moved_L, moved_EX = ((a != b).any((-2, -1)) for a, b in zip(old, new, strict=True))
+        assert (dense_moved_L.shape, moved_EX.shape) == ((2,), (2, 2))
         assert dense_moved_L.all()
-        assert (moved_LE.sum(1) == (1 if kind == "layer" else 2)).all()
+        assert (moved_EX.sum(0) == (1 if kind == "layer" else 2)).all()
 
 
 @pytest.mark.parametrize(("kind", "parts"), [("batch", 4), ("sample", 2)])
@@ -338,7 +339,7 @@ def test_a_selection_bias_steps_against_the_load_of_the_whole_batch_and_nothing_
     for metrics, after in zip(run.metrics, run.history[1:], strict=True):
         moved_XE = np.float32(0.01) * np.sign(np.float32(0.25) - metrics.router.load_E)
         bias_XE = bias_XE + moved_XE * [[frozen == 0], [True]]
-        found = after.params["blocks"]["block1"]["mlp"]["router"]["selection_bias"]
+        found = after.params.trunk["blocks"]["block1"]["mlp"]["router"]["selection_bias"]
         np.testing.assert_allclose(found, bias_XE, rtol=1e-6)
     assert np.abs(bias_XE).max() > 0.01
 
@@ -350,7 +351,7 @@ def test_a_shared_expert_trains_at_the_rate_of_experts(tiny_config, training):
         routed = {"experts": 4, "kind": "topk", "balance_loss": 0.0}
         optim = {"mlp_rate": times, "weight_decay": 0.0}
         run = training(tiny_config(model=sizes, routing=routed, optim=optim)).run(1)
-        before, after = (state.params["blocks"]["mlp"]["shared_up"] for state in run.history)
+        before, after = (state.params.trunk["blocks"]["mlp"]["shared_up"] for state in run.history)
         moved.append(after - before)
     np.testing.assert_allclose(moved[1], 3 * moved[0], rtol=1e-3, atol=1e-7)
     assert np.median(np.abs(moved[0])) > 9e-4  # Adam's first step is the rate, 1e-3

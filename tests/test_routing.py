@@ -13,7 +13,7 @@ import pytest
 
 from jvitmoe import routing
 from jvitmoe.config import Config, ModelConfig, RoutingConfig, TrainConfig
-from jvitmoe.experts import trees
+from jvitmoe.experts.params import join, one
 from jvitmoe.models.layers import Site
 from jvitmoe.routing import Pass
 from jvitmoe.runtime.addresses import Purpose, address
@@ -121,16 +121,16 @@ def test_a_second_route_differs_everywhere_and_is_as_good(kind):
 def test_put_undoes_take_and_writes_nothing_else(kind, passes):
     way = find(kind=kind, consistency=float(passes - 1))
     rng = np.random.default_rng(0)
-    leaf = jnp.asarray(rng.normal(size=(DEPTH, 4, 3)), jnp.float32)
+    leaf = jnp.asarray(rng.normal(size=(4, DEPTH, 3)), jnp.float32)
     for step in range(3):
         routes = way.draw(jax.random.key(0), jnp.int32(step))
         taken = way.take({"up": leaf}, routes)
-        chex.assert_shape(taken["up"], (DEPTH, 3) if passes == 1 else (DEPTH, 2, 3))
+        chex.assert_shape(taken["up"], (passes, DEPTH, 3))
         chex.assert_trees_all_equal(way.put({"up": leaf}, taken, routes), {"up": leaf})
         written = np.asarray(way.put({"up": leaf}, jax.tree.map(lambda x: x + 100, taken), routes)["up"]) - leaf > 50
-        ran = np.zeros((DEPTH, 4), bool)
+        ran = np.zeros((4, DEPTH), bool)
         for route in routes:
-            ran[np.arange(DEPTH), np.broadcast_to(route, DEPTH)] = True
+            ran[np.broadcast_to(route, DEPTH), np.arange(DEPTH)] = True
         np.testing.assert_array_equal(written, np.broadcast_to(ran[:, :, None], leaf.shape))
         assert ran.sum() == DEPTH * passes
 
@@ -143,20 +143,19 @@ def test_experts_start_as_dense_models(tiny_config, kind, init):
     made = routing.find(tiny_config(model={"hidden": 40}, routing=routed, train={"batch_size": 12}))
     dense = routing.find(tiny_config(model={"hidden": 40}))
     params, alone = (jax.jit(way.init)(jax.random.key(0)) for way in (made, dense))
-    trunk, experts = trees.split(params, trees.stacked(params))
-    for path, leaf in jax.tree.leaves_with_path(experts):
-        own = alone["blocks"]["mlp"][path[-1].key]
-        assert leaf.shape == (2, 3, *own.shape[1:])
-        bound = (40 if path[-1].key.startswith("down") else 8) ** -0.5
+    for name, leaf in params.experts["mlp"].items():
+        own = alone.trunk["blocks"]["mlp"][name]
+        assert leaf.shape == (3, *own.shape)
+        bound = (40 if name.startswith("down") else 8) ** -0.5
         assert np.abs(leaf).max() <= bound
         if init == "shared":
-            np.testing.assert_array_equal(leaf, np.broadcast_to(own[:, None], leaf.shape))
+            np.testing.assert_array_equal(leaf, np.broadcast_to(own, leaf.shape))
         else:
-            assert len({np.asarray(leaf[:, e]).tobytes() for e in range(3)}) == 3
+            assert len({np.asarray(leaf[e]).tobytes() for e in range(3)}) == 3
             assert np.abs(leaf).max() > 0.8 * bound
-    for path, leaf in jax.tree.leaves_with_path(trunk):
+    for path, leaf in jax.tree.leaves_with_path(params.trunk):
         if all(entry.key != "router" for entry in path):
-            found = alone
+            found = alone.trunk
             for entry in path:
                 found = found[entry.key]
             np.testing.assert_array_equal(leaf, found)
@@ -167,12 +166,11 @@ def test_a_pass_of_sample_is_each_expert_on_its_part(tiny_config):
     way, rng = routing.find(config), np.random.default_rng(0)
     model, params = way.model(), jax.jit(way.init)(jax.random.key(1))
     images_BHWc = jnp.asarray(rng.normal(size=(6, 8, 8, 1)), jnp.float32)
-    trunk, experts = trees.split(params, trees.stacked(params))
     routes = way.draw(jax.random.key(0), jnp.int32(0))
     for number in (0, 1):
         found, _ = way.logits(model, params, images_BHWc, None, Pass(number, routes, jnp.int32(0), 1))
         for part in range(2):
             expert = (part + number) % 2  # with two experts the second route swaps them
-            one = {"params": trees.join(trunk, trees.take(experts, expert))}
-            wanted = model.apply(one, images_BHWc[3 * part : 3 * part + 3])
+            tree = join(params.trunk, one(params.experts, expert))
+            wanted = model.apply({"params": tree}, images_BHWc[3 * part : 3 * part + 3])
             np.testing.assert_allclose(found[3 * part : 3 * part + 3], wanted, rtol=1e-5, atol=1e-6)

@@ -13,7 +13,8 @@ from jax.sharding import NamedSharding
 from jvitmoe.config import TrainConfig
 from jvitmoe.data import augment
 from jvitmoe.errors import ConfigError
-from jvitmoe.experts import cost, merge, trees
+from jvitmoe.experts import cost, merge
+from jvitmoe.experts.params import Params, take
 from jvitmoe.models import vit
 from jvitmoe.runtime.addresses import Purpose, address
 from jvitmoe.runtime.devices import REPLICATED, describe, make_mesh
@@ -75,9 +76,8 @@ def route_of(run, number):
 
 
 def expert_leaves(tree: TrainState):
-    """Returns {name: leaf [L, E, ...]} of expert parameters and their optimiser state."""
-    _, experts = trees.split(tree.params, trees.stacked(tree.params))
-    leaves = jax.tree_util.tree_leaves_with_path((experts, tree.opt_state.experts))
+    """Returns {name: leaf [E, L, ...]} of expert parameters and their optimiser state."""
+    leaves = jax.tree_util.tree_leaves_with_path((tree.params.experts, tree.opt_state.experts))
     return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
 
 
@@ -91,10 +91,10 @@ def test_idle_experts_stay_bit_identical(full_run, kind):
         before, after = expert_leaves(before), expert_leaves(after)
         assert len(before) == 4 + 4 + 4 + 1  # parameters, two moments, a count
         for name, leaf in after.items():
-            assert leaf.shape[:2] == (L, E)
+            assert leaf.shape[:2] == (E, L)
             for layer in range(L):
                 for expert in range(E):
-                    same = leaf[layer, expert].tobytes() == before[name][layer, expert].tobytes()
+                    same = leaf[expert, layer].tobytes() == before[name][expert, layer].tobytes()
                     assert same == (expert != route_L[layer]), (name, layer, expert)
         ran.add(tuple(route_L.tolist()))
     assert len(ran) > 1
@@ -103,11 +103,11 @@ def test_idle_experts_stay_bit_identical(full_run, kind):
 @KINDS
 def test_every_expert_counts_its_own_steps_and_the_trunk_all(full_run, kind):
     run = full_run(kind, MANY[kind])
-    counts_LE = np.zeros((L, E), np.int32)
+    counts_EL = np.zeros((E, L), np.int32)
     for number in range(5):
-        counts_LE[np.arange(L), route_of(run, number)] += 1
+        counts_EL[route_of(run, number), np.arange(L)] += 1
     last = run.history[-1]
-    np.testing.assert_array_equal(optax.tree.get(last.opt_state.experts, "count"), counts_LE)
+    np.testing.assert_array_equal(optax.tree.get(last.opt_state.experts, "count"), counts_EL)
     assert optax.tree.get(last.opt_state.trunk, "count") == last.step == 5
 
 
@@ -140,7 +140,7 @@ def test_gradients_on_3_devices_are_those_of_plain_grad_over_the_whole_batch(ful
 
         return jax.value_and_grad(loss_fn)(params)
 
-    # Differentiated through the stacked tree, so that take and put are tested too.
+    # Differentiated through all experts, so that take and put are tested too.
     loss, grads = loss_and_grads(before.params, route_L)
     norm = optax.tree.norm(grads)
     np.testing.assert_allclose(run.metrics[number].loss, loss, rtol=1e-6)
@@ -150,9 +150,9 @@ def test_gradients_on_3_devices_are_those_of_plain_grad_over_the_whole_batch(ful
     if number:
         return
     moments = state.take(run.plan.routing, after, (route_L,)).opt_state
-    mu = trees.join(optax.tree.get(moments.trunk, "mu"), optax.tree.get(moments.experts, "mu"))
+    mu = Params(optax.tree.get(moments.trunk, "mu"), optax.tree.get(moments.experts, "mu"))
     scale = (1 - 0.9) * clip_norm / norm
-    wanted = jax.tree.map(lambda g: g * scale, merge.take_path(grads, route_L))
+    wanted = jax.tree.map(lambda g: g * scale, grads._replace(experts=take(grads.experts, route_L)))
     chex.assert_trees_all_close(mu, wanted, rtol=1e-4, atol=1e-8)
 
 
@@ -166,7 +166,7 @@ def test_another_seed_is_another_start_and_another_order(tiny_config):
     for seed in (0, 1):
         config = tiny_config(model={"classes": 10}, train={"seed": seed})
         plan = build.build(config, build.choose(config)).plan
-        starts.add(np.asarray(state.make_state(plan).params["head"]["logits"]["kernel"]).tobytes())
+        starts.add(np.asarray(state.make_state(plan).params.trunk["head"]["logits"]["kernel"]).tobytes())
         orders.add(np.asarray(plan.order.epoch(0)).tobytes())
     assert len(starts) == len(orders) == 2
 

@@ -18,7 +18,8 @@ import jvitmoe
 from jvitmoe import config as config_lib
 from jvitmoe import routing, rules
 from jvitmoe.config import Config
-from jvitmoe.experts import merge, trees
+from jvitmoe.experts import merge
+from jvitmoe.experts.params import Params, join, one
 from jvitmoe.interop import load
 from jvitmoe.models import mlp, vit
 from jvitmoe.runtime import devices, signals
@@ -52,8 +53,8 @@ def start(request, tiny_config):
 
     @jax.jit
     def logits(params, images, route_L):
-        trunk, experts = trees.split(params, trees.stacked(params))
-        return vit.logits(model, trees.join(trunk, plan.routing.take(experts, (route_L,))), images)
+        expert = one(plan.routing.take(params.experts, (route_L,)))
+        return vit.logits(model, join(params.trunk, expert), images)
 
     return Start(config, source, model, state, logits, jax.jit(functools.partial(vit.logits, model.plain())))
 
@@ -100,10 +101,10 @@ def test_merging_averages_matrices_and_then_folds():
     a_EDR, b_ERF = rng.normal(size=(E, 4, 2)), rng.normal(size=(E, 2, 5))
     plain = {"up": rng.normal(size=(4, 5)), "up_bias": np.zeros(5), "down": np.ones((5, 4)), "down_bias": np.zeros(4)}
     zeros = {"down_a": np.zeros((5, 2)), "down_b": np.zeros((2, 4))}
-    blocks = {name: jnp.asarray(leaf)[None] for name, leaf in (plain | zeros).items()}
-    blocks |= {"up_a": jnp.asarray(a_EDR)[None], "up_b": jnp.asarray(b_ERF)[None]}
-    blocks |= {name: jnp.broadcast_to(blocks[name][:, None], (1, E, *zeros[name].shape)) for name in zeros}
-    merged = merge.average_experts({"blocks": {"mlp": blocks}})["blocks"]["mlp"]
+    trunk = {name: jnp.asarray(leaf)[None] for name, leaf in plain.items()}
+    experts = {"up_a": jnp.asarray(a_EDR)[:, None], "up_b": jnp.asarray(b_ERF)[:, None]}
+    experts |= {name: jnp.broadcast_to(leaf, (E, 1, *leaf.shape)) for name, leaf in zeros.items()}
+    merged = merge.average_experts(Params({"blocks": {"mlp": trunk}}, {"mlp": experts}))["blocks"]["mlp"]
     assert set(merged) == set(plain)
     wanted = plain["up"] + a_EDR.mean(0) @ b_ERF.mean(0)
     np.testing.assert_allclose(merged["up"][0], wanted, rtol=1e-5)
@@ -116,10 +117,8 @@ def test_with_the_second_matrices_shared_the_mean_of_adamix_is_the_mean_of_produ
         model=KINDS["both"], routing={"experts": E, "kind": "layer", "part": "up"}, init={"source": "somewhere"}
     )
     params = shaken(routing.find(config).init(jax.random.key(0)))
-    marks = trees.stacked(params)["blocks"]["mlp"]
-    owned = {"up_a", "down_a", "adapter_up", "adapter_up_bias"}
-    assert {name for name, is_stacked in marks.items() if is_stacked} == owned
-    paths = [merge.take_path(params, jnp.full(2, e))["blocks"]["mlp"] for e in range(E)]
+    assert set(params.experts["mlp"]) == {"up_a", "down_a", "adapter_up", "adapter_up_bias"}
+    paths = [merge.take_path(params, jnp.array([e]))["blocks"]["mlp"] for e in range(E)]
     merged = merge.average_experts(params)["blocks"]["mlp"]
     width = config.model.hidden  # after it come the units of the adapter
     wanted = np.mean([path["up"][..., :width] for path in paths], 0)
@@ -140,8 +139,8 @@ def test_training_moves_what_is_tuned_and_the_head_and_not_one_bit_more(tiny_con
     moved = set()
     for (path, old), new in zip(jax.tree.leaves_with_path(before.params), jax.tree.leaves(after.params), strict=True):
         if not np.array_equal(old, new):
-            moved.add((path[0].key, path[-1].key))
-    tuned = {("blocks", name) for name in (*mlp.LORA, *mlp.ADAPTER)}
+            moved.add((path[1].key, path[-1].key))
+    tuned = {("mlp" if experts > 1 else "blocks", name) for name in (*mlp.LORA, *mlp.ADAPTER)}
     assert moved == tuned | {("head", "kernel"), ("head", "bias")}
     wanted = jax.eval_shape(lambda: vit.init(run.plan.model.plain(), jax.random.key(0)))
     chex.assert_trees_all_equal_shapes(after.ema, wanted)
@@ -170,14 +169,12 @@ def test_the_gradient_norm_is_of_what_is_trained(tiny_config, training):
     @jax.jit
     @jax.grad
     def gradient(tree):
-        log_p = jax.nn.log_softmax(
-            vit.logits(run.plan.model.plain(), merge.take_path(tree, jnp.full(2, route_1[0])), images)
-        )
+        log_p = jax.nn.log_softmax(vit.logits(run.plan.model.plain(), merge.take_path(tree, route_1), images))
         return -jnp.take_along_axis(log_p, labels[:, None], 1).mean()
 
     (route_1,) = run.plan.routing.draw(run.plan.root, jnp.int32(0))
     grads = jax.tree.leaves_with_path(gradient(run.history[0].params))
-    trained = [leaf for path, leaf in grads if path[0].key == "head" or path[-1].key in mlp.LORA]
+    trained = [leaf for path, leaf in grads if path[1].key == "head" or path[-1].key in mlp.LORA]
     np.testing.assert_allclose(run.metrics[0].grad_norm, optax.tree.norm(trained), rtol=1e-5)
     assert optax.tree.norm(trained) < 0.9 * optax.tree.norm([leaf for _, leaf in grads])
 

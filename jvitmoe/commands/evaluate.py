@@ -127,14 +127,14 @@ def evaluate(
             trees |= {"EMA": ema} if ema is not None else {}
             settings = probed_data, at_once, mesh, probes.few_shot, probes.knn
             result["probes"] = probes_lib.measure(evaluator.net, trees, probed, *settings)
-        gate_L, few = None, None
+        gate_X, few = None, None
         if routing.experts > 1:
             few = _some(data.test, mergeability.IMAGES, config)
         if evaluator.routed:
             seen = _some(data.train, mergeability.IMAGES, config, skipped=console.print)  # as training may have
-            gate_L, result["routes"] = _routes(routing, params, evaluator.routed, seen, few, workdir)
+            gate_X, result["routes"] = _routes(routing, params, evaluator.routed, seen, few, workdir)
         seed = config.train.seed
-        result["rows"] = models.evaluate_run(routing, seed, params, ema, evaluator, shown, paths, gate_L)
+        result["rows"] = models.evaluate_run(routing, seed, params, ema, evaluator, shown, paths, gate_X)
         result |= models.facts(routing, mesh, config.data.name, seed, meta["step"]) | known | {"files": meta["files"]}
         if few is not None:
             batches = Resident(few, at_once, mesh)
@@ -164,6 +164,7 @@ def _restore(
     from jax.sharding import NamedSharding
 
     from jvitmoe import routing
+    from jvitmoe.experts.params import from_dict
     from jvitmoe.runs.checkpoints import Checkpoints
     from jvitmoe.runtime import compilation, devices
 
@@ -181,7 +182,7 @@ def _restore(
     console.print(f"run         {workdir}, checkpoint at step {saved.step:,}")
     console.print(f"devices     {devices.describe(mesh)}")
     console.print(f"parameters  {active:,} active, {total:,} total ({routed.model(mesh).dtype.name} compute)")
-    params, ema = jax.device_put((saved.params, saved.ema), NamedSharding(mesh, devices.REPLICATED))
+    params, ema = jax.device_put((from_dict(saved.params), saved.ema), NamedSharding(mesh, devices.REPLICATED))
     return config, routed, mesh, params, ema, saved.meta
 
 
@@ -241,7 +242,7 @@ def _routes(routing: Any, params: Any, routed: Any, seen: Any, few: Any, workdir
         return expert_maps.measure(routed.net, params, split.images_NHWc, split.labels_N, routed.normalize)
 
     layers, model = np.array(routing.layers_with_experts), routing.model_settings
-    gate_L = jnp.ones(model.depth).at[layers].set(measured(seen).gate_X)
+    gate_X = jnp.asarray(measured(seen).gate_X)
     found = measured(few)
     names = results.class_names(workdir, model.classes)
     shown = np.linspace(0, len(few.labels_N) - 1, min(MAPPED, len(few.labels_N))).astype(int)
@@ -249,7 +250,7 @@ def _routes(routing: Any, params: Any, routed: Any, seen: Any, few: Any, workdir
     figures.save(figures.experts(found, pictures, layers.tolist(), names), workdir / files.EXPERTS)
     kept = [[" ".join(map(str, expert_P)) for expert_P in expert_BP[:KEPT]] for expert_BP in found.expert_XBP]
     figures_of = {"load": found.load_XE.tolist(), "gate": found.gate_X.tolist(), "images": len(few.labels_N)}
-    return gate_L, figures_of | {"experts": kept}
+    return gate_X, figures_of | {"experts": kept}
 
 
 def _draw_samples(evaluate: Any, params: Any, few: Any, workdir: Path) -> None:

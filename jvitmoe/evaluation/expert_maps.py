@@ -4,12 +4,13 @@ B batch · T tokens · P patches · E experts · X layers that have experts · C
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jvitmoe.experts.params import Params, join_all
 from jvitmoe.models import vit
 from jvitmoe.runtime import compilation
 
@@ -27,13 +28,13 @@ class Routes(NamedTuple):
 
 def measure(
     model: vit.ViT,
-    params: Any,
+    params: Params,
     images_BHWc: np.ndarray,
     labels_B: np.ndarray,
     normalize: Callable[[jax.Array], jax.Array],
 ) -> Routes:
     """Returns the routes of uint8 images, in evaluation."""
-    run = compilation.jit(lambda params, images: vit.token_weights(model, params, normalize(images)))
+    run = compilation.jit(lambda params, images: vit.token_weights(model, join_all(params), normalize(images)))
     parts = range(0, len(images_BHWc), BATCH)
     found = [jax.device_get(run(params, jnp.asarray(images_BHWc[at : at + BATCH]))) for at in parts]
     weight_XBTE = np.concatenate(found, 1)

@@ -13,7 +13,8 @@ import numpy as np
 from jvitmoe.data import augment
 from jvitmoe.data.batches import Batch, EvalBatches
 from jvitmoe.evaluation.models import Evaluator, path_routes
-from jvitmoe.experts import merge, trees
+from jvitmoe.experts import merge
+from jvitmoe.experts.params import MLP, Params
 from jvitmoe.models import mlp, vit
 from jvitmoe.routing import Routing
 from jvitmoe.runtime import compilation
@@ -29,12 +30,12 @@ def evenly_spaced(images: int, most: int = IMAGES) -> np.ndarray:
     return np.linspace(0, images - 1, min(images, most)).astype(int)
 
 
-def measure(routing: Routing, params: Any, evaluate: Evaluator, batches: EvalBatches) -> dict[str, Any]:
+def measure(routing: Routing, params: Params, evaluate: Evaluator, batches: EvalBatches) -> dict[str, Any]:
     """Returns the numbers of `weight_geometry`, `layer_gap` and `barrier`, measured on a split."""
-    experts, layers, route_PL = routing.experts, routing.layers_with_experts, path_routes(routing, 0, paths=0)
+    experts, layers, route_PX = routing.experts, routing.layers_with_experts, path_routes(routing, 0, paths=0)
 
     def losses(params: Any) -> list[float]:
-        return [result.nll for result in evaluate.paths(params, route_PL, experts, batches)[0]]
+        return [result.nll for result in evaluate.paths(params, route_PX, experts, batches)[0]]
 
     return {
         "images": batches.count,
@@ -45,9 +46,9 @@ def measure(routing: Routing, params: Any, evaluate: Evaluator, batches: EvalBat
     }
 
 
-def weight_geometry(params: Any) -> dict[str, list[float]]:
-    """Returns three lists with one number per layer that has experts. w_e is the vector of all stacked weights of
-    expert e in the layer, m the mean of w_e over experts.
+def weight_geometry(params: Params) -> dict[str, list[float]]:
+    """Returns three lists with one number per layer that has experts. w_e is the vector of all weights that expert e
+    owns in the layer, m the mean of w_e over experts.
 
     spread: ||w_e - m|| / ||m||, averaged over experts.
     cosine: of w_e and w_f, averaged over pairs.
@@ -57,11 +58,11 @@ def weight_geometry(params: Any) -> dict[str, list[float]]:
 
     @compilation.jit
     def grams(experts: Any) -> tuple[jax.Array, jax.Array]:
-        differences = jax.tree.map(lambda leaf: leaf - leaf.mean(trees.EXPERT_AXIS, keepdims=True), experts)
+        differences = jax.tree.map(lambda leaf: leaf - leaf.mean(0, keepdims=True), experts)
         return _gram(experts), _gram(differences)
 
     with jax.default_matmul_precision("highest"):
-        weights_XEE, differences_XEE = (np.array(x, float) for x in grams(merge.expert_layers(params)))
+        weights_XEE, differences_XEE = (np.array(x, float) for x in grams(params.experts.get("blocks", params.experts)))
     mean_norm_X = np.sqrt(weights_XEE.mean((1, 2)))
     # The mean of equal experts may differ from them by its rounding, the same for all of them.
     differences_XEE[_norms(differences_XEE).max(1) < ROUNDING * mean_norm_X] = 0
@@ -75,7 +76,7 @@ def weight_geometry(params: Any) -> dict[str, list[float]]:
 def _gram(experts: Any) -> jax.Array:
     """Returns [X, E, E], the inner products of the experts' vectors."""
     flat = [leaf.reshape(*leaf.shape[:2], -1) for leaf in jax.tree.leaves(experts)]
-    return jnp.stack([jnp.einsum("xep,xfp->xef", leaf, leaf) for leaf in flat]).sum(0)
+    return jnp.stack([jnp.einsum("exp,fxp->xef", leaf, leaf) for leaf in flat]).sum(0)
 
 
 def _norms(gram_XEE: np.ndarray) -> np.ndarray:
@@ -101,7 +102,7 @@ def layer_gap(
     ||mean_e f_e(x) - f_mean(x)|| over all tokens, divided by the mean of ||mean_e f_e(x)||. f_e is the layer's MLP with
     expert e, and x is its input in the merged model.
     """
-    dense, depth = model.plain().clone(dtype=jnp.dtype("float32"), attention="xla"), model.config.depth
+    dense = model.plain().clone(dtype=jnp.dtype("float32"), attention="xla")
 
     @compilation.jit
     def batch_sums(params: Any, batch: Batch) -> jax.Array:
@@ -110,7 +111,7 @@ def layer_gap(
         sums, inputs = [], mlp_inputs(dense, merged, images)
         for layer in expert_layers:
             x_BTD = inputs[layer]
-            outputs = [_mlp(merge.take_path(params, jnp.full((depth,), e)), layer, x_BTD) for e in range(experts)]
+            outputs = [_mlp(merge.take_path(params, jnp.array([e])), layer, x_BTD) for e in range(experts)]
             wanted_BTD = sum(outputs) / len(outputs)
             for y_BTD in (wanted_BTD - _mlp(merged, layer, x_BTD), wanted_BTD):
                 sums.append(jnp.where(batch.labels_B[:, None] >= 0, jnp.linalg.norm(y_BTD, axis=-1), 0.0).sum())
@@ -134,16 +135,16 @@ def mlp_inputs(dense: vit.ViT, params: Any, images_BHWc: jax.Array) -> jax.Array
 
 
 def _mlp(params: Any, layer: int, x_BTD: jax.Array) -> jax.Array:
-    weights = tuple(params["blocks"]["mlp"][name][layer] for name in trees.MLP)
+    weights = tuple(params["blocks"]["mlp"][name][layer] for name in MLP)
     return mlp.two_layers(x_BTD, None, weights, 0.0)
 
 
-def barrier(params: Any, losses: Callable[[Any], Sequence[float]]) -> dict[str, Any]:
+def barrier(params: Params, losses: Callable[[Params], Sequence[float]]) -> dict[str, Any]:
     """Returns the loss on the straight line from each expert to the mean of experts.
 
     Args:
-        params: the stacked tree.
-        losses: stacked tree -> loss of each of its expert paths.
+        params: of a run with experts.
+        losses: such parameters -> loss of each of their expert paths.
 
     Returns:
         share: [S], distance from the expert relative to the whole line: 0 is the expert, 1 the merged model.

@@ -2,7 +2,7 @@
 
 Metrics are exact over a whole split, on any number of devices: every image counts once and is read once for all paths.
 
-b images of a batch on one device · S batches · N images · L layers · P paths · C classes · M bins
+b images of a batch on one device · S batches · N images · X layers that have experts · P paths · C classes · M bins
 """
 
 import functools
@@ -20,6 +20,7 @@ from jvitmoe.data import augment
 from jvitmoe.data.batches import Batch, EvalBatches
 from jvitmoe.experts import merge
 from jvitmoe.experts.cost import flops_per_image, tree_size
+from jvitmoe.experts.params import Params, join_all
 from jvitmoe.models import routers, vit
 from jvitmoe.routing import Routing
 from jvitmoe.runs.checkpoints import versions
@@ -85,39 +86,44 @@ class Evaluator:
         )
         self._add = jax.jit(program, compiler_options=compilation.exact(mesh.devices.flat[0].platform))
 
-    def __call__(self, params: Any, batches: EvalBatches) -> Result:
-        """Returns the Result of the net with these parameters. All trees use the same compiled program."""
-        unused_PL = jnp.zeros((1, self.net.config.depth), jnp.int32)  # the tree has no expert axis
-        return self.paths(params, unused_PL, 1, batches)[0][0]
+    def __call__(self, tree: Any, batches: EvalBatches) -> Result:
+        """Returns the Result of a dense tree. All trees use the same compiled program."""
+        return self.whole(Params(tree, {}), batches)
+
+    def whole(self, params: Params, batches: EvalBatches) -> Result:
+        """Returns the Result of a dense run, or of a net with a router and all its experts."""
+        return self.paths(params, jnp.zeros((1, 1), jnp.int32), 1, batches)[0][0]
 
     def paths(
-        self, params: Any, route_PL: jax.Array, members: int, batches: EvalBatches
+        self, params: Params, route_PX: jax.Array, members: int, batches: EvalBatches
     ) -> tuple[list[Result], Result]:
         """Returns the Result of each path, and of the ensemble of the first `members`: the mean of their probabilities
         (Lakshminarayanan et al., arXiv 1612.01474). Paths run one after the other, to save memory."""
-        log_weight_P = jnp.where(jnp.arange(len(route_PL)) < members, -np.log(members), -jnp.inf)
+        log_weight_P = jnp.where(jnp.arange(len(route_PX)) < members, -np.log(members), -jnp.inf)
         shapes = (), (BINS,), (_confusion_side(self.net.config.classes),) * 2
-        count, bins, confusion = (np.zeros((len(route_PL) + 1, *shape), np.int32) for shape in shapes)
+        count, bins, confusion = (np.zeros((len(route_PX) + 1, *shape), np.int32) for shape in shapes)
         nll, confidence = count.astype(np.float32), bins.astype(np.float32)
         zeros: Any = (count, nll, count, bins, confidence, count, confusion)
         # On the mesh, as the step returns them; otherwise the second batch would compile a second program.
         sums = Sums(*(to_devices(x, self._replicated) for x in zeros))
         for batch in batches:
-            sums = self._add(params, route_PL, log_weight_P, sums, batch)
+            sums = self._add(params, route_PX, log_weight_P, sums, batch)
             wait_on_cpu(self._mesh, sums)
             self._progress()
         rows = zip(*jax.device_get(sums), strict=True)
         *results, ensemble = (_result(Sums(*row), self.net.config.classes) for row in rows)
         return results, ensemble
 
-    def _batch_sums(self, params: Any, route_PL: jax.Array, log_weight_P: jax.Array, sums: Sums, batch: Batch) -> Sums:
+    def _batch_sums(
+        self, params: Params, route_PX: jax.Array, log_weight_P: jax.Array, sums: Sums, batch: Batch
+    ) -> Sums:
         images = self.normalize(batch.images(self.net.config))
 
-        def log_p(route_L: jax.Array) -> jax.Array:
-            tree = params if self.net.router else merge.take_path(params, route_L)
+        def log_p(route_X: jax.Array) -> jax.Array:
+            tree = join_all(params) if self.net.router else merge.take_path(params, route_X)
             return jax.nn.log_softmax(vit.logits(self.net, tree, images))
 
-        log_p_PbC = jax.lax.map(log_p, route_PL)
+        log_p_PbC = jax.lax.map(log_p, route_PX)
         ensemble_bC = jax.nn.logsumexp(log_p_PbC + log_weight_P[:, None, None], axis=0)
         log_p_PbC = jnp.concatenate([log_p_PbC, ensemble_bC[None]])
         batch_sums = jax.vmap(_sums, (0, None))(log_p_PbC, batch.labels_B)
@@ -184,29 +190,29 @@ def facts(routing: Routing, mesh: Mesh, data: str, seed: int, step: int) -> dict
     }
 
 
-def evaluate_main(params: Any, evaluate: Evaluator, batches: EvalBatches) -> Result:
+def evaluate_main(params: Params, evaluate: Evaluator, batches: EvalBatches) -> Result:
     """Returns the Result of a run's main model: with its router if it has one, otherwise dense or merged."""
     if evaluate.routed:
-        return evaluate.routed(params, batches)
+        return evaluate.routed.whole(params, batches)
     return evaluate(merge.dense_tree(params), batches)
 
 
 def evaluate_run(
     routing: Routing,
     seed: int,
-    params: Any,
+    params: Params,
     ema: Any,
     evaluate: Evaluator,
     batches: EvalBatches,
     paths: int = 1,
-    gate_L: Any = None,
+    gate_X: Any = None,
 ) -> list[dict[str, Any]]:
     """Returns one row per tested model: the numbers of `Result`, parameters and FLOPs per image. The row of the dense
     or merged model also has the confusion matrix, if it was counted.
 
     A dense run has "dense". One with experts has "merged", "expert e" for each, `paths` random paths in one row (mean;
     of several, also the deviation as *_std) and the "ensemble" of the experts. "routed" and "EMA" if the run has them.
-    "merged, gated" is the merged model of a learned router with its experts' outputs scaled by gate_L, its mean gate
+    "merged, gated" is the merged model of a learned router with its experts' outputs scaled by gate_X, its mean gate
     in each layer.
     """
     active, total = routing.count_parameters()
@@ -220,12 +226,12 @@ def evaluate_run(
     rows = []
     if evaluate.routed:
         routed_cost = {"parameters": active, "flops_per_image": flops_per_image(evaluate.routed.net, batch)}
-        rows.append(row("routed", evaluate.routed(params, batches)) | routed_cost)
+        rows.append(row("routed", evaluate.routed.whole(params, batches)) | routed_cost)
     shipped = evaluate(merge.dense_tree(params), batches)
     confusion = {"confusion": shipped.confusion} if shipped.confusion else {}
     rows.append(row("dense" if experts == 1 else "merged", shipped) | confusion)
-    if gate_L is not None:
-        gated = merge.average_experts(merge.scale_by_gate(params, gate_L))
+    if gate_X is not None:
+        gated = merge.average_experts(merge.scale_by_gate(params, gate_X))
         rows.append(row("merged, gated", evaluate(gated, batches)))
     if ema is not None:
         rows.append(row("EMA", evaluate(ema, batches)))
@@ -245,9 +251,11 @@ def evaluate_run(
 
 
 def path_routes(routing: Routing, seed: int, paths: int) -> jax.Array:
-    """Returns route_PL of the tested paths: each expert in all layers, then `paths` routes with an expert drawn per
-    layer, fixed by the seed."""
+    """Returns route_PX of the tested paths: each expert in all layers, then `paths` routes with an expert drawn per
+    layer, fixed by the seed. Those of whole models are [P, 1]."""
     depth, experts, root = routing.model_settings.depth, routing.experts, jax.random.key(seed)
-    paths = 0 if routing.has_whole_models else paths  # layers of two whole models do not fit together
+    if routing.has_whole_models:  # layers of two whole models do not fit together
+        return jnp.arange(experts, dtype=jnp.int32)[:, None]
     drawn = [jax.random.randint(address(root, Purpose.PATH, p), (depth,), 0, experts) for p in range(paths)]
-    return jnp.stack([*(jnp.full((depth,), e, jnp.int32) for e in range(experts)), *drawn])
+    route_PL = jnp.stack([*(jnp.full((depth,), e, jnp.int32) for e in range(experts)), *drawn])
+    return route_PL[:, jnp.array(routing.layers_with_experts)]

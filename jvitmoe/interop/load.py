@@ -23,6 +23,7 @@ from jvitmoe import rules
 from jvitmoe.config import Config, ModelConfig
 from jvitmoe.errors import ConfigError, UserError, one_line
 from jvitmoe.experts import merge
+from jvitmoe.experts.params import from_dict
 from jvitmoe.interop import config_files, download, manifest, weight_names
 from jvitmoe.interop.weight_names import Dict
 from jvitmoe.models import layers, vit
@@ -154,7 +155,7 @@ def _read_run(path: Path, checkpoint: str | int, ema: bool) -> Source:
     saved = Checkpoints(path / files.CHECKPOINTS).read(checkpoint)
     config = config_lib.from_dict(saved.meta["config"])
     if not ema:
-        flat = weight_names.flatten(jax.device_get(merge.dense_tree(saved.params)))
+        flat = weight_names.flatten(jax.device_get(merge.dense_tree(from_dict(saved.params))))
     elif saved.ema is None:
         raise UserError(f"{path} has no EMA; leave --ema out, or train with --config.train.ema=0.999")
     else:

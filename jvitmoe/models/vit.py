@@ -119,11 +119,15 @@ class LayerGroup(Block):
 def in_layers(blocks: Any) -> Any:
     """Returns the tree of the blocks with leaves [L, ...]. With a pattern, each position has a tree of its own: their
     leaves are interleaved. Positions without leaves (None in their place) are left out."""
-    names = sorted(filter(POSITION.fullmatch, blocks), key=lambda name: int(name.removeprefix(BLOCK)))
-    if not names:
+    if not (names := positions(blocks)):
         return blocks
     trees = [blocks[name] for name in names if jax.tree.leaves(blocks[name])]
     return jax.tree.map(lambda *leaves: jnp.stack(leaves, 1).reshape(-1, *leaves[0].shape[1:]), *trees)
+
+
+def positions(blocks: Any) -> list[str]:
+    """Returns the keys of the positions of a pattern, in order; [] without a pattern."""
+    return sorted(filter(POSITION.fullmatch, blocks), key=lambda name: int(name.removeprefix(BLOCK)))
 
 
 def position_in_group(path: Sequence[Any]) -> int | None:
@@ -131,6 +135,26 @@ def position_in_group(path: Sequence[Any]) -> int | None:
     has none, as without a pattern."""
     matches = (POSITION.fullmatch(str(getattr(entry, "key", ""))) for entry in path)
     return next((int(match[1]) for match in matches if match), None)
+
+
+def of_group(path: Sequence[Any], x_L: Any, groups: int) -> Any:
+    """Returns the layers of x_L that a leaf of the blocks has; with a pattern, those of its position in each group."""
+    return x_L[position_in_group(path) or 0 :: x_L.shape[0] // groups]
+
+
+def fill(drawn: Any, dense: Any) -> Any:
+    """Returns the drawn parameters with those of a dense tree wherever it has them: routers, LoRA and adapters keep
+    their draw (sparse upcycling, arXiv 2212.05055)."""
+
+    def choose(path: Sequence[Any], leaf: jax.Array) -> jax.Array:
+        found = dense
+        for key in (entry.key for entry in path if not POSITION.fullmatch(entry.key)):
+            if key not in found:
+                return leaf
+            found = found[key]
+        return of_group(path, found, len(leaf)) if path[0].key == "blocks" else found
+
+    return jax.tree.map_with_path(choose, drawn)
 
 
 class ViT(nn.Module):

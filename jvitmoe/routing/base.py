@@ -4,7 +4,7 @@ b the images of one device · C classes · E experts, e the share of one device 
 """
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,14 +12,14 @@ from jax.sharding import Mesh
 
 from jvitmoe import rules
 from jvitmoe.config import Config
-from jvitmoe.experts import cost, trees
+from jvitmoe.experts import cost, params
+from jvitmoe.experts.params import Params, Tree
 from jvitmoe.models import vit
 from jvitmoe.models.routers import Statistics
 from jvitmoe.runtime import devices
 from jvitmoe.runtime.addresses import Purpose, address
 
 Route = jax.Array  # int32: which experts run
-Tree = Any
 
 
 class Pass(NamedTuple):
@@ -34,9 +34,9 @@ class Pass(NamedTuple):
 class Routing:
     """The dense run, with one expert for all images, and the base class of ways of routing.
 
-    An expert is a dense ViT: the parameters of E experts are one tree in which some leaves have an extra axis E
-    (`experts.trees`). A step draws routes, takes what runs out of that tree, differentiates and updates it, and puts it
-    back. Routes come from (seed, step) for the global batch, so any step can be replayed on any number of devices.
+    An expert is a dense ViT, whose parameters are the trunk and what the expert owns (`experts.params`). A step draws
+    routes, takes the experts that run, differentiates and updates them, and puts them back. Routes come from
+    (seed, step) for the global batch, so any step can be replayed on any number of devices.
     """
 
     meaning = ""  # what an expert is trained on, for the first lines of a run
@@ -66,11 +66,6 @@ class Routing:
         return self.experts > 1 and self.settings.part == "model"
 
     @property
-    def axis(self) -> int:
-        """The expert axis of what experts own, parameters and moments."""
-        return 0 if self.has_whole_models else trees.EXPERT_AXIS
-
-    @property
     def passes(self) -> int:
         """Number of forward passes per step. The consistency loss compares two: on two routes if there are several
         experts, and with two draws of dropout and drop_path."""
@@ -97,32 +92,35 @@ class Routing:
         platform, fused = (mesh.devices.flat[0].platform, devices.fuses_attention(mesh)) if mesh else ("cpu", False)
         return vit.build(self.model_settings, platform, pattern, fused)
 
-    def init(self, key: jax.Array) -> Tree:
+    def init(self, key: jax.Array, trained: Tree | None = None) -> Params:
         """Returns the parameters at step 0, float32. Experts start as copies of the dense model's draw, or with
-        routing.init=independent each as a dense model of its own."""
+        routing.init=independent each as a dense model of its own; of a trained dense tree, trunk and all experts start
+        as its copies (`vit.fill`)."""
         model, experts = self.model(), self.experts
-        params = vit.init(model, key)
+        drawn = self._start(model, trained, key)
         if experts == 1:
-            return params
+            return Params(drawn, {})
         dense = model.clone(router=None, config=self.model_settings.one_expert())
         if self.settings.init == "independent":
-            copies = jax.vmap(lambda key: vit.init(dense, key))(jax.random.split(key, experts))
+            copies = jax.vmap(lambda key: self._start(dense, trained, key))(jax.random.split(key, experts))
         else:
-            copies = jax.tree.map(lambda x: jnp.broadcast_to(x, (experts, *x.shape)), vit.init(dense, key))
-        if self.has_whole_models:
-            return copies
-        return trees.stack(params, copies, trees.owned(self.settings, self.trains_adapters_only))
+            start = self._start(dense, trained, key)
+            copies = jax.tree.map(lambda x: jnp.broadcast_to(x, (experts, *x.shape)), start)
+        return params.divide(drawn, copies, self.settings, self.trains_adapters_only)
 
-    def shapes(self) -> Tree:
+    @staticmethod
+    def _start(model: vit.ViT, trained: Tree | None, key: jax.Array) -> Tree:
+        drawn = vit.init(model, key)
+        return drawn if trained is None else vit.fill(drawn, trained)
+
+    def shapes(self) -> Params:
         """Returns the parameters as `jax.ShapeDtypeStruct`; nothing is allocated."""
         return jax.eval_shape(lambda: self.init(jax.random.key(0)))
 
     def count_parameters(self) -> tuple[int, int]:
         """Returns (active, total): what one token passes through, a router included, and all experts together."""
-        params = self.shapes()
-        trunk, experts = trees.split(params, trees.stacked(params))
-        own = cost.tree_size(experts) / self.experts
-        return cost.tree_size(trunk) + round(self.active_experts * own), cost.tree_size(params)
+        trunk, experts = map(cost.tree_size, self.shapes())
+        return trunk + round(self.active_experts * experts / self.experts), trunk + experts
 
     def draw(self, root: jax.Array, step: jax.Array) -> tuple[Route, ...]:
         """Returns the route of each pass of a step; () if nothing is drawn."""
@@ -138,11 +136,11 @@ class Routing:
         return route, (route + shift) % self.experts
 
     def take(self, experts: Tree, routes: tuple[Route, ...]) -> Tree:
-        """Returns what a step runs and updates of a tree of stacked leaves (weights or moments): everything here."""
+        """Returns the R experts that a step runs and updates, of their weights or moments: all of them here."""
         return experts
 
     def put(self, experts: Tree, taken: Tree, routes: tuple[Route, ...]) -> Tree:
-        """Returns the stacked leaves with what `take` returned replaced by `taken`. Nothing else is written."""
+        """Returns the experts with what `take` returned replaced by `taken`. Nothing else is written."""
         return taken
 
     def slot_of_expert(self, routes: tuple[Route, ...]) -> jax.Array:
@@ -151,28 +149,28 @@ class Routing:
         return jnp.arange(self.slots)
 
     def logits(
-        self, model: vit.ViT, params: Tree, images_bHWc: jax.Array, key_b: jax.Array | None, at: Pass
+        self, model: vit.ViT, given: Params, images_bHWc: jax.Array, key_b: jax.Array | None, at: Pass
     ) -> tuple[jax.Array, Statistics | None]:
         """Returns (logits_bC of a pass, statistics of a learned router or None).
 
         Args:
             model: as `model`.
-            params: the trunk and what `take` returned; on the expert axis, the share of this device.
+            given: the trunk and what `take` returned; on the expert axis, the share of this device.
             images_bHWc: augmented images, in `slots` equal parts in the order of `slot_of_expert`.
             key_b: one dropout key per image; None without dropout.
             at: the pass.
         """
-        return vit.logits(model, params, images_bHWc, key_b), None
+        return vit.logits(model, given.trunk, images_bHWc, key_b), None
 
     @property
     def needs_keys(self) -> bool:
         """True if `logits` needs `key_b`."""
         return self.model_settings.drops
 
-    def adjust(self, params: Tree, statistics: Statistics | None) -> Tree:
+    def adjust(self, given: Params, statistics: Statistics | None) -> Params:
         """Returns the parameters after what a router changes in them by itself, from the statistics of the global
         batch."""
-        return params
+        return given
 
     def loss(self, statistics: Statistics | None) -> jax.Array:
         """Returns what is added to the loss, of the statistics of the global batch."""

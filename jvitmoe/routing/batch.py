@@ -3,16 +3,17 @@
 import jax
 import jax.numpy as jnp
 
-from jvitmoe.experts import trees
+from jvitmoe.experts import params
+from jvitmoe.experts.params import Params, Tree
 from jvitmoe.models import vit
 from jvitmoe.models.routers import Statistics
-from jvitmoe.routing.base import Pass, Route, Routing, Tree
+from jvitmoe.routing.base import Pass, Route, Routing
 from jvitmoe.runtime.addresses import Purpose, address
 
 
 class Batch(Routing):
     """A step draws one expert for all layers and all images (the original of this project). It takes this expert, a
-    dense model, out of the stacked tree, trains it, and puts it back: idle experts, their moments and their step counts
+    dense model with the trunk, trains it, and puts it back: idle experts, their moments and their step counts
     keep their bits. A second pass runs a second expert.
 
     A route is int32 [1], uniform.
@@ -27,30 +28,25 @@ class Batch(Routing):
         return self.distinct(root, step, route, self.draws)
 
     def take(self, experts: Tree, routes: tuple[Route, ...]) -> Tree:
-        """Returns the dense leaves [L, ...] of the expert that runs; of two, [L, 2, ...]."""
-        taken = [trees.take(experts, self.expert(route), self.axis) for route in routes]
-        if len(taken) == 1:
-            return taken[0]
-        return jax.tree.map(lambda *leaves: jnp.stack(leaves, self.axis), *taken)
+        """Returns the expert of each pass."""
+        taken = [params.take(experts, self.of_layers(route)) for route in routes]
+        return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *taken)
 
     def put(self, experts: Tree, taken: Tree, routes: tuple[Route, ...]) -> Tree:
-        if len(routes) == 1:
-            return trees.put(experts, taken, self.expert(routes[0]), self.axis)
         for number, route in enumerate(routes):
-            experts = trees.put(experts, trees.take(taken, number, self.axis), self.expert(route), self.axis)
+            part = jax.tree.map(lambda leaf, n=number: leaf[n : n + 1], taken)
+            experts = params.put(experts, part, self.of_layers(route))
         return experts
 
     def logits(
-        self, model: vit.ViT, params: Tree, images_bHWc: jax.Array, key_b: jax.Array | None, at: Pass
+        self, model: vit.ViT, given: Params, images_bHWc: jax.Array, key_b: jax.Array | None, at: Pass
     ) -> tuple[jax.Array, Statistics | None]:
-        if self.passes > 1:
-            trunk, experts = trees.split(params, trees.stacked(params))
-            params = trees.join(trunk, trees.take(experts, at.number, self.axis))
-        return vit.logits(model, params, images_bHWc, key_b), None
+        tree = params.join(given.trunk, params.one(given.experts, at.number))
+        return vit.logits(model, tree, images_bHWc, key_b), None
 
-    def expert(self, route: Route) -> Route:
-        """Returns the index that `trees.take` reads: a scalar for all layers."""
-        return route[0]
+    def of_layers(self, route: Route) -> Route:
+        """Returns the route that `params.take` reads."""
+        return route
 
 
 class Layer(Batch):
@@ -63,5 +59,5 @@ class Layer(Batch):
     def draws(self) -> int:  # type: ignore[override]
         return self.model_settings.depth
 
-    def expert(self, route: Route) -> Route:
-        return route
+    def of_layers(self, route: Route) -> Route:
+        return route[jnp.array(self.layers_with_experts)]

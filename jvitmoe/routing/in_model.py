@@ -8,10 +8,10 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from jvitmoe.config import Config
-from jvitmoe.experts import trees
+from jvitmoe.experts.params import Params, join_all
 from jvitmoe.models import routers, vit
 from jvitmoe.models.routers import SELECTION_BIAS, RouterSettings, Statistics
-from jvitmoe.routing.base import Pass, Routing, Tree
+from jvitmoe.routing.base import Pass, Routing
 
 
 class InModel(Routing):
@@ -50,16 +50,16 @@ class InModel(Routing):
         return super().model(mesh).clone(router=self.router_settings)
 
     def logits(
-        self, model: vit.ViT, params: Tree, images_bHWc: jax.Array, key_b: jax.Array | None, at: Pass
+        self, model: vit.ViT, given: Params, images_bHWc: jax.Array, key_b: jax.Array | None, at: Pass
     ) -> tuple[jax.Array, Statistics | None]:
-        return vit.logits_and_statistics(model, params, images_bHWc, key_b)
+        return vit.logits_and_statistics(model, join_all(given), images_bHWc, key_b)
 
-    def adjust(self, params: Tree, statistics: Statistics | None) -> Tree:
+    def adjust(self, given: Params, statistics: Statistics | None) -> Params:
         """Moves the bias of each trained expert by `routing.balance_bias`, up below the mean load and down above
         (DeepSeek-V3, arXiv 2412.19437, section 2.1.2; arXiv 2408.15664)."""
         step = self.settings.balance_bias
         if not step:
-            return params
+            return given
         assert statistics is not None
         layers = jnp.array(self.layers_with_experts)
         is_trained_X1 = (layers >= self._frozen_layers)[:, None]
@@ -69,9 +69,9 @@ class InModel(Routing):
         def move(path: Sequence[Any], leaf: jax.Array) -> jax.Array:
             if path[-1].key != SELECTION_BIAS:
                 return leaf
-            return leaf + step * jnp.sign(1 / self.experts - trees.of_group(path, load_LE, leaf.shape[0]))
+            return leaf + step * jnp.sign(1 / self.experts - vit.of_group(path, load_LE, leaf.shape[0]))
 
-        return jax.tree.map_with_path(move, params)
+        return given._replace(trunk=jax.tree.map_with_path(move, given.trunk))
 
     def loss(self, statistics: Statistics | None) -> jax.Array:
         assert statistics is not None

@@ -3,10 +3,10 @@
 import jax
 import jax.numpy as jnp
 
-from jvitmoe.experts import trees
+from jvitmoe.experts.params import Params, Tree, join, one
 from jvitmoe.models import vit
 from jvitmoe.models.routers import Statistics
-from jvitmoe.routing.base import Pass, Route, Routing, Tree
+from jvitmoe.routing.base import Pass, Route, Routing
 from jvitmoe.runtime.addresses import Purpose, address
 
 
@@ -36,18 +36,19 @@ class Sample(Routing):
         return jnp.argsort(routes[0])
 
     def logits(
-        self, model: vit.ViT, params: Tree, images_bHWc: jax.Array, key_b: jax.Array | None, at: Pass
+        self, model: vit.ViT, given: Params, images_bHWc: jax.Array, key_b: jax.Array | None, at: Pass
     ) -> tuple[jax.Array, Statistics | None]:
         """Part e of the images meets expert e; in a second pass, the expert that the second route gives to the part."""
-        stacked = trees.stacked(params)
-        trunk, experts = trees.split(params, stacked)
-        here = jax.tree.leaves(experts)[0].shape[self.axis]  # e: experts of this device
+        trunk, experts = given
+        here = len(jax.tree.leaves(experts)[0])  # e: experts of this device
         if here == 1:
-            return vit.logits(model, trees.join(trunk, trees.take(experts, 0, self.axis)), images_bHWc, key_b), None
+            return vit.logits(model, join(trunk, one(experts)), images_bHWc, key_b), None
         if at.number:
             expert_of_part_E = at.routes[at.number][self.slot_of_expert(at.routes)]
-            experts = jax.tree.map(lambda leaf: jnp.take(leaf, expert_of_part_E, self.axis), experts)
-        params, axes = trees.join(trunk, experts), jax.tree.map(lambda x: self.axis if x else None, stacked)
+            experts = jax.tree.map(lambda leaf: leaf[expert_of_part_E], experts)
+
+        def run(expert: Tree, images_bHWc: jax.Array, key_b: jax.Array | None) -> jax.Array:
+            return vit.logits(model, join(trunk, expert), images_bHWc, key_b)
+
         images_ebHWc, key_eb = jax.tree.map(lambda x: x.reshape(here, -1, *x.shape[1:]), (images_bHWc, key_b))
-        run = jax.vmap(lambda *arguments: vit.logits(model, *arguments), (axes, 0, 0))
-        return run(params, images_ebHWc, key_eb).reshape(len(images_bHWc), -1), None
+        return jax.vmap(run)(experts, images_ebHWc, key_eb).reshape(len(images_bHWc), -1), None

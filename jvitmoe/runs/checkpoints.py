@@ -50,7 +50,7 @@ class Saved(NamedTuple):
 
     step: int
     meta: Meta
-    params: Any
+    params: Any  # those of `experts.params.Params`
     ema: Any
 
 
@@ -184,7 +184,7 @@ class Checkpoints:
         """Returns the JSON of a checkpoint. Raises errors of any type where it is damaged."""
         sizes = files.sizes_below(self.directory / str(step))  # raises for what Orbax might wait for
         meta = json.loads(files.read_bytes(self.directory / str(step) / META) or b"")
-        if "fingerprints" not in meta:
+        if not any(leaf.startswith(("params.trunk.", "params.experts.")) for leaf in meta.get("fingerprints", ())):
             raise ValueError("it was written by another version of jvitmoe; train again")
         if meta.pop("checksum", None) != files.checksum(meta):
             raise ValueError("its meta does not match its checksum")

@@ -3,6 +3,7 @@
 L layers
 """
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -15,8 +16,8 @@ from optax.contrib import MuonDimensionNumbers, scale_by_muon
 
 from jvitmoe.config import Config, OptimConfig
 from jvitmoe.errors import ConfigError, did_you_mean
-from jvitmoe.experts import trees
-from jvitmoe.models import mlp
+from jvitmoe.experts.params import TUNED, Params, each, one
+from jvitmoe.models import mlp, vit
 from jvitmoe.routing import Routing
 
 # Matrices; AdamW does not decay biases, norms, positions and CLS.
@@ -107,15 +108,12 @@ OPTIMIZERS: dict[str, Callable[[OptimConfig], optax.GradientTransformation]] = {
 def per_layer(tx: optax.GradientTransformation) -> optax.GradientTransformation:
     """Returns tx with every layer's array as a leaf of its own, also where the model stacks layers in [L, ...].
 
-    LAMB's norms are then those of one layer. Adam does not need it. Experts reach tx without their
-    layer axis, because they have one optimiser state per layer.
+    LAMB's norms are then those of one layer. Adam does not need it. The MLPs of experts ("mlp", not "blocks") reach tx
+    without their layer axis, because they have one optimiser state per layer.
     """
 
-    def stacks_layers(path: Sequence[Any], leaf: jax.Array) -> bool:
-        return path[0].key == "blocks" and leaf.ndim >= trees.DENSE_RANK.get(path[-1].key, 0)
-
     def labels(params: Any) -> Any:
-        return jax.tree.map_with_path(lambda path, x: "layers" if stacks_layers(path, x) else "whole", params)
+        return jax.tree.map_with_path(lambda path, _: "layers" if path[0].key == "blocks" else "whole", params)
 
     def init(params: Any) -> Any:
         return jax.vmap(tx.init)(params) if jax.tree.leaves(params) else tx.init(params)
@@ -147,6 +145,7 @@ class Optimizer:
     def __init__(self, config: Config, routing: Routing) -> None:
         self.settings, self._epochs, self._experts = config.optim, config.train.epochs, routing.experts
         self._depth, self._pool = config.model.depth, config.model.pool
+        self._expert_layers = np.array(routing.layers_with_experts)
         # No expert is an MLP if the model is dense, or if each expert is a whole model.
         self._mlps_are_trunk = routing.experts == 1 or routing.settings.part == "model"
         self._has_shared_expert = config.model.shared_hidden > 0
@@ -154,9 +153,9 @@ class Optimizer:
         if fixed := routing.untrained:
             self._rules.append(lambda path: any(entry.key == fixed for entry in path))
         if config.trains_adapters_only:
-            self._rules.append(lambda path: path[0].key != "head" and path[-1].key not in trees.TUNED)
+            self._rules.append(lambda path: path[0].key != "head" and path[-1].key not in TUNED)
         if frozen := config.optim.freeze_layers:
-            blocks = () if frozen == self._depth else ("blocks",)
+            blocks = () if frozen == self._depth else ("blocks", "mlp")
             self._rules.append(lambda path: path[0].key not in (*AFTER_BLOCKS, *blocks))
         self.tx = find(config.optim)
         if self._rules:
@@ -194,31 +193,47 @@ class Optimizer:
         optim, has_mlps = self.settings, self._mlps_are_trunk or self._has_shared_expert
         return optim.layer_decay < 1 or optim.freeze_layers > 0 or (has_mlps and optim.mlp_rate != 1)
 
-    def scales(self, params: Any) -> Any:
-        """Returns what multiplies the learning rate of each parameter: float32 [L, 1, ...] in blocks, else scalars.
+    def scales(self, params: Params) -> Params:
+        """Returns what multiplies the learning rate of each parameter, of the experts those of one: float32 [L, 1, ...]
+        in blocks, else scalars.
 
         It is optim.layer_decay ** (L + 1 - n), where n is timm's layer (`param_groups_layer_decay`; BEiT, arXiv
         2106.08254): 0 for patches, positions, CLS and registers, l + 1 for block l, L + 1 for the head. The final norm
         has L, as has the last block; after a mean of tokens timm calls it fc_norm, and it has L + 1. Frozen layers have
         0. The MLPs of a dense model, or of each whole model, and shared experts have optim.mlp_rate times as much;
-        other experts get theirs from `Routing.rate`. `params` may be shapes; of whole models the scales are those of
-        one.
+        other experts get theirs from `Routing.rate`. `params` may be shapes.
         """
-        params, depth, optim = trees.one(params), self._depth, self.settings
+        depth, optim = self._depth, self.settings
         is_fc_norm = self._pool in ("mean", "cls_mean")
-        layers = {"blocks": 1 + np.arange(depth), "norm": depth + is_fc_norm, "pool": depth + 1, "head": depth + 1}
+        layers = {"norm": depth + is_fc_norm, "pool": depth + 1, "head": depth + 1}
 
         def scale(path: Sequence[Any], leaf: jax.Array) -> np.ndarray:
-            layer, is_trained = np.asarray(layers.get(path[0].key, 0)), self._trained_layers(path, leaf)
-            if layer.ndim:
-                layer = trees.of_group(path, layer, leaf.shape[0]).reshape(is_trained.shape)
+            layer = np.asarray(layers.get(path[0].key, 0))
+            if (in_blocks := self._layers(path, leaf)) is not None:
+                layer = 1 + in_blocks
             is_mlp = self._mlps_are_trunk and any(entry.key == "mlp" for entry in path)
             rate = optim.mlp_rate if is_mlp or path[-1].key in mlp.SHARED else 1.0
-            return np.asarray(rate * optim.layer_decay ** (depth + 1.0 - layer) * is_trained, np.float32)
+            return np.asarray(
+                rate * optim.layer_decay ** (depth + 1.0 - layer) * self._trained_layers(path, leaf), np.float32
+            )
 
-        return jax.tree.map_with_path(scale, params)
+        return Params(*(jax.tree.map_with_path(scale, tree) for tree in self._of_one(params)))
 
-    def groups(self, params: Any) -> list[str]:
+    def _of_one(self, params: Params) -> Params:
+        """Returns the shapes of the trunk and of one expert."""
+        return jax.eval_shape(lambda tree: Params(tree.trunk, one(tree.experts)), params)
+
+    def _layers(self, path: Sequence[Any], leaf: Any) -> np.ndarray | None:
+        """Returns which layers a leaf of the trunk or of one expert has, [L, 1, ...] to broadcast to it; None outside
+        blocks."""
+        if path[0].key not in ("blocks", "mlp"):
+            return None
+        layers = self._expert_layers  # the layers of {"mlp": ...}, what experts own
+        if path[0].key == "blocks":
+            layers = vit.of_group(path, np.arange(self._depth), leaf.shape[0])
+        return layers.reshape(-1, *[1] * (leaf.ndim - 1))
+
+    def groups(self, params: Params) -> list[str]:
         """Returns one line for each group of parameters with the same optimiser and weight decay, and one for those
         that are not trained. `params` may be shapes.
 
@@ -228,17 +243,18 @@ class Optimizer:
         optim = self.settings
         found: dict[str, list[tuple[float, int, int]]] = {}  # of each array: learning rate, arrays, parameters
 
-        def add(path: Sequence[Any], leaf: Any, scales: np.ndarray, is_stacked: bool) -> None:
+        def add(copies: int, path: Sequence[Any], leaf: Any, scales: np.ndarray) -> None:
             name = "adamw" if optim.name == "muon" and not is_matrix(path) else optim.name
             decayed = optim.weight_decay and (name == "adam" or path[-1].key in DECAYED)
             name += f", weight decay {optim.weight_decay:g}" if decayed else ", no weight decay"
-            rate = optim.learning_rate * (optim.mlp_rate if is_stacked and not self._mlps_are_trunk else 1.0)
+            rate = optim.learning_rate * (optim.mlp_rate if copies > 1 and not self._mlps_are_trunk else 1.0)
             for scale in scales.flat:
                 stays = scale == 0 or self.is_frozen(path)
-                count = self._experts if is_stacked else 1, leaf.size // scales.size
+                count = copies, copies * leaf.size // scales.size
                 found.setdefault("not trained" if stays else name, []).append((rate * scale, *count))
 
-        jax.tree.map_with_path(add, params, self.scales(params), trees.stacked(params))
+        for copies, tree, scales in zip((1, self._experts), self._of_one(params), self.scales(params), strict=True):
+            jax.tree.map_with_path(functools.partial(add, copies), tree, scales)
         lines = []
         for name, members in found.items():
             rates, arrays, sizes = zip(*members, strict=True)
@@ -257,20 +273,15 @@ class Optimizer:
         return any(rule(path) for rule in self._rules)
 
     def _trained_layers(self, path: Sequence[Any], leaf: Any) -> np.ndarray:
-        """Returns which parts of a leaf optim.freeze_layers leaves trained, to broadcast to the leaf: bool [L, 1, ...]
-        in blocks, else True."""
-        if path[0].key != "blocks":
-            return np.array(True)
-        trained_L = np.arange(self._depth) >= self.settings.freeze_layers
-        return trees.of_group(path, trained_L, leaf.shape[0]).reshape(-1, *[1] * (leaf.ndim - 1))
+        """Returns which parts of a leaf optim.freeze_layers leaves trained, as `_layers`, else True."""
+        layers = self._layers(path, leaf)
+        return np.array(True) if layers is None else layers >= self.settings.freeze_layers
 
-    def stop_frozen(self, params: Any) -> Any:
+    def stop_frozen(self, params: Params) -> Params:
         """Returns the parameters, with no gradient for those that are not trained: they cost none and count in no
         norm."""
         if not self._rules:
             return params
-        if trees.is_whole(params):
-            return jax.vmap(self.stop_frozen)(params)
 
         def stop(path: Sequence[Any], leaf: jax.Array) -> jax.Array:
             if self.is_frozen(path):
@@ -278,13 +289,15 @@ class Optimizer:
             trained = self._trained_layers(path, leaf)
             return leaf if trained.all() else jnp.where(trained, leaf, jax.lax.stop_gradient(leaf))
 
-        return jax.tree.map_with_path(stop, params)
+        in_tree = functools.partial(jax.tree.map_with_path, stop)
+        return Params(in_tree(params.trunk), each(in_tree, params.experts))
 
-    def count_trained(self, params: Any) -> int:
+    def count_trained(self, params: Params) -> int:
         """Returns the number of parameters that training may change, all experts together. `params` may be shapes."""
-        total, copies = 0, self._experts if trees.is_whole(params) else 1
-        for path, leaf in jax.tree.leaves_with_path(trees.one(params)):
-            if not self.is_frozen(path):
-                trained = self._trained_layers(path, leaf)
-                total += copies * leaf.size // trained.size * int(trained.sum())
+        total = 0
+        for copies, tree in zip((1, self._experts), self._of_one(params), strict=True):
+            for path, leaf in jax.tree.leaves_with_path(tree):
+                if not self.is_frozen(path):
+                    trained = self._trained_layers(path, leaf)
+                    total += copies * leaf.size // trained.size * int(trained.sum())
         return total

@@ -19,7 +19,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jvitmoe.config import DataConfig, TrainConfig
 from jvitmoe.data.batches import TrainOrder
-from jvitmoe.experts import merge, trees
+from jvitmoe.experts import merge
+from jvitmoe.experts.params import Params, each
 from jvitmoe.models import vit
 from jvitmoe.routing import Routing
 from jvitmoe.routing.base import Route
@@ -65,39 +66,33 @@ class Plan:
 
 class OptState(NamedTuple):
     trunk: Any  # state of the parameters that every step updates
-    experts: Any  # leaves [L, E, ...] (one path: [L, ...]), of whole models [E, ...]; None in a dense model
+    experts: Any  # that of each expert, leaves [E, X, ...], of whole models [E, ...]; {} in a dense model
 
 
 class TrainState(NamedTuple):
     step: jax.Array  # int32, updates done
-    params: Any
+    params: Params
     opt_state: OptState
     ema: Any = None  # exponential moving average of the merged tree; None if train.ema is 0
 
 
-def create(params: Any, tx: optax.GradientTransformation, ema: bool = False) -> TrainState:
+def create(params: Params, tx: optax.GradientTransformation, ema: bool = False) -> TrainState:
     """Returns the state of a run at step 0."""
-    marks = trees.stacked(params)
-    trunk, experts = trees.split(params, marks)
-    expert_state = per_expert(tx.init, marks, several=True)(experts) if jax.tree.leaves(experts) else None
+    experts = each(per_expert(tx.init, params.experts), params.experts)
     average = merge.average_experts(params) if ema else None
-    return TrainState(jnp.zeros((), jnp.int32), params, OptState(tx.init(trunk), expert_state), average)
+    return TrainState(jnp.zeros((), jnp.int32), params, OptState(tx.init(params.trunk), experts), average)
 
 
-def per_expert(function: Callable[..., Any], marks: Any, several: bool) -> Callable[..., Any]:
-    """Returns a function of the experts' trees that calls `function` for each expert alone, and in each layer, if
-    experts are MLPs. `marks` are `trees.stacked` of all parameters; without `several` the trees have one expert."""
-    whole = all(jax.tree.leaves(marks))
-    for _ in range(several + (not whole)):
-        function = jax.vmap(function)
-    return function
+def per_expert(function: Callable[..., Any], experts: Any) -> Callable[..., Any]:
+    """Returns a function of one expert's trees that calls `function` for each layer alone, if experts are MLPs."""
+    return jax.vmap(function) if "mlp" in experts else function
 
 
 def take(routing: Routing, state: TrainState, routes: tuple[Route, ...]) -> TrainState:
     """Returns what a step runs and updates: parameters, moments and counts of the experts that run."""
-    trunk, experts = trees.split(state.params, trees.stacked(state.params))
-    opt_state = OptState(state.opt_state.trunk, routing.take(state.opt_state.experts, routes))
-    return state._replace(params=trees.join(trunk, routing.take(experts, routes)), opt_state=opt_state)
+    params = state.params._replace(experts=routing.take(state.params.experts, routes))
+    opt_state = state.opt_state._replace(experts=routing.take(state.opt_state.experts, routes))
+    return state._replace(params=params, opt_state=opt_state)
 
 
 def put(routing: Routing, state: TrainState, active: TrainState, routes: tuple[Route, ...]) -> TrainState:
@@ -105,20 +100,17 @@ def put(routing: Routing, state: TrainState, active: TrainState, routes: tuple[R
 
     Nothing else is written: idle experts, their moments and counts keep their bits.
     """
-    marks = trees.stacked(state.params)
-    _, experts = trees.split(state.params, marks)
-    trunk, parts = trees.split(active.params, marks)
+    experts = routing.put(state.params.experts, active.params.experts, routes)
     expert_state = routing.put(state.opt_state.experts, active.opt_state.experts, routes)
     return active._replace(
-        params=trees.join(trunk, routing.put(experts, parts, routes)),
-        opt_state=OptState(active.opt_state.trunk, expert_state),
+        params=active.params._replace(experts=experts), opt_state=active.opt_state._replace(experts=expert_state)
     )
 
 
 def make_state(plan: Plan, dense: Any = None) -> TrainState:
     """Returns the state at step 0, sharded as `train` says: a pure function of the settings and `dense`.
 
-    With a trained dense tree, the trunk is that of the tree, and the experts are copies of its MLPs: sparse upcycling.
+    With a trained dense tree, trunk and experts start as copies of it: sparse upcycling.
     """
     shardings = jax.tree.map(lambda x: x.sharding, abstract_state(plan))
     return jax.jit(functools.partial(_create, plan), out_shardings=shardings)(dense)
@@ -131,33 +123,31 @@ def abstract_state(plan: Plan) -> TrainState:
     parameters too, over the data axis, each leaf along its longest axis that divides.
     """
     shapes = jax.eval_shape(lambda: _create(plan))
-    marks, shard = trees.stacked(shapes.params), plan.train.shard
 
-    def shard_leaf(x: Any, is_stacked: bool, split: bool) -> jax.ShapeDtypeStruct:
-        spec = leaf_spec(plan.mesh, x.shape, plan.routing.axis if is_stacked else None, split)
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(plan.mesh, spec))
+    def shard(tree: Any, of_experts: bool, split: bool) -> Any:
+        def of_leaf(x: Any) -> jax.ShapeDtypeStruct:
+            where = NamedSharding(plan.mesh, leaf_spec(plan.mesh, x.shape, of_experts, split))
+            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
 
-    def shard_tree(tree: Any, is_stacked: bool, split: bool) -> Any:
-        return jax.tree.map(lambda x: shard_leaf(x, is_stacked, split), tree)
+        return jax.tree.map(of_leaf, tree)
 
-    params = jax.tree.map(lambda x, is_stacked: shard_leaf(x, is_stacked, shard == "parameters"), shapes.params, marks)
+    def shard_both(pair: Any, split: bool) -> Any:
+        return type(pair)(shard(pair.trunk, False, split), shard(pair.experts, True, split))
+
     return TrainState(
-        shard_tree(shapes.step, False, False),
-        params,
-        OptState(
-            shard_tree(shapes.opt_state.trunk, False, shard != "none"),
-            shard_tree(shapes.opt_state.experts, True, shard != "none"),
-        ),
-        shard_tree(shapes.ema, False, shard != "none"),
+        shard(shapes.step, False, False),
+        shard_both(shapes.params, plan.train.shard == "parameters"),
+        shard_both(shapes.opt_state, plan.train.shard != "none"),
+        shard(shapes.ema, False, plan.train.shard != "none"),
     )
 
 
-def leaf_spec(mesh: Mesh, shape: Sequence[int], expert_axis: int | None, split: bool) -> PartitionSpec:
+def leaf_spec(mesh: Mesh, shape: Sequence[int], of_experts: bool, split: bool) -> PartitionSpec:
     """Returns how a leaf of parameters, gradients or optimiser state lies on the mesh; `split`: over the data axis,
     along its longest axis that divides."""
     along: list[str | None] = [None] * len(shape)
-    if expert_axis is not None and mesh.shape[EXPERT] > 1:
-        along[expert_axis] = EXPERT
+    if of_experts and mesh.shape[EXPERT] > 1:
+        along[0] = EXPERT
     free = [n for n in range(len(shape)) if along[n] is None and shape[n] % mesh.shape[DATA] == 0]
     if split and free:
         along[max(free, key=lambda n: shape[n])] = DATA
@@ -167,7 +157,5 @@ def leaf_spec(mesh: Mesh, shape: Sequence[int], expert_axis: int | None, split: 
 
 
 def _create(plan: Plan, dense: Any = None) -> TrainState:
-    params = plan.routing.init(address(plan.root, Purpose.INIT))
-    if dense is not None:
-        params = merge.upcycle(dense, params)
+    params = plan.routing.init(address(plan.root, Purpose.INIT), dense)
     return create(params, plan.optimizer.tx, plan.train.ema > 0)

@@ -19,7 +19,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jvitmoe.data import augment
 from jvitmoe.data.batches import Batch
-from jvitmoe.experts import trees
+from jvitmoe.experts.params import Params
 from jvitmoe.models.routers import Statistics
 from jvitmoe.routing import Pass
 from jvitmoe.routing.base import Route
@@ -88,7 +88,7 @@ def train_step(plan: Plan, before: TrainState, batch: Batch) -> tuple[TrainState
     inputs = Inputs(batch, step, routes)
     loss, accuracy, statistics, grads = gradients(plan, active.params, inputs)
     norm = gradient_norm(plan, grads)
-    active = update(plan, active, trees.stacked(before.params), grads, norm)
+    active = update(plan, active, grads, norm)
     params = gather_slices(plan, before.params, routing.adjust(active.params, statistics))
     active = active._replace(params=params)
     after = finish(plan, put(routing, before, active, routes))
@@ -109,7 +109,7 @@ class Gradients(NamedTuple):
     loss: jax.Array  # nats
     accuracy: jax.Array
     statistics: Statistics | None  # of a learned router, leaves [X, ...] over the layers with experts
-    grads: Any  # shaped as the parameters
+    grads: Params
 
 
 class Shard(NamedTuple):
@@ -121,42 +121,39 @@ class Shard(NamedTuple):
     index_b: jax.Array  # of each image in the global batch
 
 
-def gradients(plan: Plan, params: Any, inputs: Inputs) -> Gradients:
+def gradients(plan: Plan, params: Params, inputs: Inputs) -> Gradients:
     """Returns `local_gradients` of all devices as whole arrays; the arguments are whole arrays too."""
-    marks = on_expert_axis(plan, params)
-    spec = jax.tree.map(lambda x, leaf: leaf_spec(plan.mesh, x.shape, axis_of(plan, leaf), False), params, marks)
     whole, rows = cast(Any, REPLICATED), cast(Any, BY_DEVICE)
-    found = gradient_specs(plan, params, marks)
+    by_expert = PartitionSpec(EXPERT) if plan.expert_devices > 1 else REPLICATED
+    found = gradient_specs(plan, params)
     return jax.shard_map(
         functools.partial(local_gradients, plan, found),
         mesh=plan.mesh,
-        in_specs=(spec, Inputs(rows, whole, whole)),
+        in_specs=(Params(REPLICATED, by_expert), Inputs(rows, whole, whole)),
         out_specs=Gradients(whole, whole, whole, found),
     )(params, inputs)
 
 
-def gradient_specs(plan: Plan, params: Any, marks: Any) -> Any:
+def gradient_specs(plan: Plan, params: Params) -> Any:
     """Returns how the gradients of whole parameters lie on the mesh. With `train.shard` each device gets the part that
     its moments need: half of the bytes of an all-reduce. Muon needs whole matrices."""
 
-    def spec(path: Sequence[Any], leaf: jax.Array, is_stacked: bool) -> PartitionSpec:
+    def spec(of_experts: bool, path: Sequence[Any], leaf: jax.Array) -> PartitionSpec:
         split = plan.train.shard != "none" and not plan.optimizer.multiplies_whole(path)
-        return leaf_spec(plan.mesh, leaf.shape, axis_of(plan, is_stacked), split)
+        return leaf_spec(plan.mesh, leaf.shape, of_experts, split)
 
-    return jax.tree.map_with_path(spec, params, marks)
-
-
-def axis_of(plan: Plan, is_stacked: bool) -> int | None:
-    return plan.routing.axis if is_stacked else None
+    parts = (params.trunk, False), (params.experts, True)
+    return Params(*(jax.tree.map_with_path(functools.partial(spec, of), part) for part, of in parts))
 
 
-def local_gradients(plan: Plan, specs: Any, params: Any, inputs: Inputs) -> Gradients:
+def local_gradients(plan: Plan, specs: Any, params: Params, inputs: Inputs) -> Gradients:
     """Returns the gradients of the global batch for the parameters that this device holds, split as `specs` say; the
     batch holds the rows of this device."""
     shard = images_of_device(plan, inputs)
     # Each device differentiates its own copy, so gradients are reduced once, at the end, and not where a parameter
     # first meets the images: inside the scan over layers, and the CLS token once per image.
-    axes = jax.tree.map(lambda leaf: (DATA,) if leaf else AXES, on_expert_axis(plan, params))
+    of_experts = (DATA,) if plan.expert_devices > 1 else AXES
+    axes = Params(jax.tree.map(lambda _: AXES, params.trunk), jax.tree.map(lambda _: of_experts, params.experts))
     own = jax.tree.map(lambda x, over: jax.lax.pcast(x, over, to="varying"), params, axes)
 
     def differentiate(part: Shard) -> Any:
@@ -175,11 +172,6 @@ def reduce(grad: jax.Array, axes: tuple[str, ...], spec: PartitionSpec) -> jax.A
         return jax.lax.psum(grad, axes)
     part = jax.lax.psum_scatter(grad, DATA, scatter_dimension=list(spec).index(DATA), tiled=True)
     return jax.lax.psum(part, tuple(axis for axis in axes if axis != DATA))
-
-
-def on_expert_axis(plan: Plan, params: Any) -> Any:
-    """Returns the tree of bools that marks the leaves split over the devices of the expert axis."""
-    return jax.tree.map(lambda is_stacked: is_stacked and plan.expert_devices > 1, trees.stacked(params))
 
 
 def images_of_device(plan: Plan, inputs: Inputs) -> Shard:
@@ -242,7 +234,7 @@ def accumulate(plan: Plan, differentiate: Callable[[Shard], Any], shard: Shard) 
 
 
 def loss_and_metrics(
-    params: Any, plan: Plan, shard: Shard, inputs: Inputs
+    params: Params, plan: Plan, shard: Shard, inputs: Inputs
 ) -> tuple[jax.Array, tuple[jax.Array, Statistics | None]]:
     """Returns (loss, (accuracy, statistics of a learned router)), each a mean over the shards of all devices."""
     params, routing = plan.optimizer.stop_frozen(params), plan.routing

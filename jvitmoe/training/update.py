@@ -14,38 +14,37 @@ import optax
 from jax.sharding import NamedSharding
 
 from jvitmoe.config import LARGEST
-from jvitmoe.experts import merge, trees
+from jvitmoe.experts import merge
+from jvitmoe.experts.params import Params, each
 from jvitmoe.runtime.devices import REPLICATED
 from jvitmoe.training.state import OptState, Plan, TrainState, leaf_spec, per_expert
 
 
-def update(plan: Plan, active: TrainState, stacked: Any, grads: Any, norm: jax.Array) -> TrainState:
-    """Returns the active slice after the optimiser's step; `finish` updates its step number and EMA.
-
-    `stacked` marks the leaves that experts own, and `norm` is `gradient_norm` of `grads`.
-    """
+def update(plan: Plan, active: TrainState, grads: Params, norm: jax.Array) -> TrainState:
+    """Returns the active slice after the optimiser's step; `finish` updates its step number and EMA. `norm` is
+    `gradient_norm` of `grads`."""
     optimizer, params = plan.optimizer, active.params
     if optimizer.settings.clip_norm:
         clip = jnp.minimum(1.0, optimizer.settings.clip_norm / norm)
         grads = jax.tree.map(lambda g: g * clip.reshape(-1, *[1] * (g.ndim - 1)) if clip.ndim else g * clip, grads)
     moments = whole_matrices(plan, active.opt_state)
-    direction, opt_state = directions(optimizer.tx, grads, moments, params, stacked, plan.routing.rate(active.step))
+    direction, opt_state = directions(optimizer.tx, grads, moments, params, plan.routing.rate(active.step))
     # Results too: else XLA splits what they are computed from.
-    direction, opt_state = whole_matrices(plan, (direction, opt_state))
+    direction, opt_state = whole_matrices(plan, direction), whole_matrices(plan, opt_state)
     if optimizer.scales_differ:
-        scale = functools.partial(jax.tree.map, operator.mul, optimizer.scales(params))
-        direction = jax.vmap(scale)(direction) if trees.is_whole(params) else scale(direction)
+        trunk, expert = (functools.partial(jax.tree.map, operator.mul, part) for part in optimizer.scales(params))
+        direction = Params(trunk(direction.trunk), each(expert, direction.experts))
     rate = learning_rate(plan, active.step)
     params = jax.tree.map(lambda p, d: p - rate * d, params, direction)
     return active._replace(params=params, opt_state=opt_state)
 
 
-def gradient_norm(plan: Plan, grads: Any) -> jax.Array:
+def gradient_norm(plan: Plan, grads: Params) -> jax.Array:
     """Returns the global norm of the gradients; [E], that of each, if a step trains E whole models apart."""
     return jax.vmap(optax.tree.norm)(grads) if plan.routing.trained_apart > 1 else optax.tree.norm(grads)
 
 
-def gather_slices(plan: Plan, whole: Any, taken: Any) -> Any:
+def gather_slices(plan: Plan, whole: Params, taken: Params) -> Params:
     """Returns the parameters that ran, slices of experts among them laid out as `whole` is: with train.shard=optimizer
     XLA would put split slices back, and then gather all experts."""
 
@@ -54,23 +53,25 @@ def gather_slices(plan: Plan, whole: Any, taken: Any) -> Any:
             return leaf
         return jax.lax.with_sharding_constraint(leaf, NamedSharding(plan.mesh, REPLICATED))
 
-    return jax.tree.map(lay_out, whole, taken) if plan.train.shard == "optimizer" else taken
+    if plan.train.shard != "optimizer":
+        return taken
+    return taken._replace(experts=jax.tree.map(lay_out, whole.experts, taken.experts))
 
 
-def whole_matrices(plan: Plan, tree: Any) -> Any:
+def whole_matrices(plan: Plan, pair: Any) -> Any:
     """Returns moments or directions with each matrix that `train.shard` splits gathered, if the optimiser multiplies
     it: XLA would exchange it in every one of Muon's products."""
     if plan.train.shard == "none":
-        return tree
+        return pair
 
-    def gather(path: Sequence[Any], leaf: jax.Array) -> jax.Array:
+    def gather(of_experts: bool, path: Sequence[Any], leaf: jax.Array) -> jax.Array:
         if not plan.optimizer.multiplies_whole(path):
             return leaf
-        is_stacked = plan.routing.has_whole_models or trees.is_stacked(path, leaf)
-        spec = leaf_spec(plan.mesh, leaf.shape, plan.routing.axis if is_stacked else None, False)
+        spec = leaf_spec(plan.mesh, leaf.shape, of_experts, False)
         return jax.lax.with_sharding_constraint(leaf, NamedSharding(plan.mesh, spec))
 
-    return jax.tree.map_with_path(gather, tree)
+    parts = (pair.trunk, False), (pair.experts, True)
+    return type(pair)(*(jax.tree.map_with_path(functools.partial(gather, of), part) for part, of in parts))
 
 
 def finish(plan: Plan, state: TrainState) -> TrainState:
@@ -92,26 +93,20 @@ def learning_rate(plan: Plan, step: jax.Array) -> jax.Array:
 
 def directions(
     tx: optax.GradientTransformation,
-    grads: Any,
+    grads: Params,
     opt_state: OptState,
-    params: Any,
-    stacked: Any,
+    params: Params,
     factor: jax.Array | float = 1.0,
-) -> tuple[Any, OptState]:
-    """Returns (direction, opt_state) of `tx` for the tree that ran: the whole one or what `state.take` selected.
-
-    `stacked` marks the leaves that experts own; their direction is multiplied by `factor`.
-    """
-    grads_trunk, grads_experts = trees.split(grads, stacked)
-    params_trunk, params_experts = trees.split(params, stacked)
-    trunk, trunk_state = tx.update(grads_trunk, opt_state.trunk, params_trunk)
-    if opt_state.experts is None:
-        return trunk, OptState(trunk_state, None)
+) -> tuple[Params, OptState]:
+    """Returns (direction, opt_state) of `tx` for what `state.take` selected. The direction of experts is multiplied by
+    `factor`."""
+    trunk, trunk_state = tx.update(grads.trunk, opt_state.trunk, params.trunk)
+    if not params.experts:
+        return Params(trunk, {}), OptState(trunk_state, {})
     # Each expert has run its own number of steps, with routing.kind=layer in each layer.
-    update_experts = per_expert(tx.update, stacked, several=any(jax.tree.leaves(trees.stacked(params))))
-    experts, expert_state = update_experts(grads_experts, opt_state.experts, params_experts)
-    experts = jax.tree.map(lambda x: x * factor, experts)
-    return trees.join(trunk, experts), OptState(trunk_state, expert_state)
+    update_experts = jax.vmap(per_expert(tx.update, params.experts))
+    experts, expert_state = update_experts(grads.experts, opt_state.experts, params.experts)
+    return Params(trunk, jax.tree.map(lambda x: x * factor, experts)), OptState(trunk_state, expert_state)
 
 
 def bytes_reduced(plan: Plan) -> Callable[[int], int]:
@@ -124,10 +119,9 @@ def bytes_reduced(plan: Plan) -> Callable[[int], int]:
     EMA move nothing.
     """
     routing, mesh, is_frozen = plan.routing, plan.mesh, plan.optimizer.is_frozen
-    params = routing.shapes()
     trunk, experts = (
         sum(4 * x.size for path, x in jax.tree.leaves_with_path(part) if not is_frozen(path))
-        for part in trees.split(params, trees.stacked(params))
+        for part in routing.shapes()
     )
     one = experts // routing.experts
     if routing.slots == 1 or 1 == plan.expert_devices < mesh.size:

@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 from jvitmoe import routing
 from jvitmoe.experts import merge
+from jvitmoe.experts.params import Params, join_all
 from jvitmoe.models import vit
 from jvitmoe.models.layers import Site
 from jvitmoe.models.mlp import Mlp, RoutedMlp
@@ -480,7 +481,7 @@ def test_random_tokens_are_dealt_anew_for_every_image_layer_and_step(tiny_config
         _, found = plan.model.apply({"params": params}, jnp.zeros((8, 8, 8, 1)), key_B, mutable=["intermediates"])
         return found["intermediates"]["blocks"]["mlp"]["router"]["tokens"][0]
 
-    params = drawn(plan.routing.shapes())
+    params = join_all(drawn(plan.routing.shapes()))
     token_SLEBQ = np.stack([np.sort(dealt_in(step, params)) for step in range(3)])
     chex.assert_shape(token_SLEBQ, (3, 2, 4, 8, 5))
     assert len({x.tobytes() for x in token_SLEBQ.swapaxes(2, 3).reshape(-1, 4, 5)}) == 3 * 2 * 8
@@ -520,7 +521,7 @@ def test_a_shared_expert_adds_what_every_token_gets_and_experts_have_a_width_of_
     model = {"expert_hidden": 3, "shared_hidden": 5}
     way = routing.find(tiny_config(model=model, routing={"experts": EXPERTS, "kind": "topk"}))
     params = drawn(way.shapes())
-    block = jax.tree.map(lambda leaf: leaf[0], params["blocks"]["mlp"])
+    block = jax.tree.map(lambda leaf: leaf[0], join_all(params)["blocks"]["mlp"])
     assert (block["up"].shape, block["shared_up"].shape) == ((EXPERTS, 8, 3), (8, 5))
     x_BTD = drawn(jax.ShapeDtypeStruct((BATCH, TOKENS, 8), jnp.float32), 1)
     names = {name: block[name] for name in (*MLP, "router")}
@@ -531,8 +532,10 @@ def test_a_shared_expert_adds_what_every_token_gets_and_experts_have_a_width_of_
     np.testing.assert_allclose(both_BTD, wanted_BTD, rtol=1e-4, atol=1e-5)
 
     equal, dense = equal_experts(block)
-    mlps = jax.tree.map(lambda x: x[None], equal)
-    folded = merge.average_experts(params | {"blocks": params["blocks"] | {"mlp": mlps}})
+    experts = {name: equal[name][:, None] for name in MLP}
+    rest = {name: jax.tree.map(lambda x: x[None], leaf) for name, leaf in equal.items() if name not in MLP}
+    trunk = params.trunk | {"blocks": params.trunk["blocks"] | {"mlp": rest}}
+    folded = merge.average_experts(Params(trunk, {"mlp": experts}))
     merged = jax.tree.map(lambda leaf: leaf[0], folded["blocks"]["mlp"])
     found_BTD, expert_BTD, shared_BTD = (
         jax.jit(Mlp(width).apply)({"params": weights}, x_BTD, None)

@@ -19,7 +19,8 @@ import pytest
 
 from jvitmoe import routing
 from jvitmoe.config import Config, ModelConfig, RoutingConfig
-from jvitmoe.experts import merge, trees
+from jvitmoe.experts import merge
+from jvitmoe.experts.params import Params
 from jvitmoe.models import layers, mlp, vit
 
 GOLDEN = np.load(Path(__file__).with_name("torch_vit_golden.npz"))  # written by scripts/make_torch_golden.py
@@ -74,9 +75,12 @@ def test_logits_are_those_of_the_original_in_pytorch(variant):
     config = Config(model=ModelConfig(**settings), routing=RoutingConfig(experts=experts))
     prefix = f"{variant}/params/"
     params = nested({name.removeprefix(prefix): GOLDEN[name] for name in GOLDEN.files if name.startswith(prefix)})
-    chex.assert_trees_all_equal_shapes_and_dtypes(params, routing.find(config).shapes())
-    if experts > 1:
-        params = merge.take_path(params, GOLDEN[f"{variant}/route"])
+    given = Params(params, {})
+    if experts > 1:  # there the leaves of experts are [L, E, ...]
+        mlps = jax.tree.map(lambda leaf: leaf.swapaxes(0, 1), params["blocks"].pop("mlp"))
+        given = Params(params | {"blocks": params["blocks"] | {"mlp": {}}}, {"mlp": mlps})
+        params = merge.take_path(given, GOLDEN[f"{variant}/route"])
+    chex.assert_trees_all_equal_shapes_and_dtypes(given, routing.find(config).shapes())
     logits_BC = jitted(vit.ViT(config.model))(params, GOLDEN["images"])
     np.testing.assert_allclose(logits_BC, GOLDEN[f"{variant}/logits"], rtol=0, atol=1e-5)
 
@@ -255,11 +259,15 @@ def test_layers_start_equal_where_asked(pattern):
 
     equal, different = start("shared"), start("independent")
     chex.assert_trees_all_equal_shapes_and_dtypes(equal, different)
-    for leaf_L, other_L in zip(jax.tree.leaves(equal["blocks"]), jax.tree.leaves(different["blocks"]), strict=True):
+    leaves, others = ([*jax.tree.leaves(tree.trunk["blocks"])] for tree in (equal, different))
+    for tree, found in ((equal, leaves), (different, others)):
+        found += [leaf.swapaxes(0, 1) for leaf in jax.tree.leaves(tree.experts)]
+    for leaf_L, other_L in zip(leaves, others, strict=True):
         assert (leaf_L == leaf_L[:1]).all()
         assert (leaf_L[0] == other_L[0]).all()
-    up_LED = vit.in_layers(trees.split(equal, trees.stacked(equal))[1]["blocks"])["mlp"]["up"]
-    assert (up_LED[:, 0] != up_LED[:, 1]).any()  # experts of one layer still differ
-    assert (different["patches"]["kernel"] == equal["patches"]["kernel"]).all()
-    kernel_LD = different["blocks"].get("block0", different["blocks"])["attention"]["query"]["kernel"]
+    up_ELDF = equal.experts["mlp"]["up"]
+    assert (up_ELDF[0] != up_ELDF[1]).any()  # experts of one layer still differ
+    assert (different.trunk["patches"]["kernel"] == equal.trunk["patches"]["kernel"]).all()
+    blocks = different.trunk["blocks"]
+    kernel_LD = blocks.get("block0", blocks)["attention"]["query"]["kernel"]
     assert (kernel_LD[0] != kernel_LD[1]).any()
