@@ -26,8 +26,8 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def config(tmp_path_factory):
-    return tiny(train={"epochs": 2, "batch_size": 256, "log_every": 1})
+def config():
+    return tiny(routing={"experts": 1, "kind": "batch"}, train={"epochs": 2})
 
 
 @pytest.fixture(scope="module")
@@ -37,28 +37,34 @@ def run(config, tmp_path_factory):
         return threads.submit(jvitmoe.train, config, workdir=tmp_path_factory.mktemp("api") / "run").result()
 
 
-def test_a_run_gives_its_config_history_results_classifier_and_report(run, config, capsys, monkeypatch):
+def test_a_run_gives_its_config_history_results_classifier_and_report(run, config, monkeypatch):
     assert run.config == config
     losses = [line["loss"] for line in run.history if line["kind"] == "train"]
     assert len(losses) == run.results["step"] == run.history[-1]["step"]
-    assert run.accuracy() == run.accuracy("merged") == run.results["rows"][0]["accuracy"]
+    assert run.accuracy() == run.accuracy("dense") == run.results["rows"][0]["accuracy"]
     params = run.classifier().params
-    chex.assert_trees_all_equal(jvitmoe.load(run.workdir).params, params)
     chex.assert_trees_all_equal(jvitmoe.load(run.workdir, checkpoint=run.results["step"]).params, params)
-    assert "| run |" in (run.report() / "report.md").read_text()
     monkeypatch.setenv("HOME", str(run.workdir.parent))
-    assert "| run (2) |" in (run.report("~/run") / "report.md").read_text()
+    report = (run.report("~/run", "--help") / "report.md").read_text()  # a name that looks like a flag is a name
+    assert "| run |" in report
+    assert "| run (2) |" in report
     assert images.find(["~/run/config.json", "~/none.png"])[0] == [run.workdir / "config.json"]
-    assert run.evaluate(knn=5)["probes"][0]["probe"] == "5-nn"
-    assert (run.workdir / "samples.png").is_file()
     chex.assert_trees_all_equal(jvitmoe.load(run.export("safetensors", run.workdir / "out")).params, params)
     assert repr(run) == f"Run({str(run.workdir)!r})"
-    with pytest.raises(UserError, match=r"holds no config\.json; give a folder that training wrote"):
-        jvitmoe.Run(run.workdir / "nothing").config  # noqa: B018
-    with pytest.raises(UserError, match="give a folder whose training has ended"):
-        jvitmoe.Run(run.workdir / "nothing").accuracy()
-    with pytest.raises(UserError, match="'dense' was not tested; the models are merged, "):
-        run.accuracy("dense")
+    nothing = jvitmoe.Run(run.workdir / "nothing")
+    for mistake in (lambda: nothing.config, nothing.accuracy, lambda: run.accuracy("merged")):
+        with pytest.raises(UserError):
+            mistake()
+
+
+def test_an_evaluation_takes_the_flags_of_the_command_and_is_refused_as_it_is(run, tmp_path, monkeypatch):
+    for options, named in (({"few_shot": -1}, "--few_shot"), ({"paths": -1}, "--paths"), ({}, "does not exist")):
+        with pytest.raises(UserError, match=named):
+            jvitmoe.Run(tmp_path / "missing").evaluate(**options)
+    given = []
+    monkeypatch.setattr(api.evaluate, "evaluate", lambda *arguments: given.extend(arguments))
+    assert run.evaluate("best", 3, 10, 5, "digits", "there", "here", 2) == run.results
+    assert given == [run.workdir, "best", 3, api.evaluate.Probes(10, 5, "digits", "there"), "here", 2]
 
 
 def test_training_and_loading_log_nothing_below_the_verbosity_of_the_caller_and_keep_it(run, caplog):
@@ -93,11 +99,6 @@ def test_a_second_thread_that_trains_is_refused_in_one_line(config, tmp_path, mo
     assert refused == 2 * ["another thread trains; wait for it, or train in a process of its own"]
 
 
-def test_a_name_that_looks_like_a_flag_is_a_name(run, capsys):
-    run.report("--help")
-    assert "left out    '--help' is no such folder" in capsys.readouterr().out
-
-
 def test_the_compilation_cache_of_the_caller_stays_as_it_was(run, config, monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     name, before, seen = "jax_compilation_cache_dir", jax.config.jax_compilation_cache_dir, []
@@ -125,15 +126,16 @@ def test_verifying_a_run_tells_whether_it_is_sound(run, tmp_path):
     assert not copy.verify()
 
 
-def test_settings_and_experiments_that_cannot_be_are_refused_in_one_line(config, tmp_path):
-    with pytest.raises(UserError, match=r"config\.train\.epochs is 0; it must be greater than 0"):
-        jvitmoe.train(config, workdir=tmp_path / "x", overrides={"train.epochs": 0})
-    with pytest.raises(UserError, match=r"did you mean 'train.epochs'"):
-        jvitmoe.train(config, workdir=tmp_path / "x", overrides={"train.epoch": 0})
+def test_settings_and_experiments_that_cannot_be_are_refused(config, tmp_path):
+    for name, overrides, named in (
+        (config, {"train.epochs": 0}, r"config\.train\.epochs is 0"),
+        (config, {"train.epoch": 0}, r"did you mean 'train\.epochs'"),
+        ("no_such", {}, "no_such"),
+        (tmp_path / "no_such.py", {}, "no_such"),
+    ):
+        with pytest.raises(UserError, match=named):
+            jvitmoe.train(name, workdir=tmp_path / "x", overrides=overrides)
     assert config.train.epochs == 2
-    for name in ("no_such", tmp_path / "no_such.py"):
-        with pytest.raises(UserError, match=r"no_such.*' does not exist"):
-            jvitmoe.train(name, workdir=tmp_path / "x")
 
 
 def test_an_interrupt_saves_and_the_same_call_goes_on(run, config, tmp_path, monkeypatch):
@@ -176,25 +178,11 @@ def test_an_interrupt_of_one_of_several_processes_tells_the_others_and_leaves_th
 
 
 @pytest.mark.process
-@pytest.mark.parametrize("imports", ["import jvitmoe", "import jvitmoe.train", "import jvitmoe.data.datasets"])
-def test_importing_the_package_imports_neither_jax_nor_a_reader_of_data(imports):
+def test_importing_the_package_imports_neither_jax_nor_a_reader_of_data():
     heavy = ("jax", "tensorflow_datasets", "tensorflow", "PIL", "sklearn")
-    program = f"import sys; {imports}; print([name for name in {heavy} if name in sys.modules])"
-    program += "; jvitmoe.load; print('jax' in sys.modules)"
+    program = "import sys, jvitmoe, jvitmoe.train, jvitmoe.data.datasets; "
+    program += f"print([name for name in {heavy} if name in sys.modules]); jvitmoe.load; print('jax' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=processes.ROOT)
     assert done.stdout == "[]\nTrue\n", done.stderr
-    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+    with pytest.raises(AttributeError):
         _ = jvitmoe.nothing
-
-
-@pytest.mark.parametrize(
-    ("options", "says"),
-    [
-        ({"few_shot": -1}, "--few_shot is -1; it must be at least 0"),
-        ({"paths": -1}, "--paths is -1; it must be at least 0"),
-        ({}, "missing' does not exist; give the folder that training wrote"),
-    ],
-)
-def test_an_evaluation_from_python_is_refused_as_that_of_the_command_line(tmp_path, options, says):
-    with pytest.raises(UserError, match=says):
-        jvitmoe.Run(tmp_path / "missing").evaluate(**options)

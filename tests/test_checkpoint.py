@@ -150,7 +150,9 @@ def test_a_file_larger_than_the_memory_is_damage_also_where_all_claims_agree(cop
     os.truncate(copy / "2" / "params/trunk.norm.scale/0", size)
     edit_array(copy / "2" / "params/trunk.norm.scale/.zarray", shape=[size // 4], chunks=[size // 4])
     fingerprints = json.loads((copy / "2/meta/metadata").read_text())["fingerprints"]
-    edit_meta(copy / "2", bytes=2 * size, fingerprints=fingerprints | {"params.trunk.norm.scale": f"float32[{size // 4}] 0"})
+    edit_meta(
+        copy / "2", bytes=2 * size, fingerprints=fingerprints | {"params.trunk.norm.scale": f"float32[{size // 4}] 0"}
+    )
     for read in (Checkpoints(copy).read, lambda which: restore(copy, make()[1])[1]):
         with pytest.warns(RuntimeWarning, match=rf"checkpoint 2 skipped: .* more than {size // 2:,}$"):
             read("latest")

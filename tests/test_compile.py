@@ -33,8 +33,7 @@ def test_a_target_is_named_as_it_was_given(text):
     "text", ["", "h100", "h100:", "h100:0", "v9:2x2", "v5e:4x4x4x4", "h100:8 x8", "hl00:8", "h100:2x2x2"]
 )
 def test_a_target_that_is_none_is_refused_in_one_line(text):
-    line = processes.refused(compile_command.main, "--config=imagenet", f"--target={text}")
-    assert line.startswith(f"error: --target is {text!r}; it must be one of v5e, ")
+    assert "--target" in processes.refused(compile_command.main, "--config=imagenet", f"--target={text}")
 
 
 @pytest.mark.parametrize(("target", "extra"), [("h100:8", "gpu-compile"), ("v5e:4x4", "tpu")])
@@ -44,17 +43,17 @@ def test_without_a_compiler_one_line_says_what_to_install(monkeypatch, target, e
     assert f"pip install 'jvitmoe[{extra}]'" in line
 
 
-def test_a_set_of_unknown_size_needs_its_number_of_images():
-    line = processes.refused(compile_command.main, "--config=folder", "--target=h100:8")
-    assert line == "error: the number of images of 'folder' is not known; give --images, training images\n"
-    line = processes.refused(compile_command.main, "--config=folder", "--target=h100:8", "--images=-9")
-    assert line.startswith("error: flag --images=-9: -9 is not a non-negative integer")
-    line = processes.refused(
-        compile_command.main, "--config=digits_dense", "--target=h100:8", "--config.data.validation=1437"
-    )
-    assert line.startswith("error: config.data.validation is 1437; it must be below the 1,437 training images")
-    line = processes.refused(compile_command.main, "--config=folder", "--target=h100:8", "--images=9")
-    assert line.startswith("error: config.model.classes is 0, and no data are read; set --config.model.classes")
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        ("--config=folder", "--images"),
+        ("--config=folder --images=-9", "--images"),
+        ("--config=folder --images=9", "--config.model.classes"),
+        ("--config=digits_dense --config.data.validation=1437", "config.data.validation"),
+    ],
+)
+def test_what_no_data_tell_must_be_given(arguments, named):
+    assert named in processes.refused(compile_command.main, "--target=h100:8", *arguments.split())
 
 
 @pytest.mark.parametrize("is_refused", [False, True])  # a TPU's compiler refuses what does not fit
@@ -99,27 +98,26 @@ def compiler(monkeypatch):
     return compiler
 
 
-def test_fit_goes_on_from_a_batch_that_the_compiler_refuses(compiler, capsys):
-    flags = ["compile.py", "--config=imagenet", "--target=v5e:2x2", "--config.train.batch_size=8192"]
-    with pytest.raises(compile_command.TooLargeError):
-        compile_command.main(flags)
-    compile_command.main([*flags, "--fit"])
-    found = int(capsys.readouterr().out.partition("--config.train.batch_size=")[2].split()[0])
-    assert 0.85 * 1575 < found <= 1575
-    assert found % 4 == 0
+def found_by(arguments: str, capsys) -> int:
+    """Returns the batch that --fit finds."""
+    compile_command.main(["compile.py", "--target=v5e:2x2", "--fit", *arguments.split()])
+    return int(capsys.readouterr().out.partition("--config.train.batch_size=")[2].split()[0])
 
 
-def test_fit_ends_well_if_a_gpus_compiler_takes_any_batch_and_names_none_above_the_number_of_images(compiler, capsys):
-    flags = ["compile.py", "--config=imagenet", "--target=v5e:2x2", "--config.train.batch_size=8192"]
-    compiler.most = 10**6
-    with pytest.raises(compile_command.TooLargeError):
-        compile_command.main(flags)
-    for images, most in ((10_000, 1575), (1000, 1000)):
-        size = min(8192, images // 8)
-        compile_command.main([*flags[:3], f"--config.train.batch_size={size}", f"--images={images}", "--fit"])
-        found = int(capsys.readouterr().out.partition("--config.train.batch_size=")[2].split()[0])
-        assert 0.85 * most < found <= most
-    compile_command.main([*flags, "--fit"])
+def test_fit_goes_on_from_a_batch_that_the_compiler_refuses_or_takes_and_has_no_memory_for(compiler, capsys):
+    """A TPU's compiler refuses it, a GPU's takes any."""
+    flags = "--config=imagenet --config.train.batch_size=8192"
+    for compiler.most in (1575, 10**6):
+        with pytest.raises(compile_command.TooLargeError):
+            compile_command.main(["compile.py", "--target=v5e:2x2", *flags.split()])
+        found = found_by(flags, capsys)
+        assert 0.85 * 1575 < found <= 1575
+        assert found % 4 == 0
+
+
+def test_fit_names_no_batch_above_the_number_of_images(compiler, capsys):
+    found = found_by("--config=imagenet --config.train.batch_size=125 --images=1000", capsys)
+    assert 0.85 * 1000 < found <= 1000
 
 
 def test_fit_tries_every_batch_that_divides_and_says_where_none_fits(compiler, capsys):
@@ -129,9 +127,8 @@ def test_fit_tries_every_batch_that_divides_and_says_where_none_fits(compiler, c
     compile_command.main(flags)
     assert "--config.train.batch_size=28 fits" in capsys.readouterr().out
     compiler.most = 3
-    with pytest.raises(compile_command.TooLargeError, match=r"^no config\.train\.batch_size fits in v5e:2x2; set"):
+    with pytest.raises(compile_command.TooLargeError, match=r"^no config\.train\.batch_size fits"):
         compile_command.main(flags)
-    assert "largest     no batch fits" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("folder", ["none", "x" * 300])
@@ -142,7 +139,7 @@ def test_a_file_that_cannot_be_written_is_refused_before_the_first_program(compi
         compile_command.main(argv)
 
 
-def test_what_is_measured_is_what_the_devices_of_this_machine_hold_and_move(tiny_config, monkeypatch, tmp_path):
+def test_what_is_measured_is_what_the_devices_of_this_machine_hold_and_move(tiny_config, monkeypatch):
     config = tiny_config(
         routing={"experts": 4, "kind": "sample", "pull": 0.1},
         train={"devices": 4, "expert_devices": 4, "batch_size": 16},
@@ -159,9 +156,6 @@ def test_what_is_measured_is_what_the_devices_of_this_machine_hold_and_move(tiny
     assert found["bytes"]["images"] == 100 * (8 * 8 + 4)
     assert 0 <= moved - update.bytes_reduced(plan)(1) <= 4 * 16  # the loss, the accuracy, the experts' norm
     assert not found["float64"]
-    monkeypatch.setattr(targets.Target, "memory", found["peak_bytes"] - 1)
-    with pytest.raises(UserError, match=r"^config.train.batch_size is 16; it does not fit in h100:4 \(.* GiB\); lower"):
-        compile_command._refuse_too_large(found, here)
 
 
 EXPERT_AXIS = ["--config.train.expert_devices=4", "--config.routing.pull_every=2"]

@@ -58,10 +58,6 @@ RUN_BY = {
 }
 COMMAND = r"^\s*(\$|>>>|(sudo|python3?|pip|make|jvitmoe|sbatch|kubectl|scripts/\S+|import|from)) "  # of a line of code
 
-# One epoch of a small model.
-SHORT = {"train.epochs": 1, "train.eval_every": 1, "train.batch_size": 256, "train.devices": 1}
-SHORT |= {"optim.warmup_epochs": 0, "model.width": 8, "model.hidden": 12, "model.depth": 2, "model.heads": 2}
-
 # Tags of the site. Any other one is a placeholder such as <name> that a page or docstring does not write as `code`.
 TAGS = "html head meta title link script body header main footer article nav form input label button div span p br hr"
 TAGS += " a code em img li ol pre small strong svg path ul table tbody td th thead tr h1 h2 h3 h4 h5 h6"
@@ -152,35 +148,33 @@ def test_the_sweep_of_routers_trains_each_kind_that_it_names(monkeypatch, capsys
     assert not ended.value.code
     commands = [shlex.split(line)[3:] for line in capsys.readouterr().out.splitlines()[1:]]
     trained = [sweep.config_of(command) for command in commands]
-    assert [(config.routing.kind, config.routing.experts) for config in trained[1:]] == [
-        (kind, 4) for kind in names["kinds"]
-    ]
+    found = [(config.routing.kind, config.routing.experts) for config in trained[1:]]
+    assert found == [(kind, 4) for kind in names["kinds"]]
     assert trained[0] == sweep.config_of(["--config=digits_dense", commands[0][-1]])
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    """Returns a folder with what the examples begin with: a short run under three names, and a picture."""
+def folder(experiment_run, tmp_path_factory) -> Path:
+    """Returns a folder with what the examples begin with: a run under three names, and a picture."""
     folder = tmp_path_factory.mktemp("examples")
-    jvitmoe.train("digits_random", folder / "runs" / "random", SHORT)
-    for name in ("demo/random", "digits"):
-        shutil.copytree(folder / "runs" / "random", folder / "runs" / name)
+    for name in ("random", "demo/random", "digits"):
+        shutil.copytree(experiment_run, folder / "runs" / name)
     (folder / "shapes" / "test" / "disc").mkdir(parents=True)
     Image.fromarray(np.full((20, 30, 3), 200, np.uint8)).save(folder / "shapes" / "test" / "disc" / "0.png")
     return folder
 
 
 @pytest.mark.slow
-def test_the_examples_in_python_run(folder, monkeypatch):
-    """With short runs."""
+def test_the_examples_in_python_run(folder, experiment_run, monkeypatch):
+    """With a run that has ended: tests/test_api.py trains."""
     monkeypatch.chdir(folder)
-    train = api.train
-    monkeypatch.setattr(api, "train", lambda config, workdir, *_: train(config, workdir, SHORT))
+
+    def train(config: str, workdir: str) -> jvitmoe.Run:
+        return jvitmoe.Run(shutil.copytree(experiment_run, workdir, dirs_exist_ok=True))
+
+    monkeypatch.setattr(api, "train", train)
     names: dict[str, Any] = {}
-    for example in code("README.md", PYTHON):
-        exec(example, names)
-    assert names["run"].results["step"] == 5
-    for example in code("docs/commands.md", PYTHON):
+    for example in code("README.md", PYTHON) + code("docs/commands.md", PYTHON):
         exec(example, names)
     assert (names["folder"] / "report.md").is_file()
 
@@ -225,11 +219,8 @@ def test_every_block_of_the_tutorial_runs_in_its_order(tmp_path, monkeypatch, ca
             exec(program, names)
     server.shutdown()
     server.server_close()
-    assert {guess["name"] for guess in json.loads(capsys.readouterr().out.splitlines()[-1])} == {
-        "disc",
-        "ring",
-        "square",
-    }
+    guesses = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert {guess["name"] for guess in guesses} == {"disc", "ring", "square"}
 
 
 def test_the_readme_s_results_are_those_of_the_report():
@@ -335,21 +326,15 @@ def test_the_router_tables_are_those_of_the_kept_runs_in_the_report_and_in_routi
         assert all(markdown_table(table) in text for table in found), name
 
 
+UPCYCLED = r"has (\S+) points (less) than that source, with an interval from (\S+) to (\S+):"
+TEN_SEEDS = r"\*\*All ten seeds together\*\* differ by (\S+) points, (with) an interval from (\S+) to (\S+)\."
+
+
 @pytest.mark.parametrize(
     ("sentence", "folders", "arm", "reference"),
     [
-        (
-            r"has (\S+) points (less) than that source, with an interval from (\S+) to (\S+):",
-            ("routers",),
-            "upcycled",
-            "dense_half",
-        ),
-        (
-            r"\*\*All ten seeds together\*\* differ by (\S+) points, (with) an interval from (\S+) to (\S+)\.",
-            ("routers", "routers_again"),
-            "sample",
-            "dense_rate2",
-        ),
+        (UPCYCLED, ("routers",), "upcycled", "dense_half"),
+        (TEN_SEEDS, ("routers", "routers_again"), "sample", "dense_rate2"),
     ],
     ids=["upcycled", "ten seeds"],
 )
@@ -402,9 +387,8 @@ def test_the_site_has_every_page_and_picture_swallows_no_placeholder_and_needs_n
                 foreign.append((path.name, address))
             elif not (tmp_path / file[1:] if file.startswith("/") else path.parent / file).is_file():
                 missing.append((path.name, address))
-    styles = [
-        path for path in tmp_path.rglob("*.css") if re.search(r"(url\(|@import ).?(https?:|//)", path.read_text())
-    ]
+    outside = re.compile(r"(url\(|@import ).?(https?:|//)")
+    styles = [path for path in tmp_path.rglob("*.css") if outside.search(path.read_text())]
     assert (missing, foreign, styles) == ([], [], [])
     for page in DOCS:
         shown = re.findall(r"!\[[^]]*\]\(([^)]+)\)", page.read_text())

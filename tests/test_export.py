@@ -14,7 +14,6 @@ import textwrap
 import tracemalloc
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -22,15 +21,15 @@ from safetensors.numpy import load as load_file
 from safetensors.numpy import save as save_file
 
 import jvitmoe
-from jvitmoe.commands import evaluate, export
+from jvitmoe.commands import evaluate, export, predict
 from jvitmoe.config import Config, DataConfig, ModelConfig, RoutingConfig
 from jvitmoe.data import datasets, images
 from jvitmoe.errors import UserError
 from jvitmoe.interop import classifier, load, model_card, weight_names
 from jvitmoe.interop.targets import TARGETS, base
-from jvitmoe.models import vit
 from jvitmoe.runs import files
-from processes import call
+from processes import call, refused, succeed
+from run_folders import saved
 
 pytestmark = pytest.mark.slow
 
@@ -55,21 +54,15 @@ def exported(experiment_run, tmp_path_factory):
 def outside(code: str, folder: Path) -> subprocess.CompletedProcess:
     """Runs code in a fresh process that cannot import jvitmoe."""
     block = "import sys\nsys.modules['jvitmoe'] = None\n"
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "PYTHONPATH": ""}
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": ""}
     return subprocess.run(
         [sys.executable, "-c", block + code], env=environment, cwd=folder, capture_output=True, text=True, timeout=200
     )
 
 
-def code_of(card: Path) -> str:
-    return "\n".join(re.findall(r"```python\n(.*?)```", card.read_text(), re.DOTALL))
-
-
-def test_help_names_every_target(capsys):
-    with pytest.raises(SystemExit):
-        export.main(["export.py", "--help"])
-    shown = capsys.readouterr().out
-    assert all(name in shown for name in TARGETS)
+def codes_of(card: Path) -> list[str]:
+    """Returns the blocks of a card: the checksums, loading it, and the check."""
+    return re.findall(r"```python\n(.*?)```", card.read_text(), re.DOTALL)
 
 
 @pytest.mark.parametrize(("target", "apart"), [("safetensors", 0), ("timm", 1e-6), ("hf", 1e-6)])
@@ -88,7 +81,7 @@ def test_an_export_reads_back_to_our_logits_on_the_test_images_of_its_sample(
     assert again.config.norm_epsilon == Config().model.norm_epsilon
     if target == "safetensors":
         monkeypatch.chdir(out)
-        exec(code_of(out / "README.md").replace('print(model(["picture.png"]))', ""), {})
+        exec("".join(codes_of(out / "README.md")).replace('print(model(["picture.png"]))', ""), {})
 
 
 def test_the_ema_of_a_run_is_exported_and_classifies_as_it_was_tested(experiment_run, exported, tmp_path, monkeypatch):
@@ -101,12 +94,13 @@ def test_the_ema_of_a_run_is_exported_and_classifies_as_it_was_tested(experiment
     assert (logits != jvitmoe.load(experiment_run).logits(test.images_NHWc)).any()
     assert "This export is the row `EMA`." in (out / "README.md").read_text()
     assert "This export is the row `merged`, or `dense`." in (exported("safetensors") / "README.md").read_text()
-    with pytest.raises(UserError, match="is not a run folder, so it has no EMA"):
-        jvitmoe.load(out, ema=True)
-    read = load.Checkpoints.read
-    monkeypatch.setattr(load.Checkpoints, "read", lambda self, which: read(self, which)._replace(ema=None))
-    with pytest.raises(UserError, match=r"has no EMA; leave --ema out, or train with --config\.train\.ema"):
-        jvitmoe.load(experiment_run, ema=True)
+    monkeypatch.setattr(load.Checkpoints, "read", lambda *_: READ(*_)._replace(ema=None))
+    for place in (out, experiment_run):
+        with pytest.raises(UserError, match=r"leave .*--ema out"):
+            jvitmoe.load(place, ema=True)
+
+
+READ = load.Checkpoints.read
 
 
 def test_of_a_set_that_streams_only_the_sample_is_read_and_cut_as_in_tests(experiment_run, tmp_path):
@@ -128,69 +122,54 @@ def test_of_a_set_that_streams_only_the_sample_is_read_and_cut_as_in_tests(exper
     TARGETS["safetensors"].write(tmp_path, source, source.model)
     again = jvitmoe.load(tmp_path)
     np.testing.assert_array_equal(again.logits(files), sample["logits"])
-    whole = classifier.from_source(dataclasses.replace(source, crop="exact"))
+    whole = classifier.Classifier(dataclasses.replace(source, crop="exact"))
     assert (whole.logits(files) != sample["logits"]).any()
 
 
 @pytest.mark.parametrize("target", ["stablehlo", pytest.param("onnx", marks=WITH_ONNX)])
 def test_in_a_fresh_process_without_jvitmoe_the_code_of_the_card_runs_at_any_batch(exported, target):
     out = exported(target)
-    code = card = code_of(out / "README.md")
-    code += "\nfor n in (1, 2, 7):\n    assert np.abs(run(sample['inputs'][:n]) - sample['logits'][:n]).max() < 1e-4\n"
+    *blocks, check = codes_of(out / "README.md")
+    code = "".join([*blocks, check])
+    code += "assert np.abs(run(sample['inputs'][:7]) - sample['logits'][:7]).max() < 1e-4\n"
     if target == "onnx":  # without padding, onnxruntime 1.30 ends by SIGFPE here
         code += "assert run(sample['inputs'][:0]).shape == (0, 10)\n"
     else:
-        code += "platforms = export.deserialize(bytearray(open('model.stablehlo', 'rb').read())).platforms\n"
-        code += "assert platforms == ('cpu', 'cuda'), platforms\n"
-    wrong = textwrap.indent(card.replace('sample["logits"]', 'sample["logits"] + 0.01'), "    ")
+        code += "assert model.platforms == ('cpu', 'cuda')\n"
+    wrong = textwrap.indent(check.replace('sample["logits"]', 'sample["logits"] + 0.01'), "    ")
     done = outside(f"{code}try:\n{wrong}\nexcept AssertionError:\n    print('noticed')\n", out)
     assert (done.returncode, done.stdout) == (0, "noticed\n"), done.stderr
 
 
-@pytest.mark.parametrize("target", EVERY_TARGET)
+@pytest.mark.parametrize("target", ["safetensors", "timm", "hf", "stablehlo"])
 def test_a_mean_and_deviation_of_pixels_are_carried_by_every_export(experiment_run, tmp_path, target):
+    """ONNX takes the inputs that StableHLO takes."""
     plain = load.read(experiment_run)
     source = dataclasses.replace(plain, mean=(0.2,), std=(0.3,))
     sample = TARGETS[target].sample(source, source.config)
     inputs = sample["inputs"] if not TARGETS[target].torch else sample["inputs"].transpose(0, 2, 3, 1)
     np.testing.assert_allclose(inputs, (sample["images"] / 255 - 0.2) / 0.3, atol=1e-5)
-    assert np.abs(sample["logits"] - classifier.from_source(plain).logits(sample["images"])).max() > 0.01
+    assert np.abs(sample["logits"] - classifier.Classifier(plain).logits(sample["images"])).max() > 0.01
     assert TARGETS[target].export(tmp_path, source, sample) < 1e-4
     card = model_card.write(source, {}, TARGETS[target], [])
     assert "`(pixels / 255 - 0.2) / 0.3` of 8-bit pixels" in card
-    if target not in ("stablehlo", "onnx"):
+    if target != "stablehlo":
         again = load.read(tmp_path)
         assert (again.mean, again.std) == ((0.2,), (0.3,))
-        np.testing.assert_allclose(jvitmoe.load(tmp_path).logits(sample["images"]), sample["logits"], atol=1e-5)
-    if target == "timm":
-        told = json.loads((tmp_path / "config.json").read_text())["pretrained_cfg"]
-        assert (told["mean"], told["std"]) == ([0.2], [0.3])
-    if target == "hf":
-        told = json.loads((tmp_path / "preprocessor_config.json").read_text())
-        assert (told["image_mean"], told["image_std"]) == ([0.2], [0.3])
+        np.testing.assert_allclose(classifier.Classifier(again).logits(sample["images"]), sample["logits"], atol=1e-5)
 
 
 def test_the_card_tells_data_recipe_seed_accuracy_hardware_versions_and_licence(exported, experiment_run):
     result = json.loads((experiment_run / "result.json").read_text())
+    wanted = [f"| {row['model']} | {row['accuracy']:.2%} |" for row in result["rows"]]
+    wanted += [result["hardware"], f"jax {result['versions']['jax']}", "Seed 0, checkpoint at step 44", "CC BY 4.0"]
+    wanted += ["`digits`, trained on its training split", "| `routing.experts` | `4` |", "averaged into one"]
     for target in ("safetensors", "timm", "hf"):
         card = (exported(target) / "README.md").read_text()
-        for row in result["rows"]:
-            assert f"| {row['model']} | {row['accuracy']:.2%} |" in card
-        for wanted in (
-            "`digits`, trained on its training split",
-            "| `routing.experts` | `4` |",
-            "Seed 0, checkpoint at step 44",
-            result["hardware"],
-            f"jax {result['versions']['jax']}",
-            "CC BY 4.0",
-            "4 experts per MLP, averaged into one",
-        ):
-            assert wanted in card, wanted
-        assert "data.dir" not in card
+        assert not [part for part in wanted if part not in card]
         assert card.startswith("---\nlicense: unknown\nlibrary_name: ")
         for file in exported(target).iterdir():
             assert str(file.parent).encode() not in file.read_bytes(), file.name
-    assert "Not known to jvitmoe" not in card
 
 
 def test_a_card_says_what_is_not_known_what_a_run_started_from_and_no_folder_of_its_user(experiment_run):
@@ -200,8 +179,7 @@ def test_a_card_says_what_is_not_known_what_a_run_started_from_and_no_folder_of_
         source.config.data.name, source.config.init.source = name, start
         return model_card.write(source, result or {}, TARGETS["timm"], ["a remark"])
 
-    untested = card("my_set")
-    assert all(part in untested for part in ("Not tested.", "Not known to jvitmoe", "- a remark"))
+    assert all(part in card("my_set") for part in ("Not tested.", "Not known to jvitmoe", "- a remark"))
     rows = [{"model": "merged", "accuracy": 0.5, "nll": 1.0, "images": 2}]
     other = card(result={"rows": rows, "step": 9, "seed": 0, "active_parameters": 1})
     assert "The exported checkpoint is another one, at step 3" in other
@@ -210,11 +188,8 @@ def test_a_card_says_what_is_not_known_what_a_run_started_from_and_no_folder_of_
         assert card(name).count(shown) == 3
     for start, public in (("hf://a/vit@main", "a/vit"), ("timm://vit_x", "timm/vit_x")):
         assert f"- jvitmoe\nbase_model: {public}\n---" in card(start=start)
-        assert f"| `init.source` | `{start}` |" in card(start=start)
-        assert f"Training started from `{public}`, so its licence applies too." in card(start=start)
-    private = card("hf:/home/me/set", "/home/me/vit")
-    assert "base_model" not in private
-    assert "/home/me" not in private
+        assert card(start=start).count(public) > 1  # its licence applies too
+    assert not [part for part in ("base_model", "/home/me") if part in card("hf:/home/me/set", "/home/me/vit")]
 
 
 def config_of(**model: object) -> Config:
@@ -232,10 +207,8 @@ def config_of(**model: object) -> Config:
     ],
 )
 def test_what_has_no_counterpart_is_refused_with_the_config_that_has(target, model, flags):
-    with pytest.raises(UserError, match="nothing was written") as caught:
+    with pytest.raises(UserError, match=flags):
         TARGETS[target].examine(config_of(**model))
-    assert flags in str(caught.value)
-    assert "\n" not in str(caught.value)
     assert TARGETS["stablehlo"].examine(config_of(**model)) == []
 
 
@@ -258,7 +231,6 @@ def test_a_new_field_of_the_model_is_refused_by_targets_that_do_not_list_it(targ
         TARGETS[target].examine(config)
 
 
-@pytest.mark.parametrize("target", ["safetensors", "stablehlo", pytest.param("onnx", marks=WITH_ONNX)])
 @pytest.mark.parametrize(
     "parts",
     [
@@ -267,35 +239,44 @@ def test_a_new_field_of_the_model_is_refused_by_targets_that_do_not_list_it(targ
     ],
     ids=["conv", "strided"],
 )
-def test_a_model_of_any_parts_is_the_same_where_it_goes(parts, target, tmp_path, capfd):
-    model = config_of(image_size=8, channels=3, patch=4, width=16, hidden=24, depth=2, heads=2, **parts).model
-    random = np.random.default_rng(0)
-    params = jax.tree.map(
-        lambda x: x + 0.1 * random.standard_normal(x.shape, "f"), vit.init(vit.build(model), jax.random.key(0))
-    )
-    source = load.Source(Path("run"), "run", weight_names.flatten(params), model)
-    pixels = random.integers(0, 256, (5, 8, 8, 3), np.uint8)
-    logits = classifier.from_source(source).logits(pixels)
+def test_a_model_of_any_parts_is_the_same_where_it_goes(parts, tmp_path, capfd):
+    model = small(channels=3, **parts)
+    source = untrained(model)
+    pixels = np.random.default_rng(0).integers(0, 256, (5, 8, 8, 3), np.uint8)
+    logits = classifier.Classifier(source).logits(pixels)
+    assert np.ptp(logits) > 0.1
     capfd.readouterr()
-    run = TARGETS[target].write(tmp_path, source, model)
-    assert capfd.readouterr().out == ""
-    for count in (1, 5):
-        found = run((pixels[:count] / 127.5 - 1).astype("f"))
-        np.testing.assert_allclose(found, logits[:count], rtol=0, atol=1e-5)
+    for target in ("safetensors", "stablehlo", *["onnx"] * (importlib.util.find_spec("jax2onnx") is not None)):
+        run = TARGETS[target].write(tmp_path, source, model)
+        assert capfd.readouterr().out == ""
+        for count in (1, 5):
+            found = run((pixels[:count] / 127.5 - 1).astype("f"))
+            np.testing.assert_allclose(found, logits[:count], rtol=0, atol=1e-5)
 
 
-def write(target: str, out: Path) -> Path:
-    """Returns the folder with the files of a small model that was never trained."""
-    model = config_of(image_size=8, channels=1, patch=4, width=16, hidden=24, depth=2, heads=2, norm_epsilon=1e-6).model
+def small(**model: object) -> ModelConfig:
+    sizes = {"image_size": 8, "patch": 4, "width": 16, "hidden": 24, "depth": 2, "heads": 2, "norm_epsilon": 1e-6}
+    return config_of(**sizes | model).model
+
+
+def untrained(model: ModelConfig) -> load.Source:
+    """Returns a run of random numbers."""
     rng = np.random.default_rng(0)
-    params = {name: rng.normal(size=shape).astype("f") for name, shape in load._shapes(model).items()}
-    out.mkdir()
-    TARGETS[target].write(out, load.Source(Path("run"), "run", params, model, tuple("abcdefghij")), model)
-    return out
+    params = {name: 0.2 * rng.normal(size=shape).astype("f") for name, shape in load._shapes(model).items()}
+    return load.Source(Path("run"), "run", params, model, tuple("abcdefghij"))
 
 
-def test_one_flipped_bit_in_the_weights_of_an_export_is_noticed_and_weights_without_a_checksum_are_read(tmp_path):
-    path = write("safetensors", tmp_path / "out") / "model.safetensors"
+@pytest.fixture
+def written(tmp_path) -> Path:
+    """Returns our own export of a small model that was never trained."""
+    source = untrained(small())
+    (tmp_path / "out").mkdir()
+    TARGETS["safetensors"].write(tmp_path / "out", source, source.model)
+    return tmp_path / "out"
+
+
+def test_one_flipped_bit_in_the_weights_of_an_export_is_noticed_and_weights_without_a_checksum_are_read(written):
+    path = written / "model.safetensors"
     sound = path.read_bytes()
     header = int.from_bytes(sound[:8], "little")
     random = np.random.default_rng(0)
@@ -303,7 +284,7 @@ def test_one_flipped_bit_in_the_weights_of_an_export_is_noticed_and_weights_with
         content = bytearray(sound)
         content[at] ^= 1 << random.integers(8)
         path.write_bytes(content)
-        with pytest.raises(UserError, match=r"arrays do not match their checksum\); restore it from a copy"):
+        with pytest.raises(UserError, match="checksum"):
             load.read(path.parent)
     for at in random.integers(0, 8 + header, 40):
         content = bytearray(sound)
@@ -328,7 +309,7 @@ def test_one_flipped_bit_in_any_file_of_an_export_is_noticed_by_loading_and_by_t
     names = sorted({path.name for path in out.iterdir()} - {"README.md", "SHA256SUMS"})
     assert [line[66:] for line in (out / "SHA256SUMS").read_text().splitlines()] == names
     subprocess.run(["sha256sum", "--check", "--strict", "--quiet", "SHA256SUMS"], check=True)
-    check = re.findall(r"```python\n(.*?)```", (out / "README.md").read_text(), re.DOTALL)[0]
+    check = codes_of(out / "README.md")[0]
     exec(check, {})
     is_read, random = target not in ("stablehlo", "onnx"), np.random.default_rng(0)
     for name in names:
@@ -340,11 +321,8 @@ def test_one_flipped_bit_in_any_file_of_an_export_is_noticed_by_loading_and_by_t
             with pytest.raises(AssertionError, match=name):
                 exec(check, {})
             if is_read and name not in ("sample.npz", "classes.json"):  # of which nothing is computed
-                with pytest.raises(
-                    UserError, match=f"{name} is not the file that SHA256SUMS lists; restore it"
-                ) as caught:
+                with pytest.raises(UserError, match=f"{name} is not the file that SHA256SUMS lists"):
                     load.read(out)
-                assert "\n" not in str(caught.value)
         (out / name).write_bytes(sound)
     exec(check, {})
     if is_read:
@@ -369,62 +347,54 @@ def test_an_export_without_checksums_says_so_and_a_vit_of_others_has_none(export
 
 
 @pytest.mark.parametrize(
-    ("name", "value", "message"),
+    ("name", "value"),
     [
-        *((name, value, f"data.{name} is") for name in ("mean", "std") for value in ([float("nan")], [1e300], "0.5")),
-        *(("std", [0.0], "data.std is"), ("mean", [0.1, 0.2], "data.mean is"), ("mean", None, "data.mean is")),
-        *(("crop", "middle", "data.crop is"), ("model", {"width": "16"}, "model.width is")),
-        *(("classes", value, "they must be 10 names") for value in (["a"], "abcdefghij", [*range(10)], None, {})),
+        *((name, value) for name in ("mean", "std") for value in ([float("nan")], [1e300], "0.5")),
+        *(("std", [0.0]), ("mean", [0.1, 0.2]), ("mean", None), ("crop", "middle"), ("model", {"width": "16"})),
+        *(("classes", value) for value in (["a"], "abcdefghij", [*range(10)], None, {})),
     ],
 )
-def test_a_value_in_the_config_of_an_export_that_no_run_has_is_one_line(tmp_path, name, value, message):
-    path = write("safetensors", tmp_path / "out") / "config.json"
+def test_a_value_in_the_config_of_an_export_that_no_run_has_is_refused(written, name, value):
+    path = written / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {name: value}))
-    with pytest.raises(UserError, match=message) as caught:
-        load.read(path.parent)
-    assert "\n" not in str(caught.value)
-    assert "config.json" in str(caught.value)
+    with pytest.raises(UserError, match=name):
+        load.read(written)
 
 
 def test_positions_that_no_array_shows_are_bounded_before_they_are_computed(tmp_path):
-    model = config_of(patch=4, width=16, hidden=24, depth=2, heads=2, positions="sincos2d").model
-    params = {name: np.zeros(shape, "f") for name, shape in load._shapes(model).items()}
-    TARGETS["safetensors"].write(tmp_path, load.Source(Path("run"), "run", params | {"positions": None}, model), model)
+    source = untrained(small(positions="sincos2d"))
+    TARGETS["safetensors"].write(tmp_path, source, source.model)
     path = tmp_path / "config.json"
     about = json.loads(path.read_text())
     about["model"]["image_size"] = 30_000
     path.write_text(json.dumps(about))
     tracemalloc.start()
-    with pytest.raises(UserError, match=r"model.image_size is 30000; it makes 900,000,000 fixed positions") as caught:
+    with pytest.raises(UserError, match=r"model\.image_size is 30000"):
         load.read(tmp_path)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 2**27  # of which 2**26 are the longest config.json that is read
-    assert "\n" not in str(caught.value)
+
+
+def test_a_damaged_checkpoint_is_a_line_of_warning_and_not_in_the_json(experiment_run, tmp_path):
+    run, picture = shutil.copytree(experiment_run, tmp_path / "run"), tmp_path / "picture.png"
+    newest = saved(run)[-1]
+    shutil.copytree(newest, newest.with_name("999"))
+    Image.effect_noise((8, 8), 20).save(picture)
+    code, out, err = call(predict.main, f"--workdir={run}", "--json", picture)
+    assert (code, err.count("\n"), len(json.loads(out))) == (0, 1, 1)
+    assert err.startswith("warning: checkpoint 999 skipped: ")
+    out = succeed(export.main, f"--workdir={run}", "--to=safetensors", f"--out={tmp_path / 'out'}")
+    assert "warning: checkpoint 999 skipped: " in out
 
 
 def test_names_that_were_swapped_in_a_run_folder_are_not_exported(experiment_run, tmp_path):
     run = shutil.copytree(experiment_run, tmp_path / "run")
     names = json.loads((run / "classes.json").read_text())
     (run / "classes.json").write_text(json.dumps([names[1], names[0], *names[2:]]))
-    code, _, err = call(export.main, f"--workdir={run}", "--to=safetensors", f"--out={tmp_path / 'out'}")
-    assert (code, err.count("\n")) == (2, 1)
-    assert "classes.json does not match its checksum of step 44; restore it from a copy, or delete it" in err
+    said = refused(export.main, f"--workdir={run}", "--to=safetensors", f"--out={tmp_path / 'out'}")
+    assert "classes.json does not match its checksum" in said
     assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize(
-    ("target", "model", "remark"),
-    [
-        ("timm", {}, "no_embed_class"),
-        ("hf", {}, "it is zeros"),
-        ("timm", {"norm_epsilon": 1e-3}, "not model.norm_epsilon=0.001"),
-        ("timm", {"positions": "sincos2d"}, "positions are computed here"),
-        pytest.param("onnx", {}, "operator set 23 of ONNX", marks=WITH_ONNX),
-    ],
-)
-def test_what_differs_there_is_said(target, model, remark):
-    assert any(remark in line for line in TARGETS[target].examine(config_of(**model)))
 
 
 class Toy(base.Target):
@@ -438,7 +408,7 @@ class Toy(base.Target):
     def write(self, out, source, model):
         np.savez(out / "toy.npz", **classifier.dense_arrays(source))
         with np.load(out / "toy.npz") as file:
-            again = classifier.from_source(dataclasses.replace(source, params={**source.params, **file}))
+            again = classifier.Classifier(dataclasses.replace(source, params={**source.params, **file}))
         return lambda inputs: again.logits(np.rint((inputs + 1) * 127.5).astype(np.uint8))
 
 
@@ -446,40 +416,33 @@ def test_a_target_takes_one_class_and_a_folder_beside_its_export_stays(experimen
     monkeypatch.setitem(TARGETS, "toy", Toy())
     (tmp_path / "x.part").mkdir()
     (tmp_path / "x.part" / "mine").touch()
-    code, out, err = call(export.main, f"--workdir={experiment_run}", "--to=toy", f"--out={tmp_path / 'x'}")
-    assert (code, err) == (0, "")
-    assert "as toy" in out
+    out = succeed(export.main, f"--workdir={experiment_run}", "--to=toy", f"--out={tmp_path / 'x'}")
     assert "checked     read back by jvitmoe: logits of 16 images within " in out
-    assert "written     README.md, " in out
     found = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
     written = ("README.md", "SHA256SUMS", "classes.json", "sample.npz", "toy.npz")
     assert found == {"x.part/mine", *(f"x/{name}" for name in written)}
     assert [path.name for path in (tmp_path / "x.part").iterdir()] == ["mine"]
     assert "library_name: toy" in (tmp_path / "x" / "README.md").read_text()
-    with pytest.raises(UserError, match=r"toy has no counterpart of model\.pool=mean; .*--config\.model\.pool=cls, or"):
+    with pytest.raises(UserError, match=r"--config\.model\.pool=cls, or"):
         TARGETS["toy"].examine(config_of(pool="mean"))
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("arguments", "named"),
     [
-        (("--to=timm", "--out={new}"), "--workdir is missing"),
-        (("--workdir={run}", "--to=tim", "--out={new}"), "it must be one of hf, onnx, safetensors"),
-        (("--workdir={run}", "--to=timm"), "--out is missing"),
-        (("--workdir={run}", "--to=timm", "--out={run}"), "which is not a new or empty folder"),
-        (("--workdir={run}", "--to=timm", "--out=."), "which is not a new or empty folder"),
-        (("--workdir={run}", "--to=timm", "--out={link}"), "which is not a new or empty folder"),
-        (("--workdir=no/where", "--to=timm", "--out={new}"), "'no/where' does not exist; give the folder that"),
-        (("--workdir={run}", "--to=timm", "--out={new}", "--checkpoint=9"), "checkpoint '9' does not exist"),
+        ("--to=timm --out={new}", "--workdir"),
+        ("--workdir={run} --to=tim --out={new}", "hf, onnx, safetensors"),
+        ("--workdir={run} --to=timm", "--out"),
+        *((f"--workdir={{run}} --to=timm --out={out}", "new or empty folder") for out in ("{run}", ".", "{link}")),
+        ("--workdir=no/where --to=timm --out={new}", "no/where"),
+        ("--workdir={run} --to=timm --out={new} --checkpoint=9", "checkpoint '9'"),
     ],
 )
-def test_export_refuses_in_one_line(experiment_run, tmp_path, arguments, message):
+def test_export_refuses_in_one_line(experiment_run, tmp_path, arguments, named):
     places = {"run": experiment_run, "new": tmp_path / "new", "link": tmp_path / "link"}
     (tmp_path / "empty").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "empty")
-    code, _, err = call(export.main, *(a.format(**places) for a in arguments))
-    assert (code, err.count("\n")) == (2, 1)
-    assert message in err
+    assert named in refused(export.main, *arguments.format(**places).split())
     assert not (tmp_path / "new").exists()
 
 
@@ -495,10 +458,7 @@ def test_data_that_have_moved_are_looked_for_by_the_flag_of_the_command(tmp_path
         kept.pop("checksum")
         meta.write_text(json.dumps(kept | {"checksum": files.checksum(kept)}))
     more = ["--to=safetensors", f"--out={tmp_path / 'out'}"] if command is export.main else []
-    code, _, err = call(command, f"--workdir={run}", *more)
-    assert (code, err.count("\n")) == (2, 1)
-    assert f"{tmp_path / 'gone' / 'train'} is not a folder" in err
-    assert "set --data_dir=..." in err
+    assert "set --data_dir=..." in refused(command, f"--workdir={run}", *more)
 
 
 def full(*_, **__):
@@ -523,33 +483,30 @@ def with_nan(sample: weight_names.Dict) -> weight_names.Dict:
 
 
 @pytest.mark.parametrize(
-    ("place", "name", "fault", "message"),
+    ("place", "name", "fault", "named"),
     [
-        (load, "read", with_head, "timm has no counterpart of model.head_hidden=8"),
-        (load, "read", with_epsilon, "can express LayerNorm epsilons 1e-05 and 1e-06, not model.norm_epsilon=0.001"),
-        (base.Target, "sample", with_nan, "logits are nan from ours"),
-        (weight_names, "write", lambda x: x | {"head.bias": x["head.bias"] + 0.01}, "from ours, more than"),
-        (base.np, "savez", None, "cannot be written: No space left on device"),
+        (load, "read", with_head, "model.head_hidden=8"),
+        (load, "read", with_epsilon, "model.norm_epsilon=0.001"),
+        (base.Target, "sample", with_nan, "nan from ours"),
+        (weight_names, "write", lambda x: x | {"head.bias": x["head.bias"] + 0.01}, "from ours"),
+        (base.np, "savez", None, "No space left on device"),
     ],
 )
 def test_an_export_that_cannot_be_made_or_computes_something_else_is_one_line_and_leaves_nothing(
-    experiment_run, tmp_path, monkeypatch, place, name, fault, message
+    experiment_run, tmp_path, monkeypatch, place, name, fault, named
 ):
     real = getattr(place, name)
     monkeypatch.setattr(place, name, (lambda *args, **rest: fault(real(*args, **rest))) if fault else full)
-    code, _, err = call(export.main, f"--workdir={experiment_run}", "--to=timm", f"--out={tmp_path / 'x'}")
-    assert (code, err.count("\n")) == (2, 1)
-    assert message in err
+    assert named in refused(export.main, f"--workdir={experiment_run}", "--to=timm", f"--out={tmp_path / 'x'}")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_an_export_that_is_told_to_end_leaves_nothing(experiment_run, tmp_path, monkeypatch):
-    before = signal.getsignal(signal.SIGTERM)
     monkeypatch.setattr(base.Target, "export", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
     code, _, err = call(export.main, f"--workdir={experiment_run}", "--to=timm", f"--out={tmp_path / 'x'}")
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     assert (code, err) == (143, "")
     assert list(tmp_path.iterdir()) == []
-    assert signal.getsignal(signal.SIGTERM) == before
 
 
 def test_without_jax2onnx_one_line_says_what_to_install(monkeypatch):
@@ -560,5 +517,5 @@ def test_without_jax2onnx_one_line_says_what_to_install(monkeypatch):
 
 @WITH_ONNX
 def test_more_parameters_than_a_message_of_protobuf_holds_are_refused_at_once():
-    with pytest.raises(UserError, match=r"the parameters have 2,5\d\d,.* bytes; --to=onnx writes at most 2,146,4"):
+    with pytest.raises(UserError, match=r"the parameters have 2,5\d\d,.* bytes"):
         TARGETS["onnx"].examine(config_of(image_size=224, patch=14, channels=3, width=1280, hidden=5120, depth=32))

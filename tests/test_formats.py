@@ -72,20 +72,19 @@ def test_query_key_and_value_lie_in_this_order_and_head_by_head():
 
 
 @pytest.mark.parametrize(
-    ("change", "heads", "message"),
+    ("change", "heads", "named"),
     [
         (lambda a: a.pop("blocks.1.mlp.fc1.weight"), 2, "'blocks.1.mlp.fc1.weight' is missing"),
         (lambda a: a.pop("pos_embed"), 2, "'pos_embed' is missing"),
         (lambda a: a.update({"norm_pre.weight": np.ones(12)}), 2, "'norm_pre.weight' has no place"),
-        (dict, 5, "multiple of the 5 heads"),
+        (dict, 5, "the 5 heads"),
     ],
 )
-def test_arrays_that_are_no_vit_of_ours_are_named(change, heads, message):
+def test_arrays_that_are_no_vit_of_ours_are_named(change, heads, named):
     arrays = weight_names.write(tree(MODEL), "timm", cls_row=False)
     change(arrays)
-    with pytest.raises(UserError, match=message) as caught:
+    with pytest.raises(UserError, match=named):
         read(arrays, "timm", False, heads)
-    assert "\n" not in str(caught.value)
 
 
 def test_heads_of_other_tasks_are_left_over_and_told_and_a_vit_without_a_head_is_read_without_one():
@@ -125,25 +124,18 @@ def test_the_epsilon_that_reads_back_is_the_one_that_timm_has(epsilon, nearest):
     assert told[:4] == (model.heads, nearest, (model.image_size,) * 2, model.cls_position)
 
 
+CENTRE = {"resample": 3, "do_center_crop": True}
+
+
 @pytest.mark.parametrize(
     ("about", "processor", "crop", "theirs"),
     [
         ({"crop_pct": 1.0, "interpolation": "bicubic", "crop_mode": "center"}, {}, "exact", ""),
         ({"crop_pct": 0.875, "interpolation": "bilinear"}, {}, "resized", ""),
-        (
-            {"crop_pct": 0.9, "interpolation": "bicubic"},
-            {},
-            "exact",
-            "shorter side 248 pixels, bicubic, centre cropped",
-        ),
-        (
-            {"crop_pct": 1.0, "interpolation": "bicubic", "crop_mode": "squash"},
-            {},
-            "exact",
-            "cropped, crop_mode squash",
-        ),
-        ({}, {"size": {"shortest_edge": 256}, "resample": 2, "do_center_crop": True}, "resized", ""),
-        ({}, {"size": {"shortest_edge": 224}, "resample": 3, "do_center_crop": True}, "exact", ""),
+        ({"crop_pct": 0.9, "interpolation": "bicubic"}, {}, "exact", "side 248 pixels, bicubic, centre cropped"),
+        ({"crop_pct": 1.0, "interpolation": "bicubic", "crop_mode": "squash"}, {}, "exact", "crop_mode squash"),
+        ({}, {"size": {"shortest_edge": 256}} | CENTRE | {"resample": 2}, "resized", ""),
+        ({}, {"size": {"shortest_edge": 224}} | CENTRE, "exact", ""),
         ({}, {"size": {"height": 224, "width": 224}, "resample": 2}, "exact", "squeezed to 224 x 224 pixels, bilinear"),
         ({}, {"size": {"longest_edge": 224}, "resample": 3}, "exact", "size {'longest_edge': 224}, bicubic"),
         ({}, {"size": [224, 200], "resample": 3}, "exact", "squeezed to 224 x 200 pixels, bicubic"),

@@ -139,7 +139,7 @@ def as_json(pairs: list[tuple[str, object]]) -> str:
 
 @pytest.mark.slow
 @both_ways
-@tries(800)
+@tries(500)
 @given(overrides.map(as_json) | st.text(max_size=60) | anything.map(json.dumps))
 @example(as_json([("model.width", 2**31 - 1), ("model.heads", 1), ("routing.experts", 2**31 - 1)]))
 @example(as_json([("model.depth", 2**31 - 1)]))

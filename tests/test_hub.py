@@ -6,14 +6,18 @@ import json
 import socket
 import threading
 import time
+from pathlib import Path
 
 import chex
 import huggingface_hub.constants
+import numpy as np
 import pytest
 
 import jvitmoe
+from jvitmoe.config import ModelConfig
 from jvitmoe.errors import UserError
-from jvitmoe.interop import download, load
+from jvitmoe.interop import download, load, manifest
+from jvitmoe.interop.targets import TARGETS
 
 pytestmark = pytest.mark.process  # a download is one
 
@@ -27,30 +31,30 @@ class Hub:
         """With a pause, weights come in pieces of so many bytes, each so many seconds after the last; for 100 s."""
         self.asked = asked = []
         self.left = left = threading.Event()  # set where a client leaves in the middle of the weights
+        about = {"id": repository, "sha": COMMIT, "siblings": [{"rfilename": name} for name in files]}
+        tree = [{"type": "file", "path": n, "size": len(b), "oid": COMMIT} for n, b in files.items()]
+        api = f"/api/models/{repository}"
+        answers = dict.fromkeys(
+            (f"{api}/revision/{name}" for name in ("main", COMMIT, "v1")), json.dumps(about).encode()
+        )
+        answers |= {f"{api}/tree/{COMMIT}": json.dumps(tree).encode()}
+        answers |= {f"/{repository}/resolve/{COMMIT}/{name}": bytes(body) for name, body in files.items()}
 
         class Handler(http.server.BaseHTTPRequestHandler):
             def do_GET(self, head=False):
                 path = self.path.partition("?")[0]
                 asked.append(path)
-                body = None
-                if path in (f"/api/models/{repository}/revision/{name}" for name in ("main", COMMIT, "v1")):
-                    siblings = [{"rfilename": name} for name in files]
-                    body = json.dumps({"id": repository, "sha": COMMIT, "siblings": siblings}).encode()
-                elif path == f"/api/models/{repository}/tree/{COMMIT}":
-                    tree = [{"type": "file", "path": n, "size": len(b), "oid": COMMIT} for n, b in files.items()]
-                    body = json.dumps(tree).encode()
-                elif path.startswith(start := f"/{repository}/resolve/{COMMIT}/"):
-                    body = files.get(path.removeprefix(start))
-                self.send_response(200 if body is not None else 404)
-                if body is not None:
+                body = answers.get(path, b"")
+                self.send_response(200 if path in answers else 404)
+                if path in answers:
                     self.send_header("ETag", f'"{hashlib.sha256(body).hexdigest()}"')
                     self.send_header("X-Repo-Commit", COMMIT)
                     self.send_header("Content-Type", "application/json")
-                self.send_header("Content-Length", str(len(body or b"")))
+                self.send_header("Content-Length", str(len(body)))
                 self.end_headers()
-                if body and not head and pause and path.endswith("safetensors"):
+                if not head and pause and path.endswith("safetensors"):
                     self.drip(body)
-                elif body and not head:
+                elif not head:
                     self.wfile.write(body)
 
             def drip(self, body):
@@ -72,9 +76,14 @@ class Hub:
 
 
 @pytest.fixture(scope="module")
-def exported(experiment_run, tmp_path_factory):
-    """Returns the folder of a tiny run's export for timm."""
-    return jvitmoe.Run(experiment_run).export("timm", tmp_path_factory.mktemp("hub") / "timm")
+def exported(tmp_path_factory):
+    """Returns the folder of a small ViT as an export for timm writes it."""
+    folder, model = tmp_path_factory.mktemp("hub"), ModelConfig(width=8, hidden=12, depth=2, heads=2, norm_epsilon=1e-6)
+    rng = np.random.default_rng(0)
+    params = {name: 0.2 * rng.normal(size=shape).astype("f") for name, shape in load._shapes(model).items()}
+    TARGETS["timm"].write(folder, load.Source(Path("run"), "run", params, model, tuple("abcdefghij")), model)
+    manifest.write(folder)
+    return folder
 
 
 @pytest.fixture
@@ -100,20 +109,15 @@ def serve(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("repository", "name"),
-    [
-        ("someone/digits", "hf://someone/digits"),
-        ("someone/digits", f"hf://someone/digits@{COMMIT}"),
-        ("timm/vit_x", "timm://vit_x"),
-    ],
+    ("repository", "name"), [("someone/digits", f"hf://someone/digits@{COMMIT}"), ("timm/vit_x", "timm://vit_x")]
 )
 def test_an_export_on_the_hub_is_the_same_model_and_is_fetched_once(exported, serve, repository, name):
     files = {path.name: path.read_bytes() for path in exported.iterdir()} | {"pytorch_model.bin": b"pickle"}
     server = serve(repository, files)
     source = load.read(name)
     assert source.notes[0] == f"{name} is commit {COMMIT}"
-    fetched = {path.rpartition("/")[2] for path in server.asked if "/resolve/" in path}
-    assert fetched == {"model.safetensors", "config.json", "SHA256SUMS"}
+    fetched = [path.rpartition("/")[2] for path in server.asked if "/resolve/" in path]
+    assert {*fetched} == {"model.safetensors", "config.json", "SHA256SUMS"}
     found, wanted = jvitmoe.load(name), jvitmoe.load(exported)
     chex.assert_trees_all_equal(found.params, wanted.params)
     for about in ("config", "names", "crop", "mean", "std"):
@@ -123,37 +127,34 @@ def test_an_export_on_the_hub_is_the_same_model_and_is_fetched_once(exported, se
 
 
 def test_a_bit_that_flips_on_the_way_is_noticed(exported, serve):
-    files = {path.name: path.read_bytes() for path in exported.iterdir()}
-    for name in ("model.safetensors", "config.json"):
-        content = bytearray(files[name])
-        content[-100] ^= 1
-        serve(f"someone/{name}", files | {name: bytes(content)})
-        with pytest.raises(UserError, match=f"{name} is not the file that SHA256SUMS lists"):
-            load.read(f"hf://someone/{name}")
+    files = {path.name: bytearray(path.read_bytes()) for path in exported.iterdir()}
+    files["model.safetensors"][-100] ^= 1
+    serve("someone/digits", files)
+    with pytest.raises(UserError, match=r"model\.safetensors is not the file that SHA256SUMS lists"):
+        load.read("hf://someone/digits")
 
 
 def test_a_repository_without_safetensors_and_one_that_is_absent_are_one_line(serve):
     serve("someone/digits", {"pytorch_model.bin": b"pickle", "config.json": b"{}"})
-    with pytest.raises(UserError, match=r"hf://someone/digits' holds no model.safetensors; only safetensors are read"):
+    with pytest.raises(UserError, match=r"holds no model\.safetensors"):
         load.read("hf://someone/digits")
-    with pytest.raises(UserError, match=r"hf://someone/other' cannot be fetched \(.*; give a folder that you have"):
+    with pytest.raises(UserError, match="cannot be fetched"):
         load.read("hf://someone/other")
 
 
 def test_a_hub_that_accepts_and_never_answers_is_one_line_or_what_was_fetched_before(exported, serve, monkeypatch):
-    monkeypatch.setattr(load, "ANSWER_SECONDS", 0.2)
     server = serve("someone/digits", {path.name: path.read_bytes() for path in exported.iterdir()})
-    with socket.create_server(("127.0.0.1", 0)) as silent, monkeypatch.context() as patch:
-        patch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{silent.getsockname()[1]}")
-        for name in ("hf://someone/digits", f"hf://someone/digits@{COMMIT}"):
-            with pytest.raises(UserError, match=r"cannot be fetched \(\w*Time\w*: .*timed out.*\); "):
-                load.fetch(name)
-        assert server.asked == []
-    monkeypatch.setattr(load, "ANSWER_SECONDS", 60)
-    folder = load.fetch("hf://someone/digits")
-    monkeypatch.setattr(load, "ANSWER_SECONDS", 0.2)
     with socket.create_server(("127.0.0.1", 0)) as silent:
-        monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        silence = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        with monkeypatch.context() as patch:
+            patch.setattr(load, "ANSWER_SECONDS", 0.2)
+            patch.setenv("HF_ENDPOINT", silence)
+            with pytest.raises(UserError, match=r"cannot be fetched \(\w*Time\w*: .*timed out.*\); "):
+                load.fetch(f"hf://someone/digits@{COMMIT}")
+        assert server.asked == []
+        folder = load.fetch("hf://someone/digits")
+        monkeypatch.setattr(load, "ANSWER_SECONDS", 0.2)
+        monkeypatch.setenv("HF_ENDPOINT", silence)
         assert load.fetch("hf://someone/digits") == folder
 
 
@@ -164,9 +165,7 @@ def test_a_hub_that_drips_is_left_and_one_that_is_slow_is_not(serve, monkeypatch
     weights = bytes(20 * download.CHUNK)
     server = serve("someone/drips", {"model.safetensors": weights}, pause=0.1)
     start = time.monotonic()
-    with pytest.raises(
-        UserError, match=r"cannot be fetched \(the hub sends less than 262,144 bytes in 8 s\); give a f"
-    ):
+    with pytest.raises(UserError, match="the hub sends less than 262,144 bytes in 8 s"):
         load.fetch("hf://someone/drips")
     assert time.monotonic() - start < 20
     assert server.left.wait(10)  # nobody goes on with it
@@ -178,5 +177,5 @@ def test_a_hub_that_drips_is_left_and_one_that_is_slow_is_not(serve, monkeypatch
 
 @pytest.mark.parametrize("name", ["hf://digits", "hf://a/b/c", "hf:///x", "timm://", "timm://a/b"])
 def test_a_name_of_another_form_is_refused(name):
-    with pytest.raises(UserError, match="write hf://OWNER/NAME@REVISION or timm://NAME"):
+    with pytest.raises(UserError, match="write hf://OWNER/NAME"):
         load.fetch(name)

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,20 +11,31 @@ import safetensors
 from PIL import Image, ImageDraw
 
 import jvitmoe
-from jvitmoe.commands import export, predict
-from jvitmoe.config import Config
+from jvitmoe.commands import predict
+from jvitmoe.config import Config, ModelConfig
 from jvitmoe.data import datasets, images
 from jvitmoe.data.images import DataError
 from jvitmoe.errors import UserError
-from jvitmoe.interop import classifier, load
+from jvitmoe.interop import classifier, load, manifest
+from jvitmoe.interop.targets import TARGETS
 from jvitmoe.runs import figures
-from processes import call, succeed
-from run_folders import saved
+from processes import call, refused, succeed
 
 
 @pytest.fixture(scope="module")
-def model(experiment_run):
-    return jvitmoe.load(experiment_run)
+def exported(tmp_path_factory):
+    """Returns the folder of a small ViT for digits that was never trained, as an export for timm writes it."""
+    folder, config = tmp_path_factory.mktemp("exported"), ModelConfig(width=8, hidden=12, depth=2, heads=2, patch=4)
+    rng = np.random.default_rng(0)
+    params = {name: 0.3 * rng.normal(size=shape).astype("f") for name, shape in load._shapes(config).items()}
+    TARGETS["timm"].write(folder, load.Source(Path("run"), "run", params, config, tuple("0123456789")), config)
+    manifest.write(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model(exported):
+    return jvitmoe.load(exported)
 
 
 @pytest.fixture(scope="module")
@@ -59,11 +71,11 @@ def test_predictions_are_sorted_named_and_sum_to_one(model, digits):
     assert len(model(digits.images_NHWc[0])[0]) == 5
 
 
-def test_it_knows_most_digits_in_any_number_of_images(model, digits):
-    """Above chance by far: what is loaded is what was trained. Also more images than one batch holds, and none."""
-    top = model.logits(digits.images_NHWc).argmax(1)
-    assert (top == digits.labels_N).mean() > 0.3
-    np.testing.assert_allclose(model.logits(digits.images_NHWc[:5]), model.logits(digits.images_NHWc)[:5], atol=1e-6)
+def test_any_number_of_images_is_classified(model, digits):
+    """Also more than one batch holds, and none."""
+    found = model.logits(digits.images_NHWc)
+    assert len(np.unique(found.argmax(1))) > 1
+    np.testing.assert_allclose(model.logits(digits.images_NHWc[:5]), found[:5], atol=1e-6)
     assert model(digits.images_NHWc[:0]) == []
 
 
@@ -71,16 +83,16 @@ ZEROS = np.zeros((2, 8, 8, 1), np.uint8)
 
 
 @pytest.mark.parametrize(
-    ("images", "message"),
+    "images",
     [
-        (ZEROS.astype(np.float32), r"they must be uint8 \(N, 8, 8, 1\)"),
-        (np.zeros((2, 9, 9, 1), np.uint8), r"they must be uint8 \(N, 8, 8, 1\)"),
-        (ZEROS[0, ..., 0], r"they must be uint8 \(N, 8, 8, 1\)"),
-        ([ZEROS[0], np.zeros((9, 9, 1), np.uint8)], r"the images have several sizes; each must be \(8, 8, 1\)"),
+        ZEROS.astype(np.float32),
+        np.zeros((2, 9, 9, 1), np.uint8),
+        ZEROS[0, ..., 0],
+        [ZEROS[0], np.zeros((9, 9, 1), np.uint8)],
     ],
 )
-def test_arrays_of_another_shape_or_type_are_refused(model, images, message):
-    with pytest.raises(UserError, match=message):
+def test_arrays_of_another_shape_or_type_are_refused(model, images):
+    with pytest.raises(UserError, match=r"they must be uint8 \(N, 8, 8, 1\)"):
         model(images)
 
 
@@ -106,8 +118,6 @@ def test_a_trained_model_comes_with_the_package_and_a_file_of_its_name_goes_befo
     (tmp_path / "cifar10_fast").mkdir()
     with pytest.raises(UserError, match=r"'cifar10_fast/model\.safetensors' is not a file"):
         jvitmoe.load("cifar10_fast")
-    with pytest.raises(UserError, match=r"a model that comes with jvitmoe \(cifar10_fast\)"):
-        jvitmoe.load("cifar10")
 
 
 def test_hidden_files_in_a_folder_are_skipped_as_in_training(folder):
@@ -129,18 +139,16 @@ def test_a_sheet_shows_very_wide_pictures_and_names_of_files_and_classes_that_it
     assert (tmp_path / "sheet.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_table_and_the_json_tell_the_same_of_pictures_read_a_few_at_a_time(experiment_run, folder, monkeypatch):
-    code, table, err = call(predict.main, f"--workdir={experiment_run}", folder, "--top=2")
-    assert (code, err) == (0, "")
+def test_the_table_and_the_json_tell_the_same_of_pictures_read_a_few_at_a_time(exported, folder, monkeypatch):
+    arguments = f"--workdir={exported}", folder, "--top=2"
+    table = succeed(predict.main, *arguments)
     counts, run = [], classifier.Classifier.__call__
     monkeypatch.setattr(classifier, "BATCH", 2)
     monkeypatch.setattr(
         classifier.Classifier, "__call__", lambda *args, **rest: counts.append(len(args[1])) or run(*args, **rest)
     )
-    code, out, err = call(predict.main, f"--workdir={experiment_run}", folder, "--json", "--top=2")
-    assert (code, err) == (0, "")
+    found = json.loads(succeed(predict.main, *arguments, "--json"))
     assert counts == [2, 1]
-    found = json.loads(out)
     assert [entry["file"] for entry in found] == [str(folder / f"digit{n}.png") for n in range(3)]
     for entry in found:
         assert len(entry["classes"]) == 2
@@ -148,35 +156,19 @@ def test_the_table_and_the_json_tell_the_same_of_pictures_read_a_few_at_a_time(e
             assert f"{guess['name']} {guess['probability']:.1%}" in table
 
 
-def test_a_damaged_checkpoint_is_a_line_of_warning_beside_the_json(experiment_run, folder, tmp_path):
-    workdir = shutil.copytree(experiment_run, tmp_path / "run")
-    newest = saved(workdir)[-1]
-    shutil.copytree(newest, newest.with_name("999"))
-    code, out, err = call(predict.main, f"--workdir={workdir}", "--json", folder)
-    assert (code, err) == (0, "warning: checkpoint 999 skipped: ValueError: it is the checkpoint of step 44\n")
-    assert len(json.loads(out)) == 3
-    code, out, err = call(export.main, f"--workdir={workdir}", "--to=safetensors", f"--out={tmp_path / 'out'}")
-    assert (code, err) == (0, "")
-    assert "warning: checkpoint 999 skipped: " in out
-
-
-def test_what_was_assumed_of_weights_of_another_library_is_told(experiment_run, folder, tmp_path):
-    out = tmp_path / "timm"
-    export.main(["export", f"--workdir={experiment_run}", "--to=timm", f"--out={out}"])
+def test_what_was_assumed_of_weights_of_another_library_is_told(exported, folder, tmp_path):
+    out = shutil.copytree(exported, tmp_path / "timm")
     about = json.loads((out / "config.json").read_text())
     about["pretrained_cfg"]["crop_pct"] = 0.5
     (out / "config.json").write_text(json.dumps(about))
     (out / "SHA256SUMS").unlink()
     code, _, err = call(predict.main, f"--workdir={out}", folder)
     assert code == 0
-    assert "source      no SHA256SUMS beside it lists it, so its config.json is not checked" in err
-    assert "source      its test transform is 'shorter side 16 pixels, bicubic, centre cropped'; the nearest" in err
-    code, _, err = call(predict.main, f"--workdir={out}", folder, "--checkpoint=best")
-    assert (code, err.count("\n")) == (2, 1)
-    assert "it holds one model; leave --checkpoint out" in err
+    assert [line[:16] for line in err.splitlines()] == ["source      no S", "source      its "]  # checksums; its crop
+    assert "leave --checkpoint" in refused(predict.main, f"--workdir={out}", folder, "--checkpoint=best")
 
 
-def test_unreadable_files_are_reported_skipped_and_the_rest_is_done(experiment_run, folder):
+def test_unreadable_files_are_reported_skipped_and_the_rest_is_done(exported, folder):
     (folder / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\nbroken")
     huge = Image.new("1", (20_000, 6_000))
     huge.save(folder / "huge.png")
@@ -186,39 +178,30 @@ def test_unreadable_files_are_reported_skipped_and_the_rest_is_done(experiment_r
     pipe = folder / "empty" / "pipe.png"
     os.mkfifo(pipe)
     more = (folder / "none.png", folder / "empty", pipe)
-    code, out, err = call(predict.main, "--json", f"--workdir={experiment_run}", folder, *more)
+    code, out, err = call(predict.main, "--json", f"--workdir={exported}", folder, *more)
     assert code == 1
     assert len(json.loads(out)) == 3
     lines = err.splitlines()
     assert len(lines) == 6
-    for name, reason in (
-        ("broken.png", "cannot be read as an image"),
-        ("huge.png", "20000x6000 pixels are more than"),
-        ("none.png", "does not exist"),
-        ("empty", "holds no images"),
-        ("script.png", "cannot be read as an image (UnidentifiedImageError"),
-        ("pipe.png", "is no regular file"),
-    ):
-        assert any(line.startswith("skipped: ") and name in line and reason in line for line in lines), name
-    code, out, err = call(predict.main, f"--workdir={experiment_run}", folder / "broken.png")
-    assert (code, out) == (1, "")
+    for name in ("broken.png", "huge.png", "none.png", "empty", "script.png", "pipe.png"):
+        assert any(line.startswith("skipped: ") and name in line for line in lines), name
+    assert call(predict.main, f"--workdir={exported}", folder / "broken.png")[:2] == (1, "")
 
 
-def test_names_of_files_cannot_control_the_terminal(experiment_run, folder, monkeypatch):
+def test_names_of_files_cannot_control_the_terminal(exported, folder, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     (folder / "\x1b[2J.png").write_bytes(b"no picture")
     (folder / "digit0.png").rename(folder / "\x1b[3J.png")
-    code, out, err = call(predict.main, f"--workdir={experiment_run}", folder)
+    code, out, err = call(predict.main, f"--workdir={exported}", folder)
     assert code == 1
     assert r"\x1b[2J.png" in err
     assert r"\x1b[3J.png" in out
     assert "\x1b" not in out + err
 
 
-def test_the_contact_sheet_shows_every_picture_and_its_classes(experiment_run, folder):
+def test_the_contact_sheet_shows_every_picture_and_its_classes(exported, folder):
     out = folder / "sheet.png"
-    code, _, err = call(predict.main, f"--workdir={experiment_run}", folder, f"--sheet={out}")
-    assert code == 0, err
+    succeed(predict.main, f"--workdir={exported}", folder, f"--sheet={out}")
     pixels = np.asarray(Image.open(out).convert("L"))
     high = figures.CELL + figures.LINES * figures.LINE
     assert pixels.shape == tuple(2 * (side + figures.GAP) + figures.GAP for side in (high, figures.CELL))
@@ -232,19 +215,14 @@ def test_the_contact_sheet_shows_every_picture_and_its_classes(experiment_run, f
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("arguments", "named"),
     [
-        (("x.png",), "--workdir is missing"),
-        (("--workdir={run}",), "no picture was given"),
-        (("--workdir={run}", "--top=0", "x.png"), "--top=0: 0 is not a positive integer"),
-        (("--workdir={run}", "--sheet=x.jpg", "x.png"), "it must be a .png"),
-        (("--workdir={run}", "--checkpoint=9", "x.png"), "checkpoint '9' does not exist"),
-        (("--workdir=no/where", "x.png"), "'no/where"),
-        (("--workdir={run}", "--checkpoint=best", "x.png"), "no best checkpoint without a validation split"),
-        (("--workdir=no/where", "--checkpoint=best", "x.png"), "is not a file"),
+        ("x.png", "--workdir"),
+        ("--workdir={run}", "no picture"),
+        ("--workdir={run} --top=0 x.png", "--top"),
+        ("--workdir={run} --sheet=x.jpg x.png", "--sheet"),
+        ("--workdir=no/where --checkpoint=best x.png", "no/where"),
     ],
 )
-def test_predict_refuses_in_one_line(experiment_run, arguments, message):
-    code, _, err = call(predict.main, *(a.format(run=experiment_run) for a in arguments))
-    assert (code, err.count("\n")) == (2, 1)
-    assert message in err
+def test_predict_refuses_in_one_line(exported, arguments, named):
+    assert named in refused(predict.main, *arguments.format(run=exported).split())

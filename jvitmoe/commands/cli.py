@@ -24,9 +24,6 @@ from jvitmoe.errors import UserError, did_you_mean, one_line
 from jvitmoe.runs import files
 from jvitmoe.settings import help_lines, help_text
 
-EXPERIMENT = "An experiment that jvitmoe configs lists, or a file"
-MISSING = "--config is missing; give an experiment, such as --config=digits_random, or a file, --config=my_images.py"
-
 
 def parse(argv: list[str], define: Callable[[flags.FlagValues], None], config: bool = False) -> flags.FlagValues:
     """As `parse_with_arguments`, for a command that takes only flags and, if `config`, needs `--config`."""
@@ -35,20 +32,16 @@ def parse(argv: list[str], define: Callable[[flags.FlagValues], None], config: b
         as_flag = f"--config={others[0]}" if config and not config_path(argv) else "--name=value"
         raise UserError(f"{others[0]!r} is not a flag; write {as_flag}")
     if config and not config_path(argv) and not _saved_config(argv):
-        raise UserError(MISSING)
+        raise UserError("--config is missing; give an experiment, such as --config=digits_random, or a file, my.py")
     return values
 
 
 def parse_with_arguments(
     argv: list[str], define: Callable[[flags.FlagValues], None], config: bool = False, arguments: str = ""
 ) -> tuple[flags.FlagValues, list[str]]:
-    """Returns the parsed flags of a command and its other arguments; prints the help and exits for --help.
-
-    Args:
-        argv: the command line, program name first.
-        define: adds the command's own flags.
-        config: whether the command takes `--config=NAME[:VARIANT]` and `--config.a.b=value`.
-        arguments: what the help calls the other arguments.
+    """Returns the parsed flags of a command, which `define` adds, and its other arguments; prints the help, which calls
+    the latter `arguments`, and exits for --help. With `config` it takes `--config=NAME[:VARIANT]` and
+    `--config.a.b=value`.
 
     Raises UserError for an unknown flag or field, a value of the wrong type, and an experiment file that fails.
     """
@@ -77,7 +70,10 @@ def parse_with_arguments(
             given = f"[no]{flag.name}" if flag.boolean else f"{flag.name}={default}"
             print(*help_lines(f"--{given}", flag.help, width), sep="\n")
         if config:
-            print(*help_lines("--config=NAME[:VARIANT]", f"{EXPERIMENT}.", width), sep="\n")
+            print(
+                *help_lines("--config=NAME[:VARIANT]", "An experiment that jvitmoe configs lists, or a file.", width),
+                sep="\n",
+            )
             whose = "this experiment" if path or _saved_config(argv) else "Config(); --config NAME shows those of NAME"
             print("", *textwrap.wrap(f"Settings, with the values of {whose}:", width), sep="\n")
             print(help_text(values.config, width))
@@ -137,20 +133,15 @@ def define_weights(values: flags.FlagValues) -> None:
     flags.DEFINE_bool("ema", False, "The EMA of the weights (train.ema), not the last weights.", flag_values=values)
 
 
-def run_folder(values: flags.FlagValues) -> Path:
-    """Returns --workdir. Raises UserError where it is missing, does not exist or holds no checkpoints."""
-    if not values.workdir:
+def run_folder(name: Path | str) -> Path:
+    """Returns a --workdir. Raises UserError where it is missing, does not exist or holds no checkpoints."""
+    if not name:
         raise UserError("--workdir is missing; give a run folder, such as --workdir=runs/digits_random")
-    workdir = files.run_folder(values.workdir)
-    check_trained(workdir)
-    return workdir
-
-
-def check_trained(workdir: Path) -> None:
-    """Raises UserError where a folder does not exist or holds no checkpoints."""
+    workdir = files.run_folder(name)
     if not os.path.isdir(workdir / files.CHECKPOINTS):
         problem = "holds no checkpoints" if os.path.exists(workdir) else "does not exist"
         raise UserError(f"workdir {str(workdir)!r} {problem}; give the folder that training wrote")
+    return workdir
 
 
 def experiment(values: flags.FlagValues) -> Config:
@@ -176,15 +167,14 @@ def run(main: Callable[[list[str]], Any]) -> NoReturn:
     warnings.filterwarnings("ignore", "coroutine 'async_serialize.* was never awaited", RuntimeWarning)
     if sys.unraisablehook is sys.__unraisablehook__:  # not replaced by a test runner
         sys.unraisablehook = _show_unraisable
+    code: Any = 0
     try:
         try:
             main(sys.argv)
         except SystemExit as stopped:
-            if is_own:
-                _leave_trackers(stopped.code)
-            raise
+            code = stopped.code
         finally:
-            if sys.stdout:
+            if sys.stdout:  # None if it was closed
                 sys.stdout.flush()  # raises UserError here if the disk is full
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -198,8 +188,8 @@ def run(main: Callable[[list[str]], Any]) -> NoReturn:
         print(f"error: the memory of a device is too small ({one_line(error)}); {remedy}", file=sys.stderr)
         sys.exit(2)
     if is_own:
-        _leave_trackers(0)
-    sys.exit(0)
+        _leave_trackers(code)
+    sys.exit(code)
 
 
 def _leave_trackers(code: Any) -> None:

@@ -33,6 +33,11 @@ PARTS = {  # what the names of arguments begin with -> what they are
     "before.ema": "average of the weights",
     "batch": "batch",
 }
+PLACES = {  # of collectives
+    "step": "once a step",
+    "loop": "in the loop over layers",
+    "some": "in some steps (a pull; mixing before data.plain_at_end)",
+}
 WASTE, WORST = 1.05, 3  # padding that is worth a line, and how many arrays it names
 FIT_TRIES, FIT_SHARE = 7, 0.03  # of --fit: programs compiled, and the share of the batch that it may miss
 
@@ -76,8 +81,9 @@ def main(argv: list[str]) -> None:
     if found.get("largest_batch") == 0:
         remedy = "set --config.train.shard=parameters, or take a smaller model"
         raise TooLargeError(f"no config.train.batch_size fits in {target}; {remedy}")
-    if "peak_bytes" in found and not values.fit:
-        _refuse_too_large(found, target)
+    if not values.fit and found["peak_bytes"] > target.memory:
+        needs = f"{found['peak_bytes'] / GIB:.2f} of {target.memory / GIB:.2f} GiB"
+        raise TooLargeError(_too_large(needs, found["batch_size"], target))
 
 
 class TooLargeError(UserError):
@@ -154,17 +160,11 @@ def show(found: Mapping[str, Any]) -> None:
     console.print(f"devices     {found['devices']}, a mesh of {mesh['data']} x {mesh['expert']} (data x expert)")
     console.print(f"program     batch {found['batch_size']:,}, {found['dtype']}, {attention}")
     console.print(f"compiled    in {found['compile_seconds']:.0f} s, JAX {found['versions']['jax']}")
-    rows = [{"memory of a device": name, "MiB": f"{size / 2**20:,.1f}"} for name, size in found["bytes"].items()]
-    rows.append({"memory of a device": "peak", "MiB": f"{found['peak_bytes'] / 2**20:,.1f}"})
-    rows.append({"memory of a device": "available", "MiB": f"{found['available_bytes'] / 2**20:,.1f}"})
+    sizes = {**found["bytes"], "peak": found["peak_bytes"], "available": found["available_bytes"]}
+    rows = [{"memory of a device": name, "MiB": f"{size / 2**20:,.1f}"} for name, size in sizes.items()]
     show_table(rows, "")
     for one in found["collectives"]:
-        when = {
-            "step": "once a step",
-            "loop": "in the loop over layers",
-            "some": "in some steps (a pull; mixing before data.plain_at_end)",
-        }[one["place"]]
-        console.print(f"moved       {one['kind']} over {one['axis']}: {one['bytes']:,} bytes, {when}")
+        console.print(f"moved       {one['kind']} over {one['axis']}: {one['bytes']:,} bytes, {PLACES[one['place']]}")
     if not found["collectives"]:
         console.print("moved       nothing: one device")
     if found["padding"] > WASTE:
@@ -178,12 +178,6 @@ def show(found: Mapping[str, Any]) -> None:
 def _too_large(needs: str, batch: int, target: Target) -> str:
     remedy = "lower it (--fit finds the largest), or set --config.train.accumulate or --config.train.shard=parameters"
     return f"config.train.batch_size is {batch}; it does not fit in {target} ({needs}); {remedy}"
-
-
-def _refuse_too_large(found: Mapping[str, Any], target: Target) -> None:
-    if found["peak_bytes"] > target.memory:
-        needs = f"{found['peak_bytes'] / GIB:.2f} of {target.memory / GIB:.2f} GiB"
-        raise TooLargeError(_too_large(needs, found["batch_size"], target))
 
 
 def _fit(config: Config, target: Target, count: int, peak: float, show: Callable[[str], object]) -> int:

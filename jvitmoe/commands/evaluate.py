@@ -63,7 +63,7 @@ def _refuse_negative(**flags_given: int) -> None:
 def main(argv: list[str]) -> None:
     """Runs the command. Raises UserError for a flag, a run folder or data that do not fit."""
     values = cli.parse(argv, _define_flags)
-    workdir = cli.run_folder(values)
+    workdir = cli.run_folder(values.workdir)
     probes = Probes(values.few_shot, values.knn, values.probe_data, values.probe_dir)
     if not values.verify:
         evaluate(workdir, values.checkpoint, values.paths, probes, values.data_dir, values.devices)
@@ -89,21 +89,11 @@ def evaluate(
     data_dir: str = "",
     devices: int = 0,
 ) -> None:
-    """Tests the models of a run, and writes result.json, report.md and the pictures into its folder.
-
-    Args:
-        workdir: the run folder.
-        checkpoint: "latest", "best" (on validation) or a step.
-        paths: random paths to test: an expert drawn per layer.
-        probes: of the features.
-        data_dir: where the data are, if not where training found them.
-        devices: to use; 0 is all local ones.
-
-    Raises UserError.
-    """
+    """Tests the models of a run, and writes result.json, report.md and the pictures into its folder. The arguments are
+    the flags of the command. Raises UserError."""
     probes.check()
     _refuse_negative(paths=paths, devices=devices)
-    cli.check_trained(workdir)
+    cli.run_folder(workdir)
     files.refuse_links(workdir)
     console.print(f"reading     {workdir}")
     # Not above: these import JAX and matplotlib, and --help need not wait for that.
@@ -112,6 +102,7 @@ def evaluate(
     from jvitmoe.evaluation import mergeability, models
     from jvitmoe.evaluation import probes as probes_lib
     from jvitmoe.experts import merge
+    from jvitmoe.runs import figures
 
     config, routing, mesh, params, ema, meta = _restore(workdir, checkpoint, data_dir, devices)
     console.print(f"reading     {config.data.name} {config.data.dir}".rstrip())
@@ -140,19 +131,12 @@ def evaluate(
             batches = Resident(few, at_once, mesh)
             result["mergeability"] = mergeability.measure(routing, params, evaluator, batches)
     _draw_samples(evaluator, dense, _some(data.test, MOST_SAMPLES, config), workdir)
-    _write(workdir, result, [files.EXPERTS] if evaluator.routed else [])
-
-
-def _write(workdir: Path, result: dict[str, Any], others: list[str]) -> None:
-    """Writes the results and draws their figures; `others` are the pictures that are there already."""
-    from jvitmoe.runs import figures
-
     drawn = figures.of_run(result, workdir)
     for name, figure in drawn.items():
         figures.save(figure, workdir / name)
     results.write_result(workdir, result, files.CONFUSION in drawn)
-    written = ", ".join((files.RESULT, results.REPORT, files.SAMPLES, *drawn, *others))
-    console.print(f"written     {written} in {workdir}")
+    written = [files.RESULT, results.REPORT, files.SAMPLES, *drawn] + [files.EXPERTS] * bool(evaluator.routed)
+    console.print(f"written     {', '.join(written)} in {workdir}")
 
 
 def _restore(

@@ -4,13 +4,10 @@ Writes the model, a model card, sample.npz (test images and their logits) and ch
 compare the logits. A model that the target cannot express is refused before anything is written.
 """
 
-import contextlib
 import os
 import shutil
 import signal
 import sys
-import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 from absl import flags
@@ -23,8 +20,9 @@ from jvitmoe.runs.console import console, warnings_as_lines
 
 def main(argv: list[str]) -> None:
     """Runs the command. Raises UserError for a run, target or folder that does not fit."""
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # which deletes what is unfinished
     values = cli.parse(argv, _define_flags)
-    workdir = cli.run_folder(values)
+    workdir = cli.run_folder(values.workdir)
     if not values.out:
         raise UserError("--out is missing; give a new folder, such as --out=exports/digits_timm")
     export(workdir, values.to, Path(values.out), values.checkpoint, values.ema, values.data_dir)
@@ -33,18 +31,8 @@ def main(argv: list[str]) -> None:
 def export(
     workdir: Path, to: str, out: Path, checkpoint: str | int = "latest", ema: bool = False, data_dir: str = ""
 ) -> None:
-    """Writes the dense model of a run for another library.
-
-    Args:
-        workdir: the run folder.
-        to: the name of a target.
-        out: a new or empty folder.
-        checkpoint: "latest", "best" (on validation) or a step.
-        ema: whether to take the EMA of the weights.
-        data_dir: where the data are, if not where training found them.
-
-    Raises UserError for a run, target or folder that does not fit.
-    """
+    """Writes the dense model of a run for another library. The arguments are the flags of the command. Raises UserError
+    for a run, target or folder that does not fit."""
     _check_new(out)
     console.print(f"reading     {workdir}")
     # Not above: these import JAX, and --help need not wait for that.
@@ -52,7 +40,7 @@ def export(
     from jvitmoe.interop.targets import TARGETS
     from jvitmoe.runtime import compilation
 
-    if to not in TARGETS:
+    if not (target := TARGETS.get(to)):
         raise UserError(f"--to is {to!r}; it must be one of {', '.join(sorted(TARGETS))}")
     compilation.use_cache()
     with warnings_as_lines():
@@ -60,7 +48,6 @@ def export(
     assert source.config is not None, "a run has a config"
     config = source.config
     config.data.dir = data_dir or config.data.dir
-    target = TARGETS[to]
     remarks = target.examine(config)
     for remark in remarks:
         console.print(f"note        {remark}")
@@ -72,22 +59,19 @@ def export(
     unfinished = out.with_name(f"{out.name}.{os.getpid()}{files.UNFINISHED}")
     files.make_folder(unfinished)
     try:
-        with _sigterm_raises(), files.writing(out):
+        with files.writing(out):
             difference = target.export(unfinished, source, sample)
             card = model_card.write(source, results.read_result(workdir), target, remarks)
             files.write_text(unfinished / manifest.CARD, card)
             manifest.write(unfinished)
-            if out.exists():
-                out.rmdir()
-            unfinished.rename(out)
+            unfinished.rename(out)  # also onto an empty folder
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     weights = "EMA" if source.ema else "checkpoint"
     console.print(f"exported    {printable(str(out))}, {weights} at step {source.step:,}, as {target.name}")
     compared = f"logits of {len(sample['labels'])} images within {difference:.2g} of ours"
     console.print(f"checked     read back by {target.reader}: {compared}")
-    written = sorted(str(path.relative_to(out)) for path in out.rglob("*") if path.is_file())
-    console.print(f"written     {printable(', '.join(written))}")
+    console.print(f"written     {', '.join(sorted(path.name for path in out.iterdir()))}")
     if target.torch:
         console.print(f"            README.md has a check that runs {target.library} itself")
 
@@ -96,23 +80,10 @@ def _check_new(out: Path) -> None:
     """Raises UserError unless a folder is new or empty."""
     try:
         is_new = not os.path.lexists(out) or (out.is_dir() and not out.is_symlink() and not any(out.iterdir()))
-    except OSError as error:
-        raise UserError(f"--out is {str(out)!r}; it cannot be listed: {error.strerror}; give a new folder") from error
+    except OSError:  # it cannot be listed
+        is_new = False
     if out.name in ("", "..") or not is_new:
         raise UserError(f"--out is {str(out)!r}, which is not a new or empty folder; give one that is")
-
-
-@contextlib.contextmanager
-def _sigterm_raises() -> Iterator[None]:
-    """In its body SIGTERM raises SystemExit, so that what is unfinished is deleted."""
-    if threading.current_thread() is not threading.main_thread():  # where Python handles no signals
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)
 
 
 def _define_flags(values: flags.FlagValues) -> None:

@@ -25,10 +25,7 @@ def main(argv: list[str]) -> None:
     """Runs the command. Raises UserError for a flag or a model that does not fit."""
     values, arguments = cli.parse_with_arguments(argv, _define_flags, arguments="IMAGE or FOLDER…")
     if not values.workdir:
-        raise UserError(
-            "--workdir is missing; give a run folder or an exported one, such as --workdir=runs/digits_random, or "
-            "--model=cifar10_fast, which comes with jvitmoe"
-        )
+        raise UserError("--workdir is missing; give a run folder, an exported one, or --model=cifar10_fast")
     if not arguments:
         raise UserError("no picture was given; name files or folders after the flags")
     out = Path(values.sheet) if values.sheet else None
@@ -60,20 +57,20 @@ def main(argv: list[str]) -> None:
         print(json.dumps(listed, indent=1))
     elif classes:
         rows = [
-            {"image": printable(str(path))}
-            | {str(n): f"{printable(c.name)} {c.probability:.1%}" for n, c in enumerate(top, 1)}
+            {"image": path} | {str(n): f"{c.name} {c.probability:.1%}" for n, c in enumerate(top, 1)}
             for path, top in classes
         ]
         show_table(rows, f"{values.workdir}: most probable classes")
     if out and classes:
         from jvitmoe.runs import figures  # imports matplotlib, which takes as long as an answer
 
-        guesses = [[(c.name, c.probability) for c in top] for _, top in classes]
-        pictures = [images.Picture(str(path), path) for path, _ in classes]
-        captions = [path.name for path, _ in classes]
-        figures.contact_sheet(out, list(map(figures.Cell, pictures, captions, guesses)))
+        cells = [
+            figures.Cell(images.Picture(str(path), path), path.name, [(c.name, c.probability) for c in top])
+            for path, top in classes
+        ]
+        figures.contact_sheet(out, cells)
         if not values.json:
-            console.print(f"sheet       {printable(str(out))}")
+            console.print(f"sheet       {out}")
     for message in unreadable:
         print(f"skipped: {printable(message)}", file=sys.stderr)
     if unreadable:

@@ -4,7 +4,6 @@ N images · H, W rows and columns · c colour channels · C classes
 """
 
 import dataclasses
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,6 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
-from jvitmoe.config import ModelConfig
 from jvitmoe.data import augment
 from jvitmoe.data import images as images_lib
 from jvitmoe.errors import UserError
@@ -36,34 +34,21 @@ class Prediction:
 
 class Classifier:
     """A dense ViT. Inputs are arrays, uint8 [N, H, W, c] or [H, W, c] of the model's size, or pictures of any size:
-    paths, or the bytes in a file.
+    paths, or the bytes in a file. It runs in float32.
 
-    Args:
-        model: the architecture; it runs in float32.
-        params: the dense tree.
-        names: of the classes, in the order of labels; () uses numbers.
-        crop: how pictures in files are cut, as `data.crop` of the run.
-        mean: of the pixels, as `data.mean` of the run.
-        std: of the pixels, as `data.std` of the run.
-        notes: what `load.read` noted of files that are no run: their commit, what was left out or assumed.
+    `params` is the dense tree, and `names` are those of the classes in the order of labels, or their numbers; `crop`,
+    `mean` and `std` are those of `data` in the run. `notes` say what was left out or assumed of files that are no run.
     """
 
-    def __init__(
-        self,
-        model: ModelConfig,
-        params: Any,
-        names: Sequence[str] = (),
-        crop: str = "exact",
-        mean: Sequence[float] = (0.5,),
-        std: Sequence[float] = (0.5,),
-        notes: Sequence[str] = (),
-    ) -> None:
-        self.crop, self.mean, self.std, self.notes = crop, mean, std, tuple(notes)
-        self.config = dataclasses.replace(model, dtype="float32")
-        self.names = tuple(names) if len(names) == model.classes else tuple(map(str, range(model.classes)))
-        self.params = jax.tree.map(jnp.asarray, params)
+    def __init__(self, source: load_lib.Source) -> None:
+        self.crop, self.mean, self.std = source.crop, source.mean, source.std
+        self.notes = () if source.config else source.notes
+        self.config = dataclasses.replace(source.model, position_rows=0, dtype="float32")
+        numbers = tuple(map(str, range(source.model.classes)))
+        self.names = source.classes if len(source.classes) == len(numbers) else numbers
+        self.params = jax.tree.map(jnp.asarray, weight_names.unflatten(dense_arrays(source)))
         net = vit.build(self.config)
-        self._run = compilation.jit(lambda p, x: vit.logits(net, p, augment.normalize(x, mean, std)))
+        self._run = compilation.jit(lambda p, x: vit.logits(net, p, augment.normalize(x, self.mean, self.std)))
 
     def __call__(self, inputs: Any, top: int = 5) -> list[list[Prediction]]:
         """Returns the `top` most probable classes of each input, most probable first.
@@ -82,9 +67,7 @@ class Classifier:
 
     def probabilities(self, inputs: Any) -> np.ndarray:
         """Returns float32 probabilities [N, C]; inputs as `__call__`."""
-        logits_NC = self.logits(inputs)
-        shifted_NC = np.exp(logits_NC - logits_NC.max(axis=1, keepdims=True))
-        return shifted_NC / shifted_NC.sum(axis=1, keepdims=True)
+        return np.asarray(jax.nn.softmax(self.logits(inputs)))
 
     def logits(self, inputs: Any) -> np.ndarray:
         """Returns float32 logits [N, C]; inputs as `__call__`."""
@@ -107,26 +90,19 @@ class Classifier:
         if isinstance(inputs, str | Path | bytes):
             inputs = [inputs]
         if isinstance(inputs, list | tuple) and all(isinstance(entry, str | Path | bytes) for entry in inputs):
-            pictures: list[Path | bytes] = []
-            for entry in inputs:
-                if isinstance(entry, bytes):
-                    pictures.append(entry)
-                    continue
-                files, complaints = images_lib.find([entry])
-                if complaints:
-                    raise UserError(complaints[0])
-                pictures += files
-            return np.array([self.read(picture) for picture in pictures], np.uint8).reshape(-1, size, size, channels)
+            found: list[Any] = [([one], []) if isinstance(one, bytes) else images_lib.find([one]) for one in inputs]
+            if complaints := [complaint for _, complaints in found for complaint in complaints]:
+                raise UserError(complaints[0])
+            pixels = [self.read(picture) for pictures, _ in found for picture in pictures]
+            return np.array(pixels, np.uint8).reshape(-1, size, size, channels)
+        rule = f"they must be uint8 (N, {size}, {size}, {channels}) with pixels from 0 to 255"
         try:
             array = np.asarray(inputs)
         except ValueError as error:
-            raise UserError(f"the images have several sizes; each must be ({size}, {size}, {channels})") from error
+            raise UserError(f"the images have several sizes; {rule}") from error
         array = array[None] if array.ndim == 3 else array
         if array.dtype != np.uint8 or array.shape[1:] != (size, size, channels):
-            raise UserError(
-                f"the images are {array.dtype} {array.shape}; they must be uint8 (N, {size}, {size}, {channels}) "
-                "with pixels from 0 to 255"
-            )
+            raise UserError(f"the images are {array.dtype} {array.shape}; {rule}")
         return array
 
 
@@ -141,15 +117,7 @@ def load(path: str | Path, checkpoint: str | int = "latest", ema: bool = False) 
         logging.set_verbosity(verbosity)
     if "head.logits.kernel" not in source.params:
         raise UserError(f"{path} has no head, so it classifies nothing; train one with --config.init.source={path}")
-    return from_source(source)
-
-
-def from_source(source: load_lib.Source) -> Classifier:
-    """Returns the Classifier of a source."""
-    model = dataclasses.replace(source.model, position_rows=0)
-    params = weight_names.unflatten(dense_arrays(source))
-    notes = () if source.config else source.notes
-    return Classifier(model, params, source.classes, source.crop, source.mean, source.std, notes)
+    return Classifier(source)
 
 
 def dense_arrays(source: load_lib.Source) -> weight_names.Dict:

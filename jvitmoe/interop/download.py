@@ -4,6 +4,7 @@ The time-outs of the hub's client begin again with each byte, so it never leaves
 process runs this file, which imports nothing else of jvitmoe.
 """
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -18,15 +19,8 @@ CHUNK = 2**16  # bytes that it writes at once, and by which its progress is seen
 
 
 def run(repository: str, revision: str, wanted: Sequence[str], answer_seconds: float) -> Path:
-    """Returns the folder in the hub's cache that holds the wanted files of a model, downloaded once. Raises OSError
-    with the cause if the hub does not answer in time or sends too little.
-
-    Args:
-        repository: OWNER/NAME.
-        revision: branch, tag or commit.
-        wanted: names of files; those that the model lacks are left out.
-        answer_seconds: longest wait for the first answer.
-    """
+    """Returns the folder in the hub's cache that holds the wanted files of a model, OWNER/NAME, downloaded once; those
+    that it lacks are left out. Raises OSError with the cause if the hub does not answer in time or sends too little."""
     from huggingface_hub import constants, file_download
 
     folder = file_download.repo_folder_name(repo_id=repository, repo_type="model")
@@ -53,19 +47,16 @@ def _wait(child: subprocess.Popen[str], blobs: Path) -> str:
             if (now := _bytes_in(blobs)) >= seen + LEAST_BYTES:
                 seen, deadline = now, time.monotonic() + WINDOW_SECONDS
             elif time.monotonic() > deadline:
-                rate = f"less than {LEAST_BYTES:,} bytes in {WINDOW_SECONDS:g} s"
-                raise TimeoutError(f"the hub sends {rate}") from None
+                rate = f"{LEAST_BYTES:,} bytes in {WINDOW_SECONDS:g} s"
+                raise TimeoutError(f"the hub sends less than {rate}") from None
 
 
 def _bytes_in(folder: Path) -> int:
     """Returns the bytes of the files in a folder, and of their blocks: a file may have its size before its bytes."""
     total = 0
     for path in folder.glob("*"):
-        try:
-            about = path.stat()
-        except OSError:  # renamed when it was complete
-            continue
-        total += about.st_size + 512 * about.st_blocks
+        with contextlib.suppress(OSError):  # renamed when it was complete
+            total += path.stat().st_size + 512 * path.stat().st_blocks
     return total
 
 

@@ -21,7 +21,7 @@ import safetensors
 from jvitmoe import config as config_lib
 from jvitmoe import rules
 from jvitmoe.config import Config, ModelConfig
-from jvitmoe.errors import ConfigError, UserError, one_line
+from jvitmoe.errors import UserError, one_line
 from jvitmoe.experts import merge
 from jvitmoe.experts.params import from_dict
 from jvitmoe.interop import config_files, download, manifest, weight_names
@@ -70,7 +70,7 @@ def read(path: Path | str, heads: int = 0, checkpoint: str | int = "latest", ema
         path: folder or file, a name on the hub (`fetch`), or that of a model that comes with jvitmoe, such as
             "cifar10_fast"; the config.json beside a .safetensors is read too.
         heads: number of attention heads, for files that do not have it.
-        checkpoint: of a run folder: latest, best or a step.
+        checkpoint: of a run folder: "latest", "best" (on validation) or a step.
         ema: of a run folder that has one, the EMA of the weights, not the last weights.
 
     Raises UserError (one line with the path) if the path is missing or damaged, or its ViT differs from ours.
@@ -85,20 +85,15 @@ def read(path: Path | str, heads: int = 0, checkpoint: str | int = "latest", ema
         path = SHIPPED / path
     if os.path.isdir(path / files.CHECKPOINTS):  # unlike Path's, these raise for no name
         return _read_run(path, checkpoint, ema)
-    if ema:
-        raise UserError(f"{str(path)!r} is not a run folder, so it has no EMA; leave --ema out")
     if os.path.isdir(path):
         path = path / WEIGHTS
     if not os.path.isfile(path):
-        raise UserError(
-            f"{str(path)!r} is not a file; give a run folder, a folder with {WEIGHTS}, a .safetensors or a .npz file, "
-            f"or a model that comes with jvitmoe ({', '.join(shipped())})"
-        )
+        known = f"a .safetensors or .npz file, or a model that comes with jvitmoe ({', '.join(shipped())})"
+        raise UserError(f"{str(path)!r} is not a file; give a run folder, a folder with {WEIGHTS}, {known}")
     if path.suffix not in (".safetensors", ".npz"):
         raise UserError(f"{str(path)!r} is neither .safetensors nor .npz; convert it with safetensors first")
-    if checkpoint != "latest":
-        rule = "is not a run folder, so it holds one model; leave --checkpoint out"
-        raise UserError(f"--checkpoint is {checkpoint!r}, but {str(path)!r} {rule}")
+    if ema or checkpoint != "latest":
+        raise UserError(f"{str(path)!r} is no run folder, so it holds one model; leave --checkpoint and --ema out")
     try:
         return _read_file(path, heads)
     except UserError as error:
@@ -135,14 +130,12 @@ def fetch(name: str) -> Path:
     except ImportError as error:
         raise UserError(f"{name!r} needs huggingface_hub; install it with pip install 'jvitmoe[hf]'") from error
 
-    place, wanted = (repository, revision or "main"), [WEIGHTS, CONFIG, PROCESSOR, manifest.NAME]
+    revision, wanted = revision or "main", [WEIGHTS, CONFIG, PROCESSOR, manifest.NAME]
     try:
-        folder = download.run(*place, wanted, ANSWER_SECONDS)
+        folder = download.run(repository, revision, wanted, ANSWER_SECONDS)
     except OSError as error:
         try:  # as it was fetched before
-            folder = Path(
-                hub.snapshot_download(place[0], revision=place[1], allow_patterns=wanted, local_files_only=True)
-            )
+            folder = Path(hub.snapshot_download(repository, revision=revision, local_files_only=True))
         except Exception:  # of the hub's client
             raise UserError(f"{name!r} cannot be fetched ({error}); give a folder that you have") from error
     if not (folder / WEIGHTS).is_file():
@@ -154,17 +147,13 @@ def _read_run(path: Path, checkpoint: str | int, ema: bool) -> Source:
     # Each process reads it on its own: one that cannot raises an error, and must not leave others waiting.
     saved = Checkpoints(path / files.CHECKPOINTS).read(checkpoint)
     config = config_lib.from_dict(saved.meta["config"])
-    if not ema:
-        flat = weight_names.flatten(jax.device_get(merge.dense_tree(from_dict(saved.params))))
-    elif saved.ema is None:
+    if ema and saved.ema is None:
         raise UserError(f"{path} has no EMA; leave --ema out, or train with --config.train.ema=0.999")
-    else:
-        flat = weight_names.flatten(saved.ema)
+    flat = weight_names.flatten(saved.ema if ema else jax.device_get(merge.dense_tree(from_dict(saved.params))))
     flat["positions"] = _table(config.model, flat)
     notes: tuple[str, ...] = ("averaged the experts",) if config.routing.experts > 1 else ()
     notes += ("folded LoRA and adapters into the MLP",) if config.trains_adapters_only else ()
-    model, classes = config.model.plain(), files.read_classes(path)
-    data = config.data
+    model, classes, data = config.model.plain(), files.read_classes(path), config.data
     return Source(path, "run", flat, model, classes, notes, config, data.crop, data.mean, data.std, saved.step, ema)
 
 
@@ -196,11 +185,10 @@ def _open(path: Path) -> tuple[dict[str, _Stored], bool]:
             checksum = (file.metadata() or {}).get(CHECKSUM)
             if checksum and checksum != sha256(path):
                 raise ValueError("its arrays do not match their checksum")
-            headers = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
-            arrays = {
-                name: _Stored(tuple(header.get_shape()), header.get_dtype(), functools.partial(file.get_tensor, name))
-                for name, header in headers.items()
-            }
+            arrays = {}
+            for name in file.keys():  # noqa: SIM118
+                header, read = file.get_slice(name), functools.partial(file.get_tensor, name)
+                arrays[name] = _Stored(tuple(header.get_shape()), header.get_dtype(), read)
             return arrays, bool(checksum)
         archive = zipfile.ZipFile(path)
         inflated, packed = sum(entry.file_size for entry in archive.infolist()), path.stat().st_size
@@ -273,19 +261,13 @@ def _json(path: Path) -> Any:
 
 def _read_ours(path: Path, arrays: weight_names.Arrays, about: dict[str, Any], notes: tuple[str, ...]) -> Source:
     data: Any = {name: about[name] for name in ("crop", "mean", "std") if name in about}  # older versions wrote none
-    config = config_lib.from_dict({"model": about["model"], "data": data | {"stream": True}})
-    try:
-        model, data = rules.check(config).model, config.data
-    except ConfigError as error:
-        raise UserError(f"its {CONFIG} has values that no run has: {error}; restore it from a copy") from error
-    classes = about.get("classes", [])
-    if not (isinstance(classes, list) and all(isinstance(name, str) for name in classes)) or (
-        len(classes) not in (0, model.classes)
-    ):
+    config = rules.check(config_lib.from_dict({"model": about["model"], "data": data | {"stream": True}}))
+    model, data, classes = config.model, config.data, about.get("classes", [])
+    are_names = isinstance(classes, list) and all(isinstance(name, str) for name in classes)
+    if not are_names or len(classes) not in (0, model.classes):
         raise UserError(f"its {CONFIG} has the classes {classes!r}; they must be {model.classes} names")
     shapes = _shapes(model)
-    odd = sorted(arrays.keys() - shapes.keys())
-    if odd:
+    if odd := sorted(arrays.keys() - shapes.keys()):
         raise UserError(f"the array {odd[0]!r} has no place in the model of its {CONFIG}; restore both from a copy")
     loaded = weight_names.load(arrays, shapes)
     loaded["positions"] = _table(model, loaded)
@@ -310,9 +292,6 @@ def _checked_pixels(values: weight_names.ConfigValues, channels: int) -> Pixels:
         mean_c = std_c = np.full(1, np.nan)
     fits = mean_c.shape in ((1,), (channels,)) and std_c.shape in ((1,), (channels,))
     if not (fits and np.all(abs(mean_c) <= MOST_PIXEL) and np.all((std_c >= 1 / MOST_PIXEL) & (std_c <= MOST_PIXEL))):
-        raise UserError(
-            f"its pixels have mean {mean!r} and deviation {std!r}; they must be finite, one number or one for "
-            f"each of {channels} channels, at most {MOST_PIXEL:g}, and deviations at least {1 / MOST_PIXEL:g}: correct "
-            f"its {CONFIG} or {PROCESSOR}"
-        )
+        rule = f"one number or one for each of {channels} channels, deviations above 0: correct its {CONFIG}"
+        raise UserError(f"its pixels have mean {mean!r} and deviation {std!r}; they must be {rule} or {PROCESSOR}")
     return tuple(mean_c.tolist()), tuple(std_c.tolist())

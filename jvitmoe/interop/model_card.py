@@ -44,14 +44,8 @@ tags:
 
 
 def write(source: Source, result: Mapping[str, Any], target: Target, remarks: Sequence[str]) -> str:
-    """Returns the card as Markdown.
-
-    Args:
-        source: the run that was exported.
-        result: its result.json; {} if it was not tested.
-        target: the format of the export.
-        remarks: differences of this export from the run's model.
-    """
+    """Returns the card of an exported run as Markdown. `result` is its result.json, {} if it was not tested; `remarks`
+    are differences of this export from the run's model."""
     assert source.config is not None, "a run has a config"
     config, model, classes, step = source.config, source.model, source.classes, source.step
     layout = "[N, channels, rows, columns]" if target.torch else "[N, rows, columns, channels]"

@@ -61,17 +61,13 @@ def adapt(source: Source, model: ModelConfig, fresh: Dict, data: DataConfig) -> 
         if not _same_pixels(pixels, wanted):
             changes.append("folded its mean and deviation of pixels into the patches: data.mean and data.std differ")
     elif not _same_pixels(pixels, wanted):
-        raise ConfigError(
-            f"config.data.mean is {data.mean} and config.data.std is {data.std}; for model.stem={model.stem}, which "
-            f"pads with zeros, they must be the source's, {source.mean} and {source.std}"
-        )
+        rule = f"for model.stem={model.stem}, which pads with zeros, they must be the source's, {pixels}"
+        raise ConfigError(f"config.data.mean and config.data.std are {wanted}; {rule}")
     _fit_positions(old, source.model, model, fresh, changes)
     _fit_cls(old, model, changes)
     _fit_head(old, source.model, model, fresh, changes)
-    if source.model.norm_epsilon != model.norm_epsilon:
-        changes.append(
-            f"kept model.norm_epsilon={model.norm_epsilon:g}, where the source has {source.model.norm_epsilon:g}"
-        )
+    if (theirs := source.model.norm_epsilon) != model.norm_epsilon:
+        changes.append(f"kept model.norm_epsilon={model.norm_epsilon:g}, where the source has {theirs:g}")
     loaded = {name: leaf.astype(np.float32) for name, leaf in old.items()}
     count, total = (sum(leaf.size for leaf in tree.values()) for tree in (loaded, fresh))
     lines = [f"{source.path} ({source.kind}): {count:,} of {total:,} parameters loaded", *changes]
@@ -86,10 +82,7 @@ def _check_blocks(source: Source, model: ModelConfig) -> None:
     differ += ["layer_scale"] if bool(source.model.layer_scale) != bool(model.layer_scale) else []
     if differ:
         flags = " ".join(f"--config.model.{name}={getattr(source.model, name)}" for name in differ)
-        raise ConfigError(
-            f"config.init.source is {str(source.path)!r}, a ViT whose {', '.join(f'model.{n}' for n in differ)} "
-            f"differ from this run's; set {flags}"
-        )
+        raise ConfigError(f"config.init.source is {str(source.path)!r}, a ViT of other blocks; set {flags}")
 
 
 def resize_positions(table_TD: np.ndarray, grid: int) -> np.ndarray:
@@ -154,10 +147,8 @@ def _fit_head(params: Dict, old: ModelConfig, new: ModelConfig, fresh: Dict, cha
         return
     for name in head & params.keys():
         del params[name]
-    changes.append(
-        f"re-made the head for {new.classes} classes (the source has {old.classes or 'none'}): "
-        f"{', '.join(sorted(head & fresh.keys()))}"
-    )
+    made = ", ".join(sorted(head & fresh.keys()))
+    changes.append(f"re-made the head for {new.classes} classes (the source has {old.classes or 'none'}): {made}")
 
 
 def _fold_pixels(flat: Dict, old: Pixels, new: Pixels) -> None:
@@ -166,10 +157,8 @@ def _fold_pixels(flat: Dict, old: Pixels, new: Pixels) -> None:
     if _same_pixels(old, new):
         return
     kernel_JJcD = flat["patches.kernel"]
-    channels = (kernel_JJcD.shape[2],)
-    old_mean_c, old_std_c, new_mean_c, new_std_c = (
-        np.broadcast_to(np.asarray(values, np.float32), channels) for values in (*old, *new)
-    )
+    ones_c = np.ones(kernel_JJcD.shape[2:3], np.float32)
+    old_mean_c, old_std_c, new_mean_c, new_std_c = (ones_c * np.asarray(values, np.float32) for values in (*old, *new))
     offset_c = (new_mean_c - old_mean_c) / old_std_c
     flat["patches.bias"] = flat["patches.bias"] + np.einsum("pqcd,c->d", kernel_JJcD, offset_c)
     flat["patches.kernel"] = kernel_JJcD * (new_std_c / old_std_c)[None, None, :, None]

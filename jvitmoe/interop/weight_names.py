@@ -141,7 +141,10 @@ def model_of(theirs: Arrays, style: str, config: ConfigValues) -> ModelConfig:
     parts = [name for name, timm in PARTS if style == TIMM and BLOCKS[TIMM].format(0) + timm in named]
     has_head = any(row[COLUMN[style]] in named for row in OUTER if row[0].startswith("head."))
     has_head &= not any(name.startswith("pre_logits") for name in named)  # a tanh layer before the head
-    _check_names(named, style, depth, has_head, parts)
+    known = {*_layout(style, depth, parts, has_head), POSITIONS[style], CLS[style]}
+    known |= {REGISTERS} if style == TIMM else set()
+    if odd := sorted(name for name in named.keys() - known if not SPARE.fullmatch(name)):
+        raise UserError(f"the array {odd[0]!r} has no place in a plain ViT ({len(odd)} such); use another source")
 
     def shape(our_name: str, ndim: int) -> tuple[int, ...]:
         name = next(name for name, members in _layout(style, 1).items() if members[0][0] == our_name)
@@ -185,10 +188,8 @@ def _grid(rows: int, has_cls: bool, patch: int, config: ConfigValues) -> tuple[i
     elif patches in (rows, rows - 1):
         cls_row = patches == rows - 1
     elif side * side == rows > 1:
-        raise UserError(
-            f"its {rows} positions may be {side}x{side} patches, or CLS and a rectangle of patches; put the "
-            "config.json that belongs to it beside it"
-        )
+        either = f"{side}x{side} patches, or CLS and a rectangle of patches"
+        raise UserError(f"its {rows} positions may be {either}; put the config.json that belongs to it beside it")
     else:
         cls_row = rows > 1
     grid = round((rows - cls_row) ** 0.5)
@@ -279,18 +280,6 @@ def _plain_names(theirs: Arrays, style: str) -> Arrays:
     return {re.sub(old, new, name): leaf for name, leaf in theirs.items()}
 
 
-def _check_names(named: Arrays, style: str, depth: int, has_head: bool, parts: Sequence[str]) -> None:
-    """Raises UserError for an array that is missing, and for one that would change what a plain ViT computes."""
-    wanted = [*_layout(style, depth, parts, has_head), POSITIONS[style]]
-    for name in wanted:
-        if name not in named:
-            raise UserError(f"the array {name!r} is missing; the file must hold a plain ViT")
-    known = {*wanted, CLS[style], *([REGISTERS] if style == TIMM else [])}
-    odd = sorted(name for name in named.keys() - known if not SPARE.fullmatch(name))
-    if odd:
-        raise UserError(f"the array {odd[0]!r} has no place in a plain ViT ({len(odd)} such); use another source")
-
-
 def _wanted(style: str, model: ModelConfig, shapes: Shapes) -> dict[str, tuple[int, ...]]:
     """Returns {their name: shape} of all arrays that `read` takes."""
     wanted: dict[str, tuple[int, ...]] = {}
@@ -308,7 +297,7 @@ def _wanted(style: str, model: ModelConfig, shapes: Shapes) -> dict[str, tuple[i
 
 def _shape(arrays: Arrays, name: str, ndim: int | None = None) -> tuple[int, ...]:
     if name not in arrays:
-        raise UserError(f"the array {name!r} is missing; restore the file from a copy")
+        raise UserError(f"the array {name!r} is missing; the file must hold a plain ViT")
     shape = tuple(arrays[name].shape)
     if ndim and (len(shape) != ndim or 0 in shape):
         raise UserError(f"the array {name!r} has shape {shape}; it must have {ndim} axes, none of length 0")

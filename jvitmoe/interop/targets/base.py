@@ -52,17 +52,13 @@ class Target:
     def examine(self, config: Config) -> list[str]:
         """Returns remarks on this export. Raises UserError, with the flags to change, for a merged model that the
         format cannot express."""
-        model = config.model.plain()
+        model, kind = config.model.plain(), config.routing.kind
         default = type(model)()
         if odd := self.unsupported(model):
             found = ", ".join(f"model.{name}={getattr(model, name)}" for name in odd)
             flags = " ".join(f"--config.model.{name}={getattr(default, name)}" for name in odd)
             others = " or ".join(target.name for target in TARGETS.values() if not target.unsupported(model))
-            raise UserError(
-                f"{self.name} has no counterpart of {found}; nothing was written: train with {flags}, or export "
-                f"--to={others}"
-            )
-        kind = config.routing.kind
+            raise UserError(f"{self.name} has no counterpart of {found}; train with {flags}, or export --to={others}")
         has_router = kind in ROUTERS and ROUTERS[kind].is_tested
         left = [f"the router ({kind}) is left behind: this is the mean of the experts"] if has_router else []
         return left + self.remarks(config)
@@ -74,7 +70,7 @@ class Target:
         inputs = np.asarray(augment.normalize(jnp.asarray(test.images_NHWc), source.mean, source.std))
         if self.torch:
             inputs = np.ascontiguousarray(inputs.transpose(0, 3, 1, 2))
-        logits_NC = classifier.from_source(source).logits(test.images_NHWc)
+        logits_NC = classifier.Classifier(source).logits(test.images_NHWc)
         return {"images": test.images_NHWc, "inputs": inputs, "labels": test.labels_N, "logits": logits_NC}
 
     def export(self, out: Path, source: load.Source, sample: weight_names.Dict) -> float:
@@ -89,11 +85,8 @@ class Target:
         apart = float(np.max([np.abs(run(sample["inputs"][:n]) - sample["logits"][:n]).max() for n in counts]))
         if not apart < CLOSE:
             cause = "".join(f" ({difference})" for difference in self.differences(model))
-            exact = [target.name for target in TARGETS.values() if target.fields == FIELDS]
-            raise UserError(
-                f"the exported model's logits are {apart:.2g} from ours, more than {CLOSE}{cause}; nothing was "
-                f"written: export --to={' or '.join(exact)}"
-            )
+            exact = " or ".join(target.name for target in TARGETS.values() if target.fields == FIELDS)
+            raise UserError(f"the logits there are {apart:.2g} from ours, above {CLOSE}{cause}; export --to={exact}")
         return apart
 
 

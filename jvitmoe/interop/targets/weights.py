@@ -27,7 +27,7 @@ def _save(out: Path, arrays: weight_names.Dict, about: dict[str, Any]) -> base.R
     path.write_bytes(save(arrays, metadata={**metadata, load.CHECKSUM: load.sha256(path)}))
     files.write_text(out / load.CONFIG, json.dumps(about, indent=2) + "\n")
     again = load.read(out)
-    read_back = classifier.from_source(again)
+    read_back = classifier.Classifier(again)
 
     def run(inputs: np.ndarray) -> np.ndarray:
         images = inputs if again.kind == load.OURS else inputs.transpose(0, 2, 3, 1)
@@ -99,11 +99,9 @@ processor = AutoImageProcessor.from_pretrained(".", backend="pil")
         found = super().remarks(config)
         if not config.model.cls_position:
             found.append("CLS has no position here and must have one there: it is zeros, which computes the same")
-        found.append(
-            'the processor with backend="pil" gives the pixels of predict, but shifted by one where (resized long '
-            f"side - {config.model.image_size}) % 4 is 3; the default backend was measured up to 2 of 255 levels off "
-            "besides"
-        )
+        shifted = f"shifted by one where (resized long side - {config.model.image_size}) % 4 is 3"
+        found.append(f'the processor with backend="pil" gives the pixels of predict, but {shifted}')
+        found.append("its default backend was measured up to 2 of 255 levels off besides")
         return found
 
 
@@ -154,8 +152,7 @@ transform = timm.data.create_transform(**timm.data.resolve_model_data_config(mod
 
     def write(self, out: Path, source: load.Source, model: ModelConfig) -> base.Run:
         arrays = weight_names.write(source.params, weight_names.TIMM, _cls_row(model), model.pool != "cls")
-        about = timm_config(model, source.classes, source.crop, source.mean, source.std)
-        return _save(out, arrays, about)
+        return _save(out, arrays, timm_config(model, source.classes, source.crop, source.mean, source.std))
 
     def unsupported(self, model: ModelConfig) -> list[str]:
         return super().unsupported(model) + (["pool"] if model.pool == "seq" else [])
@@ -163,17 +160,13 @@ transform = timm.data.create_transform(**timm.data.resolve_model_data_config(mod
     def remarks(self, config: Config) -> list[str]:
         found = super().remarks(config)
         if config.model.has_cls and not config.model.cls_position:
-            found.append(
-                "CLS has no position: timm's argument no_embed_class=True says so (model.cls_position=True has one)"
-            )
+            found.append("CLS has no position (model.cls_position=False): timm's no_embed_class=True says so")
         return found
 
     def differences(self, model: ModelConfig) -> list[str]:
-        if model.norm_epsilon in NORMS:
-            return []
-        known = " and ".join(f"{epsilon:g}" for epsilon in NORMS)
-        ours = f"model.norm_epsilon={model.norm_epsilon:g}"
-        return [f"timm's config.json can express LayerNorm epsilons {known}, not {ours}"]
+        known, ours = " and ".join(f"{epsilon:g}" for epsilon in NORMS), f"model.norm_epsilon={model.norm_epsilon:g}"
+        there = f"timm's config.json can express LayerNorm epsilons {known}, not {ours}"
+        return [] if model.norm_epsilon in NORMS else [there]
 
 
 def timm_config(
