@@ -22,14 +22,8 @@ BOUNDS = {
 
 
 def setting(default: Any, doc: str, choices: tuple[str, ...] = (), free: bool = False, **bounds: float) -> Any:
-    """Returns a dataclass field with all that is known about one setting.
-
-    Args:
-        doc: the description for `--help` and docs/settings.md.
-        choices: the allowed values; empty allows all.
-        free: True if a run may resume with another value, because it never changes a number of training.
-        bounds: limits, by the names in BOUNDS.
-    """
+    """Returns a dataclass field with the description of a setting, the values that it allows (empty `choices`: all),
+    and limits by the names in BOUNDS. A run may resume with another value of a `free` one: it changes no number."""
     limits = [f"{BOUNDS[name][0]} {limit:,}" for name, limit in bounds.items()]
     rule = f"one of {', '.join(map(repr, choices))}" if choices else " and ".join(limits)
     about = {"doc": doc, "choices": choices, "free": free, "bounds": bounds, "rule": rule}
@@ -41,8 +35,7 @@ class DataConfig:
     """The data, and what is done to pixels."""
 
     name: str = setting(
-        "digits",
-        "digits; folder (train/CLASS/… and test/CLASS/…); hf:NAME, a set or folder of Hugging Face; or a TFDS set",
+        "digits", "digits; folder (train/CLASS/… and test/CLASS/…); hf:NAME of Hugging Face; or a TFDS set"
     )
     dir: str = setting("", "the image folder, or where TFDS or Hugging Face keep sets; empty: their default", free=True)
     validation: int = setting(0, "training images held out, class by class, to choose a checkpoint on", at_least=0)
@@ -51,14 +44,12 @@ class DataConfig:
     stream: bool = setting(False, "read each batch from disk: for sets larger than a device's memory", free=True)
     crop: str = setting(
         "exact",
-        "exact: images of the model's size; centre: any size, resized, their middle; resized: random parts, needs "
-        "stream",
+        "exact: images of the model's size; centre: any size, resized; resized: random parts, needs stream",
         ("exact", "centre", "resized"),
     )
     augment: str = setting(
         "none",
-        "three: grey, solarize or blur, and colour jitter of 0.3 (3-Augment of DeiT III); trivial: one random "
-        "operation of random strength (TrivialAugment, wide)",
+        "three: 3-Augment of DeiT III with jitter of 0.3; trivial: one random operation (TrivialAugment, wide)",
         ("none", "three", "trivial"),
     )
     erase: float = setting(0.0, "probability of erasing a random rectangle of an image", at_least=0, at_most=1)
@@ -79,21 +70,18 @@ class ModelConfig:
     patch: int = setting(2, "height and width of a patch in pixels", above=0)
     stem: str = setting(
         "patch",
-        "patch: one linear layer; else log2(patch) 3x3 convolutions, each of which halves the image: conv by max "
-        "pooling (CCT), strided by its stride",
+        "patch: one linear layer; else log2(patch) 3x3 convolutions that halve by max pooling (conv) or stride",
         ("patch", "conv", "strided"),
     )
     width: int = setting(64, "width of a token, D", above=0)
     hidden: int = setting(128, "hidden units of an MLP, F", above=0)
     expert_hidden: int = setting(0, "hidden units of each expert of a router; 0: those of an MLP", at_least=0)
-    shared_hidden: int = setting(
-        0, "hidden units of an MLP beside a router's experts, which every token passes (a shared expert)", at_least=0
-    )
+    shared_hidden: int = setting(0, "hidden units of a shared expert, which every token passes", at_least=0)
     depth: int = setting(4, "number of layers, L", above=0, at_most=10_000)
     heads: int = setting(4, "attention heads, G", above=0)
     pool: str = setting(
         "cls",
-        "head input. cls: CLS token; mean: of the patches; cls_mean: the same, beside a CLS; seq: weighted (CCT)",
+        "what the head sees: CLS; mean of patches; that beside a CLS; seq: weighted",
         ("cls", "mean", "cls_mean", "seq"),
     )
     registers: int = setting(0, "learned tokens beside the patches that the head does not see", at_least=0)
@@ -106,9 +94,7 @@ class ModelConfig:
     layer_scale: float = setting(0.0, "initial value of a scale per channel on each branch; 0: none", at_least=0)
     qk_norm: bool = setting(False, "LayerNorm of every head's query and key")
     dropout: float = setting(0.0, "rate after attention weights, GELU and both branches", at_least=0, below=1)
-    drop_path: float = setting(
-        0.0, "rate of dropping a branch of an image in the last layer; linear over depth from 0", at_least=0, below=1
-    )
+    drop_path: float = setting(0.0, "rate of dropped branches in the last layer; linear from 0", at_least=0, below=1)
     lora: int = setting(0, "rank of a LoRA on the MLP, one per expert; trains it and the head only", at_least=0)
     adapter: int = setting(0, "hidden units of an adapter beside the MLP, one per expert; as lora", at_least=0)
     dtype: str = setting(
@@ -119,12 +105,10 @@ class ModelConfig:
 
     @property
     def patches(self) -> int:
-        """Number of patches of an image."""
         return (self.image_size // self.patch) ** 2
 
     @property
     def has_cls(self) -> bool:
-        """True if the model has a CLS token."""
         return self.pool in ("cls", "cls_mean")
 
     @property
@@ -153,8 +137,7 @@ class ModelConfig:
         return dataclasses.replace(self, hidden=self.expert_hidden or self.hidden, expert_hidden=0, shared_hidden=0)
 
     def plain(self) -> "ModelConfig":
-        """Returns the model after LoRA, adapters and a shared expert are folded into the MLP, and experts merged. An
-        adapter and a shared expert become more hidden units."""
+        """Returns the merged model; LoRA is folded into the MLP, adapters and shared experts are more hidden units."""
         hidden = (self.expert_hidden or self.hidden) + self.shared_hidden + self.adapter
         return dataclasses.replace(self, hidden=hidden, expert_hidden=0, shared_hidden=0, lora=0, adapter=0)
 
@@ -185,19 +168,14 @@ class RoutingConfig:
     pull: float = setting(0.0, "share of the way to their mean that experts move (EWA, PAPA)", at_least=0, at_most=1)
     pull_every: int = setting(1, "steps between two pulls", above=0)
     top_k: int = setting(2, "experts of a token: topk", above=0)
-    capacity: float = setting(
-        1.25,
-        "slots per expert = capacity * K * tokens / experts: switch, topk; expert_choice with K = 1",
-        above=0,
-    )
+    capacity: float = setting(1.25, "slots per expert * experts / tokens / K (expert_choice: K = 1)", above=0)
     eval_capacity: float = setting(2.0, "capacity in evaluation: switch, topk", above=0)
     balance_loss: float = setting(
         0.01, "coefficient of the load-balancing loss, the mean over layers (Switch, V-MoE: the sum)", at_least=0
     )
     balance_bias: float = setting(
         0.0,
-        "step of a bias by which switch and topk select experts, down where the load is above the mean, else up "
-        "(DeepSeek-V3: 0.001, with balance_loss=0); 0: none",
+        "step of a bias by which switch and topk select experts (DeepSeek-V3: 0.001, with balance_loss=0); 0: none",
         at_least=0,
     )
     consistency: float = setting(0.0, "weight of the divergence of two passes; doubles the cost", at_least=0)
@@ -218,9 +196,7 @@ class InitConfig:
     """A trained ViT to start from. Read when a run starts, not when it resumes."""
 
     source: str = setting(
-        "",
-        "trained ViT: run or export folder, .safetensors, .npz, hf://OWNER/NAME@REVISION or timm://NAME; its MLPs are "
-        "what experts start as",
+        "", "trained ViT: run or export folder, .safetensors, .npz, hf://OWNER/NAME@REVISION or timm://NAME"
     )
 
 
@@ -230,20 +206,14 @@ class OptimConfig:
 
     name: str = setting("adamw", "adam (weight decay in the gradient, the original), adamw, lion, or muon with adamw")
     learning_rate: float = setting(1e-3, "highest learning rate", above=0)
-    mlp_rate: float = setting(
-        1.0, "learning rate of MLPs (of what experts own, if any) as a multiple of the others'", above=0
-    )
+    mlp_rate: float = setting(1.0, "learning rate of MLPs, or of what experts own, as a multiple", above=0)
     weight_decay: float = setting(0.05, "coefficient of weight decay; except with adam, of matrices only", at_least=0)
     schedule: str = setting("step", "cosine per step, or per epoch (the original)", ("step", "epoch"))
     warmup_epochs: float = setting(0.0, "linear from 0, at most half of training; only if schedule=step", at_least=0)
     clip_norm: float = setting(0.0, "largest global norm of the gradient; 0 does not clip", at_least=0)
     eps: float = setting(1e-8, "epsilon of Adam", above=0)
-    layer_decay: float = setting(
-        1.0, "ratio of a layer's learning rate to that of the next layer, as in timm; 1 is off", above=0, at_most=1
-    )
-    freeze_layers: int = setting(
-        0, "first layers to freeze, with the embeddings; depth: only final norm and head are trained", at_least=0
-    )
+    layer_decay: float = setting(1.0, "ratio of a layer's learning rate to that of the next layer", above=0, at_most=1)
+    freeze_layers: int = setting(0, "first layers to freeze, with the embeddings; depth: all but the head", at_least=0)
 
 
 @dataclasses.dataclass
@@ -251,26 +221,19 @@ class TrainConfig:
     """Length, batch, loss, devices and checkpoints of a run."""
 
     epochs: int = setting(10, "passes over the training images", above=0)
-    batch_size: int = setting(
-        128, "images per step, B; a multiple of the number of devices (sample: of data devices x experts)", above=0
-    )
+    batch_size: int = setting(128, "images per step, B; a multiple of the devices (sample: x experts)", above=0)
     seed: int = setting(0, "seed of all random numbers of training", at_least=0)
     label_smoothing: float = setting(0.0, "share of the target spread over all classes", at_least=0, below=1)
     ema: float = setting(
-        0.0,
-        "decay of a running mean of the merged model, also tested; 0: none; at most (1 + t) / (10 + t) after t steps",
-        at_least=0,
-        below=1,
+        0.0, "decay of the merged model's mean, at most (1 + t) / (10 + t), also tested; 0: none", at_least=0, below=1
     )
     devices: int = setting(0, "number of devices; 0 is all", free=True, at_least=0)
-    expert_devices: int = setting(
-        1, "devices along the expert axis; each holds its share of experts", free=True, above=0
-    )
+    expert_devices: int = setting(1, "devices along the expert axis, for a share of experts each", free=True, above=0)
     shard: str = setting(
         "none",
-        "what the data axis splits: the moments, or the parameters too (ZeRO)",
+        "what the data axis splits: moments, or parameters too (ZeRO)",
         ("none", "optimizer", "parameters"),
-        free=True,
+        True,
     )
     accumulate: int = setting(1, "parts of a batch that run in turn, to save memory", free=True, above=0)
     log_every: int = setting(20, "steps from one log line to the next", free=True, above=0)
@@ -314,9 +277,7 @@ def with_variant(config: Config, variant: str) -> Config:
     Raises ConfigError for another name.
     """
     if variant not in ("dense", "random"):
-        raise ConfigError(
-            f"the variant is {variant!r}; it must be 'dense' or 'random', such as --config=FILE.py:random"
-        )
+        raise ConfigError(f"the variant is {variant!r}; it must be 'dense' or 'random': --config=FILE.py:random")
     if variant == "random":
         config.routing = RoutingConfig(experts=4, kind="sample", init="shared", pull=1.0)
         config.optim.mlp_rate = 4.0
@@ -329,11 +290,7 @@ SETTINGS = {  # {"section.field": field}
     for field in dataclasses.fields(getattr(Config(), section.name))
 }
 # Settings that are gone, at the values with which they did nothing: older run folders have them.
-RETIRED = {
-    "optim.outer_rate": 0.0,
-    "optim.primal_averaging": 0.0,
-    "routing.pull_schedule": "constant",
-}
+RETIRED = {"optim.outer_rate": 0.0, "optim.primal_averaging": 0.0, "routing.pull_schedule": "constant"}
 RETIRED_DETAILS = ("optim.outer_momentum", "optim.primal_share")  # of these
 # A run may resume with other values of these: they never change a number of training (but see `differences`).
 FREE_ON_RESUME = frozenset(path for path, field in SETTINGS.items() if field.metadata["free"])
@@ -345,8 +302,7 @@ def to_dict(config: Config) -> dict[str, dict[str, Any]]:
 
 
 def from_dict(values: dict[str, dict[str, Any]]) -> Config:
-    """Returns the Config of `to_dict`. Absent fields get their defaults. Raises ConfigError for an unknown section or
-    field, and for one that is gone and changed what was trained."""
+    """Returns the Config of `to_dict`. Absent fields get their defaults. Raises ConfigError for unknown fields."""
     config = Config()
     sections = {field.name for field in dataclasses.fields(config)}
     for section_name, section_values in values.items():

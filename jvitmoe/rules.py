@@ -81,8 +81,7 @@ def _type_name(field: dataclasses.Field) -> str:
 def _data_faults(config: Config) -> Iterator[tuple[str, str]]:
     data, model = config.data, config.model
     if data.crop == "resized" and not data.stream:
-        rule = "must be 'exact' or 'centre' for sets that live on the device; 'resized' needs data.stream=True"
-        yield "data.crop", rule
+        yield "data.crop", "must be 'exact' or 'centre' without data.stream=True"
     for path, values, least in (("data.mean", data.mean, 0.0), ("data.std", data.std, SMALLEST_STD)):
         if len(values) not in (1, model.channels) or not all(least <= value <= 1 for value in values):
             yield path, f"must be one number or {model.channels}, one per channel, each from {least:g} to 1"
@@ -93,22 +92,19 @@ def _data_faults(config: Config) -> Iterator[tuple[str, str]]:
 def _model_faults(config: Config) -> Iterator[tuple[str, str]]:
     model, parameters = config.model, _about_parameters(config)
     if parameters > MOST_PARAMETERS:
-        about = f"makes about {parameters:.1e} parameters with the other sizes"
-        yield "model.width", f"{about}; they must be at most {MOST_PARAMETERS:.1e}"
+        yield "model.width", f"makes about {parameters:.1e} parameters; they must be at most {MOST_PARAMETERS:.1e}"
     if model.width % model.heads:
         yield "model.width", f"must be a multiple of model.heads, which is {model.heads}"
     if model.positions == "sincos2d" and model.width % 4:
         yield "model.width", "must be a multiple of 4 for model.positions=sincos2d"
     if model.positions == "sincos2d" and (made := model.patches * model.width) > MOST_POSITIONS:
-        rule = f"they must be at most {MOST_POSITIONS:,}: lower it, or raise model.patch"
-        yield "model.image_size", f"makes {made:,} fixed positions with model.patch and model.width; {rule}"
+        yield "model.image_size", f"makes {made:,} fixed positions; at most {MOST_POSITIONS:,}: raise model.patch"
     if model.image_size % model.patch:
         yield "model.patch", f"must divide model.image_size, which is {model.image_size}"
     if 0 < model.position_rows < model.patches:
         yield "model.position_rows", f"must be 0 or at least the number of patches, which is {model.patches}"
     if model.stem != "patch" and (model.patch < 2 or model.patch & (model.patch - 1)):
-        halves = f"model.stem={model.stem}, which halves the image at each convolution"
-        yield "model.patch", f"must be a power of two for {halves}"
+        yield "model.patch", f"must be a power of two for model.stem={model.stem}"
     if model.cls_position and not model.has_cls:
         yield "model.cls_position", f"must be False for model.pool={model.pool}, which has no CLS token"
 
@@ -130,23 +126,19 @@ def _train_faults(config: Config) -> Iterator[tuple[str, str]]:
 def _routing_faults(config: Config) -> Iterator[tuple[str, str]]:
     model, routing, init = config.model, config.routing, config.init
     if "experts" not in routing.pattern or not {*routing.pattern} <= {"experts", "dense"}:
-        rule = "must be a tuple of 'experts' and 'dense', with 'experts' in it, such as "
-        yield "routing.pattern", rule + """--config.routing.pattern='("dense","experts")'"""
+        example = """--config.routing.pattern='("dense","experts")'"""
+        yield "routing.pattern", f"must be a tuple of 'experts' and 'dense', with 'experts' in it, such as {example}"
     elif model.depth % len(routing.pattern):
         yield "routing.pattern", f"must have a length that divides model.depth, which is {model.depth}"
     if routing.consistency and routing.experts == 1 and not model.drops:
-        rule = "must be 0 with one expert, without model.dropout and model.drop_path: both passes are equal"
-        yield "routing.consistency", rule
+        yield "routing.consistency", "must be 0 with one expert, without model.dropout and model.drop_path"
     if routing.consistency > 1 and routing.consistency_loss == "cosub":
         yield "routing.consistency", "must be at most 1 for consistency_loss=cosub: it is a share of the loss"
     if config.trains_adapters_only and not init.source:
         yield "init.source", "must name a trained ViT for model.lora and model.adapter, which keep it frozen"
-    if model.expert_hidden or model.shared_hidden:
-        part = "expert_hidden" if model.expert_hidden else "shared_hidden"
-        if routing.pattern != ("experts",):
-            yield f"model.{part}", "must be 0 with a routing.pattern: layers without experts would have another width"
-        if config.trains_adapters_only:
-            yield f"model.{part}", "must be 0 with model.lora and model.adapter"
+    for part in ("expert_hidden", "shared_hidden"):
+        if getattr(model, part) and (routing.pattern != ("experts",) or config.trains_adapters_only):
+            yield f"model.{part}", "must be 0 with a routing.pattern, model.lora and model.adapter"
     if routing.part == "model" and routing.pattern != ("experts",):
         yield "routing.pattern", "must be ('experts',) for routing.part=model"
     if config.trains_adapters_only and (routing.pattern != ("experts",) or routing.part == "model"):
@@ -200,8 +192,10 @@ def of_router(config: Config, router: Any) -> Iterator[tuple[str, str]]:
     if routing.part != "mlp" or config.trains_adapters_only:
         yield "routing.part", f"must be 'mlp', without LoRA and adapters, for routing.kind={routing.kind}"
     if routing.averages_every_step and router.is_tested:
-        rule = "must be below 1 with a learned router, or all experts would be equal after every step; set it to 0"
-        yield "routing.pull", rule
+        yield (
+            "routing.pull",
+            "must be below 1 with a learned router, or experts are equal after every step; set it to 0",
+        )
 
 
 def _about_parameters(config: Config) -> int:

@@ -107,30 +107,30 @@ def test_a_device_without_memory_is_no_damage(two, monkeypatch):
         Checkpoints(two).restore(make()[1])
 
 
-@pytest.mark.parametrize("place", ["meta/metadata", "_CHECKPOINT_METADATA", "params/_METADATA", "params/*/.zarray"])
+def passed_over(folder, says=""):
+    """Checks that all ways to read name checkpoint 2 and use another."""
+    for read in (Checkpoints(folder).read, lambda which: Checkpoints(folder).restore(make()[1])[1]):
+        with pytest.warns(RuntimeWarning, match=f"^checkpoint 2 skipped: .*{says}.*$"):
+            read("latest")
+
+
+PLACES = "meta/metadata", "_CHECKPOINT_METADATA", "params/_METADATA", "params/trunk.norm.scale/.zarray"
+
+
+@pytest.mark.parametrize("place", PLACES)
 def test_a_pipe_or_a_link_in_a_checkpoint_is_damage_and_nobody_reads_it(copy, place):
     for make_other in (os.mkfifo, lambda path: path.symlink_to("/dev/zero")):
-        path = next((copy / "2").glob(place))
+        path = copy / "2" / place
         path.unlink()
         make_other(path)
-        for read in (Checkpoints(copy).read, lambda which: Checkpoints(copy).restore(make()[1])[1]):
-            with pytest.warns(RuntimeWarning, match=f"2 skipped: ValueError: {path.name} is no regular file"):
-                read("latest")
+        passed_over(copy, f"{path.name} is no regular file")
 
 
-@pytest.mark.parametrize(
-    "place",
-    [
-        *("params/trunk.norm.scale/0", "params/trunk.norm.scale/.zarray", "opt_state/*norm.scale/0"),
-        *("params/_METADATA", "_CHECKPOINT_METADATA", "meta/metadata"),
-    ],
-)
+@pytest.mark.parametrize("place", [*PLACES, "params/trunk.norm.scale/0", "opt_state/*norm.scale/0"])
 def test_a_file_of_a_tebibyte_is_damage_and_nobody_reads_it(copy, place):
     """It takes no room on the disk: all of it is a hole."""
     os.truncate(next((copy / "2").glob(place)), 2**40)
-    for read in (Checkpoints(copy).read, lambda which: restore(copy, make()[1])[1]):
-        with pytest.warns(RuntimeWarning, match=r"checkpoint 2 skipped: .*1,099,511,627,776 bytes"):
-            read("latest")
+    passed_over(copy, "1,099,511,627,776 bytes")
 
 
 def edit_array(path, **fields):
@@ -150,63 +150,42 @@ def test_a_file_larger_than_the_memory_is_damage_also_where_all_claims_agree(cop
     os.truncate(copy / "2" / "params/trunk.norm.scale/0", size)
     edit_array(copy / "2" / "params/trunk.norm.scale/.zarray", shape=[size // 4], chunks=[size // 4])
     fingerprints = json.loads((copy / "2/meta/metadata").read_text())["fingerprints"]
-    edit_meta(
-        copy / "2", bytes=2 * size, fingerprints=fingerprints | {"params.trunk.norm.scale": f"float32[{size // 4}] 0"}
-    )
-    for read in (Checkpoints(copy).read, lambda which: restore(copy, make()[1])[1]):
-        with pytest.warns(RuntimeWarning, match=rf"checkpoint 2 skipped: .* more than {size // 2:,}$"):
-            read("latest")
+    fingerprints |= {"params.trunk.norm.scale": f"float32[{size // 4}] 0"}
+    edit_meta(copy / "2", bytes=2 * size, fingerprints=fingerprints)
+    passed_over(copy, f"more than {size // 2:,}")
 
 
 @pytest.mark.parametrize("field", ["shape", "chunks"])
 def test_an_array_that_claims_more_than_its_files_hold_is_damage_and_no_abort(copy, field):
-    path = next((copy / "2" / "params").glob("trunk.norm.scale/.zarray"))
-    edit_array(path, **{field: [10**10]})
-    for read in (Checkpoints(copy).read, lambda which: Checkpoints(copy).restore(make()[1])[1]):
-        with pytest.warns(RuntimeWarning, match=r"2 skipped: ValueError: its arrays claim 40,000,\d*,\d* bytes"):
-            read("latest")
+    edit_array(copy / "2" / "params/trunk.norm.scale/.zarray", **{field: [10**10]})
+    passed_over(copy, "its arrays claim 40,000")
 
 
 @pytest.mark.parametrize(
     ("leaf", "fields"),
     [
-        ("trunk.norm.scale", {"dtype": "<i4"}),
-        ("trunk.norm.scale", {"dtype": ">f4"}),
-        ("trunk.norm.scale", {"dtype": "<f2"}),
+        *(("trunk.norm.scale", {"dtype": dtype}) for dtype in ("<i4", ">f4", "<f2")),
         ("experts.mlp.up", {"shape": [2, 2, 1024, 8], "chunks": [2, 2, 1024, 8]}),  # of [2, 2, 8, 1024]
         ("experts.mlp.up", {"order": "F"}),
     ],
 )
-def test_an_array_whose_dtype_or_shape_is_edited_is_damage_also_where_the_bytes_of_its_values_are_the_same(
-    copy, leaf, fields
-):
-    edit_array(next((copy / "2" / "params").glob(f"{leaf}/.zarray")), **fields)
+def test_an_array_of_another_dtype_or_shape_is_damage_also_where_its_bytes_are_the_same(copy, leaf, fields):
+    edit_array(copy / "2" / "params" / leaf / ".zarray", **fields)
     with pytest.raises(CheckpointError):
         Checkpoints(copy).check(2)
-    for read in (Checkpoints(copy).read, lambda which: Checkpoints(copy).restore(make()[1])[1]):
-        with pytest.warns(RuntimeWarning, match="checkpoint 2 skipped: "):
-            read("latest")
+    passed_over(copy)
 
 
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        *(
-            ("nll", "x"),
-            ("bytes", None),
-            ("bytes", "x"),
-            ("config", None),
-            ("config", {"train": {"seed": None}}),
-            ("config", {"model": {"width": "8"}}),
-        ),
-        *((name, value) for name in ("versions", "files", "fingerprints") for value in (None, [1], {"a": 1})),
-    ],
-)
+OTHERS = [("nll", "x"), ("bytes", None), ("bytes", "x"), ("config", None), ("config", {"model": {"width": "8"}})]
+OTHERS += itertools.product(("versions", "files", "fingerprints"), (None, [1], {"a": 1}))
+
+
+@pytest.mark.parametrize(("name", "value"), OTHERS)
 def test_a_meta_with_other_types_is_damage_even_where_its_checksum_fits(copy, name, value):
     edit_meta(copy / "2", **{name: value})
     with pytest.warns(RuntimeWarning, match="checkpoint 2 skipped"):
         assert Checkpoints(copy).read("latest").step == 1
-    with pytest.raises(CheckpointError, match="none of the checkpoints"):
+    with pytest.raises(CheckpointError):
         Checkpoints(copy).read("best")
 
 
@@ -219,7 +198,7 @@ def test_a_save_that_a_lost_process_ends_is_told_from_a_full_disk(tmp_path, monk
     with pytest.raises(jax.errors.JaxRuntimeError, match="process 1 is lost"):
         save_all(tmp_path / "c", make()[0], [1])
     cause = None
-    with pytest.raises(CheckpointError, match=r"1 cannot be written to .*; make room or make it writable, and start"):
+    with pytest.raises(CheckpointError, match=r"1 cannot be written to .*; make room"):
         save_all(tmp_path / "c", make()[0], [1])
 
 
@@ -243,9 +222,7 @@ def test_a_copy_that_changes_in_one_of_several_devices_is_not_saved_and_after_a_
             checkpoints.save(at(state, number), make_config(2), None)
         changed = at(state, 3)
         change_a_copy(changed.params, 1)
-        with pytest.raises(
-            CheckpointError, match=rf"^{where} at step 3 \(1 of \d+ arrays differ\); .* without that device"
-        ):
+        with pytest.raises(CheckpointError, match=rf"^{where} at step 3 \(1 of \d+ arrays differ\)"):
             checkpoints.save(changed, make_config(2), None)
     assert list_steps(tmp_path / "c") == [1, 2]
 
@@ -288,8 +265,7 @@ def test_later_changes_to_the_saved_arrays_do_not_reach_the_checkpoint(tmp_path)
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("saved_on", "read_on"),
-    [((4, "parameters"), (1, "none")), ((1, "none"), (2, "optimizer")), ((2, "optimizer"), (4, "parameters"))],
+    ("saved_on", "read_on"), [((4, "parameters"), (2, "optimizer")), ((1, "none"), (4, "parameters"))]
 )
 def test_any_number_of_devices_reads_any_checkpoint(tmp_path, saved_on, read_on):
     state, _ = make(*saved_on)
@@ -473,23 +449,25 @@ def test_a_checkpoint_of_another_run_counts_for_nothing_and_is_named_with_the_se
     assert len(list(tmp_path.glob("damaged-checkpoint-[24]-*"))) == 2
 
 
-@pytest.mark.parametrize(  # older than all checkpoints, in between, newer
-    ("name", "inside"), [("0", "meta/metadata"), ("15", "params"), ("60", "default"), ("60", "meta/metadata")]
-)
-def test_a_foreign_folder_costs_no_checkpoint(tmp_path, name, inside):
+def test_foreign_folders_cost_no_checkpoint(tmp_path):
+    """Older than all checkpoints, in between, and newer."""
     state, abstract = make()
     save_all(tmp_path / "c", state, [10, 20], nlls=[0.1, 0.2])
-    (tmp_path / "c" / name / inside).mkdir(parents=True)
+    foreign = {"0": "meta/metadata", "15": "params", "60": "default", "70": "meta/metadata"}
+    for name, inside in foreign.items():
+        (tmp_path / "c" / name / inside).mkdir(parents=True)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)
         assert [Checkpoints(tmp_path / "c").read(which).step for which in ("latest", "best")] == [20, 10]
-        with pytest.raises(CheckpointError):
-            Checkpoints(tmp_path / "c").check(int(name))
+        for name in foreign:
+            with pytest.raises(CheckpointError):
+                Checkpoints(tmp_path / "c").check(int(name))
         with opened(tmp_path / "c", keep=1) as checkpoints:
             assert checkpoints.restore(abstract)[1]["step"] == 20
             checkpoints.save(at(state, 30), make_config(), 0.3)
     assert Checkpoints(tmp_path / "c").steps() == [10, 30]
-    assert len(list(tmp_path.glob(f"damaged-checkpoint-{name}-*/{inside}"))) == 1  # it is never deleted
+    for name, inside in foreign.items():  # none is ever deleted
+        assert len(list(tmp_path.glob(f"damaged-checkpoint-{name}-*/{inside}"))) == 1
 
 
 @pytest.mark.parametrize("cause", [None, jax.errors.JaxRuntimeError("INTERNAL: a device has failed")])
@@ -509,12 +487,12 @@ def test_nothing_of_a_save_that_fails_is_left_in_the_folder(tmp_path, monkeypatc
 
 
 @pytest.mark.parametrize("name", ["deleted", "10", "3.orbax-checkpoint-tmp"])
-def test_a_link_among_the_checkpoints_is_one_line_and_what_it_leads_to_is_left(tmp_path, name):
-    save_all(tmp_path / "c", make()[0], [5])
-    (tmp_path / "outside").mkdir()
+def test_a_link_among_the_checkpoints_is_refused_and_what_it_leads_to_is_left(tmp_path, name):
+    for folder in (tmp_path / "c", tmp_path / "outside"):
+        folder.mkdir()
     (tmp_path / "outside" / "file").write_text("mine")
     (tmp_path / "c" / name).symlink_to(tmp_path / "outside")
-    with pytest.raises(UserError, match=f"^{tmp_path / 'c' / name} is a link, so writing to it .*; replace it by"):
+    with pytest.raises(UserError, match=f"^{tmp_path / 'c' / name} is a link"):
         CheckpointWriter(tmp_path / "c", 1)
     assert (tmp_path / "outside" / "file").read_text() == "mine"
 
@@ -570,17 +548,8 @@ def test_memory_does_not_grow_with_each_checkpoint(tmp_path):
     assert megabytes() - before < 10
 
 
-def test_what_is_not_there_is_one_clear_line(tmp_path):
-    reader = Checkpoints(tmp_path / "c")
+def test_what_is_not_there_is_refused(two, tmp_path):
     assert restore(tmp_path / "c", make()[1]) is None
-    with pytest.raises(CheckpointError, match="holds no checkpoint"):
-        reader.read("latest")
-    save_all(tmp_path / "c", make()[0], [5])
-    with pytest.raises(CheckpointError, match=r"'7' does not exist; it must be latest, best or one of \[5\]"):
-        reader.read("7")
-    with pytest.raises(CheckpointError, match="no best checkpoint without a validation split"):
-        reader.read("best")
-    DAMAGES["flipped"](tmp_path / "c" / "5")
-    with pytest.raises(CheckpointError, match=r"none of the checkpoints \[5\] in .* can be read \(5: ") as caught:
-        reader.read("5")
-    assert "\n" not in str(caught.value)
+    for folder, which in ((tmp_path / "c", "latest"), (two, "7"), (two, "best")):
+        with pytest.raises(CheckpointError, match=r"no checkpoint|'7' does not exist|no best checkpoint"):
+            Checkpoints(folder).read(which)

@@ -3,7 +3,6 @@
 No cluster runs here. Manifests are compared with their schemas, and their commands with jvitmoe's flags.
 """
 
-import copy
 import json
 import os
 import re
@@ -11,7 +10,6 @@ import secrets
 import signal
 import sys
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -36,7 +34,6 @@ MODELS = {
 KUBEFLOW = "trainer.kubeflow.org/v1alpha1"
 VERSIONS = {"JobSet": "jobset.x-k8s.io/v1alpha2", "TrainJob": KUBEFLOW, "TrainingRuntime": KUBEFLOW}
 REFUSED = AssertionError, KeyError, kubernetes_validate.ValidationError, pydantic.ValidationError
-FREE = "limits", "selector", "labels"  # maps whose keys are the user's
 # What Kubeflow's runtime sets in the pods of the TrainJob.
 RUNTIME = {
     "JAX_COORDINATOR_ADDRESS": "jvitmoe-node-0-0.jvitmoe:1234",
@@ -68,15 +65,6 @@ def check(document: dict[str, Any]) -> None:
         assert model.from_dict(document).to_dict() == document
 
 
-def maps(node: object) -> Iterator[dict[str, Any]]:
-    """Yields every map below a node whose keys are fields."""
-    if isinstance(node, dict):
-        yield node
-    for key, child in node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ():
-        if key not in FREE:
-            yield from maps(child)
-
-
 def jobs() -> dict[str, tuple[str, dict[str, Any]]]:
     """Returns kind -> (name of the Job in the cluster, its spec), for those in which JAX finds its processes."""
     job, (replicated,) = kind("Job"), kind("JobSet")["spec"]["replicatedJobs"]
@@ -97,17 +85,13 @@ def expand(command: list[str], variables: dict[str, str]) -> list[str]:
 
 
 @pytest.mark.parametrize("document", manifests(), ids=lambda document: document["kind"])
-def test_a_manifest_fits_its_schema_and_any_misspelt_field_does_not(document):
+def test_a_manifest_fits_its_schema_which_refuses_a_misspelt_field(document):
     check(document)
-    changed = copy.deepcopy(document)
-    fields = [(node, key) for node in maps(changed) for key in list(node)]
-    assert len(fields) > 5
-    for node, key in fields:
-        node[f"{key}s"] = node.pop(key)
-        with pytest.raises(REFUSED):
-            check(changed)
-        node[key] = node.pop(f"{key}s")
-    check(changed)
+    with pytest.raises(REFUSED):
+        check({name if name != "spec" else "specs": value for name, value in document.items()})
+    (*_, (section, fields)) = ((k, v) for k, v in document["spec"].items() if isinstance(v, dict))
+    with pytest.raises(REFUSED):
+        check(document | {"spec": document["spec"] | {f"{section}s": fields}})
 
 
 def test_manifests_start_the_same_run_with_flags_that_exist_and_the_service_selects_its_pods(monkeypatch):
@@ -314,16 +298,6 @@ def test_two_pods_of_the_trainjob_train_one_run_and_go_on_when_one_was_lost(tmp_
     assert [one.code for one in ended] == [0, 0], ended
     check_resumed(tmp_path / "run", ended[0].out)
     assert not (tmp_path / "cache").exists()  # one of several processes keeps no compiled programs of its own accord
-
-
-@pytest.mark.process
-def test_a_pod_of_the_trainjob_whose_coordinator_is_unknown_ends_with_the_reason():
-    pod = RUNTIME | {"JAX_COORDINATOR_ADDRESS": "no-such-host.invalid:1234"}
-    trainer = kind("TrainJob")["spec"]["trainer"]
-    command = [*expand(trainer["command"] + trainer["args"], pod), "--join_seconds=2"]
-    (ended,) = processes.collect([processes.start(command, python_first() | pod)], 60)
-    assert ended.code == 2, ended
-    assert "process 0 does not answer at no-such-host.invalid:1234: gaierror: " in ended.err
 
 
 @pytest.mark.process

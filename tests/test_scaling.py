@@ -31,7 +31,6 @@ RESULTS = processes.ROOT / "results" / "scaling"
         ("random, sample, experts on every GPU", 8),
         ("random, sample, expert axis", 2),
         ("random, sample, expert axis, pull", 8),
-        ("random, sample, expert axis, pull", 2),
     ],
 )
 def test_a_compiled_step_reduces_the_bytes_of_the_model_and_moves_no_image(monkeypatch, variant, devices):

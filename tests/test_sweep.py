@@ -20,14 +20,11 @@ import pytest
 import reproduce_original
 import routers
 import sweep
-import timed_step
-import verdicts
 from scipy import stats
 
 import processes
 from jvitmoe import config as config_lib
 from jvitmoe import experiments, routing
-from jvitmoe.commands import evaluate, train
 from jvitmoe.errors import UserError
 from jvitmoe.experts import cost
 from jvitmoe.runs import files
@@ -66,9 +63,14 @@ def test_every_variant_is_an_experiment_of_its_own():
 def test_every_router_of_the_tables_costs_what_dense_costs():
     """Counted by XLA in the compiled forward pass, of two layers at the original's size."""
 
+    counted = {}
+
     def flops(experiment, settings):
         asked = sweep.config_of(sweep.flags_of(experiment, sweep.Variant(settings)))
-        return cost.flops_per_image(routing.find(asked).model(), 4)
+        model = routing.find(asked).model()
+        if repr(model) not in counted:  # many arms differ in their training only
+            counted[repr(model)] = cost.flops_per_image(model, 4)
+        return counted[repr(model)]
 
     study = {name: routers.arm(settings).settings for name, settings in routers.SEARCHED.items()}
     shallow = {"model.depth": 2}
@@ -100,32 +102,18 @@ def test_the_search_of_routers_takes_dense_s_learning_rate_and_goes_on_while_a_b
             rates[row].append(float(rate))
             run(name, -abs(math.log(float(rate) / best_at[row])))
         tried |= todo
-    assert {
-        name: sorted(rates[name]) for name in ("learning_rate", routers.LONG, "switch", "soft", "sample", "batch")
-    } == {
-        "learning_rate": [2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3],
-        routers.LONG: [2.5e-4, 5e-4, 1e-3, 2e-3],
-        "switch": [0.25, 0.5, 1, 2, 4],
-        "soft": [1, 2, 4],
-        "sample": [1, 2, 4, 8],
-        "batch": [4, 8, 16, 32],
+    tried_rates = {
+        **{"learning_rate": [2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3], routers.LONG: [2.5e-4, 5e-4, 1e-3, 2e-3]},
+        **{"switch": [0.25, 0.5, 1, 2, 4], "soft": [1, 2, 4], "sample": [1, 2, 4, 8], "batch": [4, 8, 16, 32]},
     }
+    assert {name: sorted(rates[name]) for name in tried_rates} == tried_rates
     rows = routers.table(tmp_path, tmp_path)
     assert {arm.against for arm in rows.values()} == {("dense_rate2",)}
-    settings = [
-        config_lib.flatten(sweep.config_of(sweep.flags_of("cifar10_fast", rows[name])))
-        for name in ("dense", "upcycled")
-    ]
-    assert settings[0]["model.hidden"] == (settings[1]["model.expert_hidden"] or settings[1]["model.hidden"])
     options = types.SimpleNamespace(config="cifar10_fast", runs=tmp_path, arguments=[])
     assert f"--config.init.source={tmp_path}/dense_half-seed3" in sweep._command("x", rows["upcycled"], 3, options)
     assert {arm.settings["optim.learning_rate"] for arm in rows.values()} == {1e-3}
-    assert [rows[name].settings["optim.mlp_rate"] for name in ("switch", "upcycled", "batch", "dense_wide")] == [
-        0.5,
-        1,
-        16,
-        2,
-    ]
+    chosen = {"switch": 0.5, "upcycled": 1, "batch": 16, "dense_wide": 2}
+    assert {name: rows[name].settings["optim.mlp_rate"] for name in chosen} == chosen
 
 
 def test_the_interval_is_student_s_and_the_time_left_that_of_runs_side_by_side():
@@ -168,98 +156,11 @@ def test_routers_agree_that_part_patches_alike_whatever_their_experts_are_called
     assert routers._agreement([seed("0 0 0 0")] * 2) == "-"  # one expert takes all
 
 
-def test_the_original_s_report_ends_with_the_rows_of_the_routers(tmp_path):
-    kept = archive.kept(processes.ROOT / "results" / "routers")
-    archive.write(tmp_path / archive.FILE, {name: kept[name] for name in ("dense-seed0", "switch-seed0")})
-    rows = reproduce_original.conclusion(tmp_path).partition("## Routers")[2]
-    assert re.findall(r"^\| (\w+) \| (dense|routed) \| 1 \| \d\d\.\d\d ", rows, re.MULTILINE) == [
-        ("dense", "dense"),
-        ("switch", "routed"),
-    ]
-
-
-@pytest.mark.long
-def test_a_row_of_the_router_table_is_what_the_files_of_its_runs_say(tmp_path, monkeypatch):
-    (tmp_path / "tiny.py").write_text(EXPERIMENT)
-    out, kept = tmp_path / "out", {}
-    out.mkdir()
-    trained = {"dense": {}, "switch": {"routing.kind": "switch", "routing.experts": 4}}
-    common = {"data.dir": str(tmp_path), "optim.mlp_rate": 2.0}
-    trained = {name: sweep.Variant({**common, **settings}) for name, settings in trained.items()}
-    for name, variant in trained.items():
-        workdir = tmp_path / name
-        train.main(["train", *sweep.flags_of(str(tmp_path / "tiny.py"), variant), f"--workdir={workdir}"])
-        evaluate.main(["evaluate", f"--workdir={workdir}", "--paths=0"])
-        for arm, seed in itertools.product(("dense", "dense_rate2") if name == "dense" else ("switch",), range(3)):
-            kept[f"{arm}-seed{seed}"] = sweep._kept(workdir)
-    # One seed calls the experts by other names, drops half as many choices, and is 3 points better.
-    changed = kept["switch-seed1"]
-    result = changed["result"]
-    renamed = str.maketrans("0123", "2301")
-    layers = result["routes"]["experts"]
-    result["routes"]["experts"] = [[text.translate(renamed) for text in images] for images in layers]
-    result["rows"] = [row | {"accuracy": row["accuracy"] + 0.03} for row in result["rows"]]
-    logged = [line for line in changed["metrics"] if "router/dropped/layer0" in line]
-    changed["metrics"] = [line | {"router/dropped/layer0": line["router/dropped/layer0"] / 2} for line in logged]
-    archive.write(out / archive.FILE, kept)
-    monkeypatch.setattr(routers, "ROUNDS", 1)
-    monkeypatch.setattr(timed_step, "VISIT_SECONDS", 0.0)
-    routers.measure(str(tmp_path / "tiny.py"), trained, out)
-    timed = json.loads((out / routers.TIMES).read_text())["rows"]
-
-    arms = trained | {"dense_rate2": trained["dense"]}
-    cells = {(cell["arm"], cell["model"]): cell for cell in routers.rows(out, arms, "dense_rate2")}
-    of_switch = {("switch", model) for model in ("routed", "merged", "merged, gated")}
-    assert set(cells) == {("dense", "dense"), ("dense_rate2", "dense")} | of_switch
-    routed, reference = cells["switch", "routed"], cells["dense_rate2", "dense"]
-    first = kept["switch-seed0"]["result"]
-    accuracy = {row["model"]: 100 * row["accuracy"] for row in first["rows"]}
-    assert routed["accuracy"] == f"{accuracy['routed'] + 1:.2f} ± {math.sqrt(3):.2f}"
-    less = accuracy["routed"] + 1 - float(reference["accuracy"].split()[0])
-    mean, interval = re.fullmatch(r"(\S+) \((.*)\)", routed["minus dense_rate2"]).groups()
-    assert float(mean) == pytest.approx(less, abs=0.011)
-    low, high = map(float, interval.split(" to "))
-    assert high - low == pytest.approx(2 * 4.303, abs=0.02)  # of three values with a standard error of 1
-    assert reference["minus dense_rate2"] == "-"
-    dropped = logged[-1]["router/dropped/layer0"]
-    assert dropped > 0
-    assert routed["dropped"] == f"{2.5 / 3 * dropped:.1%}"
-    assert routed["agreement"] == "1.00"
-    assert timed["switch"]["planned_bytes"] > timed["dense"]["planned_bytes"] > 0
-    ratio = timed["switch"]["seconds"] / timed["dense"]["seconds"]
-    assert routed["step time / dense"] == f"{ratio:.2f} ({ratio:.2f} to {ratio:.2f})"
-    assert routed["step's memory"] != reference["step's memory"]
-    assert reference["step time / dense"] == "1.00 (1.00 to 1.00)"
-    merged = cells["switch", "merged"]
-    of_training = ("rate", "step time / dense", "total parameters")
-    assert [merged[name] for name in of_training] == ["-"] * 3  # in the first row
-    assert routed["rate"] == "2"
-    assert int(merged["parameters"].replace(",", "")) < int(routed["total parameters"].replace(",", ""))
-    assert routed["verdict"] == verdicts.verdict(low, high)
-    assert {cell["seeds"] for cell in cells.values()} == {"3"}
-    models = {model: cells["switch", model]["accuracy"] for model in ("routed", "merged", "merged, gated")}
-    one_row = {"arm": "switch", **models, "parameters, merged": merged["parameters"], "seeds": "3"}
-    firsts, of_routers = routers.tables(list(cells.values()))
-    assert of_routers == [one_row]
-    assert sorted(firsts, key=lambda cell: -float(cell["accuracy"].split()[0])) == firsts
-    trained_as = {("dense", "dense"), ("dense_rate2", "dense"), ("switch", "routed")}
-    assert {(cell["arm"], cell["model"]) for cell in firsts} == trained_as
-    archive.write(out / archive.FILE, {name: run for name, run in kept.items() if name != "switch-seed2"})
-    assert "(" not in routers.rows(out, arms, "dense_rate2")[1]["minus dense_rate2"]  # no interval of two seeds
-    narrower = {"switch": sweep.Variant(trained["switch"].settings | {"model.expert_hidden": 4})}
-    assert routers.rows(out, narrower, "dense")[0]["step time / dense"] == "-"  # what was timed is another step
-    routers.picture(list(cells.values()))
-
-
-def test_the_row_that_is_ahead_is_repeated_beside_dense_at_three_learning_rates():
-    arms, rows = routers.again(processes.ROOT / "results"), routers.table(processes.ROOT / "results", Path())
-    *references, ahead = arms
-    assert (ahead, arms[ahead].settings, arms[ahead].against) == ("sample", rows["sample"].settings, (*references,))
-    rates = [arms[name].settings["optim.learning_rate"] for name in references]
-    assert rates == [4e-3, 2e-3, 8e-3]
-    for name, rate in zip(references, rates, strict=True):
-        assert arms[name].settings == rows["dense_rate2"].settings | {"optim.learning_rate": rate}
-        assert arms[name].against == ()
+def test_the_tables_of_the_routers_are_what_their_kept_runs_and_times_say(tmp_path):
+    results = processes.ROOT / "results"
+    made = routers.draw(results / "routers", routers.table(results, Path()), tmp_path)
+    assert made in (results / "routers" / "report.md").read_text()
+    assert (tmp_path / "routers.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_kept_run_whose_classes_were_counted_is_the_run_that_its_flags_would_train(tmp_path):
@@ -298,7 +199,7 @@ def test_a_report_has_no_kept_run_of_other_settings_also_none_of_a_seed_or_varia
     with pytest.raises(SystemExit) as ended:
         sweep.main(None, variants, arguments=arguments)
     assert not ended.value.code
-    with pytest.raises(SystemExit, match=r"dense-seed0 was trained with train.epochs=1, not 2; give another --out"):
+    with pytest.raises(SystemExit, match=r"dense-seed0 was trained with train\.epochs=1"):
         sweep.main(None, variants, arguments=[*arguments, "--config.train.epochs=2"])
 
 
@@ -323,7 +224,7 @@ def test_a_sweep_that_gets_sigterm_stops_its_training_which_saves_its_state(tmp_
 
 @pytest.mark.process
 @pytest.mark.long
-def test_a_sweep_started_again_trains_only_what_is_not_kept(tmp_path, monkeypatch):
+def test_a_sweep_started_again_trains_only_what_is_not_kept(tmp_path):
     (tmp_path / "tiny.py").write_text(EXPERIMENT)
     printed = run_sweep(tmp_path)
     assert "2 runs, 0 of them kept" in printed
@@ -341,22 +242,12 @@ def test_a_sweep_started_again_trains_only_what_is_not_kept(tmp_path, monkeypatc
             assert unpacked.read_bytes() == (tmp_path / "runs" / name / file).read_bytes()
 
     run = kept["dense_recipe-seed0"]
-    dense, switch, _ = reproduce_original.table({f"dense-seed{seed}": run for seed in (0, 1)})
-    result = run["result"]
-    assert (dense["seeds"], dense["accuracy"]) == ("2", f"{100 * result['rows'][0]['accuracy']:.2f} ± 0.00")
-    assert float(dense["s per 60,000 images"]) == pytest.approx(60_000 / result["images_per_second"], abs=0.005)
-    assert (switch["seeds"], switch["accuracy"], switch["original"]) == ("0", "-", "71.1")
-
     argv = [sys.executable, str(processes.ROOT / "scripts" / "ablate_recipe.py"), "--seeds=1", "--only=dense_recipe"]
     argv += [f"--config={tmp_path / 'tiny.py'}", f"--runs={tmp_path / 'wrong'}", f"--out={tmp_path / 'none'}"]
     argv += ["--", "--config.train.devices=99"]
     ended = subprocess.run(argv, capture_output=True, text=True, check=False)
     said = f"1 runs failed: dense_recipe-seed0; see their logs in {tmp_path / 'wrong'}\n"
     assert (ended.returncode, ended.stderr) == (1, said)
-
-    monkeypatch.setattr(sys, "argv", [*command(tmp_path)[1:], "--config.train.epochs=2"])
-    with pytest.raises(SystemExit, match=r"recipe-seed0 was trained with train.epochs=1, not 2; give another --out"):
-        runpy.run_path(ablate_recipe.__file__, run_name="__main__")
 
     # In another clone there are no run folders: the archive is enough, and what is missing is trained again.
     shutil.rmtree(tmp_path / "runs")

@@ -143,10 +143,11 @@ def test_a_tracker_that_fails_or_hangs_later_never_stops_a_run(tmp_path, monkeyp
     follow(tmp_path / "a", ["broken", "hanging", "tensorboard"], 0, [1, 2, 3, 4])
     assert time.monotonic() - began < 9
     out = capsys.readouterr().out
-    assert out.count("tracker broken failed (ConnectionError: the server is gone); the run goes on without it") == 1
+    assert out.count("tracker broken failed (ConnectionError: the server is gone)") == 1
     assert out.count("tracker hanging did not end in 5 s") == 1
     events = b"".join(path.read_bytes() for path in (tmp_path / "a" / "tb").iterdir())
-    assert events.count(b"train/loss") == 4
+    assert events.count(b"train/loss") == events.count(b"train/accuracy") == 4
+    assert events.count(b"test/nll") == 1
 
 
 def test_trackers_that_hang_delay_a_stopped_run_by_one_short_wait_together(tmp_path, monkeypatch, capsys):
@@ -211,10 +212,16 @@ class Late(trackers.Tracker):
 @pytest.mark.slow
 def test_a_training_sends_its_last_test_and_writes_its_result_before_it_waits_for_trackers(tmp_path, monkeypatch):
     monkeypatch.setitem(trackers.TRACKERS, "late", Late)
-    run = jvitmoe.train(tiny(train={"epochs": 1}), tmp_path / "run", trackers=["late"])
+    quick = tiny(
+        data={"validation": 0},
+        model={"depth": 1, "dropout": 0.0},
+        routing={"experts": 1, "kind": "batch"},
+        train={"epochs": 1},
+    )
+    run = jvitmoe.train(quick, tmp_path / "run", trackers=["late"])
     seen = json.loads((tmp_path / "seen").read_text())
     assert {"result.json", "report.md"} <= set(seen["files"])
-    assert seen["figures"]["final/merged/accuracy"] == run.accuracy("merged")
+    assert seen["figures"]["final/dense/accuracy"] == run.accuracy("dense")
     assert not (run.workdir / "tb").exists()
 
 
@@ -226,15 +233,8 @@ def test_a_folder_that_runs_left_is_no_package(tmp_path, monkeypatch):
     assert found == [False, False, False, True]
 
 
-@pytest.mark.parametrize(
-    ("names", "message"),
-    [
-        (["tensorboard", "wanbd"], "'wanbd' is not one of tensorboard, wandb"),
-        (["absent"], "pip install 'jvitmoe"),
-        (["tensorboard", "tensorboard"], "'tensorboard' must be there once"),
-    ],
-)
-def test_an_unknown_tracker_and_one_that_is_not_installed_are_refused_before_training(monkeypatch, names, message):
+@pytest.mark.parametrize("names", [["tensorboard", "wanbd"], ["absent"], ["tensorboard", "tensorboard"]])
+def test_a_tracker_that_is_unknown_not_installed_or_named_twice_is_refused_before_training(monkeypatch, names):
     monkeypatch.setitem(trackers.TRACKERS, "absent", type("Absent", (Broken,), {"package": "absent_package"}))
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(UserError, match=names[-1]):
         trackers.check(names)

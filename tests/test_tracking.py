@@ -4,10 +4,10 @@ import errno
 import io
 import json
 import os
-import time
 import tracemalloc
 import warnings
 from pathlib import Path
+from unittest import mock
 
 import pytest
 from rich.console import Console
@@ -115,15 +115,6 @@ def test_a_table_in_a_file_is_as_wide_as_columns_says(monkeypatch, capsys, colum
     assert "".join(out.split()).count("word") == 10
 
 
-def test_tensorboard_gets_the_same_numbers(tmp_path):
-    with MetricsLog(tmp_path, start=0, total=10, batch_size=4, trackers=["tensorboard"]) as log:
-        log.train(1, VALUES)
-        log.evaluation(1, "test", {"accuracy": 0.25, "nll": 1.5})
-    events = b"".join(path.read_bytes() for path in (tmp_path / "tb").iterdir())
-    for tag in (b"train/loss", b"train/learning_rate", b"test/accuracy", b"test/nll"):
-        assert tag in events
-
-
 def test_a_file_is_written_whole_or_not_at_all_and_never_through_a_link(tmp_path):
     (tmp_path / "run").mkdir()
     for name in ("a", "a.part"):
@@ -147,30 +138,16 @@ def test_too_many_open_files_are_told_from_a_full_disk(tmp_path, monkeypatch):
             files.write_text(tmp_path / "a", "text")
 
 
-def test_names_are_printed_as_they_are(capsys):
-    console.console.print("run [bold]x[/y]:cat:")
-    show_table([{"model": "[red]cat[/dog]:dog:", "nll": "1"}], "runs/[a][/b]")
-    out = capsys.readouterr().out
-    for name in ("run [bold]x[/y]:cat:", "[red]cat[/dog]:dog:", "runs/[a][/b]"):
-        assert name in out
-
-
-def test_names_control_neither_the_terminal_nor_a_table(capsys):
-    name = "\x1b[2Jcaf\udce9\r\u202e"
+def test_names_are_printed_as_they_are_and_control_neither_the_terminal_nor_a_table(capsys):
+    name = "[bold]x[/y]:cat:\x1b[2Jcaf\udce9\r\u202e"
     console.console.print(f"run {name}")
     show_table([{"model": f"{name}\n"}], name)
     with console.warnings_as_lines():
         warnings.warn(name, RuntimeWarning, stacklevel=1)
     out = capsys.readouterr().out
-    assert out.count(r"\x1b[2Jcaf\udce9\r\u202e") == 4
+    assert out.count(r"[bold]x[/y]:cat:\x1b[2Jcaf\udce9\r\u202e") == 4
     assert all(c.isprintable() or c == "\n" for c in out)
     assert markdown_table([{"run": "a\nb"}]).splitlines()[2:] == [r"| a\nb |"]
-
-
-def test_markdown_has_a_row_for_each_model():
-    rows = [{"model": "merged", "accuracy": 0.5, "nll": 1.0, "images": 10}]
-    text = markdown_table(results.result_rows({"active_parameters": 1234, "rows": rows}))
-    assert text.splitlines()[2] == "| merged | 50.00% | 1.0000 | 10 | 1,234 |"
 
 
 READERS = {
@@ -186,58 +163,46 @@ BAD = ('{"train": 1e400}', "[" * 100_000, "[]", "3", '{"train": true}', '["1", 2
 def test_a_damaged_file_is_one_line_that_names_it(tmp_path, name):
     for text in BAD:
         (tmp_path / name).write_text(text)
-        with pytest.raises(UserError, match=name) as caught:
+        with pytest.raises(UserError, match=f"{name}.{{,400}}$"):
             READERS[name](tmp_path)
-        assert "\n" not in str(caught.value)
-        assert len(str(caught.value)) < 500
 
 
 @pytest.mark.parametrize("name", READERS)
-def test_a_file_that_may_not_be_read_is_one_line_that_names_it(tmp_path, name, monkeypatch):
-    assert not READERS[name](tmp_path)  # there is none
-    (tmp_path / name).mkdir()
-    with pytest.raises(UserError, match=f"{name} cannot be read: Is a directory; make it readable"):
-        READERS[name](tmp_path)
-
-    def refuse(*_, **__):
-        raise PermissionError(13, "Permission denied")
-
-    (tmp_path / name).rmdir()
-    (tmp_path / name).write_text("{}")
-    monkeypatch.setattr(files.os, "open", refuse)
-    with pytest.raises(UserError, match=f"{name} cannot be read: Permission denied; make it readable"):
-        READERS[name](tmp_path)
-
-
-@pytest.mark.parametrize("name", READERS)
-def test_a_pipe_a_link_and_a_file_that_is_too_long_are_one_line_and_not_read(tmp_path, name, monkeypatch):
+def test_a_file_that_may_not_be_read_a_folder_a_pipe_a_link_and_a_file_that_is_too_long_are_one_line(
+    tmp_path, name, monkeypatch
+):
     def refused(reason):
-        with pytest.raises(UserError, match=f"{name} cannot be read: {reason}"):
+        with pytest.raises(UserError, match=f"{name} cannot be read: {reason}.*; make it readable"):
             READERS[name](tmp_path)
 
-    os.mkfifo(tmp_path / name)
+    path = tmp_path / name
+    assert not READERS[name](tmp_path)  # there is none
+    path.mkdir()
+    refused("Is a directory")
+    path.rmdir()
+    os.mkfifo(path)
     refused("it is no regular file")
-    (tmp_path / name).unlink()
-    (tmp_path / name).symlink_to("/dev/zero")
+    path.unlink()
+    path.symlink_to("/dev/zero")
     refused("it is a link")
-    (tmp_path / name).unlink()
-    with (tmp_path / name).open("wb") as file:
-        file.truncate(files.MOST_HISTORY + 1)
+    path.unlink()
+    path.touch()
+    os.truncate(path, files.MOST_HISTORY + 1)
     refused("its 4,294,967,297 bytes are more than")
+    monkeypatch.setattr(files.os, "open", mock.Mock(side_effect=PermissionError(13, "Permission denied")))
+    refused("Permission denied")
 
 
-def test_a_history_of_four_gibibytes_of_zeros_takes_seconds_and_little_memory_and_keeps_its_lines(tmp_path):
+def test_a_history_that_ends_in_zeros_takes_little_memory_and_keeps_its_lines(tmp_path):
     line = {"step": 1, "kind": "train", "loss": 2.0}
     path = tmp_path / files.METRICS
     path.write_text(json.dumps(line) + "\n")
-    os.truncate(path, files.MOST_HISTORY)  # a hole, as a power cut may leave one
+    os.truncate(path, 2**27)  # a hole, as a power cut may leave one
     tracemalloc.start()
-    began = time.thread_time()
     try:
         assert files.read_metrics(path) == [line]
         with pytest.raises(UserError, match="a line is damaged"):
             folder._check_metrics(tmp_path, {})
         assert tracemalloc.get_traced_memory()[1] < 2**25
-        assert time.thread_time() - began < 30
     finally:
         tracemalloc.stop()

@@ -96,8 +96,7 @@ def colour_jitter(factors_3b: Sequence[jax.Array], x_bHWc: jax.Array) -> jax.Arr
 
 
 def trivial(batch: Batch, images_bHWc: jax.Array, targets_bC: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Applies to each image one operation of TrivialAugment, of one of its strengths. Source: arXiv 2103.10158, the
-    wide space, with the ranges of torchvision."""
+    """Applies one operation of TrivialAugment to each image: arXiv 2103.10158, wide, with torchvision's ranges."""
     kind_b, level_b, sign_b = _uniform(batch.key_b, 3)
     strength_b = jnp.floor(level_b * LEVELS) / (LEVELS - 1)
     signed_b = jnp.where(sign_b < 0.5, -strength_b, strength_b)

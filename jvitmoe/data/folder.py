@@ -79,8 +79,7 @@ def _class_files(folder: Path) -> Files:
 
 
 def _images_below(folder: Path, above: tuple[Path, ...] = ()) -> Iterator[Path]:
-    """Yields the images of a folder and the folders in it; links back to it, and to those `above` or around it, are not
-    followed. Raises OSError."""
+    """Yields the images in and below a folder; links that lead back to it are not followed. Raises OSError."""
     seen = (*above, folder.resolve())
     for entry in visible(folder):
         if entry.is_dir():

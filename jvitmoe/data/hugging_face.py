@@ -41,27 +41,16 @@ class HuggingFace(Source):
         classes, side = tuple(features[label].names), self.model.image_size
         check_fit(name, (side, side, self.model.channels), len(classes), self.model)
         labels = {split: np.array([-1 if x is None else x for x in splits[split][label][:]], int) for split in splits}
-        labelled = [
-            split for split, found in labels.items() if len(found) and 0 <= min(found) <= max(found) < len(classes)
-        ]
-        test = next((split for split in TESTS if split in labelled), "")
-        if "train" not in labelled or not test:
+        odd = {split: np.flatnonzero((found < 0) | (found >= len(classes))) for split, found in labels.items()}
+        test = next((split for split in TESTS if split in labels and len(labels[split]) > len(odd[split]) == 0), "")
+        if "train" not in labels or not len(labels["train"]) or len(odd["train"]) or not test:
             rule = f"train and one of {', '.join(TESTS)} must hold labels"
-            odd = _odd_label(splits, label, labels, len(classes))
-            raise DataError(f"{name} has the splits {', '.join(splits)}; {rule}{odd}; use another set")
-        train, tested = (
-            _records(splits[split], f"the {split} split of {name}", image, labels[split]) for split in ("train", test)
-        )
-        return Dataset(train, tested, classes)
-
-
-def _odd_label(splits: Any, column: str, labels: dict[str, np.ndarray], classes: int) -> str:
-    """Returns which row has no label of a class, in a split whose other rows have; or ""."""
-    for split, labels_N in labels.items():
-        odd = np.flatnonzero((labels_N < 0) | (labels_N >= classes))
-        if 0 < len(odd) < len(labels_N):
-            return f", but that of row {odd[0]} of {split} is {splits[split][column][int(odd[0])]}"
-    return ""
+            rows = [
+                f"row {n[0]} of {split} has {splits[split][label][int(n[0])]}" for split, n in odd.items() if len(n)
+            ]
+            raise DataError(f"{name} has the splits {', '.join(splits)}; {'; '.join([rule, *rows])}; use another set")
+        parts = {s: _records(splits[s], f"the {s} split of {name}", image, labels[s]) for s in ("train", test)}
+        return Dataset(parts["train"], parts[test], classes)
 
 
 def _load(name: str, options: dict[str, str], place: str) -> Any:
@@ -91,10 +80,8 @@ def _column(name: str, features: Any, kind: str, wanted: str | None) -> str:
     if len(chosen := [column for column in found if column == (wanted or column)]) == 1:
         return str(chosen[0])
     rule = f"choose one: hf:{name}?{kind}=COLUMN" if found else "use another set"
-    raise DataError(
-        f"{name} has the columns {', '.join(features)}, of which {', '.join(found) or 'none'} are of type "
-        f"{typed.__name__}; {rule}"
-    )
+    some = f"{', '.join(found) or 'none'} are of type {typed.__name__}"
+    raise DataError(f"{name} has the columns {', '.join(features)}, of which {some}; {rule}")
 
 
 def _records(split: Any, about: str, image: str, labels_N: np.ndarray) -> Records:

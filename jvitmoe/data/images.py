@@ -137,9 +137,8 @@ def opened(picture: Picture) -> Iterator[Any]:
     except DataError:
         raise
     except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError and more for damaged files
-        raise DataError(
-            f"{picture.name} cannot be read as an image ({one_line(error)}); replace or remove it"
-        ) from error
+        fault = f"{picture.name} cannot be read as an image ({one_line(error)})"
+        raise DataError(f"{fault}; replace or remove it") from error
 
 
 def pixels(image: Any, channels: int, name: str) -> Any:
@@ -205,8 +204,7 @@ def find(paths: Sequence[str | Path]) -> tuple[list[Path], list[str]]:
 
 
 def read(picture: str | Path | bytes, size: int, channels: int, crop: str = "exact") -> np.ndarray:
-    """Returns the `centre_crop` of a path or of a file's bytes. Raises DataError for what cannot be read, or claims
-    more pixels than photographs have."""
+    """Returns the `centre_crop` of a path or of a file's bytes. Raises DataError."""
     if channels not in MODES:
         raise DataError(f"the model takes {channels} channels; pictures have 1, 3 or 4: classify arrays instead")
     named = Picture("the picture", picture) if isinstance(picture, bytes) else Picture(str(picture), Path(picture))

@@ -29,10 +29,8 @@ class Tfds(Source):
         image, label = builder.info.features[image_key], builder.info.features[label_key]
         shape_HWc, any_size = image.shape, self.data.crop != "exact"
         if image.np_dtype != np.uint8 or (None in shape_HWc and not any_size):
-            raise DataError(
-                f"images of {name} are {image.np_dtype} {shape_HWc}; they must have 8 bits and one size, or any size "
-                "with --config.data.crop=centre, or --config.data.stream --config.data.crop=resized"
-            )
+            rule = "they must have 8 bits and one size, or any size with --config.data.crop=centre"
+            raise DataError(f"images of {name} are {image.np_dtype} {shape_HWc}; {rule}")
         if any_size:
             shape_HWc = self.model.image_size, self.model.image_size, shape_HWc[-1]
         check_fit(name, shape_HWc, label.num_classes or self.model.classes, self.model)  # before hours of downloading
@@ -74,8 +72,8 @@ class Tfds(Source):
     def _builder(self) -> Any:
         name, place = self.data.name, self.data.dir
         if not is_installed("tensorflow_datasets"):
-            rule = f"other sets than {', '.join(OTHERS)} need TFDS: pip install 'jvitmoe[prepare]'"
-            raise DataError(f"config.data.name is {name!r}; {rule}, or 'jvitmoe[tfds]' to read what is prepared")
+            remedy = "pip install 'jvitmoe[prepare]', or 'jvitmoe[tfds]' to read what is prepared"
+            raise DataError(f"config.data.name is {name!r}; other sets than {', '.join(OTHERS)} need TFDS: {remedy}")
         import tensorflow_datasets as tfds
 
         base, _, version = name.partition("/")[0].partition(":")
@@ -108,9 +106,7 @@ def _supervised_keys(name: str, builder: Any) -> tuple[str, str]:
     keys, features = builder.info.supervised_keys, builder.info.features
     kinds = [type(features[key]) if isinstance(key, str) else None for key in keys or ()]
     if kinds != [tfds.features.Image, tfds.features.ClassLabel]:
-        raise DataError(
-            f"{name} is not a set for image classification; it must pair one image with one class label; use another"
-        )
+        raise DataError(f"{name} is not a set of images; it must pair one image with one class label; use another")
     return keys
 
 
@@ -128,21 +124,17 @@ def _prepare(name: str, builder: Any) -> None:
         raise DataError(f"{absent}, and preparing it needs TensorFlow: pip install 'jvitmoe[prepare]', or {ELSEWHERE}")
     here = {path.name for pattern in ("*", "*/*") for path in downloads.glob(pattern)}
     for url, info in () if builder.MANUAL_DOWNLOAD_INSTRUCTIONS else (builder.url_infos or {}).items():
-        if not url.startswith("http") or not here.isdisjoint(
-            (info.filename, resource.get_dl_fname(url, info.checksum))
-        ):
+        files = {info.filename, resource.get_dl_fname(url, info.checksum)}
+        if not url.startswith("http") or files & here:
             continue
         try:  # offline, TFDS retries silently for minutes
             requests.head(url, timeout=CONNECT_SECONDS)
             break
         except requests.RequestException as error:
-            raise DataError(
-                f"{absent} and {url} cannot be reached ({type(error).__name__}); {ELSEWHERE}, put "
-                f"{info.filename or 'its files'} into {downloads / 'manual'}, or train on --config digits_random"
-            ) from error
+            remedy = f"{ELSEWHERE}, or put {info.filename or 'its files'} into {downloads / 'manual'}"
+            raise DataError(f"{absent} and {url} cannot be reached ({type(error).__name__}); {remedy}") from error
+    download = tfds.download.DownloadConfig(try_download_gcs=False)
     try:
-        builder.download_and_prepare(
-            file_format="array_record", download_config=tfds.download.DownloadConfig(try_download_gcs=False)
-        )
+        builder.download_and_prepare(file_format="array_record", download_config=download)
     except Exception as error:
         raise DataError(f"cannot prepare {name} in {builder.data_dir_root}: {error}; {ELSEWHERE}") from error

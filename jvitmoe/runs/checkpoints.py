@@ -34,7 +34,6 @@ from jvitmoe.errors import UserError, one_line
 from jvitmoe.runs import files, fingerprint
 from jvitmoe.runtime import devices, memory, processes
 
-META = Path("meta", "metadata")
 DELETED, UNFINISHED = "deleted", ".orbax-checkpoint-tmp"  # in names of folders that are being deleted and written
 PACKAGES = ("jvitmoe", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorstore", "numpy")
 State = Any  # `training.state.TrainState`: a NamedTuple of `step` and trees of arrays, or None
@@ -78,12 +77,10 @@ class Checkpoints:
         self.directory = Path(os.path.realpath(directory))  # TensorStore takes no `..`
 
     def steps(self) -> list[int]:
-        """Returns `list_steps` of the folder."""
         return list_steps(self.directory)
 
     def check(self, step: int) -> Meta:
-        """Returns the meta of a checkpoint, of any run, after reading all of it. Raises CheckpointError with what is
-        wrong."""
+        """Returns the meta of a checkpoint, of any run, after reading all of it. Raises CheckpointError."""
         try:
             return self._read_to_host(self._meta(step)).meta
         except Exception as error:  # damage raises errors of any type
@@ -143,20 +140,18 @@ class Checkpoints:
         while True:
             newest = np.int32(max((s for s in self.steps() if s < step), default=-1))
             step = int(multihost_utils.broadcast_one_to_all(newest))  # processes may not see the same on a disk
+            if step < 0 and faults:
+                raise self._unreadable(faults)
             if step < 0:
-                break
+                return None
             try:
                 trees, meta = self._restore(step, _trees(abstract))
             except ValueError as error:
                 faults[step] = str(error)
                 continue
             _warn(faults)
-            return abstract._replace(
-                step=devices.to_devices(np.array(step, np.int32), abstract.step.sharding), **trees
-            ), meta
-        if faults:
-            raise self._unreadable(faults)
-        return None
+            number = devices.to_devices(np.array(step, np.int32), abstract.step.sharding)
+            return abstract._replace(step=number, **trees), meta
 
     def _restore(self, step: int, wanted: Mapping[str, Any]) -> tuple[dict[str, Any], Meta]:
         """Returns (item -> tree on the devices, meta). Raises ValueError, in all processes, where one finds damage."""
@@ -183,7 +178,7 @@ class Checkpoints:
     def _meta(self, step: int) -> Meta:
         """Returns the JSON of a checkpoint. Raises errors of any type where it is damaged."""
         sizes = files.sizes_below(self.directory / str(step))  # raises for what Orbax might wait for
-        meta = json.loads(files.read_bytes(self.directory / str(step) / META) or b"")
+        meta = json.loads(files.read_bytes(self.directory / str(step) / "meta" / "metadata") or b"")
         if not any(leaf.startswith(("params.trunk.", "params.experts.")) for leaf in meta.get("fingerprints", ())):
             raise ValueError("it was written by another version of jvitmoe; train again")
         if meta.pop("checksum", None) != files.checksum(meta):
@@ -191,8 +186,7 @@ class Checkpoints:
         if meta["step"] != step:
             raise ValueError(f"it is the checkpoint of step {meta['step']}")
         rules.check(config_lib.from_dict(meta["config"]))
-        texts = [text for name in ("versions", "files", "fingerprints") for text in meta[name].values()]
-        if not all(isinstance(text, str) for text in texts):
+        if not all(isinstance(text, str) for n in ("versions", "files", "fingerprints") for text in meta[n].values()):
             raise ValueError("its versions, checksums and fingerprints are not all texts")
         math.isfinite(meta["nll"] or 0)  # raises for what is no number
         # TensorStore reads a file whole, and aborts without the memory for it.
@@ -293,10 +287,9 @@ class CheckpointWriter(Checkpoints):
         return restored
 
     def save(self, state: State, config: Config, nll: float | None, others: Mapping[str, str] | None = None) -> None:
-        """Starts to write the state; returns when its arrays may be donated. First waits for the previous write.
+        """Starts to write the whole state; returns when its arrays may be donated. First waits for the previous write.
 
         Args:
-            state: the whole training state.
             config: the run's config, for commands that have only the folder.
             nll: validation NLL, to choose the best checkpoint; None without a validation split.
             others: name -> checksum of other files of the run folder at this step.
@@ -307,12 +300,9 @@ class CheckpointWriter(Checkpoints):
         step, trees = int(state.step), _trees(state)
         found, unequal = fingerprint.of_devices(trees)
         if unequal:
-            error = CheckpointError(
-                f"{unequal[0]} at step {step} ({len(unequal)} of {len(found)} arrays differ); one of them may be "
-                "failing, or its memory; this checkpoint was not written; the same command, without that device or "
-                "its machine, goes on from the one before"
-            )
-            processes.all_raise(error)  # all have found the same
+            fault = f"{unequal[0]} at step {step} ({len(unequal)} of {len(found)} arrays differ), so it was not saved"
+            remedy = "a device or its memory may be failing; the same command, without that device, goes on"
+            processes.all_raise(CheckpointError(f"{fault}; {remedy}"))  # all have found the same
         meta = {"step": step, "config": config_lib.to_dict(config), "versions": versions(), "nll": nll}
         meta |= {"files": dict(others or {}), "fingerprints": found}
         meta["bytes"] = sum(leaf.nbytes for leaf in jax.tree.leaves(trees))
@@ -381,8 +371,7 @@ class _Manager(ocp.CheckpointManager):
 
 
 class _Best:
-    """The policy that keeps the checkpoint of least validation NLL. Orbax's `BestN` reads it from a file without a
-    checksum."""
+    """Keeps the checkpoint of least validation NLL. Orbax's `BestN` reads it from a file without a checksum."""
 
     def __init__(self, nlls: Mapping[int, Any]) -> None:
         self._nlls = nlls
@@ -409,10 +398,8 @@ def _of_item(meta: Meta, name: str) -> dict[str, str]:
 
 def _rated(nlls: Mapping[int, Any]) -> list[int]:
     """Returns the steps that have a finite NLL, the least first; of equals, the newest first."""
-    return sorted(
-        (step for step, nll in nlls.items() if nll is not None and math.isfinite(nll)),
-        key=lambda step: (nlls[step], -step),
-    )
+    finite = [step for step, nll in nlls.items() if nll is not None and math.isfinite(nll)]
+    return sorted(finite, key=lambda step: (nlls[step], -step))
 
 
 def _read(folder: Path, fingerprints: Mapping[str, str], abstract: Any = None) -> Any:
@@ -431,10 +418,9 @@ def _read(folder: Path, fingerprints: Mapping[str, str], abstract: Any = None) -
             raise ValueError(f"its arrays claim {needed:,} bytes, and its files have {there:,}")
         kinds = {leaf: text.rpartition(" ")[0] for leaf, text in fingerprints.items()}
         _compare(kinds, fingerprint.kinds({folder.name: stored}))
+        how = jax.tree.map(lambda _: ocp.RestoreArgs(np.ndarray), stored)
         if abstract is not None:
             how = ocp.checkpoint_utils.construct_restore_args(abstract)
-        else:
-            how = jax.tree.map(lambda _: ocp.RestoreArgs(np.ndarray), stored)
         return reader.restore(folder, args=ocp.args.PyTreeRestore(abstract, how))
 
 

@@ -55,11 +55,8 @@ def show_table(rows: Sequence[Mapping[str, Any]], title: str, file: str = "") ->
     # In a file, do not fold cells at the usual 80 columns, unless COLUMNS sets a width.
     wide = Console(width=None if os.environ.get("COLUMNS") else 200, highlight=False, markup=False, emoji=False)
     shown, names = console if console.is_terminal else wide, list(rows[0])
-    while file and len(names) > KEPT:
-        if 1 + sum(3 + max(cell_len(str(text)) for text in (name, *(r[name] for r in rows))) for name in names) <= (
-            shown.width
-        ):
-            break
+    widths = {name: 3 + max(cell_len(str(text)) for text in (name, *(row[name] for row in rows))) for name in names}
+    while file and len(names) > KEPT and 1 + sum(widths[name] for name in names) > shown.width:
         names.pop()
     if left_out := len(rows[0]) - len(names):
         title = f"{title} ({left_out} more: {file})"

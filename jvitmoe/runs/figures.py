@@ -234,10 +234,9 @@ def mergeability(result: Mapping[str, Any]) -> Figure:
         accuracy, deviation = row["accuracy"], row.get("accuracy_std")
         error = (accuracy * (1 - accuracy) / row["images"]) ** 0.5
         mark = MARKS.get(row["model"], MARKS["expert (mean)"])
-        accuracy_axes.errorbar(100 * accuracy, y, xerr=100 * error, fmt=mark, color="black")
-        text = f"{100 * accuracy:.1f}" + (f" ± {100 * deviation:.1f}" if deviation else "")
-        at = (100 * accuracy, y)
-        accuracy_axes.annotate(text, at, (0, 5), textcoords="offset points", ha="center", fontsize=9)
+        accuracy_axes.errorbar(at := 100 * accuracy, y, xerr=100 * error, fmt=mark, color="black")
+        text = f"{at:.1f}" + (f" ± {100 * deviation:.1f}" if deviation else "")
+        accuracy_axes.annotate(text, (at, y), (0, 5), textcoords="offset points", ha="center", fontsize=9)
     accuracy_axes.set_yticks(range(len(rows)), [row["model"] for row in rows])
     accuracy_axes.set(title=f"Accuracy, {rows[0]['images']:,} test images", ylim=(len(rows) - 0.5, -0.7))
     accuracy_axes.set_xlabel("accuracy, %\n(bar: standard error; ±: over paths)")
@@ -296,8 +295,7 @@ def experts(
     grid = figure.subplots(len(layers) + 1, columns, squeeze=False, width_ratios=widths)
     for axes in grid.flat:
         axes.grid(visible=False)
-        axes.set_xticks([])
-        axes.set_yticks([])
+        axes.set(xticks=[], yticks=[])
     for axes in grid[0, -2:]:
         axes.axis("off")
     for column, (pixels_HWc, name, expert_XP) in enumerate(pictures):
@@ -357,8 +355,7 @@ class Cell(NamedTuple):
 
 
 def contact_sheet(path: Path, cells: Sequence[Cell]) -> None:
-    """Writes a sheet of pictures in a grid, each with its predicted classes below, as a PNG. Raises UserError where it
-    cannot be written."""
+    """Writes a grid of pictures, each with its predicted classes below, as a PNG. Raises UserError."""
     columns = min(len(cells), max(1, round(math.sqrt(len(cells) * 1.4))))
     rows = math.ceil(len(cells) / columns)
     high = CELL + LINES * LINE

@@ -53,9 +53,8 @@ def crc32(data: bytes | memoryview, start: str = "0") -> str:
 
 
 def read_bytes(path: Path, most: int = MOST_BYTES, follow: bool = False) -> bytes | None:
-    """Returns the content of a regular file; None if there is none. Raises UserError where it cannot be read, for a
-    pipe or a device, whose end may never come, for more than `most` bytes, and, unless `follow`, for a link, whose
-    target may be a secret."""
+    """Returns the content of a regular file; None if there is none. Raises UserError for any other, for more than
+    `most` bytes, and, unless `follow`, for a link, whose target may be a secret."""
     with _reading(path, most, follow) as file:
         return file.read(most) if file else None
 
@@ -70,18 +69,17 @@ def _reading(path: Path, most: int, follow: bool) -> Iterator[IO[bytes] | None]:
     try:
         with open(path, "rb", MOST_LINE, opener=opener) as file:  # a buffer of that size reads lines four times as fast
             about = os.fstat(file.fileno())
-            if stat.S_ISREG(about.st_mode) and about.st_size <= most:
-                yield file
-                return
-            reason = f"its {about.st_size:,} bytes are more than {most:,}"
-            reason = reason if stat.S_ISREG(about.st_mode) else "it is no regular file"
+            if not stat.S_ISREG(about.st_mode):
+                raise ValueError("it is no regular file")
+            if about.st_size > most:
+                raise ValueError(f"its {about.st_size:,} bytes are more than {most:,}")
+            yield file
     except FileNotFoundError:
         yield None
-        return
-    except (OSError, ValueError) as error:  # ValueError: no name of a file
+    except (OSError, ValueError) as error:  # ValueError: also for no name of a file
         is_link = isinstance(error, OSError) and error.errno == errno.ELOOP
-        reason = "it is a link" if is_link else getattr(error, "strerror", None) or str(error)
-    raise UserError(f"{path} cannot be read: {reason}; make it readable, or restore it from a copy")
+        reason = "it is a link" if is_link else getattr(error, "strerror", None) or error
+        raise UserError(f"{path} cannot be read: {reason}; make it readable, or restore it from a copy") from error
 
 
 def sizes_below(folder: Path) -> dict[Path, int]:
@@ -100,14 +98,13 @@ def sizes_below(folder: Path) -> dict[Path, int]:
 
 
 def refuse_links(workdir: Path) -> None:
-    """Raises UserError where the run folder contains a link: a write to it would change a file elsewhere, chosen by
-    whoever made the folder."""
+    """Raises UserError where the run folder contains a link: a write to it would change a file elsewhere."""
     try:
-        links = [path for path in workdir.iterdir() if path.is_symlink()]
+        link = next((path for path in workdir.iterdir() if path.is_symlink()), None)
     except OSError as error:
         raise UserError(f"workdir {str(workdir)!r} cannot be listed: {error.strerror}; make it readable") from error
-    if links:
-        raise UserError(f"{links[0]} is a link, so writing to it changes a file elsewhere; replace it by its target")
+    if link:
+        raise UserError(f"{link} is a link, so writing to it changes a file elsewhere; replace it by its target")
 
 
 def write_text(path: Path, text: str) -> None:
@@ -138,8 +135,7 @@ def writing(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        remedy = f"{remedy_of(error)}, and repeat the command"
-        raise UserError(f"{path} cannot be written: {error.strerror}; {remedy}") from error
+        raise UserError(f"{path} cannot be written: {error.strerror}; {remedy_of(error)}, and try again") from error
 
 
 def remedy_of(error: Exception) -> str:
@@ -156,32 +152,28 @@ def make_folder(path: Path) -> None:
 
 def read_classes(workdir: Path) -> tuple[str, ...]:
     """Returns the names of the classes; () if the run kept none. Raises UserError where the file is damaged."""
-    remedy = "delete it, and classes are called by number"
 
     def fits(names: Any) -> bool:
         return isinstance(names, list) and names != [] and all(isinstance(name, str) for name in names)
 
+    remedy = "delete it, and classes are called by number"
     return tuple(read_json(workdir / CLASSES, fits, "a list of names", remedy) or ())
 
 
 def read_images(workdir: Path) -> dict[str, int | str] | None:
-    """Returns split -> number of images, and "hash of …" -> that of the data; None if the run kept none. Raises
-    UserError where the file is damaged."""
-    remedy = "delete it if the data are the same"
+    """Returns split -> images, and "hash of …" -> that of the data; None if there is none. Raises UserError."""
 
-    def fits(counts: Any) -> bool:
-        return isinstance(counts, dict) and all(
-            isinstance(n, str) if name.startswith("hash of ") else type(n) is int and 0 <= n < 2**63
-            for name, n in counts.items()
-        )
+    def fits(name: str, number: Any) -> bool:
+        return isinstance(number, str) if name.startswith("hash of ") else type(number) is int and 0 <= number < 2**63
 
-    counts: dict[str, int | str] | None = read_json(workdir / IMAGES, fits, "the numbers of images", remedy)
-    return counts
+    def all_fit(counts: Any) -> bool:
+        return isinstance(counts, dict) and all(fits(*item) for item in counts.items())
+
+    return read_json(workdir / IMAGES, all_fit, "the numbers of images", "delete it if the data are the same")
 
 
 def read_json(path: Path, fits: Callable[[Any], bool], what: str, remedy: str) -> Any:
-    """Returns the value in a JSON file; None if there is none. Raises UserError where it cannot be read or is not
-    `what` the reader expects."""
+    """Returns the value in a JSON file; None if there is none. Raises UserError where it is not `what` it should be."""
     if (content := read_bytes(path)) is None:
         return None
     try:
@@ -224,8 +216,7 @@ def metrics_up_to(workdir: Path, step: int) -> str:
 
 
 def checksums(workdir: Path, step: int, names: Collection[str] = (CLASSES, IMAGES, METRICS)) -> dict[str, str]:
-    """Returns name -> CRC-32 of those of the files that are there: metrics.jsonl up to a step, and those that do not
-    change during a run."""
+    """Returns name -> CRC-32 of those of the files that are there, of metrics.jsonl up to a step."""
     texts = {name: read_bytes(workdir / name) for name in (CLASSES, IMAGES) if name in names}
     if METRICS in names and os.path.lexists(workdir / METRICS):
         texts[METRICS] = metrics_up_to(workdir, step).encode()
@@ -236,5 +227,5 @@ def compare(workdir: Path, step: int, expected: Mapping[str, str]) -> None:
     """Raises UserError where a file that is there is not as it was at a step, when its checksum was the `expected`."""
     for name, found in checksums(workdir, step, expected).items():
         if found != expected[name]:
-            rule = f"does not match its checksum of step {step}"
-            raise UserError(f"{workdir / name} {rule}; restore it from a copy, or delete it")
+            fault = f"{workdir / name} does not match its checksum of step {step}"
+            raise UserError(f"{fault}; restore it from a copy, or delete it")

@@ -45,12 +45,10 @@ def check_folder(workdir: Path, config: Config) -> None:
         text = files.read_bytes(saved) or b""
     except (OSError, ValueError) as error:  # ValueError: the name is not UTF-8
         raise ConfigError(f"workdir {str(workdir)!r} cannot be read: {error}; set --workdir to another") from error
-    changed = datasets.differences(config_lib.loads(text, str(saved)), config)
-    if changed:
+    if changed := datasets.differences(config_lib.loads(text, str(saved)), config):
         listed = ", ".join(f"{name} was {old!r} and is {new!r} now" for name, (old, new) in changed.items())
-        remedy = "set --workdir to a new folder"
-        if [*changed] == ["train.epochs"]:
-            remedy += f"; to train longer, start there from this run's weights: --config.init.source={workdir}"
+        longer = f"; to train longer, start there from this run's weights: --config.init.source={workdir}"
+        remedy = f"set --workdir to a new folder{longer if [*changed] == ['train.epochs'] else ''}"
         raise ConfigError(f"workdir {str(workdir)!r} holds another experiment: {listed}; {remedy}")
 
 
@@ -58,11 +56,8 @@ def open_run_folder(
     workdir: Path, config: Config, class_names: Sequence[str], images: Mapping[str, int | str]
 ) -> contextlib.AbstractContextManager[object]:
     """Makes the run folder, locks it and writes the config, class names, image counts and hashes of the data, in
-    process 0. Returns the lock.
-
-    Raises UserError where that fails, and ConfigError where another experiment started in the folder after
-    `check_folder`, or the data differ from those of the folder's checkpoints.
-    """
+    process 0. Returns the lock. Raises UserError where that fails, where another experiment has started in the folder
+    since `check_folder`, and where the data differ from those of its checkpoints."""
     if not processes.is_first():
         return contextlib.nullcontext()
     try:
@@ -70,7 +65,7 @@ def open_run_folder(
     except OSError as error:
         raise UserError(f"workdir {str(workdir)!r} cannot be made: {error.strerror}; set --workdir") from error
     with contextlib.ExitStack() as stack:
-        stack.enter_context(Lock(workdir))
+        stack.enter_context(lock(workdir))
         check_folder(workdir, config)
         if checkpoints.list_steps(workdir / files.CHECKPOINTS):
             _check_data(workdir, class_names, images)
@@ -92,10 +87,8 @@ def _check_data(workdir: Path, class_names: Sequence[str], images: Mapping[str, 
     if old_names and old_names != tuple(class_names):
         changed.append("other classes")
     if changed:
-        raise ConfigError(
-            f"workdir {str(workdir)!r} holds a run on other data: {'; '.join(changed)}; "
-            "set --config.data.dir to what it was, or --workdir to a new folder"
-        )
+        remedy = "set --config.data.dir to what it was, or --workdir to a new folder"
+        raise ConfigError(f"workdir {str(workdir)!r} holds a run on other data: {'; '.join(changed)}; {remedy}")
 
 
 def check_shared(workdir: Path) -> None:
@@ -107,7 +100,8 @@ def check_shared(workdir: Path) -> None:
         time.sleep(0.2)
 
 
-class Lock:
+@contextlib.contextmanager
+def lock(workdir: Path) -> Iterator[None]:
     """The lock of a run folder, which must exist: one writer at a time. The system releases it when the context manager
     or the process ends, however it ends.
 
@@ -116,40 +110,29 @@ class Lock:
 
     Raises UserError where another process holds the lock, with its pid and host, and where the file cannot be written.
     """
-
-    def __init__(self, workdir: Path) -> None:
-        path = workdir / LOCK
+    path = workdir / LOCK
+    try:
+        file: IO[str] = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644), "r+")
+    except OSError as error:
+        reason = error.strerror or str(error)  # of a pipe: it cannot be sought in
+        raise UserError(f"{path} cannot be opened: {reason}; let the run folder be written") from error
+    try:
         try:
-            self._file: IO[str] = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644), "r+")
-        except OSError as error:
-            reason = error.strerror or str(error)  # of a pipe: it cannot be sought in
-            raise UserError(f"{path} cannot be opened: {reason}; let the run folder be written") from error
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            holder = _holder(self._file)
-            self._file.close()
-            raise UserError(
-                f"workdir {str(workdir)!r} is being written by {holder}; wait for it, stop it, or set --workdir"
-            ) from error
+            held = f"workdir {str(workdir)!r} is being written by {_holder(file)}"
+            raise UserError(f"{held}; wait for it, stop it, or set --workdir") from error
         except OSError:  # some network disks have no locks; the name in the file still helps a person
             pass
-        try:
-            with files.writing(path):
-                self._file.seek(0)
-                self._file.truncate()
-                json.dump({"pid": os.getpid(), "host": socket.gethostname()}, self._file)
-                self._file.flush()
-        except UserError:
-            with contextlib.suppress(OSError):  # closing tries to write it again
-                self._file.close()
-            raise
-
-    def __enter__(self) -> "Lock":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._file.close()
+        with files.writing(path):
+            file.seek(0)
+            file.truncate()
+            json.dump({"pid": os.getpid(), "host": socket.gethostname()}, file)
+            file.flush()
+        yield
+    finally:
+        with contextlib.suppress(OSError):  # of a full disk: closing tries to write again
+            file.close()
 
 
 def _holder(file: IO[str]) -> str:

@@ -48,10 +48,9 @@ def read_run(folder: Path) -> TestedRun:
         raise UserError(f"{str(folder)!r} holds no {files.RESULT}; {remedy}")
     config = read_config(folder)
     with naming_result(folder):
-        if (config.train.seed, config.data.name) != (result["seed"], result["data"]):
-            path, tested = folder / files.CONFIG, f"seed {result['seed']} on {result['data']}"
-            fault = f"{path} is of seed {config.train.seed} on {config.data.name}, but what was tested is {tested}"
-            raise UserError(f"{fault}; restore it from a copy")
+        tested, path = f"seed {result['seed']} on {result['data']}", folder / files.CONFIG
+        if (own := f"seed {config.train.seed} on {config.data.name}") != tested:
+            raise UserError(f"{path} is of {own}, but what was tested is {tested}; restore it from a copy")
         files.compare(folder, result["step"], result.get("files", {}))
         run = TestedRun(folder, config, result)
         shown = results.result_rows(result), group_rows("", [run]), overview_row("", [run]), opening({"": [run]})
@@ -68,8 +67,8 @@ def naming_result(folder: Path) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:
-        fault = f"{folder / files.RESULT} has values that no test gives ({one_line(error)})"
-        raise UserError(f"{fault}; delete it and run jvitmoe evaluate") from error
+        path = folder / files.RESULT
+        raise UserError(f"{path} is damaged ({one_line(error)}); delete it and run jvitmoe evaluate") from error
 
 
 def read_config(folder: Path) -> Config:
@@ -102,8 +101,8 @@ def group_runs(runs: Sequence[TestedRun], named: Groups | None = None) -> Groups
     groups = dict(named or {})
     for group in itertools.chain.from_iterable(by_config.values()):
         name = _shared_name([run.folder.resolve().name for run in group])
-        numbers = (f"{name} ({n})" for n in itertools.count(2))
-        add_group(groups, name if name not in groups else next(n for n in numbers if n not in groups), group)
+        names = itertools.chain([name], (f"{name} ({n})" for n in itertools.count(2)))
+        add_group(groups, next(n for n in names if n not in groups), group)
     return groups
 
 
@@ -128,9 +127,8 @@ def _faults(run: TestedRun, other: TestedRun) -> Iterator[str]:
         yield f"differ in {listed}; only seeds may differ"
     if (seed := run.config.train.seed) == other.config.train.seed:
         yield f"are both of seed {seed}; leave one out"
-    if (step := run.result["step"]) != other.result["step"]:
-        steps = f"{step} and {other.result['step']}"
-        yield f"were tested at steps {steps}; run jvitmoe evaluate on each with the same --checkpoint"
+    if (step := run.result["step"]) != (last := other.result["step"]):
+        yield f"were tested at steps {step} and {last}; run jvitmoe evaluate on each with the same --checkpoint"
     if _images(run) != _images(other):
         yield "were trained on other images or classes; give each a group of its own"
     if _models(run) != _models(other):
@@ -138,13 +136,14 @@ def _faults(run: TestedRun, other: TestedRun) -> Iterator[str]:
 
 
 def in_order(groups: Groups) -> Groups:
-    """Returns the groups with those next to each other that differ only in `routing`, `optim.mlp_rate` and EMA, dense
-    ones first."""
+    """Puts groups side by side that differ only in `routing`, `optim.mlp_rate` and EMA, dense ones first."""
     of_routing = "train.seed", "train.ema", "routing.", "optim.mlp_rate"
-    matched = {name: _key(group[0], of_routing) for name, group in groups.items()}
-    keys = list(matched.values())
-    names = sorted(groups, key=lambda name: (keys.index(matched[name]), groups[name][0].config.routing.experts > 1))
-    return {name: groups[name] for name in names}
+    keys = [_key(group[0], of_routing) for group in groups.values()]
+    places = {
+        name: (keys.index(key), groups[name][0].config.routing.experts > 1)
+        for name, key in zip(groups, keys, strict=True)
+    }
+    return {name: groups[name] for name in sorted(groups, key=places.__getitem__)}
 
 
 def group_rows(name: str, group: Sequence[TestedRun]) -> list[dict[str, str]]:
@@ -224,8 +223,7 @@ def record(group: Sequence[TestedRun]) -> dict[str, Any]:
 
 
 def overview(groups: Groups) -> list[dict[str, str]]:
-    """Returns a row of text cells per group, without columns that are empty. The best accuracy is marked if all groups
-    have the same data."""
+    """Returns a row of text cells per group. The best accuracy is marked if all groups have the same data."""
     rows = [overview_row(name, group) for name, group in groups.items()]
     if len(rows) > 1 and of_one_set(groups):
         means = [statistics.fmean(next(iter(by_seed([r.result for r in g]).values()))) for g in groups.values()]
@@ -249,20 +247,16 @@ def in_words(config: Config) -> str:
     when = "at every step" if routing.pull_every == 1 else f"every {routing.pull_every} steps"
     if routing.experts == 1:
         return "dense"
-    drawn = routing.kind in ("batch", "layer", "sample", "token")
-    how = f"random by {routing.kind}" if drawn else f"router {routing.kind}"
+    how = f"{'random by' if routing.kind in ('batch', 'layer', 'sample', 'token') else 'router'} {routing.kind}"
     upcycled = config.init.source and not config.trains_adapters_only
     start = "equal start" if upcycled or routing.init == "shared" else "different starts"
-    pulled = [f"pulled by {routing.pull:g} {when}"] if routing.pull else []
-    if routing.averages_every_step:
-        pulled = ["averaged after every step"]
+    pulled = "averaged after every step" if routing.averages_every_step else f"pulled by {routing.pull:g} {when}"
     what = "whole models" if routing.part == "model" else "experts"
-    return ", ".join([f"{routing.experts} {what}", how, start, *pulled])
+    return ", ".join([f"{routing.experts} {what}", how, start, *[pulled] * bool(routing.pull)])
 
 
 def overview_row(name: str, group: Sequence[TestedRun]) -> dict[str, str]:
-    """Returns the text cells of a group in one row: the accuracy of each kind of model, how mergeable it is, how it was
-    trained, and for how long."""
+    """Returns the text cells of a group in one row: means over its seeds, and the worst layer's gap."""
     accuracies = by_seed([run.result for run in group])
 
     def cell(model: str) -> str:
@@ -294,8 +288,7 @@ def _models(run: TestedRun) -> list[str]:
 
 
 def _key(run: TestedRun, ignored: tuple[str, ...]) -> str:
-    """Returns the config and the data as text, without fields that change no number and those that start with one of
-    `ignored`."""
+    """Returns config and data as text, without fields that change no number or start with one of `ignored`."""
     fields = config_lib.flatten(run.config) | {"init.source": re.sub(r"(?<=seed)\d+", "", run.config.init.source)}
     kept = [(k, v) for k, v in fields.items() if k not in config_lib.FREE_ON_RESUME and not k.startswith(ignored)]
     return repr((kept, _images(run)))

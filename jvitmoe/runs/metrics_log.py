@@ -20,12 +20,10 @@ SHOW_SECONDS = 20.0  # longest time without progress of one process, unless a st
 
 
 class MetricsLog:
-    """The log of one run; a context manager.
+    """The log of one run of `total` steps, of which `start` are done; a context manager.
 
     Args:
         workdir: the run folder, which exists; None writes nothing, for processes other than the first.
-        start: steps done.
-        total: steps of the whole run.
         batch_size: images per step, for images/s.
         trackers: names in `trackers.TRACKERS`.
         settings: {"section.field": value} of the run, for the trackers.

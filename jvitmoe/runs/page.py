@@ -93,8 +93,7 @@ def _cell(tag: str, column: str, text: str) -> str:
 
 
 def own_picture(path: Path) -> Picture | None:
-    """Returns a picture of a run folder; None if there is none, or what is there is no regular file: the target of a
-    link may be a secret, and pages are shared."""
+    """Returns a picture of a run folder; None if it is no regular file: a link may lead to a secret."""
     try:
         data = read_bytes(path, MOST_BYTES) or b""
     except UserError:

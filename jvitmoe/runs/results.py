@@ -67,8 +67,7 @@ def of_training(workdir: Path, versions: Mapping[str, str] | None) -> dict[str, 
 
 
 def trained_on(result: Mapping[str, Any]) -> str:
-    """Returns the hardware of training; "" if no result recorded it. Where `trained_with` stands, `hardware` is that of
-    a later test."""
+    """Returns the hardware of training, or "". Where `trained_with` stands, `hardware` is that of a later test."""
     return str(result.get("trained_on") or ("" if "trained_with" in result else result.get("hardware", "")))
 
 
@@ -93,8 +92,7 @@ def result_rows(result: Mapping[str, Any]) -> list[dict[str, str]]:
 
 
 def equal_experts_as_one(rows: Sequence[dict[str, str]]) -> list[dict[str, str]]:
-    """Returns rows of text cells in which experts that are equal in every metric, and paths and ensembles of them, are
-    one row."""
+    """Returns rows of text cells in which equal experts, and paths and ensembles of them, are one row."""
 
     def metrics(row: Mapping[str, str]) -> list[str]:
         return [row.get(name, "").partition(" ")[0] for name in METRIC_FORMATS]  # without the deviation, 0 over paths
@@ -123,8 +121,7 @@ def class_names(workdir: Path, classes: int) -> tuple[str, ...]:
 
 
 def class_rows(confusion: Sequence[Sequence[int]], names: Sequence[str]) -> list[dict[str, str]]:
-    """Returns a row of text cells per class: its images, the share that is classified right, and the class that most of
-    the others are taken for. Row c of `confusion` counts the images of class c by predicted class."""
+    """Returns a row of text cells per class. Row c of `confusion` counts the images of class c by predicted class."""
     rows = []
     for label, (name, counts) in enumerate(zip(names, confusion, strict=True)):
         images, wrong = sum(counts), [count * (other != label) for other, count in enumerate(counts)]
@@ -142,14 +139,11 @@ def class_rows(confusion: Sequence[Sequence[int]], names: Sequence[str]) -> list
 
 def probe_rows(probes: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
     """Returns the rows of the probes as text cells."""
-    return [
-        {
-            **{name: row[name] for name in ("probe", "model", "data")},
-            **metric_cells(row),
-            **{f"{split} images": f"{row[f'{split}_images']:,}" for split in ("train", "test")},
-        }
-        for row in probes
-    ]
+    rows = []
+    for row in probes:
+        images = {f"{split} images": f"{row[f'{split}_images']:,}" for split in ("train", "test")}
+        rows.append({"probe": row["probe"], "model": row["model"], "data": row["data"], **metric_cells(row), **images})
+    return rows
 
 
 def made_with(several: Sequence[Mapping[str, Any]]) -> str:
@@ -167,12 +161,8 @@ def show_models(workdir: Path, result: Mapping[str, Any]) -> None:
 
 
 def write_result(workdir: Path, result: Mapping[str, Any], confusion_drawn: bool = False) -> None:
-    """Prints the tables, except that of the classes, which may be long, and writes report.md. Writes result.json last,
-    because it marks a run that was tested.
-
-    Args:
-        confusion_drawn: the report shows confusion.png.
-    """
+    """Prints the tables, except that of the classes, which may be long, and writes report.md, with confusion.png if it
+    is drawn. Writes result.json last, because it marks a run that was tested."""
     show_models(workdir, result)
     tested = f"Test split of {result['data']}, checkpoint at step {result['step']}, seed {result['seed']}."
     counts = f"Parameters: {result['active_parameters']:,} active, {result['total_parameters']:,} total."
@@ -195,9 +185,7 @@ def write_result(workdir: Path, result: Mapping[str, Any], confusion_drawn: bool
         console.print(barrier)
     for row in result["rows"]:
         if confusion := row.get("confusion"):
-            parts.append(Heading(2, f"Classes, {row['model']}"))
-            if confusion_drawn:
-                parts.append(Picture(Path(CONFUSION).stem))
+            parts += [Heading(2, f"Classes, {row['model']}"), *[Picture(Path(CONFUSION).stem)] * confusion_drawn]
             parts.append(class_rows(confusion, class_names(workdir, len(confusion))))
     write_text(workdir / REPORT, as_markdown(parts))
     save_result(workdir, result)

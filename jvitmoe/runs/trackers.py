@@ -8,10 +8,10 @@ import abc
 import logging
 import os
 import queue
+import secrets
 import sys
 import threading
 import time
-import uuid
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -94,7 +94,7 @@ class Wandb(Tracker):
         self._run = wandb.init(
             project=settings.project or PROJECT,
             name=run.workdir.resolve().name,
-            id=_id(run, "wandb", _new_id),
+            id=_id(run, "wandb", lambda: secrets.token_hex(6)),
             resume="allow",
             config=dict(run.settings),
             dir=run.workdir / "trackers",
@@ -157,7 +157,7 @@ class Trackio(Tracker):
                 vars(module)["print"] = lambda *_, **__: None
         self._run = trackio.init(
             PROJECT,
-            name=_id(run, "trackio", lambda: f"{run.workdir.resolve().name}-{_new_id()}"),  # a name is its id
+            name=_id(run, "trackio", lambda: f"{run.workdir.resolve().name}-{secrets.token_hex(6)}"),  # it is the id
             resume="allow",
             config=dict(run.settings),
             embed=False,
@@ -176,10 +176,9 @@ TRACKERS: dict[str, type[Tracker]] = {"tensorboard": TensorBoard, "wandb": Wandb
 def check(names: Sequence[str]) -> None:
     """Raises UserError for a tracker that does not exist, is named twice, or whose package is not installed."""
     for name in names:
-        if names.count(name) > 1:
-            raise UserError(f"--trackers is {','.join(names)!r}; {name!r} must be there once, or both write one file")
-        if name not in TRACKERS:
-            raise UserError(f"--trackers is {','.join(names)!r}; {name!r} is not one of {', '.join(TRACKERS)}")
+        if names.count(name) > 1 or name not in TRACKERS:
+            rule = f"{name!r} must be one of {', '.join(TRACKERS)}, and named once"
+            raise UserError(f"--trackers is {','.join(names)!r}; {rule}")
         package = TRACKERS[name].package
         if package and not is_installed(package):
             raise UserError(f"--trackers {name} needs {package}; install it with pip install 'jvitmoe[{name}]'")
@@ -243,7 +242,3 @@ def _id(run: TrackedRun, name: str, create: Callable[[], str]) -> str:
         kept = create().encode()
         write_bytes(path, kept)
     return kept.decode().strip()
-
-
-def _new_id() -> str:
-    return uuid.uuid4().hex[:12]

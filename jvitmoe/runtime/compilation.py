@@ -75,8 +75,7 @@ def _has_bfloat16() -> bool:
 
 
 def _stop_writing() -> None:
-    """Stops writes to the compilation cache: jaxlib 0.12 crashes (SIGSEGV) on serializing a program that calls
-    oneDNN."""
+    """Stops writes to the compilation cache: jaxlib 0.12 crashes on serializing a program that calls oneDNN."""
     jax.config.update("jax_persistent_cache_min_compile_time_secs", float("inf"))
 
 

@@ -129,11 +129,9 @@ def broadcast_from_first(value: bool) -> bool:
 
 
 def together(work: Callable[[], T]) -> T:
-    """Returns the result of `work` when all processes have done it. If it raises UserError in one, all raise.
-
-    It is a barrier too: the others see the files that process 0 wrote before it. `work` must not wait for other
-    processes unless all fail alike.
-    """
+    """Returns the result of `work` when all processes have done it. If it raises UserError in one, all raise. It is a
+    barrier too: the others see the files that process 0 wrote before it. `work` must not wait for other processes
+    unless all fail alike."""
     if is_single():
         return work()
     error, result = None, None
@@ -142,19 +140,15 @@ def together(work: Callable[[], T]) -> T:
     except UserError as raised:
         error = raised
     if (failed := np.flatnonzero(multihost_utils.process_allgather(np.array(error is not None)))).size:
-        other = UserError(f"{_name(failed[0])} has failed; its own line says why")
-        jax.distributed.shutdown()  # waits for the others; from here on each is on its own
-        raise error or other
+        all_raise(error or UserError(f"{_name(failed[0])} has failed; its own line says why"))
     return result  # type: ignore[return-value]
 
 
-def all_raise(error: UserError) -> None:
+def all_raise(error: UserError) -> NoReturn:
     """Raises an error that all processes have found, in all of them."""
-
-    def fail() -> None:
-        raise error
-
-    together(fail)
+    if not is_single():
+        jax.distributed.shutdown()  # waits for the others; from here on each is on its own
+    raise error
 
 
 def first_process_then_others(work: Callable[[], T]) -> T:
@@ -188,9 +182,7 @@ def source_hash() -> str:
 
 def guard(main: Callable[[], Any]) -> None:
     """Runs `main`. One of several processes that fails by itself ends at once; the others end as after any loss.
-
-    Python's own exit would wait for the others, which may wait for this one.
-    """
+    Python's own exit would wait for the others, which may wait for this one."""
     try:
         main()
         barrier()  # a process that ends long before process 0 has written would count as lost

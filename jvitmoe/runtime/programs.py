@@ -66,23 +66,20 @@ def is_known(option: str, value: bool | int | str = True) -> bool:
 
 
 def planned_bytes(compiled: Any) -> int:
-    """Returns the memory that XLA plans for a program on one device: arguments, results that do not replace them, and
-    temporaries."""
+    """Returns the memory of a program on one device: arguments, results that do not replace them, and temporaries."""
     plan = compiled.memory_analysis()
     kept = plan.argument_size_in_bytes + plan.output_size_in_bytes - plan.alias_size_in_bytes
     return int(kept + plan.temp_size_in_bytes)
 
 
 def collectives(text: str, axes: Axes) -> list[Collective]:
-    """Returns the collectives over several devices that a step runs, from the HLO text of a program. `axes` is the
-    shape of its mesh."""
+    """Returns the collectives over several devices in the HLO text of a program. `axes` is the shape of its mesh."""
     computations, entry = _parse(text)
     return list(_walk(computations, entry, axes, 1, "step", set()))
 
 
 def reduced_bytes(text: str, axes: Axes) -> int:
-    """Returns the bytes that one device reduces with others in a step, pulls included. Raises ValueError if the program
-    holds a collective of another kind."""
+    """Returns the bytes that a device reduces in a step, pulls included. Raises ValueError for other collectives."""
     found = collectives(text, axes)
     if other := next((one.kind for one in found if one.kind != "all-reduce"), ""):
         raise ValueError(f"the program holds an {other}")
@@ -183,11 +180,9 @@ def _groups(attributes: str, axes: Axes) -> np.ndarray:
         return np.array(moved, int) if moved else everyone[:, :1]
     if named := re.search(r"replica_groups=mesh\[(.*?)\] ?\{(.*?)\}", attributes):  # mesh['data'=1,'expert'=4] {'data'}
         sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", named[1])}
-        kept = re.findall(r"'(\w+)'", named[2])
+        kept, names = re.findall(r"'(\w+)'", named[2]), list(sizes)
         numbers = np.arange(math.prod(sizes.values())).reshape(*sizes.values())
-        order = [n for n, name in enumerate(sizes) if name not in kept] + [
-            n for n, name in enumerate(sizes) if name in kept
-        ]
+        order = sorted(range(len(names)), key=lambda n: names[n] in kept)  # those of a group last
         return numbers.transpose(order).reshape(-1, math.prod(sizes[name] for name in kept))
     if iota := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", attributes):
         shape, dims, order = ([int(n) for n in part.split(",")] if part else [] for part in iota.groups())

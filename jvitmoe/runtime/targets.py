@@ -92,8 +92,7 @@ def parse(text: str) -> Target:
 
 
 def prepare(target: Target) -> None:
-    """Sets what the compilers read from the environment. Call it before JAX is imported. Raises UserError where the
-    compiler is not installed."""
+    """Sets the environment of the compilers, before JAX is imported. Raises UserError where one is not installed."""
     module, extra = ("jax_plugins.xla_cuda12", "gpu-compile") if target.is_gpu else ("libtpu", "tpu")
     if not is_installed(module):
         size = "0.5 GB, and 1.1 GB of cuDNN" if target.is_gpu else "0.6 GB"

@@ -110,49 +110,40 @@ def test_a_column_is_chosen_where_several_are_of_its_type_and_others_do_not_coun
     chosen = load(root, "?label=fine", ModelConfig(image_size=8, channels=3, classes=3))
     assert chosen.train.labels_N.tolist() == [2] * 6
     for query in ("", "?label=number", "?label=absent"):
-        with pytest.raises(DataError, match=r"of which label, fine are of type ClassLabel; choose one: hf:.*\?label="):
+        with pytest.raises(DataError, match=r"label, fine are of type ClassLabel; .*\?label="):
             load(root, query)
 
 
 @pytest.mark.parametrize(
-    ("query", "model", "message"),
+    ("query", "model", "says"),
     [
-        (
-            "?color=red",
-            {},
-            "write hf:NAME?revision=COMMIT&label=COLUMN; the options are config, revision, image, label",
-        ),
+        ("?color=red", {}, "config, revision, image, label"),
         ("", {"classes": 10}, "set --config.model.classes=2"),
         ("", {"image_size": 16}, "config.model.image_size is 16"),
-        ("", {"channels": 2}, "have 2 channels (config.model.channels); they must have 1, 3 or 4"),
+        ("", {"channels": 2}, "config.model.channels"),
     ],
 )
-def test_what_does_not_fit_is_one_line_with_the_remedy(tmp_path, query, model, message):
-    with pytest.raises(DataError) as error:
+def test_what_does_not_fit_is_refused_with_the_remedy(tmp_path, query, model, says):
+    with pytest.raises(DataError, match=says):
         load(write_parquet(tmp_path / "set"), query, dataclasses.replace(MODEL, **model))
-    assert message in str(error.value)
 
 
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [("hf:", "write hf:NAME"), ("hf:./absent", "or a folder"), ("hf:nobody/nothing", "give OWNER/NAME of a set")],
-)
-def test_a_set_that_is_not_there_is_one_line_with_the_remedy(name, message):
-    with pytest.raises(DataError) as error:
+@pytest.mark.parametrize("name", ["hf:", "hf:./absent", "hf:nobody/nothing"])
+def test_a_set_that_is_not_there_is_refused(name):
+    with pytest.raises(DataError, match=name):
         datasets.load(DataConfig(name=name), MODEL)
-    assert message in str(error.value)
 
 
 def test_a_set_without_a_test_split_images_or_names_of_classes_is_refused(tmp_path):
     for split in ("train", "test"):
-        with pytest.raises(DataError, match=f"has the splits {split}; train and one of test, validation"):
+        with pytest.raises(DataError, match=f"has the splits {split}"):
             load(write_parquet(tmp_path / split, splits=((split, 6),)))
-    with pytest.raises(DataError, match="of which none are of type ClassLabel; use another set"):
+    with pytest.raises(DataError, match="none are of type ClassLabel"):
         load(write_parquet(tmp_path / "numbers", hf.Value("int64")))
     (tmp_path / "text").mkdir()
     for split in ("train", "test"):
         (tmp_path / "text" / f"{split}.jsonl").write_text(json.dumps({"text": "a", "label": 1}) + "\n")
-    with pytest.raises(DataError, match="of which none are of type Image; use another set"):
+    with pytest.raises(DataError, match="none are of type Image"):
         load(tmp_path / "text")
 
 
@@ -167,13 +158,11 @@ def test_images_without_a_label_or_without_pixels_are_refused_where_they_are_use
 
     write("test", pictures, [None, None])  # as the hub has test splits whose labels are kept back
     assert len(load(root).test) == 4
-    write("train", [pictures[0], None], [0, 1])
-    with pytest.raises(DataError, match=r"image 1 of the train split of .* cannot be read .*it is absent"):
-        load(root)
-    write("train", [{"bytes": b"", "path": None}, pictures[0]], [0, 1])
-    with pytest.raises(DataError, match=r"image 0 of the train split of .* cannot be read .*it is absent"):
-        load(root)
-    for label, shown in ((None, "None"), (-1, "-1")):
+    for absent in (None, {"bytes": b"", "path": None}):
+        write("train", [pictures[0], absent], [0, 1])
+        with pytest.raises(DataError, match=r"image 1 of the train split of .* cannot be read"):
+            load(root)
+    for label in (None, -1):
         write("train", pictures, [0, label])
-        with pytest.raises(DataError, match=rf"must hold labels, but that of row 1 of train is {shown}; use another"):
+        with pytest.raises(DataError, match=f"row 1 of train has {label}"):
             load(root)

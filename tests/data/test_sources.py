@@ -33,9 +33,12 @@ needs_tensorflow = pytest.mark.skipif(
 )
 
 
-def one_line(error: pytest.ExceptionInfo[DataError]) -> str:
+def refused(name: str, place: Path | str, model: ModelConfig, says: str = "", **data: object) -> None:
+    """Checks that a set is refused in one line that says this."""
+    with pytest.raises(DataError) as error:
+        load(DataConfig(name=name, dir=str(place), **data), model)
     assert len(str(error.value).splitlines()) == 1
-    return str(error.value)
+    assert says in str(error.value)
 
 
 # digits and validation images
@@ -85,22 +88,16 @@ def test_held_out_images_leave_the_rest_and_every_class_gives_its_share(count):
 
 @pytest.mark.parametrize("count", [-1, 100])
 def test_holding_out_all_images_or_fewer_than_none_is_an_error(count):
-    with pytest.raises(DataError, match=f"config.data.validation is {count}"):
+    with pytest.raises(DataError):
         hold_out(numbered(np.zeros(100)), count)
 
 
-@pytest.mark.parametrize(
-    ("model", "remedy"),
-    [
-        ({"image_size": 28}, "set --config.model.image_size=8"),
-        ({"channels": 3}, "set --config.model.channels=1"),
-        ({"classes": 7}, "set --config.model.classes=10"),
-    ],
-)
-def test_a_model_of_another_shape_is_told_what_to_set(model, remedy):
-    with pytest.raises(DataError) as error:
-        load(DataConfig(), ModelConfig(**model))
-    assert one_line(error).endswith(remedy)
+@pytest.mark.parametrize("setting", ["image_size=28", "channels=3", "classes=7"])
+def test_a_model_of_another_shape_is_told_what_to_set(setting):
+    name, _, value = setting.partition("=")
+    refused(
+        "digits", "", ModelConfig(**{name: int(value)}), f"set --config.model.{name}={getattr(ModelConfig(), name)}"
+    )
 
 
 def write_folder(root: Path, parts=("train", "test"), names=("cat", "dog"), mode="RGB", per_class=3) -> np.ndarray:
@@ -124,8 +121,8 @@ def test_a_set_that_serves_a_run_has_the_run_s_classes_in_their_order(tmp_path):
     asked = DataConfig(name="folder", dir=str(tmp_path)), ModelConfig(channels=3, classes=2)
     for names in ((), ("cat", "dog")):
         assert datasets.with_classes(datasets.load, *asked, names).class_names == ("cat", "dog")
-    for names, fault in ((("dog", "cat"), "number 0 is 'cat', and was 'dog'"), (("cat",), "1 is 'dog', and was None")):
-        with pytest.raises(DataError, match=f"{fault}; set --config.data.dir to data of the run's classes"):
+    for names, fault in ((("dog", "cat"), "'cat', and was 'dog'"), (("cat",), "'dog', and was None")):
+        with pytest.raises(DataError, match=fault):
             datasets.with_classes(datasets.browse, *asked, names)
 
 
@@ -155,41 +152,30 @@ def mkdir(path: Path) -> Path:
     return path
 
 
-FOLDER_MISTAKES = {  # reading a picture itself: tests/data/test_decode.py, tests/test_predict.py
-    "no test": (lambda p: (p / "test").rename(p / "other"), "test is not a folder"),
-    "no train": (lambda p: (p / "train").rename(p / "other"), "train is not a folder"),
-    "no classes": (lambda p: [f.rename(p / f.name) for f in (p / "train").iterdir()], "train holds no class folders"),
-    "an empty class": (lambda p: (p / "train" / "bird").mkdir(), "bird holds no images"),
-    "another test class": (
-        lambda p: (p / "test" / "dog").rename(p / "test" / "cow"),
-        "cow, dog is in one of {root}/train and {root}/test only; both must hold the same classes",
-    ),
+FOLDER_MISTAKES = {  # what is done, and the place that the line names; reading a picture itself: test_decode.py
+    "no test": (lambda p: (p / "test").rename(p / "other"), "{root}/test"),
+    "no train": (lambda p: (p / "train").rename(p / "other"), "{root}/train"),
+    "no classes": (lambda p: [f.rename(p / f.name) for f in (p / "train").iterdir()], "{root}/train"),
+    "an empty class": (lambda p: (p / "train" / "bird").mkdir(), "{root}/train/bird"),
+    "another test class": (lambda p: (p / "test" / "dog").rename(p / "test" / "cow"), "cow, dog is in one of {root}"),
     "seven classes of test only": (
         lambda p: [shutil.copytree(p / "test" / "dog", p / "test" / name) for name in "abcdefg"],
-        "a, b, c, d, e, … is in one of",
+        "a, b, c, d, e, … is in one of {root}",
     ),
-    "an image beside classes": (
-        lambda p: shutil.copy(png(p), p / "train"),
-        "/train/004.png is not in a class folder, {root}/train/<class>; move it",
-    ),
-    "another size": (lambda p: Image.new("RGB", (10, 12)).save(png(p)), "004.png is 12x10 pixels but config.model.im"),
-    "a bomb": (  # beyond what Pillow warns about: 144 MB of pixels in a small file
-        lambda p: Image.new("1", (12000, 12000)).save(png(p)),
-        "004.png cannot be read as an image (ValueError: 12000x12000 pixels are more than any photograph has",
-    ),
-    "a pipe": (lambda p: [png(p).unlink(), os.mkfifo(png(p))], "004.png cannot be read as an image (ValueError: it is"),
+    "an image beside classes": (lambda p: shutil.copy(png(p), p / "train"), "{root}/train/004.png"),
+    "another size": (lambda p: Image.new("RGB", (10, 12)).save(png(p)), "{root}/train/dog/004.png is 12x10 pixels"),
+    # Beyond what Pillow warns about: 144 MB of pixels in a small file.
+    "a bomb": (lambda p: Image.new("1", (12000, 12000)).save(png(p)), "{root}/train/dog/004.png cannot be read"),
+    "a pipe": (lambda p: [png(p).unlink(), os.mkfifo(png(p))], "{root}/train/dog/004.png cannot be read"),
 }
 
 
 @pytest.mark.parametrize("mistake", FOLDER_MISTAKES)
 def test_a_mistake_in_a_folder_is_one_line_that_names_the_place(tmp_path, mistake):
     write_folder(tmp_path)
-    make, message = FOLDER_MISTAKES[mistake]
+    make, place = FOLDER_MISTAKES[mistake]
     make(tmp_path)
-    with pytest.raises(DataError) as error:
-        folder(tmp_path)
-    assert message.format(root=tmp_path) in one_line(error)
-    assert str(tmp_path) in one_line(error)
+    refused("folder", tmp_path, ModelConfig(channels=3, classes=2), place.format(root=tmp_path))
 
 
 def test_folders_in_a_class_folder_are_of_that_class_and_links_are_not_followed_in_a_circle(tmp_path):
@@ -270,21 +256,18 @@ def test_a_test_folder_without_classes_gives_way_to_the_validation_folder(tmp_pa
 
 
 @pytest.mark.parametrize(
-    ("place", "model", "message"),
+    ("place", "model", "says"),
     [
         ("", {}, "set --config.data.dir"),
-        ("a" * 300, {}, "/train is not a folder"),
-        ("~no_such_user/set", {}, "~no_such_user/set/train is not a folder"),
-        (".", {"channels": 2}, "images of . have 2 channels (config.model.channels); they must have 1, 3 or 4"),
+        *((place, {}, f"{place[-9:]}/train is not a folder") for place in ("a" * 300, "~no_such_user/set")),
+        (".", {"channels": 2}, "config.model.channels"),
         (".", {"classes": 10}, "set --config.model.classes=2"),
     ],
 )
-def test_a_folder_that_does_not_fit_is_one_line_with_the_remedy(tmp_path, monkeypatch, place, model, message):
+def test_a_folder_that_does_not_fit_is_one_line_with_the_remedy(tmp_path, monkeypatch, place, model, says):
     write_folder(tmp_path)
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(DataError) as error:
-        load(DataConfig(name="folder", dir=place), ModelConfig(**{"channels": 3, **model}))
-    assert message in one_line(error)
+    refused("folder", place, ModelConfig(**{"channels": 3, **model}), says)
 
 
 def test_held_out_pictures_whose_labels_are_not_known_are_drawn_from_all():
@@ -328,23 +311,20 @@ def test_a_prepared_set_is_read_whole_without_tensorflow_or_jax():
 
 
 @pytest.mark.parametrize(
-    ("name", "message"),
+    ("name", "says"),
     [
         ("cifra10", "did you mean 'cifar10'?"),
         ("hf", "it must be digits, folder, hf:"),
-        ("CIFAR-10", "TFDS cannot open 'CIFAR-10'"),
-        ("huggingface:mnist", "is 'huggingface:mnist'; it must be digits, folder, hf:NAME or the name"),
+        *((name, repr(name)) for name in ("CIFAR-10", "huggingface:mnist")),
         ("cifar10:1.0.0", "cannot be loaded at version 1.0.0"),
-        ("tf_flowers", "they must have 8 bits and one size, or any size with --config.data.crop=centre"),
+        ("tf_flowers", "--config.data.crop=centre"),
         ("ag_news_subset", "must pair one image with one class label"),
-        ("mnist", "28x28x1 but config.model expects 32x32x3; set --config.model.image_size=28 --config.model.chan"),
+        ("mnist", "set --config.model.image_size=28 --config.model.chan"),
         ("cifar100", "set --config.model.classes=100"),
     ],
 )
-def test_a_set_that_cannot_serve_is_refused_at_once_and_without_a_download(tmp_path, name, message):
-    with pytest.raises(DataError) as error:
-        load(DataConfig(name=name, dir=str(tmp_path)), CIFAR_MODEL)
-    assert message in one_line(error)
+def test_a_set_that_cannot_serve_is_refused_at_once_and_without_a_download(tmp_path, name, says):
+    refused(name, tmp_path, CIFAR_MODEL, says)
     assert not list(tmp_path.iterdir())
 
 
@@ -433,9 +413,7 @@ def test_a_set_is_downloaded_and_prepared_once_and_read_back_exactly(tmp_path, m
 
     shard = tmp_path / "data" / "cifar10" / "3.0.2" / "cifar10-train.array_record-00000-of-00001"
     os.truncate(shard, shard.stat().st_size // 2)
-    with pytest.raises(DataError) as error:
-        cifar10(tmp_path / "data")
-    assert str(shard.parent) in one_line(error)
+    refused("cifar10", tmp_path / "data", CIFAR_MODEL, str(shard.parent))
 
 
 @needs_tensorflow
@@ -457,14 +435,9 @@ def test_an_archive_in_the_manual_folder_needs_no_network_and_its_set_obeys_the_
     assert_holds(cifar10(tmp_path), labels)  # a set without a test split is tested on its validation split
 
     info.write_text(info.read_text().replace('"name": "validation"', '"name": "extra"'))
-    with pytest.raises(DataError) as error:
-        cifar10(tmp_path)
-    assert "cifar10 has the splits" in one_line(error)
-
+    refused("cifar10", tmp_path, CIFAR_MODEL, "cifar10 has the splits")
     info.write_text(info.read_text().replace('"name": "extra"', '"name": "test"').replace("array_record", "tfrecord"))
-    with pytest.raises(DataError) as error:
-        cifar10(tmp_path)
-    assert "it must be a whole set in array_record" in one_line(error)
+    refused("cifar10", tmp_path, CIFAR_MODEL, "it must be a whole set in array_record")
 
 
 @pytest.mark.slow
@@ -487,14 +460,9 @@ def test_a_prepared_set_is_known_by_its_contents_wherever_it_lies(tmp_path, monk
 def test_imagenet_is_prepared_without_a_network_from_the_archives_that_its_owner_downloaded(tmp_path):
     manual = tmp_path / "downloads" / "manual"
     manual.mkdir(parents=True)
+    model = ModelConfig(image_size=32, channels=3, classes=1000)
     for said in (f"Manual directory {manual} does not exist or is empty", "empty file"):  # of tarfile: it was opened
-        with pytest.raises(DataError) as error:
-            load(
-                DataConfig(name="imagenet2012", dir=str(tmp_path), crop="centre"),
-                ModelConfig(image_size=32, channels=3, classes=1000),
-            )
-        assert one_line(error).startswith("cannot prepare imagenet2012")
-        assert said in one_line(error)
+        refused("imagenet2012", tmp_path, model, said, crop="centre")
         for name in ("ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"):
             (manual / name).write_bytes(b"")
 
@@ -522,10 +490,7 @@ def test_a_preparation_that_fails_is_one_line_and_leaves_nothing_to_be_taken_for
             evil.addfile(entry, io.BytesIO(b"evil"))
     with server(tmp_path / "web") as (address, _):
         point_cifar10_at(monkeypatch, f"{address}/{ARCHIVE}", archive if "evil" in fault else None)
-        with pytest.raises(DataError) as error:
-            cifar10(tmp_path / "data")
-    assert one_line(error).startswith("cannot prepare cifar10")
-    assert said in one_line(error)
+        refused("cifar10", tmp_path / "data", CIFAR_MODEL, said)
     assert not list(tmp_path.rglob("evil"))
     assert not list((tmp_path / "data" / "cifar10").glob("*"))
 
@@ -533,20 +498,14 @@ def test_a_preparation_that_fails_is_one_line_and_leaves_nothing_to_be_taken_for
 def test_offline_an_absent_set_fails_within_10_seconds_and_names_its_remedies(tmp_path, monkeypatch):
     """TFDS itself would try again for three minutes."""
     (tmp_path / "cifar10" / "3.0.2").mkdir(parents=True)
-    with pytest.raises(DataError) as error:
-        cifar10(tmp_path)
-    assert f"{tmp_path}/cifar10/3.0.2 is not a complete TFDS set; remove that folder" in one_line(error)
+    refused("cifar10", tmp_path, CIFAR_MODEL, f"{tmp_path}/cifar10/3.0.2 is not a complete TFDS set")
     shutil.rmtree(tmp_path / "cifar10")
-    remedies = ["--config.data.dir", f"{ARCHIVE} into {tmp_path}/downloads/manual", "--config digits_random"]
     point_cifar10_at(monkeypatch, f"http://127.0.0.1:{closed_port()}/{ARCHIVE}")
-    missing = {"": remedies, "tensorflow": ["needs TensorFlow: pip install 'jvitmoe[prepare]'"]}
-    missing |= {"tensorflow_datasets": ["need TFDS: pip install 'jvitmoe[prepare]', or 'jvitmoe[tfds]'"]}
-    for absent, remedies in missing.items():
+    remedies = {"": f"{ARCHIVE} into {tmp_path}/downloads/manual"}
+    remedies |= dict.fromkeys(("tensorflow", "tensorflow_datasets"), "pip install 'jvitmoe[prepare]'")
+    for absent, remedy in remedies.items():
         monkeypatch.setattr(tfds, "is_installed", lambda name, absent=absent: name != absent)
         start = time.monotonic()
-        with pytest.raises(DataError) as error:
-            cifar10(tmp_path)
+        refused("cifar10", tmp_path, CIFAR_MODEL, remedy)
         assert time.monotonic() - start < 10
-        for remedy in remedies:
-            assert remedy in one_line(error)
         assert not list(tmp_path.iterdir())
