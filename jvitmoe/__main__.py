@@ -8,7 +8,7 @@ from pathlib import Path
 
 from jvitmoe.commands import cli
 from jvitmoe.errors import UserError, did_you_mean
-from jvitmoe.runtime import memory
+from jvitmoe.machine import memory
 
 COMMANDS = {
     "train": "--config digits_random",

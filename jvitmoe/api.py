@@ -15,10 +15,11 @@ from jvitmoe.commands import cli, evaluate, export, report
 from jvitmoe.config import SETTINGS, Config, unknown_field
 from jvitmoe.errors import ConfigError, UserError
 from jvitmoe.interop import classifier
-from jvitmoe.runs import files, groups, results
+from jvitmoe.machine import compilation
+from jvitmoe.machine.signals import Stop
+from jvitmoe.reports import comparison
+from jvitmoe.runs import safe_io
 from jvitmoe.runs.trackers import DEFAULT
-from jvitmoe.runtime import compilation
-from jvitmoe.runtime.signals import Stop
 from jvitmoe.training import launch
 
 _TRAINS = threading.Lock()  # held by the thread that trains
@@ -28,7 +29,7 @@ class Run:
     """A run folder."""
 
     def __init__(self, workdir: Path | str) -> None:
-        self.workdir = files.run_folder(workdir)
+        self.workdir = safe_io.run_folder(workdir)
 
     def __repr__(self) -> str:
         return f"Run({str(self.workdir)!r})"
@@ -36,22 +37,22 @@ class Run:
     @property
     def config(self) -> Config:
         """The settings of the run, also before its end. Raises UserError where the folder holds none."""
-        return groups.read_config(self.workdir)
+        return comparison.read_config(self.workdir)
 
     @property
     def history(self) -> list[dict[str, Any]]:
         """Lines of metrics.jsonl: step, kind ("train", "validation" or "test"), and its figures."""
-        return files.read_metrics(self.workdir / files.METRICS)
+        return safe_io.read_metrics(self.workdir / safe_io.METRICS)
 
     @property
     def results(self) -> dict[str, Any]:
         """result.json: a row per model, hardware, versions; {} before the end. Raises UserError if it is damaged."""
-        return results.read_result(self.workdir)
+        return safe_io.read_result(self.workdir)
 
     def accuracy(self, model: str = "") -> float:
         """Returns the test accuracy of a model, such as "merged"; by default that of the first row: dense, merged or
         routed. Raises UserError before the end, and for a model that was not tested."""
-        rows = {row["model"]: row["accuracy"] for row in groups.read_run(self.workdir).result["rows"]}
+        rows = {row["model"]: row["accuracy"] for row in comparison.read_run(self.workdir).result["rows"]}
         if model and model not in rows:
             raise UserError(f"{model!r} was not tested; the models are {', '.join(rows)}")
         return rows[model] if model else next(iter(rows.values()))

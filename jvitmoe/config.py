@@ -328,7 +328,7 @@ def flatten(config: Config) -> dict[str, Any]:
 
 def differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
     """Returns {"section.field": (old, new)} for the fields that would change a run's numbers, except those that depend
-    on the data (`data.datasets.differences`)."""
+    on the data (`data.sources.differences`)."""
     olds, news = flatten(old), flatten(new)
     return {k: (olds[k], news[k]) for k in olds if olds[k] != news[k] and k not in FREE_ON_RESUME}
 

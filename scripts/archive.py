@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from jvitmoe.errors import UserError, one_line
-from jvitmoe.runs import files
+from jvitmoe.reports.results import METRIC_FORMATS, metric_cells, trained_on
+from jvitmoe.runs import safe_io
 from jvitmoe.runs.console import markdown_table
-from jvitmoe.runs.results import METRIC_FORMATS, metric_cells, trained_on
 
 FILE = "runs.jsonl.gz"  # in the folder of an experiment
 Run = dict[str, Any]  # what a report reads of it: "config", "result" and, if its history was kept, "metrics"
@@ -43,9 +43,9 @@ def _one_a_line(values: Iterable[Any]) -> str:
 
 # Part of a run -> its file, how the file is read, and how its text is made again.
 PARTS: Mapping[str, tuple[str, Callable[[str], Any], Callable[[Any], str]]] = {
-    "config": (files.CONFIG, json.loads, _indented),
-    "result": (files.RESULT, json.loads, _indented),
-    "metrics": (files.METRICS, _lines, _one_a_line),
+    "config": (safe_io.CONFIG, json.loads, _indented),
+    "result": (safe_io.RESULT, json.loads, _indented),
+    "metrics": (safe_io.METRICS, _lines, _one_a_line),
 }
 MEASURED = ("accuracy", "nll", "ece", "images", "parameters", "flops_per_image")  # columns of the flat file
 OF_RUN = ("step", "images_per_second", "hardware")
@@ -53,7 +53,7 @@ OF_RUN = ("step", "images_per_second", "hardware")
 
 def read(path: Path) -> Runs:
     """Returns the runs of an archive, which must not be changed. Raises UserError where it is none."""
-    if (packed := files.read_bytes(path)) is None:
+    if (packed := safe_io.read_bytes(path)) is None:
         raise UserError(f"there is no {path}; give an archive, such as results/study/A/{FILE}")
     try:
         return _parsed(packed)
@@ -81,7 +81,7 @@ def write(path: Path, runs: Runs) -> None:
     packed = io.BytesIO()
     with gzip.GzipFile(filename="", mode="wb", fileobj=packed, mtime=0) as file:  # no name and no time in the header
         file.write(_one_a_line({"name": name, **run} for name, run in runs.items()).encode())
-    files.write_bytes(path, packed.getvalue())
+    safe_io.write_bytes(path, packed.getvalue())
 
 
 def of_folder(folder: Path) -> Run:
@@ -89,7 +89,7 @@ def of_folder(folder: Path) -> Run:
     the bytes of a file."""
     run = {}
     for part, (file, parse, text) in PARTS.items():
-        if (content := files.read_bytes(folder / file)) is None:
+        if (content := safe_io.read_bytes(folder / file)) is None:
             if part == "metrics":  # not every report needs a history
                 continue
             raise UserError(f"{folder} has no {file}; give folders of runs that were tested")
@@ -105,10 +105,10 @@ def of_folder(folder: Path) -> Run:
 def unpack(runs: Runs, out: Path) -> list[Path]:
     """Writes the files of runs into folders of their names, and returns the folders."""
     for name, run in runs.items():
-        files.make_folder(out / name)
+        safe_io.make_folder(out / name)
         for part, (file, _, text) in PARTS.items():
             if part in run:
-                files.write_text(out / name / file, text(run[part]))
+                safe_io.write_text(out / name / file, text(run[part]))
     return [out / name for name in runs]
 
 
@@ -117,7 +117,7 @@ def pack(folders: Iterable[Path]) -> Runs:
     one name, or as `of_folder` does."""
     runs: dict[str, Run] = {}
     for folder in folders:
-        found = {path.parent.name: path.parent for path in sorted(folder.glob(f"*/{files.RESULT}"))}
+        found = {path.parent.name: path.parent for path in sorted(folder.glob(f"*/{safe_io.RESULT}"))}
         if not found:
             raise UserError(f"{folder} holds no run that was tested; give a folder of run folders, such as runs")
         if twice := sorted(runs.keys() & found):

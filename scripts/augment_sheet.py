@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from jvitmoe.config import DataConfig, ModelConfig
-from jvitmoe.data import augment, datasets, splits
+from jvitmoe.data import augment, sources, splits
 
 IMAGES, ZOOM, LABEL, GAP, SEED = 8, 2, 150, 4, 0
 SETTINGS = {  # row -> settings of the augmentations drawn as in training
@@ -70,7 +70,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("results/augment/sheet.png"))
     values = parser.parse_args()
     data, model = DataConfig(name="cifar10", dir=values.data_dir), ModelConfig(image_size=32, channels=3)
-    records = datasets.browse(data, model).test.select(np.arange(IMAGES))
+    records = sources.browse(data, model).test.select(np.arange(IMAGES))
     draw(list(rows(splits.decode(records, data, model).images_NHWc)), values.out)
 
 

@@ -60,7 +60,7 @@ def measure(peer: str, rounds: int, threads: int, folder: Path) -> None:
 
     from jvitmoe.config import ModelConfig
     from jvitmoe.interop import classifier, load, weight_names
-    from jvitmoe.interop.targets import TARGETS
+    from jvitmoe.interop.formats import TARGETS
     from jvitmoe.models import vit
 
     model = ModelConfig(

@@ -63,9 +63,9 @@ def our_passes(data: str, side: int, batch: int) -> Iterator[float]:
     import jax
 
     from jvitmoe.config import Config, DataConfig, ModelConfig, TrainConfig
-    from jvitmoe.data import datasets, stream
+    from jvitmoe.data import sources, stream
     from jvitmoe.data.batches import TrainOrder
-    from jvitmoe.runtime.devices import make_mesh
+    from jvitmoe.machine.devices import make_mesh
 
     config = Config(
         DataConfig(name="folder", dir=data, stream=True, crop="resized"),
@@ -73,7 +73,7 @@ def our_passes(data: str, side: int, batch: int) -> Iterator[float]:
         train=TrainConfig(batch_size=batch, devices=1),
     )
     jax.config.update("jax_platforms", "cpu")
-    mesh, records = make_mesh(config.train), datasets.browse(config.data, config.model).train
+    mesh, records = make_mesh(config.train), sources.browse(config.data, config.model).train
     order = TrainOrder(len(records), batch, jax.random.key(0), mesh)
     start, steps = 0, order.steps_per_epoch
     while True:
@@ -98,7 +98,7 @@ def main() -> None:
         return
     import timed_step
 
-    from jvitmoe.data.images import is_image
+    from jvitmoe.data.pictures import is_image
 
     with tempfile.TemporaryDirectory() as temporary:
         if not args.data:

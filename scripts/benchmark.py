@@ -30,9 +30,10 @@ from jvitmoe import routing, rules
 from jvitmoe.commands import cli
 from jvitmoe.config import Config, ModelConfig
 from jvitmoe.errors import UserError
-from jvitmoe.runs import checkpoints, figures, files, results
+from jvitmoe.machine import compilation, devices, memory, programs
+from jvitmoe.reports import figures, results
+from jvitmoe.runs import checkpoints, safe_io
 from jvitmoe.runs.console import console, markdown_table, quantity, show_table
-from jvitmoe.runtime import compilation, devices, memory, programs
 
 DTYPES = ["float32", "bfloat16"]
 # Fields of the model that PyTorch's ViT has; all others must have their default.
@@ -110,7 +111,7 @@ def main(argv: list[str]) -> None:
     chosen = cases(config, values.only)
     if not values.dtypes or not set(values.dtypes) <= set(DTYPES) or values.rounds < 1:
         raise UserError(f"--dtypes must be some of {', '.join(DTYPES)}, and --rounds at least 1")
-    files.make_folder(out)  # before the measurement, which takes minutes
+    safe_io.make_folder(out)  # before the measurement, which takes minutes
     jax.config.update("jax_enable_compilation_cache", False)  # compile times are reported
     mesh = devices.make_mesh(config.train)
     platform = mesh.devices.flat[0].platform
@@ -186,7 +187,7 @@ def measure(
 
 def write(result: dict[str, Any], out: Path) -> None:
     """Writes what was measured as JSON, as a table and as a picture, and prints the table."""
-    files.write_text(out / "benchmark.json", json.dumps(result, indent=1) + "\n")
+    safe_io.write_text(out / "benchmark.json", json.dumps(result, indent=1) + "\n")
     figures.save(throughput(result["rows"]), out / "benchmark.png")
     rows = [cells(row) for row in result["rows"]]
     peak = ", ".join(f"{quantity(flops)}FLOP/s in {d}" for d, flops in result["peak_flops_per_second"].items())
@@ -198,7 +199,7 @@ def write(result: dict[str, Any], out: Path) -> None:
         f"XLA options: {json.dumps(result['xla'])}\n\n"
         f"`{result['command']}`\n"
     )
-    files.write_text(out / "report.md", text)
+    safe_io.write_text(out / "report.md", text)
     show_table(rows, "a training step")
     console.print(f"written     {out / 'report.md'}")
 

@@ -22,8 +22,8 @@ from absl import app, flags
 from jvitmoe import routing
 from jvitmoe.config import Config
 from jvitmoe.experts import cost
+from jvitmoe.machine import programs
 from jvitmoe.runs.console import markdown_table
-from jvitmoe.runtime import programs
 
 TARGETS = {"h100:8": 8, "v5e:4x4": 16}
 SIZES = {"ViT-S/16": [], "ViT-B/16": ["model.width=768", "model.hidden=3072", "model.heads=12"]}

@@ -23,9 +23,9 @@ from typing import Any
 
 from absl import logging
 
-from jvitmoe.runs import files
+from jvitmoe.runs import safe_io
 from jvitmoe.runs.checkpoints import UNFINISHED, Checkpoints, list_steps
-from jvitmoe.runs.files import read_metrics
+from jvitmoe.runs.safe_io import read_metrics
 
 TURNS = ("at a step", "writing a checkpoint", "evaluating", "before the first step")
 POLL = 0.002  # seconds
@@ -81,7 +81,7 @@ class Run:
         return self._last().get("step", 0)
 
     def writes(self) -> bool:
-        folder = self.workdir / files.CHECKPOINTS
+        folder = self.workdir / safe_io.CHECKPOINTS
         return folder.is_dir() and any(UNFINISHED in name for name in os.listdir(folder))
 
     def evaluates(self) -> bool:
@@ -90,7 +90,7 @@ class Run:
         return last.get("kind") == "train" and last["step"] in self._evaluations
 
     def checkpoints(self) -> set[int]:
-        return set(list_steps(self.workdir / files.CHECKPOINTS))
+        return set(list_steps(self.workdir / safe_io.CHECKPOINTS))
 
     def doing(self) -> str:
         """Returns which of TURNS the process was killed in, as the disk tells."""
@@ -98,13 +98,13 @@ class Run:
         return next((name for holds, name in moments if holds), TURNS[0])
 
     def _history(self) -> os.stat_result | None:
-        path = self.workdir / files.METRICS
+        path = self.workdir / safe_io.METRICS
         return path.stat() if path.exists() else None
 
     def _last(self) -> dict[str, Any]:
         """Returns the last whole line of the history; {} where there is none."""
         try:
-            with (self.workdir / files.METRICS).open("rb") as file:
+            with (self.workdir / safe_io.METRICS).open("rb") as file:
                 file.seek(max(0, file.seek(0, os.SEEK_END) - TAIL))
                 lines = file.read().split(b"\n")
             return json.loads(lines[-2])
@@ -138,12 +138,12 @@ def finish(run: Run) -> None:
 
 def fingerprint(workdir: Path, number: int) -> dict[str, str]:
     """Returns leaf -> fingerprint, of parameters and optimiser state, of one checkpoint."""
-    return Checkpoints(workdir / files.CHECKPOINTS).check(number)["fingerprints"]
+    return Checkpoints(workdir / safe_io.CHECKPOINTS).check(number)["fingerprints"]
 
 
 def history(workdir: Path, last: int) -> list[dict[str, float]]:
     """Returns the metrics up to a step, without the clock's."""
-    lines = read_metrics(workdir / files.METRICS)
+    lines = read_metrics(workdir / safe_io.METRICS)
     return [{k: v for k, v in line.items() if k != "images_per_second"} for line in lines if line["step"] <= last]
 
 
@@ -160,7 +160,7 @@ def main() -> None:
     uninterrupted = Run(options.out / "uninterrupted", options.arguments)
     finish(uninterrupted)
     print(f"uninterrupted: first step shown {uninterrupted.startup:.1f} s after the start", flush=True)
-    lines = read_metrics(uninterrupted.workdir / files.METRICS)
+    lines = read_metrics(uninterrupted.workdir / safe_io.METRICS)
     evaluations = frozenset(line["step"] for line in lines if line["kind"] != "train")
     killed = Run(options.out / "killed", options.arguments, evaluations)
 

@@ -20,8 +20,8 @@ from jax.profiler import ProfileData
 
 from jvitmoe import routing
 from jvitmoe.commands import cli
+from jvitmoe.machine import devices
 from jvitmoe.runs.console import console, markdown_table
-from jvitmoe.runtime import devices
 
 HOLDERS = ("while", "call", "conditional")  # whose time is that of what they hold
 Origin = tuple[str, str, str]  # pass, module, kind

@@ -19,7 +19,7 @@ import scaling_model
 from archive import Run, Runs
 from PIL import Image
 
-from jvitmoe.runs import figures, groups
+from jvitmoe.reports import comparison, figures
 
 CURVES = "curves.png"
 RESULTS = Path(__file__).resolve().parents[1] / "results"
@@ -53,7 +53,7 @@ def grouped(runs: Runs) -> dict[str, Runs]:
 
 def compare(by_group: Mapping[str, Runs], out: Path) -> None:
     results = {name: [run["result"] for run in group.values()] for name, group in by_group.items()}
-    table = {name: groups.by_seed(seeds) for name, seeds in results.items()}
+    table = {name: comparison.by_seed(seeds) for name, seeds in results.items()}
     images = {name: seeds[0]["rows"][0]["images"] for name, seeds in results.items()}
     figures.save(figures.comparison(table, images), out / "comparison.png")
 

@@ -34,9 +34,10 @@ from sklearn import metrics
 from sweep import SEED, Variant, accuracies, config_of, flags_of, main, mean_cell, tested_runs
 
 from jvitmoe.errors import UserError
-from jvitmoe.runs import checkpoints, figures, files
+from jvitmoe.machine import devices, memory, programs
+from jvitmoe.reports import figures
+from jvitmoe.runs import checkpoints, safe_io
 from jvitmoe.runs.console import console, markdown_table, quantity
-from jvitmoe.runtime import devices, memory, programs
 
 Arms = dict[str, Variant]
 HIDDEN, TOKENS, DEPTH, LENGTH = 192, 64, 4, 8  # a run takes about ten minutes of a core
@@ -225,7 +226,7 @@ def measure(experiment: str, arms: Arms, out: Path) -> None:
         for name, timed in steps.items()
     }
     about = {"rounds": ROUNDS, "hardware": devices.describe(mesh), "versions": checkpoints.versions(), "rows": found}
-    files.write_text(out / TIMES, json.dumps(about, indent=1) + "\n")
+    safe_io.write_text(out / TIMES, json.dumps(about, indent=1) + "\n")
 
 
 def shape(variant: Variant) -> dict[str, object]:
@@ -238,7 +239,7 @@ def shape(variant: Variant) -> dict[str, object]:
 def gone(out: Path, arms: Arms) -> Arms:
     """Returns the arms of a folder's kept runs that can no longer be trained (results/README.md), with their rates and
     the settings that were timed."""
-    timed = json.loads(files.read_bytes(out / TIMES) or b'{"rows": {}}')["rows"]
+    timed = json.loads(safe_io.read_bytes(out / TIMES) or b'{"rows": {}}')["rows"]
     found: Arms = {}
     for run_name, run in archive.kept(out).items():
         if (name := run_name.rpartition("-seed")[0]) not in arms:
@@ -250,7 +251,7 @@ def gone(out: Path, arms: Arms) -> Arms:
 def rows(out: Path, arms: Arms, reference: str) -> list[dict[str, str]]:
     """Returns the text cells of a row per tested model of an arm, from the kept runs and the times in a folder. What
     belongs to training stands in the first."""
-    timed = list(json.loads(files.read_bytes(out / TIMES) or b'{"rows": {}}')["rows"].values())
+    timed = list(json.loads(safe_io.read_bytes(out / TIMES) or b'{"rows": {}}')["rows"].values())
     runs = archive.kept(out)
     baseline = accuracies(runs, reference).get("dense", {})
     cells = []

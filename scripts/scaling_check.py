@@ -33,9 +33,10 @@ from scipy import optimize
 from jvitmoe import rules
 from jvitmoe.commands import train
 from jvitmoe.config import Config, ModelConfig, RoutingConfig, TrainConfig
-from jvitmoe.runs import checkpoints, figures
-from jvitmoe.runtime import processes, programs
-from jvitmoe.runtime.devices import AXES, describe, make_mesh, to_devices
+from jvitmoe.machine import processes, programs
+from jvitmoe.machine.devices import AXES, describe, make_mesh, to_devices
+from jvitmoe.reports import figures
+from jvitmoe.runs import checkpoints
 
 EXPERTS, IMAGES = 8, 16  # experts in all; images of one device
 MODEL = ModelConfig(patch=2, width=128, hidden=512, depth=2, heads=4, pool="mean")

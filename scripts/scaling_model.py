@@ -11,7 +11,7 @@ from pathlib import Path
 
 from jvitmoe import routing, rules
 from jvitmoe.config import Config, ModelConfig, RoutingConfig
-from jvitmoe.runs import figures
+from jvitmoe.reports import figures
 
 OUT = Path(__file__).resolve().parents[1] / "results" / "scaling"
 DEVICES = tuple(2**k for k in range(11))

@@ -13,9 +13,9 @@ import numpy as np
 from safetensors.numpy import load_file, save_file
 
 import jvitmoe
-from jvitmoe.data import datasets
+from jvitmoe.data import sources
 from jvitmoe.interop import load, manifest
-from jvitmoe.runs import groups
+from jvitmoe.reports import comparison
 
 
 def replaced(text: str, start: str, end: str, new: str) -> str:
@@ -40,8 +40,8 @@ def main() -> None:
         (options.out / name).unlink()
     manifest.write(options.out)
 
-    config = groups.read_config(options.workdir)
-    test = datasets.load(config.data, config.model).test
+    config = comparison.read_config(options.workdir)
+    test = sources.load(config.data, config.model).test
     found = jvitmoe.load(options.out).logits(test.images_NHWc).argmax(-1)
     accuracy = np.mean(found == test.labels_N)
     card = options.out / "README.md"

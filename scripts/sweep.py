@@ -29,8 +29,8 @@ from scipy import stats
 
 from jvitmoe import config, rules
 from jvitmoe.commands import cli, train
-from jvitmoe.data import datasets
-from jvitmoe.runs import groups
+from jvitmoe.data import sources
+from jvitmoe.reports import comparison
 
 SEED = "{seed}"  # in the value of a setting: the seed of the run
 
@@ -116,7 +116,7 @@ def accuracies(
     """Returns model -> seed -> accuracy on the test split, %, of a variant's models."""
     found: dict[str, dict[str, float]] = {}
     for run_name, run in tested_runs(runs, name).items():
-        by_model = groups.by_seed([run["result"]])
+        by_model = comparison.by_seed([run["result"]])
         for model in models:
             if model in by_model:
                 found.setdefault(model, {})[run_name.rpartition("-")[2]] = 100 * by_model[model][0]
@@ -229,7 +229,7 @@ def _changed(run: Run, command: list[str], runs: Path) -> str:
     """Returns in words the first setting in which a kept run differs from what a command would train, or ""."""
     kept, new = rules.check(config.from_dict(run["config"])), config_of(command[1:])
     new.model.classes = new.model.classes or kept.model.classes  # 0: as many as the data have, which a run writes down
-    changed = datasets.differences(kept, new)
+    changed = sources.differences(kept, new)
     source = Path(new.init.source)
     if source.parent == runs and source.name == Path(kept.init.source).name:  # RUNS was another folder then
         changed.pop("init.source", None)

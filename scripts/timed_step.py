@@ -25,7 +25,7 @@ from jvitmoe.data import batches
 from jvitmoe.data.splits import Split
 from jvitmoe.errors import UserError
 from jvitmoe.experts import cost
-from jvitmoe.runtime import compilation, devices
+from jvitmoe.machine import compilation, devices
 from jvitmoe.training import build, step
 from jvitmoe.training.state import make_state
 

@@ -41,10 +41,10 @@ from jvitmoe import config as config_lib
 from jvitmoe import rules
 from jvitmoe.config import Config
 from jvitmoe.data.batches import Batch, resident_batches
-from jvitmoe.data.images import Picture
+from jvitmoe.data.pictures import Picture
 from jvitmoe.data.splits import Record, Records, Split, in_memory
-from jvitmoe.runtime import signals
-from jvitmoe.runtime.devices import make_mesh
+from jvitmoe.machine import signals
+from jvitmoe.machine.devices import make_mesh
 from jvitmoe.training import build, loop
 from jvitmoe.training.state import Plan, TrainState, make_state
 from jvitmoe.training.step import Metrics, make_train_step

@@ -9,8 +9,8 @@ import jax
 
 from jvitmoe import config as config_lib
 from jvitmoe.config import Config
+from jvitmoe.machine import devices
 from jvitmoe.runs.checkpoints import Checkpoints
-from jvitmoe.runtime import devices
 from jvitmoe.training import build, state
 from jvitmoe.training.state import TrainState
 

@@ -17,9 +17,9 @@ from absl import logging
 import jvitmoe
 import processes
 from jvitmoe import api
-from jvitmoe.data import images
+from jvitmoe.data import pictures
 from jvitmoe.errors import UserError
-from jvitmoe.runtime import compilation, signals
+from jvitmoe.machine import compilation, signals
 from run_folders import tiny
 
 pytestmark = pytest.mark.slow
@@ -48,7 +48,7 @@ def test_a_run_gives_its_config_history_results_classifier_and_report(run, confi
     report = (run.report("~/run", "--help") / "report.md").read_text()  # a name that looks like a flag is a name
     assert "| run |" in report
     assert "| run (2) |" in report
-    assert images.find(["~/run/config.json", "~/none.png"])[0] == [run.workdir / "config.json"]
+    assert pictures.find(["~/run/config.json", "~/none.png"])[0] == [run.workdir / "config.json"]
     chex.assert_trees_all_equal(jvitmoe.load(run.export("safetensors", run.workdir / "out")).params, params)
     assert repr(run) == f"Run({str(run.workdir)!r})"
     nothing = jvitmoe.Run(run.workdir / "nothing")
@@ -180,7 +180,7 @@ def test_an_interrupt_of_one_of_several_processes_tells_the_others_and_leaves_th
 @pytest.mark.process
 def test_importing_the_package_imports_neither_jax_nor_a_reader_of_data():
     heavy = ("jax", "tensorflow_datasets", "tensorflow", "PIL", "sklearn")
-    program = "import sys, jvitmoe, jvitmoe.train, jvitmoe.data.datasets; "
+    program = "import sys, jvitmoe, jvitmoe.train, jvitmoe.data.sources; "
     program += f"print([name for name in {heavy} if name in sys.modules]); jvitmoe.load; print('jax' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=processes.ROOT)
     assert done.stdout == "[]\nTrue\n", done.stderr

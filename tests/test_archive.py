@@ -12,7 +12,7 @@ import pytest
 import processes
 from jvitmoe.commands import report
 from jvitmoe.errors import UserError
-from jvitmoe.runs import files
+from jvitmoe.runs import safe_io
 from run_folders import snapshot
 from tested_runs import write_tested_run
 
@@ -54,7 +54,7 @@ def test_files_of_a_run_come_back_byte_for_byte_and_its_archive_depends_on_nothi
         (tmp_path / folder).mkdir()
         for name in names:
             write_tested_run(tmp_path / folder / name, float("nan") if name == "y" else 1 / 3, rate=1e-7)
-    (tmp_path / "a" / "x" / files.METRICS).unlink()  # no history was kept
+    (tmp_path / "a" / "x" / safe_io.METRICS).unlink()  # no history was kept
     (tmp_path / "a" / "unfinished").mkdir()
     for out in ("one", "other"):
         command("pack", tmp_path / "a", tmp_path / "b", "--out", tmp_path / out)
@@ -69,9 +69,9 @@ def test_files_of_a_run_come_back_byte_for_byte_and_its_archive_depends_on_nothi
 @pytest.mark.parametrize(
     ("file", "text"),
     [
-        *((files.RESULT, text) for text in (None, "{}", '{"a": 1, "a": 1}\n')),  # the second without a line break
-        *((files.METRICS, text) for text in ('{"step":1}\n', '{"step"')),
-        (files.CONFIG, None),
+        *((safe_io.RESULT, text) for text in (None, "{}", '{"a": 1, "a": 1}\n')),  # the second without a line break
+        *((safe_io.METRICS, text) for text in ('{"step":1}\n', '{"step"')),
+        (safe_io.CONFIG, None),
     ],
 )
 def test_a_file_whose_bytes_would_be_lost_is_refused(file, text, tmp_path):

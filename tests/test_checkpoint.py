@@ -25,11 +25,11 @@ from jvitmoe import rules
 from jvitmoe.config import Config, ModelConfig, RoutingConfig, TrainConfig
 from jvitmoe.errors import UserError
 from jvitmoe.experts.params import from_dict
+from jvitmoe.machine import memory
+from jvitmoe.machine.devices import make_mesh
 from jvitmoe.runs import checkpoints as checkpoints_lib
-from jvitmoe.runs import files
+from jvitmoe.runs import safe_io
 from jvitmoe.runs.checkpoints import CheckpointError, Checkpoints, CheckpointWriter, list_steps
-from jvitmoe.runtime import memory
-from jvitmoe.runtime.devices import make_mesh
 from jvitmoe.training import build
 from jvitmoe.training.state import OptState, TrainState, abstract_state, make_state
 
@@ -142,7 +142,7 @@ def edit_meta(checkpoint, **fields):
     path = checkpoint / "meta" / "metadata"
     meta = json.loads(path.read_text()) | fields
     del meta["checksum"]
-    path.write_text(json.dumps(meta | {"checksum": files.checksum(meta)}))
+    path.write_text(json.dumps(meta | {"checksum": safe_io.checksum(meta)}))
 
 
 def test_a_file_larger_than_the_memory_is_damage_also_where_all_claims_agree(copy):

@@ -18,7 +18,7 @@ from jvitmoe import experiments
 from jvitmoe.commands import cli, configs, evaluate, export, train
 from jvitmoe.config import Config
 from jvitmoe.errors import UserError, did_you_mean
-from jvitmoe.runs import files
+from jvitmoe.runs import safe_io
 
 DIGITS, FAST = (str(Path(__file__).parents[1] / "configs" / f"{name}.py") for name in ("digits_random", "cifar10_fast"))
 
@@ -155,7 +155,7 @@ def test_an_experiment_of_ours_takes_no_module_of_its_user_that_has_the_name_of_
 
 def test_a_folder_may_be_given_by_home_and_a_run_folder_not_by_a_url(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert files.run_folder("~/runs/x") == tmp_path / "runs" / "x"
+    assert safe_io.run_folder("~/runs/x") == tmp_path / "runs" / "x"
     values = cli.parse(["export", "--out=~/x", "--to=a=~b"], export._define_flags)  # no shell expands --out=~/x
     assert (values.out, values.to) == (f"{tmp_path}/x", "a=~b")
     assert experiment("--config=digits_dense", "--config.data.dir=~/x").data.dir == "~/x"
@@ -289,7 +289,7 @@ def test_a_closed_standard_output_ends_no_command():
 import sys
 from jvitmoe.commands import cli
 from jvitmoe.runs.console import console
-from jvitmoe.runtime import memory
+from jvitmoe.machine import memory
 
 memory.use_huge_pages()
 cli.run(lambda argv: (console.print("x"), print("y"), print("z", file=sys.stderr), sys.stdout.flush()))

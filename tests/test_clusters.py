@@ -172,7 +172,7 @@ import jax
 from absl import flags
 from jax._src.xla_bridge import CUDA_VISIBLE_DEVICES
 from jvitmoe.commands import train
-from jvitmoe.runtime import devices, processes
+from jvitmoe.machine import devices, processes
 
 devices.start, processes.is_single = lambda: None, lambda: True  # JAX cannot join again once its devices run
 values = flags.FlagValues()

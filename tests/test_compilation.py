@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import processes
-from jvitmoe.runtime import compilation
+from jvitmoe.machine import compilation
 from run_folders import history
 
 DIGITS = Path(__file__).parents[1] / "configs" / "digits_dense.py"
@@ -112,7 +112,7 @@ def test_bfloat16_training_runs_with_a_cache_of_all_programs_and_again_with_what
 
 SCRIPT = """
 import jax
-from jvitmoe.runtime import compilation
+from jvitmoe.machine import compilation
 compilation.use_cache()
 hits = []
 jax.monitoring.register_event_listener(lambda event, **_: hits.append(event) if event.endswith("cache_hits") else None)

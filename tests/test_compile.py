@@ -14,8 +14,8 @@ from jvitmoe import experiments, routing, rules
 from jvitmoe.commands import compile as compile_command
 from jvitmoe.errors import UserError
 from jvitmoe.experts import cost
-from jvitmoe.runtime import programs, targets
-from jvitmoe.runtime.devices import make_mesh
+from jvitmoe.machine import programs, targets
+from jvitmoe.machine.devices import make_mesh
 from jvitmoe.training import build, update
 
 COMPILERS = os.environ.get("JVITMOE_COMPILERS", "")

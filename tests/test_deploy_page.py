@@ -9,8 +9,8 @@ from PIL import Image
 
 from jvitmoe.commands import evaluate, export, predict, train
 from jvitmoe.config import Config
-from jvitmoe.data import datasets
-from jvitmoe.interop.targets import TARGETS
+from jvitmoe.data import sources
+from jvitmoe.interop.formats import TARGETS
 from processes import call
 
 ROOT = Path(__file__).parents[1]
@@ -34,7 +34,7 @@ def test_every_block_of_the_page_runs(peers, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     (tmp_path / "pictures").mkdir()
-    test = datasets.load(Config().data, Config().model).test
+    test = sources.load(Config().data, Config().model).test
     for number in range(4):
         Image.fromarray(test.images_NHWc[number, ..., 0]).save(tmp_path / "pictures" / f"{number}.png")
     peers("change_folder", folder=tmp_path)

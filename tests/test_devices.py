@@ -16,13 +16,13 @@ from jvitmoe.config import ModelConfig
 from jvitmoe.data.batches import Resident
 from jvitmoe.data.splits import Dataset, Split
 from jvitmoe.errors import ConfigError
-from jvitmoe.evaluation.models import make_evaluate
+from jvitmoe.evaluation.evaluator import make_evaluate
 from jvitmoe.experts import cost
 from jvitmoe.experts.params import Params
+from jvitmoe.machine import memory
+from jvitmoe.machine.devices import EXPERT, make_mesh
+from jvitmoe.machine.programs import collectives, for_reading, reduced_bytes
 from jvitmoe.models import vit
-from jvitmoe.runtime import memory
-from jvitmoe.runtime.devices import EXPERT, make_mesh
-from jvitmoe.runtime.programs import collectives, for_reading, reduced_bytes
 from jvitmoe.training import build, state, step, update
 
 pytestmark = pytest.mark.slow

@@ -22,10 +22,10 @@ import pytest
 from PIL import Image
 
 import processes
+from jvitmoe.machine.devices import make_mesh
+from jvitmoe.machine.processes import LOST_SECONDS
 from jvitmoe.runs import fingerprint
 from jvitmoe.runs.checkpoints import Checkpoints
-from jvitmoe.runtime.devices import make_mesh
-from jvitmoe.runtime.processes import LOST_SECONDS
 from jvitmoe.training import build
 from jvitmoe.training.state import abstract_state
 from processes import wait_for_output, wait_for_step
@@ -364,8 +364,8 @@ STOPS = """
 import sys, time
 from absl import flags
 from jvitmoe.commands import train
-from jvitmoe.runtime import processes
-from jvitmoe.runtime.signals import Stop
+from jvitmoe.machine import processes
+from jvitmoe.machine.signals import Stop
 
 values = flags.FlagValues()
 train.define_flags(values)

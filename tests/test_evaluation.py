@@ -6,13 +6,13 @@ import pytest
 from jvitmoe import routing
 from jvitmoe.data.batches import Resident
 from jvitmoe.data.splits import Split
-from jvitmoe.evaluation import models
-from jvitmoe.evaluation.models import Result, make_evaluate
+from jvitmoe.evaluation import evaluator
+from jvitmoe.evaluation.evaluator import Result, make_evaluate
 from jvitmoe.experts import cost, merge
 from jvitmoe.experts.params import Params
+from jvitmoe.machine.addresses import Purpose, address
+from jvitmoe.machine.devices import make_mesh
 from jvitmoe.models import vit
-from jvitmoe.runtime.addresses import Purpose, address
-from jvitmoe.runtime.devices import make_mesh
 
 pytestmark = pytest.mark.slow
 
@@ -80,7 +80,7 @@ def test_metrics_are_those_of_one_image_at_a_time_on_any_number_of_devices(
     mesh = make_mesh(config.train)
     evaluate = make_evaluate(vit.build(config.model), mesh, config.data)
     dense, params = params_of(1), params_of(E)
-    route_PX = models.path_routes(routing.find(config), 0, 1)
+    route_PX = evaluator.path_routes(routing.find(config), 0, 1)
     p_PNC = [probabilities(merge.take_path(params, route_X)) for route_X in route_PX]
     slow = slowly(probabilities(dense), split.labels_N)
     slow_paths = [slowly(p_NC, split.labels_N) for p_NC in p_PNC]
@@ -120,7 +120,7 @@ def test_no_confusion_is_counted_for_more_than_1000_classes(tiny_config, split):
     evaluate, params = make_evaluate(net, mesh, config.data), vit.init(net, jax.random.key(0))
     batches = Resident(split, 26, mesh)
     assert evaluate(params, batches).confusion == []
-    (row,) = models.evaluate_run(routing.find(config), 0, Params(params, {}), None, evaluate, batches, 8)
+    (row,) = evaluator.evaluate_run(routing.find(config), 0, Params(params, {}), None, evaluate, batches, 8)
     assert (row["model"], row["images"]) == ("dense", 26)
     assert "confusion" not in row
 
@@ -130,7 +130,7 @@ def test_progress_is_told_after_every_batch_of_every_model(tiny_config, split, p
     mesh = make_mesh(config.train)
     batches = Resident(split, 8, mesh)
     evaluate = make_evaluate(vit.build(config.model), mesh, config.data, lambda: told.append(1))
-    models.evaluate_run(routing.find(config), 0, params_of(E), params_of(1), evaluate, batches)
+    evaluator.evaluate_run(routing.find(config), 0, params_of(E), params_of(1), evaluate, batches)
     assert len(told) == 3 * len(batches)  # merged, EMA, and all paths
 
 
@@ -142,7 +142,7 @@ def test_an_expert_that_is_not_finite_ends_no_test_of_random_paths(tiny_config, 
     batches = Resident(split, 26, mesh)
     evaluate = make_evaluate(vit.build(config.model), mesh, config.data)
     rows = {
-        row["model"]: row for row in models.evaluate_run(routing.find(config), 0, params, None, evaluate, batches, 8)
+        row["model"]: row for row in evaluator.evaluate_run(routing.find(config), 0, params, None, evaluate, batches, 8)
     }
     assert np.isnan([rows["8 random paths"][name] for name in ("nll", "nll_std")]).all()
     assert np.isfinite(rows["expert 1"]["nll"])
@@ -157,7 +157,7 @@ def test_a_run_of_experts_is_tested_merged_per_expert_on_random_paths_and_as_an_
     mesh = make_mesh(config.train)
     batches = Resident(split, 26, mesh)
     evaluate = make_evaluate(vit.build(config.model), mesh, config.data)
-    rows = models.evaluate_run(way, 5, params, params_of(1), evaluate, batches, paths)
+    rows = evaluator.evaluate_run(way, 5, params, params_of(1), evaluate, batches, paths)
     random = [f"{paths} random paths"] if paths else []
     assert [row["model"] for row in rows] == ["merged", "EMA", *[f"expert {e}" for e in range(E)], *random, "ensemble"]
 
@@ -165,7 +165,7 @@ def test_a_run_of_experts_is_tested_merged_per_expert_on_random_paths_and_as_an_
         found = near(evaluate(tree, batches))
         return {name: getattr(found, name) for name in ("accuracy", "nll", "ece", "images")}
 
-    route_PX = models.path_routes(way, 5, paths)
+    route_PX = evaluator.path_routes(way, 5, paths)
     merged = merge.average_experts(params)
     assert rows[0].items() >= metrics(merged).items()
     assert rows[0]["confusion"] == evaluate(merged, batches).confusion
@@ -191,7 +191,7 @@ def test_equal_experts_make_every_path_and_the_ensemble_the_merged_model(tiny_co
     mesh = make_mesh(config.train)
     batches = Resident(split, 26, mesh)
     evaluate = make_evaluate(vit.build(config.model), mesh, config.data)
-    rows = models.evaluate_run(routing.find(config), 0, equal, None, evaluate, batches, 1)
+    rows = evaluator.evaluate_run(routing.find(config), 0, equal, None, evaluate, batches, 1)
     merged = evaluate(dense, batches)
     assert [row["model"] for row in rows][-2:] == ["random path", "ensemble"]
     assert len(rows) == E + 3
@@ -214,7 +214,7 @@ def test_random_paths_are_fixed_by_the_seed_and_fresh_per_layer_and_number(tiny_
     way = routing.find(tiny_config(model={"depth": 12}, routing={"experts": 4}))
 
     def routes(seed, paths=3):
-        return np.asarray(models.path_routes(way, seed, paths)).tolist()
+        return np.asarray(evaluator.path_routes(way, seed, paths)).tolist()
 
     assert routes(0)[:4] == [[e] * 12 for e in range(4)]
     assert routes(0) == routes(0, 5)[:7] != routes(1)

@@ -16,7 +16,7 @@ from jvitmoe.evaluation import expert_maps
 from jvitmoe.experts import merge
 from jvitmoe.experts.params import Params, join_all
 from jvitmoe.models import vit
-from jvitmoe.runs import figures
+from jvitmoe.reports import figures
 
 E, LAYERS = 4, 4
 

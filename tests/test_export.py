@@ -23,11 +23,11 @@ from safetensors.numpy import save as save_file
 import jvitmoe
 from jvitmoe.commands import evaluate, export, predict
 from jvitmoe.config import Config, DataConfig, ModelConfig, RoutingConfig
-from jvitmoe.data import datasets, images
+from jvitmoe.data import pictures, sources
 from jvitmoe.errors import UserError
 from jvitmoe.interop import classifier, load, model_card, weight_names
-from jvitmoe.interop.targets import TARGETS, base
-from jvitmoe.runs import files
+from jvitmoe.interop.formats import TARGETS, base
+from jvitmoe.runs import safe_io
 from processes import call, refused, succeed
 from run_folders import saved
 
@@ -69,7 +69,7 @@ def codes_of(card: Path) -> list[str]:
 def test_an_export_reads_back_to_our_logits_on_the_test_images_of_its_sample(
     exported, experiment_run, monkeypatch, target, apart
 ):
-    out, test = exported(target), datasets.load(Config().data, Config().model).test
+    out, test = exported(target), sources.load(Config().data, Config().model).test
     sample, again, first = np.load(out / "sample.npz"), jvitmoe.load(out), jvitmoe.load(experiment_run)
     np.testing.assert_array_equal(sample["images"], test.images_NHWc[:16])
     np.testing.assert_array_equal(sample["labels"], test.labels_N[:16])
@@ -86,7 +86,7 @@ def test_an_export_reads_back_to_our_logits_on_the_test_images_of_its_sample(
 
 def test_the_ema_of_a_run_is_exported_and_classifies_as_it_was_tested(experiment_run, exported, tmp_path, monkeypatch):
     rows = {row["model"]: row for row in jvitmoe.Run(experiment_run).results["rows"]}
-    test = datasets.load(Config().data, Config().model).test
+    test = sources.load(Config().data, Config().model).test
     out = jvitmoe.Run(experiment_run).export("safetensors", tmp_path / "ema", ema=True)
     logits = jvitmoe.load(out).logits(test.images_NHWc)
     np.testing.assert_array_equal(logits, jvitmoe.Run(experiment_run).classifier(ema=True).logits(test.images_NHWc))
@@ -117,7 +117,7 @@ def test_of_a_set_that_streams_only_the_sample_is_read_and_cut_as_in_tests(exper
     sample = TARGETS["onnx"].sample(source, source.config)
     files = sorted((tmp_path / "test").rglob("*.png"))[:16]
     for image, file in zip(sample["images"], files, strict=True):
-        np.testing.assert_array_equal(image, images.centre_crop(images.Picture("", file), 8, 1))
+        np.testing.assert_array_equal(image, pictures.centre_crop(pictures.Picture("", file), 8, 1))
     np.testing.assert_array_equal(sample["labels"], np.arange(16) // 3)
     TARGETS["safetensors"].write(tmp_path, source, source.model)
     again = jvitmoe.load(tmp_path)
@@ -456,7 +456,7 @@ def test_data_that_have_moved_are_looked_for_by_the_flag_of_the_command(tmp_path
         kept = json.loads(meta.read_text())
         kept["config"]["data"] = config["data"]
         kept.pop("checksum")
-        meta.write_text(json.dumps(kept | {"checksum": files.checksum(kept)}))
+        meta.write_text(json.dumps(kept | {"checksum": safe_io.checksum(kept)}))
     more = ["--to=safetensors", f"--out={tmp_path / 'out'}"] if command is export.main else []
     assert "set --data_dir=..." in refused(command, f"--workdir={run}", *more)
 

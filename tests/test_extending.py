@@ -16,21 +16,21 @@ import pytest
 from jvitmoe import config as config_lib
 from jvitmoe import routing
 from jvitmoe.config import ModelConfig, OptimConfig
-from jvitmoe.data import augment, datasets
-from jvitmoe.data.images import DataError
+from jvitmoe.data import augment, sources
+from jvitmoe.data.pictures import DataError
 from jvitmoe.data.splits import Dataset, Source, check_fit, in_memory
 from jvitmoe.errors import ConfigError
 from jvitmoe.experts import cost
 from jvitmoe.experts import params as params_lib
 from jvitmoe.experts.params import Params
+from jvitmoe.machine import compilation
+from jvitmoe.machine.addresses import Purpose, address
 from jvitmoe.models import vit
 from jvitmoe.models.routers import ROUTERS, find
 from jvitmoe.models.routers.dispatch import Router, RouterSettings, fill_slots
 from jvitmoe.models.routers.dispatch import statistics as statistics_of
 from jvitmoe.routing import Routing
 from jvitmoe.runs.checkpoints import CheckpointWriter
-from jvitmoe.runtime import compilation
-from jvitmoe.runtime.addresses import Purpose, address
 from jvitmoe.training import losses, optimizer, state
 from jvitmoe.training.update import directions
 
@@ -133,7 +133,7 @@ class Pairs(Routing):
             experts = params_lib.put(experts, moved, expert[None])
         return experts
 
-    def logits(self, model, given, images_bHWc, key_b, at):
+    def logits(self, model, given, images_bHWc, key_b, info):
         tree = params_lib.join(given.trunk, params_lib.one(given.experts))
         return vit.logits(model, tree, images_bHWc, key_b) / 2, None
 
@@ -214,14 +214,14 @@ def test_a_data_source_is_a_class_and_a_line(tiny_config, tiny_split, monkeypatc
             check_fit("toy", (8, 8, 1), 3, self.model)
             return Dataset(in_memory(tiny_split), in_memory(tiny_split.select(np.arange(9))), ("a", "b", "c"))
 
-    monkeypatch.setitem(datasets.SOURCES, "toy", Toy)
+    monkeypatch.setitem(sources.SOURCES, "toy", Toy)
     config = tiny_config(data={"name": "toy"})
-    found, records = datasets.load(config.data, config.model), datasets.browse(config.data, config.model)
+    found, records = sources.load(config.data, config.model), sources.browse(config.data, config.model)
     assert (len(found.train), len(found.test), len(records.train)) == (26, 9, 26)
     np.testing.assert_array_equal(found.train.images_NHWc, tiny_split.images_NHWc)
     np.testing.assert_array_equal(found.train.labels_N, tiny_split.labels_N)
     with pytest.raises(DataError, match="toy has 3 classes"):
-        datasets.load(config.data, ModelConfig())
+        sources.load(config.data, ModelConfig())
 
 
 def test_an_augmentation_is_a_function_and_a_line(tiny_config, training, monkeypatch):

@@ -17,7 +17,7 @@ from PIL import Image
 
 import processes
 from jvitmoe.commands import report
-from jvitmoe.runs import figures
+from jvitmoe.reports import figures
 from tested_runs import MODELS, write_tested_run
 
 RESULTS = processes.ROOT / "results"

@@ -12,7 +12,7 @@ from safetensors.numpy import save_file
 from jvitmoe.commands import train
 from jvitmoe.config import ModelConfig
 from jvitmoe.interop import load, weight_names
-from jvitmoe.interop.targets import weights
+from jvitmoe.interop.formats import weights
 from jvitmoe.models import vit
 
 pytestmark = pytest.mark.slow

@@ -7,8 +7,8 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jvitmoe.config import TrainConfig
+from jvitmoe.machine.devices import make_mesh
 from jvitmoe.runs import fingerprint
-from jvitmoe.runtime.devices import make_mesh
 from jvitmoe.training import build
 from jvitmoe.training.state import abstract_state
 

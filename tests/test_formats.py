@@ -8,7 +8,7 @@ import pytest
 from jvitmoe.config import ModelConfig
 from jvitmoe.errors import UserError
 from jvitmoe.interop import config_files, load, weight_names
-from jvitmoe.interop.targets import weights
+from jvitmoe.interop.formats import weights
 
 MODEL = ModelConfig(channels=3, classes=5, patch=4, width=12, hidden=20, depth=3, heads=2)
 

@@ -23,8 +23,8 @@ from jvitmoe import config as config_lib
 from jvitmoe import routing, rules
 from jvitmoe.commands import cli, train
 from jvitmoe.config import Config
-from jvitmoe.data import images
-from jvitmoe.data.images import Picture
+from jvitmoe.data import pictures
+from jvitmoe.data.pictures import Picture
 from jvitmoe.errors import UserError
 from jvitmoe.models.routers import ROUTERS
 from jvitmoe.routing import ROUTINGS
@@ -285,11 +285,11 @@ def test_any_bytes_as_a_picture_are_pixels_of_the_right_shape_or_one_line_that_n
         path = Path(folder) / "some picture.png"
         path.write_bytes(content)
         for read in (
-            lambda: images.read(path, 8, 3),
-            lambda: images.exact(Picture(str(path), path), (8, 8, 3), "all are 8x8"),
-            lambda: images.exact(Picture(str(path), content), (8, 8, 1), "all are 8x8"),
-            lambda: images.centre_crop(Picture(str(path), content), 8, 3),
-            lambda: images.random_crop(Picture(str(path), content), 8, 3, 0),
+            lambda: pictures.read(path, 8, 3),
+            lambda: pictures.exact(Picture(str(path), path), (8, 8, 3), "all are 8x8"),
+            lambda: pictures.exact(Picture(str(path), content), (8, 8, 1), "all are 8x8"),
+            lambda: pictures.centre_crop(Picture(str(path), content), 8, 3),
+            lambda: pictures.random_crop(Picture(str(path), content), 8, 3, 0),
         ):
             try:
                 pixels = read()

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from jvitmoe.config import ModelConfig
+from jvitmoe.machine import compilation
 from jvitmoe.models import vit
-from jvitmoe.runtime import compilation
 
 pytestmark = pytest.mark.slow
 B, TOKENS = 64, 65  # 4,160 rows, where sums were wrong

@@ -17,7 +17,7 @@ import jvitmoe
 from jvitmoe.config import ModelConfig
 from jvitmoe.errors import UserError
 from jvitmoe.interop import download, load, manifest
-from jvitmoe.interop.targets import TARGETS
+from jvitmoe.interop.formats import TARGETS
 
 pytestmark = pytest.mark.process  # a download is one
 

@@ -15,10 +15,10 @@ ORDER = (
     ("errors", "extras"),
     ("config",),
     ("rules",),
-    ("settings", "runtime"),
+    ("settings", "machine"),
     ("data", "models"),
     ("experts", "runs"),
-    ("routing",),
+    ("routing", "reports"),
     ("evaluation",),
     ("interop",),
     ("training",),
@@ -31,16 +31,21 @@ RANK = {folder: rank for rank, group in enumerate(ORDER) for folder in group}
 
 JAX = {"jax", "jaxlib", "flax", "optax", "orbax", "tensorstore", "chex"}
 WITHOUT_JAX = (
-    *("errors", "settings", "config", "rules", "experiments", "train", "data.datasets", "data.images"),
+    *("errors", "settings", "config", "rules", "experiments", "train", "data.sources.__init__", "data.pictures"),
     *(f"commands.{name}" for name in ("cli", "report", "configs")),
     *("interop.weight_names", "interop.config_files"),
-    *(f"runs.{name}" for name in ("console", "files", "figures", "page", "results", "groups")),
-    *("runs.metrics_log", "runtime.watchdog", "runtime.memory"),
+    *(f"runs.{name}" for name in ("console", "safe_io")),
+    *(f"reports.{name}" for name in ("figures", "page", "results", "comparison")),
+    *("runs.metrics_log", "machine.watchdog", "machine.memory"),
 )
 # Package -> the folder, or the one file, that may import it.
 ONLY_IN = {
     **{"flax": "models", "orbax": "runs.checkpoints", "tensorstore": "nowhere", "grain": "data.stream"},
-    **{"tensorflow_datasets": "data.tfds", "datasets": "data.hugging_face", "huggingface_hub": "interop"},
+    **{
+        "tensorflow_datasets": "data.sources.tfds",
+        "datasets": "data.sources.hugging_face",
+        "huggingface_hub": "interop",
+    },
     **{"wandb": "runs.trackers", "mlflow": "runs.trackers", "trackio": "runs.trackers", "torch": "nowhere"},
 }
 NEVER = {"pickle", "marshal", "shelve", "dill", "cloudpickle", "joblib", "yaml", "runpy"}  # they run what they read
@@ -98,7 +103,7 @@ def folder(name: str) -> str:
 
 def test_the_checker_sees_what_is_imported():
     assert {"routing.base", "data.batches", "models.routers.__init__"} <= imports("training.step")[1]
-    assert "tensorflow_datasets" in imports("data.tfds")[0]  # inside a function
+    assert "tensorflow_datasets" in imports("data.sources.tfds")[0]  # inside a function
     assert {"errors", "config", "runs.checkpoints"} <= reached("commands.evaluate")
     assert ("models.routers.__init__", "models.routers.hash") in arrows()
 

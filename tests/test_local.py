@@ -12,9 +12,9 @@ import pytest
 from jvitmoe import routing
 from jvitmoe.data import augment
 from jvitmoe.experts import merge
+from jvitmoe.machine.devices import make_mesh
+from jvitmoe.machine.programs import collectives, for_reading
 from jvitmoe.models import vit
-from jvitmoe.runtime.devices import make_mesh
-from jvitmoe.runtime.programs import collectives, for_reading
 from jvitmoe.training import build, optimizer, step, update
 
 E = 4

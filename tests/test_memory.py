@@ -6,11 +6,11 @@ import sys
 import pytest
 
 import processes
-from jvitmoe.runtime import memory
+from jvitmoe.machine import memory
 
 ALLOCATES = """
 import os, resource, sys
-from jvitmoe.runtime import memory
+from jvitmoe.machine import memory
 memory.use_huge_pages()
 pages = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 b"x" * 2**26

@@ -6,11 +6,11 @@ import pytest
 from jvitmoe import routing
 from jvitmoe.data import augment
 from jvitmoe.data.batches import Resident
-from jvitmoe.evaluation import mergeability, models
+from jvitmoe.evaluation import evaluator, mergeability
 from jvitmoe.experts import merge
 from jvitmoe.experts.params import Params
+from jvitmoe.machine.devices import make_mesh
 from jvitmoe.models import mlp, vit
-from jvitmoe.runtime.devices import make_mesh
 
 pytestmark = pytest.mark.slow
 
@@ -140,8 +140,8 @@ def test_experts_that_own_one_layer_and_the_gap(setup):
 def test_the_line_starts_at_the_experts_and_ends_at_the_merged_model(tiny_config, setup):
     net, params, batches = setup()
     config = tiny_config(routing={"experts": E})
-    evaluate = models.make_evaluate(net, make_mesh(config.train), config.data)
-    route_PX = models.path_routes(routing.find(config), 0, 0)
+    evaluate = evaluator.make_evaluate(net, make_mesh(config.train), config.data)
+    route_PX = evaluator.path_routes(routing.find(config), 0, 0)
 
     def losses(tree):
         return [result.nll for result in evaluate.paths(tree, route_PX, E, batches)[0]]

@@ -13,8 +13,8 @@ from jvitmoe.config import OptimConfig
 from jvitmoe.errors import ConfigError
 from jvitmoe.experts import cost
 from jvitmoe.experts.params import Params, each, one
+from jvitmoe.machine.devices import make_mesh
 from jvitmoe.models import vit
-from jvitmoe.runtime.devices import make_mesh
 from jvitmoe.training import build, optimizer, state, update
 
 STEPS, EPOCHS, PEAK = 7, 5, 3e-3  # of one epoch, of the run

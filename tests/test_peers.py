@@ -19,8 +19,8 @@ from jvitmoe.config import Config, ModelConfig, OptimConfig
 from jvitmoe.data import augment
 from jvitmoe.experts import merge
 from jvitmoe.interop import classifier, load, manifest, model_card, pretrained, weight_names
-from jvitmoe.interop.targets import TARGETS, weights
-from jvitmoe.runtime import devices
+from jvitmoe.interop.formats import TARGETS, weights
+from jvitmoe.machine import devices
 from jvitmoe.training import build
 from jvitmoe.training.state import make_state
 

@@ -13,12 +13,12 @@ from PIL import Image, ImageDraw
 import jvitmoe
 from jvitmoe.commands import predict
 from jvitmoe.config import Config, ModelConfig
-from jvitmoe.data import datasets, images
-from jvitmoe.data.images import DataError
+from jvitmoe.data import pictures, sources
+from jvitmoe.data.pictures import DataError
 from jvitmoe.errors import UserError
 from jvitmoe.interop import classifier, load, manifest
-from jvitmoe.interop.targets import TARGETS
-from jvitmoe.runs import figures
+from jvitmoe.interop.formats import TARGETS
+from jvitmoe.reports import figures
 from processes import call, refused, succeed
 
 
@@ -40,7 +40,7 @@ def model(exported):
 
 @pytest.fixture(scope="module")
 def digits():
-    return datasets.load(Config().data, Config().model).test
+    return sources.load(Config().data, Config().model).test
 
 
 @pytest.fixture
@@ -121,18 +121,18 @@ def test_a_trained_model_comes_with_the_package_and_a_file_of_its_name_goes_befo
 
 
 def test_hidden_files_in_a_folder_are_skipped_as_in_training(folder):
-    before, _ = images.find([folder])
+    before, _ = pictures.find([folder])
     for name in (".hidden.png", "._digit0.png"):  # macOS writes the second, which is no image
         (folder / name).write_bytes(b"no image")
-    assert images.find([folder]) == (before, [])
-    assert images.find([folder / ".hidden.png"]) == ([folder / ".hidden.png"], [])
+    assert pictures.find([folder]) == (before, [])
+    assert pictures.find([folder / ".hidden.png"]) == ([folder / ".hidden.png"], [])
 
 
 def test_a_sheet_shows_very_wide_pictures_and_names_of_files_and_classes_that_its_font_lacks(tmp_path):
     names = ["é.png", "中.png", "line\nbreak.png"]
     for name in names:
         Image.new("L", (20, 30)).save(tmp_path / name)
-    pictures = [images.Picture(name, tmp_path / name) for name in names]
+    pictures = [pictures.Picture(name, tmp_path / name) for name in names]
     Image.new("L", (1000, 2)).save(tmp_path / names[0])
     guesses = [("ß", 0.5), ("中", 0.25)]
     figures.contact_sheet(tmp_path / "sheet.png", [figures.Cell(p, p.name, guesses) for p in pictures])

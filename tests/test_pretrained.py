@@ -15,7 +15,7 @@ from jvitmoe.config import Config, DataConfig, ModelConfig
 from jvitmoe.data import augment
 from jvitmoe.errors import ConfigError, UserError
 from jvitmoe.interop import classifier, load, pretrained, weight_names
-from jvitmoe.interop.targets import weights
+from jvitmoe.interop.formats import weights
 from jvitmoe.models import vit
 
 MODEL = ModelConfig(channels=3, classes=5, patch=4, width=12, hidden=20, depth=2, heads=2, cls_position=True)

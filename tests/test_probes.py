@@ -12,16 +12,16 @@ from PIL import Image
 
 from jvitmoe.commands import evaluate
 from jvitmoe.config import Config, DataConfig, ModelConfig
-from jvitmoe.data import datasets, stream
+from jvitmoe.data import sources, stream
 from jvitmoe.data.batches import Resident
-from jvitmoe.data.images import DataError
+from jvitmoe.data.pictures import DataError
 from jvitmoe.data.splits import Dataset, Records, Source, Split, check_fit, in_memory
 from jvitmoe.errors import UserError
 from jvitmoe.evaluation import probes
 from jvitmoe.evaluation.probes import Features
+from jvitmoe.machine.devices import make_mesh
 from jvitmoe.models import vit
 from jvitmoe.models.layers import Head
-from jvitmoe.runtime.devices import make_mesh
 from processes import call
 
 NAMES = ("a", "b", "c", "d")
@@ -174,7 +174,7 @@ def test_evaluate_probes_and_counts_what_it_reports(workdir):
     (row,) = (row for row in result["rows"] if "confusion" in row)
     assert row["model"] == "merged"
     assert np.trace(row["confusion"]) / np.sum(row["confusion"]) == row["accuracy"] <= row["top5"]
-    labels_N = datasets.load(Config().data, Config().model).test.labels_N
+    labels_N = sources.load(Config().data, Config().model).test.labels_N
     assert np.sum(row["confusion"], 1).tolist() == np.bincount(labels_N).tolist()
     assert "## Classes, merged" in text
     assert "(confusion.png)" in text
@@ -208,9 +208,9 @@ def test_probes_take_another_set_with_another_number_of_classes(workdir, tmp_pat
 @pytest.mark.parametrize("stream", [False, True])
 def test_probes_do_not_train_on_the_validation_images_of_the_run(stream, monkeypatch, tmp_path):
     config = Config(data=DataConfig(validation=37, stream=stream))
-    whole = datasets.load(config.data, config.model).train
-    kept, _ = datasets.hold_out(whole, 37)
-    monkeypatch.setitem(datasets.SOURCES, "other", datasets.Digits)
+    whole = sources.load(config.data, config.model).train
+    kept, _ = sources.hold_out(whole, 37)
+    monkeypatch.setitem(sources.SOURCES, "other", sources.Digits)
     for probe_data, labels_N in (("", kept.labels_N), ("digits", kept.labels_N), ("other", whole.labels_N)):
         own, probed, _ = evaluate._data(config, tmp_path, evaluate.Probes(few_shot=5, data=probe_data))
         np.testing.assert_array_equal(probed.train.labels_N, labels_N)
@@ -234,10 +234,10 @@ def test_another_folder_of_images_has_no_validation_images_of_the_run(tmp_path):
 
 def test_digits_of_another_size_are_probed_too():
     model = ModelConfig(image_size=16, classes=0)
-    dataset = datasets.load(DataConfig(crop="centre"), model)
+    dataset = sources.load(DataConfig(crop="centre"), model)
     assert dataset.test.images_NHWc.shape == (360, 16, 16, 1)
     with pytest.raises(DataError, match="images of digits are 8x8x1"):
-        datasets.load(DataConfig(), model)
+        sources.load(DataConfig(), model)
 
 
 class Small(Source):
@@ -274,8 +274,8 @@ class Fitting(Source):
     ],
 )
 def test_probes_are_refused_in_one_line(workdir, monkeypatch, arguments, message):
-    monkeypatch.setitem(datasets.SOURCES, "small", Small)
-    monkeypatch.setitem(datasets.SOURCES, "fitting", Fitting)
+    monkeypatch.setitem(sources.SOURCES, "small", Small)
+    monkeypatch.setitem(sources.SOURCES, "fitting", Fitting)
     code, _, err = call(evaluate.main, f"--workdir={workdir}", "--paths=0", *arguments)
     assert (code, err.count("\n")) == (2, 1), err
     assert message in err

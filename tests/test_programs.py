@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import AxisType, PartitionSpec
 
-from jvitmoe.runtime import programs
+from jvitmoe.machine import programs
 
 BOTH = {"data": 2, "expert": 4}
 REDUCED = "(f32[2,3]{1,0}, bf16[5]{0:T(256)(128)(2,1)}, /*index=2*/pred[])"

@@ -21,11 +21,11 @@ import jvitmoe
 import processes
 from jvitmoe.commands import evaluate, train
 from jvitmoe.errors import UserError
-from jvitmoe.evaluation import models
-from jvitmoe.runs import files, folder
+from jvitmoe.evaluation import evaluator
+from jvitmoe.machine import watchdog
+from jvitmoe.runs import folder, safe_io
 from jvitmoe.runs.checkpoints import Checkpoints
 from jvitmoe.runs.metrics_log import MetricsLog
-from jvitmoe.runtime import watchdog
 from jvitmoe.training import loop
 from processes import call, refused, succeed, wait_for_output
 from run_folders import assert_same_run, saved, snapshot, tiny, write_experiment
@@ -62,7 +62,7 @@ def copy(uninterrupted, tmp_path):
 
 STOPS = """
 import time
-from jvitmoe.runtime.signals import Stop
+from jvitmoe.machine.signals import Stop
 
 with Stop() as stop:
     stop.unsaved = {unsaved}
@@ -104,7 +104,7 @@ def test_a_second_sigterm_ends_it_at_once_and_so_does_the_first_where_there_is_n
 
 STOPS_ON_A_TERMINAL = """
 import sys, time
-from jvitmoe.runtime.signals import Stop
+from jvitmoe.machine.signals import Stop
 from jvitmoe.runs.metrics_log import MetricsLog
 
 with Stop() as stop, MetricsLog(None, 0, 10, 4) as log:
@@ -164,7 +164,7 @@ def test_a_step_that_stalls_shows_all_stacks_and_ends_the_run(experiment, tmp_pa
 
 HANGS = """
 import signal, sys, threading, time
-from jvitmoe.runtime.watchdog import Watchdog
+from jvitmoe.machine.watchdog import Watchdog
 
 def waits_for_ever():
     threading.Event().wait()
@@ -202,7 +202,7 @@ def test_the_watchdog_leaves_what_moves_and_what_was_itself_stopped_and_ends_wha
 
 HANGS_IN_C = """
 import ctypes
-from jvitmoe.runtime.watchdog import Watchdog
+from jvitmoe.machine.watchdog import Watchdog
 
 def holds_the_lock(seconds):
     ctypes.PyDLL(None).sleep(seconds)
@@ -314,7 +314,7 @@ def test_output_that_nobody_reads_any_more_costs_no_step_and_no_rating(
     assert (code, err) == (2, "error: standard output cannot be written: Broken pipe\n")
     stopped = int(saved(tmp_path / "run")[-1].name)
     assert stopped > 7
-    nll = Checkpoints(tmp_path / "run" / files.CHECKPOINTS).check(stopped)["nll"]
+    nll = Checkpoints(tmp_path / "run" / safe_io.CHECKPOINTS).check(stopped)["nll"]
     assert (nll is not None) == (shown == "evaluation")
     code, out, err = call(train.main, *arguments)
     assert code == 0, err
@@ -389,7 +389,7 @@ def test_verify_calls_every_part_of_a_sound_run_sound(uninterrupted):
 def test_a_finished_run_says_what_is_missing_and_tests_again_with_the_versions_of_its_training(
     experiment, uninterrupted, copy, monkeypatch
 ):
-    monkeypatch.setattr(models, "versions", lambda: {"jax": "of the test"})
+    monkeypatch.setattr(evaluator, "versions", lambda: {"jax": "of the test"})
     (copy / "metrics.jsonl").unlink()
     (copy / "result.json").write_text('{"rows": 3}')
     out = succeed(train.main, f"--config={experiment}", f"--workdir={copy}")
@@ -453,7 +453,9 @@ def test_a_checkpoint_of_another_run_is_named_by_every_command_and_none_uses_it(
     path = newest / "meta" / "metadata"
     meta = json.loads(path.read_text())
     meta["config"]["train"]["seed"] = 1
-    path.write_text(json.dumps(meta | {"checksum": files.checksum({k: v for k, v in meta.items() if k != "checksum"})}))
+    path.write_text(
+        json.dumps(meta | {"checksum": safe_io.checksum({k: v for k, v in meta.items() if k != "checksum"})})
+    )
     named = "it is of another run: train.seed is 1, and 0 in config.json"
     code, found = verify(copy)
     assert (code, found.pop(f"checkpoint {newest.name}")) == (1, named)

@@ -11,7 +11,8 @@ import processes
 from jvitmoe.commands import report
 from jvitmoe.config import Config, InitConfig, RoutingConfig
 from jvitmoe.errors import UserError
-from jvitmoe.runs import files, groups, page, results
+from jvitmoe.reports import comparison, page, results
+from jvitmoe.runs import safe_io
 from jvitmoe.runs.console import quantity, show_table
 from tested_runs import MODELS, write_tested_run
 
@@ -25,7 +26,7 @@ def make_run(tmp_path):
 
 
 def read(*folders):
-    return groups.group_runs([groups.read_run(folder) for folder in folders])
+    return comparison.group_runs([comparison.read_run(folder) for folder in folders])
 
 
 def test_runs_that_differ_in_the_seed_become_one_row_of_mean_and_deviation(make_run):
@@ -36,7 +37,7 @@ def test_runs_that_differ_in_the_seed_become_one_row_of_mean_and_deviation(make_
     ]
     ((name, group),) = read(*reversed(runs)).items()
     assert (name, [run.folder for run in group]) == ("random", runs)
-    rows = groups.group_rows(name, group)
+    rows = comparison.group_rows(name, group)
     assert [row["model"] for row in rows] == list(MODELS)
     cells = {"run": "random", "model": "merged", "seeds": "3", "accuracy": "63.33% ± 15.28%", "top5": "-"}
     cells |= {"nll": "1.2667 ± 0.3055", "ece": "0.1000 ± 0.0000", "parameters": "5", "total": "9"}
@@ -44,10 +45,10 @@ def test_runs_that_differ_in_the_seed_become_one_row_of_mean_and_deviation(make_
     assert statistics.stdev(values) == pytest.approx(0.15275, abs=1e-5)
     assert (rows[2]["FLOPs/image"], rows[2]["accuracy"]) == ("2.5 M", "63.33% ± 15.28%")  # over seeds
     (one,) = read(runs[0]).values()
-    assert groups.group_rows("one", one)[2]["accuracy"] == "50.00% ± 25.00%"  # over paths
+    assert comparison.group_rows("one", one)[2]["accuracy"] == "50.00% ± 25.00%"  # over paths
     diverged = make_run("random_s3", float("inf"), routing__experts=4, train__seed=3)
     ((name, group),) = read(runs[0], diverged).items()
-    assert "nan" in groups.group_rows(name, group)[0]["nll"]
+    assert "nan" in comparison.group_rows(name, group)[0]["nll"]
 
 
 def test_seeds_that_start_from_runs_of_their_own_seeds_are_one_group_and_others_are_not(make_run):
@@ -57,7 +58,7 @@ def test_seeds_that_start_from_runs_of_their_own_seeds_are_one_group_and_others_
     one = [make_run(f"one_s{seed}", train__seed=seed, init__source="runs/pre-seed0") for seed in (0, 1, 2)]
     (group,) = read(*one).values()
     assert [run.config.train.seed for run in group] == [0, 1, 2]
-    groups.add_group({}, "named", group)
+    comparison.add_group({}, "named", group)
 
 
 def test_seeds_of_other_pictures_of_equal_number_and_classes_are_no_seeds_of_one_run(make_run):
@@ -74,11 +75,11 @@ def test_a_difference_is_said_in_images_and_decided_only_beyond_its_error_and_by
             made[kind] = []
             for seed, right in enumerate(rights):
                 folder = make_run(f"{kind} {dense} {merged} s{seed}", models=(kind,), routing__experts=experts)
-                run = groups.read_run(folder)
+                run = comparison.read_run(folder)
                 run.config.train.seed = seed
                 run.result["rows"][0] |= {"accuracy": right / images, "images": images}
                 made[kind].append(run)
-        (found,) = groups.differences({"b": made["random"], "a": made["dense"]})
+        (found,) = comparison.differences({"b": made["random"], "a": made["dense"]})
         return found
 
     one = "b, random - a, dense: +1 of 360 images, +0.28 points, undecided (95 % interval -1.81 to +2.36, one seed)"
@@ -89,17 +90,17 @@ def test_a_difference_is_said_in_images_and_decided_only_beyond_its_error_and_by
     assert "-9.0 of 360 images, -2.50 points, undecided" in line([350, 350, 350], [330, 345, 348])
     assert "-7.0 of 360 images, -1.94 points, undecided" in line([350, 351], [343, 344])  # equal by chance
     assert "+160.0 of 360 images, +44.44 points, decided" in line([180, 181], [340, 341])
-    assert not groups.differences({"a": [groups.read_run(make_run("alone"))]})
+    assert not comparison.differences({"a": [comparison.read_run(make_run("alone"))]})
 
 
 def test_equal_experts_and_what_is_made_of_them_are_one_row(make_run):
     models = ("merged", "expert 0", "expert 1", "2 random paths", "ensemble")
-    run = groups.read_run(make_run("equal", models=models))
+    run = comparison.read_run(make_run("equal", models=models))
     (run.result["rows"][3])["accuracy_std"] = 0.0
-    assert [row["model"] for row in groups.group_rows("equal", [run])] == ["merged", "2 experts, equal"]
+    assert [row["model"] for row in comparison.group_rows("equal", [run])] == ["merged", "2 experts, equal"]
     assert [row["model"] for row in results.result_rows(run.result)] == ["merged", "2 experts, equal"]
     run.result["rows"][2]["nll"] += 0.001
-    assert [row["model"] for row in groups.group_rows("other", [run])] == list(models)
+    assert [row["model"] for row in comparison.group_rows("other", [run])] == list(models)
 
 
 @pytest.mark.parametrize(("columns", "shown"), [(54, ["nll"]), (80, ["nll", "ece"]), (200, ["nll", "ece", "total"])])
@@ -108,9 +109,9 @@ def test_a_narrow_terminal_shows_whole_cells_and_says_where_the_other_columns_ar
 ):
     monkeypatch.setenv("COLUMNS", str(columns))
     runs = [
-        groups.read_run(make_run(name, models=("merged", "ensemble"))) for name in ("digits_dense", "digits_random")
+        comparison.read_run(make_run(name, models=("merged", "ensemble"))) for name in ("digits_dense", "digits_random")
     ]
-    show_table([row for run in runs for row in groups.group_rows(run.folder.name, [run])], "title", "report.md")
+    show_table([row for run in runs for row in comparison.group_rows(run.folder.name, [run])], "title", "report.md")
     printed = capsys.readouterr().out
     table = [line for line in printed.splitlines() if line[:1] in "┏┃┡│└"]
     assert len(table) == 4 + 4  # no cell is folded
@@ -123,17 +124,17 @@ def test_the_dense_run_of_the_same_config_stands_first(make_run):
     other = make_run("other", routing__experts=4, optim__learning_rate=0.5)
     many = make_run("many", routing__experts=8, routing__pull=0.1, optim__mlp_rate=4.0)
     dense, few = make_run("dense", models=("dense",)), make_run("few", routing__experts=4)
-    assert list(groups.in_order(read(other, many, dense, few))) == ["other", "dense", "many", "few"]
+    assert list(comparison.in_order(read(other, many, dense, few))) == ["other", "dense", "many", "few"]
 
 
 def test_the_overview_is_the_mean_over_experts_and_seeds_and_the_worst_layer(make_run):
     runs = [make_run(f"run_s{seed}", models=("expert 0", "expert 1"), train__seed=seed) for seed in (0, 1)]
-    group = [groups.read_run(folder) for folder in runs]
+    group = [comparison.read_run(folder) for folder in runs]
     for number, run in enumerate(group):
         for expert, row in enumerate(run.result["rows"]):
             row["accuracy"] = 0.5 + 0.1 * expert + 0.2 * number
         run.result["mergeability"] = {"barrier": {"height": 0.1 + 0.2 * number}, "gap": [0.3, 0.1 + 0.4 * number]}
-    row = groups.overview_row("run", group)
+    row = comparison.overview_row("run", group)
     assert (row["experts"], row["barrier"], row["gap"]) == ("65.00%", "0.2000", "0.400")
 
 
@@ -158,7 +159,7 @@ def test_runs_that_may_not_be_averaged_are_apart_and_a_named_group_of_them_is_re
             fault.split()[0] in ("both", "different", "steps")
         )
         with pytest.raises(UserError) as caught:
-            groups.add_group({}, "mine", [groups.read_run(first), groups.read_run(other)])
+            comparison.add_group({}, "mine", [comparison.read_run(first), comparison.read_run(other)])
         assert fault in str(caught.value)
 
 
@@ -185,7 +186,7 @@ def test_the_command_names_groups_leaves_out_other_folders_and_says_why(make_run
         assert (out / f"{picture}.png").read_bytes().startswith(b"\x89PNG")
         assert f"![{picture}]({picture}.png)" in text
     record = json.loads((out / "runs.json").read_text())["mine"]
-    assert record["seeds"]["2"] == groups.read_run(b).result
+    assert record["seeds"]["2"] == comparison.read_run(b).result
     assert record["config"]["train.batch_size"] == 128
     refused = [f"mine={a}", f"mine={b}"], [f"mine={a},{a}"], [str(tmp_path)], [], [str(b), f"--out={a}"]
     for arguments in (*refused, ["group=" + ",".join(["a" * 90] * 4)]):
@@ -199,7 +200,7 @@ def test_a_group_that_was_tested_before_its_end_is_named_and_each_test_split_has
         (folder / "images.json").write_text(json.dumps({"train": 300}))  # two steps of 128 images
     result = json.loads((early / "result.json").read_text())
     result["rows"][0]["images"] = 12
-    results.save_result(early, result)
+    safe_io.save_result(early, result)
     report.main(["report", str(early), str(done), f"--out={tmp_path / 'report'}"])
     text = (tmp_path / "report" / "report.md").read_text()
     assert "split of digits, 12 images; digits, 10 images." in text or "10 images; digits, 12 images." in text
@@ -210,7 +211,7 @@ def test_a_group_that_was_tested_before_its_end_is_named_and_each_test_split_has
 
 def test_a_group_is_called_what_its_folders_share():
     for names in (["r_seed10", "r_seed11"], ["r-1", "r-2"], ["r_s0", "r_s1"], ["r"], ["r", "r_2"]):
-        assert groups._shared_name(names) == "r"
+        assert comparison._shared_name(names) == "r"
 
 
 def test_numbers_in_three_digits():
@@ -237,11 +238,11 @@ class Seen(html.parser.HTMLParser):
 def test_whole_models_and_pulls_are_said_in_words():
     local = RoutingConfig(experts=4, kind="sample", init="shared", part="model", pull=1.0, pull_every=8)
     start = "4 whole models, random by sample, equal start"
-    assert groups.in_words(Config(routing=local)) == f"{start}, pulled by 1 every 8 steps"
+    assert comparison.in_words(Config(routing=local)) == f"{start}, pulled by 1 every 8 steps"
     copies = Config(routing=RoutingConfig(experts=4), init=InitConfig(source="vit"))
-    assert groups.in_words(copies) == "4 experts, random by batch, equal start"
+    assert comparison.in_words(copies) == "4 experts, random by batch, equal start"
     copies.model.lora = 2  # what the experts are is not in the source
-    assert groups.in_words(copies) == "4 experts, random by batch, different starts"
+    assert comparison.in_words(copies) == "4 experts, random by batch, different starts"
 
 
 def test_a_page_names_its_command_marks_the_best_and_says_arms_in_words(make_run, tmp_path):
@@ -249,9 +250,9 @@ def test_a_page_names_its_command_marks_the_best_and_says_arms_in_words(make_run
     pulled = {"routing__experts": 4, "routing__kind": "sample", "routing__init": "shared", "routing__pull": 1.0}
     random = make_run("random", 0.6, rate=64.0, records=0, **pulled)  # 2 steps of 128 images
     few = make_run("few", 0.4, routing__experts=2, records=1)
-    result = results.read_result(random)
+    result = safe_io.read_result(random)
     result["rows"][0]["confusion"] = [[3, 1], [0, 6]]
-    results.save_result(random, result)
+    safe_io.save_result(random, result)
     out = tmp_path / "/".join(["x" * 250] * 5)  # a command is longer than a message may be
     report.main(["report", *map(str, (dense, random, few)), "--html", f"--out={out}"])
     text = (out / "report.md").read_text()
@@ -275,10 +276,10 @@ def test_a_page_names_its_command_marks_the_best_and_says_arms_in_words(make_run
 def test_a_page_needs_nothing_else_and_shows_every_name_as_it_is(make_run, tmp_path):
     runs, out = [make_run(name, optim__eps=1.0 + n) for n, name in enumerate(NAMES)], tmp_path / "report"
     barrier = {"share": [0.0, 1.0], "losses": [[0.1, 0.2], [0.1, float("nan")]], "height": 0.1}
-    result = results.read_result(runs[0])
+    result = safe_io.read_result(runs[0])
     result["rows"][0]["confusion"] = [[4, 1], [2, 3]]
     result["mergeability"] = {"layers": [0, 1], "gap": [0.1, 0.2], "spread": [0.1, 0.2], "barrier": barrier}
-    results.save_result(runs[0], result)
+    safe_io.save_result(runs[0], result)
     (runs[0] / "classes.json").write_text(json.dumps([HOSTILE, "caf\udce9"]))
     code, _, err = processes.call(report.main, *runs, "--html", f"--out={out}")
     assert (code, err) == (0, "")
@@ -311,19 +312,19 @@ def test_a_result_that_is_not_as_it_was_written_is_refused(make_run):
     for edit in (("0.5", "0.6"), ("9", "null"), ('"digits"', "3"), ('"checksum"', '"sum"'), ("{", "[")):
         path.write_text(text.replace(*edit))
         with pytest.raises(UserError, match="checksum"):
-            groups.read_run(path.parent)
+            comparison.read_run(path.parent)
 
 
 @pytest.mark.parametrize("value", [None, "x", []])
 def test_values_of_other_types_are_left_out_even_where_their_checksum_fits(make_run, tmp_path, value):
-    whole, runs = results.read_result(make_run("whole")), [make_run("sound", optim__eps=1.0)]
+    whole, runs = safe_io.read_result(make_run("whole")), [make_run("sound", optim__eps=1.0)]
     row = whole["rows"][0]
     changes = {name: {name: value} for name in ("rows", "seed", "data")}
     changes |= {name: {"rows": [row | {name: value}]} for name in ("accuracy", "images", "parameters")}
     changes |= {"files": {"files": {"metrics.jsonl": value}}, "hardware": {"rows": [{}]}}
     for name, change in changes.items():
         runs.append(make_run(name, optim__eps=2.0))
-        results.save_result(runs[-1], whole | change)
+        safe_io.save_result(runs[-1], whole | change)
     for name, text in (("config.json", '{"train": {"seed": %s}}'), ("metrics.jsonl", '{"step": %s, "kind": "test"}\n')):
         runs.append(make_run(f"of {name}", optim__eps=3.0))
         (runs[-1] / name).write_text(text % json.dumps(value))
@@ -340,7 +341,7 @@ def test_a_run_whose_seed_data_history_or_classes_are_not_those_of_its_test_is_l
         (run / "config.json").write_text((run / "config.json").read_text().replace(*edit))
     for run in (sound, history, names):
         (run / "classes.json").write_text('["cat", "dog"]')
-        results.save_result(run, results.read_result(run) | {"files": files.checksums(run, 2)})
+        safe_io.save_result(run, safe_io.read_result(run) | {"files": safe_io.checksums(run, 2)})
     path = history / "metrics.jsonl"
     path.write_text(path.read_text().replace('"loss": 1.0', '"loss": 9.0'))
     (names / "classes.json").write_text('["dog", "cat"]')
@@ -350,7 +351,7 @@ def test_a_run_whose_seed_data_history_or_classes_are_not_those_of_its_test_is_l
     assert all(str(path) in line for line, path in zip(left, faults, strict=True)), left
     assert json.loads((out / "runs.json").read_text()).keys() == {"sound"}
     (history / "metrics.jsonl").unlink()
-    assert groups.read_run(history).result["step"] == 2
+    assert comparison.read_run(history).result["step"] == 2
 
 
 def test_the_hardware_of_training_is_that_of_no_later_test(tmp_path):
@@ -358,7 +359,7 @@ def test_the_hardware_of_training_is_that_of_no_later_test(tmp_path):
     tested = {"hardware": "laptop", "trained_with": {"jax": "1"}}  # no result of training was left
     several = trained, tested, tested | {"trained_on": "GPU"}, {}
     assert [results.trained_on(result) for result in several] == ["GPU", "", "GPU", ""]
-    results.save_result(tmp_path, tested)
+    safe_io.save_result(tmp_path, tested)
     assert results.of_training(tmp_path, {"jax": "1"}) == {"images_per_second": None, "trained_with": {"jax": "1"}}
 
 
@@ -369,7 +370,7 @@ def test_a_report_lists_the_versions_that_trained_and_those_that_tested():
 
 def test_a_result_is_written_after_its_report_because_it_marks_a_tested_run(make_run, monkeypatch):
     folder = make_run("run")
-    result = results.read_result(folder)
+    result = safe_io.read_result(folder)
     (folder / "result.json").unlink()
     monkeypatch.setattr(results, "show_table", lambda *_: 1 / 0)  # standard output is full
     with pytest.raises(ZeroDivisionError):
@@ -382,7 +383,7 @@ def test_a_result_is_written_after_its_report_because_it_marks_a_tested_run(make
 
 def test_the_report_of_a_run_has_a_row_per_class_and_why_averaging_works(make_run, capsys):
     folder = make_run("run")
-    result = results.read_result(folder)
+    result = safe_io.read_result(folder)
     result["rows"][0]["confusion"] = [[8, 2, 0], [0, 0, 0], [1, 3, 0]]
     why = {name: [0.1, 0.2] for name in ("spread", "cosine", "difference_cosine", "gap")}
     result["mergeability"] = {"images": 10, "layers": [1, 3], **why, "barrier": {"height": 0.5}}
@@ -400,5 +401,5 @@ def test_the_report_of_a_run_has_a_row_per_class_and_why_averaging_works(make_ru
     ):
         assert line in text
     assert "0.5000 nats" in capsys.readouterr().out
-    assert results.read_result(folder)["rows"] == result["rows"]
+    assert safe_io.read_result(folder)["rows"] == result["rows"]
     assert results.class_names(folder, 4) == ("0", "1", "2", "3")

@@ -13,10 +13,10 @@ from jvitmoe.config import Config, OptimConfig, RoutingConfig, TrainConfig
 from jvitmoe.data import augment
 from jvitmoe.errors import ConfigError
 from jvitmoe.experts import cost, merge
+from jvitmoe.machine.addresses import Purpose, address
+from jvitmoe.machine.devices import make_mesh
 from jvitmoe.models import routers, vit
-from jvitmoe.routing import Pass
-from jvitmoe.runtime.addresses import Purpose, address
-from jvitmoe.runtime.devices import make_mesh
+from jvitmoe.routing import StepInfo
 from jvitmoe.training import build, losses, step, update
 from jvitmoe.training.state import make_state
 
@@ -47,7 +47,7 @@ def test_each_expert_on_a_share_of_the_images_costs_what_dense_costs(tiny_config
         model = way.model().clone(unroll=2)  # because XLA counts the body of a loop once
 
         def loss(params, images, way=way, model=model):
-            return way.logits(model, params, images, None, Pass(0, (jnp.arange(4),), jnp.int32(0), 1))[0].sum()
+            return way.logits(model, params, images, None, StepInfo(0, (jnp.arange(4),)))[0].sum()
 
         lowered = jax.jit(jax.grad(loss)).lower(way.shapes(), jnp.zeros((24, 8, 8, 1)))
         flops.append(lowered.compile().cost_analysis()["flops"])
@@ -86,9 +86,9 @@ def make_plan(config, steps_per_epoch=1):
 def test_experts_are_pulled_by_their_share_after_every_nth_step(tiny_config):
     plan = make_plan(tiny_config(routing={"experts": 4, "pull": 0.2, "pull_every": 3}))
     before = make_state(plan)
-    finish = jax.jit(functools.partial(update.finish, plan))
+    after_step = jax.jit(functools.partial(update.after_step, plan))
     for done in range(7):
-        after = finish(before._replace(step=jnp.int32(done)))
+        after = after_step(before._replace(step=jnp.int32(done)))
         pulled = merge.pull(before.params, 0.2) if done in (2, 5) else before.params
         chex.assert_trees_all_close(after.params, pulled, rtol=1e-6, atol=1e-7)
         assert after.step == done + 1

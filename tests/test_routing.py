@@ -14,9 +14,9 @@ import pytest
 from jvitmoe import routing
 from jvitmoe.config import Config, ModelConfig, RoutingConfig, TrainConfig
 from jvitmoe.experts.params import join, one
+from jvitmoe.machine.addresses import Purpose, address
 from jvitmoe.models.layers import Site
-from jvitmoe.routing import Pass
-from jvitmoe.runtime.addresses import Purpose, address
+from jvitmoe.routing import StepInfo
 from jvitmoe.training.setup import describe
 
 DEPTH = 5
@@ -168,7 +168,7 @@ def test_a_pass_of_sample_is_each_expert_on_its_part(tiny_config):
     images_BHWc = jnp.asarray(rng.normal(size=(6, 8, 8, 1)), jnp.float32)
     routes = way.draw(jax.random.key(0), jnp.int32(0))
     for number in (0, 1):
-        found, _ = way.logits(model, params, images_BHWc, None, Pass(number, routes, jnp.int32(0), 1))
+        found, _ = way.logits(model, params, images_BHWc, None, StepInfo(number, routes))
         for part in range(2):
             expert = (part + number) % 2  # with two experts the second route swaps them
             tree = join(params.trunk, one(params.experts, expert))

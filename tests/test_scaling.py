@@ -14,9 +14,9 @@ import scaling_model
 import processes
 from jvitmoe.config import ModelConfig, TrainConfig
 from jvitmoe.experts import cost
+from jvitmoe.machine import programs
+from jvitmoe.machine.devices import make_mesh
 from jvitmoe.models import vit
-from jvitmoe.runtime import programs
-from jvitmoe.runtime.devices import make_mesh
 
 PAGE = processes.ROOT / "docs" / "scaling.md"
 RESULTS = processes.ROOT / "results" / "scaling"

@@ -15,10 +15,10 @@ from jvitmoe.data import augment
 from jvitmoe.errors import ConfigError
 from jvitmoe.experts import cost, merge
 from jvitmoe.experts.params import Params, take
+from jvitmoe.machine.addresses import Purpose, address
+from jvitmoe.machine.devices import REPLICATED, describe, make_mesh
+from jvitmoe.machine.programs import for_reading, reduced_bytes
 from jvitmoe.models import vit
-from jvitmoe.runtime.addresses import Purpose, address
-from jvitmoe.runtime.devices import REPLICATED, describe, make_mesh
-from jvitmoe.runtime.programs import for_reading, reduced_bytes
 from jvitmoe.training import build, state, step, update
 from jvitmoe.training.state import TrainState
 

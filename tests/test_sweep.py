@@ -27,7 +27,7 @@ from jvitmoe import config as config_lib
 from jvitmoe import experiments, routing
 from jvitmoe.errors import UserError
 from jvitmoe.experts import cost
-from jvitmoe.runs import files
+from jvitmoe.runs import safe_io
 from tested_runs import write_tested_run
 
 EXPERIMENT = """
@@ -237,7 +237,7 @@ def test_a_sweep_started_again_trains_only_what_is_not_kept(tmp_path):
         (accuracy,) = (r["accuracy"] for r in kept[name]["result"]["rows"] if r["model"] == model)
         assert float(shown) == pytest.approx(100 * accuracy, abs=0.005)
         assert str(tmp_path) not in json.dumps(kept[name]["config"])
-        for file in (files.METRICS, files.RESULT):  # as the run left them
+        for file in (safe_io.METRICS, safe_io.RESULT):  # as the run left them
             unpacked = tmp_path / "out" / "runs" / name / file
             assert unpacked.read_bytes() == (tmp_path / "runs" / name / file).read_bytes()
 

@@ -13,7 +13,7 @@ import pytest
 from rich.console import Console
 
 from jvitmoe.errors import UserError
-from jvitmoe.runs import console, files, folder, metrics_log, results
+from jvitmoe.runs import console, folder, metrics_log, safe_io
 from jvitmoe.runs.console import markdown_table, show_table
 from jvitmoe.runs.metrics_log import MetricsLog
 
@@ -34,14 +34,14 @@ def test_lines_past_the_restored_step_and_a_torn_last_line_are_dropped_and_check
     with MetricsLog(tmp_path, start=0, total=10, batch_size=4) as log:
         for step in range(1, 7):
             log.train(step, VALUES | {"loss": step / 3 if step % 2 else float("nan")})
-            assert log.sync() == files.checksums(tmp_path, step)
+            assert log.sync() == safe_io.checksums(tmp_path, step)
     with path.open("a") as file:
         file.write('{"step": 7, "ki')
-    assert [line["step"] for line in files.read_metrics(path)] == [1, 2, 3, 4, 5, 6]
+    assert [line["step"] for line in safe_io.read_metrics(path)] == [1, 2, 3, 4, 5, 6]
     with MetricsLog(tmp_path, start=4, total=10, batch_size=4) as log:
-        assert log.sync() == files.checksums(tmp_path, 4)
+        assert log.sync() == safe_io.checksums(tmp_path, 4)
         log.train(5, VALUES)
-        assert log.sync() == files.checksums(tmp_path, 5) != files.checksums(tmp_path, 4)
+        assert log.sync() == safe_io.checksums(tmp_path, 5) != safe_io.checksums(tmp_path, 4)
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2, 3, 4, 5]
 
 
@@ -121,7 +121,7 @@ def test_a_file_is_written_whole_or_not_at_all_and_never_through_a_link(tmp_path
         (tmp_path / name).write_text("mine")
         (tmp_path / "run" / name).symlink_to(tmp_path / name)
     for text in ("one", "two"):
-        files.write_text(tmp_path / "run" / "a", text)
+        safe_io.write_text(tmp_path / "run" / "a", text)
         assert [(path.name, path.read_text()) for path in (tmp_path / "run").iterdir()] == [("a", text)]
     assert not (tmp_path / "run" / "a").is_symlink()
     assert [(tmp_path / name).read_text() for name in ("a", "a.part")] == ["mine", "mine"]
@@ -135,7 +135,7 @@ def test_too_many_open_files_are_told_from_a_full_disk(tmp_path, monkeypatch):
 
         monkeypatch.setattr(Path, "open", fail)
         with pytest.raises(UserError, match=f"a cannot be written: {os.strerror(number)}; {remedy}"):
-            files.write_text(tmp_path / "a", "text")
+            safe_io.write_text(tmp_path / "a", "text")
 
 
 def test_names_are_printed_as_they_are_and_control_neither_the_terminal_nor_a_table(capsys):
@@ -151,10 +151,10 @@ def test_names_are_printed_as_they_are_and_control_neither_the_terminal_nor_a_ta
 
 
 READERS = {
-    "metrics.jsonl": lambda run: files.read_metrics(run / "metrics.jsonl"),
-    "result.json": results.read_result,
-    "classes.json": files.read_classes,
-    "images.json": files.read_images,
+    "metrics.jsonl": lambda run: safe_io.read_metrics(run / "metrics.jsonl"),
+    "result.json": safe_io.read_result,
+    "classes.json": safe_io.read_classes,
+    "images.json": safe_io.read_images,
 }
 BAD = ('{"train": 1e400}', "[" * 100_000, "[]", "3", '{"train": true}', '["1", 2]', "\0", "9" * 5000, '{"rows": [[]]}')
 
@@ -187,20 +187,20 @@ def test_a_file_that_may_not_be_read_a_folder_a_pipe_a_link_and_a_file_that_is_t
     refused("it is a link")
     path.unlink()
     path.touch()
-    os.truncate(path, files.MOST_HISTORY + 1)
+    os.truncate(path, safe_io.MOST_HISTORY + 1)
     refused("its 4,294,967,297 bytes are more than")
-    monkeypatch.setattr(files.os, "open", mock.Mock(side_effect=PermissionError(13, "Permission denied")))
+    monkeypatch.setattr(safe_io.os, "open", mock.Mock(side_effect=PermissionError(13, "Permission denied")))
     refused("Permission denied")
 
 
 def test_a_history_that_ends_in_zeros_takes_little_memory_and_keeps_its_lines(tmp_path):
     line = {"step": 1, "kind": "train", "loss": 2.0}
-    path = tmp_path / files.METRICS
+    path = tmp_path / safe_io.METRICS
     path.write_text(json.dumps(line) + "\n")
     os.truncate(path, 2**27)  # a hole, as a power cut may leave one
     tracemalloc.start()
     try:
-        assert files.read_metrics(path) == [line]
+        assert safe_io.read_metrics(path) == [line]
         with pytest.raises(UserError, match="a line is damaged"):
             folder._check_metrics(tmp_path, {})
         assert tracemalloc.get_traced_memory()[1] < 2**25

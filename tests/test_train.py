@@ -16,13 +16,13 @@ import jvitmoe
 import processes
 from jvitmoe import rules
 from jvitmoe.commands import evaluate, export, predict, train
-from jvitmoe.data import datasets
-from jvitmoe.evaluation import models
+from jvitmoe.data import sources
+from jvitmoe.evaluation import evaluator
 from jvitmoe.experts import merge
 from jvitmoe.interop import pretrained
+from jvitmoe.machine.devices import make_mesh
 from jvitmoe.runs import metrics_log
 from jvitmoe.runs.checkpoints import Checkpoints
-from jvitmoe.runtime.devices import make_mesh
 from jvitmoe.training import build, loop, update
 from jvitmoe.training.state import make_state
 from processes import call, refused, succeed, wait_for_step
@@ -110,7 +110,7 @@ def test_a_signal_in_an_evaluation_ends_the_run_after_it_also_before_its_test(ex
     short = train.main, f"--config={experiment}", *settings, "--trackers="
     succeed(*short, f"--workdir={whole}")
     assert not (whole / "tb").exists()
-    watch = models.evaluate_main
+    watch = evaluator.evaluate_main
 
     def interrupted(*arguments):
         assert signal.getsignal(signal.SIGTERM) not in (signal.SIG_DFL, signal.SIG_IGN)
@@ -118,7 +118,7 @@ def test_a_signal_in_an_evaluation_ends_the_run_after_it_also_before_its_test(ex
         time.sleep(0.5)  # a thread takes it
         return watch(*arguments)
 
-    monkeypatch.setattr(models, "evaluate_main", interrupted)
+    monkeypatch.setattr(evaluator, "evaluate_main", interrupted)
     for step in (5, 10):
         code, out, err = call(*short, f"--workdir={workdir}")
         assert (code, err) == (128 + signal.SIGTERM, "")
@@ -136,8 +136,8 @@ def test_a_run_goes_on_by_its_folder_alone_and_dots_and_links_lead_to_it(experim
     Image.new("L", (8, 8)).save(tmp_path / "black.png")
     monkeypatch.chdir(tmp_path / "here")
     started = train.main, f"--config={experiment}", *DENSE, "--config.train.epochs=1"
-    counted, browse, calls = (*started, "--config.model.classes=0"), datasets.browse, []
-    monkeypatch.setattr(datasets, "browse", lambda *of: calls.append(of) or browse(*of))
+    counted, browse, calls = (*started, "--config.model.classes=0"), sources.browse, []
+    monkeypatch.setattr(sources, "browse", lambda *of: calls.append(of) or browse(*of))
     succeed(*counted, "--workdir=../run")
     assert len(calls) == 1  # to list a large folder takes minutes
     for again in (counted, counted[:1]):  # also by its folder alone
@@ -173,7 +173,7 @@ def test_steps_are_shown_where_none_was_for_long_and_the_history_stays_the_same(
 def test_evaluate_needs_only_the_folder_and_any_devices_and_training_again_tells_of_the_run_and_changes_nothing(
     experiment, copy, monkeypatch
 ):
-    monkeypatch.setattr(models, "versions", lambda: {"jax": "of the test"})
+    monkeypatch.setattr(evaluator, "versions", lambda: {"jax": "of the test"})
     trained = json.loads((copy / "result.json").read_text())
     out = succeed(evaluate.main, f"--workdir={copy}", "--devices=8", "--paths=3", "--knn=5")
     result = json.loads((copy / "result.json").read_text())

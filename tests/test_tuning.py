@@ -21,8 +21,8 @@ from jvitmoe.config import Config
 from jvitmoe.experts import merge
 from jvitmoe.experts.params import Params, join, one
 from jvitmoe.interop import load
+from jvitmoe.machine import devices, signals
 from jvitmoe.models import mlp, vit
-from jvitmoe.runtime import devices, signals
 from jvitmoe.training import build, loop
 from jvitmoe.training.state import TrainState, make_state
 from run_folders import assert_same_run, lose_newest, saved

@@ -21,7 +21,7 @@ from ml_collections import config_flags
 from jvitmoe import experiments, rules
 from jvitmoe.config import SETTINGS, Config, unknown_field
 from jvitmoe.errors import UserError, did_you_mean, one_line
-from jvitmoe.runs import files
+from jvitmoe.runs import safe_io
 from jvitmoe.settings import help_lines, help_text
 
 
@@ -89,12 +89,12 @@ def config_path(argv: list[str]) -> str:
 def _saved_config(argv: list[str]) -> Config | None:
     """Returns the settings of the run in `--workdir`, with which its command goes on; None if there is none."""
     name, _ = _take("workdir", argv)
-    workdir = files.run_folder(name)
-    if not name or not os.path.isfile(workdir / files.CONFIG):
+    workdir = safe_io.run_folder(name)
+    if not name or not os.path.isfile(workdir / safe_io.CONFIG):
         return None
-    from jvitmoe.runs import groups  # not above: it imports NumPy
+    from jvitmoe.reports import comparison  # not above: it imports NumPy
 
-    return groups.read_config(workdir)
+    return comparison.read_config(workdir)
 
 
 def experiment_name(argv: list[str]) -> str:
@@ -118,7 +118,7 @@ def _take(flag: str, argv: list[str]) -> tuple[str, list[str]]:
 @contextlib.contextmanager
 def data_dir_flag(flag: str = "--data_dir") -> Iterator[None]:
     """In its body an error about data names `flag`, not --config.data.dir."""
-    from jvitmoe.data.images import DataError  # here, because it imports NumPy
+    from jvitmoe.data.pictures import DataError  # here, because it imports NumPy
 
     try:
         yield
@@ -137,8 +137,8 @@ def run_folder(name: Path | str) -> Path:
     """Returns a --workdir. Raises UserError where it is missing, does not exist or holds no checkpoints."""
     if not name:
         raise UserError("--workdir is missing; give a run folder, such as --workdir=runs/digits_random")
-    workdir = files.run_folder(name)
-    if not os.path.isdir(workdir / files.CHECKPOINTS):
+    workdir = safe_io.run_folder(name)
+    if not os.path.isdir(workdir / safe_io.CHECKPOINTS):
         problem = "holds no checkpoints" if os.path.exists(workdir) else "does not exist"
         raise UserError(f"workdir {str(workdir)!r} {problem}; give the folder that training wrote")
     return workdir
@@ -194,7 +194,7 @@ def run(main: Callable[[list[str]], Any]) -> NoReturn:
 
 def _leave_trackers(code: Any) -> None:
     """Ends the process at once if a tracker hangs, whose package would wait for it at exit."""
-    trackers, processes = (sys.modules.get(f"jvitmoe.{name}") for name in ("runs.trackers", "runtime.processes"))
+    trackers, processes = (sys.modules.get(f"jvitmoe.{name}") for name in ("runs.trackers", "machine.processes"))
     if trackers and processes and trackers.are_hanging():  # a run has imported both
         processes.leave_last(int(code or 0))
 

@@ -22,9 +22,9 @@ from jvitmoe import rules
 from jvitmoe.commands import cli
 from jvitmoe.config import Config
 from jvitmoe.errors import ConfigError, UserError, one_line
-from jvitmoe.runs import files
-from jvitmoe.runtime import targets
-from jvitmoe.runtime.targets import GIB, Target
+from jvitmoe.machine import targets
+from jvitmoe.machine.targets import GIB, Target
+from jvitmoe.runs import safe_io
 
 COUNTS = {"digits": 1437, "cifar10": 50_000, "cifar100": 50_000, "mnist": 60_000, "imagenet2012": 1_281_167}
 PARTS = {  # what the names of arguments begin with -> what they are
@@ -76,7 +76,7 @@ def main(argv: list[str]) -> None:
         fits = f"--config.train.batch_size={batch}" if batch else "no batch"
         console.print(f"largest     {fits} fits in {target}")
     if values.out:
-        files.write_text(Path(values.out), json.dumps(found, indent=1) + "\n")
+        safe_io.write_text(Path(values.out), json.dumps(found, indent=1) + "\n")
         console.print(f"written     {values.out}")
     if found.get("largest_batch") == 0:
         remedy = "set --config.train.shard=parameters, or take a smaller model"
@@ -103,7 +103,7 @@ def measure(config: Config, target: Target, count: int) -> dict[str, Any]:
 
     Raises UserError where XLA cannot compile it, and ConfigError where the settings do not fit the devices.
     """
-    from jvitmoe.runtime import devices, programs
+    from jvitmoe.machine import devices, programs
     from jvitmoe.training import build, step
 
     mesh = devices.make_mesh(config.train, found=targets.devices(target))
@@ -185,7 +185,7 @@ def _fit(config: Config, target: Target, count: int, peak: float, show: Callable
     each batch that is tried, and `peak` is what the batch of the config needs."""
     from jvitmoe import routing
     from jvitmoe.data import batches
-    from jvitmoe.runtime import devices
+    from jvitmoe.machine import devices
 
     mesh = devices.make_mesh(config.train, found=targets.devices(target))
     unit, _ = batches.divisor(mesh, routing.find(config).slots, config.train.accumulate)

@@ -23,7 +23,8 @@ from jvitmoe import rules
 from jvitmoe.commands import cli
 from jvitmoe.config import Config
 from jvitmoe.errors import UserError
-from jvitmoe.runs import files, results
+from jvitmoe.reports import results
+from jvitmoe.runs import safe_io
 from jvitmoe.runs.console import console, progress, warnings_as_lines
 
 MOST_SAMPLES = 15  # images of samples.png
@@ -94,22 +95,22 @@ def evaluate(
     probes.check()
     _refuse_negative(paths=paths, devices=devices)
     cli.run_folder(workdir)
-    files.refuse_links(workdir)
+    safe_io.refuse_links(workdir)
     console.print(f"reading     {workdir}")
     # Not above: these import JAX and matplotlib, and --help need not wait for that.
     from jvitmoe.data import stream
     from jvitmoe.data.batches import Resident
-    from jvitmoe.evaluation import mergeability, models
+    from jvitmoe.evaluation import evaluator, mergeability
     from jvitmoe.evaluation import probes as probes_lib
     from jvitmoe.experts import merge
-    from jvitmoe.runs import figures
+    from jvitmoe.reports import figures
 
     config, routing, mesh, params, ema, meta = _restore(workdir, checkpoint, data_dir, devices)
     console.print(f"reading     {config.data.name} {config.data.dir}".rstrip())
     data, probed, probed_data = _data(config, workdir, probes)
     dense, at_once = merge.dense_tree(params), config.train.images_at_once
     with progress("testing") as batch_done:
-        evaluator = models.make_evaluate(routing.model(mesh), mesh, config.data, batch_done)
+        tester = evaluator.make_evaluate(routing.model(mesh), mesh, config.data, batch_done)
         shown = stream.eval_batches(data.test, at_once, config.data, config.model, mesh)
         known = results.of_training(workdir, meta["versions"])
         result: dict[str, Any] = {}
@@ -117,25 +118,27 @@ def evaluate(
             trees = {"dense" if routing.experts == 1 else "merged": dense}
             trees |= {"EMA": ema} if ema is not None else {}
             settings = probed_data, at_once, mesh, probes.few_shot, probes.knn
-            result["probes"] = probes_lib.measure(evaluator.net, trees, probed, *settings)
+            result["probes"] = probes_lib.measure(tester.net, trees, probed, *settings)
         gate_X, few = None, None
         if routing.experts > 1:
             few = _some(data.test, mergeability.IMAGES, config)
-        if evaluator.routed:
+        if tester.routed:
             seen = _some(data.train, mergeability.IMAGES, config, skipped=console.print)  # as training may have
-            gate_X, result["routes"] = _routes(routing, params, evaluator.routed, seen, few, workdir)
+            gate_X, result["routes"] = _routes(routing, params, tester.routed, seen, few, workdir)
         seed = config.train.seed
-        result["rows"] = models.evaluate_run(routing, seed, params, ema, evaluator, shown, paths, gate_X)
-        result |= models.facts(routing, mesh, config.data.name, seed, meta["step"]) | known | {"files": meta["files"]}
+        result["rows"] = evaluator.evaluate_run(routing, seed, params, ema, tester, shown, paths, gate_X)
+        result |= (
+            evaluator.facts(routing, mesh, config.data.name, seed, meta["step"]) | known | {"files": meta["files"]}
+        )
         if few is not None:
             batches = Resident(few, at_once, mesh)
-            result["mergeability"] = mergeability.measure(routing, params, evaluator, batches)
-    _draw_samples(evaluator, dense, _some(data.test, MOST_SAMPLES, config), workdir)
+            result["mergeability"] = mergeability.measure(routing, params, tester, batches)
+    _draw_samples(tester, dense, _some(data.test, MOST_SAMPLES, config), workdir)
     drawn = figures.of_run(result, workdir)
     for name, figure in drawn.items():
         figures.save(figure, workdir / name)
-    results.write_result(workdir, result, files.CONFUSION in drawn)
-    written = [files.RESULT, results.REPORT, files.SAMPLES, *drawn] + [files.EXPERTS] * bool(evaluator.routed)
+    results.write_result(workdir, result, safe_io.CONFUSION in drawn)
+    written = [safe_io.RESULT, results.REPORT, safe_io.SAMPLES, *drawn] + [safe_io.EXPERTS] * bool(tester.routed)
     console.print(f"written     {', '.join(written)} in {workdir}")
 
 
@@ -149,12 +152,12 @@ def _restore(
 
     from jvitmoe import routing
     from jvitmoe.experts.params import from_dict
+    from jvitmoe.machine import compilation, devices
     from jvitmoe.runs.checkpoints import Checkpoints
-    from jvitmoe.runtime import compilation, devices
 
     compilation.use_cache()
     with warnings_as_lines():
-        saved = Checkpoints(workdir / files.CHECKPOINTS).read(checkpoint)
+        saved = Checkpoints(workdir / safe_io.CHECKPOINTS).read(checkpoint)
     config = config_lib.from_dict(saved.meta["config"])
     config.data.dir = data_dir or config.data.dir
     rules.check(config)
@@ -174,17 +177,17 @@ def _data(config: Config, workdir: Path, probes: Probes) -> tuple[Any, Any, Any]
     """Returns (the run's data set, that of the probes, the settings of the latter). Only probes need all training
     images in memory. Those of the run's own set do not train on the validation images that it held out, which chose its
     checkpoint."""
-    from jvitmoe.data import datasets
+    from jvitmoe.data import sources
     from jvitmoe.data.splits import SizeError, decode
 
-    find = datasets.load if probes and not config.data.stream else datasets.browse
+    find = sources.load if probes and not config.data.stream else sources.browse
     with cli.data_dir_flag():
-        own: Any = datasets.with_classes(find, config.data, config.model, files.read_classes(workdir))
+        own: Any = sources.with_classes(find, config.data, config.model, safe_io.read_classes(workdir))
         if not (probes or config.data.stream):
             own = dataclasses.replace(own, test=decode(own.test, config.data, config.model))
 
     def without_held_out(data: Any) -> Any:
-        return dataclasses.replace(data, train=datasets.hold_out(data.train, config.data.validation)[0])
+        return dataclasses.replace(data, train=sources.hold_out(data.train, config.data.validation)[0])
 
     if not probes.data:
         return own, without_held_out(own) if probes else own, config.data
@@ -220,7 +223,7 @@ def _routes(routing: Any, params: Any, routed: Any, seen: Any, few: Any, workdir
     import numpy as np
 
     from jvitmoe.evaluation import expert_maps
-    from jvitmoe.runs import figures
+    from jvitmoe.reports import figures
 
     def measured(split: Any) -> Any:
         return expert_maps.measure(routed.net, params, split.images_NHWc, split.labels_N, routed.normalize)
@@ -231,7 +234,7 @@ def _routes(routing: Any, params: Any, routed: Any, seen: Any, few: Any, workdir
     names = results.class_names(workdir, model.classes)
     shown = np.linspace(0, len(few.labels_N) - 1, min(MAPPED, len(few.labels_N))).astype(int)
     pictures = [(few.images_NHWc[n], names[few.labels_N[n]], found.expert_XBP[:, n]) for n in shown]
-    figures.save(figures.experts(found, pictures, layers.tolist(), names), workdir / files.EXPERTS)
+    figures.save(figures.experts(found, pictures, layers.tolist(), names), workdir / safe_io.EXPERTS)
     kept = [[" ".join(map(str, expert_P)) for expert_P in expert_BP[:KEPT]] for expert_BP in found.expert_XBP]
     figures_of = {"load": found.load_XE.tolist(), "gate": found.gate_X.tolist(), "images": len(few.labels_N)}
     return gate_X, figures_of | {"experts": kept}
@@ -242,10 +245,10 @@ def _draw_samples(evaluate: Any, params: Any, few: Any, workdir: Path) -> None:
     import jax
     import jax.numpy as jnp
 
-    from jvitmoe.data.images import Picture
+    from jvitmoe.data.pictures import Picture
+    from jvitmoe.machine import compilation
     from jvitmoe.models import vit
-    from jvitmoe.runs import figures
-    from jvitmoe.runtime import compilation
+    from jvitmoe.reports import figures
 
     run = compilation.jit(lambda params, images: vit.logits(evaluate.net, params, evaluate.normalize(images)))
     logits_NC = run(params, jnp.asarray(few.images_NHWc))
@@ -256,7 +259,7 @@ def _draw_samples(evaluate: Any, params: Any, few: Any, workdir: Path) -> None:
         is_wrong = bool(order_C[0] != label)
         guesses, picture = [(names[c], float(share_C[c])) for c in order_C], Picture(names[label], image_HWc)
         cells.append(figures.Cell(picture, f"{'wrong, ' * is_wrong}true: {names[label]}", guesses, is_wrong))
-    figures.contact_sheet(workdir / files.SAMPLES, cells)
+    figures.contact_sheet(workdir / safe_io.SAMPLES, cells)
 
 
 def _define_flags(values: flags.FlagValues) -> None:

@@ -14,7 +14,7 @@ from absl import flags
 
 from jvitmoe.commands import cli
 from jvitmoe.errors import UserError, printable
-from jvitmoe.runs import files, results
+from jvitmoe.runs import safe_io
 from jvitmoe.runs.console import console, warnings_as_lines
 
 
@@ -37,8 +37,8 @@ def export(
     console.print(f"reading     {workdir}")
     # Not above: these import JAX, and --help need not wait for that.
     from jvitmoe.interop import load, manifest, model_card
-    from jvitmoe.interop.targets import TARGETS
-    from jvitmoe.runtime import compilation
+    from jvitmoe.interop.formats import TARGETS
+    from jvitmoe.machine import compilation
 
     if not (target := TARGETS.get(to)):
         raise UserError(f"--to is {to!r}; it must be one of {', '.join(sorted(TARGETS))}")
@@ -56,13 +56,13 @@ def export(
         sample = target.sample(source, config)
 
     # Renamed at the end, so `out` is never incomplete. With the process in its name it is no folder of the user.
-    unfinished = out.with_name(f"{out.name}.{os.getpid()}{files.UNFINISHED}")
-    files.make_folder(unfinished)
+    unfinished = out.with_name(f"{out.name}.{os.getpid()}{safe_io.UNFINISHED}")
+    safe_io.make_folder(unfinished)
     try:
-        with files.writing(out):
+        with safe_io.writing(out):
             difference = target.export(unfinished, source, sample)
-            card = model_card.write(source, results.read_result(workdir), target, remarks)
-            files.write_text(unfinished / manifest.CARD, card)
+            card = model_card.write(source, safe_io.read_result(workdir), target, remarks)
+            safe_io.write_text(unfinished / manifest.CARD, card)
             manifest.write(unfinished)
             unfinished.rename(out)  # also onto an empty folder
     finally:

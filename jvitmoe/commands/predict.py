@@ -15,8 +15,8 @@ import numpy as np
 from absl import flags
 
 from jvitmoe.commands import cli
-from jvitmoe.data import images
-from jvitmoe.data.images import DataError
+from jvitmoe.data import pictures
+from jvitmoe.data.pictures import DataError
 from jvitmoe.errors import UserError, printable
 from jvitmoe.runs.console import console, show_table, warnings_as_lines
 
@@ -33,14 +33,14 @@ def main(argv: list[str]) -> None:
         raise UserError(f"--sheet is {values.sheet!r}; it must be a .png in a folder that exists")
     # Not above: these import JAX, and --help need not wait for that.
     from jvitmoe.interop import classifier
-    from jvitmoe.runtime import compilation
+    from jvitmoe.machine import compilation
 
     compilation.use_cache()
     with warnings_as_lines(functools.partial(print, file=sys.stderr)):
         model = classifier.load(values.workdir, values.checkpoint, values.ema)
     for note in model.notes:
         print(f"source      {printable(note)}", file=sys.stderr)
-    paths, unreadable = images.find(arguments)
+    paths, unreadable = pictures.find(arguments)
     classes: list[tuple[Path, list[classifier.Prediction]]] = []
     for start in range(0, len(paths), classifier.BATCH):
         pixels: list[tuple[Path, np.ndarray]] = []
@@ -62,10 +62,10 @@ def main(argv: list[str]) -> None:
         ]
         show_table(rows, f"{values.workdir}: most probable classes")
     if out and classes:
-        from jvitmoe.runs import figures  # imports matplotlib, which takes as long as an answer
+        from jvitmoe.reports import figures  # imports matplotlib, which takes as long as an answer
 
         cells = [
-            figures.Cell(images.Picture(str(path), path), path.name, [(c.name, c.probability) for c in top])
+            figures.Cell(pictures.Picture(str(path), path), path.name, [(c.name, c.probability) for c in top])
             for path, top in classes
         ]
         figures.contact_sheet(out, cells)

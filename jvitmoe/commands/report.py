@@ -15,9 +15,10 @@ from absl import flags
 
 from jvitmoe.commands import cli
 from jvitmoe.errors import UserError, escaped
-from jvitmoe.runs import files, groups, page, results
+from jvitmoe.reports import comparison, page, results
+from jvitmoe.reports.comparison import Groups
+from jvitmoe.runs import safe_io
 from jvitmoe.runs.console import console, show_table
-from jvitmoe.runs.groups import Groups
 
 NOTE = (
     "± is the sample deviation over seeds; in a row of one seed, over random paths. A dense run stands before the runs "
@@ -40,30 +41,30 @@ def main(argv: list[str]) -> None:
 def report(runs: Sequence[str], out: Path, html: bool = False, command: str = "") -> None:
     """Writes the report of run folders, and of named groups of them, `GROUP=RUN,RUN`, into a folder. `html` adds one
     page with all figures; `command` is what the report says after `jvitmoe report`. Raises UserError as `main`."""
-    if os.path.exists(out / files.CONFIG):  # unlike Path.exists, it raises for no name
+    if os.path.exists(out / safe_io.CONFIG):  # unlike Path.exists, it raises for no name
         raise UserError(f"--out is {str(out)!r}, which is a run folder; give a folder for the report")
     ours = os.path.realpath(out)  # it may be in runs/*
     found = _read_groups([each for each in runs if os.path.realpath(each) != ours])
-    rows = [row for name, group in found.items() for row in groups.group_rows(name, group)]
-    overview = groups.overview(found)
+    rows = [row for name, group in found.items() for row in comparison.group_rows(name, group)]
+    overview = comparison.overview(found)
     pictures = _pictures(found)
-    unfinished = groups.unfinished(found)
-    parts: list[page.Part] = [page.Heading(1, "Runs"), groups.tested(found), *unfinished, overview]
-    if differences := groups.differences(found):
-        parts += [*differences, groups.DECIDED]
+    unfinished = comparison.unfinished(found)
+    parts: list[page.Part] = [page.Heading(1, "Runs"), comparison.tested(found), *unfinished, overview]
+    if differences := comparison.differences(found):
+        parts += [*differences, comparison.DECIDED]
     said = escaped(f"Command: jvitmoe report {command or shlex.join([f'--out={out}', *runs])}")
-    parts += [OVERVIEW, groups.opening(found), said]
+    parts += [OVERVIEW, comparison.opening(found), said]
     parts += [*pictures, page.Heading(2, "Every model"), rows, NOTE]
-    files.make_folder(out)
+    safe_io.make_folder(out)
     for picture in pictures:
-        files.write_bytes(out / f"{picture.name}.png", picture.png)
-    files.write_text(out / "report.md", page.as_markdown(parts))
-    records = {name: groups.record(group) for name, group in found.items()}
-    files.write_text(out / "runs.json", json.dumps(records, indent=1) + "\n")
+        safe_io.write_bytes(out / f"{picture.name}.png", picture.png)
+    safe_io.write_text(out / "report.md", page.as_markdown(parts))
+    records = {name: comparison.record(group) for name, group in found.items()}
+    safe_io.write_text(out / "runs.json", json.dumps(records, indent=1) + "\n")
     if html:
-        files.write_text(out / "report.html", page.as_html([*parts, *_details(found)]))
+        safe_io.write_text(out / "report.html", page.as_html([*parts, *_details(found)]))
     short = [{name: row[name] for name in row if name != "hardware"} for row in rows]
-    table = groups.without_empty(short) if len(found) <= MANY else overview
+    table = comparison.without_empty(short) if len(found) <= MANY else overview
     show_table(table, "test split", str(out / "report.md"))
     for hardware in dict.fromkeys(row["hardware"] for row in rows):
         console.print(f"hardware    {hardware}")
@@ -82,10 +83,12 @@ def _read_groups(arguments: Sequence[str]) -> Groups:
     for argument in arguments:
         name, equals, members = argument.partition("=")
         if equals and not os.path.exists(argument):  # unlike Path.exists, it raises for no name
-            groups.add_group(named, name, [groups.read_run(files.run_folder(member)) for member in members.split(",")])
+            comparison.add_group(
+                named, name, [comparison.read_run(safe_io.run_folder(member)) for member in members.split(",")]
+            )
             continue
         try:
-            runs.append(groups.read_run(files.run_folder(argument)))
+            runs.append(comparison.read_run(safe_io.run_folder(argument)))
         except UserError as error:
             left_out.append(error)
     if not (runs or named):
@@ -93,16 +96,16 @@ def _read_groups(arguments: Sequence[str]) -> Groups:
         raise left_out[0] if left_out else nothing
     for reason in left_out:
         console.print(f"left out    {reason}")
-    return groups.in_order(groups.group_runs(runs, named))
+    return comparison.in_order(comparison.group_runs(runs, named))
 
 
 def _pictures(found: Groups) -> list[page.Picture]:
     """Returns the figures of all groups."""
-    from jvitmoe.runs import figures  # not above: it imports matplotlib, and --help need not wait for that
+    from jvitmoe.reports import figures  # not above: it imports matplotlib, and --help need not wait for that
 
     images = {name: group[0].result["rows"][0]["images"] for name, group in found.items()}
-    table = {name: groups.by_seed([run.result for run in group]) for name, group in found.items()}
-    ranked = groups.of_one_set(found)
+    table = {name: comparison.by_seed([run.result for run in group]) for name, group in found.items()}
+    ranked = comparison.of_one_set(found)
     pictures = [page.Picture("comparison", figures.png(figures.comparison(table, images, ranked)))]
     if curves := figures.curves({name: [run.folder for run in group] for name, group in found.items()}, ranked):
         pictures.append(page.Picture("curves", figures.png(curves)))
@@ -112,16 +115,16 @@ def _pictures(found: Groups) -> list[page.Picture]:
 def _details(found: Groups) -> list[page.Part]:
     """Returns what only the page has: the settings in which groups differ, and the figures of each group's first
     seed."""
-    from jvitmoe.runs import figures
+    from jvitmoe.reports import figures
 
     parts: list[page.Part] = []
-    if len((rows := groups.setting_rows(found))[0]) > 1:
+    if len((rows := comparison.setting_rows(found))[0]) > 1:
         parts += [page.Heading(2, "Settings that differ"), rows]
     for name, (run, *_) in found.items():
-        with groups.naming_result(run.folder):
+        with comparison.naming_result(run.folder):
             drawn = figures.of_run(run.result, run.folder)
             pictures = [page.Picture(Path(file).stem, figures.png(figure)) for file, figure in drawn.items()]
-        own = (page.own_picture(run.folder / file) for file in (files.EXPERTS, files.SAMPLES))
+        own = (page.own_picture(run.folder / file) for file in (safe_io.EXPERTS, safe_io.SAMPLES))
         pictures += filter(None, own)
         if pictures:
             parts += [page.Heading(2, f"{name}, seed {run.config.train.seed}"), *pictures]

@@ -14,7 +14,7 @@ from typing import Any
 from absl import flags
 
 from jvitmoe.commands import cli
-from jvitmoe.runs import files
+from jvitmoe.runs import safe_io
 from jvitmoe.runs.console import console
 
 
@@ -22,7 +22,7 @@ def main(argv: list[str]) -> None:
     """Trains to the end, tests, and writes result.json and report.md in the run folder."""
     values = cli.parse(argv, define_flags, config=True)
     config = cli.experiment(values)
-    workdir = files.run_folder(values.workdir or Path("runs") / cli.experiment_name(argv))
+    workdir = safe_io.run_folder(values.workdir or Path("runs") / cli.experiment_name(argv))
     if not (values.coordinator or values.distributed):  # only the first of several processes prints
         console.print("starting    JAX")
     from jvitmoe.training.launch import launch  # not above: it imports JAX
@@ -32,7 +32,7 @@ def main(argv: list[str]) -> None:
 
 def join_of(values: flags.FlagValues) -> Any:
     """Returns the `processes.Join` of the flags."""
-    from jvitmoe.runtime.processes import Join  # not above: it imports JAX
+    from jvitmoe.machine.processes import Join  # not above: it imports JAX
 
     return Join(values.distributed, values.coordinator, values.processes, values.process, values.join_seconds)
 

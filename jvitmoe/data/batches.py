@@ -17,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding
 from jvitmoe.config import ModelConfig
 from jvitmoe.data.splits import Split
 from jvitmoe.errors import ConfigError
-from jvitmoe.runtime.devices import BY_DEVICE, DATA, REPLICATED, to_devices
+from jvitmoe.machine.devices import BY_DEVICE, DATA, REPLICATED, to_devices
 
 
 class Batch(NamedTuple):

@@ -17,8 +17,8 @@ from typing import Generic, TypeVar
 import numpy as np
 
 from jvitmoe.config import DataConfig, ModelConfig
-from jvitmoe.data.images import MODES, DataError, Picture, centre_crop, exact, random_crop
-from jvitmoe.runtime import memory
+from jvitmoe.data.pictures import MODES, DataError, Picture, centre_crop, exact, random_crop
+from jvitmoe.machine import memory
 
 GROUP = 64  # records per thread task: one record per task costs more in overhead than in decoding
 SAMPLED = 64  # records of a split, evenly spaced, whose contents are part of its fingerprint
@@ -105,7 +105,7 @@ class Dataset(Generic[S]):
 
 
 class Source(abc.ABC):
-    """A kind of data set. A new one defines `browse` and gets a line in `datasets.SOURCES`."""
+    """A kind of data set. A new one defines `browse` and gets a line in `sources.SOURCES`."""
 
     knows_labels = True  # without reading records; if False, data.stream changes which images are held out
 
@@ -114,7 +114,7 @@ class Source(abc.ABC):
 
     @abc.abstractmethod
     def browse(self) -> Dataset[Records]:
-        """Returns what `datasets.browse` returns. Raises DataError."""
+        """Returns what `sources.browse` returns. Raises DataError."""
 
 
 class SizeError(DataError):

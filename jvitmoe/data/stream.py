@@ -20,9 +20,9 @@ from jax.sharding import Mesh, NamedSharding
 
 from jvitmoe.config import DataConfig, ModelConfig, TrainConfig
 from jvitmoe.data.batches import Batch, EvalBatches, Resident, TrainOrder
-from jvitmoe.data.images import DataError, opened
+from jvitmoe.data.pictures import DataError, opened
 from jvitmoe.data.splits import GROUP, Records, Split, read_pixels
-from jvitmoe.runtime.devices import BY_DEVICE
+from jvitmoe.machine.devices import BY_DEVICE
 
 MOST_DAMAGED = 0.01  # of the pictures of a training split
 AHEAD = 2  # batches that wait on the devices; as many wait decoded on the host

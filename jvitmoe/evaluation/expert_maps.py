@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jvitmoe.experts.params import Params, join_all
+from jvitmoe.machine import compilation
 from jvitmoe.models import vit
-from jvitmoe.runtime import compilation
 
 BATCH = 100
 

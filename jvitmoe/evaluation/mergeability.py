@@ -12,12 +12,12 @@ import numpy as np
 
 from jvitmoe.data import augment
 from jvitmoe.data.batches import Batch, EvalBatches
-from jvitmoe.evaluation.models import Evaluator, path_routes
+from jvitmoe.evaluation.evaluator import Evaluator, path_routes
 from jvitmoe.experts import merge
 from jvitmoe.experts.params import MLP, Params
+from jvitmoe.machine import compilation
 from jvitmoe.models import mlp, vit
 from jvitmoe.routing import Routing
-from jvitmoe.runtime import compilation
 
 SHARES = tuple(i / 8 for i in range(9))
 IMAGES = 1000  # most images that the layer gap and the losses are measured on

@@ -16,9 +16,9 @@ from jvitmoe.data import augment, stream
 from jvitmoe.data.batches import Batch, EvalBatches
 from jvitmoe.data.splits import Dataset
 from jvitmoe.errors import UserError
+from jvitmoe.machine import compilation
 from jvitmoe.models import vit
 from jvitmoe.runs.console import console
-from jvitmoe.runtime import compilation
 
 SEEDS = (0, 1, 2)  # of the draws of shots
 L2, BIAS = 2.0**10, 100.0

@@ -5,8 +5,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jvitmoe.machine import programs
 from jvitmoe.models import vit
-from jvitmoe.runtime import programs
 
 
 def flops_per_image(net: vit.ViT, batch: int) -> float:

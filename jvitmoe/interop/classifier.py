@@ -13,12 +13,12 @@ import numpy as np
 from absl import logging
 
 from jvitmoe.data import augment
-from jvitmoe.data import images as images_lib
+from jvitmoe.data import pictures as images_lib
 from jvitmoe.errors import UserError
 from jvitmoe.interop import load as load_lib
 from jvitmoe.interop import weight_names
+from jvitmoe.machine import compilation
 from jvitmoe.models import vit
-from jvitmoe.runtime import compilation
 
 BATCH = 64  # images per call
 

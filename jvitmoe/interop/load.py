@@ -26,10 +26,10 @@ from jvitmoe.experts import merge
 from jvitmoe.experts.params import from_dict
 from jvitmoe.interop import config_files, download, manifest, weight_names
 from jvitmoe.interop.weight_names import Dict
+from jvitmoe.machine import devices
 from jvitmoe.models import layers, vit
-from jvitmoe.runs import files
+from jvitmoe.runs import safe_io
 from jvitmoe.runs.checkpoints import Checkpoints
-from jvitmoe.runtime import devices
 
 SHIPPED = Path(__file__).parents[1] / "weights"  # exported models that come with the package, by name
 OURS = "jvitmoe"  # the format of our own exports, named in their config.json
@@ -83,7 +83,7 @@ def read(path: Path | str, heads: int = 0, checkpoint: str | int = "latest", ema
     path = Path(os.path.expanduser(path))
     if str(path) in shipped() and not os.path.lexists(path):
         path = SHIPPED / path
-    if os.path.isdir(path / files.CHECKPOINTS):  # unlike Path's, these raise for no name
+    if os.path.isdir(path / safe_io.CHECKPOINTS):  # unlike Path's, these raise for no name
         return _read_run(path, checkpoint, ema)
     if os.path.isdir(path):
         path = path / WEIGHTS
@@ -145,7 +145,7 @@ def fetch(name: str) -> Path:
 
 def _read_run(path: Path, checkpoint: str | int, ema: bool) -> Source:
     # Each process reads it on its own: one that cannot raises an error, and must not leave others waiting.
-    saved = Checkpoints(path / files.CHECKPOINTS).read(checkpoint)
+    saved = Checkpoints(path / safe_io.CHECKPOINTS).read(checkpoint)
     config = config_lib.from_dict(saved.meta["config"])
     if ema and saved.ema is None:
         raise UserError(f"{path} has no EMA; leave --ema out, or train with --config.train.ema=0.999")
@@ -153,7 +153,7 @@ def _read_run(path: Path, checkpoint: str | int, ema: bool) -> Source:
     flat["positions"] = _table(config.model, flat)
     notes: tuple[str, ...] = ("averaged the experts",) if config.routing.experts > 1 else ()
     notes += ("folded LoRA and adapters into the MLP",) if config.trains_adapters_only else ()
-    model, classes, data = config.model.plain(), files.read_classes(path), config.data
+    model, classes, data = config.model.plain(), safe_io.read_classes(path), config.data
     return Source(path, "run", flat, model, classes, notes, config, data.crop, data.mean, data.std, saved.step, ema)
 
 
@@ -255,7 +255,7 @@ def _read_file(path: Path, heads: int) -> Source:
 
 
 def _json(path: Path) -> Any:
-    content = files.read_bytes(path, follow=True)  # the hub's cache holds links
+    content = safe_io.read_bytes(path, follow=True)  # the hub's cache holds links
     return {} if content is None else json.loads(content)
 
 

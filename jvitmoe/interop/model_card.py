@@ -6,11 +6,12 @@ from typing import Any
 
 from jvitmoe import config as config_lib
 from jvitmoe.config import Config
-from jvitmoe.data.hugging_face import is_local
+from jvitmoe.data.sources.hugging_face import is_local
 from jvitmoe.interop import manifest
+from jvitmoe.interop.formats.base import Target
 from jvitmoe.interop.load import Source, is_on_hub, repository_of
-from jvitmoe.interop.targets.base import Target
-from jvitmoe.runs import checkpoints, results
+from jvitmoe.reports import results
+from jvitmoe.runs import checkpoints
 from jvitmoe.runs.console import markdown_table
 
 # Licences of data sets, by `data.name`.

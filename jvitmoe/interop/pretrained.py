@@ -14,9 +14,9 @@ from jvitmoe.errors import ConfigError, UserError, printable
 from jvitmoe.interop import weight_names
 from jvitmoe.interop.load import Pixels, Source, read
 from jvitmoe.interop.weight_names import Dict
+from jvitmoe.machine.addresses import Purpose, address
 from jvitmoe.models import vit
 from jvitmoe.runs.console import warnings_as_lines
-from jvitmoe.runtime.addresses import Purpose, address
 
 # Fields of the model that may differ from the source's: `adapt` fits what they change. All others must be equal.
 FITTED = NEUTRAL | {"image_size", "channels", "classes", "patch", "positions", "cls_position", "head_hidden"}

@@ -4,12 +4,12 @@ from jvitmoe import rules
 from jvitmoe.config import Config
 from jvitmoe.errors import ConfigError, did_you_mean
 from jvitmoe.models.routers import ROUTERS
-from jvitmoe.routing.base import Pass, Routing
+from jvitmoe.routing.base import Routing, StepInfo
 from jvitmoe.routing.batch import Batch, Layer
 from jvitmoe.routing.in_model import InModel
 from jvitmoe.routing.sample import Sample
 
-__all__ = ["ROUTINGS", "Pass", "Routing", "find"]
+__all__ = ["ROUTINGS", "Routing", "StepInfo", "find"]
 
 # The names of `routing.kind`, besides those of ROUTERS. With one expert a run is dense, and its routing is `Routing`.
 ROUTINGS: dict[str, type[Routing]] = {"batch": Batch, "layer": Layer, "sample": Sample}

@@ -14,21 +14,19 @@ from jvitmoe import rules
 from jvitmoe.config import Config
 from jvitmoe.experts import cost, params
 from jvitmoe.experts.params import Params, Tree
+from jvitmoe.machine import devices
+from jvitmoe.machine.addresses import Purpose, address
 from jvitmoe.models import vit
 from jvitmoe.models.routers import Statistics
-from jvitmoe.runtime import devices
-from jvitmoe.runtime.addresses import Purpose, address
 
 Route = jax.Array  # int32: which experts run
 
 
-class Pass(NamedTuple):
-    """One forward pass of a step."""
+class StepInfo(NamedTuple):
+    """What a forward pass of a step knows of the step."""
 
-    number: int  # 0, or 1 for the second of a consistency loss
-    routes: tuple[Route, ...]  # of all passes of the step
-    step: jax.Array
-    total: int  # steps of the run
+    number: int  # of the pass: 0, or 1 for the second of a consistency loss
+    routes: tuple[Route, ...]  # of all passes
 
 
 class Routing:
@@ -149,7 +147,7 @@ class Routing:
         return jnp.arange(self.slots)
 
     def logits(
-        self, model: vit.ViT, given: Params, images_bHWc: jax.Array, key_b: jax.Array | None, at: Pass
+        self, model: vit.ViT, given: Params, images_bHWc: jax.Array, key_b: jax.Array | None, info: StepInfo
     ) -> tuple[jax.Array, Statistics | None]:
         """Returns (logits_bC of a pass, statistics of a learned router or None).
 
@@ -158,7 +156,7 @@ class Routing:
             given: the trunk and what `take` returned; on the expert axis, the share of this device.
             images_bHWc: augmented images, in `slots` equal parts in the order of `slot_of_expert`.
             key_b: one dropout key per image; None without dropout.
-            at: the pass.
+            info: the pass and the routes.
         """
         return vit.logits(model, given.trunk, images_bHWc, key_b), None
 

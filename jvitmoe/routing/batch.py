@@ -5,10 +5,10 @@ import jax.numpy as jnp
 
 from jvitmoe.experts import params
 from jvitmoe.experts.params import Params, Tree
+from jvitmoe.machine.addresses import Purpose, address
 from jvitmoe.models import vit
 from jvitmoe.models.routers import Statistics
-from jvitmoe.routing.base import Pass, Route, Routing
-from jvitmoe.runtime.addresses import Purpose, address
+from jvitmoe.routing.base import Route, Routing, StepInfo
 
 
 class Batch(Routing):
@@ -39,9 +39,9 @@ class Batch(Routing):
         return experts
 
     def logits(
-        self, model: vit.ViT, given: Params, images_bHWc: jax.Array, key_b: jax.Array | None, at: Pass
+        self, model: vit.ViT, given: Params, images_bHWc: jax.Array, key_b: jax.Array | None, info: StepInfo
     ) -> tuple[jax.Array, Statistics | None]:
-        tree = params.join(given.trunk, params.one(given.experts, at.number))
+        tree = params.join(given.trunk, params.one(given.experts, info.number))
         return vit.logits(model, tree, images_bHWc, key_b), None
 
     def of_layers(self, route: Route) -> Route:

@@ -11,7 +11,7 @@ from jvitmoe.config import Config
 from jvitmoe.experts.params import Params, join_all
 from jvitmoe.models import routers, vit
 from jvitmoe.models.routers import SELECTION_BIAS, RouterSettings, Statistics
-from jvitmoe.routing.base import Pass, Routing
+from jvitmoe.routing.base import Routing, StepInfo
 
 
 class InModel(Routing):
@@ -50,7 +50,7 @@ class InModel(Routing):
         return super().model(mesh).clone(router=self.router_settings)
 
     def logits(
-        self, model: vit.ViT, given: Params, images_bHWc: jax.Array, key_b: jax.Array | None, at: Pass
+        self, model: vit.ViT, given: Params, images_bHWc: jax.Array, key_b: jax.Array | None, info: StepInfo
     ) -> tuple[jax.Array, Statistics | None]:
         return vit.logits_and_statistics(model, join_all(given), images_bHWc, key_b)
 

@@ -4,10 +4,10 @@ import jax
 import jax.numpy as jnp
 
 from jvitmoe.experts.params import Params, Tree, join, one
+from jvitmoe.machine.addresses import Purpose, address
 from jvitmoe.models import vit
 from jvitmoe.models.routers import Statistics
-from jvitmoe.routing.base import Pass, Route, Routing
-from jvitmoe.runtime.addresses import Purpose, address
+from jvitmoe.routing.base import Route, Routing, StepInfo
 
 
 class Sample(Routing):
@@ -36,15 +36,15 @@ class Sample(Routing):
         return jnp.argsort(routes[0])
 
     def logits(
-        self, model: vit.ViT, given: Params, images_bHWc: jax.Array, key_b: jax.Array | None, at: Pass
+        self, model: vit.ViT, given: Params, images_bHWc: jax.Array, key_b: jax.Array | None, info: StepInfo
     ) -> tuple[jax.Array, Statistics | None]:
         """Part e of the images meets expert e; in a second pass, the expert that the second route gives to the part."""
         trunk, experts = given
         here = len(jax.tree.leaves(experts)[0])  # e: experts of this device
         if here == 1:
             return vit.logits(model, join(trunk, one(experts)), images_bHWc, key_b), None
-        if at.number:
-            expert_of_part_E = at.routes[at.number][self.slot_of_expert(at.routes)]
+        if info.number:
+            expert_of_part_E = info.routes[info.number][self.slot_of_expert(info.routes)]
             experts = jax.tree.map(lambda leaf: leaf[expert_of_part_E], experts)
 
         def run(expert: Tree, images_bHWc: jax.Array, key_b: jax.Array | None) -> jax.Array:

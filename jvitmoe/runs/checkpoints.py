@@ -29,10 +29,10 @@ from jax.experimental import multihost_utils
 from jvitmoe import config as config_lib
 from jvitmoe import rules
 from jvitmoe.config import LARGEST, Config
-from jvitmoe.data import datasets
+from jvitmoe.data import sources
 from jvitmoe.errors import UserError, one_line
-from jvitmoe.runs import files, fingerprint
-from jvitmoe.runtime import devices, memory, processes
+from jvitmoe.machine import devices, memory, processes
+from jvitmoe.runs import fingerprint, safe_io
 
 DELETED, UNFINISHED = "deleted", ".orbax-checkpoint-tmp"  # in names of folders that are being deleted and written
 PACKAGES = ("jvitmoe", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorstore", "numpy")
@@ -89,10 +89,10 @@ class Checkpoints:
     def difference(self, meta: Meta) -> str:
         """Returns how the settings of a checkpoint differ from those in the config.json beside the folder; "" if they
         do not, or if there is none. Raises UserError where that cannot be read."""
-        path = self.directory.parent / files.CONFIG
-        if (text := files.read_bytes(path)) is None:
+        path = self.directory.parent / safe_io.CONFIG
+        if (text := safe_io.read_bytes(path)) is None:
             return ""
-        changed = datasets.differences(config_lib.from_dict(meta["config"]), config_lib.loads(text, str(path)))
+        changed = sources.differences(config_lib.from_dict(meta["config"]), config_lib.loads(text, str(path)))
         listed = ", ".join(f"{name} is {own!r}, and {runs!r} in {path.name}" for name, (own, runs) in changed.items())
         return listed and f"it is of another run: {listed}"
 
@@ -123,8 +123,8 @@ class Checkpoints:
         if found is None:
             raise CheckpointError("there is no best checkpoint without a validation split; set --checkpoint=latest")
         _warn(faults)
-        kept = {name: text for name, text in found.meta["files"].items() if name == files.CLASSES}
-        files.compare(self.directory.parent, found.step, kept)
+        kept = {name: text for name, text in found.meta["files"].items() if name == safe_io.CLASSES}
+        safe_io.compare(self.directory.parent, found.step, kept)
         return found
 
     def restore(self, abstract: State) -> tuple[State, Meta] | None:
@@ -177,11 +177,11 @@ class Checkpoints:
 
     def _meta(self, step: int) -> Meta:
         """Returns the JSON of a checkpoint. Raises errors of any type where it is damaged."""
-        sizes = files.sizes_below(self.directory / str(step))  # raises for what Orbax might wait for
-        meta = json.loads(files.read_bytes(self.directory / str(step) / "meta" / "metadata") or b"")
+        sizes = safe_io.sizes_below(self.directory / str(step))  # raises for what Orbax might wait for
+        meta = json.loads(safe_io.read_bytes(self.directory / str(step) / "meta" / "metadata") or b"")
         if not any(leaf.startswith(("params.trunk.", "params.experts.")) for leaf in meta.get("fingerprints", ())):
             raise ValueError("it was written by another version of jvitmoe; train again")
-        if meta.pop("checksum", None) != files.checksum(meta):
+        if meta.pop("checksum", None) != safe_io.checksum(meta):
             raise ValueError("its meta does not match its checksum")
         if meta["step"] != step:
             raise ValueError(f"it is the checkpoint of step {meta['step']}")
@@ -190,7 +190,7 @@ class Checkpoints:
             raise ValueError("its versions, checksums and fingerprints are not all texts")
         math.isfinite(meta["nll"] or 0)  # raises for what is no number
         # TensorStore reads a file whole, and aborts without the memory for it.
-        most = min(max(meta["bytes"], files.MOST_BYTES), memory.installed())
+        most = min(max(meta["bytes"], safe_io.MOST_BYTES), memory.installed())
         if large := [f"{path.name} has {size:,} bytes" for path, size in sizes.items() if size > most]:
             raise ValueError(f"{large[0]}, which is more than {most:,}")
         return meta
@@ -264,7 +264,7 @@ class CheckpointWriter(Checkpoints):
         registry.add(None, ocp.args.JsonSave, ocp.JsonCheckpointHandler())
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
-            files.refuse_links(self.directory)
+            safe_io.refuse_links(self.directory)
             self._delete()
             self._manager = _Manager(self.directory, options=options, handler_registry=registry)
         except OSError as error:
@@ -280,7 +280,7 @@ class CheckpointWriter(Checkpoints):
         if processes.is_first():
             for damaged in [s for s in self.steps() if s > step or s in faults]:
                 path = self.directory.parent / f"damaged-checkpoint-{damaged}-{time.time_ns()}"
-                with files.writing(path):
+                with safe_io.writing(path):
                     (self.directory / str(damaged)).rename(path)
         processes.barrier()
         self._manager.reload()
@@ -306,7 +306,7 @@ class CheckpointWriter(Checkpoints):
         meta = {"step": step, "config": config_lib.to_dict(config), "versions": versions(), "nll": nll}
         meta |= {"files": dict(others or {}), "fingerprints": found}
         meta["bytes"] = sum(leaf.nbytes for leaf in jax.tree.leaves(trees))
-        meta["checksum"] = files.checksum(meta)
+        meta["checksum"] = safe_io.checksum(meta)
         self._kept_nlls[step] = nll
         parts = {name: ocp.args.PyTreeSave(tree) for name, tree in trees.items()}
         with self._naming_failures(step):
@@ -343,7 +343,7 @@ class CheckpointWriter(Checkpoints):
             self._delete_unfinished()
             raise CheckpointError(
                 f"checkpoint {step} cannot be written to {self.directory}: {one_line(error)}; "
-                f"older ones are as they were; {files.remedy_of(error)}, and start again"
+                f"older ones are as they were; {safe_io.remedy_of(error)}, and start again"
             ) from error
 
     def _delete(self) -> None:
@@ -414,7 +414,7 @@ def _read(folder: Path, fingerprints: Mapping[str, str], abstract: Any = None) -
             max(map(math.prod, (leaf.shape, leaf.storage.chunk_shape))) * leaf.dtype.itemsize
             for leaf in jax.tree.leaves(stored)
         )
-        if needed > (there := sum(files.sizes_below(folder).values())):  # TensorStore aborts without the memory
+        if needed > (there := sum(safe_io.sizes_below(folder).values())):  # TensorStore aborts without the memory
             raise ValueError(f"its arrays claim {needed:,} bytes, and its files have {there:,}")
         kinds = {leaf: text.rpartition(" ")[0] for leaf, text in fingerprints.items()}
         _compare(kinds, fingerprint.kinds({folder.name: stored}))

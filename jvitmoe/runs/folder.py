@@ -13,10 +13,10 @@ from typing import IO, Any
 from jvitmoe import config as config_lib
 from jvitmoe import rules
 from jvitmoe.config import Config
-from jvitmoe.data import datasets
+from jvitmoe.data import sources
 from jvitmoe.errors import ConfigError, UserError
-from jvitmoe.runs import checkpoints, files, results
-from jvitmoe.runtime import processes
+from jvitmoe.machine import processes
+from jvitmoe.runs import checkpoints, safe_io
 
 LOCK = "lock"
 SHARED_SECONDS = 8.0  # a network disk may take a moment to show a new file
@@ -25,27 +25,27 @@ SHARED_SECONDS = 8.0  # a network disk may take a moment to show a new file
 def check_folder(workdir: Path, config: Config) -> None:
     """Raises ConfigError where the folder holds checkpoints of another experiment, results that a new start would
     replace, or files that are no run. Writes nothing."""
-    saved = workdir / files.CONFIG
+    saved = workdir / safe_io.CONFIG
     try:
         if not workdir.exists():
             return
         if not workdir.is_dir():
             raise ConfigError(f"workdir {str(workdir)!r} is a file; it must be a folder; set --workdir")
-        files.refuse_links(workdir)
+        safe_io.refuse_links(workdir)
         if not saved.is_file():
-            of_killed_start = LOCK, saved.name + files.UNFINISHED
+            of_killed_start = LOCK, saved.name + safe_io.UNFINISHED
             if any(path.name not in of_killed_start for path in workdir.iterdir()):
                 raise ConfigError(f"workdir {str(workdir)!r} holds other files than a run; set --workdir to a new one")
             return
-        if not checkpoints.list_steps(workdir / files.CHECKPOINTS):
-            if not (workdir / files.RESULT).exists():
+        if not checkpoints.list_steps(workdir / safe_io.CHECKPOINTS):
+            if not (workdir / safe_io.RESULT).exists():
                 return  # a start that failed: its remedy may be another setting
             held = "holds the results of a run without its checkpoints"
             raise ConfigError(f"workdir {str(workdir)!r} {held}; set --workdir to a new folder")
-        text = files.read_bytes(saved) or b""
+        text = safe_io.read_bytes(saved) or b""
     except (OSError, ValueError) as error:  # ValueError: the name is not UTF-8
         raise ConfigError(f"workdir {str(workdir)!r} cannot be read: {error}; set --workdir to another") from error
-    if changed := datasets.differences(config_lib.loads(text, str(saved)), config):
+    if changed := sources.differences(config_lib.loads(text, str(saved)), config):
         listed = ", ".join(f"{name} was {old!r} and is {new!r} now" for name, (old, new) in changed.items())
         longer = f"; to train longer, start there from this run's weights: --config.init.source={workdir}"
         remedy = f"set --workdir to a new folder{longer if [*changed] == ['train.epochs'] else ''}"
@@ -67,18 +67,18 @@ def open_run_folder(
     with contextlib.ExitStack() as stack:
         stack.enter_context(lock(workdir))
         check_folder(workdir, config)
-        if checkpoints.list_steps(workdir / files.CHECKPOINTS):
+        if checkpoints.list_steps(workdir / safe_io.CHECKPOINTS):
             _check_data(workdir, class_names, images)
-        files.write_text(workdir / files.CONFIG, config_lib.dumps(config))
-        files.write_text(workdir / files.CLASSES, json.dumps(list(class_names), indent=1) + "\n")
-        files.write_text(workdir / files.IMAGES, json.dumps(dict(images)) + "\n")
+        safe_io.write_text(workdir / safe_io.CONFIG, config_lib.dumps(config))
+        safe_io.write_text(workdir / safe_io.CLASSES, json.dumps(list(class_names), indent=1) + "\n")
+        safe_io.write_text(workdir / safe_io.IMAGES, json.dumps(dict(images)) + "\n")
         return stack.pop_all()
 
 
 def _check_data(workdir: Path, class_names: Sequence[str], images: Mapping[str, int | str]) -> None:
     """Raises ConfigError where classes, numbers of images or hashes of the data differ from those at the start of the
     run. `data.dir` may change on resuming, so nothing else notices other data."""
-    old_images, old_names = files.read_images(workdir) or images, files.read_classes(workdir)
+    old_images, old_names = safe_io.read_images(workdir) or images, safe_io.read_classes(workdir)
     changed = [
         f"another {name}" if isinstance(now, str) else f"{old_images.get(name, 0):,} {name} images, {now:,} now"
         for name, now in images.items()
@@ -94,7 +94,7 @@ def _check_data(workdir: Path, class_names: Sequence[str], images: Mapping[str, 
 def check_shared(workdir: Path) -> None:
     """Raises UserError where a process does not see the run folder that process 0 made."""
     deadline = time.monotonic() + SHARED_SECONDS
-    while not (workdir / files.CONFIG).exists():
+    while not (workdir / safe_io.CONFIG).exists():
         if time.monotonic() > deadline:
             raise UserError(f"workdir {str(workdir)!r} is not on a disk that all processes see; set --workdir to one")
         time.sleep(0.2)
@@ -124,7 +124,7 @@ def lock(workdir: Path) -> Iterator[None]:
             raise UserError(f"{held}; wait for it, stop it, or set --workdir") from error
         except OSError:  # some network disks have no locks; the name in the file still helps a person
             pass
-        with files.writing(path):
+        with safe_io.writing(path):
             file.seek(0)
             file.truncate()
             json.dump({"pid": os.getpid(), "host": socket.gethostname()}, file)
@@ -149,9 +149,9 @@ def verify(workdir: Path) -> Iterator[tuple[str, str]]:
     Covers the checkpoints and the files that other commands read; `tb/`, `report.md` and the pictures repeat them. A
     checkpoint holds fingerprints of its arrays and checksums of other files.
     """
-    reader = checkpoints.Checkpoints(workdir / files.CHECKPOINTS)
+    reader = checkpoints.Checkpoints(workdir / safe_io.CHECKPOINTS)
     if not (steps := reader.steps()):
-        yield files.CHECKPOINTS, "there is none"
+        yield safe_io.CHECKPOINTS, "there is none"
     metas, faults = dict[int, dict[str, Any]](), dict[int, str]()
     for step in steps:
         try:
@@ -166,7 +166,7 @@ def verify(workdir: Path) -> Iterator[tuple[str, str]]:
         yield f"checkpoint {step}", faults.get(step, "")
     meta = metas.get(max(metas.keys() - faults, default=0), {"step": 0})
     for name in CHECKS:
-        if (workdir / name).exists() or name in (files.CONFIG, files.METRICS, *meta.get("files", ())):
+        if (workdir / name).exists() or name in (safe_io.CONFIG, safe_io.METRICS, *meta.get("files", ())):
             fault = ""
             try:
                 _check_file(workdir, name, meta)
@@ -179,19 +179,19 @@ def _check_file(workdir: Path, name: str, meta: dict[str, Any]) -> None:
     if not (workdir / name).exists():
         raise UserError("it is missing; restore it from a copy")
     CHECKS[name](workdir, meta)
-    files.compare(workdir, meta["step"], {n: text for n, text in meta.get("files", {}).items() if n == name})
+    safe_io.compare(workdir, meta["step"], {n: text for n, text in meta.get("files", {}).items() if n == name})
 
 
 def _check_config(workdir: Path, meta: dict[str, Any]) -> None:
-    config = rules.check(config_lib.loads(files.read_bytes(workdir / files.CONFIG) or b"", files.CONFIG))
+    config = rules.check(config_lib.loads(safe_io.read_bytes(workdir / safe_io.CONFIG) or b"", safe_io.CONFIG))
     saved = config_lib.from_dict(meta["config"]) if "config" in meta else config
-    if changed := datasets.differences(saved, config):
+    if changed := sources.differences(saved, config):
         raise UserError(f"{', '.join(changed)} differ from checkpoint {meta['step']}; restore it from a copy")
 
 
 def _check_metrics(workdir: Path, meta: dict[str, Any]) -> None:
     try:
-        lines = [json.loads(text) for text in files.metrics_lines(workdir / files.METRICS)]
+        lines = [json.loads(text) for text in safe_io.metrics_lines(workdir / safe_io.METRICS)]
         steps, keys = [line["step"] for line in lines], {(line["step"], line["kind"]) for line in lines}
         if len(keys) < len(lines):
             raise UserError("it has two lines for one step; resuming the training repairs it")
@@ -202,9 +202,9 @@ def _check_metrics(workdir: Path, meta: dict[str, Any]) -> None:
 
 
 CHECKS: dict[str, Callable[[Path, dict[str, Any]], object]] = {
-    files.CONFIG: _check_config,
-    files.METRICS: _check_metrics,
-    files.CLASSES: lambda workdir, _: files.read_classes(workdir),
-    files.IMAGES: lambda workdir, _: files.read_images(workdir),
-    files.RESULT: lambda workdir, _: results.read_result(workdir),
+    safe_io.CONFIG: _check_config,
+    safe_io.METRICS: _check_metrics,
+    safe_io.CLASSES: lambda workdir, _: safe_io.read_classes(workdir),
+    safe_io.IMAGES: lambda workdir, _: safe_io.read_images(workdir),
+    safe_io.RESULT: lambda workdir, _: safe_io.read_result(workdir),
 }

@@ -12,7 +12,7 @@ from typing import Any
 from rich.live import Live
 
 from jvitmoe.runs.console import DAY, ProgressLine, console, duration
-from jvitmoe.runs.files import METRICS, checksums, crc32, metrics_up_to, write_text, writing
+from jvitmoe.runs.safe_io import METRICS, checksums, crc32, metrics_up_to, write_text, writing
 from jvitmoe.runs.trackers import Feed, TrackedRun, close_all
 
 PLAIN_SECONDS = 2.0  # shortest time between two progress lines in a file
@@ -74,7 +74,7 @@ class MetricsLog:
                 self._file.close()
 
     def sync(self) -> dict[str, str]:
-        """Returns `files.checksums` after the disk holds all records. Called before a checkpoint is saved, so that no
+        """Returns `safe_io.checksums` after the disk holds all records. Called before a checkpoint is saved, so that no
         checkpoint is ahead of the history."""
         if self._file:
             with writing(self._path):

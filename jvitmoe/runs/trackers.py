@@ -23,7 +23,7 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from jvitmoe.errors import UserError, one_line
 from jvitmoe.extras import is_installed
 from jvitmoe.runs.console import console
-from jvitmoe.runs.files import read_bytes, write_bytes
+from jvitmoe.runs.safe_io import read_bytes, write_bytes
 
 DEFAULT = ("tensorboard",)
 PROJECT = "jvitmoe"  # wandb's and trackio's project, MLflow's experiment

@@ -11,15 +11,15 @@ from jax.sharding import Mesh
 
 from jvitmoe import routing
 from jvitmoe.config import LARGEST, Config
-from jvitmoe.data import datasets
+from jvitmoe.data import sources
 from jvitmoe.data.batches import TrainOrder
 from jvitmoe.data.splits import Dataset, Records
 from jvitmoe.errors import ConfigError
 from jvitmoe.experts import cost
+from jvitmoe.machine import devices, memory, processes
+from jvitmoe.machine.addresses import Purpose, address
 from jvitmoe.routing import Routing
 from jvitmoe.runs.console import console
-from jvitmoe.runtime import devices, memory, processes
-from jvitmoe.runtime.addresses import Purpose, address
 from jvitmoe.training.optimizer import Optimizer
 from jvitmoe.training.state import Plan, abstract_state
 
@@ -55,7 +55,7 @@ def choose(config: Config) -> tuple[Routing, Optimizer]:
 def browse(config: Config) -> Dataset[Records]:
     """Returns the set of a run, whose pictures are not read yet. The first process may download it for all."""
     console.print(f"reading     {config.data.name} {config.data.dir}".rstrip())
-    return processes.first_process_then_others(lambda: datasets.browse(config.data, config.model))
+    return processes.first_process_then_others(lambda: sources.browse(config.data, config.model))
 
 
 def build(config: Config, chosen: tuple[Routing, Optimizer], records: Dataset[Records] | None = None) -> Run:
@@ -74,8 +74,8 @@ def build(config: Config, chosen: tuple[Routing, Optimizer], records: Dataset[Re
     def read() -> Run:
         dataset: Dataset[Any] = records
         if not config.data.stream:
-            dataset = datasets.read(records, config.data, config.model)
-        train, validation = datasets.hold_out(dataset.train, config.data.validation)
+            dataset = sources.read(records, config.data, config.model)
+        train, validation = sources.hold_out(dataset.train, config.data.validation)
         plan = make_plan(config, chosen, mesh, len(train))
         check_memory(plan, dataset)
         return Run(plan, RunData(train, validation, dataset.test, dataset.class_names, hashes), config)

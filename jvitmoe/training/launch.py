@@ -8,15 +8,15 @@ import jax
 
 from jvitmoe.config import Config, flatten
 from jvitmoe.errors import UserError
+from jvitmoe.machine import compilation, processes
+from jvitmoe.machine.processes import Join
+from jvitmoe.machine.signals import Stop
 from jvitmoe.routing import Routing
 from jvitmoe.runs import checkpoints
 from jvitmoe.runs.console import console
 from jvitmoe.runs.folder import check_folder
 from jvitmoe.runs.trackers import DEFAULT
 from jvitmoe.runs.trackers import check as check_trackers
-from jvitmoe.runtime import compilation, processes
-from jvitmoe.runtime.processes import Join
-from jvitmoe.runtime.signals import Stop
 from jvitmoe.training import build
 from jvitmoe.training.loop import fit
 from jvitmoe.training.optimizer import Optimizer
@@ -32,7 +32,7 @@ def launch(
     """Trains a run. Raises UserError.
 
     Args:
-        config: validated.
+        config: checked (`rules.check`).
         workdir: the run folder.
         join: how to join other processes; None: processes, if several, are connected already.
         stop: what asks the run to stop; None: signals, which may end the process.

@@ -16,17 +16,18 @@ from jvitmoe.config import Config, flatten
 from jvitmoe.data import stream
 from jvitmoe.data.batches import Batch, EvalBatches, resident_batches
 from jvitmoe.errors import UserError
-from jvitmoe.evaluation import models
-from jvitmoe.evaluation.models import Result, make_evaluate
+from jvitmoe.evaluation import evaluator
+from jvitmoe.evaluation.evaluator import Result, make_evaluate
 from jvitmoe.interop import pretrained
-from jvitmoe.runs import files, results
+from jvitmoe.machine import devices, processes
+from jvitmoe.machine.signals import Stop
+from jvitmoe.machine.watchdog import Watchdog
+from jvitmoe.reports import results
+from jvitmoe.runs import safe_io
 from jvitmoe.runs.checkpoints import CheckpointWriter, Meta, list_steps
 from jvitmoe.runs.console import console, progress, warnings_as_lines
 from jvitmoe.runs.folder import check_shared, open_run_folder
 from jvitmoe.runs.metrics_log import MetricsLog
-from jvitmoe.runtime import devices, processes
-from jvitmoe.runtime.signals import Stop
-from jvitmoe.runtime.watchdog import Watchdog
 from jvitmoe.training import setup, step, update
 from jvitmoe.training.build import Run, RunData
 from jvitmoe.training.state import Plan, TrainState, abstract_state, make_state
@@ -56,7 +57,7 @@ def fit(run: Run, workdir: Path, stop: Stop, cleanup: contextlib.ExitStack, trac
     damaged = _damaged(plan, workdir, data)
     watchdog = Watchdog(STALL_MINUTES)
     evaluation = _Evaluation(plan, data, watchdog)
-    checkpoints = CheckpointWriter(workdir / files.CHECKPOINTS, KEEP)
+    checkpoints = CheckpointWriter(workdir / safe_io.CHECKPOINTS, KEEP)
     state, meta = _initial_or_restored(checkpoints, plan, dense)
     start, total = int(state.step), plan.total
     if start:
@@ -90,7 +91,7 @@ def fit(run: Run, workdir: Path, stop: Stop, cleanup: contextlib.ExitStack, trac
             tested = {"rows": rows, "files": log.sync() if start < total else meta["files"]}
             _write_result(
                 workdir,
-                models.facts(plan.routing, plan.mesh, plan.data.name, plan.train.seed, total) | tested,
+                evaluator.facts(plan.routing, plan.mesh, plan.data.name, plan.train.seed, total) | tested,
                 rate,
                 meta,
             )
@@ -124,7 +125,7 @@ def _source(config: Config, workdir: Path) -> tuple[Any, list[str]]:
 
 def _is_new(workdir: Path) -> bool:
     """Tells all processes whether the first one sees no checkpoint: on a network disk they may not see the same."""
-    steps = processes.together(lambda: list_steps(workdir / files.CHECKPOINTS))
+    steps = processes.together(lambda: list_steps(workdir / safe_io.CHECKPOINTS))
     return processes.broadcast_from_first(not steps)
 
 
@@ -180,11 +181,11 @@ class _Evaluation:
             self.watched, self._watched = "validation", stream.eval_batches(data.validation, *settings)
 
     def watch(self, state: TrainState) -> Result:
-        return models.evaluate_main(state.params, self._evaluate, self._watched)
+        return evaluator.evaluate_main(state.params, self._evaluate, self._watched)
 
     def test(self, state: TrainState) -> list[dict[str, Any]]:
         """Returns the rows of the result table (`results.write_result`)."""
-        return models.evaluate_run(
+        return evaluator.evaluate_run(
             self._plan.routing, self._plan.train.seed, state.params, state.ema, self._evaluate, self._test
         )
 

@@ -2,11 +2,11 @@
 
 from pathlib import Path
 
+from jvitmoe.machine import devices, processes
 from jvitmoe.routing import Routing
 from jvitmoe.runs.checkpoints import Meta, versions
 from jvitmoe.runs.console import console
-from jvitmoe.runs.files import METRICS, checksums
-from jvitmoe.runtime import devices, processes
+from jvitmoe.runs.safe_io import METRICS, checksums
 from jvitmoe.training.build import Run
 
 

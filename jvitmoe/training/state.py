@@ -21,11 +21,11 @@ from jvitmoe.config import DataConfig, TrainConfig
 from jvitmoe.data.batches import TrainOrder
 from jvitmoe.experts import merge
 from jvitmoe.experts.params import Params, each
+from jvitmoe.machine.addresses import Purpose, address
+from jvitmoe.machine.devices import DATA, EXPERT
 from jvitmoe.models import vit
 from jvitmoe.routing import Routing
 from jvitmoe.routing.base import Route
-from jvitmoe.runtime.addresses import Purpose, address
-from jvitmoe.runtime.devices import DATA, EXPERT
 from jvitmoe.training.optimizer import Optimizer
 
 

@@ -20,15 +20,15 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jvitmoe.data import augment
 from jvitmoe.data.batches import Batch
 from jvitmoe.experts.params import Params
+from jvitmoe.machine import compilation
+from jvitmoe.machine.addresses import Purpose, address
+from jvitmoe.machine.devices import AXES, BY_DEVICE, DATA, EXPERT, REPLICATED
 from jvitmoe.models.routers import Statistics
-from jvitmoe.routing import Pass
+from jvitmoe.routing import StepInfo
 from jvitmoe.routing.base import Route
-from jvitmoe.runtime import compilation
-from jvitmoe.runtime.addresses import Purpose, address
-from jvitmoe.runtime.devices import AXES, BY_DEVICE, DATA, EXPERT, REPLICATED
 from jvitmoe.training import losses
 from jvitmoe.training.state import Plan, TrainState, abstract_state, leaf_spec, put, take
-from jvitmoe.training.update import finish, gather_slices, gradient_norm, learning_rate, update
+from jvitmoe.training.update import after_step, gather_slices, gradient_norm, learning_rate, update
 
 
 class Metrics(NamedTuple):
@@ -91,7 +91,7 @@ def train_step(plan: Plan, before: TrainState, batch: Batch) -> tuple[TrainState
     active = update(plan, active, grads, norm)
     params = gather_slices(plan, before.params, routing.adjust(active.params, statistics))
     active = active._replace(params=params)
-    after = finish(plan, put(routing, before, active, routes))
+    after = after_step(plan, put(routing, before, active, routes))
     return after, Metrics(loss, accuracy, norm.mean(), learning_rate(plan, step), statistics)
 
 
@@ -242,8 +242,8 @@ def loss_and_metrics(
     def run(number: int) -> tuple[jax.Array, Statistics | None]:
         index_b = shard.index_b + number * plan.train.batch_size
         key_b = image_keys(plan, Purpose.DROPOUT, inputs.step, index_b) if routing.needs_keys else None
-        at = Pass(number, inputs.routes, inputs.step, plan.total)
-        return routing.logits(plan.model, params, shard.images_bHWc, key_b, at)
+        info = StepInfo(number, inputs.routes)
+        return routing.logits(plan.model, params, shard.images_bHWc, key_b, info)
 
     passes, statistics = zip(*map(run, range(routing.passes)), strict=True)
     loss = losses.classification_loss(routing.settings, passes, shard.targets_bC)

@@ -16,12 +16,12 @@ from jax.sharding import NamedSharding
 from jvitmoe.config import LARGEST
 from jvitmoe.experts import merge
 from jvitmoe.experts.params import Params, each
-from jvitmoe.runtime.devices import REPLICATED
+from jvitmoe.machine.devices import REPLICATED
 from jvitmoe.training.state import OptState, Plan, TrainState, leaf_spec, per_expert
 
 
 def update(plan: Plan, active: TrainState, grads: Params, norm: jax.Array) -> TrainState:
-    """Returns the active slice after the optimiser's step; `finish` updates its step number and EMA. `norm` is
+    """Returns the active slice after the optimiser's step; `after_step` updates its step number and EMA. `norm` is
     `gradient_norm` of `grads`."""
     optimizer, params = plan.optimizer, active.params
     if optimizer.settings.clip_norm:
@@ -74,7 +74,7 @@ def whole_matrices(plan: Plan, pair: Any) -> Any:
     return type(pair)(*(jax.tree.map_with_path(functools.partial(gather, of), part) for part, of in parts))
 
 
-def finish(plan: Plan, state: TrainState) -> TrainState:
+def after_step(plan: Plan, state: TrainState) -> TrainState:
     """Returns the whole state with experts pulled toward their mean, the EMA updated and the step counted."""
     params, ema, routed = state.params, state.ema, plan.routing.settings
     if routed.experts > 1 and routed.pull:

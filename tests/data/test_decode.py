@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jvitmoe.data.images import (
+from jvitmoe.data.pictures import (
     AREA,
     LONGEST,
     ORIENTATION,

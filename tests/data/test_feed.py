@@ -7,7 +7,7 @@ import pytest
 from jvitmoe.config import TrainConfig
 from jvitmoe.data.batches import Resident, TrainOrder, on_devices
 from jvitmoe.errors import ConfigError
-from jvitmoe.runtime.devices import make_mesh
+from jvitmoe.machine.devices import make_mesh
 
 
 def mesh_of(devices):

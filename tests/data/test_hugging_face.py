@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 
 from jvitmoe.config import DataConfig, ModelConfig
-from jvitmoe.data import datasets
-from jvitmoe.data.images import DataError
+from jvitmoe.data import sources
+from jvitmoe.data.pictures import DataError
 
 MODEL = ModelConfig(image_size=8, channels=3, classes=2)
 NAMES = ("ant", "bee")
@@ -54,7 +54,7 @@ def write_images(root, levels=255):
 
 
 def load(root, query="", model=MODEL):
-    return datasets.load(DataConfig(name=f"hf:{root}{query}", dir=str(root.parent / "cache")), model)
+    return sources.load(DataConfig(name=f"hf:{root}{query}", dir=str(root.parent / "cache")), model)
 
 
 @pytest.mark.parametrize("write", [write_parquet, write_images])
@@ -84,7 +84,7 @@ def write_bmps(root, levels=255):
 def test_a_set_is_known_by_its_pictures_names_sizes_labels_and_contents_wherever_it_lies(tmp_path, write):
     def facts(name):
         data = DataConfig(name=f"hf:{tmp_path / name}", dir=str(tmp_path / f"{name} cache"))
-        return datasets.browse(data, MODEL).facts()
+        return sources.browse(data, MODEL).facts()
 
     for name in ("set", "a copy that lies somewhere else"):
         write(tmp_path / name)
@@ -97,8 +97,8 @@ def test_a_set_is_known_by_its_pictures_names_sizes_labels_and_contents_wherever
 def test_validation_images_are_the_same_streamed_or_not(tmp_path):
     root = write_parquet(tmp_path / "set", splits=(("train", 20), ("validation", 4)))
     data = DataConfig(name=f"hf:{root}", dir=str(tmp_path / "cache"))
-    whole = datasets.hold_out(datasets.load(data, MODEL).train, 6)[1]
-    stream = datasets.hold_out(datasets.browse(data, MODEL).train, 6)[1]
+    whole = sources.hold_out(sources.load(data, MODEL).train, 6)[1]
+    stream = sources.hold_out(sources.browse(data, MODEL).train, 6)[1]
     np.testing.assert_array_equal(stream.labels_N, whole.labels_N)
     assert [label for _, label in (stream[n] for n in range(6))] == whole.labels_N.tolist()
 
@@ -131,7 +131,7 @@ def test_what_does_not_fit_is_refused_with_the_remedy(tmp_path, query, model, sa
 @pytest.mark.parametrize("name", ["hf:", "hf:./absent", "hf:nobody/nothing"])
 def test_a_set_that_is_not_there_is_refused(name):
     with pytest.raises(DataError, match=name):
-        datasets.load(DataConfig(name=name), MODEL)
+        sources.load(DataConfig(name=name), MODEL)
 
 
 def test_a_set_without_a_test_split_images_or_names_of_classes_is_refused(tmp_path):

@@ -19,9 +19,9 @@ import pytest
 from PIL import Image
 
 from jvitmoe.config import Config, DataConfig, ModelConfig
-from jvitmoe.data import datasets, splits, tfds
-from jvitmoe.data.datasets import hold_out, load
-from jvitmoe.data.images import DataError
+from jvitmoe.data import sources, splits
+from jvitmoe.data.pictures import DataError
+from jvitmoe.data.sources import hold_out, load, tfds
 from jvitmoe.data.splits import Split
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data" / "tfds"
@@ -120,10 +120,10 @@ def test_a_set_that_serves_a_run_has_the_run_s_classes_in_their_order(tmp_path):
     write_folder(tmp_path)
     asked = DataConfig(name="folder", dir=str(tmp_path)), ModelConfig(channels=3, classes=2)
     for names in ((), ("cat", "dog")):
-        assert datasets.with_classes(datasets.load, *asked, names).class_names == ("cat", "dog")
+        assert sources.with_classes(sources.load, *asked, names).class_names == ("cat", "dog")
     for names, fault in ((("dog", "cat"), "'cat', and was 'dog'"), (("cat",), "'dog', and was None")):
         with pytest.raises(DataError, match=fault):
-            datasets.with_classes(datasets.browse, *asked, names)
+            sources.with_classes(sources.browse, *asked, names)
 
 
 @pytest.mark.parametrize(("test", "mode", "channels"), [("test", "L", 1), ("val", "RGB", 3), ("validation", "RGBA", 4)])
@@ -200,7 +200,7 @@ def test_folders_in_a_class_folder_are_of_that_class_and_links_are_not_followed_
 def test_a_folder_read_picture_by_picture_is_known_by_names_sizes_labels_and_contents_wherever_it_lies(tmp_path):
     def facts(name: str) -> dict[str, object]:
         model = ModelConfig(channels=3, classes=2)
-        return datasets.browse(DataConfig(name="folder", dir=str(tmp_path / name)), model).facts()
+        return sources.browse(DataConfig(name="folder", dir=str(tmp_path / name)), model).facts()
 
     changes = {
         "copy": lambda path: None,
@@ -286,8 +286,8 @@ def test_held_out_pictures_whose_labels_are_not_known_are_drawn_from_all():
 )
 def test_a_run_may_go_on_as_a_stream_unless_that_would_hold_out_other_images(name, validation, same):
     old, new = (Config(data=DataConfig(name=name, validation=validation, stream=stream)) for stream in (False, True))
-    assert datasets.differences(old, new) == ({} if same else {"data.stream": (False, True)})
-    assert datasets.differences(new, old) == ({} if same else {"data.stream": (True, False)})
+    assert sources.differences(old, new) == ({} if same else {"data.stream": (False, True)})
+    assert sources.differences(new, old) == ({} if same else {"data.stream": (True, False)})
 
 
 # TFDS: sets that are prepared
@@ -297,7 +297,7 @@ def test_a_run_may_go_on_as_a_stream_unless_that_would_hold_out_other_images(nam
 @pytest.mark.skipif(not (TFDS_DIR / "cifar10").is_dir(), reason=f"needs a prepared CIFAR-10 in {TFDS_DIR}")
 def test_a_prepared_set_is_read_whole_without_tensorflow_or_jax():
     code = (
-        "import sys; from jvitmoe.data.datasets import load; from jvitmoe.config import DataConfig, ModelConfig\n"
+        "import sys; from jvitmoe.data.sources import load; from jvitmoe.config import DataConfig, ModelConfig\n"
         f"d = load(DataConfig(name='cifar10', dir={str(TFDS_DIR)!r}), ModelConfig(image_size=32, channels=3))\n"
         "print(d.train.images_NHWc.shape, d.test.images_NHWc.shape, d.train.images_NHWc.dtype, d.class_names[3])\n"
         "print(set(map(int, __import__('numpy').bincount(d.train.labels_N))), d.train.images_NHWc.mean() // 1)\n"
@@ -449,7 +449,7 @@ def test_a_prepared_set_is_known_by_its_contents_wherever_it_lies(tmp_path, monk
         archive.parent.mkdir(parents=True)
         cifar_archive(archive, seed)
         point_cifar10_at(monkeypatch, f"http://127.0.0.1:{closed_port()}/{ARCHIVE}", archive)
-        facts.append(datasets.browse(DataConfig(name="cifar10", dir=str(tmp_path / name)), CIFAR_MODEL).facts())
+        facts.append(sources.browse(DataConfig(name="cifar10", dir=str(tmp_path / name)), CIFAR_MODEL).facts())
     one, same, others = facts
     assert one == same
     differ = {key for key, value in one.items() if others[key] != value}

@@ -16,18 +16,18 @@ from PIL import Image
 
 from jvitmoe.commands import evaluate, train
 from jvitmoe.config import Config, DataConfig, ModelConfig, TrainConfig
-from jvitmoe.data import datasets, stream
-from jvitmoe.data import images as images_lib
+from jvitmoe.data import pictures as images_lib
+from jvitmoe.data import sources, stream
 from jvitmoe.data.batches import Resident, TrainOrder
-from jvitmoe.data.images import DataError, Picture
+from jvitmoe.data.pictures import DataError, Picture
 from jvitmoe.data.splits import Records, decode, in_memory
 from jvitmoe.errors import ConfigError
-from jvitmoe.evaluation import models
-from jvitmoe.evaluation.models import make_evaluate
+from jvitmoe.evaluation import evaluator
+from jvitmoe.evaluation.evaluator import make_evaluate
+from jvitmoe.machine import memory
+from jvitmoe.machine.addresses import Purpose, address
+from jvitmoe.machine.devices import make_mesh
 from jvitmoe.runs.folder import open_run_folder
-from jvitmoe.runtime import memory
-from jvitmoe.runtime.addresses import Purpose, address
-from jvitmoe.runtime.devices import make_mesh
 from jvitmoe.training import build
 from processes import call
 from run_folders import assert_same_run, losses, rows, saved, saved_config
@@ -136,9 +136,9 @@ def test_a_streamed_split_is_evaluated_exactly_with_padding_masked(tiny_config, 
     assert len(tiny_split) % 8 != 0
     records = in_memory(tiny_split)
     shown = stream.Streamed(records, 8, config.data, config.model, mesh)
-    resident = models.evaluate_run(way, 0, run.state.params, None, found, Resident(tiny_split, 8, mesh))
+    resident = evaluator.evaluate_run(way, 0, run.state.params, None, found, Resident(tiny_split, 8, mesh))
     for _ in range(2):  # and once more: a stream can be gone through again
-        assert models.evaluate_run(way, 0, run.state.params, None, found, shown) == resident
+        assert evaluator.evaluate_run(way, 0, run.state.params, None, found, shown) == resident
     assert resident[0]["images"] == len(tiny_split)
     chex.assert_trees_all_equal(vars(decode(records, config.data, config.model)), vars(tiny_split))
 
@@ -298,7 +298,7 @@ def test_damaged_headers_are_found_before_the_first_step(tmp_path, tiny_config):
     said, groups = [], []
 
     def check():
-        records = datasets.browse(config.data, config.model).train
+        records = sources.browse(config.data, config.model).train
         stream.Damaged(len(records), said.append).check(records, config.data, config.model, lambda: groups.append(1))
 
     (tmp_path / "train" / "dark" / "07.jpg").write_bytes(b"none")
@@ -369,8 +369,8 @@ def test_a_folder_of_all_sizes_is_resized_to_what_predict_sees(tmp_path, tiny_co
     config = tiny_config(data=folder, model={"channels": 3, "classes": 2})
     whole = dataclasses.replace(config.data, crop="exact")
     with pytest.raises(DataError, match=r"config.model.image_size is 8; .*--config.data.crop=resized"):
-        datasets.load(whole, config.model)
-    loaded = datasets.load(config.data, config.model)
+        sources.load(whole, config.model)
+    loaded = sources.load(config.data, config.model)
     files = sorted((tmp_path / "val").rglob("*.jpg"))
     wanted = np.stack([images_lib.read(file, 8, 3, crop="centre") for file in files])
     np.testing.assert_array_equal(loaded.test.images_NHWc, wanted)
@@ -379,7 +379,7 @@ def test_a_folder_of_all_sizes_is_resized_to_what_predict_sees(tmp_path, tiny_co
     with pytest.raises(DataError, match="takes 2 channels"):
         images_lib.read(files[0], 8, 2)
     config.data.stream = True
-    streamed = decode(datasets.browse(config.data, config.model).train, config.data, config.model)
+    streamed = decode(sources.browse(config.data, config.model).train, config.data, config.model)
     np.testing.assert_array_equal(streamed.images_NHWc, loaded.train.images_NHWc)
 
 
@@ -392,7 +392,7 @@ def test_random_parts_are_a_function_of_seed_step_and_place(tmp_path, tiny_confi
             model={"channels": 3, "classes": 2},
             train={"seed": seed, "devices": devices},
         )
-        records, mesh = datasets.browse(config.data, config.model).train, make_mesh(config.train)
+        records, mesh = sources.browse(config.data, config.model).train, make_mesh(config.train)
         # The same order for all seeds, so that only the parts can differ.
         order = TrainOrder(len(records), 8, address(jax.random.key(0), Purpose.ORDER), mesh)
         settings = config.data, config.model, config.train, mesh
@@ -459,7 +459,7 @@ def test_the_imagenet_config_streams_a_tfds_set_and_tests_on_its_labelled_split(
     assert len(losses(workdir)) == 6
     assert np.isfinite(list(losses(workdir).values())).all()
     config = saved_config(workdir)
-    records = datasets.browse(config.data, config.model).test
+    records = sources.browse(config.data, config.model).test
     (known,) = records.about()
     assert known.startswith("imagenet2012/")
     assert known.endswith(" [6]")

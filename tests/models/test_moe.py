@@ -17,6 +17,9 @@ from jax.sharding import PartitionSpec as P
 from jvitmoe import routing
 from jvitmoe.experts import merge
 from jvitmoe.experts.params import Params, join_all
+from jvitmoe.machine import programs
+from jvitmoe.machine.addresses import Purpose
+from jvitmoe.machine.devices import make_mesh
 from jvitmoe.models import vit
 from jvitmoe.models.layers import Site
 from jvitmoe.models.mlp import Mlp, RoutedMlp
@@ -24,9 +27,6 @@ from jvitmoe.models.routers import ROUTERS, RouterSettings, Statistics
 from jvitmoe.models.routers.dispatch import slots_per_expert
 from jvitmoe.models.routers.random_tokens import RandomTokens
 from jvitmoe.models.routers.topk import upper_tail
-from jvitmoe.runtime import programs
-from jvitmoe.runtime.addresses import Purpose
-from jvitmoe.runtime.devices import make_mesh
 from jvitmoe.training import build
 from jvitmoe.training.step import image_keys
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from jvitmoe.data.images import DataError, Picture
+from jvitmoe.data.pictures import DataError, Picture
 from jvitmoe.data.splits import Dataset, Record, Records, Source, check_fit
 from jvitmoe.errors import did_you_mean, one_line
 from jvitmoe.extras import is_installed

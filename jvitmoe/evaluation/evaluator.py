@@ -21,13 +21,13 @@ from jvitmoe.data.batches import Batch, EvalBatches
 from jvitmoe.experts import merge
 from jvitmoe.experts.cost import flops_per_image, tree_size
 from jvitmoe.experts.params import Params, join_all
+from jvitmoe.machine import compilation, devices
+from jvitmoe.machine.addresses import Purpose, address
+from jvitmoe.machine.devices import AXES, BY_DEVICE, REPLICATED, to_devices, wait_on_cpu
 from jvitmoe.models import routers, vit
+from jvitmoe.reports.results import deviation
 from jvitmoe.routing import Routing
 from jvitmoe.runs.checkpoints import versions
-from jvitmoe.runs.results import deviation
-from jvitmoe.runtime import compilation, devices
-from jvitmoe.runtime.addresses import Purpose, address
-from jvitmoe.runtime.devices import AXES, BY_DEVICE, REPLICATED, to_devices, wait_on_cpu
 
 BINS = 15  # M, as in Guo et al., arXiv 1706.04599
 TOP = 5  # classes that may hold the label; not reported for as few classes or fewer

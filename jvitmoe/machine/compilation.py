@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jvitmoe.runtime import programs
+from jvitmoe.machine import programs
 
 ONEDNN = "xla_cpu_experimental_onednn_custom_call"
 # What XLA hands to YNNPACK. By default that is also a product together with what follows it. jaxlib 0.10.2 and 0.12.0.1

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from jvitmoe.data.images import DataError, Picture, is_image, visible
+from jvitmoe.data.pictures import DataError, Picture, is_image, visible
 from jvitmoe.data.splits import Dataset, Record, Records, Source, check_fit
 from jvitmoe.errors import one_line
 

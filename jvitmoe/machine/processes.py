@@ -23,7 +23,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from jvitmoe.errors import UserError, one_line
-from jvitmoe.runtime import devices
+from jvitmoe.machine import devices
 
 T = TypeVar("T")
 LOST_SECONDS = 20  # without a heartbeat of a process, until JAX notices; it ends all others as long after that at most

@@ -9,11 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from jvitmoe.config import NEUTRAL, Config, ModelConfig
-from jvitmoe.data import augment, datasets, splits
+from jvitmoe.data import augment, sources, splits
 from jvitmoe.errors import UserError
 from jvitmoe.interop import classifier, load, weight_names
 from jvitmoe.models.routers import ROUTERS
-from jvitmoe.runs import files
+from jvitmoe.runs import safe_io
 
 SAMPLE = 16  # test images in sample.npz
 CLOSE = 1e-4  # largest difference of logits that passes
@@ -65,7 +65,7 @@ class Target:
 
     def sample(self, source: load.Source, config: Config) -> weight_names.Dict:
         """Returns the arrays of sample.npz: test images, the target's inputs for them, labels, and our logits."""
-        records = datasets.with_classes(datasets.browse, config.data, config.model, source.classes).test
+        records = sources.with_classes(sources.browse, config.data, config.model, source.classes).test
         test = splits.decode(records.select(np.arange(min(SAMPLE, len(records)))), config.data, config.model)
         inputs = np.asarray(augment.normalize(jnp.asarray(test.images_NHWc), source.mean, source.std))
         if self.torch:
@@ -80,7 +80,7 @@ class Target:
         run = self.write(out, source, model)
         np.savez(out / "sample.npz", allow_pickle=False, **sample)
         if source.classes:
-            files.write_text(out / files.CLASSES, json.dumps(source.classes) + "\n")
+            safe_io.write_text(out / safe_io.CLASSES, json.dumps(source.classes) + "\n")
         counts = (1, len(sample["labels"]))
         apart = float(np.max([np.abs(run(sample["inputs"][:n]) - sample["logits"][:n]).max() for n in counts]))
         if not apart < CLOSE:

@@ -13,9 +13,10 @@ from typing import Any, NamedTuple
 from jvitmoe import config as config_lib
 from jvitmoe import rules
 from jvitmoe.config import Config
-from jvitmoe.data import datasets
+from jvitmoe.data import sources
 from jvitmoe.errors import UserError, one_line
-from jvitmoe.runs import files, results
+from jvitmoe.reports import results
+from jvitmoe.runs import safe_io
 from jvitmoe.runs.console import console, duration, quantity
 
 
@@ -41,17 +42,17 @@ def read_run(folder: Path) -> TestedRun:
     remedy = "give a folder whose training has ended"
     if not os.path.isdir(folder):  # unlike Path.is_dir, it raises for no name
         raise UserError(f"{str(folder)!r} is {'a file' if os.path.exists(folder) else 'no such folder'}; {remedy}")
-    result = results.read_result(folder)
-    if not result and (folder / files.CONFIG).exists():
+    result = safe_io.read_result(folder)
+    if not result and (folder / safe_io.CONFIG).exists():
         raise UserError(f"{str(folder)!r} was not trained to its end; repeat its command to go on")
     if not result:
-        raise UserError(f"{str(folder)!r} holds no {files.RESULT}; {remedy}")
+        raise UserError(f"{str(folder)!r} holds no {safe_io.RESULT}; {remedy}")
     config = read_config(folder)
     with naming_result(folder):
-        tested, path = f"seed {result['seed']} on {result['data']}", folder / files.CONFIG
+        tested, path = f"seed {result['seed']} on {result['data']}", folder / safe_io.CONFIG
         if (own := f"seed {config.train.seed} on {config.data.name}") != tested:
             raise UserError(f"{path} is of {own}, but what was tested is {tested}; restore it from a copy")
-        files.compare(folder, result["step"], result.get("files", {}))
+        safe_io.compare(folder, result["step"], result.get("files", {}))
         run = TestedRun(folder, config, result)
         shown = results.result_rows(result), group_rows("", [run]), overview_row("", [run]), opening({"": [run]})
         if not all(shown):  # what cannot be shown is no result
@@ -67,15 +68,15 @@ def naming_result(folder: Path) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:
-        path = folder / files.RESULT
+        path = folder / safe_io.RESULT
         raise UserError(f"{path} is damaged ({one_line(error)}); delete it and run jvitmoe evaluate") from error
 
 
 def read_config(folder: Path) -> Config:
     """Returns the settings in a run folder, also of a run that has not ended. Raises UserError where it has none."""
-    path = folder / files.CONFIG
-    if (text := files.read_bytes(path)) is None:
-        raise UserError(f"{str(folder)!r} holds no {files.CONFIG}; give a folder that training wrote")
+    path = folder / safe_io.CONFIG
+    if (text := safe_io.read_bytes(path)) is None:
+        raise UserError(f"{str(folder)!r} holds no {safe_io.CONFIG}; give a folder that training wrote")
     config = config_lib.loads(text, str(path))
     try:
         return rules.check(config)
@@ -118,7 +119,7 @@ def add_group(groups: Groups, name: str, group: list[TestedRun]) -> None:
 
 def _faults(run: TestedRun, other: TestedRun) -> Iterator[str]:
     """Yields why two runs may not be averaged, with the remedy."""
-    changed = datasets.differences(run.config, other.config)
+    changed = sources.differences(run.config, other.config)
     changed.pop("train.seed", None)
     if _source(run.config) == _source(other.config):  # each seed may start from a run of its own seed
         changed.pop("init.source", None)
@@ -305,7 +306,7 @@ def _data(run: TestedRun) -> object:
 
 def _images(run: TestedRun) -> tuple[tuple[str, ...], dict[str, int | str] | None]:
     """Returns names of the classes, numbers of images and hashes, by which sets of one `data.name` are told apart."""
-    return files.read_classes(run.folder), files.read_images(run.folder)
+    return safe_io.read_classes(run.folder), safe_io.read_images(run.folder)
 
 
 def _shared_name(names: Sequence[str]) -> str:
@@ -326,7 +327,7 @@ def unfinished(groups: Groups) -> list[str]:
     """Returns a line for each group that was tested before the end of its training."""
     lines = []
     for name, ((folder, config, result), *_) in groups.items():
-        images = (files.read_images(folder) or {}).get("train", 0)  # results may be kept without that file
+        images = (safe_io.read_images(folder) or {}).get("train", 0)  # results may be kept without that file
         if result["step"] < (last := config.train.epochs * (int(images) // config.train.batch_size)):
             lines.append(f"{name} was tested at step {result['step']:,} of {last:,}.")
     return lines

@@ -1,7 +1,6 @@
 """result.json and report.md of a run."""
 
 import contextlib
-import json
 import math
 import statistics
 from collections.abc import Mapping, Sequence
@@ -9,9 +8,18 @@ from pathlib import Path
 from typing import Any
 
 from jvitmoe.errors import UserError
+from jvitmoe.reports.page import Heading, Part, Picture, as_markdown
 from jvitmoe.runs.console import console, quantity, show_table
-from jvitmoe.runs.files import CONFUSION, EXPERTS, MERGEABILITY, RESULT, checksum, read_classes, read_json, write_text
-from jvitmoe.runs.page import Heading, Part, Picture, as_markdown
+from jvitmoe.runs.safe_io import (
+    CONFUSION,
+    EXPERTS,
+    MERGEABILITY,
+    RESULT,
+    read_classes,
+    read_result,
+    save_result,
+    write_text,
+)
 
 LEGEND = (
     "Spread: how far experts are from their mean, relative to it. Cosine: of two experts' weights, mean of pairs. "
@@ -26,23 +34,6 @@ PROBES = (
 METRIC_FORMATS = {"accuracy": ".2%", "nll": ".4f", "top5": ".2%", "ece": ".4f"}
 REPORT = "report.md"
 LAYER_COLUMNS = {"spread": "spread", "cosine": "cosine", "closest pair": "difference_cosine", "layer gap": "gap"}
-
-
-def read_result(workdir: Path) -> dict[str, Any]:
-    """Returns the run's result.json; {} if there is none. Raises UserError where it is not as it was written."""
-    remedy = "delete it and run jvitmoe evaluate"
-    return read_json(workdir / RESULT, _is_whole, "a result that matches its checksum", remedy) or {}
-
-
-def _is_whole(result: Any) -> bool:
-    rest = {name: value for name, value in result.items() if name != "checksum"} if isinstance(result, dict) else {}
-    return bool(rest) and result.get("checksum") == checksum(rest)
-
-
-def save_result(workdir: Path, result: Mapping[str, Any]) -> None:
-    """Writes result.json, with the checksum that `read_result` compares."""
-    rest = {name: value for name, value in result.items() if name != "checksum"}
-    write_text(workdir / RESULT, json.dumps({**rest, "checksum": checksum(rest)}, indent=2) + "\n")
 
 
 def of_step(workdir: Path, step: int) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from jax.experimental import multihost_utils
 
-from jvitmoe.runtime import processes
+from jvitmoe.machine import processes
 
 STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _calls = itertools.count(1)  # of `Stop.asked` with several processes, in all runs of this process

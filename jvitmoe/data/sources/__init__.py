@@ -13,11 +13,11 @@ import numpy as np
 
 from jvitmoe import config as config_lib
 from jvitmoe.config import Config, DataConfig, ModelConfig
-from jvitmoe.data.folder import ImageFolder
-from jvitmoe.data.hugging_face import HuggingFace
-from jvitmoe.data.images import DataError
+from jvitmoe.data.pictures import DataError
+from jvitmoe.data.sources.folder import ImageFolder
+from jvitmoe.data.sources.hugging_face import HuggingFace
+from jvitmoe.data.sources.tfds import Tfds
 from jvitmoe.data.splits import Dataset, Records, S, Source, Split, check_fit, decode, in_memory
-from jvitmoe.data.tfds import Tfds
 
 
 class Digits(Source):

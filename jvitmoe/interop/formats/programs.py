@@ -16,7 +16,7 @@ from jvitmoe.errors import UserError
 from jvitmoe.experts import cost
 from jvitmoe.extras import is_installed
 from jvitmoe.interop import classifier, load, weight_names
-from jvitmoe.interop.targets import base
+from jvitmoe.interop.formats import base
 from jvitmoe.models import vit
 
 OPSET = 23  # of ONNX

@@ -21,8 +21,9 @@ from matplotlib.font_manager import get_font
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 from PIL import Image, ImageDraw, ImageFont
 
-from jvitmoe.data.images import Picture, opened, pixels
-from jvitmoe.runs import files, results
+from jvitmoe.data.pictures import Picture, opened, pixels
+from jvitmoe.reports import results
+from jvitmoe.runs import safe_io
 
 # The palette of Okabe and Ito, which colour-blind readers can distinguish. Black is the reference.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -72,7 +73,7 @@ def png(figure: Figure) -> bytes:
 
 def save(figure: Figure, path: Path) -> None:
     """Writes the picture. Raises UserError where it cannot be written."""
-    files.write_bytes(path, png(figure))
+    safe_io.write_bytes(path, png(figure))
 
 
 @in_style
@@ -80,7 +81,7 @@ def curves(groups: Mapping[str, Sequence[Path]], ranked: bool = True) -> Figure 
     """Returns training loss and evaluation error of {group: folders} against the step, and None if no run recorded two
     of one. A line is the mean over a group's seeds, its band the sample deviation. A row of panels has the first group
     and at most six others. `ranked` is False for groups of several data sets: the title then names no best one."""
-    runs = {name: [files.read_metrics(folder / files.METRICS) for folder in groups[name]] for name in groups}
+    runs = {name: [safe_io.read_metrics(folder / safe_io.METRICS) for folder in groups[name]] for name in groups}
     splits = sorted({line["kind"] for several in runs.values() for run in several for line in run} - {"train"})
     losses, errors = (
         {name: [_series(run, training) for run in several] for name, several in runs.items()}
@@ -195,10 +196,10 @@ def comparison(
 
 def of_run(result: Mapping[str, Any], workdir: Path) -> dict[str, Figure]:
     """Returns file name -> figure of the result of a run: its mergeability, and a confusion matrix."""
-    drawn = {files.MERGEABILITY: mergeability(result)} if "mergeability" in result else {}
+    drawn = {safe_io.MERGEABILITY: mergeability(result)} if "mergeability" in result else {}
     for row in result["rows"]:
         if figure := confusion(row, results.class_names(workdir, len(row.get("confusion", ())))):
-            drawn[files.CONFUSION] = figure
+            drawn[safe_io.CONFUSION] = figure
     return drawn
 
 
@@ -380,7 +381,7 @@ def contact_sheet(path: Path, cells: Sequence[Cell]) -> None:
             width = pen.textlength(share, font)
             pen.text((left + 3, line), _fit(pen, font, name, CELL - width - 12), INK, font)
             pen.text((left + CELL - width - 2, line), share, INK, font)
-    with files.writing(path):
+    with safe_io.writing(path):
         sheet.save(path, "PNG")
 
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from jvitmoe.errors import UserError
 from jvitmoe.runs.console import LEFT, markdown_table
-from jvitmoe.runs.files import read_bytes
+from jvitmoe.runs.safe_io import read_bytes
 
 MOST_BYTES = 20_000_000  # of a picture that is put into a page
 OPENING = """<!doctype html>

@@ -1,6 +1,6 @@
 """Export targets. Each file of this folder defines subclasses of `base.Target`; the import below registers them."""
 
-from jvitmoe.interop.targets import programs, weights
-from jvitmoe.interop.targets.base import TARGETS
+from jvitmoe.interop.formats import programs, weights
+from jvitmoe.interop.formats.base import TARGETS
 
 __all__ = ["TARGETS", "programs", "weights"]

@@ -229,3 +229,20 @@ def compare(workdir: Path, step: int, expected: Mapping[str, str]) -> None:
         if found != expected[name]:
             fault = f"{workdir / name} does not match its checksum of step {step}"
             raise UserError(f"{fault}; restore it from a copy, or delete it")
+
+
+def read_result(workdir: Path) -> dict[str, Any]:
+    """Returns the run's result.json; {} if there is none. Raises UserError where it is not as it was written."""
+    remedy = "delete it and run jvitmoe evaluate"
+    return read_json(workdir / RESULT, _is_whole, "a result that matches its checksum", remedy) or {}
+
+
+def _is_whole(result: Any) -> bool:
+    rest = {name: value for name, value in result.items() if name != "checksum"} if isinstance(result, dict) else {}
+    return bool(rest) and result.get("checksum") == checksum(rest)
+
+
+def save_result(workdir: Path, result: Mapping[str, Any]) -> None:
+    """Writes result.json, with the checksum that `read_result` compares."""
+    rest = {name: value for name, value in result.items() if name != "checksum"}
+    write_text(workdir / RESULT, json.dumps({**rest, "checksum": checksum(rest)}, indent=2) + "\n")

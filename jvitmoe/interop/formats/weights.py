@@ -11,8 +11,8 @@ from safetensors.numpy import save
 
 from jvitmoe.config import Config, ModelConfig
 from jvitmoe.interop import classifier, load, weight_names
-from jvitmoe.interop.targets import base
-from jvitmoe.runs import files
+from jvitmoe.interop.formats import base
+from jvitmoe.runs import safe_io
 
 SIZES = ("image_size", "channels", "classes", "patch", "width", "hidden", "depth", "heads")
 # timm's config.json cannot set the epsilon of LayerNorm: the architecture implies it. So we name an architecture with
@@ -25,7 +25,7 @@ def _save(out: Path, arrays: weight_names.Dict, about: dict[str, Any]) -> base.R
     path, metadata = out / load.WEIGHTS, {"format": "pt"}
     path.write_bytes(save(arrays, metadata=metadata))
     path.write_bytes(save(arrays, metadata={**metadata, load.CHECKSUM: load.sha256(path)}))
-    files.write_text(out / load.CONFIG, json.dumps(about, indent=2) + "\n")
+    safe_io.write_text(out / load.CONFIG, json.dumps(about, indent=2) + "\n")
     again = load.read(out)
     read_back = classifier.Classifier(again)
 
@@ -92,7 +92,7 @@ processor = AutoImageProcessor.from_pretrained(".", backend="pil")
 
     def write(self, out: Path, source: load.Source, model: ModelConfig) -> base.Run:
         arrays = weight_names.write(source.params, weight_names.HF, cls_row=True)
-        files.write_text(out / load.PROCESSOR, json.dumps(_preprocessor(model, source), indent=2) + "\n")
+        safe_io.write_text(out / load.PROCESSOR, json.dumps(_preprocessor(model, source), indent=2) + "\n")
         return _save(out, arrays, hf_config(model, source.classes))
 
     def remarks(self, config: Config) -> list[str]:

@@ -1,0 +1,1 @@
+"""Several runs compared, and what is written of one: tables, pages, figures."""
