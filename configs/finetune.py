@@ -7,8 +7,8 @@ With finetune:random the experts have four times the learning rate, which is mea
 only (docs/study.md, A): if the loss rises, set --config.optim.mlp_rate=1. The source may also be a file of
 timm's weights with its config.json beside it. For another ViT set model.width, model.depth and so on; a message says
 which differ. Layers near the input learn slower (layer decay 0.75, arXiv 2106.08254). Not measured here: it needs a
-GPU and the weights; tests/test_finetune.py runs it on a smaller ViT with random weights. For a TFDS set instead of a
-folder: --config.data.name=NAME --config.data.dir=DIR.
+GPU and the weights; tests/training/test_finetune.py runs it on a smaller ViT with random weights. For a TFDS set
+instead of a folder: --config.data.name=NAME --config.data.dir=DIR.
 """
 
 from jvitmoe.config import Config, DataConfig, InitConfig, ModelConfig, OptimConfig, TrainConfig, with_variant

@@ -166,7 +166,7 @@ def folder(experiment_run, tmp_path_factory) -> Path:
 
 @pytest.mark.slow
 def test_the_examples_in_python_run(folder, experiment_run, monkeypatch):
-    """With a run that has ended: tests/test_api.py trains."""
+    """With a run that has ended: tests/commands/test_api.py trains."""
     monkeypatch.chdir(folder)
 
     def train(config: str, workdir: str) -> jvitmoe.Run:

@@ -28,7 +28,7 @@ from jvitmoe.routing import StepInfo
 from jvitmoe.routing.base import Route
 from jvitmoe.training import losses
 from jvitmoe.training.state import Plan, TrainState, abstract_state, leaf_spec, put, take
-from jvitmoe.training.update import after_step, gather_slices, gradient_norm, learning_rate, update
+from jvitmoe.training.update import after_step, gradient_norm, lay_out_slices, learning_rate, update
 
 
 class Metrics(NamedTuple):
@@ -85,11 +85,12 @@ def train_step(plan: Plan, before: TrainState, batch: Batch) -> tuple[TrainState
     step, routing = before.step, plan.routing
     routes = routing.draw(plan.root, step)
     active = take(routing, before, routes)
+    active = active._replace(params=lay_out_slices(plan, before.params, active.params))
     inputs = Inputs(batch, step, routes)
     loss, accuracy, statistics, grads = gradients(plan, active.params, inputs)
     norm = gradient_norm(plan, grads)
     active = update(plan, active, grads, norm)
-    params = gather_slices(plan, before.params, routing.adjust(active.params, statistics))
+    params = lay_out_slices(plan, before.params, routing.adjust(active.params, statistics))
     active = active._replace(params=params)
     after = after_step(plan, put(routing, before, active, routes))
     return after, Metrics(loss, accuracy, norm.mean(), learning_rate(plan, step), statistics)

@@ -16,7 +16,6 @@ from jax.sharding import NamedSharding
 from jvitmoe.config import LARGEST
 from jvitmoe.experts import merge
 from jvitmoe.experts.params import Params, each
-from jvitmoe.machine.devices import REPLICATED
 from jvitmoe.training.state import OptState, Plan, TrainState, leaf_spec, per_expert
 
 
@@ -44,16 +43,17 @@ def gradient_norm(plan: Plan, grads: Params) -> jax.Array:
     return jax.vmap(optax.tree.norm)(grads) if plan.routing.trained_apart > 1 else optax.tree.norm(grads)
 
 
-def gather_slices(plan: Plan, whole: Params, taken: Params) -> Params:
-    """Returns the parameters that ran, slices of experts among them laid out as `whole` is: with train.shard=optimizer
-    XLA would put split slices back, and then gather all experts."""
+def lay_out_slices(plan: Plan, whole: Params, taken: Params) -> Params:
+    """Returns what was taken of the parameters, slices of experts laid out as `whole` is: with `train.shard` XLA would
+    gather all experts to take a slice, or put back split slices and then gather all."""
 
     def lay_out(before: jax.Array, leaf: jax.Array) -> jax.Array:
         if before.shape == leaf.shape:
             return leaf
-        return jax.lax.with_sharding_constraint(leaf, NamedSharding(plan.mesh, REPLICATED))
+        spec = leaf_spec(plan.mesh, leaf.shape, False, plan.train.shard == "parameters")
+        return jax.lax.with_sharding_constraint(leaf, NamedSharding(plan.mesh, spec))
 
-    if plan.train.shard != "optimizer":
+    if plan.train.shard == "none":
         return taken
     return taken._replace(experts=jax.tree.map(lay_out, whole.experts, taken.experts))
 

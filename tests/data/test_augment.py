@@ -176,7 +176,7 @@ def test_trivial_augment_draws_every_operation_and_every_strength_equally_often(
 
 
 def test_erasing_fills_a_rectangle_with_the_mean_as_often_as_it_is_told():
-    """Its areas, ratios and places are timm's: tests/test_peers.py."""
+    """Its areas, ratios and places are timm's: tests/interop/test_peers.py."""
     images = np.maximum(smooth_images(B), 1)
     images[images == 51] = 52
     found = apply(DataConfig(erase=0.75, mean=(0.2,)), keys(), images, TARGETS)[0]
@@ -194,7 +194,7 @@ def test_erasing_fills_a_rectangle_with_the_mean_as_often_as_it_is_told():
 @pytest.mark.parametrize(("mixup", "cutmix"), [(0.8, 0.0), (0.0, 1.0), (0.8, 1.0)])
 def test_mixing_mixes_pixels_and_targets_by_one_share_of_the_batch(mixup, cutmix):
     """White images of class 0 are paired with black ones of class 1, so brightness is the share of class 0. How shares
-    and boxes follow from what is drawn: tests/test_peers.py."""
+    and boxes follow from what is drawn: tests/interop/test_peers.py."""
     white = np.arange(8) < 4
     images = np.where(white[:, None, None, None], 255, 0) * np.ones((8, 16, 16, 3), np.uint8)
     targets = np.eye(3, dtype=np.float32)[np.where(white, 0, 1)] * 0.9 + 0.1 / 3

@@ -116,7 +116,7 @@ def test_a_stream_is_the_same_with_any_number_of_threads_and_ends_all_of_them(ti
 
 
 def test_no_image_of_a_streamed_batch_lies_on_two_devices(tiny_config, streamed):
-    """Nor do two processes read it: tests/test_distributed.py."""
+    """Nor do two processes read it: tests/training/test_distributed.py."""
     meshes = {"devices": 4, "expert_devices": 2}
     for images in streamed(tiny_config(routing={"experts": 2, "kind": "sample"}, train=meshes)).batches(0, 4):
         shards = [shard.data.shape[0] for shard in images.pixels_BP.addressable_shards]
@@ -184,7 +184,7 @@ def test_an_image_folder_of_all_sizes_is_trained_on_and_tested_by_the_commands(t
 
 
 def test_a_streamed_folder_goes_on_on_4_devices_and_not_with_a_picture_more(tmp_path, monkeypatch):
-    """A run of 12 steps, of which the last four are trained again. From 4 devices on 1: tests/test_checkpoint.py."""
+    """A run of 12 steps, of which the last four are trained again. From 4 on 1: tests/runs/test_checkpoint.py."""
     write_pictures(tmp_path / "set")
     settings = ("routing.experts=2", "routing.kind=sample", "optim.eps=1e-3", "optim.warmup_epochs=0")
     settings += ("train.epochs=4", "train.eval_every=4", "train.checkpoint_every=4")

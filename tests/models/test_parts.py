@@ -1,6 +1,6 @@
 """Parts of the ViT that are off by default: convolutional stem, sequence pooling, registers, drop path, layer scale.
 
-Whole models with these parts are compared with timm in tests/test_peers.py.
+Whole models with these parts are compared with timm in tests/interop/test_peers.py.
 """
 
 import dataclasses

@@ -15,7 +15,7 @@ import processes
 from jvitmoe.machine import compilation
 from run_folders import history
 
-DIGITS = Path(__file__).parents[1] / "configs" / "digits_dense.py"
+DIGITS = Path(__file__).parents[2] / "configs" / "digits_dense.py"
 
 
 SHAPES = (5, 60, 60), (4, 65, 300), (8, 4, 65, 75)

@@ -33,7 +33,7 @@ from processes import call
 
 TIMES = int(os.environ.get("JVITMOE_FUZZ", "1"))
 pytestmark = pytest.mark.long if TIMES > 1 else []
-DIGITS = str(Path(__file__).parents[1] / "configs" / "digits_random.py")
+DIGITS = str(Path(__file__).parents[2] / "configs" / "digits_random.py")
 FIELDS = config_lib.flatten(Config())
 CHOICES = {path: field.metadata["choices"] for path, field in config_lib.SETTINGS.items()}
 

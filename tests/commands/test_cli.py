@@ -20,7 +20,7 @@ from jvitmoe.config import Config
 from jvitmoe.errors import UserError, did_you_mean
 from jvitmoe.runs import safe_io
 
-DIGITS, FAST = (str(Path(__file__).parents[1] / "configs" / f"{name}.py") for name in ("digits_random", "cifar10_fast"))
+DIGITS, FAST = (str(Path(__file__).parents[2] / "configs" / f"{name}.py") for name in ("digits_random", "cifar10_fast"))
 
 
 def define(values):
@@ -99,7 +99,7 @@ def test_a_file_is_taken_only_by_a_name_that_ends_in_py_or_has_a_separator(monke
     ],
 )
 def test_a_mistyped_command_line_names_the_remedy(monkeypatch, arguments, named):
-    """In one line: tests/test_fuzz.py."""
+    """In one line: tests/commands/test_fuzz.py."""
     monkeypatch.chdir(Path(DIGITS).parents[1])
     with pytest.raises(UserError) as caught:
         experiment(*arguments.split())

@@ -167,7 +167,7 @@ def test_another_mean_and_deviation_of_pixels_are_kept(tmp_path):
     ],
 )
 def test_what_timms_config_may_change_is_refused(tmp_path, about, named):
-    """More of it, of real models: tests/test_peers.py."""
+    """More of it, of real models: tests/interop/test_peers.py."""
     write_timm(tmp_path, **about)
     with pytest.raises(UserError, match=named):
         load.read(tmp_path)

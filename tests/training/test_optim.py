@@ -228,7 +228,7 @@ def test_training_with_muon_is_the_same_on_1_and_4_devices(tiny_config, training
 @pytest.mark.parametrize("pool", ["cls", "mean"])
 @pytest.mark.parametrize("routed", [{}, {"experts": 2, "pattern": ("dense", "experts")}])
 def test_each_layer_learns_faster_than_the_one_before(tiny_config, pool, routed):
-    """The rule by hand; tests/test_peers.py compares it with timm's."""
+    """The rule by hand; tests/interop/test_peers.py compares it with timm's."""
     made = tiny_config(optim={"layer_decay": 0.5}, model={"depth": 4, "pool": pool, "head_hidden": 4}, routing=routed)
     shapes = routing.find(made).shapes()
     scales = made_of(made).scales(shapes)

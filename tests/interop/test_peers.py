@@ -209,7 +209,7 @@ def test_layer_decay_is_timms_for_every_parameter(peers, pool, norm):
     model = ModelConfig(image_size=8, channels=3, classes=5, patch=2, width=16, hidden=24, depth=2, heads=2)
     model.pool = "cls" if pool == "token" else "mean"
     dense, updates = build.choose(Config(model=model, optim=OptimConfig(layer_decay=0.75)))
-    ours = weight_names.flatten(updates.scales(dense.shapes()))
+    ours = weight_names.flatten(updates.scales(dense.shapes()).trunk)
     names = {ours: theirs.replace("norm", norm) for ours, theirs, *_ in weight_names.OUTER}
     names |= {"cls": "cls_token", "positions": "pos_embed"}
     found = {names[name]: float(scale) for name, scale in ours.items() if not name.startswith("blocks.")}
@@ -388,7 +388,7 @@ def test_predict_timm_and_transformers_see_the_same_picture(peers, tmp_path, cro
 
 
 def test_the_pillow_of_the_real_libraries_is_the_one_of_both_constraints():
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     files = ("requirements-peers.txt", "constraints.txt", "constraints-py311.txt")
     pins = {re.findall(r"^pillow\b[^\s#]*", (root / name).read_text(), re.MULTILINE)[0] for name in files}
     assert len(pins) == 1, pins
@@ -396,7 +396,7 @@ def test_the_pillow_of_the_real_libraries_is_the_one_of_both_constraints():
 
 
 def test_an_epsilon_that_timm_cannot_have_is_bounded(peers, tmp_path):
-    """Or refused where it is too far: tests/test_export.py."""
+    """Or refused where it is too far: tests/interop/test_export.py."""
     out = tmp_path / "out"
     bound = exported(our_vit(channels=1, classes=10, norm_epsilon=1e-12), "timm", out)
     assert 0 < bound < PROMISED
