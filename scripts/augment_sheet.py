@@ -45,7 +45,7 @@ def rows(images_BHWc: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
     for kind, name in enumerate(augment.THREE):
         yield f"3-Augment: {name}", np.asarray(augment.one_of_three(jnp.full(IMAGES, kind), radius_B, images_BHWc))
     key_B, key = jax.random.split(jax.random.key(SEED), IMAGES), jax.random.key(SEED)
-    batch = augment.Batch(key_B, key, augment.reversed_rows)
+    batch = augment.Draws(key_B, key, augment.reversed_rows)
     for name, settings in SETTINGS.items():
         yield name, np.asarray(augment.augment(DataConfig(**settings), batch, images_BHWc, jnp.eye(IMAGES))[0])
 

@@ -1,7 +1,7 @@
 """Augmentation and normalisation of images inside the compiled step.
 
-An augmentation is a function (batch, images_bHWc, targets_bC) -> (images_bHWc, targets_bC). It draws the random numbers
-of an image from its key in `batch.key_b`, and those of the whole batch from `batch.key`. It may change the targets, as
+An augmentation is a function (draws, images_bHWc, targets_bC) -> (images_bHWc, targets_bC). It draws the random numbers
+of an image from its key in `draws.key_b`, and those of the whole batch from `draws.key`. It may change the targets, as
 label mixing does, and may return float32 images in [0, 255]. To add one, write the function and append a line to
 AUGMENTATIONS.
 
@@ -34,7 +34,7 @@ ERASED_RATIO = (0.3, 1 / 0.3)  # height / width
 ERASING_TRIES = 10
 
 
-class Batch(NamedTuple):
+class Draws(NamedTuple):
     """The random keys of a step, and the access to images of other devices."""
 
     key_b: jax.Array  # of each image: a function of seed, step and its index in the global batch
@@ -48,10 +48,10 @@ def reversed_rows(rows: Any) -> Any:
     return jax.tree.map(lambda x_B: x_B[::-1], rows)
 
 
-Augmentation = Callable[[Batch, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
+Augmentation = Callable[[Draws, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
 
 
-def crop(batch: Batch, images_bHWc: jax.Array, targets_bC: jax.Array, padding: int) -> tuple[jax.Array, jax.Array]:
+def crop(draws: Draws, images_bHWc: jax.Array, targets_bC: jax.Array, padding: int) -> tuple[jax.Array, jax.Array]:
     """Pads each side with `padding` zero pixels and crops to the old size at a uniform offset."""
 
     def crop_one(key: jax.Array, image_HWc: jax.Array) -> jax.Array:
@@ -59,18 +59,18 @@ def crop(batch: Batch, images_bHWc: jax.Array, targets_bC: jax.Array, padding: i
         padded = jnp.pad(image_HWc, ((padding, padding), (padding, padding), (0, 0)))
         return jax.lax.dynamic_slice(padded, (row, column, 0), image_HWc.shape)
 
-    return jax.vmap(crop_one)(batch.key_b, images_bHWc), targets_bC
+    return jax.vmap(crop_one)(draws.key_b, images_bHWc), targets_bC
 
 
-def flip(batch: Batch, images_bHWc: jax.Array, targets_bC: jax.Array) -> tuple[jax.Array, jax.Array]:
+def flip(draws: Draws, images_bHWc: jax.Array, targets_bC: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Mirrors each image left to right with probability 1/2."""
-    flips_b = jax.vmap(jax.random.bernoulli)(batch.key_b)
+    flips_b = jax.vmap(jax.random.bernoulli)(draws.key_b)
     return jnp.where(per_image(flips_b), images_bHWc[:, :, ::-1], images_bHWc), targets_bC
 
 
-def three_augment(batch: Batch, images_bHWc: jax.Array, targets_bC: jax.Array) -> tuple[jax.Array, jax.Array]:
+def three_augment(draws: Draws, images_bHWc: jax.Array, targets_bC: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Makes each image grey, solarized or blurred, then jitters its colours. Source: DeiT III, arXiv 2204.07118."""
-    kind_b, radius_b, *jitter_3b = _uniform(batch.key_b, 5)
+    kind_b, radius_b, *jitter_3b = _uniform(draws.key_b, 5)
     x_bHWc = one_of_three(jnp.floor(kind_b * len(THREE)), RADIUS[0] + radius_b * (RADIUS[1] - RADIUS[0]), images_bHWc)
     x_bHWc = colour_jitter([1 + JITTER * (2 * u_b - 1) for u_b in jitter_3b], x_bHWc)
     return x_bHWc.astype(jnp.uint8), targets_bC
@@ -95,9 +95,9 @@ def colour_jitter(factors_3b: Sequence[jax.Array], x_bHWc: jax.Array) -> jax.Arr
     return operations.blend(operations.grey(x_bHWc), x_bHWc, saturation_b)
 
 
-def trivial(batch: Batch, images_bHWc: jax.Array, targets_bC: jax.Array) -> tuple[jax.Array, jax.Array]:
+def trivial(draws: Draws, images_bHWc: jax.Array, targets_bC: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Applies one operation of TrivialAugment to each image: arXiv 2103.10158, wide, with torchvision's ranges."""
-    kind_b, level_b, sign_b = _uniform(batch.key_b, 3)
+    kind_b, level_b, sign_b = _uniform(draws.key_b, 3)
     strength_b = jnp.floor(level_b * LEVELS) / (LEVELS - 1)
     signed_b = jnp.where(sign_b < 0.5, -strength_b, strength_b)
     kind_b = jnp.floor(kind_b * len(TRIVIAL))
@@ -165,7 +165,7 @@ def _strengths(largest: float) -> np.ndarray:
 
 
 def erase(
-    batch: Batch, images_bHWc: jax.Array, targets_bC: jax.Array, probability: float, mean: Sequence[float]
+    draws: Draws, images_bHWc: jax.Array, targets_bC: jax.Array, probability: float, mean: Sequence[float]
 ) -> tuple[jax.Array, jax.Array]:
     """Fills a random rectangle of each image with `data.mean`, with this probability.
 
@@ -173,7 +173,7 @@ def erase(
     "const". Its mode "pixel" fills with normal noise, and drawing that would cost more than all else here.
     """
     _, height, width, channels = images_bHWc.shape
-    chance_b, *draws = _uniform(batch.key_b, 1 + 4 * ERASING_TRIES)
+    chance_b, *draws = _uniform(draws.key_b, 1 + 4 * ERASING_TRIES)
     area_bt, ratio_bt, top_bt, left_bt = jnp.stack(draws, -1).reshape(len(chance_b), 4, -1).swapaxes(0, 1)
     area_bt = height * width * (ERASED_AREA[0] + area_bt * (ERASED_AREA[1] - ERASED_AREA[0]))
     ratio_bt = ERASED_RATIO[0] * (ERASED_RATIO[1] / ERASED_RATIO[0]) ** ratio_bt
@@ -191,7 +191,7 @@ def erase(
 
 
 def mix(
-    batch: Batch, images_bHWc: jax.Array, targets_bC: jax.Array, mixup: float, cutmix: float
+    draws: Draws, images_bHWc: jax.Array, targets_bC: jax.Array, mixup: float, cutmix: float
 ) -> tuple[jax.Array, jax.Array]:
     """Mixes image i and its target with image B - 1 - i: all of it (mixup, arXiv 1710.09412) or a box (cutmix, arXiv
     1905.04899). Which of them, the share, drawn from Beta(alpha, alpha), and the box are those of the whole batch.
@@ -202,7 +202,7 @@ def mix(
     as many bytes as a device's images have. The accuracy that training logs is still that on the image's own label.
     """
     _, height, width, _ = images_bHWc.shape
-    switch_key, share_key, box_key = jax.random.split(batch.key, 3)
+    switch_key, share_key, box_key = jax.random.split(draws.key, 3)
     cuts = jax.random.bernoulli(switch_key) if mixup and cutmix else jnp.asarray(cutmix > 0)
     alpha = jnp.where(cuts, cutmix, mixup)
     share = jax.random.beta(share_key, alpha, alpha)
@@ -212,7 +212,7 @@ def mix(
     box_1HW1 = _box(height, width, *start_2[:, None], *(start_2 + size_2)[:, None])
     own_1HW1 = jnp.where(cuts, 1.0 - box_1HW1, share)
     own_share = jnp.where(cuts, own_1HW1.mean(), share)  # a box at the edge is cut off
-    other_images, other_targets = batch.partner((images_bHWc, targets_bC))
+    other_images, other_targets = draws.partner((images_bHWc, targets_bC))
     mixed_bHWc = own_1HW1 * images_bHWc + (1 - own_1HW1) * other_images
     return mixed_bHWc, own_share * targets_bC + (1 - own_share) * other_targets
 
@@ -247,12 +247,12 @@ AUGMENTATIONS: dict[str, Callable[[DataConfig], Augmentation | None]] = {
 
 
 def augment(
-    data: DataConfig, batch: Batch, images_bHWc: jax.Array, targets_bC: jax.Array
+    data: DataConfig, draws: Draws, images_bHWc: jax.Array, targets_bC: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """Returns (images, targets) after every augmentation that the settings turn on.
 
     Args:
-        batch: with one key per image, so the result does not depend on the number of devices.
+        draws: with one key per image, so the result does not depend on the number of devices.
         images_bHWc: uint8.
         targets_bC: class probabilities.
     """
@@ -261,8 +261,8 @@ def augment(
     def run(plain: bool, x_bHWc: jax.Array, y_bC: jax.Array) -> tuple[jax.Array, jax.Array]:
         for position, name, apply in made:
             if apply and (name in PLAIN) == plain:
-                key_b = jax.vmap(jax.random.fold_in, (0, None))(batch.key_b, position)
-                keys = batch._replace(key_b=key_b, key=jax.random.fold_in(batch.key, position))
+                key_b = jax.vmap(jax.random.fold_in, (0, None))(draws.key_b, position)
+                keys = draws._replace(key_b=key_b, key=jax.random.fold_in(draws.key, position))
                 if not plain:  # fused with the next one, what this one computes would be computed several times
                     x_bHWc = jax.lax.optimization_barrier(x_bHWc)
                 x_bHWc, y_bC = apply(keys, x_bHWc, y_bC)
@@ -274,7 +274,7 @@ def augment(
         return run(False, images_bHWc, targets_bC)
     in_float = functools.partial(jax.tree.map, lambda x: x.astype(jnp.float32))
     plain = in_float((images_bHWc, targets_bC))
-    return jax.lax.cond(batch.plain, lambda: plain, lambda: in_float(run(False, images_bHWc, targets_bC)))
+    return jax.lax.cond(draws.plain, lambda: plain, lambda: in_float(run(False, images_bHWc, targets_bC)))
 
 
 def normalize(images_bHWc: jax.Array, mean: Sequence[float] = (0.5,), std: Sequence[float] = (0.5,)) -> jax.Array:

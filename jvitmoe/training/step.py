@@ -180,7 +180,7 @@ def images_of_device(plan: Plan, inputs: Inputs) -> Shard:
     data, (batch, step, _) = plan.data, inputs
     labels_b, index_b = batch.labels_B, batch.index_B
     targets_bC = optax.smooth_labels(jax.nn.one_hot(labels_b, plan.model.config.classes), plan.train.label_smoothing)
-    draws = augment.Batch(
+    draws = augment.Draws(
         key_b=image_keys(plan, Purpose.AUGMENT, step, index_b),
         key=address(plan.root, Purpose.AUGMENT, step, plan.train.batch_size),  # no image has this index
         partner=functools.partial(partner_rows, plan, index_b),

@@ -8,7 +8,7 @@ from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
 from jvitmoe.config import DataConfig
 from jvitmoe.data import augment as augment_lib
-from jvitmoe.data.augment import AUGMENTATIONS, Batch, augment, normalize, reversed_rows
+from jvitmoe.data.augment import AUGMENTATIONS, Draws, augment, normalize, reversed_rows
 
 B, SIDE = 400, 6
 TARGETS = np.asarray(jax.nn.one_hot(np.arange(B) % 4, 4))
@@ -30,7 +30,7 @@ def augmenter(data):
 
     @jax.jit
     def augmented(key_B, images_BHWc, targets_BC, plain, seed):
-        return augment(data, Batch(key_B, jax.random.key(seed), reversed_rows, plain), images_BHWc, targets_BC)
+        return augment(data, Draws(key_B, jax.random.key(seed), reversed_rows, plain), images_BHWc, targets_BC)
 
     def run(key_B, images_BHWc, targets_BC, plain=False, seed=5):
         return tuple(map(np.asarray, augmented(key_B, images_BHWc, targets_BC, plain, seed)))
@@ -165,7 +165,7 @@ def test_trivial_augment_draws_every_operation_and_every_strength_equally_often(
     monkeypatch.setattr(
         augment_lib, "one_of_trivial", lambda kind, strength, images: drawn.append((kind, strength)) or images
     )
-    batch = Batch(jax.random.split(jax.random.key(0), 5000), jax.random.key(0), reversed_rows)
+    batch = Draws(jax.random.split(jax.random.key(0), 5000), jax.random.key(0), reversed_rows)
     augment_lib.trivial(batch, np.zeros((5000, 4, 4, 3), np.uint8), None)
     kinds, strengths = (np.asarray(x) for x in drawn[0])
     counts = np.bincount(kinds.astype(int), minlength=14)

@@ -130,7 +130,7 @@ def test_gradients_on_3_devices_are_those_of_plain_grad_over_the_whole_batch(ful
         def loss_fn(params):
             targets = 0.9 * jax.nn.one_hot(labels, 3) + 0.1 / 3
             key = address(root, Purpose.AUGMENT, number, B)
-            batch = augment.Batch(keys_of(Purpose.AUGMENT), key, augment.reversed_rows)
+            batch = augment.Draws(keys_of(Purpose.AUGMENT), key, augment.reversed_rows)
             x, targets = augment.augment(run.plan.data, batch, images, targets)
             x = augment.normalize(x)
             log_p = jax.nn.log_softmax(
