@@ -173,8 +173,8 @@ def erase(
     "const". Its mode "pixel" fills with normal noise, and drawing that would cost more than all else here.
     """
     _, height, width, channels = images_bHWc.shape
-    chance_b, *draws = _uniform(draws.key_b, 1 + 4 * ERASING_TRIES)
-    area_bt, ratio_bt, top_bt, left_bt = jnp.stack(draws, -1).reshape(len(chance_b), 4, -1).swapaxes(0, 1)
+    chance_b, *uniform = _uniform(draws.key_b, 1 + 4 * ERASING_TRIES)
+    area_bt, ratio_bt, top_bt, left_bt = jnp.stack(uniform, -1).reshape(len(chance_b), 4, -1).swapaxes(0, 1)
     area_bt = height * width * (ERASED_AREA[0] + area_bt * (ERASED_AREA[1] - ERASED_AREA[0]))
     ratio_bt = ERASED_RATIO[0] * (ERASED_RATIO[1] / ERASED_RATIO[0]) ** ratio_bt
     rows_bt, columns_bt = jnp.round(jnp.sqrt(area_bt * ratio_bt)), jnp.round(jnp.sqrt(area_bt / ratio_bt))
