@@ -132,10 +132,10 @@ def test_a_sheet_shows_very_wide_pictures_and_names_of_files_and_classes_that_it
     names = ["é.png", "中.png", "line\nbreak.png"]
     for name in names:
         Image.new("L", (20, 30)).save(tmp_path / name)
-    pictures = [pictures.Picture(name, tmp_path / name) for name in names]
+    shown = [pictures.Picture(name, tmp_path / name) for name in names]
     Image.new("L", (1000, 2)).save(tmp_path / names[0])
     guesses = [("ß", 0.5), ("中", 0.25)]
-    figures.contact_sheet(tmp_path / "sheet.png", [figures.Cell(p, p.name, guesses) for p in pictures])
+    figures.contact_sheet(tmp_path / "sheet.png", [figures.Cell(p, p.name, guesses) for p in shown])
     assert (tmp_path / "sheet.png").read_bytes().startswith(b"\x89PNG")
 
 
