@@ -347,7 +347,7 @@ def test_a_value_that_changes_in_the_memory_of_one_process_stops_all_at_the_next
     for one in ended:
         assert one.code == 2, one
         (line,) = errors(one)
-        assert "params.trunk.head.logits.kernel on device 0 of process 1 is not equal to that on device 0 of process 0" in line
+        assert "params.trunk.head.logits.kernel on device 0 of process 1 is not equal to that on device 0" in line
         assert "at step 4 (2 of " in line
     assert steps_saved(tmp_path / "x") == [2]
 
