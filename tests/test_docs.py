@@ -73,7 +73,7 @@ def anchors(page: Path) -> set[str]:
 def test_links_of_a_page_lead_somewhere_and_files_named_in_it_exist(page):
     broken, text = [], page.read_text()
     named = re.findall(r"`((?:tests|scripts|configs|results|jvitmoe)/[\w/.-]+\.\w+)`", text)
-    named += [f"tests/{name}" for name in re.findall(r"`((?:\w+/)?test_\w+\.py)`", text)]
+    named += [f"tests/{name}" for name in re.findall(r"`(test_\w+\.py)`", text)]
     assert not [name for name in named if not (ROOT / name).exists()]
     for link in re.findall(r"\]\(([^)\s]+)\)", text):
         file, _, anchor = link.partition("#")
