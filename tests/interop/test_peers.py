@@ -289,8 +289,8 @@ def test_erasing_is_timms(peers, tmp_path):
     def keys():
         return jax.random.split(jax.random.key(0), 1000)
 
-    batch = augment.Batch(keys(), jax.random.key(1), augment.reversed_rows)
-    ours = augment.erase(batch, images_BHWc, None, probability=1.0, mean=(0.0,))[0]
+    draws = augment.Draws(keys(), jax.random.key(1), augment.reversed_rows)
+    ours = augment.erase(draws, images_BHWc, None, probability=1.0, mean=(0.0,))[0]
     draws_B4t = np.asarray(augment._uniform(keys(), 1 + 4 * augment.ERASING_TRIES))[1:].T.reshape(1000, 4, -1)
     np.savez(tmp_path / "in.npz", images=images_BHWc.transpose(0, 3, 1, 2).astype("f"), draws=draws_B4t)
     peers("erasing", arrays=tmp_path / "in.npz", out=tmp_path / "out.npz")
@@ -334,8 +334,8 @@ def test_mixing_is_timms(peers, tmp_path, mixup, cutmix):
 
     @jax.jit
     def mixed(key):
-        batch = augment.Batch(jax.random.split(jax.random.key(0), 6), key, augment.reversed_rows)
-        return augment.mix(batch, images_BHWc, targets_BC, mixup, cutmix)
+        draws = augment.Draws(jax.random.split(jax.random.key(0), 6), key, augment.reversed_rows)
+        return augment.mix(draws, images_BHWc, targets_BC, mixup, cutmix)
 
     settings = {"mixup_alpha": mixup, "cutmix_alpha": cutmix, "label_smoothing": 0.1, "num_classes": 5}
     for seed in range(6):
