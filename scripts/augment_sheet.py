@@ -71,7 +71,7 @@ def main() -> None:
     values = parser.parse_args()
     data, model = DataConfig(name="cifar10", dir=values.data_dir), ModelConfig(image_size=32, channels=3)
     records = sources.browse(data, model).test.select(np.arange(IMAGES))
-    draw(list(rows(splits.decode(records, data, model).images_NHWc)), values.out)
+    draw(list(rows(splits.decode(records).images_NHWc)), values.out)
 
 
 if __name__ == "__main__":

@@ -107,7 +107,7 @@ def lower(config: Config, mesh: Mesh) -> tuple[Any, tuple[Any, ...]]:
     """Returns the training step, lowered for a mesh, and what it takes: (state, a batch of random images)."""
     split = random_split(config)
     plan = build.plan_for(config, mesh, len(split))
-    given = make_state(plan), next(batches.resident_batches(split, plan.order, mesh, 0, 1))
+    given = make_state(plan), next(batches.resident_batches(split, plan.order, 0, 1))
     return step.make_train_step(plan).lower(*given), given
 
 

@@ -111,7 +111,7 @@ def evaluate(
     dense, at_once = merge.dense_tree(params), config.train.images_at_once
     with progress("testing") as batch_done:
         tester = evaluator.make_evaluate(routing.model(mesh), mesh, config.data, batch_done)
-        shown = stream.eval_batches(data.test, at_once, config.data, config.model, mesh)
+        shown = stream.eval_batches(data.test, at_once, mesh)
         known = results.of_training(workdir, meta["versions"])
         result: dict[str, Any] = {}
         if probes:  # first, because they refuse more images than there are
@@ -121,9 +121,9 @@ def evaluate(
             result["probes"] = probes_lib.measure(tester.net, trees, probed, *settings)
         gate_X, few = None, None
         if routing.experts > 1:
-            few = _some(data.test, mergeability.IMAGES, config)
+            few = _some(data.test, mergeability.IMAGES)
         if tester.routed:
-            seen = _some(data.train, mergeability.IMAGES, config, skipped=console.print)  # as training may have
+            seen = _some(data.train, mergeability.IMAGES, skipped=console.print)  # as training may have
             gate_X, result["routes"] = _routes(routing, params, tester.routed, seen, few, workdir)
         seed = config.train.seed
         result["rows"] = evaluator.evaluate_run(routing, seed, params, ema, tester, shown, paths, gate_X)
@@ -133,7 +133,7 @@ def evaluate(
         if few is not None:
             batches = Resident(few, at_once, mesh)
             result["mergeability"] = mergeability.measure(routing, params, tester, batches)
-    _draw_samples(tester, dense, _some(data.test, MOST_SAMPLES, config), workdir)
+    _draw_samples(tester, dense, _some(data.test, MOST_SAMPLES), workdir)
     drawn = figures.of_run(result, workdir)
     for name, figure in drawn.items():
         figures.save(figure, workdir / name)
@@ -184,7 +184,7 @@ def _data(config: Config, workdir: Path, probes: Probes) -> tuple[Any, Any, Any]
     with cli.data_dir_flag():
         own: Any = sources.with_classes(find, config.data, config.model, safe_io.read_classes(workdir))
         if not (probes or config.data.stream):
-            own = dataclasses.replace(own, test=decode(own.test, config.data, config.model))
+            own = dataclasses.replace(own, test=decode(own.test))
 
     def without_held_out(data: Any) -> Any:
         return dataclasses.replace(data, train=sources.hold_out(data.train, config.data.validation)[0])
@@ -207,13 +207,13 @@ def _data(config: Config, workdir: Path, probes: Probes) -> tuple[Any, Any, Any]
         raise UserError(f"--probe_data is {probes.data!r}, but {error.fault}; {remedy}") from error
 
 
-def _some(split: Any, most: int, config: Config, skipped: Callable[[str], object] | None = None) -> Any:
+def _some(split: Any, most: int, skipped: Callable[[str], object] | None = None) -> Any:
     """Returns at most that many images of a split, in memory; on `skipped` see `splits.decode`."""
     from jvitmoe.data.splits import Split, decode
     from jvitmoe.evaluation import mergeability
 
     chosen = split.select(mergeability.evenly_spaced(len(split), most))
-    return chosen if isinstance(chosen, Split) else decode(chosen, config.data, config.model, skipped)
+    return chosen if isinstance(chosen, Split) else decode(chosen, skipped)
 
 
 def _routes(routing: Any, params: Any, routed: Any, seen: Any, few: Any, workdir: Path) -> tuple[Any, dict[str, Any]]:

@@ -17,6 +17,7 @@ from jax.sharding import Mesh, NamedSharding
 from jvitmoe.config import ModelConfig
 from jvitmoe.data.splits import Split
 from jvitmoe.errors import ConfigError
+from jvitmoe.machine.addresses import Purpose, address
 from jvitmoe.machine.devices import BY_DEVICE, DATA, REPLICATED, to_devices
 
 
@@ -82,7 +83,7 @@ class TrainOrder:
         self,
         count: int,
         batch_size: int,
-        key: jax.Array,
+        seed: int,
         mesh: Mesh,
         slots: int = 1,
         parts: int = 1,
@@ -97,7 +98,9 @@ class TrainOrder:
         if batch_size > count:
             rule = f"it must be at most the {count} training images; {remedy}"
             raise ConfigError(f"config.train.batch_size is {batch_size}; {rule}")
+        self.batch_size, self.seed, self.mesh = batch_size, seed, mesh
         self.steps_per_epoch = steps = count // batch_size
+        key = address(jax.random.key(seed), Purpose.ORDER)
         share = batch_size // mesh.shape[DATA]
         start_D, number_B = share * np.arange(mesh.shape[DATA]), slots * np.arange(share // slots)
 
@@ -124,7 +127,7 @@ class TrainOrder:
         return self._epoch(jnp.int32(number))
 
     def rows(self, number: int) -> Rows:
-        """Returns the rows of an epoch on every device."""
+        """Returns the rows of an epoch on every device: a function of (seed, epoch)."""
         return self._rows(jnp.int32(number))
 
     def rows_on_host(self, number: int) -> Rows:
@@ -137,9 +140,10 @@ class TrainOrder:
             return jax.device_get(self._compiled(jnp.int32(number)))
 
 
-def resident_batches(split: Split, order: TrainOrder, mesh: Mesh, start: int, total: int) -> Generator[Batch]:
+def resident_batches(split: Split, order: TrainOrder, start: int, total: int) -> Generator[Batch]:
     """Yields the batch of every step from `start` to before `total`, of a split that stays on the devices."""
-    images, epoch, rows = on_devices(split, mesh), -1, None
+    mesh, epoch, rows = order.mesh, -1, None
+    images = on_devices(split, mesh)
 
     @functools.partial(jax.jit, out_shardings=NamedSharding(mesh, BY_DEVICE))
     def batch(images: Images, rows: Rows, s: jax.Array) -> Batch:

@@ -46,6 +46,28 @@ class Picture(NamedTuple):
     encoded: Path | bytes | np.ndarray  # a file, its contents, or uint8 pixels [H, W, c]
 
 
+class Crop(NamedTuple):
+    """How the pictures of a set become images of the model's size."""
+
+    kind: str  # data.crop
+    side: int
+    channels: int
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return self.side, self.side, self.channels
+
+    def __call__(self, picture: Picture, seed: Sequence[int] | None = None) -> np.ndarray:
+        """Returns uint8 [H, W, c]: with `seed` as training sees the picture, else as evaluation does. Raises
+        DataError."""
+        if self.kind == "resized" and seed is not None:
+            return random_crop(picture, self.side, self.channels, seed)
+        if self.kind != "exact":
+            return centre_crop(picture, self.side, self.channels, self.kind)
+        remedy = "set --config.data.crop=centre, --config.data.stream --config.data.crop=resized, or model.image_size"
+        return exact(picture, self.shape, f"config.model.image_size is {self.side}; {remedy}")
+
+
 def exact(picture: Picture, size: tuple[int, int, int], rule: str) -> np.ndarray:
     """Returns uint8 [H, W, c] of exactly `size`. Raises DataError with the name and, for another size, `rule`."""
     height, width, channels = size

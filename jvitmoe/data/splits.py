@@ -17,13 +17,14 @@ from typing import Generic, TypeVar
 import numpy as np
 
 from jvitmoe.config import DataConfig, ModelConfig
-from jvitmoe.data.pictures import MODES, DataError, Picture, centre_crop, exact, random_crop
+from jvitmoe.data.pictures import MODES, Crop, DataError, Picture
 from jvitmoe.machine import memory
 
 GROUP = 64  # records per thread task: one record per task costs more in overhead than in decoding
 SAMPLED = 64  # records of a split, evenly spaced, whose contents are part of its fingerprint
 MOST_SAMPLED = 2**26  # bytes of each: a file may be of any size
 Record = tuple[Picture, int]  # a picture and its label
+UNSET = Crop("exact", 0, 0)  # no picture has this size
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -49,6 +50,7 @@ class Records:
     number_N: np.ndarray
     labels_N: np.ndarray | None  # None if only reading a record gives its label
     about: Callable[[], Iterable[str]] = tuple  # what is known of the source without reading records
+    crop: Crop = UNSET  # which `sources.browse` sets
 
     def __len__(self) -> int:
         return len(self.number_N)
@@ -148,34 +150,17 @@ def in_memory(split: Split) -> Records:
     def read(numbers: Sequence[int]) -> list[Record]:
         return [(Picture(f"image {n}", split.images_NHWc[n]), int(split.labels_N[n])) for n in numbers]
 
-    return Records(
-        read, np.arange(len(split)), split.labels_N, lambda: [hashlib.sha256(split.images_NHWc.data).hexdigest()]
-    )
+    def about() -> list[str]:
+        return [hashlib.sha256(split.images_NHWc.data).hexdigest()]
+
+    crop = Crop("exact", *split.images_NHWc.shape[2:])
+    return Records(read, np.arange(len(split)), split.labels_N, about, crop)
 
 
-def read_pixels(
-    picture: Picture, data: DataConfig, model: ModelConfig, seed: Sequence[int] | None = None
-) -> np.ndarray:
-    """Returns uint8 [H, W, c] of the model's size, cropped as `data.crop` says. Raises DataError.
-
-    Args:
-        seed: of the random crop of training; None gives what evaluation sees.
-    """
-    side, channels = model.image_size, model.channels
-    if data.crop == "resized" and seed is not None:
-        return random_crop(picture, side, channels, seed)
-    if data.crop != "exact":
-        return centre_crop(picture, side, channels, data.crop)
-    remedy = "set --config.data.crop=centre, --config.data.stream --config.data.crop=resized, or model.image_size"
-    return exact(picture, (side, side, channels), f"config.model.image_size is {side}; {remedy}")
-
-
-def decode(
-    records: Records, data: DataConfig, model: ModelConfig, skipped: Callable[[str], object] | None = None
-) -> Split:
+def decode(records: Records, skipped: Callable[[str], object] | None = None) -> Split:
     """Returns all records in memory, as evaluation sees them. Raises DataError; if `skipped` is given, it gets the line
     about a picture that cannot be read, which is left out."""
-    shape = len(records), model.image_size, model.image_size, model.channels
+    shape = len(records), *records.crop.shape
     if math.prod(shape) > (installed := memory.installed()):
         raise DataError(
             f"{len(records):,} images need {math.prod(shape) / 2**30:,.1f} GiB of a machine that has "
@@ -189,7 +174,7 @@ def decode(
         for index, record in enumerate(records.read(records.number_N[start : start + GROUP].tolist()), start):
             picture, labels_N[index] = record
             try:
-                images_NHWc[index] = read_pixels(picture, data, model)
+                images_NHWc[index] = records.crop(picture)
             except DataError as error:
                 if skipped is None:
                     raise

@@ -18,10 +18,9 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from jvitmoe.config import DataConfig, ModelConfig, TrainConfig
-from jvitmoe.data.batches import Batch, EvalBatches, Resident, TrainOrder
+from jvitmoe.data.batches import Batch, EvalBatches, Resident, TrainOrder, resident_batches
 from jvitmoe.data.pictures import DataError, opened
-from jvitmoe.data.splits import GROUP, Records, Split, read_pixels
+from jvitmoe.data.splits import GROUP, Records, Split
 from jvitmoe.machine.devices import BY_DEVICE
 
 MOST_DAMAGED = 0.01  # of the pictures of a training split
@@ -53,21 +52,21 @@ class Damaged:
                 raise DataError(f"{found} cannot be read, which is more than {MOST_DAMAGED:.0%}; the last: {error}")
             self._say(f"{found}: {error}")
 
-    def check(self, records: Records, data: DataConfig, model: ModelConfig, checked: Callable[[], object]) -> None:
+    def check(self, records: Records, checked: Callable[[], object]) -> None:
         """Adds the files whose headers cannot be read; of other records the headers are inside, and are not read.
         `checked` is called after each GROUP. Raises DataError, also for another size than data.crop=exact allows."""
-        side = model.image_size
+        crop = records.crop
 
         def check(start: int) -> None:
             for picture, _ in records.read(records.number_N[start : start + GROUP].tolist()):
                 try:
                     with opened(picture) as image:
-                        is_other = data.crop == "exact" and image.size != (side, side)
+                        is_other = crop.kind == "exact" and image.size != (crop.side, crop.side)
                 except DataError as error:
                     self.add(picture.name, error)
                 else:
                     if is_other:
-                        read_pixels(picture, data, model)  # says what to set
+                        crop(picture)  # says what to set
             checked()
 
         if isinstance(records[0][0].encoded, Path):
@@ -77,19 +76,13 @@ class Damaged:
 
 
 def train_batches(
-    records: Records,
-    order: TrainOrder,
-    data: DataConfig,
-    model: ModelConfig,
-    train: TrainConfig,
-    mesh: Mesh,
-    start: int,
-    total: int,
-    damaged: Damaged | None = None,
+    split: Split | Records, order: TrainOrder, start: int, total: int, damaged: Damaged | None = None
 ) -> Generator[Batch]:
-    """Yields the batch of every step from `start` to before `total`. Raises DataError. `damaged` counts the pictures
-    that are skipped; None skips none."""
-    seed = train.seed & 0xFFFFFFFF, train.seed >> 32
+    """Yields the batch of every step from `start` to before `total`: from the devices, where all of the split lies, or
+    read from disk. Raises DataError. `damaged` counts the pictures that are skipped; None skips none."""
+    if isinstance(split, Split):
+        return resident_batches(split, order, start, total)
+    records, seed = split, (order.seed & 0xFFFFFFFF, order.seed >> 32)
 
     def read(step: int, place: int) -> Row:
         epoch, s = divmod(step, order.steps_per_epoch)
@@ -97,57 +90,42 @@ def train_batches(
         while True:
             picture, label = records[row]
             try:
-                return read_pixels(picture, data, model, (CROP, *seed, step, index)), np.int32(label), np.int32(index)
+                return records.crop(picture, (CROP, *seed, step, index)), np.int32(label), np.int32(index)
             except DataError as error:
                 if damaged is None:
                     raise
                 damaged.add(picture.name, error)
                 row = (row + 1) % len(records)
 
-    return _batches(read, range(start, total), train.batch_size, mesh)
+    return _batches(read, range(start, total), order.batch_size, order.mesh)
 
 
-def eval_batches(
-    split: Split | Records,
-    batch_size: int,
-    data: DataConfig,
-    model: ModelConfig,
-    mesh: Mesh,
-    damaged: Damaged | None = None,
-) -> EvalBatches:
+def eval_batches(split: Split | Records, batch_size: int, mesh: Mesh, damaged: Damaged | None = None) -> EvalBatches:
     """Returns the batches to evaluate a split: from the devices, where all of it lies, or read from disk each time."""
     if isinstance(split, Split):
         return Resident(split, batch_size, mesh)
-    return Streamed(split, batch_size, data, model, mesh, damaged)
+    return Streamed(split, batch_size, mesh, damaged)
 
 
 class Streamed(EvalBatches):
     """Those of a split on disk. Pictures that `damaged` counts are rows without an image; without it they raise
     DataError."""
 
-    def __init__(
-        self,
-        records: Records,
-        batch_size: int,
-        data: DataConfig,
-        model: ModelConfig,
-        mesh: Mesh,
-        damaged: Damaged | None = None,
-    ) -> None:
+    def __init__(self, records: Records, batch_size: int, mesh: Mesh, damaged: Damaged | None = None) -> None:
         super().__init__(len(records), batch_size, mesh)
-        self._records, self._data, self._model, self._damaged = records, data, model, damaged
+        self._records, self._damaged = records, damaged
 
     def __iter__(self) -> Iterator[Batch]:
         return _batches(self._read, range(len(self)), self.batch_size, self.mesh)
 
     def _read(self, step: int, index: int) -> Row:
-        model, row = self._model, step * self.batch_size + index
-        empty = np.zeros((model.image_size, model.image_size, model.channels), np.uint8), np.int32(-1), np.int32(index)
+        crop, row = self._records.crop, step * self.batch_size + index
+        empty = np.zeros(crop.shape, np.uint8), np.int32(-1), np.int32(index)
         if row >= self.count:
             return empty
         picture, label = self._records[row]
         try:
-            return read_pixels(picture, self._data, model), np.int32(label), np.int32(index)
+            return crop(picture), np.int32(label), np.int32(index)
         except DataError as error:
             if self._damaged is None:
                 raise

@@ -58,8 +58,10 @@ def measure(
     if neighbours > len(found.train):
         raise UserError(f"--knn is {neighbours}; it must be at most the {len(found.train)} training images")
     damaged = stream.Damaged(len(found.train), console.print)
-    settings = batch_size, data, net.config, mesh
-    splits = [stream.eval_batches(found.train, *settings, damaged), stream.eval_batches(found.test, *settings)]
+    splits = [
+        stream.eval_batches(found.train, batch_size, mesh, damaged),
+        stream.eval_batches(found.test, batch_size, mesh),
+    ]
     extract, names, rows = make_extract(net, data), found.class_names, []
 
     for model, params in trees.items():

@@ -17,7 +17,6 @@ from jvitmoe.data.splits import Dataset, Records
 from jvitmoe.errors import ConfigError
 from jvitmoe.experts import cost
 from jvitmoe.machine import devices, memory, processes
-from jvitmoe.machine.addresses import Purpose, address
 from jvitmoe.routing import Routing
 from jvitmoe.runs.console import console
 from jvitmoe.training.optimizer import Optimizer
@@ -74,7 +73,7 @@ def build(config: Config, chosen: tuple[Routing, Optimizer], records: Dataset[Re
     def read() -> Run:
         dataset: Dataset[Any] = records
         if not config.data.stream:
-            dataset = sources.read(records, config.data, config.model)
+            dataset = sources.read(records)
         train, validation = sources.hold_out(dataset.train, config.data.validation)
         plan = make_plan(config, chosen, mesh, len(train))
         check_memory(plan, dataset)
@@ -96,8 +95,7 @@ def make_plan(config: Config, chosen: tuple[Routing, Optimizer], mesh: Mesh, cou
     def slot_of_expert(step: jax.Array) -> jax.Array:
         return routed.slot_of_expert(routed.draw(root, step))
 
-    key = address(root, Purpose.ORDER)
-    order = TrainOrder(count, train.batch_size, key, mesh, routed.slots, train.accumulate, slot_of_expert)
+    order = TrainOrder(count, train.batch_size, train.seed, mesh, routed.slots, train.accumulate, slot_of_expert)
     plan = Plan(routed, optimizer, routed.model(mesh), mesh, order, data, train)
     if plan.total > LARGEST:
         raise ConfigError(

@@ -6,7 +6,7 @@ import math
 import signal
 import sys
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -14,7 +14,7 @@ import jax
 
 from jvitmoe.config import Config, flatten
 from jvitmoe.data import stream
-from jvitmoe.data.batches import Batch, EvalBatches, resident_batches
+from jvitmoe.data.batches import Batch, EvalBatches
 from jvitmoe.errors import UserError
 from jvitmoe.evaluation import evaluator
 from jvitmoe.evaluation.evaluator import Result, make_evaluate
@@ -68,7 +68,7 @@ def fit(run: Run, workdir: Path, stop: Stop, cleanup: contextlib.ExitStack, trac
     cleanup.enter_context(watchdog)
     log_folder = workdir if processes.is_first() else None
     with (
-        contextlib.closing(_train_batches(plan, data, start, damaged)) as batches,
+        contextlib.closing(stream.train_batches(data.train, plan.order, start, total, damaged)) as batches,
         MetricsLog(log_folder, start, total, plan.train.batch_size, trackers, flatten(config)) as log,
     ):
         loop = _Loop(run, checkpoints, evaluation, log, stop, watchdog)
@@ -132,16 +132,15 @@ def _is_new(workdir: Path) -> bool:
 def _damaged(plan: Plan, workdir: Path, data: RunData) -> stream.Damaged:
     """Returns the record of training images that cannot be read. Before a run that streams starts, the headers of all
     training images are looked at, and those of evaluations are read once: a damaged one must not end a long run."""
-    model, batch = plan.model.config, plan.train.images_at_once
     # The console of other processes is quiet.
     say = console.print if processes.is_first() else functools.partial(print, file=sys.stderr)
     damaged = stream.Damaged(len(data.train), lambda text: say(f"skipped     {text}"))
     if plan.data.stream and _is_new(workdir):
         with progress("checking    the headers of all training images") as checked:
-            processes.together(lambda: damaged.check(data.train, plan.data, model, checked))
+            processes.together(lambda: damaged.check(data.train, checked))
         with progress("checking    the images of evaluations") as checked:
             for split in (data.validation, data.test):
-                batches = stream.eval_batches(split, batch, plan.data, model, plan.mesh)
+                batches = stream.eval_batches(split, plan.train.images_at_once, plan.mesh)
                 processes.together(functools.partial(_read_once, batches, checked))
     return damaged
 
@@ -157,14 +156,6 @@ def _exit(done: int, number: int) -> NoReturn:
     sys.exit(128 + number)
 
 
-def _train_batches(plan: Plan, data: RunData, start: int, damaged: stream.Damaged) -> Generator[Batch]:
-    where = plan.mesh, start, plan.total
-    if plan.data.stream:
-        settings = plan.data, plan.model.config, plan.train
-        return stream.train_batches(data.train, plan.order, *settings, *where, damaged)
-    return resident_batches(data.train, plan.order, *where)
-
-
 class _Evaluation:
     """Evaluates one split while training and the test split after it.
 
@@ -174,7 +165,7 @@ class _Evaluation:
     def __init__(self, plan: Plan, data: RunData, watchdog: Watchdog) -> None:
         progress = functools.partial(watchdog.progress, "a batch of an evaluation")
         self._plan, self._evaluate = plan, make_evaluate(plan.model, plan.mesh, plan.data, progress)
-        settings = plan.train.images_at_once, plan.data, plan.model.config, plan.mesh
+        settings = plan.train.images_at_once, plan.mesh
         self._test = stream.eval_batches(data.test, *settings)
         self.watched, self._watched = "test", self._test
         if len(data.validation):

@@ -20,12 +20,11 @@ from jvitmoe.data import pictures as images_lib
 from jvitmoe.data import sources, stream
 from jvitmoe.data.batches import Resident, TrainOrder
 from jvitmoe.data.pictures import DataError, Picture
-from jvitmoe.data.splits import Records, decode, in_memory
+from jvitmoe.data.splits import decode, in_memory
 from jvitmoe.errors import ConfigError
 from jvitmoe.evaluation import evaluator
 from jvitmoe.evaluation.evaluator import make_evaluate
 from jvitmoe.machine import memory
-from jvitmoe.machine.addresses import Purpose, address
 from jvitmoe.machine.devices import make_mesh
 from jvitmoe.runs.folder import open_run_folder
 from jvitmoe.training import build
@@ -49,8 +48,7 @@ def streamed(tiny_split, training):
 
         def batches(self, start, total):
             plan = self.run_of.plan
-            settings = plan.data, plan.model.config, plan.train, plan.mesh
-            return stream.train_batches(self.records, plan.order, *settings, start, total)
+            return stream.train_batches(self.records, plan.order, start, total)
 
         def run(self, steps):
             state = self.run_of.state
@@ -92,7 +90,7 @@ def test_a_stream_taken_up_at_any_step_gives_the_rest_and_reads_no_row_before_it
     order, seen, read = run.run_of.plan.order, [], run.records.read
     for epoch in (0, 5, 1):  # on any number of devices: tests/data/test_feed.py
         chex.assert_trees_all_equal(order.rows_on_host(epoch), jax.device_get(order.rows(epoch)))
-    run.records = Records(lambda numbers: seen.extend(numbers) or read(numbers), run.records.number_N, None)
+    run.records = dataclasses.replace(run.records, read=lambda numbers: seen.extend(numbers) or read(numbers))
     for start in (1, 3, 5, 8):
         seen.clear()
         rest = [jax.device_get(batch) for batch in run.batches(start, 8)]
@@ -135,12 +133,12 @@ def test_a_streamed_split_is_evaluated_exactly_with_padding_masked(tiny_config, 
     found = make_evaluate(run.plan.model, mesh, config.data)
     assert len(tiny_split) % 8 != 0
     records = in_memory(tiny_split)
-    shown = stream.Streamed(records, 8, config.data, config.model, mesh)
+    shown = stream.Streamed(records, 8, mesh)
     resident = evaluator.evaluate_run(way, 0, run.state.params, None, found, Resident(tiny_split, 8, mesh))
     for _ in range(2):  # and once more: a stream can be gone through again
         assert evaluator.evaluate_run(way, 0, run.state.params, None, found, shown) == resident
     assert resident[0]["images"] == len(tiny_split)
-    chex.assert_trees_all_equal(vars(decode(records, config.data, config.model)), vars(tiny_split))
+    chex.assert_trees_all_equal(vars(decode(records)), vars(tiny_split))
 
 
 # pictures of many sizes
@@ -245,14 +243,14 @@ def test_up_to_one_per_cent_of_pictures_are_skipped_counted_and_named(tiny_split
 
     config = tiny_config(train={"batch_size": 40, "devices": 1})
     mesh, said = make_mesh(config.train), []
-    order, number_N = TrainOrder(200, 40, jax.random.key(0), mesh), np.arange(200)
+    order, number_N = TrainOrder(200, 40, 0, mesh), np.arange(200)
 
     def batches(records, *damaged):
-        settings = config.data, config.model, config.train, mesh
-        found = stream.train_batches(records, order, *settings, 0, 10, *damaged)
+        found = stream.train_batches(records, order, 0, 10, *damaged)
         return [jax.device_get((batch.pixels_BP, batch.labels_B)) for batch in found]
 
-    records, damaged = Records(read, number_N, None), stream.Damaged(200, said.append)
+    records = dataclasses.replace(in_memory(tiny_split), read=read, number_N=number_N, labels_N=None)
+    damaged = stream.Damaged(200, said.append)
     if len(broken) > 2:
         with pytest.raises(
             DataError, match=r"3 of 200 training images cannot be read, which is more than 1%; the last"
@@ -265,11 +263,11 @@ def test_up_to_one_per_cent_of_pictures_are_skipped_counted_and_named(tiny_split
     assert [line.partition(": picture")[0] for line in said] == [f"{n} of 200 training images" for n in (1, 2)]
 
 
-def test_an_evaluation_leaves_out_the_pictures_that_training_may_have_skipped(tiny_split, tiny_config, damaged_7):
-    config, said = tiny_config(), []
+def test_an_evaluation_leaves_out_the_pictures_that_training_may_have_skipped(tiny_split, damaged_7):
+    said = []
     with pytest.raises(DataError, match=r"picture 7 cannot be read as an image .*it is absent or empty"):
-        decode(damaged_7, config.data, config.model)
-    found, rest = decode(damaged_7, config.data, config.model, said.append), np.delete(np.arange(len(tiny_split)), 7)
+        decode(damaged_7)
+    found, rest = decode(damaged_7, said.append), np.delete(np.arange(len(tiny_split)), 7)
     np.testing.assert_array_equal(found.images_NHWc, tiny_split.images_NHWc[rest])
     np.testing.assert_array_equal(found.labels_N, tiny_split.labels_N[rest])
     assert [line.partition(" cannot")[0] for line in said] == ["skipped     picture 7"]
@@ -277,17 +275,16 @@ def test_an_evaluation_leaves_out_the_pictures_that_training_may_have_skipped(ti
 
 def test_an_evaluation_holds_no_more_images_at_once_than_a_part_of_a_batch(tiny_split, tiny_config):
     config = tiny_config(train={"accumulate": 4, "devices": 1})
-    settings = config.train.images_at_once, config.data, config.model, make_mesh(config.train)
+    settings = config.train.images_at_once, make_mesh(config.train)
     for split in (tiny_split, in_memory(tiny_split)):
         batches = stream.eval_batches(split, *settings)
         assert (len(batches), batches.batch_size) == (13, 2)  # of 26 images, where a step has 8 at a time
 
 
-def test_a_set_larger_than_the_memory_is_refused_before_it_is_read(tiny_split, tiny_config, monkeypatch):
-    config = tiny_config()
+def test_a_set_larger_than_the_memory_is_refused_before_it_is_read(tiny_split, monkeypatch):
     monkeypatch.setattr(memory, "installed", lambda: tiny_split.images_NHWc.nbytes - 1)
     with pytest.raises(DataError, match=r"^\d+ images need .* train with --config\.data\.stream=true"):
-        decode(Records(None, np.arange(len(tiny_split)), None), config.data, config.model)
+        decode(dataclasses.replace(in_memory(tiny_split), read=None))
 
 
 def test_damaged_headers_are_found_before_the_first_step(tmp_path, tiny_config):
@@ -299,7 +296,7 @@ def test_damaged_headers_are_found_before_the_first_step(tmp_path, tiny_config):
 
     def check():
         records = sources.browse(config.data, config.model).train
-        stream.Damaged(len(records), said.append).check(records, config.data, config.model, lambda: groups.append(1))
+        stream.Damaged(len(records), said.append).check(records, lambda: groups.append(1))
 
     (tmp_path / "train" / "dark" / "07.jpg").write_bytes(b"none")
     check()
@@ -344,8 +341,7 @@ def test_a_picture_that_cannot_be_read_for_a_while_costs_no_step(tmp_path, monke
     code, _, err = call(train.main, *arguments, f"--workdir={tmp_path / 'whole'}")
     assert code == 0, err
     config = saved_config(tmp_path / "whole")
-    key = address(jax.random.key(config.train.seed), Purpose.ORDER)
-    order = TrainOrder(12, 4, key, make_mesh(config.train))
+    order = TrainOrder(12, 4, config.train.seed, make_mesh(config.train))
     files = sorted((tmp_path / "set" / "train").glob("*/*"))
     last = files[order.rows_on_host(0).row_SB[2, 0]]  # seen at step 3
     content = last.read_bytes()
@@ -379,7 +375,7 @@ def test_a_folder_of_all_sizes_is_resized_to_what_predict_sees(tmp_path, tiny_co
     with pytest.raises(DataError, match="takes 2 channels"):
         images_lib.read(files[0], 8, 2)
     config.data.stream = True
-    streamed = decode(sources.browse(config.data, config.model).train, config.data, config.model)
+    streamed = decode(sources.browse(config.data, config.model).train)
     np.testing.assert_array_equal(streamed.images_NHWc, loaded.train.images_NHWc)
 
 
@@ -394,9 +390,9 @@ def test_random_parts_are_a_function_of_seed_step_and_place(tmp_path, tiny_confi
         )
         records, mesh = sources.browse(config.data, config.model).train, make_mesh(config.train)
         # The same order for all seeds, so that only the parts can differ.
-        order = TrainOrder(len(records), 8, address(jax.random.key(0), Purpose.ORDER), mesh)
-        settings = config.data, config.model, config.train, mesh
-        return [jax.device_get(images) for images in stream.train_batches(records, order, *settings, start, 4)]
+        order = TrainOrder(len(records), 8, seed, mesh)
+        order.rows_on_host = TrainOrder(len(records), 8, 0, mesh).rows_on_host
+        return [jax.device_get(images) for images in stream.train_batches(records, order, start, 4)]
 
     first = batches()
     chex.assert_trees_all_equal(batches(devices=4), first)
@@ -463,6 +459,6 @@ def test_the_imagenet_config_streams_a_tfds_set_and_tests_on_its_labelled_split(
     (known,) = records.about()
     assert known.startswith("imagenet2012/")
     assert known.endswith(" [6]")
-    test = decode(records, config.data, config.model)
+    test = decode(records)
     np.testing.assert_array_equal(test.labels_N, [0, 80, 160, 240, 320, 400])
     np.testing.assert_allclose(test.images_NHWc[:, 16, 16, 0], [0, 10, 20, 30, 40, 50], atol=2)  # of JPEG

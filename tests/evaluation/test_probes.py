@@ -61,9 +61,9 @@ def test_features_are_those_of_one_image_at_a_time_on_any_number_of_devices(
     extract = probes.make_extract(net, DataConfig(mean=(0.2,), std=(0.3,)))
     whole, rest = np.arange(26), np.delete(np.arange(26), 7)
 
-    settings, said = (8, config.data, config.model, mesh), []
-    streamed = stream.Streamed(in_memory(tiny_split), *settings)
-    skipping = stream.Streamed(damaged_7, *settings, stream.Damaged(100, said.append))
+    said = []
+    streamed = stream.Streamed(in_memory(tiny_split), 8, mesh)
+    skipping = stream.Streamed(damaged_7, 8, mesh, stream.Damaged(100, said.append))
     every = (Resident(tiny_split, 8, mesh), whole), (streamed, whole), (skipping, rest)
     for shown, kept in every:
         features_ND, labels_N = extract(params, shown)

@@ -81,17 +81,17 @@ def steps_saved(workdir: Path) -> list[int]:
 
 RECORDS_ROWS = """
 import jax
-from jvitmoe.data import stream
+from jvitmoe.data.pictures import Crop
 
-read = stream.read_pixels
+read = Crop.__call__
 
-def record(picture, data, model, seed=None):
+def record(crop, picture, seed=None):
     if seed:  # (…, step, row), of a training image
         with open(f"FOLDER/{jax.process_index()}", "a") as file:
             print(*seed[-2:], file=file)
-    return read(picture, data, model, seed)
+    return read(crop, picture, seed)
 
-stream.read_pixels = record
+Crop.__call__ = record
 """
 
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from jvitmoe import config as config_lib
 from jvitmoe.config import Config, DataConfig, ModelConfig
-from jvitmoe.data.pictures import DataError
+from jvitmoe.data.pictures import Crop, DataError
 from jvitmoe.data.sources.folder import ImageFolder
 from jvitmoe.data.sources.hugging_face import HuggingFace
 from jvitmoe.data.sources.tfds import Tfds
@@ -40,12 +40,12 @@ SOURCES: dict[str, type[Source]] = {"digits": Digits, "folder": ImageFolder, "hf
 
 def load(data: DataConfig, model: ModelConfig) -> Dataset[Split]:
     """Returns the splits of `browse` with all images in memory. Raises DataError."""
-    return read(browse(data, model), data, model)
+    return read(browse(data, model))
 
 
-def read(records: Dataset[Records], data: DataConfig, model: ModelConfig) -> Dataset[Split]:
+def read(records: Dataset[Records]) -> Dataset[Split]:
     """Returns the set with all images in memory. Raises DataError."""
-    return Dataset(decode(records.train, data, model), decode(records.test, data, model), records.class_names)
+    return Dataset(decode(records.train), decode(records.test), records.class_names)
 
 
 def browse(data: DataConfig, model: ModelConfig) -> Dataset[Records]:
@@ -54,7 +54,9 @@ def browse(data: DataConfig, model: ModelConfig) -> Dataset[Records]:
     Downloads a TFDS set into `data.dir` and prepares it there if it is absent. Raises DataError if the data are absent
     or damaged, or their size or number of classes is not the model's.
     """
-    return _kind(data)(data, model).browse()
+    found, crop = _kind(data)(data, model).browse(), Crop(data.crop, model.image_size, model.channels)
+    train, test = (dataclasses.replace(split, crop=crop) for split in (found.train, found.test))
+    return Dataset(train, test, found.class_names)
 
 
 def with_classes(

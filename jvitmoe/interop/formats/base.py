@@ -66,7 +66,7 @@ class Target:
     def sample(self, source: load.Source, config: Config) -> weight_names.Dict:
         """Returns the arrays of sample.npz: test images, the target's inputs for them, labels, and our logits."""
         records = sources.with_classes(sources.browse, config.data, config.model, source.classes).test
-        test = splits.decode(records.select(np.arange(min(SAMPLE, len(records)))), config.data, config.model)
+        test = splits.decode(records.select(np.arange(min(SAMPLE, len(records)))))
         inputs = np.asarray(augment.normalize(jnp.asarray(test.images_NHWc), source.mean, source.std))
         if self.torch:
             inputs = np.ascontiguousarray(inputs.transpose(0, 3, 1, 2))
