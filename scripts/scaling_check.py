@@ -33,10 +33,12 @@ from scipy import optimize
 from jvitmoe import rules
 from jvitmoe.commands import train
 from jvitmoe.config import Config, ModelConfig, RoutingConfig, TrainConfig
+from jvitmoe.data.batches import Batch
 from jvitmoe.machine import processes, programs
 from jvitmoe.machine.devices import AXES, describe, make_mesh, to_devices
 from jvitmoe.reports import figures
 from jvitmoe.runs import checkpoints
+from jvitmoe.training.state import TrainState
 
 EXPERTS, IMAGES = 8, 16  # experts in all; images of one device
 MODEL = ModelConfig(patch=2, width=128, hidden=512, depth=2, heads=4, pool="mean")
@@ -99,16 +101,16 @@ def worker(values: flags.FlagValues) -> None:
             seconds = _timed(_sums(arrays, floats), values.worker_steps)
             say(kind="sum", arrays=arrays, bytes=4 * arrays * floats, seconds=seconds)
     for name in CHECKED:
-        lowered, given = timed_step.lower(alone(name, count), local)
-        say(kind="work", variant=name, seconds=_timed(_steps(lowered.compile(), given), values.worker_steps))
+        lowered, *given = timed_step.lower(alone(name, count), local)
+        say(kind="work", variant=name, seconds=_timed(_steps(lowered.compile(), *given), values.worker_steps))
         if count == 1:
             continue
         chosen = config(name, count)
         mesh = make_mesh(chosen.train)
-        lowered, given = timed_step.lower(chosen, mesh)
+        lowered, *given = timed_step.lower(chosen, mesh)
         compiled = lowered.compile()
         found = programs.collectives(compiled.as_text(), mesh.shape)
-        seconds = _timed(_steps(compiled, given), values.worker_steps)
+        seconds = _timed(_steps(compiled, *given), values.worker_steps)
         sums = {"arrays": sum(one.arrays for one in found), "bytes": sum(one.bytes for one in found)}
         say(kind="step", variant=name, **sums, seconds=seconds)
 
@@ -125,12 +127,10 @@ def _sums(arrays: int, floats: int) -> Callable[[], Any]:
     return lambda: summed(given)
 
 
-def _steps(compiled: Any, given: tuple[Any, ...]) -> Callable[[], Any]:
-    state, *rest = given
-
+def _steps(compiled: Any, state: TrainState, batches: Iterator[Batch]) -> Callable[[], Any]:
     def go_on() -> Any:
         nonlocal state
-        state, metrics = compiled(state, *rest)
+        state, metrics = compiled(state, next(batches))
         return state, metrics
 
     return go_on

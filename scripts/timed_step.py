@@ -9,8 +9,9 @@ import os
 import random
 import statistics
 import subprocess
+import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -21,13 +22,13 @@ from scipy.stats import binom
 
 from jvitmoe import routing
 from jvitmoe.config import Config
-from jvitmoe.data import batches
+from jvitmoe.data.batches import Batch, resident_batches
 from jvitmoe.data.splits import Split
 from jvitmoe.errors import UserError
 from jvitmoe.experts import cost
 from jvitmoe.machine import compilation, devices
 from jvitmoe.training import build, step
-from jvitmoe.training.state import make_state
+from jvitmoe.training.state import TrainState, make_state
 
 VISIT_SECONDS = 0.5  # least time that a visit measures
 BATCHES = 10  # of random images
@@ -103,12 +104,12 @@ def random_split(config: Config) -> Split:
     return Split(rng.integers(0, 256, shape, np.uint8), rng.integers(0, model.classes, shape[:1], np.int32))
 
 
-def lower(config: Config, mesh: Mesh) -> tuple[Any, tuple[Any, ...]]:
-    """Returns the training step, lowered for a mesh, and what it takes: (state, a batch of random images)."""
+def lower(config: Config, mesh: Mesh) -> tuple[Any, TrainState, Iterator[Batch]]:
+    """Returns the training step, lowered for a mesh, and what it takes: the state, and batches of random images."""
     split = random_split(config)
     plan = build.plan_for(config, mesh, len(split))
-    given = make_state(plan), next(batches.resident_batches(split, plan.order, 0, 1))
-    return step.make_train_step(plan).lower(*given), given
+    state, batches = make_state(plan), resident_batches(split, plan.order, 0, sys.maxsize)
+    return step.make_train_step(plan).lower(state, next(batches)), state, batches
 
 
 class TimedStep:
@@ -116,16 +117,16 @@ class TimedStep:
 
     def __init__(self, config: Config, mesh: Mesh) -> None:
         self._mesh = mesh
-        lowered, (self._state, *self._given) = lower(config, mesh)
+        lowered, self._state, self._batches = lower(config, mesh)
         began = time.perf_counter()
         self.compiled = lowered.compile()
         self.compile_seconds = time.perf_counter() - began
 
     def seconds(self, steps: int) -> float:
-        """Returns the mean seconds of a step over several."""
+        """Returns the mean seconds of a step over several, each with a batch of its own."""
         began = time.perf_counter()
         for _ in range(steps):
-            self._state, metrics = self.compiled(self._state, *self._given)
+            self._state, metrics = self.compiled(self._state, next(self._batches))
             devices.wait_on_cpu(self._mesh, metrics)
         jax.block_until_ready(self._state)
         return (time.perf_counter() - began) / steps
