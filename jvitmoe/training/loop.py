@@ -14,7 +14,7 @@ import jax
 
 from jvitmoe.config import Config, flatten
 from jvitmoe.data import stream
-from jvitmoe.data.batches import Batch, EvalBatches
+from jvitmoe.data.batches import Batch
 from jvitmoe.errors import UserError
 from jvitmoe.evaluation import evaluator
 from jvitmoe.evaluation.evaluator import Result, make_evaluate
@@ -54,9 +54,11 @@ def fit(run: Run, workdir: Path, stop: Stop, cleanup: contextlib.ExitStack, trac
     processes.together(lambda: check_shared(workdir))
     setup.print_setup(run, workdir, init_notes)
 
-    damaged = _damaged(plan, workdir, data)
     watchdog = Watchdog(STALL_MINUTES)
     evaluation = _Evaluation(plan, data, watchdog)
+    damaged = stream.Damaged(len(data.train), _say_skipped)
+    if plan.data.stream and _is_new(workdir):
+        _look_at_pictures(data.train, damaged, evaluation)
     checkpoints = CheckpointWriter(workdir / safe_io.CHECKPOINTS, KEEP)
     state, meta = _initial_or_restored(checkpoints, plan, dense)
     start, total = int(state.step), plan.total
@@ -129,25 +131,21 @@ def _is_new(workdir: Path) -> bool:
     return processes.broadcast_from_first(not steps)
 
 
-def _damaged(plan: Plan, workdir: Path, data: RunData) -> stream.Damaged:
-    """Returns the record of training images that cannot be read. Before a run that streams starts, the headers of all
-    training images are looked at, and those of evaluations are read once: a damaged one must not end a long run."""
-    # The console of other processes is quiet.
-    say = console.print if processes.is_first() else functools.partial(print, file=sys.stderr)
-    damaged = stream.Damaged(len(data.train), lambda text: say(f"skipped     {text}"))
-    if plan.data.stream and _is_new(workdir):
-        with progress("checking    the headers of all training images") as checked:
-            processes.together(lambda: damaged.check(data.train, checked))
-        with progress("checking    the images of evaluations") as checked:
-            for split in (data.validation, data.test):
-                batches = stream.eval_batches(split, plan.train.images_at_once, plan.mesh)
-                processes.together(functools.partial(_read_once, batches, checked))
-    return damaged
+def _say_skipped(text: str) -> None:
+    line = f"skipped     {text}"
+    if processes.is_first():
+        console.print(line)
+    else:  # whose console is quiet
+        print(line, file=sys.stderr)
 
 
-def _read_once(batches: EvalBatches, checked: Callable[[], object]) -> None:
-    for _ in batches:
-        checked()
+def _look_at_pictures(train: Any, damaged: stream.Damaged, evaluation: "_Evaluation") -> None:
+    """Before a run that streams starts, looks at the headers of all training images and reads those of evaluations
+    once: a damaged one must not end a long run."""
+    with progress("checking    the headers of all training images") as checked:
+        processes.together(lambda: damaged.check(train, checked))
+    with progress("checking    the images of evaluations") as checked:
+        processes.together(lambda: evaluation.read_once(checked))
 
 
 def _exit(done: int, number: int) -> NoReturn:
@@ -170,6 +168,12 @@ class _Evaluation:
         self.watched, self._watched = "test", self._test
         if len(data.validation):
             self.watched, self._watched = "validation", stream.eval_batches(data.validation, *settings)
+
+    def read_once(self, checked: Callable[[], object]) -> None:
+        """Reads all images and calls `checked` after each batch. Raises DataError."""
+        for batches in dict.fromkeys((self._watched, self._test)):
+            for _ in batches:
+                checked()
 
     def watch(self, state: TrainState) -> Result:
         return evaluator.evaluate_main(state.params, self._evaluate, self._watched)
