@@ -196,7 +196,7 @@ class InitConfig:
     """A trained ViT to start from. Read when a run starts, not when it resumes."""
 
     source: str = setting(
-        "", "trained ViT: run or export folder, .safetensors, .npz, hf://OWNER/NAME@REVISION or timm://NAME"
+        "", "trained ViT: run or export folder, .safetensors, hf://OWNER/NAME@REVISION or timm://NAME"
     )
 
 

@@ -98,14 +98,6 @@ def hf_from_pixels(folder: str, pixels: str, out: str, **arguments: object) -> d
     return {}
 
 
-def timm_npz(path: str, inputs: str, out: str, **arguments: object) -> dict:
-    """Reads google-research's .npz with timm's own reader."""
-    model = timm.create_model("vit_tiny_patch16_224", **arguments).eval()
-    model.load_pretrained(path)
-    np.savez(out, logits=logits_of(model, np.load(inputs)["inputs"]))
-    return {}
-
-
 def resample(arrays: str, out: str, grid: int, patch: int) -> dict:
     """Resizes positions [T, D] and kernels [D, c, P, P] as timm does."""
     with np.load(arrays) as file:

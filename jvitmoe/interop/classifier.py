@@ -107,8 +107,8 @@ class Classifier:
 
 
 def load(path: str | Path, checkpoint: str | int = "latest", ema: bool = False) -> Classifier:
-    """Returns the Classifier of a run folder (experts merged), an exported folder, or a ViT of timm, Hugging Face or
-    google-research whose files have the number of heads. Arguments and errors as `load.read`."""
+    """Returns the Classifier of a run folder (experts merged), an exported folder, or a ViT of timm or Hugging
+    Face whose files have the number of heads. Arguments and errors as `load.read`."""
     verbosity = logging.get_verbosity()
     logging.set_verbosity(min(verbosity, logging.ERROR))  # Orbax warns that a folder opened read-only is read-only
     try:

@@ -9,10 +9,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from jvitmoe.errors import UserError
-from jvitmoe.interop.weight_names import CLS, GOOGLE, HF, TIMM, Arrays, ConfigValues
+from jvitmoe.interop.weight_names import CLS, HF, TIMM, Arrays, ConfigValues
 
-HF_EPSILON, GOOGLE_EPSILON = 1e-12, 1e-6  # of LayerNorm, if no file has it
-# Heads of timm's and google-research's sizes, if no file has them.
+HF_EPSILON = 1e-12  # of LayerNorm, if no file has it
+# Heads of timm's sizes, if no file has them.
 HEADS = {"tiny": 3, "xsmall": 4, "small": 6, "medium": 8, "betwixt": 10, "base": 12}
 HEADS |= dict.fromkeys(("large", "huge", "giant", "gigantic"), 16)
 # Arguments of timm's VisionTransformer that the arrays show or that change no logit after training.
@@ -87,15 +87,7 @@ def read_hf(arrays: Arrays, about: About, processor: About) -> ConfigValues:
     )
 
 
-def read_google(arrays: Arrays, about: About, processor: About) -> ConfigValues:
-    """google-research's .npz has no config: its arrays have an axis of heads, and its pixels are ours."""
-    if CLS[GOOGLE] not in arrays:
-        raise UserError("its arrays are those of a google-research ViT without a CLS token; use another source")
-    heads = next((array.shape[1] for name, array in arrays.items() if name.endswith("/query/kernel")), 1)
-    return ConfigValues(heads, GOOGLE_EPSILON, cls_row=True, mean=0.5, std=0.5)
-
-
-READERS = {TIMM: read_timm, HF: read_hf, GOOGLE: read_google}
+READERS = {TIMM: read_timm, HF: read_hf}
 
 
 def crop_of(about: About, processor: About, side: int) -> tuple[str, str]:

@@ -1,5 +1,5 @@
-"""Reads dense ViTs as our dense tree: run folders, exports, safetensors of timm and Hugging Face (or from its hub), and
-.npz of google-research. Nothing here unpickles.
+"""Reads dense ViTs as our dense tree: run folders, exports, safetensors of timm and Hugging Face (or from its hub).
+Nothing here unpickles.
 
 T patches of an image · D width
 """
@@ -9,7 +9,6 @@ import functools
 import hashlib
 import json
 import os
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -37,7 +36,6 @@ WEIGHTS, CONFIG, PROCESSOR = "model.safetensors", "config.json", "preprocessor_c
 CHECKSUM = "sha256"  # in the metadata of the weights of our exports; who writes other weights leaves it out
 ANSWER_SECONDS = 30.0  # longest wait for the hub to answer at all
 MOST_PIXEL = 1e6  # of mean and deviation of another library's pixels, from 0 to 1
-MOST_INFLATION = 20  # of an .npz: weights hardly compress, so a larger factor is an attack on memory
 Pixels = tuple[tuple[float, ...], tuple[float, ...]]  # mean and standard deviation, each one number or one per channel
 
 
@@ -50,7 +48,7 @@ class Source:
     """
 
     path: Path
-    kind: str  # run | jvitmoe | timm | hf | google
+    kind: str  # run | jvitmoe | timm | hf
     params: Dict
     model: ModelConfig
     classes: tuple[str, ...] = ()  # names
@@ -64,7 +62,7 @@ class Source:
 
 
 def read(path: Path | str, heads: int = 0, checkpoint: str | int = "latest", ema: bool = False) -> Source:
-    """Returns the dense ViT in a run folder, an exported folder, a .safetensors or an .npz file.
+    """Returns the dense ViT in a run folder, an exported folder or a .safetensors file.
 
     Args:
         path: folder or file, a name on the hub (`fetch`), or that of a model that comes with jvitmoe, such as
@@ -88,10 +86,10 @@ def read(path: Path | str, heads: int = 0, checkpoint: str | int = "latest", ema
     if os.path.isdir(path):
         path = path / WEIGHTS
     if not os.path.isfile(path):
-        known = f"a .safetensors or .npz file, or a model that comes with jvitmoe ({', '.join(shipped())})"
+        known = f"a .safetensors file, or a model that comes with jvitmoe ({', '.join(shipped())})"
         raise UserError(f"{str(path)!r} is not a file; give a run folder, a folder with {WEIGHTS}, {known}")
-    if path.suffix not in (".safetensors", ".npz"):
-        raise UserError(f"{str(path)!r} is neither .safetensors nor .npz; convert it with safetensors first")
+    if path.suffix != ".safetensors":
+        raise UserError(f"{str(path)!r} is no .safetensors; convert it with safetensors first")
     if ema or checkpoint != "latest":
         raise UserError(f"{str(path)!r} is no run folder, so it holds one model; leave --checkpoint and --ema out")
     try:
@@ -176,26 +174,19 @@ class _Stored:
 
 
 def _open(path: Path) -> tuple[dict[str, _Stored], bool]:
-    """Returns (the arrays of a .safetensors or .npz file, True if it has a checksum of them, as our exports have).
-    Raises UserError if it cannot be read, if its arrays are not those of its checksum, and for an .npz that expands too
-    much."""
+    """Returns (the arrays of a .safetensors file, True if it has a checksum of them, as our exports have).
+    Raises UserError if it cannot be read, and if its arrays are not those of its checksum."""
     try:
-        if path.suffix == ".safetensors":
-            file = safetensors.safe_open(path, framework="numpy")
-            checksum = (file.metadata() or {}).get(CHECKSUM)
-            if checksum and checksum != sha256(path):
-                raise ValueError("its arrays do not match their checksum")
-            arrays = {}
-            for name in file.keys():  # noqa: SIM118
-                header, read = file.get_slice(name), functools.partial(file.get_tensor, name)
-                arrays[name] = _Stored(tuple(header.get_shape()), header.get_dtype(), read)
-            return arrays, bool(checksum)
-        archive = zipfile.ZipFile(path)
-        inflated, packed = sum(entry.file_size for entry in archive.infolist()), path.stat().st_size
-        if inflated > MOST_INFLATION * packed:
-            raise ValueError(f"{packed:,} bytes expand to {inflated:,}; weights do not compress so well")
-        return {entry.filename.removesuffix(".npy"): _npz_array(archive, entry) for entry in archive.infolist()}, False
-    except Exception as error:  # of safetensors, zipfile, zlib and NumPy, and OSError
+        file = safetensors.safe_open(path, framework="numpy")
+        checksum = (file.metadata() or {}).get(CHECKSUM)
+        if checksum and checksum != sha256(path):
+            raise ValueError("its arrays do not match their checksum")
+        arrays = {}
+        for name in file.keys():  # noqa: SIM118
+            header, read = file.get_slice(name), functools.partial(file.get_tensor, name)
+            arrays[name] = _Stored(tuple(header.get_shape()), header.get_dtype(), read)
+        return arrays, bool(checksum)
+    except Exception as error:  # of safetensors, and OSError
         raise UserError(f"cannot be read as {path.suffix} ({one_line(error)}); restore it from a copy") from error
 
 
@@ -208,30 +199,18 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, lambda: hashlib.sha256(about)).hexdigest()
 
 
-def _npz_array(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> _Stored:
-    def read() -> np.ndarray:
-        with archive.open(entry) as member:
-            return np.lib.format.read_array(member, allow_pickle=False)
-
-    with archive.open(entry) as member:
-        version = np.lib.format.read_magic(member)
-        header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        shape, _, dtype = header(member)
-    return _Stored(shape, str(dtype), read)
-
-
 def _read_file(path: Path, heads: int) -> Source:
-    """Returns the ViT of a .safetensors or .npz file."""
+    """Returns the ViT of a .safetensors file."""
     is_listed = manifest.check(path, (CONFIG, PROCESSOR))
     (arrays, has_checksum), processor = _open(path), _json(path.with_name(PROCESSOR))
-    about = _json(path.with_name(CONFIG)) if path.suffix == ".safetensors" else {}
+    about = _json(path.with_name(CONFIG))
     is_unchecked = not is_listed and (has_checksum or about.get("format") == OURS)  # others' ViTs never have one
     notes = [f"no {manifest.NAME} beside it lists it, so its {CONFIG} is not checked"] if is_unchecked else []
     if about.get("format") == OURS:
         return _read_ours(path, arrays, about, tuple(notes))
     style = weight_names.style_of(arrays)
     if style is None:
-        raise UserError("its arrays have no names of timm's, Hugging Face's or google-research's ViTs; use a plain ViT")
+        raise UserError("its arrays have no names of timm's or Hugging Face's ViTs; use a plain ViT")
     values = config_files.READERS[style](arrays, about, processor)
     values = values._replace(heads=values.heads or heads)
     if not values.heads:
@@ -241,7 +220,7 @@ def _read_file(path: Path, heads: int) -> Source:
     notes += [f"skipped {', '.join(unused)}"] if unused else []
     if any(name.startswith("pre_logits") for name in unused):
         notes.append("skipped the head: it needs pre_logits, a tanh layer that our ViT does not have")
-    if not about and style != weight_names.GOOGLE:
+    if not about:
         notes.append(f"took {values.epsilon:g} for LayerNorm's epsilon: no {CONFIG} beside it tells")
     if values.mean is None or values.std is None:
         notes.append(f"took 0.5 for mean or deviation of pixels: no {CONFIG} or {PROCESSOR} beside it has them")

@@ -1,4 +1,4 @@
-"""Names and shapes of the same ViT elsewhere: timm, Hugging Face transformers, google-research's .npz. NumPy only.
+"""Names and shapes of the same ViT elsewhere: timm, Hugging Face transformers. NumPy only.
 
 Our tree is flat here: "blocks.mlp.up" is the leaf up of mlp of blocks, [L, D, F]. Functions that read raise UserError,
 one line that names the array, for arrays that are no ViT of ours.
@@ -23,30 +23,27 @@ Dict = dict[str, np.ndarray]
 LINEAR, NORM, BARE = (".kernel", ".bias"), (".scale", ".bias"), ("", "_bias")  # our names of a weight and a bias
 
 
-def _rows(ours: str, timm: str, hf: str, google: str, names: tuple[str, str] = LINEAR) -> tuple[tuple[str, ...], ...]:
-    """Returns (ours, timm's, Hugging Face's, google-research's) names of the weight and of the bias of a module."""
-    return (
-        (ours + names[0], f"{timm}.weight", f"{hf}.weight", f"{google}/{'scale' if names == NORM else 'kernel'}"),
-        (ours + names[1], f"{timm}.bias", f"{hf}.bias", f"{google}/bias"),
-    )
+def _rows(ours: str, timm: str, hf: str, names: tuple[str, str] = LINEAR) -> tuple[tuple[str, ...], ...]:
+    """Returns (ours, timm's, Hugging Face's) names of the weight and of the bias of a module."""
+    return ((ours + names[0], f"{timm}.weight", f"{hf}.weight"), (ours + names[1], f"{timm}.bias", f"{hf}.bias"))
 
 
 OUTER = (
-    *_rows("patches", "patch_embed.proj", "embeddings.patch_embeddings.projection", "embedding"),
-    *_rows("norm", "norm", "layernorm", "Transformer/encoder_norm", NORM),
-    *_rows("head.logits", "head", "classifier", "head"),
+    *_rows("patches", "patch_embed.proj", "embeddings.patch_embeddings.projection"),
+    *_rows("norm", "norm", "layernorm", NORM),
+    *_rows("head.logits", "head", "classifier"),
 )
 BLOCK = (  # query, key and value are one array in timm's files, in this order
-    *_rows("norm1", "norm1", "layernorm_before", "LayerNorm_0", NORM),
-    *_rows("attention.query", "attn.qkv", "attention.attention.query", "MultiHeadDotProductAttention_1/query"),
-    *_rows("attention.key", "attn.qkv", "attention.attention.key", "MultiHeadDotProductAttention_1/key"),
-    *_rows("attention.value", "attn.qkv", "attention.attention.value", "MultiHeadDotProductAttention_1/value"),
-    *_rows("attention.out", "attn.proj", "attention.output.dense", "MultiHeadDotProductAttention_1/out"),
-    *_rows("norm2", "norm2", "layernorm_after", "LayerNorm_2", NORM),
-    *_rows("mlp.up", "mlp.fc1", "intermediate.dense", "MlpBlock_3/Dense_0", BARE),
-    *_rows("mlp.down", "mlp.fc2", "output.dense", "MlpBlock_3/Dense_1", BARE),
+    *_rows("norm1", "norm1", "layernorm_before", NORM),
+    *_rows("attention.query", "attn.qkv", "attention.attention.query"),
+    *_rows("attention.key", "attn.qkv", "attention.attention.key"),
+    *_rows("attention.value", "attn.qkv", "attention.attention.value"),
+    *_rows("attention.out", "attn.proj", "attention.output.dense"),
+    *_rows("norm2", "norm2", "layernorm_after", NORM),
+    *_rows("mlp.up", "mlp.fc1", "intermediate.dense", BARE),
+    *_rows("mlp.down", "mlp.fc2", "output.dense", BARE),
 )
-TIMM, HF, GOOGLE = "timm", "hf", "google"
+TIMM, HF = "timm", "hf"
 # Leaves that the blocks of some of timm's ViTs have besides: (ours, timm's).
 PARTS = (
     *(("layer_scale1", "ls1.gamma"), ("layer_scale2", "ls2.gamma")),
@@ -55,11 +52,10 @@ PARTS = (
 )
 LAYER_SCALE = 1e-5  # timm's usual initial value, which a file does not tell
 REGISTERS = "reg_token"  # timm's; of shape [1, registers, D]
-COLUMN = {TIMM: 1, HF: 2, GOOGLE: 3}
-BLOCKS = {TIMM: "blocks.{}.", HF: "encoder.layer.{}.", GOOGLE: "Transformer/encoderblock_{}/"}
-CLS = {TIMM: "cls_token", HF: "embeddings.cls_token", GOOGLE: "cls"}
+COLUMN = {TIMM: 1, HF: 2}
+BLOCKS = {TIMM: "blocks.{}.", HF: "encoder.layer.{}."}
+CLS = {TIMM: "cls_token", HF: "embeddings.cls_token"}
 POSITIONS = {TIMM: "pos_embed", HF: "embeddings.position_embeddings"}
-POSITIONS |= {GOOGLE: "Transformer/posembed_input/pos_embedding"}
 
 # Arrays that a file may have besides: heads of other tasks. Any other array would change what the model computes.
 SPARE = re.compile(r"(head|fc|pre_logits|pooler|classifier|decoder|(embeddings\.)?mask_token)\b.*")
@@ -96,8 +92,7 @@ def write(ours: Arrays, style: str, cls_row: bool, mean: bool = False) -> Dict:
     theirs: Dict = {}
     for name, members in _layout(style, len(ours["blocks.norm1.scale"]), _parts(ours)).items():
         leaves = [ours[our_name] if layer is None else ours[our_name][layer] for our_name, layer in members]
-        if style != GOOGLE:
-            leaves = [_to_torch(leaf, our_name) for leaf, (our_name, _) in zip(leaves, members, strict=True)]
+        leaves = [_to_torch(leaf, our_name) for leaf, (our_name, _) in zip(leaves, members, strict=True)]
         theirs[name] = np.concatenate(leaves)
     table_TD = ours["positions"]
     if "registers" in ours:
@@ -148,8 +143,7 @@ def model_of(theirs: Arrays, style: str, config: ConfigValues) -> ModelConfig:
 
     def shape(our_name: str, ndim: int) -> tuple[int, ...]:
         name = next(name for name, members in _layout(style, 1).items() if members[0][0] == our_name)
-        theirs = _shape(named, name, ndim)
-        return theirs if style == GOOGLE else _from_torch(np.broadcast_to(np.float32(0), theirs)).shape
+        return _from_torch(np.broadcast_to(np.float32(0), _shape(named, name, ndim))).shape
 
     patch, other, channels, width = shape("patches.kernel", 4)
     if patch != other:
@@ -218,11 +212,10 @@ def read(theirs: Arrays, style: str, model: ModelConfig, shapes: Shapes) -> tupl
     layers: dict[str, list[np.ndarray]] = {}
     for name, members in _layout(style, model.depth, _parts(shapes), model.classes > 0).items():
         for (our_name, layer), leaf in zip(members, np.split(loaded.pop(name), len(members)), strict=True):
-            leaf = leaf if style == GOOGLE else _from_torch(leaf)
             if layer is None:
-                ours[our_name] = leaf.reshape(shapes[our_name])
+                ours[our_name] = _from_torch(leaf).reshape(shapes[our_name])
             else:
-                layers.setdefault(our_name, []).append(leaf.reshape(shapes[our_name][1:]))
+                layers.setdefault(our_name, []).append(_from_torch(leaf).reshape(shapes[our_name][1:]))
     ours |= {our_name: np.stack(leaves) for our_name, leaves in layers.items()}
     return {name: np.ascontiguousarray(leaf) for name, leaf in ours.items()}, sorted(named.keys() - wanted.keys())
 
@@ -245,7 +238,7 @@ def load(arrays: Arrays, wanted: Shapes) -> Dict:
 
 
 def style_of(names: Any) -> str | None:
-    """Returns the style that has these names of arrays, "timm", "hf" or "google"; None for other names."""
+    """Returns the style that has these names of arrays, "timm" or "hf"; None for other names."""
     patches = ((style, OUTER[0][column]) for style, column in COLUMN.items())
     return next((style for style, name in patches if name in names or f"vit.{name}" in names), None)
 
@@ -274,8 +267,6 @@ def _layout(
 
 def _plain_names(theirs: Arrays, style: str) -> Arrays:
     """Returns the arrays without Hugging Face's prefix of classifiers and timm's other name of the last norm."""
-    if style == GOOGLE:
-        return theirs
     old, new = (r"^fc_norm\.", "norm.") if style == TIMM else (r"^vit\.", "")
     return {re.sub(old, new, name): leaf for name, leaf in theirs.items()}
 
@@ -286,7 +277,7 @@ def _wanted(style: str, model: ModelConfig, shapes: Shapes) -> dict[str, tuple[i
     for name, members in _layout(style, model.depth, _parts(shapes), model.classes > 0).items():
         our_name, layer = members[0]
         shape = shapes[our_name] if layer is None else shapes[our_name][1:]
-        rows, *rest = shape if style == GOOGLE else _to_torch(np.broadcast_to(np.float32(0), shape), our_name).shape
+        rows, *rest = _to_torch(np.broadcast_to(np.float32(0), shape), our_name).shape
         wanted[name] = (rows * len(members), *rest)
     if model.has_cls:
         wanted[CLS[style]] = (1, 1, model.width)

@@ -25,7 +25,7 @@ def read(theirs: weight_names.Arrays, style: str, cls_row: bool | None, heads: i
     return weight_names.read(theirs, style, model, load._shapes(model))
 
 
-@pytest.mark.parametrize("style", ["timm", "hf", "google"])
+@pytest.mark.parametrize("style", ["timm", "hf"])
 @pytest.mark.parametrize("cls_position", [False, True])
 def test_reading_takes_back_what_writing_gave(style, cls_position):
     ours = tree(dataclasses.replace(MODEL, cls_position=cls_position))

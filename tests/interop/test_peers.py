@@ -192,17 +192,6 @@ def test_the_rescaling_of_hugging_faces_processor_is_applied(peers, made, pixels
     np.testing.assert_allclose(classifier.load(folder).logits(pixels), theirs, atol=3e-5)
 
 
-def test_npz_of_google_research_reads_as_timm_reads_it(peers, made, pixels, inputs, tmp_path):
-    source = load.read(made / "timm")
-    arrays = weight_names.write(source.params, weight_names.GOOGLE, cls_row=True)
-    arrays["Transformer/encoderblock_0/LayerNorm_0/scale"] = arrays["Transformer/encoderblock_0/LayerNorm_0/scale"] * 2
-    np.savez(tmp_path / "vit.npz", **arrays)
-    peers("timm_npz", path=tmp_path / "vit.npz", inputs=inputs, out=tmp_path / "logits.npz", **SMALL)
-    theirs = np.load(tmp_path / "logits.npz")["logits"]
-    assert np.abs(theirs - expected(made / "timm")).max() > 1e-3
-    np.testing.assert_allclose(classifier.load(tmp_path / "vit.npz").logits(pixels), theirs, atol=CLOSE)
-
-
 @pytest.mark.parametrize(("pool", "norm"), [("token", "norm"), ("avg", "fc_norm")])
 def test_layer_decay_is_timms_for_every_parameter(peers, pool, norm):
     theirs = peers("layer_scales", decay=0.75, **SMALL, global_pool=pool, class_token=pool == "token")
