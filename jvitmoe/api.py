@@ -115,7 +115,7 @@ def train(
         config: the settings, or an experiment as the command line takes it: "digits_random", "my_images.py".
         workdir: the run folder; by default `runs/<name of the experiment>`, "runs/run" for settings.
         overrides: other values of settings, such as {"train.epochs": 30}.
-        trackers: where figures go beside metrics.jsonl: "tensorboard", "wandb", "mlflow", "trackio".
+        trackers: where figures go beside metrics.jsonl: "tensorboard", "wandb".
 
     Raises UserError, in one line, for what a user can correct.
     """

@@ -46,7 +46,7 @@ ONLY_IN = {
         "datasets": "data.sources.hugging_face",
         "huggingface_hub": "interop",
     },
-    **{"wandb": "runs.trackers", "mlflow": "runs.trackers", "trackio": "runs.trackers", "torch": "nowhere"},
+    **{"wandb": "runs.trackers", "torch": "nowhere"},
 }
 NEVER = {"pickle", "marshal", "shelve", "dill", "cloudpickle", "joblib", "yaml", "runpy"}  # they run what they read
 

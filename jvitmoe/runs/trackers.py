@@ -5,14 +5,11 @@ that resumes goes on in the same run of the tracker, whose id is kept in <run fo
 """
 
 import abc
-import logging
-import os
 import queue
 import secrets
-import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,11 +23,9 @@ from jvitmoe.runs.console import console
 from jvitmoe.runs.safe_io import read_bytes, write_bytes
 
 DEFAULT = ("tensorboard",)
-PROJECT = "jvitmoe"  # wandb's and trackio's project, MLflow's experiment
 CLOSE_SECONDS = 30.0  # how long the end of a run waits for what its trackers still have to send
 STOP_SECONDS = 3.0  # the same where a run stops early: a signal promises an end within 10 s
 THREAD = "tracker "  # in the names of their threads
-LONGEST_PARAM = 500  # characters of a setting, for MLflow's servers
 
 
 class TrackedRun(NamedTuple):
@@ -92,9 +87,9 @@ class Wandb(Tracker):
         if settings.mode == "online" and not wandb.login(prompt=False):  # wandb.init would ask for a key
             raise UserError("there is no key; run wandb login, or set WANDB_MODE=offline")
         self._run = wandb.init(
-            project=settings.project or PROJECT,
+            project=settings.project or "jvitmoe",
             name=run.workdir.resolve().name,
-            id=_id(run, "wandb", lambda: secrets.token_hex(6)),
+            id=_id(run, "wandb"),
             resume="allow",
             config=dict(run.settings),
             dir=run.workdir / "trackers",
@@ -109,68 +104,7 @@ class Wandb(Tracker):
         self._run.finish(exit_code=0 if finished else 1)
 
 
-class Mlflow(Tracker):
-    """MLflow: the server or file of MLFLOW_TRACKING_URI, by default mlflow.db in the working directory."""
-
-    package = "mlflow"
-
-    def __init__(self, run: TrackedRun) -> None:
-        import mlflow
-        from mlflow.entities import Metric, Param
-
-        for name in ("mlflow", "alembic", "urllib3"):  # a server that refuses would be retried in eight lines of theirs
-            logging.getLogger(name).setLevel(logging.ERROR)
-        self._client, self._metric = mlflow.MlflowClient(), Metric
-
-        def create() -> str:
-            name = os.environ.get("MLFLOW_EXPERIMENT_NAME", PROJECT)
-            experiment = self._client.get_experiment_by_name(name)
-            number = experiment.experiment_id if experiment else self._client.create_experiment(name)
-            created = self._client.create_run(number, run_name=run.workdir.resolve().name).info.run_id
-            params = [Param(name, str(value)[:LONGEST_PARAM]) for name, value in run.settings.items()]
-            for first in range(0, len(params), 100):  # the most of one request
-                self._client.log_batch(created, params=params[first : first + 100])
-            return str(created)
-
-        self._id = _id(run, "mlflow", create)
-        self._client.update_run(self._id, status="RUNNING")
-
-    def record(self, step: int, seconds: float, figures: Mapping[str, float]) -> None:
-        milliseconds = round(1000 * seconds)
-        metrics = [self._metric(name, value, milliseconds, step) for name, value in figures.items()]
-        self._client.log_batch(self._id, metrics=metrics)
-
-    def close(self, finished: bool) -> None:
-        self._client.set_terminated(self._id, "FINISHED" if finished else "KILLED")
-
-
-class Trackio(Tracker):
-    """Hugging Face's Trackio: a local database in TRACKIO_DIR; `trackio show` draws it."""
-
-    package = "trackio"
-
-    def __init__(self, run: TrackedRun) -> None:
-        import trackio
-
-        for name, module in list(sys.modules.items()):  # it prints into the progress line, and has no quiet mode
-            if name.partition(".")[0] == "trackio":
-                vars(module)["print"] = lambda *_, **__: None
-        self._run = trackio.init(
-            PROJECT,
-            name=_id(run, "trackio", lambda: f"{run.workdir.resolve().name}-{secrets.token_hex(6)}"),  # it is the id
-            resume="allow",
-            config=dict(run.settings),
-            embed=False,
-        )
-
-    def record(self, step: int, seconds: float, figures: Mapping[str, float]) -> None:
-        self._run.log(dict(figures), step=step)
-
-    def close(self, finished: bool) -> None:
-        self._run.finish()
-
-
-TRACKERS: dict[str, type[Tracker]] = {"tensorboard": TensorBoard, "wandb": Wandb, "mlflow": Mlflow, "trackio": Trackio}
+TRACKERS: dict[str, type[Tracker]] = {"tensorboard": TensorBoard, "wandb": Wandb}
 
 
 def check(names: Sequence[str]) -> None:
@@ -234,11 +168,11 @@ def are_hanging() -> bool:
     return any(thread.name.startswith(THREAD) for thread in threading.enumerate())
 
 
-def _id(run: TrackedRun, name: str, create: Callable[[], str]) -> str:
+def _id(run: TrackedRun, name: str) -> str:
     """Returns the tracker's id of this run: the one kept in the run folder, or else a new one, which is kept."""
     path = run.workdir / "trackers" / f"{name}.id"
     path.parent.mkdir(exist_ok=True)
     if (kept := read_bytes(path)) is None:
-        kept = create().encode()
+        kept = secrets.token_hex(6).encode()
         write_bytes(path, kept)
     return kept.decode().strip()

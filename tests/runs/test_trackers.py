@@ -4,7 +4,6 @@ import contextlib
 import importlib
 import json
 import os
-import sqlite3
 import sys
 import threading
 import time
@@ -30,12 +29,10 @@ def local(tmp_path, monkeypatch):
     """No tracker reaches a network, or a file outside the test's folder."""
     monkeypatch.chdir(tmp_path)
     for name in list(os.environ):
-        if name.startswith(("WANDB_", "MLFLOW_", "TRACKIO_")):
+        if name.startswith("WANDB_"):
             monkeypatch.delenv(name)
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
-    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
     monkeypatch.setattr(trackers, "CLOSE_SECONDS", 300.0)  # a busy machine needs long to import and start some
 
 
@@ -45,56 +42,6 @@ def follow(workdir, names, start, steps):
         for step in steps:
             log.train(step, VALUES | {"loss": step / 4})
         log.evaluation(steps[-1], "test", {"accuracy": 0.25, "nll": 1.5})
-
-
-def select(database, query):
-    """Returns the rows of a query."""
-    with contextlib.closing(sqlite3.connect(database)) as opened:
-        return opened.execute(query).fetchall()
-
-
-def test_mlflow_gets_figures_settings_the_test_and_how_a_run_ended_and_a_resumed_run_goes_on_in_it(tmp_path, capsys):
-    follow(tmp_path / "a", ["mlflow"], 0, [1, 2])
-    follow(tmp_path / "a", ["mlflow"], 2, [3])
-    follow(tmp_path / "b", ["mlflow"], 0, [1])
-    with MetricsLog(tmp_path / "a", start=10, total=10, batch_size=4, trackers=["mlflow"]) as log:
-        log.tested(10, [{"model": "merged", "accuracy": 0.75, "nll": 0.5}])
-    with contextlib.suppress(SystemExit), MetricsLog(tmp_path / "b", 1, 10, 4, trackers=["mlflow"]) as log:
-        log.train(2, VALUES)
-        sys.exit(143)
-    of = "from runs join {0} on runs.run_uuid = {0}.run_uuid where key = "
-    losses = select(tmp_path / "mlflow.db", f"select name, step, value {of.format('metrics')} 'train/loss'")
-    assert sorted(losses) == [("a", 1, 0.25), ("a", 2, 0.5), ("a", 3, 0.75), ("b", 1, 0.25), ("b", 2, 1.0)]
-    tested = select(tmp_path / "mlflow.db", f"select name, value {of.format('metrics')} 'final/merged/accuracy'")
-    assert tested == [("a", 0.75)]
-    epochs = select(tmp_path / "mlflow.db", f"select name, value {of.format('params')} 'train.epochs'")
-    assert sorted(epochs) == [("a", "3"), ("b", "3")]
-    ended = select(tmp_path / "mlflow.db", "select name, status from runs")
-    assert sorted(ended) == [("a", "FINISHED"), ("b", "KILLED")]
-    assert "warning" not in capsys.readouterr().out
-
-
-def test_a_server_that_refuses_is_one_line_and_none_of_its_library(tmp_path, monkeypatch, capsys, caplog):
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
-    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
-    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR", "0")
-    follow(tmp_path / "a", ["mlflow"], 0, [1])
-    captured = capsys.readouterr()
-    assert captured.out.count("warning: tracker mlflow failed") == 1
-    assert (captured.err, caplog.text) == ("", "")
-
-
-def test_trackio_gets_figures_and_a_resumed_run_goes_on_in_it(tmp_path, capsys):
-    follow(tmp_path / "a", ["trackio"], 0, [1, 2])
-    follow(tmp_path / "a", ["trackio"], 2, [3])
-    lines = select(tmp_path / "trackio" / "jvitmoe.db", "select run_name, step, metrics from metrics")
-    figures = [(step, json.loads(text)) for _, step, text in lines]
-    losses = sorted((step, found["train/loss"]) for step, found in figures if "train/loss" in found)
-    assert losses == [(1, 0.25), (2, 0.5), (3, 0.75)]
-    assert len({run for run, _, _ in lines}) == 1
-    captured = capsys.readouterr()
-    assert "warning" not in captured.out
-    assert "trackio" not in (captured.out + captured.err).lower()
 
 
 def test_wandb_offline_keeps_figures_and_a_resumed_run_has_the_same_id(tmp_path, capsys):
