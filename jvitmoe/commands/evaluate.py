@@ -245,7 +245,6 @@ def _draw_samples(evaluate: Any, params: Any, few: Any, workdir: Path) -> None:
     import jax
     import jax.numpy as jnp
 
-    from jvitmoe.data.pictures import Picture
     from jvitmoe.machine import compilation
     from jvitmoe.models import vit
     from jvitmoe.reports import figures
@@ -255,11 +254,8 @@ def _draw_samples(evaluate: Any, params: Any, few: Any, workdir: Path) -> None:
     names, cells = results.class_names(workdir, logits_NC.shape[1]), []
     share_NC = jax.device_get(jax.nn.softmax(logits_NC))
     for image_HWc, label, share_C in zip(few.images_NHWc, few.labels_N, share_NC, strict=True):
-        order_C = (-share_C).argsort()
-        is_wrong = bool(order_C[0] != label)
-        guesses, picture = [(names[c], float(share_C[c])) for c in order_C], Picture(names[label], image_HWc)
-        cells.append(figures.Cell(picture, f"{'wrong, ' * is_wrong}true: {names[label]}", guesses, is_wrong))
-    figures.contact_sheet(workdir / safe_io.SAMPLES, cells)
+        cells.append((image_HWc, names[label], [(names[c], float(share_C[c])) for c in (-share_C).argsort()]))
+    figures.save(figures.samples(cells), workdir / safe_io.SAMPLES)
 
 
 def _define_flags(values: flags.FlagValues) -> None:

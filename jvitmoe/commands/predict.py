@@ -1,4 +1,4 @@
-"""Classifies pictures: `jvitmoe predict --workdir runs/X IMAGE… [--json] [--sheet sheet.png] [--top 5]`.
+"""Classifies pictures: `jvitmoe predict --workdir runs/X IMAGE… [--json] [--top 5]`.
 
 Prints the most probable classes of each file, also of those in folders. Files that cannot be read are reported and
 skipped, and the exit code is 1.
@@ -7,7 +7,6 @@ skipped, and the exit code is 1.
 import dataclasses
 import functools
 import json
-import os
 import sys
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from jvitmoe.commands import cli
 from jvitmoe.data import pictures
 from jvitmoe.data.pictures import DataError
 from jvitmoe.errors import UserError, printable
-from jvitmoe.runs.console import console, show_table, warnings_as_lines
+from jvitmoe.runs.console import show_table, warnings_as_lines
 
 
 def main(argv: list[str]) -> None:
@@ -28,9 +27,6 @@ def main(argv: list[str]) -> None:
         raise UserError("--workdir is missing; give a run folder, an exported one, or --model=cifar10_fast")
     if not arguments:
         raise UserError("no picture was given; name files or folders after the flags")
-    out = Path(values.sheet) if values.sheet else None
-    if out and (out.suffix.lower() != ".png" or not os.path.isdir(out.parent)):
-        raise UserError(f"--sheet is {values.sheet!r}; it must be a .png in a folder that exists")
     # Not above: these import JAX, and --help need not wait for that.
     from jvitmoe.interop import classifier
     from jvitmoe.machine import compilation
@@ -61,16 +57,6 @@ def main(argv: list[str]) -> None:
             for path, top in classes
         ]
         show_table(rows, f"{values.workdir}: most probable classes")
-    if out and classes:
-        from jvitmoe.reports import figures  # imports matplotlib, which takes as long as an answer
-
-        cells = [
-            figures.Cell(pictures.Picture(str(path), path), path.name, [(c.name, c.probability) for c in top])
-            for path, top in classes
-        ]
-        figures.contact_sheet(out, cells)
-        if not values.json:
-            console.print(f"sheet       {out}")
     for message in unreadable:
         print(f"skipped: {printable(message)}", file=sys.stderr)
     if unreadable:
@@ -84,4 +70,3 @@ def _define_flags(values: flags.FlagValues) -> None:
     cli.define_weights(values)
     flags.DEFINE_integer("top", 5, "Classes per picture.", 1, flag_values=values)
     flags.DEFINE_bool("json", False, "JSON on standard output, instead of a table.", flag_values=values)
-    flags.DEFINE_string("sheet", "", "PNG to draw the pictures in, with the classes below them.", flag_values=values)

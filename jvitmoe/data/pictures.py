@@ -1,6 +1,6 @@
 """One picture: read from its file, upright, in 8 bits and the model's channels; whole, or cropped and resized.
 
-Training, evaluation, predictions and the contact sheet all read pictures here, so they see the same pixels.
+Training, evaluation and predictions all read pictures here, so they see the same pixels.
 
 H rows · W columns · c channels
 """

@@ -2,14 +2,14 @@
 predicted classes.
 
 A function returns a figure, or None if it would show nothing. `save` writes it, and `report --html` embeds the same
-PNG. In `curves` and `comparison` a colour is a run and a mark a model. The contact sheet of pictures is Pillow's.
+PNG. In `curves` and `comparison` a colour is a run and a mark a model.
 """
 
 import io
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -19,9 +19,7 @@ from matplotlib.colors import LinearSegmentedColormap, PowerNorm, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.font_manager import get_font
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
-from PIL import Image, ImageDraw, ImageFont
 
-from jvitmoe.data.pictures import Picture, opened, pixels
 from jvitmoe.reports import results
 from jvitmoe.runs import safe_io
 
@@ -44,10 +42,7 @@ LEAST = 1e-3  # shown instead of an error or a loss of 0, which a log scale has 
 LEAST_RANGE = 0.05  # of an axis, relative to its values: one that shows less would make mountains of rounding errors
 MOST_CLASSES, MOST_COUNTED = 100, 20  # classes of a confusion matrix that is drawn, and of one with counts in its cells
 POINTS = 60  # most points of a line; more records are averaged
-# Of a contact sheet: side of a picture, height of a line of text and space between cells, in pixels; lines of text per
-# picture, its caption and three guesses.
-CELL, LINE, GAP, LINES = 180, 18, 12, 4
-WHITE, INK, FAINT, BAR, WRONG = "#ffffff", "#1a1a1a", "#6b6b6b", "#dddddd", "#b00020"
+SAMPLES, GUESSES = 5, 3  # pictures in a row of samples, and guesses told of each
 
 
 def shown(name: str, most: int = 40) -> str:
@@ -330,6 +325,23 @@ def experts(
     return figure
 
 
+@in_style
+def samples(cells: Sequence[tuple[np.ndarray, str, Sequence[tuple[str, float]]]]) -> Figure:
+    """Returns a figure of pictures. Of each, `cells` has its pixels [H, W, c], its class, and (name, probability) of
+    classes, best first. The text is red where the best is wrong."""
+    columns = min(len(cells), SAMPLES)
+    rows = math.ceil(len(cells) / columns)
+    figure, grid = subplots(rows, columns, (2.2 * columns, 3 * rows))
+    for axes in grid.flat:
+        axes.axis("off")
+    for axes, (pixels_HWc, name, guesses) in zip(grid.flat, cells, strict=False):
+        axes.imshow(pixels_HWc if pixels_HWc.shape[-1] > 2 else pixels_HWc[..., 0], cmap="gray", vmin=0, vmax=255)
+        lines = [f"true: {shown(name, 20)}", *(f"{shown(name, 16)} {share:.1%}" for name, share in guesses[:GUESSES])]
+        axes.set_title("\n".join(lines), fontsize=9, color="black" if guesses[0][0] == name else "#b00020")
+    figure.suptitle("What the model says of some test images; red: wrong", fontsize=11)
+    return figure
+
+
 def _seeds(counts: Mapping[str, int]) -> tuple[dict[str, str], str]:
     """Returns the label of each group and the name of the statistics, "" for one seed. One of them holds n."""
     one, *more = sorted(set(counts.values()))
@@ -344,51 +356,3 @@ def plain_ticks(axis: Axis, scale: float = 1) -> None:
     axis.set_major_locator(LogLocator(subs=subs) if high > 4 * low else MaxNLocator(8, steps=(1, 2, 5, 10)))
     axis.set_major_formatter(lambda value, _: np.format_float_positional(scale * value, 9, fractional=False, trim="-"))
     axis.set_minor_locator(NullLocator())
-
-
-class Cell(NamedTuple):
-    """A picture of a contact sheet."""
-
-    picture: Picture
-    caption: str
-    guesses: Sequence[tuple[str, float]]  # (name, probability) of classes, best first
-    is_wrong: bool = False  # the best guess is not the class of the picture
-
-
-def contact_sheet(path: Path, cells: Sequence[Cell]) -> None:
-    """Writes a grid of pictures, each with its predicted classes below, as a PNG. Raises UserError."""
-    columns = min(len(cells), max(1, round(math.sqrt(len(cells) * 1.4))))
-    rows = math.ceil(len(cells) / columns)
-    high = CELL + LINES * LINE
-    sheet = Image.new("RGB", (columns * (CELL + GAP) + GAP, rows * (high + GAP) + GAP), WHITE)
-    pen, font = ImageDraw.Draw(sheet), ImageFont.truetype(FONT, 12)
-    for number, cell in enumerate(cells):
-        left = GAP + number % columns * (CELL + GAP)
-        top = GAP + number // columns * (high + GAP)
-        with opened(cell.picture) as file:
-            image = pixels(file, 3, cell.picture.name)
-            smooth = max(image.size) * 2 > CELL  # small pictures are enlarged without smoothing
-            resample = Image.Resampling.BICUBIC if smooth else Image.Resampling.NEAREST
-            shrink = CELL / max(image.size)  # unlike in ImageOps.contain, no side becomes 0
-            thumbnail = image.resize([max(1, round(side * shrink)) for side in image.size], resample)
-        sheet.paste(thumbnail, (left + (CELL - thumbnail.width) // 2, top + (CELL - thumbnail.height) // 2))
-        top += CELL + 2
-        pen.text((left, top), _fit(pen, font, cell.caption, CELL), WRONG if cell.is_wrong else FAINT, font)
-        for rank, (name, probability) in enumerate(cell.guesses[: LINES - 1], 1):
-            line = top + rank * LINE
-            pen.rectangle((left, line, left + max(1, round(CELL * probability)), line + LINE - 3), BAR)
-            share = f"{probability:.1%}"
-            width = pen.textlength(share, font)
-            pen.text((left + 3, line), _fit(pen, font, name, CELL - width - 12), INK, font)
-            pen.text((left + CELL - width - 2, line), share, INK, font)
-    with safe_io.writing(path):
-        sheet.save(path, "PNG")
-
-
-def _fit(pen: ImageDraw.ImageDraw, font: ImageFont.FreeTypeFont, name: str, width: float) -> str:
-    """Returns the name, cut with an ellipsis if it is wider than `width` pixels."""
-    text = shown(name, 1000)
-    text = text if pen.textlength(text, font) <= width else text + "…"
-    while pen.textlength(text, font) > width and len(text) > 1:
-        text = text[:-2] + "…"
-    return text

@@ -18,7 +18,6 @@ from jvitmoe.data.pictures import DataError
 from jvitmoe.errors import UserError
 from jvitmoe.interop import classifier, load, manifest
 from jvitmoe.interop.formats import TARGETS
-from jvitmoe.reports import figures
 from processes import call, refused, succeed
 
 
@@ -128,17 +127,6 @@ def test_hidden_files_in_a_folder_are_skipped_as_in_training(folder):
     assert pictures.find([folder / ".hidden.png"]) == ([folder / ".hidden.png"], [])
 
 
-def test_a_sheet_shows_very_wide_pictures_and_names_of_files_and_classes_that_its_font_lacks(tmp_path):
-    names = ["é.png", "中.png", "line\nbreak.png"]
-    for name in names:
-        Image.new("L", (20, 30)).save(tmp_path / name)
-    shown = [pictures.Picture(name, tmp_path / name) for name in names]
-    Image.new("L", (1000, 2)).save(tmp_path / names[0])
-    guesses = [("ß", 0.5), ("中", 0.25)]
-    figures.contact_sheet(tmp_path / "sheet.png", [figures.Cell(p, p.name, guesses) for p in shown])
-    assert (tmp_path / "sheet.png").read_bytes().startswith(b"\x89PNG")
-
-
 def test_the_table_and_the_json_tell_the_same_of_pictures_read_a_few_at_a_time(exported, folder, monkeypatch):
     arguments = f"--workdir={exported}", folder, "--top=2"
     table = succeed(predict.main, *arguments)
@@ -199,28 +187,12 @@ def test_names_of_files_cannot_control_the_terminal(exported, folder, monkeypatc
     assert "\x1b" not in out + err
 
 
-def test_the_contact_sheet_shows_every_picture_and_its_classes(exported, folder):
-    out = folder / "sheet.png"
-    succeed(predict.main, f"--workdir={exported}", folder, f"--sheet={out}")
-    pixels = np.asarray(Image.open(out).convert("L"))
-    high = figures.CELL + figures.LINES * figures.LINE
-    assert pixels.shape == tuple(2 * (side + figures.GAP) + figures.GAP for side in (high, figures.CELL))
-    for row, column in ((0, 0), (0, 1), (1, 0)):
-        top = figures.GAP + row * (high + figures.GAP)
-        left = figures.GAP + column * (figures.CELL + figures.GAP)
-        below = pixels[top + figures.CELL :][: figures.LINES * figures.LINE, left : left + figures.CELL]
-        assert (below < 60).sum() > 100  # ink
-        assert pixels[top : top + figures.CELL, left : left + figures.CELL].std() > 30
-    assert (pixels[-figures.CELL :, -figures.CELL :] == 255).all()  # the place that is left
-
-
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
         ("x.png", "--workdir"),
         ("--workdir={run}", "no picture"),
         ("--workdir={run} --top=0 x.png", "--top"),
-        ("--workdir={run} --sheet=x.jpg x.png", "--sheet"),
         ("--workdir=no/where --checkpoint=best x.png", "no/where"),
     ],
 )
