@@ -34,7 +34,6 @@ def main() -> None:
     weights = options.out / load.WEIGHTS
     halves = {name: leaf.astype(np.float16) for name, leaf in load_file(weights).items()}
     save_file(halves, weights, {"format": "pt"})
-    save_file(halves, weights, {"format": "pt", load.CHECKSUM: load.sha256(weights)})
     weights.chmod(0o644)
     for name in ("sample.npz", "classes.json"):  # logits of the float32 weights; names that config.json has too
         (options.out / name).unlink()

@@ -6,7 +6,6 @@ T patches of an image · D width
 
 import dataclasses
 import functools
-import hashlib
 import json
 import os
 from collections.abc import Callable
@@ -33,7 +32,6 @@ from jvitmoe.runs.checkpoints import Checkpoints
 SHIPPED = Path(__file__).parents[1] / "weights"  # exported models that come with the package, by name
 OURS = "jvitmoe"  # the format of our own exports, named in their config.json
 WEIGHTS, CONFIG, PROCESSOR = "model.safetensors", "config.json", "preprocessor_config.json"
-CHECKSUM = "sha256"  # in the metadata of the weights of our exports; who writes other weights leaves it out
 ANSWER_SECONDS = 30.0  # longest wait for the hub to answer at all
 MOST_PIXEL = 1e6  # of mean and deviation of another library's pixels, from 0 to 1
 Pixels = tuple[tuple[float, ...], tuple[float, ...]]  # mean and standard deviation, each one number or one per channel
@@ -173,41 +171,26 @@ class _Stored:
         return self.read()
 
 
-def _open(path: Path) -> tuple[dict[str, _Stored], bool]:
-    """Returns (the arrays of a .safetensors file, True if it has a checksum of them, as our exports have).
-    Raises UserError if it cannot be read, and if its arrays are not those of its checksum."""
+def _open(path: Path) -> dict[str, _Stored]:
+    """Returns the arrays of a .safetensors file. Raises UserError if it cannot be read."""
     try:
         file = safetensors.safe_open(path, framework="numpy")
-        checksum = (file.metadata() or {}).get(CHECKSUM)
-        if checksum and checksum != sha256(path):
-            raise ValueError("its arrays do not match their checksum")
         arrays = {}
         for name in file.keys():  # noqa: SIM118
             header, read = file.get_slice(name), functools.partial(file.get_tensor, name)
             arrays[name] = _Stored(tuple(header.get_shape()), header.get_dtype(), read)
-        return arrays, bool(checksum)
+        return arrays
     except Exception as error:  # of safetensors, and OSError
         raise UserError(f"cannot be read as {path.suffix} ({one_line(error)}); restore it from a copy") from error
-
-
-def sha256(path: Path) -> str:
-    """Returns the SHA-256 of the names, types, shapes and values in a .safetensors file."""
-    with path.open("rb") as file:
-        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-        header.pop("__metadata__", None)
-        about = json.dumps(header, sort_keys=True).encode()
-        return hashlib.file_digest(file, lambda: hashlib.sha256(about)).hexdigest()
 
 
 def _read_file(path: Path, heads: int) -> Source:
     """Returns the ViT of a .safetensors file."""
     is_listed = manifest.check(path, (CONFIG, PROCESSOR))
-    (arrays, has_checksum), processor = _open(path), _json(path.with_name(PROCESSOR))
-    about = _json(path.with_name(CONFIG))
-    is_unchecked = not is_listed and (has_checksum or about.get("format") == OURS)  # others' ViTs never have one
-    notes = [f"no {manifest.NAME} beside it lists it, so its {CONFIG} is not checked"] if is_unchecked else []
+    arrays, about, processor = _open(path), _json(path.with_name(CONFIG)), _json(path.with_name(PROCESSOR))
     if about.get("format") == OURS:
-        return _read_ours(path, arrays, about, tuple(notes))
+        unlisted = f"no {manifest.NAME} beside it lists it, so it is not checked"
+        return _read_ours(path, arrays, about, () if is_listed else (unlisted,))
     style = weight_names.style_of(arrays)
     if style is None:
         raise UserError("its arrays have no names of timm's or Hugging Face's ViTs; use a plain ViT")
@@ -217,7 +200,7 @@ def _read_file(path: Path, heads: int) -> Source:
         raise UserError(f"nothing tells its number of heads; put the {CONFIG} that belongs to it beside it")
     model = weight_names.model_of(arrays, style, values)
     flat, unused = weight_names.read(arrays, style, model, _shapes(model))
-    notes += [f"skipped {', '.join(unused)}"] if unused else []
+    notes = [f"skipped {', '.join(unused)}"] if unused else []
     if any(name.startswith("pre_logits") for name in unused):
         notes.append("skipped the head: it needs pre_logits, a tanh layer that our ViT does not have")
     if not about:

@@ -22,9 +22,7 @@ NORMS = {1e-5: "vit_base_patch16_clip_224", 1e-6: "vit_base_patch16_224"}
 
 def _save(out: Path, arrays: weight_names.Dict, about: dict[str, Any]) -> base.Run:
     """Writes model.safetensors and config.json, reads them back, and returns the function that they compute."""
-    path, metadata = out / load.WEIGHTS, {"format": "pt"}
-    path.write_bytes(save(arrays, metadata=metadata))
-    path.write_bytes(save(arrays, metadata={**metadata, load.CHECKSUM: load.sha256(path)}))
+    (out / load.WEIGHTS).write_bytes(save(arrays, metadata={"format": "pt"}))
     safe_io.write_text(out / load.CONFIG, json.dumps(about, indent=2) + "\n")
     again = load.read(out)
     read_back = classifier.Classifier(again)
