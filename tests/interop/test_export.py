@@ -264,6 +264,15 @@ def untrained(model: ModelConfig) -> load.Source:
     return load.Source(Path("run"), "run", params, model, tuple("abcdefghij"))
 
 
+@pytest.fixture
+def written(tmp_path) -> Path:
+    """Returns our own export of a small model that was never trained."""
+    source = untrained(small())
+    (tmp_path / "out").mkdir()
+    TARGETS["safetensors"].write(tmp_path / "out", source, source.model)
+    return tmp_path / "out"
+
+
 @pytest.mark.parametrize("target", EVERY_TARGET)
 def test_one_flipped_bit_in_any_file_of_an_export_is_noticed_by_loading_and_by_the_code_of_its_card(
     exported, tmp_path, monkeypatch, target
