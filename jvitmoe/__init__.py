@@ -4,13 +4,13 @@ import importlib
 from typing import Any
 
 __version__ = "0.1.0"
-__all__ = ["Run", "load", "merging", "train"]
-_FILES = {"Run": "api", "load": "interop.classifier", "merging": "experts.merge", "train": "api"}
+__all__ = ["Run", "average", "load", "merging", "train"]
+_FILES = {"Run": "api", "average": "api", "load": "interop.classifier", "merging": "experts.merge", "train": "api"}
 
 
 def __getattr__(name: str) -> Any:
-    """Imports `load`, `merging` (experts/merge.py), `Run` and `train` on first use. The package alone does not import
-    JAX."""
+    """Imports `average`, `load`, `merging` (experts/merge.py), `Run` and `train` on first use. The package alone does
+    not import JAX."""
     if name not in _FILES:
         raise AttributeError(f"module 'jvitmoe' has no attribute {name!r}")
     module = importlib.import_module(f"jvitmoe.{_FILES[name]}")

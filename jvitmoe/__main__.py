@@ -13,6 +13,8 @@ from jvitmoe.machine import memory
 COMMANDS = {
     "train": "--config digits_random",
     "evaluate": "--workdir runs/digits_random",
+    "start": "--config finetune --classes classes.txt --out start",
+    "average": "site_a site_b --start start --data_dir CHECK --out merged",
     "report": "runs/digits_dense runs/digits_random",
     "predict": "--workdir runs/digits_random IMAGE…",
     "export": "--workdir runs/digits_random --to timm --out exports/digits",

@@ -11,10 +11,12 @@ from typing import Any
 from absl import logging
 
 from jvitmoe import experiments, rules
+from jvitmoe.commands import average as average_command
 from jvitmoe.commands import cli, evaluate, export, report
-from jvitmoe.config import SETTINGS, Config, unknown_field
+from jvitmoe.commands.average import Averaged
+from jvitmoe.config import SETTINGS, Config, DataConfig, unknown_field
 from jvitmoe.errors import ConfigError, UserError
-from jvitmoe.interop import classifier
+from jvitmoe.interop import classifier, starts
 from jvitmoe.machine import compilation
 from jvitmoe.machine.signals import Stop
 from jvitmoe.reports import comparison
@@ -101,10 +103,11 @@ class Run:
 
 @compilation.cache_as_before()
 def train(
-    config: Config | Path | str,
+    config: Config | Path | str = "",
     workdir: Path | str = "",
     overrides: Mapping[str, object] | None = None,
     trackers: Sequence[str] = DEFAULT,
+    start: Path | str = "",
 ) -> Run:
     """Trains an experiment to its end, tests it, and returns the run. Called again it resumes.
 
@@ -116,17 +119,26 @@ def train(
         workdir: the run folder; by default `runs/<name of the experiment>`, "runs/run" for settings.
         overrides: other values of settings, such as {"train.epochs": 30}.
         trackers: where figures go beside metrics.jsonl: "tensorboard", "wandb".
+        start: the folder of a start (`jvitmoe start`), in place of `config`.
 
     Raises UserError, in one line, for what a user can correct.
     """
-    name = "run" if isinstance(config, Config) else cli.experiment_name(["", f"--config={config}"])
+    if bool(start) == bool(config):
+        raise UserError("give config or start, and not both")
+    if start:
+        name, settings = Path(start).name, experiments.of_start(start)
+    elif isinstance(config, Config):
+        name, settings = "run", copy.deepcopy(config)
+    else:
+        name, settings = cli.experiment_name(["", f"--config={config}"]), experiments.load(config)
     run = Run(workdir or Path("runs") / name)
-    settings = copy.deepcopy(config) if isinstance(config, Config) else experiments.load(config)
     for path, value in (overrides or {}).items():
         if path not in SETTINGS:
             raise ConfigError(unknown_field(path))
         section, _, field = path.partition(".")
         setattr(getattr(settings, section), field, value)
+    if start:
+        starts.begin(settings, start)
     if not _TRAINS.acquire(blocking=False):  # Orbax writes the checkpoints of one run at a time
         raise UserError("another thread trains; wait for it, or train in a process of its own")
     verbosity = logging.get_verbosity()
@@ -140,6 +152,30 @@ def train(
         logging.set_verbosity(verbosity)
         _TRAINS.release()
     return run
+
+
+@compilation.cache_as_before()
+def average(
+    models: Sequence[Run | Path | str],
+    out: Path | str,
+    start: Path | str = "",
+    data: DataConfig | Path | str | None = None,
+    split: str = "test",
+    weights: str = "equal",
+    toward_start: float = 0.0,
+) -> Averaged:
+    """Averages models that were trained from one start, tests the mean on labelled pictures, and writes it into a new
+    folder, as `jvitmoe average`.
+
+    Args:
+        models: runs, or the folders of runs and exports.
+        data: a folder of classes, or the `name` and `dir` of a set; None tests nothing.
+
+    The others, and errors, are as in `commands.average.average`.
+    """
+    paths = [model.workdir if isinstance(model, Run) else model for model in models]
+    pictures = DataConfig("folder", str(data)) if isinstance(data, Path | str) else data
+    return average_command.average(paths, Path(out).expanduser(), start, pictures, split, weights, toward_start)
 
 
 class _Interrupts(Stop):

@@ -38,6 +38,7 @@ class DataConfig:
         "digits", "digits; folder (train/CLASS/… and test/CLASS/…); hf:NAME of Hugging Face; or a TFDS set"
     )
     dir: str = setting("", "the image folder, or where TFDS or Hugging Face keep sets; empty: their default", free=True)
+    part: str = setting("", "part of the training images to train on: 2/8 is the second eighth; '' is all")
     validation: int = setting(0, "training images held out, class by class, to choose a checkpoint on", at_least=0)
     crop_padding: int = setting(0, "zero pixels added on each side before a random crop; 0 is no crop", at_least=0)
     flip: bool = setting(False, "mirror each image left to right with probability 1/2")
@@ -198,6 +199,7 @@ class InitConfig:
     source: str = setting(
         "", "trained ViT: run or export folder, .safetensors, hf://OWNER/NAME@REVISION or timm://NAME"
     )
+    start: str = setting("", "hash of the start that train --start names; it sets this itself")
 
 
 @dataclasses.dataclass

@@ -1,6 +1,7 @@
 """Experiment files: found by path or by the name of one of ours, and run for the Config that they return."""
 
 import inspect
+import json
 import os
 import sys
 import traceback
@@ -8,8 +9,10 @@ import types
 from importlib.machinery import SourceFileLoader
 from pathlib import Path
 
+from jvitmoe import config as config_lib
 from jvitmoe.config import Config
 from jvitmoe.errors import UserError, did_you_mean, one_line
+from jvitmoe.runs import safe_io
 
 
 def ours() -> Path:
@@ -67,6 +70,21 @@ def load(name: str | Path) -> Config:
     if not isinstance(config, Config):
         kind = type(config).__name__
         raise UserError(f"get_config() of {path!r} returns {kind}; it must return jvitmoe.config.Config")
+    return config
+
+
+def of_start(folder: Path | str) -> Config:
+    """Returns the settings that a start (`jvitmoe start`) holds, with it as their source. Raises UserError."""
+    path = Path(folder) / safe_io.CONFIG
+
+    def holds_settings(about: object) -> bool:
+        return isinstance(about, dict) and isinstance(about.get("settings"), dict)
+
+    about = safe_io.read_json(path, holds_settings, "the settings of a start", "give a folder of jvitmoe start")
+    if about is None:
+        raise UserError(f"--start is {str(folder)!r}, which holds no {path.name}; give a folder of jvitmoe start")
+    config = config_lib.loads(json.dumps(about["settings"]), str(path))
+    config.init.source = str(folder)
     return config
 
 

@@ -7,6 +7,7 @@ in `training.build`, where a run is made of its settings.
 import dataclasses
 import math
 import operator
+import re
 import typing
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -85,6 +86,10 @@ def _data_faults(config: Config) -> Iterator[tuple[str, str]]:
     for path, values, least in (("data.mean", data.mean, 0.0), ("data.std", data.std, SMALLEST_STD)):
         if len(values) not in (1, model.channels) or not all(least <= value <= 1 for value in values):
             yield path, f"must be one number or {model.channels}, one per channel, each from {least:g} to 1"
+    if data.part and not re.fullmatch(r"[1-9]\d{0,8}/[1-9]\d{0,8}", data.part):
+        yield "data.part", "must be K/N, such as 2/8, or ''"
+    elif data.part and operator.gt(*map(int, data.part.split("/"))):
+        yield "data.part", "must be K/N with K at most N"
     if data.crop_padding > model.image_size:
         yield "data.crop_padding", f"must be at most model.image_size, which is {model.image_size}"
 

@@ -8,6 +8,7 @@ import logging as standard_logging
 import os
 import re
 import shutil
+import signal
 import sys
 import textwrap
 import warnings
@@ -31,7 +32,7 @@ def parse(argv: list[str], define: Callable[[flags.FlagValues], None], config: b
     if others:
         as_flag = f"--config={others[0]}" if config and not config_path(argv) else "--name=value"
         raise UserError(f"{others[0]!r} is not a flag; write {as_flag}")
-    if config and not config_path(argv) and not _saved_config(argv):
+    if config and not config_path(argv) and not start_folder(argv) and not _saved_config(argv):
         raise UserError("--config is missing; give an experiment, such as --config=digits_random, or a file, my.py")
     return values
 
@@ -53,7 +54,11 @@ def parse_with_arguments(
     try:
         if config:
             path, argv = _take("config", argv)
-            loaded = experiments.load(path) if path else _saved_config(argv) or Config()
+            folder = start_folder(argv)
+            if path and folder:
+                raise UserError(f"--config is {path!r} and --start is {folder!r}; give one of them")
+            loaded = experiments.of_start(folder) if folder else None
+            loaded = experiments.load(path) if path else loaded or _saved_config(argv) or Config()
             config_flags.DEFINE_config_dataclass("config", loaded, "Experiment file.", values, sys_argv=argv)
             values["config"].default_as_str = None  # --help would print all fields on one line
         others = values(argv)[1:]
@@ -86,6 +91,11 @@ def config_path(argv: list[str]) -> str:
     return _take("config", argv)[0]
 
 
+def start_folder(argv: list[str]) -> str:
+    """Returns the value of `--start`, or ""."""
+    return os.path.expanduser(_take("start", argv)[0])
+
+
 def _saved_config(argv: list[str]) -> Config | None:
     """Returns the settings of the run in `--workdir`, with which its command goes on; None if there is none."""
     name, _ = _take("workdir", argv)
@@ -98,7 +108,9 @@ def _saved_config(argv: list[str]) -> Config | None:
 
 
 def experiment_name(argv: list[str]) -> str:
-    """Returns the name of the experiment without a suffix, and "_VARIANT" if one is given."""
+    """Returns the name of the experiment or start without a suffix, and "_VARIANT" if one is given."""
+    if folder := start_folder(argv):
+        return Path(folder).name
     path, variant = experiments.split_variant(config_path(argv))
     return Path(path).stem + (f"_{variant}" if variant else "")
 
@@ -125,6 +137,11 @@ def data_dir_flag(flag: str = "--data_dir") -> Iterator[None]:
     except DataError as error:
         error.args = (str(error).replace("--config.data.dir", flag),)
         raise
+
+
+def end_cleanly() -> None:
+    """Lets SIGTERM end the process as an exception does, which deletes what is unfinished."""
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
 
 
 def define_weights(values: flags.FlagValues) -> None:

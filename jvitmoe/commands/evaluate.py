@@ -181,13 +181,14 @@ def _data(config: Config, workdir: Path, probes: Probes) -> tuple[Any, Any, Any]
     from jvitmoe.data.splits import SizeError, decode
 
     find = sources.load if probes and not config.data.stream else sources.browse
+    names = safe_io.read_classes(workdir)
     with cli.data_dir_flag():
-        own: Any = sources.with_classes(find, config.data, config.model, safe_io.read_classes(workdir))
+        own: Any = sources.with_classes(find, config.data, config.model, names, bool(config.init.start))
         if not (probes or config.data.stream):
             own = dataclasses.replace(own, test=decode(own.test))
 
     def without_held_out(data: Any) -> Any:
-        return dataclasses.replace(data, train=sources.hold_out(data.train, config.data.validation)[0])
+        return dataclasses.replace(data, train=sources.training_images(data.train, config.data)[0])
 
     if not probes.data:
         return own, without_held_out(own) if probes else own, config.data

@@ -1,14 +1,15 @@
-"""Exports a run's dense model for other libraries: `jvitmoe export --workdir runs/X --to TARGET --out DIR`.
+"""Exports a dense model for other libraries: `jvitmoe export --workdir runs/X --to TARGET --out DIR`.
 
-Writes the model, a model card, sample.npz (test images and their logits) and checksums, and reads the model back to
-compare the logits. A model that the target cannot express is refused before anything is written.
+The model is that of a run, or of an export of ours in safetensors. Writes it, a model card, sample.npz (images and
+their logits) and checksums, and reads it back to compare the logits. A model that the target cannot express is refused
+before anything is written.
 """
 
 import os
 import shutil
-import signal
-import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from absl import flags
 
@@ -20,9 +21,11 @@ from jvitmoe.runs.console import console, warnings_as_lines
 
 def main(argv: list[str]) -> None:
     """Runs the command. Raises UserError for a run, target or folder that does not fit."""
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # which deletes what is unfinished
+    cli.end_cleanly()
     values = cli.parse(argv, _define_flags)
-    workdir = cli.run_folder(values.workdir)
+    workdir = safe_io.run_folder(values.workdir)
+    if not (workdir / "model.safetensors").is_file():
+        workdir = cli.run_folder(values.workdir)
     if not values.out:
         raise UserError("--out is missing; give a new folder, such as --out=exports/digits_timm")
     export(workdir, values.to, Path(values.out), values.checkpoint, values.ema, values.data_dir)
@@ -31,13 +34,14 @@ def main(argv: list[str]) -> None:
 def export(
     workdir: Path, to: str, out: Path, checkpoint: str | int = "latest", ema: bool = False, data_dir: str = ""
 ) -> None:
-    """Writes the dense model of a run for another library. The arguments are the flags of the command. Raises UserError
-    for a run, target or folder that does not fit."""
-    _check_new(out)
+    """Writes the dense model of a run, or an export of ours, for another library. The arguments are the flags of the
+    command. Raises UserError for a run, target or folder that does not fit."""
+    check_new(out)
     console.print(f"reading     {workdir}")
     # Not above: these import JAX, and --help need not wait for that.
-    from jvitmoe.interop import load, manifest, model_card
-    from jvitmoe.interop.formats import TARGETS
+    from jvitmoe.config import Config
+    from jvitmoe.interop import load
+    from jvitmoe.interop.formats import TARGETS, base
     from jvitmoe.machine import compilation
 
     if not (target := TARGETS.get(to)):
@@ -45,30 +49,20 @@ def export(
     compilation.use_cache()
     with warnings_as_lines():
         source = load.read(workdir, checkpoint=checkpoint, ema=ema)
-    assert source.config is not None, "a run has a config"
-    config = source.config
+    if source.kind not in ("run", load.OURS):
+        raise UserError(f"{workdir} holds a ViT of {source.kind}; give a run folder, or an export in safetensors")
+    config = source.config if source.config and source.kind == "run" else Config(model=source.model)
     config.data.dir = data_dir or config.data.dir
     remarks = target.examine(config)
     for remark in remarks:
         console.print(f"note        {remark}")
     console.print(f"exporting   as {target.name}, and comparing logits")
     with cli.data_dir_flag():
-        sample = target.sample(source, config)
-
-    # Renamed at the end, so `out` is never incomplete. With the process in its name it is no folder of the user.
-    unfinished = out.with_name(f"{out.name}.{os.getpid()}{safe_io.UNFINISHED}")
-    safe_io.make_folder(unfinished)
-    try:
-        with safe_io.writing(out):
-            difference = target.export(unfinished, source, sample)
-            card = model_card.write(source, safe_io.read_result(workdir), target, remarks)
-            safe_io.write_text(unfinished / manifest.CARD, card)
-            manifest.write(unfinished)
-            unfinished.rename(out)  # also onto an empty folder
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
-    weights = "EMA" if source.ema else "checkpoint"
-    console.print(f"exported    {printable(str(out))}, {weights} at step {source.step:,}, as {target.name}")
+        sample = target.sample(source, base.sample_images(source))
+    result = safe_io.read_result(workdir) if source.kind == "run" else {}
+    difference = write(out, target, source, sample, result, remarks)
+    weights = f", {'EMA' if source.ema else 'checkpoint'} at step {source.step:,}" if source.kind == "run" else ""
+    console.print(f"exported    {printable(str(out))}{weights}, as {target.name}")
     compared = f"logits of {len(sample['labels'])} images within {difference:.2g} of ours"
     console.print(f"checked     read back by {target.reader}: {compared}")
     console.print(f"written     {', '.join(sorted(path.name for path in out.iterdir()))}")
@@ -76,7 +70,36 @@ def export(
         console.print(f"            README.md has a check that runs {target.library} itself")
 
 
-def _check_new(out: Path) -> None:
+def write(
+    out: Path,
+    target: Any,
+    source: Any,
+    sample: Any,
+    result: Mapping[str, Any] | None = None,
+    remarks: Sequence[str] = (),
+    others: Mapping[str, bytes] | None = None,
+) -> float:
+    """Writes an export with its card, other files and checksums. Returns how far its logits are from ours. It is
+    renamed at the end, so `out` is never incomplete. Raises UserError."""
+    from jvitmoe.interop import manifest, model_card
+
+    # With the process in its name it is no folder of the user.
+    unfinished = out.with_name(f"{out.name}.{os.getpid()}{safe_io.UNFINISHED}")
+    safe_io.make_folder(unfinished)
+    try:
+        with safe_io.writing(out):
+            difference: float = target.export(unfinished, source, sample)
+            safe_io.write_text(unfinished / manifest.CARD, model_card.write(source, result or {}, target, remarks))
+            for name, content in (others or {}).items():
+                safe_io.write_bytes(unfinished / name, content)
+            manifest.write(unfinished)
+            unfinished.rename(out)  # also onto an empty folder
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    return difference
+
+
+def check_new(out: Path) -> None:
     """Raises UserError unless a folder is new or empty."""
     try:
         is_new = not os.path.lexists(out) or (out.is_dir() and not out.is_symlink() and not any(out.iterdir()))
@@ -87,7 +110,9 @@ def _check_new(out: Path) -> None:
 
 
 def _define_flags(values: flags.FlagValues) -> None:
-    flags.DEFINE_string("workdir", "", "Run folder that training wrote.", flag_values=values)
+    where = "Run folder, or a folder that jvitmoe average or export --to safetensors wrote."
+    flags.DEFINE_string("workdir", "", where, flag_values=values)
+    flags.DEFINE_alias("model", "workdir", flag_values=values)
     cli.define_weights(values)
     flags.DEFINE_string("to", "", "What to write: hf, onnx, safetensors, stablehlo or timm.", flag_values=values)
     flags.DEFINE_string("out", "", "New folder to write to.", flag_values=values)

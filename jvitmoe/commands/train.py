@@ -25,8 +25,12 @@ def main(argv: list[str]) -> None:
     workdir = safe_io.run_folder(values.workdir or Path("runs") / cli.experiment_name(argv))
     if not (values.coordinator or values.distributed):  # only the first of several processes prints
         console.print("starting    JAX")
-    from jvitmoe.training.launch import launch  # not above: it imports JAX
+    # Not above: these import JAX.
+    from jvitmoe.interop import starts
+    from jvitmoe.training.launch import launch
 
+    if values.start:
+        starts.begin(config, values.start)
     launch(config, workdir, join_of(values), trackers=values.trackers)
 
 
@@ -39,6 +43,7 @@ def join_of(values: flags.FlagValues) -> Any:
 
 def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_string("workdir", "", "Run folder; by default runs/<name of the config file>.", flag_values=values)
+    flags.DEFINE_string("start", "", "Start folder (jvitmoe start), instead of --config.", flag_values=values)
     about = "Where figures go beside metrics.jsonl: tensorboard, wandb; empty: nowhere."
     flags.DEFINE_list("trackers", ["tensorboard"], about, flag_values=values)
     flags.DEFINE_bool("distributed", False, "Join what Slurm, Open MPI or Kubernetes started.", flag_values=values)

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
+from jvitmoe.config import ModelConfig
 from jvitmoe.data import augment
 from jvitmoe.data import pictures as images_lib
 from jvitmoe.errors import UserError
@@ -42,8 +43,8 @@ class Classifier:
 
     def __init__(self, source: load_lib.Source) -> None:
         self.crop, self.mean, self.std = source.crop, source.mean, source.std
-        self.notes = () if source.config else source.notes
-        self.config = dataclasses.replace(source.model, position_rows=0, dtype="float32")
+        self.notes = () if source.kind == "run" else source.notes
+        self.config = as_it_runs(source.model)
         numbers = tuple(map(str, range(source.model.classes)))
         self.names = source.classes if len(source.classes) == len(numbers) else numbers
         self.params = jax.tree.map(jnp.asarray, weight_names.unflatten(dense_arrays(source)))
@@ -118,6 +119,11 @@ def load(path: str | Path, checkpoint: str | int = "latest", ema: bool = False) 
     if "head.logits.kernel" not in source.params:
         raise UserError(f"{path} has no head, so it classifies nothing; train one with --config.init.source={path}")
     return Classifier(source)
+
+
+def as_it_runs(model: ModelConfig) -> ModelConfig:
+    """Returns the settings of the module that takes `dense_arrays`, in float32."""
+    return dataclasses.replace(model, position_rows=0, dtype="float32")
 
 
 def dense_arrays(source: load_lib.Source) -> weight_names.Dict:

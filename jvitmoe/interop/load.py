@@ -33,6 +33,7 @@ SHIPPED = Path(__file__).parents[1] / "weights"  # exported models that come wit
 OURS = "jvitmoe"  # the format of our own exports, named in their config.json
 WEIGHTS, CONFIG, PROCESSOR = "model.safetensors", "config.json", "preprocessor_config.json"
 ANSWER_SECONDS = 30.0  # longest wait for the hub to answer at all
+MADE_OF = (("model", str), ("hash", str), ("weight", float))  # what a mean says of each of its models
 MOST_PIXEL = 1e6  # of mean and deviation of another library's pixels, from 0 to 1
 Pixels = tuple[tuple[float, ...], tuple[float, ...]]  # mean and standard deviation, each one number or one per channel
 
@@ -51,12 +52,15 @@ class Source:
     model: ModelConfig
     classes: tuple[str, ...] = ()  # names
     notes: tuple[str, ...] = ()
-    config: Config | None = None  # of a run
+    config: Config | None = None  # of a run; of a start, those of its runs
     crop: str = "exact"  # how pictures in files are cut for it, as `data.crop`
     mean: tuple[float, ...] = (0.5,)  # of its pixels, as `data.mean`
     std: tuple[float, ...] = (0.5,)  # of its pixels, as `data.std`
     step: int = 0  # of a run's checkpoint
     ema: bool = False  # True if the parameters are a run's EMA
+    start: str = ""  # hash of the start that it was trained from (`starts.digest`)
+    images: int = 0  # that training showed it, each time counted; 0: not known
+    averaged: dict[str, Any] | None = None  # of which models it is the mean, and what is known of it
 
 
 def read(path: Path | str, heads: int = 0, checkpoint: str | int = "latest", ema: bool = False) -> Source:
@@ -146,14 +150,16 @@ def _read_run(path: Path, checkpoint: str | int, ema: bool) -> Source:
     if ema and saved.ema is None:
         raise UserError(f"{path} has no EMA; leave --ema out, or train with --config.train.ema=0.999")
     flat = weight_names.flatten(saved.ema if ema else jax.device_get(merge.dense_tree(from_dict(saved.params))))
-    flat["positions"] = _table(config.model, flat)
+    flat["positions"] = positions(config.model, flat)
     notes: tuple[str, ...] = ("averaged the experts",) if config.routing.experts > 1 else ()
     notes += ("folded LoRA and adapters into the MLP",) if config.trains_adapters_only else ()
     model, classes, data = config.model.plain(), safe_io.read_classes(path), config.data
-    return Source(path, "run", flat, model, classes, notes, config, data.crop, data.mean, data.std, saved.step, ema)
+    pixels, images = (data.crop, data.mean, data.std), saved.step * config.train.batch_size
+    start = config.init.start
+    return Source(path, "run", flat, model, classes, notes, config, *pixels, saved.step, ema, start, images)
 
 
-def _table(model: ModelConfig, flat: Dict) -> np.ndarray:
+def positions(model: ModelConfig, flat: Dict) -> np.ndarray:
     """Returns the positions [T, D] that the model adds to patches, learned or computed."""
     grid = model.image_size // model.patch
     return layers.sincos2d(grid, model.width) if model.positions == "sincos2d" else flat["positions"][: grid * grid]
@@ -187,7 +193,7 @@ def _open(path: Path) -> dict[str, _Stored]:
 def _read_file(path: Path, heads: int) -> Source:
     """Returns the ViT of a .safetensors file."""
     is_listed = manifest.check(path, (CONFIG, PROCESSOR))
-    arrays, about, processor = _open(path), _json(path.with_name(CONFIG)), _json(path.with_name(PROCESSOR))
+    arrays, about, processor = _open(path), read_json(path.with_name(CONFIG)), read_json(path.with_name(PROCESSOR))
     if about.get("format") == OURS:
         unlisted = f"no {manifest.NAME} beside it lists it, so it is not checked"
         return _read_ours(path, arrays, about, () if is_listed else (unlisted,))
@@ -216,7 +222,7 @@ def _read_file(path: Path, heads: int) -> Source:
     return Source(path, style, flat, model, classes, tuple(notes), crop=crop, mean=mean, std=std)
 
 
-def _json(path: Path) -> Any:
+def read_json(path: Path) -> Any:
     content = safe_io.read_bytes(path, follow=True)  # the hub's cache holds links
     return {} if content is None else json.loads(content)
 
@@ -232,8 +238,18 @@ def _read_ours(path: Path, arrays: weight_names.Arrays, about: dict[str, Any], n
     if odd := sorted(arrays.keys() - shapes.keys()):
         raise UserError(f"the array {odd[0]!r} has no place in the model of its {CONFIG}; restore both from a copy")
     loaded = weight_names.load(arrays, shapes)
-    loaded["positions"] = _table(model, loaded)
-    return Source(path, OURS, loaded, model, tuple(classes), notes, crop=data.crop, mean=data.mean, std=data.std)
+    loaded["positions"] = positions(model, loaded)
+    start, images, averaged = about.get("start", ""), about.get("images", 0), about.get("averaged")
+    if averaged is not None:
+        made_of = [{name: kind(one[name]) for name, kind in MADE_OF} for one in averaged["of"]]
+        averaged = {"of": made_of, "verdict": str(averaged["verdict"])}
+    if not isinstance(start, str) or type(images) is not int:
+        raise UserError(f"its {CONFIG} has no valid start or number of images; restore it from a copy")
+    settings = rules.check(config_lib.from_dict(about["settings"])) if "settings" in about else None
+    pixels = data.crop, data.mean, data.std
+    return Source(
+        path, OURS, loaded, model, tuple(classes), notes, settings, *pixels, 0, False, start, images, averaged
+    )
 
 
 def _shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:

@@ -45,41 +45,62 @@ tags:
 
 
 def write(source: Source, result: Mapping[str, Any], target: Target, remarks: Sequence[str]) -> str:
-    """Returns the card of an exported run as Markdown. `result` is its result.json, {} if it was not tested; `remarks`
-    are differences of this export from the run's model."""
-    assert source.config is not None, "a run has a config"
-    config, model, classes, step = source.config, source.model, source.classes, source.step
+    """Returns the card of an export as Markdown. `result` is the result.json of a run, {} if it was not tested;
+    `remarks` are differences of this export from the source's model."""
+    model, classes = source.model, source.classes
+    title, kind, base, about = _of_run(source, result) if source.kind == "run" else _of_export(source)
     layout = "[N, channels, rows, columns]" if target.torch else "[N, rows, columns, channels]"
     size = f"{model.image_size} x {model.image_size} x {model.channels}"
-    experts = config.routing.experts
-    what = "whole models" if config.routing.part == "model" else "experts per MLP"
-    kind = f"{experts} {what}, averaged into one" if experts > 1 else "trained dense"
     torch = "import torch\n" if target.torch else ""
-    data, base = _public_name(config.data.name), _base_model(config)
     listed = f": {', '.join(classes)}" if len(classes) <= 100 else ""
     sections = [
         HEADER.format(library=target.library, base=f"base_model: {base}\n" if base else ""),
-        f"# {data} ViT\n\nA plain Vision Transformer for images of {size} and {model.classes} classes, "
-        f"trained with jvitmoe: {kind}. It is dense: no router, no experts, the cost of one ViT.",
+        f"# {title}\n\nA plain Vision Transformer for images of {size} and {model.classes} classes, "
+        f"made with jvitmoe: {kind}. It is dense: no router, no experts, the cost of one ViT.",
         *(f"- {remark}" for remark in remarks),
         f"## Use\n\n{USE}\n\nThen:\n\n{target.use}",
         f"Inputs are float32 {layout}, `{_normalised(source)}` of 8-bit pixels, at exactly {size}. Outputs are logits."
         + (f" Their classes in order are in `classes.json`{listed}." if classes else ""),
-        "## Check\n\n`sample.npz` contains test images (`images`, 8 bits), the model's `inputs` for them, their "
-        "`labels` and the `logits` that JAX computed in float32.\n\n"
+        "## Check\n\n`sample.npz` contains images (8 bits; with the label -1 they are noise), the model's `inputs` for "
+        "them, their `labels` and the `logits` that JAX computed in float32.\n\n"
         f'```python\nimport numpy as np\n{torch}\nsample = np.load("sample.npz")\n'
         f'assert np.abs({target.check} - sample["logits"]).max() < 1e-4\n```',
+        *about,
+    ]
+    return "\n\n".join(sections) + "\n"
+
+
+def _of_run(source: Source, result: Mapping[str, Any]) -> tuple[str, str, str, list[str]]:
+    """Returns (title, how it was made, the model on the hub that it started from or "", sections) of a run's card."""
+    assert source.config is not None, "a run has a config"
+    config = source.config
+    experts, data, base = config.routing.experts, _public_name(config.data.name), _base_model(config)
+    what = "whole models" if config.routing.part == "model" else "experts per MLP"
+    kind = f"{experts} {what}, averaged into one" if experts > 1 else "trained dense"
+    sections = [
         f"## Accuracy\n\n{_accuracy(result, source)}",
         f"## Data\n\n`{data}`, trained on its training split"
         + (f" without {config.data.validation:,} images held out to choose on" if config.data.validation else "")
         + f". Licence of the data: {LICENCES.get(config.data.name.partition(':')[0], UNKNOWN)} "
         "No licence is chosen for these weights: choose one and write it as `license` at the top of this card."
         + (f" Training started from `{base}`, so its licence applies too." if base else ""),
-        f"## Recipe\n\nSeed {config.train.seed}, checkpoint at step {step:,}. Fields that differ from the defaults:\n\n"
-        + _recipe(config),
+        f"## Recipe\n\nSeed {config.train.seed}, checkpoint at step {source.step:,}. "
+        f"Fields that differ from the defaults:\n\n{_recipe(config)}",
         f"## Made with\n\n{_made_with(result)}",
     ]
-    return "\n\n".join(sections) + "\n"
+    return f"{data} ViT", kind, base, sections
+
+
+def _of_export(source: Source) -> tuple[str, str, str, list[str]]:
+    """Returns what `_of_run` returns for a start, a mean of models, or an export of ours that is exported again."""
+    if not source.averaged:
+        kind = "a start, from which several runs begin" if source.config else "exported again"
+        return "ViT", kind, "", []
+    rows = [
+        {"model": one["model"], "weight": f"{one['weight']:.1%}", "hash": one["hash"]} for one in source.averaged["of"]
+    ]
+    text = f"## Mean of\n\n{markdown_table(rows)}\n{source.averaged['verdict']} `report.md` has all figures."
+    return "Averaged ViT", f"the mean of {len(rows)} models that were trained apart from one start", "", [text]
 
 
 def _normalised(source: Source) -> str:

@@ -34,11 +34,15 @@ def start(config: Config) -> tuple[dict[str, Any], list[str]]:
     except UserError as error:
         raise ConfigError(f"config.init.source cannot be read: {error}") from error
     wanted = dataclasses.replace(config.model, lora=0, adapter=0)
-    model = vit.build(wanted)
-    key = address(jax.random.key(config.train.seed), Purpose.INIT)
-    fresh = weight_names.flatten(jax.device_get(jax.jit(lambda: vit.init(model, key))()))
-    params, lines = adapt(source, wanted, fresh, config.data)
+    params, lines = adapt(source, wanted, fresh(config), config.data)
     return weight_names.unflatten(params), [printable(line) for line in lines]
+
+
+def fresh(config: Config) -> Dict:
+    """Returns the flat dense tree of a new model of these settings."""
+    model = vit.build(dataclasses.replace(config.model, lora=0, adapter=0))
+    key = address(jax.random.key(config.train.seed), Purpose.INIT)
+    return weight_names.flatten(jax.device_get(jax.jit(lambda: vit.init(model, key))()))
 
 
 def adapt(source: Source, model: ModelConfig, fresh: Dict, data: DataConfig) -> tuple[Dict, list[str]]:

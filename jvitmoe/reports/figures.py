@@ -7,6 +7,7 @@ PNG. In `curves` and `comparison` a colour is a run and a mark a model.
 
 import io
 import math
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -238,6 +239,57 @@ def mergeability(result: Mapping[str, Any]) -> Figure:
     accuracy_axes.set_xlabel("accuracy, %\n(bar: standard error; ±: over paths)")
     for axes in (layer_axes, loss_axes):
         axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), fontsize=10)
+    return figure
+
+
+@in_style
+def average(measured: Any, classes: Sequence[str]) -> Figure:
+    """Returns a figure of `averaging.Measured`: the accuracy of start, models, mean and ensemble; the way from them to
+    the mean; and for few classes the accuracy of each."""
+    rows, by_class_MC = measured.rows, measured.by_class_MC
+    has_classes = len(classes) <= MOST_COUNTED
+    figure, ((models_axes, way_axes, *more),) = subplots(
+        1, 2 + has_classes, (9.5 + has_classes * (1.8 + 0.28 * len(classes)), max(4.0, 1.6 + 0.32 * len(rows)))
+    )
+    names = [shown(row["model"], 24) for row in rows]
+    for y, row in enumerate(rows):
+        is_mean = row["model"] == "mean"
+        style: Any = {"color": COLOURS[0] if is_mean else "black", "fmt": "o" if is_mean else "D"}
+        at = 100 * row["accuracy"]
+        if "low" in row:  # the interval of the mean minus this model
+            middle = 100 * next(r["accuracy"] for r in rows if r["model"] == "mean")
+            models_axes.plot([middle - 100 * row["high"], middle - 100 * row["low"]], [y, y], color="0.6", linewidth=3)
+        models_axes.errorbar(at, y, **style)
+        models_axes.annotate(f"{at:.1f}", (at, y), (0, 6), textcoords="offset points", ha="center", fontsize=9)
+        if is_mean:
+            models_axes.axvline(at, color=COLOURS[0], linewidth=0.8, linestyle=":")
+    models_axes.set_yticks(range(len(rows)), names)
+    models_axes.set(title="Accuracy on the pictures", ylim=(len(rows) - 0.5, -0.7))
+    models_axes.set_xlabel("accuracy, %\n(grey: where the model may lie against the mean, 95 %)")
+
+    x = np.linspace(0, 1, len(next(iter(measured.losses.values()))))
+    for name, values in measured.losses.items():
+        is_start = name == rows[0]["model"] and bool(measured.way)
+        way_axes.plot(x, values, "o-" if is_start else "-", color="black" if is_start else "0.6")
+        for at, value, accuracy in zip(x, values, measured.way, strict=False) if is_start else ():
+            way_axes.annotate(f"{accuracy:.0%}", (at, value), (3, 4), textcoords="offset points", fontsize=9)
+    way_axes.plot([], [], "-", color="0.6", label="from a model")
+    if measured.way:
+        way_axes.plot([], [], "o-", color="black", label="from the start, with accuracies")
+    way_axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), fontsize=10)
+    way_axes.set(title="Loss on the straight way to the mean", ylabel="loss, nats")
+    way_axes.set_xticks([0, 0.5, 1], ["model", "half", "mean"])
+    for axes in more:
+        axes.imshow(100 * by_class_MC, cmap="Blues", vmin=0, vmax=100, aspect="auto")
+        for y, x_C in enumerate(100 * by_class_MC):
+            for c, value in enumerate(x_C):
+                if np.isfinite(value):
+                    axes.text(c, y, f"{value:.0f}", ha="center", va="center", color="w" if value > 60 else "k", size=8)
+        axes.set_xticks(range(len(classes)), [shown(name, 14) for name in classes], rotation=60, ha="right")
+        axes.set_yticks(range(len(rows)), names)
+        axes.set_title("Accuracy by class, %")
+        axes.grid(visible=False)
+    figure.suptitle("\n".join(textwrap.wrap(measured.verdict, 110)), fontsize=11)
     return figure
 
 

@@ -51,10 +51,15 @@ def choose(config: Config) -> tuple[Routing, Optimizer]:
     return chosen, Optimizer(config, chosen)
 
 
-def browse(config: Config) -> Dataset[Records]:
-    """Returns the set of a run, whose pictures are not read yet. The first process may download it for all."""
+def browse(config: Config, classes: tuple[str, ...] = ()) -> Dataset[Records]:
+    """Returns the set of a run, whose pictures are not read yet. The first process may download it for all. `classes`
+    are those of the run's start, of which the set may lack some."""
     console.print(f"reading     {config.data.name} {config.data.dir}".rstrip())
-    return processes.first_process_then_others(lambda: sources.browse(config.data, config.model))
+
+    def find() -> Dataset[Records]:
+        return sources.with_classes(sources.browse, config.data, config.model, classes, may_lack=True)
+
+    return processes.first_process_then_others(find)
 
 
 def build(config: Config, chosen: tuple[Routing, Optimizer], records: Dataset[Records] | None = None) -> Run:
@@ -74,7 +79,7 @@ def build(config: Config, chosen: tuple[Routing, Optimizer], records: Dataset[Re
         dataset: Dataset[Any] = records
         if not config.data.stream:
             dataset = sources.read(records)
-        train, validation = sources.hold_out(dataset.train, config.data.validation)
+        train, validation = sources.training_images(dataset.train, config.data)
         plan = make_plan(config, chosen, mesh, len(train))
         check_memory(plan, dataset)
         return Run(plan, RunData(train, validation, dataset.test, dataset.class_names, hashes), config)

@@ -8,6 +8,7 @@ import jax
 
 from jvitmoe.config import Config, flatten
 from jvitmoe.errors import UserError
+from jvitmoe.interop import starts
 from jvitmoe.machine import compilation, processes
 from jvitmoe.machine.processes import Join
 from jvitmoe.machine.signals import Stop
@@ -62,8 +63,9 @@ def _launch(config: Config, workdir: Path, join: Join | None, stop: Stop | None,
             processes.agree({"workdir": workdir} | flatten(config) | code)
         chosen = processes.together(choose)
         records = None
-        if not config.model.classes:
-            records = build.browse(config)
+        classes = processes.together(lambda: starts.class_names(config, workdir))
+        if classes or not config.model.classes:
+            records = build.browse(config, classes)
             config.model.classes = len(records.class_names)
         processes.together(check_workdir)
         try:

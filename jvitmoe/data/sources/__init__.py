@@ -5,6 +5,7 @@ N images · H rows · W columns · c channels
 
 import dataclasses
 import itertools
+import os
 from collections.abc import Callable, Sequence
 from importlib import metadata
 from typing import Any
@@ -17,7 +18,7 @@ from jvitmoe.data.pictures import Crop, DataError
 from jvitmoe.data.sources.folder import ImageFolder
 from jvitmoe.data.sources.hugging_face import HuggingFace
 from jvitmoe.data.sources.tfds import Tfds
-from jvitmoe.data.splits import Dataset, Records, S, Source, Split, check_fit, decode, in_memory
+from jvitmoe.data.splits import Dataset, Record, Records, S, Source, Split, check_fit, decode, in_memory
 
 
 class Digits(Source):
@@ -54,24 +55,69 @@ def browse(data: DataConfig, model: ModelConfig) -> Dataset[Records]:
     Downloads a TFDS set into `data.dir` and prepares it there if it is absent. Raises DataError if the data are absent
     or damaged, or their size or number of classes is not the model's.
     """
-    found, crop = _kind(data)(data, model).browse(), Crop(data.crop, model.image_size, model.channels)
+    return _with_crop(_kind(data)(data, model).browse(), data, model)
+
+
+def _with_crop(found: Dataset[Records], data: DataConfig, model: ModelConfig) -> Dataset[Records]:
+    crop = Crop(data.crop, model.image_size, model.channels)
     train, test = (dataclasses.replace(split, crop=crop) for split in (found.train, found.test))
     return Dataset(train, test, found.class_names)
 
 
+def labelled(data: DataConfig, model: ModelConfig, names: Sequence[str], split: str) -> Records:
+    """Returns a split of a set that may lack some of the classes `names`. The folder of data.name=folder may hold the
+    class folders themselves, which are then one split. Raises DataError."""
+
+    def find(data: DataConfig, model: ModelConfig) -> Dataset[Records]:
+        is_flat = data.name == "folder" and not os.path.isdir(os.path.join(os.path.expanduser(data.dir), "train"))
+        return _with_crop(ImageFolder(data, model).flat(), data, model) if is_flat else browse(data, model)
+
+    found: Records = getattr(with_classes(find, data, model, names, may_lack=True), split)
+    return found
+
+
 def with_classes(
-    find: Callable[[DataConfig, ModelConfig], Dataset[S]], data: DataConfig, model: ModelConfig, names: Sequence[str]
+    find: Callable[[DataConfig, ModelConfig], Dataset[S]],
+    data: DataConfig,
+    model: ModelConfig,
+    names: Sequence[str],
+    may_lack: bool = False,
 ) -> Dataset[S]:
     """Returns the set that `find` (`browse` or `load`) gives. Raises DataError as it does, and where the classes are
-    not `names`, those of a run; with no names only their number counts."""
+    not `names`, those of a run; with no names only their number counts. A set that `may_lack` some of them gets their
+    labels."""
     if not names:
         return find(data, model)
     found = find(data, dataclasses.replace(model, classes=0))
+    if may_lack:
+        return _relabelled(found, tuple(names))
     for label, (now, then) in enumerate(itertools.zip_longest(found.class_names, names)):
         if now != then:
             fault = f"the data have other classes than the run: number {label} is {now!r}, and was {then!r}"
             raise DataError(f"{fault}; set --config.data.dir to data of the run's classes")
     return found
+
+
+def _relabelled(found: Dataset[S], names: tuple[str, ...]) -> Dataset[S]:
+    """Returns the set with the labels of `names`. Raises DataError for a class that is none of them."""
+    if strange := [name for name in found.class_names if name not in names]:
+        known = f"{', '.join(names[:5])}{', …' * (len(names) > 5)}"
+        remedy = "rename or remove it, or make a start that names it"
+        raise DataError(f"the data have the class {strange[0]!r}, which is none of the start's ({known}); {remedy}")
+    label_C = np.array([names.index(name) for name in found.class_names], np.int32)
+
+    def relabelled(split: S) -> S:
+        labels_N = None if split.labels_N is None else label_C[split.labels_N]
+        if isinstance(split, Split):
+            return dataclasses.replace(split, labels_N=labels_N)
+        before = split.read
+
+        def read(numbers: Sequence[int]) -> list[Record]:
+            return [(picture, int(label_C[label])) for picture, label in before(numbers)]
+
+        return dataclasses.replace(split, read=read, labels_N=labels_N)
+
+    return Dataset(relabelled(found.train), relabelled(found.test), names)
 
 
 def _kind(data: DataConfig) -> type[Source]:
@@ -89,6 +135,21 @@ def differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
     if streams[0] != streams[1] and old.data.validation and not _kind(old.data).knows_labels:
         changed["data.stream"] = streams
     return changed
+
+
+def training_images(split: S, data: DataConfig) -> tuple[S, S]:
+    """Returns (train, validation) of a training split: the images of `data.part`, `data.validation` of them held out.
+
+    The N parts of a split are disjoint and cover it, and each is a function of the number of images alone. Raises
+    DataError for more parts than images.
+    """
+    if data.part:
+        number, count = map(int, data.part.split("/"))
+        if count > len(split):
+            raise DataError(f"config.data.part is {data.part!r}; there are {len(split):,} training images to part")
+        order_N = np.random.RandomState(0).permutation(len(split))
+        split = split.select(np.sort(np.array_split(order_N, count)[number - 1]))
+    return hold_out(split, data.validation)
 
 
 def hold_out(split: S, count: int) -> tuple[S, S]:

@@ -37,6 +37,12 @@ class ImageFolder(Source):
         check_fit(str(root), (model.image_size, model.image_size, model.channels), len(train), model)
         return Dataset(_records(roots[0], train), _records(roots[1], test), tuple(train))
 
+    def flat(self) -> Dataset[Records]:
+        """Returns `data.dir` as one split, if it holds the class folders themselves. Raises DataError."""
+        root = Path(os.path.expanduser(self.data.dir))
+        split = _records(root, files := _class_files(root))
+        return Dataset(split, split, tuple(files))
+
 
 def _has_folders(folder: Path) -> bool:
     with contextlib.suppress(OSError):  # `_class_files` says what is wrong with it

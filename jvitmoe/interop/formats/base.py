@@ -10,12 +10,13 @@ import numpy as np
 
 from jvitmoe.config import NEUTRAL, Config, ModelConfig
 from jvitmoe.data import augment, sources, splits
+from jvitmoe.data.splits import Split
 from jvitmoe.errors import UserError
 from jvitmoe.interop import classifier, load, weight_names
 from jvitmoe.models.routers import ROUTERS
 from jvitmoe.runs import safe_io
 
-SAMPLE = 16  # test images in sample.npz
+SAMPLE, SAMPLE_FILE = 16, "sample.npz"  # images in it
 CLOSE = 1e-4  # largest difference of logits that passes
 FIELDS = frozenset(field.name for field in dataclasses.fields(ModelConfig))
 
@@ -63,22 +64,20 @@ class Target:
         left = [f"the router ({kind}) is left behind: this is the mean of the experts"] if has_router else []
         return left + self.remarks(config)
 
-    def sample(self, source: load.Source, config: Config) -> weight_names.Dict:
-        """Returns the arrays of sample.npz: test images, the target's inputs for them, labels, and our logits."""
-        records = sources.with_classes(sources.browse, config.data, config.model, source.classes).test
-        test = splits.decode(records.select(np.arange(min(SAMPLE, len(records)))))
-        inputs = np.asarray(augment.normalize(jnp.asarray(test.images_NHWc), source.mean, source.std))
+    def sample(self, source: load.Source, images: Split) -> weight_names.Dict:
+        """Returns the arrays of sample.npz: images, the target's inputs for them, labels, and our logits."""
+        inputs = np.asarray(augment.normalize(jnp.asarray(images.images_NHWc), source.mean, source.std))
         if self.torch:
             inputs = np.ascontiguousarray(inputs.transpose(0, 3, 1, 2))
-        logits_NC = classifier.Classifier(source).logits(test.images_NHWc)
-        return {"images": test.images_NHWc, "inputs": inputs, "labels": test.labels_N, "logits": logits_NC}
+        logits_NC = classifier.Classifier(source).logits(images.images_NHWc)
+        return {"images": images.images_NHWc, "inputs": inputs, "labels": images.labels_N, "logits": logits_NC}
 
     def export(self, out: Path, source: load.Source, sample: weight_names.Dict) -> float:
         """Writes the model and the sample. Returns the largest difference between the logits of the files and of the
         sample. Raises UserError if it exceeds the tolerance."""
         model = dataclasses.replace(source.model, position_rows=0, dtype="float32", dropout=0.0, drop_path=0.0)
         run = self.write(out, source, model)
-        np.savez(out / "sample.npz", allow_pickle=False, **sample)
+        np.savez(out / SAMPLE_FILE, allow_pickle=False, **sample)
         if source.classes:
             safe_io.write_text(out / safe_io.CLASSES, json.dumps(source.classes) + "\n")
         counts = (1, len(sample["labels"]))
@@ -88,6 +87,27 @@ class Target:
             exact = " or ".join(target.name for target in TARGETS.values() if target.fields == FIELDS)
             raise UserError(f"the logits there are {apart:.2g} from ours, above {CLOSE}{cause}; export --to={exact}")
         return apart
+
+
+def sample_images(source: load.Source) -> Split:
+    """Returns the images of an export's sample: test images of a run's data, those that came with an export of ours, or
+    noise with the label -1. Raises UserError."""
+    model, sample = source.model, source.path.with_name(SAMPLE_FILE)
+    if source.kind == "run":
+        assert source.config is not None, "a run has a config"
+        config, may_lack = source.config, bool(source.start)
+        test = sources.with_classes(sources.browse, config.data, config.model, source.classes, may_lack).test
+        return splits.decode(test.select(np.arange(min(SAMPLE, len(test)))))
+    if sample.is_file():
+        with np.load(sample, allow_pickle=False) as arrays:
+            return Split(arrays["images"], arrays["labels"])
+    return noise(model)
+
+
+def noise(model: ModelConfig) -> Split:
+    """Returns images of noise, with the label -1, for a sample without pictures."""
+    shape = SAMPLE, model.image_size, model.image_size, model.channels
+    return Split(np.random.default_rng(0).integers(0, 256, shape, np.uint8), np.full(SAMPLE, -1, np.int32))
 
 
 TARGETS: dict[str, Target] = {}

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save
 
+from jvitmoe import config as config_lib
 from jvitmoe.config import Config, ModelConfig
 from jvitmoe.interop import classifier, load, weight_names
 from jvitmoe.interop.formats import base
@@ -51,8 +52,12 @@ print(model(["picture.png"]))
 
     def write(self, out: Path, source: load.Source, model: ModelConfig) -> base.Run:
         arrays = {name: np.ascontiguousarray(leaf) for name, leaf in classifier.dense_arrays(source).items()}
-        pixels = {"mean": list(source.mean), "std": list(source.std)}
-        return _save(out, arrays, our_config(model, source.classes, source.crop) | pixels)
+        about = {"mean": list(source.mean), "std": list(source.std), "start": source.start, "images": source.images}
+        if source.averaged:
+            about["averaged"] = source.averaged
+        if source.kind == load.OURS and source.config:  # a start
+            about["settings"] = config_lib.to_dict(source.config)
+        return _save(out, arrays, our_config(model, source.classes, source.crop) | about)
 
 
 def our_config(model: ModelConfig, classes: Sequence[str], crop: str) -> dict[str, Any]:

@@ -1,0 +1,136 @@
+"""Averages models that were trained apart: `jvitmoe average A B --start start --data_dir CHECK --out merged`.
+
+Takes run folders and exports of one start. With labelled pictures it tests the start, every model, their mean and their
+ensemble, and says whether the mean may be shipped: report.md, average.png. The result is an export like any other, and
+the start of a next round.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+
+from jvitmoe.commands import cli, export
+from jvitmoe.config import DataConfig
+from jvitmoe.errors import UserError, did_you_mean, printable
+from jvitmoe.runs.console import console, progress, show_table
+
+WEIGHTS = ("equal", "images", "greedy")
+SPLITS = ("test", "train")
+
+
+@dataclasses.dataclass
+class Averaged:
+    """The mean of several models."""
+
+    folder: Path  # an export, and the start of a next round if a start was given
+    rows: list[dict[str, Any]]  # of each model, the mean and the ensemble, with the numbers of report.md
+    verdict: str
+
+    def classifier(self) -> Any:
+        """Returns the mean for pictures and arrays (`jvitmoe.load`)."""
+        from jvitmoe.interop import classifier
+
+        return classifier.load(self.folder)
+
+
+def main(argv: list[str]) -> None:
+    """Runs the command. Raises UserError."""
+    cli.end_cleanly()
+    values, models = cli.parse_with_arguments(argv, _define_flags, arguments="MODEL MODEL…")
+    if not values.out:
+        raise UserError("--out is missing; give a new folder, such as --out=merged")
+    data = DataConfig(name=values.data or "folder", dir=values.data_dir) if values.data_dir or values.data else None
+    average(models, Path(values.out), values.start, data, values.split, values.weights, values.toward_start)
+
+
+def average(
+    models: Sequence[str | Path],
+    out: Path,
+    start: str | Path = "",
+    data: DataConfig | None = None,
+    split: str = "test",
+    weights: str = "equal",
+    toward_start: float = 0.0,
+) -> Averaged:
+    """Writes the mean of models that were trained from one start, and what is known of it.
+
+    Args:
+        models: run folders, exports in safetensors, and with `start` files of timm and Hugging Face.
+        out: a new folder.
+        start: their start. Without it nothing is compared with it, and the mean starts no next round.
+        data: `name` and `dir` of labelled pictures, whose `split` decides; of them half choose, for weights="greedy".
+        weights: equal; images, by the number that each model was trained on; greedy, the soup of the best.
+        toward_start: the share of the way back to the start, from 0 to 1.
+
+    Raises UserError in one line, before pictures are read, for models that may not be averaged.
+    """
+    export.check_new(out)
+    _check(start, data, split, weights, toward_start)
+    console.print(f"reading     {len(models)} models")
+    # Not above: these import JAX and matplotlib, and --help need not wait for that.
+    from jvitmoe.interop import averaging, load, starts
+    from jvitmoe.interop.formats import TARGETS, base
+    from jvitmoe.machine import compilation
+    from jvitmoe.reports import figures, page
+
+    compilation.use_cache()
+    begin = load.read(start) if start else None
+    found, first = averaging.inspect(models, begin)
+    if weights == "images" and (unknown := [model.path for model in found if not model.images]):
+        raise UserError(f"{unknown[0]} does not say how many images it was trained on; set --weights=equal")
+    pictures, chosen = averaging.find_pictures(data, split, first) if data else None, found
+    with progress("testing") as batch_done:
+        if pictures and weights == "greedy":
+            pictures, held = pictures.halves()
+            chosen = averaging.greedy(found, averaging.Scorer(first, held.batches(), batch_done))
+        counts = [model.images if weights == "images" else 1 for model in chosen]
+        mean = averaging.mean(chosen, counts, begin, toward_start)
+        measured = averaging.measure(found, mean, begin, first, pictures, batch_done)
+    weight = {model: count / sum(counts) for model, count in zip(chosen, counts, strict=True)}
+    rows = averaging.cells(measured.rows, {model.name: share for model, share in weight.items()})
+    show_table(rows, "Models")
+    console.print(measured.verdict)
+
+    parts: list[page.Part] = [page.Heading(1, "Mean of models"), measured.verdict, rows, averaging.NOTE]
+    others = {}
+    if pictures:
+        others["average.png"] = figures.png(figures.average(measured, first.classes))
+        parts.insert(2, page.Picture("average"))
+    others["report.md"] = page.as_markdown(parts).encode()
+    made_of = [{"model": model.name, "hash": model.digest, "weight": share} for model, share in weight.items()]
+    averaged = {"of": made_of, "verdict": measured.verdict}
+    settings, pixels = begin.config if begin else None, (first.crop, first.mean, first.std)
+    source = load.Source(out, load.OURS, mean, first.model, first.classes, (), settings, *pixels, averaged=averaged)
+    target = TARGETS["safetensors"]
+    images = pictures.some(base.SAMPLE).decoded() if pictures else base.noise(first.model)
+    export.write(out, target, source, target.sample(source, images), others=others)
+    console.print(f"written     {printable(str(out))}, hash {starts.digest(source)}")
+    return Averaged(out, measured.rows, measured.verdict)
+
+
+def _check(start: str | Path, data: DataConfig | None, split: str, weights: str, toward_start: float) -> None:
+    """Raises UserError for arguments that need others, or have no such value."""
+    if weights not in WEIGHTS or split not in SPLITS:
+        name, value, known = ("weights", weights, WEIGHTS) if weights not in WEIGHTS else ("split", split, SPLITS)
+        raise UserError(f"--{name} is {value!r}; it must be one of {', '.join(known)}{did_you_mean(value, known)}")
+    if weights == "greedy" and not data:
+        raise UserError("--weights is 'greedy', which chooses on labelled pictures; give --data_dir")
+    if not 0 <= toward_start <= 1:
+        raise UserError(f"--toward_start is {toward_start}; it must be from 0 (the mean) to 1 (the start)")
+    if toward_start and not start:
+        raise UserError(f"--toward_start is {toward_start}, which needs the start; give --start")
+
+
+def _define_flags(values: flags.FlagValues) -> None:
+    flags.DEFINE_string("out", "", "New folder to write to.", flag_values=values)
+    flags.DEFINE_string("start", "", "Folder of jvitmoe start that the models were trained from.", flag_values=values)
+    where = "Labelled pictures to test on: a folder of classes, or where the set of --data is."
+    flags.DEFINE_string("data_dir", "", where, flag_values=values)
+    flags.DEFINE_string("data", "", "Their set, if it is no folder: a data.name.", flag_values=values)
+    flags.DEFINE_string("split", "test", "Which split of the set: test or train.", flag_values=values)
+    about = "equal; images, by the number each was trained on; greedy, the best by half of the pictures."
+    flags.DEFINE_string("weights", "equal", about, flag_values=values)
+    flags.DEFINE_float("toward_start", 0.0, "Share of the way back to the start, 0 to 1.", flag_values=values)

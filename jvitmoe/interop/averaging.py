@@ -1,0 +1,351 @@
+"""The mean of models that were trained apart from one start, and whether it may be shipped.
+
+E models · N pictures · C classes
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from statistics import NormalDist
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from jvitmoe.config import DataConfig, TrainConfig
+from jvitmoe.data import augment, sources, stream
+from jvitmoe.data.batches import Batch, EvalBatches
+from jvitmoe.data.splits import Split, decode
+from jvitmoe.errors import UserError
+from jvitmoe.interop import classifier, load, starts, weight_names
+from jvitmoe.interop.load import Source
+from jvitmoe.interop.weight_names import Dict
+from jvitmoe.machine import compilation, devices
+from jvitmoe.models import vit
+
+CONFIDENCE = 0.95
+POINTS = (0.0, 0.25, 0.5, 0.75, 1.0)  # of a line between two models
+BATCH = 128  # pictures at once
+IN_MEMORY = 2**31  # bytes of pictures that are kept decoded, because every model sees them
+ON_LINES = 1000  # most pictures on which the loss between two models is measured
+START, MEAN = "the start", "mean"  # names of rows
+UNKNOWN = "Nothing is known of its accuracy: give labelled pictures with --data_dir to test it before it is shipped."
+NOTE = (
+    "Distance: of the model from the start, over the size of the start (without a start: from the mean). Cosine: of "
+    "its update with that of the mean. Barrier: the highest rise of the loss on the straight line to the mean, above "
+    "its higher end, in nats, on at most 1,000 pictures. In brackets: 95 % intervals, paired over the pictures (Bonett "
+    "and Price, 2012). The ensemble, the mean of probabilities, costs as much as all models together."
+)
+
+
+class Model(NamedTuple):
+    """A model to be averaged. Its weights are read again wherever they are needed, so that memory holds few at once."""
+
+    name: str
+    path: str
+    digest: str
+    images: int  # that its training showed it; 0: not known
+
+    def read(self) -> Dict:
+        return load.read(self.path).params
+
+
+def inspect(paths: Sequence[str | Path], start: Source | None) -> tuple[list[Model], Source]:
+    """Returns (the models; the first one, or the start, without weights). Folders of one name are named by their paths.
+
+    Raises UserError for fewer than two models, the same one twice, weights that are not finite, and where they, or the
+    start, are not of one start, one architecture, one preprocessing and the same classes.
+    """
+    if len(paths) < 2:
+        raise UserError("a mean needs at least two models; name the folders of all of them")
+    several, first = [str(path) for path in paths], dataclasses.replace(start, params={}) if start else None
+    start_hash = starts.digest(start) if start else ""
+    found: dict[str, Model] = {}
+    for path in several:
+        source = load.read(path, start.model.heads if start else 0)
+        if first is None:
+            first = dataclasses.replace(source, params={})
+        _check(path, source, first, start_hash or first.start, bool(start))
+        digest, name = starts.digest(source), Path(path).name
+        if digest in found:
+            raise UserError(f"{path} has the weights of {found[digest].path}; name each model once")
+        is_unique = [Path(other).name for other in several].count(name) == 1
+        found[digest] = Model(name if is_unique else path, path, digest, source.images)
+    assert first is not None
+    return [*found.values()], first
+
+
+def _check(path: str, source: Source, first: Source, start: str, is_given: bool) -> None:
+    if not (source.start or is_given):
+        raise UserError(f"{path} says nothing of its start; train it with --start, or give --start here")
+    if source.start and source.start != start:
+        raise UserError(f"{path} was trained from another start ({source.start}, not {start}); average those of one")
+    if [*source.classes] != [*first.classes] and (source.classes or source.model.classes != first.model.classes):
+        raise UserError(f"{path} has other classes than {first.path}, or in another order; train both from one start")
+    theirs = starts.facts(first)
+    for name, value in starts.facts(source).items():
+        if value != theirs[name]:
+            raise UserError(f"{path} has {name}={value!r}, and {first.path} has {theirs[name]!r}; they must be equal")
+    for name, leaf in source.params.items():
+        if not np.isfinite(leaf).all():
+            raise UserError(f"{path} has weights in {name!r} that are not finite; leave it out, or train it again")
+
+
+def mean(
+    models: Sequence[Model], weights: Sequence[float] = (), start: Source | None = None, toward_start: float = 0.0
+) -> Dict:
+    """Returns sum_e weight_e w_e / sum_e weight_e, computed in float64 and rounded once to float32. By default weights
+    are equal; FedAvg (arXiv 1602.05629) weighs by images. `toward_start` is the share of the way back from there to
+    the start (WiSE-FT, arXiv 2109.01903). The order of the models does not matter."""
+    weights = weights or [1] * len(models)
+    total: Dict = {}
+    for model, weight in sorted(zip(models, weights, strict=True), key=lambda pair: pair[0].digest):
+        for name, leaf in model.read().items():
+            part = np.multiply(leaf, weight, dtype=np.float64)
+            total[name] = np.add(total[name], part, out=total[name]) if name in total else part
+    for name, leaf in total.items():
+        leaf /= sum(weights)
+        if toward_start:
+            assert start is not None
+            leaf = (1 - toward_start) * leaf + toward_start * start.params[name]
+        total[name] = leaf.astype(np.float32)
+    return total
+
+
+class Scores(NamedTuple):
+    """What a model says of N pictures."""
+
+    right_N: np.ndarray  # bool
+    nll_N: np.ndarray  # nats
+
+    @property
+    def accuracy(self) -> float:
+        return float(self.right_N.mean())
+
+    @property
+    def nll(self) -> float:
+        return float(self.nll_N.mean())
+
+
+def greedy(models: Sequence[Model], score: Callable[[Dict], Scores]) -> list[Model]:
+    """Returns the models of the greedy soup (Wortsman et al., arXiv 2203.05482): the best one, and of the others in the
+    order of accuracy each with which the mean is not worse."""
+    alone = {model: score(model.read()).accuracy for model in models}
+    first, *rest = sorted(models, key=lambda model: (-alone[model], model.digest))
+    kept, best = [first], alone[first]
+    for model in rest:
+        if (found := score(mean([*kept, model])).accuracy) >= best:
+            kept, best = [*kept, model], found
+    return kept
+
+
+class Scorer:
+    """The compiled evaluation of all models of one architecture, `source`, on one split."""
+
+    def __init__(self, source: Source, batches: EvalBatches, progress: Callable[[], None]) -> None:
+        self._source, self._batches, self._progress = source, batches, progress
+        net = vit.build(classifier.as_it_runs(source.model))
+
+        def log_probabilities(params: Any, batch: Batch) -> jax.Array:
+            images = augment.normalize(batch.images(net.config), source.mean, source.std)
+            return jax.nn.log_softmax(vit.logits(net, params, images))
+
+        self._run = compilation.jit(log_probabilities)
+
+    def log_probabilities(self, flat: Dict) -> tuple[np.ndarray, np.ndarray]:
+        """Returns (float32 [N, C], labels_N)."""
+        arrays = classifier.dense_arrays(dataclasses.replace(self._source, params=flat))
+        params, found = jax.device_put(weight_names.unflatten(arrays)), []
+        for batch in self._batches:
+            with jax.default_matmul_precision("highest"):
+                found.append(jax.device_get((self._run(params, batch), batch.labels_B)))
+            self._progress()
+        log_NC, labels_N = map(np.concatenate, zip(*found, strict=True))
+        return log_NC[labels_N >= 0], labels_N[labels_N >= 0]
+
+    def __call__(self, flat: Dict) -> Scores:
+        return scores(*self.log_probabilities(flat))
+
+
+def scores(log_NC: np.ndarray, labels_N: np.ndarray) -> Scores:
+    return Scores(log_NC.argmax(1) == labels_N, -log_NC[np.arange(len(labels_N)), labels_N])
+
+
+def between(one: Mapping[str, np.ndarray], other: Mapping[str, np.ndarray], share: float) -> Dict:
+    """Returns the point at a share of the way from one model to another."""
+    return {name: ((1 - share) * leaf + share * other[name]).astype(np.float32) for name, leaf in one.items()}
+
+
+def geometry(flat: Dict, start: Mapping[str, np.ndarray], average: Dict) -> tuple[float, float]:
+    """Returns (the distance of a model from the start over the size of the start, the cosine of its update and that of
+    the mean)."""
+    sums = np.zeros(4)
+    for name, leaf in flat.items():
+        first = start[name].astype(np.float64).ravel()
+        update, of_mean = leaf.ravel() - first, average[name].ravel() - first
+        sums += update @ update, of_mean @ of_mean, update @ of_mean, first @ first
+    return math.sqrt(sums[0] / sums[3]), float(sums[2] / max(math.sqrt(sums[0] * sums[1]), 1e-30))
+
+
+class Difference(NamedTuple):
+    """The accuracy of the mean minus that of another model, as a share, with its interval."""
+
+    to: str
+    points: float
+    low: float
+    high: float
+
+
+def difference(to: str, right_N: np.ndarray, other_N: np.ndarray, confidence: float = CONFIDENCE) -> Difference:
+    """Returns the difference of two accuracies on the same pictures, with the adjusted Wald interval for paired
+    proportions (Bonett and Price, 2012, J. Educ. Behav. Stat. 37(4)), which holds for few pictures too."""
+    count, gained, lost = len(right_N), int((right_N & ~other_N).sum()), int((other_N & ~right_N).sum())
+    up, down = (gained + 1) / (count + 2), (lost + 1) / (count + 2)
+    half = NormalDist().inv_cdf((1 + confidence) / 2) * math.sqrt((up + down - (up - down) ** 2) / (count + 2))
+    return Difference(to, (gained - lost) / count, up - down - half, up - down + half)
+
+
+def verdict(average: Scores, sites: Mapping[str, Scores], start: Scores | None) -> str:
+    """Returns whether the mean may be shipped, in a sentence. It is better only if its interval against every site and
+    the start is above 0, each at 95 %; it is worse if one is below 0, where the level is shared out over all of them
+    (Bonferroni), because one of many is below 0 by chance."""
+    others = dict(sites) | ({"the start": start} if start else {})
+    found = [difference(name, average.right_N, other.right_N) for name, other in others.items()]
+    shared = 1 - (1 - CONFIDENCE) / len(others)
+    strict = [difference(name, average.right_N, other.right_N, shared) for name, other in others.items()]
+    closest, count = min(found, key=lambda one: one.points), len(average.right_N)
+    who = "every site and than the start" if start else "every site"
+    if all(one.low > 0 for one in found):
+        text = f"The mean is better than {who}: {_points(closest)} against {closest.to}"
+    elif worse := [one for one in strict if one.high < 0]:
+        least = min(worse, key=lambda one: one.points)
+        return (
+            f"The mean is worse than {least.to} by {-100 * least.points:.1f} points ({100 * shared:.4g} % interval "
+            f"{100 * -least.high:.1f} to {100 * -least.low:.1f}, {count:,} pictures): do not ship it."
+        )
+    else:
+        text = f"Not decided: the mean is not shown to be better than {who}: {_points(closest)} against {closest.to}"
+    return f"{text} (95 % interval {100 * closest.low:+.1f} to {100 * closest.high:+.1f}, {count:,} pictures)."
+
+
+def _points(one: Difference) -> str:
+    return f"{100 * one.points:+.1f} points"
+
+
+class Pictures:
+    """Labelled pictures on which models are compared."""
+
+    def __init__(self, pictures: Any, mesh: Mesh) -> None:
+        self._pictures, self._mesh = pictures, mesh  # Split or Records
+
+    def __len__(self) -> int:
+        return len(self._pictures)
+
+    def batches(self) -> EvalBatches:
+        return stream.eval_batches(self._pictures, BATCH, self._mesh)
+
+    def some(self, most: int) -> "Pictures":
+        """Returns at most that many, evenly spaced."""
+        chosen_N = np.linspace(0, len(self) - 1, min(len(self), most)).astype(int)
+        return Pictures(self._pictures.select(chosen_N), self._mesh)
+
+    def halves(self) -> tuple["Pictures", "Pictures"]:
+        """Returns two halves, each class in proportion."""
+        one, other = sources.hold_out(self._pictures, len(self) // 2)
+        return Pictures(one, self._mesh), Pictures(other, self._mesh)
+
+    def decoded(self) -> Split:
+        return self._pictures if isinstance(self._pictures, Split) else decode(self._pictures)
+
+
+def find_pictures(data: DataConfig, split: str, first: Source) -> Pictures:
+    """Returns a split of a set, as models like `first` see it, decoded if it is small. Raises DataError."""
+    records = sources.labelled(dataclasses.replace(data, crop=first.crop), first.model, first.classes, split)
+    size = len(records) * math.prod(records.crop.shape)
+    return Pictures(decode(records) if size <= IN_MEMORY else records, devices.make_mesh(TrainConfig(batch_size=BATCH)))
+
+
+class Measured(NamedTuple):
+    """What is known of a mean.
+
+    `rows`: a row for the start, each model, the mean and the ensemble. Models have `distance` (from the start, over its
+    size) and `cosine` (of their update with that of the mean). With pictures all have `accuracy` and `nll`, start and
+    models also `barrier` (nats, the highest rise of the loss on the line to the mean above its higher end) and
+    `points`, `low`, `high` (accuracy of the mean minus theirs).
+    """
+
+    rows: list[dict[str, Any]]
+    verdict: str
+    losses: dict[str, list[float]]  # of start and models: at POINTS of the line to the mean, on ON_LINES pictures
+    way: list[float]  # accuracy at POINTS of the line from start to mean
+    by_class_MC: np.ndarray  # accuracy of each row; nan where a class has no pictures
+
+
+def measure(
+    models: Sequence[Model],
+    average: Dict,
+    start: Source | None,
+    first: Source,
+    pictures: Pictures | None,
+    progress: Callable[[], None],
+) -> Measured:
+    """Returns what is known of the mean of models. Memory holds one model beside start and mean, and the ensemble's
+    probabilities."""
+    rows: dict[str, dict[str, Any]] = {START: {}} if start else {}
+    for model in models:
+        distance, cosine = geometry(model.read(), start.params if start else average, average)
+        rows[model.name] = {"images": model.images, "distance": distance, "cosine": cosine}
+    if not pictures:
+        return Measured(_named(rows), UNKNOWN, {}, [], np.empty((0, 0)))
+    score, quick = (Scorer(first, some.batches(), progress) for some in (pictures, pictures.some(ON_LINES)))
+    found, losses, way = {}, {}, list[float]()
+    total: Any = 0
+    for name in [*rows]:
+        flat = start.params if start and name == START else next(m for m in models if m.name == name).read()
+        log_NC, labels_N = score.log_probabilities(flat)
+        found[name] = scores(log_NC, labels_N)
+        total = total + (np.exp(log_NC, dtype=np.float64) if name != START else 0)
+        losses[name] = [quick(between(flat, average, share)).nll for share in POINTS]
+        rows[name]["barrier"] = max(0.0, max(losses[name]) - max(losses[name][0], losses[name][-1]))
+    if start:
+        way = [score(between(start.params, average, share)).accuracy for share in POINTS]
+    sites = {model.name: found[model.name] for model in models}
+    said = verdict(mean := score(average), sites, found.get(START))
+    for name, one in found.items():
+        rows[name] |= difference(name, mean.right_N, one.right_N)._asdict()
+    found |= {MEAN: mean, f"ensemble of {len(models)}": scores(np.log(total / len(models)), labels_N)}
+    for name, one in found.items():
+        rows[name] = rows.get(name, {}) | {"accuracy": one.accuracy, "nll": one.nll}
+    classes = first.model.classes
+    counts_C = np.bincount(labels_N, minlength=classes)
+    with np.errstate(invalid="ignore"):
+        by_class_MC = [np.bincount(labels_N, one.right_N, classes) / counts_C for one in found.values()]
+    return Measured(_named(rows), said, losses, way, np.array(by_class_MC))
+
+
+def _named(rows: Mapping[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{"model": name, **row} for name, row in rows.items()]
+
+
+def cells(rows: Sequence[Mapping[str, Any]], weight: Mapping[str, float]) -> list[dict[str, str]]:
+    """Returns the rows as text; a column that no row has is left out. `weight` is the share of each model."""
+    forms: dict[str, Callable[[Any], str]] = {
+        "images": "{:,}".format,
+        "distance": "{:.4f}".format,
+        "cosine": "{:.2f}".format,
+        "accuracy": "{:.2%}".format,
+        "nll": "{:.4f}".format,
+        "barrier": "{:.4f}".format,
+    }
+    kept = [name for name in forms if any(name in row for row in rows)]
+    table = []
+    for row in rows:
+        text = {"model": row["model"], "weight": f"{weight.get(row['model'], 0):.1%}" if "images" in row else ""}
+        text |= {name: forms[name](row[name]) if name in row else "" for name in kept}
+        if kept[-1] == "barrier":
+            gain = [100 * row[name] for name in ("points", "low", "high")] if "points" in row else []
+            text["mean minus it"] = "{:+.1f} ({:+.1f} to {:+.1f})".format(*gain) if gain else ""
+        table.append(text)
+    return table
