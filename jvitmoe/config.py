@@ -88,10 +88,13 @@ class ModelConfig:
     registers: int = setting(0, "learned tokens beside the patches that the head does not see", at_least=0)
     positions: str = setting("learned", "position embeddings: learned, or fixed sines", ("learned", "sincos2d"))
     cls_position: bool = setting(False, "the CLS token has a learned position, as in timm and Hugging Face")
-    position_rows: int = setting(0, "rows of the learned positions; 0: one per patch; original: 300", at_least=0)
     head_hidden: int = setting(0, "hidden units of a two-layer head; 0 is a one-layer head", at_least=0)
     norm_epsilon: float = setting(1e-5, "epsilon of LayerNorm; 1e-6 in timm, 1e-12 in Hugging Face", above=0)
-    init_layers: str = setting("independent", "layers start different or equal", ("independent", "shared"))
+    init: str = setting(
+        "independent",
+        "layers start different; original: equal, with a table of 300 positions",
+        ("independent", "original"),
+    )
     layer_scale: float = setting(0.0, "initial value of a scale per channel on each branch; 0: none", at_least=0)
     qk_norm: bool = setting(False, "LayerNorm of every head's query and key")
     dropout: float = setting(0.0, "rate after attention weights, GELU and both branches", at_least=0, below=1)
@@ -144,7 +147,7 @@ class ModelConfig:
 
 
 # Fields of ModelConfig that do not change what a trained, merged model computes in float32.
-NEUTRAL = frozenset(("position_rows", "init_layers", "dropout", "drop_path", "lora", "adapter", "dtype"))
+NEUTRAL = frozenset(("init", "dropout", "drop_path", "lora", "adapter", "dtype"))
 
 
 @dataclasses.dataclass
@@ -292,7 +295,9 @@ SETTINGS = {  # {"section.field": field}
     for field in dataclasses.fields(getattr(Config(), section.name))
 }
 # Settings that are gone, at the values with which they did nothing: older run folders have them.
-RETIRED = {"optim.outer_rate": 0.0, "optim.primal_averaging": 0.0, "routing.pull_schedule": "constant"}
+RETIRED: dict[str, tuple[Any, ...]]
+RETIRED = {"optim.outer_rate": (0.0,), "optim.primal_averaging": (0.0,), "routing.pull_schedule": ("constant",)}
+RETIRED |= {"model.position_rows": (0, 300)}  # 300 beside init_layers=shared, which is init=original
 RETIRED_DETAILS = ("optim.outer_momentum", "optim.primal_share")  # of these
 # A run may resume with other values of these: they never change a number of training (but see `differences`).
 FREE_ON_RESUME = frozenset(path for path, field in SETTINGS.items() if field.metadata["free"])
@@ -313,7 +318,9 @@ def from_dict(values: dict[str, dict[str, Any]]) -> Config:
         section = getattr(config, section_name)
         for name, value in section_values.items():
             path = f"{section_name}.{name}"
-            if path in RETIRED_DETAILS or (path in RETIRED and value == RETIRED[path]):
+            if path == "model.init_layers":
+                path, name, value = "model.init", "init", "original" if value == "shared" else value
+            if path in RETIRED_DETAILS or (path in RETIRED and value in RETIRED[path]):
                 continue
             if path in RETIRED:
                 raise ConfigError(f"config.{path} is {value!r}; the setting is gone; commit 6c750bb has it")

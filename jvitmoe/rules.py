@@ -106,8 +106,6 @@ def _model_faults(config: Config) -> Iterator[tuple[str, str]]:
         yield "model.image_size", f"makes {made:,} fixed positions; at most {MOST_POSITIONS:,}: raise model.patch"
     if model.image_size % model.patch:
         yield "model.patch", f"must divide model.image_size, which is {model.image_size}"
-    if 0 < model.position_rows < model.patches:
-        yield "model.position_rows", f"must be 0 or at least the number of patches, which is {model.patches}"
     if model.stem != "patch" and (model.patch < 2 or model.patch & (model.patch - 1)):
         yield "model.patch", f"must be a power of two for model.stem={model.stem}"
     if model.cls_position and not model.has_cls:
@@ -208,5 +206,5 @@ def _about_parameters(config: Config) -> int:
     model = config.model
     block = 4 * model.width + 2 * config.routing.experts * (model.hidden + model.lora + model.adapter)
     head = (model.width + model.classes) * model.head_hidden or model.width * model.classes
-    tables = max(model.patches, model.position_rows) + model.patch**2 * model.channels
+    tables = model.patches + model.patch**2 * model.channels
     return model.width * (model.depth * block + tables) + head

@@ -38,7 +38,7 @@ from jvitmoe.runs.console import console, markdown_table, quantity, show_table
 DTYPES = ["float32", "bfloat16"]
 # Fields of the model that PyTorch's ViT has; all others must have their default.
 PEER_FIELDS = {"image_size", "channels", "classes", "patch", "width", "hidden", "depth", "heads", "pool"}
-PEER_FIELDS |= {"position_rows", "head_hidden", "dropout", "init_layers", "dtype"}
+PEER_FIELDS |= {"head_hidden", "dropout", "init", "dtype"}
 PEERS = {"PyTorch dense": "1 eager", "PyTorch random": "4 eager", "PyTorch compiled": "1 compiled"}  # torch_vit.py's
 NOTE = (
     "Step: median over rounds, with the fastest and the slowest. Times dense: median of the ratio to the dense step of "

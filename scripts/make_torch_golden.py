@@ -24,11 +24,11 @@ from torch_vit import Layer, ViT
 TARGET = Path(__file__).parents[1] / "tests" / "models" / "torch_vit_golden.npz"
 ORIGINAL = {
     **{"image_size": 8, "channels": 3, "classes": 5, "patch": 2, "width": 12, "hidden": 14, "depth": 3, "heads": 3},
-    **{"pool": "cls", "position_rows": 20, "head_hidden": 16},
+    **{"pool": "cls", "init": "original", "head_hidden": 16},
 }
 VARIANTS: dict[str, dict[str, Any]] = {
     "pre": {},
-    "mean": {"pool": "mean", "head_hidden": 0, "position_rows": 16},
+    "mean": {"pool": "mean", "head_hidden": 0, "init": "independent"},
     "experts": {"experts": 2, "route": (0, 1, 1)},
 }
 

@@ -66,7 +66,8 @@ class ViT(nn.Module):
         self.pool = settings["pool"]
         self.patches = nn.Conv2d(settings["channels"], width, settings["patch"], stride=settings["patch"])
         tokens = (settings["image_size"] // settings["patch"]) ** 2
-        self.positions = nn.Parameter(torch.zeros(settings["position_rows"] or tokens, width))
+        rows = max(tokens, 300) if settings["init"] == "original" else tokens
+        self.positions = nn.Parameter(torch.zeros(rows, width))
         self.cls = nn.Parameter(torch.randn(width)) if self.pool == "cls" else None
         self.layers = nn.ModuleList(Layer(settings, experts, dropout) for _ in range(settings["depth"]))
         self.norm = nn.LayerNorm(width, eps=1e-5)

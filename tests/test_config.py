@@ -61,7 +61,6 @@ TOGETHER = [  # settings that do not go together, and the one that is named
     ({"model__width": 63}, "model.width"),
     ({"model__patch": 3}, "model.patch"),
     ({"model__stem": "conv", "model__image_size": 9, "model__patch": 3}, "model.patch"),
-    ({"model__position_rows": 5}, "model.position_rows"),
     (FIXED | {"model__width": 6, "model__heads": 3}, "model.width"),
     (FIXED | {"model__image_size": 30_000}, "model.image_size"),
     ({"model__width": 2**31 - 4}, "model.width"),
@@ -236,5 +235,7 @@ def test_a_message_shows_control_characters_escaped_and_long_values_cut_between_
 def test_a_setting_that_is_gone_is_read_where_it_did_nothing_and_else_refused():
     old = {"optim": {"outer_rate": 0.0, "outer_momentum": 0.9}, "routing": {"pull_schedule": "constant"}}
     assert config_lib.from_dict(old) == Config()
+    original = {"position_rows": 300, "init_layers": "shared"}
+    assert config_lib.from_dict({"model": original}) == Config(model=ModelConfig(init="original"))
     with pytest.raises(ConfigError, match=r"config.optim.outer_rate is 0.7; the setting is gone; commit \w+ has it"):
         config_lib.from_dict({"optim": {"outer_rate": 0.7}})

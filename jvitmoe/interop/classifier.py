@@ -123,10 +123,10 @@ def load(path: str | Path, checkpoint: str | int = "latest", ema: bool = False) 
 
 def as_it_runs(model: ModelConfig) -> ModelConfig:
     """Returns the settings of the module that takes `dense_arrays`, in float32."""
-    return dataclasses.replace(model, position_rows=0, dtype="float32")
+    return dataclasses.replace(model, init="independent", dtype="float32")
 
 
 def dense_arrays(source: load_lib.Source) -> weight_names.Dict:
-    """Returns the flat tree of the source's model with position_rows = 0, without positions that are computed."""
+    """Returns the flat tree of the source's model with one position per patch, without positions that are computed."""
     computed = source.model.positions == "sincos2d"
     return {name: leaf for name, leaf in source.params.items() if not (computed and name == "positions")}

@@ -229,7 +229,8 @@ def read_json(path: Path) -> Any:
 
 def _read_ours(path: Path, arrays: weight_names.Arrays, about: dict[str, Any], notes: tuple[str, ...]) -> Source:
     data: Any = {name: about[name] for name in ("crop", "mean", "std") if name in about}  # older versions wrote none
-    config = rules.check(config_lib.from_dict({"model": about["model"], "data": data | {"stream": True}}))
+    model = about["model"] | {"init": "independent"}  # an export has a position per patch, however its run started
+    config = rules.check(config_lib.from_dict({"model": model, "data": data | {"stream": True}}))
     model, data, classes = config.model, config.data, about.get("classes", [])
     are_names = isinstance(classes, list) and all(isinstance(name, str) for name in classes)
     if not are_names or len(classes) not in (0, model.classes):

@@ -29,6 +29,7 @@ from jvitmoe.models.layers import (
 from jvitmoe.models.mlp import Mlp, RoutedMlp
 from jvitmoe.models.routers import RouterSettings, Statistics
 
+ORIGINAL_ROWS = 300  # of positions in the original: more than there are patches
 BLOCK = "block"  # followed by a position in the pattern: the key of a layer's parameters
 POSITION = re.compile(rf"{BLOCK}(\d+)")
 
@@ -206,7 +207,7 @@ class ViT(nn.Module):
             x_BTD = ConvStem(*size, config.stem == "strided", name="patches")(images_BHWc)
         b, patches, d = x_BTD.shape
         if config.positions == "learned":
-            rows = config.position_rows or patches
+            rows = max(patches, ORIGINAL_ROWS) if config.init == "original" else patches
             positions_TD = self.param("positions", nn.initializers.zeros, (rows, d))[:patches]
         else:
             positions_TD = jnp.asarray(sincos2d(config.image_size // config.patch, d))
@@ -308,13 +309,13 @@ def token_weights(model: ViT, params: Any, images_BHWc: jax.Array) -> jax.Array:
 def init(model: ViT, key: jax.Array) -> dict[str, Any]:
     """Returns the parameter tree, float32, nested plain dicts.
 
-    With `init_layers="shared"` all layers start as copies of the first, as in the original, which deep-copies one
-    layer; with a pattern, all layers at the same position are copies of each other.
+    With `init="original"` all layers start as copies of the first, as in the original, which deep-copies one layer;
+    with a pattern, all layers at the same position are copies of each other.
     """
     config = model.config
     image = jnp.zeros((1, config.image_size, config.image_size, config.channels))
     params = model.init(key, image)["params"]
-    if config.init_layers == "shared":
+    if config.init == "original":
         params["blocks"] = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf[:1], leaf.shape), params["blocks"])
     return params
 

@@ -80,7 +80,7 @@ CHOSEN = {
     "model.depth": (1, 2, 2),
     "model.heads": (1, 2, 3),
     "model.patch": (2, 4, 8, 3),
-    "model.position_rows": (0, 20),
+    "model.init": ("independent", "original"),
     "routing.experts": (1, 2, 2, 4),
     "routing.kind": (*ROUTINGS, *ROUTINGS, *ROUTERS),
     "optim.name": tuple(OPTIMIZERS),

@@ -61,7 +61,7 @@ def test_spread_and_cosines_are_those_of_plain_loops(setup):
 
 @pytest.mark.parametrize(
     ("devices", "model"),
-    [(1, {}), (4, {"pool": "mean", "positions": "sincos2d", "position_rows": 9})],
+    [(1, {}), (4, {"pool": "mean", "positions": "sincos2d"})],
 )
 def test_the_layer_gap_is_that_of_one_image_at_a_time(setup, tiny_split, devices, model):
     net, params, batches = setup(devices, **model)

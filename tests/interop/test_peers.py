@@ -133,7 +133,7 @@ def test_written_again_or_merged_at_step_0_a_file_holds_the_same_values(peers, m
         ("timm", {"positions": "sincos2d", "width": 12, "hidden": 25, "pool": "mean"}),
         ("timm", {"norm_epsilon": 1e-3}),
         ("hf", {"norm_epsilon": 1e-3, "patch": 8}),
-        ("hf", {"cls_position": True, "norm_epsilon": 1e-12, "position_rows": 7}),
+        ("hf", {"cls_position": True, "norm_epsilon": 1e-12, "init": "original"}),
     ],
 )
 def test_ours_gives_our_logits_there(peers, pixels, inputs, tmp_path, style, overrides):

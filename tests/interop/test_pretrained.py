@@ -73,10 +73,10 @@ def test_the_position_of_cls_is_folded_where_there_is_none_and_zeros_where_there
 def test_a_larger_image_gets_positions_resized_and_says_so():
     old = dense(MODEL)
     old["positions"][:] = old["positions"].mean(0)  # alike everywhere: they must stay so
-    other = dataclasses.replace(MODEL, image_size=20, position_rows=30)
+    other = dataclasses.replace(MODEL, image_size=20, init="original")
     fresh = dense(other, 1)
     params, lines = pretrained.adapt(source(MODEL, old), other, fresh, DataConfig())
-    assert params["positions"].shape == (30, 12)
+    assert params["positions"].shape == (300, 12)
     np.testing.assert_allclose(params["positions"][:25], np.repeat(old["positions"][:1], 25, 0), atol=1e-6)
     np.testing.assert_array_equal(params["positions"][25:], fresh["positions"][25:])
     assert "resized positions from 2x2 to 5x5" in "\n".join(lines)

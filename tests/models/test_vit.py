@@ -101,7 +101,7 @@ def test_every_option_gives_finite_logits_of_one_row_per_image(pool, positions, 
 
 
 def test_initial_parameters_have_pytorch_defaults():
-    model = vit.ViT(small(image_size=32, width=96, hidden=64, head_hidden=128, position_rows=100))
+    model = vit.ViT(small(image_size=32, width=96, hidden=64, head_hidden=128))
     params = quick_jit(lambda: vit.init(model, jax.random.key(0)))()
     blocks, head = params["blocks"], params["head"]
     linears = [
@@ -117,7 +117,7 @@ def test_initial_parameters_have_pytorch_defaults():
         assert np.ptp(layer["bias"]) > 0
     for norm in (blocks["norm1"], blocks["norm2"], params["norm"]):
         chex.assert_trees_all_equal(norm, {"scale": np.ones_like(norm["scale"]), "bias": np.zeros_like(norm["bias"])})
-    chex.assert_shape(params["positions"], (100, 96))
+    chex.assert_shape(params["positions"], (64, 96))
     assert not params["positions"].any()
     assert 0.7 < np.std(params["cls"]) < 1.3
     assert np.ptp(blocks["mlp"]["up"], axis=0).min() > 0, "layers start alike"
@@ -181,7 +181,7 @@ def test_only_positions_tell_patches_apart(pool):
 
 
 def test_rows_of_the_table_beyond_the_patches_are_never_read():
-    model = vit.ViT(small(position_rows=9))
+    model = vit.ViT(small(init="original"))
     params = drawn(model)
     spoilt = {**params, "positions": params["positions"].at[4:].set(jnp.nan)}
     run = jitted(model)
@@ -253,12 +253,11 @@ def test_layers_start_equal_where_asked(pattern):
     """The original deep-copies one layer: attention and every expert start the same in all layers."""
     routed = RoutingConfig(experts=2, pattern=pattern)
 
-    def start(init_layers):
-        config = Config(model=small(depth=4, init_layers=init_layers), routing=routed)
+    def start(init):
+        config = Config(model=small(depth=4, init=init), routing=routed)
         return quick_jit(routing.find(config).init)(jax.random.key(0))
 
-    equal, different = start("shared"), start("independent")
-    chex.assert_trees_all_equal_shapes_and_dtypes(equal, different)
+    equal, different = start("original"), start("independent")
     leaves, others = ([*jax.tree.leaves(tree.trunk["blocks"])] for tree in (equal, different))
     for tree, found in ((equal, leaves), (different, others)):
         found += [leaf.swapaxes(0, 1) for leaf in jax.tree.leaves(tree.experts)]

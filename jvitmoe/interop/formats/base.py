@@ -75,7 +75,7 @@ class Target:
     def export(self, out: Path, source: load.Source, sample: weight_names.Dict) -> float:
         """Writes the model and the sample. Returns the largest difference between the logits of the files and of the
         sample. Raises UserError if it exceeds the tolerance."""
-        model = dataclasses.replace(source.model, position_rows=0, dtype="float32", dropout=0.0, drop_path=0.0)
+        model = dataclasses.replace(source.model, init="independent", dtype="float32", dropout=0.0, drop_path=0.0)
         run = self.write(out, source, model)
         np.savez(out / SAMPLE_FILE, allow_pickle=False, **sample)
         if source.classes:
