@@ -69,16 +69,12 @@ class Run:
         checkpoint: str | int = "latest",
         paths: int = 8,
         few_shot: int = 0,
-        knn: int = 0,
-        probe_data: str = "",
-        probe_dir: str = "",
         data_dir: str = "",
         devices: int = 0,
     ) -> dict[str, Any]:
         """Tests the run again, draws the pictures of `jvitmoe evaluate` into its folder, and returns the results. The
         arguments are its flags. Raises UserError."""
-        probes = evaluate.Probes(few_shot, knn, probe_data, probe_dir)
-        evaluate.evaluate(self.workdir, checkpoint, paths, probes, data_dir, devices)
+        evaluate.evaluate(self.workdir, checkpoint, paths, few_shot, data_dir, devices)
         return self.results
 
     def verify(self) -> bool:

@@ -128,14 +128,14 @@ def _take(flag: str, argv: list[str]) -> tuple[str, list[str]]:
 
 
 @contextlib.contextmanager
-def data_dir_flag(flag: str = "--data_dir") -> Iterator[None]:
-    """In its body an error about data names `flag`, not --config.data.dir."""
+def data_dir_flag() -> Iterator[None]:
+    """In its body an error about data names --data_dir, not --config.data.dir."""
     from jvitmoe.data.pictures import DataError  # here, because it imports NumPy
 
     try:
         yield
     except DataError as error:
-        error.args = (str(error).replace("--config.data.dir", flag),)
+        error.args = (str(error).replace("--config.data.dir", "--data_dir"),)
         raise
 
 

@@ -4,17 +4,16 @@ Prints one row per model, writes result.json and report.md, and draws what the d
 in confusion.png, of 15 in samples.png. For a run with experts it also measures why averaging works or fails, and draws
 it in mergeability.png; for a learned router it draws which expert takes which patch, in experts.png. Takes the config
 from the run folder; any number of devices will do.
-With --few_shot or --knn it also probes the features of the dense or merged model, and of the EMA, on the run's data set
-or on that of --probe_data; the shots are drawn with the fixed seeds 0, 1 and 2.
+With --few_shot it also probes the features of the dense or merged model, and of the EMA; the shots are drawn with the
+fixed seeds 0, 1 and 2.
 With --verify it only reports which files of the run folder are sound, and exits with 1 if one is not.
 """
 
 import dataclasses
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from absl import flags
 
@@ -32,29 +31,6 @@ MAPPED = 8  # images whose routes are drawn in experts.png
 KEPT = 16  # images whose routes result.json keeps, to compare seeds
 
 
-class Probes(NamedTuple):
-    """The probes of an evaluation."""
-
-    few_shot: int = 0  # images per class of a linear probe; 0 is none
-    knn: int = 0  # nearest training images that vote; 0 is none
-    data: str = ""  # their set, if not the run's: a data.name
-    dir: str = ""  # its folder, if not that of the run's data
-
-    def check(self) -> None:
-        """Raises UserError for a negative number, a set without a probe, and a folder without a set."""
-        _refuse_negative(few_shot=self.few_shot, knn=self.knn)
-        if self.data and not self:
-            raise UserError(f"--probe_data is {self.data!r}; name a probe on it: --few_shot=10 or --knn=20")
-        if self.dir and not self.data:
-            raise UserError(f"--probe_dir is {self.dir!r}; name the set in it: --probe_data=NAME")
-
-    def __bool__(self) -> bool:
-        return bool(self.few_shot or self.knn)
-
-
-NO_PROBES = Probes()
-
-
 def _refuse_negative(**flags_given: int) -> None:
     for name, value in flags_given.items():
         if value < 0:
@@ -65,9 +41,8 @@ def main(argv: list[str]) -> None:
     """Runs the command. Raises UserError for a flag, a run folder or data that do not fit."""
     values = cli.parse(argv, _define_flags)
     workdir = cli.run_folder(values.workdir)
-    probes = Probes(values.few_shot, values.knn, values.probe_data, values.probe_dir)
     if not values.verify:
-        evaluate(workdir, values.checkpoint, values.paths, probes, values.data_dir, values.devices)
+        evaluate(workdir, values.checkpoint, values.paths, values.few_shot, values.data_dir, values.devices)
     elif not verify(workdir):
         sys.exit(1)
 
@@ -86,39 +61,37 @@ def evaluate(
     workdir: Path,
     checkpoint: str | int = "latest",
     paths: int = 8,
-    probes: Probes = NO_PROBES,
+    few_shot: int = 0,
     data_dir: str = "",
     devices: int = 0,
 ) -> None:
     """Tests the models of a run, and writes result.json, report.md and the pictures into its folder. The arguments are
     the flags of the command. Raises UserError."""
-    probes.check()
-    _refuse_negative(paths=paths, devices=devices)
+    _refuse_negative(paths=paths, few_shot=few_shot, devices=devices)
     cli.run_folder(workdir)
     safe_io.refuse_links(workdir)
     console.print(f"reading     {workdir}")
     # Not above: these import JAX and matplotlib, and --help need not wait for that.
     from jvitmoe.data import stream
     from jvitmoe.data.batches import Resident
-    from jvitmoe.evaluation import evaluator, mergeability
-    from jvitmoe.evaluation import probes as probes_lib
+    from jvitmoe.evaluation import evaluator, mergeability, probes
     from jvitmoe.experts import merge
     from jvitmoe.reports import figures
 
     config, routing, mesh, params, ema, meta = _restore(workdir, checkpoint, data_dir, devices)
     console.print(f"reading     {config.data.name} {config.data.dir}".rstrip())
-    data, probed, probed_data = _data(config, workdir, probes)
+    data = _data(config, workdir, few_shot > 0)
     dense, at_once = merge.dense_tree(params), config.train.images_at_once
     with progress("testing") as batch_done:
         tester = evaluator.make_evaluate(routing.model(mesh), mesh, config.data, batch_done)
         shown = stream.eval_batches(data.test, at_once, mesh)
         known = results.of_training(workdir, meta["versions"])
         result: dict[str, Any] = {}
-        if probes:  # first, because they refuse more images than there are
+        if few_shot:  # first, because it refuses more images than there are
             trees = {"dense" if routing.experts == 1 else "merged": dense}
             trees |= {"EMA": ema} if ema is not None else {}
-            settings = probed_data, at_once, mesh, probes.few_shot, probes.knn
-            result["probes"] = probes_lib.measure(tester.net, trees, probed, *settings)
+            kept = _without_held_out(data, config)
+            result["probes"] = probes.measure(tester.net, trees, kept, config.data, at_once, mesh, few_shot)
         gate_X, few = None, None
         if routing.experts > 1:
             few = _some(data.test, mergeability.IMAGES)
@@ -173,39 +146,25 @@ def _restore(
     return config, routed, mesh, params, ema, saved.meta
 
 
-def _data(config: Config, workdir: Path, probes: Probes) -> tuple[Any, Any, Any]:
-    """Returns (the run's data set, that of the probes, the settings of the latter). Only probes need all training
-    images in memory. Those of the run's own set do not train on the validation images that it held out, which chose its
-    checkpoint."""
+def _data(config: Config, workdir: Path, probed: bool) -> Any:
+    """Returns the run's data set. Only a probe needs all training images in memory."""
     from jvitmoe.data import sources
-    from jvitmoe.data.splits import SizeError, decode
+    from jvitmoe.data.splits import decode
 
-    find = sources.load if probes and not config.data.stream else sources.browse
-    names = safe_io.read_classes(workdir)
+    find = sources.load if probed and not config.data.stream else sources.browse
+    names, may_lack = safe_io.read_classes(workdir), bool(config.init.start)
     with cli.data_dir_flag():
-        own: Any = sources.with_classes(find, config.data, config.model, names, bool(config.init.start))
-        if not (probes or config.data.stream):
-            own = dataclasses.replace(own, test=decode(own.test))
+        data: Any = sources.with_classes(find, config.data, config.model, names, may_lack)
+        if not (probed or config.data.stream):
+            data = dataclasses.replace(data, test=decode(data.test))
+    return data
 
-    def without_held_out(data: Any) -> Any:
-        return dataclasses.replace(data, train=sources.training_images(data.train, config.data)[0])
 
-    if not probes.data:
-        return own, without_held_out(own) if probes else own, config.data
-    crop = "centre" if config.data.crop == "exact" else config.data.crop  # its images may have any size
-    data = dataclasses.replace(config.data, name=probes.data, dir=probes.dir or config.data.dir, crop=crop)
-    model = dataclasses.replace(config.model, classes=0)  # any number of them
-    is_own = data.name == config.data.name
-    if data.name == "folder":  # other sets are known by their names
-        places = {os.path.realpath(os.path.expanduser(place)) for place in (data.dir, config.data.dir)}
-        is_own &= len(places) == 1
-    try:
-        with cli.data_dir_flag("--probe_dir"):
-            found = find(data, model)
-        return own, without_held_out(found) if is_own else found, data
-    except SizeError as error:
-        remedy = "write them into an image folder, and give --probe_data=folder --probe_dir=DIR"
-        raise UserError(f"--probe_data is {probes.data!r}, but {error.fault}; {remedy}") from error
+def _without_held_out(data: Any, config: Config) -> Any:
+    """Returns the data for a probe, which does not train on validation images: they chose the run's checkpoint."""
+    from jvitmoe.data import sources
+
+    return dataclasses.replace(data, train=sources.training_images(data.train, config.data)[0])
 
 
 def _some(split: Any, most: int, skipped: Callable[[str], object] | None = None) -> Any:
@@ -265,8 +224,5 @@ def _define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_bool("verify", False, "Only report which files of the folder are sound.", flag_values=values)
     flags.DEFINE_integer("paths", 8, "Random paths to test: an expert drawn per layer.", 0, flag_values=values)
     flags.DEFINE_integer("few_shot", 0, "Linear probe on this many images per class; 0 is none.", 0, flag_values=values)
-    flags.DEFINE_integer("knn", 0, "Vote of this many nearest training images; 0 is none.", 0, flag_values=values)
-    flags.DEFINE_string("probe_data", "", "Set of the probes, if not the run's: a data.name.", flag_values=values)
-    flags.DEFINE_string("probe_dir", "", "Its folder, if not that of the run's data.", flag_values=values)
     flags.DEFINE_string("data_dir", "", "Where the data are, if not where training found them.", flag_values=values)
     flags.DEFINE_integer("devices", 0, "Devices to use; 0 is all local ones.", 0, flag_values=values)

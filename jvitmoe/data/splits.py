@@ -119,16 +119,8 @@ class Source(abc.ABC):
         """Returns what `sources.browse` returns. Raises DataError."""
 
 
-class SizeError(DataError):
-    """The images of a set do not have the size and channels of the model."""
-
-    def __init__(self, fault: str, remedy: str) -> None:
-        super().__init__(f"{fault}; {remedy}")
-        self.fault = fault
-
-
 def check_fit(name: str, shape_HWc: Sequence[int], classes: int, model: ModelConfig) -> None:
-    """Raises DataError, with the settings to change, if images (SizeError) or classes of a set do not fit the model. A
+    """Raises DataError, with the settings to change, if images or classes of a set do not fit the model. A
     model of 0 classes, used for its features only, fits any number of classes."""
     height, width, channels = shape_HWc
     if channels not in MODES:
@@ -138,7 +130,8 @@ def check_fit(name: str, shape_HWc: Sequence[int], classes: int, model: ModelCon
         flags = [f"--config.model.image_size={height}"] * (height != model.image_size)
         flags += [f"--config.model.channels={channels}"] * (channels != model.channels)
         remedy = f"set {' '.join(flags)}" if height == width else "set --config.data.crop=centre, which cuts squares"
-        raise SizeError(f"images of {name} are {height}x{width}x{channels} but config.model expects {wanted}", remedy)
+        fault = f"images of {name} are {height}x{width}x{channels} but config.model expects {wanted}"
+        raise DataError(f"{fault}; {remedy}")
     if model.classes and classes != model.classes:
         rule = f"config.model.classes is {model.classes}; set --config.model.classes={classes}"
         raise DataError(f"{name} has {classes} classes but {rule}")

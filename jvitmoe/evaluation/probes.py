@@ -1,4 +1,4 @@
-"""Probes: how well simple classifiers do on a model's features, the input of its head.
+"""A probe: how well a linear classifier on few images does on a model's features, the input of its head.
 
 N images · D width · C classes
 """
@@ -22,7 +22,6 @@ from jvitmoe.runs.console import console
 
 SEEDS = (0, 1, 2)  # of the draws of shots
 L2, BIAS = 2.0**10, 100.0
-TEMPERATURE = 0.07
 
 
 class Features(NamedTuple):
@@ -40,9 +39,9 @@ def measure(
     batch_size: int,
     mesh: Mesh,
     shots: int,
-    neighbours: int,
 ) -> list[dict[str, Any]]:
-    """Returns one row per probe and model: its name, the model's, the set's, accuracy on the test split, and images.
+    """Returns one row per model: the probe's name, the model's, accuracy on the test split, mean over SEEDS with the
+    deviation as accuracy_std, and images.
 
     Args:
         net: the dense model.
@@ -50,13 +49,10 @@ def measure(
         found: the set, whose images are seen as evaluation sees them. Its whole training split is passed through.
         data: the settings of the set.
         batch_size: images at once.
-        shots: images per class of `few_shot`, mean over SEEDS with the deviation as accuracy_std; 0 leaves it out.
-        neighbours: k of `nearest`; 0 leaves it out.
+        shots: images per class of `few_shot`.
 
-    Raises UserError for more shots or neighbours than there are training images.
+    Raises UserError for more shots than there are training images of a class.
     """
-    if neighbours > len(found.train):
-        raise UserError(f"--knn is {neighbours}; it must be at most the {len(found.train)} training images")
     damaged = stream.Damaged(len(found.train), console.print)
     splits = [
         stream.eval_batches(found.train, batch_size, mesh, damaged),
@@ -66,16 +62,10 @@ def measure(
 
     for model, params in trees.items():
         train, test = (extract(params, split) for split in splits)
-        about = {"model": model, "data": data.name, "test_images": len(test.labels_N)}
-        if shots:
-            accuracies = [few_shot(train, test, names, shots, seed) for seed in SEEDS]
-            numbers = {"accuracy": fmean(accuracies), "accuracy_std": stdev(accuracies)}
-            rows.append({"probe": f"{shots}-shot", **about, **numbers, "train_images": shots * len(names)})
-        if neighbours:
-            accuracy = nearest(train, test, neighbours)
-            rows.append(
-                {"probe": f"{neighbours}-nn", **about, "accuracy": accuracy, "train_images": len(train.labels_N)}
-            )
+        accuracies = [few_shot(train, test, names, shots, seed) for seed in SEEDS]
+        numbers = {"accuracy": fmean(accuracies), "accuracy_std": stdev(accuracies)}
+        images = {"train_images": shots * len(names), "test_images": len(test.labels_N)}
+        rows.append({"probe": f"{shots}-shot", "model": model, **numbers, **images})
     return rows
 
 
@@ -103,7 +93,7 @@ def draw_shots(labels_N: np.ndarray, names: tuple[str, ...], shots: int, seed: i
     least = int(np.argmin(images_C))
     if shots > images_C[least]:
         rule = f"class {names[least]!r} has {images_C[least]} training images"
-        raise UserError(f"--few_shot is {shots}; {rule}; give at most that many, or another --probe_data")
+        raise UserError(f"--few_shot is {shots}; {rule}; give at most that many")
     random = np.random.RandomState(seed)  # unlike Generator's, its numbers are the same in every version of NumPy
     return np.concatenate([random.permutation(np.flatnonzero(labels_N == c))[:shots] for c in range(len(names))])
 
@@ -128,16 +118,3 @@ def few_shot(train: Features, test: Features, names: tuple[str, ...], shots: int
     ridge = Ridge(L2, fit_intercept=False).fit(inputs(shots_ND), targets_NC)
     scores_NC = ridge.predict(inputs(test.features_ND)).reshape(-1, len(names))  # [N] for one class
     return float(np.mean(scores_NC.argmax(1) == test.labels_N))
-
-
-def nearest(train: Features, test: Features, neighbours: int) -> float:
-    """Returns the accuracy on `test` of a vote of the `neighbours` nearest training images by cosine similarity s.
-
-    A vote weighs exp(s / 0.07) (Wu et al., arXiv 1805.01978, section 3.4), as DINO is tested (Caron et al.,
-    arXiv 2104.14294), where k = 20 is best.
-    """
-    from sklearn.neighbors import KNeighborsClassifier  # not above: importing it takes as long as JAX
-
-    # The distance is 1 - s; the constant factor changes no vote.
-    vote = KNeighborsClassifier(neighbours, weights=lambda distance: np.exp(-distance / TEMPERATURE), metric="cosine")
-    return float(vote.fit(*train).score(*test))

@@ -27,8 +27,8 @@ LEGEND = (
     "Layer gap: how far the output of the mean expert is from the mean of the experts' outputs, relative to it."
 )
 PROBES = (
-    "n-shot: ridge regression on n training images per class, mean ± sample deviation over three draws of them. "
-    "k-nn: weighted vote of the k nearest training images. Both see only the features, the input of the head."
+    "n-shot: ridge regression on n training images per class, mean ± sample deviation over three draws of them. It "
+    "sees only the features, the input of the head."
 )
 # Of a row of a model, and how they are shown.
 METRIC_FORMATS = {"accuracy": ".2%", "nll": ".4f", "top5": ".2%", "ece": ".4f"}
@@ -133,7 +133,7 @@ def probe_rows(probes: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
     rows = []
     for row in probes:
         images = {f"{split} images": f"{row[f'{split}_images']:,}" for split in ("train", "test")}
-        rows.append({"probe": row["probe"], "model": row["model"], "data": row["data"], **metric_cells(row), **images})
+        rows.append({"probe": row["probe"], "model": row["model"], **metric_cells(row), **images})
     return rows
 
 

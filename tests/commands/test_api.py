@@ -63,8 +63,8 @@ def test_an_evaluation_takes_the_flags_of_the_command_and_is_refused_as_it_is(ru
             jvitmoe.Run(tmp_path / "missing").evaluate(**options)
     given = []
     monkeypatch.setattr(api.evaluate, "evaluate", lambda *arguments: given.extend(arguments))
-    assert run.evaluate("best", 3, 10, 5, "digits", "there", "here", 2) == run.results
-    assert given == [run.workdir, "best", 3, api.evaluate.Probes(10, 5, "digits", "there"), "here", 2]
+    assert run.evaluate("best", 3, 10, "here", 2) == run.results
+    assert given == [run.workdir, "best", 3, 10, "here", 2]
 
 
 def test_training_and_loading_log_nothing_below_the_verbosity_of_the_caller_and_keep_it(run, caplog):

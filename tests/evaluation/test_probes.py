@@ -1,6 +1,5 @@
-"""Few-shot regression and nearest neighbours on features, and the command that reports them."""
+"""Few-shot regression on features, and the command that reports it."""
 
-import itertools
 import json
 import shutil
 
@@ -8,14 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from PIL import Image
 
 from jvitmoe.commands import evaluate
 from jvitmoe.config import Config, DataConfig, ModelConfig
 from jvitmoe.data import sources, stream
 from jvitmoe.data.batches import Resident
 from jvitmoe.data.pictures import DataError
-from jvitmoe.data.splits import Dataset, Records, Source, Split, check_fit, in_memory
+from jvitmoe.data.splits import Dataset, Records, Split, in_memory
 from jvitmoe.errors import UserError
 from jvitmoe.evaluation import probes
 from jvitmoe.evaluation.probes import Features
@@ -103,20 +101,6 @@ def test_few_shot_of_one_class_is_always_right():
     assert probes.few_shot(one, one, ("all",), 5, 0) == 1
 
 
-@pytest.mark.parametrize("neighbours", [1, 5, 20])
-def test_nearest_is_the_brute_force_vote(neighbours):
-    train, test = clusters(200, 6, 0), clusters(300, 6, 1)
-    unit = [f / np.linalg.norm(f, axis=1, keepdims=True) for f in (train.features_ND, test.features_ND)]
-    right = 0
-    for z, label in zip(unit[1], test.labels_N, strict=True):
-        similarity_N, votes = unit[0] @ z, np.zeros(len(NAMES))
-        for n in np.argsort(-similarity_N)[:neighbours]:
-            votes[train.labels_N[n]] += np.exp(similarity_N[n] / 0.07)
-        right += votes.argmax() == label
-    assert probes.nearest(train, test, neighbours) == right / 300
-    assert 0.25 < right / 300 < 1
-
-
 def test_shots_are_fixed_by_the_seed_and_even_over_classes():
     labels_N = clusters(40, 2, 0).labels_N
     first = probes.draw_shots(labels_N, NAMES, 3, 0)
@@ -124,33 +108,22 @@ def test_shots_are_fixed_by_the_seed_and_even_over_classes():
     assert len(set(first)) == 12
     assert first.tolist() == probes.draw_shots(labels_N, NAMES, 3, 0).tolist()
     assert first.tolist() != probes.draw_shots(labels_N, NAMES, 3, 1).tolist()
-    with pytest.raises(UserError, match="--few_shot is 11; class 'a' has 10 training images; give at most that many"):
+    with pytest.raises(UserError, match="--few_shot is 11; class 'a' has 10 training images"):
         probes.draw_shots(labels_N, NAMES, 11, 0)
     with pytest.raises(UserError, match="class 'e' has 0 training images"):
         probes.draw_shots(labels_N, (*NAMES, "e"), 1, 0)
 
 
-@pytest.mark.slow
-def test_each_probe_has_a_row_for_each_model(tiny_config, tiny_split, noise):
-    config, (net, params) = tiny_config(), noise()
-    trees = {"merged": params, "EMA": jax.tree.map(lambda leaf: leaf**3, params)}
-    data = Dataset(tiny_split, tiny_split, ("a", "b", "c"))
-    rows = probes.measure(net, trees, data, config.data, 8, make_mesh(config.train), 2, 1)
-    assert [(row["probe"], row["model"]) for row in rows] == [
-        *(("2-shot", "merged"), ("1-nn", "merged")),
-        *(("2-shot", "EMA"), ("1-nn", "EMA")),
-    ]
-    assert rows[0]["accuracy"] != rows[2]["accuracy"]
-    assert rows[1]["accuracy"] == rows[3]["accuracy"] == 1.0  # the nearest training image is the test image itself
-
-
-def test_few_shot_is_told_as_mean_and_deviation_over_three_draws(tiny_config, tiny_split, noise, monkeypatch):
+def test_few_shot_is_told_of_each_model_as_mean_and_deviation_over_three_draws(
+    tiny_config, tiny_split, noise, monkeypatch
+):
     monkeypatch.setattr(probes, "few_shot", lambda *arguments: {0: 0.1, 1: 0.2, 2: 0.6}[arguments[-1]])
     config, (net, params) = tiny_config(), noise()
     data = Dataset(tiny_split, tiny_split, ("a", "b", "c"))
-    (row,) = probes.measure(net, {"merged": params}, data, config.data, 8, make_mesh(config.train), 2, 0)
-    assert row["accuracy"] == pytest.approx(0.3)
-    assert row["accuracy_std"] == pytest.approx((0.14 / 2) ** 0.5)
+    rows = probes.measure(net, {"merged": params, "EMA": params}, data, config.data, 8, make_mesh(config.train), 2)
+    assert [(row["probe"], row["model"]) for row in rows] == [("2-shot", "merged"), ("2-shot", "EMA")]
+    assert rows[0]["accuracy"] == pytest.approx(0.3)
+    assert rows[0]["accuracy_std"] == pytest.approx((0.14 / 2) ** 0.5)
 
 
 @pytest.fixture
@@ -159,18 +132,16 @@ def workdir(experiment_run, tmp_path):
 
 
 def test_evaluate_probes_and_counts_what_it_reports(workdir):
-    code, out, err = call(evaluate.main, f"--workdir={workdir}", "--paths=1", "--few_shot=5", "--knn=20", "--devices=2")
+    code, out, err = call(evaluate.main, f"--workdir={workdir}", "--paths=1", "--few_shot=5", "--devices=2")
     assert code == 0, err
     result, text = json.loads((workdir / "result.json").read_text()), (workdir / "report.md").read_text()
-    few, near, *of_ema = result["probes"]
-    assert [(probe["probe"], probe["model"]) for probe in of_ema] == [("5-shot", "EMA"), ("20-nn", "EMA")]
-    about = {"model": "merged", "data": "digits", "test_images": 360}
-    assert few.items() >= {**about, "probe": "5-shot", "train_images": 50}.items()
-    assert near.items() >= {**about, "probe": "20-nn", "train_images": 1437}.items()
-    assert min(few["accuracy"], near["accuracy"]) > 0.2  # chance is 0.1
+    few, of_ema = result["probes"]
+    assert (of_ema["probe"], of_ema["model"]) == ("5-shot", "EMA")
+    assert few.items() >= {"model": "merged", "probe": "5-shot", "train_images": 50, "test_images": 360}.items()
+    assert few["accuracy"] > 0.2  # chance is 0.1
     assert few["accuracy_std"] > 0
-    assert "20-nn" in out
-    assert "| 5-shot | merged | digits |" in text
+    assert "5-shot" in out
+    assert "| 5-shot | merged |" in text
     (row,) = (row for row in result["rows"] if "confusion" in row)
     assert row["model"] == "merged"
     assert np.trace(row["confusion"]) / np.sum(row["confusion"]) == row["accuracy"] <= row["top5"]
@@ -181,58 +152,21 @@ def test_evaluate_probes_and_counts_what_it_reports(workdir):
     assert (workdir / "confusion.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_probes_take_another_set_with_another_number_of_classes(workdir, tmp_path):
-    rng = np.random.default_rng(0)
-    for split, name in ((split, name) for split in ("train", "test") for name in ("dark", "bright")):
-        folder = tmp_path / "set" / split / name
-        folder.mkdir(parents=True)
-        for n in range(6):
-            pixels = rng.integers(0, 60, (8, 8)) + 180 * (name == "bright")
-            Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{n}.png")
-    flags = ("--few_shot=4", "--knn=3", "--probe_data=folder", f"--probe_dir={tmp_path / 'set'}", "--paths=0")
-    code, _, err = call(evaluate.main, f"--workdir={workdir}", *flags)
-    assert code == 0, err
-    result = json.loads((workdir / "result.json").read_text())
-    assert [(row["data"], row["accuracy"], row["train_images"]) for row in result["probes"]] == [
-        ("folder", 1.0, 8),
-        ("folder", 1.0, 12),
-    ] * 2  # merged and EMA
-    assert result["data"] == "digits"
-    for path in (tmp_path / "set").glob("*/*/*.png"):
-        Image.open(path).resize((20, 16), Image.Resampling.NEAREST).save(path)
-    code, _, err = call(evaluate.main, f"--workdir={workdir}", *flags)
-    assert code == 0, err
-    assert json.loads((workdir / "result.json").read_text())["probes"][0]["accuracy"] == 1.0
-
-
 @pytest.mark.parametrize("stream", [False, True])
-def test_probes_do_not_train_on_the_validation_images_of_the_run(stream, monkeypatch, tmp_path):
+def test_a_probe_does_not_train_on_the_validation_images_of_the_run(stream, tmp_path):
     config = Config(data=DataConfig(validation=37, stream=stream))
-    whole = sources.load(config.data, config.model).train
-    kept, _ = sources.hold_out(whole, 37)
-    monkeypatch.setitem(sources.SOURCES, "other", sources.Digits)
-    for probe_data, labels_N in (("", kept.labels_N), ("digits", kept.labels_N), ("other", whole.labels_N)):
-        own, probed, _ = evaluate._data(config, tmp_path, evaluate.Probes(few_shot=5, data=probe_data))
-        np.testing.assert_array_equal(probed.train.labels_N, labels_N)
-        assert len(own.test) == len(probed.test) == 360
+    kept, _ = sources.hold_out(sources.load(config.data, config.model).train, 37)
+    data = evaluate._without_held_out(evaluate._data(config, tmp_path, True), config)
+    np.testing.assert_array_equal(data.train.labels_N, kept.labels_N)
+    assert len(data.test) == 360
 
 
-def test_another_folder_of_images_has_no_validation_images_of_the_run(tmp_path):
-    pixels = np.random.default_rng(0).integers(0, 256, (12, 8, 8), np.uint8)
-    for folder, split, name in itertools.product(("own", "other"), ("train", "test"), ("a", "b")):
-        (tmp_path / folder / split / name).mkdir(parents=True)
-        for n, image in enumerate(pixels):
-            Image.fromarray(image).save(tmp_path / folder / split / name / f"{n}.png")
-    config = Config(data=DataConfig(name="folder", dir=str(tmp_path / "own"), validation=4))
-    config.model.classes = 2
-    for folder, count in (("own/../own", 20), ("other", 24)):
-        asked = evaluate.Probes(knn=1, data="folder", dir=str(tmp_path / folder))
-        assert len(evaluate._data(config, tmp_path, asked)[1].train) == count
-    own, _, _ = evaluate._data(config, tmp_path, evaluate.NO_PROBES)
-    assert (type(own.train), type(own.test)) == (Records, Split)  # without probes no training picture is read
+def test_without_a_probe_no_training_picture_is_read(tmp_path):
+    data = evaluate._data(Config(), tmp_path, False)
+    assert (type(data.train), type(data.test)) == (Records, Split)
 
 
-def test_digits_of_another_size_are_probed_too():
+def test_digits_of_another_size_are_read():
     model = ModelConfig(image_size=16, classes=0)
     dataset = sources.load(DataConfig(crop="centre"), model)
     assert dataset.test.images_NHWc.shape == (360, 16, 16, 1)
@@ -240,42 +174,14 @@ def test_digits_of_another_size_are_probed_too():
         sources.load(DataConfig(), model)
 
 
-class Small(Source):
-    """Images of 4 x 4 pixels in colour."""
-
-    def browse(self):
-        check_fit("small", (4, 4, 3), 2, self.model)
-        raise AssertionError
-
-
-class Fitting(Source):
-    """Eight images of each of two classes."""
-
-    def browse(self):
-        images_NHWc = np.zeros((16, 8, 8, 1), np.uint8)
-        split = Split(images_NHWc, (np.arange(16) % 2).astype(np.int32))
-        return Dataset(in_memory(split), in_memory(split), ("even", "odd"))
-
-
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("argument", "message"),
     [
-        (("--few_shot=-1",), "--few_shot=-1: -1 is not a non-negative integer"),
-        (("--probe_data=digits",), "--probe_data is 'digits'; name a probe on it: --few_shot=10 or --knn=20"),
-        (("--knn=3", "--probe_dir=x"), "--probe_dir is 'x'; name the set in it: --probe_data=NAME"),
-        (("--knn=3", "--probe_data=folder"), "data.name=folder needs the folder: set --probe_dir="),
-        (("--knn=1438",), "--knn is 1438; it must be at most the 1437 training images"),
-        (("--few_shot=9", "--probe_data=fitting"), "--few_shot is 9; class 'even' has 8 training images"),
-        (
-            ("--knn=3", "--probe_data=small"),
-            "--probe_data is 'small', but images of small are 4x4x3 but config.model expects 8x8x1; "
-            "write them into an image folder, and give --probe_data=folder --probe_dir=DIR",
-        ),
+        ("--few_shot=-1", "--few_shot=-1: -1 is not a non-negative integer"),
+        ("--few_shot=1000", "--few_shot is 1000; class '8' has"),
     ],
 )
-def test_probes_are_refused_in_one_line(workdir, monkeypatch, arguments, message):
-    monkeypatch.setitem(sources.SOURCES, "small", Small)
-    monkeypatch.setitem(sources.SOURCES, "fitting", Fitting)
-    code, _, err = call(evaluate.main, f"--workdir={workdir}", "--paths=0", *arguments)
+def test_a_probe_is_refused_in_one_line(workdir, argument, message):
+    code, _, err = call(evaluate.main, f"--workdir={workdir}", "--paths=0", argument)
     assert (code, err.count("\n")) == (2, 1), err
     assert message in err

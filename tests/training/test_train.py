@@ -175,7 +175,7 @@ def test_evaluate_needs_only_the_folder_and_any_devices_and_training_again_tells
 ):
     monkeypatch.setattr(evaluator, "versions", lambda: {"jax": "of the test"})
     trained = json.loads((copy / "result.json").read_text())
-    out = succeed(evaluate.main, f"--workdir={copy}", "--devices=8", "--paths=3", "--knn=5")
+    out = succeed(evaluate.main, f"--workdir={copy}", "--devices=8", "--paths=3", "--few_shot=5")
     result = json.loads((copy / "result.json").read_text())
     expected = {row["model"]: row for row in trained["rows"]}
     found = {row["model"]: row for row in result["rows"]}
