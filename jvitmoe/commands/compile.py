@@ -124,7 +124,6 @@ def measure(config: Config, target: Target, count: int) -> dict[str, Any]:
         ],
         "padding": sum(one.padded for one in arguments) / sum(one.bytes for one in arguments),
         "most_padded": {one.name: one.padded / one.bytes for one in wasted if one.padded > one.bytes},
-        "custom_calls": programs.custom_calls(text),
         "float64": "f64[" in text,
         "versions": {name: metadata.version(name) for name in ("jax", "jaxlib")},
     }
@@ -149,8 +148,6 @@ def show(found: Mapping[str, Any]) -> None:
         console.print(f"padded      what a step takes lies in {found['padding']:.2f} times its size; most is lost in")
         for name, ratio in found["most_padded"].items():
             console.print(f"            {name}: {ratio:.2f} times")
-    for name, number in found["custom_calls"].items():
-        console.print(f"call        {name}, {number} times")
 
 
 def _too_large(needs: str, batch: int, target: Target) -> str:

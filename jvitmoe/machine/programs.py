@@ -3,14 +3,12 @@
 import functools
 import math
 import re
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-MARKS = ("AllocateBuffer", "AssumeGatherIndicesInBound", "ConcatBitcast", "Sharding")
 KINDS = ("all-reduce", "reduce-scatter", "all-gather", "all-to-all", "collective-permute")
 Axes = Mapping[str, int]  # name -> devices along it, as `Mesh.shape`
 BITS = {"pred": 8, "s4": 4, "u4": 4}  # of element types whose name does not end with them
@@ -84,12 +82,6 @@ def reduced_bytes(text: str, axes: Axes) -> int:
     if other := next((one.kind for one in found if one.kind != "all-reduce"), ""):
         raise ValueError(f"the program holds an {other}")
     return sum(one.bytes * one.times for one in found)
-
-
-def custom_calls(text: str) -> dict[str, int]:
-    """Returns library call -> how often it stands in the HLO text; those that only mark memory are left out."""
-    found = Counter(re.findall(r'custom_call_target="([^"]*)"', text))
-    return {name: count for name, count in sorted(found.items()) if name not in MARKS}
 
 
 def arguments(text: str) -> list[Argument]:

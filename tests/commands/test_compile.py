@@ -13,7 +13,7 @@ import processes
 from jvitmoe import experiments, routing, rules
 from jvitmoe.commands import compile as compile_command
 from jvitmoe.experts import cost
-from jvitmoe.machine import programs, targets
+from jvitmoe.machine import targets
 from jvitmoe.machine.devices import make_mesh
 from jvitmoe.training import build, update
 
@@ -146,7 +146,3 @@ def test_the_step_compiles_for_a_target_in_place_and_moves_what_was_computed(tmp
     elif not flags:
         dense = 4 * routing.find(config).count_parameters()[0]
         assert 0 <= moved["step"] - dense * (4 if name == "imagenet:random" else 1) <= 64
-
-
-def test_programs_of_this_machine_are_read_too():
-    assert programs.custom_calls('custom_call_target="AllocateBuffer" custom_call_target="x"') == {"x": 1}
