@@ -1,8 +1,8 @@
 """Compares runs: `jvitmoe report runs/* [--out runs/report]`.
 
-Runs that differ only in their seed form a group: mean ± sample deviation. `name=runs/a,runs/b` names a group. Prints a
-table and writes report.md, comparison.png, curves.png, and runs.json: the config and the results of each group. --html
-adds report.html, one page that needs no network. A folder that is no tested run is left out, with its reason.
+Runs that differ only in their seed form a group: mean ± sample deviation. Prints a table and writes
+report.md, comparison.png, curves.png, and runs.json: the config and the results of each group. --html adds report.html,
+one page that needs no network. A folder that is no tested run is left out, with its reason.
 """
 
 import json
@@ -33,14 +33,14 @@ MANY = 4  # with more groups, the console shows the overview only
 
 
 def main(argv: list[str]) -> None:
-    """Runs the command. Raises UserError where no folder holds a tested run or a named group may not be averaged."""
-    values, arguments = cli.parse_with_arguments(argv, _define_flags, arguments="RUN… [GROUP=RUN,RUN…]")
+    """Runs the command. Raises UserError where no folder holds a tested run."""
+    values, arguments = cli.parse_with_arguments(argv, _define_flags, arguments="RUN…")
     report(arguments, Path(values.out), values.html, shlex.join(argv[1:]))
 
 
 def report(runs: Sequence[str], out: Path, html: bool = False, command: str = "") -> None:
-    """Writes the report of run folders, and of named groups of them, `GROUP=RUN,RUN`, into a folder. `html` adds one
-    page with all figures; `command` is what the report says after `jvitmoe report`. Raises UserError as `main`."""
+    """Writes the report of run folders into a folder. `html` adds one page with all figures; `command` is what the
+    report says after `jvitmoe report`. Raises UserError as `main`."""
     if os.path.exists(out / safe_io.CONFIG):  # unlike Path.exists, it raises for no name
         raise UserError(f"--out is {str(out)!r}, which is a run folder; give a folder for the report")
     ours = os.path.realpath(out)  # it may be in runs/*
@@ -76,27 +76,20 @@ def report(runs: Sequence[str], out: Path, html: bool = False, command: str = ""
 
 
 def _read_groups(arguments: Sequence[str]) -> Groups:
-    """Returns the groups of RUN and GROUP=RUN,RUN arguments, in order; prints which folders are left out, and why.
-    Raises UserError where none is left, or as `add_group` does."""
-    named: Groups = {}
+    """Returns the groups of run folders, in order; prints which folders are left out, and why. Raises UserError where
+    none is left."""
     runs, left_out = [], []
     for argument in arguments:
-        name, equals, members = argument.partition("=")
-        if equals and not os.path.exists(argument):  # unlike Path.exists, it raises for no name
-            comparison.add_group(
-                named, name, [comparison.read_run(safe_io.run_folder(member)) for member in members.split(",")]
-            )
-            continue
         try:
             runs.append(comparison.read_run(safe_io.run_folder(argument)))
         except UserError as error:
             left_out.append(error)
-    if not (runs or named):
+    if not runs:
         nothing = UserError("no run folder was given; name one or more, such as runs/digits_dense runs/digits_random")
         raise left_out[0] if left_out else nothing
     for reason in left_out:
         console.print(f"left out    {reason}")
-    return comparison.in_order(comparison.group_runs(runs, named))
+    return comparison.in_order(comparison.group_runs(runs))
 
 
 def _pictures(found: Groups) -> list[page.Picture]:

@@ -84,10 +84,10 @@ def read_config(folder: Path) -> Config:
         raise UserError(f"{path}: {error}; restore it from a copy") from error
 
 
-def group_runs(runs: Sequence[TestedRun], named: Groups | None = None) -> Groups:
-    """Returns `named` and the groups of `runs` that differ only in their seed. The name of a group is what the names of
-    its folders share, with a number if it is taken. A run that may not be averaged with its group, such as another try
-    of a seed, begins a group of its own, and a line says so."""
+def group_runs(runs: Sequence[TestedRun]) -> Groups:
+    """Returns the groups of `runs` that differ only in their seed, sorted by it. The name of a group is what the names
+    of its folders share, with a number if it is taken. A run that may not be averaged with its group, such as another
+    try of a seed, begins a group of its own, and a line says so."""
     by_config: dict[str, list[list[TestedRun]]] = {}
     for run in runs:
         tries = by_config.setdefault(_key(run, ("train.seed",)), [])
@@ -99,22 +99,12 @@ def group_runs(runs: Sequence[TestedRun], named: Groups | None = None) -> Groups
             if tries:
                 console.print(f"apart       {faults[0][0].folder} and {run.folder} {faults[0][1]}")
             tries.append([run])
-    groups = dict(named or {})
+    groups: Groups = {}
     for group in itertools.chain.from_iterable(by_config.values()):
         name = _shared_name([run.folder.resolve().name for run in group])
         names = itertools.chain([name], (f"{name} ({n})" for n in itertools.count(2)))
-        add_group(groups, next(n for n in names if n not in groups), group)
+        groups[next(n for n in names if n not in groups)] = sorted(group, key=lambda run: run.config.train.seed)
     return groups
-
-
-def add_group(groups: Groups, name: str, group: list[TestedRun]) -> None:
-    """Adds a group, sorted by seed. Raises UserError where its name is taken or its runs may not be averaged."""
-    if name in groups:
-        raise UserError(f"two groups are called {name!r}; give one another name")
-    groups[name] = sorted(group, key=lambda run: run.config.train.seed)
-    for run, other in itertools.pairwise(groups[name]):
-        for fault in _faults(run, other):
-            raise UserError(f"group {name!r}: {run.folder} and {other.folder} {fault}")
 
 
 def _faults(run: TestedRun, other: TestedRun) -> Iterator[str]:
@@ -130,8 +120,6 @@ def _faults(run: TestedRun, other: TestedRun) -> Iterator[str]:
         yield f"are both of seed {seed}; leave one out"
     if (step := run.result["step"]) != (last := other.result["step"]):
         yield f"were tested at steps {step} and {last}; run jvitmoe evaluate on each with the same --checkpoint"
-    if _images(run) != _images(other):
-        yield "were trained on other images or classes; give each a group of its own"
     if _models(run) != _models(other):
         yield "were tested as different models; run jvitmoe evaluate on each with the same --paths"
 
