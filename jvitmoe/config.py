@@ -209,7 +209,7 @@ class InitConfig:
 class OptimConfig:
     """The optimiser and its schedule."""
 
-    name: str = setting("adamw", "adam (weight decay in the gradient, the original), adamw, lion, or muon with adamw")
+    name: str = setting("adamw", "adam (weight decay in the gradient, the original), adamw, or muon with adamw")
     learning_rate: float = setting(1e-3, "highest learning rate", above=0)
     mlp_rate: float = setting(1.0, "learning rate of MLPs, or of what experts own, as a multiple", above=0)
     weight_decay: float = setting(0.05, "coefficient of weight decay; except with adam, of matrices only", at_least=0)

@@ -43,12 +43,6 @@ def adamw(optim: OptimConfig) -> optax.GradientTransformation:
     return optax.chain(optax.scale_by_adam(eps=optim.eps), _decay_of_matrices(optim))
 
 
-def lion(optim: OptimConfig) -> optax.GradientTransformation:
-    """Returns Lion (Chen et al., arXiv 2302.06675) with AdamW's weight decay. Its paper has a learning rate 3 to 10
-    times lower and a weight decay as many times higher than AdamW's."""
-    return optax.chain(optax.scale_by_lion(), _decay_of_matrices(optim))
-
-
 def muon(optim: OptimConfig) -> optax.GradientTransformation:
     """Returns Muon (Jordan et al., https://kellerjordan.github.io/posts/muon) for the MATRICES, and AdamW for the rest.
 
@@ -100,7 +94,6 @@ def _decay_of_matrices(optim: OptimConfig) -> optax.GradientTransformation:
 OPTIMIZERS: dict[str, Callable[[OptimConfig], optax.GradientTransformation]] = {
     "adam": adam,
     "adamw": adamw,
-    "lion": lion,
     "muon": muon,
 }
 

@@ -194,19 +194,6 @@ def test_muon_makes_singular_values_about_equal_and_the_rms_of_an_update_0_2():
         assert np.sqrt((found**2).mean()) == pytest.approx(0.2, rel=0.2)
 
 
-def test_lion_is_optaxs_with_decay_of_matrices():
-    rng = np.random.default_rng(0)
-    params = {"kernel": jnp.asarray(rng.normal(size=(3, 4)), jnp.float32), "bias": jnp.ones(4)}
-    ours = optimizer.find(OptimConfig(name="lion", weight_decay=0.3))
-    theirs = optax.lion(-1.0, weight_decay=0.3, mask={"kernel": True, "bias": False})
-    states = ours.init(params), theirs.init(params)
-    for _ in range(4):
-        grads = jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), jnp.float32), params)
-        pairs = [tx.update(grads, now, params) for tx, now in zip((ours, theirs), states, strict=True)]
-        (found, wanted), states = zip(*pairs, strict=True)
-        chex.assert_trees_all_close(found, wanted, rtol=1e-6)
-
-
 @pytest.mark.slow
 def test_training_with_muon_is_the_same_on_1_and_4_devices(tiny_config, training):
     def run(**train):
