@@ -1,12 +1,14 @@
 """Starting from a trained ViT: what is kept, resized, folded, re-made and told; and what is refused in one line."""
 
 import dataclasses
+import functools
 import json
 import pickle
 import re
 from collections.abc import Iterator
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
@@ -32,7 +34,8 @@ def dense(model: ModelConfig, seed: int = 0) -> weight_names.Dict:
 
 
 def logits(model: ModelConfig, flat: weight_names.Dict, images: np.ndarray) -> np.ndarray:
-    return np.asarray(vit.logits(vit.build(model), weight_names.unflatten(flat), images))
+    run = jax.jit(functools.partial(vit.logits, vit.build(model)))
+    return np.asarray(run(weight_names.unflatten(flat), images))
 
 
 def source(model: ModelConfig, flat: weight_names.Dict) -> load.Source:

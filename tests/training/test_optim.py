@@ -265,7 +265,6 @@ FROZEN = [
     (1, {}, "muon"),
     (3, {"experts": 2, "pattern": ("dense", "experts"), "kind": "sample"}, "adamw"),
     (4, {"experts": 2, "pattern": ("dense", "experts")}, "adam"),
-    (2, {}, "adamw"),
 ]
 
 
