@@ -90,11 +90,7 @@ class ModelConfig:
     cls_position: bool = setting(False, "the CLS token has a learned position, as in timm and Hugging Face")
     head_hidden: int = setting(0, "hidden units of a two-layer head; 0 is a one-layer head", at_least=0)
     norm_epsilon: float = setting(1e-5, "epsilon of LayerNorm; 1e-6 in timm, 1e-12 in Hugging Face", above=0)
-    init: str = setting(
-        "independent",
-        "layers start different; original: equal, with a table of 300 positions",
-        ("independent", "original"),
-    )
+    init: str = setting("independent", "original: equal layers, 300 rows of positions", ("independent", "original"))
     layer_scale: float = setting(0.0, "initial value of a scale per channel on each branch; 0: none", at_least=0)
     qk_norm: bool = setting(False, "LayerNorm of every head's query and key")
     dropout: float = setting(0.0, "rate after attention weights, GELU and both branches", at_least=0, below=1)
@@ -295,9 +291,10 @@ SETTINGS = {  # {"section.field": field}
     for field in dataclasses.fields(getattr(Config(), section.name))
 }
 # Settings that are gone, at the values with which they did nothing: older run folders have them.
-RETIRED: dict[str, tuple[Any, ...]]
-RETIRED = {"optim.outer_rate": (0.0,), "optim.primal_averaging": (0.0,), "routing.pull_schedule": ("constant",)}
-RETIRED |= {"model.position_rows": (0, 300)}  # 300 beside init_layers=shared, which is init=original
+RETIRED: dict[str, tuple[Any, ...]] = {
+    **{"optim.outer_rate": (0.0,), "optim.primal_averaging": (0.0,), "routing.pull_schedule": ("constant",)},
+    **{"model.position_rows": (0, 300)},  # 300 beside init_layers=shared: init=original
+}
 RETIRED_DETAILS = ("optim.outer_momentum", "optim.primal_share")  # of these
 # A run may resume with other values of these: they never change a number of training (but see `differences`).
 FREE_ON_RESUME = frozenset(path for path, field in SETTINGS.items() if field.metadata["free"])

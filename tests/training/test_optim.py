@@ -143,11 +143,10 @@ def matrix_of(path, x):
 @pytest.mark.parametrize(
     "sections",
     [
-        {"model": {"depth": 4, "head_hidden": 4}},
         {"model": {"depth": 4, "head_hidden": 4}, "routing": {"experts": 2, "pattern": ("dense", "experts")}},
         SHARED,
     ],
-    ids=["dense", "pattern", "shared"],
+    ids=["pattern", "shared"],
 )
 def test_muon_is_optaxs_on_the_matrix_of_each_layer_and_expert_alone_and_adamw_on_the_rest(tiny_config, sections):
     made, rng = tiny_config(**sections), np.random.default_rng(0)
