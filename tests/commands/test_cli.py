@@ -76,36 +76,6 @@ def test_a_file_is_taken_only_by_a_name_that_ends_in_py_or_has_a_separator(monke
     assert experiment("--config=digits_random.py") == experiment(f"--config={FAST}")
 
 
-@pytest.mark.parametrize(
-    ("arguments", "named"),
-    [
-        ("", "--config is missing"),
-        ("--config=digits_radnom", "did you mean 'digits_random'?"),
-        ("--config=configs", "'configs' is a folder"),
-        ("--config=digits_random:dense", f"give --config={DIGITS}"),
-        ("--config=cifar10_fast:dens", "it must be 'dense' or 'random'"),
-        ("digits_random --config.train.epochs=1", "write --config=digits_random"),
-        (f"--config={DIGITS} --config.train.epoch=3", "did you mean 'train.epochs'?"),
-        (f"--config={DIGITS} --config.trian.epochs=3", "did you mean 'train.epochs'?"),
-        (f"--config={DIGITS} --config.zzz.yyy=3", "the sections are data, model, routing, init, optim, train"),
-        (f"--config={DIGITS} --config.train=3", "config.train is not a field"),
-        (f"--config={DIGITS} --config.optim.lr=x", "did you mean 'optim.learning_rate'?"),
-        (f"--config={DIGITS} --config.data.flip=x", "--config.data.flip=x"),
-        (f"--config={DIGITS} --config.routing.pattern=dense,experts", """='("dense","experts")'"""),
-        (f"--config={DIGITS} --wordkir=x", "did you mean '--workdir'?"),
-        (f"--config={DIGITS} --batch-size=1", "did you mean '--config.train.batch_size'?"),
-        (f"--config={DIGITS} --top=x", "--help lists the flags and what they take"),
-        (f"--config={DIGITS} --config.data.flip True", "'True' is not a flag; write --name=value"),
-    ],
-)
-def test_a_mistyped_command_line_names_the_remedy(monkeypatch, arguments, named):
-    """In one line: tests/commands/test_fuzz.py."""
-    monkeypatch.chdir(Path(DIGITS).parents[1])
-    with pytest.raises(UserError) as caught:
-        experiment(*arguments.split())
-    assert named in str(caught.value)
-
-
 def test_a_name_in_another_case_is_meant_before_a_nearer_one():
     assert did_you_mean("adamW", ("adam", "adamw")) == "; did you mean 'adamw'?"
 
@@ -163,15 +133,6 @@ def test_a_folder_may_be_given_by_home_and_a_run_folder_not_by_a_url(monkeypatch
     assert experiments.load("~/mine.py") == Config()
     for command, *arguments in ((train.main, "--config=digits_dense"), (evaluate.main,)):
         assert "'gs://bucket/x' is a URL" in processes.refused(command, *arguments, "--workdir=gs://bucket/x")
-
-
-def test_a_run_folder_that_is_not_there_is_refused(tmp_path, monkeypatch):
-    (tmp_path / "runs" / "digits_random" / "checkpoints").mkdir(parents=True)
-    monkeypatch.chdir(tmp_path)
-    for name, problem in (("", "is missing"), ("runs/digits_radnom", "not exist"), ("runs", "no checkpoints")):
-        with pytest.raises(UserError, match=problem):
-            cli.run_folder(name)
-    assert cli.run_folder("runs/digits_random") == Path("runs/digits_random")
 
 
 @pytest.mark.parametrize(
