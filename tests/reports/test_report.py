@@ -9,11 +9,9 @@ import pytest
 
 import processes
 from jvitmoe.commands import report
-from jvitmoe.config import Config, InitConfig, RoutingConfig
 from jvitmoe.errors import UserError
 from jvitmoe.reports import comparison, page, results
 from jvitmoe.runs import safe_io
-from jvitmoe.runs.console import quantity, show_table
 from tested_runs import MODELS, write_tested_run
 
 HOSTILE = "<script>&amp;\"'{{vega}}<!--  two "  # a name that is no markup; its spaces count
@@ -102,23 +100,6 @@ def test_equal_experts_and_what_is_made_of_them_are_one_row(make_run):
     assert [row["model"] for row in comparison.group_rows("other", [run])] == list(models)
 
 
-@pytest.mark.parametrize(("columns", "shown"), [(54, ["nll"]), (80, ["nll", "ece"]), (200, ["nll", "ece", "total"])])
-def test_a_narrow_terminal_shows_whole_cells_and_says_where_the_other_columns_are(
-    make_run, capsys, monkeypatch, columns, shown
-):
-    monkeypatch.setenv("COLUMNS", str(columns))
-    runs = [
-        comparison.read_run(make_run(name, models=("merged", "ensemble"))) for name in ("digits_dense", "digits_random")
-    ]
-    show_table([row for run in runs for row in comparison.group_rows(run.folder.name, [run])], "title", "report.md")
-    printed = capsys.readouterr().out
-    table = [line for line in printed.splitlines() if line[:1] in "┏┃┡│└"]
-    assert len(table) == 4 + 4  # no cell is folded
-    assert max(map(len, table)) <= columns
-    assert [name for name in ("nll", "ece", "total") if f" {name} " in table[1]] == shown
-    assert ("more: report.md" in printed) == (columns < 200)
-
-
 def test_the_dense_run_of_the_same_config_stands_first(make_run):
     other = make_run("other", routing__experts=4, optim__learning_rate=0.5)
     many = make_run("many", routing__experts=8, routing__pull=0.1, optim__mlp_rate=4.0)
@@ -205,16 +186,6 @@ def test_a_group_that_was_tested_before_its_end_is_named_and_each_test_split_has
         assert "done was tested" not in shown
 
 
-def test_a_group_is_called_what_its_folders_share():
-    for names in (["r_seed10", "r_seed11"], ["r-1", "r-2"], ["r_s0", "r_s1"], ["r"], ["r", "r_2"]):
-        assert comparison._shared_name(names) == "r"
-
-
-def test_numbers_in_three_digits():
-    wanted = {999: "999", 5_462_046: "5.46 M", 17.6e9: "17.6 G", 1234: "1.23 k", 2e15: "2 P", 999.6e6: "1 G"}
-    assert {number: quantity(number) for number in wanted} == wanted
-
-
 class Seen(html.parser.HTMLParser):
     """What a browser sees of a page: tags, addresses, and texts between tags."""
 
@@ -229,44 +200,6 @@ class Seen(html.parser.HTMLParser):
 
     def handle_data(self, data):
         self.texts.add(data)
-
-
-def test_whole_models_and_pulls_are_said_in_words():
-    local = RoutingConfig(experts=4, kind="sample", init="shared", part="model", pull=1.0, pull_every=8)
-    start = "4 whole models, random by sample, equal start"
-    assert comparison.in_words(Config(routing=local)) == f"{start}, pulled by 1 every 8 steps"
-    copies = Config(routing=RoutingConfig(experts=4), init=InitConfig(source="vit"))
-    assert comparison.in_words(copies) == "4 experts, random by batch, equal start"
-    copies.model.lora = 2  # what the experts are is not in the source
-    assert comparison.in_words(copies) == "4 experts, random by batch, different starts"
-
-
-def test_a_page_names_its_command_marks_the_best_and_says_arms_in_words(make_run, tmp_path):
-    dense = make_run("dense", 0.5, models=("dense",), records=0)
-    pulled = {"routing__experts": 4, "routing__kind": "sample", "routing__init": "shared", "routing__pull": 1.0}
-    random = make_run("random", 0.6, rate=64.0, records=0, **pulled)  # 2 steps of 128 images
-    few = make_run("few", 0.4, routing__experts=2, records=1)
-    result = safe_io.read_result(random)
-    result["rows"][0]["confusion"] = [[3, 1], [0, 6]]
-    safe_io.save_result(random, result)
-    out = tmp_path / "/".join(["x" * 250] * 5)  # a command is longer than a message may be
-    report.main(["report", *map(str, (dense, random, few)), "--html", f"--out={out}"])
-    text = (out / "report.md").read_text()
-    assert "comparison.png" in text
-    assert "curves" not in text  # of one step
-    names, _, *rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ")][:5]
-    shown = [[row[names.index(name)] for name in ("accuracy", "trained as", "steps took")] for row in rows]
-    averaged = "4 experts, random by sample, equal start, averaged after every step"
-    assert shown == [
-        ["50.00%", "dense", "-"],
-        ["60.00% (best)", averaged, "0:04"],
-        ["40.00%", "2 experts, random by batch, different starts", "-"],
-    ]
-    shown = (out / "report.html").read_text()
-    assert f"<p>Command: jvitmoe report {dense} {random} {few} --html --out={out}</p>" in shown
-    assert "<td class=left>1 (25.00%)</td>" in shown  # most often taken for
-    # The first columns of the overview, which are on a narrow screen.
-    assert shown.index(">run</th>") < shown.index(">accuracy</th>") < shown.index(">seeds</th>")
 
 
 def test_a_page_needs_nothing_else_and_shows_every_name_as_it_is(make_run, tmp_path):
@@ -357,11 +290,6 @@ def test_the_hardware_of_training_is_that_of_no_later_test(tmp_path):
     assert [results.trained_on(result) for result in several] == ["GPU", "", "GPU", ""]
     safe_io.save_result(tmp_path, tested)
     assert results.of_training(tmp_path, {"jax": "1"}) == {"images_per_second": None, "trained_with": {"jax": "1"}}
-
-
-def test_a_report_lists_the_versions_that_trained_and_those_that_tested():
-    run = {"hardware": "b", "trained_on": "a", "versions": {"jax": "2", "numpy": "1"}, "trained_with": {"jax": "1"}}
-    assert results.made_with([run]) == "Hardware: a; b. Versions: jax 1, jax 2, numpy 1."
 
 
 def test_a_result_is_written_after_its_report_because_it_marks_a_tested_run(make_run, monkeypatch):
