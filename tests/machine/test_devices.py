@@ -11,7 +11,6 @@ import optax
 import pytest
 from jax._src.cudnn import fused_attention_stablehlo
 
-from jvitmoe import routing
 from jvitmoe.config import ModelConfig
 from jvitmoe.data.batches import Resident
 from jvitmoe.data.splits import Dataset, Split
@@ -47,14 +46,13 @@ def axis_run(tiny_config, training):
     return run
 
 
-@pytest.mark.parametrize(("devices", "expert_devices", "parts"), [(4, 4, 2), (8, 2, 1)])
-def test_an_expert_axis_changes_nothing_but_where_things_are(axis_run, devices, expert_devices, parts):
-    """Nor does a batch that runs in parts."""
-    one, many = axis_run(1, 1), axis_run(devices, expert_devices, accumulate=parts)
+def test_an_expert_axis_changes_nothing_but_where_things_are(axis_run):
+    """Nor does a batch that runs in parts. On 8 devices, 2 of them for experts: the next test but one."""
+    one, many = axis_run(1, 1), axis_run(4, 4, accumulate=2)
     chex.assert_trees_all_close(many.metrics, one.metrics, rtol=1e-6, atol=1e-6)
     chex.assert_trees_all_close(many.history, one.history, rtol=1e-6, atol=3e-7)
     leaf = many.state.params.experts["mlp"]["up"]
-    assert leaf.addressable_shards[0].data.shape == (4 // expert_devices, 1, 8, 12)
+    assert leaf.addressable_shards[0].data.shape == (1, 1, 8, 12)
     counts = optax.tree.get(many.state.opt_state.experts, "count")
     np.testing.assert_array_equal(counts, 3)  # every expert runs in every step
     assert counts.sharding.spec[0] == EXPERT
@@ -77,11 +75,8 @@ def test_a_mean_and_deviation_of_pixels_reach_training_and_evaluation(tiny_confi
 MIXED = {"crop_padding": 1, "flip": True, "erase": 0.5, "mixup": 0.8, "cutmix": 1.0, "plain_at_end": 0.25}
 
 
-@pytest.mark.parametrize(
-    ("kind", "augment", "meshes"),
-    [("sample", "three", ((4, 4), (8, 2))), ("token", "trivial", ((4, 1),))],
-)
-def test_mixing_images_is_the_same_on_any_devices(tiny_config, training, kind, augment, meshes):
+@pytest.mark.parametrize(("kind", "augment", "mesh"), [("sample", "three", (8, 2)), ("token", "trivial", (4, 1))])
+def test_mixing_images_is_the_same_on_any_devices(tiny_config, training, kind, augment, mesh):
     """The partner of an image may be on another device, and where experts have devices, images are sorted by expert.
     So are the tokens that each expert draws."""
 
@@ -96,13 +91,10 @@ def test_mixing_images_is_the_same_on_any_devices(tiny_config, training, kind, a
             )
         ).run(8)
 
-    one = run(1, 1)
-    losses = [metrics.loss for metrics in one.metrics]
-    for mesh in meshes:
-        many = run(*mesh)
-        chex.assert_trees_all_close(many.metrics, one.metrics, rtol=1e-5, atol=1e-6)
-        chex.assert_trees_all_close(many.history[-1], one.history[-1], rtol=1e-5, atol=1e-6)
-    assert len({float(loss) for loss in losses}) == 8
+    one, many = run(1, 1), run(*mesh)
+    chex.assert_trees_all_close(many.metrics, one.metrics, rtol=1e-5, atol=1e-6)
+    chex.assert_trees_all_close(many.history[-1], one.history[-1], rtol=1e-5, atol=1e-6)
+    assert len({float(metrics.loss) for metrics in one.metrics}) == 8
     assert one.step._cache_size() == 1  # the last steps are without augmentation
 
 
@@ -122,7 +114,7 @@ def test_a_sharded_state_trains_the_same_on_less_memory(axis_run):
     assert (share(moments_only.opt_state), share(moments_only.params)) == (share(many.state.opt_state), 1.0)
 
 
-@pytest.mark.parametrize("shard", ["none", "optimizer", "parameters"])
+@pytest.mark.parametrize("shard", ["none", "parameters"])
 def test_the_memory_that_a_start_asks_for_is_what_a_device_holds(tiny_config, monkeypatch, shard):
     config = tiny_config(
         routing={"experts": 2, "kind": "sample"},
@@ -166,13 +158,10 @@ def test_an_expert_axis_reduces_the_trunk_and_means_of_experts_and_moves_no_imag
 @pytest.mark.parametrize(
     "sections",
     [
-        {"routing": {"experts": 4, "kind": "sample", "pull": 0.1}},  # every device has all experts
         {"routing": {"experts": 4, "kind": "sample", "pull": 0.1}, "train": {"expert_devices": 2}},  # two hold each
         {"routing": {"experts": 4, "kind": "batch", "pull": 0.1, "consistency": 1.0}},
         {"routing": {"experts": 4, "kind": "topk"}},
         {"optim": {"freeze_layers": 1}},
-        {"optim": {"freeze_layers": 2}},
-        {"model": {"lora": 2}, "init": {"source": "x"}},
         {"model": {"adapter": 3}, "init": {"source": "x"}, "routing": {"experts": 2, "kind": "sample"}},
     ],
     ids=lambda sections: "-".join(f"{n}={v}" for section in sections.values() for n, v in section.items()),
@@ -196,8 +185,7 @@ def bytes_by_kind(config):
     return plan, found
 
 
-@pytest.mark.parametrize("shard", ["optimizer", "parameters"])
-@pytest.mark.parametrize("experts", [1, 4])
+@pytest.mark.parametrize(("experts", "shard"), [(1, "parameters"), (4, "optimizer")])
 def test_sharded_gradients_are_scattered_and_parameters_gathered_once(tiny_config, shard, experts):
     """ZeRO moves 2 N bytes: N gradients scattered, N parameters gathered. With experts only the slices that run
     move."""
@@ -209,8 +197,7 @@ def test_sharded_gradients_are_scattered_and_parameters_gathered_once(tiny_confi
     assert found["all-reduce"] < 0.1 * size  # leaves that no axis divides, and scalars
 
 
-@pytest.mark.parametrize("shard", ["optimizer", "parameters"])
-@pytest.mark.parametrize("devices", [4, 8])
+@pytest.mark.parametrize(("devices", "shard"), [(4, "optimizer"), (8, "parameters")])
 def test_muon_reduces_gradients_of_matrices_whole_and_gathers_them_twice_more_where_parameters_are_split(
     tiny_config, shard, devices
 ):
@@ -227,28 +214,6 @@ def test_muon_reduces_gradients_of_matrices_whole_and_gathers_them_twice_more_wh
     assert found["all-reduce"] == within(matrices)
     assert found["reduce-scatter"] == within(size - matrices)
     assert found["all-gather"] == within(size + (2 * matrices if shard == "parameters" else 0))
-
-
-@pytest.mark.parametrize(
-    ("sections", "says"),
-    [
-        ({"train": {"expert_devices": 2, "devices": 2}}, "must be 1 for routing.kind=batch"),
-        (
-            {
-                "routing": {"experts": 4, "kind": "sample"},
-                "train": {"expert_devices": 3, "devices": 3, "batch_size": 12},
-            },
-            "must be 1, or divide routing.experts",
-        ),
-        (
-            {"routing": {"experts": 4, "kind": "switch"}, "train": {"accumulate": 2}},
-            "must be 1 for a router with a balance loss",
-        ),
-    ],
-)
-def test_meshes_and_parts_that_cannot_be_are_refused(tiny_config, sections, says):
-    with pytest.raises(ConfigError, match=says):
-        routing.find(tiny_config(**sections))
 
 
 @pytest.mark.parametrize("attention", ["xla", "cudnn"])
