@@ -1,7 +1,5 @@
 """Local training: experts that are whole models."""
 
-import functools
-
 import chex
 import jax
 import jax.numpy as jnp
@@ -73,11 +71,8 @@ def test_a_whole_model_trains_as_a_dense_one_on_its_share_of_the_images(tiny_con
     np.testing.assert_allclose([metrics.grad_norm for metrics in run.metrics], norms_SE.mean(1), rtol=1e-5)
 
 
-@pytest.fixture(scope="module")
-def whole_run(tiny_config, training):
-    """Returns four steps of whole models, once for each setting: whole_run(devices=1)."""
-
-    @functools.cache
+@pytest.mark.slow
+def test_whole_models_are_the_same_on_any_devices(tiny_config, training):
     def run(**train):
         return training(
             tiny_config(
@@ -89,13 +84,7 @@ def whole_run(tiny_config, training):
             )
         ).run(4)
 
-    return run
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("train", [{"devices": 8, "expert_devices": 4}, {"devices": 4, "shard": "optimizer"}], ids=str)
-def test_whole_models_are_the_same_on_any_devices(whole_run, train):
-    one, many = whole_run(devices=1), whole_run(**train)
+    one, many = run(devices=1), run(devices=8, expert_devices=4)
     chex.assert_trees_all_close(many.metrics, one.metrics, rtol=1e-6, atol=1e-6)
     chex.assert_trees_all_close(many.history, one.history, rtol=1e-6, atol=5e-7)
     shard = many.state.params.experts["norm"]["scale"].addressable_shards[0]
@@ -121,9 +110,8 @@ def test_between_pulls_devices_of_whole_models_exchange_nothing_but_metrics(tiny
     assert [update.bytes_reduced(plan)(done) for done in (7, 8, 80)] == [0, dense, 10 * dense]
 
 
-@pytest.mark.parametrize("passes", [{}, {"consistency": 1.0}], ids=["one", "two"])
-def test_a_batch_trains_one_whole_model_and_leaves_the_others_alone(tiny_config, training, passes):
-    run = training(tiny_config(routing=WHOLE | {"kind": "batch", "init": "independent"} | passes)).run(1)
+def test_each_pass_of_a_batch_trains_one_whole_model_and_leaves_the_others_alone(tiny_config, training):
+    run = training(tiny_config(routing=WHOLE | {"kind": "batch", "init": "independent", "consistency": 1.0})).run(1)
     routes = run.plan.routing.draw(jax.random.key(0), jnp.int32(0))
     before, after = run.history
     for e in range(E):
