@@ -1,6 +1,5 @@
 """Sets of Hugging Face's `datasets`, from local folders: no test reaches the hub."""
 
-import dataclasses
 import io
 import json
 
@@ -112,20 +111,6 @@ def test_a_column_is_chosen_where_several_are_of_its_type_and_others_do_not_coun
     for query in ("", "?label=number", "?label=absent"):
         with pytest.raises(DataError, match=r"label, fine are of type ClassLabel; .*\?label="):
             load(root, query)
-
-
-@pytest.mark.parametrize(
-    ("query", "model", "says"),
-    [
-        ("?color=red", {}, "config, revision, image, label"),
-        ("", {"classes": 10}, "set --config.model.classes=2"),
-        ("", {"image_size": 16}, "config.model.image_size is 16"),
-        ("", {"channels": 2}, "config.model.channels"),
-    ],
-)
-def test_what_does_not_fit_is_refused_with_the_remedy(tmp_path, query, model, says):
-    with pytest.raises(DataError, match=says):
-        load(write_parquet(tmp_path / "set"), query, dataclasses.replace(MODEL, **model))
 
 
 @pytest.mark.parametrize("name", ["hf:", "hf:./absent", "hf:nobody/nothing"])

@@ -92,14 +92,6 @@ def test_holding_out_all_images_or_fewer_than_none_is_an_error(count):
         hold_out(numbered(np.zeros(100)), count)
 
 
-@pytest.mark.parametrize("setting", ["image_size=28", "channels=3", "classes=7"])
-def test_a_model_of_another_shape_is_told_what_to_set(setting):
-    name, _, value = setting.partition("=")
-    refused(
-        "digits", "", ModelConfig(**{name: int(value)}), f"set --config.model.{name}={getattr(ModelConfig(), name)}"
-    )
-
-
 def write_folder(root: Path, parts=("train", "test"), names=("cat", "dog"), mode="RGB", per_class=3) -> np.ndarray:
     """Writes PNG images of 8x8; returns their pixels, which differ from image to image, in the order of the paths."""
     shape = (len(parts), len(names) * per_class, 8, 8, {"L": 1, "RGB": 3, "RGBA": 4}[mode])
@@ -253,21 +245,6 @@ def test_a_test_folder_without_classes_gives_way_to_the_validation_folder(tmp_pa
     shutil.rmtree(tmp_path / "val")
     with pytest.raises(DataError, match="/test holds no class folders"):
         folder(tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("place", "model", "says"),
-    [
-        ("", {}, "set --config.data.dir"),
-        *((place, {}, f"{place[-9:]}/train is not a folder") for place in ("a" * 300, "~no_such_user/set")),
-        (".", {"channels": 2}, "config.model.channels"),
-        (".", {"classes": 10}, "set --config.model.classes=2"),
-    ],
-)
-def test_a_folder_that_does_not_fit_is_one_line_with_the_remedy(tmp_path, monkeypatch, place, model, says):
-    write_folder(tmp_path)
-    monkeypatch.chdir(tmp_path)
-    refused("folder", place, ModelConfig(**{"channels": 3, **model}), says)
 
 
 def test_held_out_pictures_whose_labels_are_not_known_are_drawn_from_all():
