@@ -108,8 +108,10 @@ def test_upcycled_experts_are_the_dense_model_on_every_path_and_on_average(tiny_
         chex.assert_trees_all_equal(merge.take_path(upcycled, jnp.array(route)), dense.trunk)
 
 
-@pytest.mark.parametrize("kind", ["soft", "switch"])
-@pytest.mark.parametrize("pattern", [("dense", "experts"), ("experts", "experts", "dense"), ("experts",)])
+@pytest.mark.parametrize(
+    ("pattern", "kind"),
+    [(("dense", "experts"), "soft"), (("experts", "experts", "dense"), "switch"), (("experts",), "soft")],
+)
 def test_a_pattern_of_layers_merges_to_the_dense_tree_and_back(tiny_config, pattern, kind):
     routed = {"experts": E, "kind": kind, "pattern": pattern}
     made, plain = (routing.find(tiny_config(model={"depth": 6}, routing=settings)) for settings in (routed, {}))

@@ -107,7 +107,7 @@ def test_dropout_zeroes_its_rate_and_keeps_the_mean(rate):
     assert y_B.var() == pytest.approx(exact / (1 - exact), rel=0.05)
 
 
-@pytest.mark.parametrize("rate", [0.1, 0.5, 1e-9, 0.999999])
+@pytest.mark.parametrize("rate", [0.1, 1e-9, 0.999999])
 def test_dropout_zeroes_the_entries_whose_16_bits_are_below_the_rate(rate):
     """The rate is exact, because the bits are uniform: a share of `threshold` of their 2^16 values is dropped."""
     key_B, x_B = images_keys(3), jnp.ones((3, 7, 5))  # 7 rows are no multiple of 4
@@ -170,7 +170,7 @@ def test_dropout_keeps_bfloat16_and_its_mean():
     assert y_B[y_B != 0].sum() / x_B[y_B != 0].sum() == pytest.approx(1 / 0.9, rel=3e-4)
 
 
-@pytest.mark.parametrize("rate", [0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95])
+@pytest.mark.parametrize("rate", [0.05, 0.3, 0.6, 0.95])
 def test_dropout_keeps_the_mean_of_all_numbers_of_bfloat16(rate):
     """What is kept is a function of the number alone, so its mean is known without a draw."""
     numbers = jnp.arange(2**7, 2**8, dtype=jnp.bfloat16)  # all of 8 bits; others are these times a power of two

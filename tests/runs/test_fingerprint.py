@@ -150,7 +150,7 @@ SPLITS = {  # of an array on 2 x 2 devices -> which device holds a copy of the s
 
 
 @pytest.mark.parametrize("split", SPLITS)
-@pytest.mark.parametrize("changed", range(4))
+@pytest.mark.parametrize("changed", [0, 3])
 def test_a_copy_that_changes_in_one_device_is_found_and_the_device_is_named(split, changed):
     mesh = make_mesh(TrainConfig(devices=4, expert_devices=2))
     value = np.random.default_rng(6).standard_normal((4, 6), np.float32)
