@@ -17,7 +17,6 @@ from jvitmoe.experts.params import join, one
 from jvitmoe.machine.addresses import Purpose, address
 from jvitmoe.models.layers import Site
 from jvitmoe.routing import StepInfo
-from jvitmoe.training.setup import describe
 
 DEPTH = 5
 
@@ -59,24 +58,6 @@ def test_addresses_differ_across_seeds_purposes_and_numbers():
     numbers = [(), *((i,) for i in range(5)), *itertools.product(range(5), range(3))]
     keys = [bits(address(jax.random.key(seed), purpose, *n)) for seed in (0, 1) for purpose in Purpose for n in numbers]
     assert len(set(keys)) == len(keys)
-
-
-@pytest.mark.parametrize(
-    ("routed", "says"),
-    [
-        ({}, "one is drawn for each batch; never pulled together"),
-        ({"kind": "layer"}, "one is drawn for each batch and layer; never pulled together"),
-        (
-            {"kind": "token", "pull": 0.1},
-            "each gets a random share of every image's tokens; pulled together by 0.1",
-        ),
-        ({"kind": "sample", "pull": 1.0}, "images; averaged after every step, so all are equal"),
-        ({"kind": "sample", "pull": 1.0, "pull_every": 2}, "images; pulled together by 1 every 2 steps"),
-        ({"kind": "switch", "pull": 0.1}, "switch routes the tokens; pulled together by 0.1"),
-    ],
-)
-def test_a_run_says_how_it_routes(routed, says):
-    assert describe(find(**routed)).endswith(says)
 
 
 @pytest.mark.parametrize(("kind", "shape"), [("batch", (1,)), ("layer", (DEPTH,)), ("sample", (6,))])
@@ -135,8 +116,7 @@ def test_put_undoes_take_and_writes_nothing_else(kind, passes):
         assert ran.sum() == DEPTH * passes
 
 
-@pytest.mark.parametrize("kind", ["batch", "sample", "switch"])
-@pytest.mark.parametrize("init", ["shared", "independent"])
+@pytest.mark.parametrize(("kind", "init"), [("batch", "shared"), ("sample", "independent"), ("switch", "shared")])
 def test_experts_start_as_dense_models(tiny_config, kind, init):
     """Equal ones average to the dense model's own start; different ones differ, each drawn for its own fan-in."""
     routed = {"experts": 3, "kind": kind, "init": init}
