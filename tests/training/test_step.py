@@ -111,22 +111,15 @@ def test_every_expert_counts_its_own_steps_and_the_trunk_all(full_run, kind):
     assert optax.tree.get(last.opt_state.trunk, "count") == last.step == 5
 
 
-@pytest.mark.parametrize("number", [0, 3])
-def test_gradients_on_3_devices_are_those_of_plain_grad_over_the_whole_batch(full_run, number):
+def test_gradients_on_3_devices_are_those_of_plain_grad_over_the_whole_batch(full_run):
     run = full_run("layer", 3)
-    before, after = run.history[number : number + 2]
     root, slot_B = run.plan.root, jnp.arange(run.plan.train.batch_size)
 
-    def keys_of(purpose):
-        return jax.vmap(jax.random.fold_in, (None, 0))(address(root, purpose, number), slot_B)
-
-    index_B = np.asarray(run.plan.order.epoch(number // run.plan.steps_per_epoch))[number % run.plan.steps_per_epoch]
-    images = run.split.images_NHWc[index_B]
-    labels = run.split.labels_N[index_B]
-    route_L = jnp.asarray(route_of(run, number))
-
     @jax.jit
-    def loss_and_grads(params, route_L):
+    def loss_and_grads(params, route_L, number, images, labels):
+        def keys_of(purpose):
+            return jax.vmap(jax.random.fold_in, (None, 0))(address(root, purpose, number), slot_B)
+
         def loss_fn(params):
             targets = 0.9 * jax.nn.one_hot(labels, 3) + 0.1 / 3
             key = address(root, Purpose.AUGMENT, number, B)
@@ -140,16 +133,18 @@ def test_gradients_on_3_devices_are_those_of_plain_grad_over_the_whole_batch(ful
 
         return jax.value_and_grad(loss_fn)(params)
 
-    # Differentiated through all experts, so that take and put are tested too.
-    loss, grads = loss_and_grads(before.params, route_L)
-    norm = optax.tree.norm(grads)
-    np.testing.assert_allclose(run.metrics[number].loss, loss, rtol=1e-6)
-    np.testing.assert_allclose(run.metrics[number].grad_norm, norm, rtol=1e-5)
-    clip_norm = run.plan.optimizer.settings.clip_norm
-    assert norm > clip_norm
-    if number:
-        return
-    moments = state.take(run.plan.routing, after, (route_L,)).opt_state
+    clip_norm, per_epoch = run.plan.optimizer.settings.clip_norm, run.plan.steps_per_epoch
+    for number in (3, 0):
+        index_B = np.asarray(run.plan.order.epoch(number // per_epoch))[number % per_epoch]
+        batch = run.split.images_NHWc[index_B], run.split.labels_N[index_B]
+        route_L = jnp.asarray(route_of(run, number))
+        # Differentiated through all experts, so that take and put are tested too.
+        loss, grads = loss_and_grads(run.history[number].params, route_L, jnp.int32(number), *batch)
+        norm = optax.tree.norm(grads)
+        np.testing.assert_allclose(run.metrics[number].loss, loss, rtol=1e-6)
+        np.testing.assert_allclose(run.metrics[number].grad_norm, norm, rtol=1e-5)
+        assert norm > clip_norm
+    moments = state.take(run.plan.routing, run.history[1], (route_L,)).opt_state
     mu = Params(optax.tree.get(moments.trunk, "mu"), optax.tree.get(moments.experts, "mu"))
     scale = (1 - 0.9) * clip_norm / norm
     wanted = jax.tree.map(lambda g: g * scale, grads._replace(experts=take(grads.experts, route_L)))
