@@ -166,22 +166,7 @@ def command(folder: Path, *settings: str, of: str = "configs/digits_random.py") 
     return [f"--config={of}", *(f"--config.{setting}" for setting in (*TINY, *more, "train.log_every=1", *settings))]
 
 
-def test_an_image_folder_of_all_sizes_is_trained_on_and_tested_by_the_commands(tmp_path, monkeypatch):
-    write_pictures(tmp_path / "set")
-    more = ("data.validation=4", "train.epochs=3", "routing.experts=2", "optim.warmup_epochs=1")
-    monkeypatch.chdir(CONFIGS.parent)
-    code, out, err = call(train.main, *command(tmp_path / "set", *more), f"--workdir={tmp_path / 'run'}")
-    assert code == 0, err
-    assert "20 train, 4 validation, 10 test" in out
-    trained = rows(tmp_path / "run")[0]
-    code, _, err = call(evaluate.main, f"--workdir={tmp_path / 'run'}", "--paths=1")
-    assert code == 0, err
-    close = {name: pytest.approx(trained[name], rel=1e-5) for name in ("nll", "ece")}
-    assert rows(tmp_path / "run")[0] == trained | close
-    assert json.loads((tmp_path / "run" / "result.json").read_text())["mergeability"]["images"] == 10
-
-
-def test_a_streamed_folder_goes_on_on_4_devices_and_not_with_a_picture_more(tmp_path, monkeypatch):
+def test_a_streamed_folder_goes_on_on_4_devices_is_tested_and_refused_with_a_picture_more(tmp_path, monkeypatch):
     """A run of 12 steps, of which the last four are trained again. From 4 on 1: tests/runs/test_checkpoint.py."""
     write_pictures(tmp_path / "set")
     settings = ("routing.experts=2", "routing.kind=sample", "optim.eps=1e-3", "optim.warmup_epochs=0")
@@ -200,6 +185,12 @@ def test_a_streamed_folder_goes_on_on_4_devices_and_not_with_a_picture_more(tmp_
     assert "devices     4 x cpu" in out
     assert losses(tmp_path / "run") == pytest.approx(whole, abs=1e-6)
     assert losses(tmp_path / "run") != whole  # sums of parts
+    trained = rows(tmp_path / "run")[0]
+    code, _, err = call(evaluate.main, f"--workdir={tmp_path / 'run'}", "--paths=1")
+    assert code == 0, err
+    close = {name: pytest.approx(trained[name], rel=1e-5) for name in ("nll", "ece")}
+    assert rows(tmp_path / "run")[0] == trained | close
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["mergeability"]["images"] == 10
 
     dark = tmp_path / "set" / "train" / "dark"
     shutil.copy(dark / "00.jpg", dark / "99.jpg")
@@ -318,7 +309,8 @@ def test_what_a_start_refuses_can_be_mended_as_it_says_in_the_same_folder(tmp_pa
     picture = tmp_path / "set" / "val" / "dark" / "03.jpg"
     content = picture.read_bytes()
     picture.write_bytes(content[: len(content) // 2])
-    arguments = [*command(tmp_path / "set", "train.epochs=1"), f"--workdir={tmp_path / 'run'}"]
+    arguments = command(tmp_path / "set", "train.epochs=1", of="configs/digits_dense.py")
+    arguments += [f"--workdir={tmp_path / 'run'}"]
     monkeypatch.chdir(CONFIGS.parent)
     code, _, err = call(train.main, *arguments, "--config.data.crop=exact")
     assert (code, err.count("\n")) == (2, 1)
