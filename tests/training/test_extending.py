@@ -90,19 +90,18 @@ class SecondMoment(RoundRobin):
         return jnp.square(statistics.entropy).mean()
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_router_with_the_derivative_of_a_mean_has_right_gradients(monkeypatch, tiny_config, training, dtype):
-    """XLA's default on CPUs computes the sum of products in it wrongly."""
+def test_a_router_with_the_derivative_of_a_mean_has_right_gradients(monkeypatch, tiny_config, training):
+    """XLA's default on CPUs computes the sum of products in it wrongly; in bfloat16 too: test_compilation.py."""
     monkeypatch.setitem(ROUTERS, "second_moment", SecondMoment)
-    model = {"image_size": 8, "patch": 1, "width": 60, "dtype": dtype}
+    model = {"image_size": 8, "patch": 1, "width": 60, "dtype": "float32"}
     config = tiny_config(model=model, routing={"experts": 2, "kind": "second_moment", "balance_loss": 1.0})
     runs = []
-    for options in (compilation.of_training(jnp.dtype(dtype), "cpu"), {compilation.YNNPACK: ""}):
+    for options in (compilation.of_training(jnp.dtype("float32"), "cpu"), {compilation.YNNPACK: ""}):
         as_trained = {"xla_backend_optimization_level": 3, **options}  # the other tests leave out LLVM's optimisation
         monkeypatch.setattr(compilation, "of_training", lambda *_, options=as_trained: options)
         runs.append(training(config).run(1))
     norms = [float(run.metrics[0].grad_norm) for run in runs]
-    np.testing.assert_allclose(*norms, rtol={"float32": 1e-5, "bfloat16": 1e-2}[dtype])
+    np.testing.assert_allclose(*norms, rtol=1e-5)
     moments = [run.history[1].opt_state.trunk for run in runs]
     chex.assert_trees_all_close(*moments, rtol=1e-2, atol=1e-3)
 
@@ -167,17 +166,6 @@ def test_a_way_of_routing_is_a_class_and_a_line(monkeypatch, tiny_config, traini
         routing.find(tiny_config(routing={"experts": 2, "kind": "pairs"}))
     with pytest.raises(ConfigError, match=r"model\.shared_hidden is 3; it must be 0 without a router"):
         routing.find(tiny_config(routing={"experts": 3, "kind": "pairs"}, model={"shared_hidden": 3}))
-
-
-@pytest.mark.parametrize(
-    ("routed", "rule"),
-    [
-        ({"kind": "topk", "top_k": 3}, "config.routing.top_k is 3; it must be at most routing.experts, which is 2"),
-    ],
-)
-def test_a_router_that_breaks_its_rule_is_refused(tiny_config, routed, rule):
-    with pytest.raises(ConfigError, match=rule):
-        routing.find(tiny_config(routing={"experts": 2, **routed}))
 
 
 def test_the_choices_of_a_setting_are_the_names_of_its_registry():

@@ -258,21 +258,12 @@ def test_a_folder_with_something_else_is_refused_and_left_as_it_is(experiment, u
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("model.width=9", "must be a multiple of model.heads"),
         ("train.batch_size=2000", "must be at most the 1337 training images; set --config.train.batch_size=1337"),
-        ("data.name=no_such_set", "must be digits, folder, hf:NAME or the name of a TFDS set"),
-        ("data.validation=5000", "below the number of training images"),
-        ("model.image_size=12", "images of digits are 8x8x1 but config.model expects 12x12x1"),
         ("model.classes=9", "digits has 10 classes but config.model.classes is 9"),
-        ("train.devices=64 train.batch_size=128", "must be at most 8"),
         (
             "train.devices=0 train.batch_size=255",
             "batch_size is 255; it must be a multiple of the 8 devices; set --config.train.batch_size=248",
         ),
-        ("train.accumulate=3", "must be a multiple of the 1 devices x 3 parts of train.accumulate"),
-        ("data.name=folder data.dir=no/such/folder", "no/such/folder"),
-        ("data.name=folder optim.name=adamx", "config.optim.name is 'adamx'; it must be one of"),
-        ("data.crop_padding=9", "must be at most model.image_size, which is 8"),
         ("train.epochs=2147483647", "it must make at most 2,147,483,647 steps, and an epoch has 5"),
         ("model.width=2147483644", "they must be at most 1.0e+13"),
         ("model.hidden=2000000000", "GiB of a device that has "),
@@ -290,24 +281,11 @@ def test_bad_input_is_one_line_exit_code_2_and_no_folder(experiment, uninterrupt
 def test_a_run_that_blows_up_stops_and_names_step_value_and_last_good_checkpoint(experiment, tmp_path):
     """A warm-up of two steps begins at learning rate 0: the second update, after step 2, makes all numbers huge."""
     settings = "optim.learning_rate=1e30", f"optim.warmup_epochs={2 / (1337 // 256)}", "train.checkpoint_every=1"
-    arguments = f"--workdir={tmp_path}/x", *(f"--config.{setting}" for setting in settings)
+    arguments = f"--workdir={tmp_path}/x", *DENSE, *(f"--config.{setting}" for setting in settings)
     err = refused(train.main, f"--config={experiment}", *arguments)
     assert re.search("is (nan|inf) at step 3; it must be finite; the last good checkpoint is step 1; ", err)
     good = Checkpoints(tmp_path / "x" / "checkpoints").read("1")
     assert max(abs(leaf).max() for leaf in jax.tree.leaves(good.params)) < 10
-
-
-@pytest.mark.parametrize(
-    ("flag", "message"),
-    [
-        ("--paths=-1", "--paths=-1: -1 is not a non-negative integer"),
-        ("--checkpoint=999", "checkpoint '999' does not exist"),
-        ("--devices=-1", "--devices=-1: -1 is not a non-negative integer"),
-        ("--devices=64", "error: --devices is 64; it must be at most 8"),
-    ],
-)
-def test_evaluate_refuses_in_one_line(uninterrupted, flag, message):
-    assert message in refused(evaluate.main, f"--workdir={uninterrupted}", flag)
 
 
 def trained_and_resumed(experiment, workdir, *arguments, between=lambda: None):
