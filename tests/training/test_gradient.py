@@ -25,9 +25,8 @@ NEARLY_ZERO = {f"['key{x}']['bias']": f"['query{x}']['bias']" for x in ("", "_no
 NEARLY_ZERO["['scores']['bias']"] = "['scores']['kernel']"
 # Of each leaf's norm. Measured on a CPU with AMX: 3e-7 in float32 and 8e-3 in bfloat16, which has 8 bits.
 TOLERANCES = {"float32": 1e-5, "bfloat16": 3e-2}
-CASES = [(model, dtype) for dtype in TOLERANCES for model in MODELS]
-# In bfloat16 some inputs of the strided stem's ReLUs change sign, and the gradient jumps there: an error of 6e-2.
-CASES.remove(("others", "bfloat16"))
+# Not the strided stem in bfloat16: some inputs of its ReLUs change sign, and the gradient jumps there, by 6e-2.
+CASES = [*((model, "float32") for model in MODELS), ("plain", "bfloat16")]
 
 
 def loss(params, model, dtype, images_BHWc, labels_B):
