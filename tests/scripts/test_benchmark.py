@@ -46,18 +46,6 @@ def test_cold_caches_and_drift_do_not_reach_the_ratio():
     assert timed_step.ratio(seconds["b"], seconds["a"])[0] == pytest.approx(2, rel=0.005)
 
 
-def test_every_round_visits_every_case_once_in_an_order_of_its_own():
-    machine = Machine(cold=1.0, drift=0.0)
-    rounds = []
-    work = {name: machine.case(name, 1.0) for name in "abcd"}
-    timed_step.interleave(work, rounds=8, progress=lambda number, left: rounds.append(number))
-    visits = [name for name, _ in machine.visits[8:]][::2]  # after two probes of each; every visit has a first step
-    orders = list(zip(*[iter(visits)] * 4, strict=True))
-    assert rounds == list(range(1, 9))
-    assert all(sorted(order) == list("abcd") for order in orders)
-    assert len(set(orders)) > 1
-
-
 def test_the_interval_has_the_ranks_of_the_binomial_distribution():
     """Ranks of the 95 % interval of a median, as tabled by Conover (A3 at p = 0.5)."""
     for rounds, outside in ((1, 0), (5, 0), (6, 0), (9, 1), (10, 1), (15, 3), (20, 5)):
@@ -108,18 +96,6 @@ def test_every_case_is_measured_in_every_round_and_beside_dense(tmp_path, monkey
         peak = result["peak_flops_per_second"]["float32"]
         assert row["share_of_peak"] == pytest.approx(row["flops"] / row["seconds"] / peak)
         assert row["planned_bytes"] > 4 * row["total_parameters"]
-
-
-def test_a_peer_that_cannot_serve_is_one_line(tmp_path):
-    model = ModelConfig(pool="seq", stem="strided")
-    with pytest.raises(UserError, match=r"stem=strided, model\.pool=seq"):
-        benchmark.check_peer(model)
-    python = tmp_path / "python"
-    python.write_text("#!/bin/sh\nexit 1\n")  # as of one without PyTorch
-    python.chmod(0o755)
-    for command in (python, tmp_path / "nowhere"):
-        with pytest.raises(UserError, match="give a Python that has"), benchmark.torch_peer(str(command), Config()):
-            pass
 
 
 @pytest.mark.process

@@ -15,7 +15,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import kubernetes_validate
-import pydantic
 import pytest
 import yaml
 from jax._src.clusters import ClusterEnv
@@ -33,7 +32,6 @@ MODELS = {
 }
 KUBEFLOW = "trainer.kubeflow.org/v1alpha1"
 VERSIONS = {"JobSet": "jobset.x-k8s.io/v1alpha2", "TrainJob": KUBEFLOW, "TrainingRuntime": KUBEFLOW}
-REFUSED = AssertionError, KeyError, kubernetes_validate.ValidationError, pydantic.ValidationError
 # What Kubeflow's runtime sets in the pods of the TrainJob.
 RUNTIME = {
     "JAX_COORDINATOR_ADDRESS": "jvitmoe-node-0-0.jvitmoe:1234",
@@ -55,7 +53,7 @@ def kind(name: str) -> dict[str, Any]:
 
 
 def check(document: dict[str, Any]) -> None:
-    """Raises one of REFUSED unless the document fits its schema. Kubeflow's models ignore unknown fields, so what they
+    """Raises an error unless the document fits its schema. Kubeflow's models ignore unknown fields, so what they
     have read is compared with the document."""
     model = MODELS.get(document["kind"])
     if model is None:
@@ -85,13 +83,8 @@ def expand(command: list[str], variables: dict[str, str]) -> list[str]:
 
 
 @pytest.mark.parametrize("document", manifests(), ids=lambda document: document["kind"])
-def test_a_manifest_fits_its_schema_which_refuses_a_misspelt_field(document):
+def test_a_manifest_fits_its_schema(document):
     check(document)
-    with pytest.raises(REFUSED):
-        check({name if name != "spec" else "specs": value for name, value in document.items()})
-    (*_, (section, fields)) = ((k, v) for k, v in document["spec"].items() if isinstance(v, dict))
-    with pytest.raises(REFUSED):
-        check(document | {"spec": document["spec"] | {f"{section}s": fields}})
 
 
 def test_manifests_start_the_same_run_with_flags_that_exist_and_the_service_selects_its_pods(monkeypatch):
