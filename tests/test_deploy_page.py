@@ -10,7 +10,6 @@ from PIL import Image
 from jvitmoe.commands import evaluate, export, predict, train
 from jvitmoe.config import Config
 from jvitmoe.data import sources
-from jvitmoe.interop.formats import TARGETS
 from processes import call
 
 ROOT = Path(__file__).parents[1]
@@ -49,10 +48,3 @@ def test_every_block_of_the_page_runs(peers, tmp_path, monkeypatch):
             exec(block, {})
     assert "resized positions from 2x2 to 4x4" in out
     assert "resized the kernel of patches from 4 to 2 pixels" in out
-
-
-def test_the_page_shows_every_target_and_every_command():
-    text = "\n".join(block for _, block in BLOCKS)
-    targets = [f"--to {target}" for target in TARGETS if target != "safetensors"]
-    for word in (*targets, "jvitmoe predict", "init.source", "jvitmoe.load"):
-        assert word in text

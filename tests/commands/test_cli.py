@@ -15,7 +15,7 @@ from absl import flags
 
 import processes
 from jvitmoe import experiments
-from jvitmoe.commands import cli, configs, evaluate, export, train
+from jvitmoe.commands import cli, evaluate, export, train
 from jvitmoe.config import Config
 from jvitmoe.errors import UserError, did_you_mean
 from jvitmoe.runs import safe_io
@@ -185,19 +185,6 @@ def test_a_command_says_what_it_does_before_it_imports_jax(tmp_path, command, ar
     _, out, err = python("-c", code, f"--workdir={tmp_path}", *(one.format(tmp_path) for one in arguments))
     assert out == line.format(tmp_path)
     assert "jax" in err.splitlines()[-1]
-
-
-def test_configs_says_what_each_experiment_is_and_gives():
-    call = functools.partial(processes.call, configs.main)
-    code, listed, _ = call()
-    names = [path.stem for path in Path(DIGITS).parent.glob("*.py")]
-    assert (code, set(re.findall(r"^(\w+) ", listed, re.MULTILINE))) == (0, set(names))
-    assert "Expect about 99 % test accuracy" in " ".join(listed.split())
-    code, shown, _ = call("digits_dense")
-    assert (code, "jvitmoe train --config digits_dense\n" in shown) == (0, True)
-    assert "configs/" not in call(*names)[1].replace(str(Path(DIGITS).parent), "")  # a wheel has no such folder
-    assert "random: --config.routing.experts=4\n" in call("folder:random")[1]
-    assert "did you mean 'digits_dense'" in processes.refused(configs.main, "digits_dens")
 
 
 @pytest.mark.process

@@ -7,7 +7,6 @@ import re
 from unittest import mock
 
 import archive
-import benchmark
 import numpy as np
 import pytest
 import redraw
@@ -34,10 +33,6 @@ def drawn():
     Image.new("RGBA", (1, 1)).save(pixel, "png")
     with mock.patch.object(figures, "png", lambda figure: found.append(figure) or pixel.getvalue()):
         yield found
-
-
-def numbers(*path):
-    return json.loads(RESULTS.joinpath(*path).read_text())
 
 
 def shown_ticks(axis):
@@ -130,16 +125,6 @@ def test_a_few_runs_of_one_seed_make_sound_figures(tmp_path, drawn, accuracies):
     best = "$dense_1$\\n, dense" if accuracies[0] > accuracies[1] else ", merged"
     assert f"{100 * (1 - max(accuracies)):.2f} %" in title
     assert f"{best}\none seed ± standard error over 10 images" in title
-
-
-def test_errors_on_several_data_sets_are_not_ranked(tmp_path, drawn):
-    runs = [write_tested_run(tmp_path / name, models=("dense",)) for name in ("one", "other")]
-    (runs[1] / "images.json").write_text(json.dumps({"train": 24}))
-    report.main(["report", *map(str, runs), f"--out={tmp_path / 'report'}"])
-    comparison, curves = drawn
-    assert comparison._suptitle.get_text() == f"{figures.SEVERAL}\none seed ± standard error over 10 images"
-    assert curves._suptitle.get_text() == figures.SEVERAL
-    assert all(len(line.get_xdata()) <= 1 for line in comparison.axes[0].lines)  # no line of dense through both
 
 
 def test_the_standard_error_of_each_run_is_of_its_own_images(tmp_path):
@@ -237,17 +222,6 @@ def test_a_name_is_shown_in_the_font_s_characters_and_cut_in_the_middle():
     assert figures.shown("Löwe é ß Ж Ω") == "Löwe é ß Ж Ω"
     assert figures.shown("中\n😀\udcff") == r"\u4e2d\n😀\udcff"
     assert figures.shown("a" * 15 + "b" * 15, 11) == "aaaaa…bbbbb"
-
-
-@pytest.mark.parametrize("name", ["benchmark", "benchmark_amx", "benchmark_epyc", "benchmark_fast", "benchmark_small"])
-def test_a_panel_of_the_benchmark_shows_one_quantity(name):
-    rows = numbers(name, "benchmark.json")["rows"]
-    check(figure := benchmark.throughput(rows))
-    speed, time = figure.axes
-    assert all(re.fullmatch(r"[\d,.]+", text.get_text()) for text in speed.texts)
-    shown, _ = time.transData.inverted().transform([at for at, _ in marks(time)]).T
-    assert shown == pytest.approx([row["times_dense"] for row in rows])
-    assert len(benchmark.throughput([row for row in rows if row["model"] != "dense"]).axes) == 1
 
 
 def test_a_picture_of_256_colours_is_the_same_to_the_eye(tmp_path):

@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import math
 import re
 import runpy
 import shlex
@@ -11,7 +10,6 @@ import signal
 import subprocess
 import sys
 import time
-import types
 from pathlib import Path
 
 import ablate_recipe
@@ -25,7 +23,6 @@ from scipy import stats
 import processes
 from jvitmoe import config as config_lib
 from jvitmoe import experiments, routing
-from jvitmoe.errors import UserError
 from jvitmoe.experts import cost
 from jvitmoe.runs import safe_io
 from tested_runs import write_tested_run
@@ -82,46 +79,9 @@ def test_every_router_of_the_tables_costs_what_dense_costs():
         assert found == pytest.approx(dict.fromkeys(arms, 1.015), abs=0.02)
 
 
-def test_the_search_of_routers_takes_dense_s_learning_rate_and_goes_on_while_a_best_rate_is_at_an_edge(tmp_path):
-    folder = tmp_path / routers.SEARCH
-    folder.mkdir()
-
-    def run(name, accuracy):
-        metrics = [{"step": 1, "kind": "validation", "accuracy": accuracy}]
-        archive.write(folder / archive.FILE, {**archive.kept(folder), f"{name}-seed0": {"metrics": metrics}})
-
-    best_at = dict.fromkeys(routers.SEARCHED, 2.0) | {"switch": 0.5, "batch": 16.0}
-    best_at |= {"learning_rate": 5e-4, routers.LONG: 1e-3, "switch_capacity1": 1.0}
-    rates, tried = {name: [] for name in best_at}, set()
-    with pytest.raises(UserError, match="has no result"):
-        routers.table(tmp_path, tmp_path)
-    while todo := routers.search(tmp_path).keys() - tried:
-        assert len({"learning_rate" in name for name in todo}) == 1  # dense's is known before the others start
-        for name in todo:
-            row, _, rate = name.rpartition("_")
-            rates[row].append(float(rate))
-            run(name, -abs(math.log(float(rate) / best_at[row])))
-        tried |= todo
-    tried_rates = {
-        **{"learning_rate": [2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3], routers.LONG: [2.5e-4, 5e-4, 1e-3, 2e-3]},
-        **{"switch": [0.25, 0.5, 1, 2, 4], "soft": [1, 2, 4], "sample": [1, 2, 4, 8], "batch": [4, 8, 16, 32]},
-    }
-    assert {name: sorted(rates[name]) for name in tried_rates} == tried_rates
-    rows = routers.table(tmp_path, tmp_path)
-    assert {arm.against for arm in rows.values()} == {("dense_rate2",)}
-    options = types.SimpleNamespace(config="cifar10_fast", runs=tmp_path, arguments=[])
-    assert f"--config.init.source={tmp_path}/dense_half-seed3" in sweep._command("x", rows["upcycled"], 3, options)
-    assert {arm.settings["optim.learning_rate"] for arm in rows.values()} == {1e-3}
-    chosen = {"switch": 0.5, "upcycled": 1, "batch": 16, "dense_wide": 2}
-    assert {name: rows[name].settings["optim.mlp_rate"] for name in chosen} == chosen
-
-
-def test_the_interval_is_student_s_and_the_time_left_that_of_runs_side_by_side():
+def test_the_interval_is_student_s():
     paired = [0.3, 0.5, 0.2, 0.6, 0.4]
-    found = sweep.interval(paired)
-    assert found == pytest.approx(stats.ttest_1samp(paired, 0).confidence_interval(0.95))
-    for ended, jobs, minutes in ((1, 1, 27), (2, 2, 12), (3, 2, 12), (10, 2, 0)):
-        assert sweep.minutes_left([180.0] * ended, runs=10, jobs=jobs) == minutes
+    assert sweep.interval(paired) == pytest.approx(stats.ttest_1samp(paired, 0).confidence_interval(0.95))
 
 
 def test_a_dry_run_of_the_original_s_table_prints_the_commands_of_its_experiments(tmp_path, monkeypatch, capsys):
@@ -143,17 +103,6 @@ def test_a_dry_run_of_the_original_s_table_prints_the_commands_of_its_experiment
         expected.train.seed, expected.data.dir = seed, "D"
         assert sweep.config_of(argv) == expected
     assert not list(tmp_path.iterdir())
-
-
-def test_routers_agree_that_part_patches_alike_whatever_their_experts_are_called():
-    def seed(text):
-        return {"routes": {"experts": [[text]]}}
-
-    one = seed("0 1 0 1 2")
-    assert routers._agreement([one, seed("1 0 1 0 -1")]) == "1.00"  # what no expert took does not count
-    assert routers._agreement([seed("0 0 1 1"), seed("0 1 0 1")]) == "0.00"
-    assert routers._agreement([one]) == "-"
-    assert routers._agreement([seed("0 0 0 0")] * 2) == "-"  # one expert takes all
 
 
 def test_the_tables_of_the_routers_are_what_their_kept_runs_and_times_say(tmp_path):
