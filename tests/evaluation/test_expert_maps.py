@@ -55,8 +55,12 @@ def test_the_weights_of_tokens_are_those_that_the_layers_use(made, kind):
     model, params, images, labels = made(kind)
     found = expert_maps.measure(model, params, images, labels, augment.normalize)
     normalised = augment.normalize(jnp.asarray(images))
-    weight_XBTE = np.asarray(vit.token_weights(model, join_all(params), normalised))
-    _, statistics = vit.logits_and_statistics(model, join_all(params), normalised)
+
+    @jax.jit
+    def wanted(tree, images):
+        return vit.token_weights(model, tree, images), vit.logits_and_statistics(model, tree, images)[1]
+
+    weight_XBTE, statistics = jax.device_get(wanted(join_all(params), normalised))
     assert weight_XBTE.shape == (2, 7, 17, E)  # 16 patches and CLS
     chosen_XBTE = weight_XBTE > 0
     if kind in ("switch", "topk"):
@@ -87,11 +91,12 @@ def test_the_gated_mean_of_equal_experts_is_what_a_router_of_one_weight_computes
     experts = jax.tree.map(lambda leaf: np.broadcast_to(leaf[:1], leaf.shape), params.experts)
     params = Params(jax.tree.map_with_path(zeros, params.trunk), experts)
     normalised = augment.normalize(jnp.asarray(images))
-    wanted, _ = vit.logits_and_statistics(model, join_all(params), normalised)
+    wanted, _ = jax.jit(functools.partial(vit.logits_and_statistics, model))(join_all(params), normalised)
     gate = expert_maps.measure(model, params, images, np.zeros(7, int), augment.normalize).gate_X
     np.testing.assert_allclose(gate, 1 / E, rtol=1e-6)
+    logits = jax.jit(functools.partial(vit.logits, model.plain()))
     for scaled, same in ((merge.scale_by_gate(params, jnp.asarray(gate)), True), (params, False)):
-        merged = vit.logits(model.plain(), merge.average_experts(scaled), normalised)
+        merged = logits(merge.average_experts(scaled), normalised)
         assert np.allclose(merged, wanted, rtol=1e-3, atol=1e-4) == same
 
 
