@@ -116,7 +116,7 @@ def test_with_the_second_matrices_shared_the_mean_of_adamix_is_the_mean_of_produ
     config = tiny_config(
         model=KINDS["both"], routing={"experts": E, "kind": "layer", "part": "up"}, init={"source": "somewhere"}
     )
-    params = shaken(routing.find(config).init(jax.random.key(0)))
+    params = shaken(jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), routing.find(config).shapes()))
     assert set(params.experts["mlp"]) == {"up_a", "down_a", "adapter_up", "adapter_up_bias"}
     paths = [merge.take_path(params, jnp.array([e]))["blocks"]["mlp"] for e in range(E)]
     merged = merge.average_experts(params)["blocks"]["mlp"]
@@ -125,7 +125,7 @@ def test_with_the_second_matrices_shared_the_mean_of_adamix_is_the_mean_of_produ
     np.testing.assert_allclose(merged["up"][..., :width], wanted, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize(("experts", "kind"), [(1, "batch"), (E, "batch"), (E, "sample")])
+@pytest.mark.parametrize(("experts", "kind"), [(1, "batch"), (E, "sample")])
 def test_training_moves_what_is_tuned_and_the_head_and_not_one_bit_more(tiny_config, training, experts, kind):
     config = tiny_config(
         model={"lora": 2, "adapter": 3},
