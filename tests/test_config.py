@@ -12,7 +12,7 @@ import pytest
 
 from jvitmoe import config as config_lib
 from jvitmoe import errors, routing, rules
-from jvitmoe.config import Config, DataConfig, OptimConfig, RoutingConfig
+from jvitmoe.config import Config, DataConfig, ModelConfig, OptimConfig, RoutingConfig
 from jvitmoe.errors import ConfigError, UserError
 
 CONFIGS = Path(__file__).parents[1] / "configs"
