@@ -296,7 +296,7 @@ def measure(
     rows: dict[str, dict[str, Any]] = {START: {}} if start else {}
     for model in models:
         distance, cosine = geometry(model.read(), start.params if start else average, average)
-        rows[model.name] = {"images": model.images, "distance": distance, "cosine": cosine}
+        rows[model.name] = {"images": model.images, "distance": distance} | ({"cosine": cosine} if start else {})
     if not pictures:
         return Measured(_named(rows), UNKNOWN, {}, [], np.empty((0, 0)))
     score, quick = (Scorer(first, some.batches(), progress) for some in (pictures, pictures.some(ON_LINES)))

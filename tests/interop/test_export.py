@@ -112,7 +112,7 @@ def test_of_a_set_that_streams_only_the_sample_is_read_and_cut_as_in_tests(exper
     source = load.read(experiment_run)
     source.config.data = DataConfig("folder", str(tmp_path), stream=True, crop="resized")
     source = dataclasses.replace(source, crop="resized")
-    sample = TARGETS["onnx"].sample(source, source.config)
+    sample = TARGETS["onnx"].sample(source, base.sample_images(source))
     files = sorted((tmp_path / "test").rglob("*.png"))[:16]
     for image, file in zip(sample["images"], files, strict=True):
         np.testing.assert_array_equal(image, pictures.centre_crop(pictures.Picture("", file), 8, 1))
@@ -144,7 +144,7 @@ def test_a_mean_and_deviation_of_pixels_are_carried_by_every_export(experiment_r
     """ONNX takes the inputs that StableHLO takes."""
     plain = load.read(experiment_run)
     source = dataclasses.replace(plain, mean=(0.2,), std=(0.3,))
-    sample = TARGETS[target].sample(source, source.config)
+    sample = TARGETS[target].sample(source, base.sample_images(source))
     inputs = sample["inputs"] if not TARGETS[target].torch else sample["inputs"].transpose(0, 2, 3, 1)
     np.testing.assert_allclose(inputs, (sample["images"] / 255 - 0.2) / 0.3, atol=1e-5)
     assert np.abs(sample["logits"] - classifier.Classifier(plain).logits(sample["images"])).max() > 0.01

@@ -19,7 +19,7 @@ from jvitmoe.config import Config, ModelConfig, OptimConfig
 from jvitmoe.data import augment
 from jvitmoe.experts import merge
 from jvitmoe.interop import classifier, load, manifest, model_card, pretrained, weight_names
-from jvitmoe.interop.formats import TARGETS, weights
+from jvitmoe.interop.formats import TARGETS, base, weights
 from jvitmoe.machine import devices
 from jvitmoe.training import build
 from jvitmoe.training.state import make_state
@@ -257,7 +257,7 @@ def our_vit(**overrides: object) -> load.Source:
     config = Config(model=dataclasses.replace(Config().model, **{**small, **overrides}))
     model, rng = rules.check(config).model, np.random.default_rng(4)
     flat = {name: 0.2 * rng.normal(size=shape).astype("f") for name, shape in load._shapes(model).items()}
-    flat["positions"] = load._table(model, flat)
+    flat["positions"] = load.positions(model, flat)
     return load.Source(Path("ours"), "run", flat, model, tuple("abcde"), config=config)
 
 
@@ -265,7 +265,7 @@ def exported(source: load.Source, target: str, out: Path) -> float:
     """Exports a ViT of ours for digits, with a card and checksums. Returns how far its logits are from ours."""
     out.mkdir()
     source = dataclasses.replace(source, classes=tuple("0123456789"))
-    bound = TARGETS[target].export(out, source, TARGETS[target].sample(source, source.config))
+    bound = TARGETS[target].export(out, source, TARGETS[target].sample(source, base.sample_images(source)))
     (out / "README.md").write_text(model_card.write(source, {}, TARGETS[target], []))
     manifest.write(out)
     return bound
