@@ -182,11 +182,16 @@ def geometry(flat: Dict, start: Mapping[str, np.ndarray], average: Dict) -> tupl
     """Returns (the distance of a model from the start over the size of the start, the cosine of its update and that of
     the mean)."""
     sums = np.zeros(4)
-    for name, leaf in flat.items():
-        first = start[name].astype(np.float64).ravel()
-        update, of_mean = leaf.ravel() - first, average[name].ravel() - first
-        sums += update @ update, of_mean @ of_mean, update @ of_mean, first @ first
+    for name in flat:
+        for row, first, of_all in zip(*(_rows(tree[name]) for tree in (flat, start, average)), strict=True):
+            update, of_mean = row - first, of_all - first
+            sums += [update @ update, of_mean @ of_mean, update @ of_mean, first @ first]
     return math.sqrt(sums[0] / sums[3]), float(sums[2] / max(math.sqrt(sums[0] * sums[1]), 1e-30))
+
+
+def _rows(leaf: np.ndarray) -> np.ndarray:
+    """Returns the leaf in rows: sums of one in float32 are accurate, and four times as fast as in float64."""
+    return leaf.reshape(len(leaf), -1) if leaf.ndim > 1 else leaf[None]
 
 
 class Difference(NamedTuple):
