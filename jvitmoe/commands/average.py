@@ -6,7 +6,7 @@ the start of a next round.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +74,6 @@ def average(
     from jvitmoe.interop import averaging, load, starts
     from jvitmoe.interop.formats import TARGETS, base
     from jvitmoe.machine import compilation
-    from jvitmoe.reports import figures, page
 
     compilation.use_cache()
     begin = load.read(start) if start else None
@@ -82,7 +81,7 @@ def average(
     if weights == "images" and (unknown := [model.path for model in found if not model.images]):
         raise UserError(f"{unknown[0]} does not say how many images it was trained on; set --weights=equal")
     pictures, chosen = averaging.find_pictures(data, split, first) if data else None, found
-    with progress("testing") as batch_done:
+    with progress("averaging and testing" if pictures else "averaging") as batch_done:
         if pictures and weights == "greedy":
             pictures, held = pictures.halves()
             chosen = averaging.greedy(found, averaging.Scorer(first, held.batches(), batch_done))
@@ -94,21 +93,28 @@ def average(
     show_table(rows, "Models")
     console.print(measured.verdict)
 
-    parts: list[page.Part] = [page.Heading(1, "Mean of models"), measured.verdict, rows, averaging.NOTE]
-    others = {}
-    if pictures:
-        others["average.png"] = figures.png(figures.average(measured, first.classes))
-        parts.insert(2, page.Picture("average"))
-    others["report.md"] = page.as_markdown(parts).encode()
     made_of = [{"model": model.name, "hash": model.digest, "weight": share} for model, share in weight.items()]
     averaged = {"of": made_of, "verdict": measured.verdict}
     settings, pixels = begin.config if begin else None, (first.crop, first.mean, first.std)
     source = load.Source(out, load.OURS, mean, first.model, first.classes, (), settings, *pixels, averaged=averaged)
     target = TARGETS["safetensors"]
     images = pictures.some(base.SAMPLE).decoded() if pictures else base.noise(first.model)
-    export.write(out, target, source, target.sample(source, images), others=others)
+    export.write(out, target, source, target.sample(source, images), others=_report(measured, rows, first.classes))
     console.print(f"written     {printable(str(out))}, hash {starts.digest(source)}")
     return Averaged(out, measured.rows, measured.verdict)
+
+
+def _report(measured: Any, rows: Sequence[Mapping[str, str]], classes: Sequence[str]) -> dict[str, bytes]:
+    """Returns the files that tell what is known of a mean (`averaging.Measured`)."""
+    from jvitmoe.interop import averaging
+    from jvitmoe.reports import figures, page
+
+    parts: list[page.Part] = [page.Heading(1, "Mean of models"), measured.verdict, rows, averaging.NOTE]
+    drawn = {}
+    if measured.losses:  # there were pictures
+        parts.insert(2, page.Picture("average"))
+        drawn["average.png"] = figures.png(figures.average(measured, classes))
+    return drawn | {"report.md": page.as_markdown(parts).encode()}
 
 
 def _check(start: str | Path, data: DataConfig | None, split: str, weights: str, toward_start: float) -> None:
