@@ -5,7 +5,13 @@ from typing import Any
 
 __version__ = "0.1.0"
 __all__ = ["Run", "average", "load", "merging", "train"]
-_FILES = {"Run": "api", "average": "api", "load": "interop.classifier", "merging": "experts.merge", "train": "api"}
+_FILES = {
+    "Run": "api",
+    "average": "commands.average",
+    "load": "interop.classifier",
+    "merging": "experts.merge",
+    "train": "api",
+}
 
 
 def __getattr__(name: str) -> Any:

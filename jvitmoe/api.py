@@ -11,10 +11,8 @@ from typing import Any
 from absl import logging
 
 from jvitmoe import experiments, rules
-from jvitmoe.commands import average as average_command
 from jvitmoe.commands import cli, evaluate, export, report
-from jvitmoe.commands.average import Averaged
-from jvitmoe.config import SETTINGS, Config, DataConfig, unknown_field
+from jvitmoe.config import SETTINGS, Config, unknown_field
 from jvitmoe.errors import ConfigError, UserError
 from jvitmoe.interop import classifier, starts
 from jvitmoe.machine import compilation
@@ -148,30 +146,6 @@ def train(
         logging.set_verbosity(verbosity)
         _TRAINS.release()
     return run
-
-
-@compilation.cache_as_before()
-def average(
-    models: Sequence[Run | Path | str],
-    out: Path | str,
-    start: Path | str = "",
-    data: DataConfig | Path | str | None = None,
-    split: str = "test",
-    weights: str = "equal",
-    toward_start: float = 0.0,
-) -> Averaged:
-    """Averages models that were trained from one start, tests the mean on labelled pictures, and writes it into a new
-    folder, as `jvitmoe average`.
-
-    Args:
-        models: runs, or the folders of runs and exports.
-        data: a folder of classes, or the `name` and `dir` of a set; None tests nothing.
-
-    The others, and errors, are as in `commands.average.average`.
-    """
-    paths = [model.workdir if isinstance(model, Run) else model for model in models]
-    pictures = DataConfig("folder", str(data)) if isinstance(data, Path | str) else data
-    return average_command.average(paths, Path(out).expanduser(), start, pictures, split, weights, toward_start)
 
 
 class _Interrupts(Stop):

@@ -42,15 +42,18 @@ def main(argv: list[str]) -> None:
     values, models = cli.parse_with_arguments(argv, _define_flags, arguments="MODEL MODEL…")
     if not values.out:
         raise UserError("--out is missing; give a new folder, such as --out=merged")
+    from jvitmoe.machine import compilation  # not above: it imports JAX
+
+    compilation.use_cache()
     data = DataConfig(name=values.data or "folder", dir=values.data_dir) if values.data_dir or values.data else None
     average(models, Path(values.out), values.start, data, values.split, values.weights, values.toward_start)
 
 
 def average(
-    models: Sequence[str | Path],
-    out: Path,
-    start: str | Path = "",
-    data: DataConfig | None = None,
+    models: Sequence[Any],
+    out: Path | str,
+    start: Path | str = "",
+    data: DataConfig | Path | str | None = None,
     split: str = "test",
     weights: str = "equal",
     toward_start: float = 0.0,
@@ -58,33 +61,38 @@ def average(
     """Writes the mean of models that were trained from one start, and what is known of it.
 
     Args:
-        models: run folders, exports in safetensors, and with `start` files of timm and Hugging Face.
+        models: runs (`jvitmoe.Run`), folders of runs and of exports in safetensors, and with `start` also files of timm
+            and Hugging Face.
         out: a new folder.
         start: their start. Without it nothing is compared with it, and the mean starts no next round.
-        data: `name` and `dir` of labelled pictures, whose `split` decides; of them half choose, for weights="greedy".
+        data: labelled pictures: a folder of classes, or the `name` and `dir` of a set, whose `split` decides. A half of
+            them chooses, for weights="greedy". None tests nothing.
         weights: equal; images, by the number that each model was trained on; greedy, the soup of the best.
         toward_start: the share of the way back to the start, from 0 to 1.
 
     Raises UserError in one line, before pictures are read, for models that may not be averaged.
     """
+    paths, out = [str(getattr(model, "workdir", model)) for model in models], Path(out).expanduser()
+    data = DataConfig("folder", str(data)) if isinstance(data, Path | str) else data
     export.check_new(out)
     _check(start, data, split, weights, toward_start)
     console.print(f"reading     {len(models)} models")
     # Not above: these import JAX and matplotlib, and --help need not wait for that.
+    from jvitmoe.data import sources
+    from jvitmoe.data.splits import Split, decode
     from jvitmoe.interop import averaging, load, starts
     from jvitmoe.interop.formats import TARGETS, base
-    from jvitmoe.machine import compilation
 
-    compilation.use_cache()
     begin = load.read(start) if start else None
-    found, first = averaging.inspect(models, begin)
+    found, first = averaging.inspect(paths, begin)
     if weights == "images" and (unknown := [model.path for model in found if not model.images]):
         raise UserError(f"{unknown[0]} does not say how many images it was trained on; set --weights=equal")
-    pictures, chosen = averaging.find_pictures(data, split, first) if data else None, found
+    pictures: Any = averaging.find_pictures(data, split, first) if data else None
+    chosen = found
     with progress("averaging and testing" if pictures else "averaging") as batch_done:
         if pictures and weights == "greedy":
-            pictures, held = pictures.halves()
-            chosen = averaging.greedy(found, averaging.Scorer(first, held.batches(), batch_done))
+            pictures, held = sources.hold_out(pictures, len(pictures) // 2)
+            chosen = averaging.greedy(found, averaging.Scorer(first, held, batch_done))
         counts = [model.images if weights == "images" else 1 for model in chosen]
         mean = averaging.mean(chosen, counts, begin, toward_start)
         measured = averaging.measure(found, mean, begin, first, pictures, batch_done)
@@ -98,7 +106,8 @@ def average(
     settings, pixels = begin.config if begin else None, (first.crop, first.mean, first.std)
     source = load.Source(out, load.OURS, mean, first.model, first.classes, (), settings, *pixels, averaged=averaged)
     target = TARGETS["safetensors"]
-    images = pictures.some(base.SAMPLE).decoded() if pictures else base.noise(first.model)
+    images = averaging.some(pictures, base.SAMPLE) if pictures else base.noise(first.model)
+    images = images if isinstance(images, Split) else decode(images)
     export.write(out, target, source, target.sample(source, images), others=_report(measured, rows, first.classes))
     console.print(f"written     {printable(str(out))}, hash {starts.digest(source)}")
     return Averaged(out, measured.rows, measured.verdict)

@@ -12,13 +12,13 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
 
 from jvitmoe.config import DataConfig, TrainConfig
 from jvitmoe.data import augment, sources, stream
-from jvitmoe.data.batches import Batch, EvalBatches
-from jvitmoe.data.splits import Split, decode
+from jvitmoe.data.batches import Batch
+from jvitmoe.data.splits import Records, Split, decode
 from jvitmoe.errors import UserError
+from jvitmoe.evaluation import mergeability
 from jvitmoe.interop import classifier, load, starts, weight_names
 from jvitmoe.interop.load import Source
 from jvitmoe.interop.weight_names import Dict
@@ -30,7 +30,7 @@ POINTS = (0.0, 0.25, 0.5, 0.75, 1.0)  # of a line between two models
 BATCH = 128  # pictures at once
 IN_MEMORY = 2**31  # bytes of pictures that are kept decoded, because every model sees them
 ON_LINES = 1000  # most pictures on which the loss between two models is measured
-START, MEAN = "the start", "mean"  # names of rows
+START, MEAN = "the start", "the mean"  # names of rows
 UNKNOWN = "Nothing is known of its accuracy: give labelled pictures with --data_dir to test it before it is shipped."
 NOTE = (
     "Distance: of the model from the start, over the size of the start (without a start: from the mean). Cosine: of "
@@ -52,7 +52,7 @@ class Model(NamedTuple):
         return load.read(self.path).params
 
 
-def inspect(paths: Sequence[str | Path], start: Source | None) -> tuple[list[Model], Source]:
+def inspect(paths: Sequence[str], start: Source | None) -> tuple[list[Model], Source]:
     """Returns (the models; the first one, or the start, without weights). Folders of one name are named by their paths.
 
     Raises UserError for fewer than two models, the same one twice, weights that are not finite, and where they, or the
@@ -60,10 +60,10 @@ def inspect(paths: Sequence[str | Path], start: Source | None) -> tuple[list[Mod
     """
     if len(paths) < 2:
         raise UserError("a mean needs at least two models; name the folders of all of them")
-    several, first = [str(path) for path in paths], dataclasses.replace(start, params={}) if start else None
+    first = dataclasses.replace(start, params={}) if start else None
     start_hash = starts.digest(start) if start else ""
     found: dict[str, Model] = {}
-    for path in several:
+    for path in paths:
         source = load.read(path, start.model.heads if start else 0)
         if first is None:
             first = dataclasses.replace(source, params={})
@@ -71,7 +71,7 @@ def inspect(paths: Sequence[str | Path], start: Source | None) -> tuple[list[Mod
         digest, name = starts.digest(source), Path(path).name
         if digest in found:
             raise UserError(f"{path} has the weights of {found[digest].path}; name each model once")
-        is_unique = [Path(other).name for other in several].count(name) == 1
+        is_unique = [Path(other).name for other in paths].count(name) == 1
         found[digest] = Model(name if is_unique else path, path, digest, source.images)
     assert first is not None
     return [*found.values()], first
@@ -142,10 +142,11 @@ def greedy(models: Sequence[Model], score: Callable[[Dict], Scores]) -> list[Mod
 
 
 class Scorer:
-    """The compiled evaluation of all models of one architecture, `source`, on one split."""
+    """The compiled evaluation of all models of one architecture, `source`, on one split of pictures."""
 
-    def __init__(self, source: Source, batches: EvalBatches, progress: Callable[[], None]) -> None:
-        self._source, self._batches, self._progress = source, batches, progress
+    def __init__(self, source: Source, pictures: Split | Records, progress: Callable[[], None]) -> None:
+        self._source, self._progress = source, progress
+        self._batches = stream.eval_batches(pictures, BATCH, devices.make_mesh(TrainConfig(batch_size=BATCH)))
         net = vit.build(classifier.as_it_runs(source.model))
 
         def log_probabilities(params: Any, batch: Batch) -> jax.Array:
@@ -195,81 +196,54 @@ def _rows(leaf: np.ndarray) -> np.ndarray:
 
 
 class Difference(NamedTuple):
-    """The accuracy of the mean minus that of another model, as a share, with its interval."""
+    """The accuracy of the mean minus that of another model, in points, with its interval."""
 
-    to: str
     points: float
     low: float
     high: float
 
 
-def difference(to: str, right_N: np.ndarray, other_N: np.ndarray, confidence: float = CONFIDENCE) -> Difference:
+def difference(right_N: np.ndarray, other_N: np.ndarray, confidence: float = CONFIDENCE) -> Difference:
     """Returns the difference of two accuracies on the same pictures, with the adjusted Wald interval for paired
     proportions (Bonett and Price, 2012, J. Educ. Behav. Stat. 37(4)), which holds for few pictures too."""
     count, gained, lost = len(right_N), int((right_N & ~other_N).sum()), int((other_N & ~right_N).sum())
     up, down = (gained + 1) / (count + 2), (lost + 1) / (count + 2)
     half = NormalDist().inv_cdf((1 + confidence) / 2) * math.sqrt((up + down - (up - down) ** 2) / (count + 2))
-    return Difference(to, (gained - lost) / count, up - down - half, up - down + half)
+    return Difference(*(100 * share for share in ((gained - lost) / count, up - down - half, up - down + half)))
 
 
 def verdict(average: Scores, sites: Mapping[str, Scores], start: Scores | None) -> str:
     """Returns whether the mean may be shipped, in a sentence. It is better only if its interval against every site and
     the start is above 0, each at 95 %; it is worse if one is below 0, where the level is shared out over all of them
     (Bonferroni), because one of many is below 0 by chance."""
-    others = dict(sites) | ({"the start": start} if start else {})
-    found = [difference(name, average.right_N, other.right_N) for name, other in others.items()]
-    shared = 1 - (1 - CONFIDENCE) / len(others)
-    strict = [difference(name, average.right_N, other.right_N, shared) for name, other in others.items()]
-    closest, count = min(found, key=lambda one: one.points), len(average.right_N)
-    who = "every site and than the start" if start else "every site"
-    if all(one.low > 0 for one in found):
-        text = f"The mean is better than {who}: {_points(closest)} against {closest.to}"
-    elif worse := [one for one in strict if one.high < 0]:
-        least = min(worse, key=lambda one: one.points)
-        return (
-            f"The mean is worse than {least.to} by {-100 * least.points:.1f} points ({100 * shared:.4g} % interval "
-            f"{100 * -least.high:.1f} to {100 * -least.low:.1f}, {count:,} pictures): do not ship it."
-        )
-    else:
-        text = f"Not decided: the mean is not shown to be better than {who}: {_points(closest)} against {closest.to}"
-    return f"{text} (95 % interval {100 * closest.low:+.1f} to {100 * closest.high:+.1f}, {count:,} pictures)."
+    others = {**sites, START: start} if start else sites
+    level = 1 - (1 - CONFIDENCE) / len(others)
+    found = {name: difference(average.right_N, other.right_N) for name, other in others.items()}
+    strict = {name: difference(average.right_N, other.right_N, level) for name, other in others.items()}
+    closest = min(found, key=lambda name: found[name].points)
+    who = f"every site and than {START}" if start else "every site"
+    points, low, high = found[closest]
+    interval = f"(95 % interval {low:+.1f} to {high:+.1f}, {len(average.right_N):,} pictures)"
+    by = f"{points:+.1f} points against {closest} {interval}"
+    if all(one.low > 0 for one in found.values()):
+        return f"The mean is better than {who}: {by}."
+    if worse := {name: one for name, one in strict.items() if one.high < 0}:
+        worst = min(worse, key=lambda name: worse[name].points)
+        points, low, high = (-number for number in worse[worst])
+        interval = f"({100 * level:.4g} % interval {high:.1f} to {low:.1f}, {len(average.right_N):,} pictures)"
+        return f"The mean is worse than {worst} by {points:.1f} points {interval}: do not ship it."
+    return f"Not decided: the mean is not shown to be better than {who}: {by}."
 
 
-def _points(one: Difference) -> str:
-    return f"{100 * one.points:+.1f} points"
-
-
-class Pictures:
-    """Labelled pictures on which models are compared."""
-
-    def __init__(self, pictures: Any, mesh: Mesh) -> None:
-        self._pictures, self._mesh = pictures, mesh  # Split or Records
-
-    def __len__(self) -> int:
-        return len(self._pictures)
-
-    def batches(self) -> EvalBatches:
-        return stream.eval_batches(self._pictures, BATCH, self._mesh)
-
-    def some(self, most: int) -> "Pictures":
-        """Returns at most that many, evenly spaced."""
-        chosen_N = np.linspace(0, len(self) - 1, min(len(self), most)).astype(int)
-        return Pictures(self._pictures.select(chosen_N), self._mesh)
-
-    def halves(self) -> tuple["Pictures", "Pictures"]:
-        """Returns two halves, each class in proportion."""
-        one, other = sources.hold_out(self._pictures, len(self) // 2)
-        return Pictures(one, self._mesh), Pictures(other, self._mesh)
-
-    def decoded(self) -> Split:
-        return self._pictures if isinstance(self._pictures, Split) else decode(self._pictures)
-
-
-def find_pictures(data: DataConfig, split: str, first: Source) -> Pictures:
+def find_pictures(data: DataConfig, split: str, first: Source) -> Split | Records:
     """Returns a split of a set, as models like `first` see it, decoded if it is small. Raises DataError."""
     records = sources.labelled(dataclasses.replace(data, crop=first.crop), first.model, first.classes, split)
-    size = len(records) * math.prod(records.crop.shape)
-    return Pictures(decode(records) if size <= IN_MEMORY else records, devices.make_mesh(TrainConfig(batch_size=BATCH)))
+    return decode(records) if len(records) * math.prod(records.crop.shape) <= IN_MEMORY else records
+
+
+def some(pictures: Any, most: int) -> Any:
+    """Returns at most that many pictures, evenly spaced."""
+    return pictures.select(mergeability.evenly_spaced(len(pictures), most))
 
 
 class Measured(NamedTuple):
@@ -293,7 +267,7 @@ def measure(
     average: Dict,
     start: Source | None,
     first: Source,
-    pictures: Pictures | None,
+    pictures: Split | Records | None,
     progress: Callable[[], None],
 ) -> Measured:
     """Returns what is known of the mean of models. Memory holds one model beside start and mean, and the ensemble's
@@ -304,7 +278,7 @@ def measure(
         rows[model.name] = {"images": model.images, "distance": distance} | ({"cosine": cosine} if start else {})
     if not pictures:
         return Measured(_named(rows), UNKNOWN, {}, [], np.empty((0, 0)))
-    score, quick = (Scorer(first, some.batches(), progress) for some in (pictures, pictures.some(ON_LINES)))
+    score, quick = (Scorer(first, one, progress) for one in (pictures, some(pictures, ON_LINES)))
     found, losses, way = {}, {}, list[float]()
     total: Any = 0
     for name in [*rows]:
@@ -319,7 +293,7 @@ def measure(
     sites = {model.name: found[model.name] for model in models}
     said = verdict(mean := score(average), sites, found.get(START))
     for name, one in found.items():
-        rows[name] |= difference(name, mean.right_N, one.right_N)._asdict()
+        rows[name] |= difference(mean.right_N, one.right_N)._asdict()
     found |= {MEAN: mean, f"ensemble of {len(models)}": scores(np.log(total / len(models)), labels_N)}
     for name, one in found.items():
         rows[name] = rows.get(name, {}) | {"accuracy": one.accuracy, "nll": one.nll}
@@ -336,21 +310,10 @@ def _named(rows: Mapping[str, dict[str, Any]]) -> list[dict[str, Any]]:
 
 def cells(rows: Sequence[Mapping[str, Any]], weight: Mapping[str, float]) -> list[dict[str, str]]:
     """Returns the rows as text; a column that no row has is left out. `weight` is the share of each model."""
-    forms: dict[str, Callable[[Any], str]] = {
-        "images": "{:,}".format,
-        "distance": "{:.4f}".format,
-        "cosine": "{:.2f}".format,
-        "accuracy": "{:.2%}".format,
-        "nll": "{:.4f}".format,
-        "barrier": "{:.4f}".format,
-    }
-    kept = [name for name in forms if any(name in row for row in rows)]
-    table = []
-    for row in rows:
-        text = {"model": row["model"], "weight": f"{weight.get(row['model'], 0):.1%}" if "images" in row else ""}
-        text |= {name: forms[name](row[name]) if name in row else "" for name in kept}
-        if kept[-1] == "barrier":
-            gain = [100 * row[name] for name in ("points", "low", "high")] if "points" in row else []
-            text["mean minus it"] = "{:+.1f} ({:+.1f} to {:+.1f})".format(*gain) if gain else ""
-        table.append(text)
-    return table
+    forms = {"model": "{model}", "weight": "{weight:.1%}", "images": "{images:,}", "distance": "{distance:.4f}"}
+    forms |= {"cosine": "{cosine:.2f}", "accuracy": "{accuracy:.2%}", "nll": "{nll:.4f}", "barrier": "{barrier:.4f}"}
+    forms |= {"points": "{points:+.1f} ({low:+.1f} to {high:+.1f})"}
+    full = [{"weight": weight.get(row["model"], 0.0), **row} if "images" in row else row for row in rows]
+    kept = [name for name in forms if any(name in row for row in full)]
+    titles = {"points": "mean minus it"}
+    return [{titles.get(name, name): forms[name].format(**row) if name in row else "" for name in kept} for row in full]

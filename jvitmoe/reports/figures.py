@@ -253,12 +253,12 @@ def average(measured: Any, classes: Sequence[str]) -> Figure:
     )
     names = [shown(row["model"], 24) for row in rows]
     for y, row in enumerate(rows):
-        is_mean = row["model"] == "mean"
+        is_mean = row is rows[-2]
         style: Any = {"color": COLOURS[0] if is_mean else "black", "fmt": "o" if is_mean else "D"}
         at = 100 * row["accuracy"]
         if "low" in row:  # the interval of the mean minus this model
-            middle = 100 * next(r["accuracy"] for r in rows if r["model"] == "mean")
-            models_axes.plot([middle - 100 * row["high"], middle - 100 * row["low"]], [y, y], color="0.6", linewidth=3)
+            middle = 100 * rows[-2]["accuracy"]
+            models_axes.plot([middle - row["high"], middle - row["low"]], [y, y], color="0.6", linewidth=3)
         models_axes.errorbar(at, y, **style)
         models_axes.annotate(f"{at:.1f}", (at, y), (0, 6), textcoords="offset points", ha="center", fontsize=9)
         if is_mean:

@@ -163,7 +163,7 @@ def sites(begun) -> list[Path]:
 def test_a_mean_is_exported_to_every_format_and_starts_a_next_round(begun, sites, tmp_path):
     models, data = [jvitmoe.Run(sites[0]), sites[1]], DataConfig("digits")
     made = jvitmoe.average(models, tmp_path / "m", begun / "start", data, weights="greedy")
-    assert [row["model"] for row in made.rows] == ["the start", "half1", "half2", "mean", "ensemble of 2"]
+    assert [row["model"] for row in made.rows] == ["the start", "half1", "half2", "the mean", "ensemble of 2"]
     images = sources.load(Config().data, Config().model).test.images_NHWc[:16]
     wanted = made.classifier().logits(images)
     for name in TARGETS:

@@ -166,7 +166,7 @@ def test_the_interval_of_a_difference_holds_it_in_95_percent(count, better, wors
     for _ in range(2000):
         kind_N = rng.choice(3, count, p=[better, worse, 1 - better - worse])
         one_N, other_N = kind_N == 0, kind_N == 1
-        found = averaging.difference("x", one_N, other_N)
+        found = averaging.difference(one_N, other_N)
         assert found.low <= found.points <= found.high
-        held += found.low <= better - worse <= found.high
+        held += found.low <= 100 * (better - worse) <= found.high
     assert held / 2000 > 0.94
