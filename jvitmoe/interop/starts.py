@@ -59,7 +59,7 @@ def digest(source: Source) -> str:
     found = hashlib.sha256(about)
     for name, leaf in sorted(source.params.items()):
         found.update(f"{name} {leaf.shape}".encode())
-        found.update(np.ascontiguousarray(leaf, np.float32))
+        found.update(np.ascontiguousarray(leaf, np.float32).data)
     return found.hexdigest()[:16]
 
 
