@@ -4,7 +4,6 @@ The start holds one model, the settings of the experiment, and the names of its 
 it at each place on the pictures that are there, and `jvitmoe average` makes one model of the results.
 """
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -23,7 +22,11 @@ def main(argv: list[str]) -> None:
     values = cli.parse(argv, _define_flags, config=True)
     if not values.classes or not values.out:
         raise UserError("--classes and --out are needed: a text file with a name of a class per line, and a new folder")
-    start(values.config, _names(values.classes), Path(values.out))
+    try:
+        lines = Path(values.classes).read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError) as error:
+        raise UserError(f"--classes is {values.classes!r}, which is no text ({type(error).__name__})") from error
+    start(values.config, [line.strip() for line in lines if line.strip()], Path(values.out))
 
 
 def start(config: Config, classes: Sequence[str], out: Path) -> None:
@@ -47,15 +50,6 @@ def start(config: Config, classes: Sequence[str], out: Path) -> None:
     export.write(out, target, source, target.sample(source, base.noise(source.model)))
     console.print(f"start       {printable(str(out))}: {len(classes)} classes, hash {starts.digest(source)}")
     console.print(f"next        at each place: jvitmoe train --start {printable(str(out))} --config.data.dir=PICTURES")
-
-
-def _names(path: str) -> list[str]:
-    """Returns the names of classes in a text file, one per line. Raises UserError."""
-    try:
-        lines = Path(os.path.expanduser(path)).read_text(encoding="utf-8").splitlines()
-    except (OSError, ValueError) as error:
-        raise UserError(f"--classes is {path!r}, which cannot be read ({type(error).__name__}); give a text") from error
-    return [line.strip() for line in lines if line.strip()]
 
 
 def _define_flags(values: flags.FlagValues) -> None:

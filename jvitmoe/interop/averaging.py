@@ -181,7 +181,7 @@ def between(one: Mapping[str, np.ndarray], other: Mapping[str, np.ndarray], shar
 
 def geometry(flat: Dict, start: Mapping[str, np.ndarray], average: Dict) -> tuple[float, float]:
     """Returns (the distance of a model from the start over the size of the start, the cosine of its update and that of
-    the mean)."""
+    the mean; 0 if the start is the mean)."""
     sums = np.zeros(4)
     for name in flat:
         for row, first, of_all in zip(*(_rows(tree[name]) for tree in (flat, start, average)), strict=True):
@@ -272,12 +272,12 @@ def measure(
 ) -> Measured:
     """Returns what is known of the mean of models. Memory holds one model beside start and mean, and the ensemble's
     probabilities."""
-    rows: dict[str, dict[str, Any]] = {START: {}} if start else {}
+    rows: dict[str, dict[str, Any]] = {START: {"model": START}} if start else {}
     for model in models:
         distance, cosine = geometry(model.read(), start.params if start else average, average)
-        rows[model.name] = {"images": model.images, "distance": distance} | ({"cosine": cosine} if start else {})
+        rows[model.name] = {"model": model.name, "images": model.images, "distance": distance, "cosine": cosine}
     if not pictures:
-        return Measured(_named(rows), UNKNOWN, {}, [], np.empty((0, 0)))
+        return Measured([*rows.values()], UNKNOWN, {}, [], np.empty((0, 0)))
     score, quick = (Scorer(first, one, progress) for one in (pictures, some(pictures, ON_LINES)))
     found, losses, way = {}, {}, list[float]()
     total: Any = 0
@@ -296,16 +296,12 @@ def measure(
         rows[name] |= difference(mean.right_N, one.right_N)._asdict()
     found |= {MEAN: mean, f"ensemble of {len(models)}": scores(np.log(total / len(models)), labels_N)}
     for name, one in found.items():
-        rows[name] = rows.get(name, {}) | {"accuracy": one.accuracy, "nll": one.nll}
+        rows[name] = {"model": name, **rows.get(name, {}), "accuracy": one.accuracy, "nll": one.nll}
     classes = first.model.classes
     counts_C = np.bincount(labels_N, minlength=classes)
     with np.errstate(invalid="ignore"):
         by_class_MC = [np.bincount(labels_N, one.right_N, classes) / counts_C for one in found.values()]
-    return Measured(_named(rows), said, losses, way, np.array(by_class_MC))
-
-
-def _named(rows: Mapping[str, dict[str, Any]]) -> list[dict[str, Any]]:
-    return [{"model": name, **row} for name, row in rows.items()]
+    return Measured([*rows.values()], said, losses, way, np.array(by_class_MC))
 
 
 def cells(rows: Sequence[Mapping[str, Any]], weight: Mapping[str, float]) -> list[dict[str, str]]:

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from jvitmoe import config as config_lib
-from jvitmoe.config import NEUTRAL, Config, ModelConfig
+from jvitmoe.config import NEUTRAL, Config
 from jvitmoe.errors import ConfigError
 from jvitmoe.interop import load, pretrained, weight_names
 from jvitmoe.interop.load import Source
@@ -44,12 +44,10 @@ def begin(config: Config, folder: Path | str) -> None:
     source = load.read(folder)
     if source.config is None:
         raise ConfigError(f"--start is {str(folder)!r}, which is no start; make one with jvitmoe start")
+    ours = facts(config)
     for path, theirs in facts(source).items():
-        ours = facts_of(config)[path]
-        if ours != theirs:
-            raise ConfigError(
-                f"config.{path} is {ours!r}; the start has {theirs!r}; leave it out, or make another start"
-            )
+        if ours[path] != theirs:
+            raise ConfigError(f"config.{path} is {ours[path]!r}; the start has {theirs!r}; leave it out")
     config.init.start = digest(source)
 
 
@@ -63,21 +61,15 @@ def digest(source: Source) -> str:
     return found.hexdigest()[:16]
 
 
-def facts(source: Source) -> dict[str, Any]:
-    """Returns {"section.field": value} of all that models must have in common to be averaged, besides classes."""
-    data = {"crop": source.crop, "mean": source.mean, "std": source.std}
-    return _model_facts(source.model) | {f"data.{name}": value for name, value in data.items()}
-
-
-def facts_of(config: Config) -> dict[str, Any]:
-    """Returns `facts` of the model that a run makes."""
-    data = {name: getattr(config.data, name) for name in ("crop", "mean", "std")}
-    model = dataclasses.replace(config.model, lora=0, adapter=0).plain()
-    return _model_facts(model) | {f"data.{name}": value for name, value in data.items()}
-
-
-def _model_facts(model: ModelConfig) -> dict[str, Any]:
-    return {f"model.{name}": value for name, value in dataclasses.asdict(model).items() if name not in NEUTRAL}
+def facts(of: Source | Config) -> dict[str, Any]:
+    """Returns {"section.field": value} of all that models must have in common to be averaged, besides classes: of a
+    model that was read, or of the one that a run of these settings makes."""
+    pixels: Any = of.data if isinstance(of, Config) else of
+    model = dataclasses.replace(of.model, lora=0, adapter=0).plain() if isinstance(of, Config) else of.model
+    found = {f"model.{name}": value for name, value in dataclasses.asdict(model).items() if name not in NEUTRAL}
+    for name in ("mean", "std"):  # one number stands for all channels
+        found[f"data.{name}"] = tuple(np.broadcast_to(getattr(pixels, name), model.channels).tolist())
+    return found | {"data.crop": pixels.crop}
 
 
 def class_names(config: Config, workdir: Path) -> tuple[str, ...]:

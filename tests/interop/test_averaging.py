@@ -16,7 +16,7 @@ from jvitmoe.interop.averaging import Scores
 from jvitmoe.interop.formats import TARGETS, base
 from processes import refused
 
-MODEL = ModelConfig(width=8, hidden=12, depth=2, heads=2, patch=4)
+MODEL = ModelConfig(width=8, hidden=12, depth=2, heads=2, patch=4, cls_position=True)
 NAMES = tuple("0123456789")
 
 
@@ -55,6 +55,19 @@ def test_a_mean_is_that_of_the_files_in_float64_rounded_once_in_any_order(made, 
         np.testing.assert_array_equal(arrays(tmp_path / "cab")[name], leaf)
         by_images = (several * np.array([1, 2, 3]).reshape(-1, *[1] * leaf.ndim) / 6).sum(0).astype(np.float32)
         np.testing.assert_array_max_ulp(arrays(tmp_path / "images")[name], by_images, 1)
+
+
+@pytest.mark.parametrize("target", ["timm", "hf"])
+def test_files_of_another_library_are_averaged_with_ours_if_the_start_is_given(made, tmp_path, target):
+    source = load.read(made / "b")
+    theirs, sample = TARGETS[target], TARGETS[target].sample(source, base.noise(source.model))
+    export.write(tmp_path / "b", theirs, source, sample)
+    average_models([made / "a", tmp_path / "b"], tmp_path / "mixed", made / "start")
+    average_models([made / "a", made / "b"], tmp_path / "ours", made / "start")
+    for name, leaf in arrays(tmp_path / "ours").items():
+        np.testing.assert_allclose(arrays(tmp_path / "mixed")[name], leaf, rtol=0, atol=1e-6)
+    with pytest.raises(UserError, match="says nothing of its start"):
+        average_models([made / "a", tmp_path / "b"], tmp_path / "out")
 
 
 def test_the_mean_of_copies_is_the_copy_and_all_the_way_back_is_the_start(made):
