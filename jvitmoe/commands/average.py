@@ -90,7 +90,9 @@ def average(
     pictures: Any = averaging.find_pictures(data, split, first) if data else None
     chosen = found
     with progress("averaging and testing" if pictures else "averaging") as batch_done:
-        if pictures and weights == "greedy":
+        if pictures is not None and weights == "greedy":
+            if len(pictures) < 2:
+                raise UserError("--weights is 'greedy', which needs two pictures or more; give more, or other weights")
             pictures, held = sources.hold_out(pictures, len(pictures) // 2)
             chosen = averaging.greedy(found, averaging.Scorer(first, held, batch_done))
         counts = [model.images if weights == "images" else 1 for model in chosen]

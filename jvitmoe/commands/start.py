@@ -23,7 +23,7 @@ def main(argv: list[str]) -> None:
     if not values.classes or not values.out:
         raise UserError("--classes and --out are needed: a text file with a name of a class per line, and a new folder")
     try:
-        lines = Path(values.classes).read_text(encoding="utf-8").splitlines()
+        lines = Path(values.classes).read_text(encoding="utf-8-sig").splitlines()
     except (OSError, ValueError) as error:
         raise UserError(f"--classes is {values.classes!r}, which is no text ({type(error).__name__})") from error
     start(values.config, [line.strip() for line in lines if line.strip()], Path(values.out))

@@ -44,6 +44,8 @@ def begin(config: Config, folder: Path | str) -> None:
     source = load.read(folder)
     if source.config is None:
         raise ConfigError(f"--start is {str(folder)!r}, which is no start; make one with jvitmoe start")
+    if config.init.source != str(folder):
+        raise ConfigError(f"config.init.source is {config.init.source!r}; with --start it is the start; leave it out")
     ours = facts(config)
     for path, theirs in facts(source).items():
         if ours[path] != theirs:
@@ -79,4 +81,7 @@ def class_names(config: Config, workdir: Path) -> tuple[str, ...]:
         return ()
     if checkpoints.list_steps(workdir / safe_io.CHECKPOINTS) and (saved := safe_io.read_classes(workdir)):
         return saved
-    return load.read(config.init.source).classes
+    source = load.read(config.init.source)
+    if (found := digest(source)) != config.init.start:
+        raise ConfigError(f"config.init.start is {config.init.start!r}; {config.init.source} has {found}; give --start")
+    return source.classes

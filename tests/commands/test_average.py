@@ -189,6 +189,9 @@ def test_what_is_wrong_at_a_site_is_one_line(begun, tmp_path):
 
     begin = f"--start={begun / 'start'}"
     assert "config.model.width is 16; the start has 8" in message(begin, "--config.model.width=16")
+    assert "config.init.source is 'x'" in message(begin, "--config.init.source=x")
+    made_up = ["--config=digits_dense", f"--config.init.source={begun / 'start'}", "--config.init.start=0123"]
+    assert "config.init.start is '0123'" in message(*made_up)
     assert "give one of them" in message(begin, "--config=digits_dense")
     assert "jvitmoe start" in message(f"--start={tmp_path}")
     assert "data.part" in message(begin, "--config.data.part=3/2")

@@ -1,6 +1,8 @@
 """The mean of models that were trained apart: what it is, what may not be averaged, and when it may be shipped."""
 
 import dataclasses
+import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -144,6 +146,18 @@ def test_damaged_equal_few_and_foreign_models_are_refused_in_one_line(made, tmp_
     assert "--data_dir" in message(made / "a", made / "b", weights="greedy")
     assert "--weights is" in message(made / "a", made / "b", weights="equl")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("images", -1), ("images", 10**40), ("images", "many"), ("start", 5), ("averaged", [1]), ("averaged", {"of": 3})],
+)
+def test_edited_numbers_of_an_export_are_one_line(made, tmp_path, name, value):
+    shutil.copytree(made / "a", tmp_path / "a")
+    (tmp_path / "a" / "SHA256SUMS").unlink()
+    about = json.loads((tmp_path / "a" / "config.json").read_text())
+    (tmp_path / "a" / "config.json").write_text(json.dumps(about | {name: value}))
+    assert "config.json" in refused(average.main, tmp_path / "a", made / "b", f"--out={tmp_path / 'out'}")
 
 
 def test_weights_that_are_not_finite_are_named(made, tmp_path):
