@@ -79,7 +79,6 @@ def average(
     console.print(f"reading     {len(models)} models")
     # Not above: these import JAX and matplotlib, and --help need not wait for that.
     from jvitmoe.data import sources
-    from jvitmoe.data.splits import Split, decode
     from jvitmoe.interop import averaging, load, starts
     from jvitmoe.interop.formats import TARGETS, base
 
@@ -109,7 +108,6 @@ def average(
     source = load.Source(out, load.OURS, mean, first.model, first.classes, (), settings, *pixels, averaged=averaged)
     target = TARGETS["safetensors"]
     images = averaging.some(pictures, base.SAMPLE) if pictures else base.noise(first.model)
-    images = images if isinstance(images, Split) else decode(images)
     export.write(out, target, source, target.sample(source, images), others=_report(measured, rows, first.classes))
     console.print(f"written     {printable(str(out))}, hash {starts.digest(source)}")
     return Averaged(out, measured.rows, measured.verdict)

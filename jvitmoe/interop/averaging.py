@@ -241,9 +241,10 @@ def find_pictures(data: DataConfig, split: str, first: Source) -> Split | Record
     return decode(records) if len(records) * math.prod(records.crop.shape) <= IN_MEMORY else records
 
 
-def some(pictures: Any, most: int) -> Any:
-    """Returns at most that many pictures, evenly spaced."""
-    return pictures.select(mergeability.evenly_spaced(len(pictures), most))
+def some(pictures: Any, most: int) -> Split:
+    """Returns at most that many pictures, evenly spaced, in memory."""
+    chosen = pictures.select(mergeability.evenly_spaced(len(pictures), most))
+    return chosen if isinstance(chosen, Split) else decode(chosen)
 
 
 class Measured(NamedTuple):
