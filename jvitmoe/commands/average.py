@@ -78,7 +78,7 @@ def average(
     _check(start, data, split, weights, toward_start)
     console.print(f"reading     {len(models)} models")
     # Not above: these import JAX and matplotlib, and --help need not wait for that.
-    from jvitmoe.data import sources
+    from jvitmoe.data import sources, splits
     from jvitmoe.interop import averaging, load, starts
     from jvitmoe.interop.formats import TARGETS, base
 
@@ -107,7 +107,7 @@ def average(
     settings, pixels = begin.config if begin else None, (first.crop, first.mean, first.std)
     source = load.Source(out, load.OURS, mean, first.model, first.classes, (), settings, *pixels, averaged=averaged)
     target = TARGETS["safetensors"]
-    images = averaging.some(pictures, base.SAMPLE) if pictures else base.noise(first.model)
+    images = splits.some(pictures, base.SAMPLE) if pictures else base.noise(first.model)
     export.write(out, target, source, target.sample(source, images), others=_report(measured, rows, first.classes))
     console.print(f"written     {printable(str(out))}, hash {starts.digest(source)}")
     return Averaged(out, measured.rows, measured.verdict)

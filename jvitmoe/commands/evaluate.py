@@ -11,7 +11,6 @@ With --verify it only reports which files of the run folder are sound, and exits
 
 import dataclasses
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +73,7 @@ def evaluate(
     # Not above: these import JAX and matplotlib, and --help need not wait for that.
     from jvitmoe.data import stream
     from jvitmoe.data.batches import Resident
+    from jvitmoe.data.splits import some
     from jvitmoe.evaluation import evaluator, mergeability, probes
     from jvitmoe.experts import merge
     from jvitmoe.reports import figures
@@ -94,9 +94,9 @@ def evaluate(
             result["probes"] = probes.measure(tester.net, trees, kept, config.data, at_once, mesh, few_shot)
         gate_X, few = None, None
         if routing.experts > 1:
-            few = _some(data.test, mergeability.IMAGES)
+            few = some(data.test, mergeability.IMAGES)
         if tester.routed:
-            seen = _some(data.train, mergeability.IMAGES, skipped=console.print)  # as training may have
+            seen = some(data.train, mergeability.IMAGES, skipped=console.print)  # as training may have
             gate_X, result["routes"] = _routes(routing, params, tester.routed, seen, few, workdir)
         seed = config.train.seed
         result["rows"] = evaluator.evaluate_run(routing, seed, params, ema, tester, shown, paths, gate_X)
@@ -106,7 +106,7 @@ def evaluate(
         if few is not None:
             batches = Resident(few, at_once, mesh)
             result["mergeability"] = mergeability.measure(routing, params, tester, batches)
-    _draw_samples(tester, dense, _some(data.test, MOST_SAMPLES), workdir)
+    _draw_samples(tester, dense, some(data.test, MOST_SAMPLES), workdir)
     drawn = figures.of_run(result, workdir)
     for name, figure in drawn.items():
         figures.save(figure, workdir / name)
@@ -165,15 +165,6 @@ def _without_held_out(data: Any, config: Config) -> Any:
     from jvitmoe.data import sources
 
     return dataclasses.replace(data, train=sources.training_images(data.train, config.data)[0])
-
-
-def _some(split: Any, most: int, skipped: Callable[[str], object] | None = None) -> Any:
-    """Returns at most that many images of a split, in memory; on `skipped` see `splits.decode`."""
-    from jvitmoe.data.splits import Split, decode
-    from jvitmoe.evaluation import mergeability
-
-    chosen = split.select(mergeability.evenly_spaced(len(split), most))
-    return chosen if isinstance(chosen, Split) else decode(chosen, skipped)
 
 
 def _routes(routing: Any, params: Any, routed: Any, seen: Any, few: Any, workdir: Path) -> tuple[Any, dict[str, Any]]:

@@ -120,8 +120,8 @@ class Source(abc.ABC):
 
 
 def check_fit(name: str, shape_HWc: Sequence[int], classes: int, model: ModelConfig) -> None:
-    """Raises DataError, with the settings to change, if images or classes of a set do not fit the model. A
-    model of 0 classes, used for its features only, fits any number of classes."""
+    """Raises DataError, with the settings to change, if images or classes of a set do not fit the model. A model of 0
+    classes, used for its features only, fits any number of classes."""
     height, width, channels = shape_HWc
     if channels not in MODES:
         raise DataError(f"images of {name} have {channels} channels (config.model.channels); they must have 1, 3 or 4")
@@ -148,6 +148,17 @@ def in_memory(split: Split) -> Records:
 
     crop = Crop("exact", *split.images_NHWc.shape[2:])
     return Records(read, np.arange(len(split)), split.labels_N, about, crop)
+
+
+def evenly_spaced(images: int, most: int) -> np.ndarray:
+    """Returns the indices of at most `most` images, evenly spaced over a split of `images`."""
+    return np.linspace(0, images - 1, min(images, most)).astype(int)
+
+
+def some(split: "Split | Records", most: int, skipped: Callable[[str], object] | None = None) -> Split:
+    """Returns at most that many images of a split, evenly spaced, in memory; on `skipped` see `decode`."""
+    chosen = split.select(evenly_spaced(len(split), most))
+    return chosen if isinstance(chosen, Split) else decode(chosen, skipped)
 
 
 def decode(records: Records, skipped: Callable[[str], object] | None = None) -> Split:

@@ -25,11 +25,6 @@ TINY = 1e-30
 ROUNDING = 1e-6  # relative distance below which experts are equal
 
 
-def evenly_spaced(images: int, most: int = IMAGES) -> np.ndarray:
-    """Returns the indices of at most `most` images, evenly spaced over a split of `images`."""
-    return np.linspace(0, images - 1, min(images, most)).astype(int)
-
-
 def measure(routing: Routing, params: Params, evaluate: Evaluator, batches: EvalBatches) -> dict[str, Any]:
     """Returns the numbers of `weight_geometry`, `layer_gap` and `barrier`, measured on a split."""
     experts, layers, route_PX = routing.experts, routing.layers_with_experts, path_routes(routing, 0, paths=0)

@@ -16,9 +16,8 @@ import numpy as np
 from jvitmoe.config import DataConfig, TrainConfig
 from jvitmoe.data import augment, sources, stream
 from jvitmoe.data.batches import Batch
-from jvitmoe.data.splits import Records, Split, decode
+from jvitmoe.data.splits import Records, Split, decode, some
 from jvitmoe.errors import UserError
-from jvitmoe.evaluation import mergeability
 from jvitmoe.interop import classifier, load, starts, weight_names
 from jvitmoe.interop.load import Source
 from jvitmoe.interop.weight_names import Dict
@@ -241,12 +240,6 @@ def find_pictures(data: DataConfig, split: str, first: Source) -> Split | Record
     return decode(records) if len(records) * math.prod(records.crop.shape) <= IN_MEMORY else records
 
 
-def some(pictures: Any, most: int) -> Split:
-    """Returns at most that many pictures, evenly spaced, in memory."""
-    chosen = pictures.select(mergeability.evenly_spaced(len(pictures), most))
-    return chosen if isinstance(chosen, Split) else decode(chosen)
-
-
 class Measured(NamedTuple):
     """What is known of a mean.
 
@@ -280,19 +273,20 @@ def measure(
     if not pictures:
         return Measured([*rows.values()], UNKNOWN, {}, [], np.empty((0, 0)))
     score, quick = (Scorer(first, one, progress) for one in (pictures, some(pictures, ON_LINES)))
+    by_name, mean, end = {model.name: model for model in models}, score(average), quick(average).nll
     found, losses, way = {}, {}, list[float]()
     total: Any = 0
     for name in [*rows]:
-        flat = start.params if start and name == START else next(m for m in models if m.name == name).read()
+        flat = start.params if start and name == START else by_name[name].read()
         log_NC, labels_N = score.log_probabilities(flat)
         found[name] = scores(log_NC, labels_N)
         total = total + (np.exp(log_NC, dtype=np.float64) if name != START else 0)
-        losses[name] = [quick(between(flat, average, share)).nll for share in POINTS]
-        rows[name]["barrier"] = max(0.0, max(losses[name]) - max(losses[name][0], losses[name][-1]))
+        losses[name] = [*(quick(between(flat, average, share)).nll for share in POINTS[:-1]), end]
+        rows[name]["barrier"] = max(0.0, max(losses[name]) - max(losses[name][0], end))
     if start:
-        way = [score(between(start.params, average, share)).accuracy for share in POINTS]
-    sites = {model.name: found[model.name] for model in models}
-    said = verdict(mean := score(average), sites, found.get(START))
+        between_them = [score(between(start.params, average, share)).accuracy for share in POINTS[1:-1]]
+        way = [found[START].accuracy, *between_them, mean.accuracy]
+    said = verdict(mean, {name: found[name] for name in by_name}, found.get(START))
     for name, one in found.items():
         rows[name] |= difference(mean.right_N, one.right_N)._asdict()
     found |= {MEAN: mean, f"ensemble of {len(models)}": scores(np.log(total / len(models)), labels_N)}

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from jvitmoe import routing
-from jvitmoe.data import augment
+from jvitmoe.data import augment, splits
 from jvitmoe.data.batches import Resident
 from jvitmoe.evaluation import evaluator, mergeability
 from jvitmoe.experts import merge
@@ -166,7 +166,7 @@ def test_the_line_starts_at_the_experts_and_ends_at_the_merged_model(tiny_config
 
 @pytest.mark.parametrize("count", [1, 26, 1000, 3001])
 def test_the_subset_is_fixed_even_and_at_most_a_thousand(count):
-    chosen = mergeability.evenly_spaced(count)
+    chosen = splits.evenly_spaced(count, mergeability.IMAGES)
     assert len(chosen) == len(set(chosen)) == min(count, 1000)
     assert np.ptp(np.diff(chosen)) <= 1 if count > 1 else True
     assert {0, count - 1} <= set(chosen.tolist())
