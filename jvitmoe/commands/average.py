@@ -74,8 +74,7 @@ def average(
     """
     paths, out = [str(getattr(model, "workdir", model)) for model in models], Path(out).expanduser()
     data = DataConfig("folder", str(data)) if isinstance(data, Path | str) else data
-    export.check_new(out)
-    _check(start, data, split, weights, toward_start)
+    _check(out, start, data, split, weights, toward_start)
     console.print(f"reading     {len(models)} models")
     # Not above: these import JAX and matplotlib, and --help need not wait for that.
     from jvitmoe.data import sources, splits
@@ -87,11 +86,11 @@ def average(
     if weights == "images" and (unknown := [model.path for model in found if not model.images]):
         raise UserError(f"{unknown[0]} does not say how many images it was trained on; set --weights=equal")
     pictures: Any = averaging.find_pictures(data, split, first) if data else None
+    if weights == "greedy" and len(pictures) < 2:
+        raise UserError("--weights is 'greedy', which needs two pictures or more; give more, or other weights")
     chosen = found
     with progress("averaging and testing" if pictures else "averaging") as batch_done:
-        if pictures is not None and weights == "greedy":
-            if len(pictures) < 2:
-                raise UserError("--weights is 'greedy', which needs two pictures or more; give more, or other weights")
+        if weights == "greedy":
             pictures, held = sources.hold_out(pictures, len(pictures) // 2)
             chosen = averaging.greedy(found, averaging.Scorer(first, held, batch_done))
         counts = [model.images if weights == "images" else 1 for model in chosen]
@@ -101,12 +100,10 @@ def average(
     rows = averaging.cells(measured.rows, {model.name: share for model, share in weight.items()})
     show_table(rows, "Models")
     console.print(measured.verdict)
-
     made_of = [{"model": model.name, "hash": model.digest, "weight": share} for model, share in weight.items()]
-    averaged = {"of": made_of, "verdict": measured.verdict}
-    settings, pixels = begin.config if begin else None, (first.crop, first.mean, first.std)
-    source = load.Source(out, load.OURS, mean, first.model, first.classes, (), settings, *pixels, averaged=averaged)
-    target = TARGETS["safetensors"]
+    about: Any = {"averaged": {"of": made_of, "verdict": measured.verdict}, "config": begin and begin.config}
+    about |= {"crop": first.crop, "mean": first.mean, "std": first.std}
+    source, target = load.Source(out, load.OURS, mean, first.model, first.classes, **about), TARGETS["safetensors"]
     images = splits.some(pictures, base.SAMPLE) if pictures else base.noise(first.model)
     export.write(out, target, source, target.sample(source, images), others=_report(measured, rows, first.classes))
     console.print(f"written     {printable(str(out))}, hash {starts.digest(source)}")
@@ -126,8 +123,11 @@ def _report(measured: Any, rows: Sequence[Mapping[str, str]], classes: Sequence[
     return drawn | {"report.md": page.as_markdown(parts).encode()}
 
 
-def _check(start: str | Path, data: DataConfig | None, split: str, weights: str, toward_start: float) -> None:
-    """Raises UserError for arguments that need others, or have no such value."""
+def _check(
+    out: Path, start: str | Path, data: DataConfig | None, split: str, weights: str, toward_start: float
+) -> None:
+    """Raises UserError for a folder that is not new, and arguments that need others, or have no such value."""
+    export.check_new(out)
     if weights not in WEIGHTS or split not in SPLITS:
         name, value, known = ("weights", weights, WEIGHTS) if weights not in WEIGHTS else ("split", split, SPLITS)
         raise UserError(f"--{name} is {value!r}; it must be one of {', '.join(known)}{did_you_mean(value, known)}")
