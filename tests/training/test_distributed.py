@@ -107,7 +107,8 @@ def test_two_processes_stop_together_at_one_signal_and_one_process_takes_their_r
     assert [e.code for e in ended] == [128 + signal.SIGTERM] * 2, ended
     assert "2 processes" in ended[0].out
     assert "by SIGTERM" in ended[0].out
-    assert [line for line in ended[1].out.splitlines() if not line.startswith("[Gloo]")] == []
+    # The threads of Gloo write text and line end apart, so that two of its lines may be one line and an empty one.
+    assert [line for line in ended[1].out.splitlines() if line and not line.startswith("[Gloo]")] == []
     (stopped_at,) = steps_saved(workdir)
     assert stopped_at == len(losses(workdir)) < STEPS
     assert losses(workdir) == pytest.approx({n: losses(one)[n] for n in range(1, stopped_at + 1)}, abs=1e-6)
