@@ -18,11 +18,10 @@ def get_config(variant: str = "dense") -> Config:
     config = Config(
         data=DataConfig(name="folder", stream=True, crop="resized", flip=True, mixup=0.2),
         model=ModelConfig(
-            **{"image_size": 224, "channels": 3, "classes": 0, "patch": 16, "width": 384, "hidden": 1536},
-            **{"depth": 12, "heads": 6, "cls_position": True, "norm_epsilon": 1e-6, "drop_path": 0.1},
+            **{"width": 0, "classes": 0, "drop_path": 0.1},  # all else as the source has it
         ),
         init=InitConfig(source="model.safetensors"),
         optim=OptimConfig(learning_rate=1e-3, weight_decay=0.05, warmup_epochs=2, clip_norm=1.0, layer_decay=0.75),
-        train=TrainConfig(epochs=20, batch_size=256, label_smoothing=0.1, ema=0.9998),
+        train=TrainConfig(epochs=20, batch_size=0, label_smoothing=0.1, ema=0.9998),
     )
     return with_variant(config, variant)

@@ -19,6 +19,6 @@ def get_config(variant: str = "dense") -> Config:
             **{"depth": 6, "heads": 3, "pool": "mean"},
         ),
         optim=OptimConfig(learning_rate=5e-4, warmup_epochs=2, clip_norm=1.0),  # AdamW, cosine to 0
-        train=TrainConfig(epochs=20, batch_size=32, label_smoothing=0.1),
+        train=TrainConfig(epochs=20, batch_size=0, label_smoothing=0.1),
     )
     return with_variant(config, variant)

@@ -45,9 +45,11 @@ class DataConfig:
     stream: bool = setting(False, "read each batch from disk: for sets larger than a device's memory", free=True)
     crop: str = setting(
         "exact",
-        "exact: images of the model's size; centre: any size, resized; resized: random parts, needs stream",
-        ("exact", "centre", "resized"),
+        "exact: images of the model's size; centre: the middle of any size; whole: all of it, padded to a square; "
+        "resized: random parts, needs stream",
+        ("exact", "centre", "whole", "resized"),
     )
+    crop_area: float = setting(0.08, "smallest share of a picture that crop=resized shows", above=0, at_most=1)
     augment: str = setting(
         "none",
         "three: 3-Augment of DeiT III with jitter of 0.3; trivial: one random operation (TrivialAugment, wide)",
@@ -74,7 +76,7 @@ class ModelConfig:
         "patch: one linear layer; else log2(patch) 3x3 convolutions that halve by max pooling (conv) or stride",
         ("patch", "conv", "strided"),
     )
-    width: int = setting(64, "width of a token, D", above=0)
+    width: int = setting(64, "width of a token, D; 0: the model of init.source, but for what is set", at_least=0)
     hidden: int = setting(128, "hidden units of an MLP, F", above=0)
     expert_hidden: int = setting(0, "hidden units of each expert of a router; 0: those of an MLP", at_least=0)
     shared_hidden: int = setting(0, "hidden units of a shared expert, which every token passes", at_least=0)
@@ -222,8 +224,17 @@ class TrainConfig:
     """Length, batch, loss, devices and checkpoints of a run."""
 
     epochs: int = setting(10, "passes over the training images", above=0)
-    batch_size: int = setting(128, "images per step, B; a multiple of the devices (sample: x experts)", above=0)
+    batch_size: int = setting(
+        128,
+        "images per step, B; a multiple of the devices (sample: x experts); 0: chosen by the number of images",
+        at_least=0,
+    )
     seed: int = setting(0, "seed of all random numbers of training", at_least=0)
+    class_weights: str = setting(
+        "none",
+        "weights of classes in the loss; balanced: all classes have the same sum over the training images",
+        ("none", "balanced"),
+    )
     label_smoothing: float = setting(0.0, "share of the target spread over all classes", at_least=0, below=1)
     ema: float = setting(
         0.0, "decay of the merged model's mean, at most (1 + t) / (10 + t), also tested; 0: none", at_least=0, below=1

@@ -33,6 +33,9 @@ def check(config: Config) -> Config:
         if field.type is float:  # 2 and 2.0 are one setting, also where they are compared as text
             section, _, name = path.partition(".")
             setattr(getattr(config, section), name, float(value))
+    if not config.model.width:  # until `pretrained.complete` has read the source
+        refuse(config, [] if config.init.source else [("model.width", "must be above 0 without init.source")])
+        return config
     for faults in (_data_faults, _model_faults, _train_faults, _routing_faults, _kind_faults):
         refuse(config, faults(config))
     return config
@@ -82,7 +85,7 @@ def _type_name(field: dataclasses.Field) -> str:
 def _data_faults(config: Config) -> Iterator[tuple[str, str]]:
     data, model = config.data, config.model
     if data.crop == "resized" and not data.stream:
-        yield "data.crop", "must be 'exact' or 'centre' without data.stream=True"
+        yield "data.crop", "must be 'exact', 'centre' or 'whole' without data.stream=True"
     for path, values, least in (("data.mean", data.mean, 0.0), ("data.std", data.std, SMALLEST_STD)):
         if len(values) not in (1, model.channels) or not all(least <= value <= 1 for value in values):
             yield path, f"must be one number or {model.channels}, one per channel, each from {least:g} to 1"

@@ -229,6 +229,7 @@ def _changed(run: Run, command: list[str], runs: Path) -> str:
     """Returns in words the first setting in which a kept run differs from what a command would train, or ""."""
     kept, new = rules.check(config.from_dict(run["config"])), config_of(command[1:])
     new.model.classes = new.model.classes or kept.model.classes  # 0: as many as the data have, which a run writes down
+    new.train.batch_size = new.train.batch_size or kept.train.batch_size
     changed = sources.differences(kept, new)
     source = Path(new.init.source)
     if source.parent == runs and source.name == Path(kept.init.source).name:  # RUNS was another folder then

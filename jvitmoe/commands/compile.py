@@ -81,9 +81,14 @@ def measure(config: Config, target: Target, count: int) -> dict[str, Any]:
 
     Raises UserError where XLA cannot compile it, and ConfigError where the settings do not fit the devices.
     """
+    from jvitmoe.data.batches import fitting
+    from jvitmoe.interop import pretrained
     from jvitmoe.machine import devices, programs
     from jvitmoe.training import build, step
 
+    pretrained.complete(config)
+
+    config.train.batch_size = config.train.batch_size or fitting(count)
     mesh = devices.make_mesh(config.train, found=targets.devices(target))
     plan = build.plan_for(config, mesh, count)
     began = time.monotonic()

@@ -38,11 +38,12 @@ def start(config: Config, classes: Sequence[str], out: Path) -> None:
     config.model.classes = len(classes)
     rules.check(config)
     console.print("starting    JAX")
-    from jvitmoe.interop import starts  # not above: these import JAX
+    from jvitmoe.interop import pretrained, starts  # not above: these import JAX
     from jvitmoe.interop.formats import TARGETS, base
     from jvitmoe.machine import compilation
 
     compilation.use_cache()
+    pretrained.complete(config)
     source, lines = starts.make(config, tuple(classes))
     for line in lines:
         console.print(f"source      {line}")

@@ -24,9 +24,10 @@ LONGEST = 65_535  # pixels of a side, JPEG's limit; a decoder's time grows with 
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 IMAGE_SUFFIXES = frozenset((".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"))
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # Pillow's name for 8-bit pixels of that many channels
-# Of a random crop: its share of the picture's area, uniform, and its width / height, log-uniform (arXiv 1409.4842).
-AREA = (0.08, 1.0)
+# Of a random crop (arXiv 1409.4842): its smallest share of the picture's area, and its width / height, log-uniform.
+AREA = 0.08
 RATIO = (3 / 4, 4 / 3)
+PADDING = 128  # grey, beside a whole picture
 TRIES = 10
 GAP = 2  # a JPEG is decoded at the smallest scale of which the crop still has this many times the pixels per side
 ORIENTATION = 0x0112  # EXIF's tag for how the camera was held; 1 is upright, and above 4 rows are columns
@@ -52,6 +53,7 @@ class Crop(NamedTuple):
     kind: str  # data.crop
     side: int
     channels: int
+    area: float = AREA  # data.crop_area
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -61,10 +63,11 @@ class Crop(NamedTuple):
         """Returns uint8 [H, W, c]: with `seed` as training sees the picture, else as evaluation does. Raises
         DataError."""
         if self.kind == "resized" and seed is not None:
-            return random_crop(picture, self.side, self.channels, seed)
+            return random_crop(picture, self.side, self.channels, seed, self.area)
         if self.kind != "exact":
-            return centre_crop(picture, self.side, self.channels, self.kind)
-        remedy = "set --config.data.crop=centre, --config.data.stream --config.data.crop=resized, or model.image_size"
+            return as_tested(picture, self.side, self.channels, self.kind)
+        crops = "--config.data.crop=centre or whole, --config.data.stream --config.data.crop=resized"
+        remedy = f"set {crops}, or model.image_size"
         return exact(picture, self.shape, f"config.model.image_size is {self.side}; {remedy}")
 
 
@@ -80,8 +83,11 @@ def exact(picture: Picture, size: tuple[int, int, int], rule: str) -> np.ndarray
         return np.asarray(image).reshape(size)
 
 
-def random_crop(picture: Picture, side: int, channels: int, seed: int | Sequence[int]) -> np.ndarray:
-    """Returns uint8 [side, side, c]: a random part of the picture (AREA, RATIO), resized bilinearly.
+def random_crop(
+    picture: Picture, side: int, channels: int, seed: int | Sequence[int], area: float = AREA
+) -> np.ndarray:
+    """Returns uint8 [side, side, c]: a random part of the picture, resized bilinearly. It has a share of the area from
+    `area` to 1, uniform, and RATIO.
 
     If TRIES draws do not fit in, the largest part in the middle whose ratio is allowed. Source: Szegedy et al.,
     arXiv 1409.4842. Raises DataError.
@@ -93,7 +99,7 @@ def random_crop(picture: Picture, side: int, channels: int, seed: int | Sequence
         image = file if shrinks else pixels(file, channels, picture.name)
         turned = shrinks and _orientation(file) > 4
         width, height = image.size[::-1] if turned else image.size
-        left, top, right, bottom = box = _random_box(width, height, np.random.RandomState(seed))
+        left, top, right, bottom = box = _random_box(width, height, np.random.RandomState(seed), area)
         if shrinks:
             needed = math.ceil(GAP * side * width / (right - left)), math.ceil(GAP * side * height / (bottom - top))
             file.draft(None, needed[::-1] if turned else needed)
@@ -104,16 +110,39 @@ def random_crop(picture: Picture, side: int, channels: int, seed: int | Sequence
         return np.asarray(resized).reshape(side, side, channels)
 
 
-def _random_box(width: int, height: int, random: np.random.RandomState) -> tuple[float, float, float, float]:
+def _random_box(
+    width: int, height: int, random: np.random.RandomState, smallest: float
+) -> tuple[float, float, float, float]:
     """Returns (left, top, right, bottom) of a random crop."""
     for _ in range(TRIES):
-        area, ratio = random.uniform(*AREA) * width * height, math.exp(random.uniform(*np.log(RATIO)))
+        area, ratio = random.uniform(smallest, 1) * width * height, math.exp(random.uniform(*np.log(RATIO)))
         w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
         if 0 < w <= width and 0 < h <= height:
             left, top = random.randint(0, width - w + 1), random.randint(0, height - h + 1)
             return left, top, left + w, top + h
     widest, highest = min(width, height * RATIO[1]), min(height, width / RATIO[0])
     return (width - widest) / 2, (height - highest) / 2, (width + widest) / 2, (height + highest) / 2
+
+
+def as_tested(picture: Picture, side: int, channels: int, crop: str) -> np.ndarray:
+    """Returns uint8 [side, side, c] of a picture of any size, as evaluation sees it with `data.crop`. Raises
+    DataError."""
+    return (whole if crop == "whole" else centre_crop)(picture, side, channels, crop)
+
+
+def whole(picture: Picture, side: int, channels: int, crop: str = "whole") -> np.ndarray:
+    """Returns uint8 [side, side, c]: the longer side resized to `side`, bicubically, and PADDING beside the shorter.
+    As timm's crop_mode "border" for a mean of 0.5. Raises DataError."""
+    from PIL import Image
+
+    with opened(picture) as file:
+        image = pixels(file, channels, picture.name)
+        width, height = (max(1, round(length * side / max(image.size))) for length in image.size)
+        square = Image.new(image.mode, (side, side), PADDING if channels == 1 else (PADDING,) * channels)
+        square.paste(
+            image.resize((width, height), Image.Resampling.BICUBIC), ((side - width) // 2, (side - height) // 2)
+        )
+        return np.asarray(square).reshape(side, side, channels)
 
 
 def centre_crop(picture: Picture, side: int, channels: int, crop: str = "resized") -> np.ndarray:
@@ -226,8 +255,8 @@ def find(paths: Sequence[str | Path]) -> tuple[list[Path], list[str]]:
 
 
 def read(picture: str | Path | bytes, size: int, channels: int, crop: str = "exact") -> np.ndarray:
-    """Returns the `centre_crop` of a path or of a file's bytes. Raises DataError."""
+    """Returns a path or a file's bytes `as_tested`. Raises DataError."""
     if channels not in MODES:
         raise DataError(f"the model takes {channels} channels; pictures have 1, 3 or 4: classify arrays instead")
     named = Picture("the picture", picture) if isinstance(picture, bytes) else Picture(str(picture), Path(picture))
-    return centre_crop(named, size, channels, crop)
+    return as_tested(named, size, channels, crop)

@@ -97,6 +97,7 @@ class Dataset(Generic[S]):
     train: S
     test: S
     class_names: tuple[str, ...]
+    note: str = ""  # what was made of the source, to be printed
 
     def facts(self: "Dataset[Records]") -> dict[str, object]:
         """Returns what the processes of one run compare, and a run that goes on with its start. Raises DataError."""

@@ -6,8 +6,10 @@ b images of a batch on one device · S batches · N images · X layers that have
 """
 
 import functools
+import math
 import statistics
 from collections.abc import Callable
+from statistics import NormalDist
 from typing import Any, NamedTuple
 
 import jax
@@ -188,6 +190,22 @@ def facts(routing: Routing, mesh: Mesh, data: str, seed: int, step: int) -> dict
         "hardware": devices.describe(mesh),
         "versions": versions(),
     }
+
+
+def not_above_guessing(confusion: list[list[int]]) -> str:
+    """Returns a sentence if the accuracy of a confusion matrix is not above that of naming the largest class always,
+    by the lower end of its 95 % interval (Wilson, 1927); otherwise, and where none was counted, ""."""
+    if not confusion:
+        return ""
+    right, images, largest = (int(f(np.array(confusion))) for f in (np.trace, np.sum, lambda x: x.sum(1).max()))
+    share, z = right / images, NormalDist().inv_cdf(0.975)
+    middle, half = share + z**2 / (2 * images), z * math.sqrt(share * (1 - share) / images + (z / (2 * images)) ** 2)
+    if (middle - half) / (1 + z**2 / images) > largest / images:
+        return ""
+    return (
+        f"accuracy {share:.1%} of {images:,} images is not above guessing, "
+        f"{largest / images:.1%} for naming the largest class"
+    )
 
 
 def evaluate_main(params: Params, evaluate: Evaluator, batches: EvalBatches) -> Result:

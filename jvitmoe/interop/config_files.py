@@ -4,6 +4,7 @@ A reader takes (arrays of the file, config.json, preprocessor_config.json; {} fo
 and raises UserError for a ViT that differs from ours.
 """
 
+import math
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -30,6 +31,7 @@ TIMM_WORD = re.compile(
 About = Mapping[str, Any]
 
 CENTRE = "shorter side {} pixels, {}, centre cropped"  # a test transform: pixels of the shorter side, filter
+BORDER = "longer side {} pixels, bicubic, padded"
 
 
 def read_timm(arrays: Arrays, about: About, processor: About) -> ConfigValues:
@@ -94,19 +96,29 @@ def crop_of(about: About, processor: About, side: int) -> tuple[str, str]:
     """Returns (`data.crop`, note) for images of `side` pixels: the test transform of timm's config or Hugging Face's
     processor or, with a note on the difference, the most similar of ours."""
     theirs = _hf_transform(processor) if processor else _timm_transform(about.get("pretrained_cfg") or {}, side)
-    ours = {"resized": CENTRE.format(side * 8 // 7, "bilinear"), "exact": CENTRE.format(side, "bicubic")}
-    crop = "resized" if theirs.endswith("bilinear, centre cropped") else "exact"
-    if theirs in ("", ours[crop]):
+    if theirs == BORDER.format(side):
+        return "whole", ""
+    ours = {"exact": (side, "bicubic"), "resized": (side * 8 // 7, "bilinear")}
+    known = re.match(CENTRE.format(r"(\d+)", r"(\w+)"), theirs)
+    shorter, name = (int(known[1]), known[2]) if known else ours["exact"]
+
+    def distance(crop: str) -> tuple[float, bool]:
+        return abs(math.log(shorter / ours[crop][0])), name != ours[crop][1]
+
+    crop = min(ours, key=distance)
+    if theirs in ("", nearest := CENTRE.format(*ours[crop])):
         return crop, ""
-    return crop, f"its test transform is {theirs!r}; the nearest of ours is data.crop={crop}, {ours[crop]!r}"
+    return crop, f"its test transform is {theirs!r}; the nearest of ours is data.crop={crop}, {nearest!r}"
 
 
 def _timm_transform(pixels: About, side: int) -> str:
     """Returns "" if the config tells none."""
     if not pixels.get("crop_pct"):
         return ""
-    transform = CENTRE.format(int(side / pixels["crop_pct"]), pixels.get("interpolation") or "bicubic")
-    mode = pixels.get("crop_mode") or "center"
+    shorter, name = int(side / pixels["crop_pct"]), pixels.get("interpolation") or "bicubic"
+    transform, mode = CENTRE.format(shorter, name), pixels.get("crop_mode") or "center"
+    if (mode, shorter, name) == ("border", side, "bicubic"):
+        return BORDER.format(side)
     return transform if mode == "center" else f"{transform}, crop_mode {mode}"
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from jvitmoe import rules
 from jvitmoe.config import NEUTRAL, Config, DataConfig, ModelConfig
 from jvitmoe.errors import ConfigError, UserError, printable
 from jvitmoe.interop import weight_names
@@ -23,16 +24,41 @@ FITTED = NEUTRAL | {"image_size", "channels", "classes", "patch", "positions", "
 FITTED |= {"norm_epsilon", "layer_scale"}
 
 
+# Fields of the model that do not come from its source: how it is trained, and its head.
+NOT_TAKEN = NEUTRAL | {"classes", "head_hidden", "expert_hidden", "shared_hidden"}
+
+
+def complete(config: Config, saved: Config | None = None) -> None:
+    """Fills in a model of `model.width=0`: each of its settings, and mean and deviation of pixels, that is at its
+    default gets the value of `init.source`, or of the run that goes on, `saved`. Raises ConfigError."""
+    if config.model.width:
+        return
+    is_set = {*config.model.set_beyond(())}
+    source: Config | Source = saved or _read(config, config.model.heads if "heads" in is_set else 0)
+    taken = {field.name for field in dataclasses.fields(ModelConfig)} - NOT_TAKEN
+    for name in taken - is_set | {"width"}:
+        setattr(config.model, name, getattr(source.model, name))
+    pixels = source.data if isinstance(source, Config) else source
+    for name in ("mean", "std"):
+        if getattr(config.data, name) == getattr(DataConfig(), name):
+            setattr(config.data, name, getattr(pixels, name))
+    rules.check(config)
+
+
+def _read(config: Config, heads: int) -> Source:
+    try:
+        with warnings_as_lines():
+            return read(config.init.source, heads)
+    except UserError as error:
+        raise ConfigError(f"config.init.source cannot be read: {error}") from error
+
+
 def start(config: Config) -> tuple[dict[str, Any], list[str]]:
     """Returns (the dense tree that a run starts from, read from `config.init.source`; lines that say what was changed).
 
     Raises ConfigError if the source cannot be read or has other blocks.
     """
-    try:
-        with warnings_as_lines():
-            source = read(config.init.source, config.model.heads)
-    except UserError as error:
-        raise ConfigError(f"config.init.source cannot be read: {error}") from error
+    source = _read(config, config.model.heads)
     wanted = dataclasses.replace(config.model, lora=0, adapter=0)
     params, lines = adapt(source, wanted, fresh(config), config.data)
     return weight_names.unflatten(params), [printable(line) for line in lines]

@@ -9,6 +9,7 @@ of an array, so a state may be larger than the memory of a host.
 import contextlib
 import json
 import math
+import operator
 import os
 import re
 import shutil
@@ -93,6 +94,8 @@ class Checkpoints:
         if (text := safe_io.read_bytes(path)) is None:
             return ""
         changed = sources.differences(config_lib.from_dict(meta["config"]), config_lib.loads(text, str(path)))
+        if "train.epochs" in changed and operator.lt(*changed["train.epochs"]):
+            del changed["train.epochs"]  # of a run that is trained longer
         listed = ", ".join(f"{name} is {own!r}, and {runs!r} in {path.name}" for name, (own, runs) in changed.items())
         return listed and f"it is of another run: {listed}"
 

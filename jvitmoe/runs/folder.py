@@ -3,6 +3,7 @@
 import contextlib
 import fcntl
 import json
+import operator
 import os
 import socket
 import time
@@ -45,11 +46,20 @@ def check_folder(workdir: Path, config: Config) -> None:
         text = safe_io.read_bytes(saved) or b""
     except (OSError, ValueError) as error:  # ValueError: the name is not UTF-8
         raise ConfigError(f"workdir {str(workdir)!r} cannot be read: {error}; set --workdir to another") from error
-    if changed := sources.differences(config_lib.loads(text, str(saved)), config):
+    changed = sources.differences(config_lib.loads(text, str(saved)), config)
+    if [*changed] == ["train.epochs"] and operator.lt(*changed["train.epochs"]) and _has_ended(workdir):
+        return  # it is trained longer
+    if changed:
         listed = ", ".join(f"{name} was {old!r} and is {new!r} now" for name, (old, new) in changed.items())
-        longer = f"; to train longer, start there from this run's weights: --config.init.source={workdir}"
+        longer = "; a run is trained longer after its end: repeat its own command first"
         remedy = f"set --workdir to a new folder{longer if [*changed] == ['train.epochs'] else ''}"
         raise ConfigError(f"workdir {str(workdir)!r} holds another experiment: {listed}; {remedy}")
+
+
+def _has_ended(workdir: Path) -> bool:
+    """True if the newest checkpoint was tested."""
+    steps = checkpoints.list_steps(workdir / safe_io.CHECKPOINTS)
+    return bool(steps) and safe_io.read_result(workdir).get("step") == steps[-1]
 
 
 def open_run_folder(

@@ -3,16 +3,18 @@
 The rules that need the number of images or the devices are here; those that need neither are in `rules`.
 """
 
+import dataclasses
 import math
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
 from jvitmoe import routing
 from jvitmoe.config import LARGEST, Config
 from jvitmoe.data import sources
-from jvitmoe.data.batches import TrainOrder
+from jvitmoe.data.batches import TrainOrder, fitting
 from jvitmoe.data.splits import Dataset, Records
 from jvitmoe.errors import ConfigError
 from jvitmoe.experts import cost
@@ -59,7 +61,19 @@ def browse(config: Config, classes: tuple[str, ...] = ()) -> Dataset[Records]:
     def find() -> Dataset[Records]:
         return sources.with_classes(sources.browse, config.data, config.model, classes, may_lack=True)
 
-    return processes.first_process_then_others(find)
+    found = processes.first_process_then_others(find)
+    if found.note:
+        console.print(f"split       {found.note}")
+    return found
+
+
+def complete(config: Config, records: Dataset[Records]) -> None:
+    """Fills in the number of classes and the batch size where they are 0, from the data."""
+    config.model.classes = config.model.classes or len(records.class_names)
+    if not config.train.batch_size:
+        train, _ = sources.training_images(records.train, config.data)
+        config.train.batch_size = fitting(len(train))
+        console.print(f"batch       {config.train.batch_size} of {len(train):,} training images, by train.batch_size=0")
 
 
 def build(config: Config, chosen: tuple[Routing, Optimizer], records: Dataset[Records] | None = None) -> Run:
@@ -81,10 +95,24 @@ def build(config: Config, chosen: tuple[Routing, Optimizer], records: Dataset[Re
             dataset = sources.read(records)
         train, validation = sources.training_images(dataset.train, config.data)
         plan = make_plan(config, chosen, mesh, len(train))
+        if config.train.class_weights == "balanced":
+            plan = dataclasses.replace(plan, weight_C=balanced(train.labels_N, plan.model.config.classes))
         check_memory(plan, dataset)
         return Run(plan, RunData(train, validation, dataset.test, dataset.class_names, hashes), config)
 
     return processes.together(read)
+
+
+def balanced(labels_N: np.ndarray | None, classes: int) -> np.ndarray:
+    """Returns weights [C] that give each class that has images the same sum, with a mean of 1 over the images. Raises
+    ConfigError where only reading an image gives its label."""
+    if labels_N is None:
+        raise ConfigError(
+            "config.train.class_weights is 'balanced'; it needs labels, which this set has in its "
+            "pictures only: set --config.data.stream=false"
+        )
+    count_C = np.bincount(labels_N, minlength=classes)
+    return (len(labels_N) / (count_C > 0).sum() / np.maximum(count_C, 1)).astype(np.float32)
 
 
 def plan_for(config: Config, mesh: Mesh, count: int) -> Plan:

@@ -8,12 +8,13 @@ import jax
 
 from jvitmoe.config import Config, flatten
 from jvitmoe.errors import UserError
-from jvitmoe.interop import starts
+from jvitmoe.interop import pretrained, starts
 from jvitmoe.machine import compilation, processes
 from jvitmoe.machine.processes import Join
 from jvitmoe.machine.signals import Stop
+from jvitmoe.reports import comparison
 from jvitmoe.routing import Routing
-from jvitmoe.runs import checkpoints
+from jvitmoe.runs import checkpoints, safe_io
 from jvitmoe.runs.console import console
 from jvitmoe.runs.folder import check_folder
 from jvitmoe.runs.trackers import DEFAULT
@@ -42,6 +43,12 @@ def launch(
     processes.guard(lambda: _launch(config, workdir, join, stop, trackers))
 
 
+def _saved(workdir: Path) -> Config | None:
+    """Returns the settings of the run that goes on in the folder; None if there is none."""
+    has_saved = checkpoints.list_steps(workdir / safe_io.CHECKPOINTS)
+    return comparison.read_config(workdir) if has_saved else None
+
+
 def _launch(config: Config, workdir: Path, join: Join | None, stop: Stop | None, trackers: Sequence[str]) -> None:
     if join:
         processes.join(join)
@@ -61,12 +68,14 @@ def _launch(config: Config, workdir: Path, join: Join | None, stop: Stop | None,
         if not processes.is_single():
             code = checkpoints.versions() | {"source code": processes.source_hash()}
             processes.agree({"workdir": workdir} | flatten(config) | code)
+        if not config.model.width:
+            processes.together(lambda: pretrained.complete(config, _saved(workdir)))
         chosen = processes.together(choose)
         records = None
         classes = processes.together(lambda: starts.class_names(config, workdir))
-        if classes or not config.model.classes:
+        if classes or not (config.model.classes and config.train.batch_size):
             records = build.browse(config, classes)
-            config.model.classes = len(records.class_names)
+            build.complete(config, records)
         processes.together(check_workdir)
         try:
             fit(build.build(config, chosen, records), workdir, stop, cleanup, trackers)

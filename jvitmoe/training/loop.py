@@ -63,7 +63,7 @@ def fit(run: Run, workdir: Path, stop: Stop, cleanup: contextlib.ExitStack, trac
     state, meta = _initial_or_restored(checkpoints, plan, dense)
     start, total = int(state.step), plan.total
     if start:
-        setup.print_resumed(workdir, start, meta)
+        setup.print_resumed(workdir, start, meta, plan.train.epochs)
     if start == total and _was_tested(workdir, total):
         checkpoints.close()
         return
@@ -89,6 +89,8 @@ def fit(run: Run, workdir: Path, stop: Stop, cleanup: contextlib.ExitStack, trac
         log.testing()
         rows = evaluation.test(state)
         log.tested(total, rows)
+        shipped: Any = next((row["confusion"] for row in rows if "confusion" in row), [])
+        _say_if_guessing(shipped, "train longer or on more pictures, or start from a trained ViT (init.source)")
         if processes.is_first():  # here, because the log waits for trackers at its end
             tested = {"rows": rows, "files": log.sync() if start < total else meta["files"]}
             _write_result(
@@ -137,6 +139,11 @@ def _say_skipped(text: str) -> None:
         console.print(line)
     else:  # whose console is quiet
         print(line, file=sys.stderr)
+
+
+def _say_if_guessing(confusion: list[list[int]], remedy: str) -> None:
+    if note := evaluator.not_above_guessing(confusion):
+        console.print(f"note: {note}; {remedy}")
 
 
 def _look_at_pictures(train: Any, damaged: stream.Damaged, evaluation: "_Evaluation") -> None:
@@ -214,7 +221,7 @@ class _Loop:
         self._unread: list[tuple[int, Metrics]] = []  # metrics that are still on the device
         self._saved = 0  # step of the newest checkpoint
         self._rated: tuple[int, float | None] = 0, None  # step and validation NLL of the newest evaluation
-        self._slow = self._evaluating = False
+        self._slow = self._evaluating = self._has_evaluated = False
 
     def run(self, state: TrainState, batches: Iterator[Batch]) -> TrainState:
         """Returns the state after the last step. On a signal it saves the state and exits with 128 + signal."""
@@ -279,6 +286,9 @@ class _Loop:
             # Kept before it is shown: if that fails, `save_before` saves it.
             self._rated = done, result.nll if watched == "validation" else None
             self._log.evaluation(done, watched, {"accuracy": result.accuracy, "nll": result.nll})
+            if not self._has_evaluated:
+                _say_if_guessing(result.confusion, "it may rise later")
+            self._has_evaluated = True
         self._watchdog.progress(f"the evaluation at step {done}")
         rated, nll = self._rated
         self._checkpoints.save(self._state, self._config, nll if rated == done else None, self._log.sync())

@@ -9,6 +9,8 @@ from jvitmoe.runs.console import console
 from jvitmoe.runs.safe_io import METRICS, checksums
 from jvitmoe.training.build import Run
 
+FEW_STEPS = 200
+
 
 def print_setup(run: Run, workdir: Path, init_notes: list[str]) -> None:
     """Prints the first lines of a run. `init_notes` says what was loaded from `init.source`."""
@@ -27,6 +29,9 @@ def print_setup(run: Run, workdir: Path, init_notes: list[str]) -> None:
         console.print(f"source      {note}")
     console.print(f"images      {', '.join(f'{count:,} {name}' for name, count in counts.items())}")
     console.print(f"steps       {plan.total:,} ({train.epochs} epochs of {plan.steps_per_epoch})")
+    if plan.total < FEW_STEPS:
+        remedy = "raise --config.train.epochs, or lower --config.train.batch_size"
+        console.print(f"warning: {plan.total:,} steps are few to learn from; {remedy}")
     if (asked := optimizer.settings.warmup_epochs) > train.epochs / 2:
         warmup = optimizer.warmup_steps(plan.steps_per_epoch)
         console.print(f"warm-up     {warmup:,} steps: at most half of all; config.optim.warmup_epochs is {asked:g}")
@@ -46,10 +51,12 @@ def describe(routing: Routing) -> str:
     return f"{routed.experts} {what}: {routing.meaning}; {pull}"
 
 
-def print_resumed(workdir: Path, start: int, meta: Meta) -> None:
-    """Prints the step that the run resumes from, notes on other versions, and a warning if metrics.jsonl has lost lines
-    since its save."""
+def print_resumed(workdir: Path, start: int, meta: Meta, epochs: int) -> None:
+    """Prints the step that the run resumes from, whether it is trained longer, notes on other versions, and a warning
+    if metrics.jsonl has lost lines since its save."""
     console.print(f"resuming    from step {start:,}")
+    if meta["config"]["train"]["epochs"] < epochs:
+        console.print(f"longer      the learning rate goes on as that of a run of {epochs} epochs from this step")
     installed, then = versions(), meta.get("versions", {})
     if changed := [f"{n} {then[n]} (now {installed.get(n)})" for n in then if then[n] != installed.get(n)]:
         console.print(f"note: this checkpoint was saved by {', '.join(changed)}")

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -40,6 +41,7 @@ class Plan:
     order: TrainOrder
     data: DataConfig  # of these sections the step reads augmentation and normalisation,
     train: TrainConfig  # and batch, loss, EMA and what the devices share
+    weight_C: np.ndarray | None = None  # of classes in the loss; None: all are 1
 
     @property
     def root(self) -> jax.Array:

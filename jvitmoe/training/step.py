@@ -118,7 +118,7 @@ class Shard(NamedTuple):
 
     images_bHWc: jax.Array  # augmented and normalised
     labels_b: jax.Array
-    targets_bC: jax.Array  # smoothed labels after augmentation
+    targets_bC: jax.Array  # smoothed labels after augmentation, times the weights of classes
     index_b: jax.Array  # of each image in the global batch
 
 
@@ -187,6 +187,8 @@ def images_of_device(plan: Plan, inputs: Inputs) -> Shard:
         plain=step >= round((1.0 - data.plain_at_end) * plan.total),
     )
     images_bHWc, targets_bC = augment.augment(data, draws, batch.images(plan.model.config), targets_bC)
+    if plan.weight_C is not None:
+        targets_bC *= plan.weight_C[None]
     x_bHWc = augment.normalize(images_bHWc, data.mean, data.std)
     return Shard(x_bHWc, labels_b, targets_bC, index_b)
 

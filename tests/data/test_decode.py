@@ -12,6 +12,7 @@ from jvitmoe.data.pictures import (
     AREA,
     LONGEST,
     ORIENTATION,
+    PADDING,
     RATIO,
     DataError,
     Picture,
@@ -20,6 +21,7 @@ from jvitmoe.data.pictures import (
     opened,
     pixels,
     random_crop,
+    whole,
 )
 
 square = functools.partial(centre_crop, crop="exact")
@@ -52,8 +54,8 @@ def test_random_parts_lie_inside_and_obey_the_bounds_on_area_and_ratio(ramp):
     assert (left + width < WIDTH + 2).all()
     assert (top + height < HEIGHT + 2).all()
     share, ratio = width * height / (WIDTH * HEIGHT), width / height
-    assert AREA[0] - 0.02 < share.min() < 0.13
-    assert 0.85 < share.max() < AREA[1] + 0.03
+    assert AREA - 0.02 < share.min() < 0.13
+    assert 0.85 < share.max() < 1.03
     assert RATIO[0] - 0.05 < ratio.min() < 0.8
     assert 1.25 < ratio.max() < RATIO[1] + 0.06
     assert abs(np.log(ratio).mean()) < 0.05  # as often wide as high
@@ -138,6 +140,27 @@ def test_the_centre_crop_is_the_middle_of_seven_eighths_or_all_of_the_shorter_si
     left, top, width, height = cut_from(cut(ramp, 70, 3))
     np.testing.assert_allclose([width, height], side, atol=3)
     np.testing.assert_allclose([left, top], [(WIDTH - side) / 2, (HEIGHT - side) / 2], atol=2)
+
+
+@pytest.mark.parametrize("size", [(30, 60), (61, 30), (7, 7), (1, 500)])
+def test_a_whole_picture_is_all_there_and_padded_with_grey_in_the_middle(size):
+    for channels in (1, 3, 4):
+        white = Picture("white", np.full((*size, channels), 255, np.uint8))
+        seen = whole(white, 32, channels)
+        assert seen.shape == (32, 32, channels)
+        rows, columns = ((seen[..., 0] != PADDING).any(axis).sum() for axis in (1, 0))
+        assert (rows, columns) == tuple(max(1, round(32 * length / max(size))) for length in size)
+        assert {*np.unique(seen)} <= {PADDING, 255}
+        if (32 - rows) % 2 == (32 - columns) % 2 == 0:
+            np.testing.assert_array_equal(seen, seen[::-1, ::-1])
+
+
+@pytest.mark.parametrize("area", [0.35, 1.0])
+def test_a_random_part_has_at_least_the_area_that_is_asked_for(ramp, area):
+    for seed in range(40):
+        _, _, width, height = cut_from(random_crop(ramp, 24, 3, seed, area))
+        # At 1 hardly a draw fits in, and the largest part of an allowed ratio is taken.
+        assert width * height / (WIDTH * HEIGHT) > min(area, RATIO[1] * HEIGHT / WIDTH) - 0.04
 
 
 def test_a_strip_that_resizing_would_enlarge_beyond_any_photograph_is_refused():

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from jvitmoe.config import TrainConfig
-from jvitmoe.data.batches import Resident, TrainOrder, on_devices
+from jvitmoe.data.batches import Resident, TrainOrder, fitting, on_devices
 from jvitmoe.errors import ConfigError
 from jvitmoe.machine.devices import make_mesh
 
@@ -26,6 +26,14 @@ def test_an_epoch_shows_no_image_twice_and_leaves_out_less_than_a_batch():
         assert index_SB.shape == (3, 8)
         assert index_SB.dtype == np.int32
         assert len(set(index_SB.ravel().tolist()) & set(range(26))) == 24
+
+
+@pytest.mark.parametrize("count", [1, 200, 239, 240, 451, 600, 1919, 1920, 10**6])
+def test_a_batch_that_is_chosen_gives_30_steps_and_no_larger_one_does(count):
+    size = fitting(count)
+    assert size in {8, 16, 32, 64, 128, 256}
+    assert size == 8 or count // size >= 30
+    assert size == 256 or count // (2 * size) < 30
 
 
 def test_an_epoch_that_batches_fill_is_a_permutation():

@@ -144,15 +144,28 @@ def mkdir(path: Path) -> Path:
     return path
 
 
+def clear(path: Path) -> None:
+    for part in ("train", "test"):
+        shutil.rmtree(path / part)
+
+
 FOLDER_MISTAKES = {  # what is done, and the place that the line names; reading a picture itself: test_decode.py
     "no test": (lambda p: (p / "test").rename(p / "other"), "{root}/test"),
     "no train": (lambda p: (p / "train").rename(p / "other"), "{root}/train"),
+    "nothing": (lambda p: [(p / part).rename(f"{p}-{part}") for part in ("train", "test")], "{root}/train"),
+    "one picture of a flat class": (
+        lambda p: [(p / "train" / "cat" / "000.png").rename(mkdir(p / "cat") / "0.png"), clear(p)],
+        "class 'cat' of {root} has 1 picture",
+    ),
     "no classes": (lambda p: [f.rename(p / f.name) for f in (p / "train").iterdir()], "{root}/train"),
     "an empty class": (lambda p: (p / "train" / "bird").mkdir(), "{root}/train/bird"),
-    "another test class": (lambda p: (p / "test" / "dog").rename(p / "test" / "cow"), "cow, dog is in one of {root}"),
+    "another test class": (
+        lambda p: (p / "test" / "dog").rename(p / "test" / "cow"),
+        "'cow' has test images and no training",
+    ),
     "seven classes of test only": (
         lambda p: [shutil.copytree(p / "test" / "dog", p / "test" / name) for name in "abcdefg"],
-        "a, b, c, d, e, … is in one of {root}",
+        "the class 'a' has test images and no training images (and 6 more classes in one of them only)",
     ),
     "an image beside classes": (lambda p: shutil.copy(png(p), p / "train"), "{root}/train/004.png"),
     "another size": (lambda p: Image.new("RGB", (10, 12)).save(png(p)), "{root}/train/dog/004.png is 12x10 pixels"),
@@ -168,6 +181,59 @@ def test_a_mistake_in_a_folder_is_one_line_that_names_the_place(tmp_path, mistak
     make, place = FOLDER_MISTAKES[mistake]
     make(tmp_path)
     refused("folder", tmp_path, ModelConfig(channels=3, classes=2), place.format(root=tmp_path))
+
+
+def names(records: splits.Records) -> list[str]:
+    return [record.name for record, _ in records.read(records.number_N)]
+
+
+def test_a_flat_folder_is_split_by_the_names_of_its_files_and_more_pictures_move_none(tmp_path):
+    for name, count in (("cat", 100), ("dog", 40), ("eel", 2)):
+        mkdir(tmp_path / name)
+        for number in range(count):
+            Image.new("RGB", (8, 8)).save(tmp_path / name / f"{number}.png")
+    asked = DataConfig(name="folder", dir=str(tmp_path)), ModelConfig(channels=3, classes=3)
+    found = sources.browse(*asked)
+    train, test = names(found.train), names(found.test)
+    assert sorted(train + test) == sorted(map(str, tmp_path.glob("*/*.png")))
+    assert found.class_names == ("cat", "dog", "eel")
+    for label, count in enumerate((100, 40, 2)):
+        held = (found.test.labels_N == label).sum()
+        assert 1 <= held < count
+        assert abs(held - count / 5) < 3 * (count * 0.16) ** 0.5
+    assert f"{100 - (found.test.labels_N == 0).sum()} + " in found.note
+    for number in range(100, 150):
+        Image.new("RGB", (8, 8)).save(tmp_path / "cat" / f"{number}.png")
+    more = sources.browse(*asked)
+    assert {*train} <= {*names(more.train)}
+    assert {*test} <= {*names(more.test)}
+    both = sources.labelled(*asked, found.class_names, "test")
+    assert len(both) == len(more.train) + len(more.test)  # for a check of a model: all that is there
+
+
+@pytest.mark.parametrize("is_split", [True, False])
+def test_a_table_names_the_files_their_labels_and_perhaps_their_split(tmp_path, is_split):
+    pixels = write_folder(tmp_path / "somewhere", parts=("a",), per_class=8)[0]
+    paths = sorted((tmp_path / "somewhere").glob("*/*/*.png"))
+    table = tmp_path / "set.csv"
+    header, *rows = [["label", "file", "split"]] + [
+        [path.parent.name.upper(), path.relative_to(tmp_path), "test" if n % 4 == 0 else "train"]
+        for n, path in enumerate(paths)
+    ]
+    table.write_text("\n".join(",".join(map(str, row[: 2 + is_split])) for row in (header, *rows)))
+    found = folder(table)
+    assert found.class_names == ("CAT", "DOG")
+    assert len(found.train) + len(found.test) == len(paths)
+    if is_split:
+        np.testing.assert_array_equal(found.test.images_NHWc, pixels[::4])
+        np.testing.assert_array_equal(found.test.labels_N, [0, 0, 1, 1])
+    for text, place in (
+        ("file\n1.png", "must have the columns file and label"),
+        ("file,label,split\n1.png,cat,no", "line 2 of "),
+        ("file,label\n1.png,cat\n,dog", "line 3 of "),
+    ):
+        table.write_text(text)
+        refused("folder", table, ModelConfig(channels=3, classes=2), place)
 
 
 def test_folders_in_a_class_folder_are_of_that_class_and_links_are_not_followed_in_a_circle(tmp_path):

@@ -125,6 +125,24 @@ def test_no_confusion_is_counted_for_more_than_1000_classes(tiny_config, split):
     assert "confusion" not in row
 
 
+def test_an_accuracy_is_told_that_may_be_guessing_the_largest_class():
+    assert "accuracy 34.0% of 150 images is not above guessing, 33.3%" in evaluator.not_above_guessing(
+        [[17, 17, 16], [16, 17, 17], [17, 16, 17]]
+    )
+    assert evaluator.not_above_guessing([[90, 0], [9, 1]])  # 91 % where 90 % are of one class
+    assert not evaluator.not_above_guessing([[40, 5, 5], [5, 40, 5], [5, 5, 40]])
+    assert not evaluator.not_above_guessing([])  # none is counted for very many classes
+    said = [bool(evaluator.not_above_guessing([[n, 200 - n], [200 - n, n]])) for n in range(201)]
+    wilson = [proportion_lower(2 * n, 400) <= 0.5 for n in range(201)]
+    assert said == wilson
+
+
+def proportion_lower(count: int, images: int) -> float:
+    from scipy.stats import binomtest
+
+    return binomtest(count, images).proportion_ci(method="wilson").low
+
+
 def test_progress_is_told_after_every_batch_of_every_model(tiny_config, split, params_of):
     config, told = tiny_config(routing={"experts": E}), []
     mesh = make_mesh(config.train)

@@ -1,5 +1,6 @@
 """Starting from a trained ViT: what is kept, resized, folded, re-made and told; and what is refused in one line."""
 
+import copy
 import dataclasses
 import functools
 import json
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from jvitmoe import rules
 from jvitmoe.config import Config, DataConfig, ModelConfig
 from jvitmoe.data import augment
 from jvitmoe.errors import ConfigError, UserError
@@ -52,6 +54,30 @@ def adapted(model: ModelConfig, **changes: object) -> tuple[ModelConfig, weight_
 
 
 IMAGES = np.random.default_rng(0).normal(size=(4, 8, 8, 3)).astype("f")
+
+
+def test_a_model_of_width_0_is_that_of_its_source_but_for_what_is_set(tmp_path):
+    write_timm(tmp_path)
+    config = Config()
+    config.model = ModelConfig(width=0, classes=3, drop_path=0.1, image_size=16)
+    config.init.source = str(tmp_path)
+    resumed = copy.deepcopy(config)
+    pretrained.complete(rules.check(config))
+    source = load.read(tmp_path)
+    own = {"classes": 3, "drop_path": 0.1, "image_size": 16}
+    assert config.model == dataclasses.replace(source.model, **own)
+    assert (config.data.mean, config.data.std) == (source.mean, source.std)
+    (tmp_path / "model.safetensors").unlink()
+    pretrained.complete(resumed, saved=config)  # a run that goes on needs no source
+    assert resumed == config
+    for name, fault in (
+        ("", "model.width is 0; it must be above 0 without init.source"),
+        ("no/such", "cannot be read"),
+    ):
+        lacking = Config(model=ModelConfig(width=0))
+        lacking.init.source = name
+        with pytest.raises(ConfigError, match=fault):
+            pretrained.complete(rules.check(lacking))
 
 
 @pytest.mark.parametrize("classes", [5, 3])

@@ -29,6 +29,31 @@ PARTS = {"pool": "seq", "registers": 1, "layer_scale": 0.5, "drop_path": 0.3, "q
 MANY = {"batch": 8, "layer": 3}  # devices that share the batch of 24
 
 
+def test_the_loss_is_linear_in_the_weights_of_classes_which_balance_the_images(tiny_config, training, tiny_split):
+    weight_C = build.balanced(tiny_split.labels_N, 4)
+    count_C = np.bincount(tiny_split.labels_N, minlength=4)
+    np.testing.assert_allclose((weight_C * count_C)[:3], len(tiny_split) / 3, rtol=1e-6)  # nothing has class 3
+    with pytest.raises(ConfigError, match="class_weights is 'balanced'"):
+        build.balanced(None, 4)
+
+    run = training(tiny_config(train={"label_smoothing": 0.1}))
+    inputs = step.Inputs(run.batch(0), run.state.step, run.plan.routing.draw(run.plan.root, run.state.step))
+
+    @jax.jit
+    def loss_and_gradients(weight_C):
+        plan = dataclasses.replace(run.plan, weight_C=weight_C)
+        found = step.gradients(plan, run.state.params, inputs)
+        return found.loss, found.grads
+
+    classes = tiny_config().model.classes
+    weight_C = np.arange(1, classes + 1, dtype=np.float32)
+    parts = [loss_and_gradients(row) for row in np.diag(weight_C)]
+    chex.assert_trees_all_close(
+        loss_and_gradients(weight_C), jax.tree.map(lambda *leaves: sum(leaves), *parts), atol=1e-5
+    )
+    chex.assert_trees_all_close(loss_and_gradients(np.ones(classes, np.float32)), loss_and_gradients(None), atol=1e-6)
+
+
 @pytest.fixture(scope="module")
 def full_run(tiny_config, training):
     """Returns the five steps, run once, of four experts with everything on: full_run(kind, devices). Kind "batch"

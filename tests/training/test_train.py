@@ -230,6 +230,31 @@ def test_evaluate_tests_any_checkpoint_and_training_again_tests_the_last(experim
     assert rows(copy) == rows(uninterrupted)
 
 
+def test_after_its_end_a_run_is_trained_longer_and_its_history_kept(experiment, copy, tmp_path):
+    """The learning rate goes on as in a run of the new length, and stopping on the way changes no bit."""
+    longer = f"--config={experiment}", "--config.train.epochs=6", "--trackers="
+    new = STEPS * 6 // 4
+    before = history(copy)
+    stopped = shutil.copytree(copy, tmp_path / "stopped")
+    assert "learning rate goes on as that of a run of 6 epochs" in succeed(train.main, *longer, f"--workdir={copy}")
+    lines = history(copy)
+    assert lines[: len(before)] == before
+    assert [line["step"] for line in lines if line["kind"] == "train"] == list(range(2, new + 1, 2))
+    config = saved_config(copy)
+    plan = build.plan_for(config, make_mesh(config.train), 1337)
+    assert plan.total == new
+    for line in lines[len(before) :]:
+        if line["kind"] == "train":
+            expected = float(update.learning_rate(plan, line["step"] - 1))
+            assert line["learning_rate"] == pytest.approx(expected, rel=1e-5)
+    one = processes.start(processes.train(experiment, stopped, *longer[1:]))
+    wait_for_step(stopped, STEPS + 2, one)
+    one.process.kill()
+    processes.collect([one])
+    succeed(train.main, *longer, f"--workdir={stopped}")
+    chex.assert_trees_all_equal(final_state(stopped), final_state(copy))
+
+
 def test_a_folder_with_something_else_is_refused_and_left_as_it_is(experiment, uninterrupted, tmp_path):
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "cat.jpg").write_text("cat")
@@ -237,17 +262,12 @@ def test_a_folder_with_something_else_is_refused_and_left_as_it_is(experiment, u
     (tmp_path / "kept").mkdir()
     for name in ("config.json", "metrics.jsonl", "result.json"):
         shutil.copy(uninterrupted / name, tmp_path / "kept")
-    run = uninterrupted
     for folder, override, message in (
         (tmp_path / "photos", "seed=0", "holds other files than a run"),
         (tmp_path / "kept", "seed=0", "holds the results of a run without its checkpoints; set --workdir"),
         (tmp_path / "file", "seed=0", "is a file"),
         (uninterrupted, "batch_size=255", "train.batch_size was 256 and is 255 now"),
-        (
-            uninterrupted,
-            "epochs=5",
-            f"to train longer, start there from this run's weights: --config.init.source={run}",
-        ),
+        (uninterrupted, "epochs=3", "train.epochs was 4 and is 3 now; set --workdir to a new folder"),
     ):
         before = snapshot(folder.parent)
         arguments = f"--workdir={folder}", f"--config.train.{override}"

@@ -5,7 +5,6 @@ N images · H rows · W columns · c channels
 
 import dataclasses
 import itertools
-import os
 from collections.abc import Callable, Sequence
 from importlib import metadata
 from typing import Any
@@ -46,7 +45,7 @@ def load(data: DataConfig, model: ModelConfig) -> Dataset[Split]:
 
 def read(records: Dataset[Records]) -> Dataset[Split]:
     """Returns the set with all images in memory. Raises DataError."""
-    return Dataset(decode(records.train), decode(records.test), records.class_names)
+    return Dataset(decode(records.train), decode(records.test), records.class_names, records.note)
 
 
 def browse(data: DataConfig, model: ModelConfig) -> Dataset[Records]:
@@ -59,9 +58,9 @@ def browse(data: DataConfig, model: ModelConfig) -> Dataset[Records]:
 
 
 def _with_crop(found: Dataset[Records], data: DataConfig, model: ModelConfig) -> Dataset[Records]:
-    crop = Crop(data.crop, model.image_size, model.channels)
+    crop = Crop(data.crop, model.image_size, model.channels, data.crop_area)
     train, test = (dataclasses.replace(split, crop=crop) for split in (found.train, found.test))
-    return Dataset(train, test, found.class_names)
+    return dataclasses.replace(found, train=train, test=test)
 
 
 def labelled(data: DataConfig, model: ModelConfig, names: Sequence[str], split: str) -> Records:
@@ -69,8 +68,8 @@ def labelled(data: DataConfig, model: ModelConfig, names: Sequence[str], split: 
     class folders themselves, which are then one split. Raises DataError."""
 
     def find(data: DataConfig, model: ModelConfig) -> Dataset[Records]:
-        is_flat = data.name == "folder" and not os.path.isdir(os.path.join(os.path.expanduser(data.dir), "train"))
-        return _with_crop(ImageFolder(data, model).flat(), data, model) if is_flat else browse(data, model)
+        is_folder = data.name == "folder"
+        return _with_crop(ImageFolder(data, model).labelled(), data, model) if is_folder else browse(data, model)
 
     found: Records = getattr(with_classes(find, data, model, names, may_lack=True), split)
     return found
@@ -117,7 +116,7 @@ def _relabelled(found: Dataset[S], names: tuple[str, ...]) -> Dataset[S]:
 
         return dataclasses.replace(split, read=read, labels_N=labels_N)
 
-    return Dataset(relabelled(found.train), relabelled(found.test), names)
+    return Dataset(relabelled(found.train), relabelled(found.test), names, found.note)
 
 
 def _kind(data: DataConfig) -> type[Source]:

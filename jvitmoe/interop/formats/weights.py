@@ -75,6 +75,9 @@ class TorchTarget(base.Target):
         found = self.differences(config.model)
         if config.model.positions == "sincos2d":
             found.append("positions are computed here and a table there: the same numbers, but there they would train")
+        if config.data.crop == "whole":
+            there = "timm's transform pads with the mean of pixels, Hugging Face's crops: pad pictures before it"
+            found.append(f"predict pads pictures to squares with grey; {there}")
         transform = "the transform there does neither"
         return [*found, f"predict turns pictures as their EXIF says and puts transparency on white; {transform}"]
 
@@ -189,7 +192,10 @@ def timm_config(
     pixels = {name: np.broadcast_to(v, model.channels).tolist() for name, v in (("mean", mean), ("std", std))}
     cfg = {
         **{"num_classes": model.classes, "input_size": [model.channels, model.image_size, model.image_size], **pixels},
-        **{"interpolation": "bilinear" if crop == "resized" else "bicubic", "crop_mode": "center"},
+        **{
+            "interpolation": "bilinear" if crop == "resized" else "bicubic",
+            "crop_mode": "border" if crop == "whole" else "center",
+        },
         **{"crop_pct": 7 / 8 if crop == "resized" else 1.0, "fixed_input_size": True, "pool_size": None},
         # timm fits the named convolution to other channels; older versions drop one of four channels.
         **{"first_conv": "patch_embed.proj" if model.channels == 3 else None, "classifier": "head"},
