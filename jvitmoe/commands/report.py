@@ -29,7 +29,7 @@ OVERVIEW = (
     "line from an expert to the mean, nats. Gap: how far the output of the mean expert is from the mean of outputs, "
     "relative, in the worst layer. Steps took: the time of training's steps, without evaluation, of the first seed."
 )
-MANY = 4  # with more groups, the console shows the overview only
+MANY = 4  # with more groups, the console shows the overview only; with more differences, the others stand below it
 
 
 def main(argv: list[str]) -> None:
@@ -45,16 +45,22 @@ def report(runs: Sequence[str], out: Path, html: bool = False, command: str = ""
         raise UserError(f"--out is {str(out)!r}, which is a run folder; give a folder for the report")
     ours = os.path.realpath(out)  # it may be in runs/*
     found = _read_groups([each for each in runs if os.path.realpath(each) != ours])
-    rows = [row for name, group in found.items() for row in comparison.group_rows(name, group)]
+    rows = comparison.with_data(found, [r for n, group in found.items() for r in comparison.group_rows(n, group)])
     overview = comparison.overview(found)
     pictures = _pictures(found)
-    unfinished = comparison.unfinished(found)
-    parts: list[page.Part] = [page.Heading(1, "Runs"), comparison.tested(found), *unfinished, overview]
-    if differences := comparison.differences(found):
-        parts += [*differences, comparison.DECIDED]
+    unfinished, differences = comparison.unfinished(found), comparison.differences(found)
     said = escaped(f"Command: jvitmoe report {command or shlex.join([f'--out={out}', *runs])}")
-    parts += [OVERVIEW, comparison.opening(found), said]
-    parts += [*pictures, page.Heading(2, "Every model"), rows, NOTE]
+    explained = [*[comparison.DECIDED] * bool(differences), OVERVIEW, comparison.opening(found), said]
+    parts: list[page.Part] = [page.Heading(1, "Runs"), *differences[:MANY], comparison.tested(found), *unfinished]
+    parts += [
+        *pictures,
+        overview,
+        *differences[MANY:],
+        page.Notes(explained),
+        page.Heading(2, "Every model"),
+        rows,
+        page.Notes([NOTE]),
+    ]
     safe_io.make_folder(out)
     for picture in pictures:
         safe_io.write_bytes(out / f"{picture.name}.png", picture.png)
@@ -99,9 +105,9 @@ def _pictures(found: Groups) -> list[page.Picture]:
     images = {name: group[0].result["rows"][0]["images"] for name, group in found.items()}
     table = {name: comparison.by_seed([run.result for run in group]) for name, group in found.items()}
     ranked = comparison.of_one_set(found)
-    pictures = [page.Picture("comparison", figures.png(figures.comparison(table, images, ranked)))]
+    pictures = [figures.picture("comparison", figures.comparison(table, images, ranked))]
     if curves := figures.curves({name: [run.folder for run in group] for name, group in found.items()}, ranked):
-        pictures.append(page.Picture("curves", figures.png(curves)))
+        pictures.append(figures.picture("curves", curves))
     return pictures
 
 
@@ -116,8 +122,8 @@ def _details(found: Groups) -> list[page.Part]:
     for name, (run, *_) in found.items():
         with comparison.naming_result(run.folder):
             drawn = figures.of_run(run.result, run.folder)
-            pictures = [page.Picture(Path(file).stem, figures.png(figure)) for file, figure in drawn.items()]
-        own = (page.own_picture(run.folder / file) for file in (safe_io.EXPERTS, safe_io.SAMPLES))
+            pictures = [figures.picture(Path(file).stem, figure) for file, figure in drawn.items()]
+        own = (page.own_picture(run.folder / file, title) for file, title in figures.TITLES.items())
         pictures += filter(None, own)
         if pictures:
             parts += [page.Heading(2, f"{name}, seed {run.config.train.seed}"), *pictures]

@@ -163,27 +163,50 @@ def group_rows(name: str, group: Sequence[TestedRun]) -> list[dict[str, str]]:
 
 
 def differences(groups: Groups) -> list[str]:
-    """Returns a line for each group: how its first model differs from that of the first group of its data, a dense one
-    if there is any, in images and points, and whether that is decided (`DECIDED`)."""
+    """Returns a sentence for each group: how its first model differs from that of the first group of its data, a dense
+    one if there is any, in points and images, and whether that is decided (`DECIDED`)."""
+
+    def named(name: str, group: Sequence[TestedRun]) -> str:
+        return name if (model := _models(group[0])[0]) == "dense" else f"{name} ({model})"
+
     lines = []
     for name, group in groups.items():
         of_data = [(n, g) for n, g in groups.items() if _data(g[0]) == _data(group[0])]
         other, reference = next((item for item in of_data if item[1][0].config.routing.experts == 1), of_data[0])
-        first, second = ({run.config.train.seed: run.result["rows"][0] for run in runs} for runs in (group, reference))
-        paired = [(first[seed]["accuracy"], second[seed]["accuracy"]) for seed in first if seed in second]
-        if name == other or not paired:
+        if name == other or not (found := _difference(group, reference)):
             continue
-        row, against = next(iter(first.values())), next(iter(second.values()))
-        differences, images = [ours - theirs for ours, theirs in paired], row["images"]
-        mean, half = statistics.fmean(differences), _half_interval(paired, images)
-        decided = abs(mean) > half and abs(mean) * images > LEAST_IMAGES - 0.5
-        low, high = (f"{100 * (mean + edge):+.2f}" for edge in (-half, half))
-        seeds, digits = ("one seed", 0) if len(paired) == 1 else (f"mean of {len(paired)} seeds", 1)
+        points, low, high = (100 * (found.mean + edge) for edge in (0, -found.half, found.half))
+        seeds, digits = ("one seed", 0) if found.seeds == 1 else (f"mean of {found.seeds} seeds", 1)
         lines.append(
-            f"{name}, {row['model']} - {other}, {against['model']}: {mean * images:+,.{digits}f} of {images:,} images, "
-            f"{100 * mean:+.2f} points, {'' if decided else 'un'}decided (95 % interval {low} to {high}, {seeds})"
+            f"{named(name, group)} is {abs(points):.2f} points {'below' if points < 0 else 'above'} "
+            f"{named(other, reference)}: {'' if found.is_decided else 'not '}decided, 95 % interval {low:+.2f} to "
+            f"{high:+.2f} ({found.mean * found.images:+,.{digits}f} of {found.images:,} images, {seeds})"
         )
     return lines
+
+
+class _Difference(NamedTuple):
+    """How far the accuracy of a group's first model is above another's, over the seeds that both have."""
+
+    mean: float
+    half: float  # of the 95 % interval
+    images: int
+    seeds: int
+
+    @property
+    def is_decided(self) -> bool:
+        return abs(self.mean) > self.half and abs(self.mean) * self.images > LEAST_IMAGES - 0.5
+
+
+def _difference(group: Sequence[TestedRun], reference: Sequence[TestedRun]) -> _Difference | None:
+    """Returns the difference of two groups of the same data; None if they share no seed."""
+    first, second = ({run.config.train.seed: run.result["rows"][0] for run in runs} for runs in (group, reference))
+    paired = [(first[seed]["accuracy"], second[seed]["accuracy"]) for seed in first if seed in second]
+    if not paired:
+        return None
+    images = next(iter(first.values()))["images"]
+    mean = statistics.fmean(ours - theirs for ours, theirs in paired)
+    return _Difference(mean, _half_interval(paired, images), images, len(paired))
 
 
 def _half_interval(paired: Sequence[tuple[float, float]], images: int) -> float:
@@ -212,12 +235,27 @@ def record(group: Sequence[TestedRun]) -> dict[str, Any]:
 
 
 def overview(groups: Groups) -> list[dict[str, str]]:
-    """Returns a row of text cells per group. The best accuracy is marked if all groups have the same data."""
+    """Returns a row of text cells per group. The best accuracy is marked if all groups have the same data, and it is
+    decided against every other."""
     rows = [overview_row(name, group) for name, group in groups.items()]
-    if len(rows) > 1 and of_one_set(groups):
-        means = [statistics.fmean(next(iter(by_seed([r.result for r in g]).values()))) for g in groups.values()]
-        rows[means.index(max(means))]["accuracy"] += " (best)"
-    return without_empty(rows)
+    for row, group in zip(rows, groups.values(), strict=True):
+        others = [_difference(group, other) for other in groups.values() if other is not group]
+        if of_one_set(groups) and others and all(found and found.mean > 0 and found.is_decided for found in others):
+            row["accuracy"] += " (best)"
+    return without_empty(with_data(groups, rows))
+
+
+def with_data(groups: Groups, rows: Sequence[dict[str, str]]) -> list[dict[str, str]]:
+    """Returns rows of text cells with a column for the data of each run, if they are not the same."""
+    if of_one_set(groups):
+        return list(rows)
+    return [{"run": row["run"], "data": _data_name(groups[row["run"]][0])} | row for row in rows]
+
+
+def _data_name(run: TestedRun) -> str:
+    """Returns the name and the place of a set, and the number of its test images."""
+    data, images = run.config.data, run.result["rows"][0]["images"]
+    return f"{' '.join(filter(None, (data.name, data.dir)))}, {images:,} images"
 
 
 def of_one_set(groups: Groups) -> bool:

@@ -22,6 +22,7 @@ from matplotlib.font_manager import get_font
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
 from jvitmoe.reports import results
+from jvitmoe.reports.page import Picture
 from jvitmoe.runs import safe_io
 
 # The palette of Okabe and Ito, which colour-blind readers can distinguish. Black is the reference.
@@ -43,6 +44,10 @@ LEAST = 1e-3  # shown instead of an error or a loss of 0, which a log scale has 
 LEAST_RANGE = 0.05  # of an axis, relative to its values: one that shows less would make mountains of rounding errors
 MOST_CLASSES, MOST_COUNTED = 100, 20  # classes of a confusion matrix that is drawn, and of one with counts in its cells
 POINTS = 60  # most points of a line; more records are averaged
+TITLES = {
+    safe_io.EXPERTS: "The expert of each patch: one colour an expert; white: no expert took it",
+    safe_io.SAMPLES: "What the model says of some test images; red: wrong",
+}
 SAMPLES, GUESSES = 5, 3  # pictures in a row of samples, and guesses told of each
 
 
@@ -65,6 +70,12 @@ def png(figure: Figure) -> bytes:
     """Returns the picture in its file's form."""
     figure.savefig(out := io.BytesIO(), format="png")
     return out.getvalue()
+
+
+def picture(name: str, figure: Figure) -> Picture:
+    """Returns a figure for a report; its titles say the finding."""
+    titles = [figure.get_suptitle()] if figure.get_suptitle() else [axes.get_title() for axes in figure.axes]
+    return Picture(name, png(figure), "; ".join(filter(None, titles)).replace("\n", "; "))
 
 
 def save(figure: Figure, path: Path) -> None:
@@ -373,7 +384,7 @@ def experts(
             class_axes.yaxis.tick_right()
     grid[1, -2].set_title("load, %", fontsize=9)
     grid[1, -1].set_title("experts of a class", fontsize=9)
-    figure.suptitle("The expert of each patch: one colour an expert; white: no expert took it", fontsize=11)
+    figure.suptitle(TITLES[safe_io.EXPERTS], fontsize=11)
     return figure
 
 
@@ -390,7 +401,7 @@ def samples(cells: Sequence[tuple[np.ndarray, str, Sequence[tuple[str, float]]]]
         axes.imshow(pixels_HWc if pixels_HWc.shape[-1] > 2 else pixels_HWc[..., 0], cmap="gray", vmin=0, vmax=255)
         lines = [f"true: {shown(name, 20)}", *(f"{shown(name, 16)} {share:.1%}" for name, share in guesses[:GUESSES])]
         axes.set_title("\n".join(lines), fontsize=9, color="black" if guesses[0][0] == name else "#b00020")
-    figure.suptitle("What the model says of some test images; red: wrong", fontsize=11)
+    figure.suptitle(TITLES[safe_io.SAMPLES], fontsize=11)
     return figure
 
 

@@ -2,6 +2,7 @@
 
 import base64
 import html
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -21,7 +22,8 @@ OPENING = """<!doctype html>
 <style>
 :root { color-scheme: light dark; }
 body { margin: 0 auto; max-width: 1400px; padding: 1rem; font: 15px/1.45 system-ui, sans-serif; }
-h1 { font-size: 1.4rem; } h2 { font-size: 1.1rem; margin-top: 2rem; }
+h1 { font-size: 1.4rem; } h2 { font-size: 1.1rem; margin-top: 2rem; white-space: pre-wrap; }
+p { overflow-wrap: anywhere; } h1 + p { font-size: 1.1rem; }
 /* A shadow at the side where a table goes on. */
 div { overflow-x: auto; background: linear-gradient(to right, Canvas 1rem, #0000 3rem) 0 0 / 100% 100% local,
   linear-gradient(to left, Canvas 1rem, #0000 3rem) 0 0 / 100% 100% local,
@@ -30,10 +32,15 @@ div { overflow-x: auto; background: linear-gradient(to right, Canvas 1rem, #0000
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; white-space: pre; }
 th, td { padding: .25rem .6rem; text-align: right; border-bottom: 1px solid #8884; }
 .left { text-align: left; }
-h2 { white-space: pre-wrap; }
+img { background: #fff; max-width: 100%; display: block; margin: 1rem 0; }
 @media (max-width: 600px) { body { padding: .5rem; } th, td { padding: .25rem .3rem; font-size: 13px; }
   td:first-child { white-space: pre-wrap; overflow-wrap: anywhere; min-width: 4.5rem; } }
-img { background: #fff; max-width: max(100%, 720px); display: block; margin: 1rem 0; }
+/* On paper nothing scrolls or unfolds: cells break, and notes are open. */
+@media print { @page { size: landscape; margin: 1cm; } div { overflow: visible; background: none; }
+  table { white-space: pre-wrap; max-width: 100%; }
+  th, td { padding: 1px 4px; font-size: 8px; overflow-wrap: anywhere; }
+  tr, img { break-inside: avoid; } h2 { break-after: avoid; } img { max-height: 17cm; }
+  details::details-content { content-visibility: visible; display: block; } }
 </style>
 </head>
 <body>
@@ -48,9 +55,17 @@ class Heading(NamedTuple):
 class Picture(NamedTuple):
     name: str  # of its file beside the report, without .png
     png: bytes = b""  # that a page of HTML needs
+    finding: str = ""  # what it shows, for those who do not see it
 
 
-Part = Heading | Picture | str | Sequence[Mapping[str, str]]  # a string is a paragraph, a sequence the rows of a table
+class Notes(NamedTuple):
+    """Paragraphs that explain; a page of HTML folds them."""
+
+    texts: Sequence[str]
+
+
+# A string is a paragraph, a sequence the rows of a table.
+Part = Heading | Picture | Notes | str | Sequence[Mapping[str, str]]
 
 
 def as_markdown(parts: Sequence[Part]) -> str:
@@ -62,8 +77,10 @@ def _markdown(part: Part) -> str:
     match part:
         case Heading(level, text):
             return f"{'#' * level} {text}"
-        case Picture(name, _):
+        case Picture(name):
             return f"![{name}]({name}.png)"
+        case Notes(texts):
+            return "\n\n".join(texts)
         case str(text):
             return text
     return markdown_table(part).removesuffix("\n")
@@ -78,24 +95,27 @@ def _html(part: Part) -> str:
     match part:
         case Heading(level, text):
             return f"<h{level}>{html.escape(text)}</h{level}>"
-        case Picture(name, png):
+        case Picture(name, png, finding):
             source = f"data:image/png;base64,{base64.b64encode(png).decode()}"
-            return f'<div><img alt="{html.escape(name)}" src="{source}"></div>'
+            return f'<img alt="{html.escape(finding or name)}" src="{source}">'
+        case Notes(texts):
+            return f"<details><summary>Notes</summary>{''.join(map(_html, texts))}</details>"
         case str(text):
-            return f"<p>{html.escape(text)}</p>"
+            marked = re.sub("`([^`]+)`", r"<code>\1</code>", html.escape(text))
+            return f"<p>{marked}</p>"
     head = "".join(_cell("th", name, name) for name in part[0])
     body = "".join(f"<tr>{''.join(_cell('td', *item) for item in row.items())}</tr>\n" for row in part)
-    return f"<div><table>\n<tr>{head}</tr>\n{body}</table></div>"
+    return f"<div tabindex=0 role=region aria-label=table><table>\n<tr>{head}</tr>\n{body}</table></div>"
 
 
 def _cell(tag: str, column: str, text: str) -> str:
     return f"<{tag}{' class=left' if column in LEFT else ''}>{html.escape(text)}</{tag}>"
 
 
-def own_picture(path: Path) -> Picture | None:
+def own_picture(path: Path, finding: str) -> Picture | None:
     """Returns a picture of a run folder; None if it is no regular file: a link may lead to a secret."""
     try:
         data = read_bytes(path, MOST_BYTES) or b""
     except UserError:
         return None
-    return Picture(path.stem, data) if data.startswith(b"\x89PNG") else None
+    return Picture(path.stem, data, finding) if data.startswith(b"\x89PNG") else None

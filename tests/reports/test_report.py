@@ -79,14 +79,15 @@ def test_a_difference_is_said_in_images_and_decided_only_beyond_its_error_and_by
         (found,) = comparison.differences({"b": made["random"], "a": made["dense"]})
         return found
 
-    one = "b, random - a, dense: +1 of 360 images, +0.28 points, undecided (95 % interval -1.81 to +2.36, one seed)"
+    interval = "95 % interval -1.81 to +2.36 (+1 of 360 images, one seed)"
+    one = f"b (random) is 0.28 points above a: not decided, {interval}"
     assert line([352], [353]) == one
-    assert line([180], [340]).startswith("b, random - a, dense: +160 of 360 images, +44.44 points, decided (")
-    assert "+1.0 of 360 images, +0.28 points, undecided" in line([350, 351, 352], [351, 352, 353])  # no deviation
-    assert "+9.0 of 360 images, +2.50 points, decided (95 % interval +1.81 to" in line([340, 341, 342], [350, 350, 350])
-    assert "-9.0 of 360 images, -2.50 points, undecided" in line([350, 350, 350], [330, 345, 348])
-    assert "-7.0 of 360 images, -1.94 points, undecided" in line([350, 351], [343, 344])  # equal by chance
-    assert "+160.0 of 360 images, +44.44 points, decided" in line([180, 181], [340, 341])
+    assert line([180], [340]).startswith("b (random) is 44.44 points above a: decided, 95 %")
+    assert "is 0.28 points above a: not decided" in line([350, 351, 352], [351, 352, 353])  # no deviation
+    assert "is 2.50 points above a: decided, 95 % interval +1.81 to" in line([340, 341, 342], [350, 350, 350])
+    assert "is 2.50 points below a: not decided" in line([350, 350, 350], [330, 345, 348])
+    assert "is 1.94 points below a: not decided" in line([350, 351], [343, 344])  # equal by chance
+    assert "is 44.44 points above a: decided" in line([180, 181], [340, 341])
     assert not comparison.differences({"a": [comparison.read_run(make_run("alone"))]})
 
 
@@ -98,6 +99,20 @@ def test_equal_experts_and_what_is_made_of_them_are_one_row(make_run):
     assert [row["model"] for row in results.result_rows(run.result)] == ["merged", "2 experts, equal"]
     run.result["rows"][2]["nll"] += 0.001
     assert [row["model"] for row in comparison.group_rows("other", [run])] == list(models)
+
+
+def test_the_best_run_is_marked_only_where_it_is_decided_against_every_other_on_the_same_data(make_run):
+    accuracies = {"a": 0.9, "b": 0.1, "c": 0.8}
+    runs = [make_run(name, value, optim__eps=1.0 + value) for name, value in accuracies.items()]
+    groups = read(*runs)
+    assert "(best)" not in str(comparison.overview(groups))  # 10 images: a is not decided against c
+    for group in groups.values():
+        group[0].result["rows"][0]["images"] = 1000
+    assert [row["accuracy"] for row in comparison.overview(groups)] == ["90.00% (best)", "10.00%", "80.00%"]
+    groups["c"][0].config.data.name, groups["c"][0].config.data.dir = "folder", "shapes"
+    overview = comparison.overview(groups)
+    assert [row["data"] for row in overview] == ["digits, 1,000 images"] * 2 + ["folder shapes, 1,000 images"]
+    assert "(best)" not in str(overview)
 
 
 def test_the_dense_run_of_the_same_config_stands_first(make_run):
@@ -158,7 +173,7 @@ def test_the_command_leaves_out_other_folders_and_says_why(make_run, tmp_path, m
         assert all(str(path) in printed for path in left_out)
     text = (out / "report.md").read_text()
     assert text.count("| mine |") == text.count("| z=1 |") == 1 + len(MODELS)
-    assert "| mine | merged | 50.00% ± 0.00% (best) | 2 | dense | 50.00% ± 0.00% | 50.00% |" in text
+    assert "| mine | merged | 50.00% ± 0.00% | 2 | dense | 50.00% ± 0.00% | 50.00% |" in text
     assert f"~/mine2' {dense} " in text  # the command
     for picture in ("curves", "comparison"):
         assert (out / f"{picture}.png").read_bytes().startswith(b"\x89PNG")
@@ -209,15 +224,23 @@ def test_a_page_needs_nothing_else_and_shows_every_name_as_it_is(make_run, tmp_p
     result["rows"][0]["confusion"] = [[4, 1], [2, 3]]
     result["mergeability"] = {"layers": [0, 1], "gap": [0.1, 0.2], "spread": [0.1, 0.2], "barrier": barrier}
     safe_io.save_result(runs[0], result)
-    (runs[0] / "classes.json").write_text(json.dumps([HOSTILE, "caf\udce9"]))
+    for run in runs:
+        (run / "classes.json").write_text(json.dumps([HOSTILE, "caf\udce9"]))
+    (runs[0] / "samples.png").write_bytes(b"\x89PNG")
     code, _, err = processes.call(report.main, *runs, "--html", f"--out={out}")
     assert (code, err) == (0, "")
     text = (out / "report.html").read_text()
     seen = Seen(text)
     assert not seen.tags & {"script", "a", "link", "iframe", "object", "form"}
-    assert len(seen.addresses) == 4  # comparison, curves, mergeability, confusion
+    assert len(seen.addresses) == 5  # comparison, curves, mergeability, confusion, samples
     assert all(address.startswith("data:image/png;base64,") for address in seen.addresses)
     assert "default-src 'none'" in text
+    assert all(
+        finding in text for finding in ('alt="Lowest test error: 50.00 %, ', "red: wrong", "rises by 0.1000 nats")
+    )
+    assert text.index(" is 0.00 points above ") < text.index("<img ") < text.index("<table>") < text.index("<details>")
+    assert "<code>routing</code>" in text
+    assert text.count("<div") == text.count("<div tabindex=0 ") == text.count("<table>")
     written = {name.encode("utf-8", "backslashreplace").decode() for name in NAMES}
     assert written | {f"{HOSTILE}, seed 0", "optim.eps", f"{float(len(NAMES))}"} <= seen.texts
 
@@ -227,12 +250,12 @@ def test_a_page_embeds_pictures_of_the_run_folder_and_no_target_of_a_link(tmp_pa
     secret.write_bytes(b"\x89PNG secret")
     wrong = (lambda: picture.symlink_to(secret), lambda: os.mkfifo(picture), lambda: picture.write_text("no picture"))
     for make in wrong:
-        assert page.own_picture(picture) is None
+        assert page.own_picture(picture, "") is None
         make()
-        assert page.own_picture(picture) is None
+        assert page.own_picture(picture, "") is None
         picture.unlink()
     picture.write_bytes(b"\x89PNG")
-    assert page.own_picture(picture) == page.Picture("samples", b"\x89PNG")
+    assert page.own_picture(picture, "") == page.Picture("samples", b"\x89PNG")
 
 
 def test_a_result_that_is_not_as_it_was_written_is_refused(make_run):
