@@ -59,7 +59,7 @@ def test_five_commands_lead_from_pictures_to_a_page(installed, tmp_path):
         assert done.returncode == 0, done.stderr
     page = (tmp_path / "runs" / "report" / "report.html").read_text()
     assert "merged" in page
-    assert 'alt="mergeability" src="data:image/png' in page
+    assert 'alt="Lowest test error: ' in page
 
 
 def test_what_the_command_lists_it_trains_and_exports_and_type_checkers_see_its_types(installed, tmp_path):

@@ -202,8 +202,10 @@ def comparison(
 
 
 def of_run(result: Mapping[str, Any], workdir: Path) -> dict[str, Figure]:
-    """Returns file name -> figure of the result of a run: its mergeability, and a confusion matrix."""
-    drawn = {safe_io.MERGEABILITY: mergeability(result)} if "mergeability" in result else {}
+    """Returns file name -> figure of the result of a run: its mergeability, unless experts are equal,
+    and a confusion matrix."""
+    tells = "mergeability" in result and not results.are_equal(result)
+    drawn = {safe_io.MERGEABILITY: mergeability(result)} if tells else {}
     for row in result["rows"]:
         if figure := confusion(row, results.class_names(workdir, len(row.get("confusion", ())))):
             drawn[safe_io.CONFUSION] = figure

@@ -26,6 +26,7 @@ LEGEND = (
     "Closest pair: largest cosine of two experts' differences from the mean, which average to about -1 / (E - 1). "
     "Layer gap: how far the output of the mean expert is from the mean of the experts' outputs, relative to it."
 )
+EQUAL = "All experts are equal, so their average is each of them: there is nothing to measure between them."
 PROBES = (
     "n-shot: ridge regression on n training images per class, mean ± sample deviation over three draws of them. It "
     "sees only the features, the input of the head."
@@ -65,6 +66,11 @@ def trained_on(result: Mapping[str, Any]) -> str:
 def deviation(values: Sequence[float]) -> float:
     """Returns the sample deviation; nan if a value is not finite, which `statistics` does not accept."""
     return statistics.stdev(values) if all(map(math.isfinite, values)) else math.nan
+
+
+def are_equal(result: Mapping[str, Any]) -> bool:
+    """True if the experts of a run were measured, and do not differ in any layer."""
+    return bool(spread := result.get("mergeability", {}).get("spread")) and not any(spread)
 
 
 def result_rows(result: Mapping[str, Any]) -> list[dict[str, str]]:
@@ -164,7 +170,10 @@ def write_result(workdir: Path, result: Mapping[str, Any], confusion_drawn: bool
         show_table(probes, "probes of the features")
     if result.get("routes"):
         parts += [Heading(2, "What the router does"), Picture(Path(EXPERTS).stem)]
-    if why := result.get("mergeability"):
+    if are_equal(result):
+        parts += [Heading(2, "Why averaging works or fails"), EQUAL]
+        console.print(EQUAL)
+    elif why := result.get("mergeability"):
         layers = [
             {"layer": str(layer), **{title: f"{why[name][n]:.4f}" for title, name in LAYER_COLUMNS.items()}}
             for n, layer in enumerate(why["layers"])

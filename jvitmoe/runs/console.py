@@ -59,7 +59,7 @@ def show_table(rows: Sequence[Mapping[str, Any]], title: str, file: str = "") ->
     while file and len(names) > KEPT and 1 + sum(widths[name] for name in names) > shown.width:
         names.pop()
     if left_out := len(rows[0]) - len(names):
-        title = f"{title} ({left_out} more: {file})"
+        title = f"{title} ({left_out} more column{'s' * (left_out > 1)}: {file})"
     table = Table(title=escaped(title), title_justify="left")
     for name in names:
         table.add_column(name, justify="left" if name in LEFT else "right", overflow="fold")
@@ -92,6 +92,10 @@ class ProgressLine:
     def __init__(self, texts: list[str], done: int, total: int | None) -> None:
         self.texts, self.done, self._total = texts, done, total
         self._began = time.monotonic()
+
+    def begin(self, stage: str) -> None:
+        """Shows a stage, whose elapsed time begins now."""
+        self.texts, self._began = [stage], time.monotonic()
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Table]:
         texts = [*self.texts, f"{duration(time.monotonic() - self._began)} elapsed"]

@@ -54,7 +54,8 @@ class MetricsLog:
         self._first_seconds = 0.0  # duration of the step before that
         self._shown = self._printed = -math.inf  # time when a step was last shown, and printed
         self._line = ProgressLine(["compiling"], start, total)
-        self._live = Live(self._line, console=console) if console.is_terminal else None
+        # Transient: a line that stays would tell an old time left after Ctrl-C.
+        self._live = Live(self._line, console=console, transient=True) if console.is_terminal else None
         self._cell = _cell(self._line) if workdir and console.is_jupyter else None
 
     def __enter__(self) -> "MetricsLog":
@@ -116,7 +117,7 @@ class MetricsLog:
         left = (self._total - step) * seconds
         if rate and left > DAY and not self._warned:
             self._warned = True
-            remedies = "a GPU, --config cifar10_fast, or fewer --config.train.epochs"
+            remedies = "a GPU, fewer --config.train.epochs, or a model of a smaller --config.model.width"
             console.print(f"note: this will take {duration(left)} on this machine; shorter: {remedies}")
         self._line.done = step
         self._line.texts = [
@@ -135,7 +136,7 @@ class MetricsLog:
 
     def testing(self) -> None:
         """Shows that the test of the run has begun."""
-        self._line.texts = ["testing"]
+        self._line.begin("testing")
         if self._cell:
             self._cell.update(self._line)
         elif not self._live:

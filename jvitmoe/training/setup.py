@@ -1,5 +1,6 @@
 """What the first lines of a run say."""
 
+import textwrap
 from pathlib import Path
 
 from jvitmoe.machine import devices, processes
@@ -24,7 +25,10 @@ def print_setup(run: Run, workdir: Path, init_notes: list[str]) -> None:
         console.print(f"trained     {trained:,} of {everything:,} parameters")
     if plan.routing.experts > 1:
         console.print(f"routing     {describe(plan.routing)}")
-    console.print("optimizer   " + f"\n{'':12}".join(optimizer.groups(params)))
+    width = console.width if console.is_terminal else 1000  # a terminal would break lines inside numbers
+    for number, group in enumerate(optimizer.groups(params)):
+        first = "" if number else "optimizer"
+        console.print(textwrap.fill(group, width, initial_indent=f"{first:12}", subsequent_indent=" " * 14))
     for note in init_notes:
         console.print(f"source      {note}")
     console.print(f"images      {', '.join(f'{count:,} {name}' for name, count in counts.items())}")

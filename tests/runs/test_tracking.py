@@ -87,6 +87,19 @@ def test_the_first_step_is_shown_with_its_time_and_the_time_left_from_the_second
         assert not log.is_due()
 
 
+def test_a_terminal_keeps_no_line_of_a_run_that_has_stopped_and_times_the_test_alone(clock, monkeypatch):
+    terminal = Console(width=80, file=io.StringIO(), force_terminal=True, color_system=None)
+    monkeypatch.setattr(metrics_log, "console", terminal)
+    with MetricsLog(None, start=0, total=9, batch_size=4) as log:
+        clock[0] += 745.0
+        log.testing()
+        clock[0] += 3.0
+        terminal.print(log._line)
+    out = terminal.file.getvalue()
+    assert "testing  0:03 elapsed" in out
+    assert out.endswith("\x1b[1A\x1b[2K")  # the last line is erased
+
+
 @pytest.mark.parametrize(("total", "left"), [(4000, "23 h 19 min"), (10_001, "2.4 days")])
 def test_a_run_of_more_than_a_day_says_how_to_make_it_shorter_once(clock, capsys, total, left):
     with MetricsLog(None, start=0, total=total, batch_size=4) as log:
@@ -98,7 +111,7 @@ def test_a_run_of_more_than_a_day_says_how_to_make_it_shorter_once(clock, capsys
         log.show(3, VALUES)
     note, *others = capsys.readouterr().out.splitlines()
     if "days" in left:
-        remedies = "a GPU, --config cifar10_fast, or fewer --config.train.epochs"
+        remedies = "a GPU, fewer --config.train.epochs, or a model of a smaller --config.model.width"
         assert note == f"note: this will take {left} on this machine; shorter: {remedies}"
         note = others[0]
     assert note.startswith(f"{left} left  step 2/{total}")
@@ -113,6 +126,12 @@ def test_a_table_in_a_file_is_as_wide_as_columns_says(monkeypatch, capsys, colum
     widest = max(map(len, out.splitlines()))
     assert widest == 60 if columns else widest > 120
     assert "".join(out.split()).count("word") == 10
+
+
+def test_a_table_says_how_many_columns_it_leaves_out_and_where_they_are(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "60")
+    show_table([{f"column {n}": "a cell of text" for n in range(6)}], "title", "report.md")
+    assert "title (2 more columns: report.md)" in capsys.readouterr().out
 
 
 def test_a_file_is_written_whole_or_not_at_all_and_never_through_a_link(tmp_path):
