@@ -23,7 +23,7 @@ PIP := $(RUN) -m pip install --disable-pip-version-check -c $(CONSTRAINTS)
 $(VENV)/base: pyproject.toml $(CONSTRAINTS)
 	@echo "Installing jvitmoe into $(VENV): about 0.8 GB, half a minute or more."
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) --no-compile -e .
+	$(PIP) --quiet --no-compile -e .
 	touch $@
 
 $(VENV)/installed: $(VENV)/base

@@ -36,6 +36,12 @@ def one_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {text[:200]}" if text else type(error).__name__
 
 
+def first_few(parts: Collection[str], most: int = 3) -> str:
+    """Returns the first parts of a list in words, and how many more there are."""
+    more = f" and {len(parts) - most} more" if len(parts) > most else ""
+    return ", ".join([*parts][:most]) + more
+
+
 def did_you_mean(name: str, known: Collection[str]) -> str:
     """Returns "; did you mean 'x'?" with the most similar known name, by its initials (lr), by the whole, first in
     another case, or by the part after its last dot; or "" if none is similar."""

@@ -70,15 +70,16 @@ def parse_with_arguments(
         width = shutil.get_terminal_size().columns
         print(f"usage: jvitmoe {Path(argv[0]).stem} [flags] {arguments}".rstrip(), "", sep="\n")
         print(*textwrap.wrap((sys.modules[define.__module__].__doc__ or "").partition("\n\n")[0], width), "", sep="\n")
-        for flag in {id(values[name]): values[name] for name in sorted(values) if "config" not in name}.values():
+        if config:
+            about = "An experiment that jvitmoe configs lists, or a file."
+            print(*help_lines("--config=NAME[:VARIANT]", about, width), sep="\n")
+        # In the order of their definitions: those that most people need come first.
+        names = [name for name in values.flag_values_dict() if "config" not in name]
+        for flag in {id(values[name]): values[name] for name in names}.values():
             default = ",".join(flag.default) if isinstance(flag.default, list) else flag.default
             given = f"[no]{flag.name}" if flag.boolean else f"{flag.name}={default}"
             print(*help_lines(f"--{given}", flag.help, width), sep="\n")
         if config:
-            print(
-                *help_lines("--config=NAME[:VARIANT]", "An experiment that jvitmoe configs lists, or a file.", width),
-                sep="\n",
-            )
             whose = "this experiment" if path or _saved_config(argv) else "Config(); --config NAME shows those of NAME"
             print("", *textwrap.wrap(f"Settings, with the values of {whose}:", width), sep="\n")
             print(help_text(values.config, width))

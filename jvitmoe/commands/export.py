@@ -14,9 +14,11 @@ from typing import Any
 from absl import flags
 
 from jvitmoe.commands import cli
-from jvitmoe.errors import UserError, printable
+from jvitmoe.errors import UserError, did_you_mean, printable
 from jvitmoe.runs import safe_io
 from jvitmoe.runs.console import console, warnings_as_lines
+
+FORMATS = ("hf", "onnx", "safetensors", "stablehlo", "timm")  # the names in interop.formats.TARGETS, which imports JAX
 
 
 def main(argv: list[str]) -> None:
@@ -36,6 +38,8 @@ def export(
 ) -> None:
     """Writes the dense model of a run, or an export of ours, for another library. The arguments are the flags of the
     command. Raises UserError for a run, target or folder that does not fit."""
+    if to not in FORMATS:
+        raise UserError(f"--to is {to!r}; it must be one of {', '.join(FORMATS)}{did_you_mean(to, FORMATS)}")
     check_new(out)
     console.print(f"reading     {workdir}")
     # Not above: these import JAX, and --help need not wait for that.
@@ -44,8 +48,7 @@ def export(
     from jvitmoe.interop.formats import TARGETS, base
     from jvitmoe.machine import compilation
 
-    if not (target := TARGETS.get(to)):
-        raise UserError(f"--to is {to!r}; it must be one of {', '.join(sorted(TARGETS))}")
+    target = TARGETS[to]
     compilation.use_cache()
     with warnings_as_lines():
         source = load.read(workdir, checkpoint=checkpoint, ema=ema)
@@ -113,7 +116,7 @@ def _define_flags(values: flags.FlagValues) -> None:
     where = "Run folder, or a folder that jvitmoe average or export --to safetensors wrote."
     flags.DEFINE_string("workdir", "", where, flag_values=values)
     flags.DEFINE_alias("model", "workdir", flag_values=values)
-    cli.define_weights(values)
-    flags.DEFINE_string("to", "", "What to write: hf, onnx, safetensors, stablehlo or timm.", flag_values=values)
+    flags.DEFINE_string("to", "", f"What to write: {', '.join(FORMATS)}.", flag_values=values)
     flags.DEFINE_string("out", "", "New folder to write to.", flag_values=values)
+    cli.define_weights(values)
     flags.DEFINE_string("data_dir", "", "Where the data are, if not where training found them.", flag_values=values)

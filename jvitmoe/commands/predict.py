@@ -27,6 +27,11 @@ def main(argv: list[str]) -> None:
         raise UserError("--workdir is missing; give a run folder, an exported one, or --model=cifar10_fast")
     if not arguments:
         raise UserError("no picture was given; name files or folders after the flags")
+    paths, complaints = pictures.find(arguments)
+    for message in complaints:
+        print(f"skipped: {printable(message)}", file=sys.stderr)
+    if not paths:
+        sys.exit(1)
     # Not above: these import JAX, and --help need not wait for that.
     from jvitmoe.interop import classifier
     from jvitmoe.machine import compilation
@@ -36,7 +41,7 @@ def main(argv: list[str]) -> None:
         model = classifier.load(values.workdir, values.checkpoint, values.ema)
     for note in model.notes:
         print(f"source      {printable(note)}", file=sys.stderr)
-    paths, unreadable = pictures.find(arguments)
+    unreadable: list[str] = []
     classes: list[tuple[Path, list[classifier.Prediction]]] = []
     for start in range(0, len(paths), classifier.BATCH):
         pixels: list[tuple[Path, np.ndarray]] = []
@@ -59,7 +64,7 @@ def main(argv: list[str]) -> None:
         show_table(rows, f"{values.workdir}: most probable classes")
     for message in unreadable:
         print(f"skipped: {printable(message)}", file=sys.stderr)
-    if unreadable:
+    if complaints or unreadable:
         sys.exit(1)
 
 
@@ -67,6 +72,6 @@ def _define_flags(values: flags.FlagValues) -> None:
     where = "Run folder, a folder that jvitmoe export wrote, or cifar10_fast, which comes with jvitmoe."
     flags.DEFINE_string("workdir", "", where, flag_values=values)
     flags.DEFINE_alias("model", "workdir", flag_values=values)
-    cli.define_weights(values)
     flags.DEFINE_integer("top", 5, "Classes per picture.", 1, flag_values=values)
     flags.DEFINE_bool("json", False, "JSON on standard output, instead of a table.", flag_values=values)
+    cli.define_weights(values)

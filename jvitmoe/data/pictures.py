@@ -167,7 +167,7 @@ def centre_crop(picture: Picture, side: int, channels: int, crop: str = "resized
 @contextlib.contextmanager
 def opened(picture: Picture) -> Iterator[Any]:
     """Yields the picture as a Pillow image, its header read. Any error inside becomes a DataError with its name."""
-    from PIL import Image
+    from PIL import Image, UnidentifiedImageError
 
     encoded = picture.encoded
     try:
@@ -188,7 +188,9 @@ def opened(picture: Picture) -> Iterator[Any]:
     except DataError:
         raise
     except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError and more for damaged files
-        fault = f"{picture.name} cannot be read as an image ({one_line(error)})"
+        unknown = f"it is damaged, or none of {', '.join(FORMATS)}"  # Pillow would name our buffer
+        cause = unknown if isinstance(error, UnidentifiedImageError) else one_line(error)
+        fault = f"{picture.name} cannot be read as an image ({cause})"
         raise DataError(f"{fault}; replace or remove it") from error
 
 
@@ -239,9 +241,10 @@ def find(paths: Sequence[str | Path]) -> tuple[list[Path], list[str]]:
     """Returns (files, complaints): each file, and the images directly in each folder, in order; ~ is the home."""
     files: list[Path] = []
     complaints = []
-    for path in (Path(os.path.expanduser(name)) for name in paths):
+    for name in paths:
+        path = Path(os.path.expanduser(name))
         if not os.path.lexists(path):  # unlike Path.exists, this raises for no name
-            complaints.append(f"{path} does not exist; give files or folders")
+            complaints.append(f"{name} {'is a URL' if '://' in str(name) else 'does not exist'}; give files or folders")
             continue
         try:
             inside = [p for p in visible(path) if is_image(p) and p.is_file()] if os.path.isdir(path) else [path]

@@ -15,7 +15,7 @@ from absl import logging
 from jvitmoe.config import ModelConfig
 from jvitmoe.data import augment
 from jvitmoe.data import pictures as images_lib
-from jvitmoe.errors import UserError
+from jvitmoe.errors import UserError, first_few
 from jvitmoe.interop import load as load_lib
 from jvitmoe.interop import weight_names
 from jvitmoe.machine import compilation
@@ -50,6 +50,12 @@ class Classifier:
         self.params = jax.tree.map(jnp.asarray, weight_names.unflatten(dense_arrays(source)))
         net = vit.build(self.config)
         self._run = compilation.jit(lambda p, x: vit.logits(net, p, augment.normalize(x, self.mean, self.std)))
+
+    def __repr__(self) -> str:
+        size, channels = self.config.image_size, self.config.channels
+        count = sum(leaf.size for leaf in jax.tree.leaves(self.params))
+        names = first_few(self.names)
+        return f"Classifier({len(self.names)} classes: {names}; {size}x{size}x{channels}; {count:,} parameters)"
 
     def __call__(self, inputs: Any, top: int = 5) -> list[list[Prediction]]:
         """Returns the `top` most probable classes of each input, most probable first.

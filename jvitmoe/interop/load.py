@@ -80,7 +80,7 @@ def read(path: Path | str, heads: int = 0, checkpoint: str | int = "latest", ema
         folder = fetch(str(path))
         source = read(folder, heads, checkpoint, ema)
         return dataclasses.replace(source, notes=(f"{path} is commit {folder.name}", *source.notes))
-    path = Path(os.path.expanduser(path))
+    given, path = str(path), Path(os.path.expanduser(path))
     if str(path) in shipped() and not os.path.lexists(path):
         path = SHIPPED / path
     if os.path.isdir(path / safe_io.CHECKPOINTS):  # unlike Path's, these raise for no name
@@ -89,7 +89,8 @@ def read(path: Path | str, heads: int = 0, checkpoint: str | int = "latest", ema
         path = path / WEIGHTS
     if not os.path.isfile(path):
         known = f"a .safetensors file, or a model that comes with jvitmoe ({', '.join(shipped())})"
-        raise UserError(f"{str(path)!r} is not a file; give a run folder, a folder with {WEIGHTS}, {known}")
+        where = given if "://" in given else str(path)
+        raise UserError(f"{where!r} is not a file; give a run folder, a folder with {WEIGHTS}, {known}")
     if path.suffix != ".safetensors":
         raise UserError(f"{str(path)!r} is no .safetensors; convert it with safetensors first")
     if ema or checkpoint != "latest":

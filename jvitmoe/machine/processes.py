@@ -22,7 +22,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from jvitmoe.errors import UserError, one_line
+from jvitmoe.errors import UserError, first_few, one_line
 from jvitmoe.machine import devices
 
 T = TypeVar("T")
@@ -167,9 +167,8 @@ def agree(facts: Mapping[str, object], remedy: str = "start all alike") -> None:
     def compare() -> None:
         differ = [name for name in mine | first if mine.get(name) != first.get(name)]
         if differ:
-            shown = ", ".join(f"{name} is {mine.get(name)} and not {first.get(name)}" for name in differ[:3])
-            more = f" and {len(differ) - 3} more" if len(differ) > 3 else ""
-            raise UserError(f"{_name(jax.process_index())} differs from process 0: {shown}{more}; {remedy}")
+            shown = first_few([f"{name} is {mine.get(name)} and not {first.get(name)}" for name in differ])
+            raise UserError(f"{_name(jax.process_index())} differs from process 0: {shown}; {remedy}")
 
     together(compare)
 

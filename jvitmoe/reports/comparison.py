@@ -14,7 +14,7 @@ from jvitmoe import config as config_lib
 from jvitmoe import rules
 from jvitmoe.config import Config
 from jvitmoe.data import sources
-from jvitmoe.errors import UserError, one_line
+from jvitmoe.errors import UserError, first_few, one_line
 from jvitmoe.reports import results
 from jvitmoe.runs import safe_io
 from jvitmoe.runs.console import console, duration, quantity
@@ -114,7 +114,7 @@ def _faults(run: TestedRun, other: TestedRun) -> Iterator[str]:
     if _source(run.config) == _source(other.config):  # each seed may start from a run of its own seed
         changed.pop("init.source", None)
     if changed:
-        listed = ", ".join(f"{field} ({a!r} and {b!r})" for field, (a, b) in changed.items())
+        listed = first_few([f"{field} ({a!r} and {b!r})" for field, (a, b) in changed.items()])
         yield f"differ in {listed}; only seeds may differ"
     if (seed := run.config.train.seed) == other.config.train.seed:
         yield f"are both of seed {seed}; leave one out"

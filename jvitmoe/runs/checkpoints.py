@@ -31,7 +31,7 @@ from jvitmoe import config as config_lib
 from jvitmoe import rules
 from jvitmoe.config import LARGEST, Config
 from jvitmoe.data import sources
-from jvitmoe.errors import UserError, one_line
+from jvitmoe.errors import UserError, first_few, one_line
 from jvitmoe.machine import devices, memory, processes
 from jvitmoe.runs import fingerprint, safe_io
 
@@ -96,7 +96,7 @@ class Checkpoints:
         changed = sources.differences(config_lib.from_dict(meta["config"]), config_lib.loads(text, str(path)))
         if "train.epochs" in changed and operator.lt(*changed["train.epochs"]):
             del changed["train.epochs"]  # of a run that is trained longer
-        listed = ", ".join(f"{name} is {own!r}, and {runs!r} in {path.name}" for name, (own, runs) in changed.items())
+        listed = first_few([f"{name} is {own!r}, and {runs!r} in {path.name}" for name, (own, runs) in changed.items()])
         return listed and f"it is of another run: {listed}"
 
     def read(self, which: str | int) -> Saved:

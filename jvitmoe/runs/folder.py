@@ -15,7 +15,7 @@ from jvitmoe import config as config_lib
 from jvitmoe import rules
 from jvitmoe.config import Config
 from jvitmoe.data import sources
-from jvitmoe.errors import ConfigError, UserError
+from jvitmoe.errors import ConfigError, UserError, first_few
 from jvitmoe.machine import processes
 from jvitmoe.runs import checkpoints, safe_io
 
@@ -50,7 +50,7 @@ def check_folder(workdir: Path, config: Config) -> None:
     if [*changed] == ["train.epochs"] and operator.lt(*changed["train.epochs"]) and _has_ended(workdir):
         return  # it is trained longer
     if changed:
-        listed = ", ".join(f"{name} was {old!r} and is {new!r} now" for name, (old, new) in changed.items())
+        listed = first_few([f"{name} was {old!r} and is {new!r} now" for name, (old, new) in changed.items()])
         longer = "; a run is trained longer after its end: repeat its own command first"
         remedy = f"set --workdir to a new folder{longer if [*changed] == ['train.epochs'] else ''}"
         raise ConfigError(f"workdir {str(workdir)!r} holds another experiment: {listed}; {remedy}")
@@ -196,7 +196,7 @@ def _check_config(workdir: Path, meta: dict[str, Any]) -> None:
     config = rules.check(config_lib.loads(safe_io.read_bytes(workdir / safe_io.CONFIG) or b"", safe_io.CONFIG))
     saved = config_lib.from_dict(meta["config"]) if "config" in meta else config
     if changed := sources.differences(saved, config):
-        raise UserError(f"{', '.join(changed)} differ from checkpoint {meta['step']}; restore it from a copy")
+        raise UserError(f"{first_few(changed)} differ from checkpoint {meta['step']}; restore it from a copy")
 
 
 def _check_metrics(workdir: Path, meta: dict[str, Any]) -> None:

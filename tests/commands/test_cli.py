@@ -17,7 +17,7 @@ import processes
 from jvitmoe import experiments
 from jvitmoe.commands import cli, evaluate, export, train
 from jvitmoe.config import Config
-from jvitmoe.errors import UserError, did_you_mean
+from jvitmoe.errors import UserError, did_you_mean, first_few
 from jvitmoe.runs import safe_io
 
 DIGITS, FAST = (str(Path(__file__).parents[2] / "configs" / f"{name}.py") for name in ("digits_random", "cifar10_fast"))
@@ -74,6 +74,20 @@ def test_a_file_is_taken_only_by_a_name_that_ends_in_py_or_has_a_separator(monke
     assert experiment("--config=./mine:random") == experiment(f"--config={FAST}:random")
     (tmp_path / "mine").rename("digits_random.py")
     assert experiment("--config=digits_random.py") == experiment(f"--config={FAST}")
+
+
+def test_help_begins_with_what_most_people_need_and_ends_with_hosts_and_processes(capsys):
+    with pytest.raises(SystemExit):
+        cli.parse(["train.py", "--help"], train.define_flags, config=True)
+    own, _, _ = capsys.readouterr().out.partition("Settings,")
+    listed = re.findall(r"^  --(?:\[no\])?([a-z_]+)", own, re.MULTILINE)
+    assert listed[:4] == ["config", "workdir", "start", "trackers"]
+    assert listed[-4:] == ["processes", "process", "join_seconds", "help"]
+
+
+def test_of_many_things_a_message_names_a_few_and_counts_the_others():
+    assert first_few(["a", "b", "c"]) == "a, b, c"
+    assert first_few({"a": 1, "b": 2, "c": 3, "d": 4, "e": 5}) == "a, b, c and 2 more"
 
 
 def test_a_name_in_another_case_is_meant_before_a_nearer_one():
@@ -176,7 +190,7 @@ print(sorted({"jax", "matplotlib"} & sys.modules.keys()))
     [
         ("train", ["--config=digits_random"], "starting    JAX\n"),
         ("evaluate", [], "reading     {}\n"),
-        ("export", ["--out={}/new"], "reading     {}\n"),
+        ("export", ["--out={}/new", "--to=timm"], "reading     {}\n"),
     ],
 )
 def test_a_command_says_what_it_does_before_it_imports_jax(tmp_path, command, arguments, line):

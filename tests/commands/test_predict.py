@@ -5,6 +5,7 @@ import os
 import shutil
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image, ImageDraw
@@ -67,6 +68,11 @@ def test_predictions_are_sorted_named_and_sum_to_one(model, digits):
     assert shares == sorted(shares, reverse=True)
     assert sum(shares) == pytest.approx(1, abs=1e-6)
     assert len(model(digits.images_NHWc[0])[0]) == 5
+
+
+def test_a_model_says_what_it_is(model):
+    count = sum(leaf.size for leaf in jax.tree.leaves(model.params))
+    assert repr(model) == f"Classifier(10 classes: 0, 1, 2 and 7 more; 8x8x1; {count:,} parameters)"
 
 
 def test_any_number_of_images_is_classified(model, digits):
@@ -170,7 +176,16 @@ def test_unreadable_files_are_reported_skipped_and_the_rest_is_done(exported, fo
     assert len(lines) == 6
     for name in ("broken.png", "huge.png", "none.png", "empty", "script.png", "pipe.png"):
         assert any(line.startswith("skipped: ") and name in line for line in lines), name
+    assert "it is damaged, or none of BMP, GIF, " in next(line for line in lines if "broken.png" in line)
     assert call(predict.main, f"--workdir={exported}", folder / "broken.png")[:2] == (1, "")
+
+
+def test_where_no_picture_can_be_no_model_is_read(folder, monkeypatch):
+    monkeypatch.setattr(classifier, "load", lambda *_: 1 / 0)
+    (folder / "empty").mkdir()
+    code, out, err = call(predict.main, "--workdir=x", folder / "none.png", "https://host/a.png", folder / "empty")
+    assert (code, out, err.count("skipped: ")) == (1, "", 3)
+    assert "https://host/a.png is a URL; give files or folders" in err
 
 
 def test_names_of_files_cannot_control_the_terminal(exported, folder, monkeypatch):
@@ -190,7 +205,8 @@ def test_names_of_files_cannot_control_the_terminal(exported, folder, monkeypatc
         ("x.png", "--workdir"),
         ("--workdir={run}", "no picture"),
         ("--workdir={run} --top=0 x.png", "--top"),
-        ("--workdir=no/where --checkpoint=best x.png", "no/where"),
+        ("--workdir=no/where --checkpoint=best {run}/config.json", "no/where"),
+        ("--workdir=gs://bucket/x {run}/config.json", "'gs://bucket/x' is not a file"),
     ],
 )
 def test_predict_refuses_in_one_line(exported, arguments, named):

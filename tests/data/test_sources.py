@@ -161,11 +161,11 @@ FOLDER_MISTAKES = {  # what is done, and the place that the line names; reading 
     "an empty class": (lambda p: (p / "train" / "bird").mkdir(), "{root}/train/bird"),
     "another test class": (
         lambda p: (p / "test" / "dog").rename(p / "test" / "cow"),
-        "'cow' has test images and no training",
+        "dog only in training pictures and cow only in test pictures; both",
     ),
     "seven classes of test only": (
         lambda p: [shutil.copytree(p / "test" / "dog", p / "test" / name) for name in "abcdefg"],
-        "the class 'a' has test images and no training images (and 6 more classes in one of them only)",
+        "a, b, c and 4 more only in test pictures; both",
     ),
     "an image beside classes": (lambda p: shutil.copy(png(p), p / "train"), "{root}/train/004.png"),
     "another size": (lambda p: Image.new("RGB", (10, 12)).save(png(p)), "{root}/train/dog/004.png is 12x10 pixels"),
@@ -173,6 +173,10 @@ FOLDER_MISTAKES = {  # what is done, and the place that the line names; reading 
     "a bomb": (lambda p: Image.new("1", (12000, 12000)).save(png(p)), "{root}/train/dog/004.png cannot be read"),
     "a pipe": (lambda p: [png(p).unlink(), os.mkfifo(png(p))], "{root}/train/dog/004.png cannot be read"),
 }
+
+
+def test_a_url_as_a_folder_is_refused_as_it_was_given():
+    refused("folder", "gs://bucket/x", ModelConfig(), "'gs://bucket/x', a URL")
 
 
 @pytest.mark.parametrize("mistake", FOLDER_MISTAKES)

@@ -383,6 +383,7 @@ class Toy(base.Target):
 
 def test_a_target_takes_one_class_and_a_folder_beside_its_export_stays(experiment_run, tmp_path, monkeypatch):
     monkeypatch.setitem(TARGETS, "toy", Toy())
+    monkeypatch.setattr(export, "FORMATS", (*export.FORMATS, "toy"))
     (tmp_path / "x.part").mkdir()
     (tmp_path / "x.part" / "mine").touch()
     out = succeed(export.main, f"--workdir={experiment_run}", "--to=toy", f"--out={tmp_path / 'x'}")
@@ -400,7 +401,7 @@ def test_a_target_takes_one_class_and_a_folder_beside_its_export_stays(experimen
     ("arguments", "named"),
     [
         ("--to=timm --out={new}", "--workdir"),
-        ("--workdir={run} --to=tim --out={new}", "hf, onnx, safetensors"),
+        ("--workdir={run} --to=tim --out={new}", "hf, onnx, safetensors, stablehlo, timm; did you mean 'timm'?"),
         ("--workdir={run} --to=timm", "--out"),
         *((f"--workdir={{run}} --to=timm --out={out}", "new or empty folder") for out in ("{run}", ".", "{link}")),
         ("--workdir=no/where --to=timm --out={new}", "no/where"),
@@ -413,6 +414,7 @@ def test_export_refuses_in_one_line(experiment_run, tmp_path, arguments, named):
     (tmp_path / "link").symlink_to(tmp_path / "empty")
     assert named in refused(export.main, *arguments.format(**places).split())
     assert not (tmp_path / "new").exists()
+    assert {*export.FORMATS} == TARGETS.keys()
 
 
 @pytest.mark.parametrize("command", [export.main, evaluate.main], ids=["export", "evaluate"])

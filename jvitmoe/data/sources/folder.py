@@ -13,7 +13,7 @@ import numpy as np
 
 from jvitmoe.data.pictures import DataError, Picture, is_image, visible
 from jvitmoe.data.splits import Dataset, Record, Records, Source, check_fit
-from jvitmoe.errors import one_line
+from jvitmoe.errors import first_few, one_line
 
 TESTS = ("test", "val", "validation")  # names of the test split; the first with class folders is taken
 TEST_SHARE = 0.2  # of a folder that is not split
@@ -26,12 +26,11 @@ class ImageFolder(Source):
 
     def browse(self) -> Dataset[Records]:
         train, test, note = self._splits()
-        if odd := sorted(train.keys() ^ test.keys()):
-            name = odd[0]
-            has, lacks = ("training", "test") if name in train else ("test", "training")
-            others = f" (and {len(odd) - 1} more classes in one of them only)" if len(odd) > 1 else ""
-            fault = f"the class {name!r} has {has} images and no {lacks} images{others}"
-            raise DataError(f"{fault}; both splits of {self.data.dir} must hold the same classes")
+        only = zip(("training", "test"), (train.keys() - test.keys(), test.keys() - train.keys()), strict=True)
+        if odd := " and ".join(
+            f"{first_few(sorted(names))} only in {split} pictures" for split, names in only if names
+        ):
+            raise DataError(f"the classes of {self.data.dir} differ: {odd}; both must hold the same classes")
         size = self.model.image_size, self.model.image_size, self.model.channels
         check_fit(self.data.dir, size, len(train), self.model)
         return Dataset(_records(self._root, train), _records(self._root, test), tuple(sorted(train)), note)
@@ -47,6 +46,8 @@ class ImageFolder(Source):
     def _root(self) -> Path:
         if not self.data.dir:
             raise DataError("config.data.dir is ''; data.name=folder needs the folder: set --config.data.dir=...")
+        if "://" in self.data.dir:
+            raise DataError(f"config.data.dir is {self.data.dir!r}, a URL; images lie on a disk: give their path")
         return Path(os.path.expanduser(self.data.dir))
 
     @property
