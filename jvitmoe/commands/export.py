@@ -6,6 +6,7 @@ before anything is written.
 """
 
 import os
+import re
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -103,7 +104,10 @@ def write(
 
 
 def check_new(out: Path) -> None:
-    """Raises UserError unless a folder is new or empty."""
+    """Raises UserError unless a folder is new or empty, and on a disk."""
+    if re.match(r"\w+:/", str(out)):
+        url = str(out).replace(":/", "://", 1)  # a Path has one slash
+        raise UserError(f"--out is {url!r}, a URL; give a folder on a disk, and copy it")
     try:
         is_new = not os.path.lexists(out) or (out.is_dir() and not out.is_symlink() and not any(out.iterdir()))
     except OSError:  # it cannot be listed

@@ -404,6 +404,7 @@ def test_a_target_takes_one_class_and_a_folder_beside_its_export_stays(experimen
         ("--workdir={run} --to=tim --out={new}", "hf, onnx, safetensors, stablehlo, timm; did you mean 'timm'?"),
         ("--workdir={run} --to=timm", "--out"),
         *((f"--workdir={{run}} --to=timm --out={out}", "new or empty folder") for out in ("{run}", ".", "{link}")),
+        ("--workdir={run} --to=timm --out=gs://bucket/x", "'gs://bucket/x', a URL"),
         ("--workdir=no/where --to=timm --out={new}", "no/where"),
         ("--workdir={run} --to=timm --out={new} --checkpoint=9", "checkpoint '9'"),
     ],
