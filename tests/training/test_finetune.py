@@ -1,7 +1,8 @@
-"""configs/finetune.py end to end at 224 pixels, on a small ViT with random weights and a folder of pictures."""
+"""configs/finetune.py and configs/folder.py end to end on folders of pictures."""
 
 import json
 import math
+import re
 
 import jax
 import numpy as np
@@ -9,14 +10,18 @@ import pytest
 from PIL import Image
 from safetensors.numpy import save_file
 
+import jvitmoe
+import processes
 from jvitmoe.commands import train
 from jvitmoe.config import ModelConfig
 from jvitmoe.interop import load, weight_names
 from jvitmoe.interop.formats import weights
 from jvitmoe.models import vit
+from processes import succeed
 
 pytestmark = pytest.mark.slow
 
+ONE = "--config.train.devices=1"
 SIZES = {"image_size": 224, "classes": 3, "patch": 16, "width": 24, "hidden": 48, "depth": 2, "heads": 2}
 
 
@@ -47,15 +52,40 @@ def files(tmp_path):
 def test_a_vit_of_timm_is_tuned_on_a_folder_of_pictures(files, tmp_path, variant):
     source, pictures = files
     workdir = tmp_path / "run"
-    sizes = [f"--config.model.{name}={value}" for name, value in SIZES.items()]
     settings = {"data.dir": pictures, "init.source": source / "model.safetensors", "train.batch_size": 16}
     settings |= {"train.epochs": 8, "train.devices": 1, "train.log_every": 1}
     flags = [f"--config.{name}={value}" for name, value in settings.items()]
-    train.main(["train", f"--config=configs/finetune.py:{variant}", f"--workdir={workdir}", *sizes, *flags])
+    train.main(["train", f"--config=configs/finetune.py:{variant}", f"--workdir={workdir}", *flags])
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     losses = [line["loss"] for line in lines if line["kind"] == "train"]
     assert all(map(math.isfinite, losses))
     assert np.mean(losses[-3:]) < np.mean(losses[:3])
     rows = {row["model"]: row for row in json.loads((workdir / "result.json").read_text())["rows"]}
     assert rows["merged" if variant == "random" else "dense"]["accuracy"] > 0.5
-    assert load.read(workdir).model.patch == 16
+    found = load.read(workdir).model
+    assert {name: getattr(found, name) for name in SIZES} == SIZES  # of the source; the head is that of the folder
+
+
+def drawn(page: str) -> str:
+    """Returns the first block of Python of a page, which draws pictures."""
+    return re.search(r"```python\n(.*?)```", (processes.ROOT / "docs" / page).read_text(), re.DOTALL)[1]
+
+
+@pytest.mark.long
+def test_60_pictures_a_class_in_a_flat_folder_tune_the_shipped_model(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, _, _ = drawn("average.md").partition("sites =")
+    names = "disc", "ring", "square"
+    exec(code + "".join(f"draw(Path('flat/{name}'), '{name}', 60)\n" for name in names), {})
+    out = succeed(train.main, "--config=finetune", "--config.init.source=cifar10_fast", "--config.data.dir=flat", ONE)
+    assert "batch       8 of " in out
+    assert "not above guessing" not in out.splitlines()[-1]
+    assert jvitmoe.Run("runs/finetune").accuracy() >= 0.9
+
+
+@pytest.mark.long
+def test_a_vit_learns_the_tutorial_s_shapes_from_scratch(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    exec(drawn("tutorial.md"), {})
+    succeed(train.main, "--config=folder", "--config.data.dir=shapes", "--config.optim.mlp_rate=2", ONE)
+    assert jvitmoe.Run("runs/folder").accuracy() >= 0.9
