@@ -120,11 +120,12 @@ def train(
     if bool(start) == bool(config):
         raise UserError("give config or start, and not both")
     if start:
-        name, settings = Path(start).name, experiments.of_start(start)
+        name, settings, experiment = Path(start).name, experiments.of_start(start), b""
     elif isinstance(config, Config):
-        name, settings = "run", copy.deepcopy(config)
+        name, settings, experiment = "run", copy.deepcopy(config), b""
     else:
         name, settings = cli.experiment_name(["", f"--config={config}"]), experiments.load(config)
+        experiment = experiments.text(config)
     run = Run(workdir or Path("runs") / name)
     for path, value in (overrides or {}).items():
         if path not in SETTINGS:
@@ -139,7 +140,7 @@ def train(
     logging.set_verbosity(logging.FATAL)  # Orbax logs a lot
     asked = [trackers] if isinstance(trackers, str) else trackers
     try:
-        launch.launch(rules.check(settings), run.workdir, stop=_Interrupts(), trackers=asked)
+        launch.launch(rules.check(settings), run.workdir, None, _Interrupts(), asked, experiment)
     except SystemExit as error:
         raise KeyboardInterrupt("stopped and saved; train again to go on") from error
     finally:

@@ -17,6 +17,10 @@ class ConfigError(UserError):
     """A setting has a value that breaks its rule."""
 
 
+class UnknownNameError(ConfigError):
+    """A setting has a name that no registry has; an experiment file may register it."""
+
+
 def printable(text: str) -> str:
     """Returns `text` as one line for a terminal, with control characters escaped. Long words and lines are cut in the
     middle, because a message ends with the rule and the remedy."""

@@ -6,13 +6,23 @@ import os
 import sys
 import traceback
 import types
+from collections.abc import Callable
 from importlib.machinery import SourceFileLoader
 from pathlib import Path
+from typing import Any
 
 from jvitmoe import config as config_lib
 from jvitmoe.config import Config
 from jvitmoe.errors import UserError, did_you_mean, one_line
 from jvitmoe.runs import safe_io
+
+REGISTRIES = {  # to which a file may add, and the module of each
+    "ROUTINGS": "routing",
+    "ROUTERS": "models.routers",
+    "AUGMENTATIONS": "data.augment",
+    "OPTIMIZERS": "training.optimizer",
+    "SOURCES": "data.sources",
+}
 
 
 def ours() -> Path:
@@ -45,32 +55,79 @@ def load(name: str | Path) -> Config:
         if os.path.isfile(path):
             problem, hint = "is no name of an experiment", f"; for the file give --config=./{path}"
         raise UserError(f"config file {path!r} {problem}{hint}")
+
+    def get_config(module: Any) -> Any:
+        if variant and not inspect.signature(module.get_config).parameters:
+            raise UserError(f"config file {path!r} has no variants, such as {variant!r}; give --config={path}")
+        return module.get_config(variant) if variant else module.get_config()
+
+    config = _run(path, get_config)
+    if not isinstance(config, Config):
+        kind = type(config).__name__
+        raise UserError(f"get_config() of {path!r} returns {kind}; it must return jvitmoe.config.Config")
+    return config
+
+
+def register(path: str | Path) -> None:
+    """Executes a file for what it adds to registries; it needs no get_config. Raises UserError as `load` does."""
+    path = os.path.expanduser(path)
+    if not os.path.isfile(path):
+        raise UserError(f"--plugin is {path!r}, which is no file; give the experiment file of the run")
+    _run(path, lambda module: None)
+
+
+def text(name: str | Path) -> bytes:
+    """Returns the text of a user's experiment, named as for `load`; b"" for "" and for an experiment of ours."""
+    path = Path(split_variant(os.path.expanduser(name))[0]) if name else None
+    return path.read_bytes() if path and path.resolve().parent != ours().resolve() else b""
+
+
+class _Text(SourceFileLoader):
+    """Runs what the file says, never __pycache__ beside it, which may hold another program."""
+
+    def path_stats(self, path: Any) -> Any:
+        raise OSError
+
+
+def _run(path: str, then: Callable[[Any], Any]) -> Any:
+    """Executes a file, and returns what `then` makes of its module. Raises UserError with the line that fails."""
     folder, module, before = str(Path(path).parent), types.ModuleType(path), set(sys.modules)
     module.__file__ = path
     sys.modules[path] = module  # dataclasses look up the module that defines them
-    sys.path.insert(0, folder)  # an experiment may import files of its folder, whatever else has their names
-    inside = {file.stem for file in Path(folder).glob("*.py")} - sys.stdlib_module_names
+    # An experiment may import files of its folder, whatever else has their names; but a run folder may be a stranger's,
+    # and of its files only the one that was named is executed.
+    found = [] if os.path.isdir(os.path.join(folder, safe_io.CHECKPOINTS)) else [folder]
+    sys.path[:0] = found
+    inside = {file.stem for place in found for file in Path(place).glob("*.py")} - sys.stdlib_module_names
     others = {imported: sys.modules.pop(imported) for imported in inside & sys.modules.keys()}
     try:
-        SourceFileLoader(path, path).exec_module(module)
-        if variant and not inspect.signature(module.get_config).parameters:
-            raise UserError(f"config file {path!r} has no variants, such as {variant!r}; give --config={path}")
-        config = module.get_config(variant) if variant else module.get_config()
+        _Text(path, path).exec_module(module)
+        made = then(module)
+        _refuse_replaced(path)
     except UserError:
         raise
     except (Exception, SystemExit) as error:
         raise UserError(f"{_where(error, path)}; correct the config file") from error
     finally:
-        sys.path.remove(folder)
+        for place in found:
+            sys.path.remove(place)
         for imported in sys.modules.keys() - before:  # else a later experiment would get these, edited or not
             file = getattr(sys.modules[imported], "__file__", None)
             if file and Path(file).resolve().parent == Path(folder).resolve():
                 del sys.modules[imported]
         sys.modules.update(others)
-    if not isinstance(config, Config):
-        kind = type(config).__name__
-        raise UserError(f"get_config() of {path!r} returns {kind}; it must return jvitmoe.config.Config")
-    return config
+    return made
+
+
+def _refuse_replaced(path: str) -> None:
+    """Puts back what a file has replaced of ours in a registry, and raises UserError where it has."""
+    for name, file in REGISTRIES.items():
+        if module := sys.modules.get(f"jvitmoe.{file}"):  # not imported here: some import JAX
+            registry, ours = getattr(module, name), module.OURS
+            replaced = [key for key, entry in ours.items() if registry.get(key) is not entry]
+            registry.update(ours)
+            if replaced:
+                raise UserError(f"{path} replaces {replaced[0]!r} in {name}, which is ours; give yours another name")
 
 
 def of_start(folder: Path | str) -> Config:

@@ -50,11 +50,13 @@ EXPORT = "test_docs.py::test_the_readme_s_prediction_and_export_run"
 SWEEP = "test_docs.py::test_the_sweep_of_routers_trains_each_kind_that_it_names"
 MERGING = "test_docs.py::test_the_example_of_merging_runs"
 AVERAGE = "commands/test_average.py::test_every_block_of_the_page_runs_in_its_order"
+PLUGIN = "commands/test_plugin.py::test_every_block_of_the_page_runs"
 RUN_BY = {
     "docs/average.md": (AVERAGE,),
     "README.md": (CI, PYTHON, WHEEL, EXPORT, PYTHON, EXPORT),
     "docs/commands.md": (PYTHON,),
     "docs/deploy.md": (DEPLOY,),
+    "docs/extending.md": (PLUGIN,),
     "docs/tutorial.md": (TUTORIAL,),
     "docs/routing.md": (SWEEP, MERGING),
 }

@@ -79,6 +79,19 @@ def test_what_the_command_lists_it_trains_and_exports_and_type_checkers_see_its_
     assert done.stdout == "(1, 10)\nTrue\n", done.stderr
 
 
+def test_a_file_of_the_user_trains_and_is_tested_outside_the_checkout(installed, tmp_path):
+    """docs/extending.md, whose file has one of each kind."""
+    page = (processes.ROOT / "docs" / "extending.md").read_text()
+    file, lines = re.findall(r"```(?:python|bash)\n(.*?)```", page, re.DOTALL)
+    (tmp_path / "my.py").write_text(file)
+    for line in lines.splitlines():
+        done = run(installed, tmp_path, *shlex.split(line)[1:])
+        assert done.returncode == 0, done.stderr
+    refused = run(installed, tmp_path, "evaluate", "--workdir=runs/round_robin")
+    assert (refused.returncode, refused.stderr.count("\n")) == (2, 1)
+    assert "--plugin=runs/round_robin/experiment.py" in refused.stderr
+
+
 def run(installed: Path, folder: Path, *arguments: str) -> subprocess.CompletedProcess:
     """Returns how the installed command ended in a folder."""
     return subprocess.run([installed / "jvitmoe", *arguments], capture_output=True, text=True, cwd=folder, env=ENV)

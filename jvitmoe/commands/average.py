@@ -85,7 +85,8 @@ def average(
     found, first = averaging.inspect(paths, begin)
     if weights == "images" and (unknown := [model.path for model in found if not model.images]):
         raise UserError(f"{unknown[0]} does not say how many images it was trained on; set --weights=equal")
-    pictures: Any = averaging.find_pictures(data, split, first) if data else None
+    with cli.naming_plugin(Path(paths[0])):
+        pictures: Any = averaging.find_pictures(data, split, first) if data else None
     if weights == "greedy" and len(pictures) < 2:
         raise UserError("--weights is 'greedy', which needs two pictures or more; give more, or other weights")
     chosen = found
@@ -149,3 +150,4 @@ def _define_flags(values: flags.FlagValues) -> None:
     about = "equal; images, by the number each was trained on; greedy, the best by half of the pictures."
     flags.DEFINE_string("weights", "equal", about, flag_values=values)
     flags.DEFINE_float("toward_start", 0.0, "Share of the way back to the start, 0 to 1.", flag_values=values)
+    cli.define_plugin(values)

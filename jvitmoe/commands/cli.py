@@ -21,7 +21,7 @@ from ml_collections import config_flags
 
 from jvitmoe import experiments, rules
 from jvitmoe.config import SETTINGS, Config, unknown_field
-from jvitmoe.errors import UserError, did_you_mean, one_line
+from jvitmoe.errors import UnknownNameError, UserError, did_you_mean, one_line
 from jvitmoe.runs import safe_io
 from jvitmoe.settings import help_lines, help_text
 
@@ -84,6 +84,8 @@ def parse_with_arguments(
             print("", *textwrap.wrap(f"Settings, with the values of {whose}:", width), sep="\n")
             print(help_text(values.config, width))
         sys.exit(0)
+    if "plugin" in values and values.plugin:
+        experiments.register(values.plugin)
     return values, others
 
 
@@ -149,6 +151,26 @@ def define_weights(values: flags.FlagValues) -> None:
     """Defines the flags that choose weights of a run folder."""
     flags.DEFINE_string("checkpoint", "latest", "latest, best (on validation) or a step.", flag_values=values)
     flags.DEFINE_bool("ema", False, "The EMA of the weights (train.ema), not the last weights.", flag_values=values)
+
+
+def define_plugin(values: flags.FlagValues) -> None:
+    """Defines the flag for a file that registers what a run or a data set needs."""
+    about = "Experiment file with the router, routing, optimiser or data source that is needed; it is executed."
+    flags.DEFINE_string("plugin", "", about, flag_values=values)
+
+
+@contextlib.contextmanager
+def naming_plugin(workdir: Path) -> Iterator[None]:
+    """In its body an error about a name that no registry has names the experiment file that the run keeps."""
+    try:
+        yield
+    except UnknownNameError as error:
+        if not os.path.isfile(kept := workdir / safe_io.EXPERIMENT):
+            raise
+        remedy = f"read {kept}, and give --plugin={kept}, which executes it"
+        raise UserError(
+            f"{error}; the run was trained with an experiment file that may register it: {remedy}"
+        ) from error
 
 
 def run_folder(name: Path | str) -> Path:

@@ -78,9 +78,10 @@ def evaluate(
     from jvitmoe.experts import merge
     from jvitmoe.reports import figures
 
-    config, routing, mesh, params, ema, meta = _restore(workdir, checkpoint, data_dir, devices)
-    console.print(f"reading     {config.data.name} {config.data.dir}".rstrip())
-    data = _data(config, workdir, few_shot > 0)
+    with cli.naming_plugin(workdir):
+        config, routing, mesh, params, ema, meta = _restore(workdir, checkpoint, data_dir, devices)
+        console.print(f"reading     {config.data.name} {config.data.dir}".rstrip())
+        data = _data(config, workdir, few_shot > 0)
     dense, at_once = merge.dense_tree(params), config.train.images_at_once
     with progress("testing") as batch_done:
         tester = evaluator.make_evaluate(routing.model(mesh), mesh, config.data, batch_done)
@@ -217,3 +218,4 @@ def _define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_integer("few_shot", 0, "Linear probe on this many images per class; 0 is none.", 0, flag_values=values)
     flags.DEFINE_string("data_dir", "", "Where the data are, if not where training found them.", flag_values=values)
     flags.DEFINE_integer("devices", 0, "Devices to use; 0 is all local ones.", 0, flag_values=values)
+    cli.define_plugin(values)

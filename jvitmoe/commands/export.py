@@ -61,7 +61,7 @@ def export(
     for remark in remarks:
         console.print(f"note        {remark}")
     console.print(f"exporting   as {target.name}, and comparing logits")
-    with cli.data_dir_flag():
+    with cli.data_dir_flag(), cli.naming_plugin(workdir):
         sample = target.sample(source, base.sample_images(source))
     result = safe_io.read_result(workdir) if source.kind == "run" else {}
     difference = write(out, target, source, sample, result, remarks)
@@ -124,3 +124,4 @@ def _define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_string("out", "", "New folder to write to.", flag_values=values)
     cli.define_weights(values)
     flags.DEFINE_string("data_dir", "", "Where the data are, if not where training found them.", flag_values=values)
+    cli.define_plugin(values)

@@ -13,6 +13,7 @@ from typing import Any
 
 from absl import flags
 
+from jvitmoe import experiments
 from jvitmoe.commands import cli
 from jvitmoe.runs import safe_io
 from jvitmoe.runs.console import console
@@ -31,7 +32,9 @@ def main(argv: list[str]) -> None:
 
     if values.start:
         starts.begin(config, values.start)
-    launch(config, workdir, join_of(values), trackers=values.trackers)
+    experiment = experiments.text(cli.config_path(argv) or values.plugin)
+    with cli.naming_plugin(workdir):
+        launch(config, workdir, join_of(values), trackers=values.trackers, experiment=experiment)
 
 
 def join_of(values: flags.FlagValues) -> Any:
@@ -44,6 +47,7 @@ def join_of(values: flags.FlagValues) -> Any:
 def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_string("workdir", "", "Run folder; by default runs/<name of the config file>.", flag_values=values)
     flags.DEFINE_string("start", "", "Start folder (jvitmoe start), instead of --config.", flag_values=values)
+    cli.define_plugin(values)
     about = "Where figures go beside metrics.jsonl: tensorboard, wandb; empty: nowhere."
     flags.DEFINE_list("trackers", ["tensorboard"], about, flag_values=values)
     flags.DEFINE_bool("distributed", False, "Join what Slurm, Open MPI or Kubernetes started.", flag_values=values)

@@ -244,6 +244,7 @@ AUGMENTATIONS: dict[str, Callable[[DataConfig], Augmentation | None]] = {
         functools.partial(mix, mixup=data.mixup, cutmix=data.cutmix) if data.mixup or data.cutmix else None
     ),
 }
+OURS = dict(AUGMENTATIONS)  # which an experiment file may not replace
 
 
 def augment(

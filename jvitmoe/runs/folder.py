@@ -18,6 +18,7 @@ from jvitmoe.data import sources
 from jvitmoe.errors import ConfigError, UserError, first_few
 from jvitmoe.machine import processes
 from jvitmoe.runs import checkpoints, safe_io
+from jvitmoe.runs.console import console
 
 LOCK = "lock"
 SHARED_SECONDS = 8.0  # a network disk may take a moment to show a new file
@@ -63,11 +64,12 @@ def _has_ended(workdir: Path) -> bool:
 
 
 def open_run_folder(
-    workdir: Path, config: Config, class_names: Sequence[str], images: Mapping[str, int | str]
+    workdir: Path, config: Config, class_names: Sequence[str], images: Mapping[str, int | str], experiment: bytes = b""
 ) -> contextlib.AbstractContextManager[object]:
-    """Makes the run folder, locks it and writes the config, class names, image counts and hashes of the data, in
-    process 0. Returns the lock. Raises UserError where that fails, where another experiment has started in the folder
-    since `check_folder`, and where the data differ from those of its checkpoints."""
+    """Makes the run folder, locks it and writes the config, class names, image counts and hashes of the data, and the
+    text of the user's experiment file if there is one, in process 0. Returns the lock. Raises UserError where that
+    fails, where another experiment has started in the folder since `check_folder`, and where the data differ from those
+    of its checkpoints."""
     if not processes.is_first():
         return contextlib.nullcontext()
     try:
@@ -79,9 +81,14 @@ def open_run_folder(
         check_folder(workdir, config)
         if checkpoints.list_steps(workdir / safe_io.CHECKPOINTS):
             _check_data(workdir, class_names, images)
+            if safe_io.read_bytes(workdir / safe_io.EXPERIMENT) not in (None, experiment):
+                told = "differs from this run's last" if experiment else "of this run is not executed without --plugin"
+                console.print(f"note        the experiment file {told}, {workdir / safe_io.EXPERIMENT}")
         safe_io.write_text(workdir / safe_io.CONFIG, config_lib.dumps(config))
         safe_io.write_text(workdir / safe_io.CLASSES, json.dumps(list(class_names), indent=1) + "\n")
         safe_io.write_text(workdir / safe_io.IMAGES, json.dumps(dict(images)) + "\n")
+        if experiment:
+            safe_io.write_bytes(workdir / safe_io.EXPERIMENT, experiment)
         return stack.pop_all()
 
 

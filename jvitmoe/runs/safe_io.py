@@ -17,6 +17,7 @@ CONFIG, RESULT = "config.json", "result.json"
 METRICS = "metrics.jsonl"  # the history: a line per step and kind ("train", "validation" or "test")
 MOST_FIGURE = 1e300  # in a line of it; a larger one is damage
 CHECKPOINTS = "checkpoints"  # a folder
+EXPERIMENT = "experiment.py"  # the user's file that the run was trained with; only --plugin or --config runs it
 CLASSES = "classes.json"  # names of the classes, in the order of their labels
 IMAGES = "images.json"  # split -> number of images, and hashes, to notice that data have changed
 MERGEABILITY = "mergeability.png"

@@ -17,6 +17,7 @@ from jvitmoe.routing import Routing
 from jvitmoe.runs import checkpoints, safe_io
 from jvitmoe.runs.console import console
 from jvitmoe.runs.folder import check_folder
+from jvitmoe.runs.safe_io import crc32
 from jvitmoe.runs.trackers import DEFAULT
 from jvitmoe.runs.trackers import check as check_trackers
 from jvitmoe.training import build
@@ -30,6 +31,7 @@ def launch(
     join: Join | None = None,
     stop: Stop | None = None,
     trackers: Sequence[str] = DEFAULT,
+    experiment: bytes = b"",
 ) -> None:
     """Trains a run. Raises UserError.
 
@@ -39,8 +41,9 @@ def launch(
         join: how to join other processes; None: processes, if several, are connected already.
         stop: what asks the run to stop; None: signals, which may end the process.
         trackers: names in `runs.trackers.TRACKERS`.
+        experiment: text of the user's experiment file, to be kept in the run folder.
     """
-    processes.guard(lambda: _launch(config, workdir, join, stop, trackers))
+    processes.guard(lambda: _launch(config, workdir, join, stop, trackers, experiment))
 
 
 def _saved(workdir: Path) -> Config | None:
@@ -49,7 +52,9 @@ def _saved(workdir: Path) -> Config | None:
     return comparison.read_config(workdir) if has_saved else None
 
 
-def _launch(config: Config, workdir: Path, join: Join | None, stop: Stop | None, trackers: Sequence[str]) -> None:
+def _launch(
+    config: Config, workdir: Path, join: Join | None, stop: Stop | None, trackers: Sequence[str], experiment: bytes
+) -> None:
     if join:
         processes.join(join)
     compilation.use_cache(alone=processes.is_single())
@@ -66,7 +71,10 @@ def _launch(config: Config, workdir: Path, join: Join | None, stop: Stop | None,
     with contextlib.ExitStack() as cleanup:
         stop = cleanup.enter_context(stop or Stop())
         if not processes.is_single():
-            code = checkpoints.versions() | {"source code": processes.source_hash()}
+            code = checkpoints.versions() | {
+                "source code": processes.source_hash(),
+                "experiment file": crc32(experiment),
+            }
             processes.agree({"workdir": workdir} | flatten(config) | code)
         if not config.model.width:
             processes.together(lambda: pretrained.complete(config, _saved(workdir)))
@@ -78,7 +86,7 @@ def _launch(config: Config, workdir: Path, join: Join | None, stop: Stop | None,
             build.complete(config, records)
         processes.together(check_workdir)
         try:
-            fit(build.build(config, chosen, records), workdir, stop, cleanup, trackers)
+            fit(build.build(config, chosen, records), workdir, stop, cleanup, trackers, experiment)
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise

@@ -42,15 +42,25 @@ class TrainingError(UserError):
     """A loss or gradient norm is not finite. The message names the step, the value and the last good checkpoint."""
 
 
-def fit(run: Run, workdir: Path, stop: Stop, cleanup: contextlib.ExitStack, trackers: Sequence[str] = ()) -> None:
-    """Trains from the newest sound checkpoint, or from the initial state, to the last step, and then tests.
+def fit(
+    run: Run,
+    workdir: Path,
+    stop: Stop,
+    cleanup: contextlib.ExitStack,
+    trackers: Sequence[str] = (),
+    experiment: bytes = b"",
+) -> None:
+    """Trains from the newest sound checkpoint, or from the initial state, to the last step, and then tests. The run
+    folder keeps the text of an experiment file.
 
     The lock of the run folder and the watchdog are entered into `cleanup`, which the caller closes. Raises UserError.
     """
     plan, data, config = run
     dense, init_notes = _source(config, workdir)
     images = data.counts | data.hashes
-    cleanup.enter_context(processes.together(lambda: open_run_folder(workdir, config, data.classes, images)))
+    cleanup.enter_context(
+        processes.together(lambda: open_run_folder(workdir, config, data.classes, images, experiment))
+    )
     processes.together(lambda: check_shared(workdir))
     setup.print_setup(run, workdir, init_notes)
 

@@ -15,7 +15,7 @@ import optax
 from optax.contrib import MuonDimensionNumbers, scale_by_muon
 
 from jvitmoe.config import Config, OptimConfig
-from jvitmoe.errors import ConfigError, did_you_mean
+from jvitmoe.errors import UnknownNameError, did_you_mean
 from jvitmoe.experts.params import TUNED, Params, each, one
 from jvitmoe.models import mlp, vit
 from jvitmoe.routing import Routing
@@ -96,6 +96,7 @@ OPTIMIZERS: dict[str, Callable[[OptimConfig], optax.GradientTransformation]] = {
     "adamw": adamw,
     "muon": muon,
 }
+OURS = dict(OPTIMIZERS)  # which an experiment file may not replace
 
 
 def per_layer(tx: optax.GradientTransformation) -> optax.GradientTransformation:
@@ -119,16 +120,16 @@ def per_layer(tx: optax.GradientTransformation) -> optax.GradientTransformation:
 
 def find(optim: OptimConfig) -> optax.GradientTransformation:
     """Returns the transformation from gradients to the direction that the learning rate multiplies, by `optim.name`.
-    Raises ConfigError for an unknown name."""
+    Raises UnknownNameError for a name that OPTIMIZERS lacks."""
     if optim.name not in OPTIMIZERS:
         rule = f"it must be one of {', '.join(map(repr, OPTIMIZERS))}{did_you_mean(optim.name, OPTIMIZERS)}"
-        raise ConfigError(f"config.optim.name is {optim.name!r}; {rule}")
+        raise UnknownNameError(f"config.optim.name is {optim.name!r}; {rule}")
     return OPTIMIZERS[optim.name](optim)
 
 
 class Optimizer:
     """How the parameters of a run are updated: direction, learning rate, its scale for each parameter, and what is not
-    trained. Raises ConfigError for an unknown `optim.name`.
+    trained. Raises UnknownNameError for an unknown `optim.name`.
 
     Attributes:
         settings: `optim` of the run.

@@ -123,7 +123,7 @@ class Hanging(trackers.Tracker):
     def close(self, finished):
         pass
 
-def run(config, workdir, values, trackers):
+def run(config, workdir, values, trackers, experiment):
     with MetricsLog(workdir, 0, 10, 4, trackers=trackers) as log:
         log.train(1, {"loss": 1.0, "accuracy": 0.5})
         sys.exit(143)

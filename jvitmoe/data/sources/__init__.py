@@ -36,6 +36,7 @@ class Digits(Source):
 
 # By `data.name` up to a colon; any other name is a TFDS set's.
 SOURCES: dict[str, type[Source]] = {"digits": Digits, "folder": ImageFolder, "hf:": HuggingFace}
+OURS = dict(SOURCES)  # which an experiment file may not replace
 
 
 def load(data: DataConfig, model: ModelConfig) -> Dataset[Split]:

@@ -10,12 +10,16 @@ import numpy as np
 
 from jvitmoe.data.pictures import DataError, Picture
 from jvitmoe.data.splits import Dataset, Record, Records, Source, check_fit
-from jvitmoe.errors import did_you_mean, one_line
+from jvitmoe.errors import UnknownNameError, did_you_mean, one_line
 from jvitmoe.extras import is_installed
 
 OTHERS = ("digits", "folder", "hf:NAME")  # what data.name may be besides
 CONNECT_SECONDS = 10.0
 ELSEWHERE = "set --config.data.dir to a folder with the prepared set"
+
+
+class UnknownSetError(DataError, UnknownNameError):
+    """`data.name` is neither in `sources.SOURCES` nor, as far as is known here, that of a set of TFDS."""
 
 
 class Tfds(Source):
@@ -73,7 +77,9 @@ class Tfds(Source):
         name, place = self.data.name, self.data.dir
         if not is_installed("tensorflow_datasets"):
             remedy = "pip install 'jvitmoe[prepare]', or 'jvitmoe[tfds]' to read what is prepared"
-            raise DataError(f"config.data.name is {name!r}; other sets than {', '.join(OTHERS)} need TFDS: {remedy}")
+            raise UnknownSetError(
+                f"config.data.name is {name!r}; other sets than {', '.join(OTHERS)} need TFDS: {remedy}"
+            )
         import tensorflow_datasets as tfds
 
         base, _, version = name.partition("/")[0].partition(":")
@@ -84,7 +90,7 @@ class Tfds(Source):
         except tfds.core.DatasetNotFoundError as error:
             hint = did_you_mean(base.lower(), [*OTHERS, *tfds.list_builders(with_community_datasets=False)])
             rule = f"it must be {', '.join(OTHERS)} or the name of a TFDS set{hint}"
-            raise DataError(f"config.data.name is {name!r}; {rule}") from error
+            raise UnknownSetError(f"config.data.name is {name!r}; {rule}") from error
         except Exception as error:
             remedy = "set --config.data.name or --config.data.dir to another"
             raise DataError(f"TFDS cannot open {name!r} in {place!r} ({error}); {remedy}") from error
