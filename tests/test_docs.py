@@ -51,7 +51,9 @@ SWEEP = "test_docs.py::test_the_sweep_of_routers_trains_each_kind_that_it_names"
 MERGING = "test_docs.py::test_the_example_of_merging_runs"
 AVERAGE = "commands/test_average.py::test_every_block_of_the_page_runs_in_its_order"
 PLUGIN = "commands/test_plugin.py::test_every_block_of_the_page_runs"
+NNX = "interop/test_nnx.py::test_the_example_of_the_page_runs_and_its_weights_go_back_into_an_export"
 RUN_BY = {
+    "docs/api.md": (NNX,),
     "docs/average.md": (AVERAGE,),
     "README.md": (CI, PYTHON, WHEEL, EXPORT, PYTHON, EXPORT),
     "docs/commands.md": (PYTHON,),

@@ -37,8 +37,9 @@ class Classifier:
     """A dense ViT. Inputs are arrays, uint8 [N, H, W, c] or [H, W, c] of the model's size, or pictures of any size:
     paths, or the bytes in a file. It runs in float32.
 
-    `params` is the dense tree, and `names` are those of the classes in the order of labels, or their numbers; `crop`,
-    `mean` and `std` are those of `data` in the run. `notes` say what was left out or assumed of files that are no run.
+    `model` is the Flax Linen module, `params` its tree in nested dicts, and `names` are those of the classes in the
+    order of labels, or their numbers; `crop`, `mean` and `std` are those of `data` in the run. `notes` say what was
+    left out or assumed of files that are no run.
     """
 
     def __init__(self, source: load_lib.Source) -> None:
@@ -48,8 +49,8 @@ class Classifier:
         numbers = tuple(map(str, range(source.model.classes)))
         self.names = source.classes if len(source.classes) == len(numbers) else numbers
         self.params = jax.tree.map(jnp.asarray, weight_names.unflatten(dense_arrays(source)))
-        net = vit.build(self.config)
-        self._run = compilation.jit(lambda p, x: vit.logits(net, p, augment.normalize(x, self.mean, self.std)))
+        self.model = vit.build(self.config)
+        self._run = compilation.jit(lambda p, x: vit.logits(self.model, p, augment.normalize(x, self.mean, self.std)))
 
     def __repr__(self) -> str:
         size, channels = self.config.image_size, self.config.channels
@@ -91,6 +92,11 @@ class Classifier:
     def read(self, picture: str | Path | bytes) -> np.ndarray:
         """Returns a picture, a path or the bytes in a file, as the model sees it, uint8 [H, W, c]. Raises UserError."""
         return images_lib.read(picture, self.config.image_size, self.config.channels, self.crop)
+
+    def nnx(self) -> Any:
+        """Returns a module of Flax NNX with these weights, by Flax's own bridge. As `model` it takes float32 images
+        [N, H, W, c], which are (pixels / 255 - mean) / std, and returns float32 logits [N, C]."""
+        return vit.as_nnx(self.model, self.params)
 
     def _images(self, inputs: Any) -> np.ndarray:
         size, channels = self.config.image_size, self.config.channels

@@ -10,6 +10,7 @@ from typing import Any, cast
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax import nnx
 
 from jvitmoe.config import ModelConfig
 from jvitmoe.models.layers import (
@@ -312,12 +313,22 @@ def init(model: ViT, key: jax.Array) -> dict[str, Any]:
     With `init="original"` all layers start as copies of the first, as in the original, which deep-copies one layer;
     with a pattern, all layers at the same position are copies of each other.
     """
-    config = model.config
-    image = jnp.zeros((1, config.image_size, config.image_size, config.channels))
-    params = model.init(key, image)["params"]
-    if config.init == "original":
+    params = model.init(key, _image(model.config))["params"]
+    if model.config.init == "original":
         params["blocks"] = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf[:1], leaf.shape), params["blocks"])
     return params
+
+
+def _image(config: ModelConfig) -> jax.Array:
+    return jnp.zeros((1, config.image_size, config.image_size, config.channels))
+
+
+def as_nnx(model: ViT, params: Any) -> nnx.Module:
+    """Returns the model with these parameters as a module of Flax NNX, which is called as `ViT.__call__`."""
+    key = jax.random.key(0)  # of shapes only
+    module = nnx.eval_shape(lambda: nnx.bridge.ToNNX(model).lazy_init(_image(model.config), rngs=key))
+    nnx.update(module, params)
+    return module
 
 
 def shapes(model: ViT) -> dict[str, Any]:
