@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import jvitmoe
-from jvitmoe import experiments
+from jvitmoe import api, experiments
 from jvitmoe.commands import average, evaluate, export, report, train
 from jvitmoe.errors import UserError
 from jvitmoe.models.routers import ROUTERS
@@ -130,6 +130,15 @@ def test_a_name_in_both_registries_of_routing_is_refused(tmp_path):
     code, _, err = call(train.main, "--config=digits_random", f"--workdir={tmp_path / 'run'}")
     assert (code, err.count("\n")) == (2, 1)
     assert "config.routing.kind is 'batch', a name in ROUTINGS and in ROUTERS" in err
+
+
+def test_a_training_from_python_keeps_the_file_too(tmp_path, monkeypatch):
+    given = []
+    monkeypatch.setattr(api.launch, "launch", lambda *arguments: given.append(arguments[-1]))
+    (tmp_path / "my.py").write_text(FILE)
+    jvitmoe.train(f"{tmp_path / 'my.py'}:round_robin", workdir=tmp_path / "run")
+    jvitmoe.train("digits_random", workdir=tmp_path / "run")
+    assert given == [FILE.encode(), b""]
 
 
 def test_of_our_experiments_no_copy_is_kept(tmp_path):

@@ -236,6 +236,8 @@ def test_processes_that_cannot_be_one_run_end_within_30_seconds_and_each_says_wh
     with (copy / "training" / "optimizer.py").open("a") as file:
         file.write("# changed\n")
     changed = {"PYTHONPATH": str(copy.parent), "PYTHONSAFEPATH": "1"}
+    other = tmp_path / "other.py"
+    other.write_text(experiment.read_text() + "# changed\n")
     slurm = {"JOB_ID": "7", "STEP_NODELIST": "127.0.0.1", "NTASKS": "2", "PROCID": "2", "LOCALID": "0"}
     slurm = {f"SLURM_{name}": value for name, value in slurm.items()}
     found = slurm | {"SLURM_PROCID": "1", "SLURM_LOCALID": "1", "JAX_COORDINATOR_ADDRESS": "nowhere.invalid:1"}
@@ -250,6 +252,7 @@ def test_processes_that_cannot_be_one_run_end_within_30_seconds_and_each_says_wh
         ("both", [(f"--process={n} {devices}", "train.devices is 4", {}) for n in (0, 1)]),
         ("one", [("--process=0", failed, {}), (f"--process=1 {seed}", "process 0: train.seed is 1 and not 0", {})]),
         ("one", [("--process=0", failed, {}), ("--process=1", "process 0: source code is ", changed)]),
+        ("one", [("--process=0", failed, {}), (f"--process=1 --config={other}", "process 0: experiment file is ", {})]),
         ("not", [("--distributed", "process_id=2, num_processes=2", slurm)]),
         ("not", [("--processes=2", "needs --coordinator=HOST:PORT", {})]),
         ("not", [("--coordinator=here --processes=2", "cannot join by --coordinator=here ", {})]),
