@@ -1,9 +1,9 @@
 """Tests the models of a run: `jvitmoe evaluate --workdir runs/X [--checkpoint latest|best|STEP]`.
 
 Prints one row per model, writes result.json and report.md, and draws what the dense or merged model says: of all images
-in confusion.png, of 15 in samples.png. For a run with experts it also measures why averaging works or fails, and draws
-it in mergeability.png; for a learned router it draws which expert takes which patch, in experts.png. Takes the config
-from the run folder; any number of devices will do.
+in confusion.png, of 15 in samples.png, of the 12 with the highest loss in mistakes.png. For a run with experts it also
+measures why averaging works or fails, and draws it in mergeability.png; for a learned router it draws which expert
+takes which patch, in experts.png. Takes the config from the run folder; any number of devices will do.
 With --few_shot it also probes the features of the dense or merged model, and of the EMA; the shots are drawn with the
 fixed seeds 0, 1 and 2.
 With --verify it only reports which files of the run folder are sound, and exits with 1 if one is not.
@@ -26,6 +26,7 @@ from jvitmoe.runs import safe_io
 from jvitmoe.runs.console import console, progress, warnings_as_lines
 
 MOST_SAMPLES = 15  # images of samples.png
+MOST_MISTAKES = 12  # images of mistakes.png
 MAPPED = 8  # images whose routes are drawn in experts.png
 KEPT = 16  # images whose routes result.json keeps, to compare seeds
 
@@ -74,7 +75,7 @@ def evaluate(
     from jvitmoe.data import stream
     from jvitmoe.data.batches import Resident
     from jvitmoe.data.splits import some
-    from jvitmoe.evaluation import evaluator, mergeability, probes
+    from jvitmoe.evaluation import evaluator, mergeability, mistakes, probes
     from jvitmoe.experts import merge
     from jvitmoe.reports import figures
 
@@ -107,12 +108,16 @@ def evaluate(
         if few is not None:
             batches = Resident(few, at_once, mesh)
             result["mergeability"] = mergeability.measure(routing, params, tester, batches)
+        worst = mistakes.measure(tester.net, dense, shown, tester.normalize, MOST_MISTAKES)
     _draw_samples(tester, dense, some(data.test, MOST_SAMPLES), workdir)
+    _draw_mistakes(worst, workdir)
     drawn = figures.of_run(result, workdir)
     for name, figure in drawn.items():
         figures.save(figure, workdir / name)
     results.write_result(workdir, result, safe_io.CONFUSION in drawn)
-    written = [safe_io.RESULT, results.REPORT, safe_io.SAMPLES, *drawn] + [safe_io.EXPERTS] * bool(tester.routed)
+    written = [safe_io.RESULT, results.REPORT, safe_io.SAMPLES, safe_io.MISTAKES, *drawn] + [safe_io.EXPERTS] * bool(
+        tester.routed
+    )
     console.print(f"written     {', '.join(written)} in {workdir}")
 
 
@@ -208,6 +213,16 @@ def _draw_samples(evaluate: Any, params: Any, few: Any, workdir: Path) -> None:
     for image_HWc, label, share_C in zip(few.images_NHWc, few.labels_N, share_NC, strict=True):
         cells.append((image_HWc, names[label], [(names[c], float(share_C[c])) for c in (-share_C).argsort()]))
     figures.save(figures.samples(cells), workdir / safe_io.SAMPLES)
+
+
+def _draw_mistakes(found: Any, workdir: Path) -> None:
+    """Draws the images of `mistakes.measure`, each beside where the model looked."""
+    from jvitmoe.reports import figures
+
+    names, cells = results.class_names(workdir, found.share_KC.shape[1]), []
+    for image_HWc, label, share_C in zip(found.images_KHWc, found.labels_K, found.share_KC, strict=True):
+        cells.append((image_HWc, names[label], [(names[c], float(share_C[c])) for c in (-share_C).argsort()]))
+    figures.save(figures.mistakes(cells, found.rollout_KP), workdir / safe_io.MISTAKES)
 
 
 def _define_flags(values: flags.FlagValues) -> None:

@@ -261,7 +261,9 @@ class Attention(nn.Module):
             mixed_BTGV = jax.nn.dot_product_attention(query_BTGV, key_BTGV, value_BTGV, implementation="cudnn")
         else:
             scores_BGTT = jnp.einsum("bqgv,btgv->bgqt", query_BTGV * heads[1] ** -0.5, key_BTGV)
-            weights_BGTT = dropout(_softmax(scores_BGTT), key_B, Site.WEIGHTS, self.dropout)
+            weights_BGTT = _softmax(scores_BGTT)
+            self.sow("intermediates", "weights_BGTT", weights_BGTT, reduce_fn=lambda _, new: new)
+            weights_BGTT = dropout(weights_BGTT, key_B, Site.WEIGHTS, self.dropout)
             mixed_BTGV = jnp.einsum("bgqt,btgv->bqgv", weights_BGTT, value_BTGV)
         return linear(mixed_BTGV.reshape(b, t, width), Linear(heads, (width,), name="out")(), self.dtype)
 

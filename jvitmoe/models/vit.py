@@ -307,6 +307,21 @@ def token_weights(model: ViT, params: Any, images_BHWc: jax.Array) -> jax.Array:
     return cast(jax.Array, in_layers(sown["intermediates"]["blocks"])["mlp"]["weight_BTE"])
 
 
+def rollout(model: ViT, params: Any, images_BHWc: jax.Array) -> jax.Array:
+    """Returns share_BP of a dense model: how much of what the head sees came from each patch, by attention alone, as
+    the product over layers of (mean over heads + identity) / 2 (Abnar and Zuidema, arXiv 2005.00928); sums to 1."""
+    model = model.clone(attention="xla")
+    _, sown = model.apply({"params": params}, images_BHWc, mutable=["intermediates"])
+    weights_LBTT = in_layers(sown["intermediates"]["blocks"])["attention"]["weights_BGTT"].astype(jnp.float32).mean(2)
+    mixed_BTT = jnp.eye(weights_LBTT.shape[-1])[None]
+    for layer_BTT in weights_LBTT:
+        mixed_BTT = (layer_BTT @ mixed_BTT + mixed_BTT) / 2
+    patches = model.config.patches
+    seen_BT = mixed_BTT[:, 0] if model.config.pool == "cls" else mixed_BTT[:, -patches:].mean(1)
+    share_BP = seen_BT[:, -patches:]
+    return share_BP / share_BP.sum(1, keepdims=True)
+
+
 def init(model: ViT, key: jax.Array) -> dict[str, Any]:
     """Returns the parameter tree, float32, nested plain dicts.
 

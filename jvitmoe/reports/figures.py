@@ -47,8 +47,10 @@ POINTS = 60  # most points of a line; more records are averaged
 TITLES = {
     safe_io.EXPERTS: "The expert of each patch: one colour an expert; white: no expert took it",
     safe_io.SAMPLES: "What the model says of some test images; red: wrong",
+    safe_io.MISTAKES: "The test images with the highest loss, and where the model looked (attention rollout)",
 }
-SAMPLES, GUESSES = 5, 3  # pictures in a row of samples, and guesses told of each
+SAMPLES, MISTAKES, GUESSES = 5, 3, 3  # pictures in a row of samples, of mistakes, and guesses told of each
+Cell = tuple[np.ndarray, str, Sequence[tuple[str, float]]]  # pixels [H, W, c], class, (name, probability), best first
 
 
 def shown(name: str, most: int = 40) -> str:
@@ -391,20 +393,42 @@ def experts(
 
 
 @in_style
-def samples(cells: Sequence[tuple[np.ndarray, str, Sequence[tuple[str, float]]]]) -> Figure:
-    """Returns a figure of pictures. Of each, `cells` has its pixels [H, W, c], its class, and (name, probability) of
-    classes, best first. The text is red where the best is wrong."""
+def samples(cells: Sequence[Cell]) -> Figure:
+    """Returns a figure of pictures. The text is red where the best guess is wrong."""
     columns = min(len(cells), SAMPLES)
     rows = math.ceil(len(cells) / columns)
     figure, grid = subplots(rows, columns, (2.2 * columns, 3 * rows))
     for axes in grid.flat:
         axes.axis("off")
-    for axes, (pixels_HWc, name, guesses) in zip(grid.flat, cells, strict=False):
-        axes.imshow(pixels_HWc if pixels_HWc.shape[-1] > 2 else pixels_HWc[..., 0], cmap="gray", vmin=0, vmax=255)
-        lines = [f"true: {shown(name, 20)}", *(f"{shown(name, 16)} {share:.1%}" for name, share in guesses[:GUESSES])]
-        axes.set_title("\n".join(lines), fontsize=9, color="black" if guesses[0][0] == name else "#b00020")
+    for axes, cell in zip(grid.flat, cells, strict=False):
+        _show(axes, *cell)
     figure.suptitle(TITLES[safe_io.SAMPLES], fontsize=11)
     return figure
+
+
+@in_style
+def mistakes(cells: Sequence[Cell], rollout_KP: np.ndarray) -> Figure:
+    """Returns a figure of the pictures of `cells`, as `samples` has them, each beside its `vit.rollout` over it."""
+    columns = min(len(cells), MISTAKES)
+    rows = math.ceil(len(cells) / columns)
+    figure, grid = subplots(rows, 2 * columns, (4.4 * columns, 3 * rows))
+    for axes in grid.flat:
+        axes.axis("off")
+    for left, right, cell, share_P in zip(grid.flat[::2], grid.flat[1::2], cells, rollout_KP, strict=False):
+        _show(left, *cell)
+        _show(right, cell[0], "", [])
+        side, extent = math.isqrt(len(share_P)), (-0.5, cell[0].shape[1] - 0.5, cell[0].shape[0] - 0.5, -0.5)
+        right.imshow(share_P.reshape(side, side), "inferno", alpha=0.6, extent=extent, interpolation="bilinear")
+    figure.suptitle(TITLES[safe_io.MISTAKES], fontsize=11)
+    return figure
+
+
+def _show(axes: Axes, pixels_HWc: np.ndarray, name: str, guesses: Sequence[tuple[str, float]]) -> None:
+    """Draws a picture and, above it, its class and the guesses, in red where the best is wrong."""
+    axes.imshow(pixels_HWc if pixels_HWc.shape[-1] > 2 else pixels_HWc[..., 0], cmap="gray", vmin=0, vmax=255)
+    if guesses:
+        lines = [f"true: {shown(name, 20)}", *(f"{shown(name, 16)} {share:.1%}" for name, share in guesses[:GUESSES])]
+        axes.set_title("\n".join(lines), fontsize=9, color="black" if guesses[0][0] == name else "#b00020")
 
 
 def _seeds(counts: Mapping[str, int]) -> tuple[dict[str, str], str]:

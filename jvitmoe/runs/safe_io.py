@@ -23,6 +23,7 @@ IMAGES = "images.json"  # split -> number of images, and hashes, to notice that 
 MERGEABILITY = "mergeability.png"
 CONFUSION = "confusion.png"
 SAMPLES = "samples.png"
+MISTAKES = "mistakes.png"
 EXPERTS = "experts.png"
 UNFINISHED = ".part"  # suffix of a file that is being written
 # Bytes of a file that is read, of a history, and of a line of it: a longer one is damage, or an attack on memory.
