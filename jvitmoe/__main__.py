@@ -15,6 +15,7 @@ COMMANDS = {
     "evaluate": "--workdir runs/digits_random",
     "start": "--config finetune --classes classes.txt --out start",
     "average": "site_a site_b --start start --data_dir CHECK --out merged",
+    "sweep": "my.py:dense my.py:mine --seeds 3 --out runs/sweep",
     "report": "runs/digits_dense runs/digits_random",
     "predict": "--workdir runs/digits_random IMAGE…",
     "export": "--workdir runs/digits_random --to timm --out exports/digits",

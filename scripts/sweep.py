@@ -9,17 +9,11 @@ goes to every `jvitmoe.train`.
 
 import argparse
 import math
-import os
-import queue
 import shlex
-import signal
 import statistics
 import subprocess
 import sys
-import threading
-import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,6 +23,7 @@ from scipy import stats
 
 from jvitmoe import config, rules
 from jvitmoe.commands import cli, train
+from jvitmoe.commands.sweep import run_jobs
 from jvitmoe.data import sources
 from jvitmoe.reports import comparison
 
@@ -163,55 +158,18 @@ def _options(
 
 
 def _train(todo: Mapping[str, tuple[Variant, int]], options: argparse.Namespace, evaluate: Sequence[str]) -> list[str]:
-    """Trains and evaluates runs, prints progress, and returns the names of those that failed."""
-    # Each job keeps to CPUs of its own: two runs of one core each train about 1.2 times as much as two of two cores.
-    cpus = sorted(os.sched_getaffinity(0))
-    shares: queue.SimpleQueue[list[int]] = queue.SimpleQueue()
-    for job in range(options.jobs):
-        shares.put(cpus[job :: options.jobs] or cpus)
+    """Trains and evaluates runs, keeps them in the archive, and returns the names of those that failed."""
 
-    def run(name: str) -> int:
+    def commands(name: str) -> list[list[str]]:
         workdir, training = options.runs / name, _command(name, *todo[name], options)
-        share, began = shares.get(), time.monotonic()
-        try:
-            with (options.runs / f"{name}.log").open("a") as log:
-                for command in (training, ["jvitmoe", "evaluate", f"--workdir={workdir}", *evaluate]):
-                    process = subprocess.Popen([sys.executable, "-m", *command], stdout=log, stderr=log)
-                    running.add(process)
-                    os.sched_setaffinity(process.pid, share)
-                    code = process.wait()
-                    running.discard(process)
-                    if code:
-                        return code
-        finally:
-            seconds.append(time.monotonic() - began)
-            shares.put(share)
-        with writing:  # the archive is read, and written with one run more
-            archive.write(options.out / archive.FILE, {**archive.kept(options.out), name: _kept(workdir)})
-        return 0
+        testing = ["jvitmoe", "evaluate", f"--workdir={workdir}", *evaluate]
+        return [[sys.executable, "-m", *command] for command in (training, testing)]
 
-    def stop(number: int, _: object) -> None:
-        for process in list(running):  # a copy, because jobs change the set; a training saves its state
-            process.terminate()
-        os._exit(128 + number)
+    def keep(name: str) -> None:  # the archive is read, and written with one run more
+        kept = {**archive.kept(options.out), name: _kept(options.runs / name)}
+        archive.write(options.out / archive.FILE, kept)
 
-    running, writing = set[subprocess.Popen[bytes]](), threading.Lock()
-    before = signal.signal(signal.SIGTERM, stop)
-    seconds: list[float] = []  # of every run that has ended
-    failed = []
-    with ThreadPoolExecutor(options.jobs) as pool:
-        for done, (name, code) in enumerate(zip(todo, pool.map(run, todo), strict=True), start=1):
-            outcome = f"  FAILED ({code})" if code else ""
-            left = minutes_left(seconds, len(todo), options.jobs)
-            print(f"{done}/{len(todo)}  {name}{outcome}  {left:.0f} min left", flush=True)
-            failed += [name] if code else []
-    signal.signal(signal.SIGTERM, before)
-    return failed
-
-
-def minutes_left(seconds: Sequence[float], runs: int, jobs: int) -> float:
-    """Returns the time until all runs have ended, from the seconds that those which have ended took."""
-    return statistics.fmean(seconds) * math.ceil((runs - len(seconds)) / jobs) / 60
+    return run_jobs({name: commands(name) for name in todo}, options.runs, options.jobs, keep)
 
 
 def _command(name: str, variant: Variant, seed: int, options: argparse.Namespace) -> list[str]:

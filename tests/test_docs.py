@@ -1,6 +1,5 @@
 """The README, the pages in docs/ and their site: what they point to exists, and their code runs."""
 
-import ast
 import glob
 import importlib
 import json
@@ -31,8 +30,10 @@ from sweep import Variant
 
 import jvitmoe
 from jvitmoe import api
+from jvitmoe.commands import cli, train
+from jvitmoe.commands import sweep as sweep_command
 from jvitmoe.runs.console import markdown_table
-from processes import call
+from processes import call, succeed
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = sorted((ROOT / "docs").glob("*.md"))
@@ -60,7 +61,7 @@ RUN_BY = {
     "docs/deploy.md": (DEPLOY,),
     "docs/extending.md": (PLUGIN,),
     "docs/tutorial.md": (TUTORIAL,),
-    "docs/routing.md": (SWEEP, MERGING),
+    "docs/routing.md": (SWEEP, SWEEP, MERGING),
 }
 COMMAND = r"^\s*(\$|>>>|(sudo|python3?|pip|make|jvitmoe|sbatch|kubectl|scripts/\S+|import|from)) "  # of a line of code
 
@@ -144,19 +145,17 @@ def test_the_example_of_merging_runs():
     assert names["logits"].shape == (2, 10)
 
 
-def test_the_sweep_of_routers_trains_each_kind_that_it_names(monkeypatch, capsys):
-    (example,) = code("docs/routing.md", SWEEP)
-    script = ast.get_docstring(ast.parse(example))
-    monkeypatch.setattr(sys, "argv", [*shlex.split(script)[1:], "--seeds=1", "--dry_run"])
-    names: dict[str, Any] = {}
-    with pytest.raises(SystemExit) as ended:
-        exec(example, names)
-    assert not ended.value.code
-    commands = [shlex.split(line)[3:] for line in capsys.readouterr().out.splitlines()[1:]]
-    trained = [sweep.config_of(command) for command in commands]
-    found = [(config.routing.kind, config.routing.experts) for config in trained[1:]]
-    assert found == [(kind, 4) for kind in names["kinds"]]
-    assert trained[0] == sweep.config_of(["--config=digits_dense", commands[0][-1]])
+def test_the_sweep_of_routers_trains_each_kind_that_it_names(monkeypatch, tmp_path):
+    example, command = code("docs/routing.md", SWEEP)
+    monkeypatch.chdir(tmp_path)
+    Path("kinds.py").write_text(example)
+    _, _, *arguments = shlex.split(command)
+    lines = succeed(sweep_command.main, *arguments, "--dry_run").splitlines()
+    parsed = [cli.parse(["train", *shlex.split(line)[3:]], train.define_flags, config=True) for line in lines]
+    trained = [(one.config.routing.kind, one.config.routing.experts, one.config.train.seed) for one in parsed]
+    kinds = [argument.partition(":")[2] for argument in arguments if argument.startswith("kinds.py")]
+    wanted = [("batch", 1) if kind == "dense" else (kind, 4) for kind in kinds]
+    assert trained == [(*one, seed) for seed in range(3) for one in wanted]
 
 
 @pytest.fixture(scope="module")

@@ -47,9 +47,9 @@ def join_of(values: flags.FlagValues) -> Any:
 def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_string("workdir", "", "Run folder; by default runs/<name of the config file>.", flag_values=values)
     flags.DEFINE_string("start", "", "Start folder (jvitmoe start), instead of --config.", flag_values=values)
-    cli.define_plugin(values)
     about = "Where figures go beside metrics.jsonl: tensorboard, wandb; empty: nowhere."
     flags.DEFINE_list("trackers", ["tensorboard"], about, flag_values=values)
+    cli.define_plugin(values)
     flags.DEFINE_bool("distributed", False, "Join what Slurm, Open MPI or Kubernetes started.", flag_values=values)
     flags.DEFINE_string("coordinator", "", "HOST:PORT of process 0, to join processes by hand.", flag_values=values)
     flags.DEFINE_integer("processes", 1, "Number of processes, with --coordinator.", flag_values=values)
