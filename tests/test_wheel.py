@@ -82,7 +82,7 @@ def test_what_the_command_lists_it_trains_and_exports_and_type_checkers_see_its_
 def test_a_file_of_the_user_trains_and_is_tested_outside_the_checkout(installed, tmp_path):
     """docs/extending.md, whose file has one of each kind."""
     page = (processes.ROOT / "docs" / "extending.md").read_text()
-    file, lines = re.findall(r"```(?:python|bash)\n(.*?)```", page, re.DOTALL)
+    file, lines, _ = re.findall(r"```(?:python|bash)\n(.*?)```", page, re.DOTALL)
     (tmp_path / "my.py").write_text(file)
     for line in lines.splitlines():
         done = run(installed, tmp_path, *shlex.split(line)[1:])

@@ -21,7 +21,7 @@ from processes import ROOT, call, refused, succeed
 
 pytestmark = pytest.mark.slow
 
-FILE, COMMANDS = re.findall(r"```(?:python|bash)\n(.*?)```", (ROOT / "docs" / "extending.md").read_text(), re.DOTALL)
+FILE, COMMANDS, _ = re.findall(r"```(?:python|bash)\n(.*?)```", (ROOT / "docs" / "extending.md").read_text(), re.DOTALL)
 
 
 @contextlib.contextmanager
