@@ -81,15 +81,16 @@ def measure(config: Config, target: Target, count: int) -> dict[str, Any]:
 
     Raises UserError where XLA cannot compile it, and ConfigError where the settings do not fit the devices.
     """
-    from jvitmoe.data.batches import fitting
+    from jvitmoe.data.batches import divisor, fitting
     from jvitmoe.interop import pretrained
     from jvitmoe.machine import devices, programs
     from jvitmoe.training import build, step
 
     pretrained.complete(config)
 
-    config.train.batch_size = config.train.batch_size or fitting(count)
     mesh = devices.make_mesh(config.train, found=targets.devices(target))
+    if not config.train.batch_size:
+        config.train.batch_size = fitting(count, divisor(mesh, config.routing.experts, config.train.accumulate)[0])
     plan = build.plan_for(config, mesh, count)
     began = time.monotonic()
     try:

@@ -59,10 +59,11 @@ def gather(mesh: Mesh, images: Images, row_B: jax.Array, index_B: jax.Array) -> 
     return Batch(images.pixels_NP[row_B], jnp.where(row_B < 0, -1, images.labels_N[row_B]), index_B)
 
 
-def fitting(count: int) -> int:
-    """Returns the batch size for `train.batch_size=0`: of the powers of two from 8 to 256, the largest with which an
-    epoch of `count` images has 30 steps, or 8."""
-    return max((size for size in (2**n for n in range(3, 9)) if count // size >= 30), default=8)
+def fitting(count: int, unit: int = 1) -> int:
+    """Returns the batch size for `train.batch_size=0`: of the multiples of `unit` (`divisor`) among the powers of two
+    from 8 to 256, the largest with which an epoch of `count` images has 30 steps; without one, the least from 8 on."""
+    sizes = (size for size in (2**n for n in range(3, 9)) if size % unit == 0 and count // size >= 30)
+    return max(sizes, default=-(-8 // unit) * unit)
 
 
 def divisor(mesh: Mesh, slots: int, parts: int) -> tuple[int, str]:

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from jvitmoe import routing
 from jvitmoe.config import LARGEST, Config
 from jvitmoe.data import sources
-from jvitmoe.data.batches import TrainOrder, fitting
+from jvitmoe.data.batches import TrainOrder, divisor, fitting
 from jvitmoe.data.splits import Dataset, Records
 from jvitmoe.errors import ConfigError
 from jvitmoe.experts import cost
@@ -67,12 +67,13 @@ def browse(config: Config, classes: tuple[str, ...] = ()) -> Dataset[Records]:
     return found
 
 
-def complete(config: Config, records: Dataset[Records]) -> None:
-    """Fills in the number of classes and the batch size where they are 0, from the data."""
+def complete(config: Config, routed: Routing, records: Dataset[Records]) -> None:
+    """Fills in the number of classes and the batch size where they are 0, from the data and the devices."""
     config.model.classes = config.model.classes or len(records.class_names)
     if not config.train.batch_size:
         train, _ = sources.training_images(records.train, config.data)
-        config.train.batch_size = fitting(len(train))
+        unit, _ = divisor(devices.make_mesh(config.train), routed.slots, config.train.accumulate)
+        config.train.batch_size = fitting(len(train), unit)
         console.print(f"batch       {config.train.batch_size} of {len(train):,} training images, by train.batch_size=0")
 
 

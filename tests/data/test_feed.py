@@ -34,6 +34,9 @@ def test_a_batch_that_is_chosen_gives_30_steps_and_no_larger_one_does(count):
     assert size in {8, 16, 32, 64, 128, 256}
     assert size == 8 or count // size >= 30
     assert size == 256 or count // (2 * size) < 30
+    for unit in (1, 3, 4, 32, 1000):  # devices x experts
+        assert fitting(count, unit) % unit == 0
+        assert fitting(count, unit) == max(size, unit) or 256 % unit
 
 
 def test_an_epoch_that_batches_fill_is_a_permutation():
