@@ -132,7 +132,9 @@ CENTRE = {"resample": 3, "do_center_crop": True}
     [
         ({"crop_pct": 1.0, "interpolation": "bicubic", "crop_mode": "center"}, {}, "exact", ""),
         ({"crop_pct": 0.875, "interpolation": "bilinear"}, {}, "resized", ""),
-        ({"crop_pct": 0.9, "interpolation": "bicubic"}, {}, "exact", "side 248 pixels, bicubic, centre cropped"),
+        ({"crop_pct": 0.9, "interpolation": "bicubic"}, {}, "resized", "side 248 pixels, bicubic, centre cropped"),
+        ({"crop_pct": 1.0, "interpolation": "bilinear"}, {}, "exact", "side 224 pixels, bilinear, centre cropped"),
+        ({"crop_pct": 1.0, "interpolation": "bicubic", "crop_mode": "border"}, {}, "whole", ""),
         ({"crop_pct": 1.0, "interpolation": "bicubic", "crop_mode": "squash"}, {}, "exact", "crop_mode squash"),
         ({}, {"size": {"shortest_edge": 256}} | CENTRE | {"resample": 2}, "resized", ""),
         ({}, {"size": {"shortest_edge": 224}} | CENTRE, "exact", ""),
@@ -149,7 +151,10 @@ def test_the_nearest_test_transform_is_taken_and_another_one_is_told(about, proc
     assert theirs in note
 
 
-@pytest.mark.parametrize(("crop", "share", "filter"), [("exact", 1.0, "bicubic"), ("resized", 224 / 256, "bilinear")])
+@pytest.mark.parametrize(
+    ("crop", "share", "filter"),
+    [("exact", 1.0, "bicubic"), ("resized", 224 / 256, "bilinear"), ("whole", 1.0, "bicubic")],
+)
 def test_timm_is_told_how_the_run_cut_its_test_images(crop, share, filter):
     cfg = weights.timm_config(MODEL, (), crop)["pretrained_cfg"]
     assert (cfg["crop_pct"], cfg["interpolation"]) == (share, filter)
