@@ -15,6 +15,8 @@ import itertools
 import math
 import multiprocessing
 import os
+import shlex
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -22,6 +24,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import archive
+import average_report
 import jax
 import numpy as np
 from archive import Run, Runs
@@ -442,7 +445,9 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, required=True, help="where the weights of starts go")
     parser.add_argument("--out", type=Path, required=True, help="where the report goes, and what is kept of the runs")
     parser.add_argument("--jobs", type=int, default=2, help="tasks at a time, of one CPU each")
-    run(parser.parse_args())
+    options = parser.parse_args()
+    run(options)
+    average_report.write(options.out, f"python {shlex.join(sys.argv)}")
 
 
 if __name__ == "__main__":

@@ -1,13 +1,18 @@
 """The study of averaging: its sites are trained as the command trains them, and its sets are what its protocol says."""
 
+import itertools
 from pathlib import Path
+from typing import Any
 
+import archive
+import average_report
 import average_study as study
 import numpy as np
 import pytest
 from PIL import Image
 
 import jvitmoe
+from jvitmoe import config as config_lib
 from jvitmoe.commands import start
 from jvitmoe.config import Config, DataConfig, ModelConfig, OptimConfig, TrainConfig
 from jvitmoe.data import sources
@@ -80,3 +85,31 @@ def test_corrupted_images_keep_their_labels_and_get_worse_with_strength():
     far = np.abs(images_KNHWc - clean.images_NHWc).mean((1, 2, 3, 4)).reshape(-1, 3)
     assert (np.diff(far) > 0).all()
     assert (far > 0).all()
+
+
+def kept_runs(seeds: int, gain: float) -> dict[str, Any]:
+    """Returns runs of all arms, in which the mean is `gain` points above all sites, and together 1 point above it."""
+    rng, runs = np.random.default_rng(0), {}
+    config = config_lib.to_dict(study.recipe(study.Task("same", "once_alike", 0, 1e-3, 2), 10))
+    for kind, arm, seed in itertools.product(study.KINDS, study.ARMS, range(seeds)):
+        base = 0.6 + 0.01 * rng.random()
+        accuracy = {"start": base - 0.05, "dense": base + 0.01 + gain / 100, "merged": base + gain / 100}
+        accuracy |= {name: base + gain / 100 for name in ("mean", "toward start", "ensemble", "greedy")}
+        accuracy |= {"best": base, "four times as long": base + 0.02} | {f"site {n}": base - 0.01 * n for n in range(4)}
+        rows = [{"model": name, "accuracy": value} for name, value in accuracy.items()]
+        result = {"split": "test", "rows": rows, "corrupted": {}, "seconds": 60.0, "chosen": {"images": [100] * 4}}
+        runs[f"{kind}-{arm}-seed{seed}"] = {"config": config, "result": result}
+    tried = study.Task("same", "once_alike", study.SEARCH_SEED, 1e-3, 2).name
+    return runs | {tried: {"config": config, "result": result | {"split": "held out"}}}
+
+
+def test_verdicts_follow_the_rules_of_the_protocol(tmp_path: Path):
+    for gain, is_useful in ((3.0, True), (-3.0, False)):
+        archive.write(tmp_path / archive.FILE, kept_runs(5, gain))
+        average_report.write(tmp_path, "command")
+        text = (tmp_path / "report.md").read_text()
+        assert ("averaging is useful with one mean" in text) == is_useful
+        assert ("averaging is not shown to be useful with 16 rounds" in text) != is_useful
+        assert ("Soups pay" in text) == is_useful
+        assert "as good as training together" in text
+        assert (tmp_path / average_report.PICTURE).stat().st_size > 10_000

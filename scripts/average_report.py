@@ -1,0 +1,206 @@
+"""Verdicts, table and picture of the study of averaging, by the rules of docs/study.md, experiment I."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import archive
+import numpy as np
+from archive import Run, Runs
+from sweep import interval, mean_cell
+from verdicts import PARITY
+
+from jvitmoe import config as config_lib
+from jvitmoe import routing
+from jvitmoe.experts import cost
+from jvitmoe.reports import figures
+from jvitmoe.runs import safe_io
+from jvitmoe.runs.console import markdown_table
+
+Seeds = Mapping[str, float]  # by seed; of accuracies, %
+SITES, PICTURE = 4, "average.png"
+TITLES = {"same": "a start of the same task", "other": "a start of another task"}
+BATCHES = {"together_batch512": 512, "together_batch128": 128}
+ROUNDS = {"once": 1, "lora": 1, "rounds4": 4, "rounds16": 16}
+
+
+class Found:
+    """The accuracies on the test set of one kind of start."""
+
+    def __init__(self, runs: Runs, kind: str) -> None:
+        self.runs = {name: run for name, run in runs.items() if run["result"]["split"] == "test"}
+        self.kind = kind
+
+    def of(self, arm: str) -> dict[str, Run]:
+        """Returns the runs of an arm, by seed."""
+        prefix = f"{self.kind}-{arm}-seed"
+        return {name.removeprefix(prefix): run for name, run in self.runs.items() if name.startswith(prefix)}
+
+    def model(self, arm: str, model: str) -> Seeds:
+        """Returns the accuracies of a model of an arm; "best site" is the best of its sites, seed by seed."""
+        found = {}
+        for seed, run in self.of(arm).items():
+            rows = {row["model"]: 100 * row["accuracy"] for row in run["result"]["rows"]}
+            sites = [value for name, value in rows.items() if name.startswith("site ")]
+            found[seed] = max(sites) if model == "best site" else rows[model]
+        return found
+
+    def together(self) -> Seeds:
+        """Returns the better of the two arms that train on everything, by the mean of the test accuracy: the choice
+        favours them."""
+        return max((self.model(arm, "dense") for arm in BATCHES), key=lambda seeds: float(np.mean([*seeds.values()])))
+
+
+def minus(one: Seeds, other: Seeds) -> list[float]:
+    return [value - other[seed] for seed, value in one.items() if seed in other]
+
+
+def shown(paired: list[float]) -> str:
+    """Returns a difference as text, with its 95 % interval."""
+    low, high = interval(paired)
+    return f"{np.mean(paired):+.2f} ({low:+.2f} to {high:+.2f})"
+
+
+def above(paired: list[float], least: float = 0.0) -> bool:
+    return interval(paired)[0] > least
+
+
+def sentences(found: Found, mix: str) -> list[str]:
+    """Returns the verdicts of a kind of start and a mix of sites."""
+    where = f"From {TITLES[found.kind]}, sites {mix}"
+    means = {arm: found.model(f"{arm}_{mix}", "mean") for arm in ("once", "rounds16")}
+    site, start = (found.model(f"once_{mix}", name) for name in ("best site", "start"))
+    said = []
+    for arm, name in (("once", "one mean"), ("rounds16", "16 rounds")):
+        differences = minus(means[arm], site), minus(means[arm], start)
+        is_useful = all(map(above, differences))
+        against = f"{shown(differences[0])} points against the best site, {shown(differences[1])} against the start"
+        said.append(f"{where}: averaging is {'' if is_useful else 'not shown to be '}useful with {name}, {against}.")
+        if is_useful:
+            break
+    once, rounds = (minus(means[arm], found.together()) for arm in ("once", "rounds16"))
+    equal = "as good as" if above(once, -PARITY) else "not shown to be as good as"
+    said.append(f"{where}: one mean is {equal} training together, {shown(once)} points.")
+    close = "close" if above(rounds, -PARITY) else "are not shown to close"
+    said.append(f"{where}: 16 rounds {close} the gap, {shown(rounds)} points against together.")
+    return said
+
+
+def of_soups(found: Found) -> list[str]:
+    """Returns the verdict of the soups."""
+    greedy, best, long = (found.model("soups", name) for name in ("greedy", "best", "four times as long"))
+    single, cost = minus(greedy, best), minus(greedy, long)
+    pays = "Soups pay" if above(single) else "Soups are not shown to pay"
+    for_cost = "and pay" if above(single) and above(cost) else "and are not shown to pay"
+    return [
+        f"{pays}, {shown(single)} points against the best of the four runs, {for_cost} for their cost, "
+        f"{shown(cost)} against one run four times as long."
+    ]
+
+
+def sent(found: Found, arm: str) -> float:
+    """Returns the megabytes that a site sends: its weights once per round, or a gradient at every step."""
+    run = next(iter(found.of(arm).values()))
+    config = config_lib.from_dict(run["config"])
+    size = 4 * cost.tree_size(routing.find(config).shapes()) / 1e6
+    if arm in BATCHES:
+        images = sum(next(iter(found.of("once_alike").values()))["result"]["chosen"]["images"])
+        return size * config.train.epochs * (images // BATCHES[arm])
+    return size * ROUNDS[arm.partition("_")[0]]
+
+
+def rows(found: Found, mix: str) -> list[dict[str, str]]:
+    """Returns the table of a kind of start and a mix."""
+    arms: list[tuple[str, str, str]] = [("start", f"once_{mix}", "start"), ("best site", f"once_{mix}", "best site")]
+    arms += [("one mean", f"once_{mix}", "mean"), ("… toward the start", f"once_{mix}", "toward start")]
+    arms += [("4 rounds", f"rounds4_{mix}", "mean"), ("16 rounds", f"rounds16_{mix}", "mean")]
+    arms += [("one mean, LoRA", f"lora_{mix}", "mean"), ("ensemble of the sites", f"once_{mix}", "ensemble")]
+    arms += [("whole models in one run", "inside", "merged")] * (mix == "alike")
+    arms += [
+        ("together, batch 512", "together_batch512", "dense"),
+        ("together, batch 128", "together_batch128", "dense"),
+    ]
+    site, start = (found.model(f"once_{mix}", name) for name in ("best site", "start"))
+    table = []
+    for title, arm, model in arms:
+        if not (seeds := found.model(arm, model)):
+            continue
+        runs = [*found.of(arm).values()]
+        corrupted = [
+            100 * np.mean([*run["result"]["corrupted"][model].values()])
+            for run in runs
+            if model in run["result"]["corrupted"]
+        ]
+        table.append(
+            {
+                "model": title,
+                "accuracy, %": mean_cell([*seeds.values()]),
+                "minus the start": "" if model == "start" else shown(minus(seeds, start)),
+                "minus the best site": "" if model in ("start", "best site") else shown(minus(seeds, site)),
+                "minus together": "" if arm in BATCHES else shown(minus(seeds, found.together())),
+                "corrupted, %": mean_cell(corrupted) if corrupted else "",
+                "a site sends, MB": "" if model in ("start", "merged") else f"{sent(found, arm):,.0f}",
+                "minutes of a core": f"{np.mean([run['result']['seconds'] for run in runs]) / 60:.0f}",
+            }
+        )
+    return table
+
+
+@figures.in_style
+def picture(runs: Runs) -> figures.Figure:
+    """Returns accuracies of start, sites, mean, rounds, ensemble and together, for both kinds, alike and unlike."""
+    figure, ((first, second),) = figures.subplots(1, 2, (13, 5))
+    models = [("one mean", "once", "mean", "o"), ("4 rounds", "rounds4", "mean", "^")]
+    models += [("16 rounds", "rounds16", "mean", "s"), ("ensemble", "once", "ensemble", "D")]
+    for axes, kind in ((first, "same"), (second, "other")):
+        found = Found(runs, kind)
+        for x, mix in enumerate(("alike", "unlike")):
+            sites = [
+                100 * row["accuracy"]
+                for run in found.of(f"once_{mix}").values()
+                for row in run["result"]["rows"]
+                if row["model"].startswith("site ")
+            ]
+            axes.plot(
+                [x - 0.3] * len(sites), sites, "_", color="0.6", markersize=14, label="each site" if not x else None
+            )
+            for n, (title, arm, model, mark) in enumerate(models):
+                values = [*found.model(f"{arm}_{mix}", model).values()]
+                style: Any = {"color": figures.COLOURS[n % len(figures.COLOURS)], "label": title if not x else None}
+                axes.errorbar(x - 0.15 + 0.15 * n, np.mean(values), np.std(values, ddof=1), fmt=mark, **style)
+        for title, seeds, style in (
+            ("the start", found.model("once_alike", "start"), ":"),
+            ("together", found.together(), "--"),
+        ):
+            axes.axhline(float(np.mean([*seeds.values()])), color="black", linestyle=style, label=title)
+        axes.set(title=TITLES[kind].capitalize(), ylabel="test accuracy, %", xlim=(-0.6, 1.6))
+        axes.set_xticks([0, 1], ["sites alike", "sites unlike"])
+    second.legend(loc="center left", bbox_to_anchor=(1.02, 0.5))
+    figure.suptitle("Models that were trained apart, averaged, and trained together", fontsize=11)
+    return figure
+
+
+def tries(runs: Runs) -> list[dict[str, str]]:
+    """Returns the table of the search."""
+    cells = []
+    for name, run in runs.items():
+        if run["result"]["split"] != "test":
+            one = run["result"]["rows"][0]
+            cells.append({"try": name, "accuracy on images held out, %": f"{100 * one['accuracy']:.2f}"})
+    return cells
+
+
+def write(out: Path, command: str) -> None:
+    """Writes report.md and its picture beside the archive of a folder."""
+    runs = archive.kept(out)
+    parts = ["# Averaging of models that were trained apart\n", f"![accuracies]({PICTURE})\n"]
+    for kind in TITLES:
+        found = Found(runs, kind)
+        for mix in ("alike", "unlike"):
+            parts += [f"## {TITLES[kind].capitalize()}, sites {mix}\n", *(f"{one}\n" for one in sentences(found, mix))]
+            parts.append(markdown_table(rows(found, mix)))
+    if Found(runs, "same").of("soups"):
+        parts += ["## Soups\n", *(f"{one}\n" for one in of_soups(Found(runs, "same")))]
+    parts += ["## Tries\n", markdown_table(tries(runs)), f"Written by `{command}`.\n"]
+    figures.save(picture(runs), out / PICTURE)
+    safe_io.write_text(out / "report.md", "\n".join(parts))
