@@ -1,5 +1,6 @@
 """The README, the pages in docs/ and their site: what they point to exists, and their code runs."""
 
+import contextlib
 import glob
 import importlib
 import json
@@ -11,7 +12,6 @@ import socket
 import statistics
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
@@ -33,7 +33,7 @@ from jvitmoe import api
 from jvitmoe.commands import cli, train
 from jvitmoe.commands import sweep as sweep_command
 from jvitmoe.runs.console import markdown_table
-from processes import call, succeed
+from processes import call, environment, succeed
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = sorted((ROOT / "docs").glob("*.md"))
@@ -206,24 +206,25 @@ def test_every_block_of_the_tutorial_runs_in_its_order(tmp_path, monkeypatch, ca
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    for block in [block for block in blocks("docs/tutorial.md") if not block.reason]:
-        if block.language == "bash":
-            for _, command, *arguments in map(shlex.split, block.code.splitlines()):
-                short = ["--config.train.epochs=1"] if command == "train" else []
-                status, _, err = call(importlib.import_module(f"jvitmoe.commands.{command}").main, *arguments, *short)
-                assert status == 0, err
-            continue
-        names: dict[str, Any] = {"__name__": "tutorial"}
-        program = block.code.replace('("train", 200), ("test", 50)', '("train", 12), ("test", 4)').replace("8000", port)
-        if "serve_forever" in program:
-            before, _, last = program.rstrip().rpartition("\n")
-            exec(before, names)
-            threading.Thread(target=exec, args=(last, names), daemon=True).start()
-            server = names["server"]
-        else:
-            exec(program, names)
-    server.shutdown()
-    server.server_close()
+    with contextlib.ExitStack() as ends:
+        for block in [block for block in blocks("docs/tutorial.md") if not block.reason]:
+            if block.language == "bash":
+                for _, command, *arguments in map(shlex.split, block.code.splitlines()):
+                    if command == "serve":
+                        argv = [sys.executable, "-m", "jvitmoe", command, *arguments, f"--port={port}"]
+                        server = subprocess.Popen(argv, stdout=subprocess.PIPE, text=True, env=environment())
+                        ends.enter_context(server)
+                        ends.callback(server.terminate)
+                        assert "serving" in server.stdout.readline()
+                        continue
+                    short = ["--config.train.epochs=1"] if command == "train" else []
+                    status, _, err = call(
+                        importlib.import_module(f"jvitmoe.commands.{command}").main, *arguments, *short
+                    )
+                    assert status == 0, err
+                continue
+            fewer = block.code.replace('("train", 200), ("test", 50)', '("train", 12), ("test", 4)')
+            exec(fewer.replace("8000", port), {"__name__": "tutorial"})
     guesses = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert {guess["name"] for guess in guesses} == {"disc", "ring", "square"}
 
