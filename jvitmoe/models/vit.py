@@ -304,7 +304,14 @@ def token_weights(model: ViT, params: Any, images_BHWc: jax.Array) -> jax.Array:
     """Returns weight_XBTE of a model with a router, in evaluation: what multiplies the output of each expert for each
     token; 0 where it is in no slot of the expert. Leading axis: the layers with experts."""
     _, sown = model.apply({"params": params}, images_BHWc, mutable=["intermediates"])
-    return cast(jax.Array, in_layers(sown["intermediates"]["blocks"])["mlp"]["weight_BTE"])
+    return cast(jax.Array, _part(sown["intermediates"]["blocks"], "mlp")["weight_BTE"])
+
+
+def _part(blocks: Any, name: str) -> Any:
+    """Returns what a part of the layers has sown, with leaves [layers that did, ...]."""
+    if not (places := positions(blocks)):
+        return blocks[name]
+    return in_layers({place: blocks[place][name] for place in places if name in blocks[place]})
 
 
 def rollout(model: ViT, params: Any, images_BHWc: jax.Array) -> jax.Array:
@@ -312,7 +319,7 @@ def rollout(model: ViT, params: Any, images_BHWc: jax.Array) -> jax.Array:
     the product over layers of (mean over heads + identity) / 2 (Abnar and Zuidema, arXiv 2005.00928); sums to 1."""
     model = model.clone(attention="xla")
     _, sown = model.apply({"params": params}, images_BHWc, mutable=["intermediates"])
-    weights_LBTT = in_layers(sown["intermediates"]["blocks"])["attention"]["weights_BGTT"].astype(jnp.float32).mean(2)
+    weights_LBTT = _part(sown["intermediates"]["blocks"], "attention")["weights_BGTT"].astype(jnp.float32).mean(2)
     mixed_BTT = jnp.eye(weights_LBTT.shape[-1])[None]
     for layer_BTT in weights_LBTT:
         mixed_BTT = (layer_BTT @ mixed_BTT + mixed_BTT) / 2
