@@ -115,9 +115,8 @@ def evaluate(
     for name, figure in drawn.items():
         figures.save(figure, workdir / name)
     results.write_result(workdir, result, safe_io.CONFUSION in drawn)
-    written = [safe_io.RESULT, results.REPORT, safe_io.SAMPLES, safe_io.MISTAKES, *drawn] + [safe_io.EXPERTS] * bool(
-        tester.routed
-    )
+    pictures = [safe_io.SAMPLES, safe_io.MISTAKES, *drawn, *[safe_io.EXPERTS] * bool(tester.routed)]
+    written = [safe_io.RESULT, results.REPORT, *pictures]
     console.print(f"written     {', '.join(written)} in {workdir}")
 
 
@@ -208,10 +207,8 @@ def _draw_samples(evaluate: Any, params: Any, few: Any, workdir: Path) -> None:
 
     run = compilation.jit(lambda params, images: vit.logits(evaluate.net, params, evaluate.normalize(images)))
     logits_NC = run(params, jnp.asarray(few.images_NHWc))
-    names, cells = results.class_names(workdir, logits_NC.shape[1]), []
     share_NC = jax.device_get(jax.nn.softmax(logits_NC))
-    for image_HWc, label, share_C in zip(few.images_NHWc, few.labels_N, share_NC, strict=True):
-        cells.append((image_HWc, names[label], [(names[c], float(share_C[c])) for c in (-share_C).argsort()]))
+    cells = _cells(few.images_NHWc, few.labels_N, share_NC, workdir)
     figures.save(figures.samples(cells), workdir / safe_io.SAMPLES)
 
 
@@ -219,10 +216,16 @@ def _draw_mistakes(found: Any, workdir: Path) -> None:
     """Draws the images of `mistakes.measure`, each beside where the model looked."""
     from jvitmoe.reports import figures
 
-    names, cells = results.class_names(workdir, found.share_KC.shape[1]), []
-    for image_HWc, label, share_C in zip(found.images_KHWc, found.labels_K, found.share_KC, strict=True):
-        cells.append((image_HWc, names[label], [(names[c], float(share_C[c])) for c in (-share_C).argsort()]))
+    cells = _cells(found.images_KHWc, found.labels_K, found.share_KC, workdir)
     figures.save(figures.mistakes(cells, found.rollout_KP), workdir / safe_io.MISTAKES)
+
+
+def _cells(images_NHWc: Any, labels_N: Any, share_NC: Any, workdir: Path) -> list[Any]:
+    """Returns what `figures.samples` draws: each image, its class, and the classes by their probability."""
+    names, cells = results.class_names(workdir, share_NC.shape[1]), []
+    for image_HWc, label, share_C in zip(images_NHWc, labels_N, share_NC, strict=True):
+        cells.append((image_HWc, names[label], [(names[c], float(share_C[c])) for c in (-share_C).argsort()]))
+    return cells
 
 
 def _define_flags(values: flags.FlagValues) -> None:
