@@ -33,9 +33,8 @@ def check(config: Config) -> Config:
         if field.type is float:  # 2 and 2.0 are one setting, also where they are compared as text
             section, _, name = path.partition(".")
             setattr(getattr(config, section), name, float(value))
-    if not config.model.width:  # until `pretrained.complete` has read the source
-        refuse(config, [] if config.init.source else [("model.width", "must be above 0 without init.source")])
-        return config
+    if not config.model.width and config.init.source:
+        return config  # `pretrained.complete` fills the model in and checks the rest
     for faults in (_data_faults, _model_faults, _train_faults, _routing_faults, _kind_faults):
         refuse(config, faults(config))
     return config
@@ -99,6 +98,8 @@ def _data_faults(config: Config) -> Iterator[tuple[str, str]]:
 
 def _model_faults(config: Config) -> Iterator[tuple[str, str]]:
     model, parameters = config.model, _about_parameters(config)
+    if not model.width:
+        yield "model.width", "must be above 0 without init.source"
     if parameters > MOST_PARAMETERS:
         yield "model.width", f"makes about {parameters:.1e} parameters; they must be at most {MOST_PARAMETERS:.1e}"
     if model.width % model.heads:

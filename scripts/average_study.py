@@ -328,8 +328,13 @@ def corrupted(split: Split) -> Split:
 
 
 @functools.cache
+def _cifar(data_dir: str) -> Dataset[Split]:
+    return sources.load(DataConfig("cifar10", data_dir), ModelConfig(image_size=32, channels=3))
+
+
+@functools.cache
 def _data(kind: str, data_dir: str) -> Data:
-    return parts(sources.load(DataConfig("cifar10", data_dir), ModelConfig(image_size=32, channels=3)), kind)
+    return parts(_cifar(data_dir), kind)
 
 
 _scorers: dict[tuple[str, str], Scorer] = {}

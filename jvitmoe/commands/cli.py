@@ -147,6 +147,13 @@ def end_cleanly() -> None:
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
 
 
+def define_model(values: flags.FlagValues) -> None:
+    """Defines the flag of the model that is asked, under its two names."""
+    where = "Run folder, a folder that jvitmoe export wrote, or cifar10_fast, which comes with jvitmoe."
+    flags.DEFINE_string("workdir", "", where, flag_values=values)
+    flags.DEFINE_alias("model", "workdir", flag_values=values)
+
+
 def define_weights(values: flags.FlagValues) -> None:
     """Defines the flags that choose weights of a run folder."""
     flags.DEFINE_string("checkpoint", "latest", "latest, best (on validation) or a step.", flag_values=values)

@@ -102,9 +102,8 @@ def evaluate(
             gate_X, result["routes"] = _routes(routing, params, tester.routed, seen, few, workdir)
         seed = config.train.seed
         result["rows"] = evaluator.evaluate_run(routing, seed, params, ema, tester, shown, paths, gate_X)
-        result |= (
-            evaluator.facts(routing, mesh, config.data.name, seed, meta["step"]) | known | {"files": meta["files"]}
-        )
+        result |= evaluator.facts(routing, mesh, config.data.name, seed, meta["step"]) | known
+        result["files"] = meta["files"]
         if few is not None:
             batches = Resident(few, at_once, mesh)
             result["mergeability"] = mergeability.measure(routing, params, tester, batches)
@@ -116,8 +115,7 @@ def evaluate(
         figures.save(figure, workdir / name)
     results.write_result(workdir, result, safe_io.CONFUSION in drawn)
     pictures = [safe_io.SAMPLES, safe_io.MISTAKES, *drawn, *[safe_io.EXPERTS] * bool(tester.routed)]
-    written = [safe_io.RESULT, results.REPORT, *pictures]
-    console.print(f"written     {', '.join(written)} in {workdir}")
+    console.print(f"written     {', '.join([safe_io.RESULT, results.REPORT, *pictures])} in {workdir}")
 
 
 def _restore(

@@ -69,9 +69,7 @@ def main(argv: list[str]) -> None:
 
 
 def _define_flags(values: flags.FlagValues) -> None:
-    where = "Run folder, a folder that jvitmoe export wrote, or cifar10_fast, which comes with jvitmoe."
-    flags.DEFINE_string("workdir", "", where, flag_values=values)
-    flags.DEFINE_alias("model", "workdir", flag_values=values)
+    cli.define_model(values)
     flags.DEFINE_integer("top", 5, "Classes per picture.", 1, flag_values=values)
     flags.DEFINE_bool("json", False, "JSON on standard output, instead of a table.", flag_values=values)
     cli.define_weights(values)

@@ -160,9 +160,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 def _define_flags(values: flags.FlagValues) -> None:
-    where = "Run folder, a folder that jvitmoe export wrote, or cifar10_fast, which comes with jvitmoe."
-    flags.DEFINE_string("workdir", "", where, flag_values=values)
-    flags.DEFINE_alias("model", "workdir", flag_values=values)
+    cli.define_model(values)
     flags.DEFINE_integer("port", 8000, "Port of 127.0.0.1; 0 is a free one.", 0, flag_values=values)
     flags.DEFINE_integer("top", 5, "Classes per picture.", 1, flag_values=values)
     cli.define_weights(values)

@@ -127,10 +127,10 @@ def _random_box(
 def as_tested(picture: Picture, side: int, channels: int, crop: str) -> np.ndarray:
     """Returns uint8 [side, side, c] of a picture of any size, as evaluation sees it with `data.crop`. Raises
     DataError."""
-    return (whole if crop == "whole" else centre_crop)(picture, side, channels, crop)
+    return whole(picture, side, channels) if crop == "whole" else centre_crop(picture, side, channels, crop)
 
 
-def whole(picture: Picture, side: int, channels: int, crop: str = "whole") -> np.ndarray:
+def whole(picture: Picture, side: int, channels: int) -> np.ndarray:
     """Returns uint8 [side, side, c]: the longer side resized to `side`, bicubically, and PADDING beside the shorter.
     As timm's crop_mode "border" for a mean of 0.5. Raises DataError."""
     from PIL import Image

@@ -32,12 +32,14 @@ def measure(
     look = compilation.jit(lambda params, images: vit.rollout(model, params, normalize(images)))
     kept: list[tuple[float, int, np.ndarray, np.ndarray]] = []
     for batch in batches:
-        images_BHWc, labels_B = jax.device_get((batch.images(model.config), batch.labels_B))
-        log_BC = jax.device_get(jax.nn.log_softmax(run(params, images_BHWc)))
-        loss_B = -log_BC[np.arange(len(labels_B)), labels_B]
-        for b in np.argsort(-loss_B, kind="stable"):
-            if labels_B[b] >= 0:  # a row with an image
-                kept.append((float(loss_B[b]), int(labels_B[b]), images_BHWc[b], np.exp(log_BC[b])))
+        images = batch.images(model.config)
+        log_BC, images_BHWc, labels_B = jax.device_get(
+            (jax.nn.log_softmax(run(params, images)), images, batch.labels_B)
+        )
+        loss_B = np.where(labels_B < 0, -np.inf, -log_BC[np.arange(len(labels_B)), labels_B])  # rows without an image
+        for b in np.argsort(-loss_B, kind="stable")[: min(count, (labels_B >= 0).sum())]:
+            # Copied: a view would keep the batch in memory.
+            kept.append((float(loss_B[b]), int(labels_B[b]), images_BHWc[b].copy(), np.exp(log_BC[b])))
         kept = sorted(kept, key=lambda one: -one[0])[:count]
     _, labels, images, shares = zip(*kept, strict=True)
     images_KHWc = np.stack(images)

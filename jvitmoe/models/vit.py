@@ -10,7 +10,6 @@ from typing import Any, cast
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
 from jvitmoe.config import ModelConfig
 from jvitmoe.models.layers import (
@@ -345,8 +344,10 @@ def _image(config: ModelConfig) -> jax.Array:
     return jnp.zeros((1, config.image_size, config.image_size, config.channels))
 
 
-def as_nnx(model: ViT, params: Any) -> nnx.Module:
+def as_nnx(model: ViT, params: Any) -> Any:
     """Returns the model with these parameters as a module of Flax NNX, which is called as `ViT.__call__`."""
+    from flax import nnx  # not above: Linen does not import it, and no command needs it
+
     key = jax.random.key(0)  # of shapes only
     module = nnx.eval_shape(lambda: nnx.bridge.ToNNX(model).lazy_init(_image(model.config), rngs=key))
     nnx.update(module, params)

@@ -84,13 +84,7 @@ def fit(
         MetricsLog(log_folder, start, total, plan.train.batch_size, trackers, flatten(config)) as log,
     ):
         loop = _Loop(run, checkpoints, evaluation, log, stop, watchdog)
-        try:
-            state = loop.run(state, batches)
-        except BaseException as error:
-            if processes.is_single():  # of several, both would wait for the others, and they for this one
-                loop.save_before(error)
-                checkpoints.close()
-            raise
+        state = loop.run_or_save(state, batches)
         rate = log.images_per_second(total)
         checkpoints.close()
         stop.unsaved = False
@@ -102,13 +96,9 @@ def fit(
         shipped: Any = next((row["confusion"] for row in rows if "confusion" in row), [])
         _say_if_guessing(shipped, "train longer or on more pictures, or start from a trained ViT (init.source)")
         if processes.is_first():  # here, because the log waits for trackers at its end
+            facts = evaluator.facts(plan.routing, plan.mesh, plan.data.name, plan.train.seed, total)
             tested = {"rows": rows, "files": log.sync() if start < total else meta["files"]}
-            _write_result(
-                workdir,
-                evaluator.facts(plan.routing, plan.mesh, plan.data.name, plan.train.seed, total) | tested,
-                rate,
-                meta,
-            )
+            _write_result(workdir, facts | tested, rate, meta)
 
 
 def _write_result(workdir: Path, result: dict[str, Any], rate: float, meta: Meta) -> None:
@@ -278,7 +268,17 @@ class _Loop:
         with contextlib.suppress(Exception):  # the terminal may have closed
             console.print(f"stopping after {until}; again to stop now")
 
-    def save_before(self, error: BaseException) -> None:
+    def run_or_save(self, state: TrainState, batches: Iterator[Batch]) -> TrainState:
+        """As `run`; before an error it saves what it can (`_save_before`), and waits until that is written."""
+        try:
+            return self.run(state, batches)
+        except BaseException as error:
+            if processes.is_single():  # of several, both would wait for the others, and they for this one
+                self._save_before(error)
+                self._checkpoints.close()
+            raise
+
+    def _save_before(self, error: BaseException) -> None:
         """Saves the last step if the run ends for what a user can mend; a failure to save is ignored."""
         if not isinstance(error, UserError) or isinstance(error, TrainingError):
             return
@@ -293,7 +293,7 @@ class _Loop:
         if evaluates:
             self._evaluating = True
             result, watched = self._evaluation.watch(self._state), self._evaluation.watched
-            # Kept before it is shown: if that fails, `save_before` saves it.
+            # Kept before it is shown: if that fails, `_save_before` saves it.
             self._rated = done, result.nll if watched == "validation" else None
             self._log.evaluation(done, watched, {"accuracy": result.accuracy, "nll": result.nll})
             if not self._has_evaluated:

@@ -70,8 +70,7 @@ def test_each_experiment_gets_its_best_rate_and_every_seed_and_the_report_compar
         assert configs[f"a_random-seed{seed}"]["train"]["seed"] == seed
     assert "30.00% with 0.1, 60.00% with 0.2; the best is the last on its side" in printed
     report = (tmp_path / "out" / "report.md").read_text()
-    assert "a_random" in report
-    assert "a_dense" in report
+    assert "a_random is 20.00 points above a_dense" in report
 
     before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("out/*/result.json")}
     succeed(sweep.main, *arms, *flags)  # nothing is trained twice
