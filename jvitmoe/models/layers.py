@@ -5,6 +5,7 @@ J side of a patch · C classes · c colour channels
 """
 
 import enum
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -210,13 +211,45 @@ class ConvStem(nn.Module):
 
 def max_pool(x_BHWc: jax.Array) -> jax.Array:
     """Returns the maximum of every second 3 x 3 window, [B, H / 2, W / 2, c], of values that are not negative."""
-    for axis in (1, 2):
-        # Slices and maxima: XLA's reduce_window is slow to differentiate on a CPU.
-        even, odd = (jax.lax.slice_in_dim(x_BHWc, start, None, 2, axis) for start in (0, 1))
-        first, last = (jax.lax.slice_in_dim(odd, *ends, axis=axis) for ends in ((0, 1), (0, -1)))
-        before = jax.lax.concatenate([jnp.zeros_like(first), last], axis)
-        x_BHWc = jnp.maximum(jnp.maximum(even, odd), before)
-    return x_BHWc
+    return _max_of_three(_max_of_three(x_BHWc, 1), 2)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _max_of_three(x_BHWc: jax.Array, axis: int) -> jax.Array:
+    """Returns the maximum of the entries 2i - 1, 2i and 2i + 1 of an axis; before the first stands 0."""
+    # Slices and maxima, and a derivative of its own: XLA's reduce_window is four times as slow on a CPU.
+    even, odd = _even_and_odd(x_BHWc, axis)
+    return jnp.maximum(jnp.maximum(even, odd), _shifted(odd, axis, 1))
+
+
+def _max_forward(x_BHWc: jax.Array, axis: int) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    largest = _max_of_three(x_BHWc, axis)
+    return largest, (x_BHWc, largest)
+
+
+def _max_backward(axis: int, saved: tuple[jax.Array, jax.Array], gradient: jax.Array) -> tuple[jax.Array]:
+    x_BHWc, largest = saved
+    even, odd = _even_and_odd(x_BHWc, axis)
+    is_even = even == largest  # of equal values one gets the gradient
+    is_odd = (odd == largest) & ~is_even
+    of_even, of_odd = jnp.where(is_even, gradient, 0), jnp.where(is_odd, gradient, 0)
+    of_odd += _shifted(jnp.where(is_even | is_odd, 0, gradient), axis, -1)
+    return (jnp.stack([of_even, of_odd], axis + 1).reshape(x_BHWc.shape),)
+
+
+_max_of_three.defvjp(_max_forward, _max_backward)
+
+
+def _even_and_odd(x_BHWc: jax.Array, axis: int) -> tuple[jax.Array, jax.Array]:
+    even, odd = (jax.lax.slice_in_dim(x_BHWc, start, None, 2, axis) for start in (0, 1))
+    return even, odd
+
+
+def _shifted(x_BHWc: jax.Array, axis: int, by: int) -> jax.Array:
+    """Returns x moved by 1 or -1 along an axis, with 0 where nothing comes from."""
+    kept = jax.lax.slice_in_dim(x_BHWc, max(-by, 0), x_BHWc.shape[axis] - max(by, 0), axis=axis)
+    zero = jnp.zeros_like(jax.lax.slice_in_dim(x_BHWc, 0, 1, axis=axis))
+    return jax.lax.concatenate([zero, kept] if by > 0 else [kept, zero], axis)  # jax2onnx pads no symbolic B
 
 
 class SequencePool(nn.Module):

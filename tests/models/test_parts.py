@@ -90,6 +90,14 @@ def test_the_gradient_of_max_pooling_goes_to_the_largest_value():
     np.testing.assert_allclose(found, wanted, atol=1e-6)
 
 
+def test_of_equal_values_one_gets_the_whole_gradient_of_max_pooling():
+    weights = np.random.default_rng(0).normal(size=(2, 3, 3, 3)).astype("f")
+    found = jax.grad(lambda x: (layers.max_pool(x) * weights).sum())(np.ones((2, 6, 6, 3), "f"))
+    np.testing.assert_allclose(found[:, ::2, ::2], weights, atol=0)  # the window's centre
+    assert not np.asarray(found[:, 1::2]).any()
+    assert not np.asarray(found[:, :, 1::2]).any()
+
+
 def test_sequence_pooling_weights_the_tokens():
     x_BTD = np.random.default_rng(0).normal(size=(2, 5, 4)).astype("f")
     pooled, variables = layers.SequencePool(jnp.float32).init_with_output(jax.random.key(0), x_BTD)
