@@ -12,11 +12,11 @@ import sys
 import time
 from pathlib import Path
 
-import ablate_recipe
 import archive
 import pytest
 import reproduce_original
 import routers
+import search_recipe
 import sweep
 from scipy import stats
 
@@ -38,10 +38,10 @@ def get_config(variant="dense"):
 
 
 def command(folder: Path) -> list[str]:
-    """Returns the ablation of a tiny recipe, of one seed and two runs."""
+    """Returns the search of a tiny recipe, of one seed and two runs."""
     flags = [f"--config={folder / 'tiny.py'}", f"--runs={folder / 'runs'}", f"--out={folder / 'out'}", "--seeds=1"]
-    flags += ["--only", "dense_recipe", "random_recipe", "--", f"--config.data.dir={folder}"]
-    return [sys.executable, str(processes.ROOT / "scripts" / "ablate_recipe.py"), *flags]
+    flags += ["--only", "dense", "random", "--", f"--config.data.dir={folder}"]
+    return [sys.executable, str(processes.ROOT / "scripts" / "search_recipe.py"), *flags]
 
 
 def run_sweep(folder: Path) -> str:
@@ -51,7 +51,7 @@ def run_sweep(folder: Path) -> str:
 
 def test_every_variant_is_an_experiment_of_its_own():
     searched = {name: routers.arm(settings) for name, settings in routers.SEARCHED.items()}
-    for variants in (ablate_recipe.variants(), searched):
+    for variants in (search_recipe.variants(), searched):
         configs = [sweep.config_of(sweep.flags_of("cifar10_fast", variant)) for variant in variants.values()]
         assert len(set(map(repr, configs))) == len(configs)
 
@@ -157,7 +157,7 @@ def test_a_report_has_no_kept_run_of_other_settings_also_none_of_a_seed_or_varia
 def test_a_sweep_that_gets_sigterm_stops_its_training_which_saves_its_state(tmp_path):
     (tmp_path / "tiny.py").write_text(EXPERIMENT)
     sweeps = subprocess.Popen([*command(tmp_path), "--config.train.epochs=100000"], stdout=subprocess.DEVNULL)
-    log = tmp_path / "runs" / "dense_recipe-seed0.log"
+    log = tmp_path / "runs" / "dense-seed0.log"
 
     def wait_for(text):
         deadline = time.monotonic() + 120
@@ -179,38 +179,38 @@ def test_a_sweep_started_again_trains_only_what_is_not_kept(tmp_path):
     assert "2 runs, 0 of them kept" in printed
     assert "FAILED" not in printed
     report = (tmp_path / "out" / "report.md").read_text()
-    (row,) = re.findall(r"\| recipe \| (\S+) \| (\S+) \| (\S+) \| (\S+) \|", report)
+    shown = dict(re.findall(r"\| (\S+-seed0) \| - \| (\S+) \| ", report))
     kept = archive.kept(tmp_path / "out")
-    assert list(kept) == ["dense_recipe-seed0", "random_recipe-seed0"]
-    for name, model, shown in (("dense_recipe-seed0", "dense", row[0]), ("random_recipe-seed0", "merged", row[2])):
+    assert list(kept) == ["dense-seed0", "random-seed0"]
+    for name, model in (("dense-seed0", "dense"), ("random-seed0", "merged")):
         (accuracy,) = (r["accuracy"] for r in kept[name]["result"]["rows"] if r["model"] == model)
-        assert float(shown) == pytest.approx(100 * accuracy, abs=0.005)
+        assert float(shown[name]) == pytest.approx(100 * accuracy, abs=0.005)
         assert str(tmp_path) not in json.dumps(kept[name]["config"])
         for file in (safe_io.METRICS, safe_io.RESULT):  # as the run left them
             unpacked = tmp_path / "out" / "runs" / name / file
             assert unpacked.read_bytes() == (tmp_path / "runs" / name / file).read_bytes()
 
-    run = kept["dense_recipe-seed0"]
-    argv = [sys.executable, str(processes.ROOT / "scripts" / "ablate_recipe.py"), "--seeds=1", "--only=dense_recipe"]
+    run = kept["dense-seed0"]
+    argv = [sys.executable, str(processes.ROOT / "scripts" / "search_recipe.py"), "--seeds=1", "--only=dense"]
     argv += [f"--config={tmp_path / 'tiny.py'}", f"--runs={tmp_path / 'wrong'}", f"--out={tmp_path / 'none'}"]
     argv += ["--", "--config.train.devices=99"]
     ended = subprocess.run(argv, capture_output=True, text=True, check=False)
-    said = f"1 runs failed: dense_recipe-seed0; see their logs in {tmp_path / 'wrong'}\n"
+    said = f"1 runs failed: dense-seed0; see their logs in {tmp_path / 'wrong'}\n"
     assert (ended.returncode, ended.stderr) == (1, said)
 
     # In another clone there are no run folders: the archive is enough, and what is missing is trained again.
     shutil.rmtree(tmp_path / "runs")
     shutil.rmtree(tmp_path / "out" / "runs")
-    archive.write(tmp_path / "out" / archive.FILE, {"dense_recipe-seed0": run})
+    archive.write(tmp_path / "out" / archive.FILE, {"dense-seed0": run})
     printed = run_sweep(tmp_path)
     assert "2 runs, 1 of them kept" in printed
-    assert [folder.name for folder in (tmp_path / "runs").iterdir() if folder.is_dir()] == ["random_recipe-seed0"]
+    assert [folder.name for folder in (tmp_path / "runs").iterdir() if folder.is_dir()] == ["random-seed0"]
     again = (tmp_path / "out" / "report.md").read_text()
-    assert re.findall(r"\| recipe \|.*", again) == re.findall(r"\| recipe \|.*", report)
+    assert dict(re.findall(r"\| (\S+-seed0) \| - \| (\S+) \| ", again)) == shown
 
     # A further seed joins the earlier ones.
     argv = command(tmp_path)
-    argv.remove("random_recipe")
+    argv.remove("random")
     subprocess.run([*argv[:2], "--first_seed=1", *argv[2:]], capture_output=True, check=True)
-    assert list(archive.kept(tmp_path / "out")) == ["dense_recipe-seed0", "dense_recipe-seed1", "random_recipe-seed0"]
-    assert "| dense_recipe | dense | " in (tmp_path / "out" / "report.md").read_text()
+    assert list(archive.kept(tmp_path / "out")) == ["dense-seed0", "dense-seed1", "random-seed0"]
+    assert "| dense | dense | " in (tmp_path / "out" / "report.md").read_text()

@@ -1,0 +1,127 @@
+"""Searches a better recipe than that of configs/cifar10_fast.py, and draws accuracy against the cost of training.
+
+    python scripts/search_recipe.py --config configs/cifar10_fast.py --seeds 1 --runs runs/frontier \\
+        --out results/frontier -- --config.data.dir=DIR
+
+A try is chosen by its accuracy on images held out. To resume, repeat: see scripts/sweep.py.
+"""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import archive
+from archive import Run, Runs
+from routers import validation_accuracies
+from sweep import Variant, main
+
+from jvitmoe.reports import figures
+from jvitmoe.runs.console import markdown_table
+
+PICTURE = "frontier.png"
+# CCT's stem costs half as much as four layers. Two heads of 64 take 0.87 x the time of four of 32.
+BASE: dict[str, object] = {"model.stem": "conv", "model.heads": 2, "data.validation": 5000, "train.eval_every": 4}
+SHORT, MIDDLE = BASE | {"train.epochs": 8}, BASE | {"train.epochs": 24}
+TRIES: dict[str, dict[str, object]] = {
+    # The model and the optimiser, in 8 epochs.
+    "conv": SHORT,
+    "strided_13epochs": SHORT | {"model.stem": "strided", "train.epochs": 13},  # as long as conv by the clock
+    "batch64": SHORT | {"train.batch_size": 64},
+    "batch64_rate2e-3": SHORT | {"train.batch_size": 64, "optim.learning_rate": 2e-3},
+    "rate8e-3": SHORT | {"optim.learning_rate": 8e-3},
+    "hidden128": SHORT | {"model.hidden": 128},
+    "depth6": SHORT | {"model.depth": 6},
+    # Augmentation, in 24 epochs.
+    "plain_24epochs": MIDDLE,
+    "trivial_24epochs": MIDDLE | {"data.augment": "trivial", "data.plain_at_end": 0.2},
+    "three_24epochs": MIDDLE | {"data.augment": "three", "data.plain_at_end": 0.2},
+    "cutmix_24epochs": MIDDLE | {"data.cutmix": 0.3, "data.plain_at_end": 0.2},
+    "erase_24epochs": MIDDLE | {"data.erase": 0.25},
+}
+
+
+class Published(NamedTuple):
+    """What others report of CIFAR-10 from scratch. Sources: READMEs of SHI-Labs/Compact-Transformers (MACs of a forward
+    pass and epochs) and KellerJordan/cifar10-airbench (FLOPs of training)."""
+
+    name: str
+    petaflops: float  # of training
+    accuracy: float  # on the test images, %
+
+
+def of_macs(macs: float, epochs: int) -> float:
+    """Returns the PFLOP of training: a backward pass counts as two forward passes."""
+    return 3 * 2 * macs * 50_000 * epochs / 1e15
+
+
+PUBLISHED = (
+    Published("CCT-2/3x2", of_macs(0.033e9, 200), 89.17),
+    Published("CCT-4/3x2", of_macs(0.046e9, 200), 91.45),
+    Published("ViT-Lite-6/4", of_macs(0.205e9, 200), 90.94),
+    Published("CCT-6/3x2", of_macs(0.241e9, 200), 93.56),
+    Published("airbench94, a CNN", 0.36, 94.01),
+    Published("airbench95, a CNN", 1.4, 95.01),
+)
+
+
+def variants() -> dict[str, Variant]:
+    """Returns name -> what differs from the dense config."""
+    random = Variant({}, "random", ("dense",))
+    return {"dense": Variant({}), "random": random} | {name: Variant(settings) for name, settings in TRIES.items()}
+
+
+def images_seen(run: Run) -> int:
+    return int(run["result"]["step"] * run["config"]["train"]["batch_size"])
+
+
+def training_flops(run: Run) -> float:
+    """Returns the FLOPs of the products of a training, of which the forward pass is a third."""
+    return float(3 * run["result"]["rows"][0]["flops_per_image"] * images_seen(run))
+
+
+def table(runs: Runs) -> list[dict[str, str]]:
+    """Returns a row per run, from the cheapest to the dearest."""
+    cells = []
+    for name, run in sorted(runs.items(), key=lambda item: training_flops(item[1])):
+        held = validation_accuracies({f"{name}-seed0": run}, [name])  # of this run, whatever its seed is
+        rate = run["result"].get("images_per_second")  # a run of a few steps has none
+        cells.append(
+            {
+                "run": name,
+                "held out, %": f"{100 * held[name]:.2f}" if held else "-",
+                "test, %": f"{100 * run['result']['rows'][0]['accuracy']:.2f}",
+                "training, PFLOP": f"{training_flops(run) / 1e15:.3f}",
+                "minutes": f"{images_seen(run) / rate / 60:.0f}" if rate else "-",
+                "parameters": f"{run['result']['rows'][0]['parameters']:,}",
+            }
+        )
+    return cells
+
+
+@figures.in_style
+def picture(runs: Runs) -> figures.Figure:
+    """Returns test accuracy against the FLOPs of training, beside what others report."""
+    figure, ((axes,),) = figures.subplots(1, 1, (9, 5.5))
+    own = [(training_flops(run) / 1e15, 100 * run["result"]["rows"][0]["accuracy"]) for run in runs.values()]
+    axes.plot(*zip(*own, strict=True), "o", color=figures.COLOURS[0], label="here, one run each")
+    axes.plot(
+        [one.petaflops for one in PUBLISHED], [one.accuracy for one in PUBLISHED], "D", color="black", label="published"
+    )
+    for one in PUBLISHED:
+        axes.annotate(one.name, (one.petaflops, one.accuracy), (6, -3), textcoords="offset points", fontsize=9)
+    axes.set(xscale="log", xlabel="PFLOP of training", ylabel="test accuracy, %", title="CIFAR-10 from scratch")
+    axes.margins(x=0.2)
+    figures.plain_ticks(axes.xaxis, 1)
+    axes.legend(loc="lower right")
+    return figure
+
+
+def conclusion(out: Path) -> str:
+    """Returns the end of the report, and draws its picture beside it."""
+    runs = archive.kept(out)
+    figures.save(picture(runs), out / PICTURE)
+    shown = f"![accuracy against the cost of training]({PICTURE})"
+    return f"\n## Accuracy and cost\n\n{shown}\n\n{markdown_table(table(runs))}"
+
+
+if __name__ == "__main__":
+    main(__doc__, variants(), evaluate=["--paths=0"], conclusion=conclusion)
