@@ -41,7 +41,7 @@ from jvitmoe.interop import averaging, pretrained, starts, weight_names
 from jvitmoe.interop.averaging import Scorer, Scores
 from jvitmoe.interop.load import Source
 from jvitmoe.interop.weight_names import Dict
-from jvitmoe.machine import devices
+from jvitmoe.machine import devices, memory
 from jvitmoe.runs import checkpoints, safe_io
 from jvitmoe.training import build, state, step
 
@@ -445,6 +445,7 @@ def run(options: argparse.Namespace) -> None:
 
 def main() -> None:
     """Runs the command line; see the top of the file."""
+    memory.use_huge_pages()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data_dir", default="", help="where TFDS keeps its sets")
     parser.add_argument("--runs", type=Path, required=True, help="where the weights of starts go")
