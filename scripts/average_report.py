@@ -1,5 +1,6 @@
 """Verdicts, table and picture of the study of averaging, by the rules of docs/study.md, experiment I."""
 
+import itertools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,20 @@ SITES, PICTURE = 4, "average.png"
 TITLES = {"same": "a start of the same task", "other": "a start of another task"}
 BATCHES = {"together_batch512": 512, "together_batch128": 128}
 ROUNDS = {"once": 1, "lora": 1, "rounds4": 4, "rounds16": 16}
+MIXES = ("alike", "unlike")
+MODELS = (  # (title, arm, model); of each mix but for those on all images, and `inside`, whose sites are alike
+    ("start", "once", "start"),
+    ("best site", "once", "best site"),
+    ("one mean", "once", "mean"),
+    ("… toward the start", "once", "toward start"),
+    ("4 rounds", "rounds4", "mean"),
+    ("16 rounds", "rounds16", "mean"),
+    ("one mean, LoRA", "lora", "mean"),
+    ("ensemble of the sites", "once", "ensemble"),
+    ("whole models in one run", "inside", "merged"),
+    ("together, batch 512", "together_batch512", "dense"),
+    ("together, batch 128", "together_batch128", "dense"),
+)
 
 
 class Found:
@@ -109,20 +124,29 @@ def sent(found: Found, arm: str) -> float:
     return size * ROUNDS[arm.partition("_")[0]]
 
 
+def arms(mix: str) -> list[tuple[str, str, str]]:
+    """Returns MODELS with the arms of a mix."""
+    shared = {*BATCHES, "inside"}
+    of_mix = [(title, arm if arm in shared else f"{arm}_{mix}", model) for title, arm, model in MODELS]
+    return [one for one in of_mix if one[1] != "inside" or mix == "alike"]
+
+
+def overview(runs: Runs) -> list[dict[str, str]]:
+    """Returns the table of all accuracies: a row per model, and a column per kind of start and mix of sites."""
+    columns = {
+        f"{kind} task, {mix}": {
+            title: mean_cell([*Found(runs, kind).model(arm, model).values()]) for title, arm, model in arms(mix)
+        }
+        for kind, mix in itertools.product(TITLES, MIXES)
+    }
+    return [{"model": title} | {name: found.get(title, "-") for name, found in columns.items()} for title, *_ in MODELS]
+
+
 def rows(found: Found, mix: str) -> list[dict[str, str]]:
     """Returns the table of a kind of start and a mix."""
-    arms: list[tuple[str, str, str]] = [("start", f"once_{mix}", "start"), ("best site", f"once_{mix}", "best site")]
-    arms += [("one mean", f"once_{mix}", "mean"), ("… toward the start", f"once_{mix}", "toward start")]
-    arms += [("4 rounds", f"rounds4_{mix}", "mean"), ("16 rounds", f"rounds16_{mix}", "mean")]
-    arms += [("one mean, LoRA", f"lora_{mix}", "mean"), ("ensemble of the sites", f"once_{mix}", "ensemble")]
-    arms += [("whole models in one run", "inside", "merged")] * (mix == "alike")
-    arms += [
-        ("together, batch 512", "together_batch512", "dense"),
-        ("together, batch 128", "together_batch128", "dense"),
-    ]
     site, start = (found.model(f"once_{mix}", name) for name in ("best site", "start"))
     table = []
-    for title, arm, model in arms:
+    for title, arm, model in arms(mix):
         if not (seeds := found.model(arm, model)):
             continue
         runs = [*found.of(arm).values()]
@@ -154,7 +178,7 @@ def picture(runs: Runs) -> figures.Figure:
     models += [("16 rounds", "rounds16", "mean", "s"), ("ensemble", "once", "ensemble", "D")]
     for axes, kind in ((first, "same"), (second, "other")):
         found = Found(runs, kind)
-        for x, mix in enumerate(("alike", "unlike")):
+        for x, mix in enumerate(MIXES):
             sites = [
                 100 * row["accuracy"]
                 for run in found.of(f"once_{mix}").values()
@@ -194,9 +218,10 @@ def write(out: Path, command: str) -> None:
     """Writes report.md and its picture beside the archive of a folder."""
     runs = archive.kept(out)
     parts = ["# Averaging of models that were trained apart\n", f"![accuracies]({PICTURE})\n"]
+    parts += ["Test accuracy, %: mean ± sample deviation over seeds.\n", markdown_table(overview(runs))]
     for kind in TITLES:
         found = Found(runs, kind)
-        for mix in ("alike", "unlike"):
+        for mix in MIXES:
             parts += [f"## {TITLES[kind].capitalize()}, sites {mix}\n", *(f"{one}\n" for one in sentences(found, mix))]
             parts.append(markdown_table(rows(found, mix)))
     if Found(runs, "same").of("soups"):
