@@ -19,7 +19,7 @@ from jvitmoe.runs import safe_io
 from jvitmoe.runs.console import markdown_table
 
 Seeds = Mapping[str, float]  # by seed; of accuracies, %
-SITES, PICTURE = 4, "average.png"
+PICTURE = "average.png"
 TITLES = {"same": "a start of the same task", "other": "a start of another task"}
 BATCHES = {"together_batch512": 512, "together_batch128": 128}
 ROUNDS = {"once": 1, "lora": 1, "rounds4": 4, "rounds16": 16}
@@ -37,6 +37,7 @@ MODELS = (  # (title, arm, model); of each mix but for those on all images, and 
     ("together, batch 512", "together_batch512", "dense"),
     ("together, batch 128", "together_batch128", "dense"),
 )
+MARKS = {"one mean": "o", "4 rounds": "^", "16 rounds": "s", "ensemble of the sites": "D"}  # of those in the picture
 
 
 class Found:
@@ -174,8 +175,6 @@ def rows(found: Found, mix: str) -> list[dict[str, str]]:
 def picture(runs: Runs) -> figures.Figure:
     """Returns accuracies of start, sites, mean, rounds, ensemble and together, for both kinds, alike and unlike."""
     figure, ((first, second),) = figures.subplots(1, 2, (13, 5))
-    models = [("one mean", "once", "mean", "o"), ("4 rounds", "rounds4", "mean", "^")]
-    models += [("16 rounds", "rounds16", "mean", "s"), ("ensemble", "once", "ensemble", "D")]
     for axes, kind in ((first, "same"), (second, "other")):
         found = Found(runs, kind)
         for x, mix in enumerate(MIXES):
@@ -188,10 +187,10 @@ def picture(runs: Runs) -> figures.Figure:
             axes.plot(
                 [x - 0.3] * len(sites), sites, "_", color="0.6", markersize=14, label="each site" if not x else None
             )
-            for n, (title, arm, model, mark) in enumerate(models):
-                values = [*found.model(f"{arm}_{mix}", model).values()]
+            for n, (title, arm, model) in enumerate(one for one in arms(mix) if one[0] in MARKS):
+                values = [*found.model(arm, model).values()]
                 style: Any = {"color": figures.COLOURS[n % len(figures.COLOURS)], "label": title if not x else None}
-                axes.errorbar(x - 0.15 + 0.15 * n, np.mean(values), np.std(values, ddof=1), fmt=mark, **style)
+                axes.errorbar(x - 0.15 + 0.15 * n, np.mean(values), np.std(values, ddof=1), fmt=MARKS[title], **style)
         for title, seeds, style in (
             ("the start", found.model("once_alike", "start"), ":"),
             ("together", found.together(), "--"),

@@ -48,7 +48,7 @@ from jvitmoe.training import build, state, step
 SITES, ALPHA, LEAST = 4, 0.3, 256  # alpha of Dirichlet's distribution; least images of a site
 HELD, OLD = 2500, 6  # images held out; classes of the other task
 CORRUPTED = 1000  # test images of each corruption
-KINDS, MIXES = ("same", "other"), ("alike", "unlike")
+KINDS, MIXES = tuple(average_report.TITLES), average_report.MIXES
 START_EPOCHS = {"same": 10, "other": 20}
 BATCH, ROUNDS, RANK = 128, (4, 16), 8
 SEARCH_SEED, SEEDS = 100, 5

@@ -95,12 +95,14 @@ def arm(settings: Mapping[str, object], rate: float = 1, *against: str, length: 
 
 def validation_accuracies(runs: Runs, names: Iterable[str]) -> dict[str, float]:
     """Returns the accuracy of arms on validation images after the last step of seed 0, where there is one."""
-    found = {}
-    for name in names:
-        lines = runs[f"{name}-seed0"]["metrics"] if f"{name}-seed0" in runs else ()
-        if values := [line["accuracy"] for line in lines if line["kind"] == "validation"]:
-            found[name] = values[-1]
-    return found
+    found = {name: validation_accuracy(runs[f"{name}-seed0"]) for name in names if f"{name}-seed0" in runs}
+    return {name: accuracy for name, accuracy in found.items() if accuracy is not None}
+
+
+def validation_accuracy(run: Run) -> float | None:
+    """Returns the accuracy on validation images after the last step; None if the run held none out."""
+    values = [line["accuracy"] for line in run["metrics"] if line["kind"] == "validation"]
+    return values[-1] if values else None
 
 
 def ranking(out: Path, arms: Iterable[str]) -> str:

@@ -217,7 +217,7 @@ def max_pool(x_BHWc: jax.Array) -> jax.Array:
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def _max_of_three(x_BHWc: jax.Array, axis: int) -> jax.Array:
     """Returns the maximum of the entries 2i - 1, 2i and 2i + 1 of an axis; before the first stands 0."""
-    # Slices and maxima, and a derivative of its own: XLA's reduce_window is four times as slow on a CPU.
+    # Its derivative is written out: JAX's, of these slices and of reduce_window, is slow on a CPU.
     even, odd = _even_and_odd(x_BHWc, axis)
     return jnp.maximum(jnp.maximum(even, odd), _shifted(odd, axis, 1))
 

@@ -103,6 +103,16 @@ def kept_runs(seeds: int, gain: float) -> dict[str, Any]:
     return runs | {tried: {"config": config, "result": result | {"split": "held out"}}}
 
 
+def test_the_overview_has_the_mean_of_each_model_s_seeds_where_there_is_such_an_arm():
+    runs = kept_runs(5, 3.0)
+    by_title = {row["model"]: row for row in average_report.overview(runs)}
+    of_arm = [run["result"]["rows"] for name, run in runs.items() if name.startswith("other-rounds4_unlike-seed")]
+    values = [100 * row["accuracy"] for rows in of_arm for row in rows if row["model"] == "mean"]
+    assert len(values) == 5
+    assert by_title["4 rounds"]["other task, unlike"].startswith(f"{np.mean(values):.2f} ± ")
+    assert by_title["whole models in one run"]["other task, unlike"] == "-"
+
+
 def test_verdicts_follow_the_rules_of_the_protocol(tmp_path: Path):
     for gain, is_useful in ((3.0, True), (-3.0, False)):
         archive.write(tmp_path / archive.FILE, kept_runs(5, gain))
