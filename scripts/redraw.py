@@ -1,6 +1,6 @@
 """Draws the pictures in results/ again, from the numbers beside them: `python scripts/redraw.py [--out DIR]`.
 
-They have 256 colours, which takes a third of the space. Curves are drawn where there are some, and the history is kept.
+They have 256 colours, which takes a third of the space. Only pictures that are there are drawn; curves need a history.
 The pictures of the study's differences and bytes, and the sheet of augmentations, stay as they are.
 """
 
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import archive
+import average_report
 import benchmark
 import routers
 import scaling_check
@@ -21,7 +22,7 @@ from PIL import Image
 
 from jvitmoe.reports import comparison, figures
 
-CURVES = "curves.png"
+COMPARISON, CURVES = "comparison.png", "curves.png"
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 
 
@@ -29,12 +30,15 @@ def redraw(folder: Path, out: Path) -> None:
     """Writes the pictures of one folder of results to `out`."""
     if runs := archive.kept(folder):
         by_group = grouped(runs)
-        compare(by_group, out)
+        if (folder / COMPARISON).is_file():
+            compare(by_group, out)
         for name, group in by_group.items():
             if (folder / (picture := f"mergeability_{name}.png")).is_file():
                 figures.save(figures.mergeability(next(iter(group.values()))["result"]), out / picture)
         if (folder / CURVES).is_file():
             draw_curves(by_group, out)
+        if (folder / average_report.PICTURE).is_file():
+            figures.save(average_report.picture(runs), out / average_report.PICTURE)
     if (folder / "benchmark.json").is_file():
         figures.save(benchmark.throughput(read(folder / "benchmark.json")["rows"]), out / "benchmark.png")
     if (folder / "model.json").is_file():
@@ -55,7 +59,7 @@ def compare(by_group: Mapping[str, Runs], out: Path) -> None:
     results = {name: [run["result"] for run in group.values()] for name, group in by_group.items()}
     table = {name: comparison.by_seed(seeds) for name, seeds in results.items()}
     images = {name: seeds[0]["rows"][0]["images"] for name, seeds in results.items()}
-    figures.save(figures.comparison(table, images), out / "comparison.png")
+    figures.save(figures.comparison(table, images), out / COMPARISON)
 
 
 def draw_curves(by_group: Mapping[str, Runs], out: Path) -> None:

@@ -243,7 +243,7 @@ def test_the_pictures_in_results_can_be_drawn_again(tmp_path, drawn, monkeypatch
     monkeypatch.setattr("sys.argv", ["redraw.py", f"--out={tmp_path}"])
     redraw.main()
     committed = {str(path.relative_to(RESULTS)) for path in RESULTS.glob("**/*.png")}
-    without_history = {f"{name}/curves.png" for name in ("cifar10_small", "digits", "digits_demo", "recipe_search")}
+    without_history = {f"{name}/curves.png" for name in ("cifar10_small", "digits", "digits_demo")}
     made = {str(path.relative_to(tmp_path)) for path in tmp_path.glob("**/*.png")}
     records = {name for name in committed if re.fullmatch(r"study/(\w+/differences|bytes)\.png", name)}
     assert made == committed - without_history - records - {"augment/sheet.png"}
