@@ -105,12 +105,12 @@ def sentences(found: Found, mix: str) -> list[str]:
 def of_soups(found: Found) -> list[str]:
     """Returns the verdict of the soups."""
     greedy, best, long = (found.model("soups", name) for name in ("greedy", "best", "four times as long"))
-    single, cost = minus(greedy, best), minus(greedy, long)
+    single, longer = minus(greedy, best), minus(greedy, long)
     pays = "Soups pay" if above(single) else "Soups are not shown to pay"
-    for_cost = "and pay" if above(single) and above(cost) else "and are not shown to pay"
+    for_cost = "and pay" if above(single) and above(longer) else "and are not shown to pay"
     return [
         f"{pays}, {shown(single)} points against the best of the four runs, {for_cost} for their cost, "
-        f"{shown(cost)} against one run four times as long."
+        f"{shown(longer)} against one run four times as long."
     ]
 
 
@@ -151,6 +151,7 @@ def rows(found: Found, mix: str) -> list[dict[str, str]]:
         if not (seeds := found.model(arm, model)):
             continue
         runs = [*found.of(arm).values()]
+        minutes = np.mean([run["result"]["seconds"] for run in runs]) / 60  # of training and tests
         corrupted = [
             100 * np.mean([*run["result"]["corrupted"][model].values()])
             for run in runs
@@ -165,7 +166,7 @@ def rows(found: Found, mix: str) -> list[dict[str, str]]:
                 "minus together": "" if arm in BATCHES else shown(minus(seeds, found.together())),
                 "corrupted, %": mean_cell(corrupted) if corrupted else "",
                 "a site sends, MB": "" if model in ("start", "merged") else f"{sent(found, arm):,.0f}",
-                "minutes of a core": f"{np.mean([run['result']['seconds'] for run in runs]) / 60:.0f}",
+                "minutes of a core": "" if model == "start" else f"{minutes:.1f}",
             }
         )
     return table
