@@ -27,7 +27,9 @@ MIXES = ("alike", "unlike")
 MODELS = (  # (title, arm, model); of each mix but for those on all images, and `inside`, whose sites are alike
     ("start", "once", "start"),
     ("best site", "once", "best site"),
+    ("the sites, on average", "once", "average site"),
     ("one mean", "once", "mean"),
+    ("… of equal weights", "once", "mean, equal"),
     ("… toward the start", "once", "toward start"),
     ("4 rounds", "rounds4", "mean"),
     ("16 rounds", "rounds16", "mean"),
@@ -53,12 +55,15 @@ class Found:
         return {name.removeprefix(prefix): run for name, run in self.runs.items() if name.startswith(prefix)}
 
     def model(self, arm: str, model: str) -> Seeds:
-        """Returns the accuracies of a model of an arm; "best site" is the best of its sites, seed by seed."""
+        """Returns the accuracies of a model of an arm; "best site" is the best of its sites, seed by seed, and
+        "average site" the average of their accuracies."""
         found = {}
         for seed, run in self.of(arm).items():
             rows = {row["model"]: 100 * row["accuracy"] for row in run["result"]["rows"]}
             sites = [value for name, value in rows.items() if name.startswith("site ")]
-            found[seed] = max(sites) if model == "best site" else rows[model]
+            if sites:
+                rows |= {"best site": max(sites), "average site": float(np.mean(sites))}
+            found[seed] = rows[model]
         return found
 
     def together(self) -> Seeds:
@@ -99,6 +104,16 @@ def sentences(found: Found, mix: str) -> list[str]:
     said.append(f"{where}: one mean is {equal} training together, {shown(once)} points.")
     close = "close" if above(rounds, -PARITY) else "are not shown to close"
     said.append(f"{where}: 16 rounds {close} the gap, {shown(rounds)} points against together.")
+    others = {
+        "its sites on average": ("once", "average site"),
+        "4 rounds": ("rounds4", "mean"),
+        "LoRA": ("lora", "mean"),
+    }
+    beside = [
+        f"{shown(minus(means['once'], found.model(f'{arm}_{mix}', model)))} points against {name}"
+        for name, (arm, model) in others.items()
+    ]
+    said.append(f"{where}, beside the rules: one mean has {', '.join(beside)}.")
     return said
 
 
@@ -162,7 +177,7 @@ def rows(found: Found, mix: str) -> list[dict[str, str]]:
                 "model": title,
                 "accuracy, %": mean_cell([*seeds.values()]),
                 "minus the start": "" if model == "start" else shown(minus(seeds, start)),
-                "minus the best site": "" if model in ("start", "best site") else shown(minus(seeds, site)),
+                "minus the best site": "" if title in ("start", "best site") else shown(minus(seeds, site)),
                 "minus together": "" if arm in BATCHES else shown(minus(seeds, found.together())),
                 "corrupted, %": mean_cell(corrupted) if corrupted else "",
                 "a site sends, MB": "" if model in ("start", "merged") else f"{sent(found, arm):,.0f}",

@@ -1,6 +1,6 @@
 """Does averaging finished runs pay? Trains the arms of experiment I of docs/study.md and reports them.
 
-    python scripts/average_study.py --data_dir DIR --runs runs/average --out results/average
+    python scripts/average_study.py --data_dir DIR --runs runs/average --out results/study/I
 
 Everything that ended is kept in OUT/runs.jsonl.gz (archive.py); the same command trains what is missing. The weights of
 the starts are kept in RUNS, and trained again where they are missing. A site is trained as `jvitmoe train --start` does
@@ -408,9 +408,10 @@ def phases(options: argparse.Namespace) -> Iterator[list[Task]]:
     kept |= {task.name: archive.kept(options.out)[task.name] for task in more}
     yield [best(kept, kind, arm)._replace(epochs=SHORT) for kind, arm in searched]
     searches = archive.kept(options.out)
-    for arms in ([*TOGETHER, *APART[:-2]], APART[-2:], ["inside"]):
+    for arms in ([*TOGETHER, *APART[:-2]], APART[-2:]):
         yield [best(searches, kind, arm)._replace(seed=seed) for seed in seeds for kind in KINDS for arm in arms]
-    yield [best(searches, "same", "soups")._replace(seed=seed) for seed in seeds]
+    last = (("same", "soups"), *((kind, "inside") for kind in KINDS))  # the longest first, for two workers
+    yield [best(searches, kind, arm)._replace(seed=seed) for kind, arm in last for seed in seeds]
 
 
 def pin(cpus: "multiprocessing.Queue[int]") -> None:

@@ -3,6 +3,7 @@
 import contextlib
 import glob
 import importlib
+import itertools
 import json
 import os
 import re
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import archive
+import average_report
 import draw_idea
 import numpy as np
 import pytest
@@ -38,6 +40,7 @@ from processes import call, environment, succeed
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = sorted((ROOT / "docs").glob("*.md"))
 RESULTS = ROOT / "results"
+AVERAGING = RESULTS / "study" / "I"
 VERDICTS = [path for path in sorted(RESULTS.glob("**/report.md")) if "\n## Arms\n" in path.read_text()]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "results" / "README.md", *DOCS]
 
@@ -244,7 +247,7 @@ def test_the_picture_that_the_readme_classifies_is_a_ship():
     assert 100 * best.probability == pytest.approx(float(shown[2]), abs=1)
 
 
-@pytest.mark.parametrize(("page", "folders"), [("study", "study/*"), ("routing", "routers*")])
+@pytest.mark.parametrize(("page", "folders"), [("study", "study/*"), ("routing", "routers*"), ("average", "study/I")])
 def test_differences_with_intervals_are_those_of_the_reports_that_their_section_names(page, folders):
     """Of all reports where a section names none."""
     every = sorted(RESULTS.glob(f"{folders}/report.md"))
@@ -254,7 +257,10 @@ def test_differences_with_intervals_are_those_of_the_reports_that_their_section_
         named = [path for path in every if f"/{path.relative_to(RESULTS)}" in section]
         reports = "".join(path.read_text() for path in named or every)
         told = [(mean, " ".join(interval.split())) for mean, interval in re.findall(difference, section)]
-        cells = [(f"| {mean} | {interval} |", f"| {mean} ({interval}) |") for mean, interval in told]
+        cells = [
+            (f"| {mean} | {interval} |", f"| {mean} ({interval}) |", f" {mean} ({interval}) points")
+            for mean, interval in told
+        ]
         cells += [(f"| {cell} |",) for cell in re.findall(r"\d\d\.\d\d ± \d\.\d\d", section)]
         unknown += [forms for forms in cells if not any(form in reports for form in forms)]
     assert len(sections) > 3
@@ -362,6 +368,36 @@ def test_two_intervals_that_no_table_has_follow_from_the_kept_runs(sentence, fol
     sign = -1 if less == "less" else 1
     told = (sign * float(mean), float(low), float(high))
     assert told == tuple(round(value, 2) for value in (statistics.fmean(paired), *sweep.interval(paired)))
+
+
+def test_what_the_pages_say_of_averaging_are_the_verdicts_and_tables_of_its_kept_runs():
+    runs = archive.kept(AVERAGING)
+    study, page, readme = ((ROOT / name).read_text() for name in ("docs/study.md", "docs/average.md", "README.md"))
+    told = {name: " ".join(text.split()) for name, text in (("study", study), ("page", page), ("readme", readme))}
+    for kind, mix in itertools.product(average_report.TITLES, average_report.MIXES):
+        found = average_report.Found(runs, kind)
+        for sentence in average_report.sentences(found, mix):
+            assert sentence in told["study"]
+        assert markdown_table(average_report.rows(found, mix)) in study
+    assert markdown_table(average_report.overview(runs)) in page
+    report = (AVERAGING / "report.md").read_text()
+    differences = re.findall(r"[+-]\d+\.\d\d \([+-]\d+\.\d\d to [+-]\d+\.\d\d\)", told["readme"])
+    assert len(differences) == 2
+    assert all(difference in report for difference in differences)
+    lost = [
+        -np.mean(average_report.minus(found.model(f"once_{mix}", "mean"), found.together()))
+        for found in (average_report.Found(runs, kind) for kind in average_report.TITLES)
+        for mix in average_report.MIXES
+    ]
+    for text in (told["page"], told["readme"], " ".join((ROOT / "docs/when.md").read_text().split())):
+        assert f"by {min(lost):.2f} to {max(lost):.2f} points" in text
+
+
+def test_the_report_on_averaging_is_the_one_of_its_kept_runs(tmp_path):
+    report = (AVERAGING / "report.md").read_text()
+    shutil.copy(AVERAGING / archive.FILE, tmp_path)
+    average_report.write(tmp_path, re.search(r"^Written by `(.+)`\.$", report, re.MULTILINE)[1])
+    assert (tmp_path / "report.md").read_text() == report
 
 
 class Page(HTMLParser):
