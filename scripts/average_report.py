@@ -104,6 +104,9 @@ def sentences(found: Found, mix: str) -> list[str]:
     said.append(f"{where}: one mean is {equal} training together, {shown(once)} points.")
     close = "close" if above(rounds, -PARITY) else "are not shown to close"
     said.append(f"{where}: 16 rounds {close} the gap, {shown(rounds)} points against together.")
+    if mix == "alike":
+        inside = minus(found.model("inside", "merged"), means["once"])
+        said.append(f"{where}: whole models inside one run have {shown(inside)} points against one mean.")
     others = {
         "its sites on average": ("once", "average site"),
         "4 rounds": ("rounds4", "mean"),
@@ -125,7 +128,7 @@ def of_soups(found: Found) -> list[str]:
     for_cost = "and pay" if above(single) and above(longer) else "and are not shown to pay"
     return [
         f"{pays}, {shown(single)} points against the best of the four runs, {for_cost} for their cost, "
-        f"{shown(longer)} against one run four times as long."
+        f"{shown(longer)} points against one run four times as long."
     ]
 
 

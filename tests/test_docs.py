@@ -379,6 +379,7 @@ def test_what_the_pages_say_of_averaging_are_the_verdicts_and_tables_of_its_kept
         for sentence in average_report.sentences(found, mix):
             assert sentence in told["study"]
         assert markdown_table(average_report.rows(found, mix)) in study
+    assert all(sentence in told["study"] for sentence in average_report.of_soups(average_report.Found(runs, "same")))
     assert markdown_table(average_report.overview(runs)) in page
     report = (AVERAGING / "report.md").read_text()
     differences = re.findall(r"[+-]\d+\.\d\d \([+-]\d+\.\d\d to [+-]\d+\.\d\d\)", told["readme"])
