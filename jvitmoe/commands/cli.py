@@ -262,9 +262,11 @@ class _Stdout(io.FileIO):
 
 
 def _show_unraisable(unraisable: Any) -> None:
-    """Shows an exception that could not be raised, except those of reads and writes that Orbax and TensorStore abandon
-    after one failed, which is raised: in a coroutine, or without a Python object."""
-    if unraisable.object is not None and not inspect.iscoroutine(unraisable.object):
+    """Shows an exception that could not be raised, except what follows a failure that was raised or reported: reads and
+    writes that Orbax and TensorStore abandon, in a coroutine or without a Python object; and a file that a library
+    leaves open after a write to it failed, as TensorBoard's on a full disk (Python 3.13 tells of it)."""
+    of_a_failure = unraisable.object is None or inspect.iscoroutine(unraisable.object)
+    if not of_a_failure and not isinstance(unraisable.object, io.BufferedWriter):
         sys.__unraisablehook__(unraisable)
 
 

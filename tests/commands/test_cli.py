@@ -279,3 +279,14 @@ def test_a_folder_whose_name_is_no_utf_8_in_this_process_is_refused_in_one_line(
     code, _, err = python("-m", "jvitmoe", "train", "--config=digits_dense", f"--workdir={tmp_path / 'ä'}", env=env)
     assert (code, err.count("\n")) == (2, 1), err
     assert "is no UTF-8 here" in err
+
+
+@pytest.mark.process
+def test_a_file_that_a_library_leaves_open_on_a_full_disk_says_nothing_more():
+    """Python 3.13 tells of it when the file is released."""
+    leave = 'file = open("/dev/full", "wb"); file.write(b"x"); del file'
+    program = f"from jvitmoe.commands import cli\n\ndef main(argv):\n    {leave}\n\ncli.run(main)"
+    code, _, err = python("-c", program)
+    assert (code, err) == (0, "")
+    if sys.version_info >= (3, 13):
+        assert "No space left" in python("-c", leave)[2]
