@@ -266,7 +266,8 @@ def _show_unraisable(unraisable: Any) -> None:
     writes that Orbax and TensorStore abandon, in a coroutine or without a Python object; and a file that a library
     leaves open after a write to it failed, as TensorBoard's on a full disk (Python 3.13 tells of it)."""
     of_a_failure = unraisable.object is None or inspect.iscoroutine(unraisable.object)
-    if not of_a_failure and not isinstance(unraisable.object, io.BufferedWriter):
+    is_unwritten = isinstance(unraisable.object, io.BufferedWriter) and isinstance(unraisable.exc_value, OSError)
+    if not (of_a_failure or is_unwritten):
         sys.__unraisablehook__(unraisable)
 
 
