@@ -180,7 +180,7 @@ def rows(found: Found, mix: str) -> list[dict[str, str]]:
                 "model": title,
                 "accuracy, %": mean_cell([*seeds.values()]),
                 "minus the start": "" if model == "start" else shown(minus(seeds, start)),
-                "minus the best site": "" if title in ("start", "best site") else shown(minus(seeds, site)),
+                "minus the best site": "" if model in ("start", "best site") else shown(minus(seeds, site)),
                 "minus together": "" if arm in BATCHES else shown(minus(seeds, found.together())),
                 "corrupted, %": mean_cell(corrupted) if corrupted else "",
                 "a site sends, MB": "" if model in ("start", "merged") else f"{sent(found, arm):,.0f}",
