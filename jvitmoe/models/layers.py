@@ -203,10 +203,50 @@ class ConvStem(nn.Module):
             features = self.width if layer == layers - 1 else CHANNELS
             init = nn.initializers.variance_scaling(2.0, "fan_in", "normal")  # He et al., arXiv 1502.01852
             settings = {"use_bias": False, "kernel_init": init, "dtype": self.dtype, "name": f"conv{layer}"}
-            stride = 2 if self.strided else 1
-            x_BHWc = nn.relu(nn.Conv(features, (3, 3), stride, padding=1, **settings)(x_BHWc))
+            how = {"strides": 2} if self.strided else {"conv_general_dilated": convolve}
+            x_BHWc = nn.relu(nn.Conv(features, (3, 3), padding=1, **settings, **how)(x_BHWc))
             x_BHWc = x_BHWc if self.strided else max_pool(x_BHWc)
         return x_BHWc.reshape(x_BHWc.shape[0], -1, self.width)  # B may be symbolic: no len()
+
+
+def convolve(x_BHWc: jax.Array, kernel_JJcD: jax.Array, *_: Any, **__: Any) -> jax.Array:
+    """Returns the convolution [B, H, W, D] of stride 1, which keeps H and W. J is odd. `nn.Conv` calls it with more."""
+    return _convolve(x_BHWc, kernel_JJcD)
+
+
+@jax.custom_vjp
+def _convolve(x_BHWc: jax.Array, kernel_JJcD: jax.Array) -> jax.Array:
+    # Its derivative is written out: XLA's, two other convolutions, is slow on a CPU (docs/performance.md).
+    return jax.lax.conv_general_dilated(x_BHWc, kernel_JJcD, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+
+def _convolve_forward(x_BHWc: jax.Array, kernel_JJcD: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return _convolve(x_BHWc, kernel_JJcD), (x_BHWc, kernel_JJcD)
+
+
+def _convolve_backward(saved: tuple[jax.Array, jax.Array], gradient_BHWD: jax.Array) -> tuple[jax.Array, jax.Array]:
+    x_BHWc, kernel_JJcD = saved
+    # Without the barrier XLA would mirror the window and not the kernel, which oneDNN does not take.
+    mirrored_JJDc = jax.lax.optimization_barrier(kernel_JJcD[::-1, ::-1].swapaxes(2, 3))
+    of_kernel = {"cpu": _kernel_gradient, "default": _kernel_gradient_of_xla}
+    of_kernel_JJcD = jax.lax.platform_dependent(x_BHWc, kernel_JJcD, gradient_BHWD, **of_kernel)
+    return _convolve(gradient_BHWD, mirrored_JJDc), of_kernel_JJcD
+
+
+_convolve.defvjp(_convolve_forward, _convolve_backward)
+
+
+def _kernel_gradient(x_BHWc: jax.Array, kernel_JJcD: jax.Array, gradient_BHWD: jax.Array) -> jax.Array:
+    # One product, [J J c, B H W] times [B H W, D].
+    side, (height, width) = len(kernel_JJcD), x_BHWc.shape[1:3]
+    padded = jnp.pad(x_BHWc, ((0, 0), *[(side // 2, side // 2)] * 2, (0, 0)))
+    moved = [padded[:, j : j + height, i : i + width] for j, i in np.ndindex(side, side)]
+    patches_NI, gradient_ND = (x.reshape(-1, x.shape[-1]) for x in (jnp.concatenate(moved, axis=-1), gradient_BHWD))
+    return (patches_NI.T @ gradient_ND).reshape(kernel_JJcD.shape)
+
+
+def _kernel_gradient_of_xla(x_BHWc: jax.Array, kernel_JJcD: jax.Array, gradient_BHWD: jax.Array) -> jax.Array:
+    return jax.vjp(functools.partial(_convolve.fun, x_BHWc), kernel_JJcD)[1](gradient_BHWD)[0]
 
 
 def max_pool(x_BHWc: jax.Array) -> jax.Array:

@@ -78,6 +78,25 @@ def test_the_convolutional_stem_is_that_of_the_papers(patch, strided):
     np.testing.assert_allclose(tokens, tokens_by_loops(variables["params"], IMAGES, strided), atol=2e-5)
 
 
+@pytest.mark.parametrize(("dtype", "rtol"), [(jnp.float32, 2e-5), (jnp.bfloat16, 2e-2)])
+def test_the_gradients_of_a_stem_s_convolution_are_those_of_jax(dtype, rtol):
+    keys = jax.random.split(jax.random.key(0), 3)
+    shapes = (5, 6, 8, 3), (3, 3, 3, 7), (5, 6, 8, 7)
+    images, kernel, weights = (jax.random.normal(key, shape, dtype) for key, shape in zip(keys, shapes, strict=True))
+
+    def by_jax(x, kernel):
+        return jax.lax.conv_general_dilated(x, kernel, (1, 1), [(1, 1)] * 2, dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+    (found, *of_found), (wanted, *of_wanted) = (
+        (function(images, kernel), *jax.vjp(function, images, kernel)[1](weights))
+        for function in (layers.convolve, by_jax)
+    )
+    np.testing.assert_array_equal(found, wanted)
+    for one, other in zip(of_found, of_wanted, strict=True):
+        assert one.dtype == dtype
+        np.testing.assert_allclose(one.astype("f"), other.astype("f"), rtol=rtol, atol=1e-5)
+
+
 def test_the_gradient_of_max_pooling_goes_to_the_largest_value():
     maps = np.random.default_rng(1).uniform(0.1, 1, (2, 6, 6, 3)).astype("f")
     weights = np.random.default_rng(2).normal(size=(2, 3, 3, 3)).astype("f")
