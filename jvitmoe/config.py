@@ -198,7 +198,7 @@ class InitConfig:
     """A trained ViT to start from. Read when a run starts, not when it resumes."""
 
     source: str = setting(
-        "", "trained ViT: run or export folder, .safetensors, hf://OWNER/NAME@REVISION or timm://NAME"
+        "", "trained ViT: run or export folder, .safetensors, cifar10_fast, hf://OWNER/NAME@REVISION or timm://NAME"
     )
     start: str = setting("", "hash of the start that train --start names; it sets this itself")
 
@@ -347,6 +347,8 @@ def differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
     """Returns {"section.field": (old, new)} for the fields that would change a run's numbers, except those that depend
     on the data (`data.sources.differences`)."""
     olds, news = flatten(old), flatten(new)
+    if old.init.start and old.init.start == new.init.start:  # the hash of one start, which may lie elsewhere now
+        del olds["init.source"]
     return {k: (olds[k], news[k]) for k in olds if olds[k] != news[k] and k not in FREE_ON_RESUME}
 
 

@@ -40,10 +40,10 @@ def one_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {text[:200]}" if text else type(error).__name__
 
 
-def first_few(parts: Collection[str], most: int = 3) -> str:
+def first_few(parts: Collection[str]) -> str:
     """Returns the first parts of a list in words, and how many more there are."""
-    more = f" and {len(parts) - most} more" if len(parts) > most else ""
-    return ", ".join([*parts][:most]) + more
+    first, more = [*parts][:3], len(parts) - 3
+    return ", ".join(first) + (f" and {more} more" if more > 0 else "")
 
 
 def did_you_mean(name: str, known: Collection[str]) -> str:

@@ -132,7 +132,7 @@ def _refuse_replaced(path: str) -> None:
 
 def of_start(folder: Path | str) -> Config:
     """Returns the settings that a start (`jvitmoe start`) holds, with it as their source. Raises UserError."""
-    path = Path(folder) / safe_io.CONFIG
+    path = Path(folder := os.path.expanduser(folder)) / safe_io.CONFIG
 
     def holds_settings(about: object) -> bool:
         return isinstance(about, dict) and isinstance(about.get("settings"), dict)
@@ -141,7 +141,7 @@ def of_start(folder: Path | str) -> Config:
     if about is None:
         raise UserError(f"--start is {str(folder)!r}, which holds no {path.name}; give a folder of jvitmoe start")
     config = config_lib.loads(json.dumps(about["settings"]), str(path))
-    config.init.source = str(folder)
+    config.init.source = folder
     return config
 
 

@@ -14,9 +14,10 @@ PAGE_HEAD = """# Settings
 
 Set a field in an experiment file (`config.model.width = 128`) or on the command line (`--config.model.width=128`).
 The defaults below are those of `Config()`; an experiment file sets others, and the run's `config.json` has all values.
-A resumed run may change only fields marked "free on resume". `data.stream` is not free while validation images of a
-TFDS set are held out: a stream holds out other images. Rules that join several fields are in `jvitmoe/rules.py`;
-those that need the data, the devices or a registry are checked when a run starts.
+A resumed run may change only fields marked "free on resume"; one that has ended also takes a larger `train.epochs`.
+`data.stream` is not free while validation images of a TFDS set are held out: a stream holds out other images. Rules
+that join several fields are in `jvitmoe/rules.py`; those that need the data, the devices or a registry are checked
+when a run starts.
 
 `python -m jvitmoe.settings > docs/settings.md` writes this page."""
 

@@ -13,6 +13,7 @@ from verdicts import PARITY
 
 from jvitmoe import config as config_lib
 from jvitmoe import routing
+from jvitmoe.config import Config
 from jvitmoe.experts import cost
 from jvitmoe.reports import figures
 from jvitmoe.runs import safe_io
@@ -136,7 +137,8 @@ def sent(found: Found, arm: str) -> float:
     """Returns the megabytes that a site sends: its weights once per round, or a gradient at every step."""
     run = next(iter(found.of(arm).values()))
     config = config_lib.from_dict(run["config"])
-    size = 4 * cost.tree_size(routing.find(config).shapes()) / 1e6
+    dense = Config(model=config.model.plain())  # LoRA is folded into it
+    size = 4 * cost.tree_size(routing.find(dense).shapes()) / 1e6
     if arm in BATCHES:
         images = sum(next(iter(found.of("once_alike").values()))["result"]["chosen"]["images"])
         return size * config.train.epochs * (images // BATCHES[arm])

@@ -120,14 +120,21 @@ def sites_of(split: Split, mix: str, seed: int) -> list[Split]:
             return found
 
 
-def recipe(task: Task, classes: int, batch_size: int = BATCH) -> Config:
+def recipe(task: Task, classes: int) -> Config:
     """Returns the settings of the study's model at its better learning rate, with those of a task."""
     config = experiments.load("cifar10_fast")
     config.model = dataclasses.replace(config.model, patch=8, stem="patch", classes=classes)
     warmup = 0.1 * task.epochs
     config.optim = dataclasses.replace(config.optim, learning_rate=task.rate, mlp_rate=2.0, warmup_epochs=warmup)
-    config.train = dataclasses.replace(config.train, epochs=task.epochs, batch_size=batch_size, seed=task.seed)
-    return rules.check(config)
+    config.train = dataclasses.replace(config.train, epochs=task.epochs, batch_size=BATCH, seed=task.seed)
+    if task.arm in ("together_batch512", "inside"):
+        config.train.batch_size = SITES * BATCH
+    if task.arm == "inside":  # whole models, each on its share of every batch, never pulled together
+        config.routing = RoutingConfig(experts=SITES, kind="sample", part="model", init="shared")
+    rules.check(config)
+    if task.arm.startswith("lora"):  # after the check, which asks for a source: `train` is given its weights
+        config.model.lora, config.optim.name = RANK, "adamw"
+    return config
 
 
 @functools.lru_cache(maxsize=16)  # of a task: one if its sites have as many images
@@ -189,7 +196,7 @@ class Arm:
         if task.kind == "other":
             self.begin, _ = pretrained.adapt(
                 dataclasses.replace(starts.make(recipe(task, OLD), self.data.classes)[0], params=self.begin),
-                config.model,
+                dataclasses.replace(config.model, lora=0),
                 pretrained.fresh(config),
                 config.data,
             )
@@ -217,16 +224,14 @@ class Arm:
         right_KN = self.scorer("corrupted")(flat).right_N.reshape(len(CORRUPTIONS), -1)
         return {name: float(right_N.mean()) for name, right_N in zip(CORRUPTIONS, right_KN, strict=True)}
 
-    def together(self, batch_size: int) -> Tested:
-        config = recipe(self.task, len(self.data.names), batch_size)
-        return self.test({"dense": train(config, self.data.sites, self.begin)}, ["dense"])
+    def together(self, model: str) -> Tested:
+        found = train(recipe(self.task, len(self.data.names)), self.data.sites, self.begin)
+        return self.test({model: found}, [model])
 
-    def apart(self, rounds: int, mix: str, lora: bool = False) -> Tested:
+    def apart(self, rounds: int, mix: str) -> Tested:
         """Sites that train by themselves, and whose mean, by their images, begins the next round."""
         task, sites = self.task, sites_of(self.data.sites, mix, self.task.seed)
         config, sizes = recipe(task, len(self.data.names)), [len(site) for site in sites]
-        if lora:
-            config.model.lora, config.optim.name = RANK, "adamw"
         if rounds == 1:
             found = [train(config, site, self.begin) for site in sites]
         else:
@@ -246,12 +251,6 @@ class Arm:
             chosen["toward_start"] = max(held, key=lambda share: held[share])
             models["toward start"] = back[chosen["toward_start"]]
         return self.test(models, ["start", "mean", "toward start"] if rounds == 1 else ["mean"], chosen)
-
-    def inside(self) -> Tested:
-        """Whole models inside one run, each on its share of every batch, never pulled together."""
-        config = recipe(self.task, len(self.data.names), SITES * BATCH)
-        config.routing = RoutingConfig(experts=SITES, kind="sample", part="model", init="shared")
-        return self.test({"merged": train(rules.check(config), self.data.sites, self.begin)}, ["merged"])
 
     def soups(self) -> Tested:
         """Four runs on the images of all sites, their soups, and one run four times as long."""
@@ -276,12 +275,12 @@ def row(name: str, scores: Scores) -> dict[str, Any]:
 
 
 ARMS: dict[str, Callable[[Arm], Tested]] = {
-    "together_batch512": lambda arm: arm.together(SITES * BATCH),
-    "together_batch128": lambda arm: arm.together(BATCH),
+    "together_batch512": functools.partial(Arm.together, model="dense"),
+    "together_batch128": functools.partial(Arm.together, model="dense"),
     **{f"once_{mix}": functools.partial(Arm.apart, rounds=1, mix=mix) for mix in MIXES},
     **{f"rounds{n}_{mix}": functools.partial(Arm.apart, rounds=n, mix=mix) for n in ROUNDS for mix in MIXES},
-    **{f"lora_{mix}": functools.partial(Arm.apart, rounds=1, mix=mix, lora=True) for mix in MIXES},
-    "inside": Arm.inside,
+    **{f"lora_{mix}": functools.partial(Arm.apart, rounds=1, mix=mix) for mix in MIXES},
+    "inside": functools.partial(Arm.together, model="merged"),
     "soups": Arm.soups,
 }
 SETTINGS_OF = {"inside": "once_alike", "soups": "together_batch128"}  # arms without a search of their own
@@ -425,7 +424,7 @@ def run(options: argparse.Namespace) -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     context = multiprocessing.get_context("spawn")
     cpus = context.Queue()
-    for cpu in sorted(os.sched_getaffinity(0))[: options.jobs]:
+    for _, cpu in zip(range(options.jobs), itertools.cycle(sorted(os.sched_getaffinity(0)))):
         cpus.put(cpu)
     with ProcessPoolExecutor(options.jobs, context, pin, (cpus,)) as pool:
         for number, tasks in enumerate(phases(options), start=1):

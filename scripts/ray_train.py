@@ -17,7 +17,6 @@ from ray.train.v2.jax import JaxConfig, JaxTrainer
 from jvitmoe import config as config_lib
 from jvitmoe import experiments
 from jvitmoe.commands import cli
-from jvitmoe.commands import train as train_command
 
 
 def train(run: dict[str, Any]) -> None:
@@ -38,7 +37,7 @@ if __name__ == "__main__":
     path, variant = experiments.split_variant(flags.config)
     config = f"{Path(path).resolve()}:{variant}".removesuffix(":")
     asked = ["train", f"--config={config}", *settings]
-    given = cli.experiment(cli.parse(asked, train_command.define_flags, config=True))
+    given = cli.experiment(cli.parse(asked, lambda values: None, config=True))
     plain, changed = map(config_lib.flatten, (experiments.load(config), given))
     overrides = {path: value for path, value in changed.items() if plain[path] != value}
     # Without its dashboard Ray Train warns every second that it cannot ask it.

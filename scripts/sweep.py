@@ -123,12 +123,12 @@ def tested_runs(runs: Runs, name: str) -> dict[str, Run]:
     return {run: runs[run] for run in sorted(runs) if run.startswith(f"{name}-seed")}
 
 
-def mean_cell(values: Sequence[float], form: str = ".2f") -> str:
+def mean_cell(values: Sequence[float]) -> str:
     """Returns the text of a mean ± sample deviation; "-" without values."""
     if not values:
         return "-"
     deviation = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
-    return f"{statistics.fmean(values):{form}}{deviation}"
+    return f"{statistics.fmean(values):.2f}{deviation}"
 
 
 def interval(paired: list[float]) -> tuple[float, float]:

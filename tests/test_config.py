@@ -12,7 +12,7 @@ import pytest
 
 from jvitmoe import config as config_lib
 from jvitmoe import errors, routing, rules
-from jvitmoe.config import Config, DataConfig, ModelConfig, OptimConfig, RoutingConfig
+from jvitmoe.config import Config, DataConfig, InitConfig, ModelConfig, OptimConfig, RoutingConfig
 from jvitmoe.errors import ConfigError, UserError
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -138,6 +138,13 @@ def test_only_what_changes_numbers_counts_as_a_difference():
     assert config_lib.differences(old, new) == {}
     new.train.seed = 1
     assert config_lib.differences(old, new) == {"train.seed": (0, 1)}
+
+
+def test_a_start_is_the_same_wherever_it_lies():
+    old, new, other = (Config(init=InitConfig(f"of/{hash_}", hash_)) for hash_ in ("1a", "1a", "2b"))
+    new.init.source = "./of/1a"
+    assert config_lib.differences(old, new) == {}
+    assert {*config_lib.differences(old, other)} == {"init.source", "init.start"}
 
 
 def test_a_stream_of_pictures_cut_at_random_cannot_become_a_set_on_the_device():

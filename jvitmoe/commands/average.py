@@ -102,7 +102,9 @@ def average(
     show_table(rows, "Models")
     console.print(measured.verdict)
     made_of = [{"model": model.name, "hash": model.digest, "weight": share} for model, share in weight.items()]
-    about: Any = {"averaged": {"of": made_of, "verdict": measured.verdict}, "config": begin and begin.config}
+    about: Any = {"averaged": {"of": made_of, "verdict": measured.verdict}}
+    if begin and begin.kind == load.OURS:  # settings of a run name folders of this machine
+        about["config"] = begin.config
     about |= {"crop": first.crop, "mean": first.mean, "std": first.std}
     source, target = load.Source(out, load.OURS, mean, first.model, first.classes, **about), TARGETS["safetensors"]
     images = splits.some(pictures, base.SAMPLE) if pictures else base.noise(first.model)

@@ -96,7 +96,7 @@ def config_path(argv: list[str]) -> str:
 
 def start_folder(argv: list[str]) -> str:
     """Returns the value of `--start`, or ""."""
-    return os.path.expanduser(_take("start", argv)[0])
+    return _take("start", argv)[0]
 
 
 def _saved_config(argv: list[str]) -> Config | None:
@@ -221,8 +221,7 @@ def run(main: Callable[[list[str]], Any]) -> NoReturn:
         except SystemExit as stopped:
             code = stopped.code
         finally:
-            if sys.stdout:  # None if it was closed
-                sys.stdout.flush()  # raises UserError here if the disk is full
+            sys.stdout.flush()  # raises UserError here if the disk is full
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -71,6 +71,9 @@ def main(argv: list[str]) -> None:
 def _count(config: Config) -> int:
     if not (count := COUNTS.get(config.data.name)):
         raise UserError(f"the number of images of {config.data.name!r} is not known; give --images, training images")
+    if config.data.part:
+        number, parts = map(int, config.data.part.split("/"))
+        count = count // parts + (number <= count % parts)
     if (held_out := config.data.validation) >= count:
         raise ConfigError(f"config.data.validation is {held_out}; it must be below the {count:,} training images")
     return count - held_out

@@ -72,7 +72,7 @@ def evaluate(
     safe_io.refuse_links(workdir)
     console.print(f"reading     {workdir}")
     # Not above: these import JAX and matplotlib, and --help need not wait for that.
-    from jvitmoe.data import stream
+    from jvitmoe.data import sources, stream
     from jvitmoe.data.batches import Resident
     from jvitmoe.data.splits import some
     from jvitmoe.evaluation import evaluator, mergeability, mistakes, probes
@@ -92,7 +92,8 @@ def evaluate(
         if few_shot:  # first, because it refuses more images than there are
             trees = {"dense" if routing.experts == 1 else "merged": dense}
             trees |= {"EMA": ema} if ema is not None else {}
-            kept = _without_held_out(data, config)
+            # Not on validation images: they chose the run's checkpoint.
+            kept = dataclasses.replace(data, train=sources.training_images(data.train, config.data)[0])
             result["probes"] = probes.measure(tester.net, trees, kept, config.data, at_once, mesh, few_shot)
         gate_X, few = None, None
         if routing.experts > 1:
@@ -161,13 +162,6 @@ def _data(config: Config, workdir: Path, probed: bool) -> Any:
         if not (probed or config.data.stream):
             data = dataclasses.replace(data, test=decode(data.test))
     return data
-
-
-def _without_held_out(data: Any, config: Config) -> Any:
-    """Returns the data for a probe, which does not train on validation images: they chose the run's checkpoint."""
-    from jvitmoe.data import sources
-
-    return dataclasses.replace(data, train=sources.training_images(data.train, config.data)[0])
 
 
 def _routes(routing: Any, params: Any, routed: Any, seen: Any, few: Any, workdir: Path) -> tuple[Any, dict[str, Any]]:

@@ -44,7 +44,7 @@ def export(
     check_new(out)
     console.print(f"reading     {workdir}")
     # Not above: these import JAX, and --help need not wait for that.
-    from jvitmoe.config import Config
+    from jvitmoe.config import Config, DataConfig
     from jvitmoe.interop import load
     from jvitmoe.interop.formats import TARGETS, base
     from jvitmoe.machine import compilation
@@ -55,7 +55,9 @@ def export(
         source = load.read(workdir, checkpoint=checkpoint, ema=ema)
     if source.kind not in ("run", load.OURS):
         raise UserError(f"{workdir} holds a ViT of {source.kind}; give a run folder, or an export in safetensors")
-    config = source.config if source.config and source.kind == "run" else Config(model=source.model)
+    config = (
+        source.config if source.config and source.kind == "run" else Config(DataConfig(crop=source.crop), source.model)
+    )
     config.data.dir = data_dir or config.data.dir
     remarks = target.examine(config)
     for remark in remarks:

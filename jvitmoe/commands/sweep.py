@@ -67,7 +67,7 @@ def sweep(
             return
         # A run that has ended ends at once again, but a launcher may only queue it.
         todo = {run: [one] for run, one in commands.items() if program == TRAIN or not _has_ended(out / run)}
-        out.mkdir(parents=True, exist_ok=True)
+        safe_io.make_folder(out)
         if failed := run_jobs(todo, out, jobs):
             raise UserError(f"{first_few(failed)} failed; see {out}/NAME.log")
         if absent := [run for run in runs if not _has_ended(out / run)]:
@@ -120,7 +120,8 @@ def run_jobs(
     Returns the names of those that failed; `ended` is called, by one thread at a time, with the others. A job's output
     goes to logs/NAME.log. Where several run, each keeps to CPUs of its own: two runs of one core each train about 1.2
     times as much as two of two cores."""
-    cpus = sorted(os.sched_getaffinity(0))
+    can_pin = hasattr(os, "sched_setaffinity")  # macOS cannot
+    cpus = sorted(os.sched_getaffinity(0)) if can_pin else []
     shares: queue.SimpleQueue[list[int]] = queue.SimpleQueue()
     for job in range(at_once):
         shares.put(cpus[job::at_once] or cpus)
@@ -133,8 +134,9 @@ def run_jobs(
                 for command in jobs[name]:
                     process = subprocess.Popen(command, stdout=log, stderr=log)
                     running.add(process)
-                    with contextlib.suppress(ProcessLookupError):  # it has ended
-                        os.sched_setaffinity(process.pid, share)
+                    if can_pin:
+                        with contextlib.suppress(ProcessLookupError):  # it has ended
+                            os.sched_setaffinity(process.pid, share)
                     code = process.wait()
                     running.discard(process)
                     if code:

@@ -45,7 +45,7 @@ def join_of(values: flags.FlagValues) -> Any:
 
 
 def define_flags(values: flags.FlagValues) -> None:
-    flags.DEFINE_string("workdir", "", "Run folder; by default runs/<name of the config file>.", flag_values=values)
+    flags.DEFINE_string("workdir", "", "Run folder; by default runs/NAME of the experiment.", flag_values=values)
     flags.DEFINE_string("start", "", "Start folder (jvitmoe start), instead of --config.", flag_values=values)
     about = "Where figures go beside metrics.jsonl: tensorboard, wandb; empty: nowhere."
     flags.DEFINE_list("trackers", ["tensorboard"], about, flag_values=values)

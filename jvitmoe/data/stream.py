@@ -82,7 +82,7 @@ def train_batches(
     read from disk. Raises DataError. `damaged` counts the pictures that are skipped; None skips none."""
     if isinstance(split, Split):
         return resident_batches(split, order, start, total)
-    records, seed = split, (order.seed & 0xFFFFFFFF, order.seed >> 32)
+    records, seed = split, (order.seed, 0)
 
     def read(step: int, place: int) -> Row:
         epoch, s = divmod(step, order.steps_per_epoch)

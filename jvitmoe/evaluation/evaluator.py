@@ -2,7 +2,7 @@
 
 Metrics are exact over a whole split, on any number of devices: every image counts once and is read once for all paths.
 
-b images of a batch on one device · S batches · N images · X layers that have experts · P paths · C classes · M bins
+b images of a batch on one device · S batches · X layers that have experts · P paths · C classes · M bins
 """
 
 import functools

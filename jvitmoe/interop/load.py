@@ -18,7 +18,7 @@ import safetensors
 
 from jvitmoe import config as config_lib
 from jvitmoe import rules
-from jvitmoe.config import LARGEST, Config, ModelConfig
+from jvitmoe.config import Config, ModelConfig
 from jvitmoe.errors import UserError, one_line
 from jvitmoe.experts import merge
 from jvitmoe.experts.params import from_dict
@@ -245,7 +245,7 @@ def _read_ours(path: Path, arrays: weight_names.Arrays, about: dict[str, Any], n
     if averaged is not None:
         made_of = [{name: kind(one[name]) for name, kind in MADE_OF} for one in averaged["of"]]
         averaged = {"of": made_of, "verdict": str(averaged["verdict"])}
-    if not isinstance(start, str) or type(images) is not int or not 0 <= images <= LARGEST:
+    if not isinstance(start, str) or type(images) is not int or not 0 <= images < 2**63:
         raise UserError(f"its {CONFIG} has no valid start or number of images; restore it from a copy")
     settings = rules.check(config_lib.from_dict(about["settings"])) if "settings" in about else None
     pixels = data.crop, data.mean, data.std

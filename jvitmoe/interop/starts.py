@@ -22,8 +22,13 @@ from jvitmoe.runs import checkpoints, safe_io
 def make(config: Config, classes: tuple[str, ...]) -> tuple[Source, list[str]]:
     """Returns (the start of an experiment for the named classes, lines that say what was loaded of `init.source`).
 
-    Its weights are those of `init.source`, with a new head if the classes are others, or a new model. Raises UserError.
+    Its weights are those of `init.source`, with a new head if it has more or fewer classes, or a new model. Raises
+    UserError.
     """
+    for field in ("expert_hidden", "shared_hidden"):
+        if size := getattr(config.model, field):
+            rule = "it must be 0 for a start, whose MLPs have model.hidden units; leave it out"
+            raise ConfigError(f"config.model.{field} is {size}; {rule}")
     if not config.init.source:
         params, lines = pretrained.fresh(config), ["no init.source: a new model, which no site has trained yet"]
     else:

@@ -18,7 +18,7 @@ from jvitmoe.errors import ConfigError, one_line
 DATA, EXPERT = "data", "expert"
 AXES = (DATA, EXPERT)
 REPLICATED = PartitionSpec()
-BY_DEVICE = PartitionSpec(AXES)  # rows of a streamed batch
+BY_DEVICE = PartitionSpec(AXES)  # rows of a batch
 
 
 def start() -> None:

@@ -165,23 +165,12 @@ def sincos2d(grid: int, width: int) -> np.ndarray:
     return np.concatenate([f(angle) for angle in angles for f in (np.sin, np.cos)], axis=1).astype(np.float32)
 
 
-class PatchEmbedding(nn.Module):
-    """images_BHWc -> tokens_BTD: a J x J convolution of stride J, computed as one matrix product."""
-
-    patch: int
-    width: int
-    dtype: Any
-
-    @nn.compact
-    def __call__(self, images_BHWc: jax.Array) -> jax.Array:
-        b, side, _, c = images_BHWc.shape
-        p, grid = self.patch, side // self.patch
-        init = torch_uniform(p * p * c)
-        kernel_JJcD = self.param("kernel", init, (p, p, c, self.width))
-        bias_D = self.param("bias", init, (self.width,))
-        patches = images_BHWc.reshape(b, grid, p, grid, p, c).transpose(0, 1, 3, 2, 4, 5)
-        patches_BTI = patches.reshape(b, grid * grid, p * p * c)
-        return linear(patches_BTI, (kernel_JJcD.reshape(-1, self.width), bias_D), self.dtype)
+def in_patches(images_BHWc: jax.Array, patch: int) -> jax.Array:
+    """Returns [B, T, J J c], of which a J x J convolution of stride J is one matrix product."""
+    b, side, _, c = images_BHWc.shape
+    grid = side // patch
+    patches = images_BHWc.reshape(b, grid, patch, grid, patch, c).transpose(0, 1, 3, 2, 4, 5)
+    return patches.reshape(b, grid * grid, patch * patch * c)
 
 
 class ConvStem(nn.Module):

@@ -17,13 +17,15 @@ from jvitmoe.models.layers import (
     ConvStem,
     Head,
     LayerNorm,
-    PatchEmbedding,
+    Linear,
     SequencePool,
     Site,
     TwoPassLayerNorm,
     drop_path,
     dropout,
     fold_in,
+    in_patches,
+    linear,
     sincos2d,
 )
 from jvitmoe.models.mlp import Mlp, RoutedMlp
@@ -200,11 +202,12 @@ class ViT(nn.Module):
     def _embed(self, images_BHWc: jax.Array) -> tuple[jax.Array, int]:
         """Returns (x_BTD, number of patches): CLS, registers, and patches with their positions."""
         config = self.config
-        size = config.patch, config.width, self.dtype
+        p = config.patch
         if config.stem == "patch":
-            x_BTD = PatchEmbedding(*size, name="patches")(images_BHWc)
+            weights = Linear((p, p, config.channels), (config.width,), name="patches")()
+            x_BTD = linear(in_patches(images_BHWc, p), weights, self.dtype)
         else:
-            x_BTD = ConvStem(*size, config.stem == "strided", name="patches")(images_BHWc)
+            x_BTD = ConvStem(p, config.width, self.dtype, config.stem == "strided", name="patches")(images_BHWc)
         b, patches, d = x_BTD.shape
         if config.positions == "learned":
             rows = max(patches, ORIGINAL_ROWS) if config.init == "original" else patches

@@ -262,9 +262,10 @@ def average(measured: Any, classes: Sequence[str]) -> Figure:
     """Returns a figure of `averaging.Measured`: the accuracy of start, models, mean and ensemble; the way from them to
     the mean; and for few classes the accuracy of each."""
     rows, by_class_MC = measured.rows, measured.by_class_MC
-    has_classes = len(classes) <= MOST_COUNTED
+    names_C = classes or range(by_class_MC.shape[1])
+    has_classes = len(names_C) <= MOST_COUNTED
     figure, ((models_axes, way_axes, *more),) = subplots(
-        1, 2 + has_classes, (9.5 + has_classes * (1.8 + 0.28 * len(classes)), max(4.0, 1.6 + 0.32 * len(rows)))
+        1, 2 + has_classes, (9.5 + has_classes * (1.8 + 0.28 * len(names_C)), max(4.0, 1.6 + 0.32 * len(rows)))
     )
     names = [shown(row["model"], 24) for row in rows]
     for y, row in enumerate(rows):
@@ -300,7 +301,7 @@ def average(measured: Any, classes: Sequence[str]) -> Figure:
             for c, value in enumerate(x_C):
                 if np.isfinite(value):
                     axes.text(c, y, f"{value:.0f}", ha="center", va="center", color="w" if value > 60 else "k", size=8)
-        axes.set_xticks(range(len(classes)), [shown(name, 14) for name in classes], rotation=60, ha="right")
+        axes.set_xticks(range(len(names_C)), [shown(str(name), 14) for name in names_C], rotation=60, ha="right")
         axes.set_yticks(range(len(rows)), names)
         axes.set_title("Accuracy by class, %")
         axes.grid(visible=False)

@@ -22,7 +22,7 @@ DAY = 24 * 3600.0  # seconds
 LEFT = {  # columns of text; the others are right-aligned
     *("run", "model", "hardware", "image", "class", "most often taken for", "probe", "data", "trained as"),
     "memory of a device",  # of the commands
-    *("arm", "ingredient", "kind", "minus", "module", "pass", "verdict", "program", "shard"),  # of the scripts
+    *("arm", "try", "kind", "minus", "module", "pass", "verdict", "program", "shard"),  # of the scripts
 }
 
 

@@ -84,6 +84,8 @@ def open_run_folder(
             if safe_io.read_bytes(workdir / safe_io.EXPERIMENT) not in (None, experiment):
                 told = "differs from this run's last" if experiment else "of this run is not executed without --plugin"
                 console.print(f"note        the experiment file {told}, {workdir / safe_io.EXPERIMENT}")
+        else:  # what another run left that ended before its first checkpoint
+            (workdir / safe_io.EXPERIMENT).unlink(missing_ok=True)
         safe_io.write_text(workdir / safe_io.CONFIG, config_lib.dumps(config))
         safe_io.write_text(workdir / safe_io.CLASSES, json.dumps(list(class_names), indent=1) + "\n")
         safe_io.write_text(workdir / safe_io.IMAGES, json.dumps(dict(images)) + "\n")
@@ -200,10 +202,9 @@ def _check_file(workdir: Path, name: str, meta: dict[str, Any]) -> None:
 
 
 def _check_config(workdir: Path, meta: dict[str, Any]) -> None:
-    config = rules.check(config_lib.loads(safe_io.read_bytes(workdir / safe_io.CONFIG) or b"", safe_io.CONFIG))
-    saved = config_lib.from_dict(meta["config"]) if "config" in meta else config
-    if changed := sources.differences(saved, config):
-        raise UserError(f"{first_few(changed)} differ from checkpoint {meta['step']}; restore it from a copy")
+    rules.check(config_lib.loads(safe_io.read_bytes(workdir / safe_io.CONFIG) or b"", safe_io.CONFIG))
+    if "config" in meta and (fault := checkpoints.Checkpoints(workdir / safe_io.CHECKPOINTS).difference(meta)):
+        raise UserError(f"checkpoint {meta['step']} has other settings: {fault}; restore {safe_io.CONFIG} from a copy")
 
 
 def _check_metrics(workdir: Path, meta: dict[str, Any]) -> None:

@@ -67,10 +67,13 @@ def browse(config: Config, classes: tuple[str, ...] = ()) -> Dataset[Records]:
     return found
 
 
-def complete(config: Config, routed: Routing, records: Dataset[Records]) -> None:
-    """Fills in the number of classes and the batch size where they are 0, from the data and the devices."""
+def complete(config: Config, routed: Routing, records: Dataset[Records], saved: Config | None) -> None:
+    """Fills in number of classes and batch size where they are 0, from the data and the devices. A run that goes
+    on, with the settings `saved`, keeps its batch size, because its devices may be others now."""
     config.model.classes = config.model.classes or len(records.class_names)
-    if not config.train.batch_size:
+    if not config.train.batch_size and saved:
+        config.train.batch_size = saved.train.batch_size
+    elif not config.train.batch_size:
         train, _ = sources.training_images(records.train, config.data)
         unit, _ = divisor(devices.make_mesh(config.train), routed.slots, config.train.accumulate)
         config.train.batch_size = fitting(len(train), unit)

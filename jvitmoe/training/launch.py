@@ -83,7 +83,7 @@ def _launch(
         classes = processes.together(lambda: starts.class_names(config, workdir))
         if classes or not (config.model.classes and config.train.batch_size):
             records = build.browse(config, classes)
-            build.complete(config, chosen[0], records)
+            processes.together(lambda: build.complete(config, chosen[0], records, _saved(workdir)))
         processes.together(check_workdir)
         try:
             fit(build.build(config, chosen, records), workdir, stop, cleanup, trackers, experiment)

@@ -3,7 +3,7 @@
 Devices form a mesh ("data", "expert"). Loss and gradients are computed per device under `shard_map`; everything else
 is plain code over whole arrays, which XLA partitions by the sharding of the state.
 
-B global batch, b the share of one device · S steps of one epoch · N images · C classes · L layers, X those with experts
+B global batch, b the share of one device · C classes · L layers, X those with experts
 E experts, e the share of one device
 """
 

@@ -213,6 +213,8 @@ def test_a_flat_folder_is_split_by_the_names_of_its_files_and_more_pictures_move
     assert {*test} <= {*names(more.test)}
     both = sources.labelled(*asked, found.class_names, "test")
     assert len(both) == len(more.train) + len(more.test)  # for a check of a model: all that is there
+    with pytest.raises(DataError, match="3 classes"):  # nobody named the classes of the model
+        sources.labelled(asked[0], ModelConfig(channels=3, classes=2), (), "test")
 
 
 @pytest.mark.parametrize("is_split", [True, False])

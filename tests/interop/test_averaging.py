@@ -11,8 +11,8 @@ from safetensors.numpy import load_file
 
 from jvitmoe.commands import average, export, start
 from jvitmoe.commands.average import average as average_models
-from jvitmoe.config import Config, DataConfig, ModelConfig
-from jvitmoe.errors import UserError
+from jvitmoe.config import Config, DataConfig, ModelConfig, RoutingConfig
+from jvitmoe.errors import ConfigError, UserError
 from jvitmoe.interop import averaging, load, starts
 from jvitmoe.interop.averaging import Scores
 from jvitmoe.interop.formats import TARGETS, base
@@ -146,6 +146,9 @@ def test_damaged_equal_few_and_foreign_models_are_refused_in_one_line(made, tmp_
     assert "--data_dir" in message(made / "a", made / "b", weights="greedy")
     assert "--weights is" in message(made / "a", made / "b", weights="equl")
     assert not (tmp_path / "out").exists()
+    shared = Config(model=dataclasses.replace(MODEL, shared_hidden=8), routing=RoutingConfig(experts=2, kind="topk"))
+    with pytest.raises(ConfigError, match="shared_hidden is 8"):
+        start.start(shared, NAMES, tmp_path / "shared")
 
 
 @pytest.mark.parametrize(

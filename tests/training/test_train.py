@@ -14,6 +14,7 @@ from PIL import Image
 
 import jvitmoe
 import processes
+from jvitmoe import config as config_lib
 from jvitmoe import rules
 from jvitmoe.commands import evaluate, export, predict, train
 from jvitmoe.data import sources
@@ -154,6 +155,14 @@ def test_a_run_goes_on_by_its_folder_alone_and_dots_and_links_lead_to_it(experim
     assert {"checkpoints", "metrics.jsonl"} <= {path.name for path in (tmp_path / "deep" / "other").iterdir()}
 
 
+def test_a_batch_that_was_chosen_stays_that_of_the_run(experiment, tmp_path):
+    chosen = *DENSE, "--config.train.batch_size=0", "--config.train.epochs=1", f"--workdir={tmp_path / 'run'}"
+    succeed(train.main, f"--config={experiment}", *chosen, "--config.train.accumulate=64")
+    assert saved_config(tmp_path / "run").train.batch_size == 64  # 32 without accumulation
+    out = succeed(train.main, f"--config={experiment}", *chosen)
+    assert "the run was trained and tested before" in out
+
+
 def test_steps_are_shown_where_none_was_for_long_and_the_history_stays_the_same(experiment, tmp_path, monkeypatch):
     monkeypatch.setattr(metrics_log, "PLAIN_SECONDS", 0.0)
     shown = []
@@ -243,6 +252,8 @@ def test_after_its_end_a_run_is_trained_longer_and_its_history_kept(experiment, 
     config = saved_config(copy)
     plan = build.plan_for(config, make_mesh(config.train), 1337)
     assert plan.total == new
+    (stopped / "config.json").write_text(config_lib.dumps(config))  # killed before its first checkpoint
+    assert " sound" in succeed(evaluate.main, f"--workdir={stopped}", "--verify")
     for line in lines[len(before) :]:
         if line["kind"] == "train":
             expected = float(update.learning_rate(plan, line["step"] - 1))

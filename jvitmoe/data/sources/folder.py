@@ -31,16 +31,20 @@ class ImageFolder(Source):
             f"{first_few(sorted(names))} only in {split} pictures" for split, names in only if names
         ):
             raise DataError(f"the classes of {self.data.dir} differ: {odd}; both must hold the same classes")
-        size = self.model.image_size, self.model.image_size, self.model.channels
-        check_fit(self.data.dir, size, len(train), self.model)
+        self._check_classes(train)
         return Dataset(_records(self._root, train), _records(self._root, test), tuple(sorted(train)), note)
 
     def labelled(self) -> Dataset[Records]:
         """Returns `browse`, or a folder of classes as one split, which is both. Raises DataError."""
         if self._is_table or self._is_parted:
             return self.browse()
-        split = _records(self._root, files := _class_files(self._root))
+        self._check_classes(files := _class_files(self._root))
+        split = _records(self._root, files)
         return Dataset(split, split, tuple(files))
+
+    def _check_classes(self, files: Files) -> None:
+        size = self.model.image_size, self.model.image_size, self.model.channels
+        check_fit(self.data.dir, size, len(files), self.model)
 
     @property
     def _root(self) -> Path:
@@ -77,7 +81,8 @@ class ImageFolder(Source):
 
 def _split(files: Files, root: Path) -> tuple[Files, Files, str]:
     """Returns (training files, test files, note): of each class about TEST_SHARE, by a hash of the file's name, so that
-    more pictures move none; at least one, the first by that hash. Raises DataError for a class of one picture."""
+    more pictures move none; but at least one, the first by that hash, and not all: this more pictures may change.
+    Raises DataError for a class of one picture."""
     train, test = Files(), Files()
     for name, paths in files.items():
         if len(paths) < 2:
