@@ -17,6 +17,7 @@ import benchmark
 import routers
 import scaling_check
 import scaling_model
+import search_recipe
 from archive import Run, Runs
 from PIL import Image
 
@@ -39,6 +40,8 @@ def redraw(folder: Path, out: Path) -> None:
             draw_curves(by_group, out)
         if (folder / average_report.PICTURE).is_file():
             figures.save(average_report.picture(runs), out / average_report.PICTURE)
+        if (folder / search_recipe.PICTURE).is_file():
+            figures.save(search_recipe.picture(runs), out / search_recipe.PICTURE)
     if (folder / "benchmark.json").is_file():
         figures.save(benchmark.throughput(read(folder / "benchmark.json")["rows"]), out / "benchmark.png")
     if (folder / "model.json").is_file():

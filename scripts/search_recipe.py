@@ -1,7 +1,7 @@
 """Searches a better recipe than that of configs/cifar10_fast.py, and draws accuracy against the cost of training.
 
-    python scripts/search_recipe.py --config configs/cifar10_fast.py --seeds 1 --runs runs/frontier \\
-        --out results/frontier -- --config.data.dir=DIR
+    python scripts/search_recipe.py --config configs/cifar10_fast.py --seeds 1 --runs runs/recipe90 \\
+        --out results/recipe90 -- --config.data.dir=DIR
 
 A try is chosen by its accuracy on images held out. To resume, repeat: see scripts/sweep.py.
 """
@@ -98,8 +98,11 @@ def table(runs: Runs) -> list[dict[str, str]]:
 def picture(runs: Runs) -> figures.Figure:
     """Returns test accuracy against the FLOPs of training, beside what others report."""
     figure, ((axes,),) = figures.subplots(1, 1, (9, 5.5))
-    own = [(training_flops(run) / 1e15, 100 * run["result"]["rows"][0]["accuracy"]) for run in runs.values()]
-    axes.plot(*zip(*own, strict=True), "o", color=figures.COLOURS[0], label="here, one run each")
+    for is_final, label, style in ((False, "tries, one run each", "o"), (True, "the recipe, a run per seed", "^")):
+        own = {name: run for name, run in runs.items() if is_final == (name.partition("-")[0] not in TRIES)}
+        points = [(training_flops(run) / 1e15, 100 * run["result"]["rows"][0]["accuracy"]) for run in own.values()]
+        x, y = zip(*points, strict=True) if points else ((), ())
+        axes.plot(x, y, style, color=figures.COLOURS[is_final], label=label)
     axes.plot(
         [one.petaflops for one in PUBLISHED], [one.accuracy for one in PUBLISHED], "D", color="black", label="published"
     )
