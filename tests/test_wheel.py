@@ -28,7 +28,7 @@ def installed(tmp_path_factory) -> Path:
     (wheel,) = (folder / "dist").glob("jvitmoe-*.whl")
     pins = [f"{d.name}=={d.version}" for d in importlib.metadata.distributions() if d.name.lower() != "jvitmoe"]
     (folder / "constraints.txt").write_text("\n".join(pins))
-    subprocess.run([*pip, "install", "-c", folder / "constraints.txt", wheel], check=True)
+    subprocess.run([*pip, "install", "--no-compile", "-c", folder / "constraints.txt", wheel], check=True)
     return folder / "env" / "bin"
 
 

@@ -108,7 +108,6 @@ EXPERT_AXIS = ["--config.train.expert_devices=4", "--config.routing.pull_every=2
 CASES = [
     *(("v5e:2x4", name, flags) for name, flags in (("cifar10_random", []), ("imagenet:random", EXPERT_AXIS))),
     *(("h100:8", name, flags) for name, flags in (("cifar10_random", []), ("imagenet:random", EXPERT_AXIS))),
-    ("v5e:2x4", "imagenet", []),
     ("h100:8x2", "imagenet", ["--config.train.shard=parameters"]),
     ("h100:8", "imagenet", ["--config.routing.experts=4", "--config.routing.kind=switch"]),
 ]
@@ -145,4 +144,4 @@ def test_the_step_compiles_for_a_target_in_place_and_moves_what_was_computed(tmp
         assert 0 <= moved["step"] - trunk - experts // 4 <= 64  # two devices hold each expert
     elif not flags:
         dense = 4 * routing.find(config).count_parameters()[0]
-        assert 0 <= moved["step"] - dense * (4 if name == "imagenet:random" else 1) <= 64
+        assert 0 <= moved["step"] - dense <= 64

@@ -74,19 +74,6 @@ def test_a_path_takes_each_layer_from_its_own_expert_and_the_trunk_as_it_is(para
         np.testing.assert_array_equal(after[name], leaf)
 
 
-@pytest.mark.parametrize("route", [[1], [0, 0, 0, 0], [2, 0, 1, 0], [1, 1, 2, 2]])
-def test_put_writes_what_take_reads_and_nothing_else(route):
-    rng = np.random.default_rng(0)
-    leaf = rng.normal(size=(E, 4, 5)).astype(np.float32)
-    part = rng.normal(size=(1, 4, 5)).astype(np.float32)
-    after = params_lib.put({"up": jnp.asarray(leaf)}, {"up": jnp.asarray(part)}, jnp.array(route))
-    np.testing.assert_array_equal(params_lib.take(after, jnp.array(route))["up"], part)
-    wanted = leaf.copy()
-    for layer, expert in enumerate(np.broadcast_to(route, 4)):
-        wanted[expert, layer] = part[0, layer]
-    np.testing.assert_array_equal(np.asarray(after["up"]).view(np.uint32), wanted.view(np.uint32))
-
-
 @pytest.mark.parametrize("rate", [0.0, 0.1, 1.0])
 def test_pull_keeps_the_mean_and_shrinks_the_distance_to_it(params, rate):
     pulled = merge.pull(params, rate)

@@ -85,21 +85,6 @@ def test_logits_are_those_of_the_original_in_pytorch(variant):
     np.testing.assert_allclose(logits_BC, GOLDEN[f"{variant}/logits"], rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("pool", "positions", "head_hidden"),  # every pair of options meets
-    [("cls", "learned", 0), ("cls", "sincos2d", 7), ("mean", "learned", 7), ("mean", "sincos2d", 0)],
-)
-def test_every_option_gives_finite_logits_of_one_row_per_image(pool, positions, head_hidden):
-    model = vit.ViT(small(pool=pool, positions=positions, head_hidden=head_hidden))
-    params = drawn(model)
-    logits_BC = jitted(model)(params, images())
-    chex.assert_shape(logits_BC, (4, 5))
-    chex.assert_type(logits_BC, jnp.float32)
-    chex.assert_tree_all_finite(logits_BC)
-    assert ("cls" in params, "positions" in params) == (pool == "cls", positions == "learned")
-    assert ("hidden" in params["head"]) == bool(head_hidden)
-
-
 def test_initial_parameters_have_pytorch_defaults():
     model = vit.ViT(small(image_size=32, width=96, hidden=64, head_hidden=128))
     params = quick_jit(lambda: vit.init(model, jax.random.key(0)))()
@@ -198,12 +183,6 @@ def test_dropout_depends_on_the_key_of_each_image_alone():
     np.testing.assert_allclose(alone_BC, logits_BC[:1], atol=1e-5)
     other_keys_BC = apply(params, images(), keys()[order])
     assert (np.abs(other_keys_BC - logits_BC).max(axis=1) > 1e-3).all()
-
-
-def test_dropout_is_off_without_keys():
-    dropping, plain = vit.ViT(small(dropout=0.5)), vit.ViT(small())
-    params = drawn(plain)
-    chex.assert_trees_all_equal(jitted(dropping)(params, images()), jitted(plain)(params, images()))
 
 
 def test_dropout_acts_at_the_four_places_of_the_original(monkeypatch):

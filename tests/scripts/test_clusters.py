@@ -253,7 +253,7 @@ def check_resumed(workdir: Path, out: str) -> None:
 @pytest.mark.process
 @pytest.mark.long
 def test_a_slurm_job_that_loses_a_task_is_queued_again_and_goes_on(tmp_path):
-    experiment = write_experiment(tmp_path / "tiny.py", tiny(train=LOSES))
+    experiment = write_experiment(tmp_path / "tiny.py", tiny(routing={"experts": 1, "kind": "batch"}, train=LOSES))
     for command, text in (("srun", SRUN), ("scontrol", '#!/bin/sh\necho "$@"\n')):
         (tmp_path / command).write_text(text)
         (tmp_path / command).chmod(0o755)
@@ -274,7 +274,7 @@ def test_a_slurm_job_that_loses_a_task_is_queued_again_and_goes_on(tmp_path):
 @pytest.mark.process
 @pytest.mark.long
 def test_two_pods_of_the_trainjob_train_one_run_and_go_on_when_one_was_lost(tmp_path):
-    experiment = write_experiment(tmp_path / "tiny.py", tiny(train=LOSES))
+    experiment = write_experiment(tmp_path / "tiny.py", tiny(routing={"experts": 1, "kind": "batch"}, train=LOSES))
     trainer = kind("TrainJob")["spec"]["trainer"]
     own = {"cifar10_random": str(experiment), "/runs/cifar10_random": str(tmp_path / "run")}
     command = trainer["command"] + [re.sub("=(.*)", lambda m: "=" + own.get(m[1], m[1]), a) for a in trainer["args"]]
@@ -296,7 +296,7 @@ def test_two_pods_of_the_trainjob_train_one_run_and_go_on_when_one_was_lost(tmp_
 @pytest.mark.process
 @pytest.mark.long
 def test_two_workers_of_ray_train_one_run_and_start_again_when_one_is_killed(tmp_path):
-    experiment = write_experiment(tmp_path / "tiny.py", tiny(train=LOSES))
+    experiment = write_experiment(tmp_path / "tiny.py", tiny(routing={"experts": 1, "kind": "batch"}, train=LOSES))
     workdir = tmp_path / "run"
     experiment.write_text(experiment.read_text().replace("def get_config()", "def get_config(variant)"))
     arguments = f"--config={experiment}:dense", f"--workdir={workdir}", "--workers=2"

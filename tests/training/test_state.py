@@ -78,14 +78,6 @@ def test_the_active_slice_is_the_dense_models_tree(params, layer, tiny_config):
     assert {len(leaf) for leaf in jax.tree.leaves(active.opt_state.experts)} == {1}
 
 
-def test_a_dense_model_has_no_expert_state(tiny_config):
-    dense = jax.tree.map(
-        lambda x: jnp.zeros(x.shape),
-        jax.eval_shape(lambda: vit.init(vit.build(tiny_config().model), jax.random.key(0))),
-    )
-    assert state.create(Params(dense, {}), optimizer.find(OptimConfig())).opt_state.experts == {}
-
-
 @pytest.mark.slow
 def test_one_expert_trains_as_plain_optax_on_the_dense_model(tiny_config, training):
     config = tiny_config(optim={"name": "adamw", "weight_decay": 0.1, "eps": 1e-3, "learning_rate": 1e-2})

@@ -185,7 +185,7 @@ def test_another_seed_is_another_start_and_another_order(tiny_config):
     starts, orders = set(), set()
     for seed in (0, 1):
         config = tiny_config(model={"classes": 10}, train={"seed": seed})
-        plan = build.build(config, build.choose(config)).plan
+        plan = build.plan_for(config, make_mesh(config.train), 26)
         starts.add(np.asarray(state.make_state(plan).params.trunk["head"]["logits"]["kernel"]).tobytes())
         orders.add(np.asarray(plan.order.epoch(0)).tobytes())
     assert len(starts) == len(orders) == 2
