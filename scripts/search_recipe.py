@@ -108,7 +108,7 @@ def picture(runs: Runs) -> figures.Figure:
     )
     for one in PUBLISHED:
         axes.annotate(one.name, (one.petaflops, one.accuracy), (6, -3), textcoords="offset points", fontsize=9)
-    axes.set(xscale="log", xlabel="PFLOP of training", ylabel="test accuracy, %", title="CIFAR-10 from scratch")
+    axes.set(xscale="log", xlabel="training, PFLOP", ylabel="test accuracy, %", title="CIFAR-10 from scratch")
     axes.margins(x=0.2)
     figures.plain_ticks(axes.xaxis, 1)
     axes.legend(loc="lower right")

@@ -21,7 +21,7 @@ from tested_runs import MODELS, write_tested_run
 
 RESULTS = processes.ROOT / "results"
 UNIT = re.compile(
-    "^(step|layer|GPUs|(true|predicted) class)$|, (nats|%|ms|points|GB)|^images/s|^time / time of dense|"
+    "^(step|layer|GPUs|(true|predicted) class)$|, (nats|%|ms|points|GB|PFLOP)|^images/s|^time / time of dense|"
     "^distance / size of the mean"
 )
 
