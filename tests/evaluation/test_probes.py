@@ -2,6 +2,7 @@
 
 import functools
 import json
+import re
 import shutil
 
 import jax
@@ -155,12 +156,20 @@ def test_evaluate_probes_and_counts_what_it_reports(workdir):
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_probe_does_not_train_on_the_validation_images_of_the_run(stream, tmp_path):
-    config = Config(data=DataConfig(validation=37, stream=stream))
-    kept, _ = sources.hold_out(sources.load(config.data, config.model).train, 37)
-    data = evaluate._without_held_out(evaluate._data(config, tmp_path, True), config)
-    np.testing.assert_array_equal(data.train.labels_N, kept.labels_N)
-    assert len(data.test) == 360
+def test_a_probe_does_not_train_on_the_validation_images_of_the_run(stream, workdir, monkeypatch):
+    restore = evaluate._restore
+
+    def held_out(*arguments):
+        config, *rest = restore(*arguments)
+        config.data.validation, config.data.stream = 300, stream
+        return config, *rest
+
+    monkeypatch.setattr(evaluate, "_restore", held_out)
+    kept, _ = sources.hold_out(sources.load(Config().data, Config().model).train, 300)
+    smallest = min(np.bincount(kept.labels_N))
+    code, _, err = call(evaluate.main, f"--workdir={workdir}", "--paths=0", "--few_shot=1000")
+    assert code == 2, err
+    assert re.search(rf"class '\d' has {smallest} training images", err), err
 
 
 def test_without_a_probe_no_training_picture_is_read(tmp_path):
