@@ -13,7 +13,7 @@ from jvitmoe.config import Config, DataConfig, ModelConfig, OptimConfig, TrainCo
 def get_config(variant: str = "dense") -> Config:
     config = Config(
         data=DataConfig(
-            **{"name": "cifar10", "crop_padding": 4, "flip": True, "augment": "trivial", "erase": 0.25},
+            **{"name": "cifar10", "crop_padding": 4, "flip": True, "augment": "three", "erase": 0.25},
             **{"mixup": 0.8, "cutmix": 1.0, "plain_at_end": 0.05},
             **{"mean": (0.4914, 0.4822, 0.4465), "std": (0.2470, 0.2435, 0.2616)},
         ),

@@ -50,11 +50,7 @@ class DataConfig:
         ("exact", "centre", "whole", "resized"),
     )
     crop_area: float = setting(0.08, "smallest share of a picture that crop=resized shows", above=0, at_most=1)
-    augment: str = setting(
-        "none",
-        "three: 3-Augment of DeiT III with jitter of 0.3; trivial: one random operation (TrivialAugment, wide)",
-        ("none", "three", "trivial"),
-    )
+    augment: str = setting("none", "three: 3-Augment of DeiT III with jitter of 0.3", ("none", "three"))
     erase: float = setting(0.0, "probability of erasing a random rectangle of an image", at_least=0, at_most=1)
     mixup: float = setting(0.0, "alpha of mixup, 0 is off; with cutmix, each batch draws one of them", at_least=0)
     cutmix: float = setting(0.0, "alpha of cutmix, 0 is off", at_least=0)

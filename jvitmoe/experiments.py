@@ -34,6 +34,8 @@ def ours() -> Path:
 def split_variant(name: str) -> tuple[str, str]:
     """Returns (path, VARIANT) of `FILE.py:VARIANT` and `NAME:VARIANT`; the variant is "" without one. A FILE ends in
     .py or has a separator; a NAME is that of an experiment of ours, whatever lies in the working folder."""
+    if _is_file_name(name) and os.path.isfile(name):  # its path may have a colon
+        return name, ""
     path, mark, variant = name.partition(".py:") if ".py:" in name else name.partition(":")
     path += mark.removesuffix(":")
     named = ours() / f"{path}.py"

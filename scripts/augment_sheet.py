@@ -1,7 +1,6 @@
 """Draws images of CIFAR-10 after every operation of `data/augment.py`: `python scripts/augment_sheet.py`.
 
-Writes results/augment/sheet.png, a row per operation. The strength of an operation of TrivialAugment grows from -1 on
-the left to 1 on the right. Shifts are of up to 32 pixels, as in torchvision, so the largest leave nothing of an image.
+Writes results/augment/sheet.png, a row per operation.
 """
 
 import argparse
@@ -20,11 +19,10 @@ IMAGES, ZOOM, LABEL, GAP, SEED = 8, 2, 150, 4, 0
 SETTINGS = {  # row -> settings of the augmentations drawn as in training
     "crop, flip": {"crop_padding": 4, "flip": True},
     "3-Augment": {"augment": "three"},
-    "TrivialAugment": {"augment": "trivial"},
     "erasing": {"erase": 1.0},
     "mixup": {"mixup": 0.8},
     "cutmix": {"cutmix": 1.0},
-    "all but Trivial": {
+    "all": {
         "crop_padding": 4,
         "flip": True,
         "augment": "three",
@@ -38,9 +36,6 @@ SETTINGS = {  # row -> settings of the augmentations drawn as in training
 def rows(images_BHWc: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
     """Yields (label, images) of every row of the sheet."""
     yield "original", images_BHWc
-    strength_B = jnp.round(30 * jnp.linspace(-1, 1, IMAGES)) / 30  # of the levels
-    for kind, name in enumerate(augment.TRIVIAL):
-        yield name, np.asarray(augment.one_of_trivial(jnp.full(IMAGES, kind), strength_B, images_BHWc))
     radius_B = jnp.linspace(*augment.RADIUS, IMAGES)
     for kind, name in enumerate(augment.THREE):
         yield f"3-Augment: {name}", np.asarray(augment.one_of_three(jnp.full(IMAGES, kind), radius_B, images_BHWc))

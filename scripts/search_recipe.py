@@ -26,7 +26,6 @@ TRIES: dict[str, dict[str, object]] = {  # what may decide most comes first
     "hidden128": SHORT | {"model.hidden": 128},
     "plain_24epochs": MIDDLE,
     "cutmix_24epochs": MIDDLE | {"data.cutmix": 0.3, "data.plain_at_end": 0.2},
-    "trivial_24epochs": MIDDLE | {"data.augment": "trivial", "data.plain_at_end": 0.2},
     "rate8e-3": SHORT | {"optim.learning_rate": 8e-3},
     "rate2e-3": SHORT | {"optim.learning_rate": 2e-3},
     "batch64": SHORT | {"train.batch_size": 64},

@@ -25,7 +25,6 @@ from timm.data import Mixup, random_erasing
 from timm.layers import resample_abs_pos_embed
 from timm.layers.patch_embed import resample_patch_embed
 from timm.optim import param_groups_layer_decay
-from torchvision.transforms import autoaugment
 
 
 def shaken(model: torch.nn.Module) -> torch.nn.Module:
@@ -150,22 +149,6 @@ def erasing(arrays: str, out: str) -> dict:
         with mock.patch.object(random_erasing, "random", drawn(tries.T.tolist())):
             random_erasing.RandomErasing(probability=1, device="cpu")(image)
     np.savez(out, images=images.numpy())
-    return {}
-
-
-def trivial(arrays: str, names: dict[str, str], out: str) -> dict:
-    """Saves images [b, H, W, c] after TrivialAugment's operations, at each level from -30 to 30: [61, b, H, W, c]."""
-    with np.load(arrays) as file:
-        images = [Image.fromarray(image) for image in file["images"]]
-    space, found = autoaugment.TrivialAugmentWide()._augmentation_space(31), {}
-    for ours, name in names.items():
-        levels, signed = space[name]
-        sizes = [float(levels[abs(n)]) if levels.ndim else 0.0 for n in range(-30, 31)]
-        sizes = [-size if signed and n < 0 else size for n, size in enumerate(sizes, -30)]
-        nearest = {"interpolation": autoaugment.InterpolationMode.NEAREST, "fill": None}
-        changed = [[autoaugment._apply_op(image, name, size, **nearest) for image in images] for size in sizes]
-        found[ours] = np.array([[np.asarray(image) for image in row] for row in changed])
-    np.savez(out, **found)
     return {}
 
 

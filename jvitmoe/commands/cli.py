@@ -80,7 +80,8 @@ def parse_with_arguments(
             given = f"[no]{flag.name}" if flag.boolean else f"{flag.name}={default}"
             print(*help_lines(f"--{given}", flag.help, width), sep="\n")
         if config:
-            whose = "this experiment" if path or _saved_config(argv) else "Config(); --config NAME shows those of NAME"
+            known = path or folder or _saved_config(argv)
+            whose = "this experiment" if known else "Config(); --config NAME shows those of NAME"
             print("", *textwrap.wrap(f"Settings, with the values of {whose}:", width), sep="\n")
             print(help_text(values.config, width))
         sys.exit(0)

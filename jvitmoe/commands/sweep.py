@@ -1,9 +1,9 @@
 """Trains experiments, several seeds each, and compares them: `jvitmoe sweep my.py:dense my.py:mine --out runs/sweep`.
 
-What follows `--` goes to every training: `-- --config.data.dir=DIR`. --rates first searches the learning rate of each
-experiment, with seed 0, on images held out. Repeat the command to resume. It ends with the report of `jvitmoe report`
-and its verdicts. --launcher replaces `python -m jvitmoe.train`, as in --launcher="sbatch scripts/slurm.sbatch": such
-jobs end later, so repeat the command then.
+What follows `--` goes to every training, each as --flag=value: `-- --config.data.dir=DIR`. --rates first searches the
+learning rate of each experiment, with seed 0, on images held out. Repeat the command to resume. It ends with the report
+of `jvitmoe report` and its verdicts. --launcher replaces `python -m jvitmoe.train`, as in --launcher="sbatch
+scripts/slurm.sbatch": such jobs end later, so repeat the command then.
 """
 
 import contextlib

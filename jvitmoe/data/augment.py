@@ -24,11 +24,6 @@ PLAIN = ("crop", "flip")  # those that go on in the last part of training, `data
 THREE = ("grey", "solarize", "blur")  # of 3-Augment
 RADIUS = (0.1, operations.LARGEST_RADIUS)  # of its blur
 JITTER = 0.3  # largest change of brightness, contrast and saturation after it
-TRIVIAL = (  # the operations of TrivialAugment
-    *("identity", "shear_x", "shear_y", "translate_x", "translate_y", "rotate", "brightness", "saturation"),
-    *("contrast", "sharpness", "posterize", "solarize", "autocontrast", "equalize"),
-)
-LEVELS = 31  # their strengths, from none to the largest
 ERASED_AREA = (0.02, 1 / 3)  # share of the image
 ERASED_RATIO = (0.3, 1 / 0.3)  # height / width
 ERASING_TRIES = 10
@@ -77,10 +72,9 @@ def three_augment(draws: Draws, images_bHWc: jax.Array, targets_bC: jax.Array) -
 
 
 def one_of_three(kind_b: jax.Array, radius_b: jax.Array, images_bHWc: jax.Array) -> jax.Array:
-    """Returns float32 images: grey, solarized from 128 on, or blurred, as kind_b, the place in THREE, says."""
+    """Returns float32 images: grey, solarized or blurred, as kind_b, the place in THREE, says."""
     x_bHWc, kind_b111 = images_bHWc.astype(jnp.float32), per_image(kind_b)
-    solarized = operations.solarize(x_bHWc, jnp.full(len(x_bHWc), 128))
-    rest = jnp.where(kind_b111 == THREE.index("blur"), operations.blur(x_bHWc, radius_b), solarized)
+    rest = jnp.where(kind_b111 == THREE.index("blur"), operations.blur(x_bHWc, radius_b), operations.solarize(x_bHWc))
     return jnp.where(kind_b111 == THREE.index("grey"), operations.grey(x_bHWc), rest)
 
 
@@ -93,75 +87,6 @@ def colour_jitter(factors_3b: Sequence[jax.Array], x_bHWc: jax.Array) -> jax.Arr
     x_bHWc = operations.blend(jnp.zeros_like(x_bHWc), x_bHWc, brightness_b)
     x_bHWc = operations.blend(operations.mean_grey(x_bHWc), x_bHWc, contrast_b)
     return operations.blend(operations.grey(x_bHWc), x_bHWc, saturation_b)
-
-
-def trivial(draws: Draws, images_bHWc: jax.Array, targets_bC: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Applies one operation of TrivialAugment to each image: arXiv 2103.10158, wide, with torchvision's ranges."""
-    kind_b, level_b, sign_b = _uniform(draws.key_b, 3)
-    strength_b = jnp.floor(level_b * LEVELS) / (LEVELS - 1)
-    signed_b = jnp.where(sign_b < 0.5, -strength_b, strength_b)
-    kind_b = jnp.floor(kind_b * len(TRIVIAL))
-    return one_of_trivial(kind_b, signed_b, images_bHWc), targets_bC
-
-
-def one_of_trivial(kind_b: jax.Array, strength_b: jax.Array, images_bHWc: jax.Array) -> jax.Array:
-    """Returns uint8 images, each after the operation kind_b, its place in TRIVIAL, of a strength in [-1, 1]: a multiple
-    of 1/30. To the bit torchvision's of Pillow images; blends and autocontrast within one level.
-
-    All images pass one affine map and one chain of colour operations, with parameters that change nothing unless the
-    operation is theirs: a switch under vmap would run all operations on all images.
-    """
-    x_bHWc, size_b = images_bHWc.astype(jnp.float32), jnp.abs(strength_b)
-
-    def if_is(name: str, value: Any, otherwise: Any) -> jax.Array:
-        return jnp.where(kind_b == TRIVIAL.index(name), value, otherwise)
-
-    level_b = jnp.round(strength_b * (LEVELS - 1)).astype(jnp.int32) + LEVELS - 1
-    x_bHWc = operations.affine(x_bHWc, _matrices(x_bHWc.shape[1]), kind_b.astype(jnp.int32), level_b)
-    factor_b = 1 + 0.99 * strength_b
-    blends_b = if_is("brightness", factor_b, if_is("saturation", factor_b, if_is("contrast", factor_b, 1.0)))
-    from_ = jnp.where(per_image(if_is("saturation", True, False)), operations.grey(x_bHWc), 0.0)
-    from_ = jnp.where(per_image(if_is("contrast", True, False)), operations.mean_grey(x_bHWc), from_)
-    x_bHWc = operations.blend(from_, x_bHWc, blends_b)
-    x_bHWc = operations.posterize(x_bHWc, if_is("posterize", 8 - jnp.round(6 * size_b), 8.0))
-    x_bHWc = operations.solarize(x_bHWc, if_is("solarize", 255 * (1 - size_b), 256.0))
-    stretched = operations.autocontrast(x_bHWc)
-    x_bHWc = jnp.where(per_image(if_is("autocontrast", True, False)), stretched, x_bHWc)
-
-    def sharpen(x_HWc: jax.Array, index: jax.Array) -> jax.Array:
-        return operations.blend(operations.smooth(x_HWc)[None], x_HWc[None], factor_b[index][None])[0]
-
-    x_bHWc = operations.only(if_is("sharpness", True, False), sharpen, x_bHWc)
-    x_bHWc = operations.only(if_is("equalize", True, False), lambda x_HWc, _: operations.equalize(x_HWc), x_bHWc)
-    return x_bHWc.astype(jnp.uint8)
-
-
-def _matrices(side: int) -> np.ndarray:
-    """Returns what `operations.affine` takes, [operation, level from -30 to 30, 2, 3]: shears about the origin, up to
-    0.99; shifts, up to 32 pixels; rotations about the centre, up to 135 degrees counterclockwise.
-
-    In float64, as Pillow has it: float32 would move some pixels of four rotations.
-    """
-    shear, shift = _strengths(0.99), np.trunc(_strengths(32))
-    angle = -np.radians(_strengths(135))
-    cos, sin, centre = np.round(np.cos(angle), 15), np.round(np.sin(angle), 15), side / 2  # rounded as by Pillow
-    found = np.tile(np.eye(2, 3), (len(TRIVIAL), len(shear), 1, 1))
-    found[TRIVIAL.index("shear_x"), :, 0, 1] = shear
-    found[TRIVIAL.index("shear_y"), :, 1, 0] = shear
-    found[TRIVIAL.index("translate_x"), :, 0, 2] = -shift
-    found[TRIVIAL.index("translate_y"), :, 1, 2] = -shift
-    rows = (cos, sin, centre - centre * (cos + sin)), (-sin, cos, centre - centre * (cos - sin))
-    found[TRIVIAL.index("rotate")] = np.array(rows).transpose(2, 0, 1)
-    return found
-
-
-def _strengths(largest: float) -> np.ndarray:
-    """Returns the strengths of the levels from -30 to 30, to the bit those of torchvision's linspace: it computes
-    in float32 from the nearer end, so the middle one of 32 is below 16 and shifts by 15 pixels."""
-    level, step = np.arange(LEVELS), float(np.float32(largest) / np.float32(LEVELS - 1))
-    upper = float(np.float32(largest)) - step * (LEVELS - 1 - level)
-    strength = np.where(level < LEVELS // 2, step * level, upper).astype(np.float32).astype(float)
-    return np.concatenate([-strength[:0:-1], strength])
 
 
 def erase(
@@ -238,7 +163,6 @@ AUGMENTATIONS: dict[str, Callable[[DataConfig], Augmentation | None]] = {
     "crop": lambda data: functools.partial(crop, padding=data.crop_padding) if data.crop_padding else None,
     "flip": lambda data: flip if data.flip else None,
     "three_augment": lambda data: three_augment if data.augment == "three" else None,
-    "trivial_augment": lambda data: trivial if data.augment == "trivial" else None,
     "erase": lambda data: functools.partial(erase, probability=data.erase, mean=data.mean) if data.erase else None,
     "mix_images": lambda data: (
         functools.partial(mix, mixup=data.mixup, cutmix=data.cutmix) if data.mixup or data.cutmix else None

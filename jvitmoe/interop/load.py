@@ -247,7 +247,9 @@ def _read_ours(path: Path, arrays: weight_names.Arrays, about: dict[str, Any], n
         averaged = {"of": made_of, "verdict": str(averaged["verdict"])}
     if not isinstance(start, str) or type(images) is not int or not 0 <= images < 2**63:
         raise UserError(f"its {CONFIG} has no valid start or number of images; restore it from a copy")
-    settings = rules.check(config_lib.from_dict(about["settings"])) if "settings" in about else None
+    settings = config_lib.from_dict(about["settings"]) if "settings" in about else None
+    if settings:  # with the start as their source, which LoRA and adapters must have
+        rules.check(dataclasses.replace(settings, init=dataclasses.replace(settings.init, source=str(path))))
     pixels = data.crop, data.mean, data.std
     return Source(
         path, OURS, loaded, model, tuple(classes), notes, settings, *pixels, 0, False, start, images, averaged

@@ -5,6 +5,7 @@ can be averaged. It is an export of ours whose config.json also has the settings
 import dataclasses
 import hashlib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -46,10 +47,11 @@ def make(config: Config, classes: tuple[str, ...]) -> tuple[Source, list[str]]:
 def begin(config: Config, folder: Path | str) -> None:
     """Lets a run of these settings begin from a start: sets `init.start` to its hash. Raises ConfigError for a folder
     that is none, and where the settings describe another model than that of the start."""
+    folder = os.path.expanduser(folder)
     source = load.read(folder)
     if source.config is None:
-        raise ConfigError(f"--start is {str(folder)!r}, which is no start; make one with jvitmoe start")
-    if config.init.source != str(folder):
+        raise ConfigError(f"--start is {folder!r}, which is no start; make one with jvitmoe start")
+    if config.init.source != folder:
         raise ConfigError(f"config.init.source is {config.init.source!r}; with --start it is the start; leave it out")
     ours = facts(config)
     for path, theirs in facts(source).items():

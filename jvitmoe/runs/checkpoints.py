@@ -227,7 +227,7 @@ class Checkpoints:
     def _unreadable(self, faults: Mapping[int, str]) -> CheckpointError:
         return CheckpointError(
             f"none of the checkpoints {sorted(faults)} in {self.directory} can be read ({max(faults)}: "
-            f"{faults[max(faults)]}); restore them from a copy, choose another, or move the folder away to start afresh"
+            f"{faults[max(faults)]}); restore them from a copy, or train in a new --workdir"
         )
 
 

@@ -207,16 +207,19 @@ def _check_config(workdir: Path, meta: dict[str, Any]) -> None:
         raise UserError(f"checkpoint {meta['step']} has other settings: {fault}; restore {safe_io.CONFIG} from a copy")
 
 
+REPAIRED = f"resuming the training (of a run that has ended, after deleting {safe_io.RESULT})"
+
+
 def _check_metrics(workdir: Path, meta: dict[str, Any]) -> None:
     try:
         lines = [json.loads(text) for text in safe_io.metrics_lines(workdir / safe_io.METRICS)]
         steps, keys = [line["step"] for line in lines], {(line["step"], line["kind"]) for line in lines}
         if len(keys) < len(lines):
-            raise UserError("it has two lines for one step; resuming the training repairs it")
+            raise UserError(f"it has two lines for one step; {REPAIRED} repairs it")
         if steps != sorted(steps):
             raise UserError("its steps are out of order")
     except (ValueError, TypeError, KeyError, RecursionError) as error:
-        raise UserError(f"a line is damaged ({type(error).__name__}); resuming the training drops that line") from error
+        raise UserError(f"a line is damaged ({type(error).__name__}); {REPAIRED} drops that line") from error
 
 
 CHECKS: dict[str, Callable[[Path, dict[str, Any]], object]] = {

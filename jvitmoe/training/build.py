@@ -1,4 +1,4 @@
-"""Makes a run of its settings. What follows gets the `Plan`, and never asks the settings again.
+"""Makes a run of its settings. What follows gets the `Plan`; only the loop asks the settings again, for `init.source`.
 
 The rules that need the number of images or the devices are here; those that need neither are in `rules`.
 """

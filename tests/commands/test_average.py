@@ -185,6 +185,21 @@ def test_a_mean_is_exported_to_every_format_and_starts_a_next_round(begun, sites
         average_models([sites[0], tmp_path / "round2"], tmp_path / "never")
 
 
+def test_sites_of_a_start_given_by_home_may_train_lora_alone(begun, tmp_path, monkeypatch):
+    routing, source = {"experts": 1, "kind": "batch"}, {"source": str(begun / "start")}
+    start.start(tiny(model={"lora": 2}, routing=routing, init=source), NAMES, tmp_path / "start")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    sites = [
+        jvitmoe.train(start="~/start", workdir=tmp_path / f"{k}", overrides={"data.part": f"{k}/2"}, trackers=[])
+        for k in (1, 2)
+    ]
+    average_models([site.workdir for site in sites], tmp_path / "mean", tmp_path / "start")
+    first, found = (load.read(path).params for path in (begun / "start", tmp_path / "mean"))
+    changed = {name for name, leaf in found.items() if (leaf != first[name]).any()}
+    assert any("mlp" in name for name in changed)
+    assert all("mlp" in name or "head" in name for name in changed), changed
+
+
 def test_what_is_wrong_at_a_site_is_one_line(begun, tmp_path):
     def message(*arguments: str) -> str:
         return refused(train.main, *arguments, f"--workdir={tmp_path / 'run'}")

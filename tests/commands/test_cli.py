@@ -145,6 +145,9 @@ def test_a_folder_may_be_given_by_home_and_a_run_folder_not_by_a_url(monkeypatch
     assert experiment("--config=digits_dense", "--config.data.dir=~/x").data.dir == "~/x"
     (tmp_path / "mine.py").write_text("from jvitmoe.config import Config as get_config")
     assert experiments.load("~/mine.py") == Config()
+    (tmp_path / "10:00").mkdir()
+    (tmp_path / "mine.py").rename(tmp_path / "10:00" / "mine.py")
+    assert experiments.load("~/10:00/mine.py") == Config()
     for command, *arguments in ((train.main, "--config=digits_dense"), (evaluate.main,)):
         assert "'gs://bucket/x' is a URL" in processes.refused(command, *arguments, "--workdir=gs://bucket/x")
 

@@ -120,7 +120,6 @@ ON = {  # settings of each augmentation
     "crop": {"crop_padding": 2},
     "flip": {"flip": True},
     "three_augment": {"augment": "three"},
-    "trivial_augment": {"augment": "trivial"},
     "erase": {"erase": 0.5},
     "mix_images": {"mixup": 0.8, "cutmix": 1.0},
 }
@@ -158,21 +157,6 @@ def test_three_augment_draws_the_three_equally_often_and_all_strengths():
         assert abs(share - 1 / 3) < 4 * (2 / 9 / B) ** 0.5 + 0.06  # the smallest radii blur by less than a level
     brightest = found[grey].max((1, 2, 3))
     assert brightest.min() < 100 < 140 < brightest.max()
-
-
-def test_trivial_augment_draws_every_operation_and_every_strength_equally_often(monkeypatch):
-    drawn = []
-    monkeypatch.setattr(
-        augment_lib, "one_of_trivial", lambda kind, strength, images: drawn.append((kind, strength)) or images
-    )
-    batch = Draws(jax.random.split(jax.random.key(0), 5000), jax.random.key(0), reversed_rows)
-    augment_lib.trivial(batch, np.zeros((5000, 4, 4, 3), np.uint8), None)
-    kinds, strengths = (np.asarray(x) for x in drawn[0])
-    counts = np.bincount(kinds.astype(int), minlength=14)
-    assert ((counts - 5000 / 14) ** 2 / (5000 / 14)).sum() < 34.5  # 13 degrees of freedom: exceeded once in 1,000
-    levels = np.unique(np.round(strengths * 30).astype(int))
-    np.testing.assert_array_equal(levels, np.arange(-30, 31))
-    assert abs(strengths.mean()) < 0.05
 
 
 def test_erasing_fills_a_rectangle_with_the_mean_as_often_as_it_is_told():
