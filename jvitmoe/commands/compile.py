@@ -84,6 +84,7 @@ def measure(config: Config, target: Target, count: int) -> dict[str, Any]:
 
     Raises UserError where XLA cannot compile it, and ConfigError where the settings do not fit the devices.
     """
+    from jvitmoe import routing
     from jvitmoe.data.batches import divisor, fitting
     from jvitmoe.interop import pretrained
     from jvitmoe.machine import devices, programs
@@ -93,7 +94,7 @@ def measure(config: Config, target: Target, count: int) -> dict[str, Any]:
 
     mesh = devices.make_mesh(config.train, found=targets.devices(target))
     if not config.train.batch_size:
-        config.train.batch_size = fitting(count, divisor(mesh, config.routing.experts, config.train.accumulate)[0])
+        config.train.batch_size = fitting(count, divisor(mesh, routing.find(config).slots, config.train.accumulate)[0])
     plan = build.plan_for(config, mesh, count)
     began = time.monotonic()
     try:

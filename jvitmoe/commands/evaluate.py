@@ -170,6 +170,7 @@ def _routes(routing: Any, params: Any, routed: Any, seen: Any, few: Any, workdir
     import jax.numpy as jnp
     import numpy as np
 
+    from jvitmoe.data.splits import evenly_spaced
     from jvitmoe.evaluation import expert_maps
     from jvitmoe.reports import figures
 
@@ -180,7 +181,7 @@ def _routes(routing: Any, params: Any, routed: Any, seen: Any, few: Any, workdir
     gate_X = jnp.asarray(measured(seen).gate_X)
     found = measured(few)
     names = results.class_names(workdir, model.classes)
-    shown = np.linspace(0, len(few.labels_N) - 1, min(MAPPED, len(few.labels_N))).astype(int)
+    shown = evenly_spaced(len(few), MAPPED)
     pictures = [(few.images_NHWc[n], names[few.labels_N[n]], found.expert_XBP[:, n]) for n in shown]
     figures.save(figures.experts(found, pictures, layers.tolist(), names), workdir / safe_io.EXPERTS)
     kept = [[" ".join(map(str, expert_P)) for expert_P in expert_BP[:KEPT]] for expert_BP in found.expert_XBP]

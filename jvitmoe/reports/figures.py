@@ -354,9 +354,8 @@ def experts(
     more = matplotlib.colormaps["turbo"](np.linspace(0.05, 0.95, count))[:, :3]  # no two experts have one colour
     palette = np.array([*([to_rgb(c) for c in COLOURS[:count]] if count <= len(COLOURS) else more), to_rgb("white")])
     columns = len(pictures) + 2
-    figure = Figure(figsize=(1.25 * len(pictures) + 5, 1.25 * (len(layers) + 1) + 0.6))
-    widths = [1.0] * len(pictures) + [1.4, 1.8]
-    grid = figure.subplots(len(layers) + 1, columns, squeeze=False, width_ratios=widths)
+    size = 1.25 * len(pictures) + 5, 1.25 * (len(layers) + 1) + 0.6
+    figure, grid = subplots(len(layers) + 1, columns, size, width_ratios=[1.0] * len(pictures) + [1.4, 1.8])
     for axes in grid.flat:
         axes.grid(visible=False)
         axes.set(xticks=[], yticks=[])

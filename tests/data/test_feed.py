@@ -39,12 +39,6 @@ def test_a_batch_that_is_chosen_gives_30_steps_and_no_larger_one_does(count):
         assert fitting(count, unit) == max(size, unit) or 256 % unit
 
 
-def test_an_epoch_that_batches_fill_is_a_permutation():
-    index_SB = np.asarray(order(count=24).epoch(0))
-    np.testing.assert_array_equal(np.sort(index_SB.ravel()), np.arange(24))
-    assert (index_SB.ravel() != np.arange(24)).any()
-
-
 def test_what_one_epoch_leaves_out_another_shows():
     one = order()
     assert {i for epoch in range(8) for i in np.asarray(one.epoch(epoch)).ravel().tolist()} == set(range(26))

@@ -16,7 +16,7 @@ from jvitmoe.models import vit
 
 pytestmark = pytest.mark.slow
 
-E, L = 3, 2
+E = 3
 
 
 @pytest.fixture(scope="module")
@@ -106,12 +106,8 @@ def test_top5_and_confusion_are_those_of_one_image_at_a_time(tiny_config, tiny_s
     found = make_evaluate(net, mesh, config.data)(params, Resident(split, 8, mesh))
     slow = slowly(p_NC, split.labels_N)
     assert found == near(slow)
-    assert [sum(row) for row in found.confusion] == np.bincount(split.labels_N, minlength=classes).tolist()
-    assert np.trace(found.confusion) / 26 == found.accuracy
     if classes > 5:
         assert 1 > found.top5 > found.accuracy > 0
-    else:
-        assert found.top5 is None
 
 
 def test_no_confusion_is_counted_for_more_than_1000_classes(tiny_config, split):
@@ -255,11 +251,3 @@ def test_flops_count_every_layer_and_every_product_whatever_the_dtype_and_withou
 
     monkeypatch.setattr(jax, "local_devices", no_cpu)  # as under JAX_PLATFORMS=cuda
     assert flops(3) == pytest.approx(three, rel=0.02)
-
-
-def test_active_parameters_are_those_of_the_dense_model_and_total_counts_every_expert(tiny_config, params_of):
-    size = lambda tree: sum(x.size for x in jax.tree.leaves(tree))  # noqa: E731
-    assert routing.find(tiny_config()).count_parameters() == (size(params_of(1)), size(params_of(1)))
-    active, total = routing.find(tiny_config(routing={"experts": E})).count_parameters()
-    assert (active, total) == (size(params_of(1)), size(params_of(E)))
-    assert total - active == (E - 1) * L * (8 * 12 + 12 + 12 * 8 + 8)

@@ -13,7 +13,6 @@ import pytest
 
 from jvitmoe import routing, rules
 from jvitmoe.config import Config, ModelConfig
-from jvitmoe.errors import ConfigError
 from jvitmoe.experts import cost
 from jvitmoe.models import layers, vit
 
@@ -242,9 +241,3 @@ def test_each_part_adds_its_parameters_and_the_products_of_its_tokens(part, para
     flops = [cost.flops_per_image(vit.build(model), 2) for model in (base, with_part)]
     grown = products(TOKENS + tokens) - products(TOKENS)
     assert flops[1] - flops[0] == pytest.approx(grown, abs=0.02 * products(TOKENS))
-
-
-@pytest.mark.parametrize("patch", [1, 6])
-def test_the_convolutional_stem_needs_a_power_of_two(patch):
-    with pytest.raises(ConfigError, match="power of two"):
-        rules.check(Config(model=small(stem="conv", patch=patch, image_size=24)))

@@ -10,7 +10,6 @@ import pytest
 
 from jvitmoe import routing
 from jvitmoe.config import OptimConfig
-from jvitmoe.errors import ConfigError
 from jvitmoe.experts import cost
 from jvitmoe.experts.params import Params, each, one
 from jvitmoe.machine.devices import make_mesh
@@ -317,21 +316,6 @@ def plain_gradient(run):
         return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
     return jax.jit(jax.grad(loss))(run.history[0].params.trunk)
-
-
-@pytest.mark.parametrize(
-    ("sections", "rule"),
-    [
-        ({"optim": {"freeze_layers": 3}}, r"optim\.freeze_layers is 3; it must be at most model\.depth, which is 2"),
-        (
-            {"optim": {"freeze_layers": 1}, "routing": {"experts": 2, "pull": 0.1}},
-            r"optim\.freeze_layers is 1; it must be 0 with routing\.pull, which moves experts",
-        ),
-    ],
-)
-def test_settings_that_do_not_fit_are_refused(tiny_config, sections, rule):
-    with pytest.raises(ConfigError, match=rule):
-        tiny_config(**sections)
 
 
 def test_the_groups_of_an_optimiser_are_printed_with_what_they_hold(tiny_config):
