@@ -26,11 +26,12 @@ TRIES: dict[str, dict[str, object]] = {  # what may decide most comes first
     "hidden128": SHORT | {"model.hidden": 128},
     "plain_24epochs": MIDDLE,
     "cutmix_24epochs": MIDDLE | {"data.cutmix": 0.3, "data.plain_at_end": 0.2},
+    "cutmix1_24epochs": MIDDLE | {"data.cutmix": 1.0, "data.plain_at_end": 0.2},
+    "three_cutmix_24epochs": MIDDLE | {"data.augment": "three", "data.cutmix": 0.3, "data.plain_at_end": 0.2},
+    "erase_cutmix_24epochs": MIDDLE | {"data.erase": 0.25, "data.cutmix": 0.3, "data.plain_at_end": 0.2},
     "rate8e-3": SHORT | {"optim.learning_rate": 8e-3},
     "rate2e-3": SHORT | {"optim.learning_rate": 2e-3},
     "batch64": SHORT | {"train.batch_size": 64},
-    "three_24epochs": MIDDLE | {"data.augment": "three", "data.plain_at_end": 0.2},
-    "erase_24epochs": MIDDLE | {"data.erase": 0.25},
     "strided_13epochs": SHORT | {"model.stem": "strided", "train.epochs": 13},  # as long as conv by the clock
 }
 
