@@ -1,15 +1,17 @@
-"""Searches a better recipe than that of configs/cifar10_fast.py, and draws accuracy against the cost of training.
+"""Trains the recipe of configs/cifar10_cct.py, dense and with random experts, and the tries from which it was chosen.
+Draws accuracy against the cost of training.
 
-    python scripts/search_recipe.py --config configs/cifar10_fast.py --seeds 1 --runs runs/recipe90 \\
-        --out results/recipe90 -- --config.data.dir=DIR
+    python scripts/search_recipe.py --config configs/cifar10_cct.py --seeds 3 --runs runs/recipe90 \\
+        --out results/recipe90 --only dense random -- --config.data.dir=DIR
 
-A try is chosen by its accuracy on images held out. To resume, repeat: see scripts/sweep.py.
+A try, one seed, is chosen by its accuracy on images held out. To resume, repeat: see scripts/sweep.py.
 """
 
 from pathlib import Path
 from typing import NamedTuple
 
 import archive
+import verdicts
 from archive import Run, Runs
 from routers import validation_accuracy
 from sweep import Variant, main
@@ -18,8 +20,12 @@ from jvitmoe.reports import figures
 from jvitmoe.runs.console import markdown_table
 
 PICTURE = "frontier.png"
-# Two heads of 64 take less time than four of 32.
-BASE: dict[str, object] = {"model.stem": "conv", "model.heads": 2, "data.validation": 5000, "train.eval_every": 4}
+RECIPE = {"dense": Variant({}), "random": Variant({}, "random", ("dense",))}
+# What the tries share and the recipe has not.
+BASE: dict[str, object] = {
+    **{"data.validation": 5000, "data.cutmix": 0.0, "data.plain_at_end": 0.0},
+    **{"optim.mlp_rate": 1.0, "train.eval_every": 4},
+}
 SHORT, MIDDLE = BASE | {"train.epochs": 8}, BASE | {"train.epochs": 24}
 TRIES: dict[str, dict[str, object]] = {  # what may decide most comes first
     "conv": SHORT,
@@ -61,9 +67,8 @@ PUBLISHED = (
 
 
 def variants() -> dict[str, Variant]:
-    """Returns name -> what differs from the dense config."""
-    own = {"dense": Variant({}), "random": Variant({}, "random")}
-    return own | {name: Variant(settings) for name, settings in TRIES.items()}
+    """Returns name -> what differs from the dense recipe."""
+    return RECIPE | {name: Variant(settings) for name, settings in TRIES.items()}
 
 
 def images_seen(run: Run) -> int:
@@ -99,7 +104,7 @@ def picture(runs: Runs) -> figures.Figure:
     """Returns test accuracy against the FLOPs of training, beside what others report."""
     figure, ((axes,),) = figures.subplots(1, 1, (9, 5.5))
     for is_final, label, style in ((False, "tries, one run each", "o"), (True, "the recipe, a run per seed", "^")):
-        own = {name: run for name, run in runs.items() if is_final == (name.partition("-")[0] not in TRIES)}
+        own = {name: run for name, run in runs.items() if is_final == (name.rpartition("-")[0] in RECIPE)}
         points = [(training_flops(run) / 1e15, 100 * run["result"]["rows"][0]["accuracy"]) for run in own.values()]
         x, y = zip(*points, strict=True) if points else ((), ())
         axes.plot(x, y, style, color=figures.COLOURS[is_final], label=label)
@@ -120,7 +125,7 @@ def conclusion(out: Path) -> str:
     runs = archive.kept(out)
     figures.save(picture(runs), out / PICTURE)
     shown = f"![accuracy against the cost of training]({PICTURE})"
-    return f"\n## Accuracy and cost\n\n{shown}\n\n{markdown_table(table(runs))}"
+    return f"\n## Accuracy and cost\n\n{shown}\n\n{markdown_table(table(runs))}{verdicts.conclusion(out, RECIPE)}"
 
 
 if __name__ == "__main__":

@@ -51,8 +51,8 @@ def run_sweep(folder: Path) -> str:
 
 def test_every_variant_is_an_experiment_of_its_own():
     searched = {name: routers.arm(settings) for name, settings in routers.SEARCHED.items()}
-    for variants in (search_recipe.variants(), searched):
-        configs = [sweep.config_of(sweep.flags_of("cifar10_fast", variant)) for variant in variants.values()]
+    for experiment, variants in (("cifar10_cct", search_recipe.variants()), ("cifar10_fast", searched)):
+        configs = [sweep.config_of(sweep.flags_of(experiment, variant)) for variant in variants.values()]
         assert len(set(map(repr, configs))) == len(configs)
 
 

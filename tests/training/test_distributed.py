@@ -451,7 +451,7 @@ def test_a_sigterm_at_any_of_24_times_from_the_start_to_step_3_is_never_lost(qui
             assert codes == [128 + signal.SIGTERM] * 2, number
             assert steps_saved(workdir)[-1] == len(losses(workdir))
         shutil.rmtree(workdir)
-    assert joins > 2
+    assert joins > times / 2
 
 
 @pytest.mark.long
