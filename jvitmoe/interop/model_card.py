@@ -117,7 +117,8 @@ def _accuracy(result: Mapping[str, Any], source: Source) -> str:
     text += f"\nTest split, checkpoint at step {result['step']:,}, seed {result['seed']}: one run, no deviation known."
     if result["step"] != source.step:
         text += f" **The exported checkpoint is another one, at step {source.step:,}.**"
-    return f"{text} This export is the row {'`EMA`' if source.ema else '`merged`, or `dense`'}."
+    (name,) = {row["model"] for row in result["rows"]} & ({"EMA"} if source.ema else {"dense", "merged"})
+    return f"{text} This export is the row `{name}`."
 
 
 def _public_name(data: str) -> str:

@@ -91,7 +91,7 @@ def test_the_ema_of_a_run_is_exported_and_classifies_as_it_was_tested(experiment
     assert (logits.argmax(1) == test.labels_N).mean() == pytest.approx(rows["EMA"]["accuracy"])
     assert (logits != jvitmoe.load(experiment_run).logits(test.images_NHWc)).any()
     assert "This export is the row `EMA`." in (out / "README.md").read_text()
-    assert "This export is the row `merged`, or `dense`." in (exported("safetensors") / "README.md").read_text()
+    assert "This export is the row `merged`." in (exported("safetensors") / "README.md").read_text()
     monkeypatch.setattr(load.Checkpoints, "read", lambda *_: READ(*_)._replace(ema=None))
     for place in (out, experiment_run):
         with pytest.raises(UserError, match=r"leave .*--ema out"):
