@@ -5,10 +5,9 @@
 
 Expect 82.78 ± 0.25 % on the test set (JPEG copy; three seeds, sample deviation), with optim.mlp_rate=2 82.85 ± 0.24 %.
 The random variant has 83.15 ± 0.06 % after merging: 0.30 points more than the latter, not decided (95 % interval -0.15
-to 0.75; results/cifar10_fast). Its seed 0 is `jvitmoe predict --model cifar10_fast`. On one core of an EPYC Zen 4, with
-another run on the other core, dense took 49 minutes and the random variant 57; on both cores dense took 27. Stem,
-learning rate and label smoothing were chosen on held-out images (results/recipe_search); the other settings are usual
-ones.
+to 0.75; results/cifar10_fast). On one core of an EPYC Zen 4, with another run on the other core, dense took 49 minutes
+and the random variant 57; on both cores dense took 27. Stem, learning rate and label smoothing were chosen on held-out
+images (results/recipe_search); the other settings are usual ones.
 """
 
 from jvitmoe.config import Config, DataConfig, ModelConfig, OptimConfig, TrainConfig, with_variant

@@ -4,8 +4,8 @@
         --config.data.dir=FOLDER
 
 timm:// and hf:// need `pip install -e '.[hf]'`. The model is that of the source (model.width=0), with a head for the
-classes of the folder. Without a network and for pictures of about 32 pixels: --config.init.source=cifar10_fast, which
-came with 60 simple shapes a class to 100 % of 26 test pictures (one seed, 45 seconds of CPU time of an EPYC Zen 4;
+classes of the folder. Without a network and for pictures of about 32 pixels: --config.init.source=cifar10_cct, which
+came with 60 simple shapes a class to 100 % of 26 test pictures (one seed, 57 seconds of CPU time of an EPYC Zen 4;
 tests/training/test_finetune.py).
 
 With finetune:random the experts have four times the learning rate, which is measured with Muon on CIFAR-10 only

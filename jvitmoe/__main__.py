@@ -18,7 +18,7 @@ COMMANDS = {
     "sweep": "my.py:dense my.py:mine --seeds 3 --out runs/sweep",
     "report": "runs/digits_dense runs/digits_random",
     "predict": "--workdir runs/digits_random IMAGE…",
-    "serve": "--model cifar10_fast",
+    "serve": "--model cifar10_cct",
     "export": "--workdir runs/digits_random --to timm --out exports/digits",
     "compile": "--config imagenet --target h100:8",
     "configs": "",

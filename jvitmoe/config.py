@@ -194,7 +194,7 @@ class InitConfig:
     """A trained ViT to start from. Read when a run starts, not when it resumes."""
 
     source: str = setting(
-        "", "trained ViT: run or export folder, .safetensors, cifar10_fast, hf://OWNER/NAME@REVISION or timm://NAME"
+        "", "trained ViT: run or export folder, .safetensors, cifar10_cct, hf://OWNER/NAME@REVISION or timm://NAME"
     )
     start: str = setting("", "hash of the start that train --start names; it sets this itself")
 

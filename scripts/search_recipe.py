@@ -27,6 +27,8 @@ BASE: dict[str, object] = {
     **{"optim.mlp_rate": 1.0, "train.eval_every": 4},
 }
 SHORT, MIDDLE = BASE | {"train.epochs": 8}, BASE | {"train.epochs": 24}
+LONG: dict[str, object] = {"data.validation": 5000, "train.eval_every": 16}
+STRONG = LONG | {"data.cutmix": 1.0, "data.erase": 0.25}
 TRIES: dict[str, dict[str, object]] = {  # what may decide most comes first
     "conv": SHORT,
     "hidden128": SHORT | {"model.hidden": 128},
@@ -38,6 +40,10 @@ TRIES: dict[str, dict[str, object]] = {  # what may decide most comes first
     "rate8e-3": SHORT | {"optim.learning_rate": 8e-3},
     "rate2e-3": SHORT | {"optim.learning_rate": 2e-3},
     "batch64": SHORT | {"train.batch_size": 64},
+    "long": LONG,  # as long as the recipe, which memorises its images in its plain end
+    "long_mixed_to_end": LONG | {"data.plain_at_end": 0.0},
+    "strong": STRONG,
+    "strong_mixed_to_end": STRONG | {"data.plain_at_end": 0.0},
     "strided_13epochs": SHORT | {"model.stem": "strided", "train.epochs": 13},  # as long as conv by the clock
 }
 

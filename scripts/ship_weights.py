@@ -1,6 +1,6 @@
 """Writes the model of a run as one that comes with jvitmoe, in float16, with the test accuracy that it then has:
 
-    python scripts/ship_weights.py --workdir runs/cifar10_fast --out jvitmoe/weights/cifar10_fast \\
+    python scripts/ship_weights.py --workdir runs/cifar10_cct --out jvitmoe/weights/cifar10_cct \\
         --copy "a copy as JPEG"
 
 The data set must still be where the run had it.

@@ -241,7 +241,7 @@ def test_the_readme_s_results_are_those_of_the_report():
 
 
 def test_the_picture_that_the_readme_classifies_is_a_ship():
-    (best,), *_ = jvitmoe.load("cifar10_fast")([str(ROOT / "docs" / "ship.jpg")], top=1)
+    (best,), *_ = jvitmoe.load("cifar10_cct")([str(ROOT / "docs" / "ship.jpg")], top=1)
     shown = re.search(r"│ docs/ship.jpg │ (\w+) ([\d.]+)%", (ROOT / "README.md").read_text())
     assert best.name == shown[1] == "ship"
     assert 100 * best.probability == pytest.approx(float(shown[2]), abs=1)

@@ -72,7 +72,7 @@ def test_what_the_command_lists_it_trains_and_exports_and_type_checkers_see_its_
     assert "test split" in out("train", "--config=digits_random", "--config.train.epochs=3", "--workdir=runs/a")
     out("export", "--workdir=runs/a", "--to=safetensors", "--out=exports/a")
     Image.new("RGB", (60, 40), "skyblue").save(tmp_path / "sky.png")
-    assert "airplane" in out("predict", "--model=cifar10_fast", "--top=10", "--json", "sky.png")
+    assert "airplane" in out("predict", "--model=cifar10_cct", "--top=10", "--json", "sky.png")
     program = "import jvitmoe, numpy; print(jvitmoe.load('exports/a').logits(numpy.zeros((1, 8, 8, 1), 'uint8')).shape)"
     program += "; import pathlib; print((pathlib.Path(jvitmoe.__file__).parent / 'py.typed').is_file())"
     done = subprocess.run([installed / "python", "-c", program], capture_output=True, text=True, cwd=tmp_path)

@@ -150,7 +150,7 @@ def end_cleanly() -> None:
 
 def define_model(values: flags.FlagValues) -> None:
     """Defines the flag of the model that is asked, under its two names."""
-    where = "Run folder, a folder that jvitmoe export wrote, or cifar10_fast, which comes with jvitmoe."
+    where = "Run folder, a folder that jvitmoe export wrote, or cifar10_cct, which comes with jvitmoe."
     flags.DEFINE_string("workdir", "", where, flag_values=values)
     flags.DEFINE_alias("model", "workdir", flag_values=values)
 

@@ -24,7 +24,7 @@ def main(argv: list[str]) -> None:
     """Runs the command. Raises UserError for a flag or a model that does not fit."""
     values, arguments = cli.parse_with_arguments(argv, _define_flags, arguments="IMAGE or FOLDER…")
     if not values.workdir:
-        raise UserError("--workdir is missing; give a run folder, an exported one, or --model=cifar10_fast")
+        raise UserError("--workdir is missing; give a run folder, an exported one, or --model=cifar10_cct")
     if not arguments:
         raise UserError("no picture was given; name files or folders after the flags")
     paths, complaints = pictures.find(arguments)

@@ -1,4 +1,4 @@
-"""Serves a model to this machine: `jvitmoe serve --model cifar10_fast`, a page to drop pictures into, and JSON.
+"""Serves a model to this machine: `jvitmoe serve --model cifar10_cct`, a page to drop pictures into, and JSON.
 
 A picture that is sent to http://127.0.0.1:8000 by POST is answered with its most probable classes. No picture is kept,
 and no other machine can ask: put a web server with its own rules in front, if others shall.
@@ -74,7 +74,7 @@ def main(argv: list[str]) -> None:
     """Runs the command until it is interrupted. Raises UserError."""
     values = cli.parse(argv, _define_flags)
     if not values.workdir:
-        raise UserError("--model is missing; give a run folder, an exported one, or --model=cifar10_fast")
+        raise UserError("--model is missing; give a run folder, an exported one, or --model=cifar10_cct")
     cli.end_cleanly()
     # Not above: these import JAX, and --help need not wait for that.
     from jvitmoe.interop import classifier

@@ -68,7 +68,7 @@ def read(path: Path | str, heads: int = 0, checkpoint: str | int = "latest", ema
 
     Args:
         path: folder or file, a name on the hub (`fetch`), or that of a model that comes with jvitmoe, such as
-            "cifar10_fast"; the config.json beside a .safetensors is read too.
+            "cifar10_cct"; the config.json beside a .safetensors is read too.
         heads: number of attention heads, for files that do not have it.
         checkpoint: of a run folder: "latest", "best" (on validation) or a step.
         ema: of a run folder that has one, the EMA of the weights, not the last weights.

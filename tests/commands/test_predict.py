@@ -101,7 +101,7 @@ def test_arrays_of_another_shape_or_type_are_refused(model, images):
 
 
 def test_a_trained_model_comes_with_the_package_and_a_file_of_its_name_goes_before_it(tmp_path, monkeypatch):
-    folder = load.SHIPPED / "cifar10_fast"
+    folder = load.SHIPPED / "cifar10_cct"
     assert sorted(path.name for path in folder.iterdir()) == ["README.md", "SHA256SUMS", load.CONFIG, load.WEIGHTS]
     assert (folder / load.WEIGHTS).stat().st_size < 1.3e6
     picture = Image.new("RGB", (320, 320), "skyblue")
@@ -111,15 +111,15 @@ def test_a_trained_model_comes_with_the_package_and_a_file_of_its_name_goes_befo
     draw.rectangle((110, 140, 200, 190), fill="white")
     draw.rectangle((150, 95, 175, 140), fill="firebrick")
     picture.save(tmp_path / "picture.png")
-    listed = json.loads(succeed(predict.main, "--model=cifar10_fast", "--json", "--top=10", tmp_path / "picture.png"))
+    listed = json.loads(succeed(predict.main, "--model=cifar10_cct", "--json", "--top=10", tmp_path / "picture.png"))
     names = [guess["name"] for guess in listed[0]["classes"]]
     assert names[0] == "ship"
     assert sorted(names) == ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "cifar10_fast").mkdir()
-    with pytest.raises(UserError, match=r"'cifar10_fast/model\.safetensors' is not a file"):
-        jvitmoe.load("cifar10_fast")
+    (tmp_path / "cifar10_cct").mkdir()
+    with pytest.raises(UserError, match=r"'cifar10_cct/model\.safetensors' is not a file"):
+        jvitmoe.load("cifar10_cct")
 
 
 def test_hidden_files_in_a_folder_are_skipped_as_in_training(folder):

@@ -29,7 +29,7 @@ BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
 
 @pytest.fixture(scope="module")
 def port() -> Iterator[int]:
-    with serve.make_server(jvitmoe.load("cifar10_fast"), 0) as server:
+    with serve.make_server(jvitmoe.load("cifar10_cct"), 0) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield server.server_port
         server.shutdown()
@@ -48,7 +48,7 @@ def test_a_picture_is_answered_with_the_classes_of_the_model(port):
     status, headers, body = ask(port, "POST", SHIP.read_bytes())
     assert (status, headers["Content-Type"]) == (200, "application/json")
     found = json.loads(body)
-    (wanted,) = jvitmoe.load("cifar10_fast")([str(SHIP)])
+    (wanted,) = jvitmoe.load("cifar10_cct")([str(SHIP)])
     assert [(one["name"], one["probability"]) for one in found] == [(one.name, one.probability) for one in wanted]
     assert found[0]["name"] == "ship"
 
@@ -83,10 +83,10 @@ def test_what_is_no_picture_too_large_or_asked_under_another_name_is_refused_in_
 
 @pytest.mark.process
 def test_the_command_serves_until_it_is_interrupted():
-    command = [sys.executable, "-m", "jvitmoe", "serve", "--model=cifar10_fast", "--port=0", "--top=2"]
+    command = [sys.executable, "-m", "jvitmoe", "serve", "--model=cifar10_cct", "--port=0", "--top=2"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment()) as process:
         line = process.stdout.readline()
-        assert "serving     cifar10_fast at http://127.0.0.1:" in line
+        assert "serving     cifar10_cct at http://127.0.0.1:" in line
         port = int(line.partition("127.0.0.1:")[2].partition(";")[0])
         assert len(json.loads(ask(port, "POST", SHIP.read_bytes())[2])) == 2
         process.send_signal(signal.SIGINT)

@@ -305,7 +305,7 @@ def test_one_flipped_bit_in_any_file_of_an_export_is_noticed_by_loading_and_by_t
 
 
 def test_an_export_without_checksums_says_so_and_files_of_others_need_none(exported, tmp_path):
-    assert load.read("cifar10_fast").notes == ()
+    assert load.read("cifar10_cct").notes == ()
     out = shutil.copytree(exported("safetensors"), tmp_path / "out")
     assert load.read(out).notes == ()
     (out / "SHA256SUMS").write_text(f"{64 * '0'}  other.iso\n")  # of a folder of downloads

@@ -85,7 +85,7 @@ def test_60_pictures_a_class_in_a_flat_folder_tune_the_shipped_model(tmp_path, m
     code, _, _ = drawn("average.md").partition("sites =")
     names = "disc", "ring", "square"
     exec(code + "".join(f"draw(Path('flat/{name}'), '{name}', 60)\n" for name in names), {})
-    out = trained("--config=finetune", "--config.init.source=cifar10_fast", "--config.data.dir=flat")
+    out = trained("--config=finetune", "--config.init.source=cifar10_cct", "--config.data.dir=flat")
     assert "batch       8 of " in out
     assert "not above guessing" not in out.rpartition("\ntesting\n")[2]
     assert jvitmoe.Run("runs/finetune").accuracy() >= 0.9
