@@ -6,6 +6,7 @@ Writes results/augment/sheet.png, a row per operation.
 import argparse
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,7 @@ from jvitmoe.config import DataConfig, ModelConfig
 from jvitmoe.data import augment, sources, splits
 
 IMAGES, ZOOM, LABEL, GAP, SEED = 8, 2, 150, 4, 0
-SETTINGS = {  # row -> settings of the augmentations drawn as in training
+SETTINGS: dict[str, dict[str, Any]] = {  # row -> settings of the augmentations drawn as in training
     "crop, flip": {"crop_padding": 4, "flip": True},
     "3-Augment": {"augment": "three"},
     "erasing": {"erase": 1.0},
@@ -36,13 +37,13 @@ SETTINGS = {  # row -> settings of the augmentations drawn as in training
 def rows(images_BHWc: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
     """Yields (label, images) of every row of the sheet."""
     yield "original", images_BHWc
-    radius_B = jnp.linspace(*augment.RADIUS, IMAGES)
+    on_device_BHWc, radius_B = jnp.asarray(images_BHWc), jnp.linspace(*augment.RADIUS, IMAGES)
     for kind, name in enumerate(augment.THREE):
-        yield f"3-Augment: {name}", np.asarray(augment.one_of_three(jnp.full(IMAGES, kind), radius_B, images_BHWc))
+        yield f"3-Augment: {name}", np.asarray(augment.one_of_three(jnp.full(IMAGES, kind), radius_B, on_device_BHWc))
     key_B, key = jax.random.split(jax.random.key(SEED), IMAGES), jax.random.key(SEED)
     batch = augment.Draws(key_B, key, augment.reversed_rows)
     for name, settings in SETTINGS.items():
-        yield name, np.asarray(augment.augment(DataConfig(**settings), batch, images_BHWc, jnp.eye(IMAGES))[0])
+        yield name, np.asarray(augment.augment(DataConfig(**settings), batch, on_device_BHWc, jnp.eye(IMAGES))[0])
 
 
 def draw(drawn: list[tuple[str, np.ndarray]], out: Path) -> None:

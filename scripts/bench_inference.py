@@ -13,6 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -63,6 +64,9 @@ def measure(peer: str, rounds: int, threads: int, folder: Path) -> None:
     from jvitmoe.interop.formats import TARGETS
     from jvitmoe.models import vit
 
+    def asked(engine: timed_step.Peer, batch: int, steps: int) -> float:
+        return engine.ask(f"{batch} {steps}")
+
     model = ModelConfig(
         32, channels=3, classes=10, patch=4, width=300, hidden=1024, depth=12, heads=12
     )  # the original's
@@ -80,8 +84,8 @@ def measure(peer: str, rounds: int, threads: int, folder: Path) -> None:
         for name, python in engines.items()
     }
     for batch in BATCHES:
-        cases = {name: lambda steps, p=p, batch=batch: p.ask(f"{batch} {steps}") for name, p in peers.items()}
-        cases["jvitmoe"] = lambda steps, batch=batch: seconds(ours.logits, images[:batch], steps)
+        cases = {name: partial(asked, process, batch) for name, process in peers.items()}
+        cases["jvitmoe"] = partial(seconds, ours.logits, images[:batch])
         times = timed_step.interleave(cases, rounds)
         print(f"batch {batch}: {batch / np.median(times['jvitmoe']):,.0f} images/s", flush=True)
         for name in peers:
@@ -109,6 +113,7 @@ if __name__ == "__main__":
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: chosen.threads])  # before JAX counts them
     os.environ["OMP_NUM_THREADS"] = str(len(os.sched_getaffinity(0)))
     if chosen.work:
-        sys.exit(work(chosen.work[0], Path(chosen.work[1])))
+        work(chosen.work[0], Path(chosen.work[1]))
+        sys.exit()
     with tempfile.TemporaryDirectory() as temporary:
         measure(chosen.peer_python, chosen.rounds, chosen.threads, Path(temporary))

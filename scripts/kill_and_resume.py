@@ -43,7 +43,7 @@ class Run:
         settings = (f"--workdir={self.workdir}", "--config.train.log_every=1")
         command = [sys.executable, "-m", "jvitmoe.train", *self._arguments, *settings]
         before = self._history()
-        self._before, self._resumed = before and before.st_ino, None
+        self._before, self._resumed = before and before.st_ino, 0
         self._began, self.startup = time.monotonic(), 0.0
         with self.workdir.with_suffix(".log").open("a") as log:
             self.process = subprocess.Popen(command, stdout=log, stderr=log)
@@ -164,7 +164,7 @@ def main() -> None:
     evaluations = frozenset(line["step"] for line in lines if line["kind"] != "train")
     killed = Run(options.out / "killed", options.arguments, evaluations)
 
-    chance, done = random.Random(options.seed), collections.Counter()
+    chance, done = random.Random(options.seed), collections.Counter[str]()
     # The last tenth is room to be hit in.
     reaches = chance.sample(range(2, 2 + lines[-1]["step"] * 9 // 10), options.kills)
     for number, step in enumerate(sorted(reaches)):

@@ -22,7 +22,7 @@ from torch import nn
 from torch_vit import Layer, ViT
 
 TARGET = Path(__file__).parents[1] / "tests" / "models" / "torch_vit_golden.npz"
-ORIGINAL = {
+ORIGINAL: dict[str, Any] = {
     **{"image_size": 8, "channels": 3, "classes": 5, "patch": 2, "width": 12, "hidden": 14, "depth": 3, "heads": 3},
     **{"pool": "cls", "init": "original", "head_hidden": 16},
 }
@@ -117,7 +117,7 @@ def main() -> None:
         arrays[f"{variant}/settings"] = np.array(json.dumps(settings))
         if experts > 1:
             arrays[f"{variant}/route"] = np.array(route, np.int32)
-    np.savez_compressed(TARGET, **arrays)
+    np.savez_compressed(TARGET, allow_pickle=False, **arrays)
     print(f"{TARGET.name}: {len(arrays)} arrays, {TARGET.stat().st_size:,} bytes")
 
 

@@ -15,17 +15,18 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
 from sklearn.datasets import load_digits
 
 ROOT = Path(__file__).resolve().parents[1]
-COMMON = {
+COMMON: dict[str, Any] = {
     **{"train.epochs": 1, "optim.warmup_epochs": 0, "train.batch_size": 64, "train.seed": 0, "train.log_every": 1},
     **{"model.dropout": 0.1, "model.depth": 2, "model.width": 32, "model.hidden": 48, "data.flip": True},
 }
-EXPERTS = {"routing.experts": 4, "routing.init": "independent", "train.devices": 2}
+EXPERTS: dict[str, Any] = {"routing.experts": 4, "routing.init": "independent", "train.devices": 2}
 SLOTS = EXPERTS | {"routing.kind": "sample"}
 FOLDER = {"data.name": "folder", "data.dir": "{images}", "data.crop_padding": 1}
 RUNS = {

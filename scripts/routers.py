@@ -20,7 +20,7 @@ import itertools
 import json
 import statistics
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -388,11 +388,12 @@ def run() -> None:
     if kind == "time":
         timed = {**SEARCHED, "dense_wide": WIDE}
         return measure("cifar10_fast", {name: arm(settings) for name, settings in timed.items()}, known.out)
-    find, conclude = {
+    kinds: dict[str, tuple[Callable[[Path], Arms], Callable[..., str]]] = {
         "search": (search, ranking),
         "table": (partial(table, runs=known.runs), conclusion),
         "again": (again, verdicts.conclusion),
-    }[kind]
+    }
+    find, conclude = kinds[kind]
     try:
         arms = find(known.out.parent)
     except UserError as error:

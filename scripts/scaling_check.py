@@ -101,16 +101,16 @@ def worker(values: flags.FlagValues) -> None:
             seconds = _timed(_sums(arrays, floats), values.worker_steps)
             say(kind="sum", arrays=arrays, bytes=4 * arrays * floats, seconds=seconds)
     for name in CHECKED:
-        lowered, *given = timed_step.lower(alone(name, count), local)
-        say(kind="work", variant=name, seconds=_timed(_steps(lowered.compile(), *given), values.worker_steps))
+        lowered, state, batches = timed_step.lower(alone(name, count), local)
+        say(kind="work", variant=name, seconds=_timed(_steps(lowered.compile(), state, batches), values.worker_steps))
         if count == 1:
             continue
         chosen = config(name, count)
         mesh = make_mesh(chosen.train)
-        lowered, *given = timed_step.lower(chosen, mesh)
+        lowered, state, batches = timed_step.lower(chosen, mesh)
         compiled = lowered.compile()
         found = programs.collectives(compiled.as_text(), mesh.shape)
-        seconds = _timed(_steps(compiled, *given), values.worker_steps)
+        seconds = _timed(_steps(compiled, state, batches), values.worker_steps)
         sums = {"arrays": sum(one.arrays for one in found), "bytes": sum(one.bytes for one in found)}
         say(kind="step", variant=name, **sums, seconds=seconds)
 
@@ -155,7 +155,7 @@ def _timed(work: Callable[[], Any], times: int) -> float:
 
 def measure(counts: list[int], steps: int) -> list[dict[str, Any]]:
     """Returns what the processes say, for each number of them."""
-    found = []
+    found: list[dict[str, Any]] = []
     for count in counts:
         with socket.socket() as listener:
             listener.bind(("127.0.0.1", 0))

@@ -86,6 +86,8 @@ class Peer:
 
     def ask(self, line: str) -> Any:
         """Returns its answer. Raises UserError where it has ended."""
+        assert self._process.stdin is not None  # both are pipes
+        assert self._process.stdout is not None
         with contextlib.suppress(BrokenPipeError):
             print(line, file=self._process.stdin, flush=True)
         if answer := self._process.stdout.readline():
