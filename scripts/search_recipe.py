@@ -14,7 +14,7 @@ import archive
 import verdicts
 from archive import Run, Runs
 from routers import validation_accuracy
-from sweep import Variant, main
+from sweep import SEED, Variant, main
 
 from jvitmoe.reports import figures
 from jvitmoe.runs.console import markdown_table
@@ -23,27 +23,33 @@ PICTURE = "frontier.png"
 RECIPE = {"dense": Variant({}), "random": Variant({}, "random", ("dense",))}
 # What the tries share and the recipe has not.
 BASE: dict[str, object] = {
-    **{"data.validation": 5000, "data.cutmix": 0.0, "data.plain_at_end": 0.0},
-    **{"optim.mlp_rate": 1.0, "train.eval_every": 4},
+    **{"data.validation": 5000, "data.cutmix": 0.0, "optim.mlp_rate": 1.0, "train.eval_every": 4},
 }
 SHORT, MIDDLE = BASE | {"train.epochs": 8}, BASE | {"train.epochs": 24}
 LONG: dict[str, object] = {"data.validation": 5000, "train.eval_every": 16}
 STRONG = LONG | {"data.cutmix": 1.0, "data.erase": 0.25}
+PLAIN_END: dict[str, object] = {"data.plain_at_end": 0.2}  # in which a long run memorises its images
+LOW = LONG | {"model.image_size": 24, "data.crop": "whole", "data.crop_padding": 3}
 TRIES: dict[str, dict[str, object]] = {  # what may decide most comes first
     "conv": SHORT,
     "hidden128": SHORT | {"model.hidden": 128},
     "plain_24epochs": MIDDLE,
-    "cutmix_24epochs": MIDDLE | {"data.cutmix": 0.3, "data.plain_at_end": 0.2},
-    "cutmix1_24epochs": MIDDLE | {"data.cutmix": 1.0, "data.plain_at_end": 0.2},
-    "three_cutmix_24epochs": MIDDLE | {"data.augment": "three", "data.cutmix": 0.3, "data.plain_at_end": 0.2},
-    "erase_cutmix_24epochs": MIDDLE | {"data.erase": 0.25, "data.cutmix": 0.3, "data.plain_at_end": 0.2},
+    "cutmix_24epochs": MIDDLE | PLAIN_END | {"data.cutmix": 0.3},
+    "cutmix1_24epochs": MIDDLE | PLAIN_END | {"data.cutmix": 1.0},
+    "three_cutmix_24epochs": MIDDLE | PLAIN_END | {"data.augment": "three", "data.cutmix": 0.3},
+    "erase_cutmix_24epochs": MIDDLE | PLAIN_END | {"data.erase": 0.25, "data.cutmix": 0.3},
     "rate8e-3": SHORT | {"optim.learning_rate": 8e-3},
     "rate2e-3": SHORT | {"optim.learning_rate": 2e-3},
     "batch64": SHORT | {"train.batch_size": 64},
-    "long": LONG,  # as long as the recipe, which memorises its images in its plain end
-    "long_mixed_to_end": LONG | {"data.plain_at_end": 0.0},
-    "strong": STRONG,
-    "strong_mixed_to_end": STRONG | {"data.plain_at_end": 0.0},
+    "plain_end": PLAIN_END,  # trained on all images
+    "long": LONG | PLAIN_END,
+    "long_mixed_to_end": LONG,  # the recipe, with images held out
+    "strong": STRONG | PLAIN_END,
+    "strong_mixed_to_end": STRONG,
+    "mixed_24epochs": LONG | {"train.epochs": 24},
+    "low_24epochs": LOW | {"train.epochs": 24},
+    # The same weights at full resolution: both together cost as much as mixed_24epochs.
+    "low_then_11epochs": LONG | {"train.epochs": 11, "init.source": f"runs/recipe90/low_24epochs-seed{SEED}"},
     "strided_13epochs": SHORT | {"model.stem": "strided", "train.epochs": 13},  # as long as conv by the clock
 }
 
@@ -81,24 +87,36 @@ def images_seen(run: Run) -> int:
     return int(run["result"]["step"] * run["config"]["train"]["batch_size"])
 
 
-def training_flops(run: Run) -> float:
-    """Returns the FLOPs of the products of a training, of which the forward pass is a third."""
-    return float(3 * run["result"]["rows"][0]["flops_per_image"] * images_seen(run))
+def trainings(runs: Runs, run: Run) -> list[Run]:
+    """Returns a run, the run that it started from, and so on."""
+    source = runs.get(Path(run["config"]["init"]["source"]).name)
+    return [run, *(trainings(runs, source) if source else ())]
+
+
+def training_flops(runs: Runs, run: Run) -> float:
+    """Returns the FLOPs of the products of its trainings, of which the forward pass is a third."""
+    every = trainings(runs, run)
+    return float(sum(3 * one["result"]["rows"][0]["flops_per_image"] * images_seen(one) for one in every))
+
+
+def minutes(runs: Runs, run: Run) -> str:
+    """Returns the minutes of its trainings; "-" for a run of a few steps, which has no rate."""
+    every = [(images_seen(one), one["result"].get("images_per_second")) for one in trainings(runs, run)]
+    return f"{sum(images / rate / 60 for images, rate in every):.0f}" if all(rate for _, rate in every) else "-"
 
 
 def table(runs: Runs) -> list[dict[str, str]]:
     """Returns a row per run, from the cheapest to the dearest."""
     cells = []
-    for name, run in sorted(runs.items(), key=lambda item: training_flops(item[1])):
+    for name, run in sorted(runs.items(), key=lambda item: training_flops(runs, item[1])):
         held = validation_accuracy(run)
-        rate = run["result"].get("images_per_second")  # a run of a few steps has none
         cells.append(
             {
                 "run": name,
                 "held out, %": "-" if held is None else f"{100 * held:.2f}",
                 "test, %": f"{100 * run['result']['rows'][0]['accuracy']:.2f}",
-                "training, PFLOP": f"{training_flops(run) / 1e15:.3f}",
-                "minutes": f"{images_seen(run) / rate / 60:.0f}" if rate else "-",
+                "training, PFLOP": f"{training_flops(runs, run) / 1e15:.3f}",
+                "minutes": minutes(runs, run),
                 "parameters": f"{run['result']['rows'][0]['parameters']:,}",
             }
         )
@@ -109,10 +127,10 @@ def table(runs: Runs) -> list[dict[str, str]]:
 def picture(runs: Runs) -> figures.Figure:
     """Returns test accuracy against the FLOPs of training, beside what others report."""
     figure, ((axes,),) = figures.subplots(1, 1, (9, 5.5))
-    for is_final, label, style in ((False, "tries, one run each", "o"), (True, "the recipe, a run per seed", "^")):
+    for is_final, label, style in ((False, "tries", "o"), (True, "the recipe, a run per seed", "^")):
         own = {name: run for name, run in runs.items() if is_final == (name.rpartition("-")[0] in RECIPE)}
-        points = [(training_flops(run) / 1e15, 100 * run["result"]["rows"][0]["accuracy"]) for run in own.values()]
-        x, y = zip(*points, strict=True) if points else ((), ())
+        x = [training_flops(runs, run) / 1e15 for run in own.values()]
+        y = [100 * run["result"]["rows"][0]["accuracy"] for run in own.values()]
         axes.plot(x, y, style, color=figures.COLOURS[is_final], label=label)
     axes.plot(
         [one.petaflops for one in PUBLISHED], [one.accuracy for one in PUBLISHED], "D", color="black", label="published"
