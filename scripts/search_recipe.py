@@ -48,7 +48,8 @@ TRIES: dict[str, dict[str, object]] = {  # what may decide most comes first
     "strong_mixed_to_end": STRONG,
     "mixed_24epochs": LONG | {"train.epochs": 24},
     "low_24epochs": LOW | {"train.epochs": 24},
-    # The same weights at full resolution: both together cost as much as mixed_24epochs.
+    # The weights of low_24epochs at full resolution: train that first, with --runs runs/recipe90. Both cost as much as
+    # mixed_24epochs.
     "low_then_11epochs": LONG | {"train.epochs": 11, "init.source": f"runs/recipe90/low_24epochs-seed{SEED}"},
     "strided_13epochs": SHORT | {"model.stem": "strided", "train.epochs": 13},  # as long as conv by the clock
 }
