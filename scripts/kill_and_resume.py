@@ -24,7 +24,8 @@ from typing import Any
 from absl import logging
 
 from jvitmoe.runs import safe_io
-from jvitmoe.runs.checkpoints import UNFINISHED, Checkpoints, list_steps
+from jvitmoe.runs.checkpoint_writer import UNFINISHED
+from jvitmoe.runs.checkpoints import Checkpoints, list_steps
 from jvitmoe.runs.safe_io import read_metrics
 
 TURNS = ("at a step", "writing a checkpoint", "evaluating", "before the first step")

@@ -21,7 +21,7 @@ import search_recipe
 from archive import Run, Runs
 from PIL import Image
 
-from jvitmoe.reports import comparison, figures
+from jvitmoe.reports import comparison, figures, run_figures
 
 COMPARISON, CURVES = "comparison.png", "curves.png"
 RESULTS = Path(__file__).resolve().parents[1] / "results"
@@ -35,7 +35,7 @@ def redraw(folder: Path, out: Path) -> None:
             compare(by_group, out)
         for name, group in by_group.items():
             if (folder / (picture := f"mergeability_{name}.png")).is_file():
-                figures.save(figures.mergeability(next(iter(group.values()))["result"]), out / picture)
+                figures.save(run_figures.mergeability(next(iter(group.values()))["result"]), out / picture)
         if (folder / CURVES).is_file():
             draw_curves(by_group, out)
         if (folder / average_report.PICTURE).is_file():

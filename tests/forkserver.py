@@ -15,7 +15,7 @@ import sys
 
 # What the commands import, most of it when it is needed.
 PRELOADED = (
-    *("jvitmoe.training.launch", "jvitmoe.evaluation.mergeability", "jvitmoe.reports.figures"),
+    *("jvitmoe.training.launch", "jvitmoe.evaluation.mergeability", "jvitmoe.reports.run_figures"),
     *("grain", "matplotlib.figure", "matplotlib.backends.backend_agg"),
 )
 

@@ -35,12 +35,12 @@ WITHOUT_JAX = (
     *(f"commands.{name}" for name in ("cli", "report", "configs")),
     *("interop.weight_names", "interop.config_files"),
     *(f"runs.{name}" for name in ("console", "safe_io")),
-    *(f"reports.{name}" for name in ("figures", "page", "results", "comparison")),
+    *(f"reports.{name}" for name in ("figures", "run_figures", "page", "results", "comparison")),
     *("runs.metrics_log", "machine.watchdog", "machine.memory"),
 )
 # Package -> the folder, or the one file, that may import it.
 ONLY_IN = {
-    **{"flax": "models", "orbax": "runs.checkpoints", "tensorstore": "nowhere", "grain": "data.stream"},
+    **{"flax": "models", "orbax": "runs", "tensorstore": "nowhere", "grain": "data.stream"},
     **{
         "tensorflow_datasets": "data.sources.tfds",
         "datasets": "data.sources.hugging_face",

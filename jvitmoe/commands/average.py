@@ -101,28 +101,35 @@ def average(
     rows = averaging.cells(measured.rows, {model.name: share for model, share in weight.items()})
     show_table(rows, "Models")
     console.print(measured.verdict)
-    made_of = [{"model": model.name, "hash": model.digest, "weight": share} for model, share in weight.items()]
-    about: Any = {"averaged": {"of": made_of, "verdict": measured.verdict}}
-    if begin and begin.kind == load.OURS:  # settings of a run name folders of this machine
-        about["config"] = begin.config
-    about |= {"crop": first.crop, "mean": first.mean, "std": first.std}
-    source, target = load.Source(out, load.OURS, mean, first.model, first.classes, **about), TARGETS["safetensors"]
+    source, target = _source(out, mean, first, begin, weight, measured.verdict), TARGETS["safetensors"]
     images = splits.some(pictures, base.SAMPLE) if pictures else base.noise(first.model)
     export.write(out, target, source, target.sample(source, images), others=_report(measured, rows, first.classes))
     console.print(f"written     {printable(str(out))}, hash {starts.digest(source)}")
     return Averaged(out, measured.rows, measured.verdict)
 
 
+def _source(out: Path, mean: Any, first: Any, begin: Any, weight: Mapping[Any, float], verdict: str) -> Any:
+    """Returns what is exported (`load.Source`): the mean, with what it was made of."""
+    from jvitmoe.interop import load
+
+    made_of = [{"model": model.name, "hash": model.digest, "weight": share} for model, share in weight.items()]
+    about: Any = {"averaged": {"of": made_of, "verdict": verdict}}
+    if begin and begin.kind == load.OURS:  # settings of a run name folders of this machine
+        about["config"] = begin.config
+    about |= {"crop": first.crop, "mean": first.mean, "std": first.std}
+    return load.Source(out, load.OURS, mean, first.model, first.classes, **about)
+
+
 def _report(measured: Any, rows: Sequence[Mapping[str, str]], classes: Sequence[str]) -> dict[str, bytes]:
     """Returns the files that tell what is known of a mean (`averaging.Measured`)."""
     from jvitmoe.interop import averaging
-    from jvitmoe.reports import figures, page
+    from jvitmoe.reports import figures, page, run_figures
 
     parts: list[page.Part] = [page.Heading(1, "Mean of models"), measured.verdict, rows, averaging.NOTE]
     drawn = {}
     if measured.losses:  # there were pictures
         parts.insert(2, page.Picture("average"))
-        drawn["average.png"] = figures.png(figures.average(measured, classes))
+        drawn["average.png"] = figures.png(run_figures.average(measured, classes))
     return drawn | {"report.md": page.as_markdown(parts).encode()}
 
 

@@ -77,7 +77,7 @@ def evaluate(
     from jvitmoe.data.splits import some
     from jvitmoe.evaluation import evaluator, mergeability, mistakes, probes
     from jvitmoe.experts import merge
-    from jvitmoe.reports import figures
+    from jvitmoe.reports import figures, run_figures
 
     with cli.naming_plugin(workdir):
         config, routing, mesh, params, ema, meta = _restore(workdir, checkpoint, data_dir, devices)
@@ -111,7 +111,7 @@ def evaluate(
         worst = mistakes.measure(tester.net, dense, shown, tester.normalize, MOST_MISTAKES)
     _draw_samples(tester, dense, some(data.test, MOST_SAMPLES), workdir)
     _draw_mistakes(worst, workdir)
-    drawn = figures.of_run(result, workdir)
+    drawn = run_figures.of_run(result, workdir)
     for name, figure in drawn.items():
         figures.save(figure, workdir / name)
     results.write_result(workdir, result, safe_io.CONFUSION in drawn)
@@ -172,7 +172,7 @@ def _routes(routing: Any, params: Any, routed: Any, seen: Any, few: Any, workdir
 
     from jvitmoe.data.splits import evenly_spaced
     from jvitmoe.evaluation import expert_maps
-    from jvitmoe.reports import figures
+    from jvitmoe.reports import figures, run_figures
 
     def measured(split: Any) -> Any:
         return expert_maps.measure(routed.net, params, split.images_NHWc, split.labels_N, routed.normalize)
@@ -183,7 +183,7 @@ def _routes(routing: Any, params: Any, routed: Any, seen: Any, few: Any, workdir
     names = results.class_names(workdir, model.classes)
     shown = evenly_spaced(len(few), MAPPED)
     pictures = [(few.images_NHWc[n], names[few.labels_N[n]], found.expert_XBP[:, n]) for n in shown]
-    figures.save(figures.experts(found, pictures, layers.tolist(), names), workdir / safe_io.EXPERTS)
+    figures.save(run_figures.experts(found, pictures, layers.tolist(), names), workdir / safe_io.EXPERTS)
     kept = [[" ".join(map(str, expert_P)) for expert_P in expert_BP[:KEPT]] for expert_BP in found.expert_XBP]
     figures_of = {"load": found.load_XE.tolist(), "gate": found.gate_X.tolist(), "images": len(few.labels_N)}
     return gate_X, figures_of | {"experts": kept}
@@ -196,25 +196,25 @@ def _draw_samples(evaluate: Any, params: Any, few: Any, workdir: Path) -> None:
 
     from jvitmoe.machine import compilation
     from jvitmoe.models import vit
-    from jvitmoe.reports import figures
+    from jvitmoe.reports import figures, run_figures
 
     run = compilation.jit(lambda params, images: vit.logits(evaluate.net, params, evaluate.normalize(images)))
     logits_NC = run(params, jnp.asarray(few.images_NHWc))
     share_NC = jax.device_get(jax.nn.softmax(logits_NC))
     cells = _cells(few.images_NHWc, few.labels_N, share_NC, workdir)
-    figures.save(figures.samples(cells), workdir / safe_io.SAMPLES)
+    figures.save(run_figures.samples(cells), workdir / safe_io.SAMPLES)
 
 
 def _draw_mistakes(found: Any, workdir: Path) -> None:
     """Draws the images of `mistakes.measure`, each beside where the model looked."""
-    from jvitmoe.reports import figures
+    from jvitmoe.reports import figures, run_figures
 
     cells = _cells(found.images_KHWc, found.labels_K, found.share_KC, workdir)
-    figures.save(figures.mistakes(cells, found.rollout_KP), workdir / safe_io.MISTAKES)
+    figures.save(run_figures.mistakes(cells, found.rollout_KP), workdir / safe_io.MISTAKES)
 
 
 def _cells(images_NHWc: Any, labels_N: Any, share_NC: Any, workdir: Path) -> list[Any]:
-    """Returns what `figures.samples` draws: each image, its class, and the classes by their probability."""
+    """Returns what `run_figures.samples` draws: each image, its class, and the classes by their probability."""
     names, cells = results.class_names(workdir, share_NC.shape[1]), []
     for image_HWc, label, share_C in zip(images_NHWc, labels_N, share_NC, strict=True):
         cells.append((image_HWc, names[label], [(names[c], float(share_C[c])) for c in (-share_C).argsort()]))

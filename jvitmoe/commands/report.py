@@ -114,16 +114,16 @@ def _pictures(found: Groups) -> list[page.Picture]:
 def _details(found: Groups) -> list[page.Part]:
     """Returns what only the page has: the settings in which groups differ, and the figures of each group's first
     seed."""
-    from jvitmoe.reports import figures
+    from jvitmoe.reports import figures, run_figures
 
     parts: list[page.Part] = []
     if len((rows := comparison.setting_rows(found))[0]) > 1:
         parts += [page.Heading(2, "Settings that differ"), rows]
     for name, (run, *_) in found.items():
         with comparison.naming_result(run.folder):
-            drawn = figures.of_run(run.result, run.folder)
+            drawn = run_figures.of_run(run.result, run.folder)
             pictures = [figures.picture(Path(file).stem, figure) for file, figure in drawn.items()]
-        own = (page.own_picture(run.folder / file, title) for file, title in figures.TITLES.items())
+        own = (page.own_picture(run.folder / file, title) for file, title in run_figures.TITLES.items())
         pictures += filter(None, own)
         if pictures:
             parts += [page.Heading(2, f"{name}, seed {run.config.train.seed}"), *pictures]

@@ -24,7 +24,8 @@ from jvitmoe.machine.signals import Stop
 from jvitmoe.machine.watchdog import Watchdog
 from jvitmoe.reports import results
 from jvitmoe.runs import safe_io
-from jvitmoe.runs.checkpoints import CheckpointWriter, Meta, list_steps
+from jvitmoe.runs.checkpoint_writer import CheckpointWriter
+from jvitmoe.runs.checkpoints import Meta, list_steps
 from jvitmoe.runs.console import console, progress, warnings_as_lines
 from jvitmoe.runs.folder import check_shared, open_run_folder
 from jvitmoe.runs.metrics_log import MetricsLog

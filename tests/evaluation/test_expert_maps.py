@@ -16,7 +16,7 @@ from jvitmoe.evaluation import expert_maps
 from jvitmoe.experts import merge
 from jvitmoe.experts.params import Params, join_all
 from jvitmoe.models import vit
-from jvitmoe.reports import figures
+from jvitmoe.reports import figures, run_figures
 
 E, LAYERS = 4, 4
 
@@ -106,7 +106,7 @@ def test_the_drawing_has_a_row_per_layer_for_many_experts_and_classes(channels):
     share_XCE = rng.dirichlet(np.ones(9), (2, 30))
     routes = expert_maps.Routes(np.zeros((2, 1, 4)), share_XCE[:, 0], np.ones(2), share_XCE)
     pictures = [(rng.integers(0, 256, (8, 8, channels)).astype(np.uint8), "cat", np.array([[0, 1, -1, 8], [0] * 4]))]
-    figure = figures.experts(routes, pictures, [1, 3], [f"class {n}" for n in range(30)])
+    figure = run_figures.experts(routes, pictures, [1, 3], [f"class {n}" for n in range(30)])
     assert [axes.get_ylabel() for axes in figure.axes if axes.get_ylabel()] == ["layer 1", "layer 3"]
     colours = [{bar.get_facecolor() for bar in axes.patches} for axes in figure.axes if axes.get_title() == "load, %"]
     assert [len(of_layer) for of_layer in colours] == [9]

@@ -16,7 +16,7 @@ from PIL import Image
 
 import processes
 from jvitmoe.commands import report
-from jvitmoe.reports import figures
+from jvitmoe.reports import figures, run_figures
 from tested_runs import MODELS, write_tested_run
 
 RESULTS = processes.ROOT / "results"
@@ -173,7 +173,7 @@ def test_mergeability_shows_small_differences_of_accuracy_and_no_mountain_of_rou
     why = {"layers": [1, 3], "spread": [1e-7, 2e-7], "gap": [1e-7, 1e-7]}
     why["barrier"] = {"share": [0.0, 0.5, 1.0], "losses": losses, "height": 0.0004}
     rows = [{"model": f"expert {e}", "accuracy": a, "images": 10_000} for e, a in enumerate((0.961, 0.972))]
-    check(figure := figures.mergeability({"mergeability": why, "rows": rows}))
+    check(figure := run_figures.mergeability({"mergeability": why, "rows": rows}))
     layers, loss, accuracy = figure.axes
     assert np.ptp(loss.get_ylim()) > 50 * np.ptp(losses)
     assert layers.get_ylim()[1] > 1e4 * max(why["spread"])
@@ -184,7 +184,7 @@ def test_mergeability_shows_small_differences_of_accuracy_and_no_mountain_of_rou
     colours = {line.get_color() for axes in figure.axes for line in axes.lines}
     assert not colours & set(figures.COLOURS)  # which are those of runs
     why["barrier"]["height"] = 0.0
-    loss = figures.mergeability({"mergeability": why, "rows": rows}).axes[1]
+    loss = run_figures.mergeability({"mergeability": why, "rows": rows}).axes[1]
     assert loss.get_title() == "Loss from expert to mean: no rise"
     assert len(accuracy.containers) == 2  # whiskers
 
@@ -203,7 +203,7 @@ def confused(classes, images=60):
 @pytest.mark.parametrize(("classes", "name"), [(2, ""), (20, LONG), (21, ""), (100, LONG)])
 def test_the_confusion_matrix_names_its_classes_and_counts_up_to_20(classes, name):
     row = confused(classes, 10_000)
-    check(figure := figures.confusion(row, [f"{n}{name}" for n in range(classes)]))
+    check(figure := run_figures.confusion(row, [f"{n}{name}" for n in range(classes)]))
     axes, counts_CC = figure.axes[0], np.array(row["confusion"])
     texts = {tuple(map(round, text.get_position())): text.get_text() for text in axes.texts}
     cells = {(d, c): str(counts_CC[c, d]) for c, d in zip(*np.nonzero(counts_CC), strict=True)}
@@ -214,8 +214,8 @@ def test_the_confusion_matrix_names_its_classes_and_counts_up_to_20(classes, nam
 
 
 def test_no_confusion_matrix_of_more_than_100_classes_or_that_was_not_counted_is_drawn():
-    assert figures.confusion(confused(101), ["x"] * 101) is None
-    assert figures.confusion({"model": "routed"}, ()) is None
+    assert run_figures.confusion(confused(101), ["x"] * 101) is None
+    assert run_figures.confusion({"model": "routed"}, ()) is None
 
 
 def test_a_name_is_shown_in_the_font_s_characters_and_cut_in_the_middle():

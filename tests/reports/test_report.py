@@ -10,7 +10,7 @@ import pytest
 import processes
 from jvitmoe.commands import report
 from jvitmoe.errors import UserError
-from jvitmoe.reports import comparison, figures, page, results
+from jvitmoe.reports import comparison, page, results, run_figures
 from jvitmoe.runs import safe_io
 from tested_runs import MODELS, write_tested_run
 
@@ -353,6 +353,6 @@ def test_the_report_of_a_run_has_a_row_per_class_and_why_averaging_works(make_ru
     assert "experts of each layer" not in (said := capsys.readouterr().out)
     assert results.EQUAL in said
     assert results.EQUAL in (folder / "report.md").read_text()
-    assert figures.of_run(result | {"mergeability": equal}, folder).keys() == {"confusion.png"}
+    assert run_figures.of_run(result | {"mergeability": equal}, folder).keys() == {"confusion.png"}
     assert safe_io.read_result(folder)["rows"] == result["rows"]
     assert results.class_names(folder, 4) == ("0", "1", "2", "3")

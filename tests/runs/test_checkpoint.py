@@ -29,7 +29,8 @@ from jvitmoe.machine import memory
 from jvitmoe.machine.devices import make_mesh
 from jvitmoe.runs import checkpoints as checkpoints_lib
 from jvitmoe.runs import safe_io
-from jvitmoe.runs.checkpoints import CheckpointError, Checkpoints, CheckpointWriter, list_steps
+from jvitmoe.runs.checkpoint_writer import CheckpointWriter
+from jvitmoe.runs.checkpoints import CheckpointError, Checkpoints, list_steps
 from jvitmoe.training import build
 from jvitmoe.training.state import OptState, TrainState, abstract_state, make_state
 

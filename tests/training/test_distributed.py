@@ -330,7 +330,7 @@ def test_a_process_with_other_data_is_named_with_the_difference_in_one_line_befo
 
 FLIPS = """
 import jax
-from jvitmoe.runs.checkpoints import CheckpointWriter
+from jvitmoe.runs.checkpoint_writer import CheckpointWriter
 
 save = CheckpointWriter.save
 

@@ -30,7 +30,7 @@ from jvitmoe.models.routers import ROUTERS, find
 from jvitmoe.models.routers.dispatch import Router, RouterSettings, fill_slots
 from jvitmoe.models.routers.dispatch import statistics as statistics_of
 from jvitmoe.routing import Routing
-from jvitmoe.runs.checkpoints import CheckpointWriter
+from jvitmoe.runs.checkpoint_writer import CheckpointWriter
 from jvitmoe.training import losses, optimizer, state
 from jvitmoe.training.update import directions
 
